@@ -1,0 +1,190 @@
+"""Device helpers that every kernel shares: sigmoid, rounding, tile order, tiles in and out, and the product loop.
+
+Conventions, here and in the other kernel files: lower-case names are run-time values, UPPER-CASE names are sizes, or
+`constexpr` where they stand in the second half of a signature. A tensor is named as in the mathematics (`x`, `w`, `dy`)
+whether it arrives as a pointer or as a tensor descriptor (TMA).
+"""
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter is not the compiler with another back end: it has no inline assembly, computes bfloat16 on the
+# raw bits and truncates where a GPU rounds. The few helpers that must know read this; `@triton.jit` reads that knob.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def exp2_approx(x):
+    """2ˣ by the special-function unit: within 2 units in the last place, results below 2⁻¹²⁶ flushed to 0."""
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def reciprocal_approx(x):
+    """1/x by the special-function unit: within 1 unit in the last place."""
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def sigmoid(z, ACCURATE: tl.constexpr, PTX: tl.constexpr):
+    """σ(z) = 1 / (1 + e⁻ᶻ).
+
+    With PTX a float32 `z` costs four instructions; `1 / (1 + exp(-z))` costs twelve, for its division is IEEE's. Both
+    round the product z·log₂e, and e⁻ᶻ is then wrong by that error times |z|: nothing to a 16-bit result, but 5e-6 of a
+    float32 one at z = −80. ACCURATE carries the low half of the product along.
+    """
+    if PTX and z.dtype == tl.float32 and not INTERPRETED:
+        t = z * -LOG2_E
+        e = exp2_approx(t)
+        if ACCURATE:
+            low = tl.fma(z, -LOG2_E, -t) - z * 1.9259629911266175e-8  # log₂e = float32(log₂e) + 1.93e-8
+            e = tl.where(tl.abs(t) < 126.0, tl.fma(e, low * LN_2, e), e)  # outside, e is 0 or ∞ and low may be NaN
+        s = reciprocal_approx(1.0 + e)
+    else:
+        s = 1.0 / (1.0 + tl.exp(-z))
+    return s
+
+
+@triton.jit
+def sigmoid_backward(dy, y, ACC: tl.constexpr):
+    """dz = dy · y · (1 − y), in the accumulator's type. 1 − y is exact for y ≥ ½; y − y² would cancel there."""
+    y = y.to(ACC)
+    return dy.to(ACC) * ((1.0 - y) * y)
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """`x` as DTYPE, rounded to nearest even, also where the interpreter would truncate."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(x == x, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        rounded = x.to(DTYPE)
+    return rounded
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a·b, in the type of `acc`. PRECISION says how float32 operands reach the tensor cores."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def tile_of(tile, tile_rows, tile_cols, GROUP: tl.constexpr):
+    """(row, column) of a tile, GROUP tile rows at a time, so that programs that run together share operands in L2."""
+    per_group = GROUP * tile_cols
+    first_row = (tile // per_group) * GROUP
+    group_rows = tl.minimum(tile_rows - first_row, GROUP)
+    within = tile % per_group
+    return first_row + within % group_rows, within // group_rows
+
+
+@triton.jit
+def indices(start, limit, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """start … start + BLOCK − 1 as int64, and which of them are below `limit`, a multiple of VEC.
+
+    The others become 0 before an address is formed from them: no lane, masked or not, points outside its tensor
+    (pytorch #186440 read 16 GiB away). int64, because row · pitch passes 2³¹ long before a row does. Dividing by VEC
+    and multiplying again is how the compiler learns that VEC neighbours are inside together, or outside together.
+    """
+    i = start + tl.arange(0, BLOCK)
+    inside = i < limit // VEC * VEC
+    i = tl.max_contiguous(tl.multiple_of(tl.where(inside, i, 0), BLOCK), BLOCK)
+    return i.to(tl.int64), inside
+
+
+@triton.jit
+def load_tile(
+    src, row, col, rows, cols, ld,
+    BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """The BLOCK_ROW × BLOCK_COL tile of `src` (rows × cols) at (row, col), zeros outside.
+
+    Memory is row-major with `ld` elements from row to row, or (TRANSPOSED) column-major with `ld` from column to
+    column; a tensor descriptor then describes the transpose, for its last dimension must be the contiguous one. VEC
+    divides `ld` and the length of the contiguous dimension.
+    """
+    if TMA:
+        if TRANSPOSED:
+            tile = tl.trans(src.load([col, row]))
+        else:
+            tile = src.load([row, col])
+    else:
+        pitch = (ld // VEC).to(tl.int64) * VEC
+        if TRANSPOSED:
+            r, r_inside = indices(row, rows, BLOCK_ROW, VEC)
+            c, c_inside = indices(col, cols, BLOCK_COL, 1)
+            at = src + (r[:, None] + c[None, :] * pitch)
+        else:
+            r, r_inside = indices(row, rows, BLOCK_ROW, 1)
+            c, c_inside = indices(col, cols, BLOCK_COL, VEC)
+            at = src + (r[:, None] * pitch + c[None, :])
+        tile = tl.load(at, mask=r_inside[:, None] & c_inside[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    dst, tile, row, col, rows, cols,
+    BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of the contiguous `dst` (rows × cols) at (row, col), rounded to the type of `dst`."""
+    if TMA:
+        dst.store([row, col], round_to(tile, dst.dtype))
+    else:
+        r, r_inside = indices(row, rows, BLOCK_ROW, 1)
+        c, c_inside = indices(col, cols, BLOCK_COL, VEC)
+        at = dst + (r[:, None] * (cols // VEC * VEC) + c[None, :])
+        tl.store(at, round_to(tile, dst.dtype.element_ty), mask=r_inside[:, None] & c_inside[None, :])
+
+
+@triton.jit
+def product(
+    a, b, row, col, first, last, I, J, lda, ldb,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, A_TRANSPOSED: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr, PREFETCH: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Σₗ a[i, l]·b[l, j] over l in [first, last), for the BLOCK_I × BLOCK_J tile at (row, col) of an I × J result.
+
+    The compiler overlaps loads with multiplication (`num_stages`) if an access is at least four bytes wide. Rows of
+    16-bit numbers with an odd pitch never are; for them PREFETCH keeps the next tiles' loads in flight by hand.
+    """
+    acc = tl.zeros((BLOCK_I, BLOCK_J), ACC)
+    if PREFETCH:
+        a_next = load_tile(a, row, first, I, last, lda, BLOCK_I, BLOCK_L, TMA, A_TRANSPOSED, VEC)
+        b_next = load_tile(b, first, col, last, J, ldb, BLOCK_L, BLOCK_J, TMA, B_TRANSPOSED, VEC)
+        for l in range(first, last, BLOCK_L):
+            a_tile = a_next
+            b_tile = b_next
+            a_next = load_tile(a, row, l + BLOCK_L, I, last, lda, BLOCK_I, BLOCK_L, TMA, A_TRANSPOSED, VEC)
+            b_next = load_tile(b, l + BLOCK_L, col, last, J, ldb, BLOCK_L, BLOCK_J, TMA, B_TRANSPOSED, VEC)
+            acc = dot(a_tile, b_tile, acc, PRECISION)
+    else:
+        for l in range(first, last, BLOCK_L):
+            a_tile = load_tile(a, row, l, I, last, lda, BLOCK_I, BLOCK_L, TMA, A_TRANSPOSED, VEC)
+            b_tile = load_tile(b, l, col, last, J, ldb, BLOCK_L, BLOCK_J, TMA, B_TRANSPOSED, VEC)
+            acc = dot(a_tile, b_tile, acc, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["parts", "length"])
+def sum_partials(
+    partials, out, parts, length,
+    ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[i] = Σₛ partials[s, i], always in the same order. partials: (parts, length), out: (length,)."""
+    i, inside = indices(tl.program_id(0) * BLOCK, length, BLOCK, VEC)
+    total = tl.zeros((BLOCK,), ACC)
+    for first in range(0, parts, BLOCK_PARTS):
+        part, exists = indices(first, parts, BLOCK_PARTS, 1)
+        at = partials + (part[:, None] * (length // VEC * VEC) + i[None, :])
+        total += tl.sum(tl.load(at, mask=exists[:, None] & inside[None, :], other=0.0), 0)
+    tl.store(out + i, round_to(total, out.dtype.element_ty), mask=inside)

@@ -1,0 +1,95 @@
+"""From tensors to kernel launches: what every operation's Triton side shares. Imports triton."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..kernels import common
+from ..kernels.launch import Arch, cdiv, choose_sum
+
+
+class Launch(NamedTuple):
+    """One kernel launch, complete: `run` performs it, `bench static` compiles it for a GPU that is not there."""
+
+    kernel: "triton.JITFunction[Any]"
+    grid: tuple[int, ...]
+    arguments: tuple[object, ...]
+    constants: Mapping[str, object]
+    num_warps: int
+    num_stages: int = 1
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+class Operand(NamedTuple):
+    """A matrix as a product reads it: row-major, or column-major (`transposed`), with `ld` elements between lines."""
+
+    tensor: Tensor
+    transposed: bool
+    ld: int
+    vec: int  # elements, 16 bytes at most, that divide ld, the contiguous length and the address
+    tma: bool  # whether a tensor descriptor can describe it
+
+    def argument(self, use_tma: bool, block_rows: int, block_cols: int) -> object:
+        """The kernel argument: the tensor itself, or a descriptor of its tiles."""
+        if not use_tma:
+            return self.tensor
+        rows, cols = self.tensor.shape
+        if self.transposed:
+            return TensorDescriptor(self.tensor, [cols, rows], [self.ld, 1], [block_cols, block_rows])
+        return TensorDescriptor(self.tensor, [rows, cols], [self.ld, 1], [block_rows, block_cols])
+
+
+def operand(matrix: Tensor) -> Operand:
+    """`matrix` as an operand. One whose rows and columns are both strided is copied, as torch does for its products."""
+    if matrix.stride(1) != 1 and matrix.stride(0) != 1:
+        matrix = matrix.contiguous()
+    transposed = matrix.stride(1) != 1
+    contiguous, lines = (0, 1) if transposed else (1, 0)
+    ld = matrix.stride(lines) if matrix.shape[lines] > 1 else matrix.shape[contiguous]
+    length, itemsize = matrix.shape[contiguous], matrix.element_size()
+    aligned = matrix.data_ptr() % 16 == 0
+    return Operand(
+        matrix,
+        transposed,
+        ld,
+        vec=vector_length(itemsize, ld, length) if aligned else 1,
+        tma=aligned and ld >= length and ld * itemsize % 16 == 0,
+    )
+
+
+def vector_length(itemsize: int, *lengths: int) -> int:
+    """The largest number of elements, 16 bytes at most, that divides every length."""
+    vec = 16 // itemsize
+    while any(length % vec for length in lengths):
+        vec //= 2
+    return vec
+
+
+def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, object]:
+    """The type that sums of `dtype` are formed in, for torch and for Triton."""
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def sum_partials(partials: Tensor, out: Tensor, arch: Arch) -> Launch:
+    """out = partials.sum(0), in a fixed order. partials: (parts, *out.shape), contiguous, in the accumulator's type."""
+    parts, length = partials.shape[0], out.numel()
+    chosen = choose_sum(parts, length, arch)
+    return Launch(
+        common.sum_partials,
+        (cdiv(length, chosen.block),),
+        (partials, out, parts, length),
+        dict(
+            ACC=accumulator(out.dtype)[1],
+            VEC=vector_length(partials.element_size(), length),
+            BLOCK_PARTS=chosen.block_parts,
+            BLOCK=chosen.block,
+        ),
+        chosen.num_warps,
+    )

@@ -1,0 +1,97 @@
+"""The operators `tribp::linear_sigmoid` and `tribp::linear_sigmoid_backward`, and the branch between backends.
+
+`forward` and `backward` are what eager mode calls; the registered operators wrap them for the compiler, for export and
+for dispatch modes, where a bare kernel launch could not be seen. They cost 20 µs more a call, so eager avoids them.
+The operators have no derivative of their own: `tribp.functional` gives it, and autograd through a bare one raises.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference, runtime
+
+Needs = tuple[bool, bool, bool]
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """σ(input·weightᵀ + bias), contiguous. input: (*, K), weight: (N, K), bias: (N,); all of one dtype and device."""
+    k, n = input.shape[-1], weight.shape[0]
+    if backend == "torch" or input.numel() == 0 or n == 0:
+        return reference.linear_sigmoid(input, weight, bias)
+    from . import linear_sigmoid_triton as kernels
+
+    output = torch.empty((*input.shape[:-1], n), dtype=input.dtype, device=input.device)
+    arch, tf32 = runtime.arch_of(input.device.index), runtime.tf32_allowed()
+    with runtime.on_device(input):
+        kernels.forward(input.reshape(-1, k), weight, bias, output.view(-1, n), arch, tf32).run()
+    return output
+
+
+def backward(
+    grad: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor, needs: Needs, backend: str
+) -> Grads:
+    """Gradients of input, weight and bias, each where `needs` says so.
+
+    `input` is read only for the weight's gradient and `weight` only for the input's, and may be None otherwise.
+    """
+    if backend == "torch" or output.numel() == 0 or (input is not None and input.numel() == 0):
+        return reference.linear_sigmoid_backward(grad, input, weight, output, needs)
+    from . import linear_sigmoid_triton as kernels
+
+    n = output.shape[-1]
+    x = input.reshape(-1, input.shape[-1]) if input is not None else None
+    dx = dw = db = None
+    if needs[0]:
+        assert weight is not None
+        dx = torch.empty((*output.shape[:-1], weight.shape[1]), dtype=output.dtype, device=output.device)
+    if needs[1]:
+        assert x is not None
+        dw = torch.empty((n, x.shape[1]), dtype=output.dtype, device=output.device)
+    if needs[2]:
+        db = torch.empty(n, dtype=output.dtype, device=output.device)
+    arch, tf32 = runtime.arch_of(output.device.index), runtime.tf32_allowed()
+    with runtime.on_device(output):
+        for launch in kernels.backward(
+            grad.reshape(-1, n), x, weight, output.contiguous().view(-1, n), arch, tf32,
+            dx.view(-1, dx.shape[-1]) if dx is not None else None, dw, db,
+        ):  # fmt: skip
+            launch.run()
+    return dx, dw, db
+
+
+@torch.library.custom_op("tribp::linear_sigmoid", mutates_args=())
+def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return forward(input, weight, bias, runtime.backend_of(input))
+
+
+@linear_sigmoid.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("tribp::linear_sigmoid_backward", mutates_args=())
+def linear_sigmoid_backward(
+    grad: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients that `needs` asks for, in the order input, weight, bias."""
+    wanted = (needs[0], needs[1], needs[2])
+    grads = backward(grad, input, weight, output, wanted, runtime.backend_of(output))
+    return [grad for grad in grads if grad is not None]
+
+
+@linear_sigmoid_backward.register_fake
+def _(grad: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    grads = []
+    n = output.shape[-1]
+    if needs[0]:
+        assert weight is not None
+        grads.append(output.new_empty((*output.shape[:-1], weight.shape[1])))
+    if needs[1]:
+        assert input is not None
+        grads.append(output.new_empty((n, input.shape[-1])))
+    if needs[2]:
+        grads.append(output.new_empty((n,)))
+    return grads

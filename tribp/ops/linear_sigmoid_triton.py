@@ -1,0 +1,216 @@
+"""Linear + sigmoid on the Triton kernels: which launches make up each direction. Matrices only; imports triton."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..kernels import linear_sigmoid as kernels
+from ..kernels.launch import (
+    Arch,
+    Product,
+    cdiv,
+    choose_dgrad,
+    choose_forward,
+    choose_pass,
+    choose_wgrad,
+    precision_of,
+)
+from .launching import Launch, Operand, accumulator, operand, sum_partials, vector_length
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def forward(
+    x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, arch: Arch, tf32: bool, settings: Product | None = None
+) -> Launch:
+    """The launch that writes y = σ(x·wᵀ + b). x: (M, K), w: (N, K), b: (N,) or None, y: (M, N) contiguous.
+
+    `settings` replaces the rules' choice (tests and tuning).
+    """
+    (m, k), n = x.shape, w.shape[0]
+    dtype, (_, acc) = _name(x.dtype), accumulator(x.dtype)
+    precision = precision_of(dtype, tf32, arch)
+    xs, ws, ys = operand(x), operand(w), operand(y)
+    vec = min(xs.vec, ws.vec)
+    s = settings or choose_forward(m, n, k, dtype, precision, arch, vec=vec, tma=xs.tma and ws.tma)
+    store_tma = s.tma and ys.tma
+    return Launch(
+        kernels.forward,
+        (min(s.persistent, s.tiles(m, n)) or s.tiles(m, n),),
+        (
+            xs.argument(s.tma, s.block_i, s.block_l),
+            ws.argument(s.tma, s.block_j, s.block_l),
+            None if b is None else b.contiguous(),
+            ys.argument(store_tma, s.block_i, s.block_j),
+            m, n, k, xs.ld, ws.ld,
+        ),
+        dict(
+            HAS_BIAS=b is not None, ACC=acc, PRECISION=precision, ACCURATE=x.dtype == torch.float32,
+            PTX=arch.backend == "cuda", TMA=s.tma, TMA_STORE=store_tma,
+            X_TRANSPOSED=xs.transposed, W_TRANSPOSED=ws.transposed, PREFETCH=s.prefetch, VEC=vec, VEC_STORE=ys.vec,
+            BLOCK_M=s.block_i, BLOCK_N=s.block_j, BLOCK_K=s.block_l, GROUP=s.group, PERSISTENT=s.persistent > 0,
+        ),
+        s.num_warps,
+        s.num_stages,
+    )  # fmt: skip
+
+
+def output_grad(dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arch: Arch) -> Launch:
+    """The launch that writes dz = dy·y·(1 − y) and the sums of its rows. db: (row blocks, N), see `row_blocks`."""
+    m, n = y.shape
+    s = choose_pass(m, n, _name(y.dtype), arch)
+    return Launch(
+        kernels.output_grad,
+        (cdiv(m, s.rows), cdiv(n, s.block_n)),
+        (dy, y, dz, db, m, n, dy.stride(0), dy.stride(1), s.rows),
+        dict(
+            WRITE_DZ=dz is not None, WRITE_DB=db is not None, ACC=accumulator(y.dtype)[1],
+            VEC=vector_length(y.element_size(), n), BLOCK_M=s.block_m, BLOCK_N=s.block_n,
+        ),
+        s.num_warps,
+    )  # fmt: skip
+
+
+def dgrad(
+    dz: Operand, y: Tensor | None, w: Operand, dx: Tensor, arch: Arch, tf32: bool, settings: Product | None = None
+) -> Launch:
+    """The launch that writes dx = dz·w. With `y`, which allows the fused form, `dz` holds dy."""
+    (m, n), k = dz.tensor.shape, w.tensor.shape[1]
+    dtype, (_, acc) = _name(dx.dtype), accumulator(dx.dtype)
+    precision = precision_of(dtype, tf32, arch)
+    out = operand(dx)
+    vec = min(dz.vec, w.vec)
+    tma = dz.tma and w.tma
+    s = settings or choose_dgrad(m, n, k, dtype, precision, arch, vec=vec, tma=tma, may_fuse=y is not None)
+    store_tma = s.tma and out.tma
+    return Launch(
+        kernels.dgrad,
+        (s.tiles(m, k),),
+        (
+            dz.argument(s.tma, s.block_i, s.block_l),
+            operand(y).argument(s.tma, s.block_i, s.block_l) if s.fuse_dz and y is not None else None,
+            w.argument(s.tma, s.block_l, s.block_j),
+            out.argument(store_tma, s.block_i, s.block_j),
+            m, n, k, dz.ld, w.ld,
+        ),
+        dict(
+            FUSE_DZ=s.fuse_dz, ACC=acc, PRECISION=precision, TMA=s.tma, TMA_STORE=store_tma,
+            W_TRANSPOSED=w.transposed, PREFETCH=s.prefetch, VEC=vec, VEC_STORE=out.vec,
+            BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group,
+        ),
+        s.num_warps,
+        s.num_stages,
+    )  # fmt: skip
+
+
+def wgrad(
+    dz: Operand, y: Tensor | None, x: Operand, dw: Tensor, dz_out: Tensor | None, db: Tensor | None,
+    arch: Arch, tf32: bool, settings: Product,
+) -> Launch:  # fmt: skip
+    """The launch that writes dw = dzᵀ·x, or with splits each split's share of it. dw: (splits, N, K).
+
+    With `settings.fuse_dz`, `dz` holds dy, and dz_out (M, N) and db (splits, N) are written too where they are given.
+    """
+    (m, n), k = dz.tensor.shape, x.tensor.shape[1]
+    s = settings
+    assert s.splits == dw.shape[0]
+    return Launch(
+        kernels.wgrad,
+        (s.tiles(n, k), s.splits),
+        (
+            dz.argument(s.tma, s.block_l, s.block_i),
+            operand(y).argument(s.tma, s.block_l, s.block_i) if s.fuse_dz and y is not None else None,
+            x.argument(s.tma, s.block_l, s.block_j),
+            dw, dz_out, db, m, n, k, dz.ld, x.ld,
+            cdiv(cdiv(m, s.splits), s.block_l) * s.block_l,
+        ),
+        dict(
+            FUSE_DZ=s.fuse_dz, WRITE_DZ=dz_out is not None, WRITE_DB=db is not None,
+            ACC=accumulator(x.tensor.dtype)[1], PRECISION=precision_of(_name(x.tensor.dtype), tf32, arch),
+            TMA=s.tma, X_TRANSPOSED=x.transposed, PREFETCH=s.prefetch, VEC=min(dz.vec, x.vec),
+            VEC_STORE=vector_length(dw.element_size(), k),
+            BLOCK_M=s.block_l, BLOCK_N=s.block_i, BLOCK_K=s.block_j, GROUP=s.group,
+        ),
+        s.num_warps,
+        s.num_stages,
+    )  # fmt: skip
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, w: Tensor | None, y: Tensor, arch: Arch, tf32: bool,
+    dx: Tensor | None, dw: Tensor | None, db: Tensor | None, fuse: bool = True,
+) -> Iterator[Launch]:  # fmt: skip
+    """The launches that write those of dx, dw and db that are given, in order; each is to be run as it comes.
+
+    `fuse=False` keeps dz in a pass of its own, whatever the rules say (tests and tuning).
+    """
+    (m, n), dtype = y.shape, y.dtype
+    partial = accumulator(dtype)[0]
+    dys = operand(dy)
+    fuse = fuse and not dys.transposed and dys.ld >= n  # an expanded dy has no rows to load tiles of
+    dz: Tensor | None = None
+
+    if dw is not None:
+        assert x is not None
+        xs = operand(x)
+        k = x.shape[1]
+        settings = choose_wgrad(
+            m, n, k, _name(dtype), precision_of(_name(dtype), tf32, arch), arch,
+            vec=min(dys.vec if fuse else vector_length(y.element_size(), n), xs.vec),
+            tma=xs.tma and (dys.tma if fuse else n * y.element_size() % 16 == 0),
+            may_fuse=fuse,
+            spare=(x.numel() if dx is not None else y.numel()) * y.element_size(),
+        )  # fmt: skip
+        parts = settings.splits
+        if settings.fuse_dz:
+            dz = torch.empty_like(y) if dx is not None else None
+            sums = _partials(db, parts, partial)
+            source = dys
+        else:
+            dz = torch.empty_like(y)
+            yield from _output_grad(dy, y, dz, db, arch)
+            sums, source = None, operand(dz)
+        shares = _partials(dw, parts, partial)
+        assert shares is not None
+        yield wgrad(source, y, xs, shares, dz if settings.fuse_dz else None, sums, arch, tf32, settings)
+        if parts > 1:
+            yield sum_partials(shares, dw, arch)
+            if sums is not None and db is not None:
+                yield sum_partials(sums, db, arch)
+        del shares
+        db = None
+
+    if dx is not None:
+        assert w is not None
+        ws = operand(w)
+        if dz is None and fuse and db is None:
+            launch = dgrad(dys, y, ws, dx, arch, tf32)
+            if launch.constants["FUSE_DZ"]:
+                yield launch
+                return
+        if dz is None:
+            dz = torch.empty_like(y)
+            yield from _output_grad(dy, y, dz, db, arch)
+            db = None
+        yield dgrad(operand(dz), None, ws, dx, arch, tf32)
+
+    if db is not None:
+        yield from _output_grad(dy, y, None, db, arch)
+
+
+def _partials(out: Tensor | None, parts: int, dtype: torch.dtype) -> Tensor | None:
+    """Room for `parts` partial results of `out`; `out` itself if there is only one."""
+    if out is None:
+        return None
+    return out.unsqueeze(0) if parts == 1 else torch.empty((parts, *out.shape), dtype=dtype, device=out.device)
+
+
+def _output_grad(dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arch: Arch) -> Iterator[Launch]:
+    blocks = cdiv(y.shape[0], choose_pass(*y.shape, _name(y.dtype), arch).rows)
+    sums = _partials(db, blocks, accumulator(y.dtype)[0])
+    yield output_grad(dy, y, dz, sums, arch)
+    if sums is not None and db is not None and blocks > 1:
+        yield sum_partials(sums, db, arch)
