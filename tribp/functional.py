@@ -1,5 +1,6 @@
 """Functions on tensors, as in `torch.nn.functional`: argument checks, autocast and autograd around the operators."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,9 +39,9 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     """
     if torch.overrides.has_torch_function((input, weight, bias)):
         arguments = (input, weight, bias)
-        return torch.overrides.handle_torch_function(linear_sigmoid, arguments, *arguments)  # type: ignore[no-any-return]
+        return torch.overrides.handle_torch_function(linear_sigmoid, arguments, *arguments)
     _check(input, weight, bias)
-    if torch.is_autocast_enabled(input.device.type):
+    if _autocasting(input.device.type):
         input, weight, bias = _autocast(input), _autocast(weight), None if bias is None else _autocast(bias)
     if bias is not None and bias.shape != weight.shape[:1]:
         bias = bias.expand(weight.shape[0])
@@ -62,7 +63,7 @@ class _LinearSigmoid(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _dispatching():
             ctx.backend = None
-            output = ops.linear_sigmoid(input, weight, bias)
+            output: Tensor = ops.linear_sigmoid(input, weight, bias)
         else:
             ctx.backend = runtime.backend_of(input)
             output = ops.forward(input, weight, bias, ctx.backend)
@@ -79,7 +80,9 @@ class _LinearSigmoid(torch.autograd.Function):
             grads = iter(ops.linear_sigmoid_backward(grad, input, weight, output, needs))
             dx, dw, db = (next(grads) if need else None for need in needs)
             return dx, dw, db
-        with torch.autocast(grad.device.type, enabled=False):
+        device = grad.device.type
+        # Backward under autocast, which torch advises against, would cast the operands of float32 products.
+        with torch.autocast(device, enabled=False) if _autocasting(device) else nullcontext():
             if torch.is_grad_enabled():
                 # Only under create_graph=True: whoever differentiates the gradient again needs torch's own operations.
                 return reference.linear_sigmoid_backward(grad, input, weight, output, needs)
@@ -92,15 +95,19 @@ def _dispatching() -> bool:
 
 
 def _transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch must differentiate by itself: inside torch.func, in forward mode, for tensor subclasses.
+    """Whether torch must compute by itself: inside torch.func, in forward mode, under jit.trace, for tensor subclasses.
 
-    A kernel would read the memory behind a wrapped tensor and return a result without its tangent or its batch.
+    A kernel would read the memory behind a wrapped tensor and return a result without its tangent, batch or trace.
     """
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state():
         return True
+    if torch.compiler.is_compiling():  # fake tensors are subclasses too, and the operators take them
+        return False
     return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
+
+
+def _autocasting(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(tensor: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The library's mathematics in plain torch: the fallback where no kernel runs, and the tests' oracle."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +12,11 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return torch.sigmoid(F.linear(input, weight, bias))
 
 
+def as_matrix(tensor: Tensor) -> Tensor:
+    """`tensor` with its leading dimensions in one. (`reshape(-1, n)` cannot tell how many rows of no columns there are.)"""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
 def linear_sigmoid_backward(
     grad: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -18,14 +25,14 @@ def linear_sigmoid_backward(
     dz = dy·y·(1 − y), dx = dz·W, dW = dzᵀ·x, db = Σ_rows dz. `input` is needed for dW only, `weight` for dx only.
     """
     dz = torch.ops.aten.sigmoid_backward(grad, output)
-    rows = dz.reshape(-1, dz.shape[-1])
+    rows = as_matrix(dz)
     dx = dw = db = None
     if needs[0]:
         assert weight is not None
         dx = dz @ weight
     if needs[1]:
         assert input is not None
-        dw = rows.t() @ input.reshape(-1, input.shape[-1])
+        dw = rows.t() @ as_matrix(input)
     if needs[2]:
         db = rows.sum(0)
     return dx, dw, db

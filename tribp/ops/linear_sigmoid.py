@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference, runtime
+from ..reference import as_matrix
 
 Needs = tuple[bool, bool, bool]
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -18,7 +19,7 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """σ(input·weightᵀ + bias), contiguous. input: (*, K), weight: (N, K), bias: (N,); all of one dtype and device."""
-    k, n = input.shape[-1], weight.shape[0]
+    n = weight.shape[0]
     if backend == "torch" or input.numel() == 0 or n == 0:
         return reference.linear_sigmoid(input, weight, bias)
     from . import linear_sigmoid_triton as kernels
@@ -26,7 +27,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) ->
     output = torch.empty((*input.shape[:-1], n), dtype=input.dtype, device=input.device)
     arch, tf32 = runtime.arch_of(input.device.index), runtime.tf32_allowed()
     with runtime.on_device(input):
-        kernels.forward(input.reshape(-1, k), weight, bias, output.view(-1, n), arch, tf32).run()
+        kernels.forward(as_matrix(input), weight, bias, as_matrix(output), arch, tf32).run()
     return output
 
 
@@ -42,7 +43,7 @@ def backward(
     from . import linear_sigmoid_triton as kernels
 
     n = output.shape[-1]
-    x = input.reshape(-1, input.shape[-1]) if input is not None else None
+    x = as_matrix(input) if input is not None else None
     dx = dw = db = None
     if needs[0]:
         assert weight is not None
@@ -55,8 +56,8 @@ def backward(
     arch, tf32 = runtime.arch_of(output.device.index), runtime.tf32_allowed()
     with runtime.on_device(output):
         for launch in kernels.backward(
-            grad.reshape(-1, n), x, weight, output.contiguous().view(-1, n), arch, tf32,
-            dx.view(-1, dx.shape[-1]) if dx is not None else None, dw, db,
+            as_matrix(grad), x, weight, as_matrix(output.contiguous()), arch, tf32,
+            as_matrix(dx) if dx is not None else None, dw, db,
         ):  # fmt: skip
             launch.run()
     return dx, dw, db

@@ -1,0 +1,50 @@
+"""What every test needs: the interpreter where there is no GPU, the device the kernels run on, poisoned memory."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Triton looks at the variable when it decorates a kernel, so it must be set before tribp.kernels is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.pop("TRIBP_BACKEND", None)  # the tests choose
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture
+def kernels() -> Iterator[str]:
+    """Run the Triton kernels, compiled or by the interpreter; the value is the device to put tensors on."""
+    pytest.importorskip("triton")
+    import tribp
+
+    with tribp.use_backend("triton"):
+        yield "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(params=["torch", "triton"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways to run an operation: the fallback on the CPU, and the kernels. The value is the tensors' device."""
+    if request.param == "triton":
+        yield request.getfixturevalue("kernels")
+        return
+    import tribp
+
+    with tribp.use_backend("torch"):
+        yield "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_poisoned() -> Iterator[None]:
+    """A fixed seed, and NaN in every `torch.empty`: what a kernel forgot to write is seen."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
