@@ -13,14 +13,18 @@ TF32_TOLERANCE = 1e-3
 
 
 def error(result: Tensor, exact: Tensor, scale: Tensor | None = None) -> float:
-    """‖result − exact‖ / ‖exact‖; where a sum can cancel, relative to `scale`, the size of its terms, if that is more."""
+    """‖result − exact‖ / ‖exact‖, or relative to `scale`, the size of the terms of a sum that can cancel, if more."""
     assert result.shape == exact.shape
     size = exact.norm() if scale is None else torch.maximum(exact.norm(), scale.norm())
     return float((result.detach().double().cpu() - exact).norm() / size.clamp_min(1e-300))
 
 
 def assert_close(
-    result: Tensor, exact: Tensor, torchs: Tensor | None = None, scale: Tensor | None = None, tolerance: float | None = None
+    result: Tensor,
+    exact: Tensor,
+    torchs: Tensor | None = None,
+    scale: Tensor | None = None,
+    tolerance: float | None = None,
 ) -> None:
     """`result` is within its type's tolerance of `exact`, and not more than twice as far as torch's own result.
 

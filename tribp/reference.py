@@ -13,7 +13,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """`tensor` with its leading dimensions in one. (`reshape(-1, n)` cannot tell how many rows of no columns there are.)"""
+    """`tensor`, its leading dimensions in one; `reshape(-1, n)` cannot tell how many rows of no columns there are."""
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 

@@ -1,0 +1,231 @@
+"""Each form of each kernel by itself, whatever the launch rules would choose: tiles, TMA, persistence, splits, fusion.
+
+Shapes leave a remainder in every dimension, every output starts as NaN, and every type can have descriptors (a pitch
+that is a multiple of 16 bytes).
+"""
+
+import itertools
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import pytest
+import torch
+from _pytest.mark import ParameterSet
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tribp import runtime
+from tribp.kernels.launch import ARCHS, Arch, Product, cdiv, choose_wgrad
+from tribp.ops import linear_sigmoid_triton as triton_ops
+from tribp.ops.launching import Launch, operand
+
+from .oracle import LinearSigmoid, assert_close
+
+M, N, K = 72, 40, 56
+BASE = Product(32, 16, 32, num_warps=4, num_stages=2, reason="test", group=2)
+# Pairwise over the forms: (TMA, persistent programs, prefetch, splits).
+FORMS = {
+    "pointers": BASE,
+    "prefetch": replace(BASE, prefetch=True),
+    "persistent": replace(BASE, persistent=3),
+    "tma": replace(BASE, tma=True),
+    "tma persistent": replace(BASE, tma=True, persistent=2),
+    "deep and narrow": replace(BASE, block_i=16, block_j=32, block_l=32, group=8),
+}
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def cover(*axes: Iterable[object], quick: Callable[..., bool]) -> list[ParameterSet]:
+    """The product of all axes; what is not `quick` runs under `-m slow`."""
+    return [
+        pytest.param(*values, marks=() if quick(*values) else pytest.mark.slow, id="-".join(map(str, values)))
+        for values in itertools.product(*axes)
+    ]
+
+
+def turn(*values: object) -> torch.dtype:
+    """A type for each combination of values, every type having its turn: what makes a cover pairwise."""
+    return DTYPES[zlib.crc32(repr(values).encode()) % len(DTYPES)]
+
+
+def arch(tensor: Tensor) -> Arch:
+    return runtime.arch_of(tensor.device.index)
+
+
+def run(launch: Launch) -> None:
+    launch.run()
+
+
+def matrix(rows: int, cols: int, dtype: torch.dtype, device: str, transposed: bool = False) -> Tensor:
+    values = torch.randn((cols, rows) if transposed else (rows, cols), dtype=torch.float64).to(device, dtype)
+    return values.t() if transposed else values
+
+
+def nan(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(
+    ("form", "transposed", "dtype"),
+    cover(
+        FORMS,
+        ["", "x", "w", "xw"],
+        DTYPES,
+        quick=lambda form, transposed, dtype: not transposed or dtype == turn(form, transposed),
+    ),
+)
+def test_forward(form: str, transposed: str, dtype: torch.dtype, kernels: str) -> None:
+    x, w = matrix(M, K, dtype, kernels, "x" in transposed), matrix(N, K, dtype, kernels, "w" in transposed) / K**0.5
+    b = matrix(1, N, dtype, kernels)[0] if form != "prefetch" else None
+    y = nan(M, N, dtype=dtype, device=kernels)
+    run(triton_ops.forward(x, w, b, y, arch(x), False, FORMS[form]))
+    assert_close(y, LinearSigmoid(x, w, b).y)
+
+
+@pytest.mark.parametrize(
+    ("form", "transposed", "dtype"),
+    cover(
+        ["pointers", "prefetch", "tma", "fused", "fused tma"], [False, True], DTYPES,
+        quick=lambda form, transposed, dtype: not transposed or dtype == turn(form),
+    ),
+)  # fmt: skip
+def test_dgrad(form: str, transposed: bool, dtype: torch.dtype, kernels: str) -> None:
+    w = matrix(N, K, dtype, kernels, transposed)
+    dy, y = matrix(M, N, dtype, kernels), torch.sigmoid(matrix(M, N, torch.float32, kernels)).to(dtype)
+    dx = nan(M, K, dtype=dtype, device=kernels)
+    form_settings = replace(BASE, tma="tma" in form, prefetch=form == "prefetch", fuse_dz="fused" in form)
+    if form_settings.fuse_dz:
+        dz = dy.double() * y.double() * (1 - y.double())
+        run(triton_ops.dgrad(operand(dy), y, operand(w), dx, arch(w), False, form_settings))
+        # dz is rounded to the storage type on its way into the product, as torch's is on its way to memory.
+        dz = dz.to(dtype).double()
+    else:
+        dz = dy.double()
+        run(triton_ops.dgrad(operand(dy), None, operand(w), dx, arch(w), False, form_settings))
+    assert_close(dx, (dz @ w.double()).cpu())
+
+
+@pytest.mark.parametrize(
+    ("form", "splits", "transposed", "dtype"),
+    cover(
+        ["pointers", "prefetch", "tma", "fused", "fused tma"], [1, 3], [False, True], DTYPES,
+        quick=lambda form, splits, transposed, dtype: not transposed or dtype == turn(form, splits),
+    ),
+)  # fmt: skip
+def test_wgrad(form: str, splits: int, transposed: bool, dtype: torch.dtype, kernels: str) -> None:
+    x = matrix(M, K, dtype, kernels, transposed)
+    dy, y = matrix(M, N, dtype, kernels), torch.sigmoid(matrix(M, N, torch.float32, kernels)).to(dtype)
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    dw = nan(splits, N, K, dtype=dtype if splits == 1 else accumulator, device=kernels)
+    db = nan(splits, N, dtype=dtype if splits == 1 else accumulator, device=kernels)
+    dz_out = nan(M, N, dtype=dtype, device=kernels)
+    form_settings = replace(
+        BASE, tma="tma" in form, prefetch=form == "prefetch", fuse_dz="fused" in form, splits=splits
+    )
+    if form_settings.fuse_dz:
+        exact = dy.double() * y.double() * (1 - y.double())
+        run(triton_ops.wgrad(operand(dy), y, operand(x), dw, dz_out, db, arch(x), False, form_settings))
+        assert_close(dz_out, exact.cpu())
+        dz = dz_out.double()
+        assert_close(db.double().sum(0).to(dtype), exact.sum(0).cpu(), scale=exact.norm(dim=0).cpu())
+    else:
+        dz = dy.double()
+        run(triton_ops.wgrad(operand(dy), None, operand(x), dw, None, None, arch(x), False, form_settings))
+    assert_close(dw.double().sum(0).to(dtype), (dz.t() @ x.double()).cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("write", ["dz", "db", "both"])
+def test_output_grad(write: str, dtype: torch.dtype, kernels: str) -> None:
+    dy, y = matrix(M, N, dtype, kernels), torch.sigmoid(matrix(M, N, torch.float32, kernels)).to(dtype)
+    exact = dy.double() * y.double() * (1 - y.double())
+    dz = nan(M, N, dtype=dtype, device=kernels) if write != "db" else None
+    db = nan(N, dtype=dtype, device=kernels) if write != "dz" else None
+    for launch in triton_ops._output_grad(dy, y, dz, db, arch(y)):
+        run(launch)
+    if dz is not None:
+        assert_close(dz, exact.cpu(), torch.ops.aten.sigmoid_backward(dy, y))
+    if db is not None:
+        assert_close(db, exact.sum(0).cpu(), scale=exact.norm(dim=0).cpu())
+
+
+@pytest.mark.parametrize(
+    ("needs", "fuse", "dtype"),
+    cover(
+        ["x", "w", "b", "xw", "xb", "wb", "xwb"], [True, False], DTYPES,
+        quick=lambda needs, fuse, dtype: needs == "xwb" or dtype == turn(needs),
+    ),
+)  # fmt: skip
+def test_backward_as_a_whole(needs: str, fuse: bool, dtype: torch.dtype, kernels: str) -> None:
+    x, w, dy = matrix(M, K, dtype, kernels), matrix(N, K, dtype, kernels), matrix(M, N, dtype, kernels)
+    y = torch.sigmoid(matrix(M, N, torch.float32, kernels)).to(dtype)
+    dx = nan(M, K, dtype=dtype, device=kernels) if "x" in needs else None
+    dw = nan(N, K, dtype=dtype, device=kernels) if "w" in needs else None
+    db = nan(N, dtype=dtype, device=kernels) if "b" in needs else None
+    fused = []
+    for launch in triton_ops.backward(
+        dy, x if "w" in needs else None, w if "x" in needs else None, y, arch(y), False, dx, dw, db, fuse
+    ):
+        run(launch)
+        fused.append(launch.constants.get("FUSE_DZ", False))
+    # The rules fuse at this shape where somebody's product can carry it: not for db alone, nor for dx beside db.
+    assert any(fused) == (fuse and ("w" in needs or needs == "x"))
+    exact_dx, exact_dw, exact_db, terms = LinearSigmoid(x, w, None).gradients(dy, y)
+    for result, exact in ((dx, exact_dx), (dw, exact_dw)):
+        if result is not None:
+            assert_close(result, exact)
+    if db is not None:
+        assert_close(db, exact_db, scale=terms)
+
+
+def test_splits_cover_the_rows_exactly() -> None:
+    for m in (1, 16, 17, 255, 4096, 65536):
+        for n, k in ((16, 16), (10, 128), (256, 784), (4096, 4096)):
+            for spare in (0, 1 << 20, 1 << 40):
+                chosen = choose_wgrad(
+                    m, n, k, "bfloat16", "ieee", ARCHS["sm_90"], vec=8, tma=True, may_fuse=True, spare=spare
+                )
+                rows = cdiv(cdiv(m, chosen.splits), chosen.block_l) * chosen.block_l
+                assert rows * (chosen.splits - 1) < m <= rows * chosen.splits
+                assert chosen.splits == 1 or chosen.splits * n * k * 4 <= spare
+
+
+dimension = st.integers(1, 70)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    m=dimension, n=dimension, k=dimension,
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(*[st.sampled_from(["rows", "columns", "strided", "shifted"])] * 3),
+    bias=st.booleans(),
+)  # fmt: skip
+def test_any_shape_layout_and_type(
+    m: int, n: int, k: int, dtype: torch.dtype, layouts: tuple[str, str, str], bias: bool, kernels: str
+) -> None:
+    import tribp
+
+    def laid_out(rows: int, cols: int, layout: str) -> Tensor:
+        if layout == "strided":
+            return matrix(rows, 2 * cols, dtype, kernels)[:, ::2]
+        if layout == "shifted":
+            return matrix(rows, cols + 1, dtype, kernels)[:, 1:]
+        return matrix(rows, cols, dtype, kernels, transposed=layout == "columns")
+
+    x, w, dy = (laid_out(*s, layout) for s, layout in zip(((m, k), (n, k), (m, n)), layouts, strict=True))
+    x, w = x.detach().requires_grad_(), (w / k**0.5).detach().requires_grad_()
+    b = matrix(1, n, dtype, kernels)[0].requires_grad_() if bias else None
+    y = tribp.linear_sigmoid(x, w, b)
+    exact = LinearSigmoid(x, w, b)
+    assert_close(y, exact.y)
+    dx, dw, db, terms = exact.gradients(dy, y)
+    inputs = [x, w] if b is None else [x, w, b]
+    found = torch.autograd.grad(y, inputs, dy)
+    scale = exact.gradients(dy.abs(), y)
+    for result, value, size in zip(found, (dx, dw, db), (scale[0], scale[1], terms), strict=False):
+        assert_close(result, value, scale=size)

@@ -1,0 +1,121 @@
+"""What is shipped, and which way imports run."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module may import from its own floor and from the floors listed with it; nothing else of tribp's.
+FLOORS = {
+    "kernels": set(),
+    "reference": set(),
+    "runtime": {"kernels.launch", "kernels.common"},
+    "ops": {"runtime", "reference", "kernels"},
+    "functional": {"ops", "runtime", "reference"},
+    "nn": {"functional"},
+    "demo": {"functional", "nn", "runtime"},
+}
+PACKAGE_FILES = {"__init__", "__main__"}  # they gather the floors and import from any
+
+
+def shipped() -> dict[str, Path]:
+    """Module name within tribp → file, `kernels/` counted once."""
+    files = {f"kernels.{p.stem}": p for p in (ROOT / "kernels").glob("*.py")}
+    for path in (ROOT / "tribp").rglob("*.py"):
+        parts = path.relative_to(ROOT / "tribp").with_suffix("").parts
+        if parts[0] != "kernels":
+            files[".".join(parts)] = path
+    return files
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """What a file imports, anywhere in it: tribp's modules as `tribp.…`, the others by their top-level name."""
+    found = set()
+    package = ["tribp", *name.split(".")[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            found |= {name if name.startswith("tribp") else name.split(".")[0] for name in names}
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")] if node.level else []
+            module = ".".join(p for p in base if p) if node.level else node.module or ""
+            if module.startswith("tribp"):
+                found |= {f"{module}.{a.name}" for a in node.names}
+            else:
+                found.add(module.split(".")[0])
+    return found
+
+
+def check_imports(name: str, found: set[str]) -> None:
+    floor = name.split(".")[0]
+    for module in found:
+        if not module.startswith("tribp."):
+            if floor == "kernels":
+                allowed = sys.stdlib_module_names | (set() if name == "kernels.launch" else {"triton"})
+                assert module in allowed, f"{name} imports {module}"
+            continue
+        target = module.removeprefix("tribp.")
+        assert any(target == ok or target.startswith(ok + ".") for ok in FLOORS[floor] | {floor}), (
+            f"{name} imports {module}, which is no floor below it"
+        )
+
+
+def test_imports_run_downwards() -> None:
+    files = shipped()
+    assert len(files) > 8
+    for name, path in files.items():
+        if name.split(".")[0] not in PACKAGE_FILES:
+            check_imports(name, imports(name, path))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("kernels.common", {"torch"}),
+        ("kernels.launch", {"triton"}),
+        ("reference", {"tribp.kernels.common"}),
+        ("ops.linear_sigmoid", {"tribp.functional.linear_sigmoid"}),
+    ],
+)
+def test_an_upward_import_would_be_seen(name: str, found: set[str]) -> None:
+    with pytest.raises(AssertionError):
+        check_imports(name, found)
+
+
+def test_required_top_level() -> None:
+    for name in ("README.md", "pyproject.toml", "LICENSE", "tribp", "kernels", "tests", "bench", ".github", ".ci/run"):
+        assert (ROOT / name).exists(), name
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The names in a wheel built from what is in the tree, by the backend that pip would call, without the network."""
+    pytest.importorskip("setuptools", minversion="77")
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "tribp", "kernels"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, tree / name)
+    build = "import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1]))"
+    run = subprocess.run([sys.executable, "-c", build, str(out)], cwd=tree, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    (path,) = out.glob("*.whl")
+    return set(zipfile.ZipFile(path).namelist())
+
+
+def test_wheel_holds_the_tree(wheel: set[str]) -> None:
+    expected = {"tribp/" + name.replace(".", "/") + ".py" for name in shipped()} | {"tribp/py.typed"}
+    assert {name for name in wheel if ".dist-info/" not in name} == expected
+
+
+def test_wheel_installs_no_top_level_kernels(wheel: set[str]) -> None:
+    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"tribp"}

@@ -1,0 +1,128 @@
+"""Which backend runs what; and that importing tribp asks nothing of a GPU and nothing of triton."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import tribp
+from tribp import runtime
+
+from .conftest import HAS_GPU
+
+
+def python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    variables = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRIBP_BACKEND")} | environment
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=variables, timeout=120
+    )
+
+
+def test_auto_sends_cpu_tensors_to_torch() -> None:
+    assert runtime.backend_of(torch.ones(1)) == "torch"
+    assert runtime.backend_of(torch.ones(1, device="meta")) == "torch"
+
+
+@pytest.mark.gpu
+def test_auto_sends_cuda_tensors_to_triton() -> None:
+    assert runtime.backend_of(torch.ones(1, device="cuda")) == "triton"
+
+
+def test_use_backend_nests_and_restores() -> None:
+    with tribp.use_backend("torch"):
+        with pytest.raises(ZeroDivisionError), tribp.use_backend("auto"):
+            raise ZeroDivisionError
+        assert runtime._backend == "torch"
+    assert runtime._backend == "auto"
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="'auto', 'triton', 'torch', got 'cuda'"), tribp.use_backend("cuda"):
+        pass
+
+
+def test_backward_uses_the_backend_of_forward(kernels: str) -> None:
+    x = torch.randn(3, 4, device=kernels, requires_grad=True)
+    y = tribp.linear_sigmoid(x, torch.randn(2, 4, device=kernels))
+    assert y.grad_fn is not None
+    assert y.grad_fn.backend == "triton"  # type: ignore[attr-defined]
+    with tribp.use_backend("torch"):
+        y.sum().backward()  # with no kernels left to choose, it still has its own
+
+
+def test_unknown_backend_in_the_environment() -> None:
+    run = python("import tribp", TRIBP_BACKEND="fast")
+    assert run.returncode != 0
+    assert "TRIBP_BACKEND must be one of 'auto', 'triton', 'torch', got 'fast'" in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(HAS_GPU, reason="about machines without a GPU")
+def test_triton_on_cpu_tensors_without_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    code = """
+        import torch, tribp
+        try:
+            tribp.linear_sigmoid(torch.ones(2, 3), torch.ones(4, 3))
+        except RuntimeError as error:
+            print(error)
+    """
+    run = python(code, TRIBP_BACKEND="triton")
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 1
+    assert "TRITON_INTERPRET=1" in run.stdout
+    run = python(code + "    print('ran')", TRIBP_BACKEND="triton", TRITON_INTERPRET="1")
+    assert run.stdout == "" or "TRITON_INTERPRET" not in run.stdout, run.stdout
+
+
+WITHOUT_TRITON = """
+    import sys
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "triton":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    import importlib.util
+    real = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, package=None: None if name == "triton" else real(name, package)
+    sys.meta_path.insert(0, Missing())
+"""
+
+
+def test_works_without_triton() -> None:
+    run = python(
+        WITHOUT_TRITON
+        + """
+    import torch, tribp
+    x = torch.ones(2, 3, requires_grad=True)
+    tribp.nn.LinearSigmoid(3, 4)(x).sum().backward()
+    assert x.grad is not None and "triton" not in sys.modules
+    try:
+        with tribp.use_backend("triton"):
+            tribp.linear_sigmoid(x, torch.ones(4, 3))
+    except RuntimeError as error:
+        print(error)
+    """
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "the Triton backend was asked for, but triton is not installed: pip install triton"
+
+
+def test_importing_queries_no_gpu() -> None:
+    """Neither CUDA's initialization nor any query of a device; triton itself stays unimported too."""
+    run = python(
+        """
+        import sys, torch
+        def refuse(*args, **kwargs):
+            raise AssertionError("a GPU was queried")
+        for name in ("init", "_lazy_init", "is_available", "device_count", "current_device", "get_device_properties",
+                     "get_device_capability", "get_device_name"):
+            setattr(torch.cuda, name, refuse)
+        torch._C._cuda_getDeviceCount = refuse
+        import tribp, tribp.nn, tribp.functional, tribp.ops.linear_sigmoid
+        tribp.nn.LinearSigmoid(3, 4)(torch.ones(2, 3))
+        assert "tribp.kernels.common" not in sys.modules
+        """
+    )
+    assert run.returncode == 0, run.stderr
