@@ -19,13 +19,21 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def exp2_approx(x):
     """2ˣ by the special-function unit: within 2 units in the last place, results below 2⁻¹²⁶ flushed to 0."""
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    if INTERPRETED:
+        y = tl.exp2(x)
+    else:
+        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
 
 
 @triton.jit
 def reciprocal_approx(x):
     """1/x by the special-function unit: within 1 unit in the last place."""
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    if INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
 
 
 @triton.jit
@@ -36,7 +44,7 @@ def sigmoid(z, ACCURATE: tl.constexpr, PTX: tl.constexpr):
     round the product z·log₂e, and e⁻ᶻ is then wrong by that error times |z|: nothing to a 16-bit result, but 5e-6 of a
     float32 one at z = −80. ACCURATE carries the low half of the product along.
     """
-    if PTX and z.dtype == tl.float32 and not INTERPRETED:
+    if PTX and z.dtype == tl.float32:
         t = z * -LOG2_E
         e = exp2_approx(t)
         if ACCURATE:
@@ -88,13 +96,13 @@ def tile_of(tile, tile_rows, tile_cols, GROUP: tl.constexpr):
 
 @triton.jit
 def indices(start, limit, BLOCK: tl.constexpr, VEC: tl.constexpr):
-    """start … start + BLOCK − 1 as int64, and which of them are below `limit`, a multiple of VEC.
+    """start … start + BLOCK − 1 as int64, and which are below `limit`. BLOCK divides `start`, VEC divides `limit`.
 
     The others become 0 before an address is formed from them: no lane, masked or not, points outside its tensor
     (pytorch #186440 read 16 GiB away). int64, because row · pitch passes 2³¹ long before a row does. Dividing by VEC
     and multiplying again is how the compiler learns that VEC neighbours are inside together, or outside together.
     """
-    i = start + tl.arange(0, BLOCK)
+    i = tl.max_contiguous(tl.multiple_of(start + tl.arange(0, BLOCK), BLOCK), BLOCK)
     inside = i < limit // VEC * VEC
     i = tl.max_contiguous(tl.multiple_of(tl.where(inside, i, 0), BLOCK), BLOCK)
     return i.to(tl.int64), inside

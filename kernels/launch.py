@@ -54,6 +54,7 @@ class Product:
     persistent: int = 0  # programs that share all tiles between them; 0: a program a tile
     splits: int = 1  # programs that share the summed index of one tile
     fuse_dz: bool = False  # form dz = dy·y·(1 − y) while loading
+    max_registers: int | None = None  # a thread; None: as many as ptxas thinks best for occupancy
 
     def tiles(self, i: int, j: int) -> int:
         return cdiv(i, self.block_i) * cdiv(j, self.block_j)
@@ -106,56 +107,63 @@ def precision_of(dtype: str, tf32: bool, arch: Arch) -> str:
     return "tf32" if tf32 else "tf32x3"
 
 
-@lru_cache(maxsize=4096)
-def choose_product(
-    i: int, j: int, l: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, fill: bool = True
-) -> Product:
-    """Settings for an i × j result summed over l.
+def candidates(l: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -> list[Product]:
+    """The tiles worth considering for a product summed over l, the largest first.
 
     vec: elements that every row pitch, contiguous length and base address is a multiple of (16 bytes at most).
-    tma: whether the operands can have tensor descriptors. fill: shrink tiles until they fill the GPU (False where the
-    summed index will be split instead).
+    tma: whether the operands can have tensor descriptors.
     """
-    itemsize = ITEMSIZE[dtype]
     tma = tma and arch.has_tma
+    odd = vec * ITEMSIZE[dtype] < 4 and not tma
     if arch.backend == "interpreter":
         # 6 ms a program whatever its size: tiles just small enough that the tests' shapes take several.
-        return Product(32, 32, 32, 1, 1, "interpreter", tma=tma, prefetch=vec * itemsize < 4)
-
-    if vec * itemsize < 4 and not tma:
+        return [Product(32, 32, 32, 1, 1, "interpreter", tma=tma, prefetch=odd)]
+    if odd:
         # Two-byte loads go through registers: 128×64×32 takes 128 of them, 128×128×32 twice as many, 64 deep spills.
-        base = Product(128, 64, 32, 8, 2, "odd pitch: prefetch by hand, 2-byte loads", prefetch=True)
-        tiles = [base, replace(base, block_i=64, num_warps=4)]
-    elif dtype == "float64":
-        tiles = [Product(64, 64, 16, 4, 3, "float64: DMMA at 64×64×16, 175 registers")]
-    elif arch.backend == "hip":
-        depth = 32 if dtype == "float32" else 64
-        wide = Product(128, 128, depth, 8, 2, "MFMA, 64 KB of LDS: two stages of 128×128")
-        tiles = [wide, replace(wide, block_i=64, block_j=64, num_warps=4)]
-    elif dtype == "float32":
-        # tf32x3 keeps both halves of both operands: 128×128×32 takes 180–202 registers at 8 warps, no spill.
-        wide = Product(128, 128, 32, 8, 3, f"{precision}: 128×128×32 is the largest tile that does not spill")
+        wide = Product(128, 64, 32, 8, 2, "odd pitch: two-byte loads, prefetched by hand", prefetch=True)
+        return [wide, replace(wide, block_i=64, num_warps=4)]
+    if arch.backend == "hip":
+        depth = {"float64": 16, "float32": 32}.get(dtype, 64)
+        wide = Product(128, 128, depth, 8, 2, "MFMA; two stages fill 64 KB of LDS")
+        return [wide, replace(wide, block_i=64, block_j=64, num_warps=4)]
+    if dtype in ("float32", "float64"):
+        # Compiled: left to itself, ptxas rounds the registers of these down to a step of occupancy and spills 4–20
+        # bytes for it; with 255 allowed they take what they need. Before Hopper, whose tensor cores read shared memory,
+        # the halves that tf32x3 makes of both operands lie in registers: 128×128 spills there, 128×64 does not.
+        if dtype == "float64":
+            wide = Product(64, 64, 16, 8, 2, "float64: DMMA", tma=tma, max_registers=255)
+        elif precision == "tf32x3" and arch.capability < 90:
+            wide = Product(128, 64, 32, 8, 3, "tf32x3 from registers: 128×64", tma=tma, max_registers=255)
+        else:
+            wide = Product(128, 128, 32, 8, 3, f"{precision}: 128×128", tma=tma, max_registers=255)
         small = replace(wide, block_i=64, block_j=64, num_warps=4, reason=f"{precision}: 64×64 tiles fill the GPU")
-        tiles = [wide, small, replace(small, block_i=32, block_j=32, reason=f"{precision}: a small result")]
-    else:
-        big = Product(128, 256, 64, 8, 4, "a full wave of 128×256 tiles: the most multiplication per byte of operand")
-        wide = Product(128, 128, 64, 8, 3, "128×128: two programs a processor, one's epilogue behind the other's loop")
-        small = Product(64, 64, 64, 4, 4, "64×64 tiles, or larger ones would leave processors idle")
-        tiles = [wide, small, replace(small, block_i=32, block_j=32, reason="32×32 tiles: a small result")]
-        if l > 1024:
-            tiles.insert(0, big)  # short sums spend their time in the epilogue, and want the two programs
-
-    chosen = tiles[-1]
-    for candidate in tiles:
-        if not fill or candidate.tiles(i, j) >= arch.processors:
-            chosen = candidate
-            break
-    chosen = replace(
-        chosen, block_i=fit(chosen.block_i, i), block_j=fit(chosen.block_j, j), block_l=fit(chosen.block_l, l), tma=tma
+        tiny = replace(small, block_i=32, block_j=32, reason=f"{precision}: a small result")
+        return [wide, tiny] if dtype == "float64" else [wide, small, tiny]
+    # Compiled: before Hopper a 128×256 result beside operands in registers leaves no room for 64 deep tiles.
+    depth = 64 if arch.capability >= 90 else 32
+    big = Product(128, 256, depth, 8, 4, "128×256: the most multiplication per byte of operand", tma=tma)
+    wide = Product(
+        128, 128, 64, 8, 3, "128×128: two programs a processor, one's epilogue behind the other's loop", tma=tma
     )
-    if chosen.block_i * chosen.block_j < 64 * 64:
-        chosen = replace(chosen, num_warps=min(chosen.num_warps, 4))
-    return replace(chosen, num_stages=stages_that_fit(chosen, itemsize, arch))
+    small = Product(64, 64, 64, 4, 4, "64×64: larger tiles would leave processors idle", tma=tma)
+    tiles = [wide, small, replace(small, block_i=32, block_j=32, reason="32×32: a small result")]
+    return [big, *tiles] if l > 1024 else tiles  # short sums spend their time in the epilogue: two programs hide it
+
+
+def fitted(settings: Product, i: int, j: int, l: int, dtype: str, arch: Arch) -> Product:
+    """The settings, no larger than an i × j result summed over l needs, with the stages that shared memory holds."""
+    block_i, block_j, block_l = fit(settings.block_i, i), fit(settings.block_j, j), fit(settings.block_l, l)
+    warps = settings.num_warps if block_i * block_j >= 64 * 64 else min(settings.num_warps, 4)
+    settings = replace(settings, block_i=block_i, block_j=block_j, block_l=block_l, num_warps=warps)
+    return replace(settings, num_stages=stages_that_fit(settings, ITEMSIZE[dtype], arch))
+
+
+@lru_cache(maxsize=4096)
+def choose_product(i: int, j: int, l: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool) -> Product:
+    """Settings for an i × j result summed over l: the largest tiles that fill the GPU."""
+    tiles = candidates(l, dtype, precision, arch, vec, tma)
+    filling = [tile for tile in tiles if tile.tiles(i, j) >= arch.processors]
+    return fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
 
 
 def stages_that_fit(settings: Product, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:
@@ -189,7 +197,7 @@ def choose_dgrad(
 ) -> Product:
     """dx (m × k) = dz·w, summed over n. may_fuse: nobody else needs dz, so it may be formed on the way in."""
     chosen = choose_product(m, k, n, dtype, precision, arch, vec=vec, tma=tma)
-    return fuse_dz(chosen, cdiv(k, chosen.block_j), dtype, arch) if may_fuse else chosen
+    return fuse_dz(chosen, k, dtype, arch) if may_fuse else chosen
 
 
 @lru_cache(maxsize=4096)
@@ -201,28 +209,35 @@ def choose_wgrad(
     The splits depend on the shape and the GPU alone, so the sums have one order. Their float32 partial results may take
     `spare` bytes: what torch would have allocated at this point and tribp does not.
     """
-    chosen = choose_product(n, k, m, dtype, precision, arch, vec=vec, tma=tma, fill=False)
-    tiles = chosen.tiles(n, k)
     accumulator = 8 if dtype == "float64" else 4
-    resident = 2 * arch.processors if chosen.block_i * chosen.block_j <= 128 * 128 else arch.processors
-    worthwhile = cdiv(m, 8 * chosen.block_l)  # splits of under eight steps do little but write partial results
-    splits = max(1, min(resident // tiles, worthwhile, spare // (accumulator * n * k)))
+
+    def most_splits(tile: Product) -> int:
+        """Splits of under eight steps do little but write partial results."""
+        return max(1, min(cdiv(m, 8 * tile.block_l), spare // (accumulator * n * k)))
+
+    tiles = candidates(m, dtype, precision, arch, vec, tma)
+    filling = [tile for tile in tiles if tile.tiles(n, k) * most_splits(tile) >= arch.processors]
+    chosen = fitted((filling or tiles[-1:])[0], n, k, m, dtype, arch)
+    if may_fuse:
+        chosen = fuse_dz(chosen, k, dtype, arch)
+    resident = arch.processors if chosen.block_i * chosen.block_j > 128 * 128 else 2 * arch.processors
+    splits = max(1, min(resident // chosen.tiles(n, k), most_splits(chosen)))
     rows = cdiv(cdiv(m, splits), chosen.block_l) * chosen.block_l
-    chosen = replace(chosen, splits=cdiv(m, rows))
-    return fuse_dz(chosen, cdiv(k, chosen.block_j), dtype, arch) if may_fuse else chosen
+    return replace(chosen, splits=cdiv(m, rows))
 
 
-def fuse_dz(chosen: Product, tile_cols: int, dtype: str, arch: Arch) -> Product:
-    """Form dz while loading, if few tile columns repeat that work.
+def fuse_dz(chosen: Product, cols: int, dtype: str, arch: Arch) -> Product:
+    """Form dz while loading, if at most four tile columns repeat that work and operands come from shared memory.
 
     Derived: a pass of its own reads dy and y and writes dz, and the product reads that again: four units of memory
-    where the fused form has two. But the loop has three times the instructions, once for each tile column.
+    where the fused form has two. But the loop has three times the instructions, once for each tile column. Compiled:
+    where products take their operands from registers (before Hopper, and AMD) the fused wgrad spills up to 780 bytes.
     """
-    if tile_cols > 4 or chosen.prefetch:
+    if cdiv(cols, chosen.block_j) > 4 or chosen.prefetch or not arch.has_tma:
         return chosen
     if chosen.block_i * chosen.block_j > 128 * 128:
-        # Compiled: the 128×256 accumulator leaves no registers for dy and y.
-        chosen = replace(chosen, block_j=128)
+        # Compiled: beside a 128×256 result dy and y leave no registers for 64 deep tiles (255, and a spill).
+        chosen = replace(chosen, block_l=min(chosen.block_l, 32))
     chosen = replace(chosen, fuse_dz=True, reason=chosen.reason + "; dz formed on load: at most 4 tile columns")
     extra = chosen.block_i * chosen.block_l
     return replace(chosen, num_stages=stages_that_fit(chosen, ITEMSIZE[dtype], arch, extra=extra))

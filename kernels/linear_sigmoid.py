@@ -164,4 +164,4 @@ def wgrad(
             dz, x, n, k, first, last, N, K, ldy, ldx,
             ACC, PRECISION, TMA, True, X_TRANSPOSED, PREFETCH, VEC, BLOCK_N, BLOCK_K, BLOCK_M,
         )  # fmt: skip
-    store_tile(dw + split * N * K, acc, n, k, N, K, BLOCK_N, BLOCK_K, False, VEC_STORE)
+    store_tile(dw + split * N * (K // VEC_STORE * VEC_STORE), acc, n, k, N, K, BLOCK_N, BLOCK_K, False, VEC_STORE)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tribp import runtime
 from tribp.kernels.launch import ARCHS, Arch, Product, cdiv, choose_wgrad
 from tribp.ops import linear_sigmoid_triton as triton_ops
-from tribp.ops.launching import Launch, operand
+from tribp.ops.launching import Launch, operand, sum_partials
 
 from .oracle import LinearSigmoid, assert_close
 
@@ -181,6 +181,40 @@ def test_backward_as_a_whole(needs: str, fuse: bool, dtype: torch.dtype, kernels
             assert_close(result, exact)
     if db is not None:
         assert_close(db, exact_db, scale=terms)
+
+
+def test_operands_say_how_memory_lies() -> None:
+    def facts(matrix: Tensor) -> tuple[bool, int, int, bool]:
+        found = operand(matrix)
+        assert torch.equal(found.tensor, matrix)
+        return found.transposed, found.ld, found.vec, found.tma
+
+    x = torch.zeros(24, 40, dtype=torch.float16)
+    assert facts(x) == (False, 40, 8, True)
+    assert facts(x.t()) == (True, 40, 8, True)
+    assert facts(x[:, :12]) == (False, 40, 4, True)  # pointers load 4 elements at a time; a descriptor masks the rest
+    assert facts(x[:, :13]) == (False, 40, 1, True)
+    assert facts(x[:, 1:33]) == (False, 40, 1, False)  # an address that is no multiple of 16 bytes
+    assert facts(x[:, 8:]) == (False, 40, 8, True)
+    assert facts(x[::2]) == (False, 80, 8, True)
+    assert facts(x[:, ::2]) == (False, 20, 4, False)  # copied
+    assert facts(x[:1].expand(5, 40)) == (False, 0, 8, False)  # rows that overlap
+    assert facts(torch.zeros(24, 42, dtype=torch.float16)) == (False, 42, 2, False)
+    assert facts(torch.zeros(24, 33, dtype=torch.float16)) == (False, 33, 1, False)
+    assert facts(torch.zeros(24, 33, dtype=torch.float64)) == (False, 33, 1, False)
+    assert facts(torch.zeros(24, 34, dtype=torch.float64)) == (False, 34, 2, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("parts", "length"), [(1, 1), (9, 40), (5, 1000), (70, 33)])
+def test_sum_partials(parts: int, length: int, dtype: torch.dtype, kernels: str) -> None:
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    partials = torch.randn(parts, length, device=kernels, dtype=accumulator)
+    out = nan(length, dtype=dtype, device=kernels)
+    run(sum_partials(partials, out, arch(out)))
+    assert_close(
+        out, partials.double().sum(0).cpu(), partials.sum(0).to(dtype), scale=partials.double().norm(dim=0).cpu()
+    )
 
 
 def test_splits_cover_the_rows_exactly() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -184,6 +185,14 @@ def test_tensor_subclasses_are_not_read_as_memory(tensors: list[Tensor]) -> None
     x, w, b = (t.detach() for t in tensors)
     y = tribp.linear_sigmoid(x.as_subclass(Doubled), w, b)
     torch.testing.assert_close(y, theirs(2 * x, w, b))
+
+
+def test_wrapper_subclasses_go_through_torch(tensors: list[Tensor]) -> None:
+    x, w, b = (t.detach() for t in tensors)
+    y = tribp.linear_sigmoid(TwoTensor(x, 2 * x), w, b)
+    assert isinstance(y, TwoTensor)
+    torch.testing.assert_close(y.a, theirs(x, w, b))
+    torch.testing.assert_close(y.b, theirs(2 * x, w, b))
 
 
 def test_checkpointing(tensors: list[Tensor]) -> None:

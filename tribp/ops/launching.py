@@ -22,9 +22,18 @@ class Launch(NamedTuple):
     constants: Mapping[str, object]
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told besides the kernel's own arguments."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers  # CUDA only: on AMD it is no option
+        return options
 
     def run(self) -> None:
-        self.kernel[self.grid](*self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
 
 
 class Operand(NamedTuple):

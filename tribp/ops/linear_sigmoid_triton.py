@@ -49,12 +49,13 @@ def forward(
         ),
         dict(
             HAS_BIAS=b is not None, ACC=acc, PRECISION=precision, ACCURATE=x.dtype == torch.float32,
-            PTX=arch.backend == "cuda", TMA=s.tma, TMA_STORE=store_tma,
+            PTX=arch.backend != "hip", TMA=s.tma, TMA_STORE=store_tma,
             X_TRANSPOSED=xs.transposed, W_TRANSPOSED=ws.transposed, PREFETCH=s.prefetch, VEC=vec, VEC_STORE=ys.vec,
             BLOCK_M=s.block_i, BLOCK_N=s.block_j, BLOCK_K=s.block_l, GROUP=s.group, PERSISTENT=s.persistent > 0,
         ),
         s.num_warps,
         s.num_stages,
+        s.max_registers,
     )  # fmt: skip
 
 
@@ -103,6 +104,7 @@ def dgrad(
         ),
         s.num_warps,
         s.num_stages,
+        s.max_registers,
     )  # fmt: skip
 
 
@@ -136,6 +138,7 @@ def wgrad(
         ),
         s.num_warps,
         s.num_stages,
+        s.max_registers,
     )  # fmt: skip
 
 
