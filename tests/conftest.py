@@ -1,5 +1,6 @@
 """What every test needs: the interpreter where there is no GPU, the device the kernels run on, poisoned memory."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -11,6 +12,8 @@ if not HAS_GPU:
     # Triton looks at the variable when it decorates a kernel, so it must be set before tribp.kernels is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("TRIBP_BACKEND", None)  # the tests choose
+
+collect_ignore = [] if importlib.util.find_spec("triton") else ["test_linear_kernels.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

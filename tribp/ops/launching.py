@@ -64,12 +64,14 @@ def operand(matrix: Tensor) -> Operand:
     ld = matrix.stride(lines) if matrix.shape[lines] > 1 else matrix.shape[contiguous]
     length, itemsize = matrix.shape[contiguous], matrix.element_size()
     aligned = matrix.data_ptr() % 16 == 0
+    # A descriptor's pitch is a multiple of 16 bytes; Triton 3.5's interpreter wants 16 elements.
+    pitch = ld if common.INTERPRETED else ld * itemsize
     return Operand(
         matrix,
         transposed,
         ld,
         vec=vector_length(itemsize, ld, length) if aligned else 1,
-        tma=aligned and ld >= length and ld * itemsize % 16 == 0,
+        tma=aligned and ld >= length and pitch % 16 == 0,
     )
 
 

@@ -83,8 +83,9 @@ def dgrad(
     dtype, (_, acc) = _name(dx.dtype), accumulator(dx.dtype)
     precision = precision_of(dtype, tf32, arch)
     out = operand(dx)
-    vec = min(dz.vec, w.vec)
-    tma = dz.tma and w.tma
+    ys = None if y is None else operand(y)
+    vec = min(t.vec for t in (dz, w, ys) if t is not None)
+    tma = all(t.tma for t in (dz, w, ys) if t is not None)
     s = settings or choose_dgrad(m, n, k, dtype, precision, arch, vec=vec, tma=tma, may_fuse=y is not None)
     store_tma = s.tma and out.tma
     return Launch(
@@ -92,7 +93,7 @@ def dgrad(
         (s.tiles(m, k),),
         (
             dz.argument(s.tma, s.block_i, s.block_l),
-            operand(y).argument(s.tma, s.block_i, s.block_l) if s.fuse_dz and y is not None else None,
+            ys.argument(s.tma, s.block_i, s.block_l) if s.fuse_dz and ys is not None else None,
             w.argument(s.tma, s.block_l, s.block_j),
             out.argument(store_tma, s.block_i, s.block_j),
             m, n, k, dz.ld, w.ld,
@@ -152,7 +153,7 @@ def backward(
     """
     (m, n), dtype = y.shape, y.dtype
     partial = accumulator(dtype)[0]
-    dys = operand(dy)
+    dys, ys = operand(dy), operand(y)
     fuse = fuse and not dys.transposed and dys.ld >= n  # an expanded dy has no rows to load tiles of
     dz: Tensor | None = None
 
@@ -162,8 +163,8 @@ def backward(
         k = x.shape[1]
         settings = choose_wgrad(
             m, n, k, _name(dtype), precision_of(_name(dtype), tf32, arch), arch,
-            vec=min(dys.vec if fuse else vector_length(y.element_size(), n), xs.vec),
-            tma=xs.tma and (dys.tma if fuse else n * y.element_size() % 16 == 0),
+            vec=min(dys.vec if fuse else ys.vec, ys.vec, xs.vec),  # a dz of its own lies as y does
+            tma=xs.tma and ys.tma and (dys.tma or not fuse),
             may_fuse=fuse,
             spare=(x.numel() if dx is not None else y.numel()) * y.element_size(),
         )  # fmt: skip

@@ -1,0 +1,483 @@
+"""`python -m tribp`: its checks, its training, and how it behaves at the command line."""
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tribp
+from tribp import __main__ as program
+from tribp.demo import averages, checks
+
+ROOT = Path(__file__).parents[1]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the program itself does, and for its reason."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def demo() -> SimpleNamespace:
+    """The modules that need the extras; a test that needs them is skipped where they are missing."""
+    for extra in program.EXTRAS:
+        pytest.importorskip(extra)
+    names = ("digits", "picture", "report", "training")
+    return SimpleNamespace(**{name: importlib.import_module(f"tribp.demo.{name}") for name in names})
+
+
+@pytest.fixture(scope="module")
+def mnist(demo: SimpleNamespace) -> Any:
+    return demo.digits.mnist_data()
+
+
+@pytest.fixture
+def few(demo: SimpleNamespace, mnist: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 digits to train on and 50 held out, of the 5,000: for tests that look at everything but the accuracy."""
+    images, labels = mnist
+    some = [i for digit in range(10) for i in (labels == digit).nonzero()[0][:15]]
+    monkeypatch.setattr(demo.digits, "mnist_data", lambda: (images[some], labels[some]))
+    monkeypatch.setattr(demo.digits, "HELD_OUT", 5)
+
+
+# The checks
+
+
+def test_worked_examples(device: str) -> None:
+    place = torch.device(device)
+    found = {c.name: c.found for c in checks.single_unit(place) + checks.two_two_one(place)}
+    expected = {
+        "y": [0.731059],
+        "dy/dw": [0.196612],
+        "dy/db": [0.196612],
+        "output": [0.990112],
+        "loss": [0.120105],
+        "dW1, row 1": [0.000187999, 0.00150399],
+        "dW1, row 2": [0.000307910, 0.00246328],
+        "dW2": [0.00405699, 0.00331059],
+        "ΔW1, row 1": [-0.00000187999, -0.0000150399],
+        "ΔW1, row 2": [-0.00000307910, -0.0000246328],
+        "ΔW2": [-0.0000405699, -0.0000331059],
+    }
+    assert found.keys() == expected.keys()
+    for name, numbers in expected.items():
+        assert found[name] == pytest.approx(numbers, rel=1e-5, abs=0), name
+    assert all(c.right for c in checks.single_unit(place) + checks.two_two_one(place))
+
+
+@pytest.mark.parametrize("found", [[1.0, 2.00003], [1.0, float("nan")], [1.0, 0.0]])
+def test_check_sees_wrong_number(found: list[float]) -> None:
+    assert checks.Check("", [1.0, 2.0], [1.0, 2.0]).right
+    assert not checks.Check("", found, [1.0, 2.0]).right
+
+
+class _Planted(torch.autograd.Function):
+    """The identity with a gradient that is off by `factor`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.factor * grad, None
+
+
+def _planted(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y: Tensor = _Planted.apply(tribp.linear_sigmoid(input, weight, bias), 1.0001)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("factor", "low", "high"),
+    [(1.0, 0.0, checks.BOUND), (1.0001, 0.99e-4, 1.01e-4), (-1.0, 1.9, 2.1), (float("nan"), 1e300, float("inf"))],
+)
+def test_gradient_check_finds_planted_error(factor: float, low: float, high: float) -> None:
+    z = torch.linspace(-2, 2, 6, dtype=torch.float64).view(2, 3)
+
+    def function(t: Tensor, u: Tensor) -> Tensor:
+        y: Tensor = _Planted.apply(t.sigmoid(), factor)
+        return (y * u).square().sum()
+
+    # The second input's gradient is right; the first one's must show all the same.
+    assert low <= checks.gradient_difference(function, z, torch.ones_like(z)) <= high
+
+
+def test_gradient_check_of_the_network(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = torch.device(device)
+    assert checks.network_gradient_difference(place) < checks.BOUND
+    monkeypatch.setattr(checks, "linear_sigmoid", _planted)
+    assert checks.network_gradient_difference(place) > checks.BOUND
+
+
+def test_refusal_names_the_shapes() -> None:
+    sentence = checks.refusal(torch.device("cpu"))
+    assert sentence is not None
+    for part in ("weight", "(1, 1)", "(1, 2)"):
+        assert part in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "planted"),
+    [
+        ("linear_sigmoid", _planted),
+        ("refusal", lambda device: None),
+        ("two_two_one", lambda device: [checks.Check("output", [0.9901], [0.990112])]),
+    ],
+)
+def test_wrong_gradients_end_the_program(
+    few: None,
+    demo: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    planted: Any,
+) -> None:
+    monkeypatch.setattr(checks, name, planted)
+    assert program.main(["--output", str(tmp_path / "a.png")]) == 1
+    captured = capsys.readouterr()
+    assert "✗" in captured.out
+    assert "Training" not in captured.out
+    assert captured.err.count("\n") == 1
+    assert "wrong" in captured.err
+
+
+# Averages
+
+
+def test_averages_by_hand() -> None:
+    assert averages.simple([1, 2, 3, 4, 5, 12], 5) == pytest.approx([3.0, 5.2])
+    assert averages.exponential([10.0, 20.0, 30.0], 0.9) == pytest.approx([10.0, 11.0, 12.9])
+    assert averages.exponential([], 0.9) == []
+
+
+def test_averages_of_thirty_days() -> None:
+    np = pytest.importorskip("numpy")
+    days = [float(20 + 7 * i % 11) for i in range(30)]
+    found = averages.simple(days, 5)
+    assert len(found) == 26
+    assert found == pytest.approx(np.convolve(days, np.ones(5) / 5, mode="valid").tolist())
+
+
+# Digits and training
+
+
+def test_digits(demo: SimpleNamespace, mnist: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.digits, "mnist_data", lambda: mnist)
+    data, again, other = (demo.digits.load(torch.device("cpu"), torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert data.images.shape == (4000, 784)
+    assert data.images.aminmax() == (0, 1)
+    assert data.labels.bincount().tolist() == [400] * 10
+    assert data.held_out_labels.bincount().tolist() == [100] * 10
+    # Every digit of the file is on one side, with its own label.
+    images, labels = torch.cat((data.images, data.held_out_images)), torch.cat((data.labels, data.held_out_labels))
+    found = torch.column_stack((images * 255, labels))
+    file = torch.column_stack((torch.as_tensor(mnist[0]), torch.as_tensor(mnist[1])))
+    assert torch.equal(found.round().to(torch.uint8).unique(dim=0), file.to(torch.uint8).unique(dim=0))
+    assert len(found.unique(dim=0)) == 5000
+    assert torch.equal(data.held_out_images, again.held_out_images)
+    assert not torch.equal(data.held_out_images, other.held_out_images)
+
+
+def _training(demo: SimpleNamespace, seed: int = 0, **changed: Any) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    data = demo.digits.load(torch.device("cpu"), generator)
+    settings = {"batch_size": 16, "epochs": 3, "lr": 0.01, "epsilon": 0.1} | changed
+    return demo.training.Training(data, generator, **settings)
+
+
+def test_training_beside_plain_torch(few: None, demo: SimpleNamespace) -> None:
+    run = _training(demo)
+    pairs = list(zip(run.tribp.layers.parameters(), run.plain.layers.parameters(), strict=True))
+    for ours, theirs in pairs:
+        assert torch.equal(ours, theirs)
+        assert ours.data_ptr() != theirs.data_ptr()
+        assert ours.abs().max() <= 0.1
+    first = run.tribp.layers[0].weight
+    assert first.max() > 0.0999
+    assert first.min() < -0.0999
+    before = first.detach().clone()
+    advanced: list[None] = []
+    for _ in range(3):
+        run.epoch(lambda: advanced.append(None))
+    assert (first - before).abs().max() > 0.01
+    assert run.difference < 1e-6
+    assert len(advanced) == len(run.losses) == 3 * 7
+    assert len(run.accuracies) == len(run.held_out_accuracies) == 3
+    assert len(run.tribp.seconds) == len(run.plain.seconds) == 21  # the third epoch brings it over COMPARED_STEPS
+    assert run.tribp.optimizer.param_groups[0]["lr"] == pytest.approx(0)
+    assert run.losses[-1] < run.losses[0] / 2
+
+
+def test_difference_from_plain_torch_is_seen(few: None, demo: SimpleNamespace) -> None:
+    run = _training(demo)
+    with torch.no_grad():
+        run.plain.layers[2].bias[3] += 0.5
+    run.epoch(lambda: None)
+    assert 0.3 < run.difference < 0.7
+
+
+def test_accuracy_counts(few: None, demo: SimpleNamespace) -> None:
+    run = _training(demo)
+    run.tribp.layers[1].weight.data.zero_()
+    run.tribp.layers[1].bias.data[:] = torch.arange(10) == 7  # whatever it sees, it says 7
+    assert run.accuracy(run.digits.images, run.digits.labels) == 10
+
+
+def test_same_seed_same_numbers(few: None, demo: SimpleNamespace) -> None:
+    runs = [_training(demo, seed) for seed in (0, 0, 1)]
+    for run in runs:
+        run.epoch(lambda: None)
+    assert runs[0].losses == runs[1].losses != runs[2].losses
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(None, 1), (1, 100), (64, 2), (1000, 1)])
+def test_batch_sizes(few: None, demo: SimpleNamespace, batch_size: int | None, steps: int) -> None:
+    run = _training(demo, batch_size=batch_size)
+    run.epoch(lambda: None)
+    assert len(run.losses) == run.steps_per_epoch == steps
+
+
+# The program
+
+
+@pytest.fixture(scope="module")
+def default_run(demo: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    picture = tmp_path_factory.mktemp("demo") / "digits.png"
+    torch.set_num_threads(2)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert program.main(["--output", str(picture)]) == 0
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    return out.getvalue(), picture
+
+
+def test_default_run_learns(default_run: tuple[str, Path]) -> None:
+    out, _ = default_run
+    last = out.splitlines()[-1]
+    match = re.fullmatch(r"held-out accuracy: (\d+\.\d) %", last)
+    assert match, last
+    assert out.count("held-out accuracy") == 1
+    assert float(match[1]) >= 93
+
+
+def test_default_run_tells_what_it_did(default_run: tuple[str, Path]) -> None:
+    out, picture = default_run
+    assert "✗" not in out
+    assert out.count("✓") == 13
+    for part in ("784-128-10", "½ Σ (output − target)²", "Adam, learning rate 0.01", "ε = 0.1", "4,000", str(picture)):
+        assert part in out, part
+    rows = {m[1]: (m[2], m[3]) for m in re.finditer(r"^ *(\w[\w ]*?)  +(\S.*?)  +(\S.*?)? *$", out, re.MULTILINE)}
+    gpu = torch.cuda.is_available()
+    assert rows["backend"] == ("triton" if gpu else "torch", "torch")
+    assert rows["device"][0].startswith("cuda" if gpu else "cpu")
+    assert all(re.fullmatch(r"\d+\.\d{3} ms", cell) for cell in rows["time per step"])
+    assert float(rows["largest difference of a parameter"][0]) < 1e-3
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", out), "control characters where there is no terminal"
+
+
+def test_default_run_draws(default_run: tuple[str, Path]) -> None:
+    from matplotlib import image
+
+    assert default_run[1].read_bytes().startswith(PNG)
+    pixels = image.imread(default_run[1])
+    assert min(pixels.shape[:2]) > 500
+    assert 0.005 < (pixels[..., :3].min(-1) < 0.99).mean() < 0.5  # something is drawn, and most is paper
+
+
+def test_picture_holds_the_series(few: None, demo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _training(demo)
+    for _ in range(3):
+        run.epoch(lambda: None)
+    figures: list[Any] = []
+    monkeypatch.setattr(demo.picture.Figure, "savefig", lambda figure, *a, **k: figures.append(figure))
+    demo.picture.draw(run, "", Path("unused.png"))
+    loss, accuracy = figures[0].axes
+    raw, ema, sma = ([list(xy) for xy in line.get_data()] for line in loss.get_lines())
+    assert raw == [list(range(1, 22)), run.losses]
+    assert ema == [list(range(1, 22)), averages.exponential(run.losses, 0.9)]
+    assert sma == [list(range(7, 22)), averages.simple(run.losses, 7)]
+    seen, held_out = (list(line.get_ydata()) for line in accuracy.get_lines())
+    assert (seen, held_out) == (run.accuracies, run.held_out_accuracies)
+    for axes in (loss, accuracy):
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_options_reach_the_training(few: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
+    picture = tmp_path / f"p{suffix}"
+    options = "--device cpu --batch-size full --epochs 2 --lr 0.5 --epsilon 0.25 --seed 3 --output"
+    assert program.main([*options.split(), str(picture)]) == 0
+    out = capsys.readouterr().out
+    for part in ("learning rate 0.5", "ε = 0.25", "seed 3", "of 100, 1 per epoch; epochs: 2", "cpu"):
+        assert part in out, part
+    assert picture.stat().st_size > 1000
+
+
+def test_program_through_the_kernels(
+    few: None, kernels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--device", kernels, "--batch-size", "full", "--epochs", "1", "--output", str(tmp_path / "k.png")]
+    assert program.main(options) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"backend +triton, interpreted +torch" if kernels == "cpu" else r"backend +triton +torch", out)
+    match = re.search(r"difference of a parameter +(\S+)", out)
+    assert match
+    # Adam's first step moves a parameter by lr · g / (|g| + 1e-8): only where g is near 1e-8 may the two differ much.
+    assert float(match[1]) < 1e-3
+
+
+def test_help_teaches_and_imports_no_extra() -> None:
+    code = """if True:
+        import sys
+        from tribp.__main__ import main
+        try:
+            main(["--help"])
+        finally:
+            print("imported:", sorted({"matplotlib", "mlxtend", "rich"} & sys.modules.keys()))
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "imported: []" in done.stdout
+    for option in ("device", "batch-size", "epochs", "lr", "epsilon", "seed", "output"):
+        assert re.search(rf"^  --{option} \w+", done.stdout, re.MULTILINE), option
+    assert done.stdout.count("(default:") == 7
+    for word in ("full", "stochastic", "mini-batch", "linearly to 0"):
+        assert word in " ".join(done.stdout.split()), word
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--batch-size", value] for value in ("0", "-1", "abc", "1.5", "")),
+        *(["--lr", value] for value in ("0", "-1", "nan", "inf", "abc")),
+        *(["--epsilon", value] for value in ("0", "nan", "-0.1")),
+        *(["--epochs", value] for value in ("0", "²", "full")),
+        *(["--seed", value] for value in ("-1", "x", "9" * 30)),
+        *(["--device", value] for value in ("tpu", "mps", "cuda:x", "cuda:99", "meta", "")),
+        *(["--output", value] for value in ("nowhere/x.png", "x.txt", "", ".", "folder.png")),
+        ["--unknown"],
+        ["file"],
+    ],
+    ids=" ".join,
+)
+def test_bad_options(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        program.main(options)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("python -m tribp: error: ")
+    assert err.count("\n") == 1
+    assert options[0] in err
+
+
+def test_no_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--device", "cuda"])
+    assert stop.value.code == 2
+    assert "CUDA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", program.EXTRAS)
+def test_missing_extra(
+    extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, extra, None)
+    assert program.main(["--output", str(tmp_path / "a.png")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""  # nothing was begun
+    assert captured.err.count("\n") == 1
+    assert extra.partition(".")[0] in captured.err
+    assert "pip install -e '.[demo]'" in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_kernels_that_cannot_run(
+    demo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(tribp.runtime, "interpreting", lambda: False)
+    with tribp.use_backend("triton"):
+        assert program.main(["--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "TRITON_INTERPRET=1" in captured.err
+
+
+@pytest.fixture(params=["load", "epoch", "draw"])
+def interrupted(
+    request: pytest.FixtureRequest, few: None, demo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The sentence due when Ctrl-C comes there: while loading, in the third epoch, while drawing."""
+    owner, sentence = {
+        "load": (demo.digits, "stopped\n"),
+        "epoch": (demo.training.Training, "stopped after 2 of 15 epochs\n"),
+        "draw": (demo.picture, "stopped\n"),
+    }[request.param]
+    original = getattr(owner, request.param)
+
+    def planted(*args: Any) -> Any:
+        if request.param != "epoch" or len(args[0].accuracies) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(owner, request.param, planted)
+    return sentence
+
+
+def test_interrupt(interrupted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--output", str(tmp_path / "a.png")]) == 130
+    assert capsys.readouterr().err == interrupted
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_sigint(demo: SimpleNamespace, tmp_path: Path) -> None:
+    # A runner in the background may hand down an ignored SIGINT: the child takes Python's own handler.
+    code = """if True:
+        import signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from tribp.__main__ import main
+        sys.exit(main(["--device", "cpu", "--epochs", "100000", "--output", sys.argv[1]]))
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, bufsize=1) as child:
+        try:
+            assert child.stdout
+            for line in child.stdout:
+                if "per epoch" in line:  # training begins
+                    break
+            time.sleep(0.5)
+            child.send_signal(signal.SIGINT)
+            _, err = child.communicate(timeout=30)
+        finally:
+            child.kill()
+    assert child.returncode == 130
+    assert re.fullmatch(r"stopped( after \d+ of 100000 epochs)?\n", err), err

@@ -1,0 +1,313 @@
+"""The machine code of every kernel, for GPUs that are not here: `python -m bench static`, and that it can fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="compiling takes triton, which there is for Linux")
+
+from bench import machine_code
+from bench.compiled import Compiled
+from bench.expectations import NO_SPILLS, PIPELINED, SHARED_MEMORY, broken, multiplies_with, wide
+from bench.machine_code import Loop
+from tribp.kernels.launch import ARCHS
+
+ROOT = Path(__file__).parent.parent
+Row = dict[str, Any]
+
+
+def compiling(*command: str) -> "subprocess.CompletedProcess[str]":
+    """Run Python with the compiler in place of the interpreter that the other tests use."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def compile_everything(folder: Path, *options: str) -> list[Row]:
+    file = folder / "static.json"
+    done = compiling("-m", "bench", "static", "--json", str(file), *options)
+    assert done.returncode in (0, 1), done.stderr
+    rows: list[Row] = json.loads(file.read_text())
+    assert done.returncode == any(row["broken"] for row in rows)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    return compile_everything(tmp_path_factory.mktemp("static"))
+
+
+def complaints(rows: list[Row], target: str, expectation: str) -> list[str]:
+    """What breaks this expectation on this target; fails where nothing was expected to keep it."""
+    mine = [row for row in rows if row["target"] == target]
+    assert any(expectation in row["expected"] for row in mine), f"nobody expects {expectation} of {target}"
+    return [
+        f"{row['kernel']} {row['settings']} [{row['cases'][0]}]: {sentence}"
+        for row in mine
+        for sentence in row["broken"]
+        if sentence.startswith((expectation, "does not compile"))
+    ]
+
+
+EXPECTATIONS = ["spills", "shared memory", "matrix instructions", "pipelined", "wide stores", "wide loads"]
+
+
+@pytest.mark.parametrize("target", ARCHS)
+@pytest.mark.parametrize("expectation", EXPECTATIONS)
+def test_machine_code(rows: list[Row], target: str, expectation: str) -> None:
+    assert complaints(rows, target, expectation) == []
+
+
+@pytest.mark.slow
+def test_machine_code_of_every_type_at_every_shape(tmp_path: Path) -> None:
+    rows = compile_everything(tmp_path, "--all")
+    assert [c for target in ARCHS for e in EXPECTATIONS for c in complaints(rows, target, e)] == []
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_every_kernel_and_type_is_compiled(rows: list[Row], target: str) -> None:
+    found = {(row["kernel"], row["dtype"]) for row in rows if row["target"] == target}
+    for kernel in ("forward", "output_grad", "dgrad", "wgrad"):
+        for dtype in ("bfloat16", "float16", "float32", "float64"):
+            assert (kernel, dtype) in found
+    assert "sum_partials" in {kernel for kernel, _ in found}
+    switches = {name for row in rows if row["target"] == target for name in row["settings"].split()}
+    assert {"prefetch", "x_transposed", "w_transposed"} <= switches
+    assert ("tma" in switches) == ARCHS[target].has_tma
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "v_mfma")]
+)
+def test_large_bfloat16_products_use_the_targets_own_matrix_instruction(
+    rows: list[Row], target: str, instruction: str
+) -> None:
+    """Read off the counts, not through the expectations."""
+    products = {
+        row["kernel"]: row
+        for row in rows
+        if row["target"] == target and row["kernel"] in ("forward", "dgrad", "wgrad")
+        and any(case.startswith("4096x4096x4096 bfloat16") for case in row["cases"])
+    }  # fmt: skip
+    assert set(products) == {"forward", "dgrad", "wgrad"}
+    for row in products.values():
+        assert row["counts"][instruction] == sum(row["counts"].get(name, 0) for name in machine_code.MATRIX)
+        assert all(loop["matrix"] and loop["loads"] and loop["loads_before"] for loop in row["loops"])
+
+
+def test_float64_has_matrix_instructions_everywhere_but_on_sm_100(rows: list[Row]) -> None:
+    for row in rows:
+        if row["dtype"] == "float64" and row["kernel"] in ("forward", "dgrad", "wgrad"):
+            assert bool(machine_code.MATRIX & row["counts"].keys()) == (row["target"] != "sm_100")
+
+
+# -- the checks can fail: kernels that are compiled badly on purpose --------------------------------------------------
+
+
+def plant() -> dict[str, Any]:
+    """Compile bad launches, and good ones beside them. Runs in a process of its own, without the interpreter."""
+    import torch
+
+    from bench.compiled import compile_launches, source_of
+    from bench.linear import expectations, launches
+    from bench.registry import Case
+    from tribp.ops.launching import Launch
+
+    def forward(shape: tuple[int, int, int], dtype: torch.dtype, target: str) -> Launch:
+        return launches(Case(shape, dtype), "forward", ARCHS[target])[0]
+
+    def changed(launch: Launch, warps: int = 0, stages: int = 0, **constants: object) -> Launch:
+        return launch._replace(
+            num_warps=warps or launch.num_warps,
+            num_stages=stages or launch.num_stages,
+            constants=dict(launch.constants) | constants,
+        )
+
+    even, odd = (8192, 1024, 1024), (1000, 77, 333)
+    sm_80, narrow = forward(even, torch.bfloat16, "sm_80"), forward(odd, torch.bfloat16, "sm_80")
+    single = forward(even, torch.float32, "sm_80")
+    amd = forward(even, torch.bfloat16, "gfx942")
+    plants = {
+        "good": ("sm_80", torch.bfloat16, sm_80),
+        "good odd": ("sm_80", torch.bfloat16, narrow),
+        "good amd": ("gfx942", torch.bfloat16, changed(amd, stages=2)),
+        "four warps": ("sm_80", torch.bfloat16, changed(sm_80, warps=4, BLOCK_M=128, BLOCK_N=256)),
+        "ieee": ("sm_80", torch.float32, changed(single, PRECISION="ieee")),
+        "one stage": ("sm_80", torch.bfloat16, changed(sm_80, stages=1)),
+        "one stage, amd": ("gfx942", torch.bfloat16, changed(amd, stages=1)),
+        "no prefetch": ("sm_80", torch.bfloat16, changed(narrow, PREFETCH=False)),
+        "narrow store": ("sm_80", torch.bfloat16, changed(sm_80, VEC_STORE=1)),
+        "eight stages": ("sm_80", torch.bfloat16, changed(sm_80, stages=8)),
+        "tf32x3 on amd": ("gfx942", torch.float32, changed(amd, PRECISION="tf32x3", ACC=None)),
+    }
+    found: dict[str, Any] = {}
+    for name, (target, dtype, launch) in plants.items():
+        good = launch if name.startswith("good") else plants["good odd" if name == "no prefetch" else "good"][2]
+        expected = list(expectations(good if name == "narrow store" else launch, Case(even, dtype), ARCHS[target]))
+        (code,) = compile_launches([launch], ARCHS[target])
+        found[name] = broken(code, [NO_SPILLS, SHARED_MEMORY, *expected])
+
+    x = torch.empty(1 << 20, 16, device="meta", dtype=torch.bfloat16)
+    from tribp.ops.linear_sigmoid_triton import output_grad
+
+    column = output_grad(x.t()[:16, :4096].t(), x[:4096], None, torch.empty(1, 16, device="meta"), ARCHS["sm_90"])
+    transposed = output_grad(x.new_empty(16, 4096).t(), x[:4096], x[:4096], None, ARCHS["sm_90"])
+    broadcast = output_grad(x.new_empty(()).expand(4096, 16), x[:4096], x[:4096], None, ARCHS["sm_90"])
+    tma = forward(even, torch.bfloat16, "sm_90")
+    small = launches(Case((64, 1, 16), torch.bfloat16), "forward", ARCHS["sm_80"])[0]
+    far = small._replace(arguments=(*small.arguments[:4], 1 << 40, *small.arguments[5:]))
+    for name, launch in dict(
+        column=column, transposed=transposed, broadcast=broadcast, tma=tma, small=small, far=far
+    ).items():
+        source, options = source_of(launch, ARCHS["sm_90" if launch is not small and launch is not far else "sm_80"])
+        at = {key[0]: value for key, value in source.attrs.items() if value}
+        names = launch.kernel.arg_names
+        found[f"source of {name}"] = {
+            "signature": dict(source.signature),
+            "ones": [
+                names[key[0]] for key, value in source.constants.items() if value == 1 and names[key[0]].islower()
+            ],
+            "aligned": [names[n] for n, value in at.items() if ["tt.divisibility", 16] in [list(v) for v in value]],
+            "options": [options["num_warps"], options["num_stages"]],
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def planted() -> dict[str, Any]:
+    done = compiling("-c", "import json; from tests.test_static import plant; print(json.dumps(plant()))")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", ["good", "good odd", "good amd"])
+def test_a_good_launch_breaks_nothing(planted: dict[str, Any], name: str) -> None:
+    assert planted[name] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("four warps", "spills"),  # 128×256 accumulators in 128 threads: 256 registers each
+        ("ieee", "matrix instructions"),  # float32 without TF32 is FFMA
+        ("one stage", "pipelined"),
+        ("one stage, amd", "pipelined"),
+        ("no prefetch", "pipelined"),  # two-byte loads: the compiler pipelines four and more
+        ("narrow store", "wide stores"),
+        ("eight stages", "shared memory"),  # 8 · 32 KB
+        ("tf32x3 on amd", "does not compile"),
+    ],
+)
+def test_a_bad_launch_is_caught(planted: dict[str, Any], name: str, complaint: str) -> None:
+    assert any(sentence.startswith(complaint) for sentence in planted[name]), planted[name]
+
+
+def test_arguments_are_specialized_as_at_a_launch(planted: dict[str, Any]) -> None:
+    """The rules by hand: 16-byte pointers and multiples of 16 are marked, a 1 is a constant, unless the kernel says no.
+
+    `dy`'s strides are the only integers that kernels let Triton specialize.
+    """
+    found = {name.removeprefix("source of "): value for name, value in planted.items() if name.startswith("source")}
+    assert found["column"]["signature"]["dz"] == "constexpr"  # None
+    assert found["column"]["ones"] == ["stride_dyn"]
+    assert found["column"]["aligned"] == ["dy", "y", "db", "stride_dym"]  # 16, and M, N left alone
+    assert found["transposed"]["ones"] == ["stride_dym"]
+    assert found["transposed"]["aligned"] == ["dy", "y", "dz", "stride_dyn"]
+    assert found["broadcast"]["ones"] == []
+    assert found["broadcast"]["aligned"] == ["dy", "y", "dz", "stride_dym", "stride_dyn"]  # both 0
+    assert found["tma"]["signature"]["x"] == "tensordesc<bf16[128, 64]>"
+    assert found["tma"]["aligned"] == ["b"]
+    assert found["small"]["signature"] | dict(M="i64") == found["far"]["signature"]
+    assert found["small"]["signature"]["x"] == "*bf16"
+    assert found["small"]["signature"]["N"] == "i32"  # a 1, in do_not_specialize
+    assert found["small"]["aligned"] == ["x", "w", "b", "y"]  # not K = 16 either
+    assert found["tma"]["options"] == [8, 3]
+
+
+# -- reading machine code: by hand, on a few lines --------------------------------------------------------------------
+
+
+def sass(*instructions: str) -> list[machine_code.Instruction]:
+    """Instructions at addresses 0, 16, …, as nvdisasm prints them."""
+    lines = [f"        /*{16 * n:04x}*/                   {text} ;" for n, text in enumerate(instructions)]
+    (code,) = machine_code.parse_sass("\n".join(lines), [16 * len(lines)])
+    return code
+
+
+def test_a_pipelined_loop_is_seen_and_one_that_is_not() -> None:
+    loop = ["LDGSTS.E.128 [R1], [R2.64]", "HMMA.16816.F32 R4, R8, R12, R4", "ISETP.NE.AND P0, PT, R0, RZ, PT"]
+    pipelined = sass("LDGSTS.E.128 [R1], [R2.64]", *loop, "@P0 BRA 0x10", "STG.E.128 [R2.64], R4", "EXIT")
+    assert machine_code.matrix_loops(pipelined) == [Loop(1, loads=1, loads_before=1, loads_early=True, spills=0)]
+    waiting = sass("MOV R1, R1", *loop, "@P0 BRA 0x10", "LDG.E R3, [R2.64]", "EXIT")
+    assert machine_code.matrix_loops(waiting) == [Loop(1, loads=1, loads_before=0, loads_early=True, spills=0)]
+    late = sass("LDG.E R1, [R2.64]", "HMMA.16816.F32 R4, R8, R12, R4", "LDG.E R1, [R2.64]", "@P0 BRA 0x10", "EXIT")
+    assert machine_code.matrix_loops(late) == [Loop(1, loads=1, loads_before=1, loads_early=False, spills=0)]
+
+
+def test_a_loop_around_the_loop_is_not_its_prologue() -> None:
+    """A persistent kernel loads its bias after the inner loop and comes back: that is no load ahead of it."""
+    code = sass(
+        "MOV R0, R0",  # 00 outer loop
+        "LDGSTS.E [R1], [R2.64]",  # 10 inner loop
+        "HMMA.16816.F32 R4, R8, R12, R4",
+        "LDL R9, [R1]",
+        "@P0 BRA 0x10",
+        "LDG.E R3, [R2.64]",  # 50 the bias
+        "BRA.U UP0, 0x0",
+        "EXIT",
+    )
+    assert machine_code.matrix_loops(code) == [Loop(1, loads=1, loads_before=0, loads_early=True, spills=1)]
+
+
+def test_a_loop_laid_out_from_its_middle_is_read_from_its_head() -> None:
+    text = """
+	global_load_dwordx4 v[0:3], v4, s[0:1]
+	s_branch .LBB0_2
+.LBB0_1:
+	v_mfma_f32_32x32x8_bf16 v[2:17], v[66:67], v[58:59], v[2:17]
+	s_cbranch_scc0 .LBB0_3
+.LBB0_2:
+	buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen
+	s_branch .LBB0_1
+.LBB0_3:
+	buffer_store_dwordx2 v[0:1], v4, s[0:3], 0 offen
+	s_endpgm
+"""
+    code = machine_code.parse_amd(text)
+    assert machine_code.matrix_loops(code) == [Loop(1, loads=1, loads_before=1, loads_early=True, spills=0)]
+    assert machine_code.count(code) == {"load": 2, "load.128": 2, "store": 1, "store.64": 1, "v_mfma": 1}
+
+
+def test_several_kernels_of_one_disassembly_are_told_apart() -> None:
+    text = "\n".join(
+        f"  /*{a:04x}*/  {op} ;" for a, op in [(0, "HMMA.F32 R1"), (16, "EXIT"), (32, "LDG.E.128 R1"), (48, "EXIT")]
+    )
+    first, second = machine_code.parse_sass(text, [32, 64])
+    assert [i.name for i in first] == ["HMMA", "EXIT"]
+    assert machine_code.count(second) == {"LDG": 1, "LDG.128": 1}
+
+
+def test_checks_on_made_up_findings() -> None:
+    good = Compiled("sm_90", "forward", "", {}, 1000, 100, 0, 900, 9, {"HGMMA": 4, "LDG": 1, "STG": 3, "STG.128": 2},
+                    (Loop(4, 2, 4, True, 0),))  # fmt: skip
+    matrix = multiplies_with("HGMMA", reason="")
+    stores = wide("stores", 128, "")
+    checks = [NO_SPILLS, SHARED_MEMORY, matrix, PIPELINED, stores]
+    assert broken(good, checks) == []
+
+    def bad(**changes: Any) -> list[str]:
+        return [s.split(":")[0] for s in broken(Compiled(**{**good.__dict__, **changes}), checks)]
+
+    assert bad(spilled=4) == ["spills"]
+    assert bad(shared_memory=1001) == ["shared memory"]
+    assert bad(counts={"HMMA": 4, "STG.128": 1, "STG": 1}) == ["matrix instructions"]
+    assert bad(loops=()) == ["matrix instructions", "pipelined"]
+    assert bad(loops=(Loop(4, 2, 0, True, 0),)) == ["pipelined"]
+    assert bad(loops=(Loop(4, 2, 4, False, 0),)) == ["pipelined"]
+    assert bad(counts={"HGMMA": 4, "UTMALDG": 2, "UTMASTG": 1}, loops=(Loop(4, 2, 4, False, 0),)) == []
+    assert bad(counts={"HGMMA": 4, "STG": 3, "STG.128": 1}) == ["wide stores"]
