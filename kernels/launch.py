@@ -169,10 +169,12 @@ def choose_product(i: int, j: int, l: int, dtype: str, precision: str, arch: Arc
 def stages_that_fit(settings: Product, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:
     """The settings' stages, or as many of them as shared memory holds.
 
-    A stage keeps its two operand tiles and `extra` elements; `output` elements stay beside all stages.
+    A stage keeps its two operand tiles and `extra` elements; `output` elements stay beside all stages. Compiled: where
+    products take their operands from registers (before Hopper, and AMD), the stage in use is no longer in memory.
     """
     stage = ((settings.block_i + settings.block_j) * settings.block_l + extra) * itemsize
-    return max(1, min(settings.num_stages, (arch.shared_memory - 1024 - output * itemsize) // stage))
+    in_memory = (arch.shared_memory - 1024 - output * itemsize) // stage
+    return max(1, min(settings.num_stages, in_memory if arch.has_tma else in_memory + 1))
 
 
 @lru_cache(maxsize=4096)
@@ -227,13 +229,13 @@ def choose_wgrad(
 
 
 def fuse_dz(chosen: Product, cols: int, dtype: str, arch: Arch) -> Product:
-    """Form dz while loading, if at most four tile columns repeat that work and operands come from shared memory.
+    """Form dz while loading, if at most four tile columns repeat that work and descriptors load the tiles.
 
     Derived: a pass of its own reads dy and y and writes dz, and the product reads that again: four units of memory
     where the fused form has two. But the loop has three times the instructions, once for each tile column. Compiled:
-    where products take their operands from registers (before Hopper, and AMD) the fused wgrad spills up to 780 bytes.
+    with pointers the fused wgrad spills up to 230 bytes on sm_90, and up to 1,300 where operands lie in registers.
     """
-    if cdiv(cols, chosen.block_j) > 4 or chosen.prefetch or not arch.has_tma:
+    if cdiv(cols, chosen.block_j) > 4 or not chosen.tma:
         return chosen
     if chosen.block_i * chosen.block_j > 128 * 128:
         # Compiled: beside a 128×256 result dy and y leave no registers for 64 deep tiles (255, and a spill).

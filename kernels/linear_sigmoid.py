@@ -70,26 +70,28 @@ def forward(
 @triton.jit(do_not_specialize=["M", "N", "rows_per_program"])
 def output_grad(
     dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program,
-    WRITE_DZ: tl.constexpr, WRITE_DB: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
+    WRITE_DZ: tl.constexpr, WRITE_DB: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, VEC_DY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dz = dy·y·(1 − y), and db[p] = Σ dz over the rows of block p. dy has any strides: an expanded scalar's too."""
     n = tl.program_id(1) * BLOCK_N
     j, j_inside = indices(n, N, BLOCK_N, VEC)
     first = tl.program_id(0) * rows_per_program
-    sums = tl.zeros((BLOCK_N,), ACC)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), ACC)  # of every BLOCK_M-th row: adding up across threads can wait until the end
     for m in range(first, tl.minimum(first + rows_per_program, M), BLOCK_M):
         i, i_inside = indices(m, M, BLOCK_M, 1)
         inside = i_inside[:, None] & j_inside[None, :]
         y_tile = tl.load(y + (i[:, None] * (N // VEC * VEC) + j[None, :]), mask=inside, other=0.0)
-        dy_tile = tl.load(dy + (i[:, None] * stride_dym + j[None, :] * stride_dyn), mask=inside, other=0.0)
+        at = dy + (i[:, None] * (stride_dym // VEC_DY * VEC_DY) + j[None, :] * stride_dyn)
+        dy_tile = tl.load(at, mask=inside, other=0.0)
         dz_tile = sigmoid_backward(dy_tile, y_tile, ACC)
         if WRITE_DZ:
             store_tile(dz, dz_tile, m, n, M, N, BLOCK_M, BLOCK_N, False, VEC)
         if WRITE_DB:
-            sums += tl.sum(dz_tile, 0)
+            sums += dz_tile
     if WRITE_DB:
-        tl.store(db + tl.program_id(0).to(tl.int64) * N + j, round_to(sums, db.dtype.element_ty), mask=j_inside)
+        total = round_to(tl.sum(sums, 0), db.dtype.element_ty)
+        tl.store(db + tl.program_id(0).to(tl.int64) * N + j, total, mask=j_inside)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "ldy", "ldw"])
@@ -140,7 +142,7 @@ def wgrad(
     last = tl.minimum(first + rows_per_split, M)
     if FUSE_DZ:
         acc = tl.zeros((BLOCK_N, BLOCK_K), ACC)
-        sums = tl.zeros((BLOCK_N,), ACC)
+        sums = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         mine = N * (col == 0).to(tl.int32)  # how far along N this program's share of dz and db reaches: all or nothing
         for m in range(first, last, BLOCK_M):
             dy_tile = load_tile(dz, m, n, last, N, ldy, BLOCK_M, BLOCK_N, TMA, False, VEC)
@@ -149,7 +151,7 @@ def wgrad(
             dz_tile = sigmoid_backward(dy_tile, y_tile, ACC)
             rounded = round_to(dz_tile, x_tile.dtype)
             if WRITE_DB:
-                sums += tl.sum(dz_tile, 0)
+                sums += dz_tile
             if WRITE_DZ:
                 i, i_inside = indices(m, last, BLOCK_M, 1)
                 j, j_inside = indices(n, mine, BLOCK_N, VEC)
@@ -158,7 +160,7 @@ def wgrad(
             acc = dot(tl.trans(rounded), x_tile, acc, PRECISION)
         if WRITE_DB:
             j, j_inside = indices(n, mine, BLOCK_N, 1)
-            tl.store(db + split * N + j, round_to(sums, db.dtype.element_ty), mask=j_inside)
+            tl.store(db + split * N + j, round_to(tl.sum(sums, 0), db.dtype.element_ty), mask=j_inside)
     else:
         acc = product(
             dz, x, n, k, first, last, N, K, ldy, ldx,

@@ -250,6 +250,32 @@ def test_float32_ceiling_is_three_tf32_products_where_those_are_faster() -> None
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
+def test_precision_holds_inside_and_is_given_back() -> None:
+    matmul = torch.backends.cuda.matmul
+    with run.precision(True):
+        assert matmul.fp32_precision == "tf32"
+        with run.precision(False):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+
+
+def test_directions_want_the_gradients_they_say() -> None:
+    operation = linear()
+    problem = operation.problem(Case((3, 4, 5), torch.float32), torch.device("cpu"))
+    found = {direction: set(problem.results(tribp.linear_sigmoid, direction)) for direction in operation.directions}
+    grads = {"weight.grad", "bias.grad"}
+    assert found == {
+        "forward": {"output"},
+        "backward": {"input.grad", *grads},
+        "frozen input": grads,
+        "both": {"output", "input.grad", *grads},
+    }
+    for direction in operation.directions:
+        action = problem.action(tribp.linear_sigmoid, direction)
+        action()
+        action()  # the graph is kept
+
+
 def test_every_file_of_bench_can_be_read_in_one_go() -> None:
     for file in (ROOT / "bench").glob("*.py"):
         assert len(file.read_text().splitlines()) < 400, file.name

@@ -289,3 +289,51 @@ def test_any_shape_layout_and_type(
     for result, value, size in zip(found, (dx, dw, db), (sizes[0], sizes[1], terms), strict=False):
         # Of a few elements each may have been rounded twice in the same direction: dz, then the result.
         assert_close(result, value, scale=size, tolerance=max(TOLERANCE[dtype], 1.01 * torch.finfo(dtype).eps))
+
+
+# ---- what only a GPU can show
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2048, 1024, 1280), (8192, 256, 784), (4096, 10, 128), (1000, 77, 333)], ids=str)
+def test_shapes_that_fill_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype, kernels: str) -> None:
+    """The rules' own settings: large tiles, persistence, splits and fusion as they are chosen on this machine."""
+    import tribp
+
+    m, n, k = shape
+    x, w, dy = matrix(m, k, dtype, kernels), matrix(n, k, dtype, kernels) / k**0.5, matrix(m, n, dtype, kernels)
+    b = matrix(1, n, dtype, kernels)[0]
+    inputs = [t.requires_grad_() for t in (x, w, b)]
+    runs = []
+    for _ in range(2):
+        y = tribp.linear_sigmoid(*inputs)
+        runs.append([y, *torch.autograd.grad(y, inputs, dy)])
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second), "two runs differ"
+    y, *found = runs[0]
+    exact = LinearSigmoid(x, w, b)
+    assert_close(y, exact.y, torch.sigmoid(torch.nn.functional.linear(x, w, b)))
+    *gradients, terms = exact.gradients(dy, y)
+    dz = torch.ops.aten.sigmoid_backward(dy, y)
+    for result, value, theirs in zip(found, gradients, (dz @ w, dz.t() @ x, dz.sum(0)), strict=True):
+        assert_close(result, value, theirs, scale=terms if value.dim() == 1 else None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_more_than_2_to_the_31_elements(transposed: bool, kernels: str) -> None:
+    import tribp
+
+    m, n, k = (1 << 26) + 40, 16, 33 if not transposed else 40
+    x = torch.empty((k, m) if transposed else (m, k), dtype=torch.float16, device=kernels).normal_()
+    x = x.t() if transposed else x
+    assert x.numel() > 1 << 31
+    w = matrix(n, k, torch.float16, kernels).requires_grad_()
+    y = tribp.linear_sigmoid(x, w)
+    for rows in (slice(0, 1000), slice(m - 1000, m)):
+        assert_close(y[rows], LinearSigmoid(x[rows], w, None).y)
+    dy = torch.zeros_like(y)
+    dy[-1000:] = matrix(1000, n, torch.float16, kernels)  # what is summed lies behind element 2³¹
+    (dw,) = torch.autograd.grad(y, w, dy)
+    assert_close(dw, LinearSigmoid(x[-1000:], w, None).gradients(dy[-1000:], y[-1000:])[1])

@@ -69,7 +69,8 @@ def output_grad(dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arc
         (dy, y, dz, db, m, n, dy.stride(0), dy.stride(1), s.rows),
         dict(
             WRITE_DZ=dz is not None, WRITE_DB=db is not None, ACC=accumulator(y.dtype)[1],
-            VEC=vector_length(y.element_size(), n), BLOCK_M=s.block_m, BLOCK_N=s.block_n,
+            VEC=vector_length(y.element_size(), n), VEC_DY=vector_length(dy.element_size(), dy.stride(0)),
+            BLOCK_M=s.block_m, BLOCK_N=s.block_n,
         ),
         s.num_warps,
     )  # fmt: skip

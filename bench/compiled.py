@@ -1,0 +1,168 @@
+"""Kernel launches, compiled for a GPU that need not be there, and what their machine code says. Imports triton."""
+
+import itertools
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime import jit
+
+from tribp.kernels.launch import Arch
+from tribp.ops.launching import Launch
+
+from . import machine_code
+from .machine_code import Instruction, Loop
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the checks and the table need to know of one compiled kernel."""
+
+    target: str
+    kernel: str
+    settings: str
+    constants: Mapping[str, object]  # as strings and numbers, so that it can be stored
+    shared_limit: int
+    registers: int = 0
+    spilled: int = 0  # bytes a thread that go to local memory (NVIDIA: stores; AMD: spilled registers, 4 bytes each)
+    shared_memory: int = 0
+    instructions: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
+    loops: tuple[Loop, ...] = ()  # the innermost ones around matrix instructions
+    error: str = ""  # what the compiler said, if it gave up
+
+
+def target_of(arch: Arch) -> GPUTarget:
+    if arch.backend == "cuda":
+        return GPUTarget("cuda", arch.capability, 32)
+    return GPUTarget("hip", arch.name, 64)
+
+
+def source_of(launch: Launch, arch: Arch) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton would compile for this launch, and with which options.
+
+    Asks Triton's own binder which arguments it specializes (aligned pointers, ones, multiples of 16): it needs a
+    target, but no GPU, and it accepts `meta` tensors.
+    """
+    backend = make_backend(target_of(arch))
+    options: dict[str, Any] = dict(launch.constants, **launch.options)
+    bind = jit.create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    bound, specialization, rest = bind(*launch.arguments, **options)
+    parsed, signature, constants, attributes = launch.kernel._pack_args(backend, options, bound, specialization, rest)
+    return ASTSource(launch.kernel, signature, constants, attributes), dict(parsed.__dict__)
+
+
+def key_of(launch: Launch, arch: Arch) -> str:
+    """Equal for launches that share one compiled kernel."""
+    source, _ = source_of(launch, arch)
+    return f"{arch.name} {launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
+
+
+def describe(launch: Launch) -> str:
+    """The settings in a few characters: tile, warps, stages, and what is switched on."""
+    constants = launch.constants
+    tile = "×".join(str(size) for name, size in constants.items() if name.startswith("BLOCK"))
+    switches = ("TMA", "PREFETCH", "PERSISTENT", "FUSE_DZ", "X_TRANSPOSED", "W_TRANSPOSED")
+    on = [name.lower() for name in switches if constants.get(name)]
+    return " ".join([tile, f"w{launch.num_warps}", f"s{launch.num_stages}", *on])
+
+
+def compile_launches(launches: Sequence[Launch], arch: Arch) -> list[Compiled]:
+    """Compile each kernel as its launch would, and read them. Triton's cache makes the second time fast."""
+    kernels = [_compile(launch, arch) for launch in launches]
+    built = [kernel for kernel in kernels if not isinstance(kernel, str)]
+    if arch.backend == "cuda":
+        codes = iter(_disassemble([kernel.asm["cubin"] for kernel in built], arch) if built else [])
+    else:
+        codes = iter([machine_code.parse_amd(kernel.asm["amdgcn"]) for kernel in built])
+    return [
+        Compiled(**_identity(launch, arch), error=kernel)
+        if isinstance(kernel, str)
+        else Compiled(**_identity(launch, arch), **_findings(kernel, next(codes), arch))
+        for launch, kernel in zip(launches, kernels, strict=True)
+    ]
+
+
+def _compile(launch: Launch, arch: Arch) -> Any:
+    """The compiled kernel, or what the compiler said; one that does not compile must not hide the others."""
+    source, options = source_of(launch, arch)
+    try:
+        return triton.compile(source, target=target_of(arch), options=options)
+    except Exception as error:  # the compiler raises whatever it likes
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return f"{type(cause).__name__}: {' '.join(str(cause).split())[-300:]}"
+
+
+def _identity(launch: Launch, arch: Arch) -> dict[str, Any]:
+    return dict(
+        target=arch.name,
+        kernel=launch.kernel.__name__,
+        settings=describe(launch),
+        constants={k: v if isinstance(v, (bool, int, str)) else str(v) for k, v in launch.constants.items()},
+        shared_limit=arch.shared_memory,
+    )
+
+
+def _findings(kernel: Any, code: Sequence[Instruction], arch: Arch) -> dict[str, Any]:
+    if arch.backend == "cuda":
+        usage = _cubin_tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
+        registers = _number(usage, "REG")
+        spilled = sum(i.bytes for i in code if i.name == "STL") or _number(usage, "STACK")
+    else:
+        text = kernel.asm["amdgcn"]
+        registers = _number(text, r"\.vgpr_count") + _number(text, r"\.agpr_count")
+        spilled = 4 * (_number(text, r"\.vgpr_spill_count") + _number(text, r"\.sgpr_spill_count"))
+    return dict(
+        registers=registers,
+        spilled=spilled,
+        shared_memory=int(kernel.metadata.shared),
+        instructions=len(code),
+        counts=machine_code.count(code),
+        loops=tuple(machine_code.matrix_loops(code)),
+    )
+
+
+def _disassemble(cubins: Sequence[bytes], arch: Arch) -> list[list[Instruction]]:
+    """The instructions of each kernel. The disassembler takes 0.3 s to start, so it is given them all at once."""
+    sections = [_text_section(cubin) for cubin in cubins]
+    suffix = "a" if arch.capability >= 90 else ""  # what Triton compiles for: with wgmma, with tcgen05
+    text = _cubin_tool("nvdisasm", b"".join(sections), "--binary", f"SM{arch.capability}{suffix}")
+    ends = list(itertools.accumulate(len(section) for section in sections))
+    return machine_code.parse_sass(text, ends)
+
+
+def _text_section(cubin: bytes) -> bytes:
+    """The instructions in a cubin, an ELF file with one kernel."""
+    (headers,) = struct.unpack_from("<Q", cubin, 0x28)
+    count, names = struct.unpack_from("<HH", cubin, 0x3C)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + 64 * i) for i in range(count)]
+    for name, _, _, _, offset, size in sections:
+        if cubin.startswith(b".text.", sections[names][4] + name):
+            return cubin[offset : offset + size]
+    raise RuntimeError("a cubin without a .text section")
+
+
+def _cubin_tool(tool: str, content: bytes, *options: str) -> str:
+    """What `nvdisasm` or `cuobjdump`, which come with triton, print for a file of this content."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(content)
+        file.flush()
+        path = getattr(triton.knobs.nvidia, tool).path
+        done = subprocess.run([path, *options, file.name], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{tool} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _number(text: str, name: str) -> int:
+    found = re.search(name + r":\s*(\d+)", text)
+    return int(found[1]) if found else 0

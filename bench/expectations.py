@@ -1,0 +1,94 @@
+"""What machine code must show. A check looks at one compiled kernel and says what is wrong, or None."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .compiled import Compiled
+from .machine_code import COPIES, MATRIX
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A check, and why this kernel has to pass it."""
+
+    name: str
+    check: Callable[[Compiled], str | None]
+    reason: str
+
+
+def _spills(code: Compiled) -> str | None:
+    inside = sum(loop.spills for loop in code.loops)
+    return f"{code.spilled} bytes a thread, {inside} accesses in the loop" if code.spilled else None
+
+
+def _shared_memory(code: Compiled) -> str | None:
+    over = code.shared_memory > code.shared_limit
+    return f"needs {code.shared_memory} bytes of shared memory, has {code.shared_limit}" if over else None
+
+
+def _pipelined(code: Compiled) -> str | None:
+    """Loads run ahead: each multiplying loop issues loads, and so does the code on the way into it.
+
+    The second half is the evidence. A loop that loads a tile, waits and multiplies has copies in its body as well, but
+    none before it. Where loads pass through registers (prefetch by hand), the body must besides issue the next ones
+    before its last multiplication, or they overlap with nothing.
+    """
+    if not code.loops:
+        return "no loop multiplies"
+    for loop in code.loops:
+        if not loop.loads:
+            return "a loop multiplies without loading"
+        if not loop.loads_before:
+            return f"{loop.loads} loads in the loop and none ahead of it"
+        if not loop.loads_early and not COPIES & code.counts.keys():
+            return "the loop loads only after its last multiplication"
+    return None
+
+
+def _share(code: Compiled, kind: str, bits: int) -> float:
+    """The share of loads or stores ("LDG" and "load", "STG" and "store") that are at least `bits` wide."""
+    names = {"loads": ("LDG", "load"), "stores": ("STG", "store")}[kind]
+    widths = [f".{width}" for width in (64, 128) if width >= bits]
+    every = sum(code.counts.get(name, 0) for name in names)
+    return sum(code.counts.get(name + width, 0) for name in names for width in widths) / every if every else 0.0
+
+
+NO_SPILLS = Expectation("spills", _spills, "a spilled register costs a trip through memory in the loop")
+SHARED_MEMORY = Expectation("shared memory", _shared_memory, "a launch that needs more is refused")
+ALWAYS = (NO_SPILLS, SHARED_MEMORY)
+PIPELINED = Expectation("pipelined", _pipelined, "otherwise every step waits for global memory")
+
+
+def wide(kind: str, bits: int, reason: str) -> Expectation:
+    """At least half of the "loads" or "stores" are so wide; the rest are vectors, a bias or its gradient."""
+
+    def check(code: Compiled) -> str | None:
+        if kind == "stores" and code.counts.get("UTMASTG"):
+            return None
+        share = _share(code, kind, bits)
+        return None if share >= 0.5 else f"{share:.0%} of the {kind} are {bits // 8} bytes wide"
+
+    return Expectation(f"wide {kind}", check, reason)
+
+
+def multiplies_with(*instructions: str, reason: str) -> Expectation:
+    """The multiplying loops use one of these matrix instructions."""
+    assert set(instructions) <= MATRIX
+
+    def check(code: Compiled) -> str | None:
+        if not set(instructions) & code.counts.keys():
+            return f"no {' or '.join(instructions)} instruction"
+        return None if any(loop.matrix for loop in code.loops) else "matrix instructions, but outside every loop"
+
+    return Expectation("matrix instructions", check, reason)
+
+
+def broken(code: Compiled, expectations: Iterable[Expectation]) -> list[str]:
+    """One sentence for each expectation that does not hold, with its reason."""
+    if code.error:
+        return [f"does not compile: {code.error}"]
+    found = []
+    for expectation in expectations:
+        if (wrong := expectation.check(code)) is not None:
+            found.append(f"{expectation.name}: {wrong} ({expectation.reason})")
+    return found

@@ -1,0 +1,244 @@
+"""The entry of `linear_sigmoid`: y = σ(x·wᵀ + b), x (M, K), w (N, K)."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tribp
+from tribp.kernels.launch import Arch
+
+from .autograd import DIRECTIONS, DifferentiableProblem
+from .registry import Case, Operation, StaticCase, Target, Work
+
+if TYPE_CHECKING:
+    from tribp.ops.launching import Launch
+
+    from .expectations import Expectation
+
+SQUARE, SQUARISH, TALL = (4096, 4096, 4096), (8192, 1024, 1024), (65536, 256, 784)
+TINY, ODD = (64, 10, 128), (1000, 77, 333)
+SHAPES = [SQUARE, TALL, SQUARISH, (65536, 1024, 256), (512, 128, 784), TINY, ODD]
+SMALL = {(512, 128, 784), TINY, ODD}  # under 10 µs of work: a launch costs as much
+PRECISIONS = [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True), (torch.float16, False)]
+
+
+def cases() -> list[Case]:
+    return [Case(shape, dtype, tf32, shape in SMALL) for dtype, tf32 in PRECISIONS for shape in SHAPES]
+
+
+def smoke_cases() -> list[Case]:
+    """A size that tiles evenly and an odd one; interpreted, a program costs 6 ms."""
+    return [
+        Case((32, 16, 48), torch.bfloat16, small=True),
+        Case((33, 7, 19), torch.float16),
+        Case((33, 7, 19), torch.float32),
+        Case((16, 16, 32), torch.float32, tf32=True),
+    ]
+
+
+def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w, b))
+
+
+def problem(case: Case, device: torch.device) -> DifferentiableProblem:
+    """Fresh inputs, scaled as a trained layer's are: z has a standard deviation near 1, so σ does not saturate."""
+    m, n, k = case.shape
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.float32).to(case.dtype)
+
+    arguments = {"input": normal(m, k), "weight": normal(n, k) * k**-0.5, "bias": normal(n)}
+    return DifferentiableProblem(arguments, normal(m, n), eager, scales, case.tf32)
+
+
+def scales(arguments: Mapping[str, Tensor], output_grad: Tensor) -> dict[str, float]:
+    """The bias's gradient sums rows of either sign, and can be as small as it likes."""
+    y = eager(*arguments.values())
+    return {"bias": float((output_grad * y * (1 - y)).norm(dim=0).norm())}
+
+
+def work(case: Case, direction: str) -> Work:
+    """Each input read once, each output written once; both directions are the two one after the other."""
+    m, n, k = case.shape
+    x, w, b, y = m * k, n * k, n, m * n
+    forward = Work(x + w + b + y, 2 * m * n * k)
+    backward = Work((y + y + x + w) + (x + w + b), 4 * m * n * k)
+    elements = {
+        "forward": forward,
+        "backward": backward,
+        "frozen input": Work((y + y + x) + (w + b), 2 * m * n * k),
+        "both": Work(forward.bytes + backward.bytes, forward.operations + backward.operations),
+    }[direction]
+    return replace(elements, bytes=elements.bytes * case.dtype.itemsize)
+
+
+def targets(case: Case, direction: str) -> list[Target]:
+    """What was set for an H100: ratios of torch's time to tribp's."""
+    found = [Target("eager", 1.0, "memory")] if direction == "both" else []
+    named = case.shape in (SQUARE, SQUARISH, TALL)
+    if case.dtype == torch.bfloat16 and direction != "both":
+        found.append(Target("compile", 1.0))
+        if direction == "forward":
+            found.append(Target("eager", 1.3 if case.shape in (SQUARISH, TALL) else 1.0))
+        elif direction == "backward" and named:
+            found.append(Target("eager", 1.05 if case.shape == SQUARE else 1.15))
+        elif direction == "frozen input" and named:
+            found.append(Target("eager", 1.5))
+    if case.dtype == torch.float32 and not case.tf32 and direction in ("forward", "backward") and named:
+        found.append(Target("eager", 1.5))
+    return found
+
+
+def launches(
+    case: Case, direction: str, arch: Arch, *, x_transposed: bool = False, w_transposed: bool = False
+) -> "list[Launch]":
+    """The launches of one direction, on tensors without memory."""
+    from tribp.ops import linear_sigmoid_triton as triton_side
+
+    def empty(*shape: int, transposed: bool = False) -> Tensor:
+        tensor = torch.empty(shape[::-1] if transposed else shape, device="meta", dtype=case.dtype)
+        return tensor.t() if transposed else tensor
+
+    m, n, k = case.shape
+    x, w = empty(m, k, transposed=x_transposed), empty(n, k, transposed=w_transposed)
+    b, y, dx, dw, db = empty(n), empty(m, n), empty(m, k), empty(n, k), empty(n)
+    if direction == "forward":
+        return [triton_side.forward(x, w, b, y, arch, case.tf32)]
+    wanted = {
+        "backward": (dx, dw, db),
+        "frozen input": (None, dw, db),
+        "frozen weight": (dx, None, None),
+        "bias only": (None, None, db),
+        "without bias": (dx, dw, None),
+    }[direction]
+    return list(triton_side.backward(empty(m, n), x, w, y, arch, case.tf32, *wanted))
+
+
+def settings(case: Case, direction: str, arch: Arch) -> list[str]:
+    from .compiled import describe
+
+    parts = ["forward", "backward"] if direction == "both" else [direction]
+    return [f"{x.kernel.__name__} {describe(x)}" for part in parts for x in launches(case, part, arch)]
+
+
+# What is compiled without a GPU: bf16 over the whole grid, the others where their rules differ from it.
+EVEN = (1000, 78, 334)  # rows of an even length: 4-byte loads, the narrowest that pipeline
+APART = ("forward", "backward", "frozen input", "frozen weight")
+STATIC = [
+    (torch.bfloat16, False, SHAPES, APART),
+    (torch.bfloat16, False, [EVEN], ("forward", "backward")),
+    (torch.float32, False, [SQUARISH, TINY, ODD], APART),
+    (torch.float32, True, [SQUARISH], APART),
+    (torch.float16, False, [ODD], ("forward", "backward")),
+    (torch.float64, False, [SQUARISH, ODD], ("forward", "backward")),
+]
+LAYOUTS = ("x transposed", "w transposed")
+
+
+def static_cases(arch: Arch, everything: bool) -> Iterator[StaticCase]:
+    for dtype, tf32, shapes, directions in STATIC:
+        if tf32 and arch.backend == "hip":
+            continue  # gfx942 has no TF32: the same code again
+        main = shapes is SHAPES
+        for shape in [*SHAPES, EVEN] if everything else shapes:
+            case = Case(shape, dtype, tf32)
+            for direction in APART if everything else directions:
+                yield from _static(case, direction, arch)
+            if everything or (main and shape == SQUARE):
+                yield from _static(case, "bias only", arch)
+        if everything or main:
+            for layout in LAYOUTS:
+                for direction in ("forward", "backward"):
+                    yield from _static(Case(SQUARISH, dtype, tf32), direction, arch, layout)
+
+
+def _static(case: Case, direction: str, arch: Arch, layout: str = "") -> Iterator[StaticCase]:
+    transposed = dict(x_transposed=layout == "x transposed", w_transposed=layout == "w transposed")
+    name = ", ".join(part for part in (f"{case.name} {direction}", layout) if part)
+    for launch in launches(case, direction, arch, **transposed):
+        yield StaticCase(name, launch, expectations(launch, case, arch))
+
+
+def expectations(launch: "Launch", case: Case, arch: Arch) -> "Sequence[Expectation]":
+    """What the launch's machine code must show; no spills and enough shared memory are expected of every kernel."""
+    from . import expectations as e
+
+    constants, kernel = launch.constants, launch.kernel.__name__
+    found = []
+    if kernel in ("forward", "dgrad", "wgrad"):
+        found.append(e.PIPELINED)
+        if matrix := matrix_instructions(launch, case.dtype, arch):
+            found.append(e.multiplies_with(*matrix[0], reason=matrix[1]))
+        if (stores := wide_stores(launch, case.dtype, arch)) is not None:
+            found.append(stores)
+    elif kernel == "output_grad":
+        if bytes_of(launch.arguments[1], constants["VEC"]) == 16:
+            found.append(e.wide("loads", 128, "rows of dy and y are multiples of 16 bytes"))
+            if constants["WRITE_DZ"]:
+                found.append(e.wide("stores", 128, "rows of dz are multiples of 16 bytes"))
+    elif kernel == "sum_partials" and bytes_of(launch.arguments[0], constants["VEC"]) == 16:
+        found.append(e.wide("loads", 128, "rows of partial sums are multiples of 16 bytes"))
+    return found
+
+
+def wide_stores(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "Expectation | None":
+    """How wide a product has to store its tile."""
+    from .expectations import wide
+
+    out, constants = launch.arguments[3], launch.constants
+    if constants.get("TMA_STORE"):
+        return wide("stores", 128, "the descriptor's store writes whole lines")
+    threads = launch.num_warps * (64 if arch.backend == "hip" else 32)
+    sides = {"forward": "MN", "dgrad": "MK", "wgrad": "NK"}[launch.kernel.__name__]
+    share = math.prod(int(str(constants[f"BLOCK_{side}"])) for side in sides) // threads  # of the tile, in elements
+    if bytes_of(out, constants["VEC_STORE"]) < 16 or bytes_of(out, share) < 32:
+        return None  # rows that are no multiple of 16 bytes, or a tile too small to be worth rearranging
+    if arch.backend == "cuda":
+        return wide("stores", 128, "rows are multiples of 16 bytes")
+    if dtype == torch.float64:
+        return None  # the matrix cores spread a row of float64 over the lanes, and Triton stores it as it lies
+    return wide("stores", 8 * min(16, bytes_of(out, 4)), "the matrix cores leave four neighbours in a thread")
+
+
+def bytes_of(tensor: object, vec: object) -> int:
+    assert isinstance(tensor, Tensor)
+    assert isinstance(vec, int)
+    return vec * tensor.element_size()
+
+
+def matrix_instructions(launch: "Launch", dtype: torch.dtype, arch: Arch) -> tuple[Sequence[str], str] | None:
+    """Which matrix instructions a product may use, and why those."""
+    rows = launch.constants["BLOCK_N" if launch.kernel.__name__ == "wgrad" else "BLOCK_M"]
+    assert isinstance(rows, int)
+    if arch.backend == "hip":
+        return ["v_mfma"], "gfx942 multiplies every float type on its matrix cores"
+    if dtype == torch.float64:
+        if arch.capability >= 100:
+            return None  # sm_100 has no float64 tensor core that Triton reaches: DFMA
+        return ["DMMA"], "float64 has tensor cores on sm_80 and sm_90"
+    if arch.capability < 90:
+        return ["HMMA"], "mma.sync is what sm_80 has; without it a product runs at a sixteenth of the rate"
+    own = "HGMMA" if arch.capability < 100 else "UTCHMMA"
+    if dtype.itemsize == 2 and rows >= 64:
+        return [own], "wgmma and tcgen05 take tiles of 64 rows and more; mma.sync has about half their rate"
+    return [own, "HMMA"], "a tile under 64 rows, or float32 operands that lie the wrong way round, go to mma.sync"
+
+
+OPERATION = Operation(
+    name="linear",
+    summary="tribp.linear_sigmoid against sigmoid(linear(…))",
+    cases=cases(),
+    smoke_cases=smoke_cases(),
+    directions=DIRECTIONS,
+    contenders={"tribp": tribp.linear_sigmoid, "eager": eager},
+    problem=problem,
+    work=work,
+    targets=targets,
+    settings=settings,
+    static_cases=static_cases,
+)

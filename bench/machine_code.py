@@ -1,0 +1,248 @@
+"""Reading machine code: NVIDIA's SASS as `nvdisasm` prints it, AMD's assembly as LLVM prints it.
+
+`parse_…` makes a list of instructions, `matrix_loops` finds the loops that multiply. What a check asks is put in four
+classes that both makers have: matrix instructions, loads, copies that need no register on the way, and stores.
+"""
+
+import bisect
+import itertools
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# UTCHMMA is tcgen05.mma as disassembled; HGMMA is wgmma, HMMA and DMMA are mma.sync.
+MATRIX = {"HGMMA", "HMMA", "DMMA", "UTCHMMA", "v_mfma"}
+COPIES = {"UTMALDG", "LDGSTS", "load_lds"}  # from global to shared memory, past the registers
+LOADS = {"LDG", "load"}
+SPILLS = {"LDL", "STL", "scratch"}
+STORES = {"STG", "store"}
+COUNTED = MATRIX | COPIES | LOADS | STORES | SPILLS | {
+    *(f"{name}.{bits}" for name in LOADS | STORES for bits in (64, 128)),
+    "UTMASTG", "FFMA", "DFMA", "v_fma", "LDS", "STS", "MUFU.EX2", "MUFU.RCP", "v_exp", "v_rcp",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str  # the instruction's class, as in COUNTED where it is counted: LDG.E.128.CONSTANT is LDG
+    opcode: str  # as disassembled
+    target: int | None = None  # index of the instruction a branch leads to
+    falls_through: bool = True  # whether the next instruction can follow
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes a thread it moves, for loads and stores; narrower than four count as four."""
+        width = re.search(r"\.(64|128)\b|dwordx([2-4])", self.opcode)
+        if not width:
+            return 4
+        return int(width[1]) // 8 if width[1] else 4 * int(width[2])
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop around matrix instructions."""
+
+    matrix: int
+    loads: int  # global loads and copies in its body
+    loads_before: int  # those issued on the way to it: the prologue of a software pipeline
+    loads_early: bool  # whether a load of the body comes before the body's last matrix instruction
+    spills: int  # accesses to spilled registers in its body
+
+
+SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+SASS_TARGET = re.compile(r"\b0x([0-9a-f]+)$")
+AMD = re.compile(r"^\t([a-z]\w+)(?:\s+([^;]*))?")
+AMD_LABEL = re.compile(r"^(\.L\w+):")
+
+
+def parse_sass(text: str, ends: Sequence[int]) -> list[list[Instruction]]:
+    """The instructions of kernels that lie one after the other and end at these addresses, as nvdisasm prints them."""
+    lines = [match for line in text.splitlines() if (match := SASS.match(line))]
+    kernels = []
+    first = 0
+    for end in ends:
+        last = bisect.bisect_left(lines, end, key=lambda match: int(match[1], 16))
+        kernels.append(_sass_kernel(lines[first:last]))
+        first = last
+    return kernels
+
+
+def _sass_kernel(lines: Sequence[re.Match[str]]) -> list[Instruction]:
+    at = {int(match[1], 16): n for n, match in enumerate(lines)}
+    code = []
+    for match in lines:
+        predicated, opcode, operands = match[2] is not None, match[3], match[4].strip()
+        name = _name(opcode)
+        if name == "BRA":
+            target = SASS_TARGET.search(operands)
+            # `BRA.U UP0, 0x1d0` is conditional as well as `@P0 BRA 0x1d0`.
+            always = not predicated and operands.startswith("0x")
+            code.append(Instruction(name, opcode, at.get(int(target[1], 16)) if target else None, not always))
+        else:
+            code.append(Instruction(name, opcode, None, predicated or name not in ("EXIT", "RET")))
+    return code
+
+
+def parse_amd(text: str) -> list[Instruction]:
+    """The instructions of the one kernel in LLVM's assembly for AMD's GPUs."""
+    lines: list[re.Match[str]] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := AMD_LABEL.match(line):
+            labels[label[1]] = len(lines)
+        elif match := AMD.match(line):
+            lines.append(match)
+    code = []
+    for match in lines:
+        opcode = match[1]
+        target = labels.get((match[2] or "").strip()) if opcode.startswith(("s_branch", "s_cbranch")) else None
+        code.append(Instruction(_name(opcode), opcode, target, opcode not in ("s_branch", "s_endpgm")))
+    return code
+
+
+def _name(opcode: str) -> str:
+    if opcode.startswith(("buffer_load", "global_load", "flat_load")):
+        return "load_lds" if opcode.endswith("_lds") else "load"
+    if opcode.startswith(("buffer_store", "global_store", "flat_store")):
+        return "store"
+    for family in ("scratch", "v_mfma", "v_fma", "v_exp", "v_rcp"):
+        if opcode.startswith(family):
+            return family
+    first, *rest = opcode.split(".")
+    return f"{first}.{rest[0]}" if first == "MUFU" and rest else first
+
+
+def count(code: Sequence[Instruction]) -> dict[str, int]:
+    """How often each class of COUNTED occurs. LDG counts them all, LDG.128 those 16 bytes (128 bits) wide."""
+    counts = Counter(i.name for i in code)
+    counts.update(f"{i.name}.{8 * i.bytes}" for i in code)
+    return {name: n for name, n in sorted(counts.items()) if name in COUNTED}
+
+
+def matrix_loops(code: Sequence[Instruction]) -> list[Loop]:
+    """The innermost loops that hold matrix instructions, in the order of the code.
+
+    Where there are no such instructions at all, those with float64 multiplications: the form a product takes on a
+    target whose tensor cores have no float64.
+    """
+    blocks = _blocks(code)
+    graph = _Graph(code, blocks)
+    loops = graph.loops()
+    matrix = _loops_with(MATRIX, code, blocks, loops)
+    found = []
+    for head, loop in matrix or _loops_with({"DFMA"}, code, blocks, loops):
+        body = [code[i] for block in graph.in_order(head, loop) for i in blocks[block]]
+        before = [code[i] for block in graph.leading_to(loop) for i in blocks[block]]
+        multiplies = [n for n, i in enumerate(body) if i.name in (MATRIX if matrix else {"DFMA"})]
+        loads = [n for n, i in enumerate(body) if i.name in COPIES | LOADS]
+        found.append(
+            Loop(
+                matrix=len(multiplies) if matrix else 0,
+                loads=len(loads),
+                loads_before=sum(i.name in COPIES | LOADS for i in before),
+                loads_early=bool(loads) and loads[0] < multiplies[-1],
+                spills=sum(i.name in SPILLS for i in body),
+            )
+        )
+    return found
+
+
+def _loops_with(
+    names: set[str], code: Sequence[Instruction], blocks: Sequence[range], loops: dict[int, frozenset[int]]
+) -> list[tuple[int, frozenset[int]]]:
+    """The innermost of the loops that hold such an instruction, by their heads."""
+    holding = {
+        head: loop for head, loop in loops.items() if any(code[i].name in names for b in loop for i in blocks[b])
+    }
+    return [(head, loop) for head, loop in holding.items() if not any(other < loop for other in holding.values())]
+
+
+def _blocks(code: Sequence[Instruction]) -> list[range]:
+    """Basic blocks as ranges of instruction numbers."""
+    starts = {0} | {i.target for i in code if i.target is not None}
+    starts |= {n + 1 for n, i in enumerate(code) if i.target is not None or not i.falls_through}
+    edges = [*sorted(s for s in starts if s < len(code)), len(code)]
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+class _Graph:
+    """The control flow between basic blocks, and its natural loops."""
+
+    def __init__(self, code: Sequence[Instruction], blocks: Sequence[range]) -> None:
+        at = {block.start: n for n, block in enumerate(blocks)}
+        self.successors: list[set[int]] = []
+        for block in blocks:
+            last = code[block[-1]]
+            nexts = set() if last.target is None or last.target not in at else {at[last.target]}
+            if last.falls_through and block.stop in at:
+                nexts.add(at[block.stop])
+            self.successors.append(nexts)
+        self.predecessors: list[set[int]] = [set() for _ in blocks]
+        for n, nexts in enumerate(self.successors):
+            for successor in nexts:
+                self.predecessors[successor].add(n)
+        self.dominators = self._dominators()
+        self.back_edges = [
+            (n, head) for n, nexts in enumerate(self.successors) for head in nexts if head in self.dominators[n]
+        ]
+
+    def _dominators(self) -> list[set[int]]:
+        """For each block those that every path from the start passes; empty for unreachable blocks."""
+        reachable, todo = {0}, [0]
+        while todo:
+            for successor in self.successors[todo.pop()] - reachable:
+                reachable.add(successor)
+                todo.append(successor)
+        dominators = [set(reachable) if n in reachable else set() for n in range(len(self.successors))]
+        dominators[0] = {0}
+        changed = True
+        while changed:
+            changed = False
+            for n in sorted(reachable - {0}):
+                above = [dominators[p] for p in self.predecessors[n] if p in reachable]
+                new = set.intersection(*above) | {n}
+                if new != dominators[n]:
+                    dominators[n], changed = new, True
+        return dominators
+
+    def loops(self) -> dict[int, frozenset[int]]:
+        """The natural loops, by their heads."""
+        bodies: dict[int, set[int]] = {}
+        for tail, head in self.back_edges:
+            body = bodies.setdefault(head, {head})
+            todo = [tail]
+            while todo:
+                block = todo.pop()
+                if block not in body:
+                    body.add(block)
+                    todo.extend(self.predecessors[block])
+        return {head: frozenset(body) for head, body in sorted(bodies.items())}
+
+    def in_order(self, head: int, loop: frozenset[int]) -> list[int]:
+        """The blocks of a loop as they run, from its head on. Compilers like to lay a loop out from its middle."""
+        order: list[int] = []
+        seen: set[int] = set()
+        todo = [(head, False)]
+        while todo:
+            block, left = todo.pop()
+            if left:
+                order.append(block)
+            elif block not in seen:
+                seen.add(block)
+                todo.append((block, True))
+                todo.extend((n, False) for n in sorted(self.successors[block] & loop - {head}))
+        return order[::-1]
+
+    def leading_to(self, loop: frozenset[int]) -> set[int]:
+        """The blocks outside `loop` on paths into it, not counting another turn of a loop around it."""
+        back = set(self.back_edges)
+        found: set[int] = set()
+        todo = list(loop)
+        while todo:
+            block = todo.pop()
+            for p in self.predecessors[block]:
+                if (p, block) not in back and p not in loop and p not in found:
+                    found.add(p)
+                    todo.append(p)
+        return found

@@ -1,0 +1,205 @@
+"""How things are measured: on a CUDA GPU, and (only so that the harness can be walked through) on a CPU."""
+
+import gc
+import math
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+Action = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of repeated measurements, in µs."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def summary(times: Sequence[float]) -> Times:
+    return Times(*(percentile(times, q) for q in (0.5, 0.2, 0.8)))
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-quantile, interpolated between neighbours."""
+    ordered = sorted(values)
+    at = q * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+class Meter(Protocol):
+    device: torch.device
+    name: str  # of the GPU
+    slug: str  # the same, fit for a folder
+
+    def versions(self) -> dict[str, str]: ...
+
+    def device_times(self, action: Action) -> Times:
+        """Time on the device, caches cold."""
+
+    def graph_time(self, prepare: Callable[[], Action]) -> float | None:
+        """µs a call inside a replayed CUDA graph, caches warm. `prepare` runs on the stream that is captured."""
+
+    def host_time(self, action: Action) -> float:
+        """µs a call takes the host, not waiting for the device."""
+
+    def peak_bytes(self, action: Action) -> int | None:
+        """The most memory allocated during the call beyond what was before it."""
+
+    def copy_bandwidth(self) -> float:
+        """Bytes a second, read plus written, of a large copy."""
+
+    def matrix_rate(self, dtype: torch.dtype) -> float:
+        """Operations a second of torch's own large matrix product, at the current precision setting."""
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        pass
+    return found
+
+
+def host_time(action: Action, wait: Action, calls: int, rounds: int = 5) -> float:
+    action()
+    wait()
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(calls):
+            action()
+        times.append((time.perf_counter() - started) / calls)
+        wait()
+    return 1e6 * statistics.median(times)
+
+
+class CudaMeter:
+    WARM_UP_MS, BUDGET_MS = 25.0, 150.0
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.name = torch.cuda.get_device_name(self.device)
+        self.slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        # Written between repetitions, it does two things. It is larger than any L2 (126 MB on a B200). And writing it
+        # takes some 0.3 ms (derived from 3 TB/s), in which the host queues the call: what is timed is the device.
+        self._flush = torch.empty(1 << 30, dtype=torch.uint8, device=self.device)
+
+    def versions(self) -> dict[str, str]:
+        runtime = torch.version.cuda or f"HIP {torch.version.hip}"
+        try:
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        except OSError:
+            driver = ""
+        return versions() | {"cuda": runtime, "driver": driver or "unknown"}
+
+    def device_times(self, action: Action) -> Times:
+        estimate = max(statistics.median(self._times(action, 5)), 1.0)
+        for _ in range(min(200, int(1e3 * self.WARM_UP_MS / estimate))):
+            action()
+        return summary(self._times(action, max(20, min(500, int(1e3 * self.BUDGET_MS / estimate)))))
+
+    def _times(self, action: Action, repetitions: int) -> list[float]:
+        new_event: Callable[..., Any] = torch.cuda.Event  # torch leaves its constructor untyped
+        events = [(new_event(enable_timing=True), new_event(enable_timing=True)) for _ in range(repetitions)]
+        for start, end in events:
+            self._flush.zero_()
+            start.record()
+            action()
+            end.record()
+        torch.cuda.synchronize()
+        return [1e3 * start.elapsed_time(end) for start, end in events]
+
+    def graph_time(self, prepare: Callable[[], Action], calls: int = 20) -> float | None:
+        # Backward runs on the stream its forward ran on, so both must be on the one that is captured.
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            action = prepare()
+            for _ in range(3):
+                action()
+            stream.synchronize()
+            with torch.cuda.graph(graph, stream=stream):
+                for _ in range(calls):
+                    action()
+        torch.cuda.synchronize()
+        return statistics.median(self._times(graph.replay, 30)) / calls
+
+    def host_time(self, action: Action) -> float:
+        # 100 calls stay under the 1,024 launches that fit in the queue.
+        return host_time(action, torch.cuda.synchronize, calls=100)
+
+    def peak_bytes(self, action: Action) -> int | None:
+        action()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def copy_bandwidth(self) -> float:
+        source = torch.empty(1 << 30, dtype=torch.uint8, device=self.device).random_()
+        target = torch.empty_like(source)
+        return 2 * source.numel() / (1e-6 * self.device_times(lambda: target.copy_(source)).median)
+
+    def matrix_rate(self, dtype: torch.dtype) -> float:
+        n = 8192
+        a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+        return 2 * n**3 / (1e-6 * self.device_times(lambda: torch.mm(a, b)).median)
+
+
+class CpuMeter:
+    """Walks the same way with a wall clock. Its numbers mean nothing, and are marked so."""
+
+    device = torch.device("cpu")
+    name = "CPU, smoke test"
+    slug = "smoke"
+
+    def versions(self) -> dict[str, str]:
+        return versions()
+
+    def device_times(self, action: Action) -> Times:
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            action()
+            times.append(1e6 * (time.perf_counter() - started))
+        return summary(times)
+
+    def graph_time(self, prepare: Callable[[], Action]) -> float | None:
+        prepare()
+        return None
+
+    def host_time(self, action: Action) -> float:
+        return host_time(action, lambda: None, calls=1, rounds=1)
+
+    def peak_bytes(self, action: Action) -> int | None:
+        action()
+        return None
+
+    def copy_bandwidth(self) -> float:
+        source = torch.zeros(1 << 20, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        return 2 * source.numel() / (1e-6 * self.device_times(lambda: target.copy_(source)).median)
+
+    def matrix_rate(self, dtype: torch.dtype) -> float:
+        a = torch.ones(64, 64, dtype=dtype)
+        return 2 * 64**3 / (1e-6 * self.device_times(lambda: torch.mm(a, a)).median)

@@ -1,0 +1,117 @@
+"""The operations that are measured, and what an operation must provide to be among them.
+
+To add one: a file beside `linear.py` that ends in `OPERATION = Operation(…)`, and a line in `_MODULES` below.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tribp.kernels.launch import Arch
+
+if TYPE_CHECKING:  # both import triton, which `run` can do without
+    from tribp.ops.launching import Launch
+
+    from .expectations import Expectation
+
+_MODULES = {"linear": "bench.linear"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure: a shape (what its numbers mean is the operation's business), a type, a precision."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tf32: bool = False
+    small: bool = False  # launch-bound: also timed under a CUDA graph, and on the host
+
+    @property
+    def dtype_name(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name} tf32" if self.tf32 else name
+
+    @property
+    def name(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.dtype_name}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that must be done: bytes read and written once, and multiplications and additions of `dtype`."""
+
+    bytes: float
+    operations: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A float64 result, and the size its error is measured against (the norm of a sum's terms, where it can cancel)."""
+
+    value: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """tribp is to be `ratio` times as fast as `peer` ("eager", "compile"), or to use that much less memory."""
+
+    peer: str
+    ratio: float
+    quantity: str = "time"  # or "memory"
+
+
+class Problem(Protocol):
+    """One case with fresh random inputs. A contender is given as the function it runs."""
+
+    def reference(self) -> Mapping[str, Reference]:
+        """The float64 results, by name."""
+
+    def results(self, function: Callable[..., Any], direction: str) -> Mapping[str, Tensor]:
+        """What the contender computes in this direction, by the names of the reference."""
+
+    def action(self, function: Callable[..., Any], direction: str) -> Callable[[], object]:
+        """The same as a call to be timed. Preparations (the forward pass of a backward) run now, on this stream."""
+
+    def tolerance(self, name: str) -> tuple[float, bool]:
+        """The largest relative error, and whether twice the error of torch is the stricter or the laxer bound."""
+
+
+@dataclass(frozen=True)
+class StaticCase:
+    """A launch to compile for a GPU that is not there, and what must be seen in its machine code."""
+
+    name: str
+    launch: "Launch"
+    expectations: "Sequence[Expectation]"
+
+
+@dataclass(frozen=True)
+class Operation:
+    name: str
+    summary: str
+    cases: Sequence[Case]  # the most valuable first: a run may be cut off
+    smoke_cases: Sequence[Case]
+    directions: Sequence[str]
+    contenders: Mapping[str, Callable[..., Any]]  # "tribp" and "eager"; "compile" is made of "eager"
+    problem: Callable[[Case, torch.device], Problem]
+    work: Callable[[Case, str], Work]
+    targets: Callable[[Case, str], Sequence[Target]]
+    settings: Callable[[Case, str, Arch], Sequence[str]]  # how tribp launches it, for the record
+    static_cases: Callable[[Arch, bool], Iterable[StaticCase]]  # for a target; True: all there are, not a selection
+
+
+def names() -> list[str]:
+    return list(_MODULES)
+
+
+def find(wanted: Sequence[str]) -> list[Operation]:
+    """The operations of these names, or all of them. Raises ValueError, naming those that exist."""
+    for name in wanted:
+        if name not in _MODULES:
+            raise ValueError(f"no operation is called {name!r}; there are: {', '.join(_MODULES)}")
+    return [importlib.import_module(_MODULES[name]).OPERATION for name in wanted or _MODULES]
