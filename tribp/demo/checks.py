@@ -1,0 +1,128 @@
+"""Is the gradient right? Central differences, and the worked examples of back-propagation with their known numbers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import linear_sigmoid
+from ..nn import LinearSigmoid
+
+STEP = 1e-5  # central differences in float64 are off by about STEP² from curvature and 1e-16 / STEP from rounding
+BOUND = 1e-7
+# The examples' known gradients were computed in float32: with y near 1, the rounding of 1 − y puts them off by 7e-6.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Check:
+    """A quantity as found here, and the numbers expected."""
+
+    name: str
+    found: list[float]
+    expected: list[float]
+
+    @property
+    def right(self) -> bool:
+        pairs = zip(self.found, self.expected, strict=True)
+        return all(abs(found - expected) <= TOLERANCE * abs(expected) for found, expected in pairs)
+
+
+def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """The loss of everything here: ½ Σ (output − target)² of each row, averaged over the rows."""
+    return 0.5 * (output - target).square().sum(1).mean()
+
+
+def gradient_difference(function: Callable[..., Tensor], *inputs: Tensor) -> float:
+    """The largest difference of analytic from numerical gradient, relative to the input's largest numerical one.
+
+    `function` maps the float64 `inputs` to a scalar.
+    """
+    inputs = tuple(t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in inputs)
+    analytic = torch.autograd.grad(function(*inputs), inputs)
+    worst = 0.0
+    with torch.no_grad():
+        for tensor, gradient in zip(inputs, analytic, strict=True):
+            values, numerical = tensor.view(-1), torch.empty(tensor.numel(), dtype=tensor.dtype)
+            for i, value in enumerate(values.tolist()):
+                values[i] = value + STEP
+                above = function(*inputs)
+                values[i] = value - STEP
+                below = function(*inputs)
+                values[i] = value
+                numerical[i] = (above - below) / (2 * STEP)
+            difference = (gradient.flatten().cpu() - numerical).abs().max() / numerical.abs().max()
+            worst = max(worst, difference.nan_to_num(float("inf")).item())  # NaN must not pass for small
+    return worst
+
+
+def network_gradient_difference(device: torch.device) -> float:
+    """`gradient_difference` of two layers of tribp under the loss, for input, weights and biases."""
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> Tensor:
+        return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1).to(device)
+
+    target = uniform(4, 2)
+
+    def loss(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return half_squared_error(linear_sigmoid(linear_sigmoid(x, w1, b1), w2, b2), target)
+
+    return gradient_difference(loss, uniform(4, 5), uniform(3, 5), uniform(3), uniform(2, 3), uniform(2))
+
+
+def single_unit(device: torch.device) -> list[Check]:
+    """y = σ(w x + b) at x = 1, w = 0.5, b = 0.5."""
+    x, w, b = (torch.tensor(v, dtype=torch.float64, device=device) for v in ([[1.0]], [[0.5]], [0.5]))
+    y = linear_sigmoid(x, w.requires_grad_(), b.requires_grad_())
+    dw, db = torch.autograd.grad(y, (w, b))
+    return [
+        Check("y", _numbers(y), [0.731059]),
+        Check("dy/dw", _numbers(dw), [0.196612]),
+        Check("dy/db", _numbers(db), [0.196612]),
+    ]
+
+
+def two_two_one(device: torch.device) -> list[Check]:
+    """The network 2-2-1: output, loss, gradients, and what one step of SGD with lr = 0.01 adds to the weights."""
+    x, target, w1, w2 = (
+        torch.tensor(rows, dtype=torch.float64, device=device)
+        for rows in ([[0.1, 0.8]], [[0.5]], [[1.0, 2.0], [0.0, 1.0]], [[3.0, 3.0]])
+    )
+    first = LinearSigmoid(2, 2, device=device, dtype=torch.float64)
+    second = LinearSigmoid(2, 1, device=device, dtype=torch.float64)
+    first.load_state_dict({"weight": w1, "bias": torch.zeros(2)})
+    second.load_state_dict({"weight": w2, "bias": torch.zeros(1)})
+    network = nn.Sequential(first, second)
+
+    output = network(x)
+    loss = half_squared_error(output, target)
+    dw1, dw2 = torch.autograd.grad(loss, (first.weight, second.weight), retain_graph=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.optim.SGD(network.parameters(), lr=0.01).step()
+    step1, step2 = first.weight - w1, second.weight - w2
+    return [
+        Check("output", _numbers(output), [0.990112]),
+        Check("loss", _numbers(loss), [0.120105]),
+        Check("dW1, row 1", _numbers(dw1[0]), [0.000187999, 0.00150399]),
+        Check("dW1, row 2", _numbers(dw1[1]), [0.000307910, 0.00246328]),
+        Check("dW2", _numbers(dw2), [0.00405699, 0.00331059]),
+        Check("ΔW1, row 1", _numbers(step1[0]), [-0.01 * 0.000187999, -0.01 * 0.00150399]),
+        Check("ΔW1, row 2", _numbers(step1[1]), [-0.01 * 0.000307910, -0.01 * 0.00246328]),
+        Check("ΔW2", _numbers(step2), [-0.01 * 0.00405699, -0.01 * 0.00331059]),
+    ]
+
+
+def refusal(device: torch.device) -> str | None:
+    """What tribp says to the second weight of the tutorial, [[3.0]], where two hidden units need (1, 2)."""
+    try:
+        linear_sigmoid(torch.zeros(1, 2, device=device), torch.full((1, 1), 3.0, device=device))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _numbers(tensor: Tensor) -> list[float]:
+    values: list[float] = tensor.detach().flatten().tolist()
+    return values

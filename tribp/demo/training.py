@@ -1,0 +1,134 @@
+"""The network 784-128-10 of tribp trained on the digits, and the same network in plain torch beside it."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..nn import LinearSigmoid
+from .checks import half_squared_error
+from .digits import CLASSES, Digits
+
+SIZES = (784, 128, CLASSES)
+COMPARED_STEPS = 20  # plain torch stops after the first epoch that ends with as many steps timed
+
+
+def network(epsilon: float, generator: torch.Generator) -> nn.Sequential:
+    """Layers of tribp, all parameters uniform in [−ε, ε]."""
+    layers = nn.Sequential(*(LinearSigmoid(k, n) for k, n in itertools.pairwise(SIZES)))
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.uniform_(-epsilon, epsilon, generator=generator)
+    return layers
+
+
+def in_plain_torch(layers: nn.Sequential) -> nn.Sequential:
+    """`nn.Linear` and `nn.Sigmoid` with the same parameters."""
+    twins: list[nn.Module] = []
+    for layer in layers:
+        assert isinstance(layer, LinearSigmoid)
+        linear = nn.Linear(layer.in_features, layer.out_features)
+        linear.load_state_dict(layer.state_dict())
+        twins += [linear, nn.Sigmoid()]
+    return nn.Sequential(*twins)
+
+
+class Learner:
+    """A network with its optimizer, and the time each compared step took."""
+
+    def __init__(self, layers: nn.Sequential, lr: float, steps: int) -> None:
+        self.layers = layers
+        self.optimizer = torch.optim.Adam(layers.parameters(), lr=lr)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=steps)
+        self.seconds: list[float] = []
+
+    def gradients(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Forward and backward; returns the loss."""
+        self.optimizer.zero_grad()
+        loss = half_squared_error(self.layers(images), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def step(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Forward, backward, update; returns the loss before the update."""
+        loss = self.gradients(images, targets)
+        self.optimizer.step()
+        return loss
+
+    @property
+    def median_step(self) -> float:
+        """Seconds; NaN before anything was timed."""
+        return statistics.median(self.seconds) if self.seconds else float("nan")
+
+
+class Training:
+    """Call `epoch` as often as `epochs` says; the lists grow by what it measured."""
+
+    def __init__(
+        self,
+        digits: Digits,
+        generator: torch.Generator,
+        *,
+        batch_size: int | None,
+        epochs: int,
+        lr: float,
+        epsilon: float,
+    ) -> None:
+        self.digits, self.generator = digits, generator
+        self.device = digits.images.device
+        self.batch_size = min(batch_size or len(digits.labels), len(digits.labels))
+        self.steps_per_epoch = -(-len(digits.labels) // self.batch_size)
+        self.targets = F.one_hot(digits.labels, CLASSES).to(digits.images.dtype)
+        layers = network(epsilon, generator)
+        steps = epochs * self.steps_per_epoch
+        self.plain = Learner(in_plain_torch(layers).to(self.device), lr, steps)
+        self.tribp = Learner(layers.to(self.device), lr, steps)
+        self.losses: list[float] = []  # of every step
+        self.accuracies: list[float] = []  # percent on the training digits, after every epoch
+        self.held_out_accuracies: list[float] = []
+        self.difference = float("nan")  # largest between the two networks' parameters, after the first epoch
+        first = slice(self.batch_size)
+        for learner in (self.tribp, self.plain):  # compiling the kernels is no part of a step's time
+            learner.gradients(digits.images[first], self.targets[first])
+
+    @property
+    def parameter(self) -> Tensor:
+        return next(self.tribp.layers.parameters())
+
+    def epoch(self, advance: Callable[[], None]) -> None:
+        """Use every training digit once, in a new order; call `advance` after every step."""
+        compared = len(self.tribp.seconds) < COMPARED_STEPS
+        learners = [self.tribp, self.plain] if compared else [self.tribp]
+        losses: dict[Learner, list[Tensor]] = {learner: [] for learner in learners}
+        order = torch.randperm(len(self.targets), generator=self.generator).to(self.device)
+        for batch in order.split(self.batch_size):  # type: ignore[no-untyped-call]
+            images, targets = self.digits.images[batch], self.targets[batch]
+            for learner in learners:
+                self._synchronize(compared)
+                start = time.perf_counter()
+                losses[learner].append(learner.step(images, targets))
+                self._synchronize(compared)
+                if compared:
+                    learner.seconds.append(time.perf_counter() - start)
+                learner.schedule.step()
+            learners.reverse()  # neither network always finds the batch in the cache
+            advance()
+        if not self.accuracies:
+            pairs = zip(self.tribp.layers.parameters(), self.plain.layers.parameters(), strict=True)
+            self.difference = max((p - q).abs().max().item() for p, q in pairs)
+        self.losses += torch.stack(losses[self.tribp]).tolist()
+        self.accuracies.append(self.accuracy(self.digits.images, self.digits.labels))
+        self.held_out_accuracies.append(self.accuracy(self.digits.held_out_images, self.digits.held_out_labels))
+
+    @torch.no_grad()
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Percent of `images` whose largest output is the one of their label."""
+        return 100 * float((self.tribp.layers(images).argmax(1) == labels).double().mean())
+
+    def _synchronize(self, wanted: bool) -> None:
+        if wanted and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
