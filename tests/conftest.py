@@ -44,6 +44,22 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cpu"
 
 
+@pytest.fixture
+def launched(kernels: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched in this test, in order; each still runs."""
+    from tribp.ops.launching import Launch
+
+    names: list[str] = []
+    run = Launch.run
+
+    def record(launch: Launch) -> None:
+        names.append(launch.kernel.__name__)
+        run(launch)
+
+    monkeypatch.setattr(Launch, "run", record)
+    return names
+
+
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned() -> Iterator[None]:
     """A fixed seed, and NaN in every `torch.empty`: what a kernel forgot to write is seen."""

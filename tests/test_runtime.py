@@ -44,13 +44,12 @@ def test_unknown_backend() -> None:
         pass
 
 
-def test_backward_uses_the_backend_of_forward(kernels: str) -> None:
+def test_backward_uses_the_backend_of_forward(kernels: str, launched: list[str]) -> None:
     x = torch.randn(3, 4, device=kernels, requires_grad=True)
     y = tribp.linear_sigmoid(x, torch.randn(2, 4, device=kernels))
-    assert y.grad_fn is not None
-    assert y.grad_fn.backend == "triton"  # type: ignore[attr-defined]
     with tribp.use_backend("torch"):
-        y.sum().backward()  # with no kernels left to choose, it still has its own
+        y.sum().backward()
+    assert "dgrad" in launched
 
 
 def test_unknown_backend_in_the_environment() -> None:

@@ -46,7 +46,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     if bias is not None and bias.shape != weight.shape[:1]:
         bias = bias.expand(weight.shape[0])
     _check_dtypes(input, weight, bias)
-    if _transformed(input, weight, bias):
+    if _transformed(input, weight, bias) or not (_dispatching() or runtime.backend_of(input) == "triton"):
         return reference.linear_sigmoid(input, weight, bias)
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -55,18 +55,19 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     if _dispatching():
         output: Tensor = ops.linear_sigmoid(input, weight, bias)
         return output
-    return ops.forward(input, weight, bias, runtime.backend_of(input))
+    return ops.forward(input, weight, bias, "triton")
 
 
 class _LinearSigmoid(torch.autograd.Function):
+    """The derivative of the kernels, and of the operators where something looks on."""
+
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if _dispatching():
-            ctx.backend = None
+        ctx.dispatching = _dispatching()
+        if ctx.dispatching:
             output: Tensor = ops.linear_sigmoid(input, weight, bias)
         else:
-            ctx.backend = runtime.backend_of(input)
-            output = ops.forward(input, weight, bias, ctx.backend)
+            output = ops.forward(input, weight, bias, "triton")
         needs_input, needs_weight, _ = ctx.needs_input_grad
         # A frozen weight needs no input, and an input without gradient no weight: neither is kept then.
         ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None, output)
@@ -76,7 +77,7 @@ class _LinearSigmoid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         input, weight, output = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if ctx.backend is None:
+        if ctx.dispatching:
             grads = iter(ops.linear_sigmoid_backward(grad, input, weight, output, needs))
             dx, dw, db = (next(grads) if need else None for need in needs)
             return dx, dw, db
@@ -86,7 +87,7 @@ class _LinearSigmoid(torch.autograd.Function):
             if torch.is_grad_enabled():
                 # Only under create_graph=True: whoever differentiates the gradient again needs torch's own operations.
                 return reference.linear_sigmoid_backward(grad, input, weight, output, needs)
-            return ops.backward(grad, input, weight, output, needs, ctx.backend)
+            return ops.backward(grad, input, weight, output, needs, "triton")
 
 
 def _dispatching() -> bool:
