@@ -23,7 +23,12 @@ class Arch:
 
     @property
     def has_tma(self) -> bool:
-        return self.backend == "interpreter" or (self.backend == "cuda" and self.capability >= 90)
+        """Whether descriptors feed tensor cores that read shared memory: Hopper and data-centre Blackwell.
+
+        sm_120 has descriptors too, but multiplies from registers as sm_80 does, with 99 KB of shared memory. Compiled:
+        with descriptors it spills and takes 131 KB; with sm_80's settings neither.
+        """
+        return self.backend == "interpreter" or (self.backend == "cuda" and 90 <= self.capability < 120)
 
 
 # The machines the static checks compile for; on a real one `tribp.runtime.arch_of` reads the numbers off the device.
@@ -121,6 +126,8 @@ def candidates(l: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bo
     if odd:
         # Two-byte loads go through registers: 128×64×32 takes 128 of them, 128×128×32 twice as many, 64 deep spills.
         wide = Product(128, 64, 32, 8, 2, "odd pitch: two-byte loads, prefetched by hand", prefetch=True)
+        if arch.backend == "cuda":
+            wide = replace(wide, max_registers=255)  # compiled: ptxas would hold it to 96 on sm_89, and spill 232 bytes
         return [wide, replace(wide, block_i=64, num_warps=4)]
     if arch.backend == "hip":
         depth = {"float64": 16, "float32": 32}.get(dtype, 64)
@@ -132,7 +139,7 @@ def candidates(l: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bo
         # the halves that tf32x3 makes of both operands lie in registers: 128×128 spills there, 128×64 does not.
         if dtype == "float64":
             wide = Product(64, 64, 16, 8, 2, "float64: DMMA", tma=tma, max_registers=255)
-        elif precision == "tf32x3" and arch.capability < 90:
+        elif precision == "tf32x3" and not arch.has_tma:
             wide = Product(128, 64, 32, 8, 3, "tf32x3 from registers: 128×64", tma=tma, max_registers=255)
         else:
             wide = Product(128, 128, 32, 8, 3, f"{precision}: 128×128", tma=tma, max_registers=255)
@@ -140,7 +147,7 @@ def candidates(l: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bo
         tiny = replace(small, block_i=32, block_j=32, reason=f"{precision}: a small result")
         return [wide, tiny] if dtype == "float64" else [wide, small, tiny]
     # Compiled: before Hopper a 128×256 result beside operands in registers leaves no room for 64 deep tiles.
-    depth = 64 if arch.capability >= 90 else 32
+    depth = 64 if arch.has_tma else 32
     big = Product(128, 256, depth, 8, 4, "128×256: the most multiplication per byte of operand", tma=tma)
     wide = Product(
         128, 128, 64, 8, 3, "128×128: two programs a processor, one's epilogue behind the other's loop", tma=tma
