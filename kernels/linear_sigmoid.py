@@ -74,9 +74,9 @@ def output_grad(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dz = dy·y·(1 − y), and db[p] = Σ dz over the rows of block p. dy has any strides: an expanded scalar's too."""
-    n = tl.program_id(1) * BLOCK_N
+    n = tl.program_id(0) * BLOCK_N
     j, j_inside = indices(n, N, BLOCK_N, VEC)
-    first = tl.program_id(0) * rows_per_program
+    first = tl.program_id(1) * rows_per_program
     sums = tl.zeros((BLOCK_M, BLOCK_N), ACC)  # of every BLOCK_M-th row: adding up across threads can wait until the end
     for m in range(first, tl.minimum(first + rows_per_program, M), BLOCK_M):
         i, i_inside = indices(m, M, BLOCK_M, 1)
@@ -91,7 +91,7 @@ def output_grad(
             sums += dz_tile
     if WRITE_DB:
         total = round_to(tl.sum(sums, 0), db.dtype.element_ty)
-        tl.store(db + tl.program_id(0).to(tl.int64) * N + j, total, mask=j_inside)
+        tl.store(db + tl.program_id(1).to(tl.int64) * N + j, total, mask=j_inside)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "ldy", "ldw"])

@@ -223,6 +223,20 @@ def test_backward_runs_what_is_asked_for_and_no_more(kernels: str, launched: lis
     assert "dgrad" not in launched
 
 
+def test_dimensions_too_long_for_a_tile_go_through_torch(
+    kernels: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tribp.ops import linear_sigmoid as ops
+
+    monkeypatch.setattr(ops, "LONGEST", 16)
+    x, w, b = make(17, 4, 8, torch.float32, kernels)
+    check(x, w, b, torch.randn(17, 4, device=kernels))
+    assert not launched
+    x, w, b = make(16, 4, 8, torch.float32, kernels)
+    check(x, w, b, torch.randn(16, 4, device=kernels))
+    assert launched
+
+
 def test_output_changed_in_place_is_noticed(device: str) -> None:
     x = torch.randn(3, 4, device=device, requires_grad=True)
     y = tribp.linear_sigmoid(x, torch.randn(2, 4, device=device))

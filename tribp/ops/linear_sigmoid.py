@@ -14,13 +14,15 @@ from .. import reference, runtime
 from ..reference import as_matrix
 
 Needs = tuple[bool, bool, bool]
+LONGEST = 2**31 - 256  # a tile is at most 256 long
+
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """σ(input·weightᵀ + bias), contiguous. input: (*, K), weight: (N, K), bias: (N,); all of one dtype and device."""
     n = weight.shape[0]
-    if backend == "torch" or input.numel() == 0 or n == 0:
+    if backend == "torch" or not _fits(input, weight):
         return reference.linear_sigmoid(input, weight, bias)
     from . import linear_sigmoid_triton as kernels
 
@@ -38,7 +40,7 @@ def backward(
 
     `input` is read only for the weight's gradient and `weight` only for the input's, and may be None otherwise.
     """
-    if backend == "torch" or output.numel() == 0 or (input is not None and input.numel() == 0):
+    if backend == "torch" or not _fits(output, input, weight):
         return reference.linear_sigmoid_backward(grad, input, weight, output, needs)
     from . import linear_sigmoid_triton as kernels
 
@@ -61,6 +63,11 @@ def backward(
         ):  # fmt: skip
             launch.run()
     return dx, dw, db
+
+
+def _fits(*tensors: Tensor | None) -> bool:
+    """Whether kernels can take these: none of them empty, and no dimension too long for the int32 start of a tile."""
+    return all(t is None or (t.numel() > 0 and max(t.numel() // t.shape[-1], t.shape[-1]) <= LONGEST) for t in tensors)
 
 
 @torch.library.custom_op("tribp::linear_sigmoid", mutates_args=())

@@ -65,7 +65,7 @@ def output_grad(dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arc
     s = choose_pass(m, n, _name(y.dtype), arch)
     return Launch(
         kernels.output_grad,
-        (cdiv(m, s.rows), cdiv(n, s.block_n)),
+        (cdiv(n, s.block_n), cdiv(m, s.rows)),  # the second axis ends at 65,535, and n can be larger
         (dy, y, dz, db, m, n, dy.stride(0), dy.stride(1), s.rows),
         dict(
             WRITE_DZ=dz is not None, WRITE_DB=db is not None, ACC=accumulator(y.dtype)[1],
