@@ -100,15 +100,22 @@ def _transformed(*tensors: Tensor | None) -> bool:
 
     A kernel would read the memory behind a wrapped tensor and return a result without its tangent, batch or trace.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state():
+    if _transforming():
         return True
     if torch.compiler.is_compiling():  # fake tensors are subclasses too, and the operators take them
         return False
     return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo asks at trace time, and guards all three
+def _transforming() -> bool:
+    """Inside torch.func, in forward mode, or under jit.trace."""
+    functorch, tracing = torch._C._are_functorch_transforms_active(), torch._C._get_tracing_state()
+    return bool(functorch or tracing or forward_ad._current_level >= 0)
+
+
 def _autocasting(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch has no autocast on meta, and raises
 
 
 def _autocast(tensor: Tensor) -> Tensor:
