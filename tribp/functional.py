@@ -48,9 +48,9 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     _check_dtypes(input, weight, bias)
     if _transformed(input, weight, bias) or not (_dispatching() or runtime.backend_of(input) == "triton"):
         return reference.linear_sigmoid(input, weight, bias)
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    # An exported graph holds the operator alone either way; torch 2.9 cannot export the function around it.
+    if needs_grad and torch.is_grad_enabled() and not _exporting():
         return _LinearSigmoid.apply(input, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
     if _dispatching():
         output: Tensor = ops.linear_sigmoid(input, weight, bias)
@@ -112,6 +112,11 @@ def _transforming() -> bool:
     """Inside torch.func, in forward mode, or under jit.trace."""
     functorch, tracing = torch._C._are_functorch_transforms_active(), torch._C._get_tracing_state()
     return bool(functorch or tracing or forward_ad._current_level >= 0)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.11's Dynamo answers yes to everyone
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 def _autocasting(device_type: str) -> bool:
