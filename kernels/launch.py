@@ -125,7 +125,8 @@ def candidates(l: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bo
         return [Product(32, 32, 32, 1, 1, "interpreter", tma=tma, prefetch=odd)]
     if odd:
         # Two-byte loads go through registers: 128×64×32 takes 128 of them, 128×128×32 twice as many, 64 deep spills.
-        wide = Product(128, 64, 32, 8, 2, "odd pitch: two-byte loads, prefetched by hand", prefetch=True)
+        # One stage: the loop is its own pipeline, and a second one on top does not compile for sm_100 in Triton 3.5.
+        wide = Product(128, 64, 32, 8, 1, "odd pitch: two-byte loads, prefetched by hand", prefetch=True)
         if arch.backend == "cuda":
             wide = replace(wide, max_registers=255)  # compiled: ptxas would hold it to 96 on sm_89, and spill 232 bytes
         return [wide, replace(wide, block_i=64, num_warps=4)]

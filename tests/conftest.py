@@ -13,7 +13,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("TRIBP_BACKEND", None)  # the tests choose
 
-collect_ignore = [] if importlib.util.find_spec("triton") else ["test_linear_kernels.py"]
+collect_ignore = [] if importlib.util.find_spec("triton") else ["test_linear_kernels.py", "test_static.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
