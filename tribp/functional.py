@@ -1,5 +1,6 @@
 """Functions on tensors, as in `torch.nn.functional`: argument checks, autocast and autograd around the operators."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -107,14 +108,20 @@ def _transformed(*tensors: Tensor | None) -> bool:
     return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo asks at trace time, and guards all three
+def _constant_while_compiling(predicate: Callable[[], bool]) -> Callable[[], bool]:
+    """`torch.compiler.assume_constant_result`, which would import the whole compiler for setting this one mark."""
+    predicate._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return predicate
+
+
+@_constant_while_compiling  # and guarded: Dynamo has guards of its own on all three
 def _transforming() -> bool:
     """Inside torch.func, in forward mode, or under jit.trace."""
     functorch, tracing = torch._C._are_functorch_transforms_active(), torch._C._get_tracing_state()
     return bool(functorch or tracing or forward_ad._current_level >= 0)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.11's Dynamo answers yes to everyone
+@_constant_while_compiling  # asked directly, torch 2.11's Dynamo says yes to everyone
 def _exporting() -> bool:
     return torch.compiler.is_exporting()
 
