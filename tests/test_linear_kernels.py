@@ -224,7 +224,7 @@ def test_sum_partials(parts: int, length: int, dtype: torch.dtype, kernels: str)
 
 
 def test_splits_cover_the_rows_exactly() -> None:
-    for m in (1, 16, 17, 255, 4096, 65536):
+    for m in (1, 16, 17, 255, 1000, 4096, 5000, 65536, 200_000):
         for n, k in ((16, 16), (10, 128), (256, 784), (4096, 4096)):
             for spare in (0, 1 << 20, 1 << 40):
                 chosen = choose_wgrad(

@@ -14,7 +14,7 @@ from .oracle import TF32_TOLERANCE, LinearSigmoid, assert_close
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Dimensions that are 1, prime, multiples of 16 and not, on either side of a tile's edge (the interpreter's are 32).
-SHAPES = [(1, 1, 1), (33, 7, 17), (64, 32, 48), (40, 65, 24), (1, 31, 70), (65, 1, 33)]
+SHAPES = [(1, 1, 1), (33, 7, 17), (64, 32, 48), (40, 65, 24), (1, 31, 70), (65, 1, 33), (70, 32, 16)]
 
 
 def make(
