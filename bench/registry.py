@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tribp.kernels.launch import Arch
+from tribp.runtime import dtype_name
 
 if TYPE_CHECKING:  # both import triton, which `run` can do without
     from tribp.ops.launching import Launch
@@ -32,7 +33,7 @@ class Case:
 
     @property
     def dtype_name(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
+        name = dtype_name(self.dtype)
         return f"{name} tf32" if self.tf32 else name
 
     @property

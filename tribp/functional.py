@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from . import reference, runtime
 from .ops import linear_sigmoid as ops
+from .runtime import dtype_name
 
 __all__ = ["linear_sigmoid"]
 
@@ -137,10 +138,6 @@ def _autocast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
@@ -168,9 +165,10 @@ def _check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in FLOATS:
             raise TypeError(
-                f"linear_sigmoid: {name} must be float16, bfloat16, float32 or float64, got {_name(tensor.dtype)}"
+                f"linear_sigmoid: {name} must be float16, bfloat16, float32 or float64, got {dtype_name(tensor.dtype)}"
             )
         if tensor is not None and tensor.dtype != input.dtype:
             raise TypeError(
-                f"linear_sigmoid: {name} must have input's dtype {_name(input.dtype)}, got {_name(tensor.dtype)}"
+                f"linear_sigmoid: {name} must have input's dtype {dtype_name(input.dtype)}, "
+                f"got {dtype_name(tensor.dtype)}"
             )

@@ -107,6 +107,11 @@ def tf32_allowed() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.float32 → "float32": as launch rules and error messages write it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """A guard that makes the tensor's device the current one; free where it already is, or where there is none."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():

@@ -16,11 +16,8 @@ from ..kernels.launch import (
     choose_wgrad,
     precision_of,
 )
+from ..runtime import dtype_name
 from .launching import Launch, Operand, accumulator, operand, sum_partials, vector_length
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def forward(
@@ -31,7 +28,7 @@ def forward(
     `settings` replaces the rules' choice (tests and tuning).
     """
     (m, k), n = x.shape, w.shape[0]
-    dtype, (_, acc) = _name(x.dtype), accumulator(x.dtype)
+    dtype, (_, acc) = dtype_name(x.dtype), accumulator(x.dtype)
     precision = precision_of(dtype, tf32, arch)
     xs, ws, ys = operand(x), operand(w), operand(y)
     vec = min(xs.vec, ws.vec)
@@ -62,7 +59,7 @@ def forward(
 def output_grad(dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arch: Arch) -> Launch:
     """The launch that writes dz = dy·y·(1 − y) and the sums of its rows. db: (row blocks, N), see `row_blocks`."""
     m, n = y.shape
-    s = choose_pass(m, n, _name(y.dtype), arch)
+    s = choose_pass(m, n, dtype_name(y.dtype), arch)
     return Launch(
         kernels.output_grad,
         (cdiv(n, s.block_n), cdiv(m, s.rows)),  # the second axis ends at 65,535, and n can be larger
@@ -81,7 +78,7 @@ def dgrad(
 ) -> Launch:
     """The launch that writes dx = dz·w. With `y`, which allows the fused form, `dz` holds dy."""
     (m, n), k = dz.tensor.shape, w.tensor.shape[1]
-    dtype, (_, acc) = _name(dx.dtype), accumulator(dx.dtype)
+    dtype, (_, acc) = dtype_name(dx.dtype), accumulator(dx.dtype)
     precision = precision_of(dtype, tf32, arch)
     out = operand(dx)
     ys = None if y is None else operand(y)
@@ -133,7 +130,7 @@ def wgrad(
         ),
         dict(
             FUSE_DZ=s.fuse_dz, WRITE_DZ=dz_out is not None, WRITE_DB=db is not None,
-            ACC=accumulator(x.tensor.dtype)[1], PRECISION=precision_of(_name(x.tensor.dtype), tf32, arch),
+            ACC=accumulator(x.tensor.dtype)[1], PRECISION=precision_of(dtype_name(x.tensor.dtype), tf32, arch),
             TMA=s.tma, X_TRANSPOSED=x.transposed, PREFETCH=s.prefetch, VEC=min(dz.vec, x.vec),
             VEC_STORE=vector_length(dw.element_size(), k),
             BLOCK_M=s.block_l, BLOCK_N=s.block_i, BLOCK_K=s.block_j, GROUP=s.group,
@@ -163,7 +160,7 @@ def backward(
         xs = operand(x)
         k = x.shape[1]
         settings = choose_wgrad(
-            m, n, k, _name(dtype), precision_of(_name(dtype), tf32, arch), arch,
+            m, n, k, dtype_name(dtype), precision_of(dtype_name(dtype), tf32, arch), arch,
             vec=min(dys.vec if fuse else ys.vec, ys.vec, xs.vec),  # a dz of its own lies as y does
             tma=xs.tma and ys.tma and (dys.tma or not fuse),
             may_fuse=fuse,
@@ -214,7 +211,7 @@ def _partials(out: Tensor | None, parts: int, dtype: torch.dtype) -> Tensor | No
 
 
 def _output_grad(dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arch: Arch) -> Iterator[Launch]:
-    blocks = cdiv(y.shape[0], choose_pass(*y.shape, _name(y.dtype), arch).rows)
+    blocks = cdiv(y.shape[0], choose_pass(*y.shape, dtype_name(y.dtype), arch).rows)
     sums = _partials(db, blocks, accumulator(y.dtype)[0])
     yield output_grad(dy, y, dz, sums, arch)
     if sums is not None and db is not None and blocks > 1:
