@@ -86,6 +86,20 @@ class Sum:
     reason: str
 
 
+@dataclass(frozen=True)
+class Step:
+    """Launch settings of a pass over many tensors (`optim.py`): a program takes `chunk_blocks` blocks of one tensor."""
+
+    block: int
+    chunk_blocks: int
+    num_warps: int
+    reason: str
+
+    @property
+    def chunk(self) -> int:
+        return self.block * self.chunk_blocks
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -274,3 +288,14 @@ def choose_sum(parts: int, length: int, arch: Arch) -> Sum:
     block_parts = min(64, power_of_2(parts))
     block = max(32, min(1024, 2048 // block_parts))
     return Sum(block_parts, min(block, max(32, power_of_2(length))), 4, "2,048 loads in flight a program")
+
+
+def choose_step(elements: int, float64: bool, arch: Arch) -> Step:
+    """The optimizer step, and the pass over the gradients before it, of `elements` numbers in all."""
+    if arch.backend == "interpreter":
+        return Step(64, 2, 1, "interpreter")
+    block = 512 if float64 else 1024
+    # Derived: a program reads three tables, one after the other, before its first element. Up to 8 blocks share that,
+    # but never so many that a processor gets fewer than 16 programs: four reside there, four waves even the end out.
+    blocks = max(1, min(8, elements // (block * 16 * arch.processors)))
+    return Step(block, blocks, 4, "8 elements a thread (4 of float64): two 16-byte accesses to each float32 operand")

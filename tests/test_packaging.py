@@ -19,7 +19,8 @@ FLOORS = {
     "ops": {"runtime", "reference", "kernels"},
     "functional": {"ops", "runtime", "reference"},
     "nn": {"functional"},
-    "demo": {"functional", "nn", "runtime"},
+    "optim": {"runtime", "reference", "kernels", "ops.launching"},
+    "demo": {"functional", "nn", "optim", "runtime"},
 }
 PACKAGE_FILES = {"__init__", "__main__"}  # they gather the floors and import from any
 

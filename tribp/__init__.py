@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional, nn
+from . import functional, nn, optim
 from .functional import linear_sigmoid
 from .runtime import use_backend
 
@@ -11,4 +11,4 @@ try:
 except PackageNotFoundError:  # a checkout that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["functional", "linear_sigmoid", "nn", "use_backend"]
+__all__ = ["functional", "linear_sigmoid", "nn", "optim", "use_backend"]

@@ -41,6 +41,11 @@ def use_backend(name: str) -> Iterator[None]:
         _backend = before
 
 
+def backend() -> str:
+    """The backend that was chosen: "auto", "triton" or "torch"."""
+    return _backend
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether triton is installed."""

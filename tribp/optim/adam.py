@@ -1,0 +1,114 @@
+"""Adam and AdamW."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam as torch_adam
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
+
+from .base import Beyond, Group, Optimizer
+from .fallback import Tensors
+
+
+class Adam(Optimizer, torch.optim.Adam):
+    """`torch.optim.Adam` in one kernel launch a step.
+
+    m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g², θ ← θ − lr·m̂/(√v̂ + ε) with m̂ = m/(1 − β₁ᵗ), v̂ = v/(1 − β₂ᵗ):
+    Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015. Arguments, defaults and errors are torch's; for
+    the keyword arguments beyond them see `tribp.optim.Beyond`.
+    """
+
+    _RULE = "adam"
+    _KEYS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        **beyond: Unpack[Beyond],
+    ) -> None:
+        self._switch_on(dict(beyond))
+        torch.optim.Adam.__init__(
+            self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
+            capturable=capturable, differentiable=differentiable, fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )  # fmt: skip
+        self._switched_on()
+
+    def _names(self, group: Group) -> tuple[str | None, ...]:
+        return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None
+
+    def _own_values(self, group: Group) -> Sequence[float | Tensor]:
+        return tuple(group["betas"])
+
+    def _decays(self, group: Group) -> tuple[float | Tensor, float | Tensor]:
+        decay = group["weight_decay"]
+        return (0.0, decay) if group.get("decoupled_weight_decay") else (decay, 0.0)
+
+    def _fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
+        return True
+
+    def _fused_update(self, group: Group, t: Tensors) -> None:
+        run = torch._fused_adamw_ if group.get("decoupled_weight_decay") else torch._fused_adam_
+        beta1, beta2 = map(float, group["betas"])
+        run(
+            t.params, t.grads, t.states[0], t.states[1], t.states[2] if group["amsgrad"] else [], t.steps,
+            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+            amsgrad=group["amsgrad"], maximize=group["maximize"],
+        )  # fmt: skip
+
+    def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        lists: list[list[Any]] = [[] for _ in range(6)]
+        has_complex = self._init_group(group, *lists)
+        params, grads, *states = lists
+        beta1, beta2 = group["betas"]
+        torch_adam(
+            params, prepare(grads), *states, amsgrad=group["amsgrad"], has_complex=has_complex, beta1=beta1,
+            beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+            maximize=group["maximize"], foreach=group["foreach"], capturable=group["capturable"],
+            differentiable=group["differentiable"], decoupled_weight_decay=group["decoupled_weight_decay"],
+        )  # fmt: skip
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    """`torch.optim.AdamW` in one kernel launch a step: Adam with θ ← θ − lr·λ·θ in place of an L2 penalty.
+
+    Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **beyond: Unpack[Beyond],
+    ) -> None:
+        self._switch_on(dict(beyond))
+        torch.optim.AdamW.__init__(
+            self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach,
+            capturable=capturable, differentiable=differentiable, fused=fused,
+        )  # fmt: skip
+        self._switched_on()

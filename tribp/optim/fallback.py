@@ -1,0 +1,222 @@
+"""The update where no kernel runs: torch's fused CPU kernels behind a plan, the reference, or torch's own code."""
+
+from collections.abc import Iterable, Sequence
+from itertools import compress, groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import tensors
+from .plan import Member, Part, Step
+
+if TYPE_CHECKING:
+    from .base import Group, Optimizer
+    from .plan import Plan
+
+_COMPUTED = ("eps_inside_sqrt", "stochastic_rounding", "state_dtype")  # options that torch's code can't follow
+
+
+def kind(optimizer: "Optimizer", group: "Group", parts: Sequence[Tensor]) -> str:
+    """Which of the ways below a parameter, its gradient and its states (local and plain) can go."""
+    p = parts[0]
+    dtypes = {t.dtype for t in parts[: 2 + sum(name is not None for name in optimizer._names(group))]}
+    rounds = group.get("stochastic_rounding") and p.dtype == torch.bfloat16
+    state_dtype = group.get("state_dtype") or p.dtype
+    if group.get("eps_inside_sqrt") or rounds or len(dtypes) > 1 or (state_dtype != p.dtype and not p.is_complex()):
+        return "reference"
+    if p.device.type == "cpu" and p.is_floating_point() and tensors.layout(parts) == []:
+        return "fused" if optimizer._fused_on_cpu(group, p.dtype) else "rest"
+    return "rest"
+
+
+def refuse_options(optimizer: "Optimizer", group: "Group", grad: Tensor) -> None:
+    """Raise RuntimeError if a gradient that only torch's own code takes meets an option that torch does not have."""
+    wanted = [name for name in (*_COMPUTED, "max_grad_norm") if group.get(name)]
+    if not wanted or (wanted == ["max_grad_norm"] and grad.layout == torch.strided):
+        return
+    if grad.layout != torch.strided:
+        what = f"a {str(grad.layout).removeprefix('torch.')} gradient"
+    elif group.get("differentiable"):
+        what = "differentiable=True"
+    else:
+        what = f"a {type(grad).__name__} of {grad.dtype} on {grad.device}"
+    raise RuntimeError(f"{type(optimizer).__name__}: {', '.join(wanted)} can't be combined with {what}")
+
+
+def parts(plan: "Plan", optimizer: "Optimizer", fused: list[Member], by_reference: list[Member]) -> list[Part]:
+    """Neighbouring groups with the same options share a call."""
+
+    def options(member: Member) -> object:
+        return plan.values[member.group]
+
+    found: list[Part] = [Fused(plan, list(same)) for _, same in groupby(fused, options)]
+    if by_reference:
+        found.append(Reference(plan, by_reference))
+    return found
+
+
+def counters_together(members: Sequence[Member]) -> tuple[Tensor, list[Tensor]]:
+    """The members' steps as views of one tensor on the CPU, so that one addition moves them all."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    counts = [m.state["step"] for m in members]
+    together = torch.tensor([0.0 if t is None else float(t) for t in counts], dtype=dtype)
+    views = list(together.unbind())
+    for member, view in zip(members, views, strict=True):
+        member.state["step"] = view
+    return together, views
+
+
+def unscaled_and_clipped(grads: list[Tensor], group: "Group", step: Step) -> list[Tensor]:
+    """Gradients divided by the GradScaler's scale, in place as torch's fused steps do it, and clipped copies."""
+    if step.grad_scale is not None:
+        for grad in grads:
+            grad.div_(step.grad_scale.to(grad.device))
+    if step.norm is None:
+        return grads
+    coefficient = (group["max_grad_norm"] / (step.norm + 1e-6)).clamp(max=1.0)
+    return [grad * coefficient.to(grad.device, grad.real.dtype) for grad in grads]
+
+
+def average(p: Tensor, state: dict[str, Any], decay: float) -> None:
+    """v₁ = x₁, then v ← d·v + (1 − d)·x."""
+    if "ema" not in state:
+        state["ema"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        state["ema_step"] = None
+    if state["ema_step"] is None:
+        state["ema_step"] = torch.zeros((), dtype=torch.float32)
+    first = bool(state["ema_step"] == 0)
+    state["ema_step"] += 1
+    ema = tensors.local(state["ema"])
+    weight = tensors.local(p).to(ema.dtype)
+    ema.copy_(weight) if first else ema.lerp_(weight, 1.0 - decay)
+
+
+class Fused:
+    """Members of one set of options, by one call of torch's fused CPU kernel, all tensors dense and lying alike."""
+
+    def __init__(self, plan: "Plan", members: list[Member]) -> None:
+        self.members = members
+        self._plan = plan
+        self._indices = [m.index for m in members]
+        self._every = self._indices == list(range(len(plan.params)))
+        self._params = [m.param for m in members]
+        names = members[0].names
+        self._states = [[tensors.local(m.state[name]) for m in members] for name in names if name is not None]
+        counted = "step" in members[0].state
+        self._together, self._steps = counters_together(members) if counted else (None, [])
+        self._scratch: list[Tensor] = []
+        self._begun = False  # whether every momentum buffer is known to have begun
+
+    def scratch(self) -> list[Tensor]:
+        """Zeros like the parameters, for what a kernel insists on writing."""
+        if not self._scratch:
+            together = torch.zeros(sum(p.numel() for p in self._params), dtype=self._params[0].dtype)
+            pieces = together.split([p.numel() for p in self._params])
+            self._scratch = [x.as_strided(p.shape, p.stride()) for x, p in zip(pieces, self._params, strict=True)]
+        return self._scratch
+
+    def run(self, step: Step) -> None:
+        optimizer, group = step.optimizer, step.groups[self.members[0].group]
+        found = step.grads if self._every else [step.grads[i] for i in self._indices]
+        members, params, states, steps = self.members, self._params, self._states, self._steps
+        scratch = self.scratch() if optimizer._SCRATCH else []
+        grads = [grad for grad in found if grad is not None]
+        if len(grads) == len(found):
+            if self._together is not None:
+                self._together += 1
+        else:
+            there = [grad is not None for grad in found]
+            members, params, steps, scratch = (list(compress(x, there)) for x in (members, params, steps, scratch))
+            states = [list(compress(x, there)) for x in states]
+            if self._together is not None:
+                self._together[torch.tensor(there)] += 1
+        if not grads:
+            return
+        if step.grad_scale is not None or step.norm is not None:
+            grads = unscaled_and_clipped(grads, group, step)
+        optimizer._fused_update(group, Tensors(params, grads, states, steps, scratch, self._fresh(members)))
+        if decay := group.get("ema_decay"):
+            for m in members:
+                average(m.param, m.state, decay)
+
+    def _fresh(self, members: list[Member]) -> list[bool] | None:
+        """Which momentum buffers begin now; None if there are none or, at no cost, if none does."""
+        if self._together is not None or not self._states:
+            return None
+        if self._begun:
+            return None
+        fresh = [float(self._plan.counter(m)) == 0.0 for m in members]
+        for m in members:
+            self._plan.count_on(m, 1)
+        self._begun = len(members) == len(self.members)
+        return fresh if any(fresh) else None
+
+
+class Reference:
+    """Members with options that torch does not have, one by one, by the formulas of `tribp.reference`."""
+
+    def __init__(self, plan: "Plan", members: list[Member]) -> None:
+        self.members = members
+        self._plan = plan
+
+    def run(self, step: Step) -> None:
+        for m in self.members:
+            if (found := step.grads[m.index]) is None:
+                continue
+            group = step.groups[m.group]
+            (grad,) = unscaled_and_clipped([found], group, step)
+            if "step" in m.state:
+                if m.state["step"] is None:
+                    m.state["step"] = torch.zeros((), dtype=torch.float32)
+                m.state["step"] += 1
+                count = float(m.state["step"])
+            else:
+                count = float(self._plan.counter(m)) + 1
+                self._plan.count_on(m, int(count))
+            values = [float(value) for value in step.optimizer._values(group)]
+            states = [None if x is None else tensors.as_reals(x) for x in m.states]
+            p = tensors.as_reals(m.param)
+            wide = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in (p, *states)) else torch.float32
+            rule = getattr(reference, step.optimizer._RULE)
+            changed, *moments = rule(
+                p.to(wide), tensors.as_reals(grad).to(wide), *(None if x is None else x.to(wide) for x in states),
+                values, count, bool(group.get("eps_inside_sqrt")),
+            )  # fmt: skip
+            if group.get("stochastic_rounding") and p.dtype == torch.bfloat16:
+                changed = reference.round_stochastically(changed, group.get("seed", 0), int(count), m.index)
+            p.copy_(changed)
+            for state, moment in zip(states, moments, strict=True):
+                if state is not None:
+                    state.copy_(moment)
+            if decay := group.get("ema_decay"):
+                average(m.param, m.state, decay)
+
+
+class Tensors(NamedTuple):
+    """What a fused CPU kernel takes, one list entry a parameter."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[list[Tensor]]  # first all of the first kind
+    steps: list[Tensor]
+    scratch: list[Tensor]
+    fresh: list[bool] | None  # which momentum buffers begin with this step
+
+
+def run_rest(group: "Group", params: list[Tensor], step: Step) -> None:
+    """torch's own code for these parameters of a group: sparse, differentiable, on another device …"""
+    optimizer = step.optimizer
+    params = [p for p in params if p.grad is not None]
+    if not params:
+        return
+    for p in params:  # counters that a kernel kept on the device go back to where torch has them
+        state = optimizer.state.get(p, {})
+        if "step" in state and not (group.get("capturable") or group.get("fused")) and state["step"].device.type != "cpu":
+            state["step"] = state["step"].cpu()
+    with torch.set_grad_enabled(bool(group.get("differentiable"))):
+        optimizer._torch_update({**group, "params": params}, lambda grads: unscaled_and_clipped(grads, group, step))
+    if decay := group.get("ema_decay"):
+        for p in params:
+            average(p.detach(), optimizer.state[p], decay)

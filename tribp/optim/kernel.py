@@ -1,0 +1,237 @@
+"""The kernel's side of a plan: tables on the device, and one launch for all tensors of one combination of types."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .. import runtime
+from ..kernels import optim as kernels
+from ..kernels.launch import cdiv, choose_step
+from ..ops.launching import Launch
+from . import tensors
+from .plan import Member, Step
+from .tables import Table, bits
+
+if TYPE_CHECKING:
+    from .base import Group, Optimizer
+    from .plan import Plan
+
+_TYPES = {
+    torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64,
+}  # fmt: skip
+_OWN = kernels.OWN.value
+_HYPER = kernels.HYPER.value
+Dtypes = tuple[torch.dtype | None, ...]  # of the parameter, the gradient, the rule's three states, the average
+
+
+def parts(plan: "Plan", optimizer: "Optimizer", members: list[Member]) -> "list[Kernel]":
+    """As few launches as there are devices and combinations of types; a state that a tensor lacks fits any type."""
+    combinations: list[tuple[object, list[torch.dtype | None], list[Member]]] = []
+    for m in members:
+        group = optimizer.param_groups[m.group]
+        kinds = _dtypes(m)
+        fixed = (m.param.device, bool(group.get("eps_inside_sqrt")), _seed(group, m.param))
+        for other, dtypes, found in combinations:
+            if other == fixed and all(a is None or b is None or a == b for a, b in zip(dtypes, kinds, strict=True)):
+                dtypes[:] = [b if a is None else a for a, b in zip(dtypes, kinds, strict=True)]
+                found.append(m)
+                break
+        else:
+            combinations.append((fixed, list(kinds), [m]))
+    return [Kernel(plan, optimizer, found, tuple(dtypes)) for _, dtypes, found in combinations]
+
+
+def _dtypes(m: Member) -> Dtypes:
+    return tuple(None if t is None else t.dtype.to_real() for t in (m.param, m.grad, *m.states, m.ema))
+
+
+def _seed(group: "Group", p: Tensor) -> int | None:
+    """The seed of stochastic rounding; None without it."""
+    return group.get("seed", 0) if group.get("stochastic_rounding") and p.dtype == torch.bfloat16 else None
+
+
+class Kernel:
+    """One launch: members on one device, of one combination of types, of however many groups."""
+
+    def __init__(self, plan: "Plan", optimizer: "Optimizer", members: list[Member], dtypes: Dtypes) -> None:
+        self.members, self.dtypes = members, dtypes
+        self.device = members[0].param.device
+        self._indices = [m.index for m in members]
+        self._every = self._indices == list(range(len(plan.params)))
+        self._empty = [i for i, m in enumerate(members) if not m.param.numel()]
+        with runtime.on_device(members[0].param):
+            self._make_tables(plan, optimizer)
+        self._grads, self._hypers = Table(self.device), Table(self.device)
+        self._finished = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._values: object = None
+        self._words: list[int] = []
+        self._on_device = self._on_host = False  # where some hyperparameters are tensors
+        self._make_launch(optimizer)
+
+    def _make_tables(self, plan: "Plan", optimizer: "Optimizer") -> None:
+        self._count(plan)
+        layouts = [tensors.layout([tensors.as_reals(t) for t in (m.param, m.grad, *filter(_exists, (*m.states, m.ema)))]) for m in self.members]
+        self.strided = any(layouts)
+        self._layouts = _on(self.device, [word for layout in layouts if layout for word in layout], torch.int64)
+        numbers = [m.param.numel() * (2 if m.param.is_complex() else 1) for m in self.members]
+        arch = runtime.arch_of(self.device.index)
+        self.settings = choose_step(sum(numbers), torch.float64 in self.dtypes, arch)
+        rows: list[int] = []
+        at = self._layouts.data_ptr()
+        for m, layout, numel, counter in zip(self.members, layouts, numbers, self._counters, strict=True):
+            rows += [m.param.data_ptr(), *map(_address, m.states), _address(m.ema), counter.data_ptr()]
+            rows += [_address(m.state.get("ema_step")), numel, m.group, at if layout else 0, m.index]
+            at += 8 * len(layout or ())
+        self._rows = _on(self.device, rows, torch.int64)
+        self._chunks = _chunks(numbers, self.settings.chunk, self.device)
+
+    def _count(self, plan: "Plan") -> None:
+        """Counters on the device: those that are there already stay, the others get a place in one tensor."""
+        counted = "step" in self.members[0].state
+        if counted:
+            self._counters = self._adopt([m.state["step"] for m in self.members])
+            for m, counter in zip(self.members, self._counters, strict=True):
+                m.state["step"] = counter
+        else:
+            self._counters = self._adopt([plan.counter(m) for m in self.members])
+            for m, counter in zip(self.members, self._counters, strict=True):
+                plan.count_on(m, counter)
+        averaged = [m for m in self.members if "ema_step" in m.state]
+        for m, counter in zip(averaged, self._adopt([m.state["ema_step"] for m in averaged]), strict=True):
+            m.state["ema_step"] = counter
+
+    def _adopt(self, counters: Sequence[Tensor | int | None]) -> list[Tensor]:
+        def stays(c: Tensor | int | None) -> bool:
+            return isinstance(c, Tensor) and c.device == self.device and c.dtype == torch.float32 and c.dim() == 0
+
+        new = iter(_on(self.device, [float(c or 0) for c in counters if not stays(c)], torch.float32).unbind())
+        return [c if stays(c) else next(new) for c in counters]  # type: ignore[misc]
+
+    def _make_launch(self, optimizer: "Optimizer") -> None:
+        group = optimizer.param_groups[self.members[0].group]
+        param, grad, *states, ema = (None if t is None else _TYPES[t] for t in self.dtypes)
+        seed = _seed(group, self.members[0].param)
+        self._seed = seed or 0
+        self._constants = dict(
+            SCALARS=getattr(kernels, optimizer._RULE + "_scalars"),
+            RULE=getattr(kernels, optimizer._RULE),
+            PARAM_TYPE=param, GRAD_TYPE=grad, STATE0=states[0], STATE1=states[1], STATE2=states[2], EMA_TYPE=ema,
+            ACC=tl.float64 if torch.float64 in self.dtypes else tl.float32,
+            EPS_INSIDE=bool(group.get("eps_inside_sqrt")),
+            STOCHASTIC=seed is not None,
+            OPTIONAL=any((a is None) != (b is None) for m in self.members for a, b in zip(_dtypes(m), self.dtypes, strict=True)),
+            STRIDED=self.strided,
+            BLOCK=self.settings.block,
+        )  # fmt: skip
+
+    # Every step.
+
+    def tables(self, step: Step) -> None:
+        """Bring the tables on the device up to date."""
+        found = step.grads if self._every else [step.grads[i] for i in self._indices]
+        try:
+            addresses = list(map(Tensor.data_ptr, found))  # type: ignore[arg-type]
+        except TypeError:
+            addresses = [0 if grad is None else grad.data_ptr() for grad in found]
+        for i in self._empty:
+            addresses[i] = 0 if found[i] is None else 16  # an empty tensor has no address, and its step counts
+        self.grads = self._grads.write(addresses, capturing=step.capturing)
+        if step.values is not self._values or self._on_host:
+            self._words = self._hyper_words(step)
+            self._values = step.values
+        self.hypers = self._hypers.write(self._words, capturing=step.capturing)
+
+    def _hyper_words(self, step: Step) -> list[int]:
+        """The groups' rows: values, then the addresses of those that lie on the device."""
+        words: list[int] = []
+        self._on_device = self._on_host = False
+        for group in step.groups:
+            values = step.optimizer._values(group)
+            where = [0] * _HYPER
+            for k, value in enumerate(values):
+                if isinstance(value, Tensor):
+                    if value.is_cuda and self.device.type == "cuda":
+                        values[k], where[k] = 0.0, _scalar_address(value, self.device)
+                        self._on_device = True
+                    else:
+                        values[k] = value.item()
+                        self._on_host = True
+            words += bits(values) + where  # type: ignore[arg-type]
+        return words
+
+    def launch(self, step: Step) -> Launch:
+        """The launch that updates all members; the tables must be up to date."""
+        scale, found_inf = (None if t is None else t.to(self.device, non_blocking=True) for t in (step.grad_scale, step.found_inf))
+        norm = None if step.norm is None else step.norm.to(self.device, non_blocking=True)
+        arguments = (
+            self._rows, self.grads, self._chunks, self.hypers, self._finished, found_inf, scale, norm,
+            len(self.members), self.settings.chunk_blocks, self._seed,
+        )  # fmt: skip
+        constants = self._constants | {"ON_DEVICE": self._on_device}
+        return Launch(kernels.multi_tensor_step, (len(self._chunks),), arguments, constants, self.settings.num_warps)
+
+    def norm_launch(self, partials: Tensor, norm: Tensor, first: int, programs: int, last: bool, scale: Tensor | None) -> Launch:
+        """The launch that adds the members' gradients to a norm."""
+        arguments = (
+            self._rows, self.grads, self._chunks, partials, norm, self._finished, scale, first, programs,
+            self.settings.chunk_blocks,
+        )  # fmt: skip
+        constants = dict(
+            GRAD_TYPE=self._constants["GRAD_TYPE"], STRIDED=self.strided, BLOCK=self.settings.block, LAST=last
+        )
+        return Launch(kernels.gradient_norm, (len(self._chunks),), arguments, constants, self.settings.num_warps)
+
+    def run(self, step: Step) -> None:
+        with runtime.on_device(self.members[0].param):
+            if step.norm is None:
+                self.tables(step)
+            self.launch(step).run()
+
+
+def gradient_norm(parts: "Sequence[Kernel]", step: Step) -> Tensor:
+    """‖g‖₂ over the gradients of all parts, on one device, as a float64 scalar there: one launch a part."""
+    with runtime.on_device(parts[0].members[0].param):
+        counts = [len(part._chunks) for part in parts]
+        partials = torch.empty(sum(counts), dtype=torch.float64, device=parts[0].device)
+        norm = torch.empty((), dtype=torch.float64, device=parts[0].device)
+        scale = None if step.grad_scale is None else step.grad_scale.to(parts[0].device, non_blocking=True)
+        first = 0
+        for part, count in zip(parts, counts, strict=True):
+            part.tables(step)
+            part.norm_launch(partials, norm, first, sum(counts), part is parts[-1], scale).run()
+            first += count
+    return norm
+
+
+def _chunks(numbers: Sequence[int], chunk: int, device: torch.device) -> Tensor:
+    """A row (tensor, which of its chunks) for every program, at least one."""
+    counts = torch.tensor([cdiv(n, chunk) for n in numbers])
+    owners = torch.repeat_interleave(torch.arange(len(numbers)), counts)
+    within = torch.arange(len(owners)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    chunks = torch.stack([owners, within], 1) if len(owners) else torch.tensor([[-1, 0]])
+    return chunks.to(torch.int32).to(device)
+
+
+def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype).to(device)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _exists(tensor: Tensor | None) -> bool:
+    return tensor is not None
+
+
+def _scalar_address(value: Tensor, device: torch.device) -> int:
+    """Where a hyperparameter lies on the device; the lowest bit says that it is float64."""
+    if value.dtype not in (torch.float32, torch.float64) or value.device != device:
+        raise TypeError(
+            "a hyperparameter that is a tensor on a GPU must be float32 or float64 and on the device of its "
+            f"parameters, {device}; got {value.dtype} on {value.device}"
+        )
+    return value.data_ptr() + (value.dtype == torch.float64)

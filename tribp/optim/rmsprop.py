@@ -1,0 +1,94 @@
+"""RMSprop."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.rmsprop import rmsprop as torch_rmsprop
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
+
+from .base import Beyond, Group, Optimizer
+from .fallback import Tensors
+
+# Adam's bias corrections are 1 − βᵗ; at this t they are 1 for every β up to 1 − 4e-8.
+_LATE = torch.tensor(float(1 << 30))
+
+
+class RMSprop(Optimizer, torch.optim.RMSprop):
+    """`torch.optim.RMSprop` in one kernel launch a step.
+
+    v ← α·v + (1 − α)·g², θ ← θ − lr·g/(√v + ε): Hinton's lecture 6 of "Neural Networks for Machine Learning", 2012. With
+    `centered` v − ḡ² takes the place of v (Graves, "Generating Sequences With Recurrent Neural Networks", 2013), with
+    `momentum` b ← μ·b + g/(√v + ε) that of the last fraction. Arguments, defaults and errors are torch's; `fused`
+    (True: GradScaler's unscaling within the step) is tribp's, and so are those in `tribp.optim.Beyond`.
+    """
+
+    _RULE = "rmsprop"
+    _KEYS = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
+    _SCRATCH = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        fused: bool | None = None,
+        **beyond: Unpack[Beyond],
+    ) -> None:
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        self._switch_on(dict(beyond, fused=fused))
+        torch.optim.RMSprop.__init__(
+            self, params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable
+        )
+        self._switched_on()
+
+    def _names(self, group: Group) -> tuple[str | None, ...]:
+        return (
+            "square_avg",
+            "momentum_buffer" if group["momentum"] > 0 else None,
+            "grad_avg" if group["centered"] else None,
+        )
+
+    def _own_values(self, group: Group) -> Sequence[float | Tensor]:
+        return group["alpha"], group["momentum"], float(group["centered"])
+
+    def _fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
+        return dtype in (torch.float32, torch.float64) and self._names(group)[1:] == (None, None) and group["alpha"] < 1 - 4e-8
+
+    def _fused_update(self, group: Group, t: Tensors) -> None:
+        """torch has no fused RMSprop, but plain RMSprop is Adam late in its life, with β₁ = 0."""
+        torch._foreach_zero_(t.scratch)  # Adam's m: 0·∞ from an earlier gradient would stay NaN
+        torch._fused_adam_(
+            t.params, t.grads, t.scratch, t.states[0], [], [_LATE] * len(t.params), lr=group["lr"], beta1=0.0,
+            beta2=group["alpha"], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
+            maximize=group["maximize"],
+        )  # fmt: skip
+
+    def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        lists: list[list[Any]] = [[] for _ in range(6)]
+        has_complex = self._init_group(group, *lists)
+        params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
+        foreach = group["foreach"]
+        if foreach is None and not group["differentiable"] and sum(p.numel() for p in params) <= 1 << 20:
+            # Three times as fast on the CPU for many small tensors; large ones would double torch's memory.
+            foreach = all(type(p) in (Tensor, torch.nn.Parameter) and p.device.type == "cpu" for p in params) or None
+        torch_rmsprop(
+            params, prepare(grads), square_avgs, grad_avgs, momentum_buffers, steps, lr=group["lr"],
+            alpha=group["alpha"], eps=group["eps"], weight_decay=group["weight_decay"], momentum=group["momentum"],
+            centered=group["centered"], foreach=foreach, maximize=group["maximize"],
+            differentiable=group["differentiable"], capturable=group["capturable"], has_complex=has_complex,
+        )  # fmt: skip

@@ -1,0 +1,133 @@
+"""SGD, and Momentum, its form with a moving average of the gradients."""
+
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd as torch_sgd
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
+
+from .base import Beyond, Group, Optimizer
+from .fallback import Tensors
+
+
+class SGD(Optimizer, torch.optim.SGD):
+    """`torch.optim.SGD` in one kernel launch a step.
+
+    b ← μ·b + (1 − τ)·g (the first time b ← g), θ ← θ − lr·b, or Nesterov's θ ← θ − lr·(g + μ·b): Sutskever et al., "On
+    the importance of initialization and momentum in deep learning", 2013, in torch's form. Arguments, defaults and
+    errors are torch's; `capturable` (CUDA graphs) is tribp's, and so are those in `tribp.optim.Beyond`.
+    """
+
+    _RULE = "sgd"
+    _KEYS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+    _COUNTS = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+        **beyond: Unpack[Beyond],
+    ) -> None:
+        if beyond.get("eps_inside_sqrt"):
+            raise TypeError(f"{type(self).__name__} has no ε, so there is no eps_inside_sqrt")
+        self._switch_on(dict(beyond, capturable=capturable))
+        torch.optim.SGD.__init__(
+            self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
+            differentiable=differentiable, fused=fused,
+        )  # fmt: skip
+        self._switched_on()
+
+    def _names(self, group: Group) -> tuple[str | None, ...]:
+        return "momentum_buffer" if group["momentum"] != 0 else None, None, None
+
+    def _own_values(self, group: Group) -> Sequence[float | Tensor]:
+        return group["momentum"], group["dampening"], float(group["nesterov"])
+
+    def _fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
+        # In 16 bits torch's kernel skips whole vectors (pytorch #191763).
+        return dtype in (torch.float32, torch.float64)
+
+    def _fused_update(self, group: Group, t: Tensors) -> None:
+        lr, decay = group["lr"], float(group["weight_decay"])
+        if not t.states and not decay:
+            # Measured at 1 to 16 M elements: a plain update is faster without the fused kernel.
+            torch._foreach_add_(t.params, t.grads, alpha=(1.0 if group["maximize"] else -1.0) * float(lr))
+            return
+
+        def update(chosen: list[bool] | None, first: bool) -> None:
+            params, grads, *states = (x if chosen is None else list(compress(x, chosen)) for x in (t.params, t.grads, *t.states))
+            if params:
+                torch._fused_sgd_(
+                    params, grads, states[0] if states else [], weight_decay=decay, momentum=float(group["momentum"]),
+                    lr=lr, dampening=float(group["dampening"]), nesterov=group["nesterov"], maximize=group["maximize"],
+                    is_first_step=first,
+                )  # fmt: skip
+
+        if t.fresh is None:
+            update(None, False)
+        else:
+            update(t.fresh, True)
+            update([not fresh for fresh in t.fresh], False)
+
+    def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Any] = []
+        has_sparse_grad = self._init_group(group, params, grads, buffers)
+        torch_sgd(
+            params, prepare(grads), buffers, has_sparse_grad=has_sparse_grad, foreach=group["foreach"],
+            weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
+            dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
+        )  # fmt: skip
+        if group["momentum"] != 0:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
+
+
+class Momentum(SGD):
+    """Gradient descent along the exponential moving average of the gradients.
+
+    v₁ = g₁, v ← β·v + (1 − β)·g, θ ← θ − lr·v: `torch.optim.SGD(momentum=β, dampening=β)`, whose checkpoints it shares.
+    The dampening follows the momentum, also where a scheduler (OneCycleLR) moves that.
+
+    beta: β in [0, 1). The other arguments are SGD's. Raises ValueError for a beta outside.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        beta: float = 0.9,
+        weight_decay: float | Tensor = 0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+        **beyond: Unpack[Beyond],
+    ) -> None:
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"beta must be in [0, 1), got {beta!r}")
+        super().__init__(
+            params, lr, beta, beta, weight_decay, maximize=maximize, foreach=foreach, differentiable=differentiable,
+            fused=fused, capturable=capturable, **beyond,
+        )  # fmt: skip
+
+    def _before_step(self) -> None:
+        for group in self.param_groups:
+            group["dampening"] = group["momentum"]

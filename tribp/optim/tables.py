@@ -1,0 +1,74 @@
+"""Small tables that a kernel reads from the device, and that follow lists on the host."""
+
+import array
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def bits(values: Sequence[float]) -> list[int]:
+    """float64 numbers as the 8-byte words that hold them."""
+    return array.array("q", array.array("d", values).tobytes()).tolist()
+
+
+class _Staging:
+    """Page-locked memory that one upload is copied from."""
+
+    def __init__(self, length: int) -> None:
+        self.tensor = torch.empty(length, dtype=torch.int64, pin_memory=True)
+        self.words = (ctypes.c_int64 * length).from_address(self.tensor.data_ptr())
+        new_event: Any = torch.cuda.Event  # torch leaves its constructor untyped
+        self.copied = new_event()  # nothing recorded yet: query() says True
+        self.idle = True  # never used
+
+    def upload(self, words: list[int], target: Tensor) -> None:
+        self.idle = False
+        self.words[:] = words
+        target.copy_(self.tensor, non_blocking=True)
+
+
+class Table:
+    """8-byte words on a device. `write` uploads them if they changed, without waiting for the device.
+
+    An upload never goes through memory that another one may still be read from.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._tensor = torch.empty(0, dtype=torch.int64, device=device)
+        self._written: list[int] | None = None
+        self._staging: list[_Staging] = []
+        self._captured: list[tuple[_Staging, Tensor]] = []
+
+    def write(self, words: list[int], *, capturing: bool = False) -> Tensor:
+        """The words on the device. `capturing`: a CUDA graph is being captured, and will read them at every replay."""
+        if capturing:
+            # The graph repeats this copy, so what it copies from and to is its own, and lives as long as this table.
+            staging, tensor = self._free_staging(len(words), capturing), torch.empty_like(self._tensor)
+            staging.upload(words, tensor.resize_(len(words)))
+            self._captured.append((staging, tensor))
+            return tensor
+        if words != self._written:
+            if self._tensor.is_cuda:
+                staging = self._free_staging(len(words))
+                staging.upload(words, self._tensor.resize_(len(words)))
+                staging.copied.record()
+                self._staging.append(staging)
+            else:
+                self._tensor = torch.tensor(words, dtype=torch.int64)
+            self._written = words
+        return self._tensor
+
+    def reserve(self, length: int) -> None:
+        """Make sure that a graph's capture, in which page-locked memory can't be allocated, finds some."""
+        if self._tensor.is_cuda and not any(s.idle and len(s.words) == length for s in self._staging):
+            self._staging.append(_Staging(length))
+
+    def _free_staging(self, length: int, capturing: bool = False) -> _Staging:
+        """Staging memory that nothing reads any more; of its events nothing may be asked during a capture."""
+        for i, staging in enumerate(self._staging):
+            if len(staging.words) == length and (staging.idle if capturing else staging.copied.query()):
+                return self._staging.pop(i)
+        return _Staging(length)

@@ -1,0 +1,95 @@
+"""What the memory behind a tensor looks like: shards, pairs of reals, strides."""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_DIMS = 6  # of tribp.kernels.optim
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def dtensor_type() -> type | None:
+    """torch's DTensor, if anything in this process can be one: its module takes a second to import."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", None)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    kind = dtensor_type()
+    return kind is not None and type(tensor) not in PLAIN and isinstance(tensor, kind)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a distributed tensor that lies in this process; any other tensor itself."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[no-any-return, attr-defined]
+
+
+def local_parts(p: Tensor, *others: Tensor) -> list[Tensor] | None:
+    """The local, plain memory of a parameter and of what belongs to it; None if that is not what they are.
+
+    Distributed tensors count where all are sharded alike: an update element by element is then one of the shards.
+    """
+    if is_dtensor(p):
+        if any(not is_dtensor(t) or t.placements != p.placements or t.device_mesh != p.device_mesh for t in others):  # type: ignore[attr-defined]
+            return None
+        if any(placement.is_partial() for placement in p.placements):  # type: ignore[attr-defined]
+            return None
+    elif any(is_dtensor(t) for t in others):
+        return None
+    parts = [local(t) for t in (p, *others)]
+    return parts if all(type(t) in PLAIN for t in parts) else None
+
+
+def as_reals(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals; any other one itself."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def coalesce(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """The same elements in as few dimensions as possible, in the order in which the first tensor lies in memory.
+
+    strides: of each tensor. Returns the sizes and each tensor's strides; `[n], [[1], [1], …]` if all are dense alike.
+    """
+    order = sorted((d for d, size in enumerate(shape) if size != 1), key=lambda d: -strides[0][d])
+    sizes: list[int] = []
+    merged: list[list[int]] = [[] for _ in strides]
+    for d in order:
+        if sizes and all(m[-1] == s[d] * shape[d] for m, s in zip(merged, strides, strict=True)):
+            sizes[-1] *= shape[d]
+            for m, s in zip(merged, strides, strict=True):
+                m[-1] = s[d]
+        else:
+            sizes.append(shape[d])
+            for m, s in zip(merged, strides, strict=True):
+                m.append(s[d])
+    return (sizes, merged) if sizes else ([1], [[1] for _ in strides])
+
+
+def layout(tensors: Sequence[Tensor]) -> list[int] | None:
+    """How the kernel walks a parameter, its gradient and its states: [] if all lie alike and dense, else a table row.
+
+    The row: MAX_DIMS sizes, then MAX_DIMS strides each of the parameter, the gradient and the states, the innermost
+    last. None where that can't say it: states that lie unlike each other, too many dimensions, overlapping writes.
+    """
+    first, shape = tensors[0].stride(), tensors[0].shape
+    if all(t.stride() == first for t in tensors) and (
+        tensors[0].is_contiguous() or tensors[0].is_contiguous(memory_format=torch.channels_last)
+    ):
+        return []
+    if not tensors[0].numel():
+        return []
+    sizes, strides = coalesce(shape, [t.stride() for t in tensors])
+    if all(s == [1] for s in strides):
+        return []
+    states = strides[2:] or [strides[0]]
+    if len(sizes) > MAX_DIMS or any(s != states[0] for s in states):
+        return None
+    if any(torch._debug_has_internal_overlap(t) == 1 for i, t in enumerate(tensors) if i != 1):
+        return None
+    pad = MAX_DIMS - len(sizes)
+    row = [1] * pad + sizes
+    for part in (strides[0], strides[1], states[0]):
+        row += [0] * pad + part
+    return row
