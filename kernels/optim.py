@@ -1,8 +1,8 @@
 """The optimizer step: one launch updates every tensor of every parameter group of one combination of types.
 
-`multi_tensor_step` walks the tensors; what it does to an element is a rule (`sgd`, `rmsprop`, `adagrad`, `adam`) that it
-is given as a parameter. A rule is two functions: `…_scalars` reads the group's hyperparameters, forms what depends on
-them and on the step alone, in float64, and rounds last (1 − float32(0.999) would be wrong by 1.3e-5); the other one
+`multi_tensor_step` walks the tensors; what it does to an element is a rule (`sgd`, `rmsprop`, `adagrad`, `adam`) that
+it is given as a parameter. A rule is two functions: `…_scalars` reads the group's hyperparameters, forms what depends
+on them and on the step alone, in float64, and rounds last (1 − float32(0.999) would be wrong by 1.3e-5); the other one
 reads like the formula. Optional buffers arrive as 0 where a tensor has none, and each formula is written so that 0
 gives the plain variant: groups with and without momentum, amsgrad or centered share a launch.
 
@@ -16,10 +16,12 @@ Tables, all of 8-byte words (`tribp/optim/tables.py` writes them):
 import triton
 import triton.language as tl
 
-from .common import INTERPRETED, round_to
+from .common import round_to
 
 # Columns of `rows`.
-PARAM, STATE, EMA, STEP, EMA_STEP, NUMEL, GROUP, LAYOUT, STREAM = (tl.constexpr(i) for i in (0, 1, 4, 5, 6, 7, 8, 9, 10))
+PARAM, STATE, EMA, STEP, EMA_STEP, NUMEL, GROUP, LAYOUT, STREAM = (
+    tl.constexpr(i) for i in (0, 1, 4, 5, 6, 7, 8, 9, 10)
+)
 ROW = tl.constexpr(11)
 
 # Columns of `hypers`: those of every rule, then a rule's own. GRAD_SIGN is −1 where the objective is maximized; of the
@@ -34,7 +36,7 @@ MAX_DIMS = tl.constexpr(6)
 
 @triton.jit
 def root(x):
-    """√x, correctly rounded: Triton's own is approximate in float32 and flushes subnormal numbers, as moments can be."""
+    """√x, correctly rounded: Triton's own float32 root is approximate and flushes subnormal numbers to 0."""
     if x.dtype == tl.float32:
         y = tl.sqrt_rn(x)
     else:

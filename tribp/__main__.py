@@ -7,11 +7,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from . import runtime
+from .demo.methods import BATCH_SIZE, COMPARED, METHODS
 
 EXTRAS = ("matplotlib", "mlxtend.data", "rich")  # what pip install -e '.[demo]' brings
 PICTURES = (".pdf", ".png", ".svg")
@@ -21,16 +22,17 @@ DESCRIPTION = """\
 Shows back-propagation done by tribp, and checks it. First the gradients: against central differences in float64, and
 against two examples small enough to follow by hand. Then a network of 784 inputs, 128 hidden and 10 output units,
 sigmoid after both layers, learns 4,000 real handwritten digits of MNIST by gradient descent (w <- w - lr * dE/dw, with
-Adam choosing the size of each step), beside the same network in plain torch. It is judged on 1,000 digits that it never
-saw, and its loss is drawn step by step, with the moving averages that make the trend visible. Takes well under a minute
-on two CPU cores; on a CUDA GPU the same program runs tribp's Triton kernels."""
+an optimizer choosing the size of each step), beside the same network and optimizer of plain torch. It is judged on 1,000
+digits that it never saw, and its loss is drawn step by step, with the moving averages that make the trend visible.
+--compare draws the losses of all optimizers instead, and of gradient descent by batches of every size. Takes well under
+a minute on two CPU cores, --compare about one; on a CUDA GPU the same program runs tribp's Triton kernels."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status: 0, or 1 where something is missing or wrong, 130 after Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # no ε in the terminal's encoding is no reason to stop
-    options = _parser().parse_args(argv)
+    options = _options(argv)
     threads = torch.get_num_threads()
     torch.set_num_threads(
         1
@@ -46,18 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(threads)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: dict[str, Any]) -> int:
     if missing := [name.partition(".")[0] for name in EXTRAS if not _importable(name)]:
         return _failed(f"{', '.join(missing)} cannot be imported; this installs it: pip install -e '.[demo]'")
     try:
-        runtime.backend_of(torch.empty(0, device=options.device))
+        runtime.backend_of(torch.empty(0, device=options["device"]))
     except RuntimeError as error:  # TRIBP_BACKEND=triton where no kernel can run
         return _failed(str(error))
     from .demo import report
 
-    if not report.checks(options.device):
+    if not report.checks(options["device"]):
         return _failed("these gradients are wrong (✗ above), so nothing is trained with them")
-    report.training(**vars(options))
+    if options.pop("compare"):
+        report.comparison(**options)
+    else:
+        report.training(**options)
     return 0
 
 
@@ -79,6 +84,20 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one sentence; the usage is what --help is for
 
 
+def _options(argv: Sequence[str] | None) -> dict[str, Any]:
+    """The arguments of `report.training`, or of `report.comparison`, with `compare` to say which."""
+    parser = _parser()
+    given = vars(parser.parse_args(argv))
+    if given["compare"]:
+        for name in ("optimizer", "batch_size", "lr"):
+            if name in given:
+                option = "--" + name.replace("_", "-")
+                parser.error(f"argument {option}: not allowed with --compare, where every method has its own")
+        return given
+    optimizer = given.setdefault("optimizer", "adam")
+    return {"batch_size": BATCH_SIZE, "lr": METHODS[optimizer].lr} | given
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m tribp", description=DESCRIPTION)
     add = parser.add_argument
@@ -90,12 +109,25 @@ def _parser() -> argparse.ArgumentParser:
         "(default: cuda where there is one, else cpu)",
     )
     add(
+        "--optimizer",
+        choices=METHODS,
+        default=argparse.SUPPRESS,
+        help="rule that makes a step out of a gradient (default: adam)",
+    )
+    add(
+        "--compare",
+        action="store_true",
+        help=f"train once with each of {len(COMPARED)} methods, the optimizers and batch, stochastic and mini-batch "
+        "gradient descent, and draw their losses in one picture; without plain torch",
+    )
+    add(
         "--batch-size",
         type=_batch_size,
-        default=16,
+        default=argparse.SUPPRESS,
         metavar="N",
         help="digits per step, or full: all 4,000 make one smooth but slow step per epoch (batch gradient descent), 1 "
-        "makes 4,000 quick and noisy ones (stochastic), 16, 32, 64 … lie between (mini-batch) (default: %(default)s)",
+        "makes 4,000 quick and noisy ones (stochastic), 16, 32, 64 … lie between (mini-batch) "
+        f"(default: {BATCH_SIZE})",
     )
     add(
         "--epochs",
@@ -108,10 +140,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--lr",
         type=_real,
-        default=0.01,
+        default=argparse.SUPPRESS,
         metavar="RATE",
         help="learning rate of the first step; it falls linearly to 0. Too small learns slowly, too large jumps over "
-        "the minimum (default: %(default)s)",
+        f"the minimum (default: {', '.join(f'{name} {method.lr:g}' for name, method in METHODS.items())})",
     )
     add(
         "--epsilon",

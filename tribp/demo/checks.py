@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import linear_sigmoid
 from ..nn import LinearSigmoid
+from ..optim import SGD
 
 STEP = 1e-5  # central differences in float64 are off by about STEP² from curvature and 1e-16 / STEP from rounding
 BOUND = 1e-7
@@ -100,7 +101,7 @@ def two_two_one(device: torch.device) -> list[Check]:
     loss = half_squared_error(output, target)
     dw1, dw2 = torch.autograd.grad(loss, (first.weight, second.weight), retain_graph=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    torch.optim.SGD(network.parameters(), lr=0.01).step()
+    SGD(network.parameters(), lr=0.01).step()
     step1, step2 = first.weight - w1, second.weight - w2
     return [
         Check("output", _numbers(output), [0.990112]),

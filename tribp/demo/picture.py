@@ -1,5 +1,7 @@
-"""The picture: loss per step with its moving averages, and accuracy per epoch."""
+"""The pictures: loss per step with its moving averages, and accuracy per epoch; or the losses of several methods."""
 
+import io
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,6 +12,8 @@ from .training import Training
 
 BETA = 0.9
 WINDOW = 100  # steps; a third of all where there are fewer than three windows of them
+MEMORY = 1000  # digits that the averages of a comparison go back: one number for every batch size
+LOSS = "loss ½ Σ (output − target)²"
 
 
 def draw(training: Training, title: str, path: Path) -> None:
@@ -19,9 +23,7 @@ def draw(training: Training, title: str, path: Path) -> None:
     steps = range(1, len(losses) + 1)
     epochs = range(1, len(training.accuracies) + 1)
 
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure = _figure(title)
     loss, accuracy = figure.subplots(2, 1)
 
     marker = "o" if len(losses) < 50 else ""
@@ -31,7 +33,7 @@ def draw(training: Training, title: str, path: Path) -> None:
     loss.plot(
         steps[window - 1 :], averages.simple(losses, window), color="tab:blue", label=f"SMA, window of {window} steps"
     )
-    loss.set(xlabel=f"step (batches of {training.batch_size:,})", ylabel="loss ½ Σ (output − target)²", yscale="log")
+    loss.set(xlabel=f"step (batches of {training.batch_size:,})", ylabel=LOSS, yscale="log")
     loss.legend()
 
     accuracy.plot(epochs, training.accuracies, color="tab:blue", marker="o", label="training digits")
@@ -42,4 +44,35 @@ def draw(training: Training, title: str, path: Path) -> None:
     for axes in (loss, accuracy):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def compare(trainings: Mapping[str, Training], title: str, path: Path) -> None:
+    """Write the losses of `trainings`, each under its name, to `path`: EMAs over about MEMORY digits, by epochs."""
+    figure = _figure(title)
+    axes = figure.subplots()
+    for name, training in trainings.items():
+        size, digits = training.batch_size, len(training.digits.labels)
+        epochs = [size * step / digits for step in range(1, len(training.losses) + 1)]
+        beta = max(0.0, 1 - size / MEMORY)
+        label = f"{name}: {training.held_out_accuracies[-1]:.1f} % right"
+        axes.plot(epochs, averages.exponential(training.losses, beta), linewidth=1.5, label=label)
+    axes.set(xlabel="epochs (times every digit was used)", ylabel=f"{LOSS}, EMA over {MEMORY:,} digits")
+    axes.set(xscale="log", yscale="log")
+    axes.legend(loc="lower left")
+    axes.grid(alpha=0.3, which="both")
+    _save(figure, path)
+
+
+def _figure(title: str) -> Figure:
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Draw to memory first: Ctrl-C leaves no half picture."""
+    file = io.BytesIO()
+    figure.savefig(file, format=path.suffix[1:], dpi=120)
+    path.write_bytes(file.getvalue())

@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .. import runtime
 from . import checks as demo
 from . import digits, picture
+from .methods import COMPARED, METHODS
 from .training import SIZES, Training
 
 
@@ -40,29 +41,28 @@ def checks(device: torch.device) -> bool:
 
 
 def training(
-    device: torch.device, batch_size: int | None, epochs: int, lr: float, epsilon: float, seed: int, output: Path
+    device: torch.device,
+    optimizer: str,
+    batch_size: int | None,
+    epochs: int,
+    lr: float,
+    epsilon: float,
+    seed: int,
+    output: Path,
 ) -> None:
     """Train, print how it went, and draw it. Ctrl-C raises a KeyboardInterrupt that says how far it came."""
     generator = torch.Generator().manual_seed(seed)
     data = digits.load(device, generator)
-    run = Training(data, generator, batch_size=batch_size, epochs=epochs, lr=lr, epsilon=epsilon)
-    network = "-".join(map(str, SIZES))
-    print(f"\nTraining {network}, sigmoid after both layers, on {len(data.labels):,} MNIST digits")
-    print("  loss       ½ Σ (output − target)², mean over the batch; target 1 for the digit, else 0")
-    print(f"  optimizer  torch's Adam, learning rate {lr:g}, falling linearly to 0")
-    print(f"  weights    from U(−ε, ε), ε = {epsilon:g}, seed {seed}")
+    method = METHODS[optimizer]
+    run = Training(data, generator, method=method, batch_size=batch_size, epochs=epochs, lr=lr, epsilon=epsilon)
+    _introduce(data, epsilon, seed)
+    print(f"  optimizer  {method}, learning rate {lr:g}, falling linearly to 0")
+    print(f"             beside it, with plain torch: {method.twin}")
     print(f"  batches    of {run.batch_size:,}, {run.steps_per_epoch:,} per epoch; epochs: {epochs:,}", flush=True)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = _console()
-    try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("epoch 1", total=epochs * run.steps_per_epoch)
-            for epoch in range(epochs):
-                run.epoch(lambda: bar.advance(task))
-                bar.update(task, description=f"epoch {epoch + 1}: {run.held_out_accuracies[-1]:.1f} % right")
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"after {len(run.accuracies)} of {epochs} epochs") from None
+    with _progress(console) as bar:
+        _train(run, bar, bar.add_task("", total=run.steps))
 
     steps = len(run.plain.seconds)
     table = _table("", "tribp", "plain torch")
@@ -74,9 +74,84 @@ def training(
     console.print(table)
     print(f"Time: median of {steps:,} steps, the two networks in turn on the same batches; difference: after epoch 1.")
 
-    picture.draw(run, f"tribp: {network} on MNIST, Adam, learning rate {lr:g}, ε = {epsilon:g}", output)
+    picture.draw(run, f"tribp: {_network()} on MNIST, {method.ours}, learning rate {lr:g}, ε = {epsilon:g}", output)
     print(f"Picture: {output.resolve()}")
     print(f"held-out accuracy: {run.held_out_accuracies[-1]:.1f} %")
+
+
+def comparison(device: torch.device, epochs: int, epsilon: float, seed: int, output: Path) -> None:
+    """Train once with each of COMPARED, print a table, and draw their losses. Ctrl-C as in `training`."""
+    generator = torch.Generator().manual_seed(seed)
+    data = digits.load(device, generator)
+    runs: list[Training] = []
+    for run in COMPARED:
+        own = torch.Generator()
+        own.set_state(generator.get_state())  # the same weights first, and the same order of the digits
+        method, often = METHODS[run.optimizer], run.epochs(epochs)
+        runs.append(
+            Training(
+                data, own, method=method, batch_size=run.batch_size, epochs=often, lr=run.lr, epsilon=epsilon,
+                compared_steps=0,
+            )
+        )  # fmt: skip
+    batch, stochastic = (run.epochs for run in runs[:2])
+    _introduce(data, epsilon, seed)
+    print(
+        f"  methods    {len(runs)}, one after the other from the same weights, each learning rate falling linearly to 0"
+    )
+    print(
+        f"  epochs     {epochs:,}; {stochastic:,} for stochastic gradient descent, whose steps of 1 digit take so long,"
+    )
+    print(f"             and {batch:,} for batch gradient descent, which makes but one step in each", flush=True)
+
+    console = _console()
+    with _progress(console) as bar:
+        task = bar.add_task("", total=sum(training.steps for training in runs))
+        for number, (run, training) in enumerate(zip(COMPARED, runs, strict=True), 1):
+            try:
+                _train(training, bar, task, f"{run.name}, ")
+            except KeyboardInterrupt as stop:
+                raise KeyboardInterrupt(f"{stop} of method {number} of {len(runs)}, {run.name}") from None
+
+    table = _table("method", *("learning rate", "batch", "steps", "time", "final loss", "held-out accuracy"))
+    for run, training in zip(COMPARED, runs, strict=True):
+        table.add_row(
+            run.name, f"{run.lr:g}", f"{training.batch_size:,}", f"{training.steps:,}", f"{training.seconds:.1f} s",
+            f"{training.final_loss():.4f}", f"{training.held_out_accuracies[-1]:.1f} %",
+        )  # fmt: skip
+    print()
+    console.print(table)
+    print(f"Gradient descent: {METHODS['sgd']}; final loss: over all {len(data.labels):,} training digits.")
+
+    lines = {run.name: training for run, training in zip(COMPARED, runs, strict=True)}
+    picture.compare(lines, f"tribp: {_network()} on MNIST, ε = {epsilon:g}", output)
+    print(f"Picture: {output.resolve()}")
+
+
+def _introduce(data: digits.Digits, epsilon: float, seed: int) -> None:
+    print(f"\nTraining {_network()}, sigmoid after both layers, on {len(data.labels):,} MNIST digits")
+    print("  loss       ½ Σ (output − target)², mean over the batch; target 1 for the digit, else 0")
+    print(f"  weights    from U(−ε, ε), ε = {epsilon:g}, seed {seed}")
+
+
+def _train(run: Training, bar: Progress, task: TaskID, name: str = "") -> None:
+    """All epochs. Ctrl-C raises a KeyboardInterrupt that says how many were done."""
+    bar.update(task, description=f"{name}epoch 1")
+    try:
+        for epoch in range(1, run.epochs + 1):
+            run.epoch(lambda: bar.advance(task))
+            bar.update(task, description=f"{name}epoch {epoch}: {run.held_out_accuracies[-1]:.1f} % right")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"after {len(run.accuracies)} of {run.epochs} epochs") from None
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _network() -> str:
+    return "-".join(map(str, SIZES))
 
 
 def _console() -> Console:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..nn import LinearSigmoid
 from .checks import half_squared_error
 from .digits import CLASSES, Digits
+from .methods import Method
 
 SIZES = (784, 128, CLASSES)
 COMPARED_STEPS = 20  # plain torch stops after the first epoch that ends with as many steps timed
@@ -40,10 +41,9 @@ def in_plain_torch(layers: nn.Sequential) -> nn.Sequential:
 class Learner:
     """A network with its optimizer, and the time each compared step took."""
 
-    def __init__(self, layers: nn.Sequential, lr: float, steps: int) -> None:
-        self.layers = layers
-        self.optimizer = torch.optim.Adam(layers.parameters(), lr=lr)
-        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=steps)
+    def __init__(self, layers: nn.Sequential, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        self.layers, self.optimizer = layers, optimizer
+        self.schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         self.seconds: list[float] = []
 
     def gradients(self, images: Tensor, targets: Tensor) -> Tensor:
@@ -66,30 +66,38 @@ class Learner:
 
 
 class Training:
-    """Call `epoch` as often as `epochs` says; the lists grow by what it measured."""
+    """Call `epoch` as often as `epochs` says; the lists grow by what it measured.
+
+    batch_size: None for all digits at once. compared_steps: 0 to leave plain torch out.
+    """
 
     def __init__(
         self,
         digits: Digits,
         generator: torch.Generator,
         *,
+        method: Method,
         batch_size: int | None,
         epochs: int,
         lr: float,
         epsilon: float,
+        compared_steps: int = COMPARED_STEPS,
     ) -> None:
-        self.digits, self.generator = digits, generator
+        self.digits, self.generator, self.compared_steps = digits, generator, compared_steps
         self.device = digits.images.device
         self.batch_size = min(batch_size or len(digits.labels), len(digits.labels))
         self.steps_per_epoch = -(-len(digits.labels) // self.batch_size)
         self.targets = F.one_hot(digits.labels, CLASSES).to(digits.images.dtype)
+        self.epochs, self.steps = epochs, epochs * self.steps_per_epoch
         layers = network(epsilon, generator)
-        steps = epochs * self.steps_per_epoch
-        self.plain = Learner(in_plain_torch(layers).to(self.device), lr, steps)
-        self.tribp = Learner(layers.to(self.device), lr, steps)
+        twin = in_plain_torch(layers).to(self.device)
+        self.plain = Learner(twin, method.their_optimizer(twin.parameters(), lr), self.steps)
+        layers.to(self.device)
+        self.tribp = Learner(layers, method.optimizer(layers.parameters(), lr), self.steps)
         self.losses: list[float] = []  # of every step
         self.accuracies: list[float] = []  # percent on the training digits, after every epoch
         self.held_out_accuracies: list[float] = []
+        self.seconds = 0.0  # spent on learning, by both networks where plain torch is beside
         self.difference = float("nan")  # largest between the two networks' parameters, after the first epoch
         first = slice(self.batch_size)
         for learner in (self.tribp, self.plain):  # compiling the kernels is no part of a step's time
@@ -101,9 +109,10 @@ class Training:
 
     def epoch(self, advance: Callable[[], None]) -> None:
         """Use every training digit once, in a new order; call `advance` after every step."""
-        compared = len(self.tribp.seconds) < COMPARED_STEPS
+        compared = len(self.tribp.seconds) < self.compared_steps
         learners = [self.tribp, self.plain] if compared else [self.tribp]
         losses: dict[Learner, list[Tensor]] = {learner: [] for learner in learners}
+        begin = time.perf_counter()
         order = torch.randperm(len(self.targets), generator=self.generator).to(self.device)
         for batch in order.split(self.batch_size):  # type: ignore[no-untyped-call]
             images, targets = self.digits.images[batch], self.targets[batch]
@@ -117,10 +126,11 @@ class Training:
                 learner.schedule.step()
             learners.reverse()  # neither network always finds the batch in the cache
             advance()
-        if not self.accuracies:
+        self.losses += torch.stack(losses[self.tribp]).tolist()  # waits for the device
+        self.seconds += time.perf_counter() - begin
+        if compared and not self.accuracies:
             pairs = zip(self.tribp.layers.parameters(), self.plain.layers.parameters(), strict=True)
             self.difference = max((p - q).abs().max().item() for p, q in pairs)
-        self.losses += torch.stack(losses[self.tribp]).tolist()
         self.accuracies.append(self.accuracy(self.digits.images, self.digits.labels))
         self.held_out_accuracies.append(self.accuracy(self.digits.held_out_images, self.digits.held_out_labels))
 
@@ -128,6 +138,11 @@ class Training:
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """Percent of `images` whose largest output is the one of their label."""
         return 100 * float((self.tribp.layers(images).argmax(1) == labels).double().mean())
+
+    @torch.no_grad()
+    def final_loss(self) -> float:
+        """The loss over all training digits, as the network is now."""
+        return half_squared_error(self.tribp.layers(self.digits.images), self.targets).item()
 
     def _synchronize(self, wanted: bool) -> None:
         if wanted and self.device.type == "cuda":

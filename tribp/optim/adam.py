@@ -74,12 +74,12 @@ class Adam(Optimizer, torch.optim.Adam):
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
         lists: list[list[Any]] = [[] for _ in range(6)]
         has_complex = self._init_group(group, *lists)
-        params, grads, *states = lists
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
         beta1, beta2 = group["betas"]
         torch_adam(
-            params, prepare(grads), *states, amsgrad=group["amsgrad"], has_complex=has_complex, beta1=beta1,
-            beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-            maximize=group["maximize"], foreach=group["foreach"], capturable=group["capturable"],
+            params, prepare(grads), exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad=group["amsgrad"],
+            has_complex=has_complex, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+            eps=group["eps"], maximize=group["maximize"], foreach=group["foreach"], capturable=group["capturable"],
             differentiable=group["differentiable"], decoupled_weight_decay=group["decoupled_weight_decay"],
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """What all of tribp's optimizers share: `step`, the options beyond torch's, and what they keep in a checkpoint."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
@@ -60,6 +61,7 @@ class Optimizer(torch.optim.Optimizer):
 
     _beyond: Group
     _plan: Plan | None = None
+    _captured: list[Plan]
     _in_swap = False
     grad_norm: Tensor | None = None  # of the last step, where max_grad_norm is on
 
@@ -68,6 +70,7 @@ class Optimizer(torch.optim.Optimizer):
         for name in beyond:
             if name not in _OFF:
                 raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
+        self._captured = []
         self._beyond = {name: value for name, value in beyond.items() if value != _OFF[name]}
         _check(self._beyond, type(self).__name__)
 
@@ -131,7 +134,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # The step.
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         closure: evaluates the model again and returns the loss, which is then returned. Raises RuntimeError within
@@ -148,9 +151,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def _update(self) -> None:
         if self._in_swap:
-            raise RuntimeError("step() within swap_ema(): the parameters are their averages; leave the `with` block first")
+            raise RuntimeError(
+                "step() within swap_ema(): the parameters are their averages; leave the `with` block first"
+            )
         self._before_step()
-        with torch.no_grad():
+        enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # what torch.no_grad() does; its object costs 1 of a small step's 16 µs
+        try:
             plan, grads = self._plan, None
             if plan is not None:
                 grads = plan.gradients(self)
@@ -165,6 +172,8 @@ class Optimizer(torch.optim.Optimizer):
                 grads = plan.gradients(self)
                 assert grads is not None, "a new plan fits what it was made from"
             plan.run(self, grads, getattr(self, "grad_scale", None), getattr(self, "found_inf", None), capturing)
+        finally:
+            torch._C._set_grad_enabled(enabled)
 
     def _capturing(self) -> bool:
         """Whether a CUDA graph is being captured. Raises RuntimeError, as torch does, if that was not announced."""
@@ -172,7 +181,7 @@ class Optimizer(torch.optim.Optimizer):
             return False
         if not all(group.get("capturable") for group in self.param_groups):
             raise RuntimeError(
-                f"step() of {type(self).__name__} is captured in a CUDA graph, but capturable is not True in all its groups"
+                f"{type(self).__name__}: step() is captured in a CUDA graph, but capturable is not True in every group"
             )
         return True
 
@@ -206,7 +215,9 @@ class Optimizer(torch.optim.Optimizer):
         """torch's, key for key: load it with either class. Options that are on add keys, those that are off do not."""
         if self._in_swap:
             raise RuntimeError("state_dict() within swap_ema(): leave the `with` block first")
-        return checkpoint.as_torch_has_it(self, super().state_dict())
+        packed = super().state_dict()
+        packed["state"] = checkpoint.as_torch_has_it(self, packed["state"])
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of its torch counterpart.
@@ -219,13 +230,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(super().__getstate__())
-        kept["state"] = checkpoint.detached(self)
+        kept["state"] = defaultdict(dict, checkpoint.as_torch_has_it(self, self.state))
         if getattr(self, "_step_supports_amp_scaling", False):
             kept["_step_supports_amp_scaling"] = True
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None
+        self.__dict__.setdefault("_captured", [])
         super().__setstate__(state)
 
 
@@ -244,7 +256,7 @@ def _started(state: Group) -> bool:
     return bool(state["ema_step"].item() > 0)
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def _not_traced(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
-    """Under torch.compile the step runs as it is: it is one launch already, and reads addresses, which a trace can't."""
+    """Under torch.compile the step runs as it is: it is one launch already, and a trace can't read addresses."""
     return Optimizer.step(optimizer, closure)

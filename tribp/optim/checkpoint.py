@@ -1,7 +1,7 @@
 """What a checkpoint holds: torch's keys, nothing lost on the way in, nothing half begun on the way out."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,57 +13,45 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 
-def _as_torch_has_it(optimizer: "Optimizer") -> dict[Tensor, State]:
-    """Every parameter's state with its counters where torch has them, without what has not begun.
+def as_torch_has_it(optimizer: "Optimizer", states: Mapping[Any, State]) -> dict[Any, State]:
+    """Copies of the states of `optimizer`'s parameters (keyed in any way), as its torch counterpart would have them.
 
     A kernel counts on the device; torch does only if `fused` or `capturable`, and would wait for the device at every
-    step of a checkpoint with counters there. An SGD step that a GradScaler skipped made a buffer and did not use it.
+    step of a checkpoint with counters there. And a step that a GradScaler skipped made momentum buffers without using
+    them: torch would have none.
     """
-    plan = optimizer._plan
-    on_device = {id(p): bool(g.get("capturable") or g.get("fused")) for g in optimizer.param_groups for p in g["params"]}
-    found: dict[Tensor, State] = {}
+    counters = optimizer._plan.counters if optimizer._plan is not None else {}
+    stays = {
+        id(optimizer.state.get(p)): bool(group.get("capturable") or group.get("fused"))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    found: dict[Any, State] = {}
     moving: list[tuple[State, str]] = []
-    for p, state in optimizer.state.items():
-        copy = dict(state) if isinstance(p, Tensor) else state
-        found[p] = copy
-        if not isinstance(p, Tensor):
+    for owner, state in states.items():
+        if id(state) not in stays:  # of no parameter: whatever the user keeps there
+            found[owner] = state
             continue
-        if plan is not None and (buffer := copy.get("momentum_buffer")) is not None and not optimizer._COUNTS:
-            kept, count = plan.counters.get(id(buffer), (None, 1))
-            if kept is buffer and float(count) == 0.0:
-                del copy["momentum_buffer"]
+        copy = dict(state)
+        buffer = copy.get("momentum_buffer")
+        kept, count = counters.get(id(buffer), (None, 1))
+        if kept is not None and kept is buffer and float(count) == 0.0:
+            del copy["momentum_buffer"]
         for key in ("step", "ema_step"):
-            counter = copy.get(key)
-            if isinstance(counter, Tensor):
-                if counter.device.type != "cpu" and not on_device.get(id(p), False):
-                    moving.append((copy, key))
-                elif counter.untyped_storage().nbytes() > counter.nbytes:
-                    copy[key] = counter.clone()  # not a view of all counters
-    by_device: dict[torch.device, list[tuple[State, str]]] = {}
-    for copy, key in moving:
-        by_device.setdefault(copy[key].device, []).append((copy, key))
-    for places in by_device.values():
-        counts = torch.stack([copy[key] for copy, key in places]).cpu()
-        for (copy, key), count in zip(places, counts.unbind(), strict=True):
+            if not isinstance(copy.get(key), Tensor):
+                continue
+            if copy[key].is_cpu or stays[id(state)]:
+                copy[key] = copy[key].clone()  # not a view of all counters
+            else:
+                moving.append((copy, key))
+        if copy:
+            found[owner] = copy
+    if moving:  # one transfer for all
+        device = moving[0][0][moving[0][1]].device
+        counts = torch.stack([copy[key].to(device) for copy, key in moving]).cpu()
+        for (copy, key), count in zip(moving, counts.unbind(), strict=True):
             copy[key] = count.clone()
-    return {p: state for p, state in found.items() if state}
-
-
-def as_torch_has_it(optimizer: "Optimizer", state_dict: State) -> State:
-    """torch's own `state_dict()`, with the states as torch would have them."""
-    states = _as_torch_has_it(optimizer)
-    numbers: dict[int, int] = {}
-    for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        numbers |= {id(p): number for p, number in zip(group["params"], packed["params"], strict=True)}
-    state_dict["state"] = {numbers.get(id(p), p): state for p, state in states.items()}
-    return state_dict
-
-
-def detached(optimizer: "Optimizer") -> Any:
-    """The states for pickling and copying."""
-    state = type(optimizer.state)(dict)
-    state.update(_as_torch_has_it(optimizer))
-    return state
+    return found
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The update where no kernel runs: torch's fused CPU kernels behind a plan, the reference, or torch's own code."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import compress, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from . import tensors
-from .plan import Member, Part, Step
+from .parts import Member, Part, Step
 
 if TYPE_CHECKING:
     from .base import Group, Optimizer
@@ -45,7 +45,7 @@ def refuse_options(optimizer: "Optimizer", group: "Group", grad: Tensor) -> None
     raise RuntimeError(f"{type(optimizer).__name__}: {', '.join(wanted)} can't be combined with {what}")
 
 
-def parts(plan: "Plan", optimizer: "Optimizer", fused: list[Member], by_reference: list[Member]) -> list[Part]:
+def parts(plan: "Plan", fused: list[Member], by_reference: list[Member]) -> list[Part]:
     """Neighbouring groups with the same options share a call."""
 
     def options(member: Member) -> object:
@@ -105,7 +105,10 @@ class Fused:
         names = members[0].names
         self._states = [[tensors.local(m.state[name]) for m in members] for name in names if name is not None]
         counted = "step" in members[0].state
-        self._together, self._steps = counters_together(members) if counted else (None, [])
+        self._together: Tensor | None = None
+        self._steps: list[Tensor] = []
+        if counted:
+            self._together, self._steps = counters_together(members)
         self._scratch: list[Tensor] = []
         self._begun = False  # whether every momentum buffer is known to have begun
 
@@ -113,7 +116,7 @@ class Fused:
         """Zeros like the parameters, for what a kernel insists on writing."""
         if not self._scratch:
             together = torch.zeros(sum(p.numel() for p in self._params), dtype=self._params[0].dtype)
-            pieces = together.split([p.numel() for p in self._params])
+            pieces: Sequence[Tensor] = torch.split(together, [p.numel() for p in self._params])
             self._scratch = [x.as_strided(p.shape, p.stride()) for x, p in zip(pieces, self._params, strict=True)]
         return self._scratch
 
@@ -122,14 +125,15 @@ class Fused:
         found = step.grads if self._every else [step.grads[i] for i in self._indices]
         members, params, states, steps = self.members, self._params, self._states, self._steps
         scratch = self.scratch() if optimizer._SCRATCH else []
-        grads = [grad for grad in found if grad is not None]
-        if len(grads) == len(found):
+        if step.complete:
+            grads: list[Any] = list(found)
             if self._together is not None:
                 self._together += 1
         else:
             there = [grad is not None for grad in found]
-            members, params, steps, scratch = (list(compress(x, there)) for x in (members, params, steps, scratch))
-            states = [list(compress(x, there)) for x in states]
+            grads = list(compress(found, there))
+            members = list(compress(members, there))
+            params, steps, scratch, *states = (list(compress(x, there)) for x in (params, steps, scratch, *states))
             if self._together is not None:
                 self._together[torch.tensor(there)] += 1
         if not grads:
@@ -178,7 +182,11 @@ class Reference:
             values = [float(value) for value in step.optimizer._values(group)]
             states = [None if x is None else tensors.as_reals(x) for x in m.states]
             p = tensors.as_reals(m.param)
-            wide = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in (p, *states)) else torch.float32
+            wide = (
+                torch.float64
+                if any(x is not None and x.dtype == torch.float64 for x in (p, *states))
+                else torch.float32
+            )
             rule = getattr(reference, step.optimizer._RULE)
             changed, *moments = rule(
                 p.to(wide), tensors.as_reals(grad).to(wide), *(None if x is None else x.to(wide) for x in states),
@@ -213,7 +221,11 @@ def run_rest(group: "Group", params: list[Tensor], step: Step) -> None:
         return
     for p in params:  # counters that a kernel kept on the device go back to where torch has them
         state = optimizer.state.get(p, {})
-        if "step" in state and not (group.get("capturable") or group.get("fused")) and state["step"].device.type != "cpu":
+        if (
+            "step" in state
+            and not (group.get("capturable") or group.get("fused"))
+            and state["step"].device.type != "cpu"
+        ):
             state["step"] = state["step"].cpu()
     with torch.set_grad_enabled(bool(group.get("differentiable"))):
         optimizer._torch_update({**group, "params": params}, lambda grads: unscaled_and_clipped(grads, group, step))

@@ -12,7 +12,7 @@ from ..kernels import optim as kernels
 from ..kernels.launch import cdiv, choose_step
 from ..ops.launching import Launch
 from . import tensors
-from .plan import Member, Step
+from .parts import Member, Step
 from .tables import Table, bits
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Kernel:
         with runtime.on_device(members[0].param):
             self._make_tables(plan, optimizer)
         self._grads, self._hypers = Table(self.device), Table(self.device)
+        self._capturable = all(group.get("capturable") for group in optimizer.param_groups)
         self._finished = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._values: object = None
         self._words: list[int] = []
@@ -73,7 +74,12 @@ class Kernel:
 
     def _make_tables(self, plan: "Plan", optimizer: "Optimizer") -> None:
         self._count(plan)
-        layouts = [tensors.layout([tensors.as_reals(t) for t in (m.param, m.grad, *filter(_exists, (*m.states, m.ema)))]) for m in self.members]
+        layouts = [tensors.layout([tensors.as_reals(t) for t in m.parts]) for m in self.members]
+        if None in layouts:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: the states of parameter {self.members[layouts.index(None)].index} lie in "
+                "memory in different ways; give them one layout, e.g. by .contiguous()"
+            )
         self.strided = any(layouts)
         self._layouts = _on(self.device, [word for layout in layouts if layout for word in layout], torch.int64)
         numbers = [m.param.numel() * (2 if m.param.is_complex() else 1) for m in self.members]
@@ -122,7 +128,7 @@ class Kernel:
             ACC=tl.float64 if torch.float64 in self.dtypes else tl.float32,
             EPS_INSIDE=bool(group.get("eps_inside_sqrt")),
             STOCHASTIC=seed is not None,
-            OPTIONAL=any((a is None) != (b is None) for m in self.members for a, b in zip(_dtypes(m), self.dtypes, strict=True)),
+            OPTIONAL=any(_dtypes(m).count(None) != self.dtypes.count(None) for m in self.members),
             STRIDED=self.strided,
             BLOCK=self.settings.block,
         )  # fmt: skip
@@ -132,9 +138,9 @@ class Kernel:
     def tables(self, step: Step) -> None:
         """Bring the tables on the device up to date."""
         found = step.grads if self._every else [step.grads[i] for i in self._indices]
-        try:
+        if step.complete:
             addresses = list(map(Tensor.data_ptr, found))  # type: ignore[arg-type]
-        except TypeError:
+        else:
             addresses = [0 if grad is None else grad.data_ptr() for grad in found]
         for i in self._empty:
             addresses[i] = 0 if found[i] is None else 16  # an empty tensor has no address, and its step counts
@@ -143,6 +149,9 @@ class Kernel:
             self._words = self._hyper_words(step)
             self._values = step.values
         self.hypers = self._hypers.write(self._words, capturing=step.capturing)
+        if self._capturable and not step.capturing:
+            self._grads.reserve(len(addresses))
+            self._hypers.reserve(len(self._words))
 
     def _hyper_words(self, step: Step) -> list[int]:
         """The groups' rows: values, then the addresses of those that lie on the device."""
@@ -164,7 +173,9 @@ class Kernel:
 
     def launch(self, step: Step) -> Launch:
         """The launch that updates all members; the tables must be up to date."""
-        scale, found_inf = (None if t is None else t.to(self.device, non_blocking=True) for t in (step.grad_scale, step.found_inf))
+        scale, found_inf = (
+            None if t is None else t.to(self.device, non_blocking=True) for t in (step.grad_scale, step.found_inf)
+        )
         norm = None if step.norm is None else step.norm.to(self.device, non_blocking=True)
         arguments = (
             self._rows, self.grads, self._chunks, self.hypers, self._finished, found_inf, scale, norm,
@@ -173,7 +184,9 @@ class Kernel:
         constants = self._constants | {"ON_DEVICE": self._on_device}
         return Launch(kernels.multi_tensor_step, (len(self._chunks),), arguments, constants, self.settings.num_warps)
 
-    def norm_launch(self, partials: Tensor, norm: Tensor, first: int, programs: int, last: bool, scale: Tensor | None) -> Launch:
+    def norm_launch(
+        self, partials: Tensor, norm: Tensor, first: int, programs: int, last: bool, scale: Tensor | None
+    ) -> Launch:
         """The launch that adds the members' gradients to a norm."""
         arguments = (
             self._rows, self.grads, self._chunks, partials, norm, self._finished, scale, first, programs,
@@ -221,10 +234,6 @@ def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> Te
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _exists(tensor: Tensor | None) -> bool:
-    return tensor is not None
 
 
 def _scalar_address(value: Tensor, device: torch.device) -> int:

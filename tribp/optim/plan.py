@@ -1,31 +1,33 @@
 """What a step does while nothing changes, and how it is noticed that something did.
 
-Reading 1,000 gradients, their addresses and their parameters' costs the host 0.3 ms; finding out what can be updated how
-costs 5. So `Plan` finds it out once, and `Plan.gradients` looks, every step, at everything the plan rests on:
+Reading 1,000 gradients, their addresses and their parameters' costs the host 0.3 ms; finding out what can be updated
+how costs 5. So `Plan` finds it out once, and `Plan.gradients` looks, every step, at everything the plan rests on:
 - the groups: the same parameter objects, the same options (hyperparameters may change: they are written again);
 - the gradients: the type, strides and kind of each (torch's own guards do it in C++), and which of them are there;
 - the parameters' addresses, for `p.data = …` and `module.to(…)` keep the object;
-- the states: the same tensors. That the memory of one was swapped under it (`state.data = …`, as offloading does) is
-  heard of when its old memory is freed: looking would cost 0.06 ms per 1,000.
+- the states, which are not looked at, but tell: `WatchedState` of a tensor that was replaced, and a weak reference when
+  the memory of one is freed (`state.data = …`, as offloading does it).
 """
 
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain, compress
 from operator import attrgetter, is_, itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import runtime
-from . import tensors
-from .tensors import PLAIN, local
+from . import fallback, tensors
+from .parts import Member, Part, Step
+from .tensors import local
+from .watched import WatchedState
 
 if TYPE_CHECKING:
     from .base import Group, Optimizer
+    from .kernel import Kernel
 
 _PARAMS: Callable[[dict[str, Any]], list[Tensor]] = itemgetter("params")
 _GRAD: Callable[[Tensor], Tensor | None] = attrgetter("grad")
@@ -41,61 +43,22 @@ _SWITCHES = (
 )  # fmt: skip
 
 
-@dataclass
-class Member:
-    """A parameter that a part of the plan updates, with its local memory."""
-
-    index: int  # among all parameters of the optimizer
-    group: int
-    param: Tensor
-    grad: Tensor  # as it was when the plan was made; the parameter itself where there was none
-    state: dict[str, Any]
-    names: tuple[str | None, ...]  # of the rule's states, in its order; None: not used in this group
-
-    @property
-    def states(self) -> list[Tensor | None]:
-        return [None if name is None else local(self.state[name]) for name in self.names]
-
-    @property
-    def ema(self) -> Tensor | None:
-        return local(self.state["ema"]) if "ema" in self.state else None
-
-
-class Step(NamedTuple):
-    """What a part needs to know of one step."""
-
-    optimizer: "Optimizer"
-    groups: list[dict[str, Any]]
-    values: list[Any]  # the groups' options; another list whenever one of them changed
-    grads: Sequence[Tensor | None]  # local ones, of all parameters
-    grad_scale: Tensor | None
-    norm: Tensor | None  # what to clip by
-    found_inf: Tensor | None
-    capturing: bool
-
-
-class Part(Protocol):
-    """Some parameters that are updated together."""
-
-    members: list[Member]
-
-    def run(self, step: Step) -> None: ...
-
-
 class Presence:
     """Which gradients there are, and their guard. Several live side by side: models that skip layers alternate."""
 
-    def __init__(self, grads: Sequence[Tensor | None]) -> None:
-        self.mask = bytes(grad is not None for grad in grads)
-        self.missing = bytes(grad is None for grad in grads)
+    def __init__(self, grads: Sequence[Tensor | None], planned: Sequence[bool]) -> None:
+        self._there = bytes(grad is not None for grad in grads)
+        self._missing = bytes(grad is None for grad in grads)
+        self._all = 1 not in self._missing
+        self.complete = all(there for there, wanted in zip(self._there, planned, strict=True) if wanted)
         self._check = guard([grad for grad in grads if grad is not None])
 
     def fits(self, grads: Sequence[Tensor | None]) -> bool:
-        if 1 not in self.missing:
+        if self._all:
             return self._check(grads)
-        if any(grad is not None for grad in compress(grads, self.missing)):
+        if any(grad is not None for grad in compress(grads, self._missing)):
             return False
-        return self._check(list(compress(grads, self.mask)))
+        return self._check(list(compress(grads, self._there)))
 
 
 def guard(examples: list[Tensor]) -> Callable[[Sequence[Any]], bool]:
@@ -107,8 +70,9 @@ def guard(examples: list[Tensor]) -> Callable[[Sequence[Any]], bool]:
     try:
         from torch._C._dynamo.guards import TensorGuards
 
-        strides = [list(t.stride()) for t in examples]
-        guards = TensorGuards(*examples, dynamic_dims_sizes=[list(t.shape) for t in examples], dynamic_dims_strides=strides)
+        sizes: Any = [list(t.shape) for t in examples]  # their annotation has a flat list
+        strides: Any = [list(t.stride()) for t in examples]
+        guards = TensorGuards(*examples, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         if guards.check(*examples):
             return lambda tensors: bool(guards.check(*tensors))
     except (ImportError, TypeError, RuntimeError, SystemError):
@@ -126,8 +90,6 @@ class Plan:
     """How every parameter of an optimizer is updated; valid while `gradients` returns them."""
 
     def __init__(self, optimizer: "Optimizer", before: "Plan | None") -> None:
-        from . import fallback
-
         groups = optimizer.param_groups
         self.params: list[Tensor] = list(chain.from_iterable(map(_PARAMS, groups)))
         self.sizes = list(map(len, map(_PARAMS, groups)))
@@ -151,22 +113,24 @@ class Plan:
             self.watched.append(index)
             if kind != "dormant":
                 members[kind].append(self._member(optimizer, p, groups[number], number, index))
-        self.parts: list[Part] = []
+        self._kernels: list[Kernel] = []
         if members["kernel"]:
             from . import kernel
 
-            self.parts += kernel.parts(self, optimizer, members["kernel"])
-        self.parts += fallback.parts(self, optimizer, members["fused"], members["reference"])
+            self._kernels = kernel.parts(self, optimizer, members["kernel"])
+        others = fallback.parts(self, members["fused"], members["reference"])
+        self.parts: list[Part] = [*self._kernels, *others]
+        self._only_kernels = not (others or self.rest)
         self._note(optimizer, members)
 
     def _kind(self, optimizer: "Optimizer", p: Tensor, group: "Group") -> str:
         """Which code can update a parameter: "kernel", "fused", "reference", "rest" (torch's own), or "dormant"."""
-        from . import fallback
-
         g, state = p.grad, optimizer.state.get(p, {})
         names = optimizer._names(group)
         if g is None:
-            if any(name is not None and state.get(name) is None for name in (*names, "step" if optimizer._COUNTS else None)):
+            if any(
+                name is not None and state.get(name) is None for name in (*names, "step" if optimizer._COUNTS else None)
+            ):
                 return "dormant"  # torch makes a state when it sees the first gradient
             g = p
         others = [state[name] for name in names if name is not None and isinstance(state.get(name), Tensor)]
@@ -191,6 +155,8 @@ class Plan:
     def _member(self, optimizer: "Optimizer", p: Tensor, group: "Group", number: int, index: int) -> Member:
         """Makes the states that are missing, as torch would; counters come later, all at once."""
         names, state = optimizer._names(group), optimizer.state[p] if optimizer._has_state(group) else {}
+        if type(state) is dict and optimizer._has_state(group):
+            state = optimizer.state[p] = WatchedState(state, [])
         dtype = group.get("state_dtype")
         if dtype is None or p.is_complex():
             dtype = p.dtype
@@ -207,18 +173,24 @@ class Plan:
 
     def _note(self, optimizer: "Optimizer", members: dict[str, list[Member]]) -> None:
         """Everything that this plan rests on."""
-        self._only_kernels = not (self.rest or members["fused"] or members["reference"])
         self.sharded = any(tensors.is_dtensor(p) for p in self.params)
         self._all = len(self.watched) == len(self.params)
         self._expected = {m.index: _look(m.grad) for kind in members.values() for m in kind}
         self._presences: list[Presence] = []
         self._addresses = list(map(_ADDRESS, self._plain(self._watch(self.params))))
-        self._states = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
-        self._freed: list[object] = []
-        tensors_ = [t for m in members["kernel"] for t in m.state.values() if isinstance(t, Tensor)]
-        self._storages = [weakref.ref(local(t).untyped_storage(), self._freed.append) for t in tensors_]
+        self._changes: list[object] = []  # told by states
+        for p, state in optimizer.state.items():
+            if type(state) is WatchedState:
+                state.changes = self._changes
+            elif type(state) is dict:
+                optimizer.state[p] = WatchedState(state, self._changes)
+        self._states = list(optimizer.state.values())
+        states = [t for m in members["kernel"] for t in m.state.values() if isinstance(t, Tensor)]
+        self._storages = [weakref.ref(local(t).untyped_storage(), self._changes.append) for t in states]
+        owners = {id(self._counted(m)) for kind in members.values() for m in kind}
+        self.counters = {key: entry for key, entry in self.counters.items() if key in owners}
 
-    # SGD has no step; whether a momentum buffer has begun is counted here, for the buffer or, without one, the parameter.
+    # SGD has no step. Whether a momentum buffer has begun is counted here, for the buffer or, if none, the parameter.
 
     def _counted(self, m: Member) -> Tensor:
         return next((m.state[name] for name in m.names if name is not None), m.param)
@@ -242,15 +214,14 @@ class Plan:
         params = lists[0] if len(lists) == 1 else list(chain.from_iterable(lists))
         if list(map(len, lists)) != self.sizes or not all(map(is_, params, self.params)):
             return None
-        if self._freed or runtime.backend() != self.backend or list(map(len, groups)) != self.lengths:
+        if self._changes or runtime.backend() != self.backend or list(map(len, groups)) != self.lengths:
             return None
         values = list(map(self._read, groups))
         if values != self.values:
             if [_structure(optimizer, group) for group in groups] != self.structure:
                 return None
             self.values = values
-        states = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
-        if len(states) != len(self._states) or not all(map(is_, states, self._states)):
+        if len(optimizer.state) != len(self._states) or not all(map(is_, optimizer.state.values(), self._states)):
             return None
         if list(map(_ADDRESS, self._plain(self._watch(params)))) != self._addresses:
             return None
@@ -261,15 +232,19 @@ class Plan:
 
     def _fits(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether the watched gradients are such as the plan was made for; the one that fitted last is tried first."""
-        for i, presence in enumerate(self._presences):
+        for presence in self._presences:
             if presence.fits(grads):
-                if i:
-                    self._presences.insert(0, self._presences.pop(i))
-                return True
-        for index, grad in zip(self.watched, grads, strict=True):
-            if grad is not None and _look(grad) != self._expected.get(index):
-                return False
-        self._presences = [Presence(grads), *self._presences[:7]]
+                break
+        else:
+            for index, grad in zip(self.watched, grads, strict=True):
+                if grad is not None and _look(grad) != self._expected.get(index):
+                    return False
+            presence = Presence(grads, [index in self._expected for index in self.watched])
+            self._presences = [presence, *self._presences[:7]]
+        if presence is not self._presences[0]:
+            self._presences.remove(presence)
+            self._presences.insert(0, presence)
+        self._complete = presence.complete
         return True
 
     def _watch(self, items: Sequence[Any]) -> Sequence[Any]:
@@ -285,13 +260,23 @@ class Plan:
         found_inf: Tensor | None, capturing: bool,
     ) -> None:  # fmt: skip
         """One step. grad_scale, found_inf: a GradScaler's, or None."""
-        from . import fallback
-
         if not self._only_kernels and found_inf is not None:
             if found_inf.item() != 0:
                 return
             found_inf = None
-        step = Step(optimizer, optimizer.param_groups, self.values, grads, grad_scale, None, found_inf, capturing)
+        if capturing:
+            optimizer._captured.append(self)  # the graph reads this plan's tables as long as it lives
+        step = Step(
+            optimizer,
+            optimizer.param_groups,
+            self.values,
+            grads,
+            self._complete,
+            grad_scale,
+            None,
+            found_inf,
+            capturing,
+        )
         if self.max_grad_norm is not None:
             norm = optimizer.grad_norm = self._norm(step)
             step = step._replace(norm=norm)
@@ -302,10 +287,11 @@ class Plan:
 
     def _norm(self, step: Step) -> Tensor:
         """‖g‖₂ over all gradients, unscaled: by one more launch, or by torch where they are not all in one place."""
-        if self._only_kernels and not self.sharded and len({part.members[0].param.device for part in self.parts}) == 1:
+        one_device = len({part.device for part in self._kernels}) == 1
+        if self._only_kernels and one_device and not self.sharded:
             from . import kernel
 
-            return kernel.gradient_norm(self.parts, step)
+            return kernel.gradient_norm(self._kernels, step)
         grads = [p.grad for p in self.params if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).to(torch.float64)
         if tensors.is_dtensor(norm):
@@ -320,7 +306,9 @@ def _structure(optimizer: "Optimizer", group: "Group") -> tuple[object, ...]:
 def _one_norm(groups: "list[Group]") -> float | None:
     norms = {group.get("max_grad_norm") for group in groups}
     if len(norms) > 1:
-        raise ValueError(f"max_grad_norm is the norm of all gradients together and must be equal in all groups, got {norms}")
+        raise ValueError(
+            f"max_grad_norm is the norm of all gradients together and must be equal in all groups, got {norms}"
+        )
     return norms.pop()
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.rmsprop import rmsprop as torch_rmsprop
 from torch.optim.optimizer import ParamsT
+from torch.optim.rmsprop import rmsprop as torch_rmsprop
 from typing_extensions import Unpack
 
 from .base import Beyond, Group, Optimizer
@@ -19,9 +19,9 @@ _LATE = torch.tensor(float(1 << 30))
 class RMSprop(Optimizer, torch.optim.RMSprop):
     """`torch.optim.RMSprop` in one kernel launch a step.
 
-    v ← α·v + (1 − α)·g², θ ← θ − lr·g/(√v + ε): Hinton's lecture 6 of "Neural Networks for Machine Learning", 2012. With
-    `centered` v − ḡ² takes the place of v (Graves, "Generating Sequences With Recurrent Neural Networks", 2013), with
-    `momentum` b ← μ·b + g/(√v + ε) that of the last fraction. Arguments, defaults and errors are torch's; `fused`
+    v ← α·v + (1 − α)·g², θ ← θ − lr·g/(√v + ε): Hinton, lecture 6 of "Neural Networks for Machine Learning", 2012.
+    With `centered` v − ḡ² takes the place of v (Graves, "Generating Sequences With Recurrent Neural Networks", 2013),
+    with `momentum` b ← μ·b + g/(√v + ε) that of the fraction. Arguments, defaults and errors are torch's; `fused`
     (True: GradScaler's unscaling within the step) is tribp's, and so are those in `tribp.optim.Beyond`.
     """
 
@@ -52,7 +52,18 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         self._switch_on(dict(beyond, fused=fused))
         torch.optim.RMSprop.__init__(
-            self, params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable
+            self,
+            params,
+            lr,
+            alpha,
+            eps,
+            weight_decay,
+            momentum,
+            centered,
+            capturable,
+            foreach,
+            maximize,
+            differentiable,
         )
         self._switched_on()
 
@@ -67,7 +78,11 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
         return group["alpha"], group["momentum"], float(group["centered"])
 
     def _fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
-        return dtype in (torch.float32, torch.float64) and self._names(group)[1:] == (None, None) and group["alpha"] < 1 - 4e-8
+        return (
+            dtype in (torch.float32, torch.float64)
+            and self._names(group)[1:] == (None, None)
+            and group["alpha"] < 1 - 4e-8
+        )
 
     def _fused_update(self, group: Group, t: Tensors) -> None:
         """torch has no fused RMSprop, but plain RMSprop is Adam late in its life, with β₁ = 0."""

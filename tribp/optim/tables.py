@@ -21,12 +21,12 @@ class _Staging:
         self.tensor = torch.empty(length, dtype=torch.int64, pin_memory=True)
         self.words = (ctypes.c_int64 * length).from_address(self.tensor.data_ptr())
         new_event: Any = torch.cuda.Event  # torch leaves its constructor untyped
-        self.copied = new_event()  # nothing recorded yet: query() says True
+        self.copied = new_event()
         self.idle = True  # never used
 
     def upload(self, words: list[int], target: Tensor) -> None:
         self.idle = False
-        self.words[:] = words
+        self.words[:] = words  # type: ignore[assignment]
         target.copy_(self.tensor, non_blocking=True)
 
 
@@ -69,6 +69,7 @@ class Table:
     def _free_staging(self, length: int, capturing: bool = False) -> _Staging:
         """Staging memory that nothing reads any more; of its events nothing may be asked during a capture."""
         for i, staging in enumerate(self._staging):
-            if len(staging.words) == length and (staging.idle if capturing else staging.copied.query()):
+            free = staging.idle if capturing else not staging.idle and staging.copied.query()
+            if free and len(staging.words) == length:
                 return self._staging.pop(i)
         return _Staging(length)

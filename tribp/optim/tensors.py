@@ -23,7 +23,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a distributed tensor that lies in this process; any other tensor itself."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[no-any-return, attr-defined]
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined, unused-ignore]
 
 
 def local_parts(p: Tensor, *others: Tensor) -> list[Tensor] | None:
