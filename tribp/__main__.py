@@ -22,10 +22,11 @@ DESCRIPTION = """\
 Shows back-propagation done by tribp, and checks it. First the gradients: against central differences in float64, and
 against two examples small enough to follow by hand. Then a network of 784 inputs, 128 hidden and 10 output units,
 sigmoid after both layers, learns 4,000 real handwritten digits of MNIST by gradient descent (w <- w - lr * dE/dw, with
-an optimizer choosing the size of each step), beside the same network and optimizer of plain torch. It is judged on 1,000
-digits that it never saw, and its loss is drawn step by step, with the moving averages that make the trend visible.
---compare draws the losses of all optimizers instead, and of gradient descent by batches of every size. Takes well under
-a minute on two CPU cores, --compare about one; on a CUDA GPU the same program runs tribp's Triton kernels."""
+an optimizer choosing the size of each step), beside the same network and optimizer in plain torch. It is judged on
+1,000 digits that it never saw, and its loss is drawn step by step, with the moving averages that make the trend
+visible. --compare draws the losses of all optimizers instead, and those of gradient descent with batches of all digits,
+one, and a few. Takes well under a minute on two CPU cores, --compare about one; on a CUDA GPU the same program runs
+tribp's Triton kernels."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

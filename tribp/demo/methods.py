@@ -50,13 +50,14 @@ METHODS = {
     "momentum": Method(
         "Momentum", "SGD", lr=1.0, arguments={"beta": 0.5}, their_arguments={"momentum": 0.5, "dampening": 0.5}
     ),
-    "adagrad": Method(  # √(G + ε): torch, with √G + ε, gets there by a sum that starts from ε
+    # √(G + ε): torch, with √G + ε, gets there by a sum that starts from ε.
+    "adagrad": Method(
         "AdaGrad",
         "Adagrad",
-        lr=0.1,
+        lr=0.05,
         arguments={"eps": 1e-8, "eps_inside_sqrt": True},
         their_arguments={"eps": 0, "initial_accumulator_value": 1e-8},
-    ),  # fmt: skip
+    ),
     "rmsprop": Method("RMSProp", "RMSprop", lr=0.01),
     "adam": Method("Adam", "Adam", lr=0.01),
     "adamw": Method("AdamW", "AdamW", lr=0.01),
@@ -78,10 +79,10 @@ class Run:
 
 
 COMPARED = (
-    Run("batch gradient descent", "sgd", None, 1.0, share=10),
-    Run("stochastic gradient descent", "sgd", 1, 0.5, share=0.25),
+    Run("SGD, batch", "sgd", None, 1.0, share=10),
+    Run("SGD, stochastic", "sgd", 1, 0.5, share=0.25),
     *(
-        Run("mini-batch gradient descent" if name == "sgd" else method.ours, name, BATCH_SIZE, method.lr)
+        Run("SGD, mini-batch" if name == "sgd" else method.ours, name, BATCH_SIZE, method.lr)
         for name, method in METHODS.items()
     ),
 )

@@ -100,7 +100,7 @@ def comparison(device: torch.device, epochs: int, epsilon: float, seed: int, out
         f"  methods    {len(runs)}, one after the other from the same weights, each learning rate falling linearly to 0"
     )
     print(
-        f"  epochs     {epochs:,}; {stochastic:,} for stochastic gradient descent, whose steps of 1 digit take so long,"
+        f"  epochs     {epochs:,}; {stochastic:,} for stochastic gradient descent, whose steps of one digit cost the most,"
     )
     print(f"             and {batch:,} for batch gradient descent, which makes but one step in each", flush=True)
 
@@ -113,7 +113,7 @@ def comparison(device: torch.device, epochs: int, epsilon: float, seed: int, out
             except KeyboardInterrupt as stop:
                 raise KeyboardInterrupt(f"{stop} of method {number} of {len(runs)}, {run.name}") from None
 
-    table = _table("method", *("learning rate", "batch", "steps", "time", "final loss", "held-out accuracy"))
+    table = _table("method", *("rate", "batch", "steps", "time", "final loss", "held-out accuracy"))
     for run, training in zip(COMPARED, runs, strict=True):
         table.add_row(
             run.name, f"{run.lr:g}", f"{training.batch_size:,}", f"{training.steps:,}", f"{training.seconds:.1f} s",
@@ -121,7 +121,9 @@ def comparison(device: torch.device, epochs: int, epsilon: float, seed: int, out
         )  # fmt: skip
     print()
     console.print(table)
-    print(f"Gradient descent: {METHODS['sgd']}; final loss: over all {len(data.labels):,} training digits.")
+    print(
+        f"Rate: of the first step; time: spent on learning; final loss: over all {len(data.labels):,} training digits."
+    )
 
     lines = {run.name: training for run, training in zip(COMPARED, runs, strict=True)}
     picture.compare(lines, f"tribp: {_network()} on MNIST, ε = {epsilon:g}", output)

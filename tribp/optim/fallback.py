@@ -79,6 +79,25 @@ def unscaled_and_clipped(grads: list[Tensor], group: "Group", step: Step) -> lis
     return [grad * coefficient.to(grad.device, grad.real.dtype) for grad in grads]
 
 
+def total_norm(grads: list[Tensor]) -> Tensor:
+    """‖g‖₂ over all gradients, as a float64 scalar; over all shards of distributed ones.
+
+    As `torch.nn.utils.get_total_norm` does it, whose norm of bfloat16 gradients is a bfloat16 number.
+    """
+    norms: dict[object, list[Tensor]] = {}
+    for grad in grads:
+        wide = torch.float32 if grad.dtype in (torch.float16, torch.bfloat16) else None
+        mesh = getattr(grad, "device_mesh", None)
+        norms.setdefault(grad.device if mesh is None else mesh, []).append(torch.linalg.vector_norm(grad, dtype=wide))
+    totals = []
+    for some in norms.values():
+        total = torch.linalg.vector_norm(torch.stack([norm.to(torch.float64) for norm in some]))
+        totals.append(total.full_tensor() if tensors.is_dtensor(total) else total)  # type: ignore[attr-defined]
+    if not totals:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.linalg.vector_norm(torch.stack([total.to(totals[0].device) for total in totals]))
+
+
 def average(p: Tensor, state: dict[str, Any], decay: float) -> None:
     """v₁ = x₁, then v ← d·v + (1 − d)·x."""
     if "ema" not in state:

@@ -19,7 +19,7 @@ class Member:
     index: int  # among all parameters of the optimizer
     group: int
     param: Tensor
-    grad: Tensor  # as it was when the plan was made; the parameter itself where there was none
+    grad: Tensor  # an example, while the plan is made; afterwards, and where there was none, the parameter itself
     state: dict[str, Any]
     names: tuple[str | None, ...]  # of the rule's states, in its order; None: not used in this group
 

@@ -175,7 +175,10 @@ class Plan:
         """Everything that this plan rests on."""
         self.sharded = any(tensors.is_dtensor(p) for p in self.params)
         self._all = len(self.watched) == len(self.params)
-        self._expected = {m.index: _look(m.grad) for kind in members.values() for m in kind}
+        self._expected: dict[int, tuple[object, ...]] = {}
+        for m in chain.from_iterable(members.values()):
+            self._expected[m.index] = _look(m.grad)
+            m.grad = m.param  # or a whole set of gradients would live as long as the plan
         self._presences: list[Presence] = []
         self._addresses = list(map(_ADDRESS, self._plain(self._watch(self.params))))
         self._changes: list[object] = []  # told by states
@@ -264,7 +267,7 @@ class Plan:
             if found_inf.item() != 0:
                 return
             found_inf = None
-        if capturing:
+        if capturing and self not in optimizer._captured:
             optimizer._captured.append(self)  # the graph reads this plan's tables as long as it lives
         step = Step(
             optimizer,
@@ -292,10 +295,7 @@ class Plan:
             from . import kernel
 
             return kernel.gradient_norm(self._kernels, step)
-        grads = [p.grad for p in self.params if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads).to(torch.float64)
-        if tensors.is_dtensor(norm):
-            norm = norm.full_tensor()  # type: ignore[attr-defined]
+        norm = fallback.total_norm([p.grad for p in self.params if p.grad is not None])
         return norm if step.grad_scale is None else norm / step.grad_scale.to(norm.device)
 
 

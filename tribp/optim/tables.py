@@ -57,7 +57,7 @@ class Table:
                 staging.copied.record()
                 self._staging.append(staging)
             else:
-                self._tensor = torch.tensor(words, dtype=torch.int64)
+                self._tensor = torch.frombuffer(array.array("q", words), dtype=torch.int64)
             self._written = words
         return self._tensor
 
