@@ -16,6 +16,7 @@ Measures tribp, from a checkout of its repository.
   python -m bench run              every operation against torch, on a CUDA GPU
   python -m bench run linear --dtype bfloat16 --case 8192x1024x1024
   python -m bench run --smoke      the same walk on a CPU with tiny shapes; its times mean nothing
+  python -m bench host             what an optimizer's step costs the host; no GPU needed
   python -m bench static           every kernel compiled for every target and its machine code checked; no GPU needed
   python -m bench static --target sm_90 --dtype bfloat16 --json found.json
 """
@@ -40,6 +41,17 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--smoke", action="store_true", help="walk through on a CPU with tiny shapes")
     run.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
     run.add_argument("--out", type=Path, help="folder for the results (smoke: a temporary one)")
+
+    host = commands.add_parser(
+        "host",
+        help="what an optimizer's step costs the host; no GPU needed",
+        description="Times tribp's launch plan without the launch beside the bookkeeping of torch's fused Adam, and the "
+        "step of CPU tensors beside torch's default one, in turns. Load on the machine falsifies it.",
+    )
+    host.add_argument("--case", action="append", default=[], help="only cases whose name contains this; repeatable")
+    host.add_argument("--rounds", type=int, default=15, help="samples of each contender (default: %(default)s)")
+    host.add_argument("--smoke", action="store_true", help="walk through with tiny sizes")
+    host.add_argument("--json", default="", metavar="FILE", help="write what was found")
 
     static = commands.add_parser(
         "static",
@@ -69,6 +81,12 @@ def _operations(command: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
+        if given.command == "host":
+            # Before kernels are imported: only the interpreter's plan for CPU tensors.
+            os.environ["TRITON_INTERPRET"] = "1"
+            from . import host
+
+            return host.main(given.case, rounds=given.rounds, smoke=given.smoke, file=given.json)
         operations = registry.find(given.operation)
         if given.command == "static":
             if not runtime.has_triton():

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -65,13 +66,21 @@ def key_of(launch: Launch, arch: Arch) -> str:
     return f"{arch.name} {launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
 
 
+SWITCHES = (
+    "TMA", "PREFETCH", "PERSISTENT", "FUSE_DZ", "X_TRANSPOSED", "W_TRANSPOSED",
+    "grad_scale", "grad_norm", "EMA_TYPE", "ON_DEVICE", "EPS_INSIDE", "STOCHASTIC", "OPTIONAL", "STRIDED",
+)  # fmt: skip
+
+
 def describe(launch: Launch) -> str:
-    """The settings in a few characters: tile, warps, stages, and what is switched on."""
-    constants = launch.constants
-    tile = "×".join(str(size) for name, size in constants.items() if name.startswith("BLOCK"))
-    switches = ("TMA", "PREFETCH", "PERSISTENT", "FUSE_DZ", "X_TRANSPOSED", "W_TRANSPOSED")
-    on = [name.lower() for name in switches if constants.get(name)]
-    return " ".join([tile, f"w{launch.num_warps}", f"s{launch.num_stages}", *on])
+    """The settings in a few characters: an optimizer's rule and states, tile, warps, stages, and what is switched on."""
+    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+    tile = "×".join(str(size) for name, size in launch.constants.items() if name.startswith("BLOCK"))
+    rule = getattr(given.get("RULE"), "__name__", "")
+    states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
+    on = [name.lower() for name in SWITCHES if isinstance(given.get(name), torch.Tensor) or given.get(name)]
+    parts = [rule, ",".join(states), tile, f"w{launch.num_warps}", f"s{launch.num_stages}", *on]
+    return " ".join(part for part in parts if part)
 
 
 def compile_launches(launches: Sequence[Launch], arch: Arch) -> list[Compiled]:

@@ -53,6 +53,8 @@ def _share(code: Compiled, kind: str, bits: int) -> float:
     return sum(code.counts.get(name + width, 0) for name in names for width in widths) / every if every else 0.0
 
 
+LOADS_128, STORES_128 = ("LDG.128", "load.128"), ("STG.128", "store.128")
+
 NO_SPILLS = Expectation("spills", _spills, "a spilled register costs a trip through memory in the loop")
 SHARED_MEMORY = Expectation("shared memory", _shared_memory, "a launch that needs more is refused")
 ALWAYS = (NO_SPILLS, SHARED_MEMORY)
@@ -69,6 +71,18 @@ def wide(kind: str, bits: int, reason: str) -> Expectation:
         return None if share >= 0.5 else f"{share:.0%} of the {kind} are {bits // 8} bytes wide"
 
     return Expectation(f"wide {kind}", check, reason)
+
+
+def vectors(loads: int, stores: int, reason: str) -> Expectation:
+    """At least so many loads and stores are 16 bytes wide, whatever else there is: another path may be narrow."""
+
+    def check(code: Compiled) -> str | None:
+        found = [sum(code.counts.get(name, 0) for name in names) for names in (LOADS_128, STORES_128)]
+        if found[0] >= loads and found[1] >= stores:
+            return None
+        return f"{found[0]} loads and {found[1]} stores are 16 bytes wide, of {loads} and {stores}"
+
+    return Expectation("vectors", check, reason)
 
 
 def multiplies_with(*instructions: str, reason: str) -> Expectation:

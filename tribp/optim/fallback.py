@@ -89,13 +89,14 @@ def total_norm(grads: list[Tensor]) -> Tensor:
         wide = torch.float32 if grad.dtype in (torch.float16, torch.bfloat16) else None
         mesh = getattr(grad, "device_mesh", None)
         norms.setdefault(grad.device if mesh is None else mesh, []).append(torch.linalg.vector_norm(grad, dtype=wide))
-    totals = []
+    totals: list[Tensor] = []
     for some in norms.values():
         total = torch.linalg.vector_norm(torch.stack([norm.to(torch.float64) for norm in some]))
-        totals.append(total.full_tensor() if tensors.is_dtensor(total) else total)  # type: ignore[attr-defined]
+        totals.append(total.full_tensor() if tensors.is_dtensor(total) else total)
     if not totals:
         return torch.zeros((), dtype=torch.float64)
-    return torch.linalg.vector_norm(torch.stack([total.to(totals[0].device) for total in totals]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([total.to(totals[0].device) for total in totals]))
+    return norm
 
 
 def average(p: Tensor, state: dict[str, Any], decay: float) -> None:
