@@ -1,7 +1,7 @@
 """The kernel's side of a plan: tables on the device, and one launch for all tensors of one combination of types."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton.language as tl
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _TYPES = {
     torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64,
 }  # fmt: skip
-_OWN = kernels.OWN.value
 _HYPER = kernels.HYPER.value
+_NOWHERE = [0.0] * _HYPER  # the same bits as so many addresses that are 0
 Dtypes = tuple[torch.dtype | None, ...]  # of the parameter, the gradient, the rule's three states, the average
 
 
@@ -69,7 +69,8 @@ class Kernel:
         self._finished = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._values: object = None
         self._words: list[int] = []
-        self._on_device = self._on_host = False  # where some hyperparameters are tensors
+        self._tensors = False  # whether some hyperparameters are tensors, which change without a notice
+        self._on_device = False  # … and lie on the device
         self._make_launch(optimizer)
 
     def _make_tables(self, plan: "Plan", optimizer: "Optimizer") -> None:
@@ -145,7 +146,7 @@ class Kernel:
         for i in self._empty:
             addresses[i] = 0 if found[i] is None else 16  # an empty tensor has no address, and its step counts
         self.grads = self._grads.write(addresses, capturing=step.capturing)
-        if step.values is not self._values or self._on_host:
+        if step.values is not self._values or self._tensors:
             self._words = self._hyper_words(step)
             self._values = step.values
         self.hypers = self._hypers.write(self._words, capturing=step.capturing)
@@ -155,20 +156,26 @@ class Kernel:
 
     def _hyper_words(self, step: Step) -> list[int]:
         """The groups' rows: values, then the addresses of those that lie on the device."""
-        words: list[int] = []
-        self._on_device = self._on_host = False
+        self._tensors = False
+        flat: list[Any] = []
         for group in step.groups:
-            values = step.optimizer._values(group)
-            where = [0] * _HYPER
-            for k, value in enumerate(values):
-                if isinstance(value, Tensor):
-                    if value.is_cuda and self.device.type == "cuda":
-                        values[k], where[k] = 0.0, _scalar_address(value, self.device)
-                        self._on_device = True
-                    else:
-                        values[k] = value.item()
-                        self._on_host = True
-            words += bits(values) + where  # type: ignore[arg-type]
+            flat += step.optimizer._values(group)
+            flat += _NOWHERE
+        self._on_device = False
+        if set(map(type, flat)) <= {float, int}:
+            return bits(flat)
+        where: dict[int, int] = {}
+        for k, value in enumerate(flat):
+            if isinstance(value, Tensor):
+                self._tensors = True
+                if value.device.type == self.device.type:
+                    flat[k], where[k + _HYPER] = 0.0, _scalar_address(value, self.device)
+                else:
+                    flat[k] = value.item()
+        words = bits(flat)
+        self._on_device = bool(where)
+        for k, address in where.items():
+            words[k] = address
         return words
 
     def launch(self, step: Step) -> Launch:
@@ -240,7 +247,7 @@ def _scalar_address(value: Tensor, device: torch.device) -> int:
     """Where a hyperparameter lies on the device; the lowest bit says that it is float64."""
     if value.dtype not in (torch.float32, torch.float64) or value.device != device:
         raise TypeError(
-            "a hyperparameter that is a tensor on a GPU must be float32 or float64 and on the device of its "
-            f"parameters, {device}; got {value.dtype} on {value.device}"
+            "a hyperparameter that is a tensor must be on the CPU, or float32 or float64 on its parameters' device, "
+            f"{device}; got {value.dtype} on {value.device}"
         )
     return value.data_ptr() + (value.dtype == torch.float64)
