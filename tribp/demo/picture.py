@@ -51,14 +51,15 @@ def compare(trainings: Mapping[str, Training], title: str, path: Path) -> None:
     """Write the losses of `trainings`, each under its name, to `path`: EMAs over about MEMORY digits, by epochs."""
     figure = _figure(title)
     axes = figure.subplots()
-    for name, training in trainings.items():
+    for i, (name, training) in enumerate(trainings.items()):
         size, digits = training.batch_size, len(training.digits.labels)
         epochs = [size * step / digits for step in range(1, len(training.losses) + 1)]
         beta = max(0.0, 1 - size / MEMORY)
         label = f"{name}: {training.held_out_accuracies[-1]:.1f} % right"
-        axes.plot(epochs, averages.exponential(training.losses, beta), linewidth=1.5, label=label)
+        style = "--" if i % 2 else "-"  # a line that lies on its neighbour hides it only in part
+        axes.plot(epochs, averages.exponential(training.losses, beta), style, linewidth=1.5, label=label)
     axes.set(xlabel="epochs (times every digit was used)", ylabel=f"{LOSS}, EMA over {MEMORY:,} digits")
-    axes.set(xscale="log", yscale="log")
+    axes.set(xscale="log", yscale="log", xlim=(0.01, None))  # before that the averages have little to go by
     axes.legend(loc="lower left")
     axes.grid(alpha=0.3, which="both")
     _save(figure, path)

@@ -34,7 +34,9 @@ def kind(optimizer: "Optimizer", group: "Group", parts: Sequence[Tensor]) -> str
 def refuse_options(optimizer: "Optimizer", group: "Group", grad: Tensor) -> None:
     """Raise RuntimeError if a gradient that only torch's own code takes meets an option that torch does not have."""
     wanted = [name for name in (*_COMPUTED, "max_grad_norm") if group.get(name)]
-    if not wanted or (wanted == ["max_grad_norm"] and grad.layout == torch.strided):
+    if wanted == ["max_grad_norm"] and grad.layout == torch.strided and not group.get("differentiable"):
+        return  # scaled copies of the gradients will do
+    if not wanted:
         return
     if grad.layout != torch.strided:
         what = f"a {str(grad.layout).removeprefix('torch.')} gradient"
@@ -46,12 +48,17 @@ def refuse_options(optimizer: "Optimizer", group: "Group", grad: Tensor) -> None
 
 
 def parts(plan: "Plan", fused: list[Member], by_reference: list[Member]) -> list[Part]:
-    """Neighbouring groups with the same options share a call."""
+    """Neighbouring groups share a call while their options are the same."""
 
     def options(member: Member) -> object:
         return plan.values[member.group]
 
-    found: list[Part] = [Fused(plan, list(same)) for _, same in groupby(fused, options)]
+    found: list[Part] = []
+    for _, same in groupby(fused, options):
+        by_type: dict[torch.dtype, list[Member]] = {}
+        for m in same:
+            by_type.setdefault(m.param.dtype, []).append(m)
+        found += [Fused(plan, some) for some in by_type.values()]
     if by_reference:
         found.append(Reference(plan, by_reference))
     return found
@@ -119,6 +126,7 @@ class Fused:
     def __init__(self, plan: "Plan", members: list[Member]) -> None:
         self.members = members
         self._plan = plan
+        self.groups = sorted({m.group for m in members})
         self._indices = [m.index for m in members]
         self._every = self._indices == list(range(len(plan.params)))
         self._params = [m.param for m in members]
@@ -183,6 +191,7 @@ class Reference:
 
     def __init__(self, plan: "Plan", members: list[Member]) -> None:
         self.members = members
+        self.groups: list[int] = []
         self._plan = plan
 
     def run(self, step: Step) -> None:

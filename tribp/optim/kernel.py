@@ -58,6 +58,7 @@ class Kernel:
 
     def __init__(self, plan: "Plan", optimizer: "Optimizer", members: list[Member], dtypes: Dtypes) -> None:
         self.members, self.dtypes = members, dtypes
+        self.groups: list[int] = []
         self.device = members[0].param.device
         self._indices = [m.index for m in members]
         self._every = self._indices == list(range(len(plan.params)))

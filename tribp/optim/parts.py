@@ -55,5 +55,6 @@ class Part(Protocol):
     """Some parameters that are updated together."""
 
     members: list[Member]
+    groups: list[int]  # that must go on having the same options
 
     def run(self, step: Step) -> None: ...

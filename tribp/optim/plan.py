@@ -223,6 +223,8 @@ class Plan:
         if values != self.values:
             if [_structure(optimizer, group) for group in groups] != self.structure:
                 return None
+            if any(values[number] != values[part.groups[0]] for part in self.parts for number in part.groups):
+                return None
             self.values = values
         if len(optimizer.state) != len(self._states) or not all(map(is_, optimizer.state.values(), self._states)):
             return None
