@@ -18,11 +18,10 @@ import triton.language as tl
 
 from .common import round_to
 
-# Columns of `rows`.
-PARAM, STATE, EMA, STEP, EMA_STEP, NUMEL, GROUP, LAYOUT, STREAM = (
-    tl.constexpr(i) for i in (0, 1, 4, 5, 6, 7, 8, 9, 10)
-)
-ROW = tl.constexpr(11)
+# Columns of `rows`. RANDOM_STEP is a counter of its own where STEP does not count all of a parameter's life (SGD).
+PARAM, STATE, EMA = tl.constexpr(0), tl.constexpr(1), tl.constexpr(4)
+STEP, EMA_STEP, RANDOM_STEP, NUMEL, GROUP, LAYOUT, STREAM = (tl.constexpr(i) for i in range(5, 12))
+ROW = tl.constexpr(12)
 
 # Columns of `hypers`: those of every rule, then a rule's own. GRAD_SIGN is −1 where the objective is maximized; of the
 # two weight decays one is added to the gradient, the other one (AdamW's) shrinks the parameter.
@@ -268,6 +267,11 @@ def multi_tensor_step(
             numel = tl.load(row + NUMEL)
             step = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
             stream = tl.load(row + STREAM)
+            random_step = step
+            if STOCHASTIC:
+                random_step_at = tl.load(row + RANDOM_STEP)
+                if random_step_at != 0:
+                    random_step = tl.load(random_step_at.to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
             lr64 = hyper(h, LR, ON_DEVICE)
             lr = lr64.to(ACC)
             eps = hyper(h, EPS, ON_DEVICE).to(ACC)
@@ -314,7 +318,7 @@ def multi_tensor_step(
                         tl.multiple_of(param, 16), tl.multiple_of(grad, 16), tl.multiple_of(state0, 16),
                         tl.multiple_of(state1, 16), tl.multiple_of(state2, 16), tl.multiple_of(ema, 16),
                         i, i, i, i, True, scale, clip, lr, eps, sign, decay, shrink, ema_decay, ema_first, s, seed,
-                        step, stream, RULE, STATE0 is not None, STATE1 is not None, STATE2 is not None,
+                        random_step, stream, RULE, STATE0 is not None, STATE1 is not None, STATE2 is not None,
                         EMA_TYPE is not None, ACC, AMP, CLIP, EPS_INSIDE, STOCHASTIC, OPTIONAL,
                     )  # fmt: skip
                 else:
@@ -332,7 +336,7 @@ def multi_tensor_step(
                     update(
                         param, grad, state0, state1, state2, ema, i, at_param, at_grad, at_state, inside,
                         scale, clip, lr, eps, sign, decay, shrink, ema_decay, ema_first, s, seed,
-                        step, stream, RULE, STATE0 is not None, STATE1 is not None, STATE2 is not None,
+                        random_step, stream, RULE, STATE0 is not None, STATE1 is not None, STATE2 is not None,
                         EMA_TYPE is not None, ACC, AMP, CLIP, EPS_INSIDE, STOCHASTIC, OPTIONAL,
                     )  # fmt: skip
         # The counters may move only when every program has read them. The barrier keeps a slow warp of this program
@@ -344,6 +348,8 @@ def multi_tensor_step(
                 j = first + tl.arange(0, BLOCK)
                 moves = (j < tensors) & (tl.load(grads + j, mask=j < tensors, other=0) != 0)
                 advance(rows + j * ROW + STEP, moves)
+                if STOCHASTIC:
+                    advance(rows + j * ROW + RANDOM_STEP, moves)
                 if EMA_TYPE is not None:
                     advance(rows + j * ROW + EMA_STEP, moves)
 

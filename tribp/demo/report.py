@@ -96,12 +96,8 @@ def comparison(device: torch.device, epochs: int, epsilon: float, seed: int, out
         )  # fmt: skip
     batch, stochastic = (run.epochs for run in runs[:2])
     _introduce(data, epsilon, seed)
-    print(
-        f"  methods    {len(runs)}, one after the other from the same weights, each learning rate falling linearly to 0"
-    )
-    print(
-        f"  epochs     {epochs:,}; {stochastic:,} for stochastic gradient descent, whose steps of one digit cost the most,"
-    )
+    print(f"  methods    {len(runs)}, each from these weights and with its own learning rate, falling linearly to 0")
+    print(f"  epochs     {epochs:,}; {stochastic:,} for stochastic gradient descent, with its many steps of one digit,")
     print(f"             and {batch:,} for batch gradient descent, which makes but one step in each", flush=True)
 
     console = _console()
@@ -111,9 +107,10 @@ def comparison(device: torch.device, epochs: int, epsilon: float, seed: int, out
             try:
                 _train(training, bar, task, f"{run.name}, ")
             except KeyboardInterrupt as stop:
-                raise KeyboardInterrupt(f"{stop} of method {number} of {len(runs)}, {run.name}") from None
+                raise KeyboardInterrupt(f"{stop} of {run.name}, method {number} of {len(runs)}") from None
 
     table = _table("method", *("rate", "batch", "steps", "time", "final loss", "held-out accuracy"))
+    table.columns[0].no_wrap = True
     for run, training in zip(COMPARED, runs, strict=True):
         table.add_row(
             run.name, f"{run.lr:g}", f"{training.batch_size:,}", f"{training.steps:,}", f"{training.seconds:.1f} s",
@@ -121,9 +118,7 @@ def comparison(device: torch.device, epochs: int, epsilon: float, seed: int, out
         )  # fmt: skip
     print()
     console.print(table)
-    print(
-        f"Rate: of the first step; time: spent on learning; final loss: over all {len(data.labels):,} training digits."
-    )
+    print(f"Rate: of the first step; final loss: over all {len(data.labels):,} training digits.")
 
     lines = {run.name: training for run, training in zip(COMPARED, runs, strict=True)}
     picture.compare(lines, f"tribp: {_network()} on MNIST, ε = {epsilon:g}", output)

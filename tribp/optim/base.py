@@ -94,7 +94,7 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _has_state(self, group: Group) -> bool:
-        return self._COUNTS or any(self._names(group)) or bool(group.get("ema_decay"))
+        return any(self._names(group)) or any(group.get(k) for k in ("ema_decay", "stochastic_rounding"))
 
     def _fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
         """Whether torch's fused CPU kernel computes this group's update, and right."""

@@ -132,10 +132,9 @@ class Fused:
         self._params = [m.param for m in members]
         names = members[0].names
         self._states = [[tensors.local(m.state[name]) for m in members] for name in names if name is not None]
-        counted = "step" in members[0].state
         self._together: Tensor | None = None
         self._steps: list[Tensor] = []
-        if counted:
+        if plan.counts:
             self._together, self._steps = counters_together(members)
         self._scratch: list[Tensor] = []
         self._begun = False  # whether every momentum buffer is known to have begun
@@ -200,12 +199,13 @@ class Reference:
                 continue
             group = step.groups[m.group]
             (grad,) = unscaled_and_clipped([found], group, step)
+            count = random_step = 0.0
             if "step" in m.state:
                 if m.state["step"] is None:
                     m.state["step"] = torch.zeros((), dtype=torch.float32)
                 m.state["step"] += 1
-                count = float(m.state["step"])
-            else:
+                count = random_step = float(m.state["step"])
+            if not step.optimizer._COUNTS:
                 count = float(self._plan.counter(m)) + 1
                 self._plan.count_on(m, int(count))
             values = [float(value) for value in step.optimizer._values(group)]
@@ -222,7 +222,7 @@ class Reference:
                 values, count, bool(group.get("eps_inside_sqrt")),
             )  # fmt: skip
             if group.get("stochastic_rounding") and p.dtype == torch.bfloat16:
-                changed = reference.round_stochastically(changed, group.get("seed", 0), int(count), m.index)
+                changed = reference.round_stochastically(changed, group.get("seed", 0), int(random_step), m.index)
             p.copy_(changed)
             for state, moment in zip(states, moments, strict=True):
                 if state is not None:

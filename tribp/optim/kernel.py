@@ -75,7 +75,7 @@ class Kernel:
         self._make_launch(optimizer)
 
     def _make_tables(self, plan: "Plan", optimizer: "Optimizer") -> None:
-        self._count(plan)
+        self._count(plan, optimizer)
         layouts = [tensors.layout([tensors.as_reals(t) for t in m.parts]) for m in self.members]
         if None in layouts:
             raise RuntimeError(
@@ -91,25 +91,31 @@ class Kernel:
         at = self._layouts.data_ptr()
         for m, layout, numel, counter in zip(self.members, layouts, numbers, self._counters, strict=True):
             rows += [m.param.data_ptr(), *map(_address, m.states), _address(m.ema), counter.data_ptr()]
-            rows += [_address(m.state.get("ema_step")), numel, m.group, at if layout else 0, m.index]
+            random_step = None if optimizer._COUNTS else m.state.get("step")
+            rows += [
+                _address(m.state.get("ema_step")),
+                _address(random_step),
+                numel,
+                m.group,
+                at if layout else 0,
+                m.index,
+            ]
             at += 8 * len(layout or ())
         self._rows = _on(self.device, rows, torch.int64)
         self._chunks = _chunks(numbers, self.settings.chunk, self.device)
 
-    def _count(self, plan: "Plan") -> None:
+    def _count(self, plan: "Plan", optimizer: "Optimizer") -> None:
         """Counters on the device: those that are there already stay, the others get a place in one tensor."""
-        counted = "step" in self.members[0].state
-        if counted:
-            self._counters = self._adopt([m.state["step"] for m in self.members])
-            for m, counter in zip(self.members, self._counters, strict=True):
-                m.state["step"] = counter
+        for key in ("step", "ema_step"):
+            counted = [m for m in self.members if key in m.state]
+            for m, counter in zip(counted, self._adopt([m.state[key] for m in counted]), strict=True):
+                m.state[key] = counter
+        if optimizer._COUNTS:
+            self._counters = [m.state["step"] for m in self.members]
         else:
             self._counters = self._adopt([plan.counter(m) for m in self.members])
             for m, counter in zip(self.members, self._counters, strict=True):
                 plan.count_on(m, counter)
-        averaged = [m for m in self.members if "ema_step" in m.state]
-        for m, counter in zip(averaged, self._adopt([m.state["ema_step"] for m in averaged]), strict=True):
-            m.state["ema_step"] = counter
 
     def _adopt(self, counters: Sequence[Tensor | int | None]) -> list[Tensor]:
         def stays(c: Tensor | int | None) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import runtime
 from . import fallback, tensors
 from .parts import Member, Part, Step
-from .tensors import local
+from .tensors import PLAIN, local
 from .watched import WatchedState
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class Plan:
 
     def __init__(self, optimizer: "Optimizer", before: "Plan | None") -> None:
         groups = optimizer.param_groups
+        self.counts = optimizer._COUNTS
         self.params: list[Tensor] = list(chain.from_iterable(map(_PARAMS, groups)))
         self.sizes = list(map(len, map(_PARAMS, groups)))
         self.lengths = list(map(len, groups))
@@ -103,15 +104,19 @@ class Plan:
         self.counters: dict[int, tuple[Tensor, Tensor | int]] = dict(before.counters) if before else {}
         self.rest: dict[int, list[Tensor]] = defaultdict(list)  # by group: what only torch's own code can update
         members: dict[str, list[Member]] = {"kernel": [], "fused": [], "reference": []}
-        self.watched: list[int] = []
+        self.watched: list[int] = []  # of the parameters
+        self._expected: dict[int, tuple[object, ...]] = {}  # of their gradients, where one may come
         positions = enumerate((number, p) for number, group in enumerate(groups) for p in group["params"])
         for index, (number, p) in positions:
             kind = self._kind(optimizer, p, groups[number])
+            grad = local(p if p.grad is None else p.grad)
+            if type(grad) in PLAIN and grad.layout == torch.strided:
+                self.watched.append(index)
+                if kind != "dormant":
+                    self._expected[index] = _look(grad)
             if kind == "rest":
                 self.rest[number].append(p)
-                continue
-            self.watched.append(index)
-            if kind != "dormant":
+            elif kind != "dormant":
                 members[kind].append(self._member(optimizer, p, groups[number], number, index))
         self._kernels: list[Kernel] = []
         if members["kernel"]:
@@ -160,8 +165,9 @@ class Plan:
         dtype = group.get("state_dtype")
         if dtype is None or p.is_complex():
             dtype = p.dtype
-        if optimizer._COUNTS and "step" not in state:
-            state["step"] = None  # torch's first key
+        rounds = group.get("stochastic_rounding") and p.dtype == torch.bfloat16
+        if (optimizer._COUNTS or rounds) and "step" not in state:
+            state["step"] = None  # torch's first key; SGD has it for its random numbers
         for name in names:
             if name is not None and state.get(name) is None:
                 state[name] = optimizer._new_state(p, name, dtype)
@@ -175,9 +181,7 @@ class Plan:
         """Everything that this plan rests on."""
         self.sharded = any(tensors.is_dtensor(p) for p in self.params)
         self._all = len(self.watched) == len(self.params)
-        self._expected: dict[int, tuple[object, ...]] = {}
         for m in chain.from_iterable(members.values()):
-            self._expected[m.index] = _look(m.grad)
             m.grad = m.param  # or a whole set of gradients would live as long as the plan
         self._presences: list[Presence] = []
         self._addresses = list(map(_ADDRESS, self._plain(self._watch(self.params))))
