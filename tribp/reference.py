@@ -112,9 +112,15 @@ def adam(
     return p - values[0] / (1 - beta1**t) * exp_avg / d, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
-def round_stochastically(x: Tensor, seed: int, step: int, stream: int) -> Tensor:
-    """float32 → bfloat16, up or down with the probability that makes the mean right; `stream` tells tensors apart."""
-    i = torch.arange(x.numel(), device=x.device).view(x.shape)
+def round_stochastically(x: Tensor, like: Tensor, seed: int, step: int, stream: int) -> Tensor:
+    """float32 → bfloat16, up or down with the probability that makes the mean right.
+
+    The random numbers depend on the seed, the step, the element (as those of `like` lie in memory) and the stream.
+    """
+    strides = like.stride()
+    order = sorted(range(x.dim()), key=lambda d: -strides[d])
+    i = torch.arange(x.numel(), device=x.device).view([x.shape[d] for d in order])
+    i = i.permute([order.index(d) for d in range(x.dim())])
     random = philox(seed, (i & 0xFFFFFFFF, i >> 32, torch.full_like(i, step), torch.full_like(i, stream)))
     bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     rounded = (bits + (random & 0xFFFF)) >> 16

@@ -47,10 +47,9 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
         )  # fmt: skip
         self._switched_on()
         for group in self.param_groups:
-            dtype = group.get("state_dtype")
             for p in group["params"]:
-                if dtype is not None and not p.is_complex():
-                    self.state[p]["sum"] = self.state[p]["sum"].to(dtype)
+                if group.get("state_dtype") and not p.is_complex():
+                    self.state[p]["sum"] = self._new_state(p, "sum", group["state_dtype"])
 
     def _names(self, group: Group) -> tuple[str | None, ...]:
         return "sum", None, None

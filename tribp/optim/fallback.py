@@ -59,6 +59,12 @@ def parts(plan: "Plan", fused: list[Member], by_reference: list[Member]) -> list
         for m in same:
             by_type.setdefault(m.param.dtype, []).append(m)
         found += [Fused(plan, some) for some in by_type.values()]
+    for m in by_reference:
+        if "step" in m.state and m.state["step"] is None:
+            m.state["step"] = torch.zeros((), dtype=torch.float32)
+    for m in (*fused, *by_reference):
+        if "ema_step" in m.state and m.state["ema_step"] is None:
+            m.state["ema_step"] = torch.zeros((), dtype=torch.float32)
     if by_reference:
         found.append(Reference(plan, by_reference))
     return found
@@ -110,8 +116,6 @@ def average(p: Tensor, state: dict[str, Any], decay: float) -> None:
     """v₁ = x₁, then v ← d·v + (1 − d)·x."""
     if "ema" not in state:
         state["ema"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        state["ema_step"] = None
-    if state["ema_step"] is None:
         state["ema_step"] = torch.zeros((), dtype=torch.float32)
     first = bool(state["ema_step"] == 0)
     state["ema_step"] += 1
@@ -201,8 +205,6 @@ class Reference:
             (grad,) = unscaled_and_clipped([found], group, step)
             count = random_step = 0.0
             if "step" in m.state:
-                if m.state["step"] is None:
-                    m.state["step"] = torch.zeros((), dtype=torch.float32)
                 m.state["step"] += 1
                 count = random_step = float(m.state["step"])
             if not step.optimizer._COUNTS:
@@ -222,7 +224,7 @@ class Reference:
                 values, count, bool(group.get("eps_inside_sqrt")),
             )  # fmt: skip
             if group.get("stochastic_rounding") and p.dtype == torch.bfloat16:
-                changed = reference.round_stochastically(changed, group.get("seed", 0), int(random_step), m.index)
+                changed = reference.round_stochastically(changed, p, group.get("seed", 0), int(random_step), m.index)
             p.copy_(changed)
             for state, moment in zip(states, moments, strict=True):
                 if state is not None:
