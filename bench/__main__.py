@@ -15,6 +15,7 @@ Measures tribp, from a checkout of its repository.
 
   python -m bench run              every operation against torch, on a CUDA GPU
   python -m bench run linear --dtype bfloat16 --case 8192x1024x1024
+  python -m bench run optim --case Adam --dtype float32
   python -m bench run --smoke      the same walk on a CPU with tiny shapes; its times mean nothing
   python -m bench host             what an optimizer's step costs the host; no GPU needed
   python -m bench static           every kernel compiled for every target and its machine code checked; no GPU needed
@@ -45,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     host = commands.add_parser(
         "host",
         help="what an optimizer's step costs the host; no GPU needed",
-        description="Times tribp's launch plan without the launch beside the bookkeeping of torch's fused Adam, and the "
-        "step of CPU tensors beside torch's default one, in turns. Load on the machine falsifies it.",
+        description="Times tribp's launch plan without the launch beside the bookkeeping of torch's fused Adam, and "
+        "the step of CPU tensors beside torch's default one, in turns. Load on the machine falsifies it.",
     )
     host.add_argument("--case", action="append", default=[], help="only cases whose name contains this; repeatable")
     host.add_argument("--rounds", type=int, default=15, help="samples of each contender (default: %(default)s)")

@@ -32,7 +32,7 @@ class Compiled:
     constants: Mapping[str, object]  # as strings and numbers, so that it can be stored
     shared_limit: int
     registers: int = 0
-    spilled: int = 0  # bytes a thread that go to local memory (NVIDIA: stores; AMD: spilled registers, 4 bytes each)
+    spilled: int = 0  # bytes a thread that go to local memory (NVIDIA: stores; AMD: scratch memory)
     shared_memory: int = 0
     instructions: int = 0
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -73,8 +73,8 @@ SWITCHES = (
 
 
 def describe(launch: Launch) -> str:
-    """The settings in a few characters: an optimizer's rule and states, tile, warps, stages, and what is switched on."""
-    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+    """The settings in a few characters: an optimizer's rule and states, tile, warps, stages, what is switched on."""
+    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | dict(launch.constants)
     tile = "×".join(str(size) for name, size in launch.constants.items() if name.startswith("BLOCK"))
     rule = getattr(given.get("RULE"), "__name__", "")
     states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
@@ -129,7 +129,8 @@ def _findings(kernel: Any, code: Sequence[Instruction], arch: Arch) -> dict[str,
     else:
         text = kernel.asm["amdgcn"]
         registers = _number(text, r"\.vgpr_count") + _number(text, r"\.agpr_count")
-        spilled = 4 * (_number(text, r"\.vgpr_spill_count") + _number(text, r"\.sgpr_spill_count"))
+        # Bytes of scratch memory. Scalar registers that are spilled go to lanes of vector registers: no memory.
+        spilled = _number(text, r"\.private_segment_fixed_size")
     return dict(
         registers=registers,
         spilled=spilled,

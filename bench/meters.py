@@ -1,14 +1,17 @@
 """How things are measured: on a CUDA GPU, and (only so that the harness can be walked through) on a CPU."""
 
 import gc
+import json
 import math
 import platform
 import re
 import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +41,18 @@ def percentile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
+@dataclass(frozen=True)
+class Kernels:
+    count: int
+    busy_us: float  # their durations added up, caches warm
+
+
+def kernels_of(trace: Mapping[str, Any]) -> Kernels:
+    """The kernels in a trace as torch.profiler exports it; copies and fills are none."""
+    found = [e["dur"] for e in trace["traceEvents"] if e.get("cat") == "kernel"]
+    return Kernels(len(found), float(sum(found)))
+
+
 class Meter(Protocol):
     device: torch.device
     name: str  # of the GPU
@@ -48,11 +63,26 @@ class Meter(Protocol):
     def device_times(self, action: Action) -> Times:
         """Time on the device, caches cold."""
 
-    def graph_time(self, prepare: Callable[[], Action]) -> float | None:
+    def graph_time(self, prepare: Callable[[], Action], calls: int = 20) -> float | None:
         """µs a call inside a replayed CUDA graph, caches warm. `prepare` runs on the stream that is captured."""
 
     def host_time(self, action: Action) -> float:
         """µs a call takes the host, not waiting for the device."""
+
+    def call_times(self, action: Action, before: Action) -> tuple[float, float]:
+        """µs until a call returns, and until the device is done with it. `before` comes before each, untimed."""
+
+    def kernels(self, action: Action) -> "Kernels | None":
+        """What a call launches, as the profiler sees it."""
+
+    def allocated(self) -> int | None:
+        """Bytes of tensors on the device."""
+
+    def free_bytes(self) -> int | None:
+        """Memory that is left on the device."""
+
+    def release(self) -> None:
+        """Give back memory that nothing uses."""
 
     def peak_bytes(self, action: Action) -> int | None:
         """The most memory allocated during the call beyond what was before it."""
@@ -86,6 +116,19 @@ def host_time(action: Action, wait: Action, calls: int, rounds: int = 5) -> floa
         times.append((time.perf_counter() - started) / calls)
         wait()
     return 1e6 * statistics.median(times)
+
+
+def call_times(action: Action, before: Action, wait: Action, rounds: int) -> tuple[float, float]:
+    returned, done = [], []
+    for _ in range(rounds):
+        before()
+        wait()
+        started = time.perf_counter()
+        action()
+        returned.append(time.perf_counter() - started)
+        wait()
+        done.append(time.perf_counter() - started)
+    return 1e6 * statistics.median(returned), 1e6 * statistics.median(done)
 
 
 class CudaMeter:
@@ -145,6 +188,30 @@ class CudaMeter:
         # 100 calls stay under the 1,024 launches that fit in the queue.
         return host_time(action, torch.cuda.synchronize, calls=100)
 
+    def call_times(self, action: Action, before: Action) -> tuple[float, float]:
+        return call_times(action, before, torch.cuda.synchronize, rounds=30)
+
+    def kernels(self, action: Action) -> Kernels | None:
+        action()
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            action()
+            torch.cuda.synchronize()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(file))
+            return kernels_of(json.loads(file.read_text()))
+
+    def allocated(self) -> int | None:
+        return torch.cuda.memory_allocated()
+
+    def free_bytes(self) -> int | None:
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
     def peak_bytes(self, action: Action) -> int | None:
         action()
         gc.collect()
@@ -184,12 +251,27 @@ class CpuMeter:
             times.append(1e6 * (time.perf_counter() - started))
         return summary(times)
 
-    def graph_time(self, prepare: Callable[[], Action]) -> float | None:
+    def graph_time(self, prepare: Callable[[], Action], calls: int = 20) -> float | None:
         prepare()
         return None
 
     def host_time(self, action: Action) -> float:
         return host_time(action, lambda: None, calls=1, rounds=1)
+
+    def call_times(self, action: Action, before: Action) -> tuple[float, float]:
+        return call_times(action, before, lambda: None, rounds=1)
+
+    def kernels(self, action: Action) -> Kernels | None:
+        return None
+
+    def allocated(self) -> int | None:
+        return None
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def release(self) -> None:
+        pass
 
     def peak_bytes(self, action: Action) -> int | None:
         action()

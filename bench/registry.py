@@ -1,6 +1,7 @@
 """The operations that are measured, and what an operation must provide to be among them.
 
-To add one: a file beside `linear.py` that ends in `OPERATION = Operation(…)`, and a line in `_MODULES` below.
+To add one: a file beside `linear.py` that ends in `OPERATION = Operation(…)`, and a line in `_MODULES` below. What is
+no differentiable function provides `Measured` itself, as `optim.py` does.
 """
 
 import importlib
@@ -18,8 +19,54 @@ if TYPE_CHECKING:  # both import triton, which `run` can do without
     from tribp.ops.launching import Launch
 
     from .expectations import Expectation
+    from .meters import Meter
+    from .results import Row
+    from .run import Ceilings, Options
 
-_MODULES = {"linear": "bench.linear"}
+_MODULES = {"linear": "bench.linear", "optim": "bench.optim"}
+
+
+class Named(Protocol):
+    """A case, as far as all commands know it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype_name(self) -> str: ...
+
+
+class Measured(Protocol):
+    """What `run` and `static` need to know of an entry: `Operation` is that for differentiable functions."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def summary(self) -> str: ...
+
+    @property
+    def cases(self) -> Sequence[Any]:
+        """`Named` ones, the most valuable first: a run may be cut off."""
+
+    @property
+    def smoke_cases(self) -> Sequence[Any]: ...
+
+    @property
+    def peers(self) -> Sequence[str]:
+        """Whose ratios the picture shows."""
+
+    @property
+    def legend(self) -> str:
+        """What the table's numbers are."""
+
+    def static_cases(self, arch: Arch, everything: bool, /) -> "Iterable[StaticCase]":
+        """Those for a target; `everything`: all there are, not a selection."""
+
+    def measure(self, case: Any, options: "Options", meter: "Meter", ceilings: "Ceilings") -> "list[Row]":
+        """One case, measured."""
+
+    def table(self, rows: "Sequence[Row]") -> str: ...
 
 
 @dataclass(frozen=True)
@@ -59,11 +106,15 @@ class Reference:
 
 @dataclass(frozen=True)
 class Target:
-    """tribp is to be `ratio` times as fast as `peer` ("eager", "compile"), or to use that much less memory."""
+    """tribp is to be `ratio` times as fast as `peer` ("eager", "compile" …), or to use that much less memory.
+
+    Of an optimizer's step also: the part of the copy's bandwidth; how many launches, and what part of the peer's memory
+    between steps, it may take.
+    """
 
     peer: str
     ratio: float
-    quantity: str = "time"  # or "memory"
+    quantity: str = "time"  # or "memory", "bandwidth", "launches", "held memory"
 
 
 class Problem(Protocol):
@@ -105,12 +156,28 @@ class Operation:
     settings: Callable[[Case, str, Arch], Sequence[str]]  # how tribp launches it, for the record
     static_cases: Callable[[Arch, bool], Iterable[StaticCase]]  # for a target; True: all there are, not a selection
 
+    peers = ("eager", "compile")
+    legend = (
+        "Times are medians in µs on the device, L2 flushed. Ratios are the other's time over tribp's. The floor is "
+        "bytes over the copy's rate, or operations over the product's, whichever is more."
+    )
+
+    def measure(self, case: Case, options: "Options", meter: "Meter", ceilings: "Ceilings") -> "list[Row]":
+        from .run import measure
+
+        return measure(self, case, options, meter, ceilings)
+
+    def table(self, rows: "Sequence[Row]") -> str:
+        from .results import table
+
+        return table(rows)
+
 
 def names() -> list[str]:
     return list(_MODULES)
 
 
-def find(wanted: Sequence[str]) -> list[Operation]:
+def find(wanted: Sequence[str]) -> list[Measured]:
     """The operations of these names, or all of them. Raises ValueError, naming those that exist."""
     for name in wanted:
         if name not in _MODULES:

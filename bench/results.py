@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .meters import Meter
-from .registry import Case, Operation, Target, Work
+from .registry import Case, Measured, Named, Operation, Target, Work
 from .tables import markdown
 
 ROOT = Path(__file__).parent / "results"
@@ -37,8 +37,11 @@ def judge(target: Target, entries: Mapping[str, Row]) -> dict[str, Any]:
     """The target as a sentence and the verdict: "met", "missed" or "unmeasured"."""
     found = ratio(entries, target.peer, target.quantity)
     what = "" if target.quantity == "time" else f" {target.quantity}"
-    verdict = "unmeasured" if found is None else "met" if found >= target.ratio else "missed"
-    return {"target": f"≥ {target.ratio:.2f}x {target.peer}{what}", "ratio": found, "verdict": verdict}
+    return verdict(f"≥ {target.ratio:.2f}x {target.peer}{what}", found, found is not None and found >= target.ratio)
+
+
+def verdict(target: str, found: float | None, met: bool) -> dict[str, Any]:
+    return {"target": target, "ratio": found, "verdict": "unmeasured" if found is None else "met" if met else "missed"}
 
 
 def row(
@@ -72,7 +75,8 @@ class Store:
     Rows of earlier runs stay until their case is measured again; each carries its date and commit.
     """
 
-    def __init__(self, folder: Path, operation: Operation, meter: Meter, *, smoke: bool) -> None:
+    def __init__(self, folder: Path, operation: Measured, meter: Meter, *, smoke: bool) -> None:
+        self.operation = operation
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{operation.name}.json"
         self.smoke = smoke
@@ -95,9 +99,11 @@ class Store:
                 verdict["verdict"] = "unmeasured"  # nothing follows from a CPU's clock
         self.head |= self.stamp | {"copy_bytes_per_second": bandwidth, "operations_per_second": dict(rates)}
         self.path.write_text(json.dumps(self.head | {"rows": self.rows}, indent=1) + "\n")
-        self.path.with_suffix(".md").write_text(f"# {self.heading()}\n\n{self.conditions()}\n\n{table(self.rows)}\n")
+        self.path.with_suffix(".md").write_text(
+            f"# {self.heading()}\n\n{self.conditions()}\n\n{self.operation.table(self.rows)}\n"
+        )
 
-    def rows_of(self, cases: Sequence[Case]) -> list[Row]:
+    def rows_of(self, cases: Sequence[Named]) -> list[Row]:
         wanted = {case.name for case in cases}
         return [r for r in self.rows if r["case"] in wanted]
 
@@ -108,11 +114,11 @@ class Store:
     def conditions(self) -> str:
         found = [f"{name} {version}" for name, version in self.head["versions"].items()]
         rates = [f"{name} {rate / 1e12:.4g} TF/s" for name, rate in self.head["operations_per_second"].items()]
+        products = f", products {', '.join(rates)}" if rates else ""
         return (
             f"{self.head['date']}, commit {self.head['commit']}; {', '.join(found)}. Measured in the same run: copy "
-            f"{self.head['copy_bytes_per_second'] / 1e12:.3g} TB/s, products {', '.join(rates)}.\n\n"
-            "Times are medians in µs on the device, L2 flushed. Ratios are the other's time over tribp's. The floor is "
-            "bytes over the copy's rate, or operations over the product's, whichever is more."
+            f"{self.head['copy_bytes_per_second'] / 1e12:.3g} TB/s{products}.\n\n"
+            f"{self.operation.legend}"
         )
 
     def plot(self) -> Path | None:
@@ -124,11 +130,14 @@ class Store:
             import matplotlib.pyplot as plt
         except ImportError:
             return None
-        rows = [r for r in self.rows if r["ratios"]["eager"] is not None][::-1]
+        peers = self.operation.peers
+        rows = [r for r in self.rows if any(r["ratios"].get(peer) is not None for peer in peers)][::-1]
+        width = 0.8 / len(peers)
         figure, axes = plt.subplots(figsize=(9, 1.5 + 0.28 * len(rows)), layout="constrained")
-        for offset, peer, color in ((0.2, "eager", "#4477aa"), (-0.2, "compile", "#ccbb44")):
-            heights = [r["ratios"][peer] or 0.0 for r in rows]
-            axes.barh([i + offset for i in range(len(rows))], heights, 0.4, label=f"{peer} / tribp", color=color)
+        for n, (peer, color) in enumerate(zip(peers, ("#4477aa", "#ccbb44", "#aa3377"), strict=False)):
+            heights = [r["ratios"].get(peer) or 0.0 for r in rows]
+            at = [i + 0.4 - (n + 0.5) * width for i in range(len(rows))]
+            axes.barh(at, heights, width, label=f"{peer} / tribp", color=color)
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(rows)), [f"{r['case']} {r['direction']}" for r in rows], fontsize=7)
         axes.set_xlabel("time of torch / time of tribp: more is better")
@@ -150,9 +159,9 @@ def _line(r: Row) -> list[str]:
     ours = r["contenders"]["tribp"]
     return [
         r["case"], r["direction"], *(_time(r["contenders"].get(name, {})) for name in ("tribp", "eager", "compile")),
-        _times(r["ratios"]["eager"]), _times(r["ratios"]["compile"]),
+        times(r["ratios"]["eager"]), times(r["ratios"]["compile"]),
         "–" if r["floor_fraction"] is None else f"{r['floor_fraction']:.0%}",
-        _number(ours.get("graph_us")), _number(ours.get("host_us")), _times(r["memory_ratio"]),
+        decimal(ours.get("graph_us")), decimal(ours.get("host_us")), times(r["memory_ratio"]),
         ", ".join(t["target"] for t in r["targets"]), ", ".join(t["verdict"] for t in r["targets"]),
     ]  # fmt: skip
 
@@ -162,14 +171,14 @@ def _time(entry: Row) -> str:
         return f"wrong ({entry['note']})"
     if entry.get("status") == "failed":
         return "failed"
-    return _number(entry.get("device_us", {}).get("median"))
+    return decimal(entry.get("device_us", {}).get("median"))
 
 
-def _number(value: float | None) -> str:
+def decimal(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
-def _times(value: float | None) -> str:
+def times(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}x"
 
 

@@ -16,7 +16,7 @@ from tribp import runtime
 
 from . import results
 from .meters import CpuMeter, CudaMeter, Meter
-from .registry import Case, Operation, Problem, Reference
+from .registry import Case, Measured, Named, Operation, Problem, Reference
 
 # torch.compile at its best, less its own CUDA graphs: they copy their inputs first and cannot repeat a backward pass,
 # and what a graph saves is measured in one of ours (`Meter.graph_time`), for every contender alike.
@@ -32,11 +32,18 @@ class Options:
     out: Path | None = None
 
 
-def main(operations: Sequence[Operation], options: Options) -> int:
+def main(operations: Sequence[Measured], options: Options) -> int:
     """0; 1 if a result was wrong or tribp failed; 2 without CUDA."""
     if not options.smoke and not torch.cuda.is_available():
         print("bench run needs CUDA, and torch finds no GPU here (--smoke walks through it on a CPU)", file=sys.stderr)
         return 2
+    cases = {
+        operation.name: [case for case in existing(operation, options) if selected(case, options)]
+        for operation in operations
+    }
+    if not any(cases.values()):
+        there = (f"{o.name}: {', '.join(case.name for case in existing(o, options))}" for o in operations)
+        raise ValueError(f"there is no such case; there are of {'; of '.join(there)}")
     meter: Meter = CpuMeter() if options.smoke else CudaMeter()
     folder = options.out
     if folder is None:
@@ -45,7 +52,8 @@ def main(operations: Sequence[Operation], options: Options) -> int:
     with tribp.use_backend("triton" if runtime.interpreting() else "auto"):
         ceilings = Ceilings(meter)
         for operation in operations:
-            good &= run(operation, options, meter, ceilings, folder)
+            if cases[operation.name]:
+                good &= run(operation, cases[operation.name], options, meter, ceilings, folder)
     print(f"written to {folder}")
     return 0 if good else 1
 
@@ -85,26 +93,27 @@ def precision(tf32: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def run(operation: Operation, options: Options, meter: Meter, ceilings: Ceilings, folder: Path) -> bool:
-    """Measure the selected cases of one operation; whether all results were right."""
-    existing = operation.smoke_cases if options.smoke else operation.cases
-    cases = [case for case in existing if selected(case, options)]
-    if not cases:
-        raise ValueError(f"{operation.name} has no such case; there are: {', '.join(case.name for case in existing)}")
+def existing(operation: Measured, options: Options) -> Sequence[Any]:
+    return operation.smoke_cases if options.smoke else operation.cases
+
+
+def run(
+    operation: Measured, cases: Sequence[Any], options: Options, meter: Meter, ceilings: Ceilings, folder: Path
+) -> bool:
+    """Measure these cases of one operation; whether all results were right."""
     store = results.Store(folder, operation, meter, smoke=options.smoke)
     for case in cases:
         print(f"{operation.name} {case.name}", flush=True)
-        with precision(case.tf32):
-            rows = measure(operation, case, options, meter, ceilings)
+        rows = operation.measure(case, options, meter, ceilings)
         store.add(rows, bandwidth=ceilings.bandwidth, rates=ceilings.rates)
     store.plot()
     rows = store.rows_of(cases)
-    print(f"\n{store.heading()}\n\n{store.conditions()}\n\n{results.table(rows)}\n")
+    print(f"\n{store.heading()}\n\n{store.conditions()}\n\n{operation.table(rows)}\n")
     wrong = any(entry["status"] == "wrong" for row in rows for entry in row["contenders"].values())
     return not wrong and all(row["contenders"]["tribp"]["status"] == "ok" for row in rows)
 
 
-def selected(case: Case, options: Options) -> bool:
+def selected(case: Named, options: Options) -> bool:
     return (not options.cases or any(part in case.name for part in options.cases)) and (
         not options.dtypes or case.dtype_name in options.dtypes
     )
@@ -130,6 +139,13 @@ def measure(
     operation: Operation, case: Case, options: Options, meter: Meter, ceilings: Ceilings
 ) -> list[dict[str, Any]]:
     """A row for each direction of one case."""
+    with precision(case.tf32):
+        return _measure(operation, case, options, meter, ceilings)
+
+
+def _measure(
+    operation: Operation, case: Case, options: Options, meter: Meter, ceilings: Ceilings
+) -> list[dict[str, Any]]:
     problem = operation.problem(case, meter.device)
     reference = problem.reference()
     functions = contenders(operation, options)

@@ -290,12 +290,23 @@ def choose_sum(parts: int, length: int, arch: Arch) -> Sum:
     return Sum(block_parts, min(block, max(32, power_of_2(length))), 4, "2,048 loads in flight a program")
 
 
-def choose_step(elements: int, float64: bool, arch: Arch) -> Step:
-    """The optimizer step, and the pass over the gradients before it, of `elements` numbers in all."""
+def choose_step(elements: int, types: frozenset[str], strided: bool, arch: Arch) -> Step:
+    """The optimizer step, and the pass over the gradients before it, of `elements` numbers in all.
+
+    types: of the parameters, gradients and states. strided: some of them do not lie alike in memory.
+    """
     if arch.backend == "interpreter":
         return Step(64, 2, 1, "interpreter")
-    block = 512 if float64 else 1024
+    if "float64" in types:
+        block, reason = 512, "4 elements a thread: two 16-byte accesses to each operand"
+    elif arch.backend == "hip" and types & {"float16", "bfloat16"}:
+        block, reason = 2048, "8 elements a thread: a 16-byte access to each 16-bit operand"
+    elif arch.backend == "cuda" and strided:
+        # Compiled: the addresses of 8 elements a thread leave no registers if all is on (44 bytes).
+        block, reason = 512, "4 elements a thread: strided addresses take many registers"
+    else:
+        block, reason = 1024, "8 elements a thread: a 16-byte access to each 16-bit operand, two to one of 32 bits"
     # Derived: a program reads three tables, one after the other, before its first element. Up to 8 blocks share that,
     # but never so many that a processor gets fewer than 16 programs: four reside there, four waves even the end out.
     blocks = max(1, min(8, elements // (block * 16 * arch.processors)))
-    return Step(block, blocks, 4, "8 elements a thread (4 of float64): two 16-byte accesses to each float32 operand")
+    return Step(block, blocks, 4, reason)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,23 @@ import torch
 from torch import Tensor
 
 import tribp
-from bench import registry, results, run
+import tribp.optim
+from bench import host, registry, results, run, step_jobs
+from bench import optim as optim_entry
 from bench.__main__ import main
-from bench.meters import CpuMeter, Times, percentile, summary
-from bench.registry import Case, Operation, Target, Work
+from bench.meters import CpuMeter, Kernels, Times, call_times, kernels_of, percentile, summary
+from bench.optim import PEERS
+from bench.registry import Case, Measured, Operation, Target, Work
 from bench.run import Ceilings, Options
+from bench.step_cases import StepCase
+from bench.step_jobs import LR
 from bench.tables import markdown
 
 ROOT = Path(__file__).parent.parent
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
 
 
-def smoke(operation: Operation, out: Path, *cases: str) -> tuple[int, list[dict[str, Any]]]:
+def smoke(operation: Measured, out: Path, *cases: str) -> tuple[int, list[dict[str, Any]]]:
     """The exit status and the rows of a walk through the harness."""
     status = run.main([operation], Options(cases=cases, smoke=True, out=out))
     return status, json.loads((out / f"{operation.name}.json").read_text())["rows"]
@@ -36,6 +43,7 @@ def smoke(operation: Operation, out: Path, *cases: str) -> tuple[int, list[dict[
 def linear(tribps: Callable[..., Tensor] | None = None) -> Operation:
     """The linear operation, tribp's contender replaced if one is given."""
     (operation,) = registry.find(["linear"])
+    assert isinstance(operation, Operation)
     contenders = dict(operation.contenders)
     return dataclasses.replace(operation, contenders=contenders | ({"tribp": tribps} if tribps else {}))
 
@@ -145,7 +153,8 @@ def test_run_on_a_gpu(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["run", "liner"], "bench: no operation is called 'liner'; there are: linear"),
-        (["run", "--smoke", "--case", "9x9"], "bench: linear has no such case; there are: 32x16x48 bfloat16, "),
+        (["run", "--smoke", "--case", "9x9"], "bench: there is no such case; there are of linear: 32x16x48 bfloat16, "),
+        (["host", "--smoke", "--case", "9x9"], "bench: there is no such case; there are: Adam"),
     ],
 )
 def test_errors_are_one_line_that_lists_what_there_is(
@@ -157,12 +166,13 @@ def test_errors_are_one_line_that_lists_what_there_is(
     assert error.count("\n") == 1
 
 
-def test_help_teaches_both_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_teaches_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert "python -m bench run --smoke" in text
+    assert "python -m bench host" in text
     assert "python -m bench static" in text
 
 
@@ -288,3 +298,208 @@ def test_static_refuses_under_the_interpreter() -> None:
     assert done.returncode == 2
     assert "TRITON_INTERPRET=1" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def optimizers() -> Measured:
+    (operation,) = registry.find(["optim"])
+    return operation
+
+
+def step_case(name: str) -> StepCase:
+    found: StepCase = next(case for case in optimizers().smoke_cases if case.name == name)
+    return found
+
+
+def test_smoke_walks_through_all_optimizers(tmp_path: Path) -> None:
+    status, rows = smoke(optimizers(), tmp_path)
+    assert status == 0
+    assert [row["case"] for row in rows] == [case.name for case in optimizers().smoke_cases]
+    for row in rows:
+        assert set(row["contenders"]) == {"tribp", *PEERS}
+        assert row["contenders"]["tribp"]["device_us"]["median"] > 0
+        assert all(entry["status"] in ("ok", "skipped") for entry in row["contenders"].values())
+        assert all(entry["note"] for entry in row["contenders"].values() if entry["status"] == "skipped")
+        assert (row["ratios"]["fused"] is None) == (row["contenders"]["fused"]["status"] == "skipped")
+        assert {target["verdict"] for target in row["targets"]} == {"unmeasured"}
+        assert row["contenders"]["tribp"]["errors"].keys() >= {"param"}
+        if importlib.util.find_spec("triton"):
+            launches = 2 if "max_grad_norm" in row["case"] else 1
+            assert len(row["settings"]) == launches
+    # What the research says a step must move.
+    moved = {row["case"].replace(" 70+9", ""): row["bytes"] / row["elements"] for row in rows}
+    assert moved["Adam float32"] == 28
+    assert moved["Adam scaler float32"] == moved["Adam max_grad_norm=1.0 float32"] == 32
+    assert moved["Adam amsgrad float32"] == moved["RMSprop centered momentum=0.9 float32"] == 36
+    assert moved["RMSprop float32"] == moved["Adagrad float32"] == moved["SGD momentum=0.9 float32"] == 20
+    assert moved["Adam bfloat16"] == 14
+    assert moved["Adam state_dtype=float32 bfloat16"] == 22
+    assert (tmp_path / "optim.md").read_text().count("\n| ") == len(rows) + 1
+
+
+def adam(**changed: Any) -> Callable[[StepCase], Callable[..., torch.optim.Optimizer]]:
+    """tribp's contender with other hyperparameters."""
+    return lambda case: lambda groups, **more: tribp.optim.Adam(groups, **{"lr": LR, **case.beyond, **changed})
+
+
+@pytest.mark.parametrize(
+    ("contender", "name", "wrong"),
+    [
+        (adam(lr=LR * 1.01), "Adam 70+9 float32", "param"),
+        (adam(betas=(0.9, 0.9991)), "Adam 70+9 float32", "exp_avg_sq"),
+        (adam(state_dtype=None), "Adam state_dtype=float32 70+9 bfloat16", "exp_avg"),
+        (adam(weight_decay=math.inf), "Adam 70+9 float32", "param"),  # NaN
+        (adam(max_grad_norm=1.001), "Adam max_grad_norm=1.0 70+9 float32", "exp_avg"),
+    ],
+)
+def test_a_wrong_step_is_called_wrong_and_gets_no_time(
+    contender: Any, name: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_jobs, "_ours", contender)
+    status, (row,) = smoke(optimizers(), tmp_path, name)
+    entry = row["contenders"]["tribp"]
+    assert status == 1
+    assert entry["status"] == "wrong"
+    assert f"{wrong}: relative error" in entry["note"]
+    assert "device_us" not in entry
+    assert row["floor_fraction"] is None
+    assert all(ratio is None for ratio in row["ratios"].values())
+
+
+def test_a_step_that_raises_leaves_the_others_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_jobs, "_ours", adam(no_such_option=True))
+    status, (row,) = smoke(optimizers(), tmp_path, "Adam scaler")
+    assert status == 1
+    assert row["contenders"]["tribp"]["note"].startswith("TypeError: Adam() got an unexpected keyword argument")
+    assert row["contenders"]["foreach"]["device_us"]["median"] > 0
+
+
+def test_operations_without_the_case_are_passed_over(tmp_path: Path) -> None:
+    assert main(["run", "--smoke", "--case", "Adam 3 groups", "--out", str(tmp_path)]) == 0
+    assert [file.name for file in tmp_path.glob("*.json")] == ["optim.json"]
+
+
+def test_a_step_that_does_not_fit_is_skipped_with_a_sentence() -> None:
+    class Small(CpuMeter):
+        def free_bytes(self) -> int | None:
+            return 2000
+
+    case = step_case("Adam 70+9 float32")
+    entries = optim_entry.measure(case, step_jobs.contenders(case, "no"), Small())
+    assert entries["tribp"]["status"] == "ok"  # 5 · 79 · 4 bytes
+    assert entries["foreach"] == {"status": "skipped", "note": "needs about 0 GB, 0 GB are free"}  # 8 · 79 · 4
+
+
+def test_parameter_shapes_are_those_of_the_models() -> None:
+    cases = {case.shapes_name: case for case in optimizers().cases}
+    assert (len(cases["gpt2"].shapes), cases["gpt2"].elements) == (148, 124_439_808)
+    assert (len(cases["resnet50"].shapes), cases["resnet50"].elements) == (161, 25_557_032)
+    assert cases["1e9"].elements == 10**9
+    assert len({case.name for case in optimizers().cases}) == len(optimizers().cases)
+
+
+def test_large_tensors_are_checked_at_both_ends_and_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_jobs, "WHOLE", 1 << 20)
+    problem = step_jobs.Problem(step_case("Adam 70+9 float32"), torch.device("cpu"))
+    n = (1 << 21) + 5
+    found = set(problem.sample([torch.arange(n)]).tolist())
+    assert {0, (1 << 20) - 1, 997 * 1060, n - 1, n - (1 << 20)} <= found
+    assert max(b - a for a, b in itertools.pairwise(sorted(found))) <= 997
+    assert problem.sample([torch.arange(7), torch.arange(3)]).tolist() == [*range(7), *range(3)]
+
+
+def judged(case: StepCase, **contenders: dict[str, Any]) -> dict[str, tuple[float | None, str]]:
+    entries = {"tribp": {}, **contenders}
+    found = optim_entry.row(case, entries, bandwidth=28e8 / 1e-3)  # the copy's rate moves 2.8 GB in a millisecond
+    return {t["target"]: (t["ratio"], t["verdict"]) for t in found["targets"]}
+
+
+def test_targets_of_optimizers_are_those_that_were_set() -> None:
+    cases = {case.name: case for case in optimizers().cases}
+    device = {"device_us": {"median": 1050.0}}
+    ours = {"tribp": {"bytes": 28 * 10**8, "launches": 1, "held_bytes": 1000.9, **device}}
+    found = judged(cases["Adam 1e8 float32"], **ours, fused={"device_us": {"median": 1049.0}})
+    verdicts = {target: verdict for target, (_, verdict) in found.items()}
+    assert found["≥ 92% of copy"][0] == pytest.approx(0.952, abs=1e-3)
+    assert verdicts == {
+        "1 launches": "met",
+        "≥ 92% of copy": "met",
+        "≥ 1.00x fused": "missed",
+        "≤ 1.001x for-loop memory": "unmeasured",
+    }
+    memory = judged(cases["Adam 1e8 float32"], **ours, **{"for-loop": {"held_bytes": 1000}})
+    assert memory["≤ 1.001x for-loop memory"] == (1.0009, "met")
+    best = judged(
+        cases["RMSprop 1e8 float32"], **ours, foreach={"device_us": {"median": 3000}},
+        compile={"device_us": {"median": 900}}, **{"for-loop": {"device_us": {"median": 2400}}},
+    )  # fmt: skip
+    assert best["≥ 2.30x eager"] == (2400 / 1050, "missed")  # the best of torch's own
+    slow = {"bytes": 1, "wall_us": 40, "launches": 2, "device_us": {"median": 1}}
+    small = judged(cases["Adam 1000x8 float32"], tribp=slow, fused={"wall_us": 200.0, "device_us": {"median": 4}})
+    assert small == {"1 launches": (2, "missed"), "≥ 5.00x fused": (5.0, "met")}
+    assert judged(cases["Adam max_grad_norm=1.0 1e8 float32"], **ours).keys() == {"2 launches"}
+
+
+def test_kernels_are_counted_from_the_profilers_trace() -> None:
+    events = [{"cat": "kernel", "dur": 2.5}, {"cat": "gpu_memcpy", "dur": 9}, {"cat": "cpu_op", "dur": 9}, {"ph": "M"}]
+    assert kernels_of({"traceEvents": [*events, {"cat": "kernel", "dur": 1.5}]}) == Kernels(2, 4.0)
+
+
+def test_call_times_tell_the_host_from_the_wall_and_leave_preparations_out() -> None:
+    def pause(seconds: float) -> Callable[[], None]:
+        return lambda: time.sleep(seconds)
+
+    returned, done = call_times(pause(0.002), before=pause(0.05), wait=pause(0.004), rounds=3)
+    assert 2e3 <= returned < 6e3 <= done < 5e4
+
+
+# -- the host ---------------------------------------------------------------------------------------------------------
+
+
+@NO_CUDA
+def test_host_smoke_shows_all_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "host.json"
+    assert main(["host", "--smoke", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    comparisons = (host.plans(True) if importlib.util.find_spec("triton") else []) + host.fallbacks(True)
+    assert [row["case"] for row in rows] == [c.name for c in comparisons]
+    assert {target["verdict"] for row in rows for target in row["targets"]} == {"unmeasured"}
+    assert all(times["median"] > 0 for row in rows for times in row["host_us"].values())
+    printed = capsys.readouterr().out
+    assert "smoke" in printed.splitlines()[0]
+    assert ("plan / fused bookkeeping" in printed) == bool(importlib.util.find_spec("triton"))
+
+
+@pytest.mark.parametrize("name", ["plan", "fused bookkeeping", "fused"])
+def test_what_is_left_out_of_a_host_step_is_left_out(name: str, kernels: str) -> None:
+    if kernels == "cuda":
+        pytest.skip("plans for CPU tensors under the interpreter")
+    running = host.Running(host.plans(True)[0].contenders[name], [8, 8], backward=True)
+    before = [p.detach().clone() for p in running._params]
+    running.sample()
+    moved = [not torch.equal(p, b) for p, b in zip(running._params, before, strict=True)]
+    assert moved == [name == "fused"] * 2
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_host_step_has_new_gradients(backward: bool) -> None:
+    contender = host.Contender(torch.optim.SGD, host.unchanged)
+    running = host.Running(contender, [8] * 3, backward)
+    first = [p.grad for p in running._params]
+    running._new_gradients()
+    assert all(a is not p.grad for a, p in zip(first, running._params, strict=True))
+    assert all(p.grad is not None for p in running._params)
+
+
+def test_host_targets_are_judged_by_ratios_of_medians() -> None:
+    medians = {"plan": 25.0, "fused": 100.0}
+    assert host.judge(host.Target("plan", "fused", 0.25), medians)["verdict"] == "met"
+    assert host.judge(host.Target("plan", "fused", 0.24), medians)["verdict"] == "missed"
+    assert host.judge(host.Target("fused", "plan", 4, at_least=True), medians)["verdict"] == "met"
+    assert host.judge(host.Target("fused", "plan", 4.1, at_least=True), medians)["verdict"] == "missed"
+    limits = {c.name: [(t.over, t.under, t.limit, t.at_least) for t in c.targets] for c in host.fallbacks(False)}
+    assert limits["Adam, 1000x8"] == limits["Adagrad, 1000x8"] == [("torch", "tribp", 30, True)]
+    assert limits["RMSprop, 1000x8"] == [("torch", "tribp", 12, True)]
+    assert limits["SGD, 16000000"] == [("torch", "tribp", 0.95, True)]

@@ -1,6 +1,7 @@
 """`python -m tribp`: its checks, its training, and how it behaves at the command line."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import os
@@ -21,6 +22,7 @@ from torch import Tensor
 import tribp
 from tribp import __main__ as program
 from tribp.demo import averages, checks
+from tribp.demo.methods import COMPARED, METHODS
 
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -204,7 +206,7 @@ def test_digits(demo: SimpleNamespace, mnist: Any, monkeypatch: pytest.MonkeyPat
 def _training(demo: SimpleNamespace, seed: int = 0, **changed: Any) -> Any:
     generator = torch.Generator().manual_seed(seed)
     data = demo.digits.load(torch.device("cpu"), generator)
-    settings = {"batch_size": 16, "epochs": 3, "lr": 0.01, "epsilon": 0.1} | changed
+    settings = {"method": METHODS["adam"], "batch_size": 16, "epochs": 3, "lr": 0.01, "epsilon": 0.1} | changed
     return demo.training.Training(data, generator, **settings)
 
 
@@ -233,6 +235,74 @@ def test_training_beside_plain_torch(few: None, demo: SimpleNamespace) -> None:
     assert len(run.tribp.seconds) == len(run.plain.seconds) == 21  # the third epoch brings it over COMPARED_STEPS
     assert run.tribp.optimizer.param_groups[0]["lr"] == pytest.approx(0)
     assert run.losses[-1] < run.losses[0] / 2
+
+
+TWINS: dict[
+    str, tuple[Any, Any, dict[str, Any], dict[str, Any]]
+] = {  # ours and torch's, and the hyperparameters that make them the same
+    "sgd": (tribp.optim.SGD, torch.optim.SGD, {"momentum": 0, "dampening": 0}, {"momentum": 0, "dampening": 0}),
+    "momentum": (
+        tribp.optim.Momentum,
+        torch.optim.SGD,
+        {"momentum": 0.5, "dampening": 0.5},
+        {"momentum": 0.5, "dampening": 0.5, "nesterov": False},
+    ),
+    "adagrad": (
+        tribp.optim.AdaGrad,
+        torch.optim.Adagrad,
+        {"eps": 1e-8, "eps_inside_sqrt": True, "initial_accumulator_value": 0, "lr_decay": 0},
+        {"eps": 0, "initial_accumulator_value": 1e-8, "lr_decay": 0},
+    ),
+    "rmsprop": (tribp.optim.RMSProp, torch.optim.RMSprop, {"alpha": 0.99}, {"alpha": 0.99, "eps": 1e-8}),
+    "adam": (tribp.optim.Adam, torch.optim.Adam, {"betas": (0.9, 0.999)}, {"betas": (0.9, 0.999), "eps": 1e-8}),
+    "adamw": (tribp.optim.AdamW, torch.optim.AdamW, {"weight_decay": 0.01}, {"weight_decay": 0.01}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_optimizer_beside_its_twin(few: None, demo: SimpleNamespace, name: str) -> None:
+    assert METHODS.keys() == TWINS.keys()
+    method, (ours, theirs, group, their_group) = METHODS[name], TWINS[name]
+    run = _training(demo, method=method, lr=method.lr)
+    for learner, kind, expected in ((run.tribp, ours, group), (run.plain, theirs, their_group)):
+        assert type(learner.optimizer) is kind
+        found = learner.optimizer.param_groups[0] | {"lr": learner.optimizer.param_groups[0]["initial_lr"]}
+        assert {key: found[key] for key in expected} == expected
+        assert found["lr"] == method.lr
+    before = [p.detach().clone() for p in run.tribp.layers.parameters()]
+    for _ in range(3):
+        run.epoch(lambda: None)
+    for start, p, q in zip(before, run.tribp.layers.parameters(), run.plain.layers.parameters(), strict=True):
+        moved = (p - start).abs().max()
+        assert moved > 0.01
+        assert (p - q).abs().max() < 1e-4 * moved
+    assert run.difference < 1e-5
+    assert run.losses[-1] < 0.55  # from 1.2; nothing learned but "rarely", 0.45 is the loss of always saying 0.1
+
+
+def test_twin_of_another_kind_differs(few: None, demo: SimpleNamespace) -> None:
+    """The tolerance above tells AdaGrad with its ε inside the root from torch's, and Momentum from torch's."""
+    for name, wrong in (("adagrad", {"eps": 1e-8}), ("momentum", {"momentum": 0.5})):
+        method = dataclasses.replace(METHODS[name], their_arguments=wrong)
+        run = _training(demo, method=method, lr=method.lr)
+        run.epoch(lambda: None)
+        assert run.difference > 1e-4, name
+
+
+def test_training_without_plain_torch(few: None, demo: SimpleNamespace) -> None:
+    run, beside = _training(demo, compared_steps=0), _training(demo)
+    before = [p.detach().clone() for p in run.plain.layers.parameters()]
+    for training in (run, beside):
+        for _ in range(3):
+            training.epoch(lambda: None)
+    assert run.losses == beside.losses
+    assert all(torch.equal(p, q) for p, q in zip(before, run.plain.layers.parameters(), strict=True))
+    assert run.plain.seconds == run.tribp.seconds == []
+    assert run.difference != run.difference  # NaN: there is none
+    assert sum(beside.tribp.seconds + beside.plain.seconds) < beside.seconds
+    targets = torch.eye(10)[run.digits.labels]
+    loss = 0.5 * (run.tribp.layers(run.digits.images) - targets).square().sum(1).mean()
+    assert run.final_loss() == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_difference_from_plain_torch_is_seen(few: None, demo: SimpleNamespace) -> None:
@@ -291,7 +361,10 @@ def test_default_run_tells_what_it_did(default_run: tuple[str, Path]) -> None:
     out, picture = default_run
     assert "✗" not in out
     assert out.count("✓") == 13
-    for part in ("784-128-10", "½ Σ (output − target)²", "Adam, learning rate 0.01", "ε = 0.1", "4,000", str(picture)):
+    for part in (
+        "784-128-10", "½ Σ (output − target)²", "tribp.optim.Adam, learning rate 0.01", "plain torch: torch.optim.Adam",
+        "ε = 0.1", "4,000", str(picture),
+    ):  # fmt: skip
         assert part in out, part
     rows = {m[1]: (m[2], m[3]) for m in re.finditer(r"^ *(\w[\w ]*?)  +(\S.*?)  +(\S.*?)? *$", out, re.MULTILINE)}
     gpu = torch.cuda.is_available()
@@ -312,13 +385,15 @@ def test_default_run_draws(default_run: tuple[str, Path]) -> None:
     assert 0.005 < (pixels[..., :3].min(-1) < 0.99).mean() < 0.5  # something is drawn, and most is paper
 
 
-def test_picture_holds_the_series(few: None, demo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_picture_holds_the_series(
+    few: None, demo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     run = _training(demo)
     for _ in range(3):
         run.epoch(lambda: None)
     figures: list[Any] = []
     monkeypatch.setattr(demo.picture.Figure, "savefig", lambda figure, *a, **k: figures.append(figure))
-    demo.picture.draw(run, "", Path("unused.png"))
+    demo.picture.draw(run, "", tmp_path / "unused.png")
     loss, accuracy = figures[0].axes
     raw, ema, sma = ([list(xy) for xy in line.get_data()] for line in loss.get_lines())
     assert raw == [list(range(1, 22)), run.losses]
@@ -334,12 +409,190 @@ def test_picture_holds_the_series(few: None, demo: SimpleNamespace, monkeypatch:
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_options_reach_the_training(few: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
     picture = tmp_path / f"p{suffix}"
-    options = "--device cpu --batch-size full --epochs 2 --lr 0.5 --epsilon 0.25 --seed 3 --output"
+    options = "--device cpu --optimizer momentum --batch-size full --epochs 2 --lr 0.5 --epsilon 0.25 --seed 3 --output"
     assert program.main([*options.split(), str(picture)]) == 0
     out = capsys.readouterr().out
-    for part in ("learning rate 0.5", "ε = 0.25", "seed 3", "of 100, 1 per epoch; epochs: 2", "cpu"):
+    for part in (
+        "tribp.optim.Momentum(beta=0.5), learning rate 0.5",
+        "ε = 0.25",
+        "seed 3",
+        "of 100, 1 per epoch; epochs: 2",
+        "cpu",
+    ):
         assert part in out, part
     assert picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_optimizer_of_choice(few: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    options = ["--device", "cpu", "--optimizer", name, "--epochs", "1", "--output", str(tmp_path / "p.png")]
+    assert program.main(options) == 0
+    out = capsys.readouterr().out
+    assert f"{METHODS[name]}, learning rate {METHODS[name].lr:g}" in out
+    assert METHODS[name].twin in out
+    match = re.search(r"difference of a parameter +(\S+)", out)
+    assert match
+    assert float(match[1]) < 1e-4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_optimizer_learns(demo: SimpleNamespace, mnist: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(demo.digits, "mnist_data", lambda: mnist)
+    method = METHODS[name]
+    run = _training(demo, method=method, lr=method.lr, compared_steps=0)
+    for _ in range(3):
+        run.epoch(lambda: None)
+    assert run.held_out_accuracies[-1] > 75
+
+
+# The comparison
+
+
+@pytest.fixture
+def lines(demo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The axes of every figure that is saved; each still is."""
+    found: list[Any] = []
+    original = demo.picture.Figure.savefig
+
+    def planted(figure: Any, *args: Any, **named: Any) -> None:
+        found.extend(figure.axes)
+        original(figure, *args, **named)
+
+    monkeypatch.setattr(demo.picture.Figure, "savefig", planted)
+    return found
+
+
+NAMES = [
+    "SGD, batch", "SGD, stochastic", "SGD, mini-batch", "Momentum", "AdaGrad", "RMSProp", "Adam", "AdamW",
+]  # fmt: skip
+BATCHES = [100, 1, *6 * [16]]
+STEPS = [4 * 10, 100, *6 * [4 * 7]]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_comparison(
+    few: None,
+    demo: SimpleNamespace,
+    lines: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    suffix: str,
+) -> None:
+    runs: list[Any] = []
+    original = demo.picture.compare
+
+    def drawn(trainings: dict[str, Any], *rest: Any) -> None:
+        runs.extend(trainings.values())
+        original(trainings, *rest)
+
+    monkeypatch.setattr(demo.picture, "compare", drawn)
+    picture = tmp_path / f"c{suffix}"
+    options = "--compare --device cpu --epochs 4 --epsilon 0.2 --seed 3 --output"
+    assert program.main([*options.split(), str(picture)]) == 0
+    out = capsys.readouterr().out
+    for part in ("784-128-10", "½ Σ (output − target)²", "ε = 0.2, seed 3", str(picture)):
+        assert part in out, part
+    assert re.search(r"epochs +4; 1 for stochastic .*\n.* 40 for batch", out)
+    assert out.count("✓") == 13
+    assert "plain torch" not in out
+    assert "━" not in out, "a progress bar where there is no terminal"
+
+    assert len(runs) == len(NAMES)
+    cells = r"(\S+) +(\S+) +(\S+) +\d+\.\d s +(\d\.\d{4}) +(\d+\.\d) %"
+    rows = [m.groups() for m in re.finditer(rf"^  (\w.*?)  +{cells} *$", out, re.MULTILINE)]
+    rates = [run.tribp.optimizer.param_groups[0]["initial_lr"] for run in runs]
+    assert [row[:4] for row in rows] == [
+        (name, f"{lr:g}", f"{batch:,}", f"{steps:,}")
+        for name, lr, batch, steps in zip(NAMES, rates, BATCHES, STEPS, strict=True)
+    ]
+    assert [row[4:] for row in rows] == [(f"{r.final_loss():.4f}", f"{r.held_out_accuracies[-1]:.1f}") for r in runs]
+    assert rates == [run.lr for run in COMPARED]
+    assert rates[2:] == [method.lr for method in METHODS.values()]
+    kinds = [type(run.tribp.optimizer) for run in runs]
+    assert kinds == [tribp.optim.SGD, tribp.optim.SGD, *(ours for ours, *_ in TWINS.values())]
+    assert all(run.losses[0] == pytest.approx(runs[2].losses[0]) for run in runs[2:])  # the same weights and batches
+    assert [len(run.losses) for run in runs] == STEPS
+
+    (axes,) = lines
+    assert len(axes.get_lines()) == len(runs)
+    for line, name, run, batch in zip(axes.get_lines(), NAMES, runs, BATCHES, strict=True):
+        assert line.get_label().startswith(f"{name}:")
+        epochs, losses = (list(xy) for xy in line.get_data())
+        assert epochs == pytest.approx([batch * (i + 1) / 100 for i in range(len(run.losses))])
+        assert losses == averages.exponential(run.losses, 1 - batch / 1000)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [x.get_label() for x in axes.get_lines()]
+    assert axes.get_yscale() == "log"
+    assert axes.get_xlabel()
+    assert axes.get_ylabel()
+    assert picture.stat().st_size > 1000
+    # The other way to the same numbers: the training of one optimizer alone.
+    alone = _training(demo, 3, method=METHODS["adamw"], epochs=4, epsilon=0.2)
+    for _ in range(4):
+        alone.epoch(lambda: None)
+    assert alone.losses == runs[-1].losses
+
+
+def test_one_progress_bar_over_the_comparison(
+    few: None, demo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bars: list[Any] = []
+    original = demo.report._progress
+
+    def made(console: Any) -> Any:
+        bars.append(original(console))
+        return bars[-1]
+
+    monkeypatch.setattr(demo.report, "_progress", made)
+    assert program.main(["--compare", "--device", "cpu", "--epochs", "4", "--output", str(tmp_path / "c.png")]) == 0
+    (bar,) = bars
+    (task,) = bar.tasks
+    assert task.total == task.completed == sum(STEPS)
+
+
+def test_interrupted_comparison(
+    few: None,
+    demo: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original, picture = demo.training.Training.epoch, tmp_path / "c.png"
+
+    def planted(run: Any, advance: Any) -> None:
+        if type(run.tribp.optimizer) is tribp.optim.Momentum and len(run.accuracies) == 2:
+            raise KeyboardInterrupt
+        original(run, advance)
+
+    monkeypatch.setattr(demo.training.Training, "epoch", planted)
+    assert program.main(["--compare", "--epochs", "3", "--output", str(picture)]) == 130
+    captured = capsys.readouterr()
+    assert captured.err == "stopped after 2 of 3 epochs of Momentum, method 4 of 8\n"
+    assert "final loss" not in captured.out
+    assert not picture.exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--compare"]], ids=" ".join)
+def test_interrupted_drawing_leaves_no_half_picture(
+    few: None,
+    demo: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+) -> None:
+    def planted(figure: Any, file: Any, **named: Any) -> None:
+        if isinstance(file, Path):
+            file.write_bytes(PNG)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.picture.Figure, "savefig", planted)
+    assert program.main([*options, "--epochs", "1", "--output", str(tmp_path / "c.png")]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+    assert not list(tmp_path.iterdir())
+
+
+# The command line
 
 
 def test_program_through_the_kernels(
@@ -350,7 +603,7 @@ def test_program_through_the_kernels(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(demo.training, "SIZES", (784, 32, 10))  # the interpreter is slow
+    monkeypatch.setattr(demo.training, "SIZES", (784, 16, 10))  # the interpreter is slow
     options = ["--device", kernels, "--batch-size", "full", "--epochs", "1", "--output", str(tmp_path / "k.png")]
     assert program.main(options) == 0
     out = capsys.readouterr().out
@@ -375,8 +628,11 @@ def test_help_teaches_and_imports_no_extra() -> None:
     assert "imported: []" in done.stdout
     for option in ("device", "batch-size", "epochs", "lr", "epsilon", "seed", "output"):
         assert re.search(rf"^  --{option} \w+", done.stdout, re.MULTILINE), option
-    assert done.stdout.count("(default:") == 7
-    for word in ("full", "stochastic", "mini-batch", "linearly to 0"):
+    assert re.search(r"^  --optimizer \{sgd,momentum,adagrad,rmsprop,adam,adamw\}$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  --compare  ", done.stdout, re.MULTILINE)
+    assert done.stdout.count("(default:") == 8
+    rates = ", ".join(f"{name} {method.lr:g}" for name, method in METHODS.items())
+    for word in ("full", "stochastic", "mini-batch", "linearly to 0", f"(default: {rates})", "(default: adam)"):
         assert word in " ".join(done.stdout.split()), word
 
 
@@ -390,6 +646,12 @@ def test_help_teaches_and_imports_no_extra() -> None:
         *(["--seed", value] for value in ("-1", "x", "9" * 30)),
         *(["--device", value] for value in ("tpu", "mps", "cuda:x", "cuda:99", "meta", "")),
         *(["--output", value] for value in ("nowhere/x.png", "x.txt", "", ".", "folder.png")),
+        *(["--optimizer", value] for value in ("lbfgs", "SGD", "")),
+        ["--optimizer", "adam", "--compare"],  # also where it is the default
+        ["--batch-size", "16", "--compare"],
+        ["--batch-size", "full", "--compare"],
+        ["--lr", "0.01", "--compare"],
+        ["--compare=all"],
         ["--unknown"],
         ["file"],
     ],
@@ -406,7 +668,8 @@ def test_bad_options(
     err = capsys.readouterr().err
     assert err.startswith("python -m tribp: error: ")
     assert err.count("\n") == 1
-    assert options[0] in err
+    assert options[0].partition("=")[0] in err
+    assert "--compare" in err or "--compare" not in options
 
 
 def test_no_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

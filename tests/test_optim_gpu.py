@@ -36,11 +36,7 @@ def kernels_of(action: Any) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         action()
         torch.cuda.synchronize()
-    return [
-        e.name
-        for e in profile.events()
-        if str(e.device_type).endswith("CUDA") and "mem" not in e.name.lower()
-    ]
+    return [e.name for e in profile.events() if str(e.device_type).endswith("CUDA") and "mem" not in e.name.lower()]
 
 
 @pytest.mark.parametrize(("kind", "options"), CLASSES)

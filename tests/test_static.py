@@ -12,8 +12,9 @@ import triton
 
 from bench import machine_code
 from bench.compiled import Compiled
-from bench.expectations import NO_SPILLS, PIPELINED, SHARED_MEMORY, broken, multiplies_with, wide
+from bench.expectations import NO_SPILLS, PIPELINED, SHARED_MEMORY, broken, multiplies_with, vectors, wide
 from bench.machine_code import Loop
+from bench.step_kernels import THOROUGH
 from tribp.kernels.launch import ARCHS
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +53,7 @@ def complaints(rows: list[Row], target: str, expectation: str) -> list[str]:
     ]
 
 
-EXPECTATIONS = ["spills", "shared memory", "matrix instructions", "pipelined", "wide stores", "wide loads"]
+EXPECTATIONS = ["spills", "shared memory", "matrix instructions", "pipelined", "wide stores", "wide loads", "vectors"]
 
 
 @pytest.mark.parametrize("target", ARCHS)
@@ -81,6 +82,31 @@ def test_every_kernel_and_type_is_compiled(rows: list[Row], target: str) -> None
     switches = {name for row in rows if row["target"] == target for name in row["settings"].split()}
     assert {"prefetch", "x_transposed", "w_transposed"} <= switches
     assert ("tma" in switches) == ARCHS[target].has_tma
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_every_rule_and_switch_of_the_optimizers_is_compiled(rows: list[Row], target: str) -> None:
+    mine = [row for row in rows if row["target"] == target and row["operation"] == "optim"]
+    steps = [row for row in mine if row["kernel"] == "multi_tensor_step"]
+    rules = {(row["settings"].split()[0], row["dtype"]) for row in steps}
+    names = ("sgd", "rmsprop", "adagrad", "adam")
+    dtypes = ("float32", "bfloat16") if target == THOROUGH else ("float32",)
+    assert rules >= {(rule, dtype) for rule in names for dtype in dtypes}
+    assert rules >= {("adam", dtype) for dtype in ("bfloat16", "float16", "float64")}
+    switches = {name for row in steps for name in row["settings"].split()}
+    assert switches >= {
+        "grad_scale", "grad_norm", "ema_type", "on_device", "eps_inside", "stochastic", "optional", "strided",
+        "fp32,fp32,fp32", "bf16,bf16",
+    }  # fmt: skip
+    assert {row["dtype"] for row in mine if row["kernel"] == "gradient_norm"} >= set(dtypes)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_float32_adam_moves_its_seven_streams_in_whole_vectors(rows: list[Row], target: str) -> None:
+    """Read off the counts, not through the expectations: a chunk's 4 loads and 3 stores, as often as a thread needs."""
+    (row,) = (row for row in rows if row["target"] == target and row["cases"][0] == "adam float32")
+    vectors = row["constants"]["BLOCK"] // (128 * 4)
+    assert (row["counts"]["LDG.128"], row["counts"]["STG.128"]) == (4 * vectors, 3 * vectors)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +180,18 @@ def plant() -> dict[str, Any]:
         (code,) = compile_launches([launch], ARCHS[target])
         found[name] = broken(code, [NO_SPILLS, SHARED_MEMORY, *expected])
 
+    # An optimizer's step: two elements a thread are no vector, 64 of them do not fit the registers.
+    from bench import step_kernels
+
+    for target in ("sm_80", "gfx942"):
+        for name, block in (("good", None), ("narrow", 256), ("spilling", 8192)):
+            (step,) = step_kernels.launches(step_kernels.VARIANTS[0], torch.float32, ARCHS[target])
+            step = step if block is None else changed(step, warps=4, BLOCK=block)
+            if block != 8192 or target == "sm_80":
+                (code,) = compile_launches([step], ARCHS[target])
+                expected = [NO_SPILLS, *step_kernels.expectations(step, ARCHS[target])]
+                found[f"{name} step, {target}"] = broken(code, expected)
+
     x = torch.empty(1 << 20, 16, device="meta", dtype=torch.bfloat16)
     from tribp.ops.linear_sigmoid_triton import output_grad
 
@@ -188,7 +226,7 @@ def planted() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["good", "good odd", "good amd"])
+@pytest.mark.parametrize("name", ["good", "good odd", "good amd", "good step, sm_80", "good step, gfx942"])
 def test_a_good_launch_breaks_nothing(planted: dict[str, Any], name: str) -> None:
     assert planted[name] == []
 
@@ -204,6 +242,9 @@ def test_a_good_launch_breaks_nothing(planted: dict[str, Any], name: str) -> Non
         ("narrow store", "wide stores"),
         ("eight stages", "shared memory"),  # 8 · 32 KB
         ("tf32x3 on amd", "does not compile"),
+        ("narrow step, sm_80", "vectors"),
+        ("narrow step, gfx942", "vectors"),
+        ("spilling step, sm_80", "spills"),
     ],
 )
 def test_a_bad_launch_is_caught(planted: dict[str, Any], name: str, complaint: str) -> None:
@@ -314,3 +355,8 @@ def test_checks_on_made_up_findings() -> None:
     assert bad(loops=(Loop(4, 2, 4, False, 0),)) == ["pipelined"]
     assert bad(counts={"HGMMA": 4, "UTMALDG": 2, "UTMASTG": 1}, loops=(Loop(4, 2, 4, False, 0),)) == []
     assert bad(counts={"HGMMA": 4, "STG": 3, "STG.128": 1}) == ["wide stores"]
+
+    for counts in ({"LDG.128": 4, "STG.128": 3}, {"load.128": 5, "store.128": 3}):
+        step = Compiled(**{**good.__dict__, "counts": counts})
+        assert broken(step, [vectors(4, 3, "")]) == []
+        assert len(broken(step, [vectors(4, 4, "")])) == len(broken(step, [vectors(6, 3, "")])) == 1

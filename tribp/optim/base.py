@@ -215,9 +215,8 @@ class Optimizer(torch.optim.Optimizer):
         """torch's, key for key: load it with either class. Options that are on add keys, those that are off do not."""
         if self._in_swap:
             raise RuntimeError("state_dict() within swap_ema(): leave the `with` block first")
-        packed = super().state_dict()
-        packed["state"] = checkpoint.as_torch_has_it(self, packed["state"])
-        return packed
+        with checkpoint.as_torch_has_it(self):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of its torch counterpart.
@@ -230,7 +229,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(super().__getstate__())
-        kept["state"] = defaultdict(dict, checkpoint.as_torch_has_it(self, self.state))
+        kept["state"] = defaultdict(dict, checkpoint.states_of(self, self.state))
         if getattr(self, "_step_supports_amp_scaling", False):
             kept["_step_supports_amp_scaling"] = True
         return kept

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 
-def as_torch_has_it(optimizer: "Optimizer", states: Mapping[Any, State]) -> dict[Any, State]:
+def states_of(optimizer: "Optimizer", states: Mapping[Any, State]) -> dict[Any, State]:
     """Copies of the states of `optimizer`'s parameters (keyed in any way), as its torch counterpart would have them.
 
     A kernel counts on the device; torch does only if `fused` or `capturable`, and would wait for the device at every
@@ -22,9 +22,10 @@ def as_torch_has_it(optimizer: "Optimizer", states: Mapping[Any, State]) -> dict
     """
     counters = optimizer._plan.counters if optimizer._plan is not None else {}
     stays = {
-        id(optimizer.state.get(p)): bool(group.get("capturable") or group.get("fused"))
+        id(optimizer.state[p]): bool(group.get("capturable") or group.get("fused"))
         for group in optimizer.param_groups
         for p in group["params"]
+        if p in optimizer.state
     }
     found: dict[Any, State] = {}
     moving: list[tuple[State, str]] = []
@@ -52,6 +53,20 @@ def as_torch_has_it(optimizer: "Optimizer", states: Mapping[Any, State]) -> dict
         for (copy, key), count in zip(moving, counts.unbind(), strict=True):
             copy[key] = count.clone()
     return found
+
+
+@contextlib.contextmanager
+def as_torch_has_it(optimizer: "Optimizer") -> Iterator[None]:
+    """While torch packs a checkpoint: convert the states before any hook of the user's sees them."""
+
+    def convert(_: Any, packed: State) -> None:
+        packed["state"] = states_of(optimizer, packed["state"])
+
+    handle = optimizer.register_state_dict_post_hook(convert, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -86,7 +86,8 @@ class Kernel:
         self._layouts = _on(self.device, [word for layout in layouts if layout for word in layout], torch.int64)
         numbers = [m.param.numel() * (2 if m.param.is_complex() else 1) for m in self.members]
         arch = runtime.arch_of(self.device.index)
-        self.settings = choose_step(sum(numbers), torch.float64 in self.dtypes, arch)
+        types = frozenset(runtime.dtype_name(dtype) for dtype in self.dtypes if dtype is not None)
+        self.settings = choose_step(sum(numbers), types, self.strided, arch)
         rows: list[int] = []
         at = self._layouts.data_ptr()
         for m, layout, numel, counter in zip(self.members, layouts, numbers, self._counters, strict=True):
@@ -143,8 +144,12 @@ class Kernel:
 
     # Every step.
 
-    def tables(self, step: Step) -> None:
-        """Bring the tables on the device up to date."""
+    def write_tables(self, step: Step) -> None:
+        """Bring the tables on the device up to date: before anything is launched."""
+        with runtime.on_device(self.members[0].param):
+            self._write_tables(step)
+
+    def _write_tables(self, step: Step) -> None:
         found = step.grads if self._every else [step.grads[i] for i in self._indices]
         if step.complete:
             addresses = list(map(Tensor.data_ptr, found))  # type: ignore[arg-type]
@@ -213,8 +218,6 @@ class Kernel:
 
     def run(self, step: Step) -> None:
         with runtime.on_device(self.members[0].param):
-            if step.norm is None:
-                self.tables(step)
             self.launch(step).run()
 
 
@@ -227,7 +230,6 @@ def gradient_norm(parts: "Sequence[Kernel]", step: Step) -> Tensor:
         scale = None if step.grad_scale is None else step.grad_scale.to(parts[0].device, non_blocking=True)
         first = 0
         for part, count in zip(parts, counts, strict=True):
-            part.tables(step)
             part.norm_launch(partials, norm, first, sum(counts), part is parts[-1], scale).run()
             first += count
     return norm

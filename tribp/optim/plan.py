@@ -5,8 +5,9 @@ how costs 5. So `Plan` finds it out once, and `Plan.gradients` looks, every step
 - the groups: the same parameter objects, the same options (hyperparameters may change: they are written again);
 - the gradients: the type, strides and kind of each (torch's own guards do it in C++), and which of them are there;
 - the parameters' addresses, for `p.data = …` and `module.to(…)` keep the object;
-- the states, which are not looked at, but tell: `WatchedState` of a tensor that was replaced, and a weak reference when
-  the memory of one is freed (`state.data = …`, as offloading does it).
+- the states, which tell: `WatchedState` of a tensor that was replaced, and a weak reference when the memory of one is
+  freed (`state.data = …`, as offloading does it). Memory that moves with its storage (`storage.resize_`) does not tell;
+  whoever does that does it to all states of a parameter, so the first one's address is looked at too.
 """
 
 import weakref
@@ -105,12 +106,15 @@ class Plan:
         self.rest: dict[int, list[Tensor]] = defaultdict(list)  # by group: what only torch's own code can update
         members: dict[str, list[Member]] = {"kernel": [], "fused": [], "reference": []}
         self.watched: list[int] = []  # of the parameters
+        self._unwatched: list[Tensor] = []  # with sparse gradients, say, that no kernel takes
         self._expected: dict[int, tuple[object, ...]] = {}  # of their gradients, where one may come
         positions = enumerate((number, p) for number, group in enumerate(groups) for p in group["params"])
         for index, (number, p) in positions:
             kind = self._kind(optimizer, p, groups[number])
             grad = local(p if p.grad is None else p.grad)
-            if type(grad) in PLAIN and grad.layout == torch.strided:
+            if not _plain(grad):
+                self._unwatched.append(p)
+            else:
                 self.watched.append(index)
                 if kind != "dormant":
                     self._expected[index] = _look(grad)
@@ -184,7 +188,8 @@ class Plan:
         for m in chain.from_iterable(members.values()):
             m.grad = m.param  # or a whole set of gradients would live as long as the plan
         self._presences: list[Presence] = []
-        self._addresses = list(map(_ADDRESS, self._plain(self._watch(self.params))))
+        self._first_states = [next((t for t in m.states if t is not None), m.param) for m in members["kernel"]]
+        self._addresses = list(map(_ADDRESS, self._located(self.params)))
         self._changes: list[object] = []  # told by states
         for p, state in optimizer.state.items():
             if type(state) is WatchedState:
@@ -232,7 +237,9 @@ class Plan:
             self.values = values
         if len(optimizer.state) != len(self._states) or not all(map(is_, optimizer.state.values(), self._states)):
             return None
-        if list(map(_ADDRESS, self._plain(self._watch(params)))) != self._addresses:
+        if list(map(_ADDRESS, self._located(params))) != self._addresses:
+            return None
+        if self._unwatched and any(p.grad is not None and _plain(p.grad) for p in self._unwatched):
             return None
         grads: list[Tensor | None] = list(map(_GRAD, params))
         if self.sharded:
@@ -259,8 +266,10 @@ class Plan:
     def _watch(self, items: Sequence[Any]) -> Sequence[Any]:
         return items if self._all else [items[i] for i in self.watched]
 
-    def _plain(self, params: Iterable[Tensor]) -> Iterable[Tensor]:
-        return map(local, params) if self.sharded else params
+    def _located(self, params: Sequence[Tensor]) -> Iterable[Tensor]:
+        """What is looked at for where it lies."""
+        watched = self._watch(params)
+        return chain(map(local, watched) if self.sharded else watched, self._first_states)
 
     # The step itself.
 
@@ -286,6 +295,8 @@ class Plan:
             found_inf,
             capturing,
         )
+        for kernels in self._kernels:
+            kernels.write_tables(step)
         if self.max_grad_norm is not None:
             norm = optimizer.grad_norm = self._norm(step)
             step = step._replace(norm=norm)
@@ -303,6 +314,11 @@ class Plan:
             return kernel.gradient_norm(self._kernels, step)
         norm = fallback.total_norm([p.grad for p in self.params if p.grad is not None])
         return norm if step.grad_scale is None else norm / step.grad_scale.to(norm.device)
+
+
+def _plain(grad: Tensor) -> bool:
+    grad = local(grad)
+    return type(grad) in PLAIN and grad.layout == torch.strided
 
 
 def _structure(optimizer: "Optimizer", group: "Group") -> tuple[object, ...]:

@@ -61,10 +61,11 @@ class Table:
             self._written = words
         return self._tensor
 
-    def reserve(self, length: int) -> None:
-        """Make sure that a graph's capture, in which page-locked memory can't be allocated, finds some."""
-        if self._tensor.is_cuda and not any(s.idle and len(s.words) == length for s in self._staging):
-            self._staging.append(_Staging(length))
+    def reserve(self, length: int, steps: int = 8) -> None:
+        """Make sure that a graph's capture, of so many steps, finds page-locked memory: it can't allocate any."""
+        if self._tensor.is_cuda:
+            idle = sum(staging.idle and len(staging.words) == length for staging in self._staging)
+            self._staging += [_Staging(length) for _ in range(steps - idle)]
 
     def _free_staging(self, length: int, capturing: bool = False) -> _Staging:
         """Staging memory that nothing reads any more; of its events nothing may be asked during a capture."""

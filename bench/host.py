@@ -1,0 +1,265 @@
+"""`python -m bench host`: what an optimizer's step costs the host. Needs no GPU.
+
+Two things are compared. What a step on a GPU costs besides its kernels: tribp's plan, brought up to date and made into
+a launch that is not performed, beside torch's fused Adam with its kernels taken out. And the step of CPU tensors, where
+no kernel of tribp's runs, beside torch's as a user calls it by default.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn import Parameter
+
+import tribp
+from tribp import optim, runtime
+
+from .meters import summary, versions
+from .results import commit
+from .tables import markdown
+
+Conditions = Callable[[], contextlib.AbstractContextManager[object]]
+SAMPLE_US = 1e4  # steps that take less are repeated within a sample
+
+
+@dataclass(frozen=True)
+class Contender:
+    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    conditions: Conditions  # under which it is made and run; entering them is not timed
+    grouped: bool = True  # False: every tensor in a parameter group of its own
+
+
+@dataclass(frozen=True)
+class Target:
+    """`over`'s time divided by `under`'s is to be at most, or at least, the limit."""
+
+    over: str
+    under: str
+    limit: float
+    at_least: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders that are timed in turns, each on tensors of its own.
+
+    backward: gradients come from a backward pass before every step, so that Python has yet to make objects for them and
+    caches hold other things, as in training. Otherwise two sets of gradients, which Python holds, take turns.
+    """
+
+    name: str
+    sizes: Sequence[int]  # elements of each tensor
+    contenders: Mapping[str, Contender]
+    targets: Sequence[Target]
+    backward: bool = False
+
+
+class Running:
+    """A contender at work."""
+
+    def __init__(self, contender: Contender, sizes: Sequence[int], backward: bool) -> None:
+        self._conditions, self._backward = contender.conditions, backward
+        self._params = [Parameter(torch.randn(n)) for n in sizes]
+        self._grads = [[torch.randn(n) for n in sizes] for _ in range(2)]
+        groups = [self._params] if contender.grouped else [[p] for p in self._params]
+        with contender.conditions():
+            self._optimizer = contender.make([{"params": group} for group in groups])
+        self._calls = 1
+        for _ in range(3):
+            once = self.sample()
+        self._calls = max(1, min(1000, int(SAMPLE_US / once)))
+
+    def sample(self) -> float:
+        """µs a step, every step with other gradients than the one before it."""
+        times = []
+        with self._conditions():
+            for _ in range(self._calls):
+                self._new_gradients()
+                started = time.perf_counter()
+                self._optimizer.step()
+                times.append(time.perf_counter() - started)
+        return 1e6 * statistics.median(times)
+
+    def _new_gradients(self) -> None:
+        if self._backward:
+            self._optimizer.zero_grad()
+            torch.autograd.backward(self._params, self._grads[0])
+        else:
+            self._grads.reverse()
+            for p, grad in zip(self._params, self._grads[0], strict=True):
+                p.grad = grad
+
+
+# -- what is compared -------------------------------------------------------------------------------------------------
+
+
+def unchanged() -> contextlib.AbstractContextManager[object]:
+    return tribp.use_backend("torch")
+
+
+@contextlib.contextmanager
+def launching_nothing() -> Any:
+    """tribp's kernels, all but the launches themselves."""
+    from tribp.ops.launching import Launch
+
+    with tribp.use_backend("triton"), mock.patch.object(Launch, "run", return_value=None):
+        yield
+
+
+@contextlib.contextmanager
+def without_kernels() -> Any:
+    """torch's fused Adam without its kernels: the update, and the counting of steps."""
+
+    def nothing(*arguments: object, **options: object) -> None:
+        pass
+
+    with mock.patch.object(torch, "_fused_adam_", nothing), mock.patch.object(torch, "_foreach_add_", nothing):
+        yield
+
+
+def plans(smoke: bool) -> list[Comparison]:
+    """tribp's plan beside the bookkeeping of torch's fused Adam."""
+    tensors, groups = (5, 3) if smoke else (1000, 465)
+    torchs = Contender(lambda groups: torch.optim.Adam(groups, fused=True), without_kernels)
+    whole = replace(torchs, conditions=contextlib.nullcontext)
+    ours = Contender(lambda groups: optim.Adam(groups), launching_nothing)
+    found = [
+        Comparison(
+            f"Adam plan, {tensors}x8",
+            [8] * tensors,
+            {"plan": ours, "fused bookkeeping": torchs, "fused": whole},
+            [Target("plan", "fused bookkeeping", 0.25), Target("plan", "fused", 0.1)],
+        ),
+        Comparison(
+            f"Adam plan, {groups} groups of 1x8",
+            [8] * groups,
+            {
+                "plan": replace(ours, grouped=False),
+                "plan, one group": ours,
+                "fused bookkeeping": replace(torchs, grouped=False),
+                "fused": replace(whole, grouped=False),
+            },
+            [Target("plan", "fused bookkeeping", 0.25), Target("plan", "plan, one group", 1.25)],
+        ),
+    ]
+    return found + after_backward(found)
+
+
+def after_backward(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    return [replace(c, name=f"{c.name}, after backward", backward=True) for c in comparisons]
+
+
+CLASSES: dict[str, tuple[str, dict[str, Any], float]] = {  # and how many times as fast as torch's on small tensors
+    "Adam": ("Adam", {}, 30),
+    "SGD momentum": ("SGD", {"momentum": 0.9}, 30),
+    "Adagrad": ("Adagrad", {}, 30),
+    "RMSprop": ("RMSprop", {}, 12),
+    "SGD": ("SGD", {}, 0.95),
+}
+SIZES = (1, 100, 10_000, 1_000_000, 16_000_000)
+
+
+def fallbacks(smoke: bool) -> list[Comparison]:
+    """tribp on CPU tensors beside torch as a user calls it by default."""
+
+    def comparison(name: str, sizes: Sequence[int], limit: float) -> Comparison:
+        class_name, options, _ = CLASSES[name]
+
+        def contender(module: Any) -> Contender:
+            return Contender(lambda groups: getattr(module, class_name)(groups, **options), unchanged)
+
+        shape = f"{len(sizes)}x{sizes[0]}" if len(sizes) > 1 else f"{sizes[0]}"
+        return Comparison(
+            f"{name}, {shape}",
+            sizes,
+            {"tribp": contender(optim), "torch": contender(torch.optim)},
+            [Target("torch", "tribp", limit, at_least=True)],
+        )
+
+    small = [comparison(name, [8] * (5 if smoke else 1000), limit) for name, (_, _, limit) in CLASSES.items()]
+    single = [comparison(name, [n], 0.95) for name in CLASSES for n in (SIZES[:1] if smoke else SIZES)]
+    return small + after_backward(small) + single
+
+
+# -- measuring and showing --------------------------------------------------------------------------------------------
+
+
+def measure(comparison: Comparison, rounds: int) -> dict[str, Any]:
+    """A row: the times of all contenders in µs, and what became of the targets."""
+    running = {
+        name: Running(contender, comparison.sizes, comparison.backward)
+        for name, contender in comparison.contenders.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(rounds):
+        for name, one in running.items():  # in turns: a slow minute of the machine's is everybody's
+            times[name].append(one.sample())
+    medians = {name: summary(found) for name, found in times.items()}
+    return {
+        "case": comparison.name,
+        "host_us": {name: asdict(found) for name, found in medians.items()},
+        "targets": [
+            judge(target, {name: found.median for name, found in medians.items()}) for target in comparison.targets
+        ],
+    }
+
+
+def judge(target: Target, medians: Mapping[str, float]) -> dict[str, Any]:
+    found = medians[target.over] / medians[target.under]
+    met = found >= target.limit if target.at_least else found <= target.limit
+    sign = "≥" if target.at_least else "≤"
+    return {
+        "ratio": found,
+        "what": f"{target.over} / {target.under}",
+        "target": f"{sign} {target.limit:g}",
+        "verdict": "met" if met else "missed",
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        times = ", ".join(f"{name} {found['median']:.4g}" for name, found in row["host_us"].items())
+        for target in row["targets"]:
+            lines.append(
+                [row["case"], times, target["what"], f"{target['ratio']:.3g}", target["target"], target["verdict"]]
+            )
+            times = ""
+    return markdown(["case", "µs a step", "ratio of", "ratio", "target", "verdict"], lines)
+
+
+def main(cases: Sequence[str], *, rounds: int, smoke: bool, file: str) -> int:
+    """Measure, print and write; 0 whatever the verdicts: a noisy machine is no mistake."""
+    comparisons = plans(smoke)
+    if not (runtime.has_triton() and runtime.interpreting()):
+        print("the plan's part is left out: it needs triton, and TRITON_INTERPRET=1 to plan for CPU tensors")
+        comparisons = []
+    comparisons = [c for c in comparisons + fallbacks(smoke) if not cases or any(part in c.name for part in cases)]
+    if not comparisons:
+        raise ValueError(
+            f"there is no such case; there are: {', '.join(c.name for c in plans(smoke) + fallbacks(smoke))}"
+        )
+    rows = []
+    for comparison in comparisons:
+        rows.append(measure(comparison, 2 if smoke else rounds))
+        if smoke:
+            for target in rows[-1]["targets"]:
+                target["verdict"] = "unmeasured"
+        if sys.stderr.isatty():
+            print(f"\r{len(rows)}/{len(comparisons)} {comparison.name:<40}", end="", file=sys.stderr, flush=True)
+    load = os.getloadavg()[0]
+    head = {"smoke": smoke, "commit": commit(), "cpus": os.cpu_count(), "load": load, "versions": versions()}
+    mark = "smoke: the times mean nothing; " if smoke else ""
+    print(f"host ({mark}{os.cpu_count()} CPUs, load average {load:.1f}, of which this is about 1)\n\n{table(rows)}")
+    if file:
+        Path(file).write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+    return 0
