@@ -114,10 +114,10 @@ def expectations(launch: "Launch", arch: Arch) -> "Sequence[Expectation]":
     assert isinstance(block, int)
 
     def count(types: Sequence[Any]) -> int:
-        """16-byte accesses a thread; where every option is on, a smaller block may make do with narrower ones."""
+        """16-byte accesses a thread; the smaller block of strided tensors makes do with narrower ones."""
         return sum(max(least, block * kind.primitive_bitwidth // (128 * threads)) for kind in types if kind is not None)
 
-    least = 0 if launch.constants.get("ON_DEVICE") else 1
+    least = 0 if launch.constants["STRIDED"] else 1
     constants, grad = launch.constants, [launch.constants["GRAD_TYPE"]]
     if launch.kernel.__name__ == "gradient_norm":
         return [vectors(count(grad), 0, "a gradient is read in whole vectors")]
