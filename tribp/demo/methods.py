@@ -46,7 +46,7 @@ def _written(name: str, arguments: Mapping[str, Any]) -> str:
 METHODS = {
     "sgd": Method("SGD", "SGD", lr=2.0),
     # v₁ = g₁ in full, so the first gradient moves the weights by lr·g₁/(1 − β) in the end, which with the usual β = 0.9
-    # saturates the outputs, or takes a rate too small to learn much: 10 to 82 % right where 0.5 gives 92.
+    # saturates the outputs, or takes a rate too small to learn much: 10 to 82 % right where 0.5 gives 91.
     "momentum": Method(
         "Momentum", "SGD", lr=0.7, arguments={"beta": 0.5}, their_arguments={"momentum": 0.5, "dampening": 0.5}
     ),
