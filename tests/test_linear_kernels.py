@@ -251,7 +251,7 @@ def test_rounding_to_bfloat16(kernels: str) -> None:
 dimension = st.integers(1, 70)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     m=dimension, n=dimension, k=dimension,
     dtype=st.sampled_from(DTYPES),

@@ -98,7 +98,11 @@ def test_the_pairs_are_covered() -> None:
         assert met == set(itertools.product(axes[a], axes[b]))
 
 
-@pytest.mark.parametrize("number", range(len(VARIANTS)), ids=[title(v) for v in VARIANTS])
+@pytest.mark.parametrize("number", [
+    # To a kernel Momentum is SGD with dampening, and AdamW is Adam with another weight decay.
+    pytest.param(v, id=title(variant), marks=[pytest.mark.slow] if variant[0] in ("Momentum", "AdamW") else [])
+    for v, variant in enumerate(VARIANTS)
+])  # fmt: skip
 def test_kernels_on_every_pair(number: int, kernels: str) -> None:
     trial(VARIANTS[number], paired()[number], 5, kernels)
 
