@@ -114,6 +114,7 @@ def smoke_cases() -> list[StepCase]:
         StepCase("Adam", *two, small=True),
         *(StepCase(name, *two, options=options) for name, options in ALL.items()),
         StepCase("Adam", "3 groups of 8", [(8,)] * 3, grouped=False, small=True),
+        StepCase("Adam", *two, dtype=BF16),
         StepCase("Adam", *two, dtype=BF16, beyond={"state_dtype": FP32}),
         StepCase("Adam", *two, dtype=BF16, beyond={"state_dtype": FP32, "stochastic_rounding": True}),
         StepCase("Adam", *two, options={"amsgrad": True}),

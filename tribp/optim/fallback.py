@@ -192,7 +192,7 @@ class Fused:
         if step.grad_scale is not None or step.norm is not None:
             grads = unscaled_and_clipped(grads, group, step)
         taken = Tensors(params, grads, states, steps, scratch, self._fresh(members))
-        if self._small:
+        if self._small and (states or group["weight_decay"]):  # plain SGD is no fused kernel
             with one_thread():
                 optimizer._fused_update(group, taken)
         else:
