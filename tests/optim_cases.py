@@ -49,6 +49,8 @@ _OWN: dict[str, list[Options]] = {
     ],
     "AdamW": [{}, {"amsgrad": True}],
 }  # fmt: skip
+# torch 2.13's own Adagrad makes states for groups that are added late, 2.11's raises KeyError.
+LATE_ADAGRAD = "full_like" in torch.optim.Adagrad._init_group.__code__.co_names
 VARIANTS = [(name, own) for name in CLASSES for own in _OWN[name]]
 # What any class may be asked for: (weight_decay, maximize, whether hyperparameters are tensors).
 COMMON = list(itertools.product([0.0, 0.1], [False, True], [False, True]))

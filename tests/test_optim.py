@@ -23,6 +23,7 @@ from .optim_cases import (
     CLASSES,
     COMMON,
     DTYPES,
+    LATE_ADAGRAD,
     LAYOUTS,
     NUMBERS,
     VARIANTS,
@@ -259,6 +260,8 @@ def test_many_absences(name: str, device: str) -> None:
 
 @each_class
 def test_groups_added_while_training(name: str, device: str) -> None:
+    if name == "Adagrad" and not LATE_ADAGRAD:
+        pytest.skip("this torch's own Adagrad raises KeyError")
     twins = lively(name, device)
     twins.step()
     twins.add((2, 3), lr=0.05, weight_decay=0.3)
@@ -1202,7 +1205,7 @@ def follow(name: str, own: Options, sequence: list[tuple[str, Any]], device: str
             twins.give(twins.grads(*present) if present else [None] * len(twins.params), layout)
             twins.each(lambda optimizer: optimizer.step())
             twins.check()
-        elif what == "add" and len(twins.params) < 6:
+        elif what == "add" and len(twins.params) < 6 and (name != "Adagrad" or LATE_ADAGRAD):
             twins.add(how)
         elif what == "move":
             twins.each(moved(WAYS[how]))

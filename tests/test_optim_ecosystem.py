@@ -322,7 +322,7 @@ def test_it_scales_exactly_when_told(kind: Any, genuine: Any) -> None:
     fused = kind(weights(), fused=True)
     assert fused._step_supports_amp_scaling is True
     assert getattr(copy.deepcopy(fused), "_step_supports_amp_scaling", False) is True
-    if genuine is not torch.optim.RMSprop:
+    if genuine not in (torch.optim.RMSprop, torch.optim.Adagrad):  # torch 2.11's Adagrad has none
         assert genuine(weights(), fused=True)._step_supports_amp_scaling is True
 
 

@@ -72,6 +72,10 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
         )  # fmt: skip
 
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        for p in group["params"]:  # of groups that were added late: torch 2.11 makes no states for those
+            if p not in self.state:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+                self.state[p]["sum"] = self._new_state(p, "sum", p.dtype)
         lists: list[list[Any]] = [[] for _ in range(4)]
         has_sparse_grad, has_complex = self._init_group(group, *lists)
         params, grads, sums, steps = lists

@@ -77,8 +77,8 @@ class Optimizer(torch.optim.Optimizer):
     def _switched_on(self) -> None:
         """After torch's constructor: groups that are added later get the options too."""
         self.defaults.update(self._beyond)
-        if self._beyond.get("fused"):
-            self._step_supports_amp_scaling = True
+        if self.defaults.get("fused"):
+            self._step_supports_amp_scaling = True  # neither Adagrad of torch 2.11 nor RMSprop says so
 
     def add_param_group(self, param_group: Group) -> None:
         if isinstance(param_group, dict):
