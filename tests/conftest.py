@@ -1,8 +1,11 @@
 """What every test needs: the interpreter where there is no GPU, the device the kernels run on, poisoned memory."""
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +75,40 @@ def launched(kernels: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Launch, "run", record)
     return names
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: on a busy machine waking a second thread costs a thousand times what it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def demo() -> SimpleNamespace:
+    """The modules that need the extras; a test that needs them is skipped where they are missing."""
+    from tribp import __main__ as program
+
+    for extra in program.EXTRAS:
+        pytest.importorskip(extra)
+    names = ("digits", "picture", "report", "training")
+    return SimpleNamespace(**{name: importlib.import_module(f"tribp.demo.{name}") for name in names})
+
+
+@pytest.fixture(scope="module")
+def mnist(demo: SimpleNamespace) -> Any:
+    return demo.digits.mnist_data()
+
+
+@pytest.fixture
+def few(demo: SimpleNamespace, mnist: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 digits to train on and 50 held out, of the 5,000: for tests that look at everything but the accuracy."""
+    images, labels = mnist
+    some = [i for digit in range(10) for i in (labels == digit).nonzero()[0][:15]]
+    monkeypatch.setattr(demo.digits, "mnist_data", lambda: (images[some], labels[some]))
+    monkeypatch.setattr(demo.digits, "HELD_OUT", 5)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -312,3 +313,40 @@ class Twins:
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     same(mine[i][key], value, f"{key} of {i}")
+
+
+# ---- what happens while training
+
+# With momentum and the like: their states are what late gradients and new groups can get wrong.
+LIVELY: dict[str, Options] = {
+    "SGD": {"momentum": 0.9, "weight_decay": 0.1},
+    "Momentum": {},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+    "Adagrad": {"lr_decay": 0.1, "initial_accumulator_value": 0.2},
+    "Adam": {"amsgrad": True, "weight_decay": 0.1},
+    "AdamW": {"weight_decay": 0.1},
+}
+
+
+each_class = pytest.mark.parametrize("name", CLASSES)
+
+
+def lively(name: str, device: str, **options: Any) -> Twins:
+    return Twins(name, device=device, **{**LIVELY[name], **options})
+
+
+def moved(change: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
+    """`p.data = …`, with the old memory overwritten: a stale pointer reads or writes what nobody looks at."""
+
+    def apply(optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                old = p.data
+                p.data = change(old)
+                old.fill_(torch.nan)
+
+    return apply
+
+
+def transposed_if_2d(x: Tensor) -> Tensor:
+    return transposed(x) if x.dim() == 2 else plain(x)
