@@ -290,6 +290,9 @@ def choose_sum(parts: int, length: int, arch: Arch) -> Sum:
     return Sum(block_parts, min(block, max(32, power_of_2(length))), 4, "2,048 loads in flight a program")
 
 
+MAX_DIMS = 6  # of a tensor whose parameter, gradient and states do not lie alike: the kernel's loop is unrolled
+
+
 def choose_step(elements: int, types: frozenset[str], strided: bool, arch: Arch) -> Step:
     """The optimizer step, and the pass over the gradients before it, of `elements` numbers in all.
 

@@ -16,6 +16,7 @@ Tables, all of 8-byte words (`tribp/optim/tables.py` writes them):
 import triton
 import triton.language as tl
 
+from . import launch
 from .common import round_to
 
 # Columns of `rows`. RANDOM_STEP is a counter of its own where STEP does not count all of a parameter's life (SGD).
@@ -30,7 +31,7 @@ OWN = tl.constexpr(7)
 HYPER = tl.constexpr(10)
 
 # A tensor whose parts do not lie alike in memory has a row of sizes and, for each part, of strides, in elements.
-MAX_DIMS = tl.constexpr(6)
+MAX_DIMS = tl.constexpr(launch.MAX_DIMS)
 
 
 @triton.jit

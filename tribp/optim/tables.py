@@ -38,6 +38,7 @@ class Table:
 
     def __init__(self, device: torch.device) -> None:
         self._tensor = torch.empty(0, dtype=torch.int64, device=device)
+        self._staged = device.type == "cuda"  # whether an upload is a copy that the host does not wait for
         self._written: list[int] | None = None
         self._staging: list[_Staging] = []
         self._captured: list[tuple[_Staging, Tensor]] = []
@@ -51,7 +52,7 @@ class Table:
             self._captured.append((staging, tensor))
             return tensor
         if words != self._written:
-            if self._tensor.is_cuda:
+            if self._staged:
                 staging = self._free_staging(len(words))
                 staging.upload(words, self._tensor.resize_(len(words)))
                 staging.copied.record()
@@ -63,7 +64,7 @@ class Table:
 
     def reserve(self, length: int, steps: int = 8) -> None:
         """Make sure that a graph's capture, of so many steps, finds page-locked memory: it can't allocate any."""
-        if self._tensor.is_cuda:
+        if self._staged:
             idle = sum(staging.idle and len(staging.words) == length for staging in self._staging)
             self._staging += [_Staging(length) for _ in range(steps - idle)]
 

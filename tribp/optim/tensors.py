@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MAX_DIMS = 6  # of tribp.kernels.optim
+from ..kernels.launch import MAX_DIMS
+
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
