@@ -183,16 +183,21 @@ def product(
     return acc
 
 
-@triton.jit(do_not_specialize=["parts", "length"])
+@triton.jit(do_not_specialize=["parts", "length", "rows", "cols"])
 def sum_partials(
-    partials, out, parts, length,
-    ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    partials, out, parts, length, rows, cols,
+    TRANSPOSED: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = Σₛ partials[s, i], always in the same order. partials: (parts, length), out: (length,)."""
+    """out[i] = Σₛ partials[s, i], always in the same order. partials: (parts, length), out: (length,).
+
+    TRANSPOSED: partials are matrices of rows × cols one after the other, and out holds the transpose of each.
+    """
     i, inside = indices(tl.program_id(0) * BLOCK, length, BLOCK, VEC)
     total = tl.zeros((BLOCK,), ACC)
     for first in range(0, parts, BLOCK_PARTS):
         part, exists = indices(first, parts, BLOCK_PARTS, 1)
         at = partials + (part[:, None] * (length // VEC * VEC) + i[None, :])
         total += tl.sum(tl.load(at, mask=exists[:, None] & inside[None, :], other=0.0), 0)
+    if TRANSPOSED:
+        i = (i // (rows * cols) * cols + i % cols) * rows + i // cols % rows
     tl.store(out + i, round_to(total, out.dtype.element_ty), mask=inside)

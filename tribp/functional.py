@@ -1,20 +1,20 @@
 """Functions on tensors, as in `torch.nn.functional`: argument checks, autocast and autograd around the operators."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import reference, runtime
-from .ops import linear_sigmoid as ops
-from .runtime import dtype_name
+from .arguments import check_conv3x3, check_dtypes, check_linear
+from .modes import autocast, autocasting, dispatching, exporting, transformed
+from .ops import conv3x3 as conv_ops
+from .ops import linear_sigmoid as linear_ops
+from .reference import Window
 
-__all__ = ["linear_sigmoid"]
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+__all__ = ["conv3x3", "linear_sigmoid"]
 
 
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,22 +42,22 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     if torch.overrides.has_torch_function((input, weight, bias)):
         arguments = (input, weight, bias)
         return torch.overrides.handle_torch_function(linear_sigmoid, arguments, *arguments)
-    _check(input, weight, bias)
-    if _autocasting(input.device.type):
-        input, weight, bias = _autocast(input), _autocast(weight), None if bias is None else _autocast(bias)
+    check_linear(input, weight, bias)
+    if autocasting(input.device.type):
+        input, weight, bias = autocast(input), autocast(weight), None if bias is None else autocast(bias)
     if bias is not None and bias.shape != weight.shape[:1]:
         bias = bias.expand(weight.shape[0])
-    _check_dtypes(input, weight, bias)
-    if _transformed(input, weight, bias) or not (_dispatching() or runtime.backend_of(input) == "triton"):
+    check_dtypes("linear_sigmoid", input, weight, bias)
+    if transformed(input, weight, bias) or not (dispatching() or runtime.backend_of(input) == "triton"):
         return reference.linear_sigmoid(input, weight, bias)
     needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     # An exported graph holds the operator alone either way; torch 2.9 cannot export the function around it.
-    if needs_grad and torch.is_grad_enabled() and not _exporting():
+    if needs_grad and torch.is_grad_enabled() and not exporting():
         return _LinearSigmoid.apply(input, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
-    if _dispatching():
-        output: Tensor = ops.linear_sigmoid(input, weight, bias)
+    if dispatching():
+        output: Tensor = linear_ops.linear_sigmoid(input, weight, bias)
         return output
-    return ops.forward(input, weight, bias, "triton")
+    return linear_ops.forward(input, weight, bias, "triton")
 
 
 class _LinearSigmoid(torch.autograd.Function):
@@ -65,11 +65,11 @@ class _LinearSigmoid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.dispatching = _dispatching()
+        ctx.dispatching = dispatching()
         if ctx.dispatching:
-            output: Tensor = ops.linear_sigmoid(input, weight, bias)
+            output: Tensor = linear_ops.linear_sigmoid(input, weight, bias)
         else:
-            output = ops.forward(input, weight, bias, "triton")
+            output = linear_ops.forward(input, weight, bias, "triton")
         needs_input, needs_weight, _ = ctx.needs_input_grad
         # A frozen weight needs no input, and an input without gradient no weight: neither is kept then.
         ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None, output)
@@ -80,95 +80,119 @@ class _LinearSigmoid(torch.autograd.Function):
         input, weight, output = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if ctx.dispatching:
-            grads = iter(ops.linear_sigmoid_backward(grad, input, weight, output, needs))
+            grads = iter(linear_ops.linear_sigmoid_backward(grad, input, weight, output, needs))
             dx, dw, db = (next(grads) if need else None for need in needs)
             return dx, dw, db
         device = grad.device.type
         # Backward under autocast, which torch advises against, would cast the operands of float32 products.
-        with torch.autocast(device, enabled=False) if _autocasting(device) else nullcontext():
-            if torch.is_grad_enabled():
-                # Only under create_graph=True: whoever differentiates the gradient again needs torch's own operations.
+        with torch.autocast(device, enabled=False) if autocasting(device) else nullcontext():
+            if torch.is_grad_enabled() or transformed(grad):
+                # Under create_graph=True, for whoever differentiates the gradient again needs torch's own operations;
+                # or for a batch of gradients (is_grads_batched=True), which is wrapped.
                 return reference.linear_sigmoid_backward(grad, input, weight, output, needs)
-            return ops.backward(grad, input, weight, output, needs, "triton")
+            return linear_ops.backward(grad, input, weight, output, needs, "triton")
 
 
-def _dispatching() -> bool:
-    """Whether something looks on that sees operators but not kernel launches: the compiler, export, a dispatch mode."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+def conv3x3(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    groups: int = 1,
+    activation: str | None = None,
+    *,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """A 3×3 convolution, with bias and sigmoid in one kernel: what `conv2d` of torch computes, and `sigmoid` after it.
 
+    y[n, o, p, q] = act(b[o] + Σ x[n, c, p·s + r − pad, q·s + t − pad] · w[o, c, r, t]), over r and t in 0, 1, 2 and the
+    channels c of o's group, with zeros outside the image.
 
-def _transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch must compute by itself: inside torch.func, in forward mode, under jit.trace, for tensor subclasses.
+    Args:
+        input: `(N, in_channels, H, W)` or `(in_channels, H, W)`, any strides; with its padding at least 3 × 3.
+        weight: `(out_channels, in_channels / groups, 3, 3)`.
+        bias: `(out_channels,)` or None. All of one dtype (float16, bfloat16, float32, float64) and on one device.
+        stride: 1 or 2, or a pair (vertical, horizontal).
+        padding: zeros around the image, a number or a pair; "same" (1, for stride 1) or "valid" (0).
+        groups: into which in_channels and out_channels are divided; each sees its own alone.
+        activation: None or "sigmoid".
+        dilation: 1.
 
-    A kernel would read the memory behind a wrapped tensor and return a result without its tangent, batch or trace.
+    Returns:
+        `(N, out_channels, P, Q)` or `(out_channels, P, Q)` with P = ⌊(H + 2·pad − 3) / s⌋ + 1, in the memory format
+        that torch's convolution gives: channels_last where input or weight is. Sums are formed in float32 (float64 for
+        float64); the precision of float32 products follows `torch.backends.cudnn.conv`, as torch's convolution does,
+        whose default is TF32. Under autocast the arguments are cast as for `torch.nn.functional.conv2d`.
+
+    The backward pass computes only what is asked for, and of a sigmoid needs only the output. Double backward,
+    `torch.func` and forward-mode differentiation go torch's way; `torch.compile` sees one operator.
+
+    Raises:
+        ValueError: shapes, devices or options that do not fit together, or that only `torch.nn.Conv2d` takes.
+        TypeError: dtypes that differ or are not among the four; arguments of the wrong kind.
     """
-    if _transforming():
-        return True
-    if torch.compiler.is_compiling():  # fake tensors are subclasses too, and the operators take them
-        return False
-    return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
-
-
-def _constant_while_compiling(predicate: Callable[[], bool]) -> Callable[[], bool]:
-    """`torch.compiler.assume_constant_result`, which would import the whole compiler for setting this one mark."""
-    predicate._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return predicate
-
-
-@_constant_while_compiling  # and guarded: Dynamo has guards of its own on all three
-def _transforming() -> bool:
-    """Inside torch.func, in forward mode, or under jit.trace."""
-    functorch, tracing = torch._C._are_functorch_transforms_active(), torch._C._get_tracing_state()
-    return bool(functorch or tracing or forward_ad._current_level >= 0)
-
-
-@_constant_while_compiling  # asked directly, torch 2.11's Dynamo says yes to everyone
-def _exporting() -> bool:
-    return torch.compiler.is_exporting()
-
-
-def _autocasting(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch has no autocast on meta, and raises
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """The tensor as autocast would hand it to torch's linear: everything but float64 in the autocast dtype."""
-    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
-            raise TypeError(f"linear_sigmoid: {name} must be a tensor, got {type(tensor).__name__}")
-    if input.dim() == 0:
-        raise ValueError("linear_sigmoid: input must have shape (*, in_features), got ()")
-    k, n = input.shape[-1], weight.shape[0] if weight.dim() else 1
-    if weight.dim() != 2 or weight.shape[1] != k:
-        needed = f"({n}, {k})" if weight.dim() == 2 else f"(out_features, {k})"
-        raise ValueError(
-            f"linear_sigmoid: weight must have shape {needed}, (out_features, in_features), for an input of shape "
-            f"{tuple(input.shape)}, got {tuple(weight.shape)}"
+    if torch.overrides.has_torch_function((input, weight, bias)):
+        tensors = (input, weight, bias)
+        return torch.overrides.handle_torch_function(
+            conv3x3, tensors, *tensors, stride, padding, groups, activation, dilation=dilation
         )
-    if bias is not None and bias.shape != (n,) and not (bias.dim() <= 1 and bias.numel() == 1):
-        raise ValueError(
-            f"linear_sigmoid: bias must have shape ({n},), (out_features,), for a weight of shape "
-            f"{tuple(weight.shape)}, got {tuple(bias.shape)}"
+    window = check_conv3x3(input, weight, bias, stride, padding, groups, activation, dilation)
+    if autocasting(input.device.type):
+        input, weight, bias = autocast(input), autocast(weight), None if bias is None else autocast(bias)
+    check_dtypes("conv3x3", input, weight, bias)
+    if input.dim() == 3:
+        return _conv3x3(input.unsqueeze(0), weight, bias, window, activation).squeeze(0)
+    return _conv3x3(input, weight, bias, window, activation)
+
+
+def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None) -> Tensor:
+    if transformed(input, weight, bias) or not (dispatching() or runtime.backend_of(input) == "triton"):
+        return reference.conv3x3(input, weight, bias, window, activation)
+    needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if needs_grad and torch.is_grad_enabled() and not exporting():
+        return _Conv3x3.apply(input, weight, bias, window, activation)  # type: ignore[no-any-return, no-untyped-call]
+    if dispatching():
+        output: Tensor = conv_ops.conv3x3(input, weight, bias, *window, activation)
+        return output
+    return conv_ops.forward(input, weight, bias, window, activation, "triton")
+
+
+class _Conv3x3(torch.autograd.Function):
+    """The derivative of the kernels, and of the operators where something looks on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None
+    ) -> Tensor:
+        ctx.dispatching, ctx.window, ctx.input_size = dispatching(), window, input.shape
+        ctx.formats = conv_ops.channels_last_of(input, weight)
+        if ctx.dispatching:
+            output: Tensor = conv_ops.conv3x3(input, weight, bias, *window, activation)
+        else:
+            output = conv_ops.forward(input, weight, bias, window, activation, "triton")
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(
+            input if needs_weight else None, weight if needs_input else None, output if activation else None
         )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(f"linear_sigmoid: {name} must be on input's device {input.device}, got {tensor.device}")
+        return output
 
-
-def _check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in FLOATS:
-            raise TypeError(
-                f"linear_sigmoid: {name} must be float16, bfloat16, float32 or float64, got {dtype_name(tensor.dtype)}"
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, output = ctx.saved_tensors
+        needs, window = ctx.needs_input_grad[:3], ctx.window
+        if ctx.dispatching:
+            grads = iter(
+                conv_ops.conv3x3_backward(grad, input, weight, output, ctx.input_size, *window, needs, *ctx.formats)
             )
-        if tensor is not None and tensor.dtype != input.dtype:
-            raise TypeError(
-                f"linear_sigmoid: {name} must have input's dtype {dtype_name(input.dtype)}, "
-                f"got {dtype_name(tensor.dtype)}"
-            )
+            dx, dw, db = (next(grads) if need else None for need in needs)
+            return dx, dw, db, None, None
+        device = grad.device.type
+        with torch.autocast(device, enabled=False) if autocasting(device) else nullcontext():
+            if torch.is_grad_enabled() or transformed(grad):  # as for linear_sigmoid
+                grads = reference.conv3x3_backward(grad, input, weight, output, ctx.input_size, window, needs)
+            else:
+                grads = conv_ops.backward(
+                    grad, input, weight, output, ctx.input_size, window, needs, ctx.formats, "triton"
+                )
+        return *grads, None, None

@@ -1,11 +1,17 @@
 """Modules, with torch.nn's parameter names, shapes, initialization and state_dict."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .functional import linear_sigmoid
+from .arguments import check_activation, window_of
+from .functional import conv3x3, linear_sigmoid
 
-__all__ = ["LinearSigmoid"]
+__all__ = ["Conv3x3", "LinearSigmoid"]
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # torch.nn's
 
 
 class LinearSigmoid(nn.Module):
@@ -55,3 +61,88 @@ class LinearSigmoid(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear_sigmoid(input, self.weight, self.bias)
+
+
+class Conv3x3(nn.Module):
+    """`nn.Conv2d` with a 3×3 kernel, and with the sigmoid that may follow it, as one kernel.
+
+    Parameters, their initialization, the random numbers it draws, and the state_dict are those of
+    `nn.Conv2d(…, kernel_size=3)`, so that checkpoints load both ways. It is no subclass of `nn.Conv2d`: tools that
+    replace those would lose the activation.
+
+    Args:
+        in_channels, out_channels: of the input and of the output.
+        stride: 1 or 2, or a pair (vertical, horizontal).
+        padding: added on all four sides, a number or a pair; "same" (1, for stride 1) or "valid" (0).
+        groups: into which the channels are divided.
+        bias: whether to add a learned bias of shape `(out_channels,)`.
+        activation: None or "sigmoid".
+        padding_mode: what is added: "zeros", "reflect", "replicate" or "circular" (the latter three by `F.pad`).
+        device, dtype: of the parameters, as for `nn.Conv2d`; float16, bfloat16, float32 or float64.
+        dilation: 1.
+
+    Shape: `(N, in_channels, H, W)` or `(in_channels, H, W)` to `(N, out_channels, P, Q)` or `(out_channels, P, Q)`.
+    Errors: those of `tribp.conv3x3`.
+    """
+
+    in_channels: int
+    out_channels: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    groups: int
+    activation: str | None
+    padding_mode: str
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        activation: str | None = None,
+        padding_mode: str = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        dilation: int | Sequence[int] = 1,
+    ) -> None:
+        super().__init__()
+        window = window_of("Conv3x3", stride, padding, groups, dilation)
+        check_activation("Conv3x3", activation)
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"Conv3x3: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels < 1 or channels % groups:
+                raise ValueError(f"Conv3x3: {name} must be a positive multiple of groups ({groups}), got {channels}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.stride, self.padding, self.groups = window
+        self.activation = activation
+        self.padding_mode = padding_mode
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, 3, 3, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize weight and bias as `nn.Conv2d` does, by torch's own code: it reads those two and nothing else."""
+        nn.Conv2d.reset_parameters(self)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, stride={self.stride}"]
+        defaults = {"padding": (0, 0), "groups": 1, "activation": None, "padding_mode": "zeros"}
+        parts += [f"{name}={getattr(self, name)}" for name, usual in defaults.items() if getattr(self, name) != usual]
+        return ", ".join([*parts, f"bias={self.bias is not None}"])
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            (vertical, horizontal), padding = padding, (0, 0)
+            input = F.pad(input, (horizontal, horizontal, vertical, vertical), mode=self.padding_mode)
+        return conv3x3(input, self.weight, self.bias, self.stride, padding, self.groups, self.activation)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,74 @@ def linear_sigmoid_backward(
         dw = rows.t() @ as_matrix(input)
     if needs[2]:
         db = rows.sum(0)
+    return dx, dw, db
+
+
+class Window(NamedTuple):
+    """How the 3×3 window of a convolution moves: (height, width) pairs, and how many groups the channels fall into."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    groups: int = 1
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output for an input of this height and width; below 1 if it is too small."""
+        (sh, sw), (ph, pw) = self.stride, self.padding
+        return (height + 2 * ph - 3) // sh + 1, (width + 2 * pw - 3) // sw + 1
+
+
+def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None) -> Tensor:
+    """input ⋆ weight + bias, then σ where `activation` is "sigmoid". input: (N, C, H, W)."""
+    stride, padding, groups = window
+    output = F.conv2d(input, weight, bias, stride, padding, 1, groups)
+    return torch.sigmoid(output) if activation == "sigmoid" else output
+
+
+def channels_last(tensor: Tensor) -> bool:
+    """Whether torch takes a 4-dimensional tensor for channels_last: by its strides, as c10/core/MemoryFormat.h has it.
+
+    It need not be dense; strides that would fit both ways count as contiguous.
+    """
+    size, stride = tensor.shape, tensor.stride()
+    least = 0
+    for d in (1, 3, 2, 0):
+        if size[d] == 0 or stride[d] < least or stride[1] == 0 or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * size[d]
+    return True
+
+
+def conv3x3_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """The memory format that torch gives a convolution's output and the gradient of its input."""
+    if input.is_cuda and input.dtype == torch.float64:
+        return torch.contiguous_format  # as cuDNN's are
+    last = channels_last(input) or channels_last(weight)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def conv3x3_backward(
+    grad: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor | None,
+    input_size: Sequence[int], window: Window, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of input, weight and bias, each where `needs` says so; differentiable again.
+
+    `output`, given if the activation is a sigmoid, is all that dz = dy·y·(1 − y) takes. `input` is needed for the
+    weight's gradient only, `weight` for the input's only.
+    """
+    stride, padding, groups = window
+    dz = grad if output is None else torch.ops.aten.sigmoid_backward(grad, output)
+    n, c = dz.shape[1], input_size[1] // groups
+    dx = dw = db = None
+    if needs[0] or needs[1]:
+        # Whichever is not needed is asked for its shape alone.
+        x = input if input is not None else dz.new_empty(1).expand(tuple(input_size))
+        w = weight if weight is not None else dz.new_empty(1).expand(n, c, 3, 3)
+        mask = [needs[0], needs[1], False]
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dz, x, w, None, stride, padding, (1, 1), False, (0, 0), groups, mask
+        )
+    if needs[2]:
+        db = dz.sum((0, 2, 3))
     return dx, dw, db
 
 

@@ -104,12 +104,14 @@ def arch_of(index: int | None) -> Arch:
     return INTERPRETER if index is None or interpreting() else _arch_of(index)
 
 
-def tf32_allowed() -> bool:
-    """Whether torch lets float32 products round their operands to TF32.
+def tf32_allowed(convolution: bool = False) -> bool:
+    """Whether torch lets float32 products, or convolutions, round their operands to TF32.
 
-    `fp32_precision` reflects both ways of setting it; reading `allow_tf32` raises once the newer one was used.
+    `fp32_precision` reflects both ways of setting it; reading `allow_tf32` raises once the newer one was used. torch's
+    defaults differ: products keep float32, convolutions do not.
     """
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    setting = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return bool(setting.fp32_precision == "tf32")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

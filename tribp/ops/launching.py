@@ -88,15 +88,29 @@ def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, object]:
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-def sum_partials(partials: Tensor, out: Tensor, arch: Arch) -> Launch:
-    """out = partials.sum(0), in a fixed order. partials: (parts, *out.shape), contiguous, in the accumulator's type."""
+def partials_of(
+    out: Tensor | None, parts: int, dtype: torch.dtype, shape: tuple[int, ...] | None = None
+) -> Tensor | None:
+    """Room for `parts` partial results of `out`, in its shape or in another; `out` itself if there is only one."""
+    if out is None or parts == 1:
+        return None if out is None else out.unsqueeze(0)
+    return torch.empty((parts, *(shape or out.shape)), dtype=dtype, device=out.device)
+
+
+def sum_partials(partials: Tensor, out: Tensor, arch: Arch, transposed: tuple[int, int] | None = None) -> Launch:
+    """out = partials.sum(0), in a fixed order. partials: (parts, …), contiguous, in the accumulator's type.
+
+    transposed: (rows, cols) of the matrices that `partials` consists of, and whose transposes `out` consists of.
+    """
+    rows, cols = transposed or (1, 1)
     parts, length = partials.shape[0], out.numel()
     chosen = choose_sum(parts, length, arch)
     return Launch(
         common.sum_partials,
         (cdiv(length, chosen.block),),
-        (partials, out, parts, length),
+        (partials, out, parts, length, rows, cols),
         dict(
+            TRANSPOSED=transposed is not None,
             ACC=accumulator(out.dtype)[1],
             VEC=vector_length(partials.element_size(), length),
             BLOCK_PARTS=chosen.block_parts,

@@ -17,7 +17,7 @@ from ..kernels.launch import (
     precision_of,
 )
 from ..runtime import dtype_name
-from .launching import Launch, Operand, accumulator, operand, sum_partials, vector_length
+from .launching import Launch, Operand, accumulator, operand, partials_of, sum_partials, vector_length
 
 
 def forward(
@@ -169,13 +169,13 @@ def backward(
         parts = settings.splits
         if settings.fuse_dz:
             dz = torch.empty_like(y) if dx is not None else None
-            sums = _partials(db, parts, partial)
+            sums = partials_of(db, parts, partial)
             source = dys
         else:
             dz = torch.empty_like(y)
             yield from _output_grad(dy, y, dz, db, arch)
             sums, source = None, operand(dz)
-        shares = _partials(dw, parts, partial)
+        shares = partials_of(dw, parts, partial)
         assert shares is not None
         yield wgrad(source, y, xs, shares, dz if settings.fuse_dz else None, sums, arch, tf32, settings)
         if parts > 1:
@@ -203,16 +203,9 @@ def backward(
         yield from _output_grad(dy, y, None, db, arch)
 
 
-def _partials(out: Tensor | None, parts: int, dtype: torch.dtype) -> Tensor | None:
-    """Room for `parts` partial results of `out`; `out` itself if there is only one."""
-    if out is None:
-        return None
-    return out.unsqueeze(0) if parts == 1 else torch.empty((parts, *out.shape), dtype=dtype, device=out.device)
-
-
 def _output_grad(dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arch: Arch) -> Iterator[Launch]:
     blocks = cdiv(y.shape[0], choose_pass(*y.shape, dtype_name(y.dtype), arch).rows)
-    sums = _partials(db, blocks, accumulator(y.dtype)[0])
+    sums = partials_of(db, blocks, accumulator(y.dtype)[0])
     yield output_grad(dy, y, dz, sums, arch)
     if sums is not None and db is not None and blocks > 1:
         yield sum_partials(sums, db, arch)

@@ -1,0 +1,453 @@
+"""y = act(x ⋆ w + b), a 3×3 convolution on tensor cores, and its gradients.
+
+    x: (N, H, W, C)    w: (O, 9, C): a row of C for each tap (r, s)    b: (O,)    y, dy, dz: (N, P, Q, O)
+
+    forward    y[n, p, q]  = act(b + Σ_rs x[n, p·SH + r − pad_h, q·SW + s − pad_w]·w[rs]ᵀ)
+    dgrad      dx[n, h, v] = Σ_rs dz[n, (h + pad_h − r)/SH, (v + pad_w − s)/SW]·w[rs],    where the divisions are exact
+    wgrad      dw[rs]      = Σ_npq dz[n, p, q]ᵀ·x[n, p·SH + r − pad_h, q·SW + s − pad_w],    db = Σ_npq dz[n, p, q]
+
+Each is a matrix product whose rows (of wgrad: whose sum) are pixels. A tile takes a *box* of them, BOX_N images × BOX_H
+rows × BOX_W columns, so that a tap is the same box elsewhere: for descriptors an offset, with zeros outside the image
+for free; for pointers nine additions to one vector of addresses, and no division by a size.
+
+Groups come in *bundles* of as many as fill a tile's columns. Within a bundle w is a block-diagonal matrix (DIAGONAL);
+a bundle of one group is an ordinary product. The files beside this one hold what is no such product: `conv3x3_small.py`
+few input channels, `conv3x3_depthwise.py` one channel a group, `relayout.py` the way from one layout to another.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import dot, indices, load_tile, round_to, sigmoid, tile_of
+
+SIZES = [
+    "N",
+    "H",
+    "W",
+    "P",
+    "Q",
+    "groups",
+    "OG",
+    "CG",
+    "OZ",
+    "CX",
+    "pad_h",
+    "pad_w",
+]  # not specialized: no recompile for a batch of 1
+
+
+@triton.jit
+def box_at(index, rows, cols, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
+    """(image, row, column) of the first pixel of a box, of all those that cover images of rows × cols."""
+    across = tl.cdiv(cols, BOX_W)
+    down = tl.cdiv(rows, BOX_H)
+    return index // across // down * BOX_N, index // across % down * BOX_H, index % across * BOX_W
+
+
+@triton.jit
+def pixels(n, i, j, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
+    """Image, row and column of each pixel of the box whose first pixel is (n, i, j)."""
+    m = tl.arange(0, BOX_N * BOX_H * BOX_W)
+    return n + m // (BOX_H * BOX_W), i + m // BOX_W % BOX_H, j + m % BOX_W
+
+
+@triton.jit
+def offsets(n, h, w, N, H, W, stride_n, stride_h, stride_w, VEC: tl.constexpr):
+    """Where pixels lie, and which of them exist; the others become 0, as in `common.indices`. VEC divides strides."""
+    inside = (n < N) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    at = n.to(tl.int64) * (stride_n // VEC * VEC)
+    at += h.to(tl.int64) * (stride_h // VEC * VEC) + w.to(tl.int64) * (stride_w // VEC * VEC)
+    return tl.where(inside, at, 0), inside
+
+
+@triton.jit
+def load_box(
+    src, n, i, j, dh, dw, channel, limit, N, H, W, stride_n, stride_h, stride_w,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
+    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """src[n, i·STEP_H + dh, j·STEP_W + dw, channel …] for the pixels of a box: (pixels, BLOCK), zeros outside.
+
+    A descriptor has five dimensions, (N, H / STEP_H, STEP_H, W / STEP_W, STEP_W · C): every STEP-th row is a box in it.
+    """
+    if TMA:
+        at_h = i + (dh >> (STEP_H - 1))  # STEP is 1 or 2, and a shift rounds down where a division would round to zero
+        at_w = j + (dw >> (STEP_W - 1))
+        at_c = (dw & (STEP_W - 1)) * (stride_w // VEC * VEC) + channel
+        tile = src.load([n, at_h, dh & (STEP_H - 1), at_w, at_c]).reshape(BOX_N * BOX_H * BOX_W, BLOCK)
+    else:
+        m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
+        at, inside = offsets(
+            m_n, m_i * STEP_H + dh, m_j * STEP_W + dw, N, H, W, stride_n, stride_h, stride_w, VEC
+        )  # fmt: skip
+        c, c_inside = indices(channel, limit, BLOCK, VEC)
+        tile = tl.load(src + (at[:, None] + c[None, :]), mask=inside[:, None] & c_inside[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def positions(
+    n, h, w, c, N, H, W, stride_n, stride_c, stride_h, stride_w,
+    LAST: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Offsets of pixels × channels, and which of the pixels exist.
+
+    Contiguous are the channels (LAST) or the columns of the image. VEC divides the other strides, and in the second
+    case W; RUN pixels then follow each other from a multiple of RUN on, all inside together or all outside.
+    """
+    if LAST:
+        at, inside = offsets(n, h, w, N, H, W, stride_n, stride_h, stride_w, VEC)
+        at = at[:, None] + c[None, :]
+    else:
+        inside = (n < N) & (h >= 0) & (h < H) & (w >= 0) & (w < W // VEC * VEC)
+        at = n.to(tl.int64) * (stride_n // VEC * VEC) + h.to(tl.int64) * (stride_h // VEC * VEC) + w
+        at = tl.max_contiguous(tl.multiple_of(tl.where(inside, at, 0), RUN), RUN)
+        at = at[:, None] + c[None, :] * (stride_c // VEC * VEC)
+    return at, inside
+
+
+@triton.jit
+def store_box(
+    dst, tile, n, h, w, channel, limit, N, H, W, stride_n, stride_c, stride_h, stride_w,
+    LAST: tl.constexpr, VEC: tl.constexpr, BOX_W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write dst[n, h, w, channel …] for the pixels of a box, rounded to the type of `dst`. VEC as in `positions`."""
+    c, c_inside = indices(channel, limit, BLOCK, VEC if LAST else 1)
+    at, inside = positions(
+        n, h, w, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, VEC if VEC < BOX_W else BOX_W
+    )
+    tl.store(dst + at, round_to(tile, dst.dtype.element_ty), mask=inside[:, None] & c_inside[None, :])
+
+
+@triton.jit
+def load_weight(
+    w, tap, l, col, first, members, OG, CG,
+    DGRAD: tl.constexpr, DIAGONAL: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The BLOCK_L × BLOCK_J tile at (l, col) of one tap's weights, for the bundle from output channel `first` on.
+
+    Summed index l and column are input and output channels, or (DGRAD) the other way round; OG and CG: how many of
+    each a group has.
+    """
+    if TMA:
+        if DGRAD:
+            tile = w.load([first + l, tap, col]).reshape(BLOCK_L, BLOCK_J)
+        else:
+            tile = tl.trans(w.load([first + col, tap, l]).reshape(BLOCK_J, BLOCK_L))
+    else:
+        pitch = CG // VEC * VEC
+        at_tap = w + (first.to(tl.int64) * 9 + tap) * pitch
+        if DIAGONAL:
+            row = (l + tl.arange(0, BLOCK_L))[:, None]
+            column = (col + tl.arange(0, BLOCK_J))[None, :]
+            if DGRAD:
+                group = row // OG
+                inside = (group == column // CG) & (group < members)
+                at = row.to(tl.int64) * (9 * pitch) + column % CG
+            else:
+                group = column // OG
+                inside = (group == row // CG) & (group < members)
+                at = column.to(tl.int64) * (9 * pitch) + row % CG
+            tile = tl.load(at_tap + tl.where(inside, at, 0), mask=inside, other=0.0)
+        elif DGRAD:
+            tile = load_tile(at_tap, l, col, OG, CG, 9 * pitch, BLOCK_L, BLOCK_J, False, False, VEC)
+        else:
+            tile = load_tile(at_tap, l, col, CG, OG, 9 * pitch, BLOCK_L, BLOCK_J, False, True, VEC)
+    return tile
+
+
+@triton.jit
+def convolve_by_group(
+    src, w, n, i, j, first_h, first_w, first, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
+    DGRAD: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    TAP_H: tl.constexpr, TAP_W: tl.constexpr, TAP_STEP_H: tl.constexpr, TAP_STEP_W: tl.constexpr,
+    ACC: tl.constexpr, VEC: tl.constexpr,
+    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """What `convolve` computes, channel by channel: a column meets its own group's alone. Slow, and seldom needed."""
+    TAPS_H: tl.constexpr = (2 - TAP_H) // TAP_STEP_H + 1
+    TAPS_W: tl.constexpr = (2 - TAP_W) // TAP_STEP_W + 1
+    SIGN: tl.constexpr = -1 if DGRAD else 1
+    n, i, j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
+    column = col + tl.arange(0, BLOCK_J)
+    if DGRAD:
+        group = column // CG
+        LG = OG
+    else:
+        group = column // OG
+        LG = CG
+    exists = group < members
+    acc = tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_J), ACC)
+    for t in range(0, TAPS_H * TAPS_W):
+        t_h = t // TAPS_W
+        t_w = t % TAPS_W
+        tap = (TAP_H + t_h * TAP_STEP_H) * 3 + TAP_W + t_w * TAP_STEP_W
+        at, inside = offsets(
+            n, i * STEP_H + (first_h + SIGN * t_h), j * STEP_W + (first_w + SIGN * t_w), N, H, W,
+            stride_n, stride_h, stride_w, VEC,
+        )  # fmt: skip
+        for l in range(0, LG):
+            channel = tl.where(exists, group * LG + l, 0)
+            value = tl.load(src + (at[:, None] + channel[None, :]), mask=inside[:, None] & exists[None, :], other=0.0)
+            if DGRAD:
+                at_w = ((first + group * OG + l).to(tl.int64) * 9 + tap) * CG + column % CG
+            else:
+                at_w = ((first + column).to(tl.int64) * 9 + tap) * CG + l
+            weight = tl.load(w + tl.where(exists, at_w, 0), mask=exists, other=0.0)
+            acc += value.to(ACC) * weight.to(ACC)[None, :]
+    return acc
+
+
+@triton.jit
+def convolve(
+    src, w, n, i, j, first_h, first_w, bundle, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
+    DGRAD: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    TAP_H: tl.constexpr, TAP_W: tl.constexpr, TAP_STEP_H: tl.constexpr, TAP_STEP_W: tl.constexpr,
+    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
+    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Σ over taps (TAP_H + t·TAP_STEP_H, …) and a bundle's channels of src[tap]·w[tap], for a box and BLOCK_J columns.
+
+    The t-th row of taps meets the rows i·STEP_H + first_h ± t of src: + going forward, − in dgrad, which looks back.
+    FLAT is one loop over taps and channels, so that loads are pipelined across taps, but with divisions in it;
+    otherwise the taps are unrolled around a loop over channels. (With 8 warps and pointers the flat form was seen to
+    compute wrong results in another project: pytorch #173068.)
+    """
+    SIGN: tl.constexpr = -1 if DGRAD else 1
+    TAPS_H: tl.constexpr = (2 - TAP_H) // TAP_STEP_H + 1
+    TAPS_W: tl.constexpr = (2 - TAP_W) // TAP_STEP_W + 1
+    if DGRAD:
+        LG = OG
+    else:
+        LG = CG
+    length = members * LG
+    origin = bundle * (BUNDLE * LG // VEC * VEC)  # the bundle's first channel in src
+    first = bundle * BUNDLE * OG
+    start = 0
+    if TMA:
+        start = origin
+    else:
+        src += origin
+    acc = tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_J), ACC)
+    if FLAT:
+        steps = tl.cdiv(length, BLOCK_L)
+        for step in range(0, TAPS_H * TAPS_W * steps):
+            t_h = step // steps // TAPS_W
+            t_w = step // steps % TAPS_W
+            l = step % steps * BLOCK_L
+            tap = (TAP_H + t_h * TAP_STEP_H) * 3 + TAP_W + t_w * TAP_STEP_W
+            a = load_box(
+                src, n, i, j, first_h + SIGN * t_h, first_w + SIGN * t_w, start + l, start + length, N, H, W,
+                stride_n, stride_h, stride_w, STEP_H, STEP_W, TMA, VEC, BOX_N, BOX_H, BOX_W, BLOCK_L,
+            )  # fmt: skip
+            b = load_weight(w, tap, l, col, first, members, OG, CG, DGRAD, DIAGONAL, TMA, VEC_W, BLOCK_L, BLOCK_J)
+            acc = dot(a, b, acc, PRECISION)
+    else:
+        for t_h in tl.static_range(TAPS_H):
+            for t_w in tl.static_range(TAPS_W):
+                tap = (TAP_H + t_h * TAP_STEP_H) * 3 + TAP_W + t_w * TAP_STEP_W
+                for l in range(0, length, BLOCK_L):
+                    a = load_box(
+                        src, n, i, j, first_h + SIGN * t_h, first_w + SIGN * t_w, start + l, start + length, N, H, W,
+                        stride_n, stride_h, stride_w, STEP_H, STEP_W, TMA, VEC, BOX_N, BOX_H, BOX_W, BLOCK_L,
+                    )  # fmt: skip
+                    b = load_weight(
+                        w, tap, l, col, first, members, OG, CG, DGRAD, DIAGONAL, TMA, VEC_W, BLOCK_L, BLOCK_J
+                    )
+                    acc = dot(a, b, acc, PRECISION)
+    if DIAGONAL:
+        # A zero between two groups times an infinity of one is NaN in the other; where there is one, go without zeros.
+        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
+            acc = convolve_by_group(
+                src, w, n, i, j, first_h, first_w, first, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
+                DGRAD, STEP_H, STEP_W, TAP_H, TAP_W, TAP_STEP_H, TAP_STEP_W, ACC, VEC, BOX_N, BOX_H, BOX_W, BLOCK_J,
+            )  # fmt: skip
+    return acc
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward(
+    x, w, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w,
+    stride_n, stride_h, stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
+    HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr, ACCURATE: tl.constexpr, PTX: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
+    LAST: tl.constexpr, VEC_STORE: tl.constexpr,
+    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_J of a bundle's output channels a program."""
+    columns = tl.cdiv(BUNDLE * OG, BLOCK_J)
+    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H) * tl.cdiv(Q, BOX_W)
+    box, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, BUNDLE), GROUP)
+    n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
+    bundle = column // columns
+    col = column % columns * BLOCK_J
+    members = tl.minimum(BUNDLE, groups - bundle * BUNDLE)
+    z = convolve(
+        x, w, n, i, j, -pad_h, -pad_w, bundle, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
+        False, STEP_H, STEP_W, 0, 0, 1, 1, DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W,
+        BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
+    )  # fmt: skip
+    first = bundle * (BUNDLE * OG)
+    if HAS_BIAS:
+        o, inside = indices(col, members * OG, BLOCK_J, 1)
+        z += tl.load(b + first + o, mask=inside, other=0.0).to(ACC)[None, :]
+    if SIGMOID:
+        z = sigmoid(z, ACCURATE, PTX)
+    m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
+    if LAST:
+        y += first // VEC_STORE * VEC_STORE
+    else:
+        y += first.to(tl.int64) * (y_stride_c // VEC_STORE * VEC_STORE)
+    store_box(
+        y, z, m_n, m_i, m_j, col, members * OG, N, P, Q, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
+        LAST, VEC_STORE, BOX_W, BLOCK_J,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def dgrad(
+    dz, w, dx, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w,
+    stride_n, stride_h, stride_w, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
+    LAST: tl.constexpr, VEC_STORE: tl.constexpr,
+    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """dx from dz: a box of dx's pixels and BLOCK_J of a bundle's input channels, of CX a group, a program.
+
+    With a stride of 2 the rows of dx fall into two classes, program_id(1): those that meet the taps 0 and 2, and those
+    that meet tap 1; the columns likewise. Each class is a convolution of its own with the taps that it meets.
+    """
+    columns = tl.cdiv(BUNDLE * CG, BLOCK_J)
+    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(tl.cdiv(H, STEP_H), BOX_H) * tl.cdiv(tl.cdiv(W, STEP_W), BOX_W)
+    box, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, BUNDLE), GROUP)
+    bundle = column // columns
+    col = column % columns * BLOCK_J
+    members = tl.minimum(BUNDLE, groups - bundle * BUNDLE)
+    first = bundle * (BUNDLE * CX)
+    if LAST:
+        dx += first // VEC_STORE * VEC_STORE
+    else:
+        dx += first.to(tl.int64) * (x_stride_c // VEC_STORE * VEC_STORE)
+    for class_h in tl.static_range(STEP_H):
+        for class_w in tl.static_range(STEP_W):
+            if tl.program_id(1) == class_h * STEP_W + class_w:
+                # Row h + pad_h = i·STEP_H + class_h meets tap class_h + t·STEP_H of the row i − t of dz.
+                first_h = (pad_h - class_h + STEP_H - 1) // STEP_H
+                first_w = (pad_w - class_w + STEP_W - 1) // STEP_W
+                rows = (H - 1 + pad_h - class_h) // STEP_H - first_h + 1
+                cols = (W - 1 + pad_w - class_w) // STEP_W - first_w + 1
+                n, i, j = box_at(box, rows, cols, BOX_N, BOX_H, BOX_W)
+                tile = convolve(
+                    dz, w, n, i, j, first_h, first_w, bundle, members, col, N, P, Q, stride_n, stride_h, stride_w,
+                    OG, CG, True, 1, 1, class_h, class_w, STEP_H, STEP_W, DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION,
+                    VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
+                )  # fmt: skip
+                m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
+                h = m_i
+                v = m_j
+                if STEP_H == 2:
+                    h = m_i * 2 + (first_h * 2 + class_h - pad_h)
+                if STEP_W == 2:
+                    v = m_j * 2 + (first_w * 2 + class_w - pad_w)
+                store_box(
+                    dx, tile, m_n, h, v, col, members * CX, N, H, W,
+                    x_stride_n, x_stride_c, x_stride_h, x_stride_w, LAST, VEC_STORE, BOX_W, BLOCK_J,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
+def wgrad(
+    dz, x, dw, db, N, H, W, P, Q, groups, OG, CG, OZ, CX, pad_h, pad_w,
+    z_stride_n, z_stride_h, z_stride_w, stride_n, stride_h, stride_w, boxes_per_split,
+    WRITE_DB: tl.constexpr, TAPS: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, TMA: tl.constexpr, TAPS_LAST: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, VEC_O: tl.constexpr, VEC_C: tl.constexpr, VEC_STORE: tl.constexpr,
+    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dw[split] = Σ dzᵀ·x[tap] over the boxes of split = program_id(1): a tap or (TAPS = 3) a row of taps a program.
+
+    dw: (splits, O, 9, C / groups), or (splits, O, C / groups, 9) with TAPS_LAST. db: (splits, O), the sums of dz, which
+    the programs of the first tap and the first input channels have for nothing. A group of dz has OZ channels and one
+    of x CX: OG and CG or, where rows were padded, more.
+    """
+    columns_o = tl.cdiv(BUNDLE * OG, BLOCK_O)
+    columns_c = tl.cdiv(BUNDLE * CG, BLOCK_C)
+    taps = tl.program_id(0) % (9 // TAPS)
+    tile = tl.program_id(0) // (9 // TAPS)
+    col_c = tile % columns_c * BLOCK_C
+    col_o = tile // columns_c % columns_o * BLOCK_O
+    bundle = tile // columns_c // columns_o
+    members = tl.minimum(BUNDLE, groups - bundle * BUNDLE)
+    if TAPS == 3:
+        r = taps
+        s = 0
+    else:
+        r = taps // 3
+        s = taps % 3
+    split = tl.program_id(1)
+    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H) * tl.cdiv(Q, BOX_W)
+    length_o = members * OZ
+    length_c = members * CX
+    origin_o = bundle * (BUNDLE * OZ // VEC_O * VEC_O)
+    origin_c = bundle * (BUNDLE * CX // VEC_C * VEC_C)
+    start_o = col_o
+    start_c = col_c
+    if TMA:
+        start_o += origin_o
+        start_c += origin_c
+        length_o += origin_o
+        length_c += origin_c
+    else:
+        dz += origin_o
+        x += origin_c
+    acc = ()
+    for _ in tl.static_range(TAPS):
+        acc = acc + (tl.zeros((BLOCK_O, BLOCK_C), ACC),)
+    sums = tl.zeros((BLOCK_O,), ACC)
+    has_db = (taps == 0) & (col_c == 0)
+    for box in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
+        n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
+        z_tile = load_box(
+            dz, n, i, j, 0, 0, start_o, length_o, N, P, Q, z_stride_n, z_stride_h, z_stride_w,
+            1, 1, TMA, VEC_O, BOX_N, BOX_H, BOX_W, BLOCK_O,
+        )  # fmt: skip
+        added = ()
+        for t in tl.static_range(TAPS):
+            x_tile = load_box(
+                x, n, i, j, r - pad_h, s + t - pad_w, start_c, length_c, N, H, W, stride_n, stride_h, stride_w,
+                STEP_H, STEP_W, TMA, VEC_C, BOX_N, BOX_H, BOX_W, BLOCK_C,
+            )  # fmt: skip
+            added = added + (dot(tl.trans(z_tile), x_tile, acc[t], PRECISION),)
+        acc = added
+        if WRITE_DB:
+            if has_db:
+                sums += tl.sum(z_tile.to(ACC), 0)
+    first = bundle * BUNDLE * OG
+    o, o_inside = indices(col_o, members * OG, BLOCK_O, 1)
+    c, c_inside = indices(col_c, members * CG, BLOCK_C, VEC_STORE)
+    if WRITE_DB:
+        at = db + (split.to(tl.int64) * groups * OG + first + o)
+        tl.store(at, round_to(sums, db.dtype.element_ty), mask=o_inside & has_db)
+    inside = o_inside[:, None] & c_inside[None, :]
+    if DIAGONAL:
+        inside = inside & ((o // OG)[:, None] == (c // CG)[None, :])
+        c = c % CG
+    pitch = CG // VEC_STORE * VEC_STORE
+    dw += split.to(tl.int64) * groups * OG * (9 * pitch)
+    at = (first + o.to(tl.int32)) * (9 * pitch)  # of one weight, which has less than 2³¹ elements: registers are scarce
+    c = c.to(tl.int32)
+    for t in tl.static_range(TAPS):
+        tap = r * 3 + s + t
+        if TAPS_LAST:
+            to = at[:, None] + (c * 9 + tap)[None, :]
+        else:
+            to = at[:, None] + (tap * pitch + c)[None, :]
+        tl.store(dw + to, round_to(acc[t], dw.dtype.element_ty), mask=inside)

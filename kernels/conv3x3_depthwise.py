@@ -1,0 +1,204 @@
+"""A 3×3 convolution of each channel by itself: nine multiplications a pixel, bound by memory.
+
+    y[n, p, q, c] = act(b[c] + Σ_rs x[n, p·SH + r − pad_h, q·SW + s − pad_w, c]·w[c, rs])    and its gradients
+
+A program takes BOX_H rows of a tile of columns (of BOX_N images) × channels, wide in whichever is contiguous: either
+layout is read where it lies. A row that is read, three times for its three taps, serves all the rows of the result that
+it meets. (Compiled for sm_90, bfloat16: a load for each tap of each row took 58 instructions a result, and memory
+leaves time for 38.)
+"""
+
+import triton
+import triton.language as tl
+
+from .common import indices, round_to, sigmoid
+from .conv3x3 import box_at, pixels, positions
+
+SIZES = ["N", "H", "W", "P", "Q", "C", "pad_h", "pad_w"]
+
+
+@triton.jit
+def load_row(
+    src, n, h, v, c, c_inside, N, H, W, stride_n, stride_c, stride_h, stride_w,
+    LAST: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Row h of images n, columns v: pixels × channels, zeros outside. VEC and RUN as in `conv3x3.positions`."""
+    at, inside = positions(n, h, v, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, RUN)
+    return tl.load(src + at, mask=inside[:, None] & c_inside[None, :], other=0.0).to(ACC)
+
+
+@triton.jit
+def store_row(
+    dst, tile, n, h, v, c, c_inside, N, H, W, stride_n, stride_c, stride_h, stride_w,
+    LAST: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    at, inside = positions(n, h, v, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, RUN)
+    tl.store(dst + at, round_to(tile, dst.dtype.element_ty), mask=inside[:, None] & c_inside[None, :])
+
+
+@triton.jit
+def load_taps(w, c, c_inside, ACC: tl.constexpr):
+    """The nine weights of each channel, a row for each tap. w: (C, 9)."""
+    taps = ()
+    for tap in tl.static_range(9):
+        taps = taps + (tl.load(w + (c * 9 + tap), mask=c_inside, other=0.0).to(ACC)[None, :],)
+    return taps
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((ROWS, COLS), ACC),)
+    return tiles
+
+
+@triton.jit(do_not_specialize=SIZES)
+def depthwise_forward(
+    x, w, b, y, N, H, W, P, Q, C, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
+    y_stride_n, y_stride_c, y_stride_h, y_stride_w,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr,
+    ACCURATE: tl.constexpr, PTX: tl.constexpr, ACC: tl.constexpr,
+    LAST: tl.constexpr, VEC: tl.constexpr, VEC_STORE: tl.constexpr,
+    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_C channels a program."""
+    columns = tl.cdiv(C, BLOCK_C)
+    c, c_inside = indices(tl.program_id(0) % columns * BLOCK_C, C, BLOCK_C, VEC if LAST else 1)
+    n, i, j = box_at(tl.program_id(0) // columns, P, Q, BOX_N, BOX_H, BOX_W)
+    n, _, j = pixels(n, i, j, BOX_N, 1, BOX_W)
+    taps = load_taps(w, c, c_inside, ACC)
+    z = zeros(BOX_H, BOX_N * BOX_W, BLOCK_C, ACC)
+    for t in tl.static_range((BOX_H - 1) * STEP_H + 3):
+        for s in tl.static_range(3):
+            row = load_row(
+                x, n, i * STEP_H + (t - pad_h), j * STEP_W + (s - pad_w), c, c_inside, N, H, W,
+                stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1, ACC,
+            )  # fmt: skip
+            added = ()
+            for a in tl.static_range(BOX_H):
+                if t - a * STEP_H >= 0 and t - a * STEP_H <= 2:
+                    added = added + (z[a] + row * taps[(t - a * STEP_H) * 3 + s],)
+                else:
+                    added = added + (z[a],)
+            z = added
+    for a in tl.static_range(BOX_H):
+        result = z[a]
+        if HAS_BIAS:
+            result += tl.load(b + c, mask=c_inside, other=0.0).to(ACC)[None, :]
+        if SIGMOID:
+            result = sigmoid(result, ACCURATE, PTX)
+        store_row(
+            y, result, n, i + a, j, c, c_inside, N, P, Q, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
+            LAST, VEC_STORE, VEC_STORE if VEC_STORE < BOX_W else BOX_W,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def depthwise_dgrad(
+    dz, w, dx, N, H, W, P, Q, C, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, ACC: tl.constexpr,
+    LAST: tl.constexpr, VEC: tl.constexpr, VEC_STORE: tl.constexpr,
+    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx from dz: a box of dx's pixels and BLOCK_C channels a program.
+
+    With a stride of 2, pixels that meet the same taps make a class, program_id(1), as in `conv3x3.dgrad`.
+    """
+    columns = tl.cdiv(C, BLOCK_C)
+    c, c_inside = indices(tl.program_id(0) % columns * BLOCK_C, C, BLOCK_C, VEC if LAST else 1)
+    taps = load_taps(w, c, c_inside, ACC)
+    for class_h in tl.static_range(STEP_H):
+        for class_w in tl.static_range(STEP_W):
+            if tl.program_id(1) == class_h * STEP_W + class_w:
+                first_h = (pad_h - class_h + STEP_H - 1) // STEP_H
+                first_w = (pad_w - class_w + STEP_W - 1) // STEP_W
+                rows = (H - 1 + pad_h - class_h) // STEP_H - first_h + 1
+                cols = (W - 1 + pad_w - class_w) // STEP_W - first_w + 1
+                n, i, j = box_at(tl.program_id(0) // columns, rows, cols, BOX_N, BOX_H, BOX_W)
+                n, _, j = pixels(n, i, j, BOX_N, 1, BOX_W)
+                TAPS_H: tl.constexpr = (2 - class_h) // STEP_H + 1
+                TAPS_W: tl.constexpr = (2 - class_w) // STEP_W + 1
+                acc = zeros(BOX_H, BOX_N * BOX_W, BLOCK_C, ACC)
+                for t in tl.static_range(BOX_H + TAPS_H - 1):
+                    for t_w in tl.static_range(TAPS_W):
+                        row = load_row(
+                            dz, n, i + (first_h + t - (TAPS_H - 1)), j + (first_w - t_w), c, c_inside, N, P, Q,
+                            stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1, ACC,
+                        )  # fmt: skip
+                        added = ()
+                        for a in tl.static_range(BOX_H):
+                            # Row a meets tap t_h in row a − t_h of dz, and this is row t − (TAPS_H − 1).
+                            if a - t + TAPS_H - 1 >= 0 and a - t + TAPS_H - 1 < TAPS_H:
+                                tap = taps[(class_h + (a - t + TAPS_H - 1) * STEP_H) * 3 + class_w + t_w * STEP_W]
+                                added = added + (acc[a] + row * tap,)
+                            else:
+                                added = added + (acc[a],)
+                        acc = added
+                v = j
+                if STEP_W == 2:
+                    v = j * 2 + (first_w * 2 + class_w - pad_w)
+                for a in tl.static_range(BOX_H):
+                    h = i + a
+                    if STEP_H == 2:
+                        h = (i + a) * 2 + (first_h * 2 + class_h - pad_h)
+                    store_row(
+                        dx, acc[a], n, h, v, c, c_inside, N, H, W, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+                        LAST, VEC_STORE, VEC_STORE if VEC_STORE < BOX_W else BOX_W,
+                    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
+def depthwise_wgrad(
+    dz, x, dw, db, N, H, W, P, Q, C, pad_h, pad_w, z_stride_n, z_stride_c, z_stride_h, z_stride_w,
+    stride_n, stride_c, stride_h, stride_w, boxes_per_split,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, WRITE_DB: tl.constexpr, ACC: tl.constexpr,
+    LAST: tl.constexpr, VEC: tl.constexpr, VEC_Z: tl.constexpr,
+    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dw[split] (C, 9) and db[split] (C,) of the boxes of split = program_id(1), BLOCK_C channels a program."""
+    split = tl.program_id(1)
+    c, c_inside = indices(tl.program_id(0) * BLOCK_C, C, BLOCK_C, VEC if LAST else 1)
+    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H) * tl.cdiv(Q, BOX_W)
+    acc = zeros(9, BOX_N * BOX_W, BLOCK_C, ACC)
+    sums = tl.zeros((BOX_N * BOX_W, BLOCK_C), ACC)
+    for box in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
+        n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
+        n, _, j = pixels(n, i, j, BOX_N, 1, BOX_W)
+        z = ()
+        for a in tl.static_range(BOX_H):
+            z_row = load_row(
+                dz, n, i + a, j, c, c_inside, N, P, Q, z_stride_n, z_stride_c, z_stride_h, z_stride_w,
+                LAST, VEC_Z, VEC_Z if VEC_Z < BOX_W else BOX_W, ACC,
+            )  # fmt: skip
+            z = z + (z_row,)
+            if WRITE_DB:
+                sums += z_row
+        for t in tl.static_range((BOX_H - 1) * STEP_H + 3):
+            for s in tl.static_range(3):
+                row = load_row(
+                    x, n, i * STEP_H + (t - pad_h), j * STEP_W + (s - pad_w), c, c_inside, N, H, W,
+                    stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1, ACC,
+                )  # fmt: skip
+                for a in tl.static_range(BOX_H):
+                    if t - a * STEP_H >= 0 and t - a * STEP_H <= 2:
+                        acc = replaced(acc, (t - a * STEP_H) * 3 + s, acc[(t - a * STEP_H) * 3 + s] + z[a] * row)
+    if WRITE_DB:
+        total = round_to(tl.sum(sums, 0), db.dtype.element_ty)
+        tl.store(db + split.to(tl.int64) * C + c, total, mask=c_inside)
+    for tap in tl.static_range(9):
+        total = round_to(tl.sum(acc[tap], 0), dw.dtype.element_ty)
+        tl.store(dw + ((split.to(tl.int64) * C + c) * 9 + tap), total, mask=c_inside)
+
+
+@triton.jit
+def replaced(tiles, INDEX: tl.constexpr, tile):
+    """`tiles` with another one at INDEX."""
+    result = ()
+    for k in tl.static_range(9):
+        if k == INDEX:
+            result = result + (tile,)
+        else:
+            result = result + (tiles[k],)
+    return result

@@ -1,0 +1,229 @@
+"""How the convolution's kernels are launched, as `launch.py` says it of the others: by rules, each with its reason.
+
+No setting has been measured on a GPU yet; `compiled` and `derived` as in `launch.py`.
+"""
+
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+
+from .launch import ITEMSIZE, Arch, Product, candidates, cdiv, fit, fitted, power_of_2, stages_that_fit
+
+Box = tuple[int, int, int]
+
+WORKSPACE = 32 << 20  # bytes that partial results may always take; cuDNN's algorithms ask for as much and more
+SMALL = 7  # input channels up to which nine taps of them fit the 64 summed elements of one product
+
+
+@dataclass(frozen=True)
+class Convolution(Product):
+    """Launch settings of a convolution as a product: block_i pixels in a box, block_j columns, block_l summed a step.
+
+    Of wgrad: block_l pixels in a box, which are summed, block_i output channels, block_j input channels.
+    """
+
+    box: Box = (1, 1, 1)  # images, rows, columns
+    bundle: int = 1  # groups that share a tile's columns; more than one make a block-diagonal product
+    flat: bool = False  # one loop over taps and channels
+    taps: int = 1  # of wgrad: taps of one row that a program sums, and reads dz once for
+
+    def columns(self, channels: int, groups: int) -> int:
+        """Tiles across the result's channels, `channels` of them in each group."""
+        return cdiv(self.bundle * channels, self.block_j) * cdiv(groups, self.bundle)
+
+    def boxes(self, n: int, p: int, q: int) -> int:
+        return cdiv(n, self.box[0]) * cdiv(p, self.box[1]) * cdiv(q, self.box[2])
+
+
+@dataclass(frozen=True)
+class Relayout:
+    """Launch settings of a pass from one layout to another: `tiles` tiles of block_p pixels, block_c channels."""
+
+    block_p: int
+    block_c: int
+    tiles: int
+    num_warps: int
+    reason: str
+
+
+@lru_cache(maxsize=4096)
+def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool) -> Box:
+    """The box of `pixels` pixels that covers n images of p × q with the least that lies outside.
+
+    Among those within an eighth of the least: the one with the smallest rim, for neighbouring boxes share it in L2, or
+    (wide: columns are contiguous in memory) the widest one.
+    """
+    boxes = [
+        (pixels // (rows * cols), rows, cols)
+        for rows in (1 << k for k in range(pixels.bit_length()))
+        for cols in (1 << k for k in range(pixels.bit_length()))
+        if rows * cols <= pixels
+    ]
+
+    def covered(box: Box) -> int:
+        return cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2])
+
+    least = min(map(covered, boxes))
+    near = [box for box in boxes if 8 * covered(box) <= 9 * least]
+    if wide:
+        return max(near, key=lambda box: (box[2], box[1]))
+    return min(near, key=lambda box: (box[0] * (box[1] + 2) * (box[2] + 2), covered(box), -box[2]))
+
+
+def bundle_of(groups: int, channels_in: int, channels_out: int) -> int:
+    """How many groups share a tile: one where it fills a matrix instruction's 16, else enough for 32 columns."""
+    if groups == 1 or min(channels_in, channels_out) >= 16:
+        return 1
+    return min(power_of_2(groups), max(1, 32 // max(channels_in, channels_out)))
+
+
+def convolution(product: Product, **more: object) -> Convolution:
+    """The settings of a product, and what a convolution needs besides."""
+    return Convolution(**{f.name: getattr(product, f.name) for f in fields(product)}, **more)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=4096)
+def choose_conv(
+    n: int, p: int, q: int, j: int, l: int, bundles: int, bundle: int, classes: int,
+    dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, whole: bool, wide: bool,
+) -> Convolution:  # fmt: skip
+    """Forward, or dgrad: n images of p × q pixels and j columns, summed over nine taps of l channels, for each bundle.
+
+    classes: of pixels that meet the same taps, each with p × q. whole: a step must not run past the l channels, for
+    behind them lie another bundle's, or the next pixel's. wide: the result's columns are contiguous.
+    """
+    i = n * p * q
+    tiles = candidates(9 * l, dtype, precision, arch, vec, tma)
+    if arch.has_tma and tiles[0].tma and j <= 64 and ITEMSIZE[dtype] == 2 and arch.backend != "interpreter":
+        # Derived: with all columns in one tile the weights are what is read again, once for each box: larger boxes.
+        tiles.insert(0, replace(tiles[0], block_i=256, block_j=64, num_stages=4, reason="256×64: few columns"))
+    # Compiled: unrolled taps keep a vector of addresses more than a product does; with 256 columns pointers spill.
+    tiles = [tile for tile in tiles if tile.tma or tile.block_j <= 128]
+    filling = [tile for tile in tiles if tile.tiles(i, j) * bundles * classes >= arch.processors]
+    chosen = fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
+    if chosen.tma and whole and l % chosen.block_l:
+        return choose_conv(
+            n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch,
+            vec=vec, tma=False, whole=whole, wide=wide,
+        )  # fmt: skip
+    if not chosen.tma and arch.backend != "interpreter" and chosen.block_i * chosen.block_j <= 128 * 64:
+        chosen = replace(chosen, num_warps=min(chosen.num_warps, 4))
+    # A loop over the channels of one tap that takes a single step can't be pipelined; one over all taps can.
+    flat = chosen.tma or (l <= chosen.block_l and chosen.num_warps <= 4)
+    return convolution(
+        replace(chosen, prefetch=False),
+        box=choose_box(chosen.block_i, n, p, q, wide=wide),
+        bundle=bundle,
+        flat=flat,
+    )
+
+
+@lru_cache(maxsize=4096)
+def choose_conv_wgrad(
+    n: int, p: int, q: int, o: int, c: int, bundles: int, bundle: int,
+    dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, whole_o: bool, whole_c: bool, spare: int,
+) -> Convolution:  # fmt: skip
+    """dw (o × c of each bundle, nine taps), summed over n images of p × q pixels, and split between programs.
+
+    spare: bytes that partial results may take, as in `choose_wgrad`. whole_o, whole_c: behind o and c lie no zeros.
+    """
+    tma = tma and arch.has_tma
+    size = ITEMSIZE[dtype]
+    # Derived: dz is read once for three taps. Compiled: three results of 128×128 fit the registers beside wgmma, which
+    # reads both operands from shared memory; where operands lie in registers, three of 64×64 do.
+    if arch.backend == "interpreter":
+        tile = Product(32, 32, 32, 1, 1, "interpreter", tma=tma)
+        taps = 3
+    elif size == 8:
+        tile, taps = Product(64, 64, 16, 8, 2, "float64: 64×64, one tap", max_registers=255), 1
+    elif size == 4:
+        tile, taps = Product(64, 64, 32, 8, 3, f"{precision}: 64×64, one tap", tma=tma, max_registers=255), 1
+    elif arch.has_tma:
+        tile, taps = Product(128, 128, 64, 8, 3, "128×128, three taps: dz is read once for them", tma=tma), 3
+    else:
+        tile, taps = Product(64, 64, 32, 4, 3, "64×64, three taps: dz is read once for them"), 3
+    if arch.backend == "hip":
+        tile = replace(tile, max_registers=None)
+    tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
+    if tile.tma and ((whole_o and o % tile.block_i) or (whole_c and c % tile.block_j)):
+        tile = replace(tile, tma=False)
+    stages = stages_that_fit(replace(tile, block_j=taps * tile.block_j), size, arch)
+    box = choose_box(tile.block_l, n, p, q, wide=False)
+    chosen = convolution(replace(tile, num_stages=stages), box=box, bundle=bundle, taps=taps)
+    programs = chosen.tiles(o, c) * bundles * (9 // taps)
+    most = max(
+        1, min(cdiv(chosen.boxes(n, p, q), 8), max(spare, WORKSPACE) // ((8 if size == 8 else 4) * 9 * o * c * bundles))
+    )
+    resident = arch.processors if taps * tile.block_i * tile.block_j > 128 * 128 else 2 * arch.processors
+    splits = max(1, min(resident // programs, most))
+    return replace(chosen, splits=even_splits(chosen.boxes(n, p, q), splits))
+
+
+def even_splits(boxes: int, splits: int) -> int:
+    """As many splits, or fewer, so that none is left without a box."""
+    return cdiv(boxes, cdiv(boxes, splits))
+
+
+@lru_cache(maxsize=4096)
+def choose_small(
+    n: int, p: int, q: int, o: int, c: int, dtype: str, arch: Arch, *, wide: bool, wgrad: bool
+) -> Convolution:
+    """Few input channels: one product of 9·c summed elements (of wgrad: columns) for a box of pixels."""
+    k = max(16, power_of_2(9 * c))
+    if arch.backend == "interpreter":
+        pixels, warps, reason = 32, 1, "interpreter"
+    elif ITEMSIZE[dtype] == 8:
+        pixels, warps, reason = 32, 4, "float64: two registers an element"
+    else:
+        pixels, warps, reason = 64 if wgrad else 128, 4, "the gathered tile and its addresses stay in registers"
+    channels = fit(32 if arch.backend == "interpreter" else 64, o)
+    box = choose_box(pixels, n, p, q, wide=wide)
+    if not wgrad:
+        return Convolution(pixels, channels, k, warps, 1, reason, box=box)
+    chosen = Convolution(channels, k, pixels, warps, 2, reason, box=box)
+    boxes = chosen.boxes(n, p, q)
+    # Derived: four programs a processor hide each other's gathers; splits of under four boxes mostly write results.
+    splits = max(1, min(4 * arch.processors // cdiv(o, channels), cdiv(boxes, 4)))
+    return replace(chosen, splits=even_splits(boxes, splits))
+
+
+@lru_cache(maxsize=4096)
+def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, last: bool, wgrad: bool) -> Convolution:
+    """Each channel by itself: a few rows of pixels × channels, wide in what is contiguous."""
+    if arch.backend == "interpreter":
+        elements, rows, reason = 256, 2, "interpreter"
+    else:
+        threads = 256 if arch.backend == "hip" else 128
+        elements, rows = threads * max(4, 16 // ITEMSIZE[dtype]), 4
+        reason = "16 bytes a thread to a row; four rows share what they read, 18 loads instead of 36"
+        if wgrad and not last:
+            elements //= 2  # compiled: nine sums of eight elements, and an address for each element, spill 732 bytes
+    if last:
+        channels = min(power_of_2(c), 64)
+        images, _, columns = choose_box(elements // channels, n, 1, q, wide=False)
+    else:
+        columns = min(power_of_2(q), 128)
+        channels = min(power_of_2(c), elements // columns)
+        images = elements // columns // channels
+    box = (images, min(rows, power_of_2(p)), columns)
+    most = 255 if arch.backend == "cuda" else None  # compiled: rounded down to a step of occupancy, float32 spills
+    chosen = Convolution(images * columns, channels, 1, 4, 1, reason, box=box, max_registers=most)
+    if not wgrad:
+        return chosen
+    boxes = chosen.boxes(n, p, q)
+    # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results.
+    splits = max(1, min(4 * arch.processors // cdiv(c, channels), cdiv(boxes, 4)))
+    return replace(chosen, splits=even_splits(boxes, splits))
+
+
+@lru_cache(maxsize=4096)
+def choose_relayout(n: int, p: int, c: int, dtype: str, arch: Arch) -> Relayout:
+    """A pass over n images of p pixels and c channels."""
+    if arch.backend == "interpreter":
+        return Relayout(32, 32, 2, 1, "interpreter")
+    block_c = min(64, max(8, power_of_2(c)))
+    block_p = min(2048 // block_c, max(16, power_of_2(p)))
+    if ITEMSIZE[dtype] == 8:
+        block_p = max(1, block_p // 2)
+    programs = max(1, 8 * arch.processors // cdiv(c, block_c))
+    tiles = cdiv(n * cdiv(p, block_p), programs)
+    return Relayout(block_p, block_c, tiles, 4, "16 elements a thread, 64 × 32: whole sectors on either side")

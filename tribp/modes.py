@@ -1,0 +1,53 @@
+"""Who looks on while torch runs: the compiler, a transform, a dispatch mode, autocast; and what that asks of us."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def dispatching() -> bool:
+    """Whether something looks on that sees operators but not kernel launches: the compiler, export, a dispatch mode."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch must compute by itself: inside torch.func, in forward mode, under jit.trace, for tensor subclasses.
+
+    A kernel would read the memory behind a wrapped tensor and return a result without its tangent, batch or trace.
+    """
+    if _transforming():
+        return True
+    if torch.compiler.is_compiling():  # fake tensors are subclasses too, and the operators take them
+        return False
+    return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
+
+
+def _constant_while_compiling(predicate: Callable[[], bool]) -> Callable[[], bool]:
+    """`torch.compiler.assume_constant_result`, which would import the whole compiler for setting this one mark."""
+    predicate._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return predicate
+
+
+@_constant_while_compiling  # and guarded: Dynamo has guards of its own on all three
+def _transforming() -> bool:
+    """Inside torch.func, in forward mode, or under jit.trace."""
+    functorch, tracing = torch._C._are_functorch_transforms_active(), torch._C._get_tracing_state()
+    return bool(functorch or tracing or forward_ad._current_level >= 0)
+
+
+@_constant_while_compiling  # asked directly, torch 2.11's Dynamo says yes to everyone
+def exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+def autocasting(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch has no autocast on meta, and raises
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """The tensor as autocast would hand it to torch's linear: everything but float64 in the autocast dtype."""
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))

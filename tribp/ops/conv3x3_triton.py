@@ -1,0 +1,355 @@
+"""The 3×3 convolution on the Triton kernels: which of them, on what layout, in which order. Imports triton.
+
+Three ways: `depthwise`, one channel a group; `small`, few input channels; and `dense`, everything else. The first two
+read either memory format where it lies. Dense wants channels side by side, in rows of whole 16 bytes, of x, dz and w:
+what lies otherwise goes through `relayout` first.
+"""
+
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..kernels import conv3x3, conv3x3_depthwise, conv3x3_small
+from ..kernels.launch import Arch, cdiv, precision_of
+from ..kernels.launch_conv3x3 import (
+    SMALL,
+    Convolution,
+    bundle_of,
+    choose_conv,
+    choose_conv_wgrad,
+    choose_depthwise,
+    choose_small,
+)
+from ..reference import Window
+from ..runtime import dtype_name
+from .images import (
+    Image,
+    channels_last_empty,
+    dense_image,
+    image,
+    lies_last,
+    output_grad,
+    packed,
+    padded,
+    readable,
+    relayout,
+)
+from .launching import Launch, accumulator, partials_of, sum_partials, vector_length
+
+if TYPE_CHECKING:
+    import triton
+
+
+def forward(
+    x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, window: Window, activation: str | None, arch: Arch, tf32: bool,
+    settings: Convolution | None = None,
+) -> Iterator[Launch]:  # fmt: skip
+    """The launches that write y = act(x ⋆ w + b), in order; each is to be run as it comes.
+
+    `settings` replaces the rules' choice for the convolution itself (tests and tuning).
+    """
+    (n, o, p, q), c = y.shape, x.shape[1]
+    ys = dense_image(y)
+    dtype, (_, acc) = dtype_name(x.dtype), accumulator(x.dtype)
+    precision = precision_of(dtype, tf32, arch)
+    sizes = (n, *x.shape[2:], p, q)
+    constants = dict(
+        HAS_BIAS=b is not None, SIGMOID=activation == "sigmoid", ACCURATE=x.dtype == torch.float32,
+        PTX=arch.backend != "hip", ACC=acc, LAST=ys.last, VEC_STORE=ys.vec,
+        STEP_H=window.stride[0], STEP_W=window.stride[1],
+    )  # fmt: skip
+    b = None if b is None else b.contiguous()
+    way = way_of(c, o, window.groups, x)
+    if way == "depthwise":
+        xs, w = readable(x, ys.last), w.contiguous()
+        s = settings or choose_depthwise(n, p, q, o, dtype, arch, last=ys.last, wgrad=False)
+        grid = s.boxes(n, p, q) * cdiv(o, s.block_j)
+        arguments = (xs.tensor, w, b, y, *sizes, o, *window.padding, *xs.strides, *ys.strides)
+        constants |= dict(VEC=xs.vec, BLOCK_C=s.block_j)
+        yield _launch(conv3x3_depthwise.depthwise_forward, (grid,), arguments, constants, s)
+        return
+    if way == "small":
+        w = _either_order(w)
+        s = settings or choose_small(n, p, q, o, c, dtype, arch, wide=not ys.last, wgrad=False)
+        grid = s.boxes(n, p, q) * cdiv(o, s.block_j)
+        arguments = (x, w, b, y, *sizes, o, *window.padding, *x.stride(), *ys.strides)
+        constants |= dict(C=c, TAPS_LAST=w.is_contiguous(), PRECISION=precision, BLOCK_J=s.block_j, BLOCK_K=s.block_l)
+        yield _launch(conv3x3_small.small_forward, (grid,), arguments, constants, s)
+        return
+    groups, og = window.groups, o // window.groups
+    xs = yield from packed(x, groups, arch)
+    cg = xs.tensor.shape[1] // groups
+    ws = yield from _packed_weight(w, o, cg, arch)
+    bundle = settings.bundle if settings else bundle_of(groups, cg, og)
+    bundles = cdiv(groups, bundle)
+    vec = _bundle_vec(xs, groups, bundle)
+    s = settings or choose_conv(
+        n, p, q, bundle * og, bundle * cg, bundles, bundle, 1, dtype, precision, arch,
+        vec=vec, tma=xs.tma and ws.tma and bundle == 1 and _steppable(x, window),
+        whole=bundles > 1 or window.stride[1] == 2, wide=not ys.last,
+    )  # fmt: skip
+    arguments = (
+        xs.argument(s.tma, s.box, s.block_l, window.stride), _weight_argument(ws, s.tma, s.block_j, s.block_l), b, y,
+        *sizes, groups, og, cg, *window.padding, *_without_channels(xs), *ys.strides,
+    )  # fmt: skip
+    constants |= _dense_constants(s, precision, vec, min(ws.vec, vec), _bundle_vec(ys, groups, bundle))
+    yield _launch(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, constants, s)
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, w: Tensor | None, y: Tensor | None, window: Window, arch: Arch, tf32: bool,
+    dx: Tensor | None, dw: Tensor | None, db: Tensor | None,
+    settings: Convolution | None = None, wgrad_settings: Convolution | None = None,
+) -> Iterator[Launch]:  # fmt: skip
+    """The launches that write those of dx, dw and db that are given, in order; each is to be run as it comes.
+
+    y is given if the activation is a sigmoid; x for dw, w for dx. `settings` and `wgrad_settings` replace the rules'
+    choices for dx and dw.
+    """
+    image_like = dx if dx is not None else x
+    c = image_like.shape[1] if image_like is not None else 0
+    way = way_of(c, dy.shape[1], window.groups, x)
+    if way == "small" and dw is not None and dx is None:
+        assert x is not None
+        last = lies_last(dy if y is None else y)
+        yield from _small_wgrad(readable(dy, last), y, x, dw, db, window, arch, tf32, wgrad_settings)
+        return
+    summed = y is not None or dw is None  # db: on the way to dz, else wgrad has it for nothing
+    needed = dx is not None or dw is not None
+    dz = yield from output_grad(dy, y, db if summed else None, needed, way != "depthwise", window.groups, arch)
+    if dw is not None:
+        assert x is not None
+        assert dz is not None
+        rest = (x, dw, None if summed else db, window, arch)
+        if way == "depthwise":
+            yield from _depthwise_wgrad(dz, *rest, wgrad_settings)
+        elif way == "small":
+            yield from _small_wgrad(dz, None, *rest, tf32, wgrad_settings)
+        else:
+            spare = (x.numel() if dx is not None else dy.numel()) * x.element_size()
+            yield from _dense_wgrad(dz, *rest, tf32, spare, wgrad_settings)
+    if dx is not None:
+        assert w is not None
+        assert dz is not None
+        if way == "depthwise":
+            yield _depthwise_dgrad(dz, w, dx, window, arch, settings)
+        else:
+            yield from _dense_dgrad(dz, w, dx, dy.shape[1], window, arch, tf32, settings)
+
+
+def way_of(c: int, o: int, groups: int, x: Tensor | None) -> str:
+    """Which kernels: "depthwise", "small" or "dense". c, o: input and output channels; x, if it is read.
+
+    `small` has 32 bits for an offset within an image.
+    """
+    if groups == c == o and groups > 1:
+        return "depthwise"
+    extent = 0 if x is None else sum((x.shape[d] - 1) * x.stride(d) for d in (1, 2, 3))
+    return "small" if groups == 1 and c <= SMALL and extent < 2**31 else "dense"
+
+
+def _dense_dgrad(
+    dz: Image, w: Tensor, dx: Tensor, o: int, window: Window, arch: Arch, tf32: bool, settings: Convolution | None
+) -> Iterator[Launch]:
+    (n, c, height, width), (sh, sw), groups = dx.shape, window.stride, window.groups
+    dtype, (_, acc) = dtype_name(dx.dtype), accumulator(dx.dtype)
+    precision = precision_of(dtype, tf32, arch)
+    out = dense_image(dx)
+    og = dz.tensor.shape[1] // groups  # with padding
+    cg = padded(c, dx.element_size()) if groups == 1 else c // groups
+    ws = yield from _packed_weight(w, og * groups, cg, arch)
+    bundle = settings.bundle if settings else bundle_of(groups, cg, og)
+    bundles = cdiv(groups, bundle)
+    vec = _bundle_vec(dz, groups, bundle)
+    p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
+    s = settings or choose_conv(
+        n, p, q, bundle * (c // groups), bundle * og, bundles, bundle, sh * sw, dtype, precision, arch,
+        vec=vec, tma=dz.tma and ws.tma and bundle == 1, whole=bundles > 1, wide=not out.last,
+    )  # fmt: skip
+    arguments = (
+        dz.argument(s.tma, s.box, s.block_l), _weight_argument(ws, s.tma, s.block_l, s.block_j), dx,
+        n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding,
+        *_without_channels(dz), *out.strides,
+    )  # fmt: skip
+    vec_store = 1 if sw == 2 and not out.last else _bundle_vec(out, groups, bundle)
+    constants = dict(
+        STEP_H=sh, STEP_W=sw, ACC=acc, LAST=out.last,
+        **_dense_constants(s, precision, vec, min(ws.vec, vec if bundle > 1 else ws.vec), vec_store),
+    )  # fmt: skip
+    grid = (s.boxes(n, p, q) * s.columns(c // groups, groups), sh * sw)
+    yield _launch(conv3x3.dgrad, grid, arguments, constants, s)
+
+
+def _dense_wgrad(
+    dz: Image, x: Tensor, dw: Tensor, db: Tensor | None, window: Window, arch: Arch, tf32: bool, spare: int,
+    settings: Convolution | None,
+) -> Iterator[Launch]:  # fmt: skip
+    n, groups, (o, cg, *_) = x.shape[0], window.groups, dw.shape
+    p, q = dz.tensor.shape[2:]
+    dtype, (partial, acc) = dtype_name(x.dtype), accumulator(x.dtype)
+    precision = precision_of(dtype, tf32, arch)
+    xs = yield from packed(x, groups, arch)
+    og = o // groups
+    bundle = settings.bundle if settings else bundle_of(groups, cg, og)
+    bundles = cdiv(groups, bundle)
+    vec_o, vec_c = _bundle_vec(dz, groups, bundle), _bundle_vec(xs, groups, bundle)
+    s = settings or choose_conv_wgrad(
+        n, p, q, bundle * og, bundle * cg, bundles, bundle, dtype, precision, arch,
+        vec=min(vec_o, vec_c), tma=dz.tma and xs.tma and _steppable(x, window),
+        whole_o=bundles > 1, whole_c=bundles > 1 or window.stride[1] == 2, spare=spare,
+    )  # fmt: skip
+    shares, sums = partials_of(dw, s.splits, partial, (o, 9, cg)), partials_of(db, s.splits, partial)
+    assert shares is not None
+    in_order = dw.is_contiguous(memory_format=torch.channels_last)
+    arguments = (
+        dz.argument(s.tma, s.box, s.block_i), xs.argument(s.tma, s.box, s.block_j, window.stride), shares, sums,
+        n, *x.shape[2:], p, q, groups, og, cg, dz.tensor.shape[1] // groups, xs.tensor.shape[1] // groups,
+        *window.padding, *_without_channels(dz), *_without_channels(xs), cdiv(s.boxes(n, p, q), s.splits),
+    )  # fmt: skip
+    constants = dict(
+        WRITE_DB=sums is not None, TAPS=s.taps, STEP_H=window.stride[0], STEP_W=window.stride[1],
+        DIAGONAL=bundle > 1, BUNDLE=bundle, TMA=s.tma, TAPS_LAST=s.splits == 1 and not in_order,
+        ACC=acc, PRECISION=precision, VEC_O=vec_o, VEC_C=vec_c, VEC_STORE=vector_length(shares.element_size(), cg),
+        BLOCK_O=s.block_i, BLOCK_C=s.block_j,
+    )  # fmt: skip
+    yield _launch(
+        conv3x3.wgrad, (s.tiles(bundle * og, bundle * cg) * bundles * (9 // s.taps), s.splits), arguments, constants, s
+    )
+    if s.splits > 1:
+        yield sum_partials(shares, dw, arch, None if in_order else (9, cg))
+        if sums is not None and db is not None:
+            yield sum_partials(sums, db, arch)
+
+
+def _small_wgrad(
+    dz: Image, y: Tensor | None, x: Tensor, dw: Tensor, db: Tensor | None, window: Window, arch: Arch, tf32: bool,
+    settings: Convolution | None,
+) -> Iterator[Launch]:  # fmt: skip
+    """With y, `dz` holds dy."""
+    (n, c, *_), o, (p, q) = x.shape, dw.shape[0], dz.tensor.shape[2:]
+    dtype, (partial, acc) = dtype_name(x.dtype), accumulator(x.dtype)
+    s = settings or choose_small(n, p, q, o, c, dtype, arch, wide=not dz.last, wgrad=True)
+    ys = None if y is None else readable(y, dz.last)
+    shares, sums = partials_of(dw, s.splits, partial), partials_of(db, s.splits, partial)
+    arguments = (
+        dz.tensor, None if ys is None else ys.tensor, x, shares, sums, n, *x.shape[2:], p, q, o, *window.padding,
+        *x.stride(), *dz.strides, *(dz if ys is None else ys).strides, cdiv(s.boxes(n, p, q), s.splits),
+    )  # fmt: skip
+    vec = min(dz.vec, vector_length(x.element_size(), o) if dz.last else dz.vec, dz.vec if ys is None else ys.vec)
+    constants = dict(
+        C=c, TAPS_LAST=dw.is_contiguous(), STEP_H=window.stride[0], STEP_W=window.stride[1],
+        FUSE_DZ=ys is not None, WRITE_DB=sums is not None, ACC=acc, PRECISION=precision_of(dtype, tf32, arch),
+        LAST=dz.last, VEC=vec, BLOCK_O=s.block_i, BLOCK_K=s.block_j,
+    )  # fmt: skip
+    yield _launch(conv3x3_small.small_wgrad, (cdiv(o, s.block_i), s.splits), arguments, constants, s)
+    yield from _sums(shares, dw, sums, db, arch)
+
+
+def _depthwise_wgrad(
+    dz: Image, x: Tensor, dw: Tensor, db: Tensor | None, window: Window, arch: Arch, settings: Convolution | None
+) -> Iterator[Launch]:
+    (n, c, *_), (p, q) = x.shape, dz.tensor.shape[2:]
+    partial, acc = accumulator(x.dtype)
+    s = settings or choose_depthwise(n, p, q, c, dtype_name(x.dtype), arch, last=dz.last, wgrad=True)
+    xs = readable(x, dz.last)
+    shares, sums = partials_of(dw, s.splits, partial), partials_of(db, s.splits, partial)
+    arguments = (
+        dz.tensor, xs.tensor, shares, sums, n, *x.shape[2:], p, q, c, *window.padding, *dz.strides, *xs.strides,
+        cdiv(s.boxes(n, p, q), s.splits),
+    )  # fmt: skip
+    constants = dict(
+        STEP_H=window.stride[0], STEP_W=window.stride[1], WRITE_DB=sums is not None, ACC=acc,
+        LAST=dz.last, VEC=xs.vec, VEC_Z=dz.vec, BLOCK_C=s.block_j,
+    )  # fmt: skip
+    yield _launch(conv3x3_depthwise.depthwise_wgrad, (cdiv(c, s.block_j), s.splits), arguments, constants, s)
+    yield from _sums(shares, dw, sums, db, arch)
+
+
+def _depthwise_dgrad(
+    dz: Image, w: Tensor, dx: Tensor, window: Window, arch: Arch, settings: Convolution | None
+) -> Launch:
+    (n, c, height, width), (sh, sw) = dx.shape, window.stride
+    out = dense_image(dx)
+    dz = readable(dz.tensor, out.last)
+    p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
+    s = settings or choose_depthwise(n, p, q, c, dtype_name(dx.dtype), arch, last=out.last, wgrad=False)
+    arguments = (
+        dz.tensor, w.contiguous(), dx, n, height, width, *dz.tensor.shape[2:], c, *window.padding,
+        *dz.strides, *out.strides,
+    )  # fmt: skip
+    constants = dict(
+        STEP_H=sh, STEP_W=sw, ACC=accumulator(dx.dtype)[1], LAST=out.last, VEC=dz.vec,
+        VEC_STORE=1 if sw == 2 and not out.last else out.vec, BLOCK_C=s.block_j,
+    )  # fmt: skip
+    grid = (s.boxes(n, p, q) * cdiv(c, s.block_j), sh * sw)
+    return _launch(conv3x3_depthwise.depthwise_dgrad, grid, arguments, constants, s)
+
+
+def _launch(
+    kernel: "triton.JITFunction[Any]", grid: tuple[int, ...], arguments: tuple[object, ...],
+    constants: dict[str, Any], s: Convolution,
+) -> Launch:  # fmt: skip
+    box = dict(zip(("BOX_N", "BOX_H", "BOX_W"), s.box, strict=True))
+    return Launch(kernel, grid, arguments, constants | box, s.num_warps, s.num_stages, s.max_registers)
+
+
+def _dense_constants(s: Convolution, precision: str, vec: int, vec_w: int, vec_store: int) -> dict[str, object]:
+    return dict(
+        DIAGONAL=s.bundle > 1, BUNDLE=s.bundle, FLAT=s.flat, TMA=s.tma, PRECISION=precision,
+        VEC=vec, VEC_W=vec_w, VEC_STORE=vec_store, BLOCK_J=s.block_j, BLOCK_L=s.block_l, GROUP=s.group,
+    )  # fmt: skip
+
+
+def _either_order(w: Tensor) -> Tensor:
+    """A weight whose nine taps and input channels are one dense row, whichever of them comes first."""
+    dense = w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last)
+    return w if dense else w.contiguous()
+
+
+def _steppable(x: Tensor, window: Window) -> bool:
+    """Whether descriptors can step over x: with an odd number of rows, the last pair would hold the next image's."""
+    return all(length % step == 0 for length, step in zip(x.shape[2:], window.stride, strict=True))
+
+
+def _bundle_vec(image: Image, groups: int, bundle: int) -> int:
+    """Elements that divide all that `image.vec` does, and a bundle's channels, of the last and shorter one too."""
+    if groups == 1 or not image.last:
+        return image.vec
+    channels = image.tensor.shape[1] // groups
+    return min(image.vec, vector_length(image.tensor.element_size(), bundle * channels, groups % bundle * channels))
+
+
+def _without_channels(image: Image) -> tuple[int, int, int]:
+    return image.strides[0], image.strides[2], image.strides[3]
+
+
+def _weight_argument(w: Image, use_tma: bool, rows: int, cols: int) -> object:
+    """The kernel argument: the tensor itself, or a descriptor of tiles of one tap."""
+    if not use_tma:
+        return w.tensor
+    o, c = w.tensor.shape[:2]
+    return TensorDescriptor(w.tensor, [o, 9, c], [9 * c, c, 1], [rows, 1, cols])
+
+
+def _packed_weight(w: Tensor, rows: int, cols: int, arch: Arch) -> "Generator[Launch, None, Image]":
+    """w as (rows, 9, cols) in memory, with zeros where it has no such output or input channel."""
+    if w.shape[:2] == (rows, cols) and w.is_contiguous(memory_format=torch.channels_last):
+        return image(w, True)
+    out = channels_last_empty(w, cols)
+    if rows > w.shape[0]:
+        out = torch.empty((rows, cols, 3, 3), dtype=w.dtype, device=w.device, memory_format=torch.channels_last)
+        out[w.shape[0] :].zero_()
+    yield from relayout(w, None, out[: w.shape[0]], None, arch)
+    return image(out, True)
+
+
+def _sums(shares: Tensor | None, dw: Tensor, sums: Tensor | None, db: Tensor | None, arch: Arch) -> Iterator[Launch]:
+    """The second pass over the partial results of dw and db, if there is more than one."""
+    if shares is None or shares.shape[0] == 1:
+        return
+    yield sum_partials(shares, dw, arch)
+    if sums is not None and db is not None:
+        yield sum_partials(sums, db, arch)

@@ -1,0 +1,176 @@
+"""Images in memory: how kernels read them, and the pass that brings them into an order that kernels can read."""
+
+from collections.abc import Generator, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..kernels import common
+from ..kernels import relayout as kernels
+from ..kernels.launch import Arch, cdiv
+from ..kernels.launch_conv3x3 import Box, choose_relayout
+from ..runtime import dtype_name
+from .launching import Launch, accumulator, partials_of, sum_partials, vector_length
+
+
+class Image(NamedTuple):
+    """A tensor (N, C, H, W) as kernels read it: which dimension is contiguous, and how wide an access can be."""
+
+    tensor: Tensor
+    strides: tuple[int, int, int, int]  # of N, C, H, W; those of dimensions of length 1 as if it were dense
+    last: bool  # channels are contiguous; else columns are
+    vec: int  # elements, 16 bytes at most, that divide the other strides, the contiguous length and the address
+    tma: bool  # whether a tensor descriptor can describe it
+
+    def argument(self, use_tma: bool, box: Box, channels: int, step: tuple[int, int] = (1, 1)) -> object:
+        """The kernel argument: the tensor itself, or a descriptor of boxes of every step-th pixel."""
+        if not use_tma:
+            return self.tensor
+        (n, c, h, w), (stride_n, _, stride_h, stride_w), (sh, sw) = self.tensor.shape, self.strides, step
+        return TensorDescriptor(
+            self.tensor,
+            [n, cdiv(h, sh), sh, cdiv(w, sw), (sw - 1) * stride_w + c],
+            [stride_n, stride_h * sh, stride_h, stride_w * sw, 1],
+            [box[0], box[1], 1, box[2], channels],
+        )
+
+
+def image(tensor: Tensor, last: bool) -> Image:
+    """`tensor`, whose channels (last) or columns are contiguous."""
+    size, stride = tensor.shape, list(tensor.stride())
+    extent = 1
+    for d in (1, 3, 2, 0) if last else (3, 2, 1, 0):
+        if size[d] == 1:
+            stride[d] = extent
+        extent = max(extent, stride[d] * size[d])
+    itemsize, inner = tensor.element_size(), 1 if last else 3
+    others = [stride[d] for d in range(4) if d != inner]
+    aligned = tensor.data_ptr() % 16 == 0
+    vec = vector_length(itemsize, size[inner], *others) if aligned else 1
+    unit = 16 if common.INTERPRETED else 16 // itemsize  # a descriptor's strides; Triton 3.5's interpreter wants 16
+    tma = last and aligned and all(s > 0 and s % unit == 0 for s in others)
+    return Image(tensor, (stride[0], stride[1], stride[2], stride[3]), last, vec, tma)
+
+
+def padded(channels: int, itemsize: int) -> int:
+    """The channels, and as many more as make a row of whole 16 bytes."""
+    return cdiv(channels, 16 // itemsize) * (16 // itemsize)
+
+
+def lies_last(tensor: Tensor) -> bool:
+    """Whether to take a tensor (N, C, H, W) for channels_last: if it is, and not at the same time contiguous."""
+    return tensor.stride(1) == 1 and not tensor.is_contiguous()
+
+
+def dense_image(tensor: Tensor) -> Image:
+    """A tensor that tribp allocated: contiguous or channels_last."""
+    return image(tensor, lies_last(tensor))
+
+
+def readable(tensor: Tensor, last: bool) -> Image:
+    """The tensor with contiguous channels (last) or columns; torch copies what has neither."""
+    if tensor.shape[1 if last else 3] > 1 and tensor.stride(1 if last else 3) != 1:
+        tensor = tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return image(tensor, last)
+
+
+def packed(tensor: Tensor, groups: int, arch: Arch) -> "Generator[Launch, None, Image]":
+    """The tensor as dense kernels read it: channels side by side, at least four bytes to an access.
+
+    Derived: cp.async moves four bytes or more, so two-byte reads are not pipelined, and there are nine of each element.
+    Two for a copy of all cost less. It has rows of whole 16 bytes, unless groups follow each other in them.
+    """
+    if fits_dense(tensor):
+        return image(tensor, True)
+    channels = padded(tensor.shape[1], tensor.element_size()) if groups == 1 else tensor.shape[1]
+    out = channels_last_empty(tensor, channels)
+    yield from relayout(tensor, None, out, None, arch)
+    return image(out, True)
+
+
+def fits_dense(tensor: Tensor) -> bool:
+    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        return False
+    return image(tensor, True).vec * tensor.element_size() >= 4
+
+
+def output_grad(
+    dy: Tensor, y: Tensor | None, db: Tensor | None, needed: bool, dense: bool, groups: int, arch: Arch
+) -> "Generator[Launch, None, Image | None]":
+    """dz, which is dy or dy·y·(1 − y), in the layout that its readers want, and db if it is to be summed here."""
+    last = dense or lies_last(dy if y is None else y)
+    dz: Image | None = None
+    out: Tensor | None = None
+    if needed and y is None and (fits_dense(dy) if dense else dy.stride(1 if last else 3) == 1):
+        dz = image(dy, last)
+    elif needed:
+        channels = padded(dy.shape[1], dy.element_size()) if dense and groups == 1 else dy.shape[1]
+        out = channels_last_empty(dy, channels) if last else torch.empty_like(dy, memory_format=torch.contiguous_format)
+        dz = image(out, last)
+    if out is not None or db is not None:
+        yield from relayout(dy, y, out, db, arch)
+    return dz
+
+
+def channels_last_empty(like: Tensor, channels: int) -> Tensor:
+    size = (like.shape[0], channels, *like.shape[2:])
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def relayout(src: Tensor, y: Tensor | None, dst: Tensor | None, db: Tensor | None, arch: Arch) -> Iterator[Launch]:
+    """dst = src, or src·y·(1 − y), and db its sums over images and pixels; with zeros in the channels dst has more."""
+    n, c, height, width = src.shape
+    pixels, channels = height * width, c if dst is None else dst.shape[1]
+    s = choose_relayout(n, pixels, channels, dtype_name(src.dtype), arch)
+    programs = cdiv(n * cdiv(pixels, s.block_p), s.tiles)
+    partial, acc = accumulator(src.dtype)
+    sums = partials_of(db, programs, partial)
+    found = [planes(t) for t in (src, y, dst)]
+    constants: dict[str, object] = dict(
+        HAS_Y=y is not None, WRITE_DST=dst is not None, WRITE_DB=db is not None, ACC=acc,
+        VEC_P=vector_length(src.element_size(), pixels), VEC_C=vector_length(src.element_size(), c),
+        VEC_DST=vector_length(src.element_size(), channels), BLOCK_P=s.block_p, BLOCK_C=s.block_c,
+    )  # fmt: skip
+    for name, plane in zip(("SRC", "Y", "DST"), found, strict=True):
+        constants |= {f"{name}_PIXELS": plane.pixels, f"{name}_CHANNELS": plane.channels, f"{name}_VEC": plane.vec}
+    yield Launch(
+        kernels.relayout,
+        (programs, cdiv(channels, s.block_c)),
+        (
+            *(plane.tensor for plane in found), sums, n, pixels, c, channels, s.tiles,
+            *(stride for plane in found for stride in plane.strides),
+        ),
+        constants,
+        s.num_warps,
+    )  # fmt: skip
+    if sums is not None and db is not None and programs > 1:
+        yield sum_partials(sums, db, arch)
+
+
+class Planes(NamedTuple):
+    """A tensor (N, C, H, W) as (N, C, H·W)."""
+
+    tensor: Tensor | None
+    strides: tuple[int, int, int]  # of images, pixels, channels
+    pixels: bool  # contiguous are the pixels
+    channels: bool  # or the channels
+    vec: int
+
+
+def planes(tensor: Tensor | None) -> Planes:
+    """torch copies a tensor whose rows do not follow each other at one distance."""
+    if tensor is None:
+        return Planes(None, (0, 0, 0), False, False, 1)
+    c, height, width = tensor.shape[1:]
+    if height > 1 and width > 1 and tensor.stride(2) != width * tensor.stride(3):
+        tensor = tensor.contiguous()
+    of_n, of_c, of_h, of_w = tensor.stride()
+    of_p = of_w if width > 1 else of_h
+    pixels, channels = of_p == 1 and height * width > 1, of_c == 1
+    pixels = pixels and not (channels and c > 1)
+    others = (of_n, of_c) if pixels else (of_n, of_p)
+    aligned = tensor.data_ptr() % 16 == 0
+    vec = vector_length(tensor.element_size(), *others) if aligned and (pixels or channels) else 1
+    return Planes(tensor, (of_n, of_p, of_c), pixels, channels and not pixels, vec)
