@@ -17,8 +17,11 @@ FLOORS = {
     "reference": set(),
     "runtime": {"kernels.launch", "kernels.common"},
     "ops": {"runtime", "reference", "kernels"},
-    "functional": {"ops", "runtime", "reference"},
-    "nn": {"functional"},
+    "modes": set(),
+    "arguments": {"runtime", "reference"},
+    "functional": {"arguments", "modes", "ops", "runtime", "reference"},
+    "nn": {"arguments", "functional"},
+    "fusion": {"nn", "arguments"},
     "optim": {"runtime", "reference", "kernels", "ops.launching"},
     "demo": {"functional", "nn", "optim", "runtime"},
 }

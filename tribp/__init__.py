@@ -3,7 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional, nn, optim
-from .functional import linear_sigmoid
+from .functional import conv3x3, linear_sigmoid
+from .fusion import fuse, unfuse
 from .runtime import use_backend
 
 try:
@@ -11,4 +12,4 @@ try:
 except PackageNotFoundError:  # a checkout that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["functional", "linear_sigmoid", "nn", "optim", "use_backend"]
+__all__ = ["conv3x3", "functional", "fuse", "linear_sigmoid", "nn", "optim", "unfuse", "use_backend"]

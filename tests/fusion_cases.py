@@ -1,0 +1,121 @@
+"""Models that `tribp.fuse` is tried on, and what tests ask of them."""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tribp.fusion import Report
+
+
+class BasicBlock(nn.Module):
+    """ResNet's: what follows the convolutions stands in the code."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.downsample: nn.Module | None = None
+        if stride != 1:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 7, 2, 3, bias=False)
+        self.layer1 = nn.Sequential(BasicBlock(4, 4, 1), BasicBlock(4, 4, 1))
+        self.layer2 = nn.Sequential(BasicBlock(4, 8, 2), BasicBlock(8, 8, 1))
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer2(self.layer1(self.stem(x))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Gate(nn.Module):
+    """Children in a list and in a dictionary, and one sigmoid for several places."""
+
+    def __init__(self, act: nn.Sigmoid) -> None:
+        super().__init__()
+        self.act = act
+        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, (1, 3), padding=(0, 1))])
+        self.heads = nn.ModuleDict(
+            {
+                "a": nn.Sequential(nn.Linear(4, 4), act, nn.Sequential(nn.Linear(4, 4, bias=False), act)),
+                "b": nn.Sequential(OrderedDict(first=nn.Linear(4, 4), drop=nn.Dropout(0.0), sigmoid=act)),
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = self.act(conv(x))
+        return self.heads["a"](x.mean((2, 3))) + self.heads["b"](x.amax((2, 3)))  # type: ignore[no-any-return]
+
+
+class Nested(nn.Module):
+    """A block used twice under two names, a convolution used with and without a sigmoid, one weight in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        act = nn.Sigmoid()
+        self.gate = self.again = Gate(act)
+        self.conv = nn.Conv2d(2, 4, 3, padding="same", padding_mode="circular")
+        self.body = nn.Sequential(self.conv, act)
+        self.tail = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2, padding="valid"), act, nn.Conv2d(4, 4, 3, 2, 1), act)
+        self.head = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), nn.Sigmoid())
+        self.head[2].weight = self.head[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x) + self.conv(x)
+        features = self.gate(y) * self.again(y.square()) + self.tail(x).mean((2, 3))
+        return self.head(features)  # type: ignore[no-any-return]
+
+
+def lenet() -> nn.Module:
+    return nn.Sequential(
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), nn.Sigmoid(), nn.AvgPool2d(2),
+            nn.Conv2d(4, 4, 3), nn.Sigmoid(), nn.AvgPool2d(2),
+            nn.Conv2d(4, 4, 5, padding=2), nn.Sigmoid(),
+        ),
+        nn.Flatten(),
+        nn.Sequential(nn.Linear(16, 8), nn.Sigmoid(), nn.Linear(8, 8, bias=False), nn.Sigmoid(), nn.Linear(8, 3)),
+    )  # fmt: skip
+
+
+MODELS = {"lenet": lenet, "resnet": ResNet, "nested": Nested}
+
+
+def image() -> Tensor:
+    """What all of them take."""
+    return torch.randn(3, 2, 12, 12)
+
+
+def sigmoid_after(module: nn.Module) -> nn.Sequential:
+    return nn.Sequential(module, nn.Sigmoid())
+
+
+def reasons(report: Report) -> dict[str, str]:
+    return {left.name: left.reason for left in report.left}
+
+
+def kinds(model: nn.Module) -> list[str]:
+    return [type(child).__name__ for child in model.children()]
+
+
+def changed(module: nn.Module, **values: object) -> nn.Module:
+    for name, value in values.items():
+        setattr(module, name, value)
+    return module
+
+
+def hooked(module: nn.Module, kind: str = "forward_hook") -> nn.Module:
+    getattr(module, f"register_{kind}")(lambda *_: None)
+    return module
