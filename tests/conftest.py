@@ -93,7 +93,7 @@ def demo() -> SimpleNamespace:
 
     for extra in program.EXTRAS:
         pytest.importorskip(extra)
-    names = ("digits", "picture", "report", "training")
+    names = ("digits", "models", "picture", "report", "training")
     return SimpleNamespace(**{name: importlib.import_module(f"tribp.demo.{name}") for name in names})
 
 

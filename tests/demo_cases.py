@@ -8,6 +8,7 @@ import torch
 
 import tribp
 from tribp.demo.methods import METHODS
+from tribp.demo.models import MODELS
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,8 +19,15 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def new_training(demo: SimpleNamespace, seed: int = 0, **changed: Any) -> Any:
     generator = torch.Generator().manual_seed(seed)
     data = demo.digits.load(torch.device("cpu"), generator)
-    settings = {"method": METHODS["adam"], "batch_size": 16, "epochs": 3, "lr": 0.01, "epsilon": 0.1} | changed
-    return demo.training.Training(data, generator, **settings)
+    settings: dict[str, Any] = {
+        "model": "mlp",
+        "method": METHODS["adam"],
+        "batch_size": 16,
+        "epochs": 3,
+        "lr": 0.01,
+    } | changed
+    settings["model"] = model = MODELS[settings["model"]]
+    return demo.training.Training(data, generator, **{"epsilon": model.epsilon} | settings)
 
 
 TWINS: dict[

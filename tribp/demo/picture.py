@@ -13,7 +13,6 @@ from .training import Training
 BETA = 0.9
 WINDOW = 100  # steps; a third of all where there are fewer than three windows of them
 MEMORY = 1000  # digits that the averages of a comparison go back: one number for every batch size
-LOSS = "loss ½ Σ (output − target)²"
 
 
 def draw(training: Training, title: str, path: Path) -> None:
@@ -33,7 +32,11 @@ def draw(training: Training, title: str, path: Path) -> None:
     loss.plot(
         steps[window - 1 :], averages.simple(losses, window), color="tab:blue", label=f"SMA, window of {window} steps"
     )
-    loss.set(xlabel=f"step (batches of {training.batch_size:,})", ylabel=LOSS, yscale="log")
+    loss.set(
+        xlabel=f"step (batches of {training.batch_size:,})",
+        ylabel=f"{training.model.loss.name}\n{training.model.loss.formula}",
+        yscale="log",
+    )
     loss.legend()
 
     accuracy.plot(epochs, training.accuracies, color="tab:blue", marker="o", label="training digits")
@@ -51,6 +54,7 @@ def compare(trainings: Mapping[str, Training], title: str, path: Path) -> None:
     """Write the losses of `trainings`, each under its name, to `path`: EMAs over about MEMORY digits, by epochs."""
     figure = _figure(title)
     axes = figure.subplots()
+    (loss,) = {training.model.loss for training in trainings.values()}
     for i, (name, training) in enumerate(trainings.items()):
         size, digits = training.batch_size, len(training.digits.labels)
         epochs = [size * step / digits for step in range(1, len(training.losses) + 1)]
@@ -58,7 +62,9 @@ def compare(trainings: Mapping[str, Training], title: str, path: Path) -> None:
         label = f"{name}: {training.held_out_accuracies[-1]:.1f} % right"
         style = "--" if i % 2 else "-"  # a line that lies on its neighbour hides it only in part
         axes.plot(epochs, averages.exponential(training.losses, beta), style, linewidth=1.5, label=label)
-    axes.set(xlabel="epochs (times every digit was used)", ylabel=f"{LOSS}, EMA over {MEMORY:,} digits")
+    axes.set(
+        xlabel="epochs (times every digit was used)", ylabel=f"{loss.name} {loss.formula}, EMA over {MEMORY:,} digits"
+    )
     axes.set(xscale="log", yscale="log", xlim=(0.01, None))  # before that the averages have little to go by
     axes.legend(loc="lower left")
     axes.grid(alpha=0.3, which="both")
@@ -68,7 +74,7 @@ def compare(trainings: Mapping[str, Training], title: str, path: Path) -> None:
 def _figure(title: str) -> Figure:
     figure = Figure(figsize=(9, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=9)  # the layers of the CNN take one line, just
     return figure
 
 

@@ -1,5 +1,6 @@
 """What the program prints."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,20 +13,25 @@ from .. import runtime
 from . import checks as demo
 from . import digits, picture
 from .methods import COMPARED, METHODS
-from .training import SIZES, Training
+from .models import MODELS, Model
+from .training import Training
 
 
-def checks(device: torch.device) -> bool:
-    """Print every check with the number expected beside the one found; whether all are right."""
-    difference = demo.network_gradient_difference(device)
-    small = difference < demo.BOUND
+def checks(device: torch.device, model: str) -> bool:
+    """Print every check of what `model` consists of, with the number expected beside the one found; all are right?"""
     print("Gradient check, float64: the library's gradients against central differences, two layers, every parameter")
-    print(f"  largest relative difference {difference:.1e}, must be under {demo.BOUND:.0e}  {_mark(small)}")
+    small = _gradient_check(demo.network_gradient_difference(device))
+    if model == "cnn":
+        print("  and for two convolutions with sigmoid and max pooling before a layer, under the CNN's loss")
+        small &= _gradient_check(demo.convolutional_gradient_difference(device))
 
     examples = {
         "y = σ(w x + b) at x = 1, w = 0.5, b = 0.5": demo.single_unit(device),
         "network 2-2-1, its gradients, and the change ΔW by one step of SGD, lr = 0.01": demo.two_two_one(device),
     }
+    if model == "cnn":
+        title = "3×3 convolution of the rows 1 2 3 4, 5 6 7 8, … with w of rows 1 0 −1, an edge finder; S = Σ y"
+        examples[title] = demo.convolution(device)
     print("\nWorked examples, float64; the expected gradients come from float32 and are right to 7e-6 of each")
     for title, rows in examples.items():
         print(f"\n  {title}", flush=True)
@@ -40,8 +46,15 @@ def checks(device: torch.device) -> bool:
     return small and all(row.right for rows in examples.values() for row in rows) and sentence is not None
 
 
+def _gradient_check(difference: float) -> bool:
+    small = difference < demo.BOUND
+    print(f"  largest relative difference {difference:.1e}, must be under {demo.BOUND:.0e}  {_mark(small)}")
+    return small
+
+
 def training(
     device: torch.device,
+    model: str,
     optimizer: str,
     batch_size: int | None,
     epochs: int,
@@ -53,9 +66,11 @@ def training(
     """Train, print how it went, and draw it. Ctrl-C raises a KeyboardInterrupt that says how far it came."""
     generator = torch.Generator().manual_seed(seed)
     data = digits.load(device, generator)
-    method = METHODS[optimizer]
-    run = Training(data, generator, method=method, batch_size=batch_size, epochs=epochs, lr=lr, epsilon=epsilon)
-    _introduce(data, epsilon, seed)
+    network, method = MODELS[model], METHODS[optimizer]
+    run = Training(
+        data, generator, model=network, method=method, batch_size=batch_size, epochs=epochs, lr=lr, epsilon=epsilon
+    )
+    _introduce(data, network, epsilon, seed)
     print(f"  optimizer  {method}, learning rate {lr:g}, falling linearly to 0")
     print(f"             beside it, with plain torch: {method.twin}")
     print(f"  batches    of {run.batch_size:,}, {run.steps_per_epoch:,} per epoch; epochs: {epochs:,}", flush=True)
@@ -72,16 +87,20 @@ def training(
     table.add_row("largest difference of a parameter", f"{run.difference:.1e}", "")
     print()
     console.print(table)
-    print(f"Time: median of {steps:,} steps, the two networks in turn on the same batches; difference: after epoch 1.")
+    print(
+        f"Time: median of {steps:,} steps, the two networks in turn on the same batches; difference: after epoch 1,\n"
+        "grown from the rounding of float32."
+    )
 
-    picture.draw(run, f"tribp: {_network()} on MNIST, {method.ours}, learning rate {lr:g}, ε = {epsilon:g}", output)
+    settings = f"{network.parameters:,} parameters, {method}, learning rate {lr:g}, ε = {epsilon:g}"
+    picture.draw(run, f"tribp: {network.name} on MNIST\n{network}\n{settings}", output)
     print(f"Picture: {output.resolve()}")
     print(f"held-out accuracy: {run.held_out_accuracies[-1]:.1f} %")
 
 
 def comparison(device: torch.device, epochs: int, epsilon: float, seed: int, output: Path) -> None:
     """Train once with each of COMPARED, print a table, and draw their losses. Ctrl-C as in `training`."""
-    generator = torch.Generator().manual_seed(seed)
+    network, generator = MODELS["mlp"], torch.Generator().manual_seed(seed)
     data = digits.load(device, generator)
     runs: list[Training] = []
     for run in COMPARED:
@@ -90,12 +109,12 @@ def comparison(device: torch.device, epochs: int, epsilon: float, seed: int, out
         method, often = METHODS[run.optimizer], run.epochs(epochs)
         runs.append(
             Training(
-                data, own, method=method, batch_size=run.batch_size, epochs=often, lr=run.lr, epsilon=epsilon,
-                compared_steps=0,
+                data, own, model=network, method=method, batch_size=run.batch_size, epochs=often, lr=run.lr,
+                epsilon=epsilon, compared_steps=0,
             )
         )  # fmt: skip
     batch, stochastic = (run.epochs for run in runs[:2])
-    _introduce(data, epsilon, seed)
+    _introduce(data, network, epsilon, seed)
     print(f"  methods    {len(runs)}, each from these weights and with its own learning rate, falling linearly to 0")
     print(f"  epochs     {epochs:,}; {stochastic:,} for stochastic gradient descent, with its many steps of one digit,")
     print(f"             and {batch:,} for batch gradient descent, which makes but one step in each", flush=True)
@@ -121,13 +140,17 @@ def comparison(device: torch.device, epochs: int, epsilon: float, seed: int, out
     print(f"Rate: of the first step; final loss: over all {len(data.labels):,} training digits.")
 
     lines = {run.name: training for run, training in zip(COMPARED, runs, strict=True)}
-    picture.compare(lines, f"tribp: {_network()} on MNIST, ε = {epsilon:g}", output)
+    picture.compare(
+        lines, f"tribp: {network.name} on MNIST\n{network}\n{network.parameters:,} parameters, ε = {epsilon:g}", output
+    )
     print(f"Picture: {output.resolve()}")
 
 
-def _introduce(data: digits.Digits, epsilon: float, seed: int) -> None:
-    print(f"\nTraining {_network()}, sigmoid after both layers, on {len(data.labels):,} MNIST digits")
-    print("  loss       ½ Σ (output − target)², mean over the batch; target 1 for the digit, else 0")
+def _introduce(data: digits.Digits, model: Model, epsilon: float, seed: int) -> None:
+    print(f"\nTraining the {model.name}, {model.parameters:,} parameters, on {len(data.labels):,} MNIST digits")
+    print(f"  layers     {model}")
+    print(f"  loss       {model.loss.name} {model.loss.formula}, mean over the batch;")
+    print("             target 1 for the digit, else 0")
     print(f"  weights    from U(−ε, ε), ε = {epsilon:g}, seed {seed}")
 
 
@@ -147,10 +170,6 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def _network() -> str:
-    return "-".join(map(str, SIZES))
-
-
 def _console() -> Console:
     return Console(highlight=False)
 
@@ -166,8 +185,8 @@ def _mark(right: bool) -> str:
     return "✓" if right else "✗"
 
 
-def _written(numbers: list[float]) -> str:
-    return ", ".join(f"{number:#.6g}" for number in numbers)
+def _written(numbers: Sequence[float]) -> str:
+    return ", ".join(str(n) if isinstance(n, int) else f"{n:#.6g}" for n in numbers)
 
 
 def _backend(tensor: torch.Tensor) -> str:

@@ -1,6 +1,5 @@
-"""The network 784-128-10 of tribp trained on the digits, and the same network in plain torch beside it."""
+"""A network of tribp trained on the digits, and the same network in plain torch beside it."""
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -9,47 +8,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn import LinearSigmoid
-from .checks import half_squared_error
-from .digits import CLASSES, Digits
+from .digits import Digits
+from .losses import Loss
 from .methods import Method
+from .models import CLASSES, Model, in_plain_torch
 
-SIZES = (784, 128, CLASSES)
 COMPARED_STEPS = 20  # plain torch stops after the first epoch that ends with as many steps timed
-
-
-def network(epsilon: float, generator: torch.Generator) -> nn.Sequential:
-    """Layers of tribp, all parameters uniform in [−ε, ε]."""
-    layers = nn.Sequential(*(LinearSigmoid(k, n) for k, n in itertools.pairwise(SIZES)))
-    with torch.no_grad():
-        for parameter in layers.parameters():
-            parameter.uniform_(-epsilon, epsilon, generator=generator)
-    return layers
-
-
-def in_plain_torch(layers: nn.Sequential) -> nn.Sequential:
-    """`nn.Linear` and `nn.Sigmoid` with the same parameters."""
-    twins: list[nn.Module] = []
-    for layer in layers:
-        assert isinstance(layer, LinearSigmoid)
-        linear = nn.Linear(layer.in_features, layer.out_features)
-        linear.load_state_dict(layer.state_dict())
-        twins += [linear, nn.Sigmoid()]
-    return nn.Sequential(*twins)
 
 
 class Learner:
     """A network with its optimizer, and the time each compared step took."""
 
-    def __init__(self, layers: nn.Sequential, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        self.layers, self.optimizer = layers, optimizer
+    def __init__(self, layers: nn.Sequential, optimizer: torch.optim.Optimizer, loss: Loss, steps: int) -> None:
+        self.layers, self.optimizer, self.loss = layers, optimizer, loss
         self.schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         self.seconds: list[float] = []
 
     def gradients(self, images: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward; returns the loss."""
         self.optimizer.zero_grad()
-        loss = half_squared_error(self.layers(images), targets)
+        loss = self.loss(self.layers(images), targets)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -76,6 +54,7 @@ class Training:
         digits: Digits,
         generator: torch.Generator,
         *,
+        model: Model,
         method: Method,
         batch_size: int | None,
         epochs: int,
@@ -83,17 +62,17 @@ class Training:
         epsilon: float,
         compared_steps: int = COMPARED_STEPS,
     ) -> None:
-        self.digits, self.generator, self.compared_steps = digits, generator, compared_steps
+        self.digits, self.generator, self.model, self.compared_steps = digits, generator, model, compared_steps
         self.device = digits.images.device
         self.batch_size = min(batch_size or len(digits.labels), len(digits.labels))
         self.steps_per_epoch = -(-len(digits.labels) // self.batch_size)
         self.targets = F.one_hot(digits.labels, CLASSES).to(digits.images.dtype)
         self.epochs, self.steps = epochs, epochs * self.steps_per_epoch
-        layers = network(epsilon, generator)
+        layers = model.network(epsilon, generator)
         twin = in_plain_torch(layers).to(self.device)
-        self.plain = Learner(twin, method.their_optimizer(twin.parameters(), lr), self.steps)
+        self.plain = Learner(twin, method.their_optimizer(twin.parameters(), lr), model.loss, self.steps)
         layers.to(self.device)
-        self.tribp = Learner(layers, method.optimizer(layers.parameters(), lr), self.steps)
+        self.tribp = Learner(layers, method.optimizer(layers.parameters(), lr), model.loss, self.steps)
         self.losses: list[float] = []  # of every step
         self.accuracies: list[float] = []  # percent on the training digits, after every epoch
         self.held_out_accuracies: list[float] = []
@@ -142,7 +121,7 @@ class Training:
     @torch.no_grad()
     def final_loss(self) -> float:
         """The loss over all training digits, as the network is now."""
-        return half_squared_error(self.tribp.layers(self.digits.images), self.targets).item()
+        return self.model.loss(self.tribp.layers(self.digits.images), self.targets).item()
 
     def _synchronize(self, wanted: bool) -> None:
         if wanted and self.device.type == "cuda":
