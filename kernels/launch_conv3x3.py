@@ -43,6 +43,12 @@ class Relayout:
     tiles: int
     num_warps: int
     reason: str
+    max_registers: int | None = None
+
+
+def unrounded(arch: Arch) -> int | None:
+    """The limit that makes ptxas take what it needs; compiled, it rounds down to a step of occupancy, and spills."""
+    return 255 if arch.backend == "cuda" else None
 
 
 @lru_cache(maxsize=4096)
@@ -105,12 +111,12 @@ def choose_conv(
             n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch,
             vec=vec, tma=False, whole=whole, wide=wide,
         )  # fmt: skip
-    if not chosen.tma and arch.backend != "interpreter" and chosen.block_i * chosen.block_j <= 128 * 64:
+    if not chosen.tma and ITEMSIZE[dtype] == 2 and chosen.block_i * chosen.block_j <= 128 * 64:
         chosen = replace(chosen, num_warps=min(chosen.num_warps, 4))
     # A loop over the channels of one tap that takes a single step can't be pipelined; one over all taps can.
     flat = chosen.tma or (l <= chosen.block_l and chosen.num_warps <= 4)
     return convolution(
-        replace(chosen, prefetch=False),
+        replace(chosen, prefetch=False, max_registers=chosen.max_registers if chosen.tma else unrounded(arch)),
         box=choose_box(chosen.block_i, n, p, q, wide=wide),
         bundle=bundle,
         flat=flat,
@@ -134,25 +140,23 @@ def choose_conv_wgrad(
         tile = Product(32, 32, 32, 1, 1, "interpreter", tma=tma)
         taps = 3
     elif size == 8:
-        tile, taps = Product(64, 64, 16, 8, 2, "float64: 64×64, one tap", max_registers=255), 1
+        tile, taps = Product(64, 64, 16, 8, 2, "float64: 64×64, one tap"), 1
     elif size == 4:
-        tile, taps = Product(64, 64, 32, 8, 3, f"{precision}: 64×64, one tap", tma=tma, max_registers=255), 1
+        tile, taps = Product(64, 64, 32, 8, 3, f"{precision}: 64×64, one tap", tma=tma), 1
     elif arch.has_tma:
         tile, taps = Product(128, 128, 64, 8, 3, "128×128, three taps: dz is read once for them", tma=tma), 3
     else:
-        tile, taps = Product(64, 64, 32, 4, 3, "64×64, three taps: dz is read once for them"), 3
-    if arch.backend == "hip":
-        tile = replace(tile, max_registers=None)
-    tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
+        tile, taps = Product(64, 64, 32, 8, 3, "64×64, three taps: dz is read once for them"), 3
+    limit = unrounded(arch) if size >= 4 or not arch.has_tma else None
+    tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c), max_registers=limit)
     if tile.tma and ((whole_o and o % tile.block_i) or (whole_c and c % tile.block_j)):
         tile = replace(tile, tma=False)
     stages = stages_that_fit(replace(tile, block_j=taps * tile.block_j), size, arch)
     box = choose_box(tile.block_l, n, p, q, wide=False)
     chosen = convolution(replace(tile, num_stages=stages), box=box, bundle=bundle, taps=taps)
     programs = chosen.tiles(o, c) * bundles * (9 // taps)
-    most = max(
-        1, min(cdiv(chosen.boxes(n, p, q), 8), max(spare, WORKSPACE) // ((8 if size == 8 else 4) * 9 * o * c * bundles))
-    )
+    share = max(size, 4) * 9 * o * c * bundles
+    most = max(1, min(cdiv(chosen.boxes(n, p, q), 8), max(spare, WORKSPACE) // share))
     resident = arch.processors if taps * tile.block_i * tile.block_j > 128 * 128 else 2 * arch.processors
     splits = max(1, min(resident // programs, most))
     return replace(chosen, splits=even_splits(chosen.boxes(n, p, q), splits))
@@ -173,13 +177,15 @@ def choose_small(
         pixels, warps, reason = 32, 1, "interpreter"
     elif ITEMSIZE[dtype] == 8:
         pixels, warps, reason = 32, 4, "float64: two registers an element"
+    elif ITEMSIZE[dtype] == 4:
+        pixels, warps, reason = 64, 4, "float32: both halves of tf32x3 in registers"
     else:
         pixels, warps, reason = 64 if wgrad else 128, 4, "the gathered tile and its addresses stay in registers"
-    channels = fit(32 if arch.backend == "interpreter" else 64, o)
+    channels = fit(64 if ITEMSIZE[dtype] <= 4 and arch.backend != "interpreter" else 32, o)
     box = choose_box(pixels, n, p, q, wide=wide)
     if not wgrad:
-        return Convolution(pixels, channels, k, warps, 1, reason, box=box)
-    chosen = Convolution(channels, k, pixels, warps, 2, reason, box=box)
+        return Convolution(pixels, channels, k, warps, 1, reason, box=box, max_registers=unrounded(arch))
+    chosen = Convolution(channels, k, pixels, warps, 2, reason, box=box, max_registers=unrounded(arch))
     boxes = chosen.boxes(n, p, q)
     # Derived: four programs a processor hide each other's gathers; splits of under four boxes mostly write results.
     splits = max(1, min(4 * arch.processors // cdiv(o, channels), cdiv(boxes, 4)))
@@ -195,8 +201,8 @@ def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, 
         threads = 256 if arch.backend == "hip" else 128
         elements, rows = threads * max(4, 16 // ITEMSIZE[dtype]), 4
         reason = "16 bytes a thread to a row; four rows share what they read, 18 loads instead of 36"
-        if wgrad and not last:
-            elements //= 2  # compiled: nine sums of eight elements, and an address for each element, spill 732 bytes
+        if wgrad and (not last or ITEMSIZE[dtype] == 8):
+            elements //= 2  # compiled: nine sums, and an address for each element or two registers, spill
     if last:
         channels = min(power_of_2(c), 64)
         images, _, columns = choose_box(elements // channels, n, 1, q, wide=False)
@@ -205,8 +211,7 @@ def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, 
         channels = min(power_of_2(c), elements // columns)
         images = elements // columns // channels
     box = (images, min(rows, power_of_2(p)), columns)
-    most = 255 if arch.backend == "cuda" else None  # compiled: rounded down to a step of occupancy, float32 spills
-    chosen = Convolution(images * columns, channels, 1, 4, 1, reason, box=box, max_registers=most)
+    chosen = Convolution(images * columns, channels, 1, 4, 1, reason, box=box, max_registers=unrounded(arch))
     if not wgrad:
         return chosen
     boxes = chosen.boxes(n, p, q)
@@ -226,4 +231,5 @@ def choose_relayout(n: int, p: int, c: int, dtype: str, arch: Arch) -> Relayout:
         block_p = max(1, block_p // 2)
     programs = max(1, 8 * arch.processors // cdiv(c, block_c))
     tiles = cdiv(n * cdiv(p, block_p), programs)
-    return Relayout(block_p, block_c, tiles, 4, "16 elements a thread, 64 × 32: whole sectors on either side")
+    reason = "16 elements a thread, 64 × 32: whole sectors on either side"
+    return Relayout(block_p, block_c, tiles, 4, reason, unrounded(arch))

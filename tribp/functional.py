@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference, runtime
 from .arguments import check_conv3x3, check_dtypes, check_linear
-from .modes import autocast, autocasting, dispatching, exporting, transformed
+from .modes import autocast, autocasting, dispatching, exporting, transformed, wrapped
 from .ops import conv3x3 as conv_ops
 from .ops import linear_sigmoid as linear_ops
 from .reference import Window
@@ -86,9 +86,9 @@ class _LinearSigmoid(torch.autograd.Function):
         device = grad.device.type
         # Backward under autocast, which torch advises against, would cast the operands of float32 products.
         with torch.autocast(device, enabled=False) if autocasting(device) else nullcontext():
-            if torch.is_grad_enabled() or transformed(grad):
-                # Under create_graph=True, for whoever differentiates the gradient again needs torch's own operations;
-                # or for a batch of gradients (is_grads_batched=True), which is wrapped.
+            if torch.is_grad_enabled() or wrapped(grad):
+                # Only under create_graph=True, for whoever differentiates the gradient again needs torch's own
+                # operations, or where torch asks for many gradients at once (is_grads_batched=True).
                 return reference.linear_sigmoid_backward(grad, input, weight, output, needs)
             return linear_ops.backward(grad, input, weight, output, needs, "triton")
 
@@ -189,7 +189,7 @@ class _Conv3x3(torch.autograd.Function):
             return dx, dw, db, None, None
         device = grad.device.type
         with torch.autocast(device, enabled=False) if autocasting(device) else nullcontext():
-            if torch.is_grad_enabled() or transformed(grad):  # as for linear_sigmoid
+            if torch.is_grad_enabled() or wrapped(grad):  # as for linear_sigmoid
                 grads = reference.conv3x3_backward(grad, input, weight, output, ctx.input_size, window, needs)
             else:
                 grads = conv_ops.backward(

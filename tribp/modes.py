@@ -24,6 +24,11 @@ def transformed(*tensors: Tensor | None) -> bool:
     return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
 
 
+def wrapped(grad: Tensor) -> bool:
+    """Whether a gradient is no plain memory: `transformed`, or of the older vmap that `is_grads_batched=True` runs."""
+    return transformed(grad) or bool(torch._C._functorch.is_legacy_batchedtensor(grad))
+
+
 def _constant_while_compiling(predicate: Callable[[], bool]) -> Callable[[], bool]:
     """`torch.compiler.assume_constant_result`, which would import the whole compiler for setting this one mark."""
     predicate._dynamo_marked_constant = True  # type: ignore[attr-defined]

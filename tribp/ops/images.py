@@ -144,6 +144,7 @@ def relayout(src: Tensor, y: Tensor | None, dst: Tensor | None, db: Tensor | Non
         ),
         constants,
         s.num_warps,
+        max_registers=s.max_registers,
     )  # fmt: skip
     if sums is not None and db is not None and programs > 1:
         yield sum_partials(sums, db, arch)
