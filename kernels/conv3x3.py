@@ -38,9 +38,12 @@ SIZES = [
 
 @triton.jit
 def box_at(index, rows, cols, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
-    """(image, row, column) of the first pixel of a box, of all those that cover images of rows × cols."""
-    across = tl.cdiv(cols, BOX_W)
-    down = tl.cdiv(rows, BOX_H)
+    """(image, row, column) of the first pixel of a box, of all those that cover images of rows × cols.
+
+    With a stride of 2 and one row or column, a class of dx's pixels has none: then all that is asked for lies outside.
+    """
+    across = tl.maximum(tl.cdiv(cols, BOX_W), 1)
+    down = tl.maximum(tl.cdiv(rows, BOX_H), 1)
     return index // across // down * BOX_N, index // across % down * BOX_H, index % across * BOX_W
 
 
@@ -62,13 +65,14 @@ def offsets(n, h, w, N, H, W, stride_n, stride_h, stride_w, VEC: tl.constexpr):
 
 @triton.jit
 def load_box(
-    src, n, i, j, dh, dw, channel, limit, N, H, W, stride_n, stride_h, stride_w,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
+    src, n, i, j, dh, dw, channel, limit, N, H, W, stride_n, stride_h, stride_w, rows, cols,
+    WITHIN: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """src[n, i·STEP_H + dh, j·STEP_W + dw, channel …] for the pixels of a box: (pixels, BLOCK), zeros outside.
 
     A descriptor has five dimensions, (N, H / STEP_H, STEP_H, W / STEP_W, STEP_W · C): every STEP-th row is a box in it.
+    WITHIN: zeros also for the pixels of the box from `rows` and `cols` on; a descriptor's box must not have any.
     """
     if TMA:
         at_h = i + (dh >> (STEP_H - 1))  # STEP is 1 or 2, and a shift rounds down where a division would round to zero
@@ -80,6 +84,8 @@ def load_box(
         at, inside = offsets(
             m_n, m_i * STEP_H + dh, m_j * STEP_W + dw, N, H, W, stride_n, stride_h, stride_w, VEC
         )  # fmt: skip
+        if WITHIN:
+            inside = inside & (m_i < rows) & (m_j < cols)
         c, c_inside = indices(channel, limit, BLOCK, VEC)
         tile = tl.load(src + (at[:, None] + c[None, :]), mask=inside[:, None] & c_inside[None, :], other=0.0)
     return tile
@@ -240,7 +246,7 @@ def convolve(
             tap = (TAP_H + t_h * TAP_STEP_H) * 3 + TAP_W + t_w * TAP_STEP_W
             a = load_box(
                 src, n, i, j, first_h + SIGN * t_h, first_w + SIGN * t_w, start + l, start + length, N, H, W,
-                stride_n, stride_h, stride_w, STEP_H, STEP_W, TMA, VEC, BOX_N, BOX_H, BOX_W, BLOCK_L,
+                stride_n, stride_h, stride_w, 0, 0, False, STEP_H, STEP_W, TMA, VEC, BOX_N, BOX_H, BOX_W, BLOCK_L,
             )  # fmt: skip
             b = load_weight(w, tap, l, col, first, members, OG, CG, DGRAD, DIAGONAL, TMA, VEC_W, BLOCK_L, BLOCK_J)
             acc = dot(a, b, acc, PRECISION)
@@ -251,14 +257,15 @@ def convolve(
                 for l in range(0, length, BLOCK_L):
                     a = load_box(
                         src, n, i, j, first_h + SIGN * t_h, first_w + SIGN * t_w, start + l, start + length, N, H, W,
-                        stride_n, stride_h, stride_w, STEP_H, STEP_W, TMA, VEC, BOX_N, BOX_H, BOX_W, BLOCK_L,
+                        stride_n, stride_h, stride_w, 0, 0, False, STEP_H, STEP_W, TMA, VEC,
+                        BOX_N, BOX_H, BOX_W, BLOCK_L,
                     )  # fmt: skip
                     b = load_weight(
                         w, tap, l, col, first, members, OG, CG, DGRAD, DIAGONAL, TMA, VEC_W, BLOCK_L, BLOCK_J
                     )
                     acc = dot(a, b, acc, PRECISION)
     if DIAGONAL:
-        # A zero between two groups times an infinity of one is NaN in the other; where there is one, go without zeros.
+        # A zero between two groups times an infinity of one is NaN in the other: where there is one, go without zeros.
         # (One sum over both axes: with a reduction along either, Triton 3.7 does not compile for sm_100.)
         if tl.sum((acc != acc).to(tl.int32)) > 0:
             acc = convolve_by_group(
@@ -418,13 +425,14 @@ def wgrad(
         n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
         z_tile = load_box(
             dz, n, i, j, 0, 0, start_o, length_o, N, P, Q, z_stride_n, z_stride_h, z_stride_w,
-            1, 1, TMA, VEC_O, BOX_N, BOX_H, BOX_W, BLOCK_O,
+            0, 0, False, 1, 1, TMA, VEC_O, BOX_N, BOX_H, BOX_W, BLOCK_O,
         )  # fmt: skip
         added = ()
         for t in tl.static_range(TAPS):
+            # Where dz does not exist its zero must meet a zero: an infinity of x would make it NaN.
             x_tile = load_box(
-                x, n, i, j, r - pad_h, s + t - pad_w, start_c, length_c, N, H, W, stride_n, stride_h, stride_w,
-                STEP_H, STEP_W, TMA, VEC_C, BOX_N, BOX_H, BOX_W, BLOCK_C,
+                x, n, i, j, r - pad_h, s + t - pad_w, start_c, length_c, N, H, W, stride_n, stride_h, stride_w, P, Q,
+                True, STEP_H, STEP_W, TMA, VEC_C, BOX_N, BOX_H, BOX_W, BLOCK_C,
             )  # fmt: skip
             added = added + (dot(tl.trans(z_tile), x_tile, acc[t], PRECISION),)
         acc = added

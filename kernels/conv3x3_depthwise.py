@@ -153,11 +153,14 @@ def depthwise_dgrad(
 def depthwise_wgrad(
     dz, x, dw, db, N, H, W, P, Q, C, pad_h, pad_w, z_stride_n, z_stride_c, z_stride_h, z_stride_w,
     stride_n, stride_c, stride_h, stride_w, boxes_per_split,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr, WRITE_DB: tl.constexpr, ACC: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, WRITE_DB: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
     LAST: tl.constexpr, VEC: tl.constexpr, VEC_Z: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dw[split] (C, 9) and db[split] (C,) of the boxes of split = program_id(1), BLOCK_C channels a program."""
+    """dw[split] (C, 9) and db[split] (C,) of the boxes of split = program_id(1), BLOCK_C channels a program.
+
+    Where dz does not exist its zero must meet a zero, for an infinity of x would make it NaN. WHOLE: all rows exist.
+    """
     split = tl.program_id(1)
     c, c_inside = indices(tl.program_id(0) * BLOCK_C, C, BLOCK_C, VEC if LAST else 1)
     boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H) * tl.cdiv(Q, BOX_W)
@@ -181,9 +184,14 @@ def depthwise_wgrad(
                     x, n, i * STEP_H + (t - pad_h), j * STEP_W + (s - pad_w), c, c_inside, N, H, W,
                     stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1, ACC,
                 )  # fmt: skip
+                row = tl.where((j < Q)[:, None], row, 0.0)
                 for a in tl.static_range(BOX_H):
                     if t - a * STEP_H >= 0 and t - a * STEP_H <= 2:
-                        acc = replaced(acc, (t - a * STEP_H) * 3 + s, acc[(t - a * STEP_H) * 3 + s] + z[a] * row)
+                        tap: tl.constexpr = (t - a * STEP_H) * 3 + s
+                        met = row
+                        if not WHOLE:
+                            met = tl.where(i + a < P, row, 0.0)
+                        acc = replaced(acc, tap, acc[tap] + z[a] * met)
     if WRITE_DB:
         total = round_to(tl.sum(sums, 0), db.dtype.element_ty)
         tl.store(db + split.to(tl.int64) * C + c, total, mask=c_inside)

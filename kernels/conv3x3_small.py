@@ -18,10 +18,11 @@ SIZES = ["N", "H", "W", "P", "Q", "O", "pad_h", "pad_w"]
 
 @triton.jit
 def gather(
-    x, n, i, j, N, H, W, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
+    x, n, i, j, N, H, W, P, Q, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
     C: tl.constexpr, TAPS_LAST: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """g for the pixels (n, i, j): (pixels, BLOCK_K), zeros outside the image and from k = 9·C on.
+    """g for the pixels (n, i, j): (pixels, BLOCK_K), zeros outside the image, from k = 9·C on, and for pixels that y
+    has not: a zero of dz must not meet an infinity there.
 
     Within an image of under 2³¹ elements 32 bits hold an offset, and there are 9·C of them for each pixel.
     """
@@ -37,7 +38,7 @@ def gather(
     h = (i * STEP_H)[:, None] + r[None, :]
     v = (j * STEP_W)[:, None] + s[None, :]
     within = (h.to(tl.uint32) < H.to(tl.uint32)) & (v.to(tl.uint32) < W.to(tl.uint32))  # a negative one is a large one
-    inside = within & (n < N)[:, None] & (k < 9 * C)[None, :]
+    inside = within & ((n < N) & (i < P) & (j < Q))[:, None] & (k < 9 * C)[None, :]
     image = tl.where(n < N, n, 0).to(tl.int64) * stride_n
     pixel = i * STEP_H * stride_h + j * STEP_W * stride_w
     shift = c * stride_c + r * stride_h + s * stride_w
@@ -60,8 +61,9 @@ def small_forward(
     n, i, j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
     col = tl.program_id(0) % columns * BLOCK_J
     g = gather(
-        x, n, i, j, N, H, W, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w, C, TAPS_LAST, STEP_H, STEP_W, BLOCK_K
-    )
+        x, n, i, j, N, H, W, P, Q, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
+        C, TAPS_LAST, STEP_H, STEP_W, BLOCK_K,
+    )  # fmt: skip
     o, o_inside = indices(col, O, BLOCK_J, 1)
     k, k_inside = indices(0, 9 * C, BLOCK_K, 1)
     w_tile = tl.load(w + (k[:, None] + o[None, :] * (9 * C)), mask=k_inside[:, None] & o_inside[None, :], other=0.0)
@@ -107,7 +109,7 @@ def small_wgrad(
         if WRITE_DB:
             sums += z.to(ACC)
         g = gather(
-            x, n, i, j, N, H, W, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
+            x, n, i, j, N, H, W, P, Q, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
             C, TAPS_LAST, STEP_H, STEP_W, BLOCK_K,
         )  # fmt: skip
         acc = dot(tl.trans(round_to(z, g.dtype)), g, acc, PRECISION)

@@ -52,11 +52,11 @@ def unrounded(arch: Arch) -> int | None:
 
 
 @lru_cache(maxsize=4096)
-def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool) -> Box:
+def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False, whole: bool = False) -> Box:
     """The box of `pixels` pixels that covers n images of p × q with the least that lies outside.
 
     Among those within an eighth of the least: the one with the smallest rim, for neighbouring boxes share it in L2, or
-    (wide: columns are contiguous in memory) the widest one.
+    (wide: columns are contiguous in memory) the widest. whole: one whose rows and columns divide the image's, if any.
     """
     boxes = [
         (pixels // (rows * cols), rows, cols)
@@ -70,6 +70,8 @@ def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool) -> Box:
 
     least = min(map(covered, boxes))
     near = [box for box in boxes if 8 * covered(box) <= 9 * least]
+    if whole:
+        near = [box for box in near if p % box[1] == q % box[2] == 0] or near
     if wide:
         return max(near, key=lambda box: (box[2], box[1]))
     return min(near, key=lambda box: (box[0] * (box[1] + 2) * (box[2] + 2), covered(box), -box[2]))
@@ -104,6 +106,11 @@ def choose_conv(
         tiles.insert(0, replace(tiles[0], block_i=256, block_j=64, num_stages=4, reason="256×64: few columns"))
     # Compiled: unrolled taps keep a vector of addresses more than a product does; with 256 columns pointers spill.
     tiles = [tile for tile in tiles if tile.tma or tile.block_j <= 128]
+    if bundle > 1 and arch.backend != "interpreter":
+        # Compiled: an address for each element, where groups are taken apart, spills at 128×32 with Triton 3.6; in
+        # float64, or four times in one kernel, at 64×32.
+        rows = 16 if ITEMSIZE[dtype] == 8 else 64 if classes == 1 else 32
+        tiles = [replace(tiles[-1], block_i=rows, block_j=32, num_warps=4, reason="groups are few columns")]
     filling = [tile for tile in tiles if tile.tiles(i, j) * bundles * classes >= arch.processors]
     chosen = fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
     if chosen.tma and whole and l % chosen.block_l:
@@ -132,27 +139,30 @@ def choose_conv_wgrad(
 
     spare: bytes that partial results may take, as in `choose_wgrad`. whole_o, whole_c: behind o and c lie no zeros.
     """
-    tma = tma and arch.has_tma
     size = ITEMSIZE[dtype]
     # Derived: dz is read once for three taps. Compiled: three results of 128×128 fit the registers beside wgmma, which
     # reads both operands from shared memory; where operands lie in registers, three of 64×64 do.
     if arch.backend == "interpreter":
-        tile = Product(32, 32, 32, 1, 1, "interpreter", tma=tma)
-        taps = 3
+        tile, taps = Product(32, 32, 32, 1, 1, "interpreter"), 3
     elif size == 8:
         tile, taps = Product(64, 64, 16, 8, 2, "float64: 64×64, one tap"), 1
     elif size == 4:
-        tile, taps = Product(64, 64, 32, 8, 3, f"{precision}: 64×64, one tap", tma=tma), 1
-    elif arch.has_tma:
-        tile, taps = Product(128, 128, 64, 8, 3, "128×128, three taps: dz is read once for them", tma=tma), 3
+        tile, taps = Product(64, 64, 32, 8, 3, f"{precision}: 64×64, one tap"), 1
+    elif tma and arch.has_tma:
+        tile, taps = Product(128, 128, 64, 8, 3, "128×128, three taps: dz is read once for them"), 3
     else:
         tile, taps = Product(64, 64, 32, 8, 3, "64×64, three taps: dz is read once for them"), 3
-    limit = unrounded(arch) if size >= 4 or not arch.has_tma else None
-    tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c), max_registers=limit)
-    if tile.tma and ((whole_o and o % tile.block_i) or (whole_c and c % tile.block_j)):
-        tile = replace(tile, tma=False)
+    tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
+    box = choose_box(tile.block_l, n, p, q, whole=True)
+    # A descriptor knows x's edges, but not dz's: pixels that dz has not must be zero in x too.
+    outside = p % box[1] or q % box[2] or (whole_o and o % tile.block_i) or (whole_c and c % tile.block_j)
+    if tma and outside:
+        return choose_conv_wgrad(
+            n, p, q, o, c, bundles, bundle, dtype, precision, arch,
+            vec=vec, tma=False, whole_o=whole_o, whole_c=whole_c, spare=spare,
+        )  # fmt: skip
+    tile = replace(tile, tma=tma and arch.has_tma, max_registers=unrounded(arch) if size >= 4 or not tma else None)
     stages = stages_that_fit(replace(tile, block_j=taps * tile.block_j), size, arch)
-    box = choose_box(tile.block_l, n, p, q, wide=False)
     chosen = convolution(replace(tile, num_stages=stages), box=box, bundle=bundle, taps=taps)
     programs = chosen.tiles(o, c) * bundles * (9 // taps)
     share = max(size, 4) * 9 * o * c * bundles
@@ -178,7 +188,7 @@ def choose_small(
     elif ITEMSIZE[dtype] == 8:
         pixels, warps, reason = 32, 4, "float64: two registers an element"
     elif ITEMSIZE[dtype] == 4:
-        pixels, warps, reason = 64, 4, "float32: both halves of tf32x3 in registers"
+        pixels, warps, reason = 32 if wgrad else 64, 4, "float32: both halves of tf32x3 in registers"
     else:
         pixels, warps, reason = 64 if wgrad else 128, 4, "the gathered tile and its addresses stay in registers"
     channels = fit(64 if ITEMSIZE[dtype] <= 4 and arch.backend != "interpreter" else 32, o)
@@ -205,7 +215,7 @@ def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, 
             elements //= 2  # compiled: nine sums, and an address for each element or two registers, spill
     if last:
         channels = min(power_of_2(c), 64)
-        images, _, columns = choose_box(elements // channels, n, 1, q, wide=False)
+        images, _, columns = choose_box(elements // channels, n, 1, q)
     else:
         columns = min(power_of_2(q), 128)
         channels = min(power_of_2(c), elements // columns)

@@ -1,9 +1,10 @@
 """float64 results to compare with, and how far from them a result may be."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Relative Frobenius error against float64, and never more than twice torch's own (`assert_close`). Each is what one
 # rounding to the type costs (half a unit in the last place: 6e-8, 5e-4, 4e-3), with room for rounding twice, not for
@@ -53,6 +54,43 @@ class LinearSigmoid:
         dz = dy.detach().double().cpu() * y * (1 - y)
         rows = dz.reshape(-1, dz.shape[-1])
         return dz @ self.w, rows.t() @ self.x.reshape(-1, self.x.shape[-1]), rows.sum(0), rows.norm(dim=0)
+
+
+class Conv3x3:
+    """y = act(x ⋆ w + b) and its gradients in float64, tap by tap; x: (N, C, H, W), stride and padding pairs."""
+
+    def __init__(
+        self, x: Tensor, w: Tensor, b: Tensor | None = None, stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0), groups: int = 1, activation: str | None = None,
+    ) -> None:  # fmt: skip
+        x, w = x.detach().double().cpu(), w.detach().double().cpu()
+        self.stride, self.padding, self.groups, self.activation = stride, padding, groups, activation
+        self.x = F.pad(x, (padding[1], padding[1], padding[0], padding[0])).unflatten(1, (groups, w.shape[1]))
+        self.w = [w[..., r, t].unflatten(0, (groups, -1)) for r in range(3) for t in range(3)]
+        z = sum(torch.einsum("ngchw,goc->ngohw", *pair) for pair in zip(self.taps(self.x), self.w, strict=True))
+        assert isinstance(z, Tensor)
+        z = z.flatten(1, 2)
+        z = z if b is None else z + b.detach().double().cpu()[:, None, None]
+        self.y = torch.sigmoid(z) if activation == "sigmoid" else z
+
+    def taps(self, padded: Tensor) -> Iterator[Tensor]:
+        """Of every tap what it sees of the padded image: views as large as the output."""
+        (high, wide), (sh, sw) = padded.shape[-2:], self.stride
+        return (padded[..., r : high - 2 + r : sh, t : wide - 2 + t : sw] for r in range(3) for t in range(3))
+
+    def gradients(self, dy: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dx, dw, db and the size of db's terms, for the output `y` as it was rounded: backward has no other."""
+        dz, y = dy.detach().double().cpu(), y.detach().double().cpu()
+        dz = dz * y * (1 - y) if self.activation == "sigmoid" else dz
+        by_group = dz.unflatten(1, (self.groups, dz.shape[1] // self.groups))
+        dx, dw = torch.zeros_like(self.x), []
+        for seen, target, w in zip(self.taps(self.x), self.taps(dx), self.w, strict=True):
+            target += torch.einsum("ngohw,goc->ngchw", by_group, w)
+            dw.append(torch.einsum("ngohw,ngchw->goc", by_group, seen).flatten(0, 1))
+        (ph, pw), (high, wide) = self.padding, dx.shape[-2:]
+        dx = dx.flatten(1, 2)[..., ph : high - ph, pw : wide - pw]
+        terms = dz.transpose(0, 1).flatten(1).norm(dim=1)
+        return dx, torch.stack(dw, -1).unflatten(-1, (3, 3)), dz.sum((0, 2, 3)), terms
 
 
 def grads(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> tuple[Tensor, ...]:

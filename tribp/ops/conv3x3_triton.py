@@ -261,8 +261,8 @@ def _depthwise_wgrad(
         cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
     constants = dict(
-        STEP_H=window.stride[0], STEP_W=window.stride[1], WRITE_DB=sums is not None, ACC=acc,
-        LAST=dz.last, VEC=xs.vec, VEC_Z=dz.vec, BLOCK_C=s.block_j,
+        STEP_H=window.stride[0], STEP_W=window.stride[1], WRITE_DB=sums is not None, WHOLE=p % s.box[1] == 0,
+        ACC=acc, LAST=dz.last, VEC=xs.vec, VEC_Z=dz.vec, BLOCK_C=s.block_j,
     )  # fmt: skip
     yield _launch(conv3x3_depthwise.depthwise_wgrad, (cdiv(c, s.block_j), s.splits), arguments, constants, s)
     yield from _sums(shares, dw, sums, db, arch)

@@ -1,0 +1,364 @@
+"""What torch builds around `tribp.conv3x3`: the compiler, export, torch.func, forward mode, dispatch modes, streams."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import tribp
+
+from .conv3x3_cases import WAYS, Case, last, one_pixel, sliced_last
+from .conv3x3_cases import ieee as ieee
+
+pytestmark = pytest.mark.usefixtures("ieee", "one_thread")
+
+Function = Callable[..., Tensor]
+CASE = Case((2, 4, 3, 4), 6, (2, 1), (1, 1), groups=2, activation="sigmoid")
+
+
+def ours(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    return CASE.ours(x, w, b)
+
+
+def theirs(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    return CASE.theirs(x, w, b)
+
+
+@pytest.fixture
+def tensors(device: str) -> list[Tensor]:
+    torch.compiler.reset()
+    return [t.requires_grad_() for t in CASE.make(torch.float64, device) if t is not None]
+
+
+class Seen(TorchDispatchMode):
+    """Records the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def assert_same_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    torch.testing.assert_close(found, expected)
+    dy = torch.randn_like(expected)
+    grads = (torch.autograd.grad(y, inputs, dy) for y in (found, expected))
+    for mine, torchs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, torchs)
+
+
+# ---- the compiler
+
+
+def test_compile_is_one_graph_of_our_operators(tensors: list[Tensor]) -> None:
+    y = torch.compile(ours, fullgraph=True, backend="aot_eager")(*tensors)
+    with Seen() as seen:
+        assert_same_gradients(y, theirs(*tensors), tensors)
+    assert "tribp.conv3x3_backward.default" in seen.names
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_compile_with_some_gradients(needs: tuple[bool, bool, bool], tensors: list[Tensor]) -> None:
+    inputs = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+    y = torch.compile(ours, fullgraph=True, backend="aot_eager")(*inputs)
+    assert_same_gradients(y, theirs(*inputs), [t for t in inputs if t.requires_grad])
+
+
+def test_compile_with_inductor(device: str) -> None:
+    """A whole training step, shapes that change, without gradients, unbatched."""
+    torch.compiler.reset()
+    layer = tribp.nn.Conv3x3(3, 4, 2, 1, activation="sigmoid", dtype=torch.float64, device=device)
+    case = Case((1, 3, 3, 3), 4, (2, 2), (1, 1), activation="sigmoid")
+    compiled = torch.compile(layer, fullgraph=True)
+    for size in ((2, 3, 3, 4), (1, 3, 4, 3), (3, 3, 5, 4), (3, 4, 4)):
+        x = torch.randn(*size, dtype=torch.float64, device=device)
+        assert_same_gradients(compiled(x), case.theirs(x, layer.weight, layer.bias), list(layer.parameters()))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("layout", [last, sliced_last], ids=["channels_last", "sliced"])
+def test_compiled_graphs_see_the_strides_of_eager(layout: Callable[[Tensor], Tensor], device: str) -> None:
+    """Were the operator's strides not what the compiler was told, what follows it would read the wrong elements."""
+    torch.compiler.reset()
+    case = Case((2, 3, 3, 4), 4, padding=(1, 1))
+    x, w, b = case.make(torch.float32, device)
+    x = layout(x).detach().requires_grad_()
+
+    def after(f: Function) -> Function:
+        return lambda x, w, b: (f(x, w, b).relu() * 2).flatten(1).cumsum(1)
+
+    compiled = torch.compile(after(lambda *t: case.ours(*t)), fullgraph=True)
+    assert_same_gradients(compiled(x, w, b), after(case.theirs)(x, w, b), [x])
+    plain = torch.compile(lambda *t: case.ours(*t), fullgraph=True)(x, w, b)
+    assert plain.stride() == case.theirs(x, w, b).stride()
+    (dx,) = torch.autograd.grad(plain.sum(), x)
+    assert dx.stride() == torch.autograd.grad(case.theirs(x, w, b).sum(), x)[0].stride()
+
+
+def test_compile_under_autocast(device: str) -> None:
+    torch.compiler.reset()
+    x, w, b = (t.requires_grad_() for t in CASE.make(torch.float32, device) if t is not None)
+
+    def step(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            return ours(x, w, b)
+
+    y = torch.compile(step, fullgraph=True, backend="aot_eager")(x, w, b)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, step(x, w, b))
+    assert {g.dtype for g in torch.autograd.grad(y.sum(), (x, w, b))} == {torch.float32}
+
+
+def test_compiled_double_backward_raises(tensors: list[Tensor]) -> None:
+    y = torch.compile(ours, fullgraph=True, backend="aot_eager")(*tensors)
+    (grad,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(grad.sum(), tensors[1])
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["dynamic batch", "dynamic size"])
+def test_export(static: bool, device: str) -> None:
+    layer = tribp.nn.Conv3x3(3, 4, padding=1, activation="sigmoid", device=device)
+    sizes = {0: torch.export.Dim("batch")}
+    if not static:
+        sizes |= {2: torch.export.Dim("height", min=3), 3: torch.export.Dim("width", min=3)}
+    program = torch.export.export(layer, (torch.randn(2, 3, 3, 4, device=device),), dynamic_shapes=(sizes,))
+    assert "tribp.conv3x3.default" in {str(node.target) for node in program.graph.nodes}
+    x = torch.randn(3, 3, 3, 4, device=device) if static else torch.randn(1, 3, 5, 3, device=device)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+# ---- the operators
+
+
+@pytest.mark.parametrize("way", ["small", *(pytest.param(w, marks=pytest.mark.slow) for w in WAYS if w != "small")])
+def test_opcheck(way: str, device: str) -> None:
+    from tribp.ops import conv3x3 as ops
+
+    case = WAYS[way]
+    x, w, b = case.make(torch.float64, device)
+    rest = (list(case.stride), list(case.padding), case.groups)
+    y = ops.conv3x3(x, w, b, *rest, case.activation)
+    saved = y if case.activation else None
+    cases: list[tuple[Any, tuple[object, ...]]] = [
+        (ops.conv3x3, (last(x), w, b, *rest, case.activation)),
+        (ops.conv3x3_backward, (y, x, w, saved, list(x.shape), *rest, [True, True, True], False, True)),
+    ]
+    if device == "cuda" or way == "small":
+        cases += [
+            (ops.conv3x3, (x, last(w), None, *rest, None)),
+            (ops.conv3x3, (x[:0], w, b, *rest, case.activation)),
+            (ops.conv3x3_backward, (one_pixel(y), None, w, y, list(x.shape), *rest, [True, False, False], True, False)),
+            (ops.conv3x3_backward, (y, x, None, None, list(x.shape), *rest, [False, True, True], False, False)),
+            (ops.conv3x3_backward, (y, None, None, None, list(x.shape), *rest, [False, False, True], False, False)),
+        ]
+    for op, arguments in cases:
+        torch.library.opcheck(op, arguments)
+
+
+def test_bare_operator_has_no_silent_gradient(tensors: list[Tensor]) -> None:
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.ops.tribp.conv3x3(*tensors, [2, 1], [1, 1], 2, "sigmoid").sum().backward()
+
+
+def test_dispatch_modes_see_the_operators(tensors: list[Tensor]) -> None:
+    with Seen() as seen:
+        ours(*tensors).sum().backward()
+    assert {"tribp.conv3x3.default", "tribp.conv3x3_backward.default"} <= set(seen.names)
+
+
+@pytest.mark.filterwarnings("ignore")  # jit.trace warns that it is deprecated, and of every shape it is shown
+def test_make_fx_and_jit_trace_record_the_computation(tensors: list[Tensor]) -> None:
+    tensors = [t.detach() for t in tensors]
+    others = [torch.randn_like(t) for t in tensors]
+    for traced in (make_fx(ours)(*tensors), torch.jit.trace(ours, tuple(tensors))):
+        torch.testing.assert_close(traced(*others), theirs(*others))
+
+
+def test_symbolic_trace_keeps_the_function() -> None:
+    module = torch.fx.symbolic_trace(torch.nn.Sequential(tribp.nn.Conv3x3(3, 4, 2, 1, activation="sigmoid")))
+    (node,) = [node for node in module.graph.nodes if node.target is tribp.conv3x3]
+    assert node.args[3:] == ((2, 2), (1, 1), 1, "sigmoid")
+
+
+# ---- transforms
+
+TRANSFORMS: dict[str, Callable[[Function], Function]] = {
+    "grad": lambda f: lambda x, w, b: torch.func.grad(lambda w: f(x, w, b).square().sum())(w),
+    "grad of grad": lambda f: (
+        lambda x, w, b: torch.func.grad(lambda x: torch.func.grad(lambda w: f(x, w, b).square().sum())(w).sum())(x)
+    ),
+    "vmap": lambda f: lambda x, w, b: torch.func.vmap(lambda x: f(x, w, b))(x),
+    "vmap of batches": lambda f: lambda x, w, b: torch.func.vmap(lambda x: f(x, w, b))(torch.stack([x, 2 * x])),
+    "vmap over weights": lambda f: lambda x, w, b: torch.func.vmap(lambda w: f(x, w, b))(torch.stack([w, 2 * w])),
+    "per-sample gradients": lambda f: (
+        lambda x, w, b: torch.func.vmap(torch.func.grad(lambda w, x: f(x, w, b).sum()), (None, 0))(w, x)
+    ),
+    "jvp": lambda f: lambda x, w, b: torch.func.jvp(lambda w: f(x, w, b), (w,), (w,))[1],
+    "jacrev": lambda f: lambda x, w, b: torch.func.jacrev(lambda b: f(x, w, b))(b),
+    "hessian": lambda f: lambda x, w, b: torch.func.hessian(lambda b: f(x, w, b).sum())(b),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_torch_func(transform: str, compiled: bool, tensors: list[Tensor]) -> None:
+    tensors = [t.detach() for t in tensors]
+    apply = TRANSFORMS[transform]
+    transformed = apply(ours)
+    if compiled:
+        transformed = torch.compile(transformed, backend="aot_eager")
+    torch.testing.assert_close(transformed(*tensors), apply(theirs)(*tensors))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode(requires_grad: bool, tensors: list[Tensor]) -> None:
+    x, w, b = (t.detach().requires_grad_(requires_grad) for t in tensors)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        tangent, torchs = (forward_ad.unpack_dual(f(dual, w, b)).tangent for f in (ours, theirs))
+    assert tangent is not None
+    torch.testing.assert_close(tangent, torchs)
+
+
+def test_a_batch_of_gradients(tensors: list[Tensor]) -> None:
+    """`is_grads_batched`, and `torch.autograd.functional.jacobian(vectorize=True)` on top of it."""
+    y, expected = ours(*tensors), theirs(*tensors)
+    batch = torch.randn(3, *y.shape, device=y.device, dtype=y.dtype)
+    for inputs in (tensors, tensors[:1], tensors[2:]):
+        grads = (torch.autograd.grad(v, inputs, batch, True, is_grads_batched=True) for v in (y, expected))
+        for mine, torchs in zip(*grads, strict=True):
+            torch.testing.assert_close(mine, torchs)
+    x, w, b = (t.detach() for t in tensors)
+    jacobians = (
+        torch.autograd.functional.jacobian(lambda b, f=f: f(x, w, b), b, vectorize=True) for f in (ours, theirs)
+    )
+    torch.testing.assert_close(*jacobians)
+
+
+# ---- tensors that are no plain memory
+
+
+def test_tensor_subclasses_are_not_read_as_memory(tensors: list[Tensor]) -> None:
+    class Doubled(torch.Tensor):
+        """Means twice what its memory says: a kernel that read the memory would be wrong."""
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            values = [2 * a.as_subclass(Tensor) if isinstance(a, Doubled) else a for a in args]
+            return func(*values, **(kwargs or {}))
+
+    x, w, b = (t.detach() for t in tensors)
+    torch.testing.assert_close(ours(x.as_subclass(Doubled), w, b), theirs(2 * x, w, b))
+
+
+def test_torch_function_sees_the_options(tensors: list[Tensor]) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    class Recorder(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is tribp.conv3x3:
+                seen.append((*args[3:], kwargs))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        torch.testing.assert_close(ours(*tensors), theirs(*tensors))
+    assert seen == [((2, 1), (1, 1), 2, "sigmoid", {"dilation": 1})]
+
+
+def test_wrapper_subclasses_go_through_torch(tensors: list[Tensor]) -> None:
+    x, w, b = (t.detach() for t in tensors)
+    y = ours(TwoTensor(x, 2 * x), w, b)
+    assert isinstance(y, TwoTensor)
+    torch.testing.assert_close(y.a, theirs(x, w, b))
+    torch.testing.assert_close(y.b, theirs(2 * x, w, b))
+
+
+def test_checkpointing(tensors: list[Tensor]) -> None:
+    assert_same_gradients(checkpoint(ours, *tensors, use_reentrant=False), theirs(*tensors), tensors)
+
+
+def test_functional_call(tensors: list[Tensor]) -> None:
+    x, w, b = tensors
+    layer = tribp.nn.Conv3x3(4, 6, (2, 1), 1, 2, activation="sigmoid", device=x.device, dtype=x.dtype)
+    assert_same_gradients(torch.func.functional_call(layer, {"weight": w, "bias": b}, (x,)), theirs(*tensors), tensors)
+
+
+# ---- what only a GPU can show
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_cuda_graph_replays(way: str, kernels: str) -> None:
+    case = WAYS[way]._replace(size=(8, WAYS[way].size[1], 14, 14))
+    x, w, b = (t.requires_grad_() for t in case.make(torch.float32, kernels) if t is not None)
+    dy = torch.randn_like(case.theirs(x, w, b))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            torch.autograd.grad(case.ours(x, w, b), (x, w, b), dy)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = case.ours(x, w, b)
+        found = torch.autograd.grad(y, (x, w, b), dy)
+    with torch.no_grad():
+        for t in (x, w, b, dy):
+            t.normal_()
+    graph.replay()
+    expected = case.theirs(x, w, b)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    for mine, torchs in zip(found, torch.autograd.grad(expected, (x, w, b), dy), strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_runs_on_the_current_stream(way: str, kernels: str) -> None:
+    """Forward and backward wait for what the stream does before them: an input that arrives late."""
+    case = WAYS[way]._replace(size=(64, WAYS[way].size[1], 64, 64))
+    x, w, b = case.make(torch.float32, kernels)
+    y = case.theirs(x.requires_grad_(), w, b)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late, late_dy = torch.zeros_like(x), torch.zeros_like(dy)
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x.detach())
+        found = case.ours(late.requires_grad_(), w, b)
+        torch.cuda._sleep(20_000_000)
+        late_dy.copy_(dy)
+        (found_dx,) = torch.autograd.grad(found, late, late_dy)
+    stream.synchronize()
+    torch.testing.assert_close(found, y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found_dx, dx, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_tensors_device() -> None:
+    for case in WAYS.values():
+        x, w, b = (t.requires_grad_() for t in case.make(torch.float32, "cuda:1") if t is not None)
+        y, expected = case.ours(x, w, b), case.theirs(x, w, b)
+        assert y.device == x.device
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        dy = torch.randn_like(y)
+        grads = (torch.autograd.grad(v, (x, w, b), dy) for v in (y, expected))
+        for mine, torchs in zip(*grads, strict=True):
+            torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="cuda:1"):
+        tribp.conv3x3(x, w.detach().to("cuda:0"))

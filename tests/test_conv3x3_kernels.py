@@ -1,0 +1,328 @@
+"""Each form of each convolution kernel by itself, whatever the launch rules would choose: boxes, loops, TMA, bundles,
+taps, splits.
+
+Shapes leave a remainder in every dimension, and every output starts as NaN.
+"""
+
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from _pytest.mark import ParameterSet
+from torch import Tensor
+from torch.nn import functional as F
+
+from tribp import runtime
+from tribp.kernels.launch import ARCHS, Arch, cdiv
+from tribp.kernels.launch_conv3x3 import Convolution, bundle_of, choose_box, choose_conv_wgrad, even_splits
+from tribp.ops import conv3x3_triton as ops
+from tribp.ops.images import relayout
+from tribp.ops.launching import Launch
+from tribp.reference import Window, conv3x3_backward
+
+from .oracle import assert_close
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+BASE = Convolution(32, 16, 16, num_warps=4, num_stages=2, reason="test", group=2, box=(2, 4, 4))
+FORMS = {
+    "pointers": BASE,
+    "flat": replace(BASE, flat=True, box=(1, 2, 16)),
+    "tma": replace(BASE, tma=True),
+    "flat tma": replace(BASE, tma=True, flat=True, box=(8, 2, 2)),
+    "one image": replace(BASE, block_i=64, block_j=32, box=(1, 8, 8), group=8),
+}
+# Strides, paddings, groups; channels in and out: two steps and two columns of tiles in the first, one in most, for a
+# step costs the interpreter 10 ms. Of three groups two share a bundle and one has its own, of five four.
+WINDOWS = {
+    "plain": (Window((1, 1), (1, 1)), 32, 24),
+    "no padding": (Window((1, 1), (0, 0)), 16, 12),
+    "wide padding": (Window((1, 1), (3, 4)), 16, 16),
+    "stride 2": (Window((2, 2), (1, 1)), 32, 16),
+    "stride 2, no padding": (Window((2, 2), (0, 0)), 16, 12),
+    "stride 1, 2": (Window((1, 2), (1, 2)), 16, 12),
+    "stride 2, 1": (Window((2, 1), (2, 0)), 16, 12),
+    "groups": (Window((1, 1), (1, 1), 2), 32, 32),
+    "bundles": (Window((1, 1), (1, 1), 3), 12, 24),
+    "bundles, stride 2": (Window((2, 2), (1, 1), 5), 20, 20),
+}
+
+
+def cover(*axes: Iterable[object], quick: Callable[..., bool]) -> list[ParameterSet]:
+    """The product of all axes; what is not `quick` runs under `-m slow`."""
+    return [
+        pytest.param(*values, marks=() if quick(*values) else pytest.mark.slow, id="-".join(map(str, values)))
+        for values in itertools.product(*axes)
+    ]
+
+
+def turn(*values: object) -> int:
+    """A number for each combination of values, by which every type and layout has its turn."""
+    return zlib.crc32(repr(values).encode())
+
+
+def arch(tensor: Tensor) -> Arch:
+    return runtime.arch_of(tensor.device.index)
+
+
+def tensor(shape: tuple[int, ...], dtype: torch.dtype, device: str, last: bool) -> Tensor:
+    values = torch.randn(shape, dtype=torch.float64).to(device, dtype)
+    return values.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def nan_like(values: Tensor) -> Tensor:
+    return torch.full_like(values, torch.nan)
+
+
+def terms(summed: Tensor) -> Tensor:
+    """The size of the terms of a sum over images and pixels."""
+    return summed.double().square().sum((0, 2, 3)).sqrt().cpu()
+
+
+def run(launches: Iterator[Launch]) -> list[Launch]:
+    done = []
+    for launch in launches:
+        launch.run()
+        done.append(launch)
+    return done
+
+
+class Case:
+    """Inputs of a window, and what float64 makes of them."""
+
+    def __init__(
+        self, window: str, dtype: torch.dtype, device: str, last: bool, size: tuple[int, int] = (4, 6)
+    ) -> None:
+        self.window, c, o = WINDOWS[window]
+        self.x = tensor((3, c, *size), dtype, device, last)
+        self.w = tensor((o, c // self.window.groups, 3, 3), dtype, device, last) / (9 * c) ** 0.5
+        self.b = tensor((1, o, 1, 1), dtype, device, False).flatten()
+        stride, padding, groups = self.window
+        self.exact = F.conv2d(self.x.double(), self.w.double(), self.b.double(), stride, padding, 1, groups).cpu()
+        self.y = nan_like(tensor(tuple(self.exact.shape), dtype, device, last))
+        self.dy = tensor(tuple(self.exact.shape), dtype, device, last)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        dy, x, w = (t.double().cpu() for t in (self.dy, self.x, self.w))
+        dx, dw, db = conv3x3_backward(dy, x, w, None, x.shape, self.window, (True, True, True))
+        assert dx is not None
+        assert dw is not None
+        assert db is not None
+        return dx, dw, db
+
+    def fitted(self, settings: Convolution) -> Convolution:
+        """The settings, with bundles where the window has them: of two of three groups, or of four of five."""
+        groups = self.window.groups
+        return replace(settings, bundle={3: 2, 5: 4}.get(groups, 1), tma=settings.tma and groups <= 2)
+
+
+def is_quick(window: str, form: str, dtype: torch.dtype) -> bool:
+    """Two forms of each window, in turn, each in one type: the interpreter takes 50 ms for a program's nine taps."""
+    first = list(WINDOWS).index(window)
+    forms = list(FORMS)
+    return form in (forms[first % 5], forms[(first + 2) % 5]) and dtype == DTYPES[turn(window, form) % 4]
+
+
+@pytest.mark.parametrize(("window", "form", "dtype"), cover(WINDOWS, FORMS, DTYPES, quick=is_quick))
+def test_forward(window: str, form: str, dtype: torch.dtype, kernels: str) -> None:
+    case = Case(window, dtype, kernels, last=turn(window, form, dtype) % 2 == 0)
+    settings = case.fitted(FORMS[form])
+    launches = ops.forward(case.x, case.w, case.b, case.y, case.window, None, arch(case.x), False, settings)
+    (launch,) = [launch for launch in run(launches) if launch.kernel.__name__ == "forward"]
+    assert launch.constants["TMA"] == settings.tma
+    assert launch.constants["DIAGONAL"] == (case.window.groups > 2)
+    assert_close(case.y, case.exact)
+
+
+@pytest.mark.parametrize(("window", "form", "dtype"), cover(WINDOWS, FORMS, DTYPES, quick=is_quick))
+def test_dgrad(window: str, form: str, dtype: torch.dtype, kernels: str) -> None:
+    case = Case(window, dtype, kernels, last=turn(window, form, dtype) % 2 == 0)
+    settings = case.fitted(FORMS[form])
+    settings = replace(settings, tma=settings.tma and case.dy.shape[1] % 16 == 0)
+    dx = nan_like(case.x)
+    run(
+        ops.backward(
+            case.dy, None, case.w, None, case.window, arch(dx), False, dx, None, None, settings=settings
+        )
+    )  # fmt: skip
+    assert_close(dx, case.gradients()[0])
+
+
+WGRAD = replace(BASE, block_i=16, block_j=16, block_l=32)
+WGRAD_FORMS = {
+    "one tap": WGRAD,
+    "three taps": replace(WGRAD, taps=3, block_i=32),
+    "three taps, tma": replace(WGRAD, taps=3, tma=True),
+    "one tap, tma": replace(WGRAD, tma=True, block_j=32, box=(1, 2, 16)),
+}
+
+
+@pytest.mark.parametrize(
+    ("window", "form", "splits", "dtype"),
+    cover(
+        WINDOWS, WGRAD_FORMS, [1, 4], DTYPES,
+        quick=lambda window, form, splits, dtype: dtype == DTYPES[turn(window, form) % 4]
+        and (list(WGRAD_FORMS).index(form) - list(WINDOWS).index(window)) % 4 < 2
+        and splits == (1, 4)[turn(form, window) % 2],
+    ),
+)  # fmt: skip
+def test_wgrad(window: str, form: str, splits: int, dtype: torch.dtype, kernels: str) -> None:
+    case = Case(window, dtype, kernels, last=turn(window, form, dtype) % 2 == 0)
+    settings = case.fitted(WGRAD_FORMS[form])
+    # A descriptor's tile must not run past what is not zero: the next group's channels, or the next column's.
+    tma = settings.tma and all(t.shape[1] % 16 == 0 for t in (case.x, case.dy))
+    if tma and (case.window.groups > 1 or case.window.stride[1] == 2):
+        settings = replace(settings, block_i=16, block_j=16)
+    splits = even_splits(settings.boxes(3, *case.y.shape[2:]), splits)
+    settings = replace(settings, tma=tma, splits=splits)
+    dw, db = nan_like(case.w), nan_like(case.b)
+    run(
+        ops.backward(
+            case.dy, case.x, None, None, case.window, arch(dw), False, None, dw, db, wgrad_settings=settings
+        )
+    )  # fmt: skip
+    _, exact_dw, exact_db = case.gradients()
+    assert_close(dw, exact_dw)
+    assert_close(db, exact_db, scale=terms(case.dy))
+
+
+@pytest.mark.parametrize("c", range(1, 8))
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
+def test_few_input_channels(c: int, last: bool, kernels: str) -> None:
+    """The gathered product, forward and wgrad, its dz formed on the way in or not."""
+    dtype = DTYPES[(c + last) % 4]
+    window = Window(((1, 2)[c % 2], (1, 2)[c // 2 % 2]), (c % 3, c // 3), 1)
+    x, w = tensor((3, c, 7, 9), dtype, kernels, last), tensor((20, c, 3, 3), dtype, kernels, c % 3 == 0) / 3
+    b = tensor((1, 20, 1, 1), dtype, kernels, False).flatten()
+    z = F.conv2d(x.double(), w.double(), b.double(), window.stride, window.padding)
+    y = nan_like(tensor(tuple(z.shape), dtype, kernels, last))
+    (launch,) = run(ops.forward(x, w, b, y, window, "sigmoid", arch(x), False))
+    assert launch.kernel.__name__ == "small_forward"
+    assert_close(y, torch.sigmoid(z).cpu())
+    dy, dw, db = tensor(tuple(z.shape), dtype, kernels, c == 5), nan_like(w), nan_like(b)
+    done = run(ops.backward(dy, x, None, y, window, arch(x), False, None, dw, db))
+    assert [launch.constants.get("FUSE_DZ") for launch in done if launch.kernel.__name__ == "small_wgrad"] == [True]
+    dz = dy.double() * y.double() * (1 - y.double())
+    _, exact, sums = conv3x3_backward(dz.cpu(), x.double().cpu(), None, None, x.shape, window, (False, True, True))
+    assert exact is not None
+    assert sums is not None
+    assert_close(dw, exact, tolerance=None if dtype.itemsize > 2 else 6e-3)  # dz is rounded on its way in
+    assert_close(db, sums, scale=terms(dz))
+
+
+@pytest.mark.parametrize(
+    ("stride", "last", "rows"),
+    cover(
+        [(1, 1), (2, 2), (1, 2), (2, 1)], [False, True], [1, 2, 4],
+        quick=lambda stride, last, rows: rows == {(1, 1): 2, (2, 2): 1 + last, (1, 2): 4, (2, 1): 2}[stride],
+    ),
+)  # fmt: skip
+def test_one_channel_a_group(rows: int, last: bool, stride: tuple[int, int], kernels: str) -> None:
+    """Forward, dgrad and wgrad of each channel by itself, with 1, 2 and 4 rows that share what they read."""
+    dtype = DTYPES[turn(rows, last, stride) % 4]
+    window = Window(stride, (turn(stride, last) % 3, rows % 3), 12)
+    x, w = tensor((2, 12, 5, 6), dtype, kernels, last), tensor((12, 1, 3, 3), dtype, kernels, False) / 3
+    b = tensor((1, 12, 1, 1), dtype, kernels, False).flatten()
+    z = F.conv2d(x.double(), w.double(), b.double(), window.stride, window.padding, 1, 12).cpu()
+    y, dx, dw, db = nan_like(tensor(tuple(z.shape), dtype, kernels, last)), nan_like(x), nan_like(w), nan_like(b)
+    settings = Convolution(8, 8, 1, 4, 1, "test", box=(2, rows, 4))
+    run(ops.forward(x, w, b, y, window, None, arch(x), False, settings))
+    assert_close(y, z)
+    dy = tensor(tuple(z.shape), dtype, kernels, last)
+    boxes = settings.boxes(2, *z.shape[2:])
+    wgrad = replace(settings, splits=even_splits(boxes, 3))
+    run(ops.backward(dy, x, w, None, window, arch(x), False, dx, dw, db, settings, wgrad))
+    exact = conv3x3_backward(
+        dy.double().cpu(), x.double().cpu(), w.double().cpu(), None, x.shape, window, (True, True, True)
+    )
+    for result, value in zip((dx, dw, db), exact, strict=True):
+        assert value is not None
+        assert_close(result, value, scale=terms(dy) if value.dim() == 1 else None)
+
+
+def strided(t: Tensor) -> Tensor:
+    return torch.stack([t, torch.full_like(t, torch.nan)], -1).flatten(-2)[..., ::2]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "NCHW": lambda t: t.contiguous(),
+    "NHWC": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "cropped": lambda t: F.pad(t, (1, 1, 2, 1), value=torch.nan)[..., 2:-1, 1:-1],
+    "strided": strided,
+    "expanded": lambda t: t[:1, :1, :1, :1].expand_as(t),
+    "channels first": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("padded", [8, 16])
+@pytest.mark.parametrize("with_y", [False, True], ids=["copy", "dz"])
+def test_relayout(with_y: bool, padded: int, layout: str, kernels: str) -> None:
+    """The pass that packs channels: zeros where it pads, dy·y·(1 − y) and sums on the way."""
+    dtype = DTYPES[turn(with_y, padded, layout) % 4]
+    src = LAYOUTS[layout](torch.randn(3, 7, 5, 9, device=kernels).to(dtype))
+    y = LAYOUTS["NHWC" if padded == 8 else "NCHW"](torch.rand(3, 7, 5, 9, device=kernels).to(dtype)) if with_y else None
+    exact = src.double() * (y.double() * (1 - y.double()) if y is not None else 1)
+    dst, db = nan_like(tensor((3, padded, 5, 9), dtype, kernels, True)), torch.full((7,), torch.nan, dtype=dtype)
+    db = db.to(kernels)
+    run(relayout(src, y, dst, db, arch(src)))
+    assert_close(dst[:, :7], exact.cpu())
+    assert not dst[:, 7:].any(), "what pads the channels must be zero: it is multiplied"
+    assert_close(db, exact.sum((0, 2, 3)).cpu(), scale=terms(exact))
+
+
+def test_a_nan_of_one_group_stays_in_it(kernels: str) -> None:
+    """Groups that share a tile meet each other's zeros, and zero times infinity is NaN."""
+    x = torch.randn(1, 12, 6, 7, device=kernels)
+    x[0, 4, 2, 3], x[0, 9, 1, 1] = torch.inf, torch.nan
+    w = torch.randn(24, 3, 3, 3, device=kernels)
+    window = Window((1, 1), (1, 1), 4)
+    assert bundle_of(4, 3, 6) > 1
+    y = torch.empty(1, 24, 6, 7, device=kernels)
+    run(ops.forward(x, w, None, y, window, None, arch(x), False))
+    exact = F.conv2d(x, w, None, 1, 1, 1, 4)
+    torch.testing.assert_close(y, exact, equal_nan=True, rtol=1e-5, atol=1e-5)
+    dy = torch.randn(1, 24, 6, 7, device=kernels)
+    dy[0, 5, 1, 1] = -torch.inf
+    dx = torch.empty_like(x)
+    run(ops.backward(dy, None, w, None, window, arch(x), False, dx, None, None))
+    theirs = conv3x3_backward(dy, None, w, None, x.shape, window, (True, False, False))[0]
+    torch.testing.assert_close(dx, theirs, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+# ---- rules
+
+
+def test_boxes_cover_with_little_outside() -> None:
+    for pixels in (16, 64, 128, 256):
+        for n, p, q in ((1, 1, 1), (256, 56, 56), (64, 7, 7), (3, 33, 29), (1, 224, 224), (5, 1, 300)):
+            for wide in (False, True):
+                box = choose_box(pixels, n, p, q, wide=wide)
+                assert box[0] * box[1] * box[2] == pixels
+                covered = cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2]) * pixels
+                assert covered < 2 * n * p * q + 2 * pixels
+    assert choose_box(128, 256, 56, 56, wide=False) == (2, 8, 8)  # 56 = 7·8: nothing lies outside
+    assert choose_box(128, 256, 7, 7, wide=False) == (128, 1, 1)
+
+
+def test_splits_cover_the_boxes_exactly() -> None:
+    for n, p, q in ((1, 3, 3), (64, 56, 56), (256, 7, 7), (3, 33, 29)):
+        for o, c in ((64, 64), (512, 512), (16, 8)):
+            for spare in (0, 1 << 40):
+                s = choose_conv_wgrad(
+                    n, p, q, o, c, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"],
+                    vec=8, tma=True, whole_o=False, whole_c=False, spare=spare,
+                )  # fmt: skip
+                boxes = s.boxes(n, p, q)
+                each = cdiv(boxes, s.splits)
+                assert each * (s.splits - 1) < boxes <= each * s.splits
+
+
+@pytest.mark.parametrize(("groups", "c", "o"), [(1, 3, 5), (2, 64, 64), (32, 4, 4), (3, 8, 16), (5, 1, 3), (100, 1, 2)])
+def test_bundles_fill_a_tile_and_no_more(groups: int, c: int, o: int) -> None:
+    bundle = bundle_of(groups, c, o)
+    assert bundle & (bundle - 1) == 0
+    assert bundle == 1 or bundle * max(c, o) <= 32
+    assert bundle < 2 * groups
