@@ -15,6 +15,7 @@ Measures tribp, from a checkout of its repository.
 
   python -m bench run              every operation against torch, on a CUDA GPU
   python -m bench run linear --dtype bfloat16 --case 8192x1024x1024
+  python -m bench run conv --case 64x64-64x56x56 --dtype bfloat16
   python -m bench run optim --case Adam --dtype float32
   python -m bench run --smoke      the same walk on a CPU with tiny shapes; its times mean nothing
   python -m bench host             what an optimizer's step costs the host; no GPU needed

@@ -1,7 +1,9 @@
-"""The problem of every differentiable function: an output, and gradients of all arguments or of all but the first."""
+"""The problem of every differentiable function: an output, and gradients of all arguments or of some."""
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from .registry import Reference
 
 DIRECTIONS = ("forward", "backward", "frozen input", "both")
+PARTS = ("forward", "dgrad", "wgrad", "both")  # the gradient of the input alone, and all but it
 
 # Relative Frobenius error against float64: one rounding to the type (half a unit in the last place: 6e-8, 5e-4, 4e-3)
 # with room for a second, not for a lost term. TF32 rounds every operand to 11 bits.
@@ -21,7 +24,7 @@ class DifferentiableProblem:
     """`arguments` by name, the first being the input, and `output_grad`, what comes back from the layer above.
 
     `exact` computes the output from float64 arguments. A gradient whose sum can cancel has the size of the sum's terms
-    in `scales(arguments, output gradient)`, by the argument's name.
+    in `scales(arguments, output gradient)`, by the argument's name. Every function is called with `options` besides.
     """
 
     arguments: Mapping[str, Tensor]
@@ -29,17 +32,36 @@ class DifferentiableProblem:
     exact: Callable[..., Tensor]
     scales: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, float]]
     tf32: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rows: int | None = None  # of the input, that are computed at a time in float64; None: all
 
     def reference(self) -> Mapping[str, Reference]:
-        exact = {name: value.detach().double().requires_grad_() for name, value in self.arguments.items()}
-        output_grad = self.output_grad.double()
-        output = self.exact(*exact.values())
-        grads = torch.autograd.grad(output, list(exact.values()), output_grad)
-        scales = self.scales({name: value.detach() for name, value in exact.items()}, output_grad)
-        found = {"output": Reference(output.detach(), float(output.detach().norm()))}
-        for name, grad in zip(exact, grads, strict=True):
-            found[f"{name}.grad"] = Reference(grad, max(float(grad.norm()), scales.get(name, 0.0)))
-        return found
+        """Rows of the output and of the input's gradient depend on that row of the input alone, and the gradients of
+        the other arguments are sums over rows: so they can be had in several parts, in the memory that one takes.
+        """
+        first, *others = self.arguments
+        rows = self.rows or len(self.output_grad)
+        output, input_grad = list[Tensor](), list[Tensor]()
+        sums, squares = dict[str, Tensor](), dict[str, float]()
+        parts = [torch.split(tensor, rows) for tensor in (self.arguments[first], self.output_grad)]
+        for some, output_grad in zip(*parts, strict=True):
+            exact = {name: value.detach().double() for name, value in {**self.arguments, first: some}.items()}
+            output_grad = output_grad.double()
+            for name, scale in self.scales(exact, output_grad).items():
+                squares[name] = squares.get(name, 0.0) + scale**2
+            leaves = [value.requires_grad_() for value in exact.values()]
+            output.append(self.exact(*leaves, **self.options))
+            grad, *grads = torch.autograd.grad(output[-1], leaves, output_grad)
+            output[-1] = output[-1].detach()
+            input_grad.append(grad)
+            for name, grad in zip(others, grads, strict=True):
+                sums[name] = sums[name] + grad if name in sums else grad
+        values = {"output": torch.cat(output), f"{first}.grad": torch.cat(input_grad)}
+        values |= {f"{name}.grad": grad for name, grad in sums.items()}
+        scales = {f"{name}.grad": math.sqrt(square) for name, square in squares.items()}
+        return {
+            name: Reference(value, max(float(value.norm()), scales.get(name, 0.0))) for name, value in values.items()
+        }
 
     def results(self, function: Callable[..., Tensor], direction: str) -> Mapping[str, Tensor]:
         output, inputs = self._forward(function, direction)
@@ -52,10 +74,11 @@ class DifferentiableProblem:
     def action(self, function: Callable[..., Tensor], direction: str) -> Callable[[], object]:
         if direction == "both":
             return lambda: self.results(function, direction)
-        output, inputs = self._forward(function, direction)
         if direction == "forward":
             # With the arguments requiring gradients, as in training: what is saved for backward is part of the cost.
-            return lambda: function(*inputs.values())
+            inputs = self._inputs(direction)
+            return lambda: function(*inputs.values(), **self.options)
+        output, inputs = self._forward(function, direction)
         wanted = list(inputs.values())
         return lambda: torch.autograd.grad(output, wanted, self.output_grad, retain_graph=True)
 
@@ -70,9 +93,14 @@ class DifferentiableProblem:
 
     def _forward(self, function: Callable[..., Tensor], direction: str) -> tuple[Tensor, dict[str, Tensor]]:
         """The output, and the arguments that a gradient is wanted of."""
+        inputs = self._inputs(direction)
+        output = function(*inputs.values(), **self.options)
+        return output, {name: value for name, value in inputs.items() if value.requires_grad}
+
+    def _inputs(self, direction: str) -> dict[str, Tensor]:
         inputs = {name: value.detach() for name, value in self.arguments.items()}
         first = next(iter(inputs))
         for name, value in inputs.items():
-            value.requires_grad_(not (name == first and direction == "frozen input"))
-        output = function(*inputs.values())
-        return output, {name: value for name, value in inputs.items() if value.requires_grad}
+            frozen = direction in ("frozen input", "wgrad") if name == first else direction == "dgrad"
+            value.requires_grad_(not frozen)
+        return inputs

@@ -5,7 +5,7 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,18 +69,39 @@ def key_of(launch: Launch, arch: Arch) -> str:
 SWITCHES = (
     "TMA", "PREFETCH", "PERSISTENT", "FUSE_DZ", "X_TRANSPOSED", "W_TRANSPOSED",
     "grad_scale", "grad_norm", "EMA_TYPE", "ON_DEVICE", "EPS_INSIDE", "STOCHASTIC", "OPTIONAL", "STRIDED",
+    "FLAT", "DIAGONAL", "LAST", "TAPS_LAST", "SIGMOID", "HAS_Y", "WRITE_DST",
 )  # fmt: skip
 
 
 def describe(launch: Launch) -> str:
-    """The settings in a few characters: an optimizer's rule and states, tile, warps, stages, what is switched on."""
+    """The settings in a few characters: an optimizer's rule and states, tile, warps, stages, what is switched on.
+
+    Of a convolution besides: its box of pixels, its steps where they are not 1, taps and groups that share a program,
+    and which way a relayout goes.
+    """
     given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | dict(launch.constants)
     tile = "×".join(str(size) for name, size in launch.constants.items() if name.startswith("BLOCK"))
     rule = getattr(given.get("RULE"), "__name__", "")
     states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
     on = [name.lower() for name in SWITCHES if isinstance(given.get(name), torch.Tensor) or given.get(name)]
-    parts = [rule, ",".join(states), tile, f"w{launch.num_warps}", f"s{launch.num_stages}", *on]
+    parts = [rule, ",".join(states), tile, f"w{launch.num_warps}", f"s{launch.num_stages}", *_window(given), *on]
     return " ".join(part for part in parts if part)
+
+
+def _window(given: Mapping[str, Any]) -> Iterator[str]:
+    if "BOX_N" in given:
+        yield "box" + "×".join(str(given[f"BOX_{side}"]) for side in "NHW")
+    if max(steps := (given.get("STEP_H", 1), given.get("STEP_W", 1))) > 1:
+        yield "step{}×{}".format(*steps)
+    for name in ("TAPS", "BUNDLE"):
+        if given.get(name, 1) > 1:
+            yield f"{name.lower()}{given[name]}"
+    if "SRC_PIXELS" in given:
+        yield "→".join(_contiguous(given, side) for side in ("SRC", "DST")[: 1 + given["WRITE_DST"]])
+
+
+def _contiguous(given: Mapping[str, Any], side: str) -> str:
+    return "pixels" if given[f"{side}_PIXELS"] else "channels" if given[f"{side}_CHANNELS"] else "neither"
 
 
 def compile_launches(launches: Sequence[Launch], arch: Arch) -> list[Compiled]:

@@ -1,7 +1,11 @@
 """What machine code must show. A check looks at one compiled kernel and says what is wrong, or None."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+import torch
+
+from tribp.kernels.launch import Arch
 
 from .compiled import Compiled
 from .machine_code import COPIES, MATRIX
@@ -85,16 +89,44 @@ def vectors(loads: int, stores: int, reason: str) -> Expectation:
     return Expectation("vectors", check, reason)
 
 
-def multiplies_with(*instructions: str, reason: str) -> Expectation:
-    """The multiplying loops use one of these matrix instructions."""
+def multiplies_with(*instructions: str, reason: str, loop: bool = True) -> Expectation:
+    """The multiplying loops use one of these matrix instructions; without `loop`, a product that is a single step."""
     assert set(instructions) <= MATRIX
 
     def check(code: Compiled) -> str | None:
         if not set(instructions) & code.counts.keys():
             return f"no {' or '.join(instructions)} instruction"
-        return None if any(loop.matrix for loop in code.loops) else "matrix instructions, but outside every loop"
+        inside = any(found.matrix for found in code.loops)
+        return None if inside or not loop else "matrix instructions, but outside every loop"
 
     return Expectation("matrix instructions", check, reason)
+
+
+def matrix_instructions(rows: int, dtype: torch.dtype, arch: Arch) -> tuple[Sequence[str], str] | None:
+    """Which matrix instructions a product may use whose tile has so many rows, and why those."""
+    if arch.backend == "hip":
+        return ["v_mfma"], "gfx942 multiplies every float type on its matrix cores"
+    if dtype == torch.float64:
+        if arch.capability >= 100:
+            return None  # sm_100 has no float64 tensor core that Triton reaches: DFMA
+        return ["DMMA"], "float64 has tensor cores on sm_80 and sm_90"
+    if arch.capability < 90:
+        return ["HMMA"], "mma.sync is what sm_80 has; without it a product runs at a sixteenth of the rate"
+    own = "HGMMA" if arch.capability < 100 else "UTCHMMA"
+    if dtype.itemsize == 2 and rows >= 64:
+        return [own], "wgmma and tcgen05 take tiles of 64 rows and more; mma.sync has about half their rate"
+    return [own, "HMMA"], "a tile under 64 rows, or float32 operands that lie the wrong way round, go to mma.sync"
+
+
+def tile_stores(rows: int, share: int, dtype: torch.dtype, arch: Arch) -> Expectation | None:
+    """How wide a product has to store its tile, of which a thread holds `share` bytes, in rows of `rows` bytes."""
+    if rows < 16 or share < 32:
+        return None  # rows that are no multiple of 16 bytes, or a tile too small to be worth rearranging
+    if arch.backend == "cuda":
+        return wide("stores", 128, "rows are multiples of 16 bytes")
+    if dtype == torch.float64:
+        return None  # the matrix cores spread a row of float64 over the lanes, and Triton stores it as it lies
+    return wide("stores", 8 * min(16, 4 * dtype.itemsize), "the matrix cores leave four neighbours in a thread")
 
 
 def broken(code: Compiled, expectations: Iterable[Expectation]) -> list[str]:

@@ -172,9 +172,11 @@ def expectations(launch: "Launch", case: Case, arch: Arch) -> "Sequence[Expectat
     found = []
     if kernel in ("forward", "dgrad", "wgrad"):
         found.append(e.PIPELINED)
-        if matrix := matrix_instructions(launch, case.dtype, arch):
+        rows = constants["BLOCK_N" if kernel == "wgrad" else "BLOCK_M"]
+        assert isinstance(rows, int)
+        if matrix := e.matrix_instructions(rows, case.dtype, arch):
             found.append(e.multiplies_with(*matrix[0], reason=matrix[1]))
-        if (stores := wide_stores(launch, case.dtype, arch)) is not None:
+        if (stores := wide_stores(launch, arch)) is not None:
             found.append(stores)
     elif kernel == "output_grad":
         if bytes_of(launch.arguments[1], constants["VEC"]) == 16:
@@ -186,47 +188,24 @@ def expectations(launch: "Launch", case: Case, arch: Arch) -> "Sequence[Expectat
     return found
 
 
-def wide_stores(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "Expectation | None":
+def wide_stores(launch: "Launch", arch: Arch) -> "Expectation | None":
     """How wide a product has to store its tile."""
-    from .expectations import wide
+    from .expectations import tile_stores, wide
 
     out, constants = launch.arguments[3], launch.constants
     if constants.get("TMA_STORE"):
         return wide("stores", 128, "the descriptor's store writes whole lines")
+    assert isinstance(out, Tensor)
     threads = launch.num_warps * (64 if arch.backend == "hip" else 32)
     sides = {"forward": "MN", "dgrad": "MK", "wgrad": "NK"}[launch.kernel.__name__]
     share = math.prod(int(str(constants[f"BLOCK_{side}"])) for side in sides) // threads  # of the tile, in elements
-    if bytes_of(out, constants["VEC_STORE"]) < 16 or bytes_of(out, share) < 32:
-        return None  # rows that are no multiple of 16 bytes, or a tile too small to be worth rearranging
-    if arch.backend == "cuda":
-        return wide("stores", 128, "rows are multiples of 16 bytes")
-    if dtype == torch.float64:
-        return None  # the matrix cores spread a row of float64 over the lanes, and Triton stores it as it lies
-    return wide("stores", 8 * min(16, bytes_of(out, 4)), "the matrix cores leave four neighbours in a thread")
+    return tile_stores(bytes_of(out, constants["VEC_STORE"]), bytes_of(out, share), out.dtype, arch)
 
 
 def bytes_of(tensor: object, vec: object) -> int:
     assert isinstance(tensor, Tensor)
     assert isinstance(vec, int)
     return vec * tensor.element_size()
-
-
-def matrix_instructions(launch: "Launch", dtype: torch.dtype, arch: Arch) -> tuple[Sequence[str], str] | None:
-    """Which matrix instructions a product may use, and why those."""
-    rows = launch.constants["BLOCK_N" if launch.kernel.__name__ == "wgrad" else "BLOCK_M"]
-    assert isinstance(rows, int)
-    if arch.backend == "hip":
-        return ["v_mfma"], "gfx942 multiplies every float type on its matrix cores"
-    if dtype == torch.float64:
-        if arch.capability >= 100:
-            return None  # sm_100 has no float64 tensor core that Triton reaches: DFMA
-        return ["DMMA"], "float64 has tensor cores on sm_80 and sm_90"
-    if arch.capability < 90:
-        return ["HMMA"], "mma.sync is what sm_80 has; without it a product runs at a sixteenth of the rate"
-    own = "HGMMA" if arch.capability < 100 else "UTCHMMA"
-    if dtype.itemsize == 2 and rows >= 64:
-        return [own], "wgmma and tcgen05 take tiles of 64 rows and more; mma.sync has about half their rate"
-    return [own, "HMMA"], "a tile under 64 rows, or float32 operands that lie the wrong way round, go to mma.sync"
 
 
 OPERATION = Operation(

@@ -244,12 +244,9 @@ class CpuMeter:
         return versions()
 
     def device_times(self, action: Action) -> Times:
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            action()
-            times.append(1e6 * (time.perf_counter() - started))
-        return summary(times)
+        started = time.perf_counter()
+        action()
+        return summary([1e6 * (time.perf_counter() - started)])
 
     def graph_time(self, prepare: Callable[[], Action], calls: int = 20) -> float | None:
         prepare()

@@ -62,9 +62,8 @@ def judge(target: Target, row: Row) -> Row:
         what = f"≤ {target.ratio:g}x {target.peer} memory"
         return results.verdict(what, found, found is not None and found <= target.ratio)
     if target.quantity == "bandwidth":
-        found, what = row["floor_fraction"], f"≥ {target.ratio:.0%} of copy"
-    else:
-        found, what = row["ratios"].get(target.peer), f"≥ {target.ratio:.2f}x {target.peer}"
+        return results.judge(target, entries, row["floor_fraction"])
+    found, what = row["ratios"].get(target.peer), f"≥ {target.ratio:.2f}x {target.peer}"
     return results.verdict(what, found, found is not None and found >= target.ratio)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # both import triton, which `run` can do without
     from .results import Row
     from .run import Ceilings, Options
 
-_MODULES = {"linear": "bench.linear", "optim": "bench.optim"}
+_MODULES = {"linear": "bench.linear", "conv": "bench.conv", "optim": "bench.optim"}
 
 
 class Named(Protocol):
@@ -108,8 +108,8 @@ class Reference:
 class Target:
     """tribp is to be `ratio` times as fast as `peer` ("eager", "compile" …), or to use that much less memory.
 
-    Of an optimizer's step also: the part of the copy's bandwidth; how many launches, and what part of the peer's memory
-    between steps, it may take.
+    Of what memory bounds also: the part of the copy's bandwidth. Of an optimizer's step also: how many launches, and
+    what part of the peer's memory between steps, it may take.
     """
 
     peer: str
@@ -150,14 +150,14 @@ class Operation:
     smoke_cases: Sequence[Case]
     directions: Sequence[str]
     contenders: Mapping[str, Callable[..., Any]]  # "tribp" and "eager"; "compile" is made of "eager"
-    problem: Callable[[Case, torch.device], Problem]
-    work: Callable[[Case, str], Work]
-    targets: Callable[[Case, str], Sequence[Target]]
-    settings: Callable[[Case, str, Arch], Sequence[str]]  # how tribp launches it, for the record
+    problem: Callable[[Any, torch.device], Problem]  # of one of the cases, as the next three
+    work: Callable[[Any, str], Work]
+    targets: Callable[[Any, str], Sequence[Target]]
+    settings: Callable[[Any, str, Arch], Sequence[str]]  # how tribp launches it, for the record
     static_cases: Callable[[Arch, bool], Iterable[StaticCase]]  # for a target; True: all there are, not a selection
 
     peers = ("eager", "compile")
-    legend = (
+    legend: str = (
         "Times are medians in µs on the device, L2 flushed. Ratios are the other's time over tribp's. The floor is "
         "bytes over the copy's rate, or operations over the product's, whichever is more."
     )

@@ -33,8 +33,10 @@ def ratio(entries: Mapping[str, Row], peer: str, quantity: str = "time") -> floa
     return None if ours is None or theirs is None or ours == 0 else theirs / ours
 
 
-def judge(target: Target, entries: Mapping[str, Row]) -> dict[str, Any]:
-    """The target as a sentence and the verdict: "met", "missed" or "unmeasured"."""
+def judge(target: Target, entries: Mapping[str, Row], copied: float | None = None) -> dict[str, Any]:
+    """The target as a sentence and the verdict: "met", "missed", "unmeasured". copied: the share of the copy's rate."""
+    if target.quantity == "bandwidth":
+        return verdict(f"≥ {target.ratio:.0%} of copy", copied, copied is not None and copied >= target.ratio)
     found = ratio(entries, target.peer, target.quantity)
     what = "" if target.quantity == "time" else f" {target.quantity}"
     return verdict(f"≥ {target.ratio:.2f}x {target.peer}{what}", found, found is not None and found >= target.ratio)
@@ -51,6 +53,7 @@ def row(
     work = operation.work(case, direction)
     floor_us, bound_by = floor(work, bandwidth, rate)
     ours = entries["tribp"].get("device_us", {}).get("median")
+    copied = 1e6 * work.bytes / bandwidth / ours if ours else None
     return {
         "case": case.name,
         "shape": list(case.shape),
@@ -63,7 +66,7 @@ def row(
         "floor_fraction": floor_us / ours if ours else None,
         "ratios": {peer: ratio(entries, peer) for peer in ("eager", "compile")},
         "memory_ratio": ratio(entries, "eager", "memory"),
-        "targets": [judge(target, entries) for target in operation.targets(case, direction)],
+        "targets": [judge(target, entries, copied) for target in operation.targets(case, direction)],
         "settings": [],
         "contenders": dict(entries),
     }

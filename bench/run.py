@@ -84,13 +84,30 @@ class Ceilings:
 
 @contextlib.contextmanager
 def precision(tf32: bool) -> Iterator[None]:
-    """float32 products of all contenders in TF32, or in full precision whatever the environment says."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    """float32 products and convolutions of all contenders in TF32, or in full precision whatever the environment says.
+
+    torch's defaults differ between the two: convolutions are in TF32 unless they are told otherwise.
+    """
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+@contextlib.contextmanager
+def tuned() -> Iterator[None]:
+    """cuDNN times its algorithms at the first call of every shape, and takes the fastest: torch at its best."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def existing(operation: Measured, options: Options) -> Sequence[Any]:
@@ -139,16 +156,21 @@ def measure(
     operation: Operation, case: Case, options: Options, meter: Meter, ceilings: Ceilings
 ) -> list[dict[str, Any]]:
     """A row for each direction of one case."""
-    with precision(case.tf32):
+    with precision(case.tf32), tuned():
         return _measure(operation, case, options, meter, ceilings)
 
 
 def _measure(
     operation: Operation, case: Case, options: Options, meter: Meter, ceilings: Ceilings
 ) -> list[dict[str, Any]]:
-    problem = operation.problem(case, meter.device)
-    reference = problem.reference()
     functions = contenders(operation, options)
+    try:
+        problem = operation.problem(case, meter.device)
+        reference = problem.reference()
+    except torch.OutOfMemoryError:  # it must not end the run
+        note = "the inputs and their float64 results need more memory than the device has"
+        functions = dict.fromkeys(functions, note)
+        reference = {}
     rows = []
     for direction in operation.directions:
         yardstick: dict[str, float] = {}  # torch's own errors

@@ -17,7 +17,10 @@ from bench.machine_code import Loop
 from bench.step_kernels import THOROUGH
 from tribp.kernels.launch import ARCHS
 
+from .test_static_conv import BAD, GOOD
+
 ROOT = Path(__file__).parent.parent
+POINTERS = [target for target, arch in ARCHS.items() if not arch.has_tma]  # which leave some of the forms to `--all`
 Row = dict[str, Any]
 
 
@@ -74,14 +77,42 @@ def test_machine_code_of_every_type_at_every_shape(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ARCHS)
 def test_every_kernel_and_type_is_compiled(rows: list[Row], target: str) -> None:
-    found = {(row["kernel"], row["dtype"]) for row in rows if row["target"] == target}
+    mine = [row for row in rows if row["target"] == target and row["operation"] == "linear"]
+    found = {(row["kernel"], row["dtype"]) for row in mine}
     for kernel in ("forward", "output_grad", "dgrad", "wgrad"):
         for dtype in ("bfloat16", "float16", "float32", "float64"):
             assert (kernel, dtype) in found
     assert "sum_partials" in {kernel for kernel, _ in found}
-    switches = {name for row in rows if row["target"] == target for name in row["settings"].split()}
+    switches = {name for row in mine for name in row["settings"].split()}
     assert {"prefetch", "x_transposed", "w_transposed"} <= switches
     assert ("tma" in switches) == ARCHS[target].has_tma
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_every_form_of_the_convolution_is_compiled(rows: list[Row], target: str) -> None:
+    mine = [row for row in rows if row["target"] == target and row["operation"] == "conv"]
+    found = {(row["kernel"], row["dtype"]) for row in mine}
+    dense, small = {"forward", "dgrad", "wgrad"}, {"small_forward", "small_wgrad"}
+    depthwise = {"depthwise_forward", "depthwise_dgrad", "depthwise_wgrad"}
+    for dtype in ("bfloat16", "float16", "float32", "float64"):
+        assert found >= {(kernel, dtype) for kernel in dense | small}
+        assert found >= {(kernel, dtype) for kernel in depthwise if dtype != "float16"}
+    assert {kernel for kernel, dtype in found if dtype == "bfloat16"} >= {"relayout", "sum_partials"}
+
+    def forms(*kernels: str) -> set[str]:
+        return {word for row in mine if row["kernel"] in kernels for word in row["settings"].split()}
+
+    for kernel in ("forward", "dgrad", "wgrad"):
+        assert {"diagonal", "step2×2"} <= forms(kernel) | ({"step2×2"} if target in POINTERS else set())
+        assert any(word.startswith("bundle") for word in forms(kernel))
+        assert ("tma" in forms(kernel)) == ARCHS[target].has_tma
+    assert "step2×2" in forms("dgrad")
+    assert {"last", "sigmoid"} <= forms("forward") & forms("small_forward")
+    assert {"fuse_dz", "taps_last"} <= forms("small_wgrad")
+    assert {"pixels→channels", "channels→channels", "has_y"} <= forms("relayout")
+    for kernel in ("forward", "dgrad", "small_forward", *depthwise):
+        layouts = {"last" in row["settings"].split() for row in mine if row["kernel"] == kernel}
+        assert layouts == {True, False}, kernel
 
 
 @pytest.mark.parametrize("target", ARCHS)
@@ -116,16 +147,27 @@ def test_large_bfloat16_products_use_the_targets_own_matrix_instruction(
     rows: list[Row], target: str, instruction: str
 ) -> None:
     """Read off the counts, not through the expectations."""
+    named = ("4096x4096x4096 bfloat16", "256x256-256x14x14 bfloat16")
     products = {
-        row["kernel"]: row
+        (row["operation"], row["kernel"]): row
         for row in rows
         if row["target"] == target and row["kernel"] in ("forward", "dgrad", "wgrad")
-        and any(case.startswith("4096x4096x4096 bfloat16") for case in row["cases"])
+        and any(case.startswith(named) for case in row["cases"])
     }  # fmt: skip
-    assert set(products) == {"forward", "dgrad", "wgrad"}
+    assert set(products) == {(operation, k) for operation in ("linear", "conv") for k in ("forward", "dgrad", "wgrad")}
     for row in products.values():
         assert row["counts"][instruction] == sum(row["counts"].get(name, 0) for name in machine_code.MATRIX)
         assert all(loop["matrix"] and loop["loads"] and loop["loads_before"] for loop in row["loops"])
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_few_input_channels_go_to_tensor_cores_as_well(rows: list[Row], target: str) -> None:
+    """Read off the counts: the products of 9·C summed elements of every type, but for float64 on sm_100."""
+    small = [row for row in rows if row["target"] == target and row["kernel"].startswith("small")]
+    for row in small:
+        multiplies = bool(machine_code.MATRIX & row["counts"].keys())
+        assert multiplies == ((row["dtype"], target) != ("float64", "sm_100")), row["settings"]
+    assert len(small) >= 10
 
 
 def test_float64_has_matrix_instructions_everywhere_but_on_sm_100(rows: list[Row]) -> None:
@@ -192,6 +234,10 @@ def plant() -> dict[str, Any]:
                 expected = [NO_SPILLS, *step_kernels.expectations(step, ARCHS[target])]
                 found[f"{name} step, {target}"] = broken(code, expected)
 
+    from tests.test_static_conv import plant as plant_conv
+
+    found |= plant_conv()
+
     x = torch.empty(1 << 20, 16, device="meta", dtype=torch.bfloat16)
     from tribp.ops.linear_sigmoid_triton import output_grad
 
@@ -226,7 +272,7 @@ def planted() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["good", "good odd", "good amd", "good step, sm_80", "good step, gfx942"])
+@pytest.mark.parametrize("name", ["good", "good odd", "good amd", "good step, sm_80", "good step, gfx942", *GOOD])
 def test_a_good_launch_breaks_nothing(planted: dict[str, Any], name: str) -> None:
     assert planted[name] == []
 
@@ -245,6 +291,7 @@ def test_a_good_launch_breaks_nothing(planted: dict[str, Any], name: str) -> Non
         ("narrow step, sm_80", "vectors"),
         ("narrow step, gfx942", "vectors"),
         ("spilling step, sm_80", "spills"),
+        *((name, complaint) for name, (_, complaint, _) in BAD.items()),
     ],
 )
 def test_a_bad_launch_is_caught(planted: dict[str, Any], name: str, complaint: str) -> None:

@@ -1,0 +1,181 @@
+"""The convolution's kernels for GPUs that are not there: launches on tensors without memory, what must be seen."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tribp.kernels.launch import Arch
+from tribp.reference import Window
+
+from .conv_cases import BASE, BF16, DEPTHWISE, FEW, FIRST, FP16, FP32, GROUPED, PADDING, STRIDED, THREE, ConvCase, cases
+from .linear import bytes_of
+from .registry import StaticCase
+
+if TYPE_CHECKING:
+    from tribp.ops.launching import Launch
+
+    from .expectations import Expectation
+
+
+def launches(case: ConvCase, direction: str, arch: Arch) -> "list[Launch]":
+    """The launches of one direction. "backward" is dgrad and wgrad in one call."""
+    from tribp.ops import conv3x3_triton as triton_side
+
+    def empty(*size: int) -> Tensor:
+        layout = case.memory_format if len(size) == 4 else torch.contiguous_format
+        return torch.empty(size, device="meta", dtype=case.dtype, memory_format=layout)
+
+    window = Window((case.stride, case.stride), (PADDING, PADDING), case.groups)
+    x, w, y = empty(*case.input_size), empty(*case.weight_size), empty(*case.output_size)
+    b, activation = empty(y.shape[1]) if case.bias else None, "sigmoid" if case.sigmoid else None
+    if direction == "forward":
+        return list(triton_side.forward(x, w, b, y, window, activation, arch, case.tf32))
+    dx = None if direction == "wgrad" else empty(*x.shape)
+    dw, db = (None, None) if direction == "dgrad" else (empty(*w.shape), None if b is None else empty(*b.shape))
+    dy, kept = empty(*y.shape), y if case.sigmoid else None
+    needed_x, needed_w = None if dw is None else x, None if dx is None else w
+    return list(triton_side.backward(dy, needed_x, needed_w, kept, window, arch, case.tf32, dx, dw, db))
+
+
+# What is compiled without a GPU: bf16 over all forms, the other types where their rules differ from it.
+FP64 = torch.float64
+MIDDLE, MANY = (256, 256, 256, 14, 14), (64, 512, 512, 7, 7)
+NARROW = (64, 13, 11, 33, 29)  # channels that make no rows of whole 16 bytes
+ONE, APART = ("forward",), ("forward", "dgrad", "wgrad")
+
+
+def selection(arch: Arch) -> Iterator[tuple[ConvCase, Sequence[str]]]:
+    few, three, depthwise = ConvCase(FEW[0], BF16), ConvCase(THREE, BF16), ConvCase(DEPTHWISE, BF16, groups=384)
+    yield few, APART
+    yield ConvCase(MIDDLE, BF16), APART
+    yield three, APART
+    yield ConvCase(FIRST, BF16), ("forward", "wgrad")
+    yield depthwise, APART
+    yield ConvCase(STRIDED, BF16, stride=2), APART if arch.has_tma else ("dgrad",)
+    yield ConvCase(GROUPED, BF16, groups=32), APART
+    yield ConvCase(NARROW, BF16), APART
+    yield replace(few, last=False), APART
+    yield replace(three, last=False), ("forward", "wgrad")
+    yield replace(depthwise, last=False), APART
+    yield replace(few, sigmoid=True), ("forward", "backward")
+    yield replace(three, sigmoid=True), ("forward", "wgrad")
+    if arch.has_tma:
+        yield ConvCase(MANY, BF16), APART  # elsewhere 10 s: unrolled taps, as MIDDLE's
+    for dtype, tf32 in ((FP32, False), (FP32, True), (FP64, False)):
+        yield replace(few, dtype=dtype, tf32=tf32), APART
+        yield replace(three, dtype=dtype, tf32=tf32), ("forward", "wgrad")
+    for dtype in (FP32, FP64):
+        yield replace(depthwise, dtype=dtype), APART
+    yield replace(few, dtype=FP16), APART
+    yield replace(three, dtype=FP16), ("forward", "wgrad")
+    yield replace(depthwise, dtype=FP16), ONE
+
+
+def static_cases(arch: Arch, everything: bool) -> Iterator[StaticCase]:
+    chosen = list(selection(arch))
+    if everything:  # all that is measured, and float64
+        measured = [*cases(), *(replace(case, dtype=FP64) for case in BASE)]
+        chosen += [(case, (*APART, "backward")) for case in measured]
+    for case, directions in chosen:
+        if case.tf32 and arch.backend == "hip":
+            continue  # gfx942 has no TF32: the same code again
+        for direction in directions:
+            for launch in launches(case, direction, arch):
+                yield StaticCase(f"{case.name} {direction}", launch, expectations(launch, case, arch))
+
+
+def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> "Sequence[Expectation]":
+    """What the launch's machine code must show; no spills and enough shared memory are expected of every kernel."""
+    from . import expectations as e
+
+    kernel, constants = launch.kernel.__name__, launch.constants
+    found: list[Expectation] = []
+    if kernel in ("forward", "dgrad", "wgrad", "small_forward", "small_wgrad"):
+        found += product_expectations(launch, case.dtype, arch)
+    elif kernel == "relayout":
+        found += relayout_expectations(launch, case.dtype, arch)
+    elif kernel.startswith("depthwise"):
+        loads, stores = row_accesses(constants, kernel)
+        across = tile_bytes(constants, case.dtype, "BOX_N", "BOX_W", "BLOCK_C") // (16 * threads(launch, arch))
+        # A row of channels is as wide under every tap; one of columns lies anywhere, and only results are aligned.
+        loads = loads if constants["LAST"] and whole(constants, case.dtype, "VEC") else 0
+        stores = stores if whole(constants, case.dtype, "VEC_STORE") else 0
+        if across and loads + stores:
+            reason = "16 bytes a thread, of every row that is read and every row that is written"
+            found.append(e.vectors(across * loads, across * stores, reason))
+    elif kernel == "sum_partials" and bytes_of(launch.arguments[0], constants["VEC"]) == 16:
+        found.append(e.wide("loads", 128, "rows of partial sums are multiples of 16 bytes"))
+    return found
+
+
+def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "Iterator[Expectation]":
+    from . import expectations as e
+
+    kernel, constants = launch.kernel.__name__, launch.constants
+    sides = ("BLOCK_O", "BLOCK_C") if "wgrad" in kernel else ("BOX_N", "BOX_H", "BOX_W", "BLOCK_J")
+    if matrix := e.matrix_instructions(size(constants, *sides[:-1]), dtype, arch):
+        yield e.multiplies_with(*matrix[0], reason=matrix[1], loop=kernel != "small_forward")
+    if not kernel.startswith("small"):
+        yield e.PIPELINED
+    if kernel == "small_wgrad" or (kernel == "wgrad" and (constants.get("TAPS_LAST") or constants["DIAGONAL"])):
+        return  # rows of few elements, elements nine apart, or a group's part of a row: nothing to write at once
+    out = launch.arguments[launch.kernel.arg_names.index({"dgrad": "dx", "wgrad": "dw"}.get(kernel, "y"))]
+    assert isinstance(out, Tensor)
+    if arch.backend == "hip" and not constants.get("LAST", True):
+        return  # side by side in a thread are channels; neighbouring columns are in neighbouring lanes, 64 bytes a row
+    share = tile_bytes(constants, out.dtype, *sides) // threads(launch, arch)
+    if stores := e.tile_stores(bytes_of(out, constants["VEC_STORE"]), share, out.dtype, arch):
+        yield stores
+
+
+def relayout_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "Iterator[Expectation]":
+    """Wide on both sides, where a thread has 16 bytes to move and what is contiguous is a multiple of them."""
+    from .expectations import wide
+
+    constants = launch.constants
+    if tile_bytes(constants, dtype, "BLOCK_P", "BLOCK_C") < 16 * threads(launch, arch):
+        return
+
+    def aligned(side: str, channels: str) -> bool:
+        inner = channels if constants[f"{side}_CHANNELS"] else "VEC_P" if constants[f"{side}_PIXELS"] else ""
+        return bool(inner) and whole(constants, dtype, inner, f"{side}_VEC")
+
+    if aligned("SRC", "VEC_C") and (not constants["HAS_Y"] or aligned("Y", "VEC_C")):
+        yield wide("loads", 128, "what is contiguous is a multiple of 16 bytes")
+    if constants["WRITE_DST"] and aligned("DST", "VEC_DST"):
+        yield wide("stores", 128, "what is contiguous is a multiple of 16 bytes")
+
+
+def row_accesses(constants: "Mapping[str, object]", kernel: str) -> tuple[int, int]:
+    """How many rows of a box's width a depthwise program loads and stores: each image row once for each tap across."""
+    rows = size(constants, "BOX_H")
+    steps = size(constants, "STEP_H"), size(constants, "STEP_W")
+    seen = 3 * ((rows - 1) * steps[0] + 3)
+    if kernel == "depthwise_forward":
+        return seen, rows
+    if kernel == "depthwise_wgrad":
+        return rows + seen, 0
+    # A class of pixels meets every STEP-th tap from its own on, and all classes are in the code.
+    down, across = ([(2 - of) // step + 1 for of in range(step)] for step in steps)
+    return sum((rows + taps - 1) * more for taps in down for more in across), rows * steps[0] * steps[1]
+
+
+def size(constants: "Mapping[str, object]", *names: str) -> int:
+    return math.prod(int(str(constants[name])) for name in names)
+
+
+def tile_bytes(constants: "Mapping[str, object]", dtype: torch.dtype, *names: str) -> int:
+    return size(constants, *names) * dtype.itemsize
+
+
+def threads(launch: "Launch", arch: Arch) -> int:
+    return launch.num_warps * (64 if arch.backend == "hip" else 32)
+
+
+def whole(constants: "Mapping[str, object]", dtype: torch.dtype, *names: str) -> bool:
+    """Whether each of these numbers of elements makes 16 bytes; one that a kernel has not does."""
+    return all(size(constants, name) * dtype.itemsize == 16 for name in names if name in constants)

@@ -1,0 +1,175 @@
+"""The convolution's part of `python -m bench static`: kernels that are compiled badly on purpose, what is expected of
+which, and how settings are shown. `test_static.py` compiles; here are the plants that it asks for.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench import conv_kernels
+from bench.compiled import Compiled, describe
+from bench.conv_cases import DEPTHWISE, FEW, ConvCase, cases
+from bench.conv_kernels import expectations, launches, row_accesses
+from bench.expectations import ALWAYS, broken, matrix_instructions, multiplies_with, tile_stores
+from bench.machine_code import Loop
+from tribp.kernels.launch import ARCHS
+from tribp.ops.launching import Launch
+
+BF16, FP32 = torch.bfloat16, torch.float32
+DENSE, LAST_COLUMNS = ConvCase(FEW[0], BF16), ConvCase(FEW[0], BF16, last=False)
+SINGLE, SMALL = ConvCase(FEW[0], FP32, tf32=True), ConvCase((256, 3, 64, 224, 224), FP32, tf32=True)
+CHANNELS = ConvCase(DEPTHWISE, BF16, groups=384)
+
+# On sm_80: the case, the direction and which of its launches, and what is changed about it.
+GOOD = {
+    "good conv": (DENSE, "forward", -1),
+    "good depthwise": (CHANNELS, "forward", -1),
+    "good relayout": (LAST_COLUMNS, "forward", 0),
+    "good few channels": (SMALL, "forward", -1),
+}
+BAD: dict[str, tuple[str, str, dict[str, Any]]] = {  # the good one it spoils, the complaint, the changes
+    "conv, four warps": ("good conv", "spills", dict(BLOCK_J=256, warps=4)),
+    "conv, one stage": ("good conv", "pipelined", dict(stages=1)),
+    "conv, eight stages": ("good conv", "shared memory", dict(stages=8, BOX_N=4)),
+    "conv, narrow store": ("good conv", "wide stores", dict(VEC_STORE=1)),
+    "conv, float32 without TF32": ("good conv", "matrix instructions", dict(PRECISION="ieee", single=True)),
+    "few channels without TF32": ("good few channels", "matrix instructions", dict(PRECISION="ieee")),
+    "depthwise, narrow load": ("good depthwise", "vectors", dict(VEC=1)),
+    "relayout, narrow load": ("good relayout", "wide loads", dict(VEC_P=1)),
+    "relayout, narrow store": ("good relayout", "wide stores", dict(VEC_DST=1)),
+}
+ARCH = ARCHS["sm_80"]
+
+
+def changed(launch: Launch, changes: dict[str, Any]) -> Launch:
+    constants = {name: value for name, value in changes.items() if name.isupper()}
+    return launch._replace(
+        num_warps=changes.get("warps", launch.num_warps),
+        num_stages=changes.get("stages", launch.num_stages),
+        constants=dict(launch.constants) | constants,
+    )
+
+
+def plant() -> dict[str, list[str]]:
+    """What is wrong with each. Runs where the compiler does, in the process of `test_static.plant`."""
+    from bench.compiled import compile_launches
+
+    good = {name: (case, launches(case, direction, ARCH)[at]) for name, (case, direction, at) in GOOD.items()}
+    single = launches(SINGLE, "forward", ARCH)[-1]
+    asked = {name: (launch, expectations(launch, case, ARCH)) for name, (case, launch) in good.items()}
+    for name, (of, _, changes) in BAD.items():
+        case, launch = (SINGLE, single) if "single" in changes else good[of]
+        asked[name] = changed(launch, changes), expectations(launch, case, ARCH)
+    codes = compile_launches([launch for launch, _ in asked.values()], ARCH)
+    return {
+        name: broken(code, [*ALWAYS, *expected])
+        for (name, (_, expected)), code in zip(asked.items(), codes, strict=True)
+    }
+
+
+# -- without the compiler ---------------------------------------------------------------------------------------------
+
+
+def names(case: ConvCase, direction: str, target: str) -> list[tuple[str, set[str]]]:
+    """Of each launch the kernel, and what is expected of it."""
+    arch = ARCHS[target]
+    found = [(launch, expectations(launch, case, arch)) for launch in launches(case, direction, arch)]
+    return [(launch.kernel.__name__, {e.name for e in expected}) for launch, expected in found]
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_products_have_to_be_on_tensor_cores_pipelined_and_written_in_whole_vectors(target: str) -> None:
+    whole = {"matrix instructions", "pipelined", "wide stores"}
+    for direction in ("forward", "dgrad", "wgrad"):
+        assert (direction, whole) in names(DENSE, direction, target)
+    columns = whole - ({"wide stores"} if target == "gfx942" else set())
+    relayout = ("relayout", {"wide loads", "wide stores"})
+    assert names(LAST_COLUMNS, "forward", target)[0] == relayout
+    assert names(LAST_COLUMNS, "forward", target)[-1] == ("forward", columns)
+    few = ConvCase((256, 3, 64, 224, 224), BF16)
+    assert names(few, "forward", target) == [("small_forward", {"matrix instructions", "wide stores"})]
+    assert names(few, "wgrad", target)[0] == ("small_wgrad", {"matrix instructions"})
+    float64 = ConvCase(FEW[0], torch.float64)
+    assert ("matrix instructions" in names(float64, "dgrad", target)[-1][1]) == (target != "sm_100")
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_depthwise_has_to_read_and_write_16_bytes_a_thread(target: str) -> None:
+    for direction in ("forward", "dgrad", "wgrad"):
+        assert names(CHANNELS, direction, target)[0] == (f"depthwise_{direction}", {"vectors"})
+    narrow = ConvCase((64, 36, 36, 56, 56), BF16, groups=36)  # rows of 72 bytes
+    assert names(narrow, "forward", target) == [("depthwise_forward", set())]
+
+
+def test_rows_of_a_depthwise_box_are_counted_by_hand() -> None:
+    box = dict(BOX_H=4, STEP_H=1, STEP_W=1)
+    assert row_accesses(box, "depthwise_forward") == (6 * 3, 4)  # rows −1 … 4 under three taps
+    assert row_accesses(box, "depthwise_dgrad") == (6 * 3, 4)
+    assert row_accesses(box, "depthwise_wgrad") == (4 + 6 * 3, 0)
+    two = dict(BOX_H=4, STEP_H=2, STEP_W=2)
+    assert row_accesses(two, "depthwise_forward") == (9 * 3, 4)  # rows −1 … 7
+    assert row_accesses(two, "depthwise_wgrad") == (4 + 9 * 3, 0)
+    # Even rows meet tap 1 of one row each, odd ones taps 0 and 2 of two; columns likewise.
+    assert row_accesses(two, "depthwise_dgrad") == ((4 + 5) * (1 + 2), 4 * 4)
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_a_selection_holds_a_kernel_once_and_everything_holds_the_selection(target: str) -> None:
+    quick = [case.name for case in conv_kernels.static_cases(ARCHS[target], False)]
+    all_of_it = {case.name for case in conv_kernels.static_cases(ARCHS[target], True)}
+    assert set(quick) <= all_of_it
+    assert len(all_of_it) > 3 * len(set(quick))
+    assert not any("tf32" in name for name in all_of_it) or target != "gfx942"
+    for case in cases():
+        assert case.tf32 or {f"{case.name} {d}" for d in ("forward", "dgrad", "wgrad", "backward")} <= all_of_it
+
+
+def test_settings_are_shown_in_words() -> None:
+    def shown(case: ConvCase, direction: str, at: int = 0) -> list[str]:
+        return describe(launches(case, direction, ARCH)[at]).split()
+
+    (strided,) = launches(ConvCase((64, 128, 256, 28, 28), BF16, stride=2, sigmoid=True), "forward", ARCH)
+    box = "box" + "×".join(str(strided.constants[name]) for name in ("BOX_N", "BOX_H", "BOX_W"))
+    assert {box, "step2×2", "last", "sigmoid"} <= set(describe(strided).split())
+    assert not {"step2×2", "sigmoid", "diagonal"} & set(shown(DENSE, "forward"))
+    grouped = ConvCase((64, 128, 128, 28, 28), BF16, groups=32)
+    assert {"bundle8", "diagonal"} <= set(shown(grouped, "forward", -1))
+    taps = launches(DENSE, "wgrad", ARCH)[0].constants["TAPS"]
+    assert (f"taps{taps}" in shown(DENSE, "wgrad")) == (taps != 1)
+    assert {"pixels→channels", "write_dst"} <= set(shown(LAST_COLUMNS, "forward"))
+    assert {"has_y", "channels→channels"} <= set(shown(ConvCase(FEW[0], BF16, sigmoid=True), "dgrad"))
+
+
+def test_a_single_step_needs_no_loop_but_the_instruction() -> None:
+    inside = Compiled("sm_90", "forward", "", {}, 1000, counts={"HGMMA": 4}, loops=(Loop(4, 2, 4, True, 0),))
+    alone = Compiled("sm_90", "small_forward", "", {}, 1000, counts={"HGMMA": 4})
+    without = Compiled("sm_90", "small_forward", "", {}, 1000, counts={"FFMA": 4})
+    single, looped = multiplies_with("HGMMA", reason="", loop=False), multiplies_with("HGMMA", reason="")
+    assert broken(inside, [single, looped]) == broken(alone, [single]) == []
+    assert broken(alone, [looped]) == ["matrix instructions: matrix instructions, but outside every loop ()"]
+    assert len(broken(without, [single])) == 1
+
+
+def test_what_is_asked_of_a_products_tile() -> None:
+    sm_80, sm_90, sm_100, amd = (ARCHS[name] for name in ("sm_80", "sm_90", "sm_100", "gfx942"))
+
+    def instructions(*case: Any) -> object:
+        found = matrix_instructions(*case)
+        return found and found[0]
+
+    assert instructions(128, BF16, sm_80) == ["HMMA"]
+    assert instructions(64, BF16, sm_90) == ["HGMMA"]
+    assert instructions(32, BF16, sm_90) == ["HGMMA", "HMMA"]
+    assert instructions(128, FP32, sm_100) == ["UTCHMMA", "HMMA"]
+    assert instructions(128, torch.float64, sm_90) == ["DMMA"]
+    assert instructions(128, torch.float64, sm_100) is None
+    assert instructions(16, torch.float64, amd) == ["v_mfma"]
+
+    code = Compiled("sm_90", "forward", "", {}, 1000, counts={"STG": 2, "STG.64": 2, "store": 2, "store.64": 2})
+    for arch, dtype, complaints in ((sm_80, BF16, 1), (amd, BF16, 0), (amd, FP32, 1)):
+        asked = tile_stores(16, 32, dtype, arch)
+        assert asked is not None
+        assert len(broken(code, [asked])) == complaints
+    assert tile_stores(8, 32, BF16, sm_80) is tile_stores(16, 16, BF16, sm_80) is None
+    assert tile_stores(16, 32, torch.float64, amd) is None
