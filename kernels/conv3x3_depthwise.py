@@ -180,18 +180,17 @@ def depthwise_wgrad(
                 sums += z_row
         for t in tl.static_range((BOX_H - 1) * STEP_H + 3):
             for s in tl.static_range(3):
+                v = tl.where(j < Q, j * STEP_W + (s - pad_w), -1)
                 row = load_row(
-                    x, n, i * STEP_H + (t - pad_h), j * STEP_W + (s - pad_w), c, c_inside, N, H, W,
+                    x, n, i * STEP_H + (t - pad_h), v, c, c_inside, N, H, W,
                     stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1, ACC,
                 )  # fmt: skip
-                row = tl.where((j < Q)[:, None], row, 0.0)
                 for a in tl.static_range(BOX_H):
                     if t - a * STEP_H >= 0 and t - a * STEP_H <= 2:
-                        tap: tl.constexpr = (t - a * STEP_H) * 3 + s
                         met = row
                         if not WHOLE:
                             met = tl.where(i + a < P, row, 0.0)
-                        acc = replaced(acc, tap, acc[tap] + z[a] * met)
+                        acc = replaced(acc, (t - a * STEP_H) * 3 + s, acc[(t - a * STEP_H) * 3 + s] + z[a] * met)
     if WRITE_DB:
         total = round_to(tl.sum(sums, 0), db.dtype.element_ty)
         tl.store(db + split.to(tl.int64) * C + c, total, mask=c_inside)

@@ -139,7 +139,7 @@ def choose_conv_wgrad(
 
     spare: bytes that partial results may take, as in `choose_wgrad`. whole_o, whole_c: behind o and c lie no zeros.
     """
-    size = ITEMSIZE[dtype]
+    tma, size = tma and arch.has_tma, ITEMSIZE[dtype]
     # Derived: dz is read once for three taps. Compiled: three results of 128×128 fit the registers beside wgmma, which
     # reads both operands from shared memory; where operands lie in registers, three of 64×64 do.
     if arch.backend == "interpreter":
@@ -148,11 +148,13 @@ def choose_conv_wgrad(
         tile, taps = Product(64, 64, 16, 8, 2, "float64: 64×64, one tap"), 1
     elif size == 4:
         tile, taps = Product(64, 64, 32, 8, 3, f"{precision}: 64×64, one tap"), 1
-    elif tma and arch.has_tma:
+    elif tma:
         tile, taps = Product(128, 128, 64, 8, 3, "128×128, three taps: dz is read once for them"), 3
     else:
         tile, taps = Product(64, 64, 32, 8, 3, "64×64, three taps: dz is read once for them"), 3
     tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
+    if tile.block_i * tile.block_j < 64 * 64:
+        tile = replace(tile, num_warps=min(tile.num_warps, 4))
     box = choose_box(tile.block_l, n, p, q, whole=True)
     # A descriptor knows x's edges, but not dz's: pixels that dz has not must be zero in x too.
     outside = p % box[1] or q % box[2] or (whole_o and o % tile.block_i) or (whole_c and c % tile.block_j)
@@ -161,7 +163,7 @@ def choose_conv_wgrad(
             n, p, q, o, c, bundles, bundle, dtype, precision, arch,
             vec=vec, tma=False, whole_o=whole_o, whole_c=whole_c, spare=spare,
         )  # fmt: skip
-    tile = replace(tile, tma=tma and arch.has_tma, max_registers=unrounded(arch) if size >= 4 or not tma else None)
+    tile = replace(tile, tma=tma, max_registers=unrounded(arch) if size >= 4 or not tma else None)
     stages = stages_that_fit(replace(tile, block_j=taps * tile.block_j), size, arch)
     chosen = convolution(replace(tile, num_stages=stages), box=box, bundle=bundle, taps=taps)
     programs = chosen.tiles(o, c) * bundles * (9 // taps)
@@ -186,7 +188,7 @@ def choose_small(
     if arch.backend == "interpreter":
         pixels, warps, reason = 32, 1, "interpreter"
     elif ITEMSIZE[dtype] == 8:
-        pixels, warps, reason = 32, 4, "float64: two registers an element"
+        pixels, warps, reason = 16 if wgrad else 32, 4, "float64: two registers an element"
     elif ITEMSIZE[dtype] == 4:
         pixels, warps, reason = 32 if wgrad else 64, 4, "float32: both halves of tf32x3 in registers"
     else:
