@@ -104,7 +104,7 @@ def choose_conv(
     if arch.has_tma and tiles[0].tma and j <= 64 and ITEMSIZE[dtype] == 2 and arch.backend != "interpreter":
         # Derived: with all columns in one tile the weights are what is read again, once for each box: larger boxes.
         tiles.insert(0, replace(tiles[0], block_i=256, block_j=64, num_stages=4, reason="256×64: few columns"))
-    # Compiled: unrolled taps keep a vector of addresses more than a product does; with 256 columns pointers spill.
+    # Compiled: beside a result of 256 columns the addresses of pointers spill (4 bytes on sm_80, 56 unrolled).
     tiles = [tile for tile in tiles if tile.tma or tile.block_j <= 128]
     if bundle > 1 and arch.backend != "interpreter":
         # Compiled: an address for each element, where groups are taken apart, spills at 128×32 with Triton 3.6; in
@@ -153,7 +153,8 @@ def choose_conv_wgrad(
     else:
         tile, taps = Product(64, 64, 32, 8, 3, "64×64, three taps: dz is read once for them"), 3
     tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
-    if tile.block_i * tile.block_j < 64 * 64:
+    few = tile.block_i * tile.block_j < 64 * 64
+    if few:
         tile = replace(tile, num_warps=min(tile.num_warps, 4))
     box = choose_box(tile.block_l, n, p, q, whole=True)
     # A descriptor knows x's edges, but not dz's: pixels that dz has not must be zero in x too.
@@ -163,7 +164,7 @@ def choose_conv_wgrad(
             n, p, q, o, c, bundles, bundle, dtype, precision, arch,
             vec=vec, tma=False, whole_o=whole_o, whole_c=whole_c, spare=spare,
         )  # fmt: skip
-    tile = replace(tile, tma=tma, max_registers=unrounded(arch) if size >= 4 or not tma else None)
+    tile = replace(tile, tma=tma, max_registers=unrounded(arch) if size >= 4 or few or not tma else None)
     stages = stages_that_fit(replace(tile, block_j=taps * tile.block_j), size, arch)
     chosen = convolution(replace(tile, num_stages=stages), box=box, bundle=bundle, taps=taps)
     programs = chosen.tiles(o, c) * bundles * (9 // taps)

@@ -56,7 +56,8 @@ def backward(
     each may be None otherwise.
     """
     dx, dw, db = _empty_grads(grad, input_size, window, needs, last)
-    if backend == "torch" or not _fits(grad, input, weight) or 0 in input_size:
+    small = _small_enough(grad.shape[1], input_size[1] // window.groups)
+    if backend == "torch" or not (small and _fits(grad, input, weight)) or 0 in input_size:
         found = reference.conv3x3_backward(grad, input, weight, output, input_size, window, needs)
         for empty, value in zip((dx, dw, db), found, strict=True):
             if empty is not None and value is not None:
@@ -91,6 +92,11 @@ def _empty(size: Sequence[int], like: Tensor, layout: torch.memory_format) -> Te
 def _fits(*tensors: Tensor | None) -> bool:
     """Whether kernels can take these: none of them empty, and no dimension too long for the int32 start of a tile."""
     return all(t is None or (t.numel() > 0 and max(t.shape) <= LONGEST) for t in tensors)
+
+
+def _small_enough(o: int, c: int) -> bool:
+    """Whether 32 bits hold an offset within the weight, as wgrad writes it."""
+    return 9 * o * c < 2**31
 
 
 @torch.library.custom_op("tribp::conv3x3", mutates_args=())
