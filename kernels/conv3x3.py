@@ -64,6 +64,26 @@ def offsets(n, h, w, N, H, W, stride_n, stride_h, stride_w, VEC: tl.constexpr):
 
 
 @triton.jit
+def rows_of_class(size, pad, CLASS: tl.constexpr, STEP: tl.constexpr):
+    """Of the `size` rows of dx those that meet the taps CLASS + t·STEP: how many, and which row of dz the first meets.
+
+    Row h + pad = i·STEP + CLASS of dx meets tap CLASS + t·STEP of the row i − t of dz. Columns likewise.
+    """
+    first = (pad - CLASS + STEP - 1) // STEP
+    return (size - 1 + pad - CLASS) // STEP - first + 1, first
+
+
+@triton.jit
+def row_of_class(i, first, pad, CLASS: tl.constexpr, STEP: tl.constexpr):
+    """Where the i-th row of a class lies in dx."""
+    if STEP == 1:
+        h = i
+    else:
+        h = i * STEP + (first * STEP + CLASS - pad)
+    return h
+
+
+@triton.jit
 def load_box(
     src, n, i, j, dh, dw, channel, limit, N, H, W, stride_n, stride_h, stride_w, rows, cols,
     WITHIN: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
@@ -347,11 +367,8 @@ def dgrad(
     for class_h in tl.static_range(STEP_H):
         for class_w in tl.static_range(STEP_W):
             if tl.program_id(1) == class_h * STEP_W + class_w:
-                # Row h + pad_h = i·STEP_H + class_h meets tap class_h + t·STEP_H of the row i − t of dz.
-                first_h = (pad_h - class_h + STEP_H - 1) // STEP_H
-                first_w = (pad_w - class_w + STEP_W - 1) // STEP_W
-                rows = (H - 1 + pad_h - class_h) // STEP_H - first_h + 1
-                cols = (W - 1 + pad_w - class_w) // STEP_W - first_w + 1
+                rows, first_h = rows_of_class(H, pad_h, class_h, STEP_H)
+                cols, first_w = rows_of_class(W, pad_w, class_w, STEP_W)
                 n, i, j = box_at(box, rows, cols, BOX_N, BOX_H, BOX_W)
                 tile = convolve(
                     dz, w, n, i, j, first_h, first_w, bundle, members, col, N, P, Q, stride_n, stride_h, stride_w,
@@ -359,12 +376,8 @@ def dgrad(
                     VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
                 )  # fmt: skip
                 m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
-                h = m_i
-                v = m_j
-                if STEP_H == 2:
-                    h = m_i * 2 + (first_h * 2 + class_h - pad_h)
-                if STEP_W == 2:
-                    v = m_j * 2 + (first_w * 2 + class_w - pad_w)
+                h = row_of_class(m_i, first_h, pad_h, class_h, STEP_H)
+                v = row_of_class(m_j, first_w, pad_w, class_w, STEP_W)
                 store_box(
                     dx, tile, m_n, h, v, col, members * CX, N, H, W,
                     x_stride_n, x_stride_c, x_stride_h, x_stride_w, LAST, VEC_STORE, BOX_W, BLOCK_J,

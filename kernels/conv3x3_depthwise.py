@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .common import indices, round_to, sigmoid
-from .conv3x3 import box_at, pixels, positions
+from .conv3x3 import box_at, pixels, positions, row_of_class, rows_of_class
 
 SIZES = ["N", "H", "W", "P", "Q", "C", "pad_h", "pad_w"]
 
@@ -112,10 +112,8 @@ def depthwise_dgrad(
     for class_h in tl.static_range(STEP_H):
         for class_w in tl.static_range(STEP_W):
             if tl.program_id(1) == class_h * STEP_W + class_w:
-                first_h = (pad_h - class_h + STEP_H - 1) // STEP_H
-                first_w = (pad_w - class_w + STEP_W - 1) // STEP_W
-                rows = (H - 1 + pad_h - class_h) // STEP_H - first_h + 1
-                cols = (W - 1 + pad_w - class_w) // STEP_W - first_w + 1
+                rows, first_h = rows_of_class(H, pad_h, class_h, STEP_H)
+                cols, first_w = rows_of_class(W, pad_w, class_w, STEP_W)
                 n, i, j = box_at(tl.program_id(0) // columns, rows, cols, BOX_N, BOX_H, BOX_W)
                 n, _, j = pixels(n, i, j, BOX_N, 1, BOX_W)
                 TAPS_H: tl.constexpr = (2 - class_h) // STEP_H + 1
@@ -136,13 +134,9 @@ def depthwise_dgrad(
                             else:
                                 added = added + (acc[a],)
                         acc = added
-                v = j
-                if STEP_W == 2:
-                    v = j * 2 + (first_w * 2 + class_w - pad_w)
+                v = row_of_class(j, first_w, pad_w, class_w, STEP_W)
                 for a in tl.static_range(BOX_H):
-                    h = i + a
-                    if STEP_H == 2:
-                        h = (i + a) * 2 + (first_h * 2 + class_h - pad_h)
+                    h = row_of_class(i + a, first_h, pad_h, class_h, STEP_H)
                     store_row(
                         dx, acc[a], n, h, v, c, c_inside, N, H, W, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
                         LAST, VEC_STORE, VEC_STORE if VEC_STORE < BOX_W else BOX_W,

@@ -117,5 +117,7 @@ def _seeded_and_poisoned() -> Iterator[None]:
     """A fixed seed, and NaN in every `torch.empty`: what a kernel forgot to write is seen."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Importing torch.testing forbids, in the whole process, what users do: to set cuDNN's flags.
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,21 +1,16 @@
 """Convolutions to test with, laid out in memory in every way: for the files that test `tribp.conv3x3`."""
 
-import itertools
-import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 from torch import Tensor
 from torch.nn import functional as F
 
 import tribp
 
 from .oracle import Conv3x3
-
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 class Case(NamedTuple):
@@ -135,23 +130,6 @@ def one_number(t: Tensor) -> Tensor:
 Layout = Callable[[Tensor], Tensor]
 DENSE: list[Layout] = [contiguous, last, transposed, images_last]
 LAYOUTS = [*DENSE, every_other, cropped, cropped_last, sliced_last, one_image, one_channel, one_pixel, one_number]
-
-
-def turn(choices: list[Any], *values: object) -> Any:
-    """One of the choices for each combination of values, every one having its turn: what makes a cover pairwise."""
-    return choices[zlib.crc32(repr(values).encode()) % len(choices)]
-
-
-def name(value: object) -> str:
-    return getattr(value, "__name__", str(value))
-
-
-def cover(*axes: Any, quick: Callable[..., bool]) -> list[ParameterSet]:
-    """The product of all axes; what is not `quick` runs under `-m slow`."""
-    return [
-        pytest.param(*values, marks=() if quick(*values) else pytest.mark.slow, id="-".join(map(name, values)))
-        for values in itertools.product(*axes)
-    ]
 
 
 def grad_of(case: Case, x: Tensor, w: Tensor) -> Tensor:

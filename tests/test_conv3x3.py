@@ -10,8 +10,9 @@ from torch import Tensor
 
 import tribp
 
-from .conv3x3_cases import CASES, DENSE, DTYPES, LAYOUTS, WAYS, Case, Layout, cover, grad_of, name, turn
+from .conv3x3_cases import CASES, DENSE, LAYOUTS, WAYS, Case, Layout, grad_of
 from .conv3x3_cases import ieee as ieee
+from .covering import DTYPES, cover, name, turn
 from .oracle import TOLERANCE, assert_close
 
 pytestmark = pytest.mark.usefixtures("ieee", "one_thread")
@@ -101,7 +102,7 @@ def test_no_images(way: str, device: str) -> None:
 @pytest.mark.parametrize(
     ("case", "dtype"),
     cover(
-        {**WAYS, **CASES}, DTYPES,
+        dict.fromkeys([*WAYS, *CASES]), DTYPES,
         quick=lambda case, dtype: case in WAYS and dtype in (turn(DTYPES, case), turn(DTYPES[::-1], case)),
     ),
 )  # fmt: skip

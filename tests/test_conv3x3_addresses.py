@@ -15,7 +15,8 @@ import tribp
 from tribp.ops.launching import Launch
 
 from .conftest import HAS_GPU
-from .conv3x3_cases import CASES, Case, turn
+from .conv3x3_cases import CASES, Case
+from .covering import turn
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="addresses are seen by the interpreter alone")
 

@@ -6,8 +6,9 @@ from torch import Tensor
 
 import tribp
 
-from .conv3x3_cases import DTYPES, Case, Layout, contiguous, cover, grad_of, last, name, turn
+from .conv3x3_cases import Case, Layout, contiguous, grad_of, last
 from .conv3x3_cases import ieee as ieee
+from .covering import DTYPES, cover, name, turn
 from .oracle import assert_close
 
 pytestmark = pytest.mark.usefixtures("ieee", "one_thread")

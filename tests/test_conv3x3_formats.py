@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 import tribp
 
-from .conv3x3_cases import DENSE, LAYOUTS, Case, Layout, cover, last, name, one_channel, sliced_last
+from .conv3x3_cases import DENSE, LAYOUTS, Case, Layout, last, one_channel, sliced_last
 from .conv3x3_cases import ieee as ieee
+from .covering import cover, name
 
 pytestmark = pytest.mark.usefixtures("ieee", "one_thread")
 

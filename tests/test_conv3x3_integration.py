@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import tribp
 
 from .conv3x3_cases import WAYS, Case, last, one_pixel, sliced_last
 from .conv3x3_cases import ieee as ieee
+from .torch_cases import Seen
 
 pytestmark = pytest.mark.usefixtures("ieee", "one_thread")
 
@@ -35,18 +35,6 @@ def theirs(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 def tensors(device: str) -> list[Tensor]:
     torch.compiler.reset()
     return [t.requires_grad_() for t in CASE.make(torch.float64, device) if t is not None]
-
-
-class Seen(TorchDispatchMode):
-    """Records the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def assert_same_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:

@@ -4,14 +4,11 @@ taps, splits.
 Shapes leave a remainder in every dimension, and every output starts as NaN.
 """
 
-import itertools
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,9 +20,9 @@ from tribp.ops.images import relayout
 from tribp.ops.launching import Launch
 from tribp.reference import Window, conv3x3_backward
 
+from .covering import DTYPES, cover, turn
 from .oracle import assert_close
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BASE = Convolution(32, 16, 16, num_warps=4, num_stages=2, reason="test", group=2, box=(2, 4, 4))
 FORMS = {
     "pointers": BASE,
@@ -48,19 +45,6 @@ WINDOWS = {
     "bundles": (Window((1, 1), (1, 1), 3), 12, 24),
     "bundles, stride 2": (Window((2, 2), (1, 1), 5), 20, 20),
 }
-
-
-def cover(*axes: Iterable[object], quick: Callable[..., bool]) -> list[ParameterSet]:
-    """The product of all axes; what is not `quick` runs under `-m slow`."""
-    return [
-        pytest.param(*values, marks=() if quick(*values) else pytest.mark.slow, id="-".join(map(str, values)))
-        for values in itertools.product(*axes)
-    ]
-
-
-def turn(*values: object) -> int:
-    """A number for each combination of values, by which every type and layout has its turn."""
-    return zlib.crc32(repr(values).encode())
 
 
 def arch(tensor: Tensor) -> Arch:
@@ -122,12 +106,12 @@ def is_quick(window: str, form: str, dtype: torch.dtype) -> bool:
     """Two forms of each window, in turn, each in one type: the interpreter takes 50 ms for a program's nine taps."""
     first = list(WINDOWS).index(window)
     forms = list(FORMS)
-    return form in (forms[first % 5], forms[(first + 2) % 5]) and dtype == DTYPES[turn(window, form) % 4]
+    return form in (forms[first % 5], forms[(first + 2) % 5]) and dtype == turn(DTYPES, window, form)
 
 
 @pytest.mark.parametrize(("window", "form", "dtype"), cover(WINDOWS, FORMS, DTYPES, quick=is_quick))
 def test_forward(window: str, form: str, dtype: torch.dtype, kernels: str) -> None:
-    case = Case(window, dtype, kernels, last=turn(window, form, dtype) % 2 == 0)
+    case = Case(window, dtype, kernels, last=turn([True, False], window, form, dtype))
     settings = case.fitted(FORMS[form])
     launches = ops.forward(case.x, case.w, case.b, case.y, case.window, None, arch(case.x), False, settings)
     (launch,) = [launch for launch in run(launches) if launch.kernel.__name__ == "forward"]
@@ -138,7 +122,7 @@ def test_forward(window: str, form: str, dtype: torch.dtype, kernels: str) -> No
 
 @pytest.mark.parametrize(("window", "form", "dtype"), cover(WINDOWS, FORMS, DTYPES, quick=is_quick))
 def test_dgrad(window: str, form: str, dtype: torch.dtype, kernels: str) -> None:
-    case = Case(window, dtype, kernels, last=turn(window, form, dtype) % 2 == 0)
+    case = Case(window, dtype, kernels, last=turn([True, False], window, form, dtype))
     settings = case.fitted(FORMS[form])
     settings = replace(settings, tma=settings.tma and case.dy.shape[1] % 16 == 0)
     dx = nan_like(case.x)
@@ -163,13 +147,13 @@ WGRAD_FORMS = {
     ("window", "form", "splits", "dtype"),
     cover(
         WINDOWS, WGRAD_FORMS, [1, 4], DTYPES,
-        quick=lambda window, form, splits, dtype: dtype == DTYPES[turn(window, form) % 4]
+        quick=lambda window, form, splits, dtype: dtype == turn(DTYPES, window, form)
         and (list(WGRAD_FORMS).index(form) - list(WINDOWS).index(window)) % 4 < 2
-        and splits == (1, 4)[turn(form, window) % 2],
+        and splits == turn((1, 4), form, window),
     ),
 )  # fmt: skip
 def test_wgrad(window: str, form: str, splits: int, dtype: torch.dtype, kernels: str) -> None:
-    case = Case(window, dtype, kernels, last=turn(window, form, dtype) % 2 == 0)
+    case = Case(window, dtype, kernels, last=turn([True, False], window, form, dtype))
     settings = case.fitted(WGRAD_FORMS[form])
     # A descriptor's tile must not run past what is not zero: the next group's channels, or the next column's.
     tma = settings.tma and all(t.shape[1] % 16 == 0 for t in (case.x, case.dy))
@@ -221,8 +205,8 @@ def test_few_input_channels(c: int, last: bool, kernels: str) -> None:
 )  # fmt: skip
 def test_one_channel_a_group(rows: int, last: bool, stride: tuple[int, int], kernels: str) -> None:
     """Forward, dgrad and wgrad of each channel by itself, with 1, 2 and 4 rows that share what they read."""
-    dtype = DTYPES[turn(rows, last, stride) % 4]
-    window = Window(stride, (turn(stride, last) % 3, rows % 3), 12)
+    dtype = turn(DTYPES, rows, last, stride)
+    window = Window(stride, (turn(range(3), stride, last), rows % 3), 12)
     x, w = tensor((2, 12, 5, 6), dtype, kernels, last), tensor((12, 1, 3, 3), dtype, kernels, False) / 3
     b = tensor((1, 12, 1, 1), dtype, kernels, False).flatten()
     z = F.conv2d(x.double(), w.double(), b.double(), window.stride, window.padding, 1, 12).cpu()
@@ -261,7 +245,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("with_y", [False, True], ids=["copy", "dz"])
 def test_relayout(with_y: bool, padded: int, layout: str, kernels: str) -> None:
     """The pass that packs channels: zeros where it pads, dy·y·(1 − y) and sums on the way."""
-    dtype = DTYPES[turn(with_y, padded, layout) % 4]
+    dtype = turn(DTYPES, with_y, padded, layout)
     src = LAYOUTS[layout](torch.randn(3, 7, 5, 9, device=kernels).to(dtype))
     y = LAYOUTS["NHWC" if padded == 8 else "NCHW"](torch.rand(3, 7, 5, 9, device=kernels).to(dtype)) if with_y else None
     exact = src.double() * (y.double() * (1 - y.double()) if y is not None else 1)

@@ -4,16 +4,12 @@ Shapes leave a remainder in every dimension, every output starts as NaN, and eve
 that is a multiple of 16 bytes).
 """
 
-import itertools
-import zlib
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from _pytest.mark import ParameterSet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,6 +20,7 @@ from tribp.kernels.launch import ARCHS, Arch, Product, cdiv, choose_wgrad
 from tribp.ops import linear_sigmoid_triton as triton_ops
 from tribp.ops.launching import Launch, operand, sum_partials
 
+from .covering import DTYPES, cover, turn
 from .oracle import TOLERANCE, LinearSigmoid, assert_close
 
 M, N, K = 80, 48, 48
@@ -37,20 +34,6 @@ FORMS = {
     "tma persistent": replace(BASE, tma=True, persistent=2),
     "deep and narrow": replace(BASE, block_i=16, block_j=64, block_l=16, group=8),
 }
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-def cover(*axes: Iterable[object], quick: Callable[..., bool]) -> list[ParameterSet]:
-    """The product of all axes; what is not `quick` runs under `-m slow`."""
-    return [
-        pytest.param(*values, marks=() if quick(*values) else pytest.mark.slow, id="-".join(map(str, values)))
-        for values in itertools.product(*axes)
-    ]
-
-
-def turn(*values: object) -> torch.dtype:
-    """A type for each combination of values, every type having its turn: what makes a cover pairwise."""
-    return DTYPES[zlib.crc32(repr(values).encode()) % len(DTYPES)]
 
 
 def arch(tensor: Tensor) -> Arch:
@@ -82,7 +65,7 @@ def nan(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
         FORMS,
         ["", "x", "w", "xw"],
         DTYPES,
-        quick=lambda form, transposed, dtype: not transposed or dtype == turn(form, transposed),
+        quick=lambda form, transposed, dtype: not transposed or dtype == turn(DTYPES, form, transposed),
     ),
 )
 def test_forward(form: str, transposed: str, dtype: torch.dtype, kernels: str) -> None:
@@ -97,7 +80,7 @@ def test_forward(form: str, transposed: str, dtype: torch.dtype, kernels: str) -
     ("form", "transposed", "dtype"),
     cover(
         ["pointers", "prefetch", "tma", "fused", "fused tma"], [False, True], DTYPES,
-        quick=lambda form, transposed, dtype: not transposed or dtype == turn(form),
+        quick=lambda form, transposed, dtype: not transposed or dtype == turn(DTYPES, form),
     ),
 )  # fmt: skip
 def test_dgrad(form: str, transposed: bool, dtype: torch.dtype, kernels: str) -> None:
@@ -120,7 +103,7 @@ def test_dgrad(form: str, transposed: bool, dtype: torch.dtype, kernels: str) ->
     ("form", "splits", "transposed", "dtype"),
     cover(
         ["pointers", "prefetch", "tma", "fused", "fused tma"], [1, 3], [False, True], DTYPES,
-        quick=lambda form, splits, transposed, dtype: not transposed or dtype == turn(form, splits),
+        quick=lambda form, splits, transposed, dtype: not transposed or dtype == turn(DTYPES, form, splits),
     ),
 )  # fmt: skip
 def test_wgrad(form: str, splits: int, transposed: bool, dtype: torch.dtype, kernels: str) -> None:
@@ -164,7 +147,7 @@ def test_output_grad(write: str, dtype: torch.dtype, kernels: str) -> None:
     ("needs", "fuse", "dtype"),
     cover(
         ["x", "w", "b", "xw", "xb", "wb", "xwb"], [True, False], DTYPES,
-        quick=lambda needs, fuse, dtype: needs == "xwb" or dtype == turn(needs),
+        quick=lambda needs, fuse, dtype: needs == "xwb" or dtype == turn(DTYPES, needs),
     ),
 )  # fmt: skip
 def test_backward_as_a_whole(needs: str, fuse: bool, dtype: torch.dtype, kernels: str) -> None:

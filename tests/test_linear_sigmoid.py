@@ -266,6 +266,16 @@ def test_double_backward(device: str) -> None:
     assert torch.autograd.gradgradcheck(tribp.linear_sigmoid, make(4, 3, 2, torch.float64, device))  # type: ignore[arg-type]
 
 
+def test_batched_gradients(device: str) -> None:
+    """`is_grads_batched` wraps what comes back in a tensor that has no memory to read."""
+    inputs = [t for t in make(4, 3, 2, torch.float64, device) if t is not None]
+    batch = torch.randn(5, 4, 3, dtype=torch.float64, device=device)
+    y, theirs = tribp.linear_sigmoid(*inputs), torch.sigmoid(F.linear(*inputs))
+    found, expected = (torch.autograd.grad(v, inputs, batch, is_grads_batched=True) for v in (y, theirs))
+    for ours, torchs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
 # ---- precision settings
 
 

@@ -10,10 +10,11 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import tribp
+
+from .torch_cases import Seen
 
 Function = Callable[..., Tensor]
 
@@ -26,18 +27,6 @@ def theirs(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 def tensors(device: str) -> list[Tensor]:
     torch.compiler.reset()
     return [torch.randn(*s, device=device, dtype=torch.float64, requires_grad=True) for s in ((6, 5), (4, 5), (4,))]
-
-
-class Seen(TorchDispatchMode):
-    """Records the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def test_compile_is_one_graph_of_our_operators(tensors: list[Tensor]) -> None:
