@@ -133,11 +133,11 @@ def choose_conv(
 @lru_cache(maxsize=4096)
 def choose_conv_wgrad(
     n: int, p: int, q: int, o: int, c: int, bundles: int, bundle: int,
-    dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, whole_o: bool, whole_c: bool, spare: int,
+    dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, spare: int,
 ) -> Convolution:  # fmt: skip
     """dw (o × c of each bundle, nine taps), summed over n images of p × q pixels, and split between programs.
 
-    spare: bytes that partial results may take, as in `choose_wgrad`. whole_o, whole_c: behind o and c lie no zeros.
+    spare: bytes that partial results may take, as in `choose_wgrad`.
     """
     tma, size = tma and arch.has_tma, ITEMSIZE[dtype]
     # Derived: dz is read once for three taps. Compiled: three results of 128×128 fit the registers beside wgmma, which
@@ -157,12 +157,10 @@ def choose_conv_wgrad(
     if few:
         tile = replace(tile, num_warps=min(tile.num_warps, 4))
     box = choose_box(tile.block_l, n, p, q, whole=True)
-    # A descriptor knows x's edges, but not dz's: pixels that dz has not must be zero in x too.
-    outside = p % box[1] or q % box[2] or (whole_o and o % tile.block_i) or (whole_c and c % tile.block_j)
-    if tma and outside:
+    if tma and (p % box[1] or q % box[2]):
+        # A descriptor knows x's edges, but not dz's: pixels that dz has not must be zero in x too.
         return choose_conv_wgrad(
-            n, p, q, o, c, bundles, bundle, dtype, precision, arch,
-            vec=vec, tma=False, whole_o=whole_o, whole_c=whole_c, spare=spare,
+            n, p, q, o, c, bundles, bundle, dtype, precision, arch, vec=vec, tma=False, spare=spare
         )  # fmt: skip
     tile = replace(tile, tma=tma, max_registers=unrounded(arch) if size >= 4 or few or not tma else None)
     stages = stages_that_fit(replace(tile, block_j=taps * tile.block_j), size, arch)

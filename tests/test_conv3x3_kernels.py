@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import tribp
 from tribp import runtime
 from tribp.kernels.launch import ARCHS, Arch, cdiv
-from tribp.kernels.launch_conv3x3 import Convolution, bundle_of, choose_box, choose_conv_wgrad, even_splits
+from tribp.kernels.launch_conv3x3 import Convolution, bundle_of, choose_box, choose_conv, choose_conv_wgrad, even_splits
 from tribp.ops import conv3x3_triton as ops
 from tribp.ops.images import relayout
 from tribp.ops.launching import Launch
@@ -155,10 +156,7 @@ WGRAD_FORMS = {
 def test_wgrad(window: str, form: str, splits: int, dtype: torch.dtype, kernels: str) -> None:
     case = Case(window, dtype, kernels, last=turn([True, False], window, form, dtype))
     settings = case.fitted(WGRAD_FORMS[form])
-    # A descriptor's tile must not run past what is not zero: the next group's channels, or the next column's.
     tma = settings.tma and all(t.shape[1] % 16 == 0 for t in (case.x, case.dy))
-    if tma and (case.window.groups > 1 or case.window.stride[1] == 2):
-        settings = replace(settings, block_i=16, block_j=16)
     splits = even_splits(settings.boxes(3, *case.y.shape[2:]), splits)
     settings = replace(settings, tma=tma, splits=splits)
     dw, db = nan_like(case.w), nan_like(case.b)
@@ -276,7 +274,91 @@ def test_a_nan_of_one_group_stays_in_it(kernels: str) -> None:
     torch.testing.assert_close(dx, theirs, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("c", "groups"), [(2, 1), (16, 1), (6, 3), (8, 8)], ids=["small", "dense", "bundles", "depthwise"]
+)
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
+def test_an_infinity_at_the_edge_reaches_its_taps_alone(c: int, groups: int, last: bool, kernels: str) -> None:
+    """Boxes hang over the edge: there a zero that stands for no pixel of dz must not meet a pixel of x."""
+    x = tensor((1, c, 5, 7), torch.float32, kernels, last)
+    x[:, :, 4], x[:, :, :, 6] = torch.inf, torch.inf
+    w, dy = torch.zeros(c, c // groups, 3, 3, device=kernels), tensor((1, c, 5, 7), torch.float32, kernels, last)
+    dy[:, :, 3:], dy[:, :, :, 5:] = 0, 0
+    window, dw = Window((1, 1), (1, 1), groups), nan_like(w)
+    run(ops.backward(dy, x, None, None, window, arch(x), False, None, dw, None))
+    exact = conv3x3_backward(dy.cpu(), x.cpu(), None, None, x.shape, window, (False, True, False))[1]
+    assert exact is not None
+    torch.testing.assert_close(dw.cpu(), exact, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert exact[:, :, 0, 0].isfinite().all(), "the tap that looks back meets no infinity but beyond the edge"
+
+
+@pytest.mark.filterwarnings("error:divide by zero")
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("size", [(1, 5), (5, 1)], ids=str)
+def test_a_class_without_pixels(size: tuple[int, int], groups: int, kernels: str) -> None:
+    """Of one row with a padding of 1 and a stride of 2, all pixels meet tap 1, and none the others."""
+    window = Window((2, 2), (1, 1), groups)
+    w, dx = tensor((8, 8 // groups, 3, 3), torch.float32, kernels, True), torch.full((1, 8, *size), torch.nan)
+    dy, dx = tensor((1, 8, *window.output_size(*size)), torch.float32, kernels, True), dx.to(kernels)
+    run(ops.backward(dy, None, w, None, window, arch(w), False, dx, None, None))
+    exact = conv3x3_backward(dy.double(), None, w.double(), None, dx.shape, window, (True, False, False))[0]
+    assert exact is not None
+    assert_close(dx, exact.cpu())
+
+
+def test_every_second_column_is_stored_by_itself() -> None:
+    """A vector of neighbours would overwrite the other class; hints do nothing in the interpreter."""
+    dy, w, dx = (torch.empty(s, device="meta") for s in ((2, 16, 8, 8), (16, 16, 3, 3), (2, 16, 16, 16)))
+    for stride, vec in (((1, 1), 4), ((2, 1), 4), ((1, 2), 1)):
+        window = Window(stride, (1, 1))
+        grad = dy.new_empty((2, 16, 16 // stride[0], 16 // stride[1]))
+        *_, launch = ops.backward(grad, None, w, None, window, ARCHS["sm_90"], False, dx, None, None)
+        assert launch.constants["VEC_STORE"] == vec
+
+
+def test_weights_beyond_32_bit_offsets_go_through_torch(
+    kernels: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tribp.ops import conv3x3 as operators
+
+    assert operators._small_enough(15_000, 15_000)
+    assert not operators._small_enough(16_000, 16_000)
+    monkeypatch.setattr(operators, "_small_enough", lambda o, c: False)
+    x, w = torch.randn(1, 8, 3, 3, device=kernels), torch.randn(4, 8, 3, 3, device=kernels, requires_grad=True)
+    y = tribp.conv3x3(x, w)
+    launched.clear()
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), w)[0], x.expand(4, 8, 3, 3))
+    assert not launched
+
+
+def test_a_descriptor_does_not_run_into_the_next_pixel(kernels: str) -> None:
+    """Every second pixel is a row of two pixels' channels: 48 of them are a step and a half."""
+    x, w = tensor((1, 48, 4, 4), torch.float32, kernels, True), tensor((8, 48, 3, 3), torch.float32, kernels, True)
+    window = Window((2, 2), (1, 1))
+    y = nan_like(tensor((1, 8, 2, 2), torch.float32, kernels, True))
+    run(ops.forward(x, w, None, y, window, None, arch(x), False))
+    assert_close(y, F.conv2d(x.double(), w.double(), None, 2, 1).cpu())
+    # What it read there would meet the zeros behind the weights: only an infinity would tell.
+    x = tensor((1, 48, 4, 6), torch.float32, kernels, True)
+    x[..., 3] = torch.inf
+    y = nan_like(tensor((1, 8, 1, 2), torch.float32, kernels, True))
+    run(ops.forward(x, w, None, y, Window((2, 2)), None, arch(x), False))
+    assert y[..., 0].isfinite().all()
+
+
 # ---- rules
+
+
+@pytest.mark.parametrize("l", [16, 48, 64, 96, 100])
+def test_descriptors_step_over_whole_channels_where_others_follow(l: int) -> None:
+    for j in (32, 256):
+        s = choose_conv(
+            64, 14, 14, j, l, 1, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"], vec=8, tma=True, whole=True, wide=False
+        )  # fmt: skip
+        assert not s.tma or l % s.block_l == 0
+        assert choose_conv(
+            64, 14, 14, j, l, 1, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"], vec=8, tma=True, whole=False, wide=False
+        ).tma  # fmt: skip
 
 
 def test_boxes_cover_with_little_outside() -> None:
@@ -297,7 +379,7 @@ def test_splits_cover_the_boxes_exactly() -> None:
             for spare in (0, 1 << 40):
                 s = choose_conv_wgrad(
                     n, p, q, o, c, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"],
-                    vec=8, tma=True, whole_o=False, whole_c=False, spare=spare,
+                    vec=8, tma=True, spare=spare,
                 )  # fmt: skip
                 boxes = s.boxes(n, p, q)
                 each = cdiv(boxes, s.splits)

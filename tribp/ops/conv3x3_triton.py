@@ -198,8 +198,7 @@ def _dense_wgrad(
     vec_o, vec_c = _bundle_vec(dz, groups, bundle), _bundle_vec(xs, groups, bundle)
     s = settings or choose_conv_wgrad(
         n, p, q, bundle * og, bundle * cg, bundles, bundle, dtype, precision, arch,
-        vec=min(vec_o, vec_c), tma=dz.tma and xs.tma and _steppable(x, window),
-        whole_o=bundles > 1, whole_c=bundles > 1 or window.stride[1] == 2, spare=spare,
+        vec=min(vec_o, vec_c), tma=dz.tma and xs.tma and _steppable(x, window), spare=spare,
     )  # fmt: skip
     shares, sums = partials_of(dw, s.splits, partial, (o, 9, cg)), partials_of(db, s.splits, partial)
     assert shares is not None
@@ -315,11 +314,11 @@ def _steppable(x: Tensor, window: Window) -> bool:
 
 
 def _bundle_vec(image: Image, groups: int, bundle: int) -> int:
-    """Elements that divide all that `image.vec` does, and a bundle's channels, of the last and shorter one too."""
+    """Elements that divide all that `image.vec` does, and a bundle's channels; so they divide a shorter last one's."""
     if groups == 1 or not image.last:
         return image.vec
     channels = image.tensor.shape[1] // groups
-    return min(image.vec, vector_length(image.tensor.element_size(), bundle * channels, groups % bundle * channels))
+    return min(image.vec, vector_length(image.tensor.element_size(), bundle * channels))
 
 
 def _without_channels(image: Image) -> tuple[int, int, int]:
