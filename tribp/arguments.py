@@ -84,7 +84,8 @@ def window_of(
     strides = _pair(caller, "stride", stride)
     if not set(strides) <= {1, 2}:
         raise ValueError(
-            f"{caller}: stride must be 1 or 2, or a pair of these, got {stride}; for others use torch.nn.Conv2d"
+            f"{caller}: stride must be 1 or 2, or a pair of these, got {stride}; for others use torch.nn.Conv2d "
+            "(the size of the kernel is no argument)"
         )
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
