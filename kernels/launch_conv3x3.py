@@ -104,8 +104,9 @@ def choose_conv(
     if arch.has_tma and tiles[0].tma and j <= 64 and ITEMSIZE[dtype] == 2 and arch.backend != "interpreter":
         # Derived: with all columns in one tile the weights are what is read again, once for each box: larger boxes.
         tiles.insert(0, replace(tiles[0], block_i=256, block_j=64, num_stages=4, reason="256×64: few columns"))
-    # Compiled: beside a result of 256 columns the addresses of pointers spill (4 bytes on sm_80, 56 unrolled).
-    tiles = [tile for tile in tiles if tile.tma or tile.block_j <= 128]
+    # Compiled: beside a result of 256 columns the addresses of pointers spill (4 bytes on sm_80, 56 unrolled), and
+    # those of a store of single columns (1,064 bytes on sm_90, 7×7 images).
+    tiles = [tile for tile in tiles if (tile.tma and not wide) or tile.block_j <= 128]
     if bundle > 1 and arch.backend != "interpreter":
         # Compiled: an address for each element, where groups are taken apart, spills at 128×32 with Triton 3.6; in
         # float64, or four times in one kernel, at 64×32.
