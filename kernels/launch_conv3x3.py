@@ -107,6 +107,10 @@ def choose_conv(
     # Compiled: beside a result of 256 columns the addresses of pointers spill (4 bytes on sm_80, 56 unrolled), and
     # those of a store of single columns (1,064 bytes on sm_90, 7×7 images).
     tiles = [tile for tile in tiles if (tile.tma and not wide) or tile.block_j <= 128]
+    if arch.backend == "cuda" and not arch.has_tma:
+        # Compiled: operands lie in registers beside those addresses; deeper, or larger in float32, they spill.
+        most = 128 * 128 if ITEMSIZE[dtype] == 2 else 128 * 64 // classes
+        tiles = [replace(t, block_l=min(t.block_l, 32)) for t in tiles if t.block_i * t.block_j <= most] or tiles[-1:]
     if bundle > 1 and arch.backend != "interpreter":
         # Compiled: an address for each element, where groups are taken apart, spills at 128×32 with Triton 3.6; in
         # float64, or four times in one kernel, at 64×32.
@@ -142,7 +146,7 @@ def choose_conv_wgrad(
     """
     tma, size = tma and arch.has_tma, ITEMSIZE[dtype]
     # Derived: dz is read once for three taps. Compiled: three results of 128×128 fit the registers beside wgmma, which
-    # reads both operands from shared memory; where operands lie in registers, three of 64×64 do.
+    # reads both operands from shared memory; where operands lie in registers, three of 64×32 do.
     if arch.backend == "interpreter":
         tile, taps = Product(32, 32, 32, 1, 1, "interpreter"), 3
     elif size == 8:
@@ -152,7 +156,7 @@ def choose_conv_wgrad(
     elif tma:
         tile, taps = Product(128, 128, 64, 8, 3, "128×128, three taps: dz is read once for them"), 3
     else:
-        tile, taps = Product(64, 64, 32, 8, 3, "64×64, three taps: dz is read once for them"), 3
+        tile, taps = Product(64, 32, 32, 4, 3, "64×32, three taps: dz is read once for them"), 3
     tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
     few = tile.block_i * tile.block_j < 64 * 64
     if few:
