@@ -72,7 +72,8 @@ def test_forward(form: str, transposed: str, dtype: torch.dtype, kernels: str) -
     x, w = matrix(M, K, dtype, kernels, "x" in transposed), matrix(N, K, dtype, kernels, "w" in transposed) / K**0.5
     b = matrix(1, N, dtype, kernels)[0] if form != "prefetch" else None
     y = nan(M, N, dtype=dtype, device=kernels)
-    run(triton_ops.forward(x, w, b, y, arch(x), False, FORMS[form]))
+    (launch,) = triton_ops.forward(x, w, b, y, arch(x), False, FORMS[form])
+    run(launch)
     assert_close(y, LinearSigmoid(x, w, b).y)
 
 

@@ -37,12 +37,15 @@ def forward(
     if backend == "torch" or not _fits(input, weight):
         return reference.conv3x3(input, weight, bias, window, activation).contiguous(memory_format=layout)
     from . import conv3x3_triton as kernels
+    from .launching import perform
 
     output = _empty(_output_size(input, weight, window), input, layout)
-    arch, tf32 = runtime.arch_of(input.device.index), runtime.tf32_allowed(convolution=True)
     with runtime.on_device(input):
-        for launch in kernels.forward(input, weight, bias, output, window, activation, arch, tf32):
-            launch.run()
+        perform(
+            kernels.forward,
+            dict(x=input, w=weight, b=bias, y=output),
+            _facts(input, window) | {"activation": activation},
+        )
     return output
 
 
@@ -64,12 +67,17 @@ def backward(
                 empty.copy_(value)
         return dx, dw, db
     from . import conv3x3_triton as kernels
+    from .launching import perform
 
-    arch, tf32 = runtime.arch_of(grad.device.index), runtime.tf32_allowed(convolution=True)
     with runtime.on_device(grad):
-        for launch in kernels.backward(grad, input, weight, output, window, arch, tf32, dx, dw, db):
-            launch.run()
+        perform(kernels.backward, dict(dy=grad, x=input, w=weight, y=output, dx=dx, dw=dw, db=db), _facts(grad, window))
     return dx, dw, db
+
+
+def _facts(tensor: Tensor, window: Window) -> dict[str, object]:
+    """What launches depend on besides the tensors."""
+    arch, tf32 = runtime.arch_of(tensor.device.index), runtime.tf32_allowed(convolution=True)
+    return dict(window=window, arch=arch, tf32=tf32)
 
 
 def _output_size(input: Tensor, weight: Tensor, window: Window) -> tuple[int, ...]:

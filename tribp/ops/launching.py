@@ -1,6 +1,6 @@
 """From tensors to kernel launches: what every operation's Triton side shares. Imports triton."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,14 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+
+
+def perform(
+    build: Callable[..., Iterable[Launch]], tensors: Mapping[str, Tensor | None], facts: Mapping[str, object]
+) -> None:
+    """Run the launches that `build(**tensors, **facts)` makes, each as it comes: they may allocate in between."""
+    for launch in build(**tensors, **facts):
+        launch.run()
 
 
 class Operand(NamedTuple):

@@ -25,11 +25,12 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) ->
     if backend == "torch" or not _fits(input, weight):
         return reference.linear_sigmoid(input, weight, bias)
     from . import linear_sigmoid_triton as kernels
+    from .launching import perform
 
     output = torch.empty((*input.shape[:-1], n), dtype=input.dtype, device=input.device)
-    arch, tf32 = runtime.arch_of(input.device.index), runtime.tf32_allowed()
+    tensors = dict(x=as_matrix(input), w=weight, b=bias, y=as_matrix(output))
     with runtime.on_device(input):
-        kernels.forward(as_matrix(input), weight, bias, as_matrix(output), arch, tf32).run()
+        perform(kernels.forward, tensors, _facts(input))
     return output
 
 
@@ -43,6 +44,7 @@ def backward(
     if backend == "torch" or not _fits(output, input, weight):
         return reference.linear_sigmoid_backward(grad, input, weight, output, needs)
     from . import linear_sigmoid_triton as kernels
+    from .launching import perform
 
     n = output.shape[-1]
     x = as_matrix(input) if input is not None else None
@@ -55,14 +57,18 @@ def backward(
         dw = torch.empty((n, x.shape[1]), dtype=output.dtype, device=output.device)
     if needs[2]:
         db = torch.empty(n, dtype=output.dtype, device=output.device)
-    arch, tf32 = runtime.arch_of(output.device.index), runtime.tf32_allowed()
+    tensors = dict(
+        dy=as_matrix(grad), x=x, w=weight, y=as_matrix(output.contiguous()),
+        dx=as_matrix(dx) if dx is not None else None, dw=dw, db=db,
+    )  # fmt: skip
     with runtime.on_device(output):
-        for launch in kernels.backward(
-            as_matrix(grad), x, weight, as_matrix(output.contiguous()), arch, tf32,
-            as_matrix(dx) if dx is not None else None, dw, db,
-        ):  # fmt: skip
-            launch.run()
+        perform(kernels.backward, tensors, _facts(output))
     return dx, dw, db
+
+
+def _facts(tensor: Tensor) -> dict[str, object]:
+    """What launches depend on besides the tensors."""
+    return dict(arch=runtime.arch_of(tensor.device.index), tf32=runtime.tf32_allowed())
 
 
 def _fits(*tensors: Tensor | None) -> bool:

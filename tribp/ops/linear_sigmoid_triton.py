@@ -22,8 +22,8 @@ from .launching import Launch, Operand, accumulator, operand, partials_of, sum_p
 
 def forward(
     x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, arch: Arch, tf32: bool, settings: Product | None = None
-) -> Launch:
-    """The launch that writes y = σ(x·wᵀ + b). x: (M, K), w: (N, K), b: (N,) or None, y: (M, N) contiguous.
+) -> Iterator[Launch]:
+    """The one launch that writes y = σ(x·wᵀ + b). x: (M, K), w: (N, K), b: (N,) or None, y: (M, N) contiguous.
 
     `settings` replaces the rules' choice (tests and tuning).
     """
@@ -34,7 +34,7 @@ def forward(
     vec = min(xs.vec, ws.vec)
     s = settings or choose_forward(m, n, k, dtype, precision, arch, vec=vec, tma=xs.tma and ws.tma)
     store_tma = s.tma and ys.tma
-    return Launch(
+    yield Launch(
         kernels.forward,
         (min(s.persistent, s.tiles(m, n)) or s.tiles(m, n),),
         (
