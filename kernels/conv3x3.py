@@ -20,20 +20,8 @@ import triton.language as tl
 
 from .common import dot, indices, load_tile, round_to, sigmoid, tile_of
 
-SIZES = [
-    "N",
-    "H",
-    "W",
-    "P",
-    "Q",
-    "groups",
-    "OG",
-    "CG",
-    "OZ",
-    "CX",
-    "pad_h",
-    "pad_w",
-]  # not specialized: no recompile for a batch of 1
+# Not specialized: no recompile for a batch of 1.
+SIZES = "N H W P Q groups OG CG OZ CX pad_h pad_w".split()
 
 
 @triton.jit
@@ -239,7 +227,7 @@ def convolve(
     The t-th row of taps meets the rows i·STEP_H + first_h ± t of src: + going forward, − in dgrad, which looks back.
     FLAT is one loop over taps and channels, so that loads are pipelined across taps, but with divisions in it; with 8
     warps and pointers such a loop was seen to compute wrong results in another project (pytorch #173068). Otherwise the
-    loop over channels stands in two over taps; compiled, unrolling those took 3.6 times the code and as many registers.
+    loop over channels stands in one over taps; compiled, unrolling that took 3.6 times the code and as many registers.
     """
     SIGN: tl.constexpr = -1 if DGRAD else 1
     TAPS_H: tl.constexpr = (2 - TAP_H) // TAP_STEP_H + 1
@@ -257,12 +245,18 @@ def convolve(
     else:
         src += origin
     acc = tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_J), ACC)
-    if FLAT:
-        steps = tl.cdiv(length, BLOCK_L)
-        for step in range(0, TAPS_H * TAPS_W * steps):
-            t_h = step // steps // TAPS_W
-            t_w = step // steps % TAPS_W
-            l = step % steps * BLOCK_L
+    steps = tl.cdiv(length, BLOCK_L)
+    TAPS: tl.constexpr = TAPS_H * TAPS_W
+    for outer in range(0, 1 if FLAT else TAPS):
+        for inner in range(0, TAPS * steps if FLAT else steps):
+            if FLAT:
+                t = inner // steps
+                l = inner % steps * BLOCK_L
+            else:
+                t = outer
+                l = inner * BLOCK_L
+            t_h = t // TAPS_W
+            t_w = t % TAPS_W
             tap = (TAP_H + t_h * TAP_STEP_H) * 3 + TAP_W + t_w * TAP_STEP_W
             a = load_box(
                 src, n, i, j, first_h + SIGN * t_h, first_w + SIGN * t_w, start + l, start + length, N, H, W,
@@ -270,20 +264,6 @@ def convolve(
             )  # fmt: skip
             b = load_weight(w, tap, l, col, first, members, OG, CG, DGRAD, DIAGONAL, TMA, VEC_W, BLOCK_L, BLOCK_J)
             acc = dot(a, b, acc, PRECISION)
-    else:
-        for t_h in range(TAPS_H):
-            for t_w in range(TAPS_W):
-                tap = (TAP_H + t_h * TAP_STEP_H) * 3 + TAP_W + t_w * TAP_STEP_W
-                for l in range(0, length, BLOCK_L):
-                    a = load_box(
-                        src, n, i, j, first_h + SIGN * t_h, first_w + SIGN * t_w, start + l, start + length, N, H, W,
-                        stride_n, stride_h, stride_w, 0, 0, False, STEP_H, STEP_W, TMA, VEC,
-                        BOX_N, BOX_H, BOX_W, BLOCK_L,
-                    )  # fmt: skip
-                    b = load_weight(
-                        w, tap, l, col, first, members, OG, CG, DGRAD, DIAGONAL, TMA, VEC_W, BLOCK_L, BLOCK_J
-                    )
-                    acc = dot(a, b, acc, PRECISION)
     if DIAGONAL:
         # A zero between two groups times an infinity of one is NaN in the other: where there is one, go without zeros.
         # (One sum over both axes: with a reduction along either, Triton 3.7 does not compile for sm_100.)
