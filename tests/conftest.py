@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("TRIBP_BACKEND", None)  # the tests choose
 
-NAMES = ("linear_kernels", "conv3x3_addresses", "conv3x3_kernels", "static", "static_conv")
+NAMES = ("calls", "linear_kernels", "conv3x3_addresses", "conv3x3_kernels", "static", "static_conv")
 NEED_TRITON = [f"test_{name}.py" for name in NAMES]
 collect_ignore = [] if importlib.util.find_spec("triton") else NEED_TRITON
 
@@ -63,8 +64,23 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cpu"
 
 
+@pytest.fixture(autouse=True)
+def forgotten() -> None:
+    """No test repeats the calls of another."""
+    if "tribp.ops.calls" in sys.modules:
+        sys.modules["tribp.ops.calls"].forget()
+
+
 @pytest.fixture
-def launched(kernels: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are not remembered: for tests that watch `Launch.run`."""
+    from tribp.ops import calls
+
+    monkeypatch.setattr(calls, "REMEMBERED", 0)
+
+
+@pytest.fixture
+def launched(kernels: str, every_launch: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched in this test, in order; each still runs."""
     from tribp.ops.launching import Launch
 

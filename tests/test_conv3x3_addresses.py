@@ -56,7 +56,7 @@ class Watch:
 
 
 @pytest.fixture
-def watch(kernels: str, monkeypatch: pytest.MonkeyPatch) -> Watch:
+def watch(kernels: str, every_launch: None, monkeypatch: pytest.MonkeyPatch) -> Watch:
     from triton.runtime.interpreter import InterpreterBuilder
 
     seen = Watch()

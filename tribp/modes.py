@@ -15,13 +15,14 @@ def dispatching() -> bool:
 def transformed(*tensors: Tensor | None) -> bool:
     """Whether torch must compute by itself: inside torch.func, in forward mode, under jit.trace, for tensor subclasses.
 
-    A kernel would read the memory behind a wrapped tensor and return a result without its tangent, batch or trace.
+    A kernel would read the memory behind a wrapped tensor and return a result without its tangent, batch or trace; of
+    a negative view (`z.conj().imag`) the numbers before their sign is turned.
     """
     if _transforming():
         return True
     if torch.compiler.is_compiling():  # fake tensors are subclasses too, and the operators take them
         return False
-    return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
+    return any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg() for t in tensors if t is not None)
 
 
 def wrapped(grad: Tensor) -> bool:

@@ -16,7 +16,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """`tensor`, its leading dimensions in one; `reshape(-1, n)` cannot tell how many rows of no columns there are."""
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def linear_sigmoid_backward(

@@ -36,12 +36,12 @@ def forward(
     layout = conv3x3_format(input, weight)
     if backend == "torch" or not _fits(input, weight):
         return reference.conv3x3(input, weight, bias, window, activation).contiguous(memory_format=layout)
+    from . import calls
     from . import conv3x3_triton as kernels
-    from .launching import perform
 
     output = _empty(_output_size(input, weight, window), input, layout)
     with runtime.on_device(input):
-        perform(
+        calls.perform(
             kernels.forward,
             dict(x=input, w=weight, b=bias, y=output),
             _facts(input, window) | {"activation": activation},
@@ -66,18 +66,20 @@ def backward(
             if empty is not None and value is not None:
                 empty.copy_(value)
         return dx, dw, db
+    from . import calls
     from . import conv3x3_triton as kernels
-    from .launching import perform
 
     with runtime.on_device(grad):
-        perform(kernels.backward, dict(dy=grad, x=input, w=weight, y=output, dx=dx, dw=dw, db=db), _facts(grad, window))
+        calls.perform(
+            kernels.backward, dict(dy=grad, x=input, w=weight, y=output, dx=dx, dw=dw, db=db), _facts(grad, window)
+        )
     return dx, dw, db
 
 
 def _facts(tensor: Tensor, window: Window) -> dict[str, object]:
     """What launches depend on besides the tensors."""
-    arch, tf32 = runtime.arch_of(tensor.device.index), runtime.tf32_allowed(convolution=True)
-    return dict(window=window, arch=arch, tf32=tf32)
+    tf32 = tensor.dtype == torch.float32 and runtime.tf32_allowed(convolution=True)
+    return dict(window=window, arch=runtime.arch_of(tensor.device.index), tf32=tf32)
 
 
 def _output_size(input: Tensor, weight: Tensor, window: Window) -> tuple[int, ...]:

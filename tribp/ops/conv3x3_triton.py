@@ -27,7 +27,7 @@ from ..reference import Window
 from ..runtime import dtype_name
 from .images import (
     Image,
-    channels_last_empty,
+    channels_last_scratch,
     dense_image,
     image,
     lies_last,
@@ -37,7 +37,7 @@ from .images import (
     readable,
     relayout,
 )
-from .launching import Launch, accumulator, partials_of, sum_partials, vector_length
+from .launching import Launch, accumulator, partials_of, second_pass, vector_length
 
 if TYPE_CHECKING:
     import triton
@@ -95,7 +95,7 @@ def forward(
         xs.argument(s.tma, s.box, s.block_l, window.stride), _weight_argument(ws, s.tma, s.block_j, s.block_l), b, y,
         *sizes, groups, og, cg, *window.padding, *_without_channels(xs), *ys.strides,
     )  # fmt: skip
-    constants |= _dense_constants(s, precision, vec, min(ws.vec, vec), _bundle_vec(ys, groups, bundle))
+    constants |= _dense_constants(s, precision, vec, ws.vec, _bundle_vec(ys, groups, bundle))
     yield _launch(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, constants, s)
 
 
@@ -137,7 +137,7 @@ def backward(
         if way == "depthwise":
             yield _depthwise_dgrad(dz, w, dx, window, arch, settings)
         else:
-            yield from _dense_dgrad(dz, w, dx, dy.shape[1], window, arch, tf32, settings)
+            yield from _dense_dgrad(dz, w, dx, window, arch, tf32, settings)
 
 
 def way_of(c: int, o: int, groups: int, x: Tensor | None) -> str:
@@ -152,7 +152,7 @@ def way_of(c: int, o: int, groups: int, x: Tensor | None) -> str:
 
 
 def _dense_dgrad(
-    dz: Image, w: Tensor, dx: Tensor, o: int, window: Window, arch: Arch, tf32: bool, settings: Convolution | None
+    dz: Image, w: Tensor, dx: Tensor, window: Window, arch: Arch, tf32: bool, settings: Convolution | None
 ) -> Iterator[Launch]:
     (n, c, height, width), (sh, sw), groups = dx.shape, window.stride, window.groups
     dtype, (_, acc) = dtype_name(dx.dtype), accumulator(dx.dtype)
@@ -177,7 +177,7 @@ def _dense_dgrad(
     vec_store = 1 if sw == 2 and not out.last else _bundle_vec(out, groups, bundle)
     constants = dict(
         STEP_H=sh, STEP_W=sw, ACC=acc, LAST=out.last,
-        **_dense_constants(s, precision, vec, min(ws.vec, vec if bundle > 1 else ws.vec), vec_store),
+        **_dense_constants(s, precision, vec, ws.vec, vec_store),
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * s.columns(c // groups, groups), sh * sw)
     yield _launch(conv3x3.dgrad, grid, arguments, constants, s)
@@ -217,10 +217,8 @@ def _dense_wgrad(
     yield _launch(
         conv3x3.wgrad, (s.tiles(bundle * og, bundle * cg) * bundles * (9 // s.taps), s.splits), arguments, constants, s
     )
-    if s.splits > 1:
-        yield sum_partials(shares, dw, arch, None if in_order else (9, cg))
-        if sums is not None and db is not None:
-            yield sum_partials(sums, db, arch)
+    yield from second_pass(shares, dw, arch, None if in_order else (9, cg))
+    yield from second_pass(sums, db, arch)
 
 
 def _small_wgrad(
@@ -244,7 +242,8 @@ def _small_wgrad(
         LAST=dz.last, VEC=vec, BLOCK_O=s.block_i, BLOCK_K=s.block_j,
     )  # fmt: skip
     yield _launch(conv3x3_small.small_wgrad, (cdiv(o, s.block_i), s.splits), arguments, constants, s)
-    yield from _sums(shares, dw, sums, db, arch)
+    yield from second_pass(shares, dw, arch)
+    yield from second_pass(sums, db, arch)
 
 
 def _depthwise_wgrad(
@@ -264,7 +263,8 @@ def _depthwise_wgrad(
         ACC=acc, LAST=dz.last, VEC=xs.vec, VEC_Z=dz.vec, BLOCK_C=s.block_j,
     )  # fmt: skip
     yield _launch(conv3x3_depthwise.depthwise_wgrad, (cdiv(c, s.block_j), s.splits), arguments, constants, s)
-    yield from _sums(shares, dw, sums, db, arch)
+    yield from second_pass(shares, dw, arch)
+    yield from second_pass(sums, db, arch)
 
 
 def _depthwise_dgrad(
@@ -337,18 +337,6 @@ def _packed_weight(w: Tensor, rows: int, cols: int, arch: Arch) -> "Generator[La
     """w as (rows, 9, cols) in memory, with zeros where it has no such output or input channel."""
     if w.shape[:2] == (rows, cols) and w.is_contiguous(memory_format=torch.channels_last):
         return image(w, True)
-    out = channels_last_empty(w, cols)
-    if rows > w.shape[0]:
-        out = torch.empty((rows, cols, 3, 3), dtype=w.dtype, device=w.device, memory_format=torch.channels_last)
-        out[w.shape[0] :].zero_()
-    yield from relayout(w, None, out[: w.shape[0]], None, arch)
+    out = channels_last_scratch(w, cols, more=rows - w.shape[0])
+    yield from relayout(w, None, out, None, arch)
     return image(out, True)
-
-
-def _sums(shares: Tensor | None, dw: Tensor, sums: Tensor | None, db: Tensor | None, arch: Arch) -> Iterator[Launch]:
-    """The second pass over the partial results of dw and db, if there is more than one."""
-    if shares is None or shares.shape[0] == 1:
-        return
-    yield sum_partials(shares, dw, arch)
-    if sums is not None and db is not None:
-        yield sum_partials(sums, db, arch)

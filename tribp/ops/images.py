@@ -12,7 +12,8 @@ from ..kernels import relayout as kernels
 from ..kernels.launch import Arch, cdiv
 from ..kernels.launch_conv3x3 import Box, choose_relayout
 from ..runtime import dtype_name
-from .launching import Launch, accumulator, partials_of, sum_partials, vector_length
+from .calls import scratch
+from .launching import Launch, accumulator, partials_of, second_pass, vector_length
 
 
 class Image(NamedTuple):
@@ -85,7 +86,7 @@ def packed(tensor: Tensor, groups: int, arch: Arch) -> "Generator[Launch, None, 
     if fits_dense(tensor):
         return image(tensor, True)
     channels = padded(tensor.shape[1], tensor.element_size()) if groups == 1 else tensor.shape[1]
-    out = channels_last_empty(tensor, channels)
+    out = channels_last_scratch(tensor, channels)
     yield from relayout(tensor, None, out, None, arch)
     return image(out, True)
 
@@ -107,16 +108,17 @@ def output_grad(
         dz = image(dy, last)
     elif needed:
         channels = padded(dy.shape[1], dy.element_size()) if dense and groups == 1 else dy.shape[1]
-        out = channels_last_empty(dy, channels) if last else torch.empty_like(dy, memory_format=torch.contiguous_format)
+        out = channels_last_scratch(dy, channels) if last else scratch(dy.shape, dy.dtype, dy.device)
         dz = image(out, last)
     if out is not None or db is not None:
         yield from relayout(dy, y, out, db, arch)
     return dz
 
 
-def channels_last_empty(like: Tensor, channels: int) -> Tensor:
-    size = (like.shape[0], channels, *like.shape[2:])
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def channels_last_scratch(like: Tensor, channels: int, more: int = 0) -> Tensor:
+    """Scratch like the tensor, but with as many channels; and with `more` images, which are zero."""
+    size = (like.shape[0] + more, channels, *like.shape[2:])
+    return scratch(size, like.dtype, like.device, torch.channels_last, zero=more > 0)
 
 
 def relayout(src: Tensor, y: Tensor | None, dst: Tensor | None, db: Tensor | None, arch: Arch) -> Iterator[Launch]:
@@ -146,8 +148,7 @@ def relayout(src: Tensor, y: Tensor | None, dst: Tensor | None, db: Tensor | Non
         s.num_warps,
         max_registers=s.max_registers,
     )  # fmt: skip
-    if sums is not None and db is not None and programs > 1:
-        yield sum_partials(sums, db, arch)
+    yield from second_pass(sums, db, arch)
 
 
 class Planes(NamedTuple):

@@ -1,6 +1,6 @@
 """From tensors to kernel launches: what every operation's Triton side shares. Imports triton."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import common
 from ..kernels.launch import Arch, cdiv, choose_sum
+from .calls import scratch
 
 
 class Launch(NamedTuple):
@@ -32,16 +33,9 @@ class Launch(NamedTuple):
             options["maxnreg"] = self.max_registers  # CUDA only: on AMD it is no option
         return options
 
-    def run(self) -> None:
-        self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
-
-
-def perform(
-    build: Callable[..., Iterable[Launch]], tensors: Mapping[str, Tensor | None], facts: Mapping[str, object]
-) -> None:
-    """Run the launches that `build(**tensors, **facts)` makes, each as it comes: they may allocate in between."""
-    for launch in build(**tensors, **facts):
-        launch.run()
+    def run(self) -> object:
+        """Returns the compiled kernel, or None where it was interpreted."""
+        return self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
 
 
 class Operand(NamedTuple):
@@ -101,8 +95,16 @@ def partials_of(
 ) -> Tensor | None:
     """Room for `parts` partial results of `out`, in its shape or in another; `out` itself if there is only one."""
     if out is None or parts == 1:
-        return None if out is None else out.unsqueeze(0)
-    return torch.empty((parts, *(shape or out.shape)), dtype=dtype, device=out.device)
+        return out
+    return scratch((parts, *(shape or out.shape)), dtype, out.device)
+
+
+def second_pass(
+    partials: Tensor | None, out: Tensor | None, arch: Arch, transposed: tuple[int, int] | None = None
+) -> Iterator[Launch]:
+    """The sum of partial results that `partials_of` made room for, if that is not `out` itself."""
+    if partials is not None and out is not None and partials is not out:
+        yield sum_partials(partials, out, arch, transposed)
 
 
 def sum_partials(partials: Tensor, out: Tensor, arch: Arch, transposed: tuple[int, int] | None = None) -> Launch:

@@ -24,13 +24,13 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) ->
     n = weight.shape[0]
     if backend == "torch" or not _fits(input, weight):
         return reference.linear_sigmoid(input, weight, bias)
+    from . import calls
     from . import linear_sigmoid_triton as kernels
-    from .launching import perform
 
     output = torch.empty((*input.shape[:-1], n), dtype=input.dtype, device=input.device)
     tensors = dict(x=as_matrix(input), w=weight, b=bias, y=as_matrix(output))
     with runtime.on_device(input):
-        perform(kernels.forward, tensors, _facts(input))
+        calls.perform(kernels.forward, tensors, _facts(input))
     return output
 
 
@@ -43,8 +43,8 @@ def backward(
     """
     if backend == "torch" or not _fits(output, input, weight):
         return reference.linear_sigmoid_backward(grad, input, weight, output, needs)
+    from . import calls
     from . import linear_sigmoid_triton as kernels
-    from .launching import perform
 
     n = output.shape[-1]
     x = as_matrix(input) if input is not None else None
@@ -62,18 +62,22 @@ def backward(
         dx=as_matrix(dx) if dx is not None else None, dw=dw, db=db,
     )  # fmt: skip
     with runtime.on_device(output):
-        perform(kernels.backward, tensors, _facts(output))
+        calls.perform(kernels.backward, tensors, _facts(output))
     return dx, dw, db
 
 
 def _facts(tensor: Tensor) -> dict[str, object]:
     """What launches depend on besides the tensors."""
-    return dict(arch=runtime.arch_of(tensor.device.index), tf32=runtime.tf32_allowed())
+    tf32 = tensor.dtype == torch.float32 and runtime.tf32_allowed()
+    return dict(arch=runtime.arch_of(tensor.device.index), tf32=tf32)
 
 
 def _fits(*tensors: Tensor | None) -> bool:
     """Whether kernels can take these: none of them empty, and no dimension too long for the int32 start of a tile."""
-    return all(t is None or (t.numel() > 0 and max(t.numel() // t.shape[-1], t.shape[-1]) <= LONGEST) for t in tensors)
+    for t in tensors:
+        if t is not None and not ((numel := t.numel()) > 0 and max(numel // t.shape[-1], t.shape[-1]) <= LONGEST):
+            return False
+    return True
 
 
 @torch.library.custom_op("tribp::linear_sigmoid", mutates_args=())

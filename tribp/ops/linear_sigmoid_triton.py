@@ -17,7 +17,8 @@ from ..kernels.launch import (
     precision_of,
 )
 from ..runtime import dtype_name
-from .launching import Launch, Operand, accumulator, operand, partials_of, sum_partials, vector_length
+from .calls import scratch
+from .launching import Launch, Operand, accumulator, operand, partials_of, second_pass, vector_length
 
 
 def forward(
@@ -111,13 +112,13 @@ def wgrad(
     dz: Operand, y: Tensor | None, x: Operand, dw: Tensor, dz_out: Tensor | None, db: Tensor | None,
     arch: Arch, tf32: bool, settings: Product,
 ) -> Launch:  # fmt: skip
-    """The launch that writes dw = dzᵀ·x, or with splits each split's share of it. dw: (splits, N, K).
+    """The launch that writes dw = dzᵀ·x, or with splits each split's share of it. dw: (N, K), or (splits, N, K).
 
     With `settings.fuse_dz`, `dz` holds dy, and dz_out (M, N) and db (splits, N) are written too where they are given.
     """
     (m, n), k = dz.tensor.shape, x.tensor.shape[1]
     s = settings
-    assert s.splits == dw.shape[0]
+    assert dw.numel() == s.splits * n * k
     return Launch(
         kernels.wgrad,
         (s.tiles(n, k), s.splits),
@@ -151,6 +152,10 @@ def backward(
     """
     (m, n), dtype = y.shape, y.dtype
     partial = accumulator(dtype)[0]
+
+    def room() -> Tensor:
+        return scratch((m, n), dtype, y.device)
+
     dys, ys = operand(dy), operand(y)
     fuse = fuse and not dys.transposed and dys.ld >= n  # an expanded dy has no rows to load tiles of
     dz: Tensor | None = None
@@ -166,22 +171,19 @@ def backward(
             may_fuse=fuse,
             spare=(x.numel() if dx is not None else y.numel()) * y.element_size(),
         )  # fmt: skip
-        parts = settings.splits
         if settings.fuse_dz:
-            dz = torch.empty_like(y) if dx is not None else None
-            sums = partials_of(db, parts, partial)
+            dz = room() if dx is not None else None
+            sums = partials_of(db, settings.splits, partial)
             source = dys
         else:
-            dz = torch.empty_like(y)
+            dz = room()
             yield from _output_grad(dy, y, dz, db, arch)
             sums, source = None, operand(dz)
-        shares = partials_of(dw, parts, partial)
+        shares = partials_of(dw, settings.splits, partial)
         assert shares is not None
         yield wgrad(source, y, xs, shares, dz if settings.fuse_dz else None, sums, arch, tf32, settings)
-        if parts > 1:
-            yield sum_partials(shares, dw, arch)
-            if sums is not None and db is not None:
-                yield sum_partials(sums, db, arch)
+        yield from second_pass(shares, dw, arch)
+        yield from second_pass(sums, db, arch)
         del shares
         db = None
 
@@ -194,7 +196,7 @@ def backward(
                 yield launch
                 return
         if dz is None:
-            dz = torch.empty_like(y)
+            dz = room()
             yield from _output_grad(dy, y, dz, db, arch)
             db = None
         yield dgrad(operand(dz), None, ws, dx, arch, tf32)
@@ -207,5 +209,4 @@ def _output_grad(dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, ar
     blocks = cdiv(y.shape[0], choose_pass(*y.shape, dtype_name(y.dtype), arch).rows)
     sums = partials_of(db, blocks, accumulator(y.dtype)[0])
     yield output_grad(dy, y, dz, sums, arch)
-    if sums is not None and db is not None and blocks > 1:
-        yield sum_partials(sums, db, arch)
+    yield from second_pass(sums, db, arch)

@@ -1,0 +1,98 @@
+"""Run as a program, with Triton compiling: are a repeated call's launches those that Triton itself would perform?"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tribp
+from bench.no_gpu import pretending
+from tribp.kernels.launch import ARCHS
+from tribp.ops import calls
+
+BF16 = torch.bfloat16
+
+
+def last(*size: int) -> Tensor:
+    return torch.randn(size, dtype=BF16).to(memory_format=torch.channels_last)
+
+
+def linear(k: int, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(64, k, dtype=dtype), torch.randn(32, k, dtype=dtype), torch.randn(32, dtype=dtype)]
+
+
+def conv(**options: Any) -> Callable[..., Tensor]:
+    def call(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return tribp.conv3x3(x, w, b, padding=1, **options)
+
+    return call
+
+
+# A kernel takes about a second to compile: each way to launch one once.
+CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Tensor]]]] = {
+    "linear": (tribp.linear_sigmoid, lambda: linear(64, BF16)),
+    "odd linear": (tribp.linear_sigmoid, lambda: linear(33, torch.float32)),
+    "dense, stride 2": (conv(stride=2, activation="sigmoid"), lambda: [last(2, 16, 8, 8), last(16, 16, 3, 3)]),
+    "NCHW": (conv(), lambda: [torch.randn(2, 9, 8, 8), torch.randn(8, 9, 3, 3), torch.randn(8)]),
+    "depthwise": (conv(groups=16), lambda: [last(2, 16, 8, 8), last(16, 1, 3, 3)]),
+}
+
+Performed = tuple[str, tuple[int, ...], list[object]]
+
+
+class Seen:
+    """What the driver was told to perform. Tensors are kept, so that no address stands for two of them."""
+
+    def __init__(self) -> None:
+        self.launches: list[Performed] = []
+        self._kept: list[Tensor] = []
+
+    def begin(self) -> None:
+        self.launches, self._kept = [], []
+
+    def __call__(self, metadata: Any, grid: tuple[int, ...], arguments: tuple[object, ...]) -> None:
+        self.launches.append((f"{metadata.name} {metadata.hash}", grid, [self._comparable(a) for a in arguments]))
+
+    def _comparable(self, argument: Any) -> object:
+        """Tensors by the order in which they are met: their addresses differ from call to call."""
+        if isinstance(argument, Tensor):
+            if argument.data_ptr() not in [t.data_ptr() for t in self._kept]:
+                self._kept.append(argument)
+            number = [t.data_ptr() for t in self._kept].index(argument.data_ptr())
+            return "tensor", number, argument.dtype
+        if hasattr(argument, "block_shape"):
+            rest = {name: value for name, value in vars(argument).items() if name != "base"}
+            return "descriptor", self._comparable(argument.base), rest
+        return argument
+
+
+def main(target: str) -> int:
+    seen = Seen()
+    compared = 0
+    with pretending(ARCHS[target], seen):
+        for name, (function, make) in CASES.items():
+            first, second = ([t.requires_grad_() for t in make()] for _ in range(2))
+
+            def perform(tensors: list[Tensor], function: Callable[..., Tensor] = function) -> list[Performed]:
+                seen.begin()
+                y = function(*tensors)
+                torch.autograd.grad(y, tensors, torch.ones_like(y))
+                return seen.launches
+
+            perform(first)
+            repeated = perform(second)
+            assert len(calls._calls) == 2, f"{name}: forward and backward are to be remembered"
+            calls.forget()
+            expected = perform(second)
+            calls.forget()
+            assert repeated, name
+            assert repeated == expected, f"{name}:\n{repeated}\n{expected}"
+            compared += len(repeated)
+    print(f"{compared} launches compared")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

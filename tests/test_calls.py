@@ -1,0 +1,374 @@
+"""Calls are worked out once for tensors that lie alike: that a repeated call does what a new one would have done."""
+
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tribp
+
+from .conv3x3_cases import CASES, DENSE, WAYS, Case
+
+pytest.importorskip("triton")
+
+from tribp.ops import calls
+from tribp.ops.launching import Launch
+
+Make = Callable[[str], list[Tensor | None]]
+Compute = Callable[..., list[Tensor]]
+
+
+@pytest.fixture
+def built(kernels: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has been launched by calls that were worked out, and not repeated."""
+    found: list[str] = []
+    run = Launch.run
+
+    def record(launch: Launch) -> object:
+        found.append(launch.kernel.__name__)
+        return run(launch)
+
+    monkeypatch.setattr(Launch, "run", record)
+    return found
+
+
+def linear(*tensors: Tensor | None) -> list[Tensor]:
+    """The output, and the gradients of all that require one."""
+    x, w, b = tensors
+    assert x is not None
+    assert w is not None
+    return with_gradients(tribp.linear_sigmoid(x, w, b), tensors)
+
+
+def with_gradients(y: Tensor, tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    grad = torch.empty_like(y, requires_grad=False)  # in y's memory format
+    grad.copy_(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape))
+    return [y.detach(), *(torch.autograd.grad(y, wanted, grad) if wanted else ())]
+
+
+def matrices(k: int, dtype: torch.dtype = torch.float32, bias: bool = True, frozen: str = "", turned: str = "") -> Make:
+    def make(device: str) -> list[Tensor | None]:
+        sizes = dict(x=(40, k), w=(9, k), b=(9,))
+        found: dict[str, Tensor | None] = {}
+        for name, size in sizes.items():
+            value = torch.randn(size, dtype=dtype, device=device)
+            value = value.t().contiguous().t() if name in turned else value
+            found[name] = value.requires_grad_(name not in frozen)
+        return [found["x"], found["w"], found["b"] if bias else None]
+
+    return make
+
+
+LINEAR: dict[str, Make] = {
+    "descriptors": matrices(16),
+    "odd": matrices(17, torch.bfloat16),
+    "frozen input": matrices(33, frozen="x"),
+    "frozen weight": matrices(16, frozen="wb", bias=False),
+    "bias alone": matrices(16, frozen="xw"),
+    "nothing asked": matrices(16, frozen="xwb"),
+    "transposed": matrices(20, torch.float16, turned="xw"),
+}
+
+
+def check_repeats(compute: Compute, make: Make, device: str, built: list[str]) -> None:
+    """The second call repeats the first on other numbers; the third is worked out anew, on those of the second."""
+    compute(*make(device))
+    assert built, "the first call launched nothing"
+    others = make(device)
+    built.clear()
+    repeated = compute(*others)
+    assert not built, "the second call was not repeated"
+    calls.forget()
+    expected = compute(*others)
+    assert built
+    for got, wanted in zip(repeated, expected, strict=True):
+        assert torch.equal(got, wanted)
+        assert got.stride() == wanted.stride()
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_calls_repeat(name: str, kernels: str, built: list[str]) -> None:
+    check_repeats(linear, LINEAR[name], kernels, built)
+
+
+def images(case: Case, layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Make:
+    def make(device: str) -> list[Tensor | None]:
+        x, w, b = case.make(dtype, device)
+        return [layout(x).requires_grad_(), layout(w).requires_grad_(), None if b is None else b.requires_grad_()]
+
+    return make
+
+
+ODD = Case((2, 11, 3, 4), 9, padding=(1, 1))  # x, w and dz go through scratch with padding, some of it zeros
+CONVOLUTIONS = [*WAYS.items(), ("odd", ODD), *(pytest.param(*item, marks=pytest.mark.slow) for item in CASES.items())]
+
+
+@pytest.mark.parametrize("layout", DENSE[:2], ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize(("name", "case"), CONVOLUTIONS)
+def test_convolutions_repeat(
+    name: str, case: Case, layout: Callable[[Tensor], Tensor], kernels: str, built: list[str]
+) -> None:
+
+    def compute(*tensors: Tensor | None) -> list[Tensor]:
+        x, w, b = tensors
+        assert x is not None
+        assert w is not None
+        return with_gradients(case.ours(x, w, b), tensors)
+
+    check_repeats(compute, images(case, layout, torch.float32), kernels, built)
+
+
+# -- what is another call ---------------------------------------------------------------------------------------------
+
+
+def other_shape(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return x[:39], w
+
+
+def other_stride(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.cat([x, x], 1)[:, :16], w
+
+
+def other_address(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x), w
+
+
+def other_type(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return x.half(), w.half()
+
+
+@pytest.mark.parametrize("change", [other_shape, other_stride, other_address, other_type])
+def test_tensors_that_lie_otherwise_are_another_call(
+    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], kernels: str, built: list[str]
+) -> None:
+    x, w = torch.randn(40, 16, device=kernels), torch.randn(9, 16, device=kernels)
+    tribp.linear_sigmoid(x, w)
+    built.clear()
+    x, w = change(x, w)
+    y = tribp.linear_sigmoid(x, w)
+    assert built == ["forward"]
+    tolerance = 1e-3 if x.dtype == torch.float16 else 1e-5
+    torch.testing.assert_close(y, torch.sigmoid(x.float() @ w.float().t()).to(y.dtype), rtol=tolerance, atol=tolerance)
+
+
+def test_other_facts_are_another_call(kernels: str, built: list[str]) -> None:
+    x, w = (t.to(kernels) for t in (torch.randn(1, 8, 5, 4), torch.randn(4, 8, 3, 3)))
+    ways: list[dict[str, Any]] = [{}, {"padding": 1}, {"padding": 1, "stride": 2}, {"activation": "sigmoid"}]
+    for options in ways:
+        built.clear()
+        y = tribp.conv3x3(x, w, **options)
+        assert built[-1] == "forward"
+        sigmoid = options.pop("activation", None)
+        expected = torch.nn.functional.conv2d(x, w, **options)
+        torch.testing.assert_close(y, torch.sigmoid(expected) if sigmoid else expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_bias_or_none_are_two_calls(kernels: str) -> None:
+    x, w = torch.randn(40, 16, device=kernels), torch.randn(9, 16, device=kernels)
+    without = tribp.linear_sigmoid(x, w)
+    with_bias = tribp.linear_sigmoid(x, w, torch.full((9,), 3.0, device=kernels))
+    assert (with_bias > without).all()
+    assert torch.equal(tribp.linear_sigmoid(x, w), without)
+
+
+# -- what can't be repeated -------------------------------------------------------------------------------------------
+
+
+def test_a_copy_that_torch_made_is_made_again(kernels: str, built: list[str]) -> None:
+    """Rows and columns both apart: torch copies; a repeated call would multiply by the first call's numbers."""
+    w = torch.randn(9, 16, device=kernels)
+    for _ in range(2):
+        built.clear()
+        x = torch.randn(40, 32, device=kernels)[:, ::2]
+        y = tribp.linear_sigmoid(x, w)
+        assert built == ["forward"]
+        torch.testing.assert_close(y, torch.sigmoid(x @ w.t()))
+
+
+def test_an_expanded_bias_is_copied_again(kernels: str) -> None:
+    x, w = torch.randn(40, 16, device=kernels), torch.randn(9, 16, device=kernels)
+    for value in (0.5, -2.0):
+        bias = torch.tensor([value], device=kernels)
+        torch.testing.assert_close(tribp.linear_sigmoid(x, w, bias), torch.sigmoid(x @ w.t() + value))
+
+
+def test_one_tensor_in_two_places(kernels: str, built: list[str]) -> None:
+    """Whether a launch means its first place or its second can't be seen; another call has two tensors there."""
+    same = torch.randn(16, 16, device=kernels)
+    torch.testing.assert_close(tribp.linear_sigmoid(same, same), torch.sigmoid(same @ same.t()))
+    built.clear()
+    x, w = torch.randn(16, 16, device=kernels), torch.randn(16, 16, device=kernels)
+    torch.testing.assert_close(tribp.linear_sigmoid(x, w), torch.sigmoid(x @ w.t()))
+    assert built == ["forward"]
+
+
+def test_a_launch_that_fails_leaves_nothing_behind(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = torch.randn(40, 16, device=kernels), torch.randn(9, 16, device=kernels)
+
+    def fail(launch: Launch) -> None:
+        raise RuntimeError("out of resources")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Launch, "run", fail)
+        with pytest.raises(RuntimeError, match="out of resources"):
+            tribp.linear_sigmoid(x, w)
+    assert calls._recordings.current is None
+    torch.testing.assert_close(tribp.linear_sigmoid(x, w), torch.sigmoid(x @ w.t()))
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_keeps_a_call_s_tensors(kernels: str) -> None:
+    for _ in range(2):
+        x, w = torch.randn(40, 16, device=kernels), torch.randn(9, 16, device=kernels)
+        y = tribp.linear_sigmoid(x, w)
+        seen = [weakref.ref(t) for t in (x, w, y)]
+        del x, w, y
+        assert [reference() for reference in seen] == [None, None, None]
+
+
+def test_scratch_lives_no_longer_than_its_launches(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as a new call takes and frees it; the peak of two at a time is that of a new call."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+    allocate = calls.Scratch.allocate
+
+    def count(room: calls.Scratch) -> Tensor:
+        nonlocal most
+        tensor = allocate(room)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return tensor
+
+    monkeypatch.setattr(calls.Scratch, "allocate", count)
+
+    def build(a: Tensor, b: Tensor) -> Iterator[Launch]:
+        for source, target in ((a, b), (b, a)):
+            middle = calls.scratch((4,), torch.float32, a.device)
+            yield Launch(Copy, (1,), (source, middle), {}, 1)
+            yield Launch(Copy, (1,), (middle, target), {}, 1)
+
+    a, b = torch.ones(4), torch.zeros(4)
+    for _ in range(2):
+        calls.perform(build, dict(a=a, b=b), {})
+        a, b = torch.ones(4), torch.zeros(4)
+    calls.perform(build, dict(a=a, b=b), {})
+    assert torch.equal(b, torch.ones(4))
+    assert len(alive) == 4
+    assert most == 1
+
+
+class _Copy:
+    """A kernel that is none."""
+
+    __name__ = "copy"
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda source, target, **options: target.copy_(source)
+
+
+Copy: Any = _Copy()
+
+
+def test_zeros_are_zero_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(a: Tensor) -> Iterator[Launch]:
+        padded = calls.scratch((4,), torch.float32, a.device, zero=True)
+        yield Launch(Copy, (1,), (padded, a), {}, 1)
+
+    for _ in range(3):
+        a = torch.ones(4)
+        calls.perform(build, dict(a=a), {})
+        assert torch.equal(a, torch.zeros(4))
+
+
+def test_the_oldest_call_is_forgotten_first(kernels: str, built: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "REMEMBERED", 2)
+    w = torch.randn(9, 16, device=kernels)
+
+    def call(rows: int) -> bool:
+        built.clear()
+        tribp.linear_sigmoid(torch.randn(rows, 16, device=kernels), w)
+        return not built
+
+    assert [call(rows) for rows in (3, 4, 3, 5, 4, 5, 3)] == [False, False, True, False, True, True, False]
+    assert len(calls._calls) == 2
+
+
+def test_threads_record_apart(kernels: str) -> None:
+    """Backward passes run in threads of their own: scratch of one call must not be taken for another's."""
+    together = threading.Barrier(2, timeout=60)
+
+    def build(a: Tensor, b: Tensor, scale: int) -> Iterator[Launch]:
+        middle = calls.scratch((4,), torch.float32, a.device)
+        together.wait()
+        yield Launch(Copy, (1,), (a, middle), {}, 1)
+        together.wait()
+        yield Launch(Copy, (1,), (middle, b), {}, 1)
+
+    found: dict[int, Tensor] = {}
+
+    def work(number: int) -> None:
+        for value in (number, 10 * number):
+            a, b = torch.full((4,), float(value)), torch.zeros(4)
+            calls.perform(build, dict(a=a, b=b), dict(scale=number))
+            found[value] = b
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {value: float(b[0]) for value, b in found.items()} == {1: 1, 2: 2, 10: 10, 20: 20}
+    assert len(calls._calls) == 2
+    assert all(len(call._room) == 1 for call in calls._calls.values())
+
+
+# -- compiled kernels -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_repeated_calls_hand_the_driver_what_triton_would(target: str) -> None:
+    """Compiled, with a driver that performs nothing: kernel, grid and arguments are those of a new call."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRIBP_BACKEND")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.repeated_calls", target],
+        cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "compared" in done.stdout
+
+
+@pytest.mark.gpu
+def test_a_graph_repeats_a_repeated_call() -> None:
+    x, w, b = torch.randn(64, 128, device="cuda"), torch.randn(32, 128, device="cuda"), torch.randn(32, device="cuda")
+    w.requires_grad_()
+
+    def step() -> tuple[Tensor, Tensor]:
+        y = tribp.linear_sigmoid(x, w, b)
+        (dw,) = torch.autograd.grad(y, [w], y.detach())
+        return y.detach(), dw
+
+    stream: Any = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    x.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    calls.forget()
+    for got, expected in zip(captured, step(), strict=True):
+        assert torch.equal(got, expected)
