@@ -1,4 +1,7 @@
-"""What torch builds around `tribp.conv3x3`: the compiler, export, torch.func, forward mode, dispatch modes, streams."""
+"""What torch builds around `tribp.conv3x3`, where it asks for the operation's own arguments, and streams.
+
+What it builds around any operation is in test_torch_machinery.py.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,60 +9,30 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils.checkpoint import checkpoint
 
 import tribp
 
 from .conv3x3_cases import WAYS, Case, last, one_pixel, sliced_last
 from .conv3x3_cases import ieee as ieee
-from .torch_cases import Seen
+from .torch_cases import CONV, Function, assert_same_gradients, images
 
 pytestmark = pytest.mark.usefixtures("ieee", "one_thread")
-
-Function = Callable[..., Tensor]
-CASE = Case((2, 4, 3, 4), 6, (2, 1), (1, 1), groups=2, activation="sigmoid")
-
-
-def ours(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    return CASE.ours(x, w, b)
-
-
-def theirs(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    return CASE.theirs(x, w, b)
 
 
 @pytest.fixture
 def tensors(device: str) -> list[Tensor]:
     torch.compiler.reset()
-    return [t.requires_grad_() for t in CASE.make(torch.float64, device) if t is not None]
-
-
-def assert_same_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
-    torch.testing.assert_close(found, expected)
-    dy = torch.randn_like(expected)
-    grads = (torch.autograd.grad(y, inputs, dy) for y in (found, expected))
-    for mine, torchs in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, torchs)
+    return [t.requires_grad_() for t in images(device)]
 
 
 # ---- the compiler
 
 
-def test_compile_is_one_graph_of_our_operators(tensors: list[Tensor]) -> None:
-    y = torch.compile(ours, fullgraph=True, backend="aot_eager")(*tensors)
-    with Seen() as seen:
-        assert_same_gradients(y, theirs(*tensors), tensors)
-    assert "tribp.conv3x3_backward.default" in seen.names
-
-
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_compile_with_some_gradients(needs: tuple[bool, bool, bool], tensors: list[Tensor]) -> None:
     inputs = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-    y = torch.compile(ours, fullgraph=True, backend="aot_eager")(*inputs)
-    assert_same_gradients(y, theirs(*inputs), [t for t in inputs if t.requires_grad])
+    y = torch.compile(lambda *t: CONV.ours(*t), fullgraph=True, backend="aot_eager")(*inputs)
+    assert_same_gradients(y, CONV.theirs(*inputs), [t for t in inputs if t.requires_grad])
 
 
 def test_compile_with_inductor(device: str) -> None:
@@ -96,23 +69,16 @@ def test_compiled_graphs_see_the_strides_of_eager(layout: Callable[[Tensor], Ten
 
 def test_compile_under_autocast(device: str) -> None:
     torch.compiler.reset()
-    x, w, b = (t.requires_grad_() for t in CASE.make(torch.float32, device) if t is not None)
+    x, w, b = (t.requires_grad_() for t in CONV.make(torch.float32, device) if t is not None)
 
     def step(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            return ours(x, w, b)
+            return CONV.ours(x, w, b)
 
     y = torch.compile(step, fullgraph=True, backend="aot_eager")(x, w, b)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, step(x, w, b))
     assert {g.dtype for g in torch.autograd.grad(y.sum(), (x, w, b))} == {torch.float32}
-
-
-def test_compiled_double_backward_raises(tensors: list[Tensor]) -> None:
-    y = torch.compile(ours, fullgraph=True, backend="aot_eager")(*tensors)
-    (grad,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(grad.sum(), tensors[1])
 
 
 @pytest.mark.parametrize("static", [True, False], ids=["dynamic batch", "dynamic size"])
@@ -160,95 +126,13 @@ def test_bare_operator_has_no_silent_gradient(tensors: list[Tensor]) -> None:
         torch.ops.tribp.conv3x3(*tensors, [2, 1], [1, 1], 2, "sigmoid").sum().backward()
 
 
-def test_dispatch_modes_see_the_operators(tensors: list[Tensor]) -> None:
-    with Seen() as seen:
-        ours(*tensors).sum().backward()
-    assert {"tribp.conv3x3.default", "tribp.conv3x3_backward.default"} <= set(seen.names)
-
-
-@pytest.mark.filterwarnings("ignore")  # jit.trace warns that it is deprecated, and of every shape it is shown
-def test_make_fx_and_jit_trace_record_the_computation(tensors: list[Tensor]) -> None:
-    tensors = [t.detach() for t in tensors]
-    others = [torch.randn_like(t) for t in tensors]
-    for traced in (make_fx(ours)(*tensors), torch.jit.trace(ours, tuple(tensors))):
-        torch.testing.assert_close(traced(*others), theirs(*others))
-
-
 def test_symbolic_trace_keeps_the_function() -> None:
     module = torch.fx.symbolic_trace(torch.nn.Sequential(tribp.nn.Conv3x3(3, 4, 2, 1, activation="sigmoid")))
     (node,) = [node for node in module.graph.nodes if node.target is tribp.conv3x3]
     assert node.args[3:] == ((2, 2), (1, 1), 1, "sigmoid")
 
 
-# ---- transforms
-
-TRANSFORMS: dict[str, Callable[[Function], Function]] = {
-    "grad": lambda f: lambda x, w, b: torch.func.grad(lambda w: f(x, w, b).square().sum())(w),
-    "grad of grad": lambda f: (
-        lambda x, w, b: torch.func.grad(lambda x: torch.func.grad(lambda w: f(x, w, b).square().sum())(w).sum())(x)
-    ),
-    "vmap": lambda f: lambda x, w, b: torch.func.vmap(lambda x: f(x, w, b))(x),
-    "vmap of batches": lambda f: lambda x, w, b: torch.func.vmap(lambda x: f(x, w, b))(torch.stack([x, 2 * x])),
-    "vmap over weights": lambda f: lambda x, w, b: torch.func.vmap(lambda w: f(x, w, b))(torch.stack([w, 2 * w])),
-    "per-sample gradients": lambda f: (
-        lambda x, w, b: torch.func.vmap(torch.func.grad(lambda w, x: f(x, w, b).sum()), (None, 0))(w, x)
-    ),
-    "jvp": lambda f: lambda x, w, b: torch.func.jvp(lambda w: f(x, w, b), (w,), (w,))[1],
-    "jacrev": lambda f: lambda x, w, b: torch.func.jacrev(lambda b: f(x, w, b))(b),
-    "hessian": lambda f: lambda x, w, b: torch.func.hessian(lambda b: f(x, w, b).sum())(b),
-}
-
-
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_torch_func(transform: str, compiled: bool, tensors: list[Tensor]) -> None:
-    tensors = [t.detach() for t in tensors]
-    apply = TRANSFORMS[transform]
-    transformed = apply(ours)
-    if compiled:
-        transformed = torch.compile(transformed, backend="aot_eager")
-    torch.testing.assert_close(transformed(*tensors), apply(theirs)(*tensors))
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode(requires_grad: bool, tensors: list[Tensor]) -> None:
-    x, w, b = (t.detach().requires_grad_(requires_grad) for t in tensors)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, torch.ones_like(x))
-        tangent, torchs = (forward_ad.unpack_dual(f(dual, w, b)).tangent for f in (ours, theirs))
-    assert tangent is not None
-    torch.testing.assert_close(tangent, torchs)
-
-
-def test_a_batch_of_gradients(tensors: list[Tensor]) -> None:
-    """`is_grads_batched`, and `torch.autograd.functional.jacobian(vectorize=True)` on top of it."""
-    y, expected = ours(*tensors), theirs(*tensors)
-    batch = torch.randn(3, *y.shape, device=y.device, dtype=y.dtype)
-    for inputs in (tensors, tensors[:1], tensors[2:]):
-        grads = (torch.autograd.grad(v, inputs, batch, True, is_grads_batched=True) for v in (y, expected))
-        for mine, torchs in zip(*grads, strict=True):
-            torch.testing.assert_close(mine, torchs)
-    x, w, b = (t.detach() for t in tensors)
-    jacobians = (
-        torch.autograd.functional.jacobian(lambda b, f=f: f(x, w, b), b, vectorize=True) for f in (ours, theirs)
-    )
-    torch.testing.assert_close(*jacobians)
-
-
 # ---- tensors that are no plain memory
-
-
-def test_tensor_subclasses_are_not_read_as_memory(tensors: list[Tensor]) -> None:
-    class Doubled(torch.Tensor):
-        """Means twice what its memory says: a kernel that read the memory would be wrong."""
-
-        @classmethod
-        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            values = [2 * a.as_subclass(Tensor) if isinstance(a, Doubled) else a for a in args]
-            return func(*values, **(kwargs or {}))
-
-    x, w, b = (t.detach() for t in tensors)
-    torch.testing.assert_close(ours(x.as_subclass(Doubled), w, b), theirs(2 * x, w, b))
 
 
 def test_torch_function_sees_the_options(tensors: list[Tensor]) -> None:
@@ -261,26 +145,16 @@ def test_torch_function_sees_the_options(tensors: list[Tensor]) -> None:
             return func(*args, **(kwargs or {}))
 
     with Recorder():
-        torch.testing.assert_close(ours(*tensors), theirs(*tensors))
+        torch.testing.assert_close(CONV.ours(*tensors), CONV.theirs(*tensors))
     assert seen == [((2, 1), (1, 1), 2, "sigmoid", {"dilation": 1})]
-
-
-def test_wrapper_subclasses_go_through_torch(tensors: list[Tensor]) -> None:
-    x, w, b = (t.detach() for t in tensors)
-    y = ours(TwoTensor(x, 2 * x), w, b)
-    assert isinstance(y, TwoTensor)
-    torch.testing.assert_close(y.a, theirs(x, w, b))
-    torch.testing.assert_close(y.b, theirs(2 * x, w, b))
-
-
-def test_checkpointing(tensors: list[Tensor]) -> None:
-    assert_same_gradients(checkpoint(ours, *tensors, use_reentrant=False), theirs(*tensors), tensors)
 
 
 def test_functional_call(tensors: list[Tensor]) -> None:
     x, w, b = tensors
     layer = tribp.nn.Conv3x3(4, 6, (2, 1), 1, 2, activation="sigmoid", device=x.device, dtype=x.dtype)
-    assert_same_gradients(torch.func.functional_call(layer, {"weight": w, "bias": b}, (x,)), theirs(*tensors), tensors)
+    assert_same_gradients(
+        torch.func.functional_call(layer, {"weight": w, "bias": b}, (x,)), CONV.theirs(*tensors), tensors
+    )
 
 
 # ---- what only a GPU can show
