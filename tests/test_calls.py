@@ -309,6 +309,7 @@ def test_threads_record_apart(kernels: str) -> None:
     together = threading.Barrier(2, timeout=60)
 
     def build(a: Tensor, b: Tensor, scale: int) -> Iterator[Launch]:
+        together.wait()
         middle = calls.scratch((4,), torch.float32, a.device)
         together.wait()
         yield Launch(Copy, (1,), (a, middle), {}, 1)
