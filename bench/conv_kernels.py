@@ -48,14 +48,14 @@ NARROW = (64, 13, 11, 33, 29)  # channels that make no rows of whole 16 bytes
 ONE, APART = ("forward",), ("forward", "dgrad", "wgrad")
 
 
-def selection(arch: Arch) -> Iterator[tuple[ConvCase, Sequence[str]]]:
+def selection() -> Iterator[tuple[ConvCase, Sequence[str]]]:
     few, three, depthwise = ConvCase(FEW[0], BF16), ConvCase(THREE, BF16), ConvCase(DEPTHWISE, BF16, groups=384)
     yield few, APART
     yield ConvCase(MIDDLE, BF16), APART
     yield three, APART
     yield ConvCase(FIRST, BF16), ("forward", "wgrad")
     yield depthwise, APART
-    yield ConvCase(STRIDED, BF16, stride=2), APART if arch.has_tma else ("dgrad",)
+    yield ConvCase(STRIDED, BF16, stride=2), APART
     yield ConvCase(GROUPED, BF16, groups=32), APART
     yield ConvCase(NARROW, BF16), APART
     yield replace(few, last=False), APART
@@ -63,8 +63,7 @@ def selection(arch: Arch) -> Iterator[tuple[ConvCase, Sequence[str]]]:
     yield replace(depthwise, last=False), APART
     yield replace(few, sigmoid=True), ("forward", "backward")
     yield replace(three, sigmoid=True), ("forward", "wgrad")
-    if arch.has_tma:
-        yield ConvCase(MANY, BF16), APART  # elsewhere 10 s: unrolled taps, as MIDDLE's
+    yield ConvCase(MANY, BF16), APART
     for dtype, tf32 in ((FP32, False), (FP32, True), (FP64, False)):
         yield replace(few, dtype=dtype, tf32=tf32), APART
         yield replace(three, dtype=dtype, tf32=tf32), ("forward", "wgrad")
@@ -76,7 +75,7 @@ def selection(arch: Arch) -> Iterator[tuple[ConvCase, Sequence[str]]]:
 
 
 def static_cases(arch: Arch, everything: bool) -> Iterator[StaticCase]:
-    chosen = list(selection(arch))
+    chosen = list(selection())
     if everything:  # all that is measured, and float64
         measured = [*cases(), *(replace(case, dtype=FP64) for case in BASE)]
         chosen += [(case, (*APART, "backward")) for case in measured]
