@@ -29,6 +29,8 @@ class Options:
     dtypes: Sequence[str] = ()
     smoke: bool = False
     compile: bool = True
+    first: int | None = None  # of each operation, only so many of these cases
+    missing: bool = False  # leave out what the results hold already, measured with the present code
     out: Path | None = None
 
 
@@ -38,7 +40,7 @@ def main(operations: Sequence[Measured], options: Options) -> int:
         print("bench run needs CUDA, and torch finds no GPU here (--smoke walks through it on a CPU)", file=sys.stderr)
         return 2
     cases = {
-        operation.name: [case for case in existing(operation, options) if selected(case, options)]
+        operation.name: [case for case in existing(operation, options) if selected(case, options)][: options.first]
         for operation in operations
     }
     if not any(cases.values()):
@@ -119,13 +121,17 @@ def run(
 ) -> bool:
     """Measure these cases of one operation; whether all results were right."""
     store = results.Store(folder, operation, meter, smoke=options.smoke)
-    for case in cases:
+    todo = [case for case in cases if not (options.missing and store.has(case, compiled=options.compile))]
+    for case in todo:
         print(f"{operation.name} {case.name}", flush=True)
         rows = operation.measure(case, options, meter, ceilings)
-        store.add(rows, bandwidth=ceilings.bandwidth, rates=ceilings.rates)
-    store.plot()
+        store.add(rows, bandwidth=ceilings.bandwidth, rates=ceilings.rates, compiled=options.compile)
     rows = store.rows_of(cases)
-    print(f"\n{store.heading()}\n\n{store.conditions()}\n\n{operation.table(rows)}\n")
+    if todo:
+        store.plot()
+        print(f"\n{store.heading()}\n\n{store.conditions()}\n\n{operation.table(rows)}\n")
+    else:
+        print(f"{operation.name}: nothing is missing")
     wrong = any(entry["status"] == "wrong" for row in rows for entry in row["contenders"].values())
     return not wrong and all(row["contenders"]["tribp"]["status"] == "ok" for row in rows)
 
