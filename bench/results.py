@@ -211,10 +211,9 @@ def commit() -> str:
     return f"{found[0]}+{digest()}" if found[1] else found[0]
 
 
-def digest() -> str:
+def digest(root: Path = Path(__file__).parents[1]) -> str:
     """Eight digits that tell one state of the sources from another."""
     found = hashlib.sha256()
-    root = Path(__file__).parents[1]
     for file in sorted(file for folder in SOURCES for file in (root / folder).rglob("*.py")):
         found.update(str(file.relative_to(root)).encode() + file.read_bytes())
     return found.hexdigest()[:8]
