@@ -1,6 +1,7 @@
 """What a table of results looks like: bars against each peer, and a roofline. Nothing is drawn without matplotlib."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +47,46 @@ def bars(path: Path, title: str, rows: Sequence[Row], peers: Sequence[str]) -> P
     return saved(plt, figure, path)
 
 
-def points(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
-    """What the roofline shows: a name, operations a byte, operations a second."""
+@dataclass(frozen=True)
+class Point:
+    name: str
+    dtype: str
+    intensity: float  # operations a byte
+    rate: float  # operations a second
+
+
+def points(rows: Sequence[Row]) -> list[Point]:
+    """What the roofline shows."""
     found = []
     for r in shown([r for r in rows if r["contenders"]["tribp"].get("device_us")], MOST_POINTS):
         us = r["contenders"]["tribp"]["device_us"]["median"]
-        found.append((f"{r['case']} {r['direction']}", r["operations"] / r["bytes"], 1e6 * r["operations"] / us))
+        name = f"{r['case']} {r['direction']}"
+        found.append(Point(name, r["dtype"], r["operations"] / r["bytes"], 1e6 * r["operations"] / us))
     return found
 
 
 def roofline(path: Path, title: str, rows: Sequence[Row], bandwidth: float, rates: Mapping[str, float]) -> Path | None:
-    """Every row as a numbered point under the ceilings that were measured: bytes a second, operations a second."""
+    """Every row as a numbered point of its type's color, under the ceilings that were measured: the copy's bytes a
+    second, and every type's operations a second.
+    """
     plt, found = pyplot(), points(rows)
     if plt is None or not found:
         return None
     figure, axes = plt.subplots(figsize=(11, max(5, 0.17 * len(found))), layout="constrained")
-    low, high = min(x for _, x, _ in found) / 3, max(x for _, x, _ in found) * 10
-    for (name, rate), color in zip(rates.items(), COLORS, strict=False):
-        at = sorted([low, min(max(low, rate / bandwidth), high), high])
-        axes.plot(at, [min(x * bandwidth, rate) for x in at], color=color, linewidth=1, label=name)
+    knees = {name: rate / bandwidth for name, rate in rates.items()}
+    at = [*(point.intensity for point in found), *knees.values()]
+    low, high = min(at) / 3, max(at) * 3
+    colors = dict(zip(rates, COLORS, strict=False))
+    for name, color in colors.items():
+        heights = [low * bandwidth, rates[name], rates[name]]
+        axes.plot([low, knees[name], high], heights, color=color, linewidth=1, label=name)
     if not rates:
         axes.plot([low, high], [low * bandwidth, high * bandwidth], color=COLORS[0], linewidth=1, label="copy")
-    for n, (name, x, y) in enumerate(found, 1):
-        axes.plot(x, y, ".", color="black", markersize=3)
-        axes.annotate(str(n), (x, y), fontsize=7, xytext=(2, 2), textcoords="offset points")
-        axes.plot([], [], " ", label=f"{n}  {name}")
+    for n, point in enumerate(found, 1):
+        color, place = colors.get(point.dtype, "black"), (point.intensity, point.rate)
+        axes.plot(*place, ".", color=color, markersize=4)
+        axes.annotate(str(n), place, fontsize=7, color=color, xytext=(2, 2), textcoords="offset points")
+        axes.plot([], [], " ", label=f"{n}  {point.name}")
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second")
     axes.set_title(title.replace(" (", "\n(", 1), fontsize=8, loc="left")
     figure.legend(loc="outside right upper", fontsize=6, handlelength=1.2)
