@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--first", type=_count, metavar="N", help="only the first N of these, the most valuable")
     run.add_argument("--missing", action="store_true", help="only what the results lack of the present code")
     run.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
+    run.add_argument("--no-picture", action="store_true", help="leave the picture to `report`")
     run.add_argument("--out", type=Path, help="folder for the results (smoke: a temporary one)")
 
     everything = commands.add_parser(
@@ -159,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         options = run.Options(
             given.case, given.dtype, given.smoke, compile=not given.no_compile, first=given.first,
-            missing=given.missing, out=given.out,
+            missing=given.missing, picture=not given.no_picture, out=given.out,
         )  # fmt: skip
         return run.main(operations, options)
     except ValueError as error:

@@ -31,6 +31,7 @@ class Options:
     compile: bool = True
     first: int | None = None  # of each operation, only so many of these cases
     missing: bool = False  # leave out what the results hold already, measured with the present code
+    picture: bool = True
     out: Path | None = None
 
 
@@ -128,7 +129,8 @@ def run(
         store.add(rows, bandwidth=ceilings.bandwidth, rates=ceilings.rates, compiled=options.compile)
     rows = store.rows_of(cases)
     if todo:
-        store.plot()
+        if options.picture:
+            store.plot()
         print(f"\n{store.heading()}\n\n{store.conditions()}\n\n{operation.table(rows)}\n")
     else:
         print(f"{operation.name}: nothing is missing")

@@ -112,7 +112,7 @@ class Measuring:
 
     def step(self, name: str, operation: str, options: str, limit: float = 4 * MINUTE) -> Step:
         chosen = ["--smoke", "--first", "1"] if self.smoke else options.split()  # smoke has cases of its own
-        command = _bench("run", operation, *chosen, "--missing", "--out", str(self.out))
+        command = _bench("run", operation, *chosen, "--missing", "--no-picture", "--out", str(self.out))
         return Step(name, command, 1 if self.smoke else CASES, limit, resumes=True, environment=_quiet(self.smoke))
 
 
