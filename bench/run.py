@@ -40,10 +40,7 @@ def main(operations: Sequence[Measured], options: Options) -> int:
     if not options.smoke and not torch.cuda.is_available():
         print("bench run needs CUDA, and torch finds no GPU here (--smoke walks through it on a CPU)", file=sys.stderr)
         return 2
-    cases = {
-        operation.name: [case for case in existing(operation, options) if selected(case, options)][: options.first]
-        for operation in operations
-    }
+    cases = {operation.name: chosen(operation, options) for operation in operations}
     if not any(cases.values()):
         there = (f"{o.name}: {', '.join(case.name for case in existing(o, options))}" for o in operations)
         raise ValueError(f"there is no such case; there are of {'; of '.join(there)}")
@@ -115,6 +112,10 @@ def tuned() -> Iterator[None]:
 
 def existing(operation: Measured, options: Options) -> Sequence[Any]:
     return operation.smoke_cases if options.smoke else operation.cases
+
+
+def chosen(operation: Measured, options: Options) -> Sequence[Any]:
+    return [case for case in existing(operation, options) if selected(case, options)][: options.first]
 
 
 def run(

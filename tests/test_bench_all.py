@@ -36,7 +36,7 @@ def chosen(step: Step) -> list[tuple[str, Any]]:
     return [
         (operation.name, case)
         for operation in registry.find(given.operation)
-        for case in [case for case in operation.cases if run.selected(case, options)][: options.first]
+        for case in run.chosen(operation, options)
     ]
 
 
