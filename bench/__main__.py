@@ -18,6 +18,8 @@ Measures tribp, from a checkout of its repository.
   python -m bench run conv --case 64x64-64x56x56 --dtype bfloat16
   python -m bench run optim --case Adam --dtype float32
   python -m bench run --smoke      the same walk on a CPU with tiny shapes; its times mean nothing
+  python -m bench all --budget 60 --out found   everything a GPU is wanted for, unattended; again: goes on
+  python -m bench report found     the page and the pictures of stored results; no GPU needed
   python -m bench host             what an optimizer's step costs the host; no GPU needed
   python -m bench static           every kernel compiled for every target and its machine code checked; no GPU needed
   python -m bench static --target sm_90 --dtype bfloat16 --json found.json
@@ -41,8 +43,37 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--case", action="append", default=[], help="only cases whose name contains this; repeatable")
     run.add_argument("--dtype", action="append", default=[], help="only this type, such as bfloat16 or 'float32 tf32'")
     run.add_argument("--smoke", action="store_true", help="walk through on a CPU with tiny shapes")
+    run.add_argument("--first", type=_count, metavar="N", help="only the first N of these, the most valuable")
+    run.add_argument("--missing", action="store_true", help="only what the results lack of the present code")
     run.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
+    run.add_argument("--no-picture", action="store_true", help="leave the picture to `report`")
     run.add_argument("--out", type=Path, help="folder for the results (smoke: a temporary one)")
+
+    everything = commands.add_parser(
+        "all",
+        help="everything a GPU is wanted for, unattended, within a budget of time",
+        description="GPU tests, measurements, compute-sanitizer where it is installed, torch.compile beside them, "
+        "sweeps of launch settings, and the long tail of cases: the most valuable first, each step in a process of its "
+        "own. What was found is in DIR at once: steps.json, log.txt, <op>.json. With the same DIR it goes on: what is "
+        "done is not done again, what failed only with other code. Writes the report and a table of the steps last. "
+        "Exits with 1 if a step failed, with 2 without CUDA.",
+    )
+    everything.add_argument(
+        "--budget", type=_minutes, default=60.0, metavar="MINUTES", help="it ends within (default: %(default)g)"
+    )
+    everything.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (smoke: a temporary one)")
+    everything.add_argument(
+        "--only", action="append", default=[], metavar="STEP", help="only steps whose name contains this; repeatable"
+    )
+    everything.add_argument("--smoke", action="store_true", help="walk through on a CPU with tiny shapes")
+
+    report = commands.add_parser(
+        "report",
+        help="the page and the pictures of stored results; no GPU needed",
+        description="Writes DIR/README.md (every target with what was measured, the missed first; the tables) and, "
+        "with matplotlib, pictures, from the JSON in DIR alone. Without any results it prints the targets.",
+    )
+    report.add_argument("folder", nargs="*", type=Path, metavar="DIR", help="default: every folder in bench/results")
 
     host = commands.add_parser(
         "host",
@@ -73,6 +104,20 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _minutes(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError
+    return number
+
+
 def _operations(command: argparse.ArgumentParser) -> None:
     names = ", ".join(registry.names())
     command.add_argument(
@@ -89,6 +134,14 @@ def main(arguments: list[str] | None = None) -> int:
             from . import host
 
             return host.main(given.case, rounds=given.rounds, smoke=given.smoke, file=given.json)
+        if given.command == "all":
+            from . import unattended
+
+            return unattended.main(unattended.Options(given.budget, given.out, given.only, given.smoke))
+        if given.command == "report":
+            from . import report
+
+            return report.main(given.folder)
         operations = registry.find(given.operation)
         if given.command == "static":
             if not runtime.has_triton():
@@ -105,7 +158,10 @@ def main(arguments: list[str] | None = None) -> int:
             )
         from . import run
 
-        options = run.Options(given.case, given.dtype, given.smoke, not given.no_compile, given.out)
+        options = run.Options(
+            given.case, given.dtype, given.smoke, compile=not given.no_compile, first=given.first,
+            missing=given.missing, picture=not given.no_picture, out=given.out,
+        )  # fmt: skip
         return run.main(operations, options)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)

@@ -24,7 +24,7 @@ import tribp
 from tribp import optim, runtime
 
 from .meters import summary, versions
-from .results import commit
+from .results import commit, verdict, write
 from .tables import markdown
 
 Conditions = Callable[[], contextlib.AbstractContextManager[object]]
@@ -213,16 +213,19 @@ def measure(comparison: Comparison, rounds: int) -> dict[str, Any]:
     }
 
 
-def judge(target: Target, medians: Mapping[str, float]) -> dict[str, Any]:
-    found = medians[target.over] / medians[target.under]
-    met = found >= target.limit if target.at_least else found <= target.limit
+def judge(target: Target, medians: Mapping[str, float] | None) -> dict[str, Any]:
+    """medians: None for what has not been measured."""
+    found = None if medians is None else medians[target.over] / medians[target.under]
+    met = found is not None and (found >= target.limit if target.at_least else found <= target.limit)
     sign = "≥" if target.at_least else "≤"
-    return {
-        "ratio": found,
-        "what": f"{target.over} / {target.under}",
-        "target": f"{sign} {target.limit:g}",
-        "verdict": "met" if met else "missed",
-    }
+    what = f"{target.over} / {target.under}"
+    return {"what": what} | verdict(f"{sign} {target.limit:g}", found, met)
+
+
+def unmeasured() -> list[dict[str, Any]]:
+    """Rows of all comparisons, with nothing in them measured."""
+    comparisons = plans(False) + fallbacks(False)
+    return [{"case": c.name, "targets": [judge(target, None) for target in c.targets]} for c in comparisons]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -261,5 +264,5 @@ def main(cases: Sequence[str], *, rounds: int, smoke: bool, file: str) -> int:
     mark = "smoke: the times mean nothing; " if smoke else ""
     print(f"host ({mark}{os.cpu_count()} CPUs, load average {load:.1f}, of which this is about 1)\n\n{table(rows)}")
     if file:
-        Path(file).write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+        write(Path(file), json.dumps(head | {"rows": rows}, indent=1))
     return 0

@@ -60,6 +60,9 @@ class Measured(Protocol):
     def legend(self) -> str:
         """What the table's numbers are."""
 
+    def unmeasured(self) -> "list[Row]":
+        """Rows of all cases and directions as `measure` makes them, with nothing in them measured."""
+
     def static_cases(self, arch: Arch, everything: bool, /) -> "Iterable[StaticCase]":
         """Those for a target; `everything`: all there are, not a selection."""
 
@@ -166,6 +169,12 @@ class Operation:
         from .run import measure
 
         return measure(self, case, options, meter, ceilings)
+
+    def unmeasured(self) -> "list[Row]":
+        from .results import row
+
+        nothing: dict[str, Any] = {"tribp": {}}
+        return [row(self, case, way, nothing, 1.0, 1.0) for case in self.cases for way in self.directions]
 
     def table(self, rows: "Sequence[Row]") -> str:
         from .results import table

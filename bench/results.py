@@ -1,17 +1,21 @@
-"""From measurements to what is kept and shown: floors, ratios, targets; JSON, Markdown, a picture."""
+"""From measurements to what is kept and shown: floors, ratios, targets; JSON and Markdown, written as they come."""
 
 import datetime
+import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import pictures
 from .meters import Meter
 from .registry import Case, Measured, Named, Operation, Target, Work
 from .tables import markdown
 
 ROOT = Path(__file__).parent / "results"
+SOURCES = ("kernels", "tribp", "bench")  # beside this folder: what a measurement depends on
 Row = dict[str, Any]
 
 
@@ -46,6 +50,13 @@ def verdict(target: str, found: float | None, met: bool) -> dict[str, Any]:
     return {"target": target, "ratio": found, "verdict": "unmeasured" if found is None else "met" if met else "missed"}
 
 
+def settled(verdicts: Sequence[dict[str, Any]], ours: Row) -> list[dict[str, Any]]:
+    """The verdicts, given tribp's entry: what is wrong or fails meets no target."""
+    if ours.get("status") not in ("wrong", "failed"):
+        return list(verdicts)
+    return [found | {"ratio": None, "verdict": "missed"} for found in verdicts]
+
+
 def row(
     operation: Operation, case: Case, direction: str, entries: Mapping[str, Row],
     bandwidth: float, rate: float,
@@ -66,7 +77,9 @@ def row(
         "floor_fraction": floor_us / ours if ours else None,
         "ratios": {peer: ratio(entries, peer) for peer in ("eager", "compile")},
         "memory_ratio": ratio(entries, "eager", "memory"),
-        "targets": [judge(target, entries, copied) for target in operation.targets(case, direction)],
+        "targets": settled(
+            [judge(target, entries, copied) for target in operation.targets(case, direction)], entries["tribp"]
+        ),
         "settings": [],
         "contenders": dict(entries),
     }
@@ -75,7 +88,8 @@ def row(
 class Store:
     """`<folder>/<operation>.{json,md,png}`, written anew after every case: a run that is cut off loses one at most.
 
-    Rows of earlier runs stay until their case is measured again; each carries its date and commit.
+    Rows of earlier runs stay until their case is measured again; each carries its date and commit, and whether
+    torch.compile was asked for.
     """
 
     def __init__(self, folder: Path, operation: Measured, meter: Meter, *, smoke: bool) -> None:
@@ -93,17 +107,25 @@ class Store:
         self.stamp = {"date": datetime.datetime.now().isoformat(timespec="minutes"), "commit": commit()}
         self.rows: list[Row] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
 
-    def add(self, rows: Sequence[Row], *, bandwidth: float, rates: Mapping[str, float]) -> None:
+    def has(self, case: Named, *, compiled: bool) -> bool:
+        """Whether the case has been measured with the present code, and beside torch.compile if that is wanted."""
+        rows = self.rows_of([case])
+        return bool(rows) and all(
+            r["commit"] == self.stamp["commit"] and (r.get("compiled") or not compiled) for r in rows
+        )
+
+    def add(self, rows: Sequence[Row], *, bandwidth: float, rates: Mapping[str, float], compiled: bool) -> None:
         fresh = {(r["case"], r["direction"]) for r in rows}
         self.rows = [r for r in self.rows if (r["case"], r["direction"]) not in fresh]
-        self.rows += [r | self.stamp for r in rows]
+        self.rows += [r | self.stamp | {"compiled": compiled} for r in rows]
         if self.smoke:
             for verdict in (target for r in self.rows for target in r["targets"]):
                 verdict["verdict"] = "unmeasured"  # nothing follows from a CPU's clock
         self.head |= self.stamp | {"copy_bytes_per_second": bandwidth, "operations_per_second": dict(rates)}
-        self.path.write_text(json.dumps(self.head | {"rows": self.rows}, indent=1) + "\n")
-        self.path.with_suffix(".md").write_text(
-            f"# {self.heading()}\n\n{self.conditions()}\n\n{self.operation.table(self.rows)}\n"
+        write(self.path, json.dumps(self.head | {"rows": self.rows}, indent=1))
+        write(
+            self.path.with_suffix(".md"),
+            f"# {self.heading()}\n\n{self.conditions()}\n\n{self.operation.table(self.rows)}",
         )
 
     def rows_of(self, cases: Sequence[Named]) -> list[Row]:
@@ -111,45 +133,29 @@ class Store:
         return [r for r in self.rows if r["case"] in wanted]
 
     def heading(self) -> str:
-        mark = "smoke: walked through on a CPU, the times mean nothing; " if self.smoke else ""
-        return f"{self.head['operation']} ({mark}{self.head['summary']}, {self.head['gpu']})"
+        return heading(self.head)
 
     def conditions(self) -> str:
-        found = [f"{name} {version}" for name, version in self.head["versions"].items()]
-        rates = [f"{name} {rate / 1e12:.4g} TF/s" for name, rate in self.head["operations_per_second"].items()]
-        products = f", products {', '.join(rates)}" if rates else ""
-        return (
-            f"{self.head['date']}, commit {self.head['commit']}; {', '.join(found)}. Measured in the same run: copy "
-            f"{self.head['copy_bytes_per_second'] / 1e12:.3g} TB/s{products}.\n\n"
-            f"{self.operation.legend}"
-        )
+        return f"{conditions(self.head)}\n\n{self.operation.legend}"
 
     def plot(self) -> Path | None:
-        """The ratios as bars; nothing where matplotlib is missing."""
-        try:
-            import matplotlib
+        return pictures.bars(self.path.with_suffix(".png"), self.heading(), self.rows, self.operation.peers)
 
-            matplotlib.use("Agg")
-            import matplotlib.pyplot as plt
-        except ImportError:
-            return None
-        peers = self.operation.peers
-        rows = [r for r in self.rows if any(r["ratios"].get(peer) is not None for peer in peers)][::-1]
-        width = 0.8 / len(peers)
-        figure, axes = plt.subplots(figsize=(9, 1.5 + 0.28 * len(rows)), layout="constrained")
-        for n, (peer, color) in enumerate(zip(peers, ("#4477aa", "#ccbb44", "#aa3377"), strict=False)):
-            heights = [r["ratios"].get(peer) or 0.0 for r in rows]
-            at = [i + 0.4 - (n + 0.5) * width for i in range(len(rows))]
-            axes.barh(at, heights, width, label=f"{peer} / tribp", color=color)
-        axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), [f"{r['case']} {r['direction']}" for r in rows], fontsize=7)
-        axes.set_xlabel("time of torch / time of tribp: more is better")
-        axes.set_title(self.heading().replace(" (", "\n(", 1), fontsize=8, loc="left")
-        axes.legend()
-        path = self.path.with_suffix(".png")
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
-        return path
+
+def heading(head: Mapping[str, Any]) -> str:
+    mark = "smoke: walked through on a CPU, the times mean nothing; " if head["smoke"] else ""
+    return f"{head['operation']} ({mark}{head['summary']}, {head['gpu']})"
+
+
+def conditions(head: Mapping[str, Any]) -> str:
+    """When, with what and under which ceilings the results that carry this head were measured."""
+    found = [f"{name} {version}" for name, version in head["versions"].items()]
+    rates = [f"{name} {rate / 1e12:.4g} TF/s" for name, rate in head["operations_per_second"].items()]
+    products = f", products {', '.join(rates)}" if rates else ""
+    return (
+        f"{head['date']}, commit {head['commit']}; {', '.join(found)}. Measured in the same run: copy "
+        f"{head['copy_bytes_per_second'] / 1e12:.3g} TB/s{products}."
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -185,8 +191,15 @@ def times(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}x"
 
 
+def write(path: Path, text: str) -> None:
+    """All of the text, or what was there before: the process may be killed at any time."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text + "\n")
+    os.replace(new, path)
+
+
 def commit() -> str:
-    """The checkout's commit, with a plus where files differ from it."""
+    """The checkout's commit; where files differ from it, or git does not know it, with a digest of the sources."""
     try:
         here = Path(__file__).parent
         found = [
@@ -194,5 +207,13 @@ def commit() -> str:
             for words in ("rev-parse --short HEAD", "status --porcelain --untracked-files=no")
         ]
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found[0] + ("+" if found[1] else "")
+        return digest()
+    return f"{found[0]}+{digest()}" if found[1] else found[0]
+
+
+def digest(root: Path = Path(__file__).parents[1]) -> str:
+    """Eight digits that tell one state of the sources from another."""
+    found = hashlib.sha256()
+    for file in sorted(file for folder in SOURCES for file in (root / folder).rglob("*.py")):
+        found.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return found.hexdigest()[:8]

@@ -29,6 +29,9 @@ class Options:
     dtypes: Sequence[str] = ()
     smoke: bool = False
     compile: bool = True
+    first: int | None = None  # of each operation, only so many of these cases
+    missing: bool = False  # leave out what the results hold already, measured with the present code
+    picture: bool = True
     out: Path | None = None
 
 
@@ -37,10 +40,7 @@ def main(operations: Sequence[Measured], options: Options) -> int:
     if not options.smoke and not torch.cuda.is_available():
         print("bench run needs CUDA, and torch finds no GPU here (--smoke walks through it on a CPU)", file=sys.stderr)
         return 2
-    cases = {
-        operation.name: [case for case in existing(operation, options) if selected(case, options)]
-        for operation in operations
-    }
+    cases = {operation.name: chosen(operation, options) for operation in operations}
     if not any(cases.values()):
         there = (f"{o.name}: {', '.join(case.name for case in existing(o, options))}" for o in operations)
         raise ValueError(f"there is no such case; there are of {'; of '.join(there)}")
@@ -114,18 +114,27 @@ def existing(operation: Measured, options: Options) -> Sequence[Any]:
     return operation.smoke_cases if options.smoke else operation.cases
 
 
+def chosen(operation: Measured, options: Options) -> Sequence[Any]:
+    return [case for case in existing(operation, options) if selected(case, options)][: options.first]
+
+
 def run(
     operation: Measured, cases: Sequence[Any], options: Options, meter: Meter, ceilings: Ceilings, folder: Path
 ) -> bool:
     """Measure these cases of one operation; whether all results were right."""
     store = results.Store(folder, operation, meter, smoke=options.smoke)
-    for case in cases:
+    todo = [case for case in cases if not (options.missing and store.has(case, compiled=options.compile))]
+    for case in todo:
         print(f"{operation.name} {case.name}", flush=True)
         rows = operation.measure(case, options, meter, ceilings)
-        store.add(rows, bandwidth=ceilings.bandwidth, rates=ceilings.rates)
-    store.plot()
+        store.add(rows, bandwidth=ceilings.bandwidth, rates=ceilings.rates, compiled=options.compile)
     rows = store.rows_of(cases)
-    print(f"\n{store.heading()}\n\n{store.conditions()}\n\n{operation.table(rows)}\n")
+    if todo:
+        if options.picture:
+            store.plot()
+        print(f"\n{store.heading()}\n\n{store.conditions()}\n\n{operation.table(rows)}\n")
+    else:
+        print(f"{operation.name}: nothing is missing")
     wrong = any(entry["status"] == "wrong" for row in rows for entry in row["contenders"].values())
     return not wrong and all(row["contenders"]["tribp"]["status"] == "ok" for row in rows)
 

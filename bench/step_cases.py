@@ -12,6 +12,11 @@ from tribp.runtime import dtype_name
 Shapes = Sequence[tuple[int, ...]]
 
 
+# An element's additions, multiplications, divisions and roots, counted from the formulas without options (SGD: with
+# momentum): where the roofline shows the step. Memory bounds it wherever these numbers lie.
+OPERATIONS = {"Adam": 13, "RMSprop": 9, "Adagrad": 7, "SGD": 4}
+
+
 @dataclass(frozen=True)
 class StepCase:
     """One optimizer on one set of parameters."""
@@ -39,6 +44,10 @@ class StepCase:
     @property
     def elements(self) -> int:
         return sum(map(math.prod, self.shapes))
+
+    @property
+    def operations(self) -> int:
+        return OPERATIONS[self.optimizer] * self.elements
 
     @property
     def clip(self) -> float | None:

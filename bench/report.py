@@ -1,0 +1,208 @@
+"""`python -m bench report`: a page and pictures of stored results, and every target that was set."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import host, pictures, registry, results
+from .registry import Measured
+from .tables import markdown
+
+Row = dict[str, Any]
+Stored = Mapping[str, dict[str, Any]]  # what each operation's JSON holds, by the operation's name
+MOST_MISSED = 20  # targets in the short form
+ORDER = ("missed", "unmeasured", "met")
+CHECKOUT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A target of the issues, and what became of it."""
+
+    operation: str
+    case: str
+    target: str
+    measured: str
+    verdict: str
+
+
+def main(folders: Sequence[Path]) -> int:
+    """Write the page of every folder; without any folder, print the page of no results. 0."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}")
+    for folder in folders or found(results.ROOT):
+        stored = load(folder)
+        draw(folder, stored)
+        results.write(folder / "README.md", page(folder, stored))
+        print(f"{folder / 'README.md'}\n{summary(goals(stored))}")
+    if not folders and not found(results.ROOT):
+        print(f"nothing is measured yet\n\n{targets({})}")
+    return 0
+
+
+def found(root: Path) -> list[Path]:
+    """The folders in it that hold results."""
+    return sorted(folder for folder in root.glob("*/") if load(folder))
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    files = {name: folder / f"{name}.json" for name in (*registry.names(), "host")}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+# -- targets ----------------------------------------------------------------------------------------------------------
+
+
+def goals(stored: Stored) -> list[Goal]:
+    """All targets that were set, measured or not: the missed first, then what is unmeasured."""
+    everything = {operation.name: operation.unmeasured() for operation in registry.find([])}
+    everything["host"] = host.unmeasured()
+    found = []
+    for name, rows in everything.items():
+        measured = {place(row): row for row in stored.get(name, {}).get("rows", [])}
+        latest = stored.get(name, {}).get("commit")
+        for row in rows:
+            found += [goal(name, row, target, measured.get(place(row)), latest) for target in row["targets"]]
+    return sorted(found, key=lambda goal: ORDER.index(goal.verdict))
+
+
+def place(row: Row) -> tuple[str, str]:
+    return row["case"], row.get("direction", "")
+
+
+def goal(operation: str, row: Row, target: Row, measured: Row | None, latest: str | None) -> Goal:
+    case = " ".join(filter(None, [*place(row), f"({target['what']})" if "what" in target else ""]))
+    same = [t for t in measured["targets"] if sentence(t) == sentence(target)] if measured else []
+    if not measured or not same:
+        return Goal(operation, case, target["target"], "–", "unmeasured")
+    status = measured.get("contenders", {}).get("tribp", {}).get("status", "ok")
+    value = status if status in ("wrong", "failed") else figure(same[0])
+    if measured.get("commit", latest) != latest:
+        value += f" at {measured['commit']}"
+    return Goal(operation, case, target["target"], value, same[0]["verdict"])
+
+
+def sentence(target: Row) -> tuple[str, str]:
+    return target["target"], target.get("what", "")
+
+
+def figure(target: Row) -> str:
+    """Four digits: what just misses must not look as if it met."""
+    value = target["ratio"]
+    if value is None:
+        return "–"
+    if "%" in target["target"]:
+        return f"{value:.1%}"
+    return f"{value:g}" if "launches" in target["target"] else f"{value:.4g}x"
+
+
+def targets(stored: Stored) -> str:
+    everything = goals(stored)
+    table = markdown(
+        ["operation", "case", "target", "measured", "verdict"],
+        [[g.operation, g.case, g.target, g.measured, g.verdict] for g in everything],
+    )
+    return (
+        f"{summary(everything)} Ratios are the other's time over tribp's, or memory, unless the case names its own.\n\n"
+        f"{table}"
+    )
+
+
+def summary(everything: Sequence[Goal]) -> str:
+    counts = Counter(goal.verdict for goal in everything)
+    return f"{len(everything)} targets: {', '.join(f'{counts[verdict]} {verdict}' for verdict in ORDER)}."
+
+
+def short(folder: Path) -> str:
+    """How the targets stand, and which are missed, in a few lines."""
+    everything = goals(load(folder))
+    missed = [goal for goal in everything if goal.verdict == "missed"]
+    lines = [f"  missed: {g.operation} {g.case}: {g.target}, measured {g.measured}" for g in missed[:MOST_MISSED]]
+    more = [f"  and {len(missed) - MOST_MISSED} more"] if len(missed) > MOST_MISSED else []
+    return "\n".join([summary(everything), *lines, *more])
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(folder: Path, stored: Stored) -> str:
+    parts = [f"# {title(stored)}", "Made by `python -m bench report` from the JSON beside it.", "## Targets"]
+    parts.append(targets(stored))
+    for operation in registry.find([]):
+        if operation.name in stored:
+            parts += section(folder, operation, stored[operation.name])
+    if "host" in stored:
+        parts += host_section(folder, stored["host"])
+    return "\n\n".join([*parts, *steps_section(folder)])
+
+
+def shown(folder: Path) -> str:
+    """The folder as a command in the checkout names it, or elsewhere by its name alone."""
+    folder = folder.resolve()
+    return str(folder.relative_to(CHECKOUT)) if folder.is_relative_to(CHECKOUT) else folder.name
+
+
+def title(stored: Stored) -> str:
+    gpus = sorted({held["gpu"] for held in stored.values() if "gpu" in held})
+    smoke = any(held["smoke"] for held in stored.values())
+    return ("Smoke test, the times mean nothing: " if smoke else "") + (", ".join(gpus) or "No GPU")
+
+
+def section(folder: Path, operation: Measured, held: dict[str, Any]) -> list[str]:
+    found = [
+        f"## {operation.name}: {operation.summary}",
+        f"{results.conditions(held)}\n\n{operation.legend}",
+        f"To reproduce: `python -m bench run {operation.name} --out {shown(folder)}`",
+    ]
+    for picture in (folder / f"{operation.name}.png", folder / f"roofline-{operation.name}.png"):
+        if picture.exists():
+            found.append(f"![{picture.stem}]({picture.name})")
+    commits = sorted({row["commit"] for row in held["rows"]} - {held["commit"]})
+    if commits:
+        cases = Counter(row["commit"] for row in held["rows"])
+        others = ", ".join(f"{cases[commit]} at {commit}" for commit in commits)
+        found.append(f"Of {len(held['rows'])} rows, not at {held['commit']} but earlier: {others}.")
+    return [*found, operation.table(held["rows"])]
+
+
+def host_section(folder: Path, held: dict[str, Any]) -> list[str]:
+    found = ", ".join(f"{name} {version}" for name, version in held["versions"].items())
+    return [
+        "## host: what an optimizer's step costs the host",
+        f"Commit {held['commit']}; {held['cpus']} CPUs, load average {held['load']:.1f}; {found}.",
+        f"To reproduce: `python -m bench host --json {shown(folder)}/host.json`",
+        host.table(held["rows"]),
+    ]
+
+
+def steps_section(folder: Path) -> list[str]:
+    """What `bench all` did, if it was that."""
+    file = folder / "steps.json"
+    if not file.exists():
+        return []
+    entries = json.loads(file.read_text())["steps"]
+    entries.pop("report", None)  # it is being written
+    rows = [
+        [name, e["status"], f"{e['seconds']:.0f}", e["date"], e["commit"], e["note"]] for name, e in entries.items()
+    ]
+    return [
+        "## Steps",
+        f"`python -m bench all --out {shown(folder)}`; log.txt holds what they printed.",
+        markdown(["step", "status", "s", "date", "commit", ""], rows),
+    ]
+
+
+def draw(folder: Path, stored: Stored) -> None:
+    """Bars against the peers and a roofline of each operation; none without matplotlib."""
+    for operation in registry.find([]):
+        if operation.name not in stored:
+            continue
+        held = stored[operation.name]
+        heading = results.heading(held)
+        pictures.bars(folder / f"{operation.name}.png", heading, held["rows"], operation.peers)
+        ceilings = held["copy_bytes_per_second"], held["operations_per_second"]
+        pictures.roofline(folder / f"roofline-{operation.name}.png", heading, held["rows"], *ceilings)

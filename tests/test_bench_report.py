@@ -1,0 +1,333 @@
+"""`python -m bench report`: every target of the issues is on the page, whatever was measured, the missed first."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import host, pictures, registry, report, results
+from bench.__main__ import main
+from bench.meters import CpuMeter
+from bench.optim import row as step_row
+from bench.registry import Operation
+
+MATPLOTLIB = bool(importlib.util.find_spec("matplotlib"))
+Row = dict[str, Any]
+
+
+class Gpu(CpuMeter):
+    name = "GPU X"
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": "2.11", "driver": "580"}
+
+
+def entry(us: float, **more: Any) -> Row:
+    return {"status": "ok", "device_us": {"median": us, "p20": us, "p80": us}, **more}
+
+
+def case_of(operation: Any, name: str) -> Any:
+    return next(case for case in operation.cases if case.name == name)
+
+
+def store(folder: Path, name: str, smoke: bool = False) -> results.Store:
+    (operation,) = registry.find([name])
+    return results.Store(folder, operation, Gpu(), smoke=smoke)
+
+
+def linear(folder: Path, name: str, direction: str, smoke: bool = False, commit: str = "", **entries: Row) -> None:
+    """Store a row of linear."""
+    (operation,) = registry.find(["linear"])
+    assert isinstance(operation, Operation)
+    kept = store(folder, "linear", smoke)
+    if commit:
+        kept.stamp["commit"] = commit
+    before = [r for r in kept.rows if (r["case"], r["direction"]) != (name, direction)]
+    kept.rows = []
+    found = results.row(operation, case_of(operation, name), direction, entries, 3e12, 8e14)
+    kept.rows = before
+    kept.add([found], bandwidth=3e12, rates={"bfloat16": 8e14}, compiled=True)
+
+
+def optim(folder: Path, name: str, **entries: Row) -> None:
+    kept = store(folder, "optim")
+    (operation,) = registry.find(["optim"])
+    kept.add([step_row(case_of(operation, name), entries, 3e12)], bandwidth=3e12, rates={}, compiled=True)
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The cells of the first table."""
+    lines = page.split("## Targets")[-1].split("\n##")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+
+SQUARE, SQUARISH, TALL = (f"{shape} bfloat16" for shape in ("4096x4096x4096", "8192x1024x1024", "65536x256x784"))
+SMALLER = ("65536x1024x256", "512x128x784", "64x10x128", "1000x77x333")
+LAYERS = [
+    f"{n}x{layer}" for layer in ("64-64x56x56", "128-128x28x28", "256-256x14x14", "512-512x7x7") for n in (64, 256)
+]
+FIRST, THREE, DEPTHWISE = "256x1-32x28x28", "256x3-64x224x224", "64x384-384x56x56:384"
+OTHERS = ["64x128-256x28x28/2", "64x128-128x28x28:32", "3x5-7x33x29"]
+
+
+def of_the_issues() -> list[tuple[str, str, str]]:
+    """Operation, case with direction, target: copied from the issues, not from the code."""
+    linear = [
+        *((f"{case} forward", "≥ 1.30x eager") for case in (TALL, SQUARISH)),
+        *((f"{case} forward", "≥ 1.00x eager") for case in (SQUARE, *(f"{shape} bfloat16" for shape in SMALLER))),
+        *(
+            (f"{case} {direction}", "≥ 1.00x compile")
+            for case in (SQUARE, SQUARISH, TALL, *(f"{shape} bfloat16" for shape in SMALLER))
+            for direction in ("forward", "backward", "frozen input", "both")
+        ),
+        (f"{SQUARE} backward", "≥ 1.05x eager"),
+        *((f"{case} backward", "≥ 1.15x eager") for case in (TALL, SQUARISH)),
+        *((f"{case} frozen input", "≥ 1.50x eager") for case in (SQUARE, TALL, SQUARISH)),
+        *(
+            (f"{case.split()[0]} float32 {direction}", "≥ 1.50x eager")
+            for case in (SQUARE, TALL, SQUARISH) for direction in ("forward", "backward")
+        ),
+        *(
+            (f"{case.split()[0]} {dtype} both", "≥ 1.00x eager memory")
+            for case in (SQUARE, SQUARISH, TALL, *SMALLER)
+            for dtype in ("bfloat16", "float16", "float32", "float32 tf32")
+        ),
+    ]  # fmt: skip
+    classes = ("Adam", "RMSprop", "SGD momentum=0.9", "Adagrad")
+    optim = [
+        *((f"{name} 1e8 float32 step", "≥ 92% of copy") for name in classes),
+        *((f"{name} 1e8 float32 step", "≤ 1.001x for-loop memory") for name in classes),
+        *((f"{name} 1e8 float32 step", "≥ 1.00x fused") for name in classes if name != "RMSprop"),
+        ("RMSprop 1e8 float32 step", "≥ 2.30x eager"),
+        *(
+            (f"{name} 1000x{n} float32 step", "≥ 5.00x fused")
+            for name in classes if name != "RMSprop" for n in (8, 64, 512, 4096)
+        ),
+        *((f"{name} {shapes} float32 step", "1 launches") for name in classes for shapes in ("1e8", "1e9", "1000x8")),
+        ("Adam gpt2 float32 step", "1 launches"), ("Adam resnet50 float32 step", "1 launches"),
+        ("Adam 465 groups of 8 float32 step", "1 launches"), ("Adam scaler 1e8 float32 step", "1 launches"),
+        ("Adam max_grad_norm=1.0 1e8 float32 step", "2 launches"),
+    ]  # fmt: skip
+    nhwc = "bfloat16 NHWC bias"
+    conv = [
+        *((f"{shape} {nhwc} forward", "≥ 2.00x eager") for shape in (FIRST, THREE)),
+        *((f"{shape} {nhwc} forward", "≥ 1.30x eager") for shape in LAYERS[:2]),
+        *((f"{shape} {nhwc} forward", "≥ 1.00x eager") for shape in LAYERS[2:]),
+        *((f"{shape} {nhwc} dgrad", "≥ 0.90x eager") for shape in (FIRST, THREE, *LAYERS, *OTHERS)),
+        *((f"{shape} {nhwc} wgrad", "≥ 0.90x eager") for shape in (*LAYERS, *OTHERS[:2])),
+        *((f"{shape} {nhwc} wgrad", "≥ 1.50x eager") for shape in (FIRST, THREE)),
+        *(
+            (f"{DEPTHWISE} {nhwc} {direction}", target)
+            for direction in ("forward", "dgrad", "wgrad") for target in ("≥ 80% of copy", "≥ 2.00x eager")
+        ),
+        *(
+            (f"{shape} bfloat16 NCHW bias {direction}", "≥ 1.00x eager")
+            for shape in (FIRST, THREE, *LAYERS, *OTHERS, DEPTHWISE)
+            for direction in ("forward", "dgrad", "wgrad", "both")
+        ),
+    ]  # fmt: skip
+    small = {"Adam": 30, "SGD momentum": 30, "Adagrad": 30, "RMSprop": 12}
+    hosts = [
+        ("Adam plan, 1000x8 (plan / fused bookkeeping)", "≤ 0.25"),
+        ("Adam plan, 1000x8 (plan / fused)", "≤ 0.1"),
+        ("Adam plan, 465 groups of 1x8 (plan / plan, one group)", "≤ 1.25"),
+        *((f"{name}, 1000x8 (torch / tribp)", f"≥ {limit}") for name, limit in small.items()),
+        *(
+            (f"{name}, {n} (torch / tribp)", "≥ 0.95")
+            for name in (*small, "SGD") for n in (1, 100, 10_000, 1_000_000, 16_000_000)
+        ),
+    ]  # fmt: skip
+    found = {"linear": linear, "optim": optim, "conv": conv, "host": hosts}
+    return [(name, case, target) for name, targets in found.items() for case, target in targets]
+
+
+def test_every_target_of_the_issues_is_a_row_without_any_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path / "nothing")
+    assert main(["report"]) == 0
+    header, *rows = rows_of(capsys.readouterr().out)
+    assert header == ["operation", "case", "target", "measured", "verdict"]
+    assert {tuple(row[3:]) for row in rows} == {("–", "unmeasured")}
+    there = [tuple(row[:3]) for row in rows]
+    assert not set(of_the_issues()) - set(there)
+    assert len(there) == len(set(there))
+    assert not (tmp_path / "nothing").exists(), "no folder of a GPU that nothing ran on"
+
+
+def test_the_missed_come_first_and_then_what_is_unmeasured(tmp_path: Path) -> None:
+    linear(tmp_path, SQUARE, "forward", tribp=entry(100), eager=entry(100), compile=entry(99.96))
+    linear(tmp_path, TALL, "forward", tribp=entry(100), eager=entry(131))
+    optim(tmp_path, "Adam 1e8 float32", tribp=entry(1020, bytes=28 * 10**8, launches=2), fused=entry(1021))
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text()
+    _, *rows = rows_of(page)
+    verdicts = [row[-1] for row in rows]
+    assert verdicts == sorted(verdicts, key=["missed", "unmeasured", "met"].index)
+    assert set(verdicts) == {"missed", "unmeasured", "met"}
+    known = {(row[1], row[2]): row[3:] for row in rows}
+    assert known[f"{SQUARE} forward", "≥ 1.00x eager"] == ["1x", "met"]
+    assert known[f"{SQUARE} forward", "≥ 1.00x compile"] == ["0.9996x", "missed"]
+    assert known[f"{TALL} forward", "≥ 1.30x eager"] == ["1.31x", "met"]
+    assert known[f"{TALL} forward", "≥ 1.00x compile"] == ["–", "unmeasured"]
+    assert known["Adam 1e8 float32 step", "≥ 92% of copy"] == ["91.5%", "missed"]
+    assert known["Adam 1e8 float32 step", "1 launches"] == ["2", "missed"]
+    assert known["Adam 1e8 float32 step", "≥ 1.00x fused"] == ["1.001x", "met"]
+    assert "276 targets: 3 missed, 270 unmeasured, 3 met." in page
+    assert not set(of_the_issues()) - {tuple(row[:3]) for row in rows}
+    assert report.short(tmp_path).splitlines()[1:] == [
+        f"  missed: linear {SQUARE} forward: ≥ 1.00x compile, measured 0.9996x",
+        "  missed: optim Adam 1e8 float32 step: 1 launches, measured 2",
+        "  missed: optim Adam 1e8 float32 step: ≥ 92% of copy, measured 91.5%",
+    ]
+
+
+def test_no_launch_is_not_one_launch(tmp_path: Path) -> None:
+    """A profiler that saw nothing, or a step that went torch's way."""
+    optim(tmp_path, "Adam 1e8 float32", tribp=entry(1000, bytes=28 * 10**8, launches=0))
+    found = {(g.case, g.target): (g.measured, g.verdict) for g in report.goals(report.load(tmp_path))}
+    assert found["Adam 1e8 float32 step", "1 launches"] == ("0", "missed")
+
+
+@pytest.mark.parametrize("status", ["wrong", "failed"])
+def test_what_is_wrong_or_fails_misses_its_targets(status: str, tmp_path: Path) -> None:
+    bad = {"status": status, "note": "why"}
+    linear(tmp_path, SQUARE, "forward", tribp=bad, eager=entry(100), compile=entry(99))
+    optim(tmp_path, "Adam 1e8 float32", tribp=bad, fused=entry(1021))
+    found = report.goals(report.load(tmp_path))
+    assert [(g.measured, g.verdict) for g in found[:6]] == [(status, "missed")] * 6
+    assert {g.verdict for g in found[6:]} == {"unmeasured"}
+    assert "missed" in (tmp_path / "linear.md").read_text()
+
+
+def test_rows_of_another_commit_say_so(tmp_path: Path) -> None:
+    linear(tmp_path, TALL, "forward", commit="1111111", tribp=entry(100), eager=entry(131))
+    linear(tmp_path, SQUARE, "forward", commit="2222222", tribp=entry(100), eager=entry(100))
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text()
+    known = {(row[1], row[2]): row[3] for row in rows_of(page)}
+    assert known[f"{TALL} forward", "≥ 1.30x eager"] == "1.31x at 1111111"
+    assert known[f"{SQUARE} forward", "≥ 1.00x eager"] == "1x"
+    assert "Of 2 rows, not at 2222222 but earlier: 1 at 1111111." in page
+
+
+def test_what_the_host_took_is_on_the_page(tmp_path: Path) -> None:
+    comparison = host.plans(False)[0]
+    judged = [host.judge(t, {"plan": 30, "fused bookkeeping": 100, "fused": 400}) for t in comparison.targets]
+    row = {"case": comparison.name, "host_us": {"plan": {"median": 30}}, "targets": judged}
+    head = {"smoke": False, "commit": "1111111", "cpus": 2, "load": 0.5, "versions": {"torch": "2.11"}}
+    results.write(tmp_path / "host.json", json.dumps(head | {"rows": [row]}))
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text()
+    known = {(row[1], row[2]): row[3:] for row in rows_of(page)}
+    assert known["Adam plan, 1000x8 (plan / fused bookkeeping)", "≤ 0.25"] == ["0.3x", "missed"]
+    assert known["Adam plan, 1000x8 (plan / fused)", "≤ 0.1"] == ["0.075x", "met"]
+    assert "2 CPUs" in page
+    assert "bench host --json" in page
+
+
+def test_a_smoke_test_meets_and_misses_nothing(tmp_path: Path) -> None:
+    linear(tmp_path, SQUARE, "forward", smoke=True, tribp={"status": "wrong", "note": ""}, eager=entry(100))
+    linear(tmp_path, TALL, "forward", smoke=True, tribp=entry(1), eager=entry(100))
+    assert {g.verdict for g in report.goals(report.load(tmp_path))} == {"unmeasured"}
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "README.md").read_text().startswith("# Smoke test")
+
+
+def test_the_page_tells_what_was_measured_and_how_to_do_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "gpu-x"
+    linear(folder, SQUARE, "forward", tribp=entry(150), eager=entry(200))
+    stored = {"smoke": False, "steps": {"memory linear": {"status": "done", "seconds": 61.2, "date": "2026-11-23",
+              "commit": "1111111", "note": ""}}}  # fmt: skip
+    results.write(folder / "steps.json", json.dumps(stored))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(results, "ROOT", tmp_path)  # the folders of all GPUs
+    assert main(["report"]) == 0
+    assert str(folder / "README.md") in capsys.readouterr().out
+    assert not (tmp_path / "empty" / "README.md").exists()
+    page = (folder / "README.md").read_text()
+    assert page.startswith("# GPU X\n")
+    for part in (
+        "torch 2.11, driver 580", "copy 3 TB/s, products bfloat16 800 TF/s", "`python -m bench run linear --out gpu-x`",
+        f"| {SQUARE} | forward", "L2 flushed", "| memory linear | done", "| 61 | 2026-11-23", results.commit(),
+    ):  # fmt: skip
+        assert part in page, part
+    assert ("![linear](linear.png)" in page) == ("![roofline-linear](roofline-linear.png)" in page) == MATPLOTLIB
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err == f"bench: there is no folder {tmp_path / 'nowhere'}\n"
+    assert main(["report", str(tmp_path)]) == 0
+    assert "276 unmeasured" in (tmp_path / "README.md").read_text()
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Callable[[], set[str]]:
+    """The pictures that a report of some results leaves."""
+
+    def draw() -> set[str]:
+        linear(tmp_path, SQUARE, "forward", tribp=entry(150), eager=entry(200))
+        optim(tmp_path, "Adam 1e8 float32", tribp=entry(1020, bytes=28 * 10**8), fused=entry(1021))
+        assert main(["report", str(tmp_path)]) == 0
+        return {file.stem for file in tmp_path.glob("*.png") if file.read_bytes().startswith(b"\x89PNG")}
+
+    return draw
+
+
+def test_pictures_are_drawn(measured: Callable[[], set[str]]) -> None:
+    pytest.importorskip("matplotlib")
+    assert measured() == {"linear", "roofline-linear", "optim", "roofline-optim"}
+
+
+def test_without_matplotlib_there_is_a_page_and_no_picture(
+    measured: Callable[[], set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert measured() == set()
+    assert ".png" not in (tmp_path / "README.md").read_text()
+
+
+def test_points_lie_at_operations_a_byte_and_a_second(tmp_path: Path) -> None:
+    linear(tmp_path, SQUARE, "forward", tribp=entry(200), eager=entry(200))
+    linear(tmp_path, TALL, "forward", tribp={"status": "failed", "note": ""}, eager=entry(200))
+    optim(tmp_path, "Adagrad 1e8 float32", tribp=entry(1000, bytes=20 * 10**8))
+    stored = report.load(tmp_path)
+    n = 4096
+    (point,) = pictures.points(stored["linear"]["rows"])
+    assert (point.name, point.dtype) == (f"{SQUARE} forward", "bfloat16")
+    assert point.intensity == pytest.approx(2 * n**3 / (2 * (3 * n * n + n)))
+    assert point.rate == pytest.approx(2 * n**3 / 200e-6)
+    (point,) = pictures.points(stored["optim"]["rows"])
+    assert point.intensity == pytest.approx(7 / 20)
+    assert point.rate == pytest.approx(7 * 10**8 / 1e-3)
+
+
+def test_the_roof_is_the_lower_of_both_ceilings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    linear(tmp_path, SQUARE, "forward", tribp=entry(200), eager=entry(200))
+    rows = report.load(tmp_path)["linear"]["rows"]
+    kept: list[Any] = []
+    monkeypatch.setattr(pictures, "saved", lambda plt, figure, path: kept.append(figure))
+    pictures.roofline(tmp_path / "a.png", "title", rows, 3e12, {"bfloat16": 8e14, "slow": 1e9})
+    lines = {line.get_label(): line.get_xydata().tolist() for line in kept[0].axes[0].lines}
+    plt.close(kept[0])
+    assert lines["bfloat16"][1] == [8e14 / 3e12, 8e14]
+    for name, rate in {"bfloat16": 8e14, "slow": 1e9}.items():
+        assert [y for _, y in lines[name]] == pytest.approx([min(rate, 3e12 * x) for x, _ in lines[name]])
+
+
+def test_bars_show_what_has_targets_and_no_more_than_can_be_read() -> None:
+    rows = [{"targets": [1] if n % 2 else [], "n": n} for n in range(10)]
+    assert [row["n"] for row in pictures.shown(rows, 4)] == [1, 3, 5, 7]
+    assert [row["n"] for row in pictures.shown(rows[::2], 9)] == [0, 2, 4, 6, 8]
