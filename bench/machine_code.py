@@ -80,7 +80,7 @@ def _sass_kernel(lines: Sequence[re.Match[str]]) -> list[Instruction]:
             always = not predicated and operands.startswith("0x")
             code.append(Instruction(name, opcode, at.get(int(target[1], 16)) if target else None, not always))
         else:
-            code.append(Instruction(name, opcode, None, predicated or name not in ("EXIT", "RET")))
+            code.append(Instruction(name, opcode, None, predicated or name not in ("EXIT", "RET", "BRX")))
     return code
 
 
@@ -178,6 +178,11 @@ class _Graph:
             if last.falls_through and block.stop in at:
                 nexts.add(at[block.stop])
             self.successors.append(nexts)
+        # A jump through a table (BRX), which is not in the code: it leads to whatever nothing else leads to.
+        reached = set().union({0}, *self.successors)
+        for block, nexts in zip(blocks, self.successors, strict=True):
+            if code[block[-1]].name == "BRX":
+                nexts |= set(range(len(blocks))) - reached
         self.predecessors: list[set[int]] = [set() for _ in blocks]
         for n, nexts in enumerate(self.successors):
             for successor in nexts:
