@@ -158,14 +158,22 @@ def _all() -> Iterator[Candidate]:
             words = f"{block_i}×{block_j}, {stages} stages"
             yield Candidate("tiles of the convolution", "conv", case, "forward", words, more)
 
-    for of, length in (("Adam", "1e8"), ("SGD", "1e8"), ("Adam", "1000x4096"), ("Adam", "gpt2"), ("Adam", "1000x8")):
-        step = next(c for c in cases() if (c.optimizer, c.shapes_name, c.dtype) == (of, length, FP32) and not c.scaler)
-        for blocks in (1, 2, 4, 16, 32):
-            more = {f"{STEP}.choose_step": chosen(chunk_blocks=blocks)}
-            yield Candidate("chunk sizes in the optimizer", "optim", step, "step", f"{blocks} blocks a program", more)
+    where = f"{STEP}.choose_step"
+    for of, length, chunks in (
+        ("Adam", "1e8", (1, 2, 4, 16, 32)),
+        ("SGD", "1e8", (1, 2, 4, 16, 32)),
+        ("Adam", "gpt2", (1, 2, 4, 16, 32)),
+        ("Adam", "1000x4096", (2, 4)),
+        ("Adam", "1000x8", ()),
+    ):
+        step = next(c for c in cases() if (c.optimizer, c.shapes_name, c.dtype) == (of, length, FP32))
+        for blocks in chunks:
+            words = f"{blocks} blocks a program"
+            more = {where: chosen(chunk_blocks=blocks)}
+            yield Candidate("chunk sizes in the optimizer", "optim", step, "step", words, more)
         for block, warps in ((512, 4), (2048, 8), (1024, 8)):
-            more = {f"{STEP}.choose_step": chosen(block=block, num_warps=warps)}
             words = f"blocks of {block}, {warps} warps"
+            more = {where: chosen(block=block, num_warps=warps)}
             yield Candidate("programs an SM in the optimizer", "optim", step, "step", words, more)
 
 

@@ -11,12 +11,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from .machine_code import MATRIX, Instruction, _blocks, _Graph, _loops_with
+from .machine_code import MATRIX, Graph, Instruction, basic_blocks, loops_with
 
 GLOBAL = {"LDG", "LDGSTS"}
 THROUGH_SHARED = {"LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDGSTS", "LDL", "STL"}
-SYNC_MACS = {"16832": 4096, "16816": 2048, "1688": 1024, "1684": 512, "884": 256}  # of HMMA and DMMA, by m·n·k
-WGMMA = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
+WGMMA = re.compile(r"HGMMA\.(\d+)x(\d+)x\d+")
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ class Tally:
     special: float = 0.0  # instructions of the special-function unit
     shared_bytes: float = 0.0  # to and from shared memory and L1
     loaded: float = 0.0  # bytes from global memory, by threads
-    macs: float = 0.0  # multiply-adds of tensor cores
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -55,23 +53,20 @@ def tally(code: Iterable[Instruction]) -> Tally:
 
 
 def _one(i: Instruction) -> Tally:
-    macs = shared = 0.0
+    shared = 0.0
     if found := WGMMA.match(i.opcode):
         # Four warps issue one together. Both operands come from shared memory: rows of 32 bytes, m + n of them.
-        m, n, k = map(int, found.groups())
-        macs, shared = m * n * k / 4, 32 * (m + n) / 4
-    elif i.name in ("HMMA", "DMMA"):
-        macs = SYNC_MACS.get(i.opcode.split(".")[1], 0)
+        shared = 32 * (int(found[1]) + int(found[2])) / 4
     elif i.name in THROUGH_SHARED:
         shared = 32 * width(i)
-    return Tally(1, i.name.startswith("MUFU"), shared, 32 * width(i) if i.name in GLOBAL else 0, macs)
+    return Tally(1, i.name.startswith("MUFU"), shared, 32 * width(i) if i.name in GLOBAL else 0)
 
 
 def profile(code: Sequence[Instruction]) -> Profile:
-    blocks = _blocks(code)
-    graph = _Graph(code, blocks)
+    blocks = basic_blocks(code)
+    graph = Graph(code, blocks)
     loops = graph.loops()
-    main = [loop for _, loop in _loops_with(MATRIX, code, blocks, loops)]
+    main = [loop for _, loop in loops_with(MATRIX, code, blocks, loops)]
     multiplies = [i for i in code if i.name in MATRIX]
     if not multiplies:
         main = _widest(code, blocks, loops)
@@ -100,7 +95,7 @@ def _widest(
 ) -> list[frozenset[int]]:
     """The innermost loops whose loads are as wide as any loop's: what the last program adds up is narrower."""
     found = []
-    for _, loop in _loops_with(GLOBAL, code, blocks, loops):
+    for _, loop in loops_with(GLOBAL, code, blocks, loops):
         loads = [width(code[i]) for block in loop for i in blocks[block] if code[i].name in GLOBAL]
         found.append((max(loads), loop))
     widest = max((size for size, _ in found), default=0)
@@ -108,7 +103,7 @@ def _widest(
 
 
 def _ways(
-    code: Sequence[Instruction], blocks: Sequence[range], graph: _Graph, main: Sequence[frozenset[int]]
+    code: Sequence[Instruction], blocks: Sequence[range], graph: Graph, main: Sequence[frozenset[int]]
 ) -> tuple[set[int], set[int]]:
     """The blocks of main loops that only aligned data takes, with 16-byte loads, and those that only other data does.
 

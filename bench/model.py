@@ -91,24 +91,23 @@ def predict(
 
 
 def executed(work: LaunchWork, profile: Profile, num_warps: int) -> tuple[Tally, Tally, float]:
-    """What a warp of the busiest program executes in main loops and outside, and how many turns follow each other.
-
-    The code may hold several steps in a turn, steps outside the loop, or the loop several times (unrolled, or one for
-    each of several ways): what a turn of all loops multiplies, or loads, says how many steps that is.
-    """
-    body, once = profile.levels[0], profile.levels[-1] if len(profile.levels) > 1 else Tally()
-    per_turn, peeled = (body.macs, once.macs) if work.macs else (body.loaded, 0.0)
-    steps = num_warps * per_turn / work.step if work.step and per_turn else profile.main_loops
-    before = num_warps * peeled / work.step if work.step else 0.0
-    turns = max(0.0, work.turns * math.prod(work.outer) - before / work.paths) / max(1, round(steps))
-    if not profile.main_loops:
+    """What a warp of the busiest program executes in main loops and outside, and how many turns follow each other."""
+    loops, body = profile.main_loops, profile.levels[0]
+    if not loops:
         return Tally(), body * (1 / work.paths), 0.0
-    rest, times = once, 1.0
-    for level, more in zip(reversed(profile.levels[1:-1]), work.outer, strict=False):
-        times *= more
-        rest += level * times
+    total = work.turns * math.prod(work.outer)
+    # Where there are several, each is one way of several, or they follow each other where a loop around was unrolled. A
+    # product's own loop, with barriers in it, is never unrolled; another's may be, and what it loads says how far.
+    steps = float(loops)
+    if not work.macs and work.step and body.loaded:
+        steps = max(1, min(round(num_warps * body.loaded / work.step), total))
+    turns = total / steps
+    rest = profile.levels[-1]
+    for k, level in enumerate(profile.levels[1:-1]):
+        around = math.prod(work.outer[: len(work.outer) - k])
+        rest += level * (around if k else around * work.paths / loops)
     loop = (body * work.aligned + profile.narrow * (1 - work.aligned)) * turns
-    return loop, rest * (1 / work.paths), turns * profile.main_loops
+    return loop, rest * (1 / work.paths), turns * loops
 
 
 def units(machine: Machine, tally: Tally, macs: float, bits: int, matrix: str, num_warps: int) -> dict[str, float]:
