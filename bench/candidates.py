@@ -194,7 +194,7 @@ UNSEEN = [
     Unseen(
         "unrolled taps",
         "the variant was dropped (3.6 times the code, as many registers). What there is to win is the flat loop's "
-        "arithmetic on taps: see `issue` of the convolutions' loops; where tensor cores take longer, nothing.",
+        "arithmetic on taps, which counts only where issue slots limit: see `issue` in the terms that --json writes.",
     ),
     Unseen(
         "stored gradients' pointers against a fresh upload",

@@ -51,6 +51,10 @@ class Entry:
     def us(self) -> float:
         return sum(p.us for p in self.predictions)
 
+    @property
+    def sm_us(self) -> float:
+        return sum(p.sm_us for p in self.predictions)
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -223,22 +227,29 @@ def sum_table(entries: Sequence[Entry]) -> str:
 
 
 def ranking(entries: Sequence[Entry]) -> str:
-    """The candidates, those first that the model expects most of."""
+    """The candidates, those first that the model expects most of; equal ones by what the SMs take of it."""
     rules = {(e.case.name, e.direction): e for e in entries if not e.candidate}
-    header = ["candidate", "case", "direction", "alternative", "rule µs", "alternative µs", "gain", "limited by"]
+    header = ["candidate", "case", "direction", "alternative", "rule µs", "alternative µs", "gain",
+              "of it SMs", "limited by"]  # fmt: skip
 
     def gain(e: Entry) -> float:
-        return float("-inf") if e.error else rules[e.case.name, e.direction].us / e.us - 1
+        return rules[e.case.name, e.direction].us / e.us - 1
+
+    def order(e: Entry) -> tuple[float, float]:
+        if e.error:
+            return -math.inf, 0
+        return round(gain(e), 3), rules[e.case.name, e.direction].sm_us / e.sm_us
 
     rows: list[list[object]] = []
-    for e in sorted((e for e in entries if e.candidate), key=gain, reverse=True):
+    for e in sorted((e for e in entries if e.candidate), key=order, reverse=True):
         rule = rules[e.case.name, e.direction]
         start = [e.candidate, e.case.name, e.direction, e.variant, f"{rule.us:.1f}"]
         if e.error:
-            rows.append([*start, "", "", e.error])
+            rows.append([*start, "", "", "", e.error])
             continue
         limits = [max(x.predictions, key=lambda p: p.us).limited_by for x in (rule, e)]
-        rows.append([*start, f"{e.us:.1f}", f"{gain(e):+.1%}", " → ".join(dict.fromkeys(limits))])
+        times = f"{e.us:.1f}", f"{gain(e):+.1%}", f"{rule.sm_us:.1f} → {e.sm_us:.1f}"
+        rows.append([*start, *times, " → ".join(dict.fromkeys(limits))])
     return markdown(header, rows)
 
 
@@ -274,6 +285,7 @@ def as_row(e: Entry) -> dict[str, Any]:
         "variant": e.variant,
         "floor_us": e.floor_us,
         "predicted_us": e.us,
+        "sm_us": e.sm_us,
         "error": e.error,
         "launches": [
             {"kernel": x.kernel.__name__, "settings": describe(x), **asdict(p)}
