@@ -20,7 +20,7 @@ from .executed import Profile, profile
 from .machines import MACHINES, Machine
 from .model import Prediction, predict
 from .predicted_and_measured import report
-from .registry import Case
+from .registry import Case, Work
 from .results import floor
 from .step_cases import StepCase
 from .step_kernels import Variant
@@ -37,6 +37,7 @@ class Entry:
     case: Case | StepCase
     direction: str
     launches: list[Launch]
+    work: Work
     floor_us: float
     candidate: str = ""
     variant: str = ""
@@ -99,7 +100,7 @@ class Selection:
     def _entry(self, operation: str, case: Case | StepCase, direction: str) -> Entry:
         arch, machine = ARCHS[self.target], MACHINES[self.target]
         launches = launches_of(case, direction, arch)
-        return Entry(operation, case, direction, launches, floor_of(case, direction, launches, machine))
+        return Entry(operation, case, direction, launches, *floor_of(case, direction, launches, machine))
 
 
 def directions(case: Case | StepCase) -> list[str]:
@@ -134,16 +135,21 @@ def launches_of(case: Case | StepCase, direction: str, arch: Arch) -> list[Launc
     return linear.launches(case, direction, arch)
 
 
-def floor_of(case: Case | StepCase, direction: str, launches: Sequence[Launch], machine: Machine) -> float:
-    """As `bench run` has it, with the machine's ceilings. Of an optimizer: the bytes of its launches."""
+def floor_of(case: Case | StepCase, direction: str, launches: Sequence[Launch], machine: Machine) -> tuple[Work, float]:
+    """The least work, and its time in µs, as `bench run` has it, with the machine's ceilings.
+
+    Of an optimizer: the bytes of its launches.
+    """
     if isinstance(case, StepCase):
-        return 1e6 * sum(work_of(launch, lengths(case)).bytes for launch in launches) / machine.dram
+        moved = sum(work_of(launch, lengths(case)).bytes for launch in launches)
+        return Work(moved, 0), 1e6 * moved / machine.dram
     (operation,) = registry.find(["conv" if isinstance(case, ConvCase) else "linear"])
     assert isinstance(operation, registry.Operation)
     # float32 without TF32 is three products of it.
     bits, products = (16, 1) if case.dtype.itemsize == 2 else (32, 1 if case.tf32 else 3)
     rate = 2 * machine.macs[bits] * machine.processors * machine.clock * machine.reached / products
-    return floor(operation.work(case, direction), machine.dram, rate)[0]
+    work = operation.work(case, direction)
+    return work, floor(work, machine.dram, rate)[0]
 
 
 @dataclass(frozen=True)
@@ -214,15 +220,17 @@ def launch_table(entries: Sequence[Entry]) -> str:
 
 
 def sum_table(entries: Sequence[Entry]) -> str:
-    header = ["case", "direction", "launches", "floor µs", "predicted µs", "floor of it", "mostly limited by"]
+    header = ["case", "direction", "MB", "GFLOP", "launches", "floor µs", "predicted µs", "floor of it",
+              "mostly limited by"]  # fmt: skip
     rows: list[list[object]] = []
     for e in entries:
+        work = f"{e.work.bytes / 1e6:.1f}", f"{e.work.operations / 1e9:.1f}"
+        start = [e.case.name, e.direction, *work, len(e.launches), f"{e.floor_us:.1f}"]
         if e.error:
-            rows.append([e.case.name, e.direction, len(e.launches), f"{e.floor_us:.1f}", "", "", e.error])
+            rows.append([*start, "", "", e.error])
             continue
         longest = max(e.predictions, key=lambda p: p.us)
-        rows.append([e.case.name, e.direction, len(e.launches), f"{e.floor_us:.1f}", f"{e.us:.1f}",
-                     f"{e.floor_us / e.us:.0%}", longest.limited_by])  # fmt: skip
+        rows.append([*start, f"{e.us:.1f}", f"{e.floor_us / e.us:.0%}", longest.limited_by])
     return markdown(header, rows)
 
 
@@ -283,6 +291,8 @@ def as_row(e: Entry) -> dict[str, Any]:
         "direction": e.direction,
         "candidate": e.candidate,
         "variant": e.variant,
+        "bytes": e.work.bytes,
+        "operations": e.work.operations,
         "floor_us": e.floor_us,
         "predicted_us": e.us,
         "sm_us": e.sm_us,

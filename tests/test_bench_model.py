@@ -299,12 +299,17 @@ def test_work_of_a_convolution() -> None:
     launch = predict.launches_of(case, "wgrad", SM_90)[0]
     assert wgrad.programs == math.prod(launch.grid)
     assert wgrad.macs * wgrad.programs >= 9 * 128 * 256 * 64 * 14 * 14
+    depthwise = ConvCase(conv_cases.DEPTHWISE, BF16, groups=384)
+    launch = predict.launches_of(depthwise, "wgrad", SM_90)[0]
+    assert work_of(launch).turns == launch.arguments[launch.kernel.arg_names.index("boxes_per_split")]
+    assert work(depthwise, "forward").turns == 0
 
 
-PRODUCTS: list[Case] = [*(c for c in conv_cases.BASE if not c.depthwise), *linear.cases()]
+PRODUCTS: list[Case] = [c for c in [*conv_cases.BASE, *linear.cases()] if c.dtype in (BF16, FP32)]
+READ = {"output_grad": ("dy", "y"), "sum_partials": ("partials",), "relayout": ("src", "y")}
 
 
-@pytest.mark.parametrize("case", PRODUCTS, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in PRODUCTS if not getattr(c, "depthwise", False)], ids=lambda c: c.name)
 def test_no_work_is_lost(case: Case) -> None:
     """Programs together multiply what must be multiplied, and no more than tiles, bundles and splits round up to."""
     from bench.registry import find
@@ -321,6 +326,28 @@ def test_no_work_is_lost(case: Case) -> None:
         if direction != "both":
             assert sum(w.bytes for w in works) >= 0.99 * least.bytes
         assert all(w.l2 == 0 or w.l2 >= 0.5 * w.bytes for w in works)
+
+
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        (Case(SQUARISH, BF16), {"output_grad", "sum_partials"}),
+        (Case(TALL, FP32), {"output_grad", "sum_partials"}),
+        (ConvCase(conv_cases.FEW[0], BF16, last=False, sigmoid=True), {"relayout", "sum_partials"}),
+        (ConvCase(conv_kernels.MANY, BF16, last=False), {"relayout", "sum_partials"}),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_passes_read_everything_once(case: Case, kernels: set[str]) -> None:
+    found = set()
+    for launch in predict.launches_of(case, "backward", SM_90):
+        kernel, work = launch.kernel.__name__, work_of(launch)
+        if kernel in READ and work.bytes > 4e6:
+            tensors = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+            read = sum(t.numel() * t.element_size() for name in READ[kernel] if (t := tensors[name]) is not None)
+            assert read <= work.programs * work.turns * work.step < 2 * read, kernel
+            found.add(kernel)
+    assert found == kernels
 
 
 @pytest.mark.parametrize(
@@ -350,9 +377,11 @@ def test_work_of_an_optimizers_step(
 
 
 def test_an_optimizers_programs_take_turns() -> None:
-    found = work_of(predict.launches_of(large := StepCase("Adam", "x", [(10**8,)]), "step", SM_90)[0], [10**8])
+    launch = predict.launches_of(large := StepCase("Adam", "x", [(10**8,)]), "step", SM_90)[0]
+    found = work_of(launch, [10**8])
     assert (found.turns, found.programs) == (8, math.ceil(large.elements / 8192))
     assert found.step == 4 * 4 * 1024  # a block of four operands is read
+    assert work_of(launch, [2048] * 10).turns == 2, "no tensor has more blocks"
     small = StepCase("Adam", "x", [(8,)] * 10, grouped=False)
     assert work_of(predict.launches_of(small, "step", SM_90)[0], [8] * 10).aligned == 0
 
@@ -437,8 +466,15 @@ def test_the_command_predicts_what_run_measures(tmp_path: Path) -> None:
     assert set(found) == {(name, direction) for direction in ("forward", "backward", "frozen input")}
     for entry in found.values():
         assert entry["floor_us"] < entry["predicted_us"] < 10 * entry["floor_us"]
+        least = (4 if entry["direction"] == "backward" else 2) * math.prod(SQUARISH)
+        assert entry["operations"] == least
+        assert entry["floor_us"] == pytest.approx(1e6 * least / 798e12, rel=0.01)
         assert entry["predicted_us"] == sum(launch["us"] for launch in entry["launches"])
         assert all(launch["us"] >= launch["floor_us"] + H100.launch for launch in entry["launches"])
+    *_, dgrad = found[name, "backward"]["launches"]
+    w_and_dx = 2 * (1024 * 1024 + 8192 * 1024)
+    latency = 479 / 1.83e3
+    assert dgrad["terms"]["memory"] == pytest.approx(w_and_dx / 3e6 + latency), "dz is in L2"
     forward = found[name, "forward"]["launches"][0]
     assert forward["resident"] == 2, "two programs of 128×128 reside"
     assert forward["waves"] == pytest.approx(512 / 264)
