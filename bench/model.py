@@ -23,7 +23,7 @@ Tensors that an earlier launch of the same direction touched, and that half of L
 Left out: how often L2 is hit besides; conflicts of DRAM pages and of banks; TMA's writes to shared memory; clocks that
 fall under load other than what `reached` knows; dependences between instructions (a scheduler with two warps seldom
 issues every cycle); the lower rate of integers and float64; waiting at barriers; the tail of the last wave, beyond n;
-the start of a program. All of them add time: expect measurements above the prediction, and compare ratios.
+the start of a program. All but the first add time: expect measurements above the prediction, and compare ratios.
 """
 
 import math
