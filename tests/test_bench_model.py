@@ -519,3 +519,14 @@ def test_the_shapes_that_are_predicted_have_targets() -> None:
     assert predict.directions(replace(case, sigmoid=True)) == []
     assert predict.directions(Case(SQUARE, BF16)) == ["forward", "backward", "frozen input"]
     assert predict.directions(Case(SQUARE, torch.float16)) == []
+
+
+def test_the_floor_of_float32_is_three_products_of_tf32() -> None:
+    """The project's ceilings: 2 · 4096³ at 798 TF/s of bf16, half of it of TF32, and a third of that of float32."""
+
+    def floor_us(dtype: torch.dtype, tf32: bool = False) -> float:
+        return predict.floor_of(Case(SQUARE, dtype, tf32), "forward", [], H100)[1]
+
+    assert floor_us(BF16) == pytest.approx(172.2, rel=0.01)
+    assert floor_us(FP32, tf32=True) == pytest.approx(2 * floor_us(BF16))
+    assert floor_us(FP32) == pytest.approx(6 * floor_us(BF16))
