@@ -23,6 +23,8 @@ Measures tribp, from a checkout of its repository.
   python -m bench host             what an optimizer's step costs the host; no GPU needed
   python -m bench static           every kernel compiled for every target and its machine code checked; no GPU needed
   python -m bench static --target sm_90 --dtype bfloat16 --json found.json
+  python -m bench static --model linear       the time that a model of the GPU predicts from the machine code
+  python -m bench static --candidates         the same for other settings than the rules choose, the best first
 """
 
 
@@ -97,6 +99,14 @@ def parser() -> argparse.ArgumentParser:
     static.add_argument("--target", action="append", choices=list(ARCHS), default=[], help="only this GPU; repeatable")
     static.add_argument("--dtype", action="append", default=[], help="only this type, such as bfloat16; repeatable")
     static.add_argument("--all", action="store_true", help="every type at every shape; several minutes")
+    static.add_argument(
+        "--model", action="store_true", help="predict the time of what `run` measures (default target: sm_90)"
+    )
+    static.add_argument("--candidates", action="store_true", help="predict the time of other settings than the rules'")
+    static.add_argument("--case", action="append", default=[], help="with --model: as in `run`")
+    static.add_argument(
+        "--measured", type=Path, metavar="FILE", help="with --model: results of `run` (default: bench/results/)"
+    )
     static.add_argument("--json", default="", metavar="FILE", help="write what was found")
     static.add_argument(
         "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
@@ -146,10 +156,13 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "static":
             if not runtime.has_triton():
                 raise ValueError("static compiles with triton, which is not installed: pip install triton")
+            names = [operation.name for operation in operations]
+            if given.model or given.candidates:
+                return _model(given, names)
             from . import static
 
             return static.main(
-                [operation.name for operation in operations],
+                names,
                 given.target or list(ARCHS),
                 given.dtype,
                 everything=given.all,
@@ -166,6 +179,21 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+
+
+def _model(given: argparse.Namespace, names: list[str]) -> int:
+    if runtime.interpreting():
+        raise ValueError("the model reads compiled kernels, and under TRITON_INTERPRET=1 there are none: unset it")
+    from . import predict
+    from .machines import MACHINES
+
+    for target in given.target or ["sm_90"]:
+        if target not in MACHINES:
+            raise ValueError(f"there is no model of {target}; there is one of {', '.join(MACHINES)}")
+        selection = predict.Selection(tuple(names), target, tuple(given.dtype), tuple(given.case), given.candidates)
+        if status := predict.main(selection, jobs=given.jobs, file=given.json, measured=given.measured):
+            return status
+    return 0
 
 
 if __name__ == "__main__":

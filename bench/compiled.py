@@ -106,18 +106,25 @@ def _contiguous(given: Mapping[str, Any], side: str) -> str:
 
 def compile_launches(launches: Sequence[Launch], arch: Arch) -> list[Compiled]:
     """Compile each kernel as its launch would, and read them. Triton's cache makes the second time fast."""
+    return [compiled for compiled, _ in read_launches(launches, arch)]
+
+
+def read_launches(launches: Sequence[Launch], arch: Arch) -> list[tuple[Compiled, list[Instruction]]]:
+    """The same, with their instructions; none if the compiler gave up."""
     kernels = [_compile(launch, arch) for launch in launches]
     built = [kernel for kernel in kernels if not isinstance(kernel, str)]
     if arch.backend == "cuda":
         codes = iter(_disassemble([kernel.asm["cubin"] for kernel in built], arch) if built else [])
     else:
         codes = iter([machine_code.parse_amd(kernel.asm["amdgcn"]) for kernel in built])
-    return [
-        Compiled(**_identity(launch, arch), error=kernel)
-        if isinstance(kernel, str)
-        else Compiled(**_identity(launch, arch), **_findings(kernel, next(codes), arch))
-        for launch, kernel in zip(launches, kernels, strict=True)
-    ]
+    found: list[tuple[Compiled, list[Instruction]]] = []
+    for launch, kernel in zip(launches, kernels, strict=True):
+        if isinstance(kernel, str):
+            found.append((Compiled(**_identity(launch, arch), error=kernel), []))
+        else:
+            code = next(codes)
+            found.append((Compiled(**_identity(launch, arch), **_findings(kernel, code, arch)), code))
+    return found
 
 
 def _compile(launch: Launch, arch: Arch) -> Any:

@@ -80,7 +80,7 @@ def _sass_kernel(lines: Sequence[re.Match[str]]) -> list[Instruction]:
             always = not predicated and operands.startswith("0x")
             code.append(Instruction(name, opcode, at.get(int(target[1], 16)) if target else None, not always))
         else:
-            code.append(Instruction(name, opcode, None, predicated or name not in ("EXIT", "RET")))
+            code.append(Instruction(name, opcode, None, predicated or name not in ("EXIT", "RET", "BRX")))
     return code
 
 
@@ -126,12 +126,12 @@ def matrix_loops(code: Sequence[Instruction]) -> list[Loop]:
     Where there are no such instructions at all, those with float64 multiplications: the form a product takes on a
     target whose tensor cores have no float64.
     """
-    blocks = _blocks(code)
-    graph = _Graph(code, blocks)
+    blocks = basic_blocks(code)
+    graph = Graph(code, blocks)
     loops = graph.loops()
-    matrix = _loops_with(MATRIX, code, blocks, loops)
+    matrix = loops_with(MATRIX, code, blocks, loops)
     found = []
-    for head, loop in matrix or _loops_with({"DFMA"}, code, blocks, loops):
+    for head, loop in matrix or loops_with({"DFMA"}, code, blocks, loops):
         body = [code[i] for block in graph.in_order(head, loop) for i in blocks[block]]
         before = [code[i] for block in graph.leading_to(loop) for i in blocks[block]]
         multiplies = [n for n, i in enumerate(body) if i.name in (MATRIX if matrix else {"DFMA"})]
@@ -148,7 +148,7 @@ def matrix_loops(code: Sequence[Instruction]) -> list[Loop]:
     return found
 
 
-def _loops_with(
+def loops_with(
     names: set[str], code: Sequence[Instruction], blocks: Sequence[range], loops: dict[int, frozenset[int]]
 ) -> list[tuple[int, frozenset[int]]]:
     """The innermost of the loops that hold such an instruction, by their heads."""
@@ -158,7 +158,7 @@ def _loops_with(
     return [(head, loop) for head, loop in holding.items() if not any(other < loop for other in holding.values())]
 
 
-def _blocks(code: Sequence[Instruction]) -> list[range]:
+def basic_blocks(code: Sequence[Instruction]) -> list[range]:
     """Basic blocks as ranges of instruction numbers."""
     starts = {0} | {i.target for i in code if i.target is not None}
     starts |= {n + 1 for n, i in enumerate(code) if i.target is not None or not i.falls_through}
@@ -166,7 +166,7 @@ def _blocks(code: Sequence[Instruction]) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise(edges)]
 
 
-class _Graph:
+class Graph:
     """The control flow between basic blocks, and its natural loops."""
 
     def __init__(self, code: Sequence[Instruction], blocks: Sequence[range]) -> None:
@@ -178,6 +178,11 @@ class _Graph:
             if last.falls_through and block.stop in at:
                 nexts.add(at[block.stop])
             self.successors.append(nexts)
+        # A jump through a table (BRX), which is not in the code: it leads to whatever nothing else leads to.
+        reached = set().union({0}, *self.successors)
+        for block, nexts in zip(blocks, self.successors, strict=True):
+            if code[block[-1]].name == "BRX":
+                nexts |= set(range(len(blocks))) - reached
         self.predecessors: list[set[int]] = [set() for _ in blocks]
         for n, nexts in enumerate(self.successors):
             for successor in nexts:

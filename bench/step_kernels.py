@@ -68,8 +68,10 @@ RARE = [  # for --all
 THOROUGH = "sm_90"
 
 
-def launches(variant: Variant, dtype: torch.dtype, arch: Arch, lengths: Sequence[int] = LENGTHS) -> "list[Launch]":
-    """What one step launches on this machine."""
+def launches(
+    variant: Variant, dtype: torch.dtype, arch: Arch, lengths: Sequence[int] = LENGTHS, grouped: bool = True
+) -> "list[Launch]":
+    """What one step launches on this machine. grouped: all tensors in one parameter group, or each in its own."""
     from tribp.ops.launching import Launch
 
     found: list[Launch] = []
@@ -83,7 +85,7 @@ def launches(variant: Variant, dtype: torch.dtype, arch: Arch, lengths: Sequence
         mock.patch.object(Launch, "run", record),
     ):
         params = [Parameter(torch.empty(n, dtype=dtype, device="meta")) for n in lengths]
-        groups: list[dict[str, Any]] = [{"params": params}]
+        groups: list[dict[str, Any]] = [{"params": params}] if grouped else [{"params": [p]} for p in params]
         if variant.everything:
             sliced = Parameter(torch.empty(64, 64, dtype=dtype, device="meta")[:, 1:])
             groups.append({"params": [sliced], "amsgrad": False})

@@ -17,7 +17,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("TRIBP_BACKEND", None)  # the tests choose
 
-NAMES = ("calls", "linear_kernels", "conv3x3_addresses", "conv3x3_kernels", "static", "static_conv")
+NAMES = ("calls", "linear_kernels", "conv3x3_addresses", "conv3x3_kernels", "static", "static_conv", "bench_model")
 NEED_TRITON = [f"test_{name}.py" for name in NAMES]
 collect_ignore = [] if importlib.util.find_spec("triton") else NEED_TRITON
 

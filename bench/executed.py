@@ -1,0 +1,130 @@
+"""What a warp executes: the instructions of a kernel, by how often they run.
+
+A compiled kernel has main loops, where its work is done: the innermost loops around matrix instructions, or in a kernel
+without any, those with the widest loads. `profile` adds the instructions up by level: level 0 the bodies of the main
+loops, 1 what else is in the loops around them, and so on; the last level runs once. How often a level runs is not in
+the code, but follows from the launch (`work.py`). Other loops count as one turn: they wait at barriers, take the
+exceptional way, or are the last program's alone.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+from .machine_code import MATRIX, Graph, Instruction, basic_blocks, loops_with
+
+GLOBAL = {"LDG", "LDGSTS"}
+THROUGH_SHARED = {"LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDGSTS", "LDL", "STL"}
+WGMMA = re.compile(r"HGMMA\.(\d+)x(\d+)x\d+")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts of one warp. Bytes are what it moves if no lane is masked."""
+
+    instructions: float = 0.0
+    special: float = 0.0  # instructions of the special-function unit
+    shared_bytes: float = 0.0  # to and from shared memory and L1
+    loaded: float = 0.0  # bytes from global memory, by threads
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: float) -> "Tally":
+        return Tally(*(times * getattr(self, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Profile:
+    levels: tuple[Tally, ...]  # of one run of each; the first: one turn of every main loop, the last: what runs once
+    narrow: Tally  # in place of the first, where a main loop has a way of its own for data that is not aligned
+    main_loops: int
+    matrix: str = ""  # the matrix instruction: HGMMA, HMMA …
+
+
+def width(instruction: Instruction) -> int:
+    """Bytes that a thread moves; `Instruction.bytes` has four for less."""
+    narrow = re.search(r"\.[US](8|16)\b", instruction.opcode)
+    return int(narrow[1]) // 8 if narrow else instruction.bytes
+
+
+def tally(code: Iterable[Instruction]) -> Tally:
+    return sum((_one(i) for i in code if i.name != "NOP"), Tally())
+
+
+def _one(i: Instruction) -> Tally:
+    shared = 0.0
+    if found := WGMMA.match(i.opcode):
+        # Four warps issue one together. Both operands come from shared memory: rows of 32 bytes, m + n of them.
+        shared = 32 * (int(found[1]) + int(found[2])) / 4
+    elif i.name in THROUGH_SHARED:
+        shared = 32 * width(i)
+    return Tally(1, i.name.startswith("MUFU"), shared, 32 * width(i) if i.name in GLOBAL else 0)
+
+
+def profile(code: Sequence[Instruction]) -> Profile:
+    blocks = basic_blocks(code)
+    graph = Graph(code, blocks)
+    loops = graph.loops()
+    main = [loop for _, loop in loops_with(MATRIX, code, blocks, loops)]
+    multiplies = [i for i in code if i.name in MATRIX]
+    if not multiplies:
+        main = _widest(code, blocks, loops)
+
+    around = [{head for head, loop in loops.items() if block in loop} for block in range(len(blocks))]
+    of_main = {head for head, loop in loops.items() if any(inner <= loop for inner in main)}
+    depth = max((len(around[min(loop)] & of_main) for loop in main), default=0)
+    levels: list[list[Instruction]] = [[] for _ in range(depth + 1)]
+    wide, narrow = _ways(code, blocks, graph, main) if main and not multiplies else (set(), set())
+    exceptional: list[Instruction] = []
+    for n, block in enumerate(blocks):
+        inside = [code[i] for i in block]
+        if any(n in loop for loop in main):
+            if n not in narrow:
+                levels[0] += inside
+            if n not in wide:
+                exceptional += inside
+        else:
+            levels[depth - min(len(around[n] & of_main), max(depth - 1, 0))] += inside
+    name = multiplies[0].name if multiplies else ""
+    return Profile(tuple(tally(level) for level in levels), tally(exceptional), len(main), name)
+
+
+def _widest(
+    code: Sequence[Instruction], blocks: Sequence[range], loops: dict[int, frozenset[int]]
+) -> list[frozenset[int]]:
+    """The innermost loops whose loads are as wide as any loop's: what the last program adds up is narrower."""
+    found = []
+    for _, loop in loops_with(GLOBAL, code, blocks, loops):
+        loads = [width(code[i]) for block in loop for i in blocks[block] if code[i].name in GLOBAL]
+        found.append((max(loads), loop))
+    widest = max((size for size, _ in found), default=0)
+    return [loop for size, loop in found if size == widest]
+
+
+def _ways(
+    code: Sequence[Instruction], blocks: Sequence[range], graph: Graph, main: Sequence[frozenset[int]]
+) -> tuple[set[int], set[int]]:
+    """The blocks of main loops that only aligned data takes, with 16-byte loads, and those that only other data does.
+
+    Ways part at a branch of which one side has wide loads and the other narrow ones; a side is what it dominates.
+    """
+
+    def loads(region: set[int]) -> set[int]:
+        return {width(code[i]) for block in region for i in blocks[block] if code[i].name in GLOBAL}
+
+    wide: set[int] = set()
+    narrow: set[int] = set()
+    for loop in main:
+        for block in sorted(loop):
+            sides = [
+                {n for n in loop if side in graph.dominators[n]}
+                for side in graph.successors[block] & loop
+                if len(graph.predecessors[side]) == 1
+            ]
+            for side in sides:
+                others = [other for other in sides if other is not side]
+                if 16 in loads(side) and any(loads(o) and max(loads(o)) < 16 for o in others):
+                    wide |= side
+                    narrow |= set().union(*others)
+    return wide, narrow

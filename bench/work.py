@@ -1,0 +1,197 @@
+"""What a launch does, read off its grid and arguments: how often its loops turn, what it multiplies, what it moves.
+
+One function a kernel, for only the kernel says what its loops run over.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tribp.kernels import common, conv3x3, conv3x3_depthwise, conv3x3_small, linear_sigmoid, optim, relayout
+from tribp.kernels.launch import cdiv
+from tribp.ops.launching import Launch
+
+Given = Mapping[str, Any]  # a launch's arguments and constants by name
+
+
+@dataclass(frozen=True)
+class LaunchWork:
+    """Bytes are of all programs; what a program does is that of the busiest one."""
+
+    programs: int
+    tensors: Mapping[int, float]  # bytes that are read or written of each tensor
+    turns: float = 0  # of a program's main loop, one after the other: steps of a product, blocks, boxes
+    step: float = 0  # what a turn does: multiply-adds, or bytes that the threads load; 0: unknown
+    outer: tuple[float, ...] = ()  # turns of the loops around it, the outermost first
+    paths: int = 1  # ways through the code of which a program takes one
+    aligned: float = 1.0  # the part of the turns that meets whole, aligned data
+    chain: int = 1  # loads before and after the loop that wait for one another
+    macs: float = 0  # multiply-adds of a program
+    bits: int = 16  # of the multiplied numbers; 32 is TF32
+    l2: float = 0  # bytes that programs load and store; 0: as many as `tensors` have
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.tensors.values())
+
+
+def work_of(launch: Launch, lengths: Sequence[int] = ()) -> LaunchWork:
+    """lengths: of the tensors that an optimizer's launch updates, which its tables on the device know."""
+    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | dict(launch.constants)
+    programs = math.prod(launch.grid)
+    if launch.kernel in (optim.multi_tensor_step, optim.gradient_norm):
+        return _step(given, programs, lengths)
+    return LaunchWork(programs, _tensors(given), **_KERNELS[launch.kernel](given, launch.grid))
+
+
+def _tensors(given: Given) -> dict[int, float]:
+    found = [value.base if isinstance(value, TensorDescriptor) else value for value in given.values()]
+    return {id(t): float(t.numel() * t.element_size()) for t in found if isinstance(t, Tensor)}
+
+
+def _size(given: Given, *names: str) -> int:
+    return math.prod(given[name] for name in names)
+
+
+def _itemsize(given: Given, name: str) -> int:
+    value = given[name]
+    return int((value.base if isinstance(value, TensorDescriptor) else value).element_size())
+
+
+def _product(given: Given, operand: str, turns: float, step: int, outer: tuple[float, ...] = ()) -> dict[str, Any]:
+    """A product of `step` multiply-adds a turn; tf32x3 makes three of each."""
+    step *= 3 if given["PRECISION"] == "tf32x3" else 1
+    return dict(turns=turns, step=step, outer=outer, macs=turns * step * math.prod(outer),
+                bits=8 * _itemsize(given, operand))  # fmt: skip
+
+
+def _linear_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    m, n, k, size = given["M"], given["N"], given["K"], _itemsize(given, "x")
+    rows, cols = cdiv(m, given["BLOCK_M"]), cdiv(n, given["BLOCK_N"])
+    outer = (cdiv(rows * cols, grid[0]),) if given["PERSISTENT"] else ()
+    product = _product(given, "x", cdiv(k, given["BLOCK_K"]), _size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"), outer)
+    return product | dict(l2=size * (m * k * cols + n * k * rows + m * n), chain=1 + given["HAS_BIAS"])
+
+
+def _linear_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    m, n, k, size = given["M"], given["N"], given["K"], _itemsize(given, "dx")
+    rows, cols, read = cdiv(m, given["BLOCK_M"]), cdiv(k, given["BLOCK_K"]), 1 + given["FUSE_DZ"]
+    product = _product(given, "dx", cdiv(n, given["BLOCK_N"]), _size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    return product | dict(l2=size * (read * m * n * cols + n * k * rows + m * k))
+
+
+def _linear_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    m, n, k, size = given["M"], given["N"], given["K"], _itemsize(given, "x")
+    rows, cols, read = cdiv(n, given["BLOCK_N"]), cdiv(k, given["BLOCK_K"]), 1 + given["FUSE_DZ"]
+    turns = cdiv(given["rows_per_split"], given["BLOCK_M"])
+    product = _product(given, "x", turns, _size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    written = grid[1] * n * k * _itemsize(given, "dw") + m * n * size * given["WRITE_DZ"]
+    return product | dict(l2=size * (read * m * n * cols + m * k * rows) + written)
+
+
+def _output_grad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    turns = cdiv(given["rows_per_program"], given["BLOCK_M"])
+    return dict(turns=turns, step=2 * _size(given, "BLOCK_M", "BLOCK_N") * _itemsize(given, "y"), chain=0)
+
+
+def _sum_partials(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    turns = cdiv(given["parts"], given["BLOCK_PARTS"])
+    return dict(turns=turns, step=_size(given, "BLOCK_PARTS", "BLOCK") * _itemsize(given, "partials"), chain=0)
+
+
+def _pixels(given: Given) -> int:
+    return _size(given, "BOX_N", "BOX_H", "BOX_W")
+
+
+def _convolve(given: Given, grid: tuple[int, ...], operand: str, length: int, steps: tuple[int, int]) -> dict[str, Any]:
+    """forward and dgrad: taps × steps through the channels. A class of pixels meets 9 / (classes) taps on average."""
+    taps = (3 / steps[0], 3 / steps[1])
+    turns = cdiv(length, given["BLOCK_L"])
+    step = _pixels(given) * given["BLOCK_J"] * given["BLOCK_L"]
+    read = (_pixels(given) + given["BLOCK_J"]) * given["BLOCK_L"] * _itemsize(given, operand)
+    product = (
+        _product(given, operand, math.prod(taps) * turns, step)
+        if given["FLAT"]
+        else _product(given, operand, turns, step, taps)
+    )
+    written = _pixels(given) * given["BLOCK_J"] * _itemsize(given, operand)
+    return product | dict(paths=steps[0] * steps[1], l2=math.prod(grid) * (math.prod(taps) * turns * read + written))
+
+
+def _conv_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    found = _convolve(given, grid, "y", _size(given, "BUNDLE", "CG"), (1, 1))
+    return found | dict(chain=1 + given["HAS_BIAS"])
+
+
+def _conv_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    return _convolve(given, grid, "dx", _size(given, "BUNDLE", "OG"), (given["STEP_H"], given["STEP_W"]))
+
+
+def _conv_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    taps, pixels, turns = given["TAPS"], _pixels(given), given["boxes_per_split"]
+    product = _product(given, "x", turns, taps * pixels * _size(given, "BLOCK_O", "BLOCK_C"))
+    read = pixels * (given["BLOCK_O"] + taps * given["BLOCK_C"]) * _itemsize(given, "x")
+    written = taps * _size(given, "BLOCK_O", "BLOCK_C") * _itemsize(given, "dw")
+    return product | dict(l2=math.prod(grid) * (turns * read + written))
+
+
+def _small_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    product = _product(given, "y", 1, _pixels(given) * _size(given, "BLOCK_J", "BLOCK_K"))
+    return product | dict(turns=0, chain=1 + given["HAS_BIAS"])
+
+
+def _small_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    step = _pixels(given) * _size(given, "BLOCK_O", "BLOCK_K")
+    return _product(given, "x", given["boxes_per_split"], step)
+
+
+def _depthwise(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    return dict(turns=given.get("boxes_per_split", 0), paths=grid[1] if "dx" in given else 1)
+
+
+def _relayout(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    step = (1 + given["HAS_Y"]) * _size(given, "BLOCK_P", "BLOCK_C") * _itemsize(given, "src")
+    return dict(turns=given["tiles_per_program"], step=step, chain=0)
+
+
+def _step(given: Given, programs: int, lengths: Sequence[int]) -> LaunchWork:
+    """An optimizer's step, or the norm before it. A program reads four tables before its first element (which chunk,
+    its tensor's row, the hyperparameters and the counter's address, the counter), and counts itself at the end."""
+    sizes = {name: given[name].primitive_bitwidth // 8 for name in _TYPES if given.get(name) is not None}
+    if "RULE" in given:
+        moved = 2 * sum(sizes.values()) - (0 if isinstance(given["grad_scale"], Tensor) else sizes["GRAD_TYPE"])
+    else:
+        moved = sizes["GRAD_TYPE"]
+    block, elements = given["BLOCK"], sum(lengths)
+    blocks = sum(cdiv(n, block) for n in lengths)
+    return LaunchWork(
+        programs,
+        {id(given["grads"]): float(elements * moved)},
+        turns=min(given["chunk_blocks"], max(cdiv(n, block) for n in lengths)),
+        step=block * sum(sizes.values()),
+        aligned=sum(n // block for n in lengths) / blocks,
+        chain=5,
+    )
+
+
+_TYPES = ("PARAM_TYPE", "GRAD_TYPE", "STATE0", "STATE1", "STATE2", "EMA_TYPE")
+_KERNELS: dict[Any, Callable[[Given, tuple[int, ...]], dict[str, Any]]] = {
+    linear_sigmoid.forward: _linear_forward,
+    linear_sigmoid.output_grad: _output_grad,
+    linear_sigmoid.dgrad: _linear_dgrad,
+    linear_sigmoid.wgrad: _linear_wgrad,
+    common.sum_partials: _sum_partials,
+    conv3x3.forward: _conv_forward,
+    conv3x3.dgrad: _conv_dgrad,
+    conv3x3.wgrad: _conv_wgrad,
+    conv3x3_small.small_forward: _small_forward,
+    conv3x3_small.small_wgrad: _small_wgrad,
+    conv3x3_depthwise.depthwise_forward: _depthwise,
+    conv3x3_depthwise.depthwise_dgrad: _depthwise,
+    conv3x3_depthwise.depthwise_wgrad: _depthwise,
+    relayout.relayout: _relayout,
+}

@@ -1,0 +1,532 @@
+"""`python -m bench static --model`: the arithmetic, what it is fed with, and how its error will be stated."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import candidates, conv_cases, conv_kernels, linear, predict
+from bench.__main__ import main
+from bench.candidates import Candidate
+from bench.conv_cases import ConvCase
+from bench.executed import Profile, Tally, profile
+from bench.linear import SQUARE, SQUARISH, TALL
+from bench.machine_code import parse_sass
+from bench.machines import MACHINES, Occupancy, occupancy
+from bench.model import Prediction, executed
+from bench.model import predict as predicted
+from bench.predicted_and_measured import report
+from bench.registry import Case
+from bench.step_cases import StepCase
+from bench.work import LaunchWork, work_of
+from tribp.kernels.launch import ARCHS
+
+ROOT = Path(__file__).parent.parent
+BF16, FP32 = torch.bfloat16, torch.float32
+H100, SM_90 = MACHINES["sm_90"], ARCHS["sm_90"]
+KB = 1024
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "warps", "expected"),
+    [
+        # 168 · 32 = 21 units of 256; a scheduler's 16,384 registers hold three such warps, four schedulers twelve.
+        ("sm_90", 168, 0, 8, Occupancy(1, "registers")),
+        ("sm_90", 168, 0, 4, Occupancy(3, "registers")),
+        ("sm_90", 64, 0, 4, Occupancy(8, "registers")),  # 8 warps of 2,048 a scheduler
+        ("sm_90", 81, 0, 4, Occupancy(5, "registers")),  # 2,592 are rounded up to 2,816: 5 warps a scheduler, not 6
+        ("sm_90", 81, 0, 2, Occupancy(10, "registers")),  # and 20 on an SM, not 23
+        ("sm_90", 32, 113 * KB, 8, Occupancy(2, "shared memory")),  # 113 KB and the 1 KB that CUDA keeps, twice
+        ("sm_90", 32, 113 * KB + 1, 8, Occupancy(1, "shared memory")),
+        ("sm_80", 32, 113 * KB, 8, Occupancy(1, "shared memory")),
+        ("sm_90", 32, 0, 16, Occupancy(4, "registers")),
+        ("sm_90", 24, 0, 16, Occupancy(4, "warps")),  # registers for 84 warps, places for 64
+        ("sm_90", 24, 0, 1, Occupancy(32, "programs")),
+        ("sm_90", 32, 228 * KB, 8, Occupancy(0, "shared memory")),
+    ],
+)
+def test_occupancy_is_that_of_nvidias_calculator(
+    target: str, registers: int, shared: int, warps: int, expected: Occupancy
+) -> None:
+    assert occupancy(MACHINES[target], registers, shared, warps) == expected
+
+
+def sass(*lines: str) -> Profile:
+    """The profile of instructions at addresses 0x10, 0x20 …; `{n}` is the address of the n-th, from 0 on."""
+    addresses = [f"0x{16 * n:x}" for n in range(len(lines) + 1)]
+    text = "\n".join(f"        /*{16 * n:04x}*/   {line.format(*addresses)} ;" for n, line in enumerate(lines))
+    (code,) = parse_sass(text, [16 * len(lines)])
+    return profile(code)
+
+
+def test_instructions_count_by_the_loops_around_them() -> None:
+    found = sass(
+        "MOV R1, R2",  # once
+        "MOV R3, R4",  # 1: a tile
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24",  # 2: a step
+        "IADD3 R5, R5, R6, RZ",
+        "@P0 BRA {2}",
+        "MUFU.EX2 R7, R8",  # 5: a tile's epilogue
+        "STS.128 [R9], R12",
+        "@P1 BRA {1}",
+        "EXIT",
+        "NOP",
+    )
+    assert found.main_loops == 1
+    assert found.matrix == "HGMMA"
+    wgmma = 32 * (64 + 128) / 4  # 16 of 64 and of 128 rows of 16 bits, shared by four warps
+    assert found.levels == (Tally(3, 0, wgmma, 0), Tally(4, 1, 32 * 16, 0), Tally(2))
+
+
+def test_a_loop_that_only_waits_counts_once() -> None:
+    found = sass(
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2",
+        "@!P0 BRA {0}",
+        "HMMA.16816.F32.BF16 R24, R4, R6, R24",
+        "@P0 BRA {2}",
+        "EXIT",
+    )
+    assert [level.instructions for level in found.levels] == [2, 3]
+
+
+def test_without_a_product_the_widest_loads_make_the_main_loop() -> None:
+    found = sass(
+        "LDG.E.128 R4, desc[UR4][R2.64]",
+        "STG.E.U16 desc[UR4][R2.64], R4",
+        "@P0 BRA {0}",
+        "LDG.E.64 R4, desc[UR4][R2.64]",  # 3: what the last program adds up
+        "@P1 BRA {3}",
+        "EXIT",
+    )
+    assert found.levels == (Tally(3, 0, 32 * (16 + 2), 32 * 16), Tally(3, 0, 32 * 8, 32 * 8))
+
+
+def test_aligned_data_and_other_data_take_different_ways() -> None:
+    found = sass(
+        "MOV R1, R2",  # 0: both ways
+        "@P0 BRA {5}",
+        "LDG.E.128 R4, desc[UR4][R2.64]",  # 2: the wide way
+        "FADD R4, R4, R5",
+        "BRA {8}",
+        "LDG.E R4, desc[UR4][R2.64]",  # 5: the narrow one
+        "LDG.E R5, desc[UR4][R2.64+4]",
+        "FADD R4, R4, R5",
+        "@P1 BRA {0}",  # 8
+        "EXIT",
+    )
+    assert found.levels[0] == Tally(6, 0, 32 * 16, 32 * 16)
+    assert found.narrow == Tally(6, 0, 32 * 8, 32 * 8)
+    loop = {
+        aligned: executed(LaunchWork(1, {}, turns=10, step=512, aligned=aligned), found, 1)[0]
+        for aligned in (1, 0.5, 0)
+    }
+    assert loop[1] == Tally(60, 0, 5120, 5120)
+    assert loop[0] == Tally(60, 0, 2560, 2560)
+    assert loop[0.5] == Tally(60, 0, 3840, 3840)
+
+
+def test_a_jump_through_a_table_hides_no_loop() -> None:
+    found = sass(
+        "BRX R2 -0x10",
+        "MOV R1, R2",  # 1: one way
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24",
+        "@P0 BRA {2}",
+        "EXIT",
+        "MOV R1, R2",  # 5: the other
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24",
+        "@P0 BRA {6}",
+        "EXIT",
+    )
+    assert found.main_loops == 2
+    loop, rest, turns = executed(LaunchWork(1, {}, turns=9 / 4, step=1, paths=2, macs=1), found, 4)
+    # A program takes one of two ways and turns 9 / 4 times, with two instructions a turn; half of the rest is its own.
+    assert loop.instructions == 9 / 4 * 2
+    assert rest.instructions == 5 / 2
+    assert turns == 9 / 4
+
+
+BODY, AROUND, ONCE = Tally(100, 2, 1024, 0), Tally(10), Tally(50, 4, 256, 0)
+
+
+def test_a_product_in_loops_over_taps_or_tiles() -> None:
+    work = LaunchWork(1, {}, turns=8, step=1, outer=(3, 3), macs=1)
+    _, rest, turns = executed(work, Profile((BODY, AROUND, AROUND, ONCE), BODY, 1, "HGMMA"), 8)
+    assert turns == 72
+    assert rest.instructions == 9 * 10 + 3 * 10 + 50
+    loop, rest, turns = executed(work, Profile((BODY, AROUND, ONCE), BODY, 3, "HGMMA"), 8)  # the inner one unrolled
+    assert (loop.instructions, turns) == (72 / 3 * 100, 72)  # BODY is all three
+    assert rest.instructions == 3 * 10 + 50
+
+
+def test_what_a_turn_loads_says_how_far_a_loop_is_unrolled() -> None:
+    body = Tally(100, 0, 0, 4 * 512)
+    work = LaunchWork(1, {}, turns=20, step=512 * 4)
+    assert executed(work, Profile((body, ONCE), body, 1), 4)[0].instructions == 20 / 4 * 100
+    assert executed(replace(work, turns=2), Profile((body, ONCE), body, 1), 4)[0].instructions == 100
+    assert executed(replace(work, step=0), Profile((body, ONCE), body, 1), 4)[0].instructions == 2000
+
+
+def straight(tally: Tally, matrix: str = "") -> Profile:
+    return Profile((tally,), Tally(), 0, matrix)
+
+
+def of(work: LaunchWork, code: Profile, **more: Any) -> Prediction:
+    how: dict[str, Any] = dict(registers=32, shared=0, num_warps=8, stages=1) | more
+    return predicted(H100, work, code, **how)
+
+
+CALM = straight(Tally(1))  # a program that does next to nothing
+
+
+def test_twice_the_bytes_take_twice_the_time() -> None:
+    one, two = (of(LaunchWork(132, {1: size}, chain=0), CALM) for size in (3e9, 6e9))
+    assert one.limited_by == two.limited_by == "memory"
+    assert one.us - H100.launch == pytest.approx(1000)  # 3 GB at 3 TB/s
+    assert two.us - H100.launch == pytest.approx(2000)
+    assert one.floor_us == pytest.approx(1000)
+
+
+def test_what_is_in_l2_costs_l2s_time() -> None:
+    work = LaunchWork(132, {1: 2e7, 2: 1e7}, chain=0)
+    assert of(work, CALM).terms["memory"] == pytest.approx(10)
+    assert of(work, CALM, cached=frozenset({1})).terms["memory"] == pytest.approx(10 / 3)
+    assert of(work, CALM).terms["L2"] == pytest.approx(3e7 / (5120 * 1.83e3))
+    assert of(replace(work, l2=6e7), CALM).terms["L2"] == pytest.approx(6e7 / (5120 * 1.83e3))
+
+
+def test_tensor_cores() -> None:
+    """4096³ at the project's ceiling: 2 · 4096³ / 798 TF/s = 172 µs."""
+    programs = 132 * 4
+    work = LaunchWork(programs, {}, macs=4096**3 / programs)
+    wgmma = of(work, straight(Tally(1), "HGMMA"))
+    assert wgmma.terms["tensor cores"] == pytest.approx(172.2, rel=0.01)
+    assert wgmma.floor_us == wgmma.terms["tensor cores"]
+    assert wgmma.limited_by == "tensor cores"
+    assert of(replace(work, bits=32), straight(Tally(1), "HGMMA")).us > 1.9 * wgmma.us
+    assert of(work, straight(Tally(1), "HMMA")).terms["tensor cores"] == pytest.approx(172.2 / 0.63, rel=0.01)
+
+
+def test_units_of_an_sm() -> None:
+    terms = of(LaunchWork(132, {}), straight(Tally(4000, 500, 16000, 0)), num_warps=8).terms
+    cycle = 1 / 1.83e3  # µs
+    assert terms["issue"] == pytest.approx(4000 * 8 / 4 * cycle)
+    assert terms["special"] == pytest.approx(500 * 8 * 32 / 16 * cycle)
+    assert terms["shared memory"] == pytest.approx(16000 * 8 / 128 * cycle)
+
+
+def test_waves_and_the_busiest_sm() -> None:
+    busy = straight(Tally(40_000))
+
+    def us(programs: int) -> float:
+        return of(LaunchWork(programs, {}, chain=0), busy).terms["issue"]
+
+    assert us(133) == 2 * us(132) == us(264)
+    assert us(1) == us(132)
+    assert of(LaunchWork(132 * 8 * 3, {}), busy).waves == 3.0  # 32 registers: 8 programs of 8 warps reside
+    assert of(LaunchWork(66, {}), busy, registers=255).waves == 0.5
+
+
+def test_an_epilogue_hides_behind_a_loop_only_if_two_programs_reside() -> None:
+    body, once = Tally(0, 0, 16000, 0), Tally(4000)
+    code = Profile((body, once), body, 1, "HGMMA")
+    work = LaunchWork(264, {}, turns=10, step=1, macs=1, chain=0)
+    two, one = of(work, code, stages=99), of(work, code, stages=99, shared=200 * KB)
+    assert (two.resident, one.resident) == (2, 1) or two.resident > 1
+    loop, epilogue = two.terms["shared memory"], two.terms["issue"]
+    assert one.terms["alone"] == pytest.approx(loop + epilogue)
+    assert one.us == pytest.approx(H100.launch + loop + epilogue)
+    assert two.us == pytest.approx(H100.launch + max(loop, epilogue))
+    assert one.limited_by == "phases"
+
+
+def test_latency_is_hidden_by_stages_and_by_other_programs() -> None:
+    body = Tally(1)
+    code, cycle = Profile((body, Tally()), body, 1, "HGMMA"), 1 / 1.83e3
+    work = LaunchWork(132, {}, turns=100, step=1, macs=1, chain=2)
+
+    def alone(work: LaunchWork, stages: int) -> float:
+        return of(work, code, stages=stages).terms["alone"]
+
+    assert alone(work, 1) == alone(work, 2) == pytest.approx(102 * 479 * cycle, rel=1e-3)
+    assert alone(work, 5) == pytest.approx((25 + 2) * 479 * cycle, rel=1e-3)
+    assert alone(replace(work, programs=132 * 8), 5) == alone(work, 5)
+    assert alone(replace(work, programs=132 * 9), 5) == 2 * alone(work, 5)
+    assert of(work, code).limited_by == "latency"
+    assert of(replace(work, turns=1), code).limited_by == "launch"
+    # Each tile of a persistent program waits for its own first loads.
+    assert alone(replace(work, turns=10, outer=(10,)), 5) == pytest.approx((25 + 20) * 479 * cycle, rel=1e-3)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="holds no program of 32 registers"):
+        of(LaunchWork(1, {}), CALM, shared=228 * KB)
+
+
+def work(case: Case, direction: str, n: int = 0) -> LaunchWork:
+    return work_of(predict.launches_of(case, direction, SM_90)[n])
+
+
+def test_work_of_a_product() -> None:
+    found = work(Case(SQUARE, BF16), "forward")  # 128×256 tiles, persistent on 132 SMs, 64 deep
+    assert (found.programs, found.turns, found.outer) == (132, 64, (4,))
+    assert found.macs == 4 * 4096 * 128 * 256
+    assert found.bytes == 2 * (3 * 4096**2 + 4096)
+    assert found.l2 == 2 * (4096**2 * (16 + 32) + 4096**2)
+    found = work(Case(SQUARISH, FP32), "forward")
+    assert (found.bits, found.macs) == (32, 3 * 128 * 128 * 1024)  # tf32x3
+    launches = predict.launches_of(Case(TALL, BF16), "backward", SM_90)
+    wgrad, dgrad = work_of(launches[0]), work_of(launches[-1])
+    rows = launches[0].arguments[launches[0].kernel.arg_names.index("rows_per_split")]
+    assert wgrad.turns == math.ceil(rows / launches[0].constants["BLOCK_M"])
+    written = 2 * 65536 * 256 + 4 * launches[0].grid[1] * 256 * 784
+    assert wgrad.l2 == 2 * (2 * 65536 * 256 * 4 + 65536 * 784 * 2) + written  # dy and y for each of four tile columns
+    assert dgrad.turns == 4
+    assert set(wgrad.tensors) & set(dgrad.tensors), "dgrad reads the dz that wgrad wrote"
+
+
+def test_work_of_a_convolution() -> None:
+    case = ConvCase((64, 128, 256, 28, 28), BF16, stride=2)
+    forward, dgrad, wgrad = (work(case, direction) for direction in ("forward", "dgrad", "wgrad"))
+    assert forward.turns == 9 * 2
+    assert (dgrad.turns, dgrad.paths) == (9 / 4 * 4, 4)
+    launch = predict.launches_of(case, "wgrad", SM_90)[0]
+    assert wgrad.programs == math.prod(launch.grid)
+    assert wgrad.macs * wgrad.programs >= 9 * 128 * 256 * 64 * 14 * 14
+    depthwise = ConvCase(conv_cases.DEPTHWISE, BF16, groups=384)
+    launch = predict.launches_of(depthwise, "wgrad", SM_90)[0]
+    assert work_of(launch).turns == launch.arguments[launch.kernel.arg_names.index("boxes_per_split")]
+    assert work(depthwise, "forward").turns == 0
+
+
+PRODUCTS: list[Case] = [c for c in [*conv_cases.BASE, *linear.cases()] if c.dtype in (BF16, FP32)]
+READ = {"output_grad": ("dy", "y"), "sum_partials": ("partials",), "relayout": ("src", "y")}
+
+
+@pytest.mark.parametrize("case", [c for c in PRODUCTS if not getattr(c, "depthwise", False)], ids=lambda c: c.name)
+def test_no_work_is_lost(case: Case) -> None:
+    """Programs together multiply what must be multiplied, and no more than tiles, bundles and splits round up to."""
+    from bench.registry import find
+
+    (operation,) = find(["conv" if isinstance(case, ConvCase) else "linear"])
+    for direction in operation.directions:  # type: ignore[attr-defined]
+        least = operation.work(case, direction)  # type: ignore[attr-defined]
+        works = [work_of(launch) for launch in predict.launches_of(case, direction, SM_90)]
+        products = 3 if case.dtype == FP32 and not case.tf32 else 1
+        macs = sum(w.macs * w.programs for w in works) / products
+        padding = 2 * macs / least.operations
+        tiny = least.operations < 1e9 or case.shape[1] < 16 or getattr(case, "groups", 1) > 1
+        assert 1 <= padding < (200 if tiny else 2.1), (direction, padding)
+        if direction != "both":
+            assert sum(w.bytes for w in works) >= 0.99 * least.bytes
+        assert all(w.l2 == 0 or w.l2 >= 0.5 * w.bytes for w in works)
+
+
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        (Case(SQUARISH, BF16), {"output_grad", "sum_partials"}),
+        (Case(TALL, FP32), {"output_grad", "sum_partials"}),
+        (ConvCase(conv_cases.FEW[0], BF16, last=False, sigmoid=True), {"relayout", "sum_partials"}),
+        (ConvCase(conv_kernels.MANY, BF16, last=False), {"relayout", "sum_partials"}),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_passes_read_everything_once(case: Case, kernels: set[str]) -> None:
+    found = set()
+    for launch in predict.launches_of(case, "backward", SM_90):
+        kernel, work = launch.kernel.__name__, work_of(launch)
+        if kernel in READ and work.bytes > 4e6:
+            tensors = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+            read = sum(t.numel() * t.element_size() for name in READ[kernel] if (t := tensors[name]) is not None)
+            assert read <= work.programs * work.turns * work.step < 2 * read, kernel
+            found.add(kernel)
+    assert found == kernels
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "beyond", "scaler", "moved"),
+    [  # bytes a parameter: the research page's table
+        ("Adam", {}, {}, False, [28]),
+        ("Adam", {}, {}, True, [32]),
+        ("Adam", {"amsgrad": True}, {}, False, [36]),
+        ("Adam", {}, {"max_grad_norm": 1.0}, False, [4, 28]),
+        ("SGD", {}, {}, False, [12]),
+        ("SGD", {"momentum": 0.9}, {}, False, [20]),
+        ("RMSprop", {"centered": True, "momentum": 0.9}, {}, False, [36]),
+    ],
+)
+def test_work_of_an_optimizers_step(
+    optimizer: str, options: dict[str, Any], beyond: dict[str, Any], scaler: bool, moved: list[int]
+) -> None:
+    shapes = [(1000,), (4096, 1024)]
+    case = StepCase(optimizer, "two", shapes, options=options, beyond=beyond, scaler=scaler)
+    lengths = predict.lengths(case)
+    assert lengths == [1000, 1 << 22]
+    found = [work_of(launch, lengths) for launch in predict.launches_of(case, "step", SM_90)]
+    assert [w.bytes / sum(lengths) for w in found] == moved
+    for w in found:
+        assert w.aligned == 4096 / 4097  # the shorter one is no block of 1,024
+        assert w.turns == 1
+
+
+def test_an_optimizers_programs_take_turns() -> None:
+    launch = predict.launches_of(large := StepCase("Adam", "x", [(10**8,)]), "step", SM_90)[0]
+    found = work_of(launch, [10**8])
+    assert (found.turns, found.programs) == (8, math.ceil(large.elements / 8192))
+    assert found.step == 4 * 4 * 1024  # a block of four operands is read
+    assert work_of(launch, [2048] * 10).turns == 2, "no tensor has more blocks"
+    small = StepCase("Adam", "x", [(8,)] * 10, grouped=False)
+    assert work_of(predict.launches_of(small, "step", SM_90)[0], [8] * 10).aligned == 0
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(c.name for c in candidates.ALL))
+def test_every_candidate_changes_something(name: str) -> None:
+    by_rule: dict[tuple[str, str], object] = {}
+
+    def launched(c: Candidate) -> object:
+        found = predict.launches_of(c.case, c.direction, SM_90)
+        return [(x.kernel, x.grid, x.constants, x.options) for x in found]
+
+    mine = [c for c in candidates.ALL if c.name == name]
+    for c in mine:
+        rule = by_rule.get((c.case.name, c.direction)) or launched(c)
+        by_rule[c.case.name, c.direction] = rule
+        with c.changed():
+            assert launched(c) != rule or c.constants, (c.case.name, c.variant)
+    assert launched(c) == rule, "and back again"
+
+
+@dataclass
+class Guess:
+    operation: str
+    case: Case
+    direction: str
+    us: float
+
+
+def test_the_models_error_is_computed_from_results(tmp_path: Path) -> None:
+    shapes = [(8, 8, 8), (16, 16, 16), (32, 32, 32)]
+    guesses = [Guess("linear", Case(shape, BF16), "forward", 10.0) for shape in shapes]
+    guesses.append(Guess("linear", Case((64, 64, 64), BF16), "forward", 10.0))
+    rows: list[dict[str, Any]] = [
+        {"case": g.case.name, "direction": "forward", "contenders": {"tribp": {"device_us": {"median": time}}}}
+        for g, time in zip(guesses, (10.0, 20.0, 40.0), strict=False)
+    ]
+    rows.append({"case": guesses[3].case.name, "direction": "forward", "contenders": {"tribp": {"status": "failed"}}})
+    rows.append({"case": guesses[3].case.name, "direction": "backward",
+                 "contenders": {"tribp": {"device_us": {"median": 1.0}}}})  # fmt: skip
+    file = tmp_path / "linear.json"
+    file.write_text(json.dumps({"rows": rows}))
+    for given in (file, tmp_path):
+        text = report(guesses, "H100 SXM", given)
+        spread = math.exp(math.sqrt(2 / 3) * math.log(2))
+        assert f"3 of 4: median 2.00, 1.00 to 4.00, spread ×{spread:.2f}" in text
+        assert "| 32x32x32 bfloat16 | forward   |         10.0 |        40.0 |                4.00x |" in text
+        assert "64x64x64" not in text
+    file.write_text(json.dumps({"rows": []}))
+    assert report(guesses, "H100 SXM", file) == ""
+
+
+def test_results_of_another_gpu_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import results
+
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    guess = Guess("optim", Case((8, 8, 8), BF16), "step", 10.0)
+    row = {"case": guess.case.name, "contenders": {"tribp": {"device_us": {"median": 30.0}}}}
+    for gpu in ("NVIDIA-A100-SXM4-80GB", "nvidia-h100-80gb-hbm3"):
+        (tmp_path / gpu).mkdir()
+    (tmp_path / "NVIDIA-A100-SXM4-80GB" / "optim.json").write_text(json.dumps({"rows": [row]}))
+    assert report([guess], "H100 SXM") == ""
+    (tmp_path / "nvidia-h100-80gb-hbm3" / "optim.json").write_text(json.dumps({"rows": [row]}))
+    assert "1 of 1: median 3.00" in report([guess], "H100 SXM")  # an optimizer's rows have no direction
+
+
+def bench(*command: str) -> "subprocess.CompletedProcess[str]":
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = (sys.executable, "-m", "bench", "static", *command, "--jobs", "1")
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_the_command_predicts_what_run_measures(tmp_path: Path) -> None:
+    measured, file = tmp_path / "linear.json", tmp_path / "found.json"
+    name = Case(SQUARISH, BF16).name
+    row = {"case": name, "direction": "forward", "contenders": {"tribp": {"device_us": {"median": 30.0}}}}
+    measured.write_text(json.dumps({"rows": [row]}))
+    done = bench("linear", "--model", "--case", "8192x1024x1024", "--dtype", "bfloat16", "--json", str(file),
+                 "--measured", str(measured))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {(entry["case"], entry["direction"]): entry for entry in json.loads(file.read_text())}
+    assert set(found) == {(name, direction) for direction in ("forward", "backward", "frozen input")}
+    for entry in found.values():
+        assert entry["floor_us"] < entry["predicted_us"] < 10 * entry["floor_us"]
+        least = (4 if entry["direction"] == "backward" else 2) * math.prod(SQUARISH)
+        assert entry["operations"] == least
+        assert entry["floor_us"] == pytest.approx(1e6 * least / 798e12, rel=0.01)
+        assert entry["predicted_us"] == sum(launch["us"] for launch in entry["launches"])
+        assert all(launch["us"] >= launch["floor_us"] + H100.launch for launch in entry["launches"])
+    *_, dgrad = found[name, "backward"]["launches"]
+    w_and_dx = 2 * (1024 * 1024 + 8192 * 1024)
+    latency = 479 / 1.83e3
+    assert dgrad["terms"]["memory"] == pytest.approx(w_and_dx / 3e6 + latency), "dz is in L2"
+    forward = found[name, "forward"]["launches"][0]
+    assert forward["resident"] == 2, "two programs of 128×128 reside"
+    assert forward["waves"] == pytest.approx(512 / 264)
+    assert "Measured over predicted, 1 of 3: median" in done.stdout
+    assert "not measured" in done.stdout
+
+
+def test_the_command_ranks_the_candidates(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    done = bench("linear", "--candidates", "--case", "65536x256x784", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    expected = [c for c in candidates.ALL if c.case.name.startswith("65536x256x784")]
+    assert sorted(line[4].strip() for line in lines) == sorted(c.variant for c in expected)
+    gains = [float(line[7].strip(" %")) for line in lines]
+    assert gains == sorted(gains, reverse=True)
+    for line, gain in zip(lines, gains, strict=True):
+        assert gain == pytest.approx(100 * (float(line[5]) / float(line[6]) - 1), abs=0.3)
+    for unseen in candidates.UNSEEN:
+        assert unseen.name in done.stdout
+    rows = json.loads(file.read_text())
+    assert [row["candidate"] for row in rows].count("") == 3  # the rules' choice, once a direction
+    issue = {row["variant"]: row["launches"][0]["terms"]["issue"] for row in rows if row["direction"] == "forward"}
+    assert issue["1 / (1 + exp(−z))"] > 1.1 * issue[""], "a division takes twice the instructions of rcp"
+    fused = {row["variant"]: row["launches"] for row in rows if row["direction"] == "frozen input"}
+    assert fused[""][0]["kernel"] == "wgrad"
+    assert fused["a pass of its own"][0]["kernel"] == "output_grad"
+
+
+def test_what_has_no_model_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tribp import runtime
+
+    assert main(["static", "--model"]) == 2 or not runtime.interpreting()
+    monkeypatch.setattr(runtime, "interpreting", lambda: False)
+    assert main(["static", "--model", "--target", "gfx942"]) == 2
+    assert "there is no model of gfx942; there is one of sm_80, sm_90, sm_100" in capsys.readouterr().err
+
+
+def test_the_shapes_that_are_predicted_have_targets() -> None:
+    case = ConvCase(conv_kernels.MIDDLE, BF16)
+    assert predict.directions(case) == ["forward", "dgrad", "wgrad"]
+    assert predict.directions(replace(case, sigmoid=True)) == []
+    assert predict.directions(Case(SQUARE, BF16)) == ["forward", "backward", "frozen input"]
+    assert predict.directions(Case(SQUARE, torch.float16)) == []
+
+
+def test_the_floor_of_float32_is_three_products_of_tf32() -> None:
+    """The project's ceilings: 2 · 4096³ at 798 TF/s of bf16, half of it of TF32, and a third of that of float32."""
+
+    def floor_us(dtype: torch.dtype, tf32: bool = False) -> float:
+        return predict.floor_of(Case(SQUARE, dtype, tf32), "forward", [], H100)[1]
+
+    assert floor_us(BF16) == pytest.approx(172.2, rel=0.01)
+    assert floor_us(FP32, tf32=True) == pytest.approx(2 * floor_us(BF16))
+    assert floor_us(FP32) == pytest.approx(6 * floor_us(BF16))
