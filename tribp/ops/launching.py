@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import common
 from ..kernels.launch import Arch, cdiv, choose_sum
+from . import autotune
 
 
 class Launch(NamedTuple):
@@ -40,6 +41,8 @@ def perform(
     build: Callable[..., Iterable[Launch]], tensors: Mapping[str, Tensor | None], facts: Mapping[str, object]
 ) -> None:
     """Run the launches that `build(**tensors, **facts)` makes, each as it comes: they may allocate in between."""
+    if autotune.tuner is not None:
+        autotune.tuner.prepare(build, tensors, facts)
     for launch in build(**tensors, **facts):
         launch.run()
 
