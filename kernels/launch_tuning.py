@@ -183,8 +183,19 @@ def decode(key: str, fields: Mapping[str, Any]) -> Any:
     settings = _rules[name].function.__annotations__["return"]
     if not isinstance(fields, Mapping) or set(fields) != {field.name for field in dataclasses.fields(settings)}:
         raise ValueError(f"not the fields of {settings.__name__}: {fields}")
-    for value in fields.values():
-        numbers = value if isinstance(value, list | tuple) else [value]
-        if not all(n is None or isinstance(n, str) or (isinstance(n, int) and n >= 0) for n in numbers):
-            raise ValueError(f"no settings: {fields}")
-    return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    if not all(_fits(given[field.name], field.type) for field in dataclasses.fields(settings)):
+        raise ValueError(f"no settings of {settings.__name__}: {fields}")
+    return settings(**given)
+
+
+def _fits(value: object, kind: object) -> bool:
+    """Whether a field of this type can have the value: a truth, a text, a count, several of them, or none."""
+    if kind in (bool, str):
+        return type(value) is kind
+    if value is None:
+        return kind == int | None
+    counts = value if isinstance(value, tuple) else (value,)
+    return isinstance(value, tuple) == (getattr(kind, "__origin__", None) is tuple) and all(
+        type(n) is int and n >= 0 for n in counts
+    )

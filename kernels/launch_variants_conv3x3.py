@@ -155,7 +155,7 @@ def around_depthwise(
     for shape in shapes:
         tile = shape[0] * shape[2] * shape[3]
         inside = shape[0] <= power_of_2(n) and shape[2] <= power_of_2(q) and shape[3] <= power_of_2(c)
-        if all(shape) and inside and 64 <= tile <= 2048:
+        if all(shape) and inside and max(shape) <= LONGEST and 64 <= tile <= 2048:
             box: Box = (shape[0], shape[1], shape[2])
             others.append(replace(s, box=box, block_i=shape[0] * shape[2], block_j=shape[3]))
     if wgrad:

@@ -17,7 +17,16 @@ if not HAS_GPU:
 for variable in ("TRIBP_BACKEND", "TRIBP_AUTOTUNE"):
     os.environ.pop(variable, None)  # the tests choose
 
-NAMES = ("linear_kernels", "conv3x3_addresses", "conv3x3_kernels", "static", "static_conv")
+NAMES = (
+    "linear_kernels",
+    "tuning",
+    "autotune",
+    "bench_sweep",
+    "conv3x3_addresses",
+    "conv3x3_kernels",
+    "static",
+    "static_conv",
+)
 NEED_TRITON = [f"test_{name}.py" for name in NAMES]
 collect_ignore = [] if importlib.util.find_spec("triton") else NEED_TRITON
 

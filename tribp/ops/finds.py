@@ -62,7 +62,7 @@ class Store:
     def load(self) -> dict[str, Any]:
         """Settings by the key of the question that they answer."""
         try:
-            return {key: launch_tuning.decode(key, fields) for key, fields in self._read().items()}
+            return self._read()
         except (OSError, ValueError) as error:
             log.warning("tribp: %s is no file of launch settings, and is ignored: %s", self.path, error)
             return {}
@@ -76,8 +76,9 @@ class Store:
                     before = self._read()
                 except ValueError:
                     before = {}  # `load` has said so
-                found = {key: launch_tuning.encode(settings) for key, settings in finds.items()} | before
-                self._replace(json.dumps(self.conditions | {"finds": dict(sorted(found.items()))}, indent=1))
+                found = sorted((dict(finds) | before).items())
+                encoded = {key: launch_tuning.encode(settings) for key, settings in found}
+                self._replace(json.dumps(self.conditions | {"finds": encoded}, indent=1))
         except OSError as error:
             log.warning("tribp: launch settings that were found cannot be kept for the next run: %s", error)
 
@@ -90,8 +91,7 @@ class Store:
             raise ValueError("it holds no finds")
         if any(content.get(name) != value for name, value in self.conditions.items()):
             raise ValueError("it was written under other conditions")
-        finds: dict[str, Any] = content["finds"]
-        return finds
+        return {key: launch_tuning.decode(key, fields) for key, fields in content["finds"].items()}
 
     def _replace(self, text: str) -> None:
         """A reader sees the old file or the new one, whole."""
