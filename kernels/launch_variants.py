@@ -82,7 +82,8 @@ def _products(s: Product, i: int, j: int, l: int, dtype: str, arch: Arch, vec: i
     elif tma and arch.has_tma and not s.tma:
         yield replace(s, tma=True, prefetch=False)
     yield from other_registers(s, arch)
-    yield from resized(s, "group", 1, 32)
+    if i > s.block_i and j > s.block_j:  # a single row or column of tiles has one order
+        yield from resized(s, "group", 1, 32)
 
 
 def _other_fusion(s: Product, may_fuse: bool) -> Iterator[Product]:

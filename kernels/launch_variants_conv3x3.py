@@ -64,7 +64,7 @@ def around_conv(
         *other_boxes(s, n, p, q),
         *([replace(s, flat=not s.flat)] if s.tma or s.num_warps <= 4 else []),
         *other_registers(s, arch),
-        *resized(s, "group", 1, 32),
+        *(resized(s, "group", 1, 32) if j > s.block_j or bundles > 1 else []),
     ]
     if s.tma and vec * ITEMSIZE[dtype] >= 4:
         others.append(replace(s, tma=False, flat=s.num_warps <= 4, max_registers=unrounded(arch)))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import tribp
+from tribp import runtime
 from tribp.kernels import launch_tuning as tuning
 from tribp.kernels.launch import INTERPRETER, Product, basis, choose_forward, choose_sum
 from tribp.kernels.launch_tuning import Question
@@ -80,7 +81,7 @@ def restart(machine: Machine, monkeypatch: pytest.MonkeyPatch, **more: Any) -> N
 
 def inputs() -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
-    return torch.randn(40, 64), torch.randn(16, 64) / 8
+    return torch.randn(20, 64), torch.randn(16, 64) / 8
 
 
 def forward() -> Tensor:
@@ -91,7 +92,7 @@ def forward() -> Tensor:
 
 
 def settings() -> Product:
-    return choose_forward(40, 16, 64, "float32", "ieee", INTERPRETER, vec=4, tma=True)
+    return choose_forward(20, 16, 64, "float32", "ieee", INTERPRETER, vec=4, tma=True)
 
 
 def cached() -> Path:
@@ -134,7 +135,7 @@ def test_finds_are_stored_and_read_by_another_process(machine: Machine, monkeypa
     content = json.loads(cached().read_text())
     assert content["gpu"] == GPU
     assert content["torch"] == torch.__version__
-    assert list(content["finds"]) == [key for key in content["finds"] if key.startswith("choose_forward(m=40, n=16")]
+    assert list(content["finds"]) == [key for key in content["finds"] if key.startswith("choose_forward(m=20, n=16")]
     restart(machine, monkeypatch)
     assert settings() != found
     assert torch.equal(forward(), y)
@@ -147,8 +148,8 @@ def test_finds_are_stored_and_read_by_another_process(machine: Machine, monkeypa
         "assert autotune.tuner is not None\n"
         f"autotune.tuner = autotune.Tuner(on_gpu=lambda tensors: True, busy=lambda: True, gpu=lambda: {GPU!r})\n"
         "with tribp.use_backend('triton'):\n"
-        "    tribp.linear_sigmoid(torch.randn(40, 64), torch.randn(16, 64))\n"
-        "print(choose_forward(40, 16, 64, 'float32', 'ieee', INTERPRETER, vec=4, tma=True).block_l)"
+        "    tribp.linear_sigmoid(torch.randn(20, 64), torch.randn(16, 64))\n"
+        "print(choose_forward(20, 16, 64, 'float32', 'ieee', INTERPRETER, vec=4, tma=True).block_l)"
     )
     environment = os.environ | {"TRIBP_AUTOTUNE": "1", "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -430,10 +431,10 @@ def test_only_tensors_on_a_gpu_and_no_interpreter(monkeypatch: pytest.MonkeyPatc
         is_cuda = True
 
     there: Any = {"x": Cuda(), "b": None}
-    monkeypatch.setattr(autotune.runtime, "interpreting", lambda: False)
+    monkeypatch.setattr(runtime, "interpreting", lambda: False)
     assert autotune.on_gpu(there)
     assert not autotune.on_gpu({"x": torch.zeros(1), "b": None})
-    monkeypatch.setattr(autotune.runtime, "interpreting", lambda: True)
+    monkeypatch.setattr(runtime, "interpreting", lambda: True)
     assert not autotune.on_gpu(there)
 
 
@@ -478,7 +479,7 @@ def test_all_that_a_call_depends_on_makes_it_another(machine: Machine, monkeypat
     forward()
     searched = len(machine.timed)
     x, w = inputs()
-    wide = torch.randn(40, 66)[:, :64].copy_(x)
+    wide = torch.randn(20, 66)[:, :64].copy_(x)
     tribp.linear_sigmoid(wide, w)
     assert len(machine.timed) > searched
     assert len(tuning._finds) == 2
@@ -487,7 +488,7 @@ def test_all_that_a_call_depends_on_makes_it_another(machine: Machine, monkeypat
 def test_perform_runs_what_it_builds_after_the_search(machine: Machine) -> None:
     """The search leaves the outputs to the call: NaN if nobody wrote them."""
     x, w = inputs()
-    y = torch.full((40, 16), torch.nan)
+    y = torch.full((20, 16), torch.nan)
     from tribp.ops import linear_sigmoid_triton
 
     launching.perform(linear_sigmoid_triton.forward, dict(x=x, w=w, b=None, y=y), dict(arch=INTERPRETER, tf32=False))
