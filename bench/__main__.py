@@ -51,7 +51,12 @@ def parser() -> argparse.ArgumentParser:
         "without CUDA.",
     )
     _selection(sweep)
-    sweep.add_argument("--budget", type=float, metavar="MINUTES", help="stop after so long (default: when all is done)")
+    sweep.add_argument(
+        "--budget",
+        type=float,
+        metavar="MINUTES",
+        help="stop after so long, in equal shares of the operations (default: when all is done)",
+    )
 
     host = commands.add_parser(
         "host",

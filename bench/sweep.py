@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import sys
 import tempfile
 import time
@@ -49,14 +50,18 @@ def main(operations: Sequence[Measured], options: Options, budget: float | None)
     folder = options.out
     if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="tribp-sweep-")) if options.smoke else results.ROOT / meter.slug
-    end = None if budget is None else time.monotonic() + 60 * budget
+    cases = {o.name: [case for case in existing(o, options) if selected(case, options)] for o in operations}
+    if not any(cases.values()):
+        raise ValueError("there is no such case; `bench run` with the same words names those that are")
+    end = time.monotonic() + (math.inf if budget is None else 60 * budget)
     good = True
     # Backward on this thread: what is on trial in one thread is not in another.
     with tribp.use_backend("triton"), torch.autograd.set_multithreading_enabled(False):
-        for operation in operations:
-            sweep = Sweep(operation, options, meter, folder, lambda: end is not None and time.monotonic() >= end)
-            cases = [case for case in existing(operation, options) if selected(case, options)]
-            sweep.run(valuable_first(operation, cases))
+        for left, operation in zip(range(len(operations), 0, -1), operations, strict=True):
+            now = time.monotonic()
+            share = now + (end - now) / left  # what one leaves, the next ones have
+            sweep = Sweep(operation, options, meter, folder, lambda share=share: time.monotonic() >= share)  # type: ignore[misc]
+            sweep.run(valuable_first(operation, cases[operation.name]))
             print(f"\n{sweep.table()}\n")
             good &= sweep.good
     print(f"written to {folder}")
@@ -90,6 +95,7 @@ class Sweep:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"sweep-{operation.name}.json"
         self.head = {"operation": operation.name, "smoke": options.smoke, **conditions(meter.name)}
+        self.stamp = {"commit": results.commit(), "versions": meter.versions()}
         self.entries: dict[str, dict[str, Any]] = {}  # by what is measured
         self.found: list[dict[str, Any]] = []
         self._resume()
@@ -160,8 +166,7 @@ class Sweep:
         return None if time is None else float(time["median"])
 
     def _write(self) -> None:
-        stamp = {"commit": results.commit(), "versions": self.meter.versions()}
-        content = self.head | stamp | {"found": self.found, "entries": self.entries}
+        content = self.head | self.stamp | {"found": self.found, "entries": self.entries}
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         partial.replace(self.path)

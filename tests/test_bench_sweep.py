@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,30 @@ def test_a_budget_ends_it(tmp_path: Path, timed: list[str]) -> None:
     assert command(tmp_path, "--budget", "0") == 0
     assert not timed
     assert not (tmp_path / "sweep-linear.json").exists()
+
+
+def test_operations_share_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each asks the clock, which stands still, when its share is over; what is not used is left to the others."""
+    now, ends = 1000.0, []
+
+    def measured(self: sweep.Sweep, cases: Any) -> None:
+        nonlocal now
+        start = now
+        while not self.over():
+            now += 1.0
+        ends.append(now - start)
+        now = start + (6.0 if len(ends) == 1 else ends[-1])
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(sweep.Sweep, "run", measured)
+    options = Options(smoke=True, out=tmp_path)
+    assert sweep.main(registry.find(["linear", "conv", "optim"]), options, 0.5) == 0
+    assert ends == [10.0, 12.0, 12.0]
+
+
+def test_no_such_case_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "linear", "--smoke", "--case", "nothing", "--out", str(tmp_path)]) == 2
+    assert "no such case" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["wrong", "fails"])
