@@ -1,6 +1,7 @@
 """Where finds are kept: what a file holds for, what becomes of a broken one, and that writers lose nothing."""
 
 import json
+import os
 import sys
 import threading
 from dataclasses import replace
@@ -96,6 +97,24 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     assert not failed
     assert len(Store(tmp_path, GPU).load()) == 60
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".lock"}, "nothing is left behind"
+
+
+def test_a_writer_that_is_cut_off_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new one takes the old one's place whole, at once or not at all."""
+
+    def cut_off(source: str, target: Path) -> None:
+        raise OSError("cut off")
+
+    settings = choose_sum(5, 5, INTERPRETER)
+    store = Store(tmp_path, GPU)
+    store.add({"choose_sum(parts=5)": settings})
+    monkeypatch.setattr(os, "replace", cut_off)
+    store.add({"choose_sum(parts=6)": settings})
+    assert "cut off" in caplog.text
+    assert Store(tmp_path, GPU).load() == {"choose_sum(parts=5)": settings}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".lock"}
 
 
 def test_of_two_finds_the_first_written_stays(tmp_path: Path) -> None:
