@@ -20,6 +20,8 @@ Measures tribp, from a checkout of its repository.
   python -m bench run --smoke      the same walk on a CPU with tiny shapes; its times mean nothing
   python -m bench all --budget 60 --out found   everything a GPU is wanted for, unattended; again: goes on
   python -m bench report found     the page and the pictures of stored results; no GPU needed
+  python -m bench sweep            the launch settings around every rule's choice, on a CUDA GPU
+  python -m bench sweep linear --dtype bfloat16 --budget 20
   python -m bench host             what an optimizer's step costs the host; no GPU needed
   python -m bench static           every kernel compiled for every target and its machine code checked; no GPU needed
   python -m bench static --target sm_90 --dtype bfloat16 --json found.json
@@ -41,15 +43,27 @@ def parser() -> argparse.ArgumentParser:
         "bench/results/<gpu>/<op>.json and .md after each case, and with matplotlib a .png. Exits with 1 if a result "
         "is wrong, with 2 without CUDA.",
     )
-    _operations(run)
-    run.add_argument("--case", action="append", default=[], help="only cases whose name contains this; repeatable")
-    run.add_argument("--dtype", action="append", default=[], help="only this type, such as bfloat16 or 'float32 tf32'")
-    run.add_argument("--smoke", action="store_true", help="walk through on a CPU with tiny shapes")
+    _selection(run)
     run.add_argument("--first", type=_count, metavar="N", help="only the first N of these, the most valuable")
     run.add_argument("--missing", action="store_true", help="only what the results lack of the present code")
     run.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
     run.add_argument("--no-picture", action="store_true", help="leave the picture to `report`")
-    run.add_argument("--out", type=Path, help="folder for the results (smoke: a temporary one)")
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="time the launch settings around every rule's choice on a CUDA GPU",
+        description="Of every rule that a case asks: times its choice and what is one step away, goes on from the "
+        "fastest, and checks every result against float64. Writes bench/results/<gpu>/sweep-<op>.json after every "
+        "variant; a second run goes on where the first stopped. Exits with 1 if a rule's own choice is wrong, with 2 "
+        "without CUDA.",
+    )
+    _selection(sweep)
+    sweep.add_argument(
+        "--budget",
+        type=_minutes,
+        metavar="MINUTES",
+        help="stop after so long, in equal shares of the operations (default: when all is done)",
+    )
 
     everything = commands.add_parser(
         "all",
@@ -128,6 +142,16 @@ def _minutes(text: str) -> float:
     return number
 
 
+def _selection(command: argparse.ArgumentParser) -> None:
+    _operations(command)
+    command.add_argument("--case", action="append", default=[], help="only cases whose name contains this; repeatable")
+    command.add_argument(
+        "--dtype", action="append", default=[], help="only this type, such as bfloat16 or 'float32 tf32'"
+    )
+    command.add_argument("--smoke", action="store_true", help="walk through on a CPU with tiny shapes")
+    command.add_argument("--out", type=Path, help="folder for the results (smoke: a temporary one)")
+
+
 def _operations(command: argparse.ArgumentParser) -> None:
     names = ", ".join(registry.names())
     command.add_argument(
@@ -152,6 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
             from . import report
 
             return report.main(given.folder)
+        if given.command == "sweep" and given.smoke:
+            os.environ["TRITON_INTERPRET"] = "1"  # likewise
         operations = registry.find(given.operation)
         if given.command == "static":
             if not runtime.has_triton():
@@ -168,6 +194,12 @@ def main(arguments: list[str] | None = None) -> int:
                 everything=given.all,
                 jobs=given.jobs,
                 file=given.json,
+            )
+        if given.command == "sweep":
+            from . import run, sweep
+
+            return sweep.main(
+                operations, run.Options(given.case, given.dtype, given.smoke, out=given.out), given.budget
             )
         from . import run
 

@@ -1,14 +1,22 @@
 """How each kernel is launched: tile shapes, warps, stages, splits, and why.
 
 Everything here follows from shapes, types and the GPU, by rules a person can check; nothing is timed at the first call,
-and nothing but the standard library is imported. Every setting carries the `reason` it was chosen for.
+and nothing but the standard library is imported. Every setting carries the `reason` it was chosen for, and the reason
+begins with what it rests on (`basis`):
 
-No setting has been measured on a GPU yet. What the reasons call compiled was read off the machine code (registers,
-spills, shared memory: `python -m bench static`); what they call derived is arithmetic on bytes and operations.
+- "derived": arithmetic on bytes and operations;
+- "compiled": the machine code of all of ARCHS, read for registers, spills and shared memory (`python -m bench static`);
+- "measured on sm_90": timed on that GPU (`python -m bench sweep`, or TRIBP_AUTOTUNE=1); on any other one, derived.
+
+No rule has been measured on a GPU yet.
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from typing import Protocol
+
+from .launch_tuning import rule
+
+BASES = ("derived", "compiled", "measured")
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,10 @@ class Arch:
         """
         return self.backend == "interpreter" or (self.backend == "cuda" and 90 <= self.capability < 120)
 
+    def __hash__(self) -> int:
+        """Two numbers tell machines apart; to hash all fields would be a third of what an answered question costs."""
+        return self.capability << 16 ^ self.processors
+
 
 # The machines the static checks compile for; on a real one `tribp.runtime.arch_of` reads the numbers off the device.
 ARCHS = {
@@ -39,8 +51,26 @@ ARCHS = {
     "gfx942": Arch("hip", 942, 304, 64 * 1024, "gfx942"),
 }
 INTERPRETER = Arch("interpreter", 0, 4, 1 << 30, "interpreter")
+INTERPRETED = "derived: interpreted, a program takes 6 ms whatever its size"
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+class Settings(Protocol):
+    """What all launch settings have."""
+
+    @property
+    def reason(self) -> str: ...
+
+
+def basis(settings: Settings, arch: Arch) -> str:
+    """What the settings rest on, on this machine: one of BASES. Raises ValueError if their reason doesn't say."""
+    said, colon, _ = settings.reason.partition(": ")
+    word, _, where = said.partition(" on ")
+    if not colon or word not in BASES or (word == "measured") != bool(where):
+        raise ValueError(f"a reason begins with one of {', '.join(BASES)}, measured with where: {settings.reason!r}")
+    holds = {"derived": True, "compiled": arch.name in ARCHS, "measured": arch.name in where.split(", ")}
+    return word if holds[word] else "derived"
 
 
 @dataclass(frozen=True)
@@ -135,40 +165,39 @@ def candidates(l: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bo
     tma = tma and arch.has_tma
     odd = vec * ITEMSIZE[dtype] < 4 and not tma
     if arch.backend == "interpreter":
-        # 6 ms a program whatever its size: tiles just small enough that the tests' shapes take several.
-        return [Product(32, 32, 32, 1, 1, "interpreter", tma=tma, prefetch=odd)]
+        # Tiles just small enough that the tests' shapes take several.
+        return [Product(32, 32, 32, 1, 1, INTERPRETED, tma=tma, prefetch=odd)]
     if odd:
         # Two-byte loads go through registers: 128×64×32 takes 128 of them, 128×128×32 twice as many, 64 deep spills.
         # One stage: the loop is its own pipeline, and a second one on top does not compile for sm_100 in Triton 3.5.
-        wide = Product(128, 64, 32, 8, 1, "odd pitch: two-byte loads, prefetched by hand", prefetch=True)
+        wide = Product(128, 64, 32, 8, 1, "compiled: odd pitch: two-byte loads, prefetched by hand", prefetch=True)
         if arch.backend == "cuda":
             wide = replace(wide, max_registers=255)  # compiled: ptxas would hold it to 96 on sm_89, and spill 232 bytes
         return [wide, replace(wide, block_i=64, num_warps=4)]
     if arch.backend == "hip":
         depth = {"float64": 16, "float32": 32}.get(dtype, 64)
-        wide = Product(128, 128, depth, 8, 2, "MFMA; two stages fill 64 KB of LDS")
+        wide = Product(128, 128, depth, 8, 2, "derived: MFMA; two stages fill 64 KB of LDS")
         return [wide, replace(wide, block_i=64, block_j=64, num_warps=4)]
     if dtype in ("float32", "float64"):
         # Compiled: left to itself, ptxas rounds the registers of these down to a step of occupancy and spills 4–20
         # bytes for it; with 255 allowed they take what they need. Before Hopper, whose tensor cores read shared memory,
         # the halves that tf32x3 makes of both operands lie in registers: 128×128 spills there, 128×64 does not.
         if dtype == "float64":
-            wide = Product(64, 64, 16, 8, 2, "float64: DMMA", tma=tma, max_registers=255)
+            wide = Product(64, 64, 16, 8, 2, "compiled: float64: DMMA", tma=tma, max_registers=255)
         elif precision == "tf32x3" and not arch.has_tma:
-            wide = Product(128, 64, 32, 8, 3, "tf32x3 from registers: 128×64", tma=tma, max_registers=255)
+            wide = Product(128, 64, 32, 8, 3, "compiled: tf32x3 from registers: 128×64", tma=tma, max_registers=255)
         else:
-            wide = Product(128, 128, 32, 8, 3, f"{precision}: 128×128", tma=tma, max_registers=255)
-        small = replace(wide, block_i=64, block_j=64, num_warps=4, reason=f"{precision}: 64×64 tiles fill the GPU")
-        tiny = replace(small, block_i=32, block_j=32, reason=f"{precision}: a small result")
+            wide = Product(128, 128, 32, 8, 3, f"compiled: {precision}: 128×128", tma=tma, max_registers=255)
+        small = replace(wide, block_i=64, block_j=64, num_warps=4, reason=f"derived: {precision}: 64×64 fills the GPU")
+        tiny = replace(small, block_i=32, block_j=32, reason=f"derived: {precision}: a small result")
         return [wide, tiny] if dtype == "float64" else [wide, small, tiny]
     # Compiled: before Hopper a 128×256 result beside operands in registers leaves no room for 64 deep tiles.
     depth = 64 if arch.has_tma else 32
-    big = Product(128, 256, depth, 8, 4, "128×256: the most multiplication per byte of operand", tma=tma)
-    wide = Product(
-        128, 128, 64, 8, 3, "128×128: two programs a processor, one's epilogue behind the other's loop", tma=tma
-    )
-    small = Product(64, 64, 64, 4, 4, "64×64: larger tiles would leave processors idle", tma=tma)
-    tiles = [wide, small, replace(small, block_i=32, block_j=32, reason="32×32: a small result")]
+    big = Product(128, 256, depth, 8, 4, "derived: 128×256: the most multiplication per byte of operand", tma=tma)
+    reason = "derived: 128×128: two programs a processor, one's epilogue behind the other's loop"
+    wide = Product(128, 128, 64, 8, 3, reason, tma=tma)
+    small = Product(64, 64, 64, 4, 4, "derived: 64×64: larger tiles would leave processors idle", tma=tma)
+    tiles = [wide, small, replace(small, block_i=32, block_j=32, reason="derived: 32×32: a small result")]
     return [big, *tiles] if l > 1024 else tiles  # short sums spend their time in the epilogue: two programs hide it
 
 
@@ -180,7 +209,6 @@ def fitted(settings: Product, i: int, j: int, l: int, dtype: str, arch: Arch) ->
     return replace(settings, num_stages=stages_that_fit(settings, ITEMSIZE[dtype], arch))
 
 
-@lru_cache(maxsize=4096)
 def choose_product(i: int, j: int, l: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool) -> Product:
     """Settings for an i × j result summed over l: the largest tiles that fill the GPU."""
     tiles = candidates(l, dtype, precision, arch, vec, tma)
@@ -194,12 +222,17 @@ def stages_that_fit(settings: Product, itemsize: int, arch: Arch, *, extra: int 
     A stage keeps its two operand tiles and `extra` elements; `output` elements stay beside all stages. Compiled: where
     products take their operands from registers (before Hopper, and AMD), the stage in use is no longer in memory.
     """
+    return max(1, min(settings.num_stages, stages_in_memory(settings, itemsize, arch, extra=extra, output=output)))
+
+
+def stages_in_memory(settings: Product, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:
+    """How many stages shared memory holds; arguments as in `stages_that_fit`."""
     stage = ((settings.block_i + settings.block_j) * settings.block_l + extra) * itemsize
     in_memory = (arch.shared_memory - 1024 - output * itemsize) // stage
-    return max(1, min(settings.num_stages, in_memory if arch.has_tma else in_memory + 1))
+    return in_memory if arch.has_tma else in_memory + 1
 
 
-@lru_cache(maxsize=4096)
+@rule
 def choose_forward(m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool) -> Product:
     """y (m × n) = σ(x·wᵀ + b), summed over k."""
     chosen = choose_product(m, n, k, dtype, precision, arch, vec=vec, tma=tma)
@@ -215,7 +248,7 @@ def choose_forward(m: int, n: int, k: int, dtype: str, precision: str, arch: Arc
     return chosen
 
 
-@lru_cache(maxsize=4096)
+@rule
 def choose_dgrad(
     m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, may_fuse: bool
 ) -> Product:
@@ -224,7 +257,7 @@ def choose_dgrad(
     return fuse_dz(chosen, k, dtype, arch) if may_fuse else chosen
 
 
-@lru_cache(maxsize=4096)
+@rule
 def choose_wgrad(
     m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, may_fuse: bool, spare: int
 ) -> Product:
@@ -246,8 +279,12 @@ def choose_wgrad(
         chosen = fuse_dz(chosen, k, dtype, arch)
     resident = arch.processors if chosen.block_i * chosen.block_j > 128 * 128 else 2 * arch.processors
     splits = max(1, min(resident // chosen.tiles(n, k), most_splits(chosen)))
-    rows = cdiv(cdiv(m, splits), chosen.block_l) * chosen.block_l
-    return replace(chosen, splits=cdiv(m, rows))
+    return replace(chosen, splits=whole_splits(m, splits, chosen.block_l))
+
+
+def whole_splits(m: int, splits: int, block: int) -> int:
+    """As many splits of m rows, or fewer, so that each has whole blocks of them and none is left without."""
+    return cdiv(m, cdiv(cdiv(m, splits), block) * block)
 
 
 def fuse_dz(chosen: Product, cols: int, dtype: str, arch: Arch) -> Product:
@@ -267,48 +304,49 @@ def fuse_dz(chosen: Product, cols: int, dtype: str, arch: Arch) -> Product:
     return replace(chosen, num_stages=stages_that_fit(chosen, ITEMSIZE[dtype], arch, extra=extra))
 
 
-@lru_cache(maxsize=4096)
+@rule
 def choose_pass(m: int, n: int, dtype: str, arch: Arch) -> Pass:
     """The pass that writes dz and partial sums of db."""
     if arch.backend == "interpreter":
-        return Pass(16, 32, 32, 1, "interpreter")
+        return Pass(16, 32, 32, 1, INTERPRETED)
     block_n = fit(128, n)
     block_m = max(1, 4096 // block_n if ITEMSIZE[dtype] <= 4 else 2048 // block_n)
     blocks = cdiv(m, block_m)
     programs = max(1, 4 * arch.processors // cdiv(n, block_n))
     rows = cdiv(blocks, programs) * block_m
-    return Pass(block_m, block_n, rows, 8, "16 elements a thread: two 16-byte loads in flight from each of dy and y")
+    return Pass(block_m, block_n, rows, 8, "derived: 16 elements a thread: two 16-byte loads of dy and of y in flight")
 
 
-@lru_cache(maxsize=4096)
+@rule
 def choose_sum(parts: int, length: int, arch: Arch) -> Sum:
     """The second pass of every split sum."""
     if arch.backend == "interpreter":
-        return Sum(4, 512, 1, "interpreter")
+        return Sum(4, 512, 1, INTERPRETED)
     block_parts = min(64, power_of_2(parts))
     block = max(32, min(1024, 2048 // block_parts))
-    return Sum(block_parts, min(block, max(32, power_of_2(length))), 4, "2,048 loads in flight a program")
+    return Sum(block_parts, min(block, max(32, power_of_2(length))), 4, "derived: 2,048 loads in flight a program")
 
 
 MAX_DIMS = 6  # of a tensor whose parameter, gradient and states do not lie alike: the kernel's loop is unrolled
 
 
+@rule
 def choose_step(elements: int, types: frozenset[str], strided: bool, arch: Arch) -> Step:
     """The optimizer step, and the pass over the gradients before it, of `elements` numbers in all.
 
     types: of the parameters, gradients and states. strided: some of them do not lie alike in memory.
     """
     if arch.backend == "interpreter":
-        return Step(64, 2, 1, "interpreter")
+        return Step(64, 2, 1, INTERPRETED)
     if "float64" in types:
-        block, reason = 512, "4 elements a thread: two 16-byte accesses to each operand"
+        block, reason = 512, "derived: 4 elements a thread: two 16-byte accesses to each operand"
     elif arch.backend == "hip" and types & {"float16", "bfloat16"}:
-        block, reason = 2048, "8 elements a thread: a 16-byte access to each 16-bit operand"
+        block, reason = 2048, "derived: 8 elements a thread: a 16-byte access to each 16-bit operand"
     elif arch.backend == "cuda" and strided:
         # Compiled: the addresses of 8 elements a thread leave no registers if all is on (44 bytes).
-        block, reason = 512, "4 elements a thread: strided addresses take many registers"
+        block, reason = 512, "compiled: 4 elements a thread: strided addresses take many registers"
     else:
-        block, reason = 1024, "8 elements a thread: a 16-byte access to each 16-bit operand, two to one of 32 bits"
+        block, reason = 1024, "derived: 8 elements a thread: 16 bytes of each 16-bit operand, twice of one of 32 bits"
     # Derived: a program reads three tables, one after the other, before its first element. Up to 8 blocks share that,
     # but never so many that a processor gets fewer than 16 programs: four reside there, four waves even the end out.
     blocks = max(1, min(8, elements // (block * 16 * arch.processors)))

@@ -1,12 +1,13 @@
 """How the convolution's kernels are launched, as `launch.py` says it of the others: by rules, each with its reason.
 
-No setting has been measured on a GPU yet; `compiled` and `derived` as in `launch.py`.
+What a reason begins with is said there too.
 """
 
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
-from .launch import ITEMSIZE, Arch, Product, candidates, cdiv, fit, fitted, power_of_2, stages_that_fit
+from .launch import INTERPRETED, ITEMSIZE, Arch, Product, candidates, cdiv, fit, fitted, power_of_2, stages_that_fit
+from .launch_tuning import rule
 
 Box = tuple[int, int, int]
 
@@ -89,7 +90,7 @@ def convolution(product: Product, **more: object) -> Convolution:
     return Convolution(**{f.name: getattr(product, f.name) for f in fields(product)}, **more)  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=4096)
+@rule
 def choose_conv(
     n: int, p: int, q: int, j: int, l: int, bundles: int, bundle: int, classes: int,
     dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, whole: bool, wide: bool,
@@ -103,7 +104,7 @@ def choose_conv(
     tiles = candidates(9 * l, dtype, precision, arch, vec, tma)
     if arch.has_tma and tiles[0].tma and j <= 64 and ITEMSIZE[dtype] == 2 and arch.backend != "interpreter":
         # Derived: with all columns in one tile the weights are what is read again, once for each box: larger boxes.
-        tiles.insert(0, replace(tiles[0], block_i=256, block_j=64, num_stages=4, reason="256×64: few columns"))
+        tiles.insert(0, replace(tiles[0], block_i=256, block_j=64, num_stages=4, reason="derived: 256×64: few columns"))
     # Compiled: beside a result of 256 columns the addresses of pointers spill (4 bytes on sm_80, 56 unrolled), and
     # those of a store of single columns (1,064 bytes on sm_90, 7×7 images).
     tiles = [tile for tile in tiles if (tile.tma and not wide) or tile.block_j <= 128]
@@ -115,7 +116,7 @@ def choose_conv(
         # Compiled: an address for each element, where groups are taken apart, spills at 128×32 with Triton 3.6; in
         # float64, or four times in one kernel, at 64×32.
         rows = 16 if ITEMSIZE[dtype] == 8 else 64 if classes == 1 else 32
-        tiles = [replace(tiles[-1], block_i=rows, block_j=32, num_warps=4, reason="groups are few columns")]
+        tiles = [replace(tiles[-1], block_i=rows, block_j=32, num_warps=4, reason="compiled: groups are few columns")]
     filling = [tile for tile in tiles if tile.tiles(i, j) * bundles * classes >= arch.processors]
     chosen = fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
     if chosen.tma and whole and l % chosen.block_l:
@@ -135,7 +136,7 @@ def choose_conv(
     )
 
 
-@lru_cache(maxsize=4096)
+@rule
 def choose_conv_wgrad(
     n: int, p: int, q: int, o: int, c: int, bundles: int, bundle: int,
     dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, spare: int,
@@ -148,15 +149,15 @@ def choose_conv_wgrad(
     # Derived: dz is read once for three taps. Compiled: three results of 128×128 fit the registers beside wgmma, which
     # reads both operands from shared memory; where operands lie in registers, three of 64×32 do.
     if arch.backend == "interpreter":
-        tile, taps = Product(32, 32, 32, 1, 1, "interpreter"), 3
+        tile, taps = Product(32, 32, 32, 1, 1, INTERPRETED), 3
     elif size == 8:
-        tile, taps = Product(64, 64, 16, 8, 2, "float64: 64×64, one tap"), 1
+        tile, taps = Product(64, 64, 16, 8, 2, "derived: float64: 64×64, one tap"), 1
     elif size == 4:
-        tile, taps = Product(64, 64, 32, 8, 3, f"{precision}: 64×64, one tap"), 1
+        tile, taps = Product(64, 64, 32, 8, 3, f"derived: {precision}: 64×64, one tap"), 1
     elif tma:
-        tile, taps = Product(128, 128, 64, 8, 3, "128×128, three taps: dz is read once for them"), 3
+        tile, taps = Product(128, 128, 64, 8, 3, "compiled: 128×128, three taps: dz is read once for them"), 3
     else:
-        tile, taps = Product(64, 32, 32, 4, 3, "64×32, three taps: dz is read once for them"), 3
+        tile, taps = Product(64, 32, 32, 4, 3, "compiled: 64×32, three taps: dz is read once for them"), 3
     tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
     few = tile.block_i * tile.block_j < 64 * 64
     if few:
@@ -183,20 +184,24 @@ def even_splits(boxes: int, splits: int) -> int:
     return cdiv(boxes, cdiv(boxes, splits))
 
 
-@lru_cache(maxsize=4096)
+@rule
 def choose_small(
     n: int, p: int, q: int, o: int, c: int, dtype: str, arch: Arch, *, wide: bool, wgrad: bool
 ) -> Convolution:
     """Few input channels: one product of 9·c summed elements (of wgrad: columns) for a box of pixels."""
     k = max(16, power_of_2(9 * c))
     if arch.backend == "interpreter":
-        pixels, warps, reason = 32, 1, "interpreter"
+        pixels, warps, reason = 32, 1, INTERPRETED
     elif ITEMSIZE[dtype] == 8:
-        pixels, warps, reason = 16 if wgrad else 32, 4, "float64: two registers an element"
+        pixels, warps, reason = 16 if wgrad else 32, 4, "derived: float64: two registers an element"
     elif ITEMSIZE[dtype] == 4:
-        pixels, warps, reason = 32 if wgrad else 64, 4, "float32: both halves of tf32x3 in registers"
+        pixels, warps, reason = 32 if wgrad else 64, 4, "derived: float32: both halves of tf32x3 in registers"
     else:
-        pixels, warps, reason = 64 if wgrad else 128, 4, "the gathered tile and its addresses stay in registers"
+        pixels, warps, reason = (
+            64 if wgrad else 128,
+            4,
+            "compiled: the gathered tile and its addresses fit registers",
+        )
     channels = fit(64 if ITEMSIZE[dtype] <= 4 and arch.backend != "interpreter" else 32, o)
     box = choose_box(pixels, n, p, q, wide=wide)
     if not wgrad:
@@ -208,15 +213,15 @@ def choose_small(
     return replace(chosen, splits=even_splits(boxes, splits))
 
 
-@lru_cache(maxsize=4096)
+@rule
 def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, last: bool, wgrad: bool) -> Convolution:
     """Each channel by itself: a few rows of pixels × channels, wide in what is contiguous."""
     if arch.backend == "interpreter":
-        elements, rows, reason = 256, 2, "interpreter"
+        elements, rows, reason = 256, 2, INTERPRETED
     else:
         threads = 256 if arch.backend == "hip" else 128
         elements, rows = threads * max(4, 16 // ITEMSIZE[dtype]), 4
-        reason = "16 bytes a thread to a row; four rows share what they read, 18 loads instead of 36"
+        reason = "compiled: 16 bytes a thread to a row; four rows share what they read, 18 loads instead of 36"
         if wgrad and (not last or ITEMSIZE[dtype] == 8):
             elements //= 2  # compiled: nine sums, and an address for each element or two registers, spill
     if last:
@@ -236,16 +241,16 @@ def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, 
     return replace(chosen, splits=even_splits(boxes, splits))
 
 
-@lru_cache(maxsize=4096)
+@rule
 def choose_relayout(n: int, p: int, c: int, dtype: str, arch: Arch) -> Relayout:
     """A pass over n images of p pixels and c channels."""
     if arch.backend == "interpreter":
-        return Relayout(32, 32, 2, 1, "interpreter")
+        return Relayout(32, 32, 2, 1, INTERPRETED)
     block_c = min(64, max(8, power_of_2(c)))
     block_p = min(2048 // block_c, max(16, power_of_2(p)))
     if ITEMSIZE[dtype] == 8:
         block_p = max(1, block_p // 2)
     programs = max(1, 8 * arch.processors // cdiv(c, block_c))
     tiles = cdiv(n * cdiv(p, block_p), programs)
-    reason = "16 elements a thread, 64 × 32: whole sectors on either side"
+    reason = "derived: 16 elements a thread, 64 × 32: whole sectors on either side"
     return Relayout(block_p, block_c, tiles, 4, reason, unrounded(arch))

@@ -15,9 +15,13 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Triton looks at the variable when it decorates a kernel, so it must be set before tribp.kernels is imported.
     os.environ["TRITON_INTERPRET"] = "1"
-os.environ.pop("TRIBP_BACKEND", None)  # the tests choose
+for variable in ("TRIBP_BACKEND", "TRIBP_AUTOTUNE"):
+    os.environ.pop(variable, None)  # the tests choose
 
-NAMES = ("calls", "linear_kernels", "conv3x3_addresses", "conv3x3_kernels", "static", "static_conv", "bench_model")
+NAMES = (
+    "autotune", "bench_model", "bench_sweep", "calls", "conv3x3_addresses", "conv3x3_kernels", "linear_kernels",
+    "static", "static_conv", "tuning",
+)  # fmt: skip
 NEED_TRITON = [f"test_{name}.py" for name in NAMES]
 collect_ignore = [] if importlib.util.find_spec("triton") else NEED_TRITON
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .conv3x3_cases import CASES, DENSE, WAYS, Case
 
 pytest.importorskip("triton")
 
+from tribp.kernels import launch_tuning
 from tribp.ops import calls
 from tribp.ops.launching import Launch
 
@@ -178,6 +180,35 @@ def test_a_bias_or_none_are_two_calls(kernels: str) -> None:
     with_bias = tribp.linear_sigmoid(x, w, torch.full((9,), 3.0, device=kernels))
     assert (with_bias > without).all()
     assert torch.equal(tribp.linear_sigmoid(x, w), without)
+
+
+def test_other_launch_settings_are_another_call(kernels: str, built: list[str]) -> None:
+    """Finds replace what was remembered; settings on trial are used, and not remembered."""
+    x, w = torch.randn(40, 64, device=kernels), torch.randn(16, 64, device=kernels)
+    launches: list[int] = []
+
+    def call() -> Tensor:
+        built.clear()
+        y = tribp.linear_sigmoid(x, w)
+        launches.append(len(built))
+        return y
+
+    with launch_tuning.hearing() as heard:
+        expected = call()
+    (question,) = heard.questions.values()
+    smaller = replace(launch_tuning.rules_answer(question), block_j=16)
+    call()
+    call()
+    with launch_tuning.hearing({question.key: smaller}):
+        call()
+        call()
+    torch.testing.assert_close(call(), expected)
+    launch_tuning.learn({question.key: smaller})
+    call()
+    torch.testing.assert_close(call(), expected)
+    launch_tuning.forget()
+    call()
+    assert launches == [1, 1, 0, 1, 1, 0, 1, 0, 1]
 
 
 # -- what can't be repeated -------------------------------------------------------------------------------------------

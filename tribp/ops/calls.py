@@ -17,6 +17,9 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..kernels import launch_tuning
+from . import autotune
+
 if TYPE_CHECKING:
     from .launching import Launch
 
@@ -28,23 +31,28 @@ def perform(
 ) -> None:
     """Run the launches that `build(**tensors, **facts)` yields, or those it yielded for tensors that lay alike.
 
-    What `build` yields may depend on nothing else. It takes memory from `scratch` alone: a launch on a tensor that is
-    neither among `tensors` nor scratch (torch has copied something) keeps the call from being remembered.
+    What `build` yields may depend on nothing else but the answers of launch rules. It takes memory from `scratch`
+    alone: a launch on a tensor that is neither among `tensors` nor scratch (torch has copied something) keeps the call
+    from being remembered.
     """
-    key = (build, *facts.values(), *map(_lie, tensors.values()))
-    if (call := _calls.get(key)) is not None:
+    lie = (build, *facts.values(), *map(_lie, tensors.values()))
+    settled = not launch_tuning.on_trial()
+    if settled and (call := _calls.get((launch_tuning.generation(), lie))) is not None:
         call.repeat(tensors.values())
         return
+    if autotune.tuner is not None:
+        settled &= autotune.tuner.prepare(lie, build, tensors, facts)
+    generation = launch_tuning.generation()
     recording = _recordings.current = _Recording(tensors.values())
     try:
         for launch in build(**tensors, **facts):
             recording.add(launch, launch.run())
     finally:
         _recordings.current = None
-    if REMEMBERED and (call := recording.call()) is not None:
+    if REMEMBERED and settled and (call := recording.call()) is not None:
         if len(_calls) >= REMEMBERED:
             _calls.pop(next(iter(_calls)), None)
-        _calls[key] = call
+        _calls[generation, lie] = call
 
 
 def scratch(

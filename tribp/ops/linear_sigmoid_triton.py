@@ -206,7 +206,8 @@ def backward(
 
 
 def _output_grad(dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arch: Arch) -> Iterator[Launch]:
-    blocks = cdiv(y.shape[0], choose_pass(*y.shape, dtype_name(y.dtype), arch).rows)
+    m, n = y.shape
+    blocks = cdiv(m, choose_pass(m, n, dtype_name(y.dtype), arch).rows)
     sums = partials_of(db, blocks, accumulator(y.dtype)[0])
     yield output_grad(dy, y, dz, sums, arch)
     yield from second_pass(sums, db, arch)
