@@ -163,8 +163,6 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
         if given.command == "host":
-            # Before kernels are imported: only the interpreter's plan for CPU tensors.
-            os.environ["TRITON_INTERPRET"] = "1"
             from . import host
 
             return host.main(given.case, rounds=given.rounds, smoke=given.smoke, file=given.json)
@@ -177,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             return report.main(given.folder)
         if given.command == "sweep" and given.smoke:
-            os.environ["TRITON_INTERPRET"] = "1"  # likewise
+            os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
         operations = registry.find(given.operation)
         if given.command == "static":
             if not runtime.has_triton():

@@ -1,8 +1,9 @@
-"""`python -m bench host`: what an optimizer's step costs the host. Needs no GPU.
+"""`python -m bench host`: what tribp costs the host. Needs no GPU.
 
-Two things are compared. What a step on a GPU costs besides its kernels: tribp's plan, brought up to date and made into
-a launch that is not performed, beside torch's fused Adam with its kernels taken out. And the step of CPU tensors, where
-no kernel of tribp's runs, beside torch's as a user calls it by default.
+Three things are compared. What an optimizer's step on a GPU costs besides its kernels: tribp's plan, brought up to date
+and made into a launch that is not performed, beside torch's fused Adam with its kernels taken out. The step of CPU
+tensors, where no kernel of tribp's runs, beside torch's as a user calls it by default. And calls of layers
+(`host_layers.py`).
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
@@ -24,6 +25,7 @@ import tribp
 from tribp import optim, runtime
 
 from .meters import summary, versions
+from .no_gpu import always
 from .results import commit, verdict, write
 from .tables import markdown
 
@@ -61,6 +63,9 @@ class Comparison:
     contenders: Mapping[str, Contender]
     targets: Sequence[Target]
     backward: bool = False
+
+    def start(self) -> "Mapping[str, Running]":
+        return {name: Running(one, self.sizes, self.backward) for name, one in self.contenders.items()}
 
 
 class Running:
@@ -108,10 +113,14 @@ def unchanged() -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def launching_nothing() -> Any:
-    """tribp's kernels, all but the launches themselves."""
+    """tribp's plan for CPU tensors, as for the interpreter; its launches are not performed."""
     from tribp.ops.launching import Launch
 
-    with tribp.use_backend("triton"), mock.patch.object(Launch, "run", return_value=None):
+    with (
+        mock.patch.object(runtime, "interpreting", always(True)),
+        tribp.use_backend("triton"),
+        mock.patch.object(Launch, "run", return_value=None),
+    ):
         yield
 
 
@@ -193,12 +202,38 @@ def fallbacks(smoke: bool) -> list[Comparison]:
 # -- measuring and showing --------------------------------------------------------------------------------------------
 
 
-def measure(comparison: Comparison, rounds: int) -> dict[str, Any]:
+class Comparable(Protocol):
+    """Contenders that are timed in turns: `Comparison`, or calls of layers."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def targets(self) -> Sequence[Any]: ...
+
+    def start(self) -> "Mapping[str, Sampled]": ...
+
+
+class Sampled(Protocol):
+    def sample(self) -> float:
+        """µs a step, or a call."""
+
+
+def comparisons(smoke: bool) -> list[Comparable]:
+    """All that can be compared here."""
+    found: list[Comparable] = []
+    if runtime.has_triton():
+        found += plans(smoke)
+    if runtime.has_triton() and not runtime.interpreting():
+        from . import host_layers
+
+        found += host_layers.comparisons()
+    return [*found, *fallbacks(smoke)]
+
+
+def measure(comparison: Comparable, rounds: int) -> dict[str, Any]:
     """A row: the times of all contenders in µs, and what became of the targets."""
-    running = {
-        name: Running(contender, comparison.sizes, comparison.backward)
-        for name, contender in comparison.contenders.items()
-    }
+    running = comparison.start()
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(rounds):
         for name, one in running.items():  # in turns: a slow minute of the machine's is everybody's
@@ -224,8 +259,10 @@ def judge(target: Target, medians: Mapping[str, float] | None) -> dict[str, Any]
 
 def unmeasured() -> list[dict[str, Any]]:
     """Rows of all comparisons, with nothing in them measured."""
-    comparisons = plans(False) + fallbacks(False)
-    return [{"case": c.name, "targets": [judge(target, None) for target in c.targets]} for c in comparisons]
+    return [
+        {"case": c.name, "targets": [judge(target, None) for target in c.targets]}
+        for c in plans(False) + fallbacks(False)
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -237,28 +274,29 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 [row["case"], times, target["what"], f"{target['ratio']:.3g}", target["target"], target["verdict"]]
             )
             times = ""
-    return markdown(["case", "µs a step", "ratio of", "ratio", "target", "verdict"], lines)
+        if times:
+            lines.append([row["case"], times, "", "", "", ""])
+    return markdown(["case", "µs a step or a call", "ratio of", "ratio", "target", "verdict"], lines)
 
 
 def main(cases: Sequence[str], *, rounds: int, smoke: bool, file: str) -> int:
     """Measure, print and write; 0 whatever the verdicts: a noisy machine is no mistake."""
-    comparisons = plans(smoke)
-    if not (runtime.has_triton() and runtime.interpreting()):
-        print("the plan's part is left out: it needs triton, and TRITON_INTERPRET=1 to plan for CPU tensors")
-        comparisons = []
-    comparisons = [c for c in comparisons + fallbacks(smoke) if not cases or any(part in c.name for part in cases)]
-    if not comparisons:
-        raise ValueError(
-            f"there is no such case; there are: {', '.join(c.name for c in plans(smoke) + fallbacks(smoke))}"
-        )
+    if not runtime.has_triton():
+        print("left out is what a GPU would be given, the plan's part and the calls': it needs triton")
+    elif runtime.interpreting():
+        print("calls of layers are left out: under TRITON_INTERPRET=1 Triton compiles nothing")
+    there = comparisons(smoke)
+    chosen = [c for c in there if not cases or any(part in c.name for part in cases)]
+    if not chosen:
+        raise ValueError(f"there is no such case; there are: {', '.join(c.name for c in there)}")
     rows = []
-    for comparison in comparisons:
+    for comparison in chosen:
         rows.append(measure(comparison, 2 if smoke else rounds))
         if smoke:
             for target in rows[-1]["targets"]:
                 target["verdict"] = "unmeasured"
         if sys.stderr.isatty():
-            print(f"\r{len(rows)}/{len(comparisons)} {comparison.name:<40}", end="", file=sys.stderr, flush=True)
+            print(f"\r{len(rows)}/{len(chosen)} {comparison.name:<40}", end="", file=sys.stderr, flush=True)
     load = os.getloadavg()[0]
     head = {"smoke": smoke, "commit": commit(), "cpus": os.cpu_count(), "load": load, "versions": versions()}
     mark = "smoke: the times mean nothing; " if smoke else ""

@@ -29,12 +29,17 @@ def pretending(arch: Arch, performed: Performed = lambda metadata, grid, argumen
     driver.set_active(_driver(arch, performed))
     try:
         with (
-            mock.patch.object(runtime, "backend_of", return_value="triton"),
-            mock.patch.object(runtime, "arch_of", return_value=arch),
+            mock.patch.object(runtime, "backend_of", always("triton")),
+            mock.patch.object(runtime, "arch_of", always(arch)),
         ):
             yield
     finally:
         driver._active = before
+
+
+def always(value: object) -> Callable[..., object]:
+    """A function that returns the value. A Mock does too, and takes 15 µs."""
+    return lambda *_: value
 
 
 def _driver(arch: Arch, performed: Performed) -> Any:

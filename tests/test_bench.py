@@ -468,7 +468,8 @@ def test_host_smoke_shows_all_ratios(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {target["verdict"] for row in rows for target in row["targets"]} == {"unmeasured"}
     assert all(times["median"] > 0 for row in rows for times in row["host_us"].values())
     printed = capsys.readouterr().out
-    assert "smoke" in printed.splitlines()[0]
+    assert "host (smoke" in printed
+    assert "left out" in printed.splitlines()[0], "calls of layers, or all that needs triton"
     assert ("plan / fused bookkeeping" in printed) == bool(importlib.util.find_spec("triton"))
 
 
@@ -481,6 +482,26 @@ def test_what_is_left_out_of_a_host_step_is_left_out(name: str, kernels: str) ->
     running.sample()
     moved = [not torch.equal(p, b) for p, b in zip(running._params, before, strict=True)]
     assert moved == [name == "fused"] * 2
+
+
+@NO_CUDA
+def test_host_times_calls_of_layers_where_triton_compiles(tmp_path: Path) -> None:
+    """In a process without the interpreter. What was worked out before costs less than working it out."""
+    pytest.importorskip("triton")
+    file = tmp_path / "host.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "host", "--smoke", "--case", "linear_sigmoid", "--json", str(file)],
+        cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {row["case"]: row["host_us"] for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == ["linear_sigmoid, forward", "linear_sigmoid, with gradients"]
+    for times in rows.values():
+        assert list(times) == ["tribp", "tribp, a first call", "torch, on the CPU"]
+        assert times["tribp"]["median"] < times["tribp, a first call"]["median"]
+        assert times["torch, on the CPU"]["median"] > 0
+    assert "| linear_sigmoid, forward " in done.stdout
 
 
 @pytest.mark.parametrize("backward", [False, True])
