@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tribp
-from tribp.kernels.launch import Arch
 
 from .autograd import PARTS, DifferentiableProblem
 from .conv_cases import PADDING, ConvCase, cases, smoke_cases, targets, work
@@ -60,13 +59,6 @@ def scales(arguments: Mapping[str, Tensor], output_grad: Tensor, options: Mappin
     return {"bias": float(output_grad.norm())}
 
 
-def settings(case: ConvCase, direction: str, arch: Arch) -> list[str]:
-    from .compiled import describe
-
-    parts = ["forward", "backward"] if direction == "both" else [direction]
-    return [f"{x.kernel.__name__} {describe(x)}" for part in parts for x in launches(case, part, arch)]
-
-
 OPERATION = Operation(
     name="conv",
     summary="tribp.conv3x3 against conv2d(…), and sigmoid(conv2d(…)), of cuDNN",
@@ -77,7 +69,7 @@ OPERATION = Operation(
     problem=problem,
     work=work,
     targets=targets,
-    settings=settings,
+    launches=launches,
     static_cases=static_cases,
     legend=f"Shapes are N×C-O×H×W, /stride, :groups; padding {PADDING}. dgrad is the input's gradient alone, wgrad the "
     "weight's and the bias's, both: forward, and backward with all of them. Eager torch has cuDNN's benchmark mode on. "

@@ -119,13 +119,6 @@ def launches(
     return list(triton_side.backward(empty(m, n), x, w, y, arch, case.tf32, *wanted))
 
 
-def settings(case: Case, direction: str, arch: Arch) -> list[str]:
-    from .compiled import describe
-
-    parts = ["forward", "backward"] if direction == "both" else [direction]
-    return [f"{x.kernel.__name__} {describe(x)}" for part in parts for x in launches(case, part, arch)]
-
-
 # What is compiled without a GPU: bf16 over the whole grid, the others where their rules differ from it.
 EVEN = (1000, 78, 334)  # rows of an even length: 4-byte loads, the narrowest that pipeline
 APART = ("forward", "backward", "frozen input", "frozen weight")
@@ -218,6 +211,6 @@ OPERATION = Operation(
     problem=problem,
     work=work,
     targets=targets,
-    settings=settings,
+    launches=launches,
     static_cases=static_cases,
 )

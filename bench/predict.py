@@ -13,14 +13,14 @@ from typing import Any
 from tribp.kernels.launch import ARCHS, Arch
 from tribp.ops.launching import Launch
 
-from . import candidates, conv_kernels, linear, registry
+from . import candidates, registry
 from .compiled import describe, key_of, read_launches
 from .conv_cases import ConvCase
 from .executed import Profile, profile
 from .machines import MACHINES, Machine
 from .model import Prediction, predict
 from .predicted_and_measured import report
-from .registry import Case, Work
+from .registry import Case, Operation, Work
 from .results import floor
 from .step_cases import StepCase
 from .step_kernels import Variant
@@ -107,12 +107,12 @@ def directions(case: Case | StepCase) -> list[str]:
     """Those with a target, for time or for bandwidth."""
     if isinstance(case, StepCase):
         return ["step"]
-    (operation,) = registry.find(["conv" if isinstance(case, ConvCase) else "linear"])
-    assert isinstance(operation, registry.Operation)
+    operation = operation_of(case)
     return [
         direction
         for direction in operation.directions
-        if any(target.quantity in ("time", "bandwidth") for target in operation.targets(case, direction))
+        if direction != "both"  # a sum of others
+        and any(target.quantity in ("time", "bandwidth") for target in operation.targets(case, direction))
     ]
 
 
@@ -128,11 +128,13 @@ def launches_of(case: Case | StepCase, direction: str, arch: Arch) -> list[Launc
         options = {**case.options, **case.beyond} | ({"fused": True} if case.scaler else {})
         variant = Variant(case.name, getattr(optim, case.optimizer), options, scaler=case.scaler)
         return step_launches(variant, case.dtype, arch, lengths(case), case.grouped)
-    if direction == "both":
-        return [x for part in ("forward", "backward") for x in launches_of(case, part, arch)]
-    if isinstance(case, ConvCase):
-        return conv_kernels.launches(case, direction, arch)
-    return linear.launches(case, direction, arch)
+    return operation_of(case).all_launches(case, direction, arch)
+
+
+def operation_of(case: Case) -> Operation:
+    (operation,) = registry.find(["conv" if isinstance(case, ConvCase) else "linear"])
+    assert isinstance(operation, Operation)
+    return operation
 
 
 def floor_of(case: Case | StepCase, direction: str, launches: Sequence[Launch], machine: Machine) -> tuple[Work, float]:
@@ -143,12 +145,10 @@ def floor_of(case: Case | StepCase, direction: str, launches: Sequence[Launch], 
     if isinstance(case, StepCase):
         moved = sum(work_of(launch, lengths(case)).bytes for launch in launches)
         return Work(moved, 0), 1e6 * moved / machine.dram
-    (operation,) = registry.find(["conv" if isinstance(case, ConvCase) else "linear"])
-    assert isinstance(operation, registry.Operation)
     # float32 without TF32 is three products of it.
     bits, products = (16, 1) if case.dtype.itemsize == 2 else (32, 1 if case.tf32 else 3)
     rate = 2 * machine.macs[bits] * machine.processors * machine.clock * machine.reached / products
-    work = operation.work(case, direction)
+    work = operation_of(case).work(case, direction)
     return work, floor(work, machine.dram, rate)[0]
 
 

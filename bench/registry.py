@@ -156,7 +156,7 @@ class Operation:
     problem: Callable[[Any, torch.device], Problem]  # of one of the cases, as the next three
     work: Callable[[Any, str], Work]
     targets: Callable[[Any, str], Sequence[Target]]
-    settings: Callable[[Any, str, Arch], Sequence[str]]  # how tribp launches it, for the record
+    launches: Callable[[Any, str, Arch], "Sequence[Launch]"]  # tribp's, on tensors without memory, but not of "both"
     static_cases: Callable[[Arch, bool], Iterable[StaticCase]]  # for a target; True: all there are, not a selection
 
     peers = ("eager", "compile")
@@ -164,6 +164,17 @@ class Operation:
         "Times are medians in µs on the device, L2 flushed. Ratios are the other's time over tribp's. The floor is "
         "bytes over the copy's rate, or operations over the product's, whichever is more."
     )
+
+    def settings(self, case: Case, direction: str, arch: Arch) -> list[str]:
+        """How tribp launches it, for the record."""
+        from .compiled import describe
+
+        return [f"{x.kernel.__name__} {describe(x)}" for x in self.all_launches(case, direction, arch)]
+
+    def all_launches(self, case: Case, direction: str, arch: Arch) -> "list[Launch]":
+        """The launches of any direction, "both" among them."""
+        parts = ["forward", "backward"] if direction == "both" else [direction]
+        return [launch for part in parts for launch in self.launches(case, part, arch)]
 
     def measure(self, case: Case, options: "Options", meter: "Meter", ceilings: "Ceilings") -> "list[Row]":
         from .run import measure

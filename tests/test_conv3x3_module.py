@@ -94,16 +94,16 @@ def test_what_the_kernels_are_told_of_tf32(kernels: str, monkeypatch: pytest.Mon
     for function in ("forward", "backward"):
         original = getattr(conv3x3_triton, function)
 
-        def record(*args: Any, original: Any = original) -> Any:
-            told.append([a for a in args if isinstance(a, bool)])
-            return original(*args)
+        def record(original: Any = original, **arguments: Any) -> Any:
+            told.append(arguments["tf32"])
+            return original(**arguments)
 
         monkeypatch.setattr(conv3x3_triton, function, record)
     x, w, _ = Case((1, 2, 3, 3), 2).make(torch.float32, kernels)
     for precision in ("ieee", "tf32"):
         CONV.fp32_precision = precision
         tribp.conv3x3(x, w.requires_grad_()).sum().backward()
-    assert told == [[False], [False], [True], [True]]
+    assert told == [False, False, True, True]
 
 
 @pytest.mark.gpu
