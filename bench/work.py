@@ -109,17 +109,17 @@ def _pixels(given: Given) -> int:
 
 def _convolve(given: Given, grid: tuple[int, ...], operand: str, length: int, steps: tuple[int, int]) -> dict[str, Any]:
     """forward and dgrad: taps × steps through the channels. A class of pixels meets 9 / (classes) taps on average."""
-    taps = (3 / steps[0], 3 / steps[1])
+    taps = 9 / math.prod(steps)
     turns = cdiv(length, given["BLOCK_L"])
     step = _pixels(given) * given["BLOCK_J"] * given["BLOCK_L"]
     read = (_pixels(given) + given["BLOCK_J"]) * given["BLOCK_L"] * _itemsize(given, operand)
     product = (
-        _product(given, operand, math.prod(taps) * turns, step)
+        _product(given, operand, taps * turns, step)
         if given["FLAT"]
-        else _product(given, operand, turns, step, taps)
+        else _product(given, operand, turns, step, (taps,))
     )
     written = _pixels(given) * given["BLOCK_J"] * _itemsize(given, operand)
-    return product | dict(paths=steps[0] * steps[1], l2=math.prod(grid) * (math.prod(taps) * turns * read + written))
+    return product | dict(paths=steps[0] * steps[1], l2=math.prod(grid) * (taps * turns * read + written))
 
 
 def _conv_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
