@@ -238,8 +238,8 @@ def choose_forward(m: int, n: int, k: int, dtype: str, precision: str, arch: Arc
     chosen = choose_product(m, n, k, dtype, precision, arch, vec=vec, tma=tma)
     if chosen.tma and chosen.block_j == 256 and chosen.tiles(m, n) > 2 * arch.processors:
         # Published for Triton on an H100: 84–92 % of cuBLAS with persistent programs, 75–85 % with a program a tile.
-        # Compiled: the next tile's loads start under the output's store, not under its sigmoid, and the output tile stays
-        # in shared memory beside the stages (213 KB with three). The model sees no difference: to be measured first.
+        # Compiled: the next tile's loads start under the output's store, not under its sigmoid, and the output tile
+        # stays in shared memory beside the stages (213 KB with three). The model sees no difference: measure it first.
         chosen = replace(
             chosen,
             persistent=arch.processors,
