@@ -2,7 +2,9 @@
 
 Which kernels a call launches, on what grid, with which settings, descriptors and scratch memory, follows from how its
 tensors lie (sizes, strides, types, whether addresses are multiples of 16 bytes) and from a few facts. Working it out
-and letting Triton look at every argument again is most of what a call costs the host (`python -m bench host layers`).
+and letting Triton look at every argument again is most of what a call costs the host (`python -m bench host`).
+
+What is set for Triton later (TRITON_DEBUG, instrumentation) holds for calls that are worked out after it.
 """
 
 import threading
