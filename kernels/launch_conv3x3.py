@@ -6,7 +6,19 @@ What a reason begins with is said there too.
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
-from .launch import INTERPRETED, ITEMSIZE, Arch, Product, candidates, cdiv, fit, fitted, power_of_2, stages_that_fit
+from .launch import (
+    INTERPRETED,
+    ITEMSIZE,
+    Arch,
+    Product,
+    candidates,
+    cdiv,
+    fills,
+    fit,
+    fitted,
+    power_of_2,
+    stages_that_fit,
+)
 from .launch_tuning import rule
 
 Box = tuple[int, int, int]
@@ -117,7 +129,7 @@ def choose_conv(
         # float64, or four times in one kernel, at 64×32.
         rows = 16 if ITEMSIZE[dtype] == 8 else 64 if classes == 1 else 32
         tiles = [replace(tiles[-1], block_i=rows, block_j=32, num_warps=4, reason="compiled: groups are few columns")]
-    filling = [tile for tile in tiles if tile.tiles(i, j) * bundles * classes >= arch.processors]
+    filling = [tile for tile in tiles if fills(tile.tiles(i, j) * bundles * classes, arch)]
     chosen = fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
     if chosen.tma and whole and l % chosen.block_l:
         return choose_conv(
