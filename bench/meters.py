@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from tribp.timing import device_times
+
 Action = Callable[[], object]
 
 
@@ -138,8 +140,7 @@ class CudaMeter:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self.device)
         self.slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-        # Written between repetitions, it does two things. It is larger than any L2 (126 MB on a B200). And writing it
-        # takes some 0.3 ms (derived from 3 TB/s), in which the host queues the call: what is timed is the device.
+        # Larger than any L2 (126 MB on a B200), and long enough to write: some 0.3 ms, derived from 3 TB/s.
         self._flush = torch.empty(1 << 30, dtype=torch.uint8, device=self.device)
 
     def versions(self) -> dict[str, str]:
@@ -158,15 +159,7 @@ class CudaMeter:
         return summary(self._times(action, max(20, min(500, int(1e3 * self.BUDGET_MS / estimate)))))
 
     def _times(self, action: Action, repetitions: int) -> list[float]:
-        new_event: Callable[..., Any] = torch.cuda.Event  # torch leaves its constructor untyped
-        events = [(new_event(enable_timing=True), new_event(enable_timing=True)) for _ in range(repetitions)]
-        for start, end in events:
-            self._flush.zero_()
-            start.record()
-            action()
-            end.record()
-        torch.cuda.synchronize()
-        return [1e3 * start.elapsed_time(end) for start, end in events]
+        return device_times(action, repetitions, self._flush)
 
     def graph_time(self, prepare: Callable[[], Action], calls: int = 20) -> float | None:
         # Backward runs on the stream its forward ran on, so both must be on the one that is captured.

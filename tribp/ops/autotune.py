@@ -22,6 +22,7 @@ from ..kernels.launch import Arch
 from ..kernels.launch_search import Found, search
 from ..kernels.launch_tuning import Question, hearing, known, learn, rules_answer
 from ..kernels.launch_variants import variants
+from ..timing import device_times
 from .finds import Store, cache_folder
 
 log = logging.getLogger("tribp.autotune")
@@ -48,7 +49,6 @@ class DeviceTimer:
 
     def __init__(self) -> None:
         size = max(1 << 28, 2 * torch.cuda.get_device_properties().L2_cache_size)
-        # Writing it also takes so long that the host has queued the call by then.
         self._flush = torch.empty(size, dtype=torch.uint8, device="cuda")
 
     def __call__(self, action: Callable[[], object]) -> float:
@@ -58,15 +58,7 @@ class DeviceTimer:
         return statistics.median(self._times(action, max(self.LEAST, min(self.MOST, int(self.BUDGET_US / estimate)))))
 
     def _times(self, action: Callable[[], object], repetitions: int) -> list[float]:
-        new_event: Callable[..., Any] = torch.cuda.Event  # torch leaves its constructor untyped
-        events = [(new_event(enable_timing=True), new_event(enable_timing=True)) for _ in range(repetitions)]
-        for start, end in events:
-            self._flush.zero_()
-            start.record()
-            action()
-            end.record()
-        torch.cuda.current_stream().synchronize()
-        return [1e3 * start.elapsed_time(end) for start, end in events]
+        return device_times(action, repetitions, self._flush)
 
 
 def on_gpu(tensors: Tensors) -> bool:
