@@ -1,7 +1,9 @@
 """`python -m bench all`: what it does in which order, and that nothing is lost when it is cut off, hangs or fails."""
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -337,8 +339,15 @@ def test_a_failing_step_stops_no_other_and_shows_its_last_lines(
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_an_interrupt_stops_the_step_and_shows_what_there_is(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
+    # A shell's background jobs ignore SIGINT, and with it this process if one of them started it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, before))
     file = tmp_path / "pid"
     interrupt = f"import os, signal, time; open({str(file)!r}, 'w').write(str(os.getpid())); "
     interrupt += f"os.kill(os.getppid(), signal.{name}); time.sleep(60)"
