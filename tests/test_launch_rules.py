@@ -1,0 +1,41 @@
+"""What the launch rules choose, where a reason beside them names a shape."""
+
+import pytest
+
+from tribp.kernels.launch import ARCHS, choose_dgrad, choose_forward, choose_wgrad, fills
+from tribp.kernels.launch_conv3x3 import choose_conv
+
+H100 = ARCHS["sm_90"]
+
+
+def test_three_quarters_of_the_processors_are_enough() -> None:
+    assert H100.processors == 132
+    assert fills(99, H100)
+    assert not fills(98, H100)
+
+
+@pytest.mark.parametrize(("rows", "side"), [(11, 128), (10, 64)])
+def test_products_take_the_largest_tile_that_fills_the_gpu(rows: int, side: int) -> None:
+    """Nine columns of 128×128 tiles: eleven rows make 99 programs, ten make 90."""
+    m, n, k = 128 * rows, 128 * 9, 512
+    forward = choose_forward(m, n, k, "bfloat16", "ieee", H100, vec=8, tma=True)
+    assert (forward.block_i, forward.block_j) == (side, side)
+    dgrad = choose_dgrad(m, k, n, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=False)
+    assert (dgrad.block_i, dgrad.block_j) == (side, side)
+    image = choose_conv(
+        1, rows, 128, n, 128, 1, 1, 1, "bfloat16", "ieee", H100, vec=8, tma=True, whole=False, wide=True
+    )
+    assert (image.block_i, image.block_j) == (side, side)
+
+
+def test_the_shapes_that_the_rule_names() -> None:
+    """8192×1024×1024: 32 tiles of 128×256 in four parts are 128 programs. 64×512 images of 7×7: 100 of 128×128."""
+    spare = 2 * 8192 * 1024
+    wgrad = choose_wgrad(
+        8192, 1024, 1024, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=True, spare=spare
+    )  # fmt: skip
+    assert (wgrad.block_i, wgrad.block_j, wgrad.splits, wgrad.fuse_dz) == (128, 256, 4, True)
+    conv = choose_conv(
+        64, 7, 7, 512, 512, 1, 1, 1, "bfloat16", "ieee", H100, vec=8, tma=True, whole=False, wide=False
+    )  # fmt: skip
+    assert (conv.block_i, conv.block_j) == (128, 128)
