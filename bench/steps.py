@@ -54,7 +54,7 @@ FAMILIES = {
     ),
     "linear": Family(
         ["tests/test_linear_kernels.py", "tests/test_linear_sigmoid.py", "tests/test_torch_integration.py",
-         "tests/test_runtime.py", "-k", "not 31_elements"],
+         "tests/test_calls.py", "tests/test_runtime.py", "-k", "not 31_elements"],
         ["tests/test_linear_kernels.py", "-k", "bfloat16 and not gpu"],
         ["tests/test_linear_kernels.py", "-k", "sum_partials and bfloat16"],
     ),

@@ -13,6 +13,12 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 5e-6, torch.float16: 1e-3, tor
 TF32_TOLERANCE = 1e-3
 
 
+def matrix(rows: int, cols: int, dtype: torch.dtype, device: str, transposed: bool = False) -> Tensor:
+    """Random numbers, in rows or (transposed) in columns."""
+    values = torch.randn((cols, rows) if transposed else (rows, cols), dtype=torch.float64).to(device, dtype)
+    return values.t() if transposed else values
+
+
 def error(result: Tensor, exact: Tensor, scale: Tensor | None = None) -> float:
     """‖result − exact‖ / ‖exact‖, or relative to `scale`, the size of the terms of a sum that can cancel, if more."""
     assert result.shape == exact.shape

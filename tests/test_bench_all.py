@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,18 @@ for words in json.loads(sys.argv[1]):
     found.append(names.found)
 print("\\n" + json.dumps(found))
 """
+
+
+def test_the_tests_that_are_run_need_nothing_but_pytest() -> None:
+    """On a GPU machine that has torch, triton, numpy and pytest; what else a test wants it skips without."""
+    words = [*steps.LARGE, *steps.KERNELS]
+    words += [word for family in steps.FAMILIES.values() for word in (*family.gpu, *family.checked, *family.smoke)]
+    files = {word for word in words if word.endswith(".py")}
+    assert len(files) > 8
+    for file in files:
+        text = (ROOT / file).read_text()
+        for extra in ("hypothesis", "expecttest", "mlxtend", "rich", "matplotlib"):
+            assert not re.search(rf"^\s*(from|import) {extra}\b", text, re.M), f"{file} imports {extra}"
 
 
 def test_every_selection_of_tests_meets_the_kernels() -> None:

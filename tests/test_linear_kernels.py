@@ -10,8 +10,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from tribp import runtime
@@ -21,7 +19,7 @@ from tribp.ops import linear_sigmoid_triton as triton_ops
 from tribp.ops.launching import Launch, operand, sum_partials
 
 from .covering import DTYPES, cover, turn
-from .oracle import TOLERANCE, LinearSigmoid, assert_close
+from .oracle import LinearSigmoid, assert_close, matrix
 
 M, N, K = 80, 48, 48
 BASE = Product(32, 32, 32, num_warps=4, num_stages=2, reason="test", group=2)
@@ -48,11 +46,6 @@ def round_to_bfloat16(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 def run(launch: Launch) -> None:
     launch.run()
-
-
-def matrix(rows: int, cols: int, dtype: torch.dtype, device: str, transposed: bool = False) -> Tensor:
-    values = torch.randn((cols, rows) if transposed else (rows, cols), dtype=torch.float64).to(device, dtype)
-    return values.t() if transposed else values
 
 
 def nan(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -230,49 +223,6 @@ def test_rounding_to_bfloat16(kernels: str) -> None:
     y = nan(64, dtype=torch.bfloat16, device=kernels)
     round_to_bfloat16[(1,)](x, y, SIZE=64)
     torch.testing.assert_close(y, x.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
-
-
-dimension = st.integers(1, 70)
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    m=dimension, n=dimension, k=dimension,
-    dtype=st.sampled_from(DTYPES),
-    layouts=st.tuples(*[st.sampled_from(["rows", "columns", "strided", "shifted", "padded"])] * 3),
-    bias=st.booleans(),
-    seed=st.integers(0, 2**32),
-)  # fmt: skip
-def test_any_shape_layout_and_type(
-    m: int, n: int, k: int, dtype: torch.dtype, layouts: tuple[str, str, str], bias: bool, seed: int, kernels: str
-) -> None:
-    import tribp
-
-    torch.manual_seed(seed)
-
-    def laid_out(rows: int, cols: int, layout: str) -> Tensor:
-        if layout == "strided":
-            return matrix(rows, 2 * cols, dtype, kernels)[:, ::2]
-        if layout == "padded":
-            return matrix(rows, cols + 16 - cols % 16, dtype, kernels)[:, :cols]
-        if layout == "shifted":
-            return matrix(rows, cols + 1, dtype, kernels)[:, 1:]
-        return matrix(rows, cols, dtype, kernels, transposed=layout == "columns")
-
-    x, w, dy = (laid_out(*s, layout) for s, layout in zip(((m, k), (n, k), (m, n)), layouts, strict=True))
-    x, w = x.detach().requires_grad_(), (w / k**0.5).detach().requires_grad_()
-    b = matrix(1, n, dtype, kernels)[0].requires_grad_() if bias else None
-    y = tribp.linear_sigmoid(x, w, b)
-    exact = LinearSigmoid(x, w, b)
-    assert_close(y, exact.y)
-    dx, dw, db, terms = exact.gradients(dy, y)
-    inputs = [x, w] if b is None else [x, w, b]
-    found = torch.autograd.grad(y, inputs, dy)
-    # Few terms of either sign may cancel; then it is their size that rounding is relative to.
-    sizes = LinearSigmoid(x.abs(), w.abs(), None).gradients(dy.abs(), y)
-    for result, value, size in zip(found, (dx, dw, db), (sizes[0], sizes[1], terms), strict=False):
-        # Of a few elements each may have been rounded twice in the same direction: dz, then the result.
-        assert_close(result, value, scale=size, tolerance=max(TOLERANCE[dtype], 1.01 * torch.finfo(dtype).eps))
 
 
 # ---- what only a GPU can show
