@@ -167,9 +167,7 @@ class Sweep:
 
     def _write(self) -> None:
         content = self.head | self.stamp | {"found": self.found, "entries": self.entries}
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        partial.replace(self.path)
+        results.write(self.path, json.dumps(content, indent=1, ensure_ascii=False))
 
     def table(self) -> str:
         mark = " (smoke: the times mean nothing)" if self.options.smoke else ""

@@ -9,6 +9,7 @@ A rule's answer is remembered, so that asking again costs a look-up. Without fin
 
 import dataclasses
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,8 +37,11 @@ def _text(fact: object) -> str:
 class Hearing:
     """What one thread asks within a `with` block, in the order of asking, and what it is told in place of answers."""
 
+    _numbers = itertools.count(1)
+
     def __init__(self, told: Mapping[str, Any]) -> None:
         self.questions: dict[str, Question] = {}
+        self.number = next(self._numbers)
         self._told = told
         self._nested = False  # a rule that asks another one is one question
 
@@ -141,11 +145,6 @@ def _hear(thread: int, hearing: Hearing | None) -> None:
             each.heed(bool(_hearings))
 
 
-def on_trial() -> bool:
-    """Whether some thread holds a hearing: what is made of answers then is not to be kept."""
-    return bool(_hearings)
-
-
 def learn(finds: Mapping[str, Any]) -> None:
     """From now on these are the answers to the questions of these keys, in every thread."""
     _finds.update(finds)
@@ -170,9 +169,13 @@ def known(key: str) -> bool:
     return key in _finds
 
 
-def generation() -> int:
-    """A number that changes whenever an answer may have: what was made of answers before is out of date then."""
-    return _generation
+def state() -> tuple[int, int]:
+    """What this thread's answers depend on besides the facts: they hold in one state alone.
+
+    It changes with the finds, and every hearing is a state of its own.
+    """
+    heard = _hearings.get(threading.get_ident()) if _hearings else None
+    return _generation, 0 if heard is None else heard.number
 
 
 def encode(settings: Any) -> dict[str, Any]:

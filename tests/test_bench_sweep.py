@@ -24,7 +24,7 @@ SMOKE = ["sweep", "linear", "--smoke", "--case", "16x16x32"]
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def timed(every_launch: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the meter is given to time: the settings of its launches. The more of the sum a step takes, the faster."""
     found: list[str] = []
     steps: list[int] = []

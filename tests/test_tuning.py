@@ -221,19 +221,19 @@ def test_variants_compile_for_every_target() -> None:
 
 def test_a_find_replaces_the_answer_to_its_facts_and_no_other() -> None:
     question, other = question_of(ask), ask(4096)
-    before, number = ask(), tuning.generation()
+    before, number = ask(), tuning.state()
     find = variants(question, before)[0]
     tuning.learn({question.key: find})
     assert ask() == find != before
     assert ask(4096) == other
     assert rules_answer(question) == before
     assert tuning.known(question.key)
-    assert tuning.generation() > number
-    number = tuning.generation()
+    assert tuning.state() > number
+    number = tuning.state()
     tuning.forget()
     assert ask() == before
     assert not tuning.known(question.key)
-    assert tuning.generation() > number
+    assert tuning.state() > number
 
 
 def test_a_trial_is_its_threads_alone_and_ends_with_the_block() -> None:

@@ -38,13 +38,11 @@ def perform(
     from being remembered.
     """
     lie = (build, *facts.values(), *map(_lie, tensors.values()))
-    settled = not launch_tuning.on_trial()
-    if settled and (call := _calls.get((launch_tuning.generation(), lie))) is not None:
+    if (call := _calls.get((launch_tuning.state(), lie))) is not None:
         call.repeat(tensors.values())
         return
-    if autotune.tuner is not None:
-        settled &= autotune.tuner.prepare(lie, build, tensors, facts)
-    generation = launch_tuning.generation()
+    settled = autotune.tuner is None or autotune.tuner.prepare(lie, build, tensors, facts)
+    state = launch_tuning.state()
     recording = _recordings.current = _Recording(tensors.values())
     try:
         for launch in build(**tensors, **facts):
@@ -54,7 +52,7 @@ def perform(
     if REMEMBERED and settled and (call := recording.call()) is not None:
         if len(_calls) >= REMEMBERED:
             _calls.pop(next(iter(_calls)), None)
-        _calls[generation, lie] = call
+        _calls[state, lie] = call
 
 
 def scratch(
