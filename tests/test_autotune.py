@@ -299,17 +299,17 @@ def test_on_the_cpu_nothing_happens(machine: Machine, monkeypatch: pytest.Monkey
 def test_no_search_in_a_graphs_capture_but_finds_hold(
     who: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: who == "capture")
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: who == "compiler")
+    monkeypatch.setattr(autotune, "is_current_stream_capturing", lambda: who == "capture")
+    monkeypatch.setattr(autotune, "is_compiling", lambda: who == "compiler")
     restart(machine, monkeypatch, busy=autotune.busy)
     forward()
     assert not machine.timed
     assert settings().block_l == 32
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    monkeypatch.setattr(autotune, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(autotune, "is_compiling", lambda: False)
     forward()
     assert machine.timed, "what was met in a capture is searched outside"
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(autotune, "is_current_stream_capturing", lambda: True)
     restart(machine, monkeypatch, busy=autotune.busy)
     forward()
     assert not machine.timed

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.cuda import is_current_stream_capturing
 
 from .. import runtime
 from ..kernels.launch import Arch
@@ -68,7 +70,7 @@ def on_gpu(tensors: Tensors) -> bool:
 
 def busy() -> bool:
     """Whether this is no time for a search: a CUDA graph is captured, which must not wait, or the compiler looks on."""
-    return torch.cuda.is_current_stream_capturing() or torch.compiler.is_compiling()
+    return is_current_stream_capturing() or is_compiling()
 
 
 class Tuner:
