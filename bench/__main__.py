@@ -179,9 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "sweep" and given.smoke:
             os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
         operations = registry.find(given.operation)
+        if given.command in ("static", "sweep") and not runtime.has_triton():
+            raise ValueError(f"{given.command} needs triton, which is not installed: pip install triton")
         if given.command == "static":
-            if not runtime.has_triton():
-                raise ValueError("static compiles with triton, which is not installed: pip install triton")
             names = [operation.name for operation in operations]
             if given.model or given.candidates:
                 return _model(given, names)
