@@ -50,9 +50,10 @@ def perform(
     finally:
         _recordings.current = None
     if REMEMBERED and settled and (call := recording.call()) is not None:
-        if len(_calls) >= REMEMBERED:
-            _calls.pop(next(iter(_calls)), None)
-        _calls[state, lie] = call
+        with _lock:
+            if len(_calls) >= REMEMBERED:
+                del _calls[next(iter(_calls))]
+            _calls[state, lie] = call
 
 
 def scratch(
@@ -69,8 +70,9 @@ def scratch(
 
 
 def forget() -> None:
-    """Work every call out anew: for whoever changes what `build` depends on (tuning, tests)."""
-    _calls.clear()
+    """Work every call out anew: for whoever changes what `build` depends on, or wants to."""
+    with _lock:
+        _calls.clear()
 
 
 def _lie(tensor: Tensor | None) -> object:
@@ -196,3 +198,4 @@ class _Recordings(threading.local):
 
 _recordings = _Recordings()
 _calls: dict[tuple[object, ...], Call] = {}
+_lock = threading.Lock()  # of what is written to _calls
