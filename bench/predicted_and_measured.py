@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from . import results
+from . import registry, results
 from .registry import Named
 from .tables import markdown
 
@@ -30,10 +30,12 @@ Measured = Mapping[tuple[str, str], float]  # median µs on the device, by case 
 
 
 def files(machine: str, given: Path | None) -> list[Path]:
-    """The result files of this machine; without one given, those that `bench run` wrote for it."""
-    if given is not None:
-        return sorted(given.glob("*.json")) if given.is_dir() else [given]
-    return sorted(p for p in results.ROOT.glob("*/*.json") if machine.split()[0].lower() in p.parent.name.lower())
+    """A file, or what `bench run` wrote into a folder; without one given, into those of this machine."""
+    if given is not None and not given.is_dir():
+        return [given]
+    of_machine = (p for p in results.ROOT.glob("*/") if machine.split()[0].lower() in p.name.lower())
+    folders = sorted(of_machine) if given is None else [given]
+    return [path for folder in folders for name in registry.names() if (path := folder / f"{name}.json").exists()]
 
 
 def read(paths: Iterable[Path]) -> Measured:

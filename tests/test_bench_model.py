@@ -425,6 +425,10 @@ def test_the_models_error_is_computed_from_results(tmp_path: Path) -> None:
                  "contenders": {"tribp": {"device_us": {"median": 1.0}}}})  # fmt: skip
     file = tmp_path / "linear.json"
     file.write_text(json.dumps({"rows": rows}))
+    # What `bench all` leaves beside it.
+    (tmp_path / "host.json").write_text(json.dumps({"rows": [{"case": "Adam plan, 1000x8", "host_us": {}}]}))
+    for name in ("steps", "sweep-linear"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"smoke": False}))
     for given in (file, tmp_path):
         text = report(guesses, "H100 SXM", given)
         spread = math.exp(math.sqrt(2 / 3) * math.log(2))
