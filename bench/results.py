@@ -88,7 +88,7 @@ def row(
 class Store:
     """`<folder>/<operation>.{json,md,png}`, written anew after every case: a run that is cut off loses one at most.
 
-    Rows of earlier runs stay until their case is measured again; each carries its date and commit, and whether
+    Rows of earlier runs stay until their case is measured again; each carries its date, commit and sources, and whether
     torch.compile was asked for.
     """
 
@@ -105,13 +105,14 @@ class Store:
             "versions": meter.versions(),
         }
         self.stamp = {"date": datetime.datetime.now().isoformat(timespec="minutes"), "commit": commit()}
+        self.stamp["sources"] = digest()
         self.rows: list[Row] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
 
     def has(self, case: Named, *, compiled: bool) -> bool:
         """Whether the case has been measured with the present code, and beside torch.compile if that is wanted."""
         rows = self.rows_of([case])
         return bool(rows) and all(
-            r["commit"] == self.stamp["commit"] and (r.get("compiled") or not compiled) for r in rows
+            r["sources"] == self.stamp["sources"] and (r.get("compiled") or not compiled) for r in rows
         )
 
     def add(self, rows: Sequence[Row], *, bandwidth: float, rates: Mapping[str, float], compiled: bool) -> None:
@@ -199,12 +200,13 @@ def write(path: Path, text: str) -> None:
 
 
 def commit() -> str:
-    """The checkout's commit; where files differ from it, or git does not know it, with a digest of the sources."""
+    """The checkout's commit; where sources differ from it, or git does not know it, with a digest of them."""
+    changed = f"status --porcelain --untracked-files=no -- {' '.join(SOURCES)} :(exclude)bench/results"
     try:
-        here = Path(__file__).parent
+        root = Path(__file__).parents[1]
         found = [
-            subprocess.run(["git", *words.split()], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for words in ("rev-parse --short HEAD", "status --porcelain --untracked-files=no")
+            subprocess.run(["git", *words.split()], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for words in ("rev-parse --short HEAD", changed)
         ]
     except (OSError, subprocess.CalledProcessError):
         return digest()
@@ -212,7 +214,7 @@ def commit() -> str:
 
 
 def digest(root: Path = Path(__file__).parents[1]) -> str:
-    """Eight digits that tell one state of the sources from another."""
+    """Eight digits that tell one state of the sources from another; a commit of results changes none."""
     found = hashlib.sha256()
     for file in sorted(file for folder in SOURCES for file in (root / folder).rglob("*.py")):
         found.update(str(file.relative_to(root)).encode() + file.read_bytes())

@@ -52,17 +52,18 @@ class Journal:
         if stored["smoke"] != smoke:
             raise ValueError(f"{folder} holds results {'of' if stored['smoke'] else 'that are not of'} a smoke test")
         self.smoke = smoke
-        self.commit = results.commit()
+        self.commit, self.sources = results.commit(), results.digest()
         self.entries: dict[str, dict[str, Any]] = stored["steps"]
 
     def settled(self, step: Step) -> bool:
         """Whether there is nothing left to do: what failed is tried again once the code is another."""
         entry = self.entries.get(step.name, {})
-        return entry.get("status") == "done" or (entry.get("status") == "failed" and entry["commit"] == self.commit)
+        return entry.get("status") == "done" or (entry.get("status") == "failed" and entry["sources"] == self.sources)
 
     def write(self, step: Step, status: str, seconds: float = 0.0, code: int | None = None, note: str = "") -> None:
         self.entries[step.name] = {
             "status": status, "seconds": round(seconds, 1), "code": code, "note": note, "commit": self.commit,
+            "sources": self.sources,
             "date": datetime.datetime.now().isoformat(timespec="seconds"), "command": " ".join(step.command),
         }  # fmt: skip
         results.write(self.file, json.dumps({"smoke": self.smoke, "steps": self.entries}, indent=1))

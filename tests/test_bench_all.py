@@ -242,9 +242,12 @@ def test_what_failed_is_tried_again_with_other_code(tmp_path: Path, monkeypatch:
     world.codes["a"] = 3
     planned = [step("a", 10), step("b", 10)]
     monkeypatch.setattr(results, "commit", lambda: "1111111")
+    monkeypatch.setattr(results, "digest", lambda: "1111111")
     assert world.walk(planned, 100) == (["a", "b"], {"a": "failed", "b": "done"})
     assert world.walk(planned, 100)[0] == []
     monkeypatch.setattr(results, "commit", lambda: "2222222")
+    assert world.walk(planned, 100)[0] == [], "the results were committed, and no source is another"
+    monkeypatch.setattr(results, "digest", lambda: "2222222")
     world.codes.clear()
     assert world.walk(planned, 100) == (["a"], {"a": "done", "b": "done"})
     commits = {name: entry["commit"] for name, entry in Journal(tmp_path, smoke=True).entries.items()}
@@ -474,6 +477,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_missing_measures_what_the_results_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = counted(monkeypatch)
     monkeypatch.setattr(results, "commit", lambda: "1111111")
+    monkeypatch.setattr(results, "digest", lambda: "1111111")
 
     def again(**options: Any) -> list[str]:
         measured.clear()
@@ -489,6 +493,8 @@ def test_missing_measures_what_the_results_lack(tmp_path: Path, monkeypatch: pyt
     assert again(missing=True) == everything[2:]
     assert again(first=1) == everything[:1], "all that is asked for, without --missing"
     monkeypatch.setattr(results, "commit", lambda: "2222222")
+    assert again(missing=True, first=1) == [], "the results were committed, and no source is another"
+    monkeypatch.setattr(results, "digest", lambda: "2222222")
     assert again(missing=True, first=1) == everything[:1]
     rows = json.loads((tmp_path / "linear.json").read_text())["rows"]
     assert not (tmp_path / "linear.png").exists()
