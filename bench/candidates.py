@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
-from tribp.kernels.launch import cdiv
+from tribp.kernels.launch import whole_splits
 from tribp.kernels.launch_conv3x3 import choose_box, even_splits
 
 from .conv_cases import BF16, FEW, ConvCase
@@ -59,8 +59,7 @@ def split(factor: float) -> Callable[[Rule], Rule]:
     def change(rule: Rule) -> Rule:
         def changed(m: int, *given: Any, **named: Any) -> Any:
             s = rule(m, *given, **named)
-            rows = cdiv(cdiv(m, max(1, int(s.splits * factor))), s.block_l) * s.block_l
-            return replace(s, splits=cdiv(m, rows))
+            return replace(s, splits=whole_splits(m, max(1, int(s.splits * factor)), s.block_l))
 
         return changed
 

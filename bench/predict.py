@@ -117,7 +117,7 @@ def directions(case: Case | StepCase) -> list[str]:
 
 
 def lengths(case: StepCase) -> list[int]:
-
+    """Elements of each tensor."""
     return [math.prod(shape) for shape in case.shapes]
 
 

@@ -21,6 +21,7 @@ from .launch import (
     stages_in_memory,
     whole_splits,
 )
+from .launch_conv3x3 import WORKSPACE
 from .launch_moves import (
     LONGEST,
     RESULT,
@@ -33,8 +34,6 @@ from .launch_moves import (
 )
 from .launch_tuning import Question
 from .launch_variants_conv3x3 import AROUND as AROUND_CONV3X3
-
-PARTIALS = 32 << 20  # bytes of partial results that a variant may take where the rule sets no limit
 
 
 def variants(question: Question, settings: Any) -> list[Any]:
@@ -109,7 +108,7 @@ def around_pass(s: Pass, m: int, n: int, dtype: str, arch: Arch) -> Iterator[Pas
     def settled(other: Pass) -> Iterator[Pass]:
         rows = cdiv(max(other.rows, other.block_m), other.block_m) * other.block_m
         parts = cdiv(m, rows)
-        few = parts <= 65_535 and parts * n * max(4, ITEMSIZE[dtype]) <= PARTIALS
+        few = parts <= 65_535 and parts * n * max(4, ITEMSIZE[dtype]) <= WORKSPACE
         if (few or rows >= s.rows) and other.block_m * other.block_n <= 8192:
             yield replace(other, rows=rows)
 
