@@ -12,6 +12,7 @@ from ..kernels import relayout as kernels
 from ..kernels.launch import Arch, cdiv
 from ..kernels.launch_conv3x3 import Box, choose_relayout
 from ..runtime import dtype_name
+from ..versions import descriptor_unit
 from .calls import scratch
 from .launching import Launch, accumulator, partials_of, second_pass, vector_length
 
@@ -50,7 +51,7 @@ def image(tensor: Tensor, last: bool) -> Image:
     others = [stride[d] for d in range(4) if d != inner]
     aligned = tensor.data_ptr() % 16 == 0
     vec = vector_length(itemsize, size[inner], *others) if aligned else 1
-    unit = 16 if common.INTERPRETED else 16 // itemsize  # a descriptor's strides; Triton 3.5's interpreter wants 16
+    unit = descriptor_unit(itemsize, bool(common.INTERPRETED))
     tma = last and aligned and all(s > 0 and s % unit == 0 for s in others)
     return Image(tensor, (stride[0], stride[1], stride[2], stride[3]), last, vec, tma)
 

@@ -11,7 +11,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import common
 from ..kernels.launch import Arch, cdiv, choose_sum
+from ..versions import descriptor_unit, mend_interpreter, warn_if_untested
 from .calls import scratch
+
+warn_if_untested()
+if common.INTERPRETED:
+    mend_interpreter()
 
 
 class Launch(NamedTuple):
@@ -66,14 +71,12 @@ def operand(matrix: Tensor) -> Operand:
     ld = matrix.stride(lines) if matrix.shape[lines] > 1 else matrix.shape[contiguous]
     length, itemsize = matrix.shape[contiguous], matrix.element_size()
     aligned = matrix.data_ptr() % 16 == 0
-    # A descriptor's pitch is a multiple of 16 bytes; Triton 3.5's interpreter wants 16 elements.
-    pitch = ld if common.INTERPRETED else ld * itemsize
     return Operand(
         matrix,
         transposed,
         ld,
         vec=vector_length(itemsize, ld, length) if aligned else 1,
-        tma=aligned and ld >= length and pitch % 16 == 0,
+        tma=aligned and ld >= length and ld % descriptor_unit(itemsize, bool(common.INTERPRETED)) == 0,
     )
 
 

@@ -1,0 +1,67 @@
+"""The versions of torch and triton that the tests were run with, and what the library does differently among them.
+
+Importing this module imports no triton: the fallback does without it.
+"""
+
+import functools
+import re
+import warnings
+from typing import Any
+
+import torch
+
+Version = tuple[int, int]
+
+# The newest that the tests were run with. Newer ones are not refused: that would take a user's torch away.
+NEWEST_TORCH: Version = (2, 15)
+NEWEST_TRITON: Version = (3, 9)
+
+
+def parse(version: str) -> Version:
+    """Major and minor: "2.11.0+cpu" → (2, 11)."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None:
+        raise ValueError(f"version must start with two numbers, got {version!r}")
+    return int(match[1]), int(match[2])
+
+
+@functools.cache
+def triton_version() -> Version:
+    """Of the installed triton, which is imported."""
+    import triton
+
+    return parse(triton.__version__)
+
+
+def warn_if_untested() -> None:
+    """Warn, in one line, if torch or triton is newer than any the tests were run with."""
+    installed = (("torch", parse(torch.__version__), NEWEST_TORCH), ("triton", triton_version(), NEWEST_TRITON))
+    newer = [
+        f"{name} {major}.{minor} (newest tested: {newest[0]}.{newest[1]})"
+        for name, (major, minor), newest in installed
+        if (major, minor) > newest
+    ]
+    if newer:
+        warnings.warn(f"tribp's kernels are untested with {' and '.join(newer)}", stacklevel=2)
+
+
+def descriptor_unit(itemsize: int, interpreted: bool) -> int:
+    """Elements that every stride of a tensor descriptor is a multiple of: 16 bytes, in Triton 3.5's interpreter 16."""
+    return 16 if interpreted and triton_version() < (3, 6) else 16 // itemsize
+
+
+def mend_interpreter() -> None:
+    """Let a block of one comparison's result be a mask in Triton 3.9's interpreter.
+
+    There `(n > 0)` has n's type and fills a block of that type, which 3.9's loads and stores refuse ("mask has
+    unsupported dtype"); those before took any. May go when `block & (n > 0)` is a mask in the interpreter again.
+    """
+    if triton_version() < (3, 9):
+        return
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_splat(builder: object, block: Any, scalar: TensorHandle) -> TensorHandle:
+        return TensorHandle(np.full(block.shape, scalar.data.flat[0], scalar.data.dtype), scalar.dtype.scalar)
+
+    InterpreterBuilder.create_splat = create_splat
