@@ -42,7 +42,8 @@ def warn_if_untested() -> None:
         if (major, minor) > newest
     ]
     if newer:
-        warnings.warn(f"tribp's kernels are untested with {' and '.join(newer)}", stacklevel=2)
+        message = f"tribp's kernels are untested with {' and '.join(newer)}"
+        warnings.warn_explicit(message, UserWarning, "tribp", 0)  # `warn` would print a line of this file as well
 
 
 def descriptor_unit(itemsize: int, interpreted: bool) -> int:
