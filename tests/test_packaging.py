@@ -20,7 +20,7 @@ FLOORS = {
     "_checkout": set(),
     "timing": set(),
     "versions": set(),
-    "ops": {"runtime", "reference", "timing", "versions", "kernels"},
+    "ops": {"runtime", "reference", "modes", "timing", "versions", "kernels"},
     "modes": set(),
     "arguments": {"runtime", "reference"},
     "functional": {"arguments", "modes", "ops", "runtime", "reference"},
