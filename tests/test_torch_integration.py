@@ -3,8 +3,6 @@
 What it builds around any operation is in test_torch_machinery.py.
 """
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
