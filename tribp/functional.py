@@ -10,6 +10,7 @@ from . import reference, runtime
 from .arguments import check_conv3x3, check_dtypes, check_linear
 from .modes import autocast, autocasting, dispatching, transformed, transforming, without_autocast
 from .ops import conv3x3 as conv_ops
+from .ops import flops as flops
 from .ops import linear_sigmoid as linear_ops
 from .reference import Window
 
