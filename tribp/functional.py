@@ -10,7 +10,7 @@ from . import reference, runtime
 from .arguments import check_conv3x3, check_dtypes, check_linear
 from .modes import autocast, autocasting, dispatching, transformed, transforming, without_autocast
 from .ops import conv3x3 as conv_ops
-from .ops import flops as flops
+from .ops import flops
 from .ops import linear_sigmoid as linear_ops
 from .reference import Window
 
@@ -195,6 +195,7 @@ class _Conv3x3(torch.autograd.Function):
 
 
 conv_ops.conv3x3.register_autograd(_Conv3x3.backward, setup_context=_Conv3x3.save)
+flops.register_when_imported()
 
 
 def _torch_computes(grad: Tensor, operator: bool) -> bool:

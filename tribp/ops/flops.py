@@ -1,7 +1,7 @@
 """What the operators count for in `torch.utils.flop_counter.FlopCounterMode`: as many operations as torch's own.
 
-torch's module takes the formulas once it is imported, by whoever counts. Imported from here it would bring triton along,
-or a warning that there is none, into every program.
+torch's module gets the formulas when somebody imports it. Imported from here it would bring triton along, or a warning
+that there is none, into every program.
 """
 
 import importlib.util
@@ -68,7 +68,9 @@ class _Import:
         return spec
 
 
-if COUNTER in sys.modules:
-    register(sys.modules[COUNTER])
-else:
-    sys.meta_path.insert(0, _Import())
+def register_when_imported() -> None:
+    """Once the operators are registered themselves."""
+    if COUNTER in sys.modules:
+        register(sys.modules[COUNTER])
+    else:
+        sys.meta_path.insert(0, _Import())
