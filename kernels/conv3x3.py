@@ -80,13 +80,17 @@ def load_box(
     """src[n, i·STEP_H + dh, j·STEP_W + dw, channel …] for the pixels of a box: (pixels, BLOCK), zeros outside.
 
     A descriptor has five dimensions, (N, H / STEP_H, STEP_H, W / STEP_W, STEP_W · C): every STEP-th row is a box in it.
+    Of boxes of one pixel N stands behind W / STEP_W, so that the tile drops no dimension but leading ones (`convolve`).
     WITHIN: zeros also for the pixels of the box from `rows` and `cols` on; a descriptor's box must not have any.
     """
     if TMA:
         at_h = i + (dh >> (STEP_H - 1))  # STEP is 1 or 2, and a shift rounds down where a division would round to zero
         at_w = j + (dw >> (STEP_W - 1))
         at_c = (dw & (STEP_W - 1)) * (stride_w // VEC * VEC) + channel
-        tile = src.load([n, at_h, dh & (STEP_H - 1), at_w, at_c]).reshape(BOX_N * BOX_H * BOX_W, BLOCK)
+        if BOX_H * BOX_W == 1:
+            tile = src.load([at_h, dh & (STEP_H - 1), at_w, n, at_c]).reshape(BOX_N, BLOCK)
+        else:
+            tile = src.load([n, at_h, dh & (STEP_H - 1), at_w, at_c]).reshape(BOX_N * BOX_H * BOX_W, BLOCK)
     else:
         m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
         at, inside = offsets(
@@ -146,9 +150,9 @@ def load_weight(
     """
     if TMA:
         if DGRAD:
-            tile = w.load([first + l, tap, col]).reshape(BLOCK_L, BLOCK_J)
+            tile = w.load([tap, first + l, col]).reshape(BLOCK_L, BLOCK_J)
         else:
-            tile = tl.trans(w.load([first + col, tap, l]).reshape(BLOCK_J, BLOCK_L))
+            tile = tl.trans(w.load([tap, first + col, l]).reshape(BLOCK_J, BLOCK_L))
     else:
         pitch = CG // VEC * VEC
         at_tap = w + (first.to(tl.int64) * 9 + tap) * pitch
@@ -228,6 +232,11 @@ def convolve(
     FLAT is one loop over taps and channels, so that loads are pipelined across taps, but with divisions in it; with 8
     warps and pointers such a loop was seen to compute wrong results in another project (pytorch #173068). Otherwise the
     loop over channels stands in one over taps; compiled, unrolling that took 3.6 times the code and as many registers.
+
+    With descriptors the product is w[tap]ᵀ·src[tap]ᵀ, and the sum is transposed at the end. Compiled: wgmma reads its
+    first operand from shared memory only if no reshape stands behind the load, but one that drops leading ones. A box
+    of pixels has another. It would go through registers, which the next turn's loads overwrite while wgmma reads them
+    (https://github.com/triton-lang/triton/issues/9433), or ptxas makes each product wait.
     """
     SIGN: tl.constexpr = -1 if DGRAD else 1
     TAPS_H: tl.constexpr = (2 - TAP_H) // TAP_STEP_H + 1
@@ -244,7 +253,8 @@ def convolve(
         start = origin
     else:
         src += origin
-    acc = tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_J), ACC)
+    PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
+    acc = tl.zeros((BLOCK_J, PIXELS) if TMA else (PIXELS, BLOCK_J), ACC)
     steps = tl.cdiv(length, BLOCK_L)
     TAPS: tl.constexpr = TAPS_H * TAPS_W
     for outer in range(0, 1 if FLAT else TAPS):
@@ -263,7 +273,9 @@ def convolve(
                 stride_n, stride_h, stride_w, 0, 0, False, STEP_H, STEP_W, TMA, VEC, BOX_N, BOX_H, BOX_W, BLOCK_L,
             )  # fmt: skip
             b = load_weight(w, tap, l, col, first, members, OG, CG, DGRAD, DIAGONAL, TMA, VEC_W, BLOCK_L, BLOCK_J)
-            acc = dot(a, b, acc, PRECISION)
+            acc = dot(tl.trans(b), tl.trans(a), acc, PRECISION) if TMA else dot(a, b, acc, PRECISION)
+    if TMA:
+        acc = tl.trans(acc)
     if DIAGONAL:
         # A zero between two groups times an infinity of one is NaN in the other: where there is one, go without zeros.
         # (One sum over both axes: with a reduction along either, Triton 3.7 does not compile for sm_100.)
