@@ -30,14 +30,12 @@ class Image(NamedTuple):
         if not use_tma:
             return self.tensor
         (n, c, h, w), (stride_n, _, stride_h, stride_w), (sh, sw) = self.tensor.shape, self.strides, step
-        images = (n, stride_n, box[0])
-        rows_and_columns = [(cdiv(h, sh), stride_h * sh, box[1]), (sh, stride_h, 1), (cdiv(w, sw), stride_w * sw, box[2])]
-        channels_of_a_step = ((sw - 1) * stride_w + c, 1, channels)
+        shape = [n, cdiv(h, sh), sh, cdiv(w, sw), (sw - 1) * stride_w + c]
+        strides = [stride_n, stride_h * sh, stride_h, stride_w * sw, 1]
+        block = [box[0], box[1], 1, box[2], channels]
         if box[1] * box[2] == 1:
-            dimensions = [*rows_and_columns, images, channels_of_a_step]
-        else:
-            dimensions = [images, *rows_and_columns, channels_of_a_step]
-        shape, strides, block = (list(column) for column in zip(*dimensions, strict=True))
+            for dimensions in (shape, strides, block):
+                dimensions.insert(3, dimensions.pop(0))
         return TensorDescriptor(self.tensor, shape, strides, block)
 
 
