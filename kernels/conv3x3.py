@@ -434,8 +434,8 @@ def wgrad(
     acc = ()
     for _ in tl.static_range(TAPS):
         acc = acc + (tl.zeros((BLOCK_O, BLOCK_C), ACC),)
-    tl.static_assert(not TMA or BOX_N * BOX_H * BOX_W in (BOX_N, BOX_W), "a descriptor's box is a line")
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
+    tl.static_assert(not TMA or BOX_N == PIXELS or BOX_W == PIXELS, "the box of a descriptor must be a line")
     DTYPE: tl.constexpr = dz.dtype if TMA else dz.dtype.element_ty
     BY_PRODUCT: tl.constexpr = DTYPE.primitive_bitwidth == 16
     ones = round_to(tl.full((PIXELS, 16), 1.0, ACC), DTYPE)

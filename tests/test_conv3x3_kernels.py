@@ -195,7 +195,7 @@ LINES = {"images": (16, 1, 1), "columns": (1, 1, 16)}
 def test_wgrad_by_descriptors_keeps_what_is_not_finite_where_it_belongs(
     line: str, dtype: torch.dtype, kernels: str
 ) -> None:
-    """In x at its edges, which only taps that look there meet, and beyond 3 images of 16; in dz, of one channel's db."""
+    """In x at its edges, which only taps that look there meet; beyond the images; in dz, of one channel's db."""
     x, dy = tensor((3, 16, 3, 16), dtype, kernels, True), tensor((3, 16, 3, 16), dtype, kernels, True)
     x[:, :, 2], x[:, :, :, 15] = torch.inf, torch.nan
     dy[:, :, 1:], dy[:, :, :, 14:] = 0, 0
