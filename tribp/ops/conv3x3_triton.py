@@ -326,11 +326,11 @@ def _without_channels(image: Image) -> tuple[int, int, int]:
 
 
 def _weight_argument(w: Image, use_tma: bool, rows: int, cols: int) -> object:
-    """The kernel argument: the tensor itself, or a descriptor of tiles of one tap."""
+    """The kernel argument: the tensor itself, or a descriptor (taps, O, C) of tiles of one tap."""
     if not use_tma:
         return w.tensor
     o, c = w.tensor.shape[:2]
-    return TensorDescriptor(w.tensor, [o, 9, c], [9 * c, c, 1], [rows, 1, cols])
+    return TensorDescriptor(w.tensor, [9, o, c], [c, 9 * c, 1], [1, rows, cols])
 
 
 def _packed_weight(w: Tensor, rows: int, cols: int, arch: Arch) -> "Generator[Launch, None, Image]":

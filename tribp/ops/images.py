@@ -27,16 +27,17 @@ class Image(NamedTuple):
     tma: bool  # whether a tensor descriptor can describe it
 
     def argument(self, use_tma: bool, box: Box, channels: int, step: tuple[int, int] = (1, 1)) -> object:
-        """The kernel argument: the tensor itself, or a descriptor of boxes of every step-th pixel."""
+        """The kernel argument: the tensor itself, or a descriptor of boxes of every step-th pixel (`load_box`)."""
         if not use_tma:
             return self.tensor
         (n, c, h, w), (stride_n, _, stride_h, stride_w), (sh, sw) = self.tensor.shape, self.strides, step
-        return TensorDescriptor(
-            self.tensor,
-            [n, cdiv(h, sh), sh, cdiv(w, sw), (sw - 1) * stride_w + c],
-            [stride_n, stride_h * sh, stride_h, stride_w * sw, 1],
-            [box[0], box[1], 1, box[2], channels],
-        )
+        shape = [n, cdiv(h, sh), sh, cdiv(w, sw), (sw - 1) * stride_w + c]
+        strides = [stride_n, stride_h * sh, stride_h, stride_w * sw, 1]
+        block = [box[0], box[1], 1, box[2], channels]
+        if box[1] * box[2] == 1:
+            for dimensions in (shape, strides, block):
+                dimensions.insert(3, dimensions.pop(0))
+        return TensorDescriptor(self.tensor, shape, strides, block)
 
 
 def image(tensor: Tensor, last: bool) -> Image:
