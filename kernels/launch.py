@@ -149,11 +149,11 @@ def precision_of(dtype: str, tf32: bool, arch: Arch) -> str:
 
     float32 at torch's default keeps float32 accuracy: three TF32 products on NVIDIA's tensor cores (`ieee` would
     compile to 2,048 FFMA a 128×128×32 tile and no tensor core), `ieee` where that is on the matrix units anyway
-    (gfx942) or where there are none (the interpreter).
+    (gfx942) or where there are none (the interpreter, which yet rounds as TF32 does where that is allowed).
     """
-    if dtype != "float32" or arch.backend != "cuda":
+    if dtype != "float32" or arch.backend == "hip":
         return "ieee"
-    return "tf32" if tf32 else "tf32x3"
+    return "tf32" if tf32 else "tf32x3" if arch.backend == "cuda" else "ieee"
 
 
 def candidates(l: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -> list[Product]:

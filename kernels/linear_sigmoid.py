@@ -16,7 +16,18 @@ partial results, one a program, which `sum_partials` adds in a fixed order: no a
 import triton
 import triton.language as tl
 
-from .common import dot, indices, load_tile, product, round_to, sigmoid, sigmoid_backward, store_tile, tile_of
+from .common import (
+    dot,
+    indices,
+    load_tile,
+    product,
+    round_operand,
+    round_to,
+    sigmoid,
+    sigmoid_backward,
+    store_tile,
+    tile_of,
+)
 
 SIZES = ["M", "N", "K", "ldx", "ldw", "ldy", "rows_per_program", "rows_per_split"]
 # Sizes are not specialized: no recompile when a batch is 1 or a multiple of 16; what alignment there is, VEC says.
@@ -112,7 +123,8 @@ def dgrad(
             dy_tile = load_tile(dz, m, n, M, N, ldy, BLOCK_M, BLOCK_N, TMA, False, VEC)
             y_tile = load_tile(y, m, n, M, N, N, BLOCK_M, BLOCK_N, TMA, False, VEC)
             w_tile = load_tile(w, n, k, N, K, ldw, BLOCK_N, BLOCK_K, TMA, W_TRANSPOSED, VEC)
-            acc = dot(round_to(sigmoid_backward(dy_tile, y_tile, ACC), w_tile.dtype), w_tile, acc, PRECISION)
+            dz_tile = round_operand(sigmoid_backward(dy_tile, y_tile, ACC), w_tile.dtype, PRECISION)
+            acc = dot(dz_tile, w_tile, acc, PRECISION)
     else:
         acc = product(
             dz, w, m, k, 0, N, M, K, ldy, ldw,
@@ -149,7 +161,7 @@ def wgrad(
             y_tile = load_tile(y, m, n, last, N, N, BLOCK_M, BLOCK_N, TMA, False, VEC)
             x_tile = load_tile(x, m, k, last, K, ldx, BLOCK_M, BLOCK_K, TMA, X_TRANSPOSED, VEC)
             dz_tile = sigmoid_backward(dy_tile, y_tile, ACC)
-            rounded = round_to(dz_tile, x_tile.dtype)
+            rounded = round_operand(dz_tile, x_tile.dtype, PRECISION)
             if WRITE_DB:
                 sums += dz_tile
             if WRITE_DZ:

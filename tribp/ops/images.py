@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import common
 from ..kernels import relayout as kernels
@@ -13,7 +12,7 @@ from ..kernels.launch import Arch, cdiv
 from ..kernels.launch_conv3x3 import Box, choose_relayout
 from ..runtime import dtype_name
 from .calls import scratch
-from .launching import Launch, accumulator, partials_of, second_pass, vector_length
+from .launching import Launch, accumulator, descriptor, partials_of, second_pass, vector_length
 
 
 class Image(NamedTuple):
@@ -25,16 +24,19 @@ class Image(NamedTuple):
     vec: int  # elements, 16 bytes at most, that divide the other strides, the contiguous length and the address
     tma: bool  # whether a tensor descriptor can describe it
 
-    def argument(self, use_tma: bool, box: Box, channels: int, step: tuple[int, int] = (1, 1)) -> object:
+    def argument(
+        self, use_tma: bool, box: Box, channels: int, precision: str, step: tuple[int, int] = (1, 1)
+    ) -> object:
         """The kernel argument: the tensor itself, or a descriptor of boxes of every step-th pixel."""
         if not use_tma:
             return self.tensor
         (n, c, h, w), (stride_n, _, stride_h, stride_w), (sh, sw) = self.tensor.shape, self.strides, step
-        return TensorDescriptor(
+        return descriptor(
             self.tensor,
             [n, cdiv(h, sh), sh, cdiv(w, sw), (sw - 1) * stride_w + c],
             [stride_n, stride_h * sh, stride_h, stride_w * sw, 1],
             [box[0], box[1], 1, box[2], channels],
+            precision,
         )
 
 
