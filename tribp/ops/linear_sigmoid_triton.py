@@ -42,7 +42,8 @@ def forward(
     precision = precision_of(dtype, tf32, arch)
     xs, ws, ys = operand(x), operand(w), operand(y)
     vec = min(xs.vec, ws.vec)
-    s = settings or choose_forward(m, n, k, dtype, precision, arch, vec=vec, tma=xs.tma and ws.tma)
+    along = not (xs.transposed or ws.transposed)
+    s = settings or choose_forward(m, n, k, dtype, precision, arch, vec=vec, tma=xs.tma and ws.tma, along=along)
     store_tma = s.tma and ys.tma
     precision = precision_in_kernel(precision, s.tma)
     yield Launch(
@@ -95,7 +96,9 @@ def dgrad(
     ys = None if y is None else operand(y)
     vec = min(t.vec for t in (dz, w, ys) if t is not None)
     tma = all(t.tma for t in (dz, w, ys) if t is not None)
-    s = settings or choose_dgrad(m, n, k, dtype, precision, arch, vec=vec, tma=tma, may_fuse=y is not None)
+    s = settings or choose_dgrad(
+        m, n, k, dtype, precision, arch, vec=vec, tma=tma, may_fuse=y is not None, along=w.transposed
+    )  # fmt: skip
     store_tma = s.tma and out.tma
     precision = precision_in_kernel(precision, s.tma)
     return Launch(
