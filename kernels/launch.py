@@ -169,7 +169,7 @@ def needs_registers(dtype: str, precision: str, arch: Arch, *, tma: bool, along:
     program then waits for all products before it may store the next tile. Compiled, that is so
 
     - in tf32x3, which splits operands (shared memory takes three times as long as tensor cores, 4096³ on sm_90);
-    - in TF32, if the kernel has to round them, or an operand does not lie `along` the summed index: wgmma can't turn it.
+    - in TF32, if the kernel has to round them, or one does not lie `along` the summed index: wgmma can't turn it.
 
     By pointers, 16 bits go wrong where Triton leaves out the fence between copy and product.
     """
@@ -181,14 +181,16 @@ def needs_registers(dtype: str, precision: str, arch: Arch, *, tma: bool, along:
 
 
 def from_registers(settings: Product, precision: str) -> Product:
-    """The settings as a product by mma.sync: wgmma takes 64 rows and four warps, so two warps rule it out.
+    """The settings as a product by mma.sync, where wgmma is ruled out: that takes 64 rows and four warps.
 
-    Compiled: a thread holds 64 numbers of the result beside 16-bit or TF32 operands, or 32 beside tf32x3's halves.
+    Compiled: with two warps a thread has room for 64 numbers of the result; beside tf32x3's halves for 32, of 32 rows.
     """
+    if precision == "tf32x3":
+        return replace(settings, block_i=min(settings.block_i, 32), block_j=min(settings.block_j, 128), num_warps=4)
     if settings.block_i < 64:
         return settings
-    columns = max(16, (64 * 32 if precision == "tf32x3" else 64 * 64) // settings.block_i)
-    return replace(settings, num_warps=2, block_j=min(settings.block_j, columns))
+    columns = 64 * 64 // settings.block_i
+    return replace(settings, block_j=max(16, min(settings.block_j, columns)), num_warps=2)
 
 
 def candidates(
@@ -217,9 +219,9 @@ def candidates(
         return [wide, replace(wide, block_i=64, block_j=64, num_warps=4)]
     if needs_registers(dtype, precision, arch, tma=tma, along=along):
         depth = 32 if dtype == "float32" else 64
-        wide = Product(64, 64, depth, 2, 4, "compiled: mma.sync: 64 columns, or 32 of tf32x3", tma=tma, max_registers=255)
-        tiny = replace(wide, block_i=32, block_j=32, num_warps=4, reason="derived: 32×32: a small result")
-        return [from_registers(wide, precision), tiny]
+        reason = "compiled: mma.sync: two warps a program, or 32 rows"
+        wide = from_registers(Product(64, 128, depth, 2, 4, reason, tma=tma, max_registers=255), precision)
+        return [wide, replace(wide, block_i=32, block_j=32, num_warps=4, reason="derived: 32×32: a small result")]
     if dtype in ("float32", "float64"):
         # Compiled: left to itself, ptxas rounds the registers of these down to a step of occupancy and spills 4–20
         # bytes for it; with 255 allowed they take what they need. Before Hopper, whose tensor cores read shared memory,
@@ -315,6 +317,7 @@ def choose_dgrad(
     `along` as in `candidates`: a weight's rows lie across the sum.
     """
     chosen = choose_product(m, k, n, dtype, precision, arch, vec=vec, tma=tma, along=along)
+    may_fuse = may_fuse and not needs_registers(dtype, precision, arch, tma=tma, along=along)
     return fuse_dz(chosen, k, dtype, arch) if may_fuse else chosen
 
 
@@ -336,7 +339,7 @@ def choose_wgrad(
     tiles = candidates(m, dtype, precision, arch, vec, tma, along=False)
     filling = [tile for tile in tiles if fills(tile.tiles(n, k) * most_splits(tile), arch)]
     chosen = fitted((filling or tiles[-1:])[0], n, k, m, dtype, arch)
-    if may_fuse:
+    if may_fuse and not needs_registers(dtype, precision, arch, tma=tma, along=False):
         chosen = fuse_dz(chosen, k, dtype, arch)
     resident = arch.processors if chosen.block_i * chosen.block_j > 128 * 128 else 2 * arch.processors
     splits = max(1, min(resident // chosen.tiles(n, k), most_splits(chosen)))
@@ -353,7 +356,8 @@ def fuse_dz(chosen: Product, cols: int, dtype: str, arch: Arch) -> Product:
 
     Derived: a pass of its own reads dy and y and writes dz, and the product reads that again: four units of memory
     where the fused form has two. But the loop has three times the instructions, once for each tile column. Compiled:
-    with pointers the fused wgrad spills up to 230 bytes on sm_90, and up to 1,300 where operands lie in registers.
+    with pointers the fused wgrad spills up to 230 bytes on sm_90, and up to 1,300 where operands lie in registers; so
+    it is not for products that `needs_registers` keeps from wgmma.
     """
     if cdiv(cols, chosen.block_j) > 4 or not chosen.tma:
         return chosen

@@ -6,6 +6,7 @@ What a reason begins with is said there too.
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
+from . import triton_versions
 from .launch import (
     INTERPRETED,
     ITEMSIZE,
@@ -16,6 +17,8 @@ from .launch import (
     fills,
     fit,
     fitted,
+    from_registers,
+    needs_registers,
     power_of_2,
     stages_that_fit,
 )
@@ -131,6 +134,8 @@ def choose_conv(
         tiles = [replace(tiles[-1], block_i=rows, block_j=32, num_warps=4, reason="compiled: groups are few columns")]
     filling = [tile for tile in tiles if fills(tile.tiles(i, j) * bundles * classes, arch)]
     chosen = fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
+    if needs_registers(dtype, precision, arch, tma=chosen.tma, along=True):
+        chosen = from_registers(chosen, precision)
     if chosen.tma and whole and l % chosen.block_l:
         return choose_conv(
             n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch,
@@ -170,6 +175,8 @@ def choose_conv_wgrad(
         tile, taps = Product(128, 128, 64, 8, 3, "compiled: 128×128, three taps: dz is read once for them"), 3
     else:
         tile, taps = Product(64, 32, 32, 4, 3, "compiled: 64×32, three taps: dz is read once for them"), 3
+    if needs_registers(dtype, precision, arch, tma=tma, along=False):
+        tile = from_registers(tile, precision)
     tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
     few = tile.block_i * tile.block_j < 64 * 64
     if few:
@@ -218,7 +225,8 @@ def choose_small(
     box = choose_box(pixels, n, p, q, wide=wide)
     if not wgrad:
         return Convolution(pixels, channels, k, warps, 1, reason, box=box, max_registers=unrounded(arch))
-    chosen = Convolution(channels, k, pixels, warps, 2, reason, box=box, max_registers=unrounded(arch))
+    stages = 1 if arch.has_wgmma and not triton_versions.fences_copies() else 2
+    chosen = Convolution(channels, k, pixels, warps, stages, reason, box=box, max_registers=unrounded(arch))
     boxes = chosen.boxes(n, p, q)
     # Derived: four programs a processor hide each other's gathers; splits of under four boxes mostly write results.
     splits = max(1, min(4 * arch.processors // cdiv(o, channels), cdiv(boxes, 4)))
