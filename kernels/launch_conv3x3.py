@@ -131,6 +131,8 @@ def choose_conv(
         # Compiled: an address for each element, where groups are taken apart, spills at 128×32 with Triton 3.6; in
         # float64, or four times in one kernel, at 64×32.
         rows = 16 if ITEMSIZE[dtype] == 8 else 64 if classes == 1 else 32
+        if needs_registers(dtype, precision, arch, tma=False, along=True):
+            rows = min(rows, 32)  # compiled: two warps would hold too many addresses each; 32 rows are no wgmma either
         tiles = [replace(tiles[-1], block_i=rows, block_j=32, num_warps=4, reason="compiled: groups are few columns")]
     filling = [tile for tile in tiles if fills(tile.tiles(i, j) * bundles * classes, arch)]
     chosen = fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
