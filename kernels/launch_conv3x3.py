@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from math import prod
 
+from .. import versions
 from .launch import (
     INTERPRETED,
     ITEMSIZE,
@@ -17,6 +18,8 @@ from .launch import (
     fills,
     fit,
     fitted,
+    from_registers,
+    needs_registers,
     power_of_2,
     stages_that_fit,
 )
@@ -142,9 +145,13 @@ def choose_conv(
         # Compiled: an address for each element, where groups are taken apart, spills at 128×32 with Triton 3.6; in
         # float64, or four times in one kernel, at 64×32.
         rows = 16 if ITEMSIZE[dtype] == 8 else 64 if classes == 1 else 32
+        if needs_registers(dtype, precision, arch, tma=False, along=True):
+            rows = min(rows, 32)  # compiled: two warps would hold too many addresses each; 32 rows are no wgmma either
         tiles = [replace(tiles[-1], block_i=rows, block_j=32, num_warps=4, reason="compiled: groups are few columns")]
     filling = [tile for tile in tiles if fills(tile.tiles(i, j) * bundles * classes, arch)]
     chosen = fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
+    if needs_registers(dtype, precision, arch, tma=chosen.tma, along=True):
+        chosen = from_registers(chosen, precision)
     if chosen.tma and whole and l % chosen.block_l:
         return choose_conv(
             n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch,
@@ -189,6 +196,8 @@ def choose_conv_wgrad(
         tile, taps = Product(128, j, 32, 8, 3, f"compiled: 128×{j}, three taps: dz is read once for them"), 3
     else:
         tile, taps = Product(64, 32, 32, 4, 3, "compiled: 64×32, three taps: dz is read once for them"), 3
+    if needs_registers(dtype, precision, arch, tma=tma, along=False):
+        tile = from_registers(tile, precision)
     tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
     few = tile.block_i * tile.block_j < 64 * 64
     if few:
@@ -233,7 +242,8 @@ def choose_small(
     box = choose_box(pixels, n, p, q, wide=wide)
     if not wgrad:
         return Convolution(pixels, channels, k, warps, 1, reason, box=box, max_registers=unrounded(arch))
-    chosen = Convolution(channels, k, pixels, warps, 2, reason, box=box, max_registers=unrounded(arch))
+    stages = 1 if arch.has_wgmma and not versions.fences_copies() else 2
+    chosen = Convolution(channels, k, pixels, warps, stages, reason, box=box, max_registers=unrounded(arch))
     boxes = chosen.boxes(n, p, q)
     # Derived: four programs a processor hide each other's gathers; splits of under four boxes mostly write results.
     splits = max(1, min(4 * arch.processors // cdiv(o, channels), cdiv(boxes, 4)))

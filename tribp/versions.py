@@ -1,14 +1,12 @@
 """The versions of torch and triton that the tests were run with, and what the library does differently among them.
 
-Importing this module imports no triton: the fallback does without it.
+Importing this module imports neither: launch rules do without torch, and the fallback without triton.
 """
 
 import functools
 import re
 import warnings
 from typing import Any
-
-import torch
 
 Version = tuple[int, int]
 
@@ -35,6 +33,8 @@ def triton_version() -> Version:
 
 def warn_if_untested() -> None:
     """Warn, in one line, if torch or triton is newer than any the tests were run with."""
+    import torch
+
     installed = (("torch", parse(torch.__version__), NEWEST_TORCH), ("triton", triton_version(), NEWEST_TRITON))
     newer = [
         f"{name} {major}.{minor} (newest tested: {newest[0]}.{newest[1]})"
@@ -49,6 +49,20 @@ def warn_if_untested() -> None:
 def descriptor_unit(itemsize: int, interpreted: bool) -> int:
     """Elements that every stride of a tensor descriptor is a multiple of: 16 bytes, in Triton 3.5's interpreter 16."""
     return 16 if interpreted and triton_version() < (3, 6) else 16 // itemsize
+
+
+def descriptors_round_to_tf32() -> bool:
+    """Whether a host TensorDescriptor can round float32 to TF32 as it loads: `round_f32_to_tf32`, since Triton 3.7."""
+    return triton_version() >= (3, 7)
+
+
+def fences_copies() -> bool:
+    """Whether wgmma sees what `cp.async` copied: Triton 3.7 puts the fence between them that PTX asks for.
+
+    3.5 and 3.6 do not, https://github.com/triton-lang/triton/pull/10537. 3.5 besides gives such a tile a place too few
+    in shared memory, https://github.com/triton-lang/triton/issues/8554.
+    """
+    return triton_version() >= (3, 7)
 
 
 def mend_interpreter() -> None:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import common
 from ..kernels import relayout as kernels
@@ -14,7 +13,7 @@ from ..kernels.launch_conv3x3 import Box, choose_relayout
 from ..runtime import dtype_name
 from ..versions import descriptor_unit
 from .calls import scratch
-from .launching import Launch, accumulator, partials_of, second_pass, vector_length
+from .launching import Launch, accumulator, descriptor, partials_of, second_pass, vector_length
 
 
 class Image(NamedTuple):
@@ -26,7 +25,9 @@ class Image(NamedTuple):
     vec: int  # elements, 16 bytes at most, that divide the other strides, the contiguous length and the address
     tma: bool  # whether a tensor descriptor can describe it
 
-    def argument(self, use_tma: bool, box: Box, channels: int, step: tuple[int, int] = (1, 1)) -> object:
+    def argument(
+        self, use_tma: bool, box: Box, channels: int, precision: str, step: tuple[int, int] = (1, 1)
+    ) -> object:
         """The kernel argument: the tensor itself, or a descriptor of boxes of every step-th pixel (`load_box`)."""
         if not use_tma:
             return self.tensor
@@ -37,7 +38,7 @@ class Image(NamedTuple):
         if box[1] * box[2] == 1:
             for dimensions in (shape, strides, block):
                 dimensions.insert(3, dimensions.pop(0))
-        return TensorDescriptor(self.tensor, shape, strides, block)
+        return descriptor(self.tensor, shape, strides, block, precision)
 
 
 def image(tensor: Tensor, last: bool) -> Image:
