@@ -1,6 +1,6 @@
 """The executor against numpy and torch: products through tiny Triton kernels, opcodes and mistakes in PTX by hand.
 
-    cd <a tribp checkout>; PYTHONPATH=<the folder of ptx> python -m pytest -p no:cacheprovider <this file>
+cd <a tribp checkout>; PYTHONPATH=<the folder of ptx> python -m pytest -p no:cacheprovider <this file>
 """
 
 import os
@@ -21,7 +21,20 @@ from tests.executor.run import executed
 
 
 @triton.jit
-def product(a, b, c, sam, sak, sbk, sbn, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+def product(
+    a,
+    b,
+    c,
+    sam,
+    sak,
+    sbk,
+    sbn,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     x = tl.load(a + m[:, None] * sam + k[None, :] * sak)
     y = tl.load(b + k[:, None] * sbk + n[None, :] * sbn)
@@ -84,11 +97,16 @@ def one(code, *inputs, out=torch.int32):
     body = ""
     for n, t in enumerate(tensors):
         if t.element_size() == 8:
-            body += f"shl.b64 %rd51, %rd50, 1;\nadd.s64 %rd52, %rd{n + 1}, %rd51;\nld.global.b64 %rd{10 + n}, [%rd52];\n"
+            body += (
+                f"shl.b64 %rd51, %rd50, 1;\nadd.s64 %rd52, %rd{n + 1}, %rd51;\nld.global.b64 %rd{10 + n}, [%rd52];\n"
+            )
         else:
             body += f"add.s64 %rd52, %rd{n + 1}, %rd50;\nld.global.b32 %r{10 + n}, [%rd52];\n"
     wide = result.element_size() == 8
-    body += code + f"\n{'shl.b64 %rd50, %rd50, 1;' if wide else ''}\nadd.s64 %rd52, %rd{len(tensors) + 1}, %rd50;\nst.global.{'b64' if wide else 'b32'} [%rd52], %r{'d' if wide else ''}20;"
+    body += (
+        code
+        + f"\n{'shl.b64 %rd50, %rd50, 1;' if wide else ''}\nadd.s64 %rd52, %rd{len(tensors) + 1}, %rd50;\nst.global.{'b64' if wide else 'b32'} [%rd52], %r{'d' if wide else ''}20;"
+    )
     _, kinds = run(body, *tensors, result)
     assert not kinds, kinds
     return result.numpy()
@@ -259,7 +277,10 @@ def test_gaps_of_a_strided_tensor_are_not_written():
 def test_what_is_counted():
     t = torch.zeros(32 * 32, dtype=torch.int32)
     for stride, sectors in ((1, 4), (2, 8), (8, 32), (32, 32)):
-        counts, kinds = run(f"mul.lo.s32 %r2, %r1, {4 * stride};\ncvt.u64.u32 %rd51, %r2;\nadd.s64 %rd10, %rd1, %rd51;\nld.global.b32 %r5, [%rd10];", t)
+        counts, kinds = run(
+            f"mul.lo.s32 %r2, %r1, {4 * stride};\ncvt.u64.u32 %rd51, %r2;\nadd.s64 %rd10, %rd1, %rd51;\nld.global.b32 %r5, [%rd10];",
+            t,
+        )
         assert not kinds
         found = counts.total("global", "load")
         assert (found.parts, found.ideal, found.requests, found.bytes) == (sectors, 4, 1, 128)
