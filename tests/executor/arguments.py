@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .findings import Refused
+from .findings import RefusedError
 from .parse import Kernel
 from .tensor_copies import DATA_TYPES, TensorMap
 
@@ -56,16 +56,16 @@ def tensor_map(descriptor: Any, meta: dict[str, Any]) -> TensorMap:
     """The map that Triton's driver makes of a host TensorDescriptor (driver.py, make_tensordesc_arg; driver.c).
 
     meta: swizzle, elem_size, elem_type, block_size (the box, outermost first: a block wider than the swizzle's span
-    takes several), fp4_padded. Raises Refused for what cuTensorMapEncodeTiled refuses.
+    takes several), fp4_padded. Raises RefusedError for what cuTensorMapEncodeTiled refuses.
     """
     shape, strides, itemsize = list(descriptor.shape), list(descriptor.strides), meta["elem_size"]
     if meta["fp4_padded"] or meta.get("is_im2col", False) or strides[-1] != 1:
-        raise Refused(f"a tensor map of strides {strides} by {meta}: the executor does not know these")
+        raise RefusedError(f"a tensor map of strides {strides} by {meta}: the executor does not know these")
     kind = _DEVICE_TO_HOST.get(meta["elem_type"], meta["elem_type"])
     if getattr(descriptor, "round_f32_to_tf32", False):
         kind = _TF32
     if DATA_TYPES[kind][1] != itemsize:
-        raise Refused(f"a tensor map of {itemsize} bytes an element of type {DATA_TYPES[kind][0]}")
+        raise RefusedError(f"a tensor map of {itemsize} bytes an element of type {DATA_TYPES[kind][0]}")
     return TensorMap(
         address=descriptor.base.data_ptr(),
         data_type=kind,

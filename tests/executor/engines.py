@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from . import mbarriers
 from .arrays import UNSIGNED, Array
-from .findings import Refused, Stop
+from .findings import RefusedError, StoppedError
 from .ops_memory import note_readers, note_writers
 from .parse import Instruction
 from .tensor_copies import POISON, TensorCopies
@@ -97,7 +98,7 @@ class Engines:
     def __init__(self, machine: Machine) -> None:
         self.machine, shared = machine, machine.shared
         if shared.size > SHARED_MEMORY:
-            raise Refused(f"{shared.size} bytes of shared memory; a CTA may have {SHARED_MEMORY}")
+            raise RefusedError(f"{shared.size} bytes of shared memory; a CTA may have {SHARED_MEMORY}")
         self.thread = self.polls = 0
         self.smem = [shared.bytes[shared.part(c)] for c in range(machine.C)]
         self.proxies = [AsyncProxy(self, c) for c in range(machine.C)]
@@ -117,8 +118,10 @@ class Engines:
         self.say("asynchrony", sentence)
 
     def finish(self) -> None:
-        for unit in [*self.queues, *self.copies]:
-            unit.finish()
+        for queue in self.queues:
+            queue.finish()
+        for copies in self.copies:
+            copies.finish()
 
     # wgmma.
 
@@ -134,6 +137,9 @@ class Engines:
         """(registers, threads); of those that were never written, zeros."""
         missing = np.zeros(self.machine.T, np.uint32)
         return np.stack([missing if (v := self.machine.regs[n]) is None else v for n in numbers])
+
+    def _of_warpgroup(self, g: int, numbers: Sequence[int]) -> Array:
+        return self.registers(numbers)[:, part_of(g)]
 
     def _assign(self, numbers: Sequence[int], of_group: dict[int, Array]) -> None:
         """New values of the registers, (registers, 128), in some warpgroups."""
@@ -175,8 +181,7 @@ class Engines:
         results: dict[Any, dict[int, Array]] = {}
         for g in self.warpgroups(active):
             self.thread = g * WARPGROUP
-            now = lambda numbers, g=g: self.registers(numbers)[:, part_of(g)]
-            for dest, d in self.queues[g].wait(pending, now):
+            for dest, d in self.queues[g].wait(pending, functools.partial(self._of_warpgroup, g)):
                 results.setdefault(dest, {})[g] = d
         for numbers, of_group in results.items():
             self._assign(numbers, of_group)
@@ -210,7 +215,7 @@ class Engines:
         self.polls = 0 if done.any() else self.polls + 1
         if self.polls > PATIENCE:
             barrier = mbarriers.Mbarrier.at(self.smem[int(cta[0])], int(address[0]))
-            raise Stop(f"nobody completes the phase: {barrier}")
+            raise StoppedError(f"nobody completes the phase: {barrier}")
         return done
 
 

@@ -10,11 +10,11 @@ from .arrays import Array, distinct
 SAMPLES = 1024  # requests of a memory instruction whose sectors or bank conflicts are counted; others are like them
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     """The kernel can't go on."""
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A program asks for what the hardware refuses."""
 
 

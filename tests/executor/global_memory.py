@@ -18,10 +18,12 @@ class GlobalMemory:
 
     def __init__(self) -> None:
         size = (1 << 47) - BASE
-        raw = np.frombuffer((ctypes.c_uint8 * size).from_address(BASE), dtype=np.uint8)
+        raw: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(BASE))
         self._views = {n: raw.view(U) for n, U in UNSIGNED.items()}
         self.searching = False  # whether any tensor that is alive may be meant, because tables hold addresses
-        self.writers = np.zeros(0, np.int32)  # the CTA that wrote, plus 1, of every two bytes
+        self.starts: Array = np.zeros(0, np.int64)  # of the ranges that tensors lie in
+        self.ends, self.shift = self.starts, self.starts  # shift: from an address to its place in the tables
+        self.writers: Array = np.zeros(0, np.int32)  # the CTA that wrote, plus 1, of every two bytes
         self.start_launch()
         self._build()
 
@@ -50,11 +52,12 @@ class GlobalMemory:
         for (low, high, _), tensor in sorted(self._spans.items(), key=lambda item: item[0][:2]):
             start, end, parts = merged.pop() if merged and low < merged[-1][1] else (low, high, [])
             merged.append((start, max(end, high), [*parts, (low, high, tensor)]))
-        old = (self.starts, self.shift, self.ends, self.writers) if len(self.writers) else None
+        before = zip(self.starts, self.shift, self.ends, strict=True) if len(self.writers) else ()
+        writers = self.writers
         self.starts = np.array([start for start, _, _ in merged], dtype=np.int64)
         self.ends = np.array([end for _, end, _ in merged], dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(self.ends - self.starts)]).astype(np.int64)
-        self.shift = offsets[:-1] - self.starts  # from an address to its place in the tables below
+        self.shift = offsets[:-1] - self.starts
         self._elements = None
         shifted = zip(merged, self.shift.tolist(), strict=True)
         parts = [(low + shift, high - low, tensor) for (_, _, m), shift in shifted for low, high, tensor in m]
@@ -63,11 +66,11 @@ class GlobalMemory:
             for at, size, tensor in parts:
                 _elements_of(tensor, self._elements[at : at + size])[...] = True
         self.writers = np.zeros((int(offsets[-1]) >> 1) + 2, dtype=np.int32)
-        for start, shift, end in zip(*old[:3], strict=True) if old is not None else ():
+        for start, shift, end in before:
             k = int(np.searchsorted(self.starts, start, "right") - 1)
             if k >= 0 and end <= self.ends[k]:
-                new, before, n = int(start + self.shift[k]) >> 1, int(start + shift) >> 1, int(end - start) >> 1
-                self.writers[new : new + n] = old[3][before : before + n]
+                new, old, n = int(start + self.shift[k]) >> 1, int(start + shift) >> 1, int(end - start) >> 1
+                self.writers[new : new + n] = writers[old : old + n]
         self._stale = False
 
     def forget_writers(self) -> None:
@@ -99,7 +102,7 @@ class GlobalMemory:
         if not len(self.starts):
             return np.zeros(len(addresses), np.int64), np.zeros(len(addresses), np.bool_)
         low, high = int(addresses.min()), int(addresses.max())
-        one = bisect.bisect_right(self.starts, low) - 1  # type: ignore[arg-type]
+        one = bisect.bisect_right(self.starts, low) - 1
         if one >= 0 and high + size <= self.ends[one]:
             return np.full(len(addresses), one), np.ones(len(addresses), np.bool_)
         n = np.searchsorted(self.starts, addresses, "right") - 1

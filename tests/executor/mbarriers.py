@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass
 
 from .arrays import Array
-from .findings import Refused
+from .findings import RefusedError
 
 _COUNT = (1 << 20) - 1
 _BYTES = 1 << 22
@@ -17,7 +17,7 @@ _INVALID = (1 << 64) - 1
 
 @dataclass
 class Mbarrier:
-    """The state of one. Raises Refused where there is none."""
+    """The state of one. Raises RefusedError where there is none."""
 
     smem: Array
     address: int
@@ -31,14 +31,16 @@ class Mbarrier:
         _check_place(address)
         (bits,) = struct.unpack_from("<Q", smem, address)
         if not bits >> 63 or bits == _INVALID:
-            raise Refused(f"no mbarrier at {address:#x}: never initialized, invalidated, or overwritten ({bits:#x})")
+            raise RefusedError(
+                f"no mbarrier at {address:#x}: never initialized, invalidated, or overwritten ({bits:#x})"
+            )
         coming = bits >> 41 & (_BYTES - 1)
         coming -= _BYTES if coming >= _BYTES // 2 else 0
         return cls(smem, address, bits & 1, bits >> 1 & _COUNT, bits >> 21 & _COUNT, coming)
 
     def put(self) -> None:
         if not -(1 << 20) < self.coming < 1 << 20:
-            raise Refused(f"mbarrier at {self.address:#x}: {self.coming} bytes to come, out of range")
+            raise RefusedError(f"mbarrier at {self.address:#x}: {self.coming} bytes to come, out of range")
         if self.pending == 0 and self.coming == 0:  # the phase is complete: 9.7.13.15.5
             self.parity, self.pending = self.parity ^ 1, self.expected
         bits = 1 << 63 | (self.coming & (_BYTES - 1)) << 41 | self.expected << 21 | self.pending << 1 | self.parity
@@ -53,13 +55,13 @@ class Mbarrier:
 
 def _check_place(address: int) -> None:
     if address % 8:
-        raise Refused(f"mbarrier at {address:#x}: not a multiple of 8")
+        raise RefusedError(f"mbarrier at {address:#x}: not a multiple of 8")
 
 
 def init(smem: Array, address: int, count: int) -> None:
     _check_place(address)
     if not 0 < count <= _COUNT:
-        raise Refused(f"mbarrier.init at {address:#x} with count {count}")
+        raise RefusedError(f"mbarrier.init at {address:#x} with count {count}")
     Mbarrier(smem, address, pending=count, expected=count).put()
 
 
@@ -71,7 +73,7 @@ def invalidate(smem: Array, address: int) -> None:
 def arrive(smem: Array, address: int, count: int = 1) -> None:
     barrier = Mbarrier.at(smem, address)
     if count > barrier.pending:
-        raise Refused(f"mbarrier at {address:#x}: {count} arrivals where {barrier.pending} are pending")
+        raise RefusedError(f"mbarrier at {address:#x}: {count} arrivals where {barrier.pending} are pending")
     barrier.pending -= count
     barrier.put()
 

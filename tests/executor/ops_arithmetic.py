@@ -92,11 +92,10 @@ def _mul(i: Instruction, program: Program) -> Act:
     if kind in FLOATS:
         return floating(i, program, (fma64 if kind == "f64" else fma32) if adds else ARITHMETIC["mul"], 2 + adds)
     result = _WIDER[kind] if i.has("wide") else kind
-    product: Function = ARITHMETIC["mul"]
-    if i.has("wide"):
-        product = lambda a, b: np.multiply(a, b, dtype=TYPES[result])
-    elif i.has("hi"):
-        product = lambda a, b: _high(a, b, kind)
+
+    def product(a: Array, b: Array) -> Array:
+        return _high(a, b, kind) if i.has("hi") else np.multiply(a, b, dtype=TYPES[result])
+
     if not adds:
         return compute(i, program, product, [kind, kind])
     return compute(i, program, lambda a, b, c: product(a, b) + c, [kind, kind, result])
@@ -138,7 +137,7 @@ def _div(i: Instruction, program: Program) -> Act:
     def act(m: Machine, active: Array | None) -> None:
         a, b = (np.broadcast_to(read(m), m.T) for read in reads)
         zero = (b == 0) if active is None else (b == 0) & active
-        m.report("division by zero", zero, m.every, lambda k: i.opcode)
+        m.report("division by zero", zero, m.every, i.opcode)
         quotient = _quotient(a, b)
         m.set(target, quotient if i.name == "div" else a - quotient * b, active)
 

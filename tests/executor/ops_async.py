@@ -10,7 +10,7 @@ import numpy as np
 from . import mbarriers
 from .arrays import UNSIGNED, Array, log2
 from .engines import Engines
-from .findings import Refused
+from .findings import RefusedError
 from .ops import PARAM_WINDOW, Act, op, reader
 from .ops_memory import address_reader, global_places, note_readers, note_shared_write, shared_places
 from .parse import Instruction, Reg, Vector
@@ -162,7 +162,7 @@ def _bulk(i: Instruction, program: Program) -> Act:
             cta = int(m.cta[thread])
             copies, proxy = engines.copies[cta], engines.proxies[cta]
             if (tensor := m.maps.get(param - PARAM_WINDOW)) is None:
-                raise Refused(f"a tensor copy with a map at {param:#x}, where no parameter is one")
+                raise RefusedError(f"a tensor copy with a map at {param:#x}, where no parameter is one")
             engines.thread, proxy.tag = thread, int(m.warp_tag[thread])
             if store:
                 copies.store(thread % m.per_cta, tensor, others, at, f"line {i.line}")
@@ -262,6 +262,6 @@ def _wgmma(i: Instruction, program: Program) -> Act:
     in_registers = isinstance(a, Vector)
     reads = [reader(b, "u64", program), *(number(operand) for operand in (accumulate, *scales))]
     reads += [] if in_registers else [reader(a, "u64", program)]
-    numbers_of = lambda vector: tuple(reg.index for reg in vector.items)
-    dest, a_registers = numbers_of(d), numbers_of(a) if in_registers else ()
+    dest = tuple(reg.index for reg in d.items)
+    a_registers = tuple(reg.index for reg in a.items) if in_registers else ()
     return lambda m, active: m.unit(Engines).mma(form, i, dest, a_registers, reads, active)

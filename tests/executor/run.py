@@ -104,7 +104,9 @@ def _pretending(target: str, auto: str) -> Iterator[None]:
         # Triton keeps the launcher, and with it this function, of the first block that launched a kernel.
         _reports[-1].perform(_compiled[metadata.hash], grid, arguments)
 
-    backend_of = lambda tensor: auto if runtime.backend() == "auto" else runtime.backend()
+    def backend_of(tensor: torch.Tensor) -> str:
+        return auto if runtime.backend() == "auto" else runtime.backend()
+
     with (
         mock.patch.object(CompiledKernel, "_init_handles", remember),
         pretending(ARCHS[target], performed),

@@ -19,9 +19,8 @@ class SharedMemory:
         self.pitch = -(-max(size, 16) // 128) * 128
         self.bytes, self._state, self._writer, self._reader = (_aligned(ctas * self.pitch) for _ in range(4))
         self.bytes[:] = 0xFF  # NaN of every type: what nobody has written must not look like a zero
-        views = lambda raw: {n: raw.view(U) for n, U in UNSIGNED.items()}
-        self.data, self.state = views(self.bytes), views(self._state)  # state: 1 written, 2 a copy is on its way
-        self.writer, self.reader = views(self._writer), views(self._reader)
+        self.data, self.writer, self.reader = _views(self.bytes), _views(self._writer), _views(self._reader)
+        self.state = _views(self._state)  # 1: written, 2: a copy is on its way
         self.fences = ProxyFences(ctas * self.pitch) if races and async_proxy else None
         self.ones = {n: U(int("01" * n, 16)) for n, U in UNSIGNED.items()}  # 1 in every byte
 
@@ -150,6 +149,10 @@ class ProxyFences:
 
 def _in_words(part: slice) -> slice:
     return slice(*(None if end is None else end // 4 for end in (part.start, part.stop)))
+
+
+def _views(raw: Array) -> dict[int, Array]:
+    return {n: raw.view(dtype) for n, dtype in UNSIGNED.items()}
 
 
 def _aligned(total: int) -> Array:

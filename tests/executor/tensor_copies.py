@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from .arrays import UNSIGNED, Array
-from .findings import Refused
+from .findings import RefusedError
 from .formats import to_tf32
 from .mbarriers import Mbarrier, expect_bytes, passed
 from .wgmma import Proxy, in_chunks, swizzled
@@ -37,7 +37,7 @@ class Rows(Protocol):
 class TensorMap:
     """What cuTensorMapEncodeTiled is told. Dimensions from the innermost on, strides in bytes.
 
-    Raises Refused for what that function refuses.
+    Raises RefusedError for what that function refuses.
     """
 
     address: int
@@ -61,7 +61,7 @@ class TensorMap:
             (self.swizzle == 0 or inner <= self.span, f"the box's inner {inner} bytes exceed a swizzle of {self.span}"),
         ]
         if broken := [what for holds, what in rules if not holds]:
-            raise Refused(f"tensor map of {self.dims}: {'; '.join(broken)}")
+            raise RefusedError(f"tensor map of {self.dims}: {'; '.join(broken)}")
 
     @property
     def type_name(self) -> str:
@@ -170,11 +170,11 @@ class TensorCopies:
 
     def _chunks(self, tensor: TensorMap, coordinates: Sequence[int], address: int, what: str) -> Array:
         if len(coordinates) != tensor.rank:
-            raise Refused(f"{what} with {len(coordinates)} coordinates for a tensor map of rank {tensor.rank}")
+            raise RefusedError(f"{what} with {len(coordinates)} coordinates for a tensor map of rank {tensor.rank}")
         if address % 128:
-            raise Refused(f"{what} at shared address {address:#x}, no multiple of 128")
+            raise RefusedError(f"{what} at shared address {address:#x}, no multiple of 128")
         if address + tensor.box_bytes > len(self.smem):
-            raise Refused(f"{what} of {tensor.box_bytes} bytes at {address:#x} passes the end of shared memory")
+            raise RefusedError(f"{what} of {tensor.box_bytes} bytes at {address:#x} passes the end of shared memory")
         return tensor.chunks(address)
 
     # Loads: cp.async.bulk.tensor.*.shared::cta.global.mbarrier::complete_tx::bytes

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .arrays import Array
-from .findings import Refused
+from .findings import RefusedError
 from .formats import rounded, values_of
 
 WARPGROUP = 128
@@ -111,7 +111,7 @@ def gather_tile(smem: Array, d: Descriptor, rows: int, k: int, itemsize: int, mn
     """The bits of a rows × k operand, as uint16 or uint32."""
     chunks = tile_chunks(d, rows, k, itemsize, mn_major)
     if (end := int(chunks.max()) + 16) > len(smem):
-        raise Refused(f"wgmma reads shared memory up to {end:#x} of {len(smem):#x}: {d}")
+        raise RefusedError(f"wgmma reads shared memory up to {end:#x} of {len(smem):#x}: {d}")
     values = in_chunks(smem)[chunks >> 4].view({2: np.uint16, 4: np.uint32}[itemsize])  # (a, b, 16 bytes)
     return values.transpose(0, 2, 1).reshape(rows, k) if mn_major else values.reshape(rows, k)
 
@@ -142,7 +142,7 @@ def d_to_matrix(registers: Array, n: int, half: bool) -> Array:
     Thread 32w + 4g + t: element 4j + 2h + e is (16w + 8h + g, 8j + 2t + e); of float16, two share a register.
     """
     if half:
-        parts = np.ascontiguousarray(registers).view(np.float16).reshape(n // 8, 2, 4, 8, 4, 2)  # j h w g t e
+        parts: Array = np.ascontiguousarray(registers).view(np.float16).reshape(n // 8, 2, 4, 8, 4, 2)  # j h w g t e
         return parts.transpose(2, 1, 3, 0, 4, 5).reshape(64, n)
     parts = np.ascontiguousarray(registers).view(np.float32).reshape(n // 8, 2, 2, 4, 8, 4)  # j h e w g t
     return parts.transpose(3, 1, 4, 0, 5, 2).reshape(64, n)
@@ -200,7 +200,7 @@ class Wgmma:
 
 @dataclass(eq=False)
 class Product:
-    """One wgmma of a program. Raises Refused for what the hardware does not do."""
+    """One wgmma of a program. Raises RefusedError for what the hardware does not do."""
 
     form: Wgmma
     dest: Hashable  # names of D's registers
@@ -217,7 +217,7 @@ class Product:
         """The bits of A (64 × k) and of B's transpose (n × k)."""
         form = self.form
         if any(self.trans) and form.itemsize != 2:
-            raise Refused("wgmma: only 16-bit operands can be M- or N-major")
+            raise RefusedError("wgmma: only 16-bit operands can be M- or N-major")
         if isinstance(self.a, np.ndarray):
             left = a_from_registers(self.a, form.itemsize)
         else:
