@@ -112,7 +112,7 @@ class Engines:
         ]
 
     def say(self, kind: str, sentence: str, count: int = 1) -> None:
-        self.machine.problem(kind, self.thread, sentence, count)
+        self.machine.problem(kind, self.thread, sentence, count=count)
 
     def _asynchrony(self, sentence: str) -> None:
         self.say("asynchrony", sentence)

@@ -1,6 +1,7 @@
 """What a launch is found to have done wrong, and what it cost."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -32,17 +33,21 @@ class Problem:
 
 
 class Problems(list[Problem]):
-    """Each kind of problem of an instruction once, with how often it was seen."""
+    """Each sentence about an instruction once, with how often it was true."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str, str], Problem] = {}
+        self._known: dict[tuple[str, ...], Problem] = {}
 
-    def add(self, kind: str, kernel: str, where: str, thread: str, detail: str, count: int = 1) -> None:
-        if (known := self._known.get((kind, kernel, where))) is not None:
-            known.count += count
+    def add(
+        self, kind: str, kernel: str, where: str, thread: str, detail: str, values: Sequence[int] = (), count: int = 1
+    ) -> None:
+        """detail: with braces for the values, which alone do not make another problem."""
+        key = (kind, kernel, where, detail)
+        if key in self._known:
+            self._known[key].count += count
         else:
-            self._known[kind, kernel, where] = problem = Problem(kind, kernel, where, thread, detail, count)
-            self.append(problem)
+            self._known[key] = Problem(kind, kernel, where, thread, detail.format(*values), count)
+            self.append(self._known[key])
 
 
 @dataclass

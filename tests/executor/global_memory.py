@@ -14,18 +14,15 @@ BASE = 4096  # addresses below are nobody's
 
 
 class GlobalMemory:
-    """Reads and writes of many threads at once, which bytes are tensors' elements, and which CTA wrote them."""
+    """Reads and writes of many threads at once; which bytes are tensors' elements, which CTA wrote and read them."""
+
+    MANY = -1
 
     def __init__(self) -> None:
         size = (1 << 47) - BASE
         raw: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(BASE))
         self._views = {n: raw.view(U) for n, U in UNSIGNED.items()}
-        self.searching = False  # whether any tensor that is alive may be meant, because tables hold addresses
-        self.starts: Array = np.zeros(0, np.int64)  # of the ranges that tensors lie in
-        self.ends, self.shift = self.starts, self.starts  # shift: from an address to its place in the tables
-        self.writers: Array = np.zeros(0, np.int32)  # the CTA that wrote, plus 1, of every two bytes
         self.start_launch()
-        self._build()
 
     # What may be touched.
 
@@ -33,7 +30,9 @@ class GlobalMemory:
         self._spans: dict[tuple[Any, ...], torch.Tensor | None] = {}  # by first and last address and, of gaps, shape
         self._searched: set[int] = set()
         self._stale = True
-        self.searching = False
+        self.searching = False  # whether any tensor that is alive may be meant, because tables hold addresses
+        self.starts = self.ends = self.shift = np.zeros(0, np.int64)  # ranges; from an address to a place in the tables
+        self.writers = self.readers = np.zeros(0, np.int32)  # the CTA plus 1, of every two bytes; MANY, if several
 
     def allow(self, tensor: torch.Tensor) -> None:
         if not tensor.numel():
@@ -52,8 +51,7 @@ class GlobalMemory:
         for (low, high, _), tensor in sorted(self._spans.items(), key=lambda item: item[0][:2]):
             start, end, parts = merged.pop() if merged and low < merged[-1][1] else (low, high, [])
             merged.append((start, max(end, high), [*parts, (low, high, tensor)]))
-        before = zip(self.starts, self.shift, self.ends, strict=True) if len(self.writers) else ()
-        writers = self.writers
+        before = list(zip(self.starts, self.shift, self.ends, strict=True))
         self.starts = np.array([start for start, _, _ in merged], dtype=np.int64)
         self.ends = np.array([end for _, end, _ in merged], dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(self.ends - self.starts)]).astype(np.int64)
@@ -65,17 +63,15 @@ class GlobalMemory:
             self._elements = np.zeros(offsets[-1], dtype=np.bool_)
             for at, size, tensor in parts:
                 _elements_of(tensor, self._elements[at : at + size])[...] = True
-        self.writers = np.zeros((int(offsets[-1]) >> 1) + 2, dtype=np.int32)
+        size, kept = (int(offsets[-1]) >> 1) + 2, (self.writers, self.readers)
+        self.writers, self.readers = np.zeros(size, np.int32), np.zeros(size, np.int32)
         for start, shift, end in before:
             k = int(np.searchsorted(self.starts, start, "right") - 1)
             if k >= 0 and end <= self.ends[k]:
                 new, old, n = int(start + self.shift[k]) >> 1, int(start + shift) >> 1, int(end - start) >> 1
-                self.writers[new : new + n] = writers[old : old + n]
+                for table, values in zip((self.writers, self.readers), kept, strict=True):
+                    table[new : new + n] = values[old : old + n]
         self._stale = False
-
-    def forget_writers(self) -> None:
-        self.writers = np.zeros(0, np.int32)
-        self._build()
 
     def _search(self) -> bool:
         """Every tensor that is alive may be meant by an address in a table. Whether there are new ones."""

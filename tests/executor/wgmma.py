@@ -257,8 +257,8 @@ class WgmmaQueue:
         for _, descriptor, _ in product.in_memory():
             if complaint := descriptor.complaint():
                 self.report(f"{product.where}: {complaint}")
-        self._ask_proxy(product, "reads")
         product.operands = product.read(self.smem)
+        self._ask_proxy(product, "reads")
         old, form = None, product.form
         if accumulate:
             old = self.accumulators.get(product.dest)
