@@ -59,6 +59,9 @@ def _driver(arch: Arch, performed: Performed) -> Any:
         def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
             return 0, 0, 0, 0, 1024  # module, function, registers, spills, threads a program may have
 
+        def unload_module(self, module: int) -> None:
+            """Triton calls it from 3.9 on."""
+
         def get_device_properties(self, device: int) -> dict[str, int]:
             return {"max_shared_mem": arch.shared_memory, "multiprocessor_count": arch.processors}
 
