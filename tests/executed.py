@@ -115,8 +115,9 @@ def _name(kernel: Any) -> str:
 
 def _kernels() -> set[str]:
     """Device functions that ask for the number of their program are kernels."""
-    import tribp.kernels
     from triton.runtime.jit import JITFunction
+
+    import tribp.kernels
 
     names = set()
     for module in pkgutil.iter_modules(tribp.kernels.__path__):

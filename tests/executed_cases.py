@@ -103,7 +103,9 @@ SLOW: dict[str, Case] = {
     # Tensor cores of sm_90 read these weights and pixels from registers, or a ring that is summed as well.
     **{
         f"conv, {c} to {o}, {size}, stride {stride}": conv((4, c, size, size), o, stride=stride)
-        for c, o, size, stride in [(64, 128, 14, 1), (64, 256, 14, 2), (64, 512, 7, 1), (128, 64, 8, 1), (128, 128, 8, 2)]
+        for c, o, size, stride in [
+            (64, 128, 14, 1), (64, 256, 14, 2), (64, 512, 7, 1), (128, 64, 8, 1), (128, 128, 8, 2),
+        ]
     },
     **{
         f"conv, wgrad with bias, {n} of {size}": conv((n, 64, size, size), 72, needs="wb")
@@ -134,13 +136,15 @@ SLOW: dict[str, Case] = {
             "depthwise": conv((2, 12, 7, 9), 12, groups=12, stride=2, x=images.cropped),
         }.items()
     },
-    **{f"{lies.title(variant)}, {str(dtype)[6:]}": Rule(*variant, dtype) for variant in lies.VARIANTS for dtype in lies.DTYPES},
+    **{
+        f"{lies.title(variant)}, {str(dtype)[6:]}": Rule(*variant, dtype)
+        for variant, dtype in itertools.product(lies.VARIANTS, lies.DTYPES)
+    },
     **{
         f"{name} beyond, {str(dtype)[6:]}": Beyond(
-            name, (dtype,), {"max_grad_norm": 0.5, "ema_decay": 0.99, "state_dtype": torch.promote_types(dtype, SINGLE)},
-            4.0, WRITABLE,
+            name, (dtype,), {"max_grad_norm": 0.5, "ema_decay": 0.99, "state_dtype": state}, 4.0, WRITABLE
         )
-        for name, dtype in itertools.product(lies.CLASSES, DTYPES)
+        for name, (dtype, state) in itertools.product(lies.CLASSES, zip(DTYPES, (SINGLE, SINGLE, SINGLE, DOUBLE)))
     },
     **{
         f"{name}, stochastic rounding": Beyond(name, (BRAIN, SINGLE), {"stochastic_rounding": True, "seed": 7})

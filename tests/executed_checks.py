@@ -16,7 +16,7 @@ from torch import Tensor
 import tribp
 
 from . import conv3x3_cases, optim_cases
-from .oracle import Conv3x3, LinearSigmoid
+from .oracle import LinearSigmoid
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Layout = Callable[[Tensor], Tensor]
@@ -204,8 +204,8 @@ class Conv(NamedTuple):
 # Several blocks and a rest in every layout: only whole blocks of aligned memory are moved 16 bytes at a time.
 SHAPES = {
     "block and rest": (20_003,), "channels_last": (6, 8, 7, 7), "channels_last, contiguous gradient": (6, 8, 7, 5),
-    "contiguous, channels_last gradient": (6, 8, 5, 7), "transposed": (36, 50), "transposed, contiguous gradient": (45, 36),
-    "permuted, gradient with gaps": (6, 7, 8, 9), "gaps": (40, 33), "gaps, contiguous gradient": (33, 40),
+    "contiguous, channels_last gradient": (6, 8, 5, 7), "transposed": (36, 50),
+    "transposed, contiguous gradient": (45, 36), "permuted, gradient with gaps": (6, 7, 8, 9), "gaps": (40, 33), "gaps, contiguous gradient": (33, 40),
     "misaligned": (1037,), "misaligned gradient": (2050,), "expanded gradient": (36, 44), "0-d": (), "empty": (0, 3),
 }  # fmt: skip
 ALIGNED = ("block and rest", "channels_last", "0-d", "empty")
@@ -230,7 +230,7 @@ class Rule(NamedTuple):
     own: optim_cases.Options
     dtype: torch.dtype = SINGLE
     layouts: Sequence[str] = tuple(SHAPES)
-    second: optim_cases.Options = {}  # noqa: RUF012: more options, of the second group
+    second: optim_cases.Options | None = None  # more options, of the second group
     processors: int = 1
 
     def wrong(self) -> list[str]:
@@ -241,7 +241,7 @@ class Rule(NamedTuple):
             self.own,
             [
                 (optim_cases.common(self.name, 0.0, False, False), params[:half]),
-                (optim_cases.common(self.name, 0.1, True, True) | self.second, params[half:]),
+                (optim_cases.common(self.name, 0.1, True, True) | (self.second or {}), params[half:]),
             ],
         )
         for step in (1, 2, 3):
