@@ -205,7 +205,8 @@ class Conv(NamedTuple):
 SHAPES = {
     "block and rest": (20_003,), "channels_last": (6, 8, 7, 7), "channels_last, contiguous gradient": (6, 8, 7, 5),
     "contiguous, channels_last gradient": (6, 8, 5, 7), "transposed": (36, 50),
-    "transposed, contiguous gradient": (45, 36), "permuted, gradient with gaps": (6, 7, 8, 9), "gaps": (40, 33), "gaps, contiguous gradient": (33, 40),
+    "transposed, contiguous gradient": (45, 36), "permuted, gradient with gaps": (6, 7, 8, 9),
+    "gaps": (40, 33), "gaps, contiguous gradient": (33, 40),
     "misaligned": (1037,), "misaligned gradient": (2050,), "expanded gradient": (36, 44), "0-d": (), "empty": (0, 3),
 }  # fmt: skip
 ALIGNED = ("block and rest", "channels_last", "0-d", "empty")
