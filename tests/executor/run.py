@@ -1,111 +1,149 @@
-"""A GPU made of Python: within `executed(target)`, what Triton compiles for CPU tensors is run, checked and counted.
-
-    with executed("sm_80") as report:
-        y = tribp.linear_sigmoid(x, w, b)
-    report.check()  # raises if the kernels did what compute-sanitizer would report
-    print(report.table())
-
-It must run with a tribp checkout as the current directory (it uses its bench.no_gpu).
-"""
+"""A GPU made of Python: within `executed(target)`, what Triton compiles for CPU tensors is run, checked and counted."""
 
 import contextlib
+import functools
 import gc
-import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
 
-from .hopper import tensor_map
+from .arguments import packed, values_of
+from .findings import Counts, Problems
+from .global_memory import GlobalMemory
 from .machine import Options, launch, program
-from .memory import Counts, GlobalMemory, Problems
+from .table import table
 
+TARGETS = ("sm_80", "sm_90")
 _reports: "list[Report]" = []  # of the blocks that are entered, the innermost last
-_compiled: dict[str, object] = {}  # triton's CompiledKernel by its hash
+_compiled: dict[str, Any] = {}  # triton's CompiledKernel by its hash
+_cached = ""  # the target that Triton's caches are of
 
 
 class Report:
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    """What the kernels in the block did: `problems` and, of each launch, what was counted."""
+
+    def __init__(self, target: str, options: Options) -> None:
+        self.target, self.options = target, options
         self.problems = Problems()
         self.launches: list[Counts] = []
-        self.kept: list[torch.Tensor] = []
         self.memory = GlobalMemory()
+        self._allowed: list[torch.Tensor] = []
 
     def allow(self, *tensors: torch.Tensor) -> None:
-        """Memory that kernels may touch besides their arguments and what is alive in Python."""
-        self.kept += tensors
+        """Memory that kernels may touch besides their arguments."""
+        self._allowed += tensors
 
     def check(self) -> None:
+        """Raise AssertionError, with a line for each, if there were problems."""
         if self.problems:
             raise AssertionError("\n".join(map(str, self.problems)))
 
     def table(self) -> str:
-        from .table import table
-
+        """A line a kernel and setting: how often it was launched, and what that cost."""
         return table(self.launches)
+
+    def perform(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        """One launch of a compiled kernel (triton's CompiledKernel)."""
+        memory = self.memory
+        memory.start_launch()
+        values = values_of(compiled, arguments)
+        tensors = [value[1] if kind == "map" else value for kind, value in values]
+        for tensor in [*self._allowed, *(t for t in tensors if isinstance(t, torch.Tensor))]:
+            memory.allow(tensor)
+        # A table of addresses: any tensor that is alive may be meant.
+        memory.searching = any(isinstance(t, torch.Tensor) and t.dtype == torch.int64 for t in tensors)
+        text, metadata = compiled.asm["ptx"], compiled.metadata
+        params, maps = packed(program(text).kernel, values)
+        x, y, z = (*grid, 1, 1)[:3]
+        counts = launch(text, (x, y, z), params, metadata.shared, memory, self.problems, self.options, maps)
+        sizes = "×".join(str(g) for g in grid if g != 1) or 1
+        counts.settings = f"w{metadata.num_warps} s{metadata.num_stages} grid {sizes}"
+        self.launches.append(counts)
 
 
 @contextlib.contextmanager
-def executed(
-    target: str = "sm_80", options: Options | None = None, poison: bool = True, auto: str = "triton", **settings
-) -> Iterator[Report]:
-    """CPU tensors run on the executed GPU. settings: those of `Options`. poison: new memory holds NaN.
+def executed(target: str = "sm_80", *, auto: str = "triton", poison: bool = True, **settings: Any) -> Iterator[Report]:
+    """Within the `with` block kernels on CPU tensors run on the executed GPU.
 
-    auto: where CPU tensors go if no backend was chosen.
+    target: "sm_80" or "sm_90". auto: the backend of CPU tensors where none was chosen. poison: what torch.empty and its
+    like return holds NaN. settings: fields of `Options`, such as copies="early", schedule="random", order="random",
+    seed. Raises ValueError for another target or setting, RuntimeError under TRITON_INTERPRET=1.
     """
-    from bench.no_gpu import pretending
-    from tribp import runtime
-    from tribp.kernels.launch import ARCHS
-    from triton.compiler import CompiledKernel
-
-    options = options or Options(**settings)
-    report = Report(options)
-    was = CompiledKernel._init_handles
-
-    def remember(self) -> None:
-        _compiled[self.metadata.hash] = self
-        was(self)
-
-    def performed(metadata, grid, arguments) -> None:
-        # Triton keeps the launcher, and with it this function, of the first block that launched a kernel.
-        perform(_compiled[metadata.hash], grid, arguments, _reports[-1])
-
-    _compile_anew_for(target)
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}")
+    report = Report(target, Options(**settings))
     with contextlib.ExitStack() as stack:
-        _reports.append(report)
-        stack.callback(_reports.remove, report)
-        stack.enter_context(mock.patch.object(CompiledKernel, "_init_handles", remember))
         if poison:
             stack.enter_context(poisoned())
-        stack.enter_context(pretending(ARCHS[target], performed))
-        backend_of = lambda tensor: auto if runtime.backend() == "auto" else runtime.backend()
-        stack.enter_context(mock.patch.object(runtime, "backend_of", backend_of))
+        stack.enter_context(_pretending(target, auto))
+        stack.callback(lambda: _compile_for(_reports[-1].target) if _reports else None)
+        _compile_for(target)
+        _reports.append(report)
+        stack.callback(_reports.remove, report)
         yield report
 
 
-_targets: list[str] = []
+@contextlib.contextmanager
+def _pretending(target: str, auto: str) -> Iterator[None]:
+    """A GPU that hands each launch to the innermost block's report.
+
+    PTX is what is executed: no machine code is made of it (a fifth of the time that Triton takes to compile). The hash
+    keeps such kernels apart from others in Triton's cache.
+    """
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.compiler import CompiledKernel
+
+    from bench.no_gpu import pretending
+    from tribp import runtime
+    from tribp.kernels.launch import ARCHS
+
+    load = CompiledKernel._init_handles
+
+    def remember(self: Any) -> None:
+        _compiled[self.metadata.hash] = self
+        load(self)
+
+    def performed(metadata: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        # Triton keeps the launcher, and with it this function, of the first block that launched a kernel.
+        _reports[-1].perform(_compiled[metadata.hash], grid, arguments)
+
+    def backend_of(tensor: torch.Tensor) -> str:
+        return auto if runtime.backend() == "auto" else runtime.backend()
+
+    with (
+        mock.patch.object(CUDABackend, "make_cubin", lambda *_: b"executed"),
+        mock.patch.object(CUDABackend, "hash", lambda self: f"executed-{self.target.arch}"),
+        mock.patch.object(CompiledKernel, "_init_handles", remember),
+        pretending(ARCHS[target], performed),
+        mock.patch.object(runtime, "backend_of", backend_of),
+    ):
+        yield
 
 
-def _compile_anew_for(target: str) -> None:
+def _compile_for(target: str) -> None:
     """Triton asks once for the target, and keeps what it compiled for device 0."""
-    if _targets and _targets[-1] != target:
-        from tribp.ops import calls
+    global _cached
+    if _cached not in ("", target):
         from triton.runtime.jit import JITFunction
+
+        from tribp.ops import calls
 
         calls.forget()
         for thing in gc.get_objects():
             if type(thing) is JITFunction:
                 thing.device_caches.clear()
-    _targets.append(target)
+    _cached = target
 
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that nobody has written holds NaN, or a large number, not by chance what a test expects."""
+    """New floating-point memory holds NaN, and not by chance what a test expects."""
 
-    def filled(function):
-        def fill(*args, **kwargs):
+    def filled(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def fill(*args: Any, **kwargs: Any) -> Any:
             tensor = function(*args, **kwargs)
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and tensor.numel():
                 with torch.no_grad():
@@ -115,83 +153,8 @@ def poisoned() -> Iterator[None]:
 
         return fill
 
-    with (
-        mock.patch.object(torch, "empty", filled(torch.empty)),
-        mock.patch.object(torch, "empty_like", filled(torch.empty_like)),
-        mock.patch.object(torch, "empty_strided", filled(torch.empty_strided)),
-        mock.patch.object(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty)),
-    ):
+    makers = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
+    with contextlib.ExitStack() as stack:
+        for owner, name in makers:
+            stack.enter_context(mock.patch.object(owner, name, filled(getattr(owner, name))))
         yield
-
-
-def perform(kernel, grid, arguments, report: Report) -> None:
-    """One launch of a compiled kernel (triton's CompiledKernel)."""
-    memory = report.memory
-    memory.start_launch()
-    memory.searching = False
-    for tensor in report.kept:
-        memory.allow(tensor)
-    values: list[tuple[str, object]] = []
-    meta = list(getattr(kernel.metadata, "tensordesc_meta", None) or [])
-    for kind, argument in zip(kernel.src.signature.values(), arguments, strict=True):
-        _flatten(kind, argument, values, meta)
-    text = kernel.asm["ptx"]
-    prog = program(text)
-    params = prog.kernel.params
-    room = bytearray(max((p.offset + p.size for p in params), default=0))
-    tables: dict[int, object] = {}
-    for param, (kind, value) in zip(params, values):  # the last two are scratch memory, and 0
-        if kind == "map":
-            tables[param.offset], base = value
-            memory.allow(base)
-            continue
-        if isinstance(value, torch.Tensor):
-            memory.allow(value)
-            memory.searching |= value.dtype == torch.int64  # a table of addresses
-            value = value.data_ptr()
-        room[param.offset : param.offset + param.size] = _pack(kind, value, param.size)
-    if len(values) + 2 != len(params):
-        raise RuntimeError(f"{kernel.name}: {len(values)} values for {len(params)} parameters")
-    settings = f"w{kernel.metadata.num_warps} s{kernel.metadata.num_stages}"
-    counts = launch(
-        text,
-        (*grid, 1, 1)[:3],
-        bytes(room),
-        kernel.metadata.shared,
-        memory,
-        report.problems,
-        report.options,
-        tables,
-        settings,
-    )
-    counts.settings = f"{settings} grid {'×'.join(str(g) for g in grid if g != 1) or 1}"
-    report.launches.append(counts)
-
-
-def _flatten(kind, argument, values: list, meta: list) -> None:
-    if isinstance(kind, tuple):
-        for k, a in zip(kind, argument, strict=True):
-            _flatten(k, a, values, meta)
-    elif kind == "constexpr":
-        return
-    elif isinstance(kind, str) and kind.startswith("tensordesc"):
-        if meta:
-            values.append(("map", (tensor_map(argument, meta.pop(0)), argument.base)))
-        else:  # taken apart: the kernel computes addresses
-            values.append(("*", argument.base))
-            values += [("i64", n) for n in (*argument.shape, *argument.strides)]
-            values += [("i1", argument.padding == "nan"), ("i1", argument.round_f32_to_tf32)]
-        values += [("i32", n) for n in argument.shape] + [("i64", n) for n in argument.strides]
-    else:
-        values.append((kind, argument))
-
-
-_FLOATS = {"fp32": "<f", "f32": "<f", "fp64": "<d", "fp16": "<e"}
-
-
-def _pack(kind: str, value, size: int) -> bytes:
-    if kind in _FLOATS:
-        return struct.pack(_FLOATS[kind], value)
-    if kind == "bf16":
-        return struct.pack("<f", value)[2:]
-    return (int(value) & (1 << 8 * size) - 1).to_bytes(size, "little")
