@@ -6,7 +6,6 @@ import importlib
 import multiprocessing
 import os
 import pkgutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -24,18 +23,15 @@ class Executor:
     def __init__(self, target: str) -> None:
         self.cases = 0  # so far, and the forms of all their launches
         self.forms: set[Form] = set()
-        self._target = target
-        self._stack = contextlib.ExitStack()
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = concurrent.futures.ProcessPoolExecutor(1, spawn, _start, (target,))
 
     def __enter__(self) -> "Executor":
-        cache = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tribp-executed-"))
-        spawn = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(1, spawn, _start, (self._target, cache))
-        self._pool = self._stack.enter_context(pool)
+        self._pool.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+    def __exit__(self, *exception: Any) -> None:
+        self._pool.__exit__(*exception)
 
     def problems(self, case: "Case", **settings: Any) -> list[str]:
         """What is wrong with a case, in plain words; settings are those of `tests.executor.executed`."""
@@ -58,22 +54,13 @@ class Executor:
 _target = ""
 
 
-def _start(target: str, cache: str) -> None:
+def _start(target: str) -> None:
     global _target
     _target = target
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_CACHE_DIR"] = cache  # what is compiled here has no machine code, and must not be found elsewhere
     import torch
-    from triton.backends.nvidia.compiler import CUDABackend
 
     torch.set_num_threads(1)
-    add_stages = CUDABackend.add_stages
-
-    def without_ptxas(self: Any, stages: dict[str, Any], *rest: Any) -> None:
-        add_stages(self, stages, *rest)
-        stages["cubin"] = lambda src, metadata: b"none"
-
-    CUDABackend.add_stages = without_ptxas
 
 
 def _problems(case: "Case", settings: dict[str, Any]) -> tuple[list[str], set[Form]]:
