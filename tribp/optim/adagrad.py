@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adagrad import Adagrad as TorchAdagrad
 from torch.optim.adagrad import adagrad as torch_adagrad
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
@@ -13,7 +14,7 @@ from .base import Beyond, Group, Optimizer
 from .fallback import Tensors
 
 
-class Adagrad(Optimizer, torch.optim.Adagrad):
+class Adagrad(Optimizer, TorchAdagrad):
     """`torch.optim.Adagrad` in one kernel launch a step.
 
     G ← G + g², θ ← θ − lr/(1 + (t − 1)·lr_decay) · g/(√G + ε): Duchi et al., "Adaptive Subgradient Methods for Online
@@ -41,7 +42,7 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
         **beyond: Unpack[Beyond],
     ) -> None:
         self._switch_on(dict(beyond, capturable=capturable))
-        torch.optim.Adagrad.__init__(
+        TorchAdagrad.__init__(
             self, params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize=maximize,
             differentiable=differentiable, fused=fused,
         )  # fmt: skip

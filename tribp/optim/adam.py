@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import Adam as TorchAdam
 from torch.optim.adam import adam as torch_adam
+from torch.optim.adamw import AdamW as TorchAdamW
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
@@ -13,7 +15,7 @@ from .base import Beyond, Group, Optimizer
 from .fallback import Tensors
 
 
-class Adam(Optimizer, torch.optim.Adam):
+class Adam(Optimizer, TorchAdam):
     """`torch.optim.Adam` in one kernel launch a step.
 
     m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g², θ ← θ − lr·m̂/(√v̂ + ε) with m̂ = m/(1 − β₁ᵗ), v̂ = v/(1 − β₂ᵗ):
@@ -42,7 +44,7 @@ class Adam(Optimizer, torch.optim.Adam):
         **beyond: Unpack[Beyond],
     ) -> None:
         self._switch_on(dict(beyond))
-        torch.optim.Adam.__init__(
+        TorchAdam.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
             capturable=capturable, differentiable=differentiable, fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
@@ -84,7 +86,7 @@ class Adam(Optimizer, torch.optim.Adam):
         )  # fmt: skip
 
 
-class AdamW(Adam, torch.optim.AdamW):
+class AdamW(Adam, TorchAdamW):
     """`torch.optim.AdamW` in one kernel launch a step: Adam with θ ← θ − lr·λ·θ in place of an L2 penalty.
 
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
@@ -107,7 +109,7 @@ class AdamW(Adam, torch.optim.AdamW):
         **beyond: Unpack[Beyond],
     ) -> None:
         self._switch_on(dict(beyond))
-        torch.optim.AdamW.__init__(
+        TorchAdamW.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach,
             capturable=capturable, differentiable=differentiable, fused=fused,
         )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.optim.rmsprop import RMSprop as TorchRMSprop
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
 from typing_extensions import Unpack
 
@@ -16,7 +17,7 @@ from .fallback import Tensors
 _LATE = torch.tensor(float(1 << 30))
 
 
-class RMSprop(Optimizer, torch.optim.RMSprop):
+class RMSprop(Optimizer, TorchRMSprop):
     """`torch.optim.RMSprop` in one kernel launch a step.
 
     v ← α·v + (1 − α)·g², θ ← θ − lr·g/(√v + ε): Hinton, lecture 6 of "Neural Networks for Machine Learning", 2012.
@@ -51,7 +52,7 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         self._switch_on(dict(beyond, fused=fused))
-        torch.optim.RMSprop.__init__(
+        TorchRMSprop.__init__(
             self,
             params,
             lr,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import SGD as TorchSGD
 from torch.optim.sgd import sgd as torch_sgd
 from typing_extensions import Unpack
 
@@ -14,7 +15,7 @@ from .base import Beyond, Group, Optimizer
 from .fallback import Tensors
 
 
-class SGD(Optimizer, torch.optim.SGD):
+class SGD(Optimizer, TorchSGD):
     """`torch.optim.SGD` in one kernel launch a step.
 
     b ← μ·b + (1 − τ)·g (the first time b ← g), θ ← θ − lr·b, or Nesterov's θ ← θ − lr·(g + μ·b): Sutskever et al., "On
@@ -45,7 +46,7 @@ class SGD(Optimizer, torch.optim.SGD):
         if beyond.get("eps_inside_sqrt"):
             raise TypeError(f"{type(self).__name__} has no ε, so there is no eps_inside_sqrt")
         self._switch_on(dict(beyond, capturable=capturable))
-        torch.optim.SGD.__init__(
+        TorchSGD.__init__(
             self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
             differentiable=differentiable, fused=fused,
         )  # fmt: skip
