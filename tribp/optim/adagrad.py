@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .base import Beyond, Group, Optimizer
-from .fallback import Tensors
+from .fallback import Tensors, counter_dtype
 
 
 class Adagrad(Optimizer, TorchAdagrad):
@@ -49,6 +49,8 @@ class Adagrad(Optimizer, TorchAdagrad):
         self._switched_on()
         for group in self.param_groups:
             for p in group["params"]:
+                if not (group["fused"] or self.state[p]["step"].is_cpu):  # torch makes it on the default device
+                    self.state[p]["step"] = self.state[p]["step"].new_zeros((), device="cpu")
                 if group.get("state_dtype") and not p.is_complex():
                     self.state[p]["sum"] = self._new_state(p, "sum", group["state_dtype"])
 
@@ -64,7 +66,7 @@ class Adagrad(Optimizer, TorchAdagrad):
         return (group["lr_decay"],)
 
     def _fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
-        return True
+        return dtype != torch.float16  # in which torch's kernel rounds ε to 0
 
     def _fused_update(self, group: Group, t: Tensors) -> None:
         torch._fused_adagrad_(
@@ -75,7 +77,7 @@ class Adagrad(Optimizer, TorchAdagrad):
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
         for p in group["params"]:  # of groups that were added late: torch 2.11 makes no states for those
             if p not in self.state:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+                self.state[p]["step"] = torch.zeros((), dtype=counter_dtype(bool(group["fused"])), device="cpu")
                 self.state[p]["sum"] = self._new_state(p, "sum", p.dtype)
         lists: list[list[Any]] = [[] for _ in range(4)]
         has_sparse_grad, has_complex = self._init_group(group, *lists)

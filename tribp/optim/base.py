@@ -3,7 +3,7 @@
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .fallback import Tensors
 
 Group = dict[str, Any]
+T = TypeVar("T")
 
 
 class Beyond(TypedDict, total=False):
@@ -47,6 +48,27 @@ _OFF: Group = dict(
 )  # fmt: skip
 
 
+class Shared(Generic[T]):
+    """An attribute that wrappers have in common with the optimizer they wrap.
+
+    Lightning's and Fabric's optimizers copy the attributes of an optimizer once. What changes from step to step lies in
+    one dict, `_shared`, that the copy refers to as well.
+    """
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type) -> T:
+        kept: dict[str, T] = {} if optimizer is None else optimizer._shared
+        return kept.get(self._name, self._default)
+
+    def __set__(self, optimizer: Any, value: T) -> None:
+        optimizer._shared[self._name] = value
+
+
 class Optimizer(torch.optim.Optimizer):
     """The base of every class here, mixed in before its torch counterpart.
 
@@ -60,16 +82,18 @@ class Optimizer(torch.optim.Optimizer):
     _SCRATCH: ClassVar[bool] = False  # whether the fused CPU kernel writes more than the update needs
 
     _beyond: Group
-    _plan: Plan | None = None
+    _shared: dict[str, Any]
     _captured: list[Plan]
-    _in_swap = False
-    grad_norm: Tensor | None = None  # of the last step, where max_grad_norm is on
+    _plan = Shared[Plan | None](None)
+    _in_swap = Shared(False)
+    grad_norm = Shared[Tensor | None](None)  # of the last step, where max_grad_norm is on
 
     def _switch_on(self, beyond: Group) -> None:
         """Remember the options that are on, before torch's constructor makes the groups."""
         for name in beyond:
             if name not in _OFF:
                 raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
+        self._shared = {}
         self._captured = []
         self._beyond = {name: value for name, value in beyond.items() if value != _OFF[name]}
         _check(self._beyond, type(self).__name__)
@@ -229,15 +253,21 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(super().__getstate__())
-        kept["state"] = defaultdict(dict, checkpoint.states_of(self, self.state))
+        states = checkpoint.states_of(self, self.state)
+        kept["state"] = defaultdict(dict, states)
+        # A spawned process is given memory by its file descriptor, after this returns: the copies must live until then.
+        dicts = [state for state in states.values() if isinstance(state, dict)]
+        self._shared["sent"] = [state[key] for state in dicts for key in ("step", "ema_step") if key in state]
         if getattr(self, "_step_supports_amp_scaling", False):
             kept["_step_supports_amp_scaling"] = True
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._plan = None
+        self.__dict__.setdefault("_shared", {})
         self.__dict__.setdefault("_captured", [])
-        super().__setstate__(state)
+        self._plan = None
+        with torch.device("cpu"):  # where torch makes counters of numbers in old checkpoints, whatever the default is
+            super().__setstate__(state)
 
 
 def _check(options: Group, name: str) -> None:

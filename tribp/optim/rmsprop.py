@@ -12,9 +12,7 @@ from typing_extensions import Unpack
 
 from .base import Beyond, Group, Optimizer
 from .fallback import Tensors
-
-# Adam's bias corrections are 1 − βᵗ; at this t they are 1 for every β up to 1 − 4e-8.
-_LATE = torch.tensor(float(1 << 30))
+from .tensors import as_reals
 
 
 class RMSprop(Optimizer, TorchRMSprop):
@@ -89,17 +87,25 @@ class RMSprop(Optimizer, TorchRMSprop):
         """torch has no fused RMSprop, but plain RMSprop is Adam late in its life, with β₁ = 0."""
         torch._foreach_zero_(t.scratch)  # Adam's m: 0·∞ from an earlier gradient would stay NaN
         torch._fused_adam_(
-            t.params, t.grads, t.scratch, t.states[0], [], [_LATE] * len(t.params), lr=group["lr"], beta1=0.0,
-            beta2=group["alpha"], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
-            maximize=group["maximize"],
+            t.params, t.grads, t.scratch, t.states[0], [], t.steps, lr=group["lr"], beta1=0.0, beta2=group["alpha"],
+            weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=group["maximize"],
         )  # fmt: skip
 
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
         lists: list[list[Any]] = [[] for _ in range(6)]
         has_complex = self._init_group(group, *lists)
         params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
+        small = sum(p.numel() for p in params) <= 1 << 20
+        if group["centered"] and not (group["differentiable"] or group["capturable"]):
+            torch._foreach_add_(steps, 1)
+            lists = [params, prepare(grads), square_avgs, grad_avgs, momentum_buffers]
+            lists = [[as_reals(t) for t in tensors] for tensors in lists]
+            # Large ones one by one: the variances are new memory.
+            for some in [slice(None)] if small else [slice(k, k + 1) for k in range(len(params))]:
+                _centered(group, *(tensors[some] for tensors in lists))
+            return
         foreach = group["foreach"]
-        if foreach is None and not group["differentiable"] and sum(p.numel() for p in params) <= 1 << 20:
+        if foreach is None and not group["differentiable"] and small:
             # Three times as fast on the CPU for many small tensors; large ones would double torch's memory.
             foreach = all(type(p) in (Tensor, torch.nn.Parameter) and p.device.type == "cpu" for p in params) or None
         torch_rmsprop(
@@ -108,3 +114,28 @@ class RMSprop(Optimizer, TorchRMSprop):
             centered=group["centered"], foreach=foreach, maximize=group["maximize"],
             differentiable=group["differentiable"], capturable=group["capturable"], has_complex=has_complex,
         )  # fmt: skip
+
+
+def _centered(
+    group: Group, params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], grad_avgs: list[Tensor],
+    buffers: list[Tensor],
+) -> None:  # fmt: skip
+    """torch's update, but for the variance v − ḡ²: where rounding makes it negative torch has a NaN, and this 0."""
+    if group["maximize"]:
+        grads = torch._foreach_neg(grads)
+    if group["weight_decay"]:
+        grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+    alpha, lr = group["alpha"], float(group["lr"])
+    torch._foreach_mul_(square_avgs, alpha)
+    torch._foreach_addcmul_(square_avgs, grads, grads, value=1 - alpha)
+    torch._foreach_lerp_(grad_avgs, grads, 1 - alpha)
+    variances = torch._foreach_addcmul(square_avgs, grad_avgs, grad_avgs, value=-1)
+    torch._foreach_clamp_min_(variances, 0)
+    torch._foreach_sqrt_(variances)
+    torch._foreach_add_(variances, group["eps"])
+    if group["momentum"] > 0:
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_addcdiv_(buffers, grads, variances)
+        torch._foreach_add_(params, buffers, alpha=-lr)
+    else:
+        torch._foreach_addcdiv_(params, grads, variances, value=-lr)

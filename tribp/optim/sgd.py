@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-from torch.optim.sgd import SGD as TorchSGD
+from torch.optim.sgd import SGD as TorchSGD  # noqa: N811 (a class)
 from torch.optim.sgd import sgd as torch_sgd
 from typing_extensions import Unpack
 
