@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .base import Beyond, Group, Optimizer
-from .fallback import Tensors, counter_dtype
+from .fallback import Tensors, counter_dtype, torchs_fused
 
 
 class Adagrad(Optimizer, TorchAdagrad):
@@ -86,5 +86,5 @@ class Adagrad(Optimizer, TorchAdagrad):
             params, prepare(grads), sums, steps, has_sparse_grad=has_sparse_grad, foreach=group["foreach"],
             differentiable=group["differentiable"], has_complex=has_complex, lr=group["lr"],
             weight_decay=group["weight_decay"], lr_decay=group["lr_decay"], eps=group["eps"],
-            maximize=group["maximize"],
+            maximize=group["maximize"], fused=torchs_fused(group, steps),
         )  # fmt: skip

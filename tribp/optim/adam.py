@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .base import Beyond, Group, Optimizer
-from .fallback import Tensors
+from .fallback import Tensors, torchs_fused
 
 
 class Adam(Optimizer, TorchAdam):
@@ -83,6 +83,7 @@ class Adam(Optimizer, TorchAdam):
             has_complex=has_complex, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=group["maximize"], foreach=group["foreach"], capturable=group["capturable"],
             differentiable=group["differentiable"], decoupled_weight_decay=group["decoupled_weight_decay"],
+            fused=torchs_fused(group, steps),
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .plan import Plan
+from .tensors import local
 
 if TYPE_CHECKING:
     from .fallback import Tensors
@@ -182,7 +183,7 @@ class Optimizer(torch.optim.Optimizer):
         enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # what torch.no_grad() does; its object costs 1 of a small step's 16 µs
         try:
-            plan, grads = self._plan, None
+            plan, grads, uncounted = self._plan, None, False
             if plan is not None:
                 grads = plan.gradients(self)
             capturing = self._capturing()
@@ -192,10 +193,15 @@ class Optimizer(torch.optim.Optimizer):
                         "step() must have run at least once, on gradients like these, before it is captured in a CUDA "
                         "graph: the first step makes the states and tables"
                     )
+                uncounted = plan is None and _only_makes_states(self)
                 plan = self._plan = Plan(self, plan)
                 grads = plan.gradients(self)
                 assert grads is not None, "a new plan fits what it was made from"
             plan.run(self, grads, getattr(self, "grad_scale", None), getattr(self, "found_inf", None), capturing)
+            if uncounted:
+                for state in self.state.values():
+                    if "ema_step" in state:
+                        state["ema_step"].zero_()
         finally:
             torch._C._set_grad_enabled(enabled)
 
@@ -279,6 +285,20 @@ def _check(options: Group, name: str) -> None:
     dtype = options.get("state_dtype")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2):
         raise ValueError(f"{name}: state_dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+
+
+def _only_makes_states(optimizer: Optimizer) -> bool:
+    """Whether this is how torch.distributed.checkpoint makes the states of a new optimizer: a step that does nothing.
+
+    All rates and gradients are 0. torch's counters count it; an average that began with it would hold on to parameters
+    that are about to be loaded, or were never trained.
+    """
+    groups = optimizer.param_groups
+    averages = any(group.get("ema_decay") for group in groups)
+    if not averages or optimizer.state or any(group["lr"] != 0 for group in groups):
+        return False
+    grads = [local(p.grad) for group in groups for p in group["params"] if p.grad is not None]
+    return all(grad.layout == torch.strided and not grad.any() for grad in grads)
 
 
 def _started(state: Group) -> bool:

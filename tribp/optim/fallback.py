@@ -1,5 +1,6 @@
 """The update where no kernel runs: torch's fused CPU kernels behind a plan, the reference, or torch's own code."""
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
@@ -290,6 +291,14 @@ class Tensors(NamedTuple):
     fresh: list[bool] | None  # which momentum buffers begin with this step
 
 
+def torchs_fused(group: "Group", steps: list[Tensor]) -> bool | None:
+    """Whether torch's own code takes its fused kernel: where counters are fake, for it reads the others' values.
+
+    Parameters with true counters are here for how they lie in memory, which torch's fused kernels do not look at.
+    """
+    return True if group["fused"] and any(type(step) not in tensors.PLAIN for step in steps) else None
+
+
 def run_rest(group: "Group", params: list[Tensor], step: Step) -> None:
     """torch's own code for these parameters of a group: sparse, differentiable, on another device …"""
     optimizer = step.optimizer
@@ -304,7 +313,10 @@ def run_rest(group: "Group", params: list[Tensor], step: Step) -> None:
             and state["step"].device.type != "cpu"
         ):
             state["step"] = state["step"].cpu()
-    with torch.set_grad_enabled(bool(group.get("differentiable"))):
+    # torch makes the counters of new states on the default device, which need not be one that holds numbers.
+    new = any(not optimizer.state.get(p) for p in params)
+    on_cpu = torch.device("cpu") if new else contextlib.nullcontext()
+    with on_cpu, torch.set_grad_enabled(bool(group.get("differentiable"))):
         optimizer._torch_update({**group, "params": params}, lambda grads: unscaled_and_clipped(grads, group, step))
     if decay := group.get("ema_decay"):
         for p in params:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
 from torch.optim.rmsprop import RMSprop as TorchRMSprop
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
 from typing_extensions import Unpack
@@ -92,6 +92,9 @@ class RMSprop(Optimizer, TorchRMSprop):
         )  # fmt: skip
 
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        if group.get("fused"):
+            for p in group["params"]:
+                _device_dtype_check_for_fused(p)  # what torch's classes that have `fused` ask
         lists: list[list[Any]] = [[] for _ in range(6)]
         has_complex = self._init_group(group, *lists)
         params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
