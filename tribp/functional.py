@@ -79,7 +79,7 @@ class _LinearSigmoid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         input, weight, output = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if ctx.dispatching or (torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()):
+        if ctx.dispatching:
             grads = iter(linear_ops.linear_sigmoid_backward(grad, input, weight, output, needs))
             dx, dw, db = (next(grads) if need else None for need in needs)
             return dx, dw, db
@@ -181,7 +181,7 @@ class _Conv3x3(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, output = ctx.saved_tensors
         needs, window = ctx.needs_input_grad[:3], ctx.window
-        if ctx.dispatching or (torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()):
+        if ctx.dispatching:
             grads = iter(
                 conv_ops.conv3x3_backward(grad, input, weight, output, ctx.input_size, *window, needs, *ctx.formats)
             )
