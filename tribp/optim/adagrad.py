@@ -79,8 +79,7 @@ class Adagrad(Optimizer, TorchAdagrad):
             if p not in self.state:
                 self.state[p]["step"] = torch.zeros((), dtype=counter_dtype(bool(group["fused"])), device="cpu")
                 self.state[p]["sum"] = self._new_state(p, "sum", p.dtype)
-        lists: list[list[Any]] = [[] for _ in range(4)]
-        has_sparse_grad, has_complex = self._init_group(group, *lists)
+        (has_sparse_grad, has_complex), lists = self._gathered(group, 4)
         params, grads, sums, steps = lists
         torch_adagrad(
             params, prepare(grads), sums, steps, has_sparse_grad=has_sparse_grad, foreach=group["foreach"],

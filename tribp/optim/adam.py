@@ -74,8 +74,7 @@ class Adam(Optimizer, TorchAdam):
         )  # fmt: skip
 
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
-        lists: list[list[Any]] = [[] for _ in range(6)]
-        has_complex = self._init_group(group, *lists)
+        has_complex, lists = self._gathered(group, 6)
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
         beta1, beta2 = group["betas"]
         torch_adam(

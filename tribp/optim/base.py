@@ -133,6 +133,16 @@ class Optimizer(torch.optim.Optimizer):
         """torch's own update of the group's parameters that have a gradient; `prepare` may scale the gradients."""
         raise NotImplementedError
 
+    def _gathered(self, group: Group, number: int) -> tuple[Any, list[list[Any]]]:
+        """What torch's `_init_group` says, and the so many lists that it fills.
+
+        It makes the counters of new states on the default device, where reading one may cost a wait.
+        """
+        lists: list[list[Any]] = [[] for _ in range(number)]
+        new = any(not self.state.get(p) for p in group["params"])
+        with torch.device("cpu") if new else contextlib.nullcontext():
+            return self._init_group(group, *lists), lists  # type: ignore[attr-defined]
+
     def _new_state(self, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 

@@ -1,6 +1,5 @@
 """The update where no kernel runs: torch's fused CPU kernels behind a plan, the reference, or torch's own code."""
 
-import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
@@ -313,10 +312,7 @@ def run_rest(group: "Group", params: list[Tensor], step: Step) -> None:
             and state["step"].device.type != "cpu"
         ):
             state["step"] = state["step"].cpu()
-    # torch makes the counters of new states on the default device, which need not be one that holds numbers.
-    new = any(not optimizer.state.get(p) for p in params)
-    on_cpu = torch.device("cpu") if new else contextlib.nullcontext()
-    with on_cpu, torch.set_grad_enabled(bool(group.get("differentiable"))):
+    with torch.set_grad_enabled(bool(group.get("differentiable"))):
         optimizer._torch_update({**group, "params": params}, lambda grads: unscaled_and_clipped(grads, group, step))
     if decay := group.get("ema_decay"):
         for p in params:

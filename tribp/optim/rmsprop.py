@@ -95,21 +95,19 @@ class RMSprop(Optimizer, TorchRMSprop):
         if group.get("fused"):
             for p in group["params"]:
                 _device_dtype_check_for_fused(p)  # what torch's classes that have `fused` ask
-        lists: list[list[Any]] = [[] for _ in range(6)]
-        has_complex = self._init_group(group, *lists)
+        has_complex, lists = self._gathered(group, 6)
         params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
-        small = sum(p.numel() for p in params) <= 1 << 20
+        # Three times as fast on the CPU for many small tensors; large ones would double torch's memory.
+        together = sum(p.numel() for p in params) <= 1 << 20 and len(set(map(id, params))) == len(params)
         if group["centered"] and not (group["differentiable"] or group["capturable"]):
             torch._foreach_add_(steps, 1)
             lists = [params, prepare(grads), square_avgs, grad_avgs, momentum_buffers]
             lists = [[as_reals(t) for t in tensors] for tensors in lists]
-            # Large ones one by one: the variances are new memory.
-            for some in [slice(None)] if small else [slice(k, k + 1) for k in range(len(params))]:
+            for some in [slice(None)] if together else [slice(k, k + 1) for k in range(len(params))]:
                 _centered(group, *(tensors[some] for tensors in lists))
             return
         foreach = group["foreach"]
-        if foreach is None and not group["differentiable"] and small:
-            # Three times as fast on the CPU for many small tensors; large ones would double torch's memory.
+        if foreach is None and not group["differentiable"] and together:
             foreach = all(type(p) in (Tensor, torch.nn.Parameter) and p.device.type == "cpu" for p in params) or None
         torch_rmsprop(
             params, prepare(grads), square_avgs, grad_avgs, momentum_buffers, steps, lr=group["lr"],

@@ -92,10 +92,7 @@ class SGD(Optimizer, TorchSGD):
             update([not fresh for fresh in t.fresh], False)
 
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        buffers: list[Any] = []
-        has_sparse_grad = self._init_group(group, params, grads, buffers)
+        has_sparse_grad, (params, grads, buffers) = self._gathered(group, 3)
         torch_sgd(
             params, prepare(grads), buffers, has_sparse_grad=has_sparse_grad, foreach=group["foreach"],
             weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
