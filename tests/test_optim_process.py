@@ -1,6 +1,7 @@
 """The optimizers in a process that others set up: default devices and types, patched classes, wrappers, threads."""
 
 import ast
+import contextlib
 import copy
 import io
 import pickle
@@ -59,47 +60,41 @@ def test_every_tensor_is_made_on_a_device_that_is_named() -> None:
     assert wrong == []
 
 
+@contextlib.contextmanager
+def elsewhere(everywhere: bool) -> Iterator[None]:
+    """The default device is "meta", in this block or in the whole process."""
+    if not everywhere:
+        with torch.device("meta"):
+            yield
+        return
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
 @pytest.mark.parametrize("everywhere", [False, True], ids=["with", "set_default_device"])
+@pytest.mark.parametrize("beyond", [{}, dict(ema_decay=0.9, max_grad_norm=1e9)], ids=["", "beyond"])
 @each_class
-def test_default_device(name: str, everywhere: bool, device: str) -> None:
-    """Made and stepped while another device is the default; with every option, late and missing gradients."""
-    for options in ({}, dict(ema_decay=0.9, max_grad_norm=0.5)):
-        twins = lively(name, device, shapes=[(5,), (3, 4), (70,)])
-        grads = [twins.grads(0, 1), twins.grads(0), twins.grads(), twins.grads()]
-        make = lambda twins=twins, options=options: ours(  # noqa: E731
-            name, twins.params, **(NUMBERS[name] | LIVELY[name]), **options
-        )
-        for t, some in enumerate(grads):
-            twins.give(some)
-            if options:
-                torch.nn.utils.clip_grad_norm_(twins.twins, 0.5)
-            twins.genuine.step()
-            with elsewhere(everywhere):
-                twins.ours = make() if t == 0 else twins.ours
-                twins.ours.step()
-                state = twins.ours.state_dict()["state"]
-                if t == 2:
-                    twins.ours = make()
-                    twins.ours.load_state_dict(
-                        {"state": state, "param_groups": twins.genuine.state_dict()["param_groups"]}
-                    )
-        for p, twin in zip(twins.params, twins.twins, strict=True):
-            torch.testing.assert_close(p.cpu(), twin, rtol=1e-12, atol=1e-13)
-        tensors = [t for s in state.values() for t in s.values() if isinstance(t, Tensor)]
-        assert {t.device.type for t in tensors} <= {"cpu", device}
-
-
-class elsewhere:  # noqa: N801
-    """The default device is "meta", within the block or for the process."""
-
-    def __init__(self, everywhere: bool) -> None:
-        self._context = None if everywhere else torch.device("meta")
-
-    def __enter__(self) -> None:
-        torch.set_default_device("meta") if self._context is None else self._context.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_default_device(None) if self._context is None else self._context.__exit__(*error)
+def test_default_device(name: str, beyond: Options, everywhere: bool, device: str) -> None:
+    """Made, stepped, saved and loaded while another device is the default; with late and with missing gradients."""
+    twins = lively(name, device, shapes=[(5,), (3, 4), (70,)])
+    for t, present in enumerate([(0, 1), (0,), (), ()]):
+        twins.give(twins.grads(*present))
+        twins.genuine.step()
+        with elsewhere(everywhere):
+            if t in (0, 3):
+                before = twins.ours.state_dict() if t else None
+                twins.ours = ours(name, twins.params, **(NUMBERS[name] | LIVELY[name]), **beyond)
+                if before is not None:
+                    twins.ours.load_state_dict(before)
+            twins.ours.step()
+    assert (twins.ours.grad_norm is not None) == bool(beyond)
+    tensors = [t for state in twins.ours.state.values() for t in state.values() if isinstance(t, Tensor)]
+    assert {t.device.type for t in tensors} <= {"cpu", torch.device(device).type}
+    for p, twin in zip(twins.params, twins.twins, strict=True):
+        torch.testing.assert_close(p.cpu(), twin, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["SGD", "Momentum"])  # torch's Adagrad makes sparse tensors on the default device

@@ -1,7 +1,6 @@
 """Adagrad."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from itertools import compress
-from typing import Any
 
 import torch
 from torch import Tensor
