@@ -160,14 +160,17 @@ def rmsprop(
     p: Tensor, g: Tensor, square_avg: Tensor, buf: Tensor | None, grad_avg: Tensor | None,
     values: Sequence[float], t: float, eps_inside: bool,
 ) -> Moments:  # fmt: skip
-    """v ← α·v + (1 − α)·g², ḡ ← α·ḡ + (1 − α)·g, b ← μ·b + g/(√(v − ḡ²) + ε), θ ← θ − η·b."""
+    """v ← α·v + (1 − α)·g², ḡ ← α·ḡ + (1 − α)·g, b ← μ·b + g/(√(v − ḡ²) + ε), θ ← θ − η·b.
+
+    v − ḡ² is a variance: where all gradients are alike rounding may make it negative, which counts as 0.
+    """
     alpha, momentum, _ = values[7:10]
     p, g = _decayed(p, g, values)
     square_avg = alpha * square_avg + (1 - alpha) * g * g
     square = square_avg
     if grad_avg is not None:
         grad_avg = grad_avg + (1 - alpha) * (g - grad_avg)
-        square = square_avg - grad_avg * grad_avg
+        square = (square_avg - grad_avg * grad_avg).clamp_min(0)  # leaves NaN as it is
     update = g / _denominator(square, values[1], eps_inside)
     if buf is not None:
         update = buf = momentum * buf + update
