@@ -73,7 +73,7 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
 
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
         for p in group["params"]:  # of groups that were added late: torch 2.11 makes no states for those
-            if p not in self.state:
+            if not self.state.get(p):
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
                 self.state[p]["sum"] = self._new_state(p, "sum", p.dtype)
         lists: list[list[Any]] = [[] for _ in range(4)]

@@ -220,12 +220,14 @@ class Reference:
 
     def run(self, step: Step) -> None:
         unscaled: set[int] = set()  # a parameter may be listed twice
+        last: dict[int, Member] = {}
         for m in self.members:
             if (found := step.grads[m.index]) is None:
                 continue
             group = step.groups[m.group]
             once = step if id(found) not in unscaled else step._replace(grad_scale=None)
             unscaled.add(id(found))
+            last[id(m.state)] = m
             (grad,) = unscaled_and_clipped([found], group, once)
             count = random_step = 0.0
             if "step" in m.state:
@@ -253,7 +255,8 @@ class Reference:
             for state, moment in zip(states, moments, strict=True):
                 if state is not None:
                     state.copy_(moment)
-            if decay := group.get("ema_decay"):
+        for m in last.values():
+            if decay := step.groups[m.group].get("ema_decay"):
                 average(m.param, m.state, decay)
 
 

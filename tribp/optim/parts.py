@@ -37,11 +37,6 @@ class Member:
     def ema(self) -> Tensor | None:
         return local(peek(self.state, "ema")) if "ema" in self.state else None
 
-    def held(self) -> list[Tensor]:
-        """The local memory of all tensors in its state: those of the rule, the average, the counters."""
-        used = ("step", *self.names, "ema", "ema_step")
-        return [local(t) for t in (peek(self.state, name) for name in used) if isinstance(t, Tensor)]
-
 
 class Step(NamedTuple):
     """What a part needs to know of one step."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .kernel import Kernel
 
 _PARAMS: Callable[[dict[str, Any]], list[Tensor]] = itemgetter("params")
+_ADDRESS = Tensor.data_ptr
 _GRAD: Callable[[Tensor], Tensor | None] = attrgetter("grad")
 
 KERNEL_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -133,6 +134,8 @@ class Plan:
                     self._expected[index] = look(grad)
             if kind == "rest":
                 self.rest[number].append(p)
+                if p.grad is not None and optimizer._has_state(groups[number]):
+                    optimizer.state[p]  # made now, in torch's order
                 if index in self._entangled:
                     self._in_turn.add(number)
             elif kind != "dormant":
@@ -145,7 +148,7 @@ class Plan:
         others = fallback.parts(self, members["fused"], members["reference"])
         self.parts: list[Part] = [*self._kernels, *others]
         self._only_kernels = not (others or self.rest)
-        self._note(optimizer, members)
+        self._note(optimizer, members, [_used(optimizer, groups[number]) for number, _, _ in positions])
 
     def _remember(self, groups: "list[Group]", values: list[Any]) -> None:
         self.values = values
@@ -162,8 +165,7 @@ class Plan:
         names = [name for name in (*optimizer._names(group), "step" if self.counts else None) if name is not None]
         if p.grad is None and any(peek(state, name) is None for name in names):
             return None  # torch makes a state when it sees the first gradient
-        used = dict.fromkeys([*names, "step", "ema", "ema_step"])  # each once
-        found = {name: value for name in used if (value := peek(state, name)) is not None}
+        found = {name: value for name in _used(optimizer, group) if (value := peek(state, name)) is not None}
         checks.check_tensors(optimizer, number, position, p, p.grad, found)
         return found
 
@@ -215,15 +217,17 @@ class Plan:
             state["ema_step"] = None
         return Member(index, number, local(p), local(p if p.grad is None else p.grad), state, names)
 
-    def _note(self, optimizer: "Optimizer", members: dict[str, list[Member]]) -> None:
-        """Everything that this plan rests on."""
+    def _note(
+        self, optimizer: "Optimizer", members: dict[str, list[Member]], used: Sequence[Iterable[str]]
+    ) -> None:
+        """Everything that this plan rests on. used: the names of what it takes from each parameter's state."""
         self.sharded = any(tensors.is_dtensor(p) for p in self.params)
         self._all = len(self.watched) == len(self.params)
         for m in chain.from_iterable(members.values()):
             m.grad = m.param  # or a whole set of gradients would live as long as the plan
         self._presences: list[Presence] = []
         params = self._local(self.params)
-        self._footprint = Footprint(params)
+        self._alike, self._addresses = guard(params), list(map(_ADDRESS, params))
         self._changes: list[object] = []  # told by states
         self._looks: list[object] = []  # told by them too
         for p, state in optimizer.state.items():
@@ -234,11 +238,15 @@ class Plan:
         self._states = list(optimizer.state.values())
         owners = {id(self._counted(m)) for kind in members.values() for m in kind}
         self.counters = {key: entry for key, entry in self.counters.items() if key in owners}
-        self._members = list(chain.from_iterable(members.values()))
         self._fused = bool(members["fused"])
         self.structure = [self._structure(optimizer, group) for group in optimizer.param_groups]
-        held = self._state_tensors()
-        self._state_footprint, self._holders = Footprint(held), holders(held)
+        self._used = [  # states, and which of their tensors
+            (state, [name for name in names if isinstance(t := peek(state, name), Tensor) and _plain(t)])
+            for state, names in ((optimizer.state.get(p), names) for p, names in zip(self.params, used, strict=True))
+            if state
+        ]
+        states = self._state_tensors()
+        self._state_footprint, self._holders = Footprint(states), holders(states)
 
     # SGD has no step. Whether a momentum buffer has begun is counted here, for the buffer or, if none, the parameter.
 
@@ -278,7 +286,8 @@ class Plan:
             self.values = list(self.values)
             if any(self._structure(optimizer, groups[number]) != self.structure[number] for number in self._unsteady):
                 return None
-        if not self._footprint.fits(self._local(params)):
+        watched = self._local(params)
+        if list(map(_ADDRESS, watched)) != self._addresses or not self._alike(watched):
             return None
         if self._unwatched and any(p.grad is not None and _plain(p.grad) for p in self._unwatched):
             return None
@@ -304,7 +313,7 @@ class Plan:
         return fused, optimizer._names(group), bool(group.get("ema_decay")), *map(group.get, _SWITCHES[:-1])
 
     def _state_tensors(self) -> list[Tensor]:
-        return [t for m in self._members for t in m.held()]
+        return [local(peek(state, name)) for state, names in self._used for name in names]
 
     def _states_lie_still(self) -> bool:
         """Whether the states' memory is as it was, and whether anybody could change that unnoticed from now on."""
@@ -312,7 +321,7 @@ class Plan:
         if not self._state_footprint.fits(states):
             return False
         self._looks.clear()
-        self._held = holders(states) != self._holders
+        self._held = bool(self.rest) or holders(states) != self._holders  # torch's own code looks at every step
         return True
 
     def _fits(self, grads: Sequence[Tensor | None]) -> bool:
@@ -325,6 +334,8 @@ class Plan:
                 if grad is not None and look(grad) != self._expected.get(index):
                     return False
             presence = Presence(grads, [index in self._expected for index in self.watched])
+            if not presence.fits(grads):
+                return False
             self._presences = [presence, *self._presences[:7]]
         if presence is not self._presences[0]:
             self._presences.remove(presence)
@@ -391,6 +402,11 @@ class Plan:
 def _plain(grad: Tensor) -> bool:
     grad = local(grad)
     return type(grad) in PLAIN and grad.layout == torch.strided
+
+
+def _used(optimizer: "Optimizer", group: "Group") -> list[str]:
+    """What the update takes from a state."""
+    return list(dict.fromkeys(["step", *filter(None, optimizer._names(group)), "ema", "ema_step"]))
 
 
 def _held_by_others(optimizer: "Optimizer", before: Plan | None) -> bool:
