@@ -46,7 +46,9 @@ def check_tensors(
                 f"{caller}: {described(name)} must have the parameter's shape, {tuple(p.shape)}, got {tuple(t.shape)}"
             )
         elif t.device != p.device:
-            raise ValueError(f"{caller}: {described(name)} must be on the parameter's device, {p.device}, got {t.device}")
+            raise ValueError(
+                f"{caller}: {described(name)} must be on the parameter's device, {p.device}, got {t.device}"
+            )
         elif (t.is_complex(), t.is_floating_point()) != (p.is_complex(), p.is_floating_point()):
             raise TypeError(f"{caller}: {described(name)} must be {_kind(p)}, as the parameter is, got {t.dtype}")
         part = tensors.local(t)

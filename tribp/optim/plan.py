@@ -90,9 +90,7 @@ def _steady(values: Iterable[Any]) -> bool:
 
 def _identity(values: Iterable[Any]) -> tuple[object, ...]:
     """Constants by value, everything else by identity: two tensors are equal only as long as none is changed."""
-    return tuple(
-        v if type(v) in _CONSTANT else _identity(v) if type(v) is tuple else (type(v), id(v)) for v in values
-    )
+    return tuple(v if type(v) in _CONSTANT else _identity(v) if type(v) is tuple else (type(v), id(v)) for v in values)
 
 
 class Plan:
@@ -217,9 +215,7 @@ class Plan:
             state["ema_step"] = None
         return Member(index, number, local(p), local(p if p.grad is None else p.grad), state, names)
 
-    def _note(
-        self, optimizer: "Optimizer", members: dict[str, list[Member]], used: Sequence[Iterable[str]]
-    ) -> None:
+    def _note(self, optimizer: "Optimizer", members: dict[str, list[Member]], used: Sequence[Iterable[str]]) -> None:
         """Everything that this plan rests on. used: the names of what it takes from each parameter's state."""
         self.sharded = any(tensors.is_dtensor(p) for p in self.params)
         self._all = len(self.watched) == len(self.params)

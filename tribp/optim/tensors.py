@@ -59,9 +59,7 @@ def extent(tensor: Tensor) -> int:
 def is_held(tensor: Tensor) -> bool:
     """Whether a tensor's storage holds all its elements; it does not after `storage.resize_(0)`, which frees them."""
     needed = extent(tensor)
-    return not needed or (
-        tensor.storage_offset() * tensor.element_size() + needed <= tensor.untyped_storage().nbytes()
-    )
+    return not needed or (tensor.storage_offset() * tensor.element_size() + needed <= tensor.untyped_storage().nbytes())
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
