@@ -75,7 +75,7 @@ class Adagrad(Optimizer, TorchAdagrad):
 
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
         for p in group["params"]:  # of groups that were added late: torch 2.11 makes no states for those
-            if p not in self.state:
+            if not self.state.get(p):
                 self.state[p]["step"] = torch.zeros((), dtype=counter_dtype(bool(group["fused"])), device="cpu")
                 self.state[p]["sum"] = self._new_state(p, "sum", p.dtype)
         (has_sparse_grad, has_complex), lists = self._gathered(group, 4)

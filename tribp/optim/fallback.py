@@ -61,12 +61,8 @@ def refuse_options(optimizer: "Optimizer", group: "Group", grad: Tensor) -> None
 
 def parts(plan: "Plan", fused: list[Member], by_reference: list[Member]) -> list[Part]:
     """Neighbouring groups share a call while their options are the same."""
-
-    def options(member: Member) -> object:
-        return plan.values[member.group]
-
     found: list[Part] = []
-    for _, same in groupby(fused, options):
+    for _, same in groupby(fused, lambda m: plan.alike[m.group]):
         by_type: dict[tuple[torch.dtype, bool], list[Member]] = {}
         for m in same:
             by_type.setdefault((m.param.dtype, m.param.numel() < _GRAIN), []).append(m)
@@ -100,7 +96,7 @@ def counters_together(members: Sequence[Member], dtype: torch.dtype) -> tuple[Te
 def unscaled_and_clipped(grads: list[Tensor], group: "Group", step: Step) -> list[Tensor]:
     """Gradients divided by the GradScaler's scale, in place as torch's fused steps do it, and clipped copies."""
     if step.grad_scale is not None:
-        for grad in grads:
+        for grad in {id(grad): grad for grad in grads}.values():  # a parameter may be listed twice
             grad.div_(step.grad_scale.to(grad.device))
     if step.norm is None:
         return grads
@@ -244,11 +240,16 @@ class Reference:
         self._plan = plan
 
     def run(self, step: Step) -> None:
+        unscaled: set[int] = set()  # a parameter may be listed twice
+        last: dict[int, Member] = {}
         for m in self.members:
             if (found := step.grads[m.index]) is None:
                 continue
             group = step.groups[m.group]
-            (grad,) = unscaled_and_clipped([found], group, step)
+            once = step if id(found) not in unscaled else step._replace(grad_scale=None)
+            unscaled.add(id(found))
+            last[id(m.state)] = m
+            (grad,) = unscaled_and_clipped([found], group, once)
             count = random_step = 0.0
             if "step" in m.state:
                 m.state["step"] += 1
@@ -275,7 +276,8 @@ class Reference:
             for state, moment in zip(states, moments, strict=True):
                 if state is not None:
                     state.copy_(moment)
-            if decay := group.get("ema_decay"):
+        for m in last.values():
+            if decay := step.groups[m.group].get("ema_decay"):
                 average(m.param, m.state, decay)
 
 
@@ -298,8 +300,11 @@ def torchs_fused(group: "Group", steps: list[Tensor]) -> bool | None:
     return True if group["fused"] and any(type(step) not in tensors.PLAIN for step in steps) else None
 
 
-def run_rest(group: "Group", params: list[Tensor], step: Step) -> None:
-    """torch's own code for these parameters of a group: sparse, differentiable, on another device …"""
+def run_rest(group: "Group", params: list[Tensor], step: Step, in_turn: bool) -> None:
+    """torch's own code for these parameters of a group: sparse, differentiable, on another device …
+
+    in_turn: one after the other, for some are the same or share memory.
+    """
     optimizer = step.optimizer
     params = [p for p in params if p.grad is not None]
     if not params:
@@ -313,7 +318,8 @@ def run_rest(group: "Group", params: list[Tensor], step: Step) -> None:
         ):
             state["step"] = state["step"].cpu()
     with torch.set_grad_enabled(bool(group.get("differentiable"))):
-        optimizer._torch_update({**group, "params": params}, lambda grads: unscaled_and_clipped(grads, group, step))
+        chosen = {**group, "params": params} | ({"foreach": False} if in_turn else {})
+        optimizer._torch_update(chosen, lambda grads: unscaled_and_clipped(grads, group, step))
     if decay := group.get("ema_decay"):
-        for p in params:
+        for p in dict.fromkeys(params):
             average(p.detach(), optimizer.state[p], decay)

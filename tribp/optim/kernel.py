@@ -70,8 +70,7 @@ class Kernel:
         self._finished = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._values: object = None
         self._words: list[int] = []
-        self._tensors = False  # whether some hyperparameters are tensors, which change without a notice
-        self._on_device = False  # … and lie on the device
+        self._on_device = False  # whether some hyperparameters are tensors on the device
         self._make_launch(optimizer)
 
     def _make_tables(self, plan: "Plan", optimizer: "Optimizer") -> None:
@@ -158,7 +157,7 @@ class Kernel:
         for i in self._empty:
             addresses[i] = 0 if found[i] is None else 16  # an empty tensor has no address, and its step counts
         self.grads = self._grads.write(addresses, capturing=step.capturing)
-        if step.values is not self._values or self._tensors:
+        if step.values is not self._values:
             self._words = self._hyper_words(step)
             self._values = step.values
         self.hypers = self._hypers.write(self._words, capturing=step.capturing)
@@ -168,7 +167,6 @@ class Kernel:
 
     def _hyper_words(self, step: Step) -> list[int]:
         """The groups' rows: values, then the addresses of those that lie on the device."""
-        self._tensors = False
         flat: list[Any] = []
         for group in step.groups:
             flat += step.optimizer._values(group)
@@ -179,7 +177,6 @@ class Kernel:
         where: dict[int, int] = {}
         for k, value in enumerate(flat):
             if isinstance(value, Tensor):
-                self._tensors = True
                 if value.device.type == self.device.type:
                     flat[k], where[k + _HYPER] = 0.0, _scalar_address(value, self.device)
                 else:

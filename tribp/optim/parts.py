@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from torch import Tensor
 
 from .tensors import local
+from .watched import peek
 
 if TYPE_CHECKING:
     from .base import Optimizer
@@ -25,7 +26,7 @@ class Member:
 
     @property
     def states(self) -> list[Tensor | None]:
-        return [None if name is None else local(self.state[name]) for name in self.names]
+        return [None if name is None else local(peek(self.state, name)) for name in self.names]
 
     @property
     def parts(self) -> list[Tensor]:
@@ -34,7 +35,7 @@ class Member:
 
     @property
     def ema(self) -> Tensor | None:
-        return local(self.state["ema"]) if "ema" in self.state else None
+        return local(peek(self.state, "ema")) if "ema" in self.state else None
 
 
 class Step(NamedTuple):

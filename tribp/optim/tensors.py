@@ -1,7 +1,7 @@
 """What the memory behind a tensor looks like: shards, pairs of reals, strides."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,49 @@ def as_reals(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last one."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def is_held(tensor: Tensor) -> bool:
+    """Whether a tensor's storage holds all its elements; it does not after `storage.resize_(0)`, which frees them."""
+    needed = extent(tensor)
+    return not needed or (tensor.storage_offset() * tensor.element_size() + needed <= tensor.untyped_storage().nbytes())
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two of a tensor's elements may be one and the same in memory, as those of an expanded one are."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def overlapping(owned: Iterable[tuple[int, Tensor]]) -> set[int]:
+    """The owners of tensors whose stretches of memory meet, be it with another's or with another of their own."""
+    stretches = []
+    for owner, t in owned:
+        if length := t.nbytes if t.is_contiguous() else extent(t):
+            start = t.data_ptr()
+            stretches.append((str(t.device), start, start + length, owner))
+    stretches.sort()
+    found: set[int] = set()
+    device, end, last = "", 0, 0  # of the stretch that reaches furthest so far
+    for where, start, stop, owner in stretches:
+        if where == device and start < end:
+            found |= {owner, last}
+        if where != device or stop > end:
+            device, end, last = where, stop, owner
+    return found
+
+
 def coalesce(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
     """The same elements in as few dimensions as possible, in the order in which the first tensor lies in memory.
 
@@ -87,7 +130,7 @@ def layout(tensors: Sequence[Tensor]) -> list[int] | None:
     states = strides[2:] or [strides[0]]
     if len(sizes) > MAX_DIMS or any(s != states[0] for s in states):
         return None
-    if any(torch._debug_has_internal_overlap(t) == 1 for i, t in enumerate(tensors) if i != 1):
+    if any(overlaps_itself(t) for i, t in enumerate(tensors) if i != 1):
         return None
     pad = MAX_DIMS - len(sizes)
     row = [1] * pad + sizes

@@ -1,0 +1,78 @@
+"""What a kernel is never given: a gradient or state that does not fit its parameter, a scalar that is none.
+
+Neither our kernels nor torch's fused ones look: another size would be memory read and written out of bounds.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import tensors
+
+if TYPE_CHECKING:
+    from .base import Group, Optimizer
+
+COUNTERS = ("step", "ema_step")
+
+
+def check_tensors(
+    optimizer: "Optimizer", group: int, position: int, p: Tensor, grad: Tensor | None, state: Mapping[str, Any]
+) -> None:
+    """Raise ValueError or TypeError if a gradient or an entry of `state` can't belong to the parameter.
+
+    group, position: of the parameter, for the message. state: of what the update uses. None: there is none yet.
+    """
+
+    def described(name: str) -> str:
+        return f"{name} of {_parameter(optimizer, group, position)}" if name else _parameter(optimizer, group, position)
+
+    caller = type(optimizer).__name__
+    for name, t in (("", p), ("gradient", grad), *state.items()):
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            if name in COUNTERS:
+                continue  # torch's own code takes numbers too
+            raise TypeError(f"{caller}: {described(name)} must be a tensor, got {type(t).__name__}")
+        if name in COUNTERS:
+            if t.numel() != 1 or t.is_complex():
+                raise ValueError(
+                    f"{caller}: {described(name)} must be one real number, got {_kind(t)} of shape {tuple(t.shape)}"
+                )
+        elif t.shape != p.shape:
+            raise ValueError(
+                f"{caller}: {described(name)} must have the parameter's shape, {tuple(p.shape)}, got {tuple(t.shape)}"
+            )
+        elif t.device != p.device:
+            raise ValueError(
+                f"{caller}: {described(name)} must be on the parameter's device, {p.device}, got {t.device}"
+            )
+        elif (t.is_complex(), t.is_floating_point()) != (p.is_complex(), p.is_floating_point()):
+            raise TypeError(f"{caller}: {described(name)} must be {_kind(p)}, as the parameter is, got {t.dtype}")
+        part = tensors.local(t)
+        if type(part) in tensors.PLAIN and part.layout == torch.strided and not tensors.is_held(part):
+            raise ValueError(
+                f"{caller}: {described(name)} has shape {tuple(part.shape)}, strides {part.stride()} and offset "
+                f"{part.storage_offset()} in {part.dtype}, but its memory was cut to "
+                f"{part.untyped_storage().nbytes()} bytes (storage.resize_)"
+            )
+
+
+def check_scalar(name: str, t: Tensor) -> None:
+    """Raise ValueError if a tensor that stands for a number, as a GradScaler's do, does not hold just one."""
+    part = tensors.local(t)
+    if part.numel() != 1 or not part.is_floating_point() or not tensors.is_held(part):
+        raise ValueError(f"{name} must hold one floating-point number, got {part.dtype} of shape {tuple(part.shape)}")
+
+
+def _parameter(optimizer: "Optimizer", number: int, position: int) -> str:
+    group: Group = optimizer.param_groups[number]
+    names = group.get("param_names")
+    name = f" ({names[position]!r})" if names else ""
+    return f"parameter {position} of group {number}{name}"
+
+
+def _kind(t: Tensor) -> str:
+    return "complex" if t.is_complex() else "real" if t.is_floating_point() else "integer"

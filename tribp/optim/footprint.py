@@ -1,0 +1,68 @@
+"""How and where tensors lie in memory, and whether that is as it was."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ADDRESS = Tensor.data_ptr
+_STORAGE = Tensor.untyped_storage
+_BYTES = torch.UntypedStorage.nbytes
+
+
+def look(t: Tensor) -> tuple[object, ...]:
+    """What a guard compares."""
+    strides = t.stride() if t.layout == torch.strided else None
+    return type(t), t.dtype, t.device, t.shape, t.layout, strides, t.is_conj(), t.is_neg()
+
+
+def guard(examples: Sequence[Tensor]) -> Callable[[Sequence[Any]], bool]:
+    """Whether tensors have the Python type, dtype, device, shape and strides of these; None never has.
+
+    torch.compile's guards say so in 0.05 ms for 1,000 tensors. They are no public interface: where they are missing,
+    Python looks, in 0.6 ms.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes: Any = [list(t.shape) for t in examples]  # their annotation has a flat list
+        strides: Any = [list(t.stride()) for t in examples]
+        guards = TensorGuards(*examples, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        if guards.check(*examples):
+            return lambda tensors: bool(guards.check(*tensors))
+    except (ImportError, TypeError, RuntimeError, SystemError):
+        pass
+    expected = [look(t) for t in examples]
+    return lambda tensors: all(t is not None and look(t) == e for t, e in zip(tensors, expected, strict=True))
+
+
+def storage_sizes(tensors: Sequence[Tensor]) -> list[int]:
+    """Bytes of the memory that each is a view of: `storage.resize_` changes them and no tensor."""
+    return list(map(_BYTES, map(_STORAGE, tensors)))
+
+
+class Footprint:
+    """How some tensors lay in memory: type, dtype, shape, strides, address, size of the storage."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._alike = guard(tensors)
+        self._addresses, self._sizes = list(map(_ADDRESS, tensors)), storage_sizes(tensors)
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        return (
+            self._alike(tensors)
+            and list(map(_ADDRESS, tensors)) == self._addresses
+            and storage_sizes(tensors) == self._sizes
+        )
+
+
+def holders(tensors: Sequence[Tensor]) -> object:
+    """How many hold each tensor, its storage and its memory: equal to what it was while nobody else has got hold."""
+    storages = list(map(_STORAGE, tensors))
+    try:
+        memory = [torch._C._storage_Use_Count(s._cdata) for s in storages]  # type: ignore[attr-defined]
+    except AttributeError:
+        return object()  # equal to nothing: as if somebody held them
+    return [*map(sys.getrefcount, tensors), *map(sys.getrefcount, storages), *memory]
