@@ -66,6 +66,7 @@ class FusedSigmoid(nn.Identity):
     """
 
     sigmoid: nn.Sigmoid
+    __jit_ignored_attributes__ = ("sigmoid",)  # torch.jit.script knows no module that is no child
 
     def __init__(self, sigmoid: nn.Sigmoid) -> None:
         super().__init__()
