@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
@@ -53,6 +54,16 @@ def test_compiled_double_backward_raises(operation: Operation, tensors: list[Ten
     (grad,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(grad.sum(), tensors[1])
+
+
+def test_compiled_autograd_of_an_eager_forward(operation: Operation, tensors: list[Tensor]) -> None:
+    """The compiler looks on in the backward pass alone."""
+    y, expected = operation.ours(*tensors), operation.theirs(*tensors)
+    dy = torch.randn_like(y)
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, fullgraph=True, backend="aot_eager")):
+        y.backward(dy)
+    for tensor, torchs in zip(tensors, torch.autograd.grad(expected, tensors, dy), strict=True):
+        torch.testing.assert_close(tensor.grad, torchs)
 
 
 @pytest.mark.filterwarnings("ignore")  # jit.trace warns that it is deprecated, and of every shape it is shown
