@@ -306,19 +306,29 @@ def test_the_report_can_be_read() -> None:
 
 
 def test_modules_that_a_user_built() -> None:
-    """unfuse makes them torch's, but where a sigmoid would need a place of its own."""
+    """unfuse makes them torch's, and where a sigmoid has no place of its own a Sequential of two."""
     model = nn.Sequential(
         Conv3x3(2, 4, 2, (1, 2), 2, bias=False, padding_mode="reflect"),
         Conv3x3(4, 4, padding="same", activation="sigmoid"), nn.Identity(), nn.Flatten(), LinearSigmoid(60, 3),
     )  # fmt: skip
-    x, keys = torch.randn(2, 2, 6, 8), list(model.state_dict())
+    model[4].eval()
+    x, parameters = torch.randn(2, 2, 6, 8), list(model.parameters())
     y = model(x)
     report = tribp.unfuse(model)
-    assert report.replaced == (Replaced("0", "Conv3x3", "Conv2d"),)
-    assert reasons(report) == {"1": "no place for a Sigmoid is behind 1", "4": "no place for a Sigmoid is behind 4"}
+    assert report.left == ()
+    assert report.replaced == (
+        Replaced("0", "Conv3x3", "Conv2d"),
+        Replaced("1", "Conv3x3", "Sequential(Conv2d, Sigmoid), keys with 0."),
+        Replaced("4", "LinearSigmoid", "Sequential(Linear, Sigmoid), keys with 0."),
+    )
     assert repr(model[0]) == repr(nn.Conv2d(2, 4, 3, 2, (1, 2), 1, 2, bias=False, padding_mode="reflect"))
+    assert [type(m).__module__.partition(".")[0] for m in model.modules()] == ["torch"] * 10
+    assert [m.training for m in model] == [True, True, True, True, False]
     torch.testing.assert_close(model(x), y)
-    assert list(model.state_dict()) == keys
+    assert list(model.state_dict()) == ["0.weight", "1.0.weight", "1.0.bias", "4.0.weight", "4.0.bias"]
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert len(tribp.fuse(model).replaced) == 3
+    torch.testing.assert_close(model(x), y)
 
 
 def test_unfuse_leaves_what_fuse_would() -> None:
@@ -348,9 +358,9 @@ def test_a_fused_model_that_was_taken_apart() -> None:
     models[2][0].activation = None
     left = [reasons(tribp.unfuse(part)) for part in models]
     nothing_before = "no module that computes the sigmoid is before it"
-    assert left == [{"2": "no place for a Sigmoid is behind 2"}, {"0": nothing_before}, {"1": nothing_before}]
+    assert left == [{}, {"0": nothing_before}, {"1": nothing_before}]
     assert list(map(kinds, models)) == [
-        ["Conv2d", "Sigmoid", "LinearSigmoid"],
+        ["Conv2d", "Sigmoid", "Sequential"],
         ["FusedSigmoid", "Conv2d", "Sigmoid"],
         ["Conv2d", "FusedSigmoid", "Linear", "Sigmoid", "Conv2d", "Sigmoid"],
     ]

@@ -26,6 +26,14 @@ def test_auto_sends_cpu_tensors_to_torch() -> None:
     assert runtime.backend_of(torch.ones(1, device="meta")) == "torch"
 
 
+def test_meta_tensors_never_reach_a_kernel(kernels: str) -> None:
+    x, w = torch.empty(6, 5, device="meta", requires_grad=True), torch.empty(4, 5, device="meta")
+    y = tribp.linear_sigmoid(x, w)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    image = tribp.conv3x3(torch.empty(2, 3, 4, 5, device="meta"), torch.empty(7, 3, 3, 3, device="meta"))
+    assert (y.shape, grad.shape, image.shape) == ((6, 4), (6, 5), (2, 7, 2, 3))
+
+
 @pytest.mark.gpu
 def test_auto_sends_cuda_tensors_to_triton() -> None:
     assert runtime.backend_of(torch.ones(1, device="cuda")) == "triton"

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
@@ -52,6 +54,16 @@ def test_compiled_double_backward_raises(operation: Operation, tensors: list[Ten
     (grad,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(grad.sum(), tensors[1])
+
+
+def test_compiled_autograd_of_an_eager_forward(operation: Operation, tensors: list[Tensor]) -> None:
+    """The compiler looks on in the backward pass alone."""
+    y, expected = operation.ours(*tensors), operation.theirs(*tensors)
+    dy = torch.randn_like(y)
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, fullgraph=True, backend="aot_eager")):
+        y.backward(dy)
+    for tensor, torchs in zip(tensors, torch.autograd.grad(expected, tensors, dy), strict=True):
+        torch.testing.assert_close(tensor.grad, torchs)
 
 
 @pytest.mark.filterwarnings("ignore")  # jit.trace warns that it is deprecated, and of every shape it is shown
@@ -141,6 +153,26 @@ def test_exported_modules_train(compiled: bool, operation: Operation, detached: 
     expected = torch.autograd.grad(operation.theirs(x, net.weight, net.bias), list(net.parameters()), dy)
     for ours, torchs in zip(grads, expected, strict=True):
         torch.testing.assert_close(ours, torchs)
+
+
+def test_exporters_find_torchs_operators_for_ours(operation: Operation, detached: list[Tensor]) -> None:
+    """ONNX's looks into torch's table of decompositions for operators that it cannot translate."""
+    x, w, b = detached
+    program = torch.export.export(Net(operation.ours, w, b), (x,))
+    table = {op: function for op, function in decomposition_table.items() if op.namespace == "tribp"}
+    plain = program.run_decompositions(table)
+    assert [node for node in plain.graph.nodes if "tribp" in str(node.target)] == []
+    torch.testing.assert_close(plain.module()(x), operation.theirs(x, w, b))
+
+
+def test_onnx(operation: Operation, detached: list[Tensor]) -> None:
+    pytest.importorskip("onnxscript")
+    x, w, b = (t.float() for t in detached)
+    program = torch.onnx.export(Net(operation.ours, w, b), (x,), dynamo=True, verbose=False)
+    assert program is not None
+    kinds = {node.op_type for node in program.model.graph}
+    assert "Sigmoid" in kinds
+    assert kinds & {"Conv", "Gemm", "MatMul"}
 
 
 def test_gradients_of_gradient_operators_raise(operation: Operation, tensors: list[Tensor]) -> None:

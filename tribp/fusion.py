@@ -66,6 +66,7 @@ class FusedSigmoid(nn.Identity):
     """
 
     sigmoid: nn.Sigmoid
+    __jit_ignored_attributes__ = ("sigmoid",)  # torch.jit.script knows no module that is no child
 
     def __init__(self, sigmoid: nn.Sigmoid) -> None:
         super().__init__()
@@ -132,9 +133,10 @@ def fuse(model: nn.Module) -> Report:
 def unfuse(model: nn.Module) -> Report:
     """Put torch's modules where tribp's stand in `model`, in place: what `fuse` did is undone.
 
-    Modules that a user wrote into the model become torch's too. But where no `FusedSigmoid` is behind one that computes
-    a sigmoid, there is no place for an `nn.Sigmoid`, and it is left; as are those that `fuse` would leave for hooks,
-    parametrizations, more parameters, subclasses, and FSDP. Everything that `fuse` keeps is kept.
+    Modules that a user wrote into the model become torch's too. One that computes a sigmoid and has no `FusedSigmoid`
+    behind it becomes an `nn.Sequential` of two in its place: its keys in the state_dict then have a "0." more, as the
+    report says. Everything else that `fuse` keeps is kept. Left are those that `fuse` would leave for hooks,
+    parametrizations, more parameters, subclasses, and FSDP.
 
     Raises:
         TypeError: model is no module.
@@ -142,16 +144,24 @@ def unfuse(model: nn.Module) -> Report:
     plan = _Plan("unfuse", model)
     for module, places in plan.modules:
         if isinstance(module, (LinearSigmoid, Conv3x3)):
-            sigmoid = _computes_sigmoid(module)
+            pair = any(isinstance(place.behind, FusedSigmoid) for place in places)
             reason = plan.obstacle(module, LinearSigmoid if isinstance(module, LinearSigmoid) else Conv3x3)
-            if sigmoid:
+            if _computes_sigmoid(module) and pair:
                 reason = reason or _unpaired(places, FusedSigmoid)
             if reason:
                 plan.leave(places, reason)
+                continue
+            made: nn.Module = _linear(module) if isinstance(module, LinearSigmoid) else _conv2d(module)
+            now = type(made).__name__
+            if not _computes_sigmoid(module):
+                plan.replace(places, made, type(module).__name__, now, pair=False)
+            elif pair:
+                plan.replace(places, made, type(module).__name__, f"{now} + Sigmoid")
             else:
-                made = _linear(module) if isinstance(module, LinearSigmoid) else _conv2d(module)
-                now = type(made).__name__ + (" + Sigmoid" if sigmoid else "")
-                plan.replace(places, made, type(module).__name__, now, sigmoid)
+                both = nn.Sequential(made, nn.Sigmoid()).train(module.training)
+                plan.replace(
+                    places, both, type(module).__name__, f"Sequential({now}, Sigmoid), keys with 0.", pair=False
+                )
         elif isinstance(module, FusedSigmoid):
             orphans = [place for place in places if not _computes_sigmoid(place.before)]
             plan.leave(orphans, "no module that computes the sigmoid is before it")

@@ -60,7 +60,10 @@ class LinearSigmoid(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear_sigmoid(input, self.weight, self.bias)
+        if torch.jit.is_scripting():  # torch.jit.script, like torch.jit.trace, keeps torch's own operations
+            return torch.sigmoid(F.linear(input, self.weight, self.bias))
+        else:  # TorchScript would compile what stands behind the branch
+            return linear_sigmoid(input, self.weight, self.bias)
 
 
 class Conv3x3(nn.Module):
@@ -143,6 +146,11 @@ class Conv3x3(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
-            (vertical, horizontal), padding = padding, (0, 0)
+            vertical, horizontal = padding
+            padding = (0, 0)
             input = F.pad(input, (horizontal, horizontal, vertical, vertical), mode=self.padding_mode)
-        return conv3x3(input, self.weight, self.bias, self.stride, padding, self.groups, self.activation)
+        if torch.jit.is_scripting():  # as for LinearSigmoid
+            output = F.conv2d(input, self.weight, self.bias, self.stride, padding, 1, self.groups)
+            return output if self.activation is None else torch.sigmoid(output)
+        else:
+            return conv3x3(input, self.weight, self.bias, self.stride, padding, self.groups, self.activation)

@@ -71,6 +71,8 @@ def backend_of(tensor: torch.Tensor) -> str:
         return "torch"
     if _backend == "auto":
         return "triton" if tensor.is_cuda and has_triton() and _supported(tensor.device.index) else "torch"
+    if tensor.is_meta:
+        return "torch"  # shapes alone: no kernel has anything to read
     if not has_triton():
         raise RuntimeError("the Triton backend was asked for, but triton is not installed: pip install triton")
     if not (tensor.is_cuda or (tensor.is_cpu and interpreting())):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 
 from .. import reference, runtime
 from ..modes import without_autocast
@@ -126,6 +127,14 @@ def _(
 ) -> Tensor:  # fmt: skip
     size = _output_size(input, weight, as_window(stride, padding, groups))
     return _empty(size, input, conv3x3_format(input, weight))
+
+
+@register_decomposition(torch.ops.tribp.conv3x3.default)
+def _(
+    input: Tensor, weight: Tensor, bias: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], groups: int, activation: str | None,
+) -> Tensor:  # fmt: skip
+    return forward(input, weight, bias, as_window(stride, padding, groups), activation, "torch")
 
 
 @torch.library.custom_op("tribp::conv3x3_backward", mutates_args=())

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 
 from .. import reference, runtime
 from ..modes import without_autocast
@@ -90,6 +91,12 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 @linear_sigmoid.register_fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+@register_decomposition(torch.ops.tribp.linear_sigmoid.default)
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """For ONNX and other exporters, which know torch's operators alone and look for this."""
+    return reference.linear_sigmoid(input, weight, bias)
 
 
 @torch.library.custom_op("tribp::linear_sigmoid_backward", mutates_args=())
