@@ -38,6 +38,11 @@ class Arch:
         """
         return self.backend == "interpreter" or (self.backend == "cuda" and 90 <= self.capability < 120)
 
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether tensor cores work beside the program, on tiles in shared memory: Hopper alone."""
+        return self.backend == "cuda" and 90 <= self.capability < 100
+
     def __hash__(self) -> int:
         """Two numbers tell machines apart; to hash all fields would be a third of what an answered question costs."""
         return self.capability << 16 ^ self.processors
