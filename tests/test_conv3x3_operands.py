@@ -1,4 +1,4 @@
-"""What a convolution's products read: weights beside which others lie, boxes of wgrad that are lines, dz that is summed.
+"""What a convolution's products read: weights beside which others lie, boxes that are lines, dz that is summed too.
 
 wgmma reads both operands from shared memory while the program goes on (`conv3x3.convolve`, `conv3x3.wgrad`); the
 interpreter shows that what those forms compute is right, `python -m bench static` that they are compiled to it.
