@@ -67,7 +67,9 @@ def small_forward(
     o, o_inside = indices(col, O, BLOCK_J, 1)
     k, k_inside = indices(0, 9 * C, BLOCK_K, 1)
     w_tile = tl.load(w + (k[:, None] + o[None, :] * (9 * C)), mask=k_inside[:, None] & o_inside[None, :], other=0.0)
-    z = dot(g, w_tile, tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_J), ACC), PRECISION)
+    # Weights first, as in `conv3x3.convolve`. Compiled: Triton else starts the product from the bias, and ptxas puts
+    # waits of its own between its instructions.
+    z = tl.trans(dot(tl.trans(w_tile), tl.trans(g), tl.zeros((BLOCK_J, BOX_N * BOX_H * BOX_W), ACC), PRECISION))
     if HAS_BIAS:
         z += tl.load(b + o, mask=o_inside, other=0.0).to(ACC)[None, :]
     if SIGMOID:

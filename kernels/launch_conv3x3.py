@@ -189,6 +189,10 @@ def choose_conv_wgrad(
         tile, taps = Product(32, 32, 32, 1, 1, INTERPRETED), 3
     elif size == 8:
         tile, taps = Product(64, 64, 16, 8, 2, "derived: float64: 64×64, one tap"), 1
+    elif size == 4 and arch.has_wgmma:
+        # Compiled: wgmma takes 64 rows and more. It can't turn float32 tiles, which lie across the sum here: they would
+        # be copied once more, or be summed for db while it reads them (`conv3x3.wgrad`).
+        tile, taps = Product(32, 128, 32, 4, 3, f"compiled: {precision}: 32×128, one tap, by mma.sync"), 1
     elif size == 4:
         tile, taps = Product(64, 64, 32, 8, 3, f"derived: {precision}: 64×64, one tap"), 1
     elif arch.has_tma:
@@ -220,6 +224,14 @@ def even_splits(boxes: int, splits: int) -> int:
     return cdiv(boxes, cdiv(boxes, splits))
 
 
+def small_stages(dtype: str, arch: Arch) -> int:
+    """The stages that `small_wgrad` may have.
+
+    Compiled: with two, wgmma reads float32 tiles where `cp.async` brings the next ones, or registers that are refilled.
+    """
+    return 1 if arch.has_wgmma and (ITEMSIZE[dtype] == 4 or not versions.fences_copies()) else 2
+
+
 @rule
 def choose_small(
     n: int, p: int, q: int, o: int, c: int, dtype: str, arch: Arch, *, wide: bool, wgrad: bool
@@ -242,7 +254,7 @@ def choose_small(
     box = choose_box(pixels, n, p, q, wide=wide)
     if not wgrad:
         return Convolution(pixels, channels, k, warps, 1, reason, box=box, max_registers=unrounded(arch))
-    stages = 1 if arch.has_wgmma and not versions.fences_copies() else 2
+    stages = small_stages(dtype, arch)
     chosen = Convolution(channels, k, pixels, warps, stages, reason, box=box, max_registers=unrounded(arch))
     boxes = chosen.boxes(n, p, q)
     # Derived: four programs a processor hide each other's gathers; splits of under four boxes mostly write results.

@@ -6,7 +6,17 @@ from math import prod
 from typing import Any
 
 from .launch import ITEMSIZE, Arch, cdiv, fit, power_of_2, stages_in_memory
-from .launch_conv3x3 import WORKSPACE, Box, Convolution, Relayout, choose_box, choose_line, even_splits, unrounded
+from .launch_conv3x3 import (
+    WORKSPACE,
+    Box,
+    Convolution,
+    Relayout,
+    choose_box,
+    choose_line,
+    even_splits,
+    small_stages,
+    unrounded,
+)
 from .launch_moves import LONGEST, RESULT, other_registers, other_stages, other_warps, registers, resized
 
 DEEPEST = 192  # registers a thread may keep of wgrad's results: three of 128×128 with 8 warps
@@ -79,6 +89,7 @@ def around_conv_wgrad(
     dtype: str, precision: str, arch: Arch, vec: int, tma: bool, spare: int,
 ) -> Iterator[Convolution]:  # fmt: skip
     most = max(spare, WORKSPACE) // (max(ITEMSIZE[dtype], 4) * 9 * o * c * bundles)
+    tallest = 32 if arch.has_wgmma and ITEMSIZE[dtype] == 4 else 128  # as `choose_conv_wgrad` says
 
     def settled(s: Convolution) -> Iterator[Convolution]:
         line = choose_line((s.block_l,), n, q)
@@ -99,7 +110,7 @@ def around_conv_wgrad(
         *other_warps(s, arch),
         *other_stages(s, arch),
         *resized(s, "block_l", 16, 128),
-        *resized(s, "block_i", 16, fit(128, o)),
+        *resized(s, "block_i", 16, fit(tallest, o)),
         *resized(s, "block_j", 16, fit(128, c)),
         *other_boxes(s, n, p, q),
         replace(s, taps=1 if s.taps == 3 else 3),
@@ -126,7 +137,7 @@ def around_small(
         *other_registers(s, arch),
     ]
     if wgrad:
-        others += [*resized(s, "splits", 1, most), *other_stages(s, arch)]
+        others += [*resized(s, "splits", 1, most), *(other_stages(s, arch) if small_stages(dtype, arch) > 1 else [])]
     for other in others:
         other = boxed(other, pixels, n, p, q, wide=wide)
         size = getattr(other, pixels)
