@@ -1,0 +1,137 @@
+"""Products by pointers on Hopper: by mma.sync, or with the fence that PTX asks for between `cp.async` and wgmma.
+
+wgmma reads shared memory through another proxy than the one `cp.async` writes it through. What Triton is installed
+decides which of the two it is (`kernels/triton_versions.py`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tribp.kernels import triton_versions
+from tribp.kernels.launch import ARCHS, candidates, needs_registers
+from tribp.kernels.launch_conv3x3 import choose_conv, choose_conv_wgrad, choose_small
+from tribp.kernels.launch_tuning import rules_answer
+from tribp.kernels.launch_variants import variants
+
+from .tuning_cases import questions
+
+ROOT = Path(__file__).parent.parent
+H100 = ARCHS["sm_90"]
+PRECISIONS = [("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "tf32x3")]
+
+COMPILE = """
+import json, torch
+from bench import conv, linear
+from bench.compiled import source_of, target_of
+from bench.conv_cases import ConvCase
+from bench.registry import Case
+from tribp.kernels.launch import ARCHS
+import triton
+
+arch = ARCHS["sm_90"]
+found = {}
+def read(name, launches):
+    for launch in launches:
+        if launch.kernel.__name__ in ("forward", "dgrad", "wgrad", "small_wgrad") and not launch.constants.get("TMA"):
+            source, options = source_of(launch, arch)
+            ptx = triton.compile(source, target=target_of(arch), options=options).asm["ptx"]
+            found[f"{name} {launch.kernel.__name__}"] = [line.strip().split(" ")[0] for line in ptx.splitlines()]
+for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True)):
+    pitch = 1004 if dtype == torch.bfloat16 else 1002  # no rows of 16 bytes: no descriptors
+    for direction in ("forward", "backward"):
+        read(f"linear {dtype} {direction}", linear.launches(Case((4096, pitch, pitch), dtype, tf32), direction, arch))
+    for shape in ((16, 128, 128, 13, 13), (64, 3, 64, 64, 64)):
+        read(f"conv {shape} {dtype}", conv.launches(ConvCase(shape, dtype, tf32=tf32), "wgrad", arch))
+read("groups", conv.launches(ConvCase((64, 128, 128, 28, 28), torch.bfloat16, groups=32), "forward", arch))
+print(json.dumps(found))
+"""
+
+
+def unfenced(opcodes: list[str]) -> bool:
+    """Whether a product can follow a wait for copies with no fence between, in the order of the code, run twice."""
+    waited = False
+    for opcode in [*opcodes, *opcodes]:
+        if opcode.startswith("cp.async.wait_"):
+            waited = True
+        elif opcode.startswith("fence.proxy.async"):
+            waited = False
+        elif opcode.startswith("wgmma.mma_async") and waited:
+            return True
+    return False
+
+
+def test_no_product_by_pointers_misses_its_fence() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {name.rsplit(" ", 1)[1] for name in found} == {"forward", "dgrad", "wgrad", "small_wgrad"}
+    assert any("cp.async.wait_group" in opcode for opcodes in found.values() for opcode in opcodes)
+    assert [name for name, opcodes in found.items() if unfenced(opcodes)] == []
+
+
+def test_the_check_sees_a_missing_fence() -> None:
+    copied, fence, product = "cp.async.wait_group", "fence.proxy.async.shared::cta;", "wgmma.mma_async.sync.aligned"
+    assert unfenced([copied, product])
+    assert unfenced([product, copied]), "around the loop"
+    assert not unfenced([copied, fence, product])
+    assert not unfenced([copied, "mma.sync.aligned"])
+
+
+@pytest.fixture(params=[True, False], ids=["3.7", "3.6"])
+def newer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """What the rules see of Triton's version."""
+    monkeypatch.setattr(triton_versions, "_version", lambda: (3, 7) if request.param else (3, 6))
+    return bool(request.param)
+
+
+def uses_wgmma(settings: object) -> bool:
+    return settings.block_i >= 64 and settings.num_warps >= 4  # type: ignore[attr-defined]
+
+
+def test_which_products_go_to_wgmma(newer: bool) -> None:
+    def first(dtype: str, precision: str, tma: bool, along: bool = True) -> bool:
+        return uses_wgmma(candidates(512, dtype, precision, H100, 16 if dtype == "float64" else 4, tma, along)[0])
+
+    assert first("bfloat16", "ieee", tma=True)
+    assert first("bfloat16", "ieee", tma=True, along=False)
+    assert first("bfloat16", "ieee", tma=False) == newer, "3.6 leaves out the fence"
+    assert first("float32", "tf32", tma=True) == newer, "3.6 has no descriptors that round"
+    assert not first("float32", "tf32", tma=True, along=False)
+    assert not first("float32", "tf32", tma=False)
+    assert not first("float32", "tf32x3", tma=True)
+
+
+def test_neither_the_rules_nor_their_variants_leave_a_product_without_its_fence(newer: bool) -> None:
+    for question in questions(H100).values():
+        facts = question.facts
+        if question.rule not in ("choose_forward", "choose_dgrad", "choose_wgrad"):
+            continue
+        along = facts.get("along", False)
+        chosen = rules_answer(question)
+        for settings in [chosen, *variants(question, chosen)]:
+            if needs_registers(facts["dtype"], facts["precision"], H100, tma=settings.tma, along=along):
+                assert settings.prefetch or not uses_wgmma(settings), (question, settings)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
+def test_convolutions_by_pointers(dtype: str, precision: str, newer: bool) -> None:
+    may = newer and dtype == "bfloat16"
+    dense = choose_conv.function(  # type: ignore[attr-defined]
+        64, 13, 13, 128, 128, 1, 1, 1, dtype, precision, H100, vec=4, tma=False, whole=False, wide=False
+    )
+    groups = choose_conv.function(  # type: ignore[attr-defined]
+        64, 28, 28, 32, 32, 4, 8, 1, dtype, precision, H100, vec=4, tma=False, whole=True, wide=False
+    )
+    wgrad = choose_conv_wgrad.function(  # type: ignore[attr-defined]
+        16, 13, 13, 128, 128, 1, 1, dtype, precision, H100, vec=4, tma=False, spare=1 << 30
+    )
+    for settings in (dense, groups, wgrad):
+        assert uses_wgmma(settings) == may, settings
+    few = choose_small.function(64, 64, 64, 64, 3, dtype, H100, wide=False, wgrad=True)  # type: ignore[attr-defined]
+    assert (few.num_stages > 1) == newer, "one stage copies nothing asynchronously"
