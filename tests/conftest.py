@@ -1,4 +1,4 @@
-"""What every test needs: the interpreter or the executor where there is no GPU, the kernels' device, poisoned memory."""
+"""What every test needs: the interpreter, or the executor, without a GPU; the kernels' device; poisoned memory."""
 
 import importlib
 import importlib.util

@@ -8,9 +8,10 @@ import importlib.util
 import os
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
-TARGETS = ("sm_80", "sm_90")
+from .run import TARGETS, executed
 
 
 def options() -> argparse.ArgumentParser:
@@ -25,12 +26,27 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def status_of(stop: SystemExit) -> int:
-    """The exit status that Python would give: a sentence is printed, and means 1."""
-    if stop.code is None or isinstance(stop.code, int):
-        return int(stop.code or 0)
-    print(stop.code, file=sys.stderr)
-    return 1
+def run_script(script: Path, arguments: list[str]) -> int:
+    """Run it as Python would; the exit status."""
+    before, sys.argv = sys.argv, [str(script), *arguments]
+    sys.path.insert(0, str(script.resolve().parent))
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return int(stop.code or 0)
+        print(stop.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.argv = before
+        sys.path.pop(0)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,23 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("under TRITON_INTERPRET=1 Triton compiles nothing: unset it")
     if not given.script.is_file():
         parser.error(f"no such script: {given.script}")
-    from . import executed
-
-    settings = dict(copies=given.copies, schedule=given.schedule, order=given.order, seed=given.seed)
-    before, sys.argv = sys.argv, [str(given.script), *given.arguments]
-    sys.path.insert(0, str(given.script.resolve().parent))
-    status = 0
-    with executed(given.target, **settings) as report:
-        try:
-            runpy.run_path(str(given.script), run_name="__main__")
-        except SystemExit as stop:
-            status = status_of(stop)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            status = 130
-        finally:
-            sys.argv = before
-            sys.path.pop(0)
+    with executed(
+        given.target, copies=given.copies, schedule=given.schedule, order=given.order, seed=given.seed
+    ) as report:
+        status = run_script(given.script, given.arguments)
     print(report.table())
     for problem in report.problems:
         print("PROBLEM", problem)

@@ -32,7 +32,7 @@ def run(
             maps[len(packed)] = argument
             params.append(f".param .align 64 .b8 p{n}[128]")
             packed += bytes(128)
-            loads += f"mov.b64 %rd{n + 1}, p{n};\n"
+            loads += f"mov.b32 %r98, p{n};\ncvt.u64.u32 %rd59, %r98;\ncvta.param.u64 %rd{n + 1}, %rd59;\n"
         else:
             params.append(f".param .u64 p{n}")
             packed += struct.pack("<Q", argument.data_ptr())

@@ -113,7 +113,7 @@ def _pretending(target: str, auto: str) -> Iterator[None]:
         return auto if runtime.backend() == "auto" else runtime.backend()
 
     with (
-        mock.patch.object(CUDABackend, "make_cubin", lambda *_: b"executed"),
+        mock.patch.object(CUDABackend, "make_cubin", return_value=b"executed"),
         mock.patch.object(CUDABackend, "hash", lambda self: f"executed-{self.target.arch}"),
         mock.patch.object(CompiledKernel, "_init_handles", remember),
         pretending(ARCHS[target], performed),
