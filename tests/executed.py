@@ -80,7 +80,7 @@ def _problems(case: "Case", settings: dict[str, Any]) -> tuple[list[str], set[Fo
 
 @contextlib.contextmanager
 def _recorded() -> Iterator[set[Form]]:
-    """The switches of all launches."""
+    """The switches of all launches, and on which axes of its grid a kernel has several programs."""
     from tribp.ops.launching import Launch
 
     forms: set[Form] = set()
@@ -88,6 +88,7 @@ def _recorded() -> Iterator[set[Form]]:
 
     def record(launch: Launch) -> object:
         switches = {key: value for key, value in launch.constants.items() if isinstance(value, bool)}
+        switches |= {f"program_id({axis})": length > 1 for axis, length in enumerate(launch.grid)}
         forms.update((_name(launch.kernel), key, value) for key, value in switches.items())
         return run(launch)
 

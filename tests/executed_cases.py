@@ -42,7 +42,7 @@ QUICK: dict[str, Case] = {
     "linear, tf32": Linear((72, 72, 136), SINGLE, tf32=True),
     "linear, float64": Linear((72, 40, 56), DOUBLE),
     "linear, frozen weight": Linear((72, 136, 72), needs="xb", dy=expanded),
-    "linear, frozen input": Linear((72, 136, 72), HALF, needs="wb"),
+    "linear, split sum": Linear((1100, 40, 72), HALF, needs="wb"),
     "linear, dx alone": Linear((136, 72, 72), needs="x"),
     "linear, db alone": Linear((136, 72, 24), needs="b"),
     "conv, 64 columns": conv((2, 64, 16, 16), 64),
@@ -50,7 +50,7 @@ QUICK: dict[str, Case] = {
     "conv, box and rest": conv((4, 32, 7, 7), 40),
     "conv, box and rest, sigmoid": conv((3, 24, 13, 11), 40, sigmoid=True),
     "conv, NCHW": conv((4, 32, 8, 16), 40, x=images.contiguous, w=images.contiguous, sigmoid=True),
-    "conv, split sum": conv((4, 8, 16, 16), 8, w=images.contiguous, needs="wb", processors=6),
+    "conv, split sum": conv((4, 32, 16, 16), 32, groups=2, w=images.contiguous, needs="wb", processors=6),
     "conv, padded channels": conv((2, 13, 9, 7), 11, x=images.contiguous, dtype=HALF),
     "conv, stride 2": conv((2, 64, 16, 16), 72, stride=2),
     "conv, stride 2, odd": conv((2, 72, 11, 9), 24, stride=(1, 2), x=images.cropped_last, bias=False),
@@ -74,7 +74,9 @@ QUICK: dict[str, Case] = {
     "Adagrad": Rule("Adagrad", {"lr_decay": 0.1, "initial_accumulator_value": 0.3}),
     "Adam, amsgrad in one group": Rule("Adam", {}, DOUBLE, second={"amsgrad": True}),
     "AdamW": Rule("AdamW", {}, BRAIN),
-    "SGD, 600 tensors": Rule("SGD", {"momentum": 0.9, "dampening": 0.3}, layouts=("0-d",) * 600),
+    "Adagrad, 600 tensors": Rule(
+        "Adagrad", {"lr_decay": 0.1, "initial_accumulator_value": 0.3}, layouts=("0-d",) * 600
+    ),
     "aligned, clipping, ε inside": Beyond(
         "Adagrad", (SINGLE,), {"max_grad_norm": 1.0, "eps_inside_sqrt": True}, layouts=ALIGNED
     ),
