@@ -99,8 +99,8 @@ def test_states_that_are_made_for_a_checkpoint_begin_no_average(name: str, as_te
         name, [{"params": [network.weight]}, {"params": [network.bias], "ema_decay": None}], lr=lr, ema_decay=0.75
     )
     theirs = genuine(name, twin.parameters(), lr=lr)
-    states = [get_optimizer_state_dict(*pair)["state"] for pair in ((network, optimizer), (twin, theirs))]
-    ours_, torchs = (state.get("bias", {}) for state in states)  # type: ignore[attr-defined]
+    states: list[Any] = [get_optimizer_state_dict(*pair)["state"] for pair in ((network, optimizer), (twin, theirs))]
+    ours_, torchs = (state.get("bias", {}) for state in states)
     assert (list(ours_), ours_.get("step")) == (list(torchs), torchs.get("step"))
     weight = network.weight.detach().clone()
     with optimizer.swap_ema():

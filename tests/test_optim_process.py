@@ -234,7 +234,8 @@ def test_wrappers_see_what_the_optimizer_has(name: str, copied: bool, device: st
         optimizer = pickle.loads(pickle.dumps(optimizer))
         (p,) = optimizer.param_groups[0]["params"]
     wrapper = wrapped(optimizer)
-    assert wrapper.grad_norm is None
+    before = wrapper.grad_norm
+    assert before is None
     p.grad = torch.full_like(p, 5.0)
     wrapper.step()
     assert float(wrapper.grad_norm) == pytest.approx(75**0.5)

@@ -117,8 +117,8 @@ class RMSprop(Optimizer, TorchRMSprop):
 
 
 def _centered(
-    group: Group, params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], grad_avgs: list[Tensor],
-    buffers: list[Tensor],
+    group: Group, params: list[Tensor], grads: list[Tensor] | tuple[Tensor, ...], square_avgs: list[Tensor],
+    grad_avgs: list[Tensor], buffers: list[Tensor],
 ) -> None:  # fmt: skip
     """torch's update, but for the variance v − ḡ²: where rounding makes it negative torch has a NaN, and this 0."""
     if group["maximize"]:
