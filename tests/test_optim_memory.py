@@ -295,8 +295,11 @@ def test_states_are_looked_at_only_while_somebody_holds_one(device: str, monkeyp
     del held
     assert looks() == 1
     assert looks() == 0
-    for way in (dict, list, lambda s: {**s}, lambda s: s | {}, lambda s: {} | s, lambda s: s.get("exp_avg"),
-                lambda s: [*s.values()], lambda s: [*s.items()], lambda s: s.copy(), lambda s: s.setdefault("step")):  # fmt: skip
+    ways: list[Callable[[Any], object]] = [
+        dict, list, lambda s: {**s}, lambda s: s | {}, lambda s: {} | s, lambda s: s.get("exp_avg"),
+        lambda s: [*s.values()], lambda s: [*s.items()], lambda s: s.copy(), lambda s: s.setdefault("step"),
+    ]  # fmt: skip
+    for way in ways:
         state.looks.clear()
         way(state)
         assert state.looks, "unnoticed"
