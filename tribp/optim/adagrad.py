@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from .base import Beyond, Group, Optimizer
 from .fallback import Tensors
+from .watched import WatchedState
 
 
 class Adagrad(Optimizer, torch.optim.Adagrad):
@@ -50,6 +51,8 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
             for p in group["params"]:
                 if group.get("state_dtype") and not p.is_complex():
                     self.state[p]["sum"] = self._new_state(p, "sum", group["state_dtype"])
+        for p, state in self.state.items():
+            self.state[p] = WatchedState(state)  # nobody has been given one yet
 
     def _names(self, group: Group) -> tuple[str | None, ...]:
         return "sum", None, None
