@@ -165,8 +165,10 @@ def expectations(launch: "Launch", case: Case, arch: Arch) -> "Sequence[Expectat
     found = []
     if kernel in ("forward", "dgrad", "wgrad"):
         found.append(e.PIPELINED)
-        rows = constants["BLOCK_N" if kernel == "wgrad" else "BLOCK_M"]
+        # Where dz is formed on load, it is the second operand.
+        rows = constants["BLOCK_K" if constants.get("FUSE_DZ") else "BLOCK_N" if kernel == "wgrad" else "BLOCK_M"]
         assert isinstance(rows, int)
+        rows = rows if launch.num_warps >= 4 else 0  # two warps, so that mma.sync multiplies
         if matrix := e.matrix_instructions(rows, case.dtype, arch):
             found.append(e.multiplies_with(*matrix[0], reason=matrix[1]))
         if (stores := wide_stores(launch, arch)) is not None:

@@ -56,8 +56,9 @@ def _driver(arch: Arch, performed: Performed) -> Any:
             performed(self._metadata, (x, y, z), tuple(arguments))
 
     class Utils:
-        def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-            return 0, 0, 0, 0, 1024  # module, function, registers, spills, threads a program may have
+        def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[None, int, int, int, int]:
+            # Module (none: Triton 3.9 would unload it), function, registers, spills, threads a program may have.
+            return None, 0, 0, 0, 1024
 
         def get_device_properties(self, device: int) -> dict[str, int]:
             return {"max_shared_mem": arch.shared_memory, "multiprocessor_count": arch.processors}

@@ -80,13 +80,17 @@ def load_box(
     """src[n, i·STEP_H + dh, j·STEP_W + dw, channel …] for the pixels of a box: (pixels, BLOCK), zeros outside.
 
     A descriptor has five dimensions, (N, H / STEP_H, STEP_H, W / STEP_W, STEP_W · C): every STEP-th row is a box in it.
+    If boxes are of images alone, N stands behind W / STEP_W: then the reshape drops leading ones alone (`convolve`).
     WITHIN: zeros also for the pixels of the box from `rows` and `cols` on; a descriptor's box must not have any.
     """
     if TMA:
         at_h = i + (dh >> (STEP_H - 1))  # STEP is 1 or 2, and a shift rounds down where a division would round to zero
         at_w = j + (dw >> (STEP_W - 1))
         at_c = (dw & (STEP_W - 1)) * (stride_w // VEC * VEC) + channel
-        tile = src.load([n, at_h, dh & (STEP_H - 1), at_w, at_c]).reshape(BOX_N * BOX_H * BOX_W, BLOCK)
+        if BOX_H * BOX_W == 1:
+            tile = src.load([at_h, dh & (STEP_H - 1), at_w, n, at_c]).reshape(BOX_N, BLOCK)
+        else:
+            tile = src.load([n, at_h, dh & (STEP_H - 1), at_w, at_c]).reshape(BOX_N * BOX_H * BOX_W, BLOCK)
     else:
         m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
         at, inside = offsets(
@@ -146,9 +150,9 @@ def load_weight(
     """
     if TMA:
         if DGRAD:
-            tile = w.load([first + l, tap, col]).reshape(BLOCK_L, BLOCK_J)
+            tile = w.load([tap, first + l, col]).reshape(BLOCK_L, BLOCK_J)
         else:
-            tile = tl.trans(w.load([first + col, tap, l]).reshape(BLOCK_J, BLOCK_L))
+            tile = tl.trans(w.load([tap, first + col, l]).reshape(BLOCK_J, BLOCK_L))
     else:
         pitch = CG // VEC * VEC
         at_tap = w + (first.to(tl.int64) * 9 + tap) * pitch
@@ -228,6 +232,12 @@ def convolve(
     FLAT is one loop over taps and channels, so that loads are pipelined across taps, but with divisions in it; with 8
     warps and pointers such a loop was seen to compute wrong results in another project (pytorch #173068). Otherwise the
     loop over channels stands in one over taps; compiled, unrolling that took 3.6 times the code and as many registers.
+
+    With descriptors the product is w[tap]ᵀ·src[tap]ᵀ, and the sum is transposed at the end. Compiled: wgmma reads its
+    first operand from shared memory only if no reshape stands behind the load, but one that drops leading ones. A box
+    of pixels has another. It would go through registers, which the next turn's loads overwrite while wgmma reads them
+    (https://github.com/triton-lang/triton/issues/9433), or ptxas makes each product wait. Not so with tf32x3: it makes
+    its operands in registers anyway, and waits; there weights come second, for the second is written back to memory.
     """
     SIGN: tl.constexpr = -1 if DGRAD else 1
     TAPS_H: tl.constexpr = (2 - TAP_H) // TAP_STEP_H + 1
@@ -244,7 +254,9 @@ def convolve(
         start = origin
     else:
         src += origin
-    acc = tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_J), ACC)
+    PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
+    WEIGHTS_FIRST: tl.constexpr = TMA and PRECISION != "tf32x3"
+    acc = tl.zeros((BLOCK_J, PIXELS) if WEIGHTS_FIRST else (PIXELS, BLOCK_J), ACC)
     steps = tl.cdiv(length, BLOCK_L)
     TAPS: tl.constexpr = TAPS_H * TAPS_W
     for outer in range(0, 1 if FLAT else TAPS):
@@ -263,7 +275,12 @@ def convolve(
                 stride_n, stride_h, stride_w, 0, 0, False, STEP_H, STEP_W, TMA, VEC, BOX_N, BOX_H, BOX_W, BLOCK_L,
             )  # fmt: skip
             b = load_weight(w, tap, l, col, first, members, OG, CG, DGRAD, DIAGONAL, TMA, VEC_W, BLOCK_L, BLOCK_J)
-            acc = dot(a, b, acc, PRECISION)
+            if WEIGHTS_FIRST:
+                acc = dot(tl.trans(b), tl.trans(a), acc, PRECISION)
+            else:
+                acc = dot(a, b, acc, PRECISION)
+    if WEIGHTS_FIRST:
+        acc = tl.trans(acc)
     if DIAGONAL:
         # A zero between two groups times an infinity of one is NaN in the other: where there is one, go without zeros.
         # (One sum over both axes: with a reduction along either, Triton 3.7 does not compile for sm_100.)
@@ -376,8 +393,13 @@ def wgrad(
     """dw[split] = Σ dzᵀ·x[tap] over the boxes of split = program_id(1): a tap or (TAPS = 3) a row of taps a program.
 
     dw: (splits, O, 9, C / groups), or (splits, O, C / groups, 9) with TAPS_LAST. db: (splits, O), the sums of dz, which
-    the programs of the first tap and the first input channels have for nothing. A group of dz has OZ channels and one
-    of x CX: OG and CG or, where rows were padded, more.
+    the programs of the first tap and the first input channels write. A group of dz has OZ channels and one of x CX: OG
+    and CG or, where rows were padded, more.
+
+    A descriptor's box is a line, of images or of columns: dz is the first operand (`convolve`). Of 16 bits db is its
+    product with ones, exact in every term. Compiled: a sum would read the shared memory that wgmma reads, and Triton
+    3.7 refills it too early (https://github.com/triton-lang/triton/issues/6691); before Hopper it would take three
+    times the shared memory's time. All programs form db: a branch in the loop makes every wgmma wait.
     """
     columns_o = tl.cdiv(BUNDLE * OG, BLOCK_O)
     columns_c = tl.cdiv(BUNDLE * CG, BLOCK_C)
@@ -412,8 +434,12 @@ def wgrad(
     acc = ()
     for _ in tl.static_range(TAPS):
         acc = acc + (tl.zeros((BLOCK_O, BLOCK_C), ACC),)
-    sums = tl.zeros((BLOCK_O,), ACC)
-    has_db = (taps == 0) & (col_c == 0)
+    PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
+    tl.static_assert(not TMA or BOX_N == PIXELS or BOX_W == PIXELS, "the box of a descriptor must be a line")
+    DTYPE: tl.constexpr = dz.dtype if TMA else dz.dtype.element_ty
+    BY_PRODUCT: tl.constexpr = DTYPE.primitive_bitwidth == 16
+    ones = round_to(tl.full((PIXELS, 16), 1.0, ACC), DTYPE)
+    sums = tl.zeros((BLOCK_O, 16) if BY_PRODUCT else (PIXELS, BLOCK_O), ACC)
     for box in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
         n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
         z_tile = load_box(
@@ -430,14 +456,17 @@ def wgrad(
             added = added + (dot(tl.trans(z_tile), x_tile, acc[t], PRECISION),)
         acc = added
         if WRITE_DB:
-            if has_db:
-                sums += tl.sum(z_tile.to(ACC), 0)
+            if BY_PRODUCT:
+                sums = dot(tl.trans(z_tile), ones, sums, PRECISION)
+            else:
+                sums += z_tile
     first = bundle * BUNDLE * OG
     o, o_inside = indices(col_o, members * OG, BLOCK_O, 1)
     c, c_inside = indices(col_c, members * CG, BLOCK_C, VEC_STORE)
     if WRITE_DB:
+        total = tl.max(sums, 1) if BY_PRODUCT else tl.sum(sums, 0)  # the product has 16 equal columns
         at = db + (split.to(tl.int64) * groups * OG + first + o)
-        tl.store(at, round_to(sums, db.dtype.element_ty), mask=o_inside & has_db)
+        tl.store(at, round_to(total, db.dtype.element_ty), mask=o_inside & (taps == 0) & (col_c == 0))
     inside = o_inside[:, None] & c_inside[None, :]
     if DIAGONAL:
         inside = inside & ((o // OG)[:, None] == (c // CG)[None, :])

@@ -14,6 +14,7 @@ No rule has been measured on a GPU yet.
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from .. import versions
 from .launch_tuning import rule
 
 BASES = ("derived", "compiled", "measured")
@@ -37,6 +38,11 @@ class Arch:
         with descriptors it spills and takes 131 KB; with sm_80's settings neither.
         """
         return self.backend == "interpreter" or (self.backend == "cuda" and 90 <= self.capability < 120)
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether tensor cores work beside the program, on tiles in shared memory: Hopper alone."""
+        return self.backend == "cuda" and 90 <= self.capability < 100
 
     def __hash__(self) -> int:
         """Two numbers tell machines apart; to hash all fields would be a third of what an answered question costs."""
@@ -149,18 +155,51 @@ def precision_of(dtype: str, tf32: bool, arch: Arch) -> str:
 
     float32 at torch's default keeps float32 accuracy: three TF32 products on NVIDIA's tensor cores (`ieee` would
     compile to 2,048 FFMA a 128×128×32 tile and no tensor core), `ieee` where that is on the matrix units anyway
-    (gfx942) or where there are none (the interpreter).
+    (gfx942) or where there are none (the interpreter, which yet rounds as TF32 does where that is allowed).
     """
-    if dtype != "float32" or arch.backend != "cuda":
+    if dtype != "float32" or arch.backend == "hip":
         return "ieee"
-    return "tf32" if tf32 else "tf32x3"
+    return "tf32" if tf32 else "tf32x3" if arch.backend == "cuda" else "ieee"
 
 
-def candidates(l: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -> list[Product]:
+def needs_registers(dtype: str, precision: str, arch: Arch, *, tma: bool, along: bool) -> bool:
+    """Whether a product must not go to wgmma, on a GPU that has it, but to mma.sync with operands in registers.
+
+    wgmma reads its second operand from shared memory. What is formed in registers must be stored there, and the
+    program then waits for all products before it may store the next tile. Compiled, that is so
+
+    - in tf32x3, which splits operands (shared memory takes three times as long as tensor cores, 4096³ on sm_90);
+    - in TF32, if the kernel has to round them, or one does not lie `along` the summed index: wgmma can't turn it.
+
+    By pointers, 16 bits go wrong where Triton leaves out the fence between copy and product.
+    """
+    if not arch.has_wgmma or dtype == "float64":
+        return False
+    if dtype == "float32":
+        return precision == "tf32x3" or not (tma and along and versions.descriptors_round_to_tf32())
+    return not tma and not versions.fences_copies()
+
+
+def from_registers(settings: Product, precision: str) -> Product:
+    """The settings as a product by mma.sync, where wgmma is ruled out: that takes 64 rows and four warps.
+
+    Compiled: with two warps a thread has room for 64 numbers of the result; beside tf32x3's halves for 32, of 32 rows.
+    """
+    if precision == "tf32x3":
+        return replace(settings, block_i=min(settings.block_i, 32), block_j=min(settings.block_j, 128), num_warps=4)
+    if settings.block_i < 64:
+        return settings
+    columns = 64 * 64 // settings.block_i
+    return replace(settings, block_j=max(16, min(settings.block_j, columns)), num_warps=2)
+
+
+def candidates(
+    l: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bool, along: bool = True
+) -> list[Product]:
     """The tiles worth considering for a product summed over l, the largest first.
 
     vec: elements that every row pitch, contiguous length and base address is a multiple of (16 bytes at most).
-    tma: whether the operands can have tensor descriptors.
+    tma: whether the operands can have tensor descriptors. along: whether both are contiguous along the summed index.
     """
     tma = tma and arch.has_tma
     odd = vec * ITEMSIZE[dtype] < 4 and not tma
@@ -178,6 +217,11 @@ def candidates(l: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bo
         depth = {"float64": 16, "float32": 32}.get(dtype, 64)
         wide = Product(128, 128, depth, 8, 2, "derived: MFMA; two stages fill 64 KB of LDS")
         return [wide, replace(wide, block_i=64, block_j=64, num_warps=4)]
+    if needs_registers(dtype, precision, arch, tma=tma, along=along):
+        depth = 32 if dtype == "float32" else 64
+        reason = "compiled: mma.sync: two warps a program, or 32 rows"
+        wide = from_registers(Product(64, 128, depth, 2, 4, reason, tma=tma, max_registers=255), precision)
+        return [wide, replace(wide, block_i=32, block_j=32, num_warps=4, reason="derived: 32×32: a small result")]
     if dtype in ("float32", "float64"):
         # Compiled: left to itself, ptxas rounds the registers of these down to a step of occupancy and spills 4–20
         # bytes for it; with 255 allowed they take what they need. Before Hopper, whose tensor cores read shared memory,
@@ -219,9 +263,11 @@ def fills(programs: int, arch: Arch) -> bool:
     return 4 * programs >= 3 * arch.processors
 
 
-def choose_product(i: int, j: int, l: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool) -> Product:
+def choose_product(
+    i: int, j: int, l: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, along: bool
+) -> Product:
     """Settings for an i × j result summed over l: the largest tiles that fill the GPU."""
-    tiles = candidates(l, dtype, precision, arch, vec, tma)
+    tiles = candidates(l, dtype, precision, arch, vec, tma, along)
     filling = [tile for tile in tiles if fills(tile.tiles(i, j), arch)]
     return fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
 
@@ -243,9 +289,11 @@ def stages_in_memory(settings: Product, itemsize: int, arch: Arch, *, extra: int
 
 
 @rule
-def choose_forward(m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool) -> Product:
-    """y (m × n) = σ(x·wᵀ + b), summed over k."""
-    chosen = choose_product(m, n, k, dtype, precision, arch, vec=vec, tma=tma)
+def choose_forward(
+    m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, along: bool = True
+) -> Product:
+    """y (m × n) = σ(x·wᵀ + b), summed over k; `along` as in `candidates`."""
+    chosen = choose_product(m, n, k, dtype, precision, arch, vec=vec, tma=tma, along=along)
     if chosen.tma and chosen.block_j == 256 and chosen.tiles(m, n) > 2 * arch.processors:
         # Published for Triton on an H100: 84–92 % of cuBLAS with persistent programs, 75–85 % with a program a tile.
         # Compiled: the next tile's loads start under the output's store, not under its sigmoid, and the output tile
@@ -261,10 +309,15 @@ def choose_forward(m: int, n: int, k: int, dtype: str, precision: str, arch: Arc
 
 @rule
 def choose_dgrad(
-    m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, may_fuse: bool
-) -> Product:
-    """dx (m × k) = dz·w, summed over n. may_fuse: nobody else needs dz, so it may be formed on the way in."""
-    chosen = choose_product(m, k, n, dtype, precision, arch, vec=vec, tma=tma)
+    m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, may_fuse: bool,
+    along: bool = False,
+) -> Product:  # fmt: skip
+    """dx (m × k) = dz·w, summed over n. may_fuse: nobody else needs dz, so it may be formed on the way in.
+
+    `along` as in `candidates`: a weight's rows lie across the sum.
+    """
+    chosen = choose_product(m, k, n, dtype, precision, arch, vec=vec, tma=tma, along=along)
+    may_fuse = may_fuse and not needs_registers(dtype, precision, arch, tma=tma, along=along)
     return fuse_dz(chosen, k, dtype, arch) if may_fuse else chosen
 
 
@@ -283,10 +336,10 @@ def choose_wgrad(
         """Splits of under eight steps do little but write partial results."""
         return max(1, min(cdiv(m, 8 * tile.block_l), spare // (accumulator * n * k)))
 
-    tiles = candidates(m, dtype, precision, arch, vec, tma)
+    tiles = candidates(m, dtype, precision, arch, vec, tma, along=False)
     filling = [tile for tile in tiles if fills(tile.tiles(n, k) * most_splits(tile), arch)]
     chosen = fitted((filling or tiles[-1:])[0], n, k, m, dtype, arch)
-    if may_fuse:
+    if may_fuse and not needs_registers(dtype, precision, arch, tma=tma, along=False):
         chosen = fuse_dz(chosen, k, dtype, arch)
     resident = arch.processors if chosen.block_i * chosen.block_j > 128 * 128 else 2 * arch.processors
     splits = max(1, min(resident // chosen.tiles(n, k), most_splits(chosen)))
@@ -303,7 +356,8 @@ def fuse_dz(chosen: Product, cols: int, dtype: str, arch: Arch) -> Product:
 
     Derived: a pass of its own reads dy and y and writes dz, and the product reads that again: four units of memory
     where the fused form has two. But the loop has three times the instructions, once for each tile column. Compiled:
-    with pointers the fused wgrad spills up to 230 bytes on sm_90, and up to 1,300 where operands lie in registers.
+    with pointers the fused wgrad spills up to 230 bytes on sm_90, and up to 1,300 where operands lie in registers; so
+    it is not for products that `needs_registers` keeps from wgmma.
     """
     if cdiv(cols, chosen.block_j) > 4 or not chosen.tma:
         return chosen

@@ -5,7 +5,9 @@ What a reason begins with is said there too.
 
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from math import prod
 
+from .. import versions
 from .launch import (
     INTERPRETED,
     ITEMSIZE,
@@ -16,6 +18,8 @@ from .launch import (
     fills,
     fit,
     fitted,
+    from_registers,
+    needs_registers,
     power_of_2,
     stages_that_fit,
 )
@@ -65,11 +69,11 @@ def unrounded(arch: Arch) -> int | None:
 
 
 @lru_cache(maxsize=4096)
-def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False, whole: bool = False) -> Box:
+def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False) -> Box:
     """The box of `pixels` pixels that covers n images of p × q with the least that lies outside.
 
     Among those within an eighth of the least: the one with the smallest rim, for neighbouring boxes share it in L2, or
-    (wide: columns are contiguous in memory) the widest. whole: one whose rows and columns divide the image's, if any.
+    (wide: columns are contiguous in memory) the widest.
     """
     boxes = [
         (pixels // (rows * cols), rows, cols)
@@ -83,11 +87,24 @@ def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False, whole
 
     least = min(map(covered, boxes))
     near = [box for box in boxes if 8 * covered(box) <= 9 * least]
-    if whole:
-        near = [box for box in near if p % box[1] == q % box[2] == 0] or near
     if wide:
         return max(near, key=lambda box: (box[2], box[1]))
     return min(near, key=lambda box: (box[0] * (box[1] + 2) * (box[2] + 2), covered(box), -box[2]))
+
+
+def choose_line(lengths: tuple[int, ...], n: int, q: int) -> Box | None:
+    """The first box of a descriptor of wgrad that suits n images of q columns: a line of images or of columns.
+
+    Other boxes send dz through registers (`conv3x3.wgrad`). Behind the last image neither dz nor x has anything, and an
+    eighth of what is multiplied may lie there. Columns must divide the image's: a descriptor knows x's edges, but not
+    dz's, and pixels that dz has not must be zero in x too.
+    """
+    for length in lengths:
+        if 8 * cdiv(n, length) * length <= 9 * n:
+            return length, 1, 1
+        if q % length == 0:
+            return 1, 1, length
+    return None
 
 
 def bundle_of(groups: int, channels_in: int, channels_out: int) -> int:
@@ -128,9 +145,13 @@ def choose_conv(
         # Compiled: an address for each element, where groups are taken apart, spills at 128×32 with Triton 3.6; in
         # float64, or four times in one kernel, at 64×32.
         rows = 16 if ITEMSIZE[dtype] == 8 else 64 if classes == 1 else 32
+        if needs_registers(dtype, precision, arch, tma=False, along=True):
+            rows = min(rows, 32)  # compiled: two warps would hold too many addresses each; 32 rows are no wgmma either
         tiles = [replace(tiles[-1], block_i=rows, block_j=32, num_warps=4, reason="compiled: groups are few columns")]
     filling = [tile for tile in tiles if fills(tile.tiles(i, j) * bundles * classes, arch)]
     chosen = fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
+    if needs_registers(dtype, precision, arch, tma=chosen.tma, along=True):
+        chosen = from_registers(chosen, precision)
     if chosen.tma and whole and l % chosen.block_l:
         return choose_conv(
             n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch,
@@ -157,29 +178,32 @@ def choose_conv_wgrad(
 
     spare: bytes that partial results may take, as in `choose_wgrad`.
     """
-    tma, size = tma and arch.has_tma, ITEMSIZE[dtype]
+    size = ITEMSIZE[dtype]
+    # Compiled: descriptors of 16 deep tiles take two thirds of the instructions of pointers to 32 deep ones.
+    line = choose_line((64, 32) if size == 2 else (32, 16), n, q) if tma and arch.has_tma else None
+    tma = line is not None
     # Derived: dz is read once for three taps. Compiled: three results of 128×128 fit the registers beside wgmma, which
-    # reads both operands from shared memory; where operands lie in registers, three of 64×32 do.
+    # reads both operands from shared memory, and the addresses of 32 deep tiles, but not those of 4-byte accesses;
+    # where operands lie in registers, three of 64×32 do.
     if arch.backend == "interpreter":
         tile, taps = Product(32, 32, 32, 1, 1, INTERPRETED), 3
     elif size == 8:
         tile, taps = Product(64, 64, 16, 8, 2, "derived: float64: 64×64, one tap"), 1
     elif size == 4:
         tile, taps = Product(64, 64, 32, 8, 3, f"derived: {precision}: 64×64, one tap"), 1
-    elif tma:
-        tile, taps = Product(128, 128, 64, 8, 3, "compiled: 128×128, three taps: dz is read once for them"), 3
+    elif arch.has_tma:
+        j = 128 if tma or vec >= 4 else 64
+        tile, taps = Product(128, j, 32, 8, 3, f"compiled: 128×{j}, three taps: dz is read once for them"), 3
     else:
         tile, taps = Product(64, 32, 32, 4, 3, "compiled: 64×32, three taps: dz is read once for them"), 3
+    if needs_registers(dtype, precision, arch, tma=tma, along=False):
+        tile = from_registers(tile, precision)
     tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
     few = tile.block_i * tile.block_j < 64 * 64
     if few:
         tile = replace(tile, num_warps=min(tile.num_warps, 4))
-    box = choose_box(tile.block_l, n, p, q, whole=True)
-    if tma and (p % box[1] or q % box[2]):
-        # A descriptor knows x's edges, but not dz's: pixels that dz has not must be zero in x too.
-        return choose_conv_wgrad(
-            n, p, q, o, c, bundles, bundle, dtype, precision, arch, vec=vec, tma=False, spare=spare
-        )  # fmt: skip
+    box = line or choose_box(tile.block_l, n, p, q)
+    tile = replace(tile, block_l=prod(box))
     tile = replace(tile, tma=tma, max_registers=unrounded(arch) if size >= 4 or few or not tma else None)
     stages = stages_that_fit(replace(tile, block_j=taps * tile.block_j), size, arch)
     chosen = convolution(replace(tile, num_stages=stages), box=box, bundle=bundle, taps=taps)
@@ -218,7 +242,8 @@ def choose_small(
     box = choose_box(pixels, n, p, q, wide=wide)
     if not wgrad:
         return Convolution(pixels, channels, k, warps, 1, reason, box=box, max_registers=unrounded(arch))
-    chosen = Convolution(channels, k, pixels, warps, 2, reason, box=box, max_registers=unrounded(arch))
+    stages = 1 if arch.has_wgmma and not versions.fences_copies() else 2
+    chosen = Convolution(channels, k, pixels, warps, stages, reason, box=box, max_registers=unrounded(arch))
     boxes = chosen.boxes(n, p, q)
     # Derived: four programs a processor hide each other's gathers; splits of under four boxes mostly write results.
     splits = max(1, min(4 * arch.processors // cdiv(o, channels), cdiv(boxes, 4)))

@@ -89,7 +89,9 @@ class Rule:
         return hearing.answer(self._question(facts, named), lambda: self._answered(*facts, **named))
 
     def _question(self, facts: tuple[Any, ...], named: dict[str, Any]) -> Question:
-        given = self._signature.bind(*facts, **named).arguments
+        bound = self._signature.bind(*facts, **named)
+        bound.apply_defaults()
+        given = bound.arguments
         name = self.function.__name__
         return Question(name, given, f"{name}({', '.join(f'{k}={_text(v)}' for k, v in given.items())})")
 

@@ -17,6 +17,8 @@ from .launch import (
     Sum,
     cdiv,
     fit,
+    from_registers,
+    needs_registers,
     power_of_2,
     stages_in_memory,
     whole_splits,
@@ -43,19 +45,21 @@ def variants(question: Question, settings: Any) -> list[Any]:
 
 
 def around_forward(
-    s: Product, m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bool
+    s: Product, m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bool, along: bool = True
 ) -> Iterator[Product]:
     for other in _products(s, m, n, k, dtype, arch, vec, tma):
-        yield from _settled(other, dtype, arch)
+        yield from _settled(other, dtype, precision, arch, along)
     if s.tma:
-        yield from _settled(replace(s, persistent=0 if s.persistent else arch.processors), dtype, arch)
+        other = replace(s, persistent=0 if s.persistent else arch.processors)
+        yield from _settled(other, dtype, precision, arch, along)
 
 
 def around_dgrad(
-    s: Product, m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bool, may_fuse: bool
-) -> Iterator[Product]:
+    s: Product, m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bool, may_fuse: bool,
+    along: bool = False,
+) -> Iterator[Product]:  # fmt: skip
     for other in [*_products(s, m, k, n, dtype, arch, vec, tma), *_other_fusion(s, may_fuse)]:
-        yield from _settled(other, dtype, arch)
+        yield from _settled(other, dtype, precision, arch, along)
 
 
 def around_wgrad(
@@ -66,7 +70,7 @@ def around_wgrad(
     splits = resized(s, "splits", 1, max(1, spare // share))
     for other in [*splits, *_products(s, n, k, m, dtype, arch, vec, tma), *_other_fusion(s, may_fuse)]:
         whole = whole_splits(m, min(other.splits, cdiv(m, other.block_l)), other.block_l)
-        yield from _settled(replace(other, splits=whole), dtype, arch)
+        yield from _settled(replace(other, splits=whole), dtype, precision, arch, False)
 
 
 def _products(s: Product, i: int, j: int, l: int, dtype: str, arch: Arch, vec: int, tma: bool) -> Iterator[Product]:
@@ -90,8 +94,10 @@ def _other_fusion(s: Product, may_fuse: bool) -> Iterator[Product]:
         yield replace(s, fuse_dz=not s.fuse_dz)
 
 
-def _settled(s: Product, dtype: str, arch: Arch) -> Iterator[Product]:
+def _settled(s: Product, dtype: str, precision: str, arch: Arch, along: bool) -> Iterator[Product]:
     """The settings with as many of their stages as shared memory holds, if registers hold their result."""
+    if needs_registers(dtype, precision, arch, tma=s.tma, along=along):
+        s = from_registers(replace(s, fuse_dz=False), precision)
     tile = s.block_i * s.block_j
     if tile < 64 * 64:
         s = replace(s, num_warps=min(s.num_warps, 4))

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from .launch import ITEMSIZE, Arch, cdiv, fit, power_of_2, stages_in_memory
-from .launch_conv3x3 import WORKSPACE, Box, Convolution, Relayout, choose_box, even_splits, unrounded
+from .launch_conv3x3 import WORKSPACE, Box, Convolution, Relayout, choose_box, choose_line, even_splits, unrounded
 from .launch_moves import LONGEST, RESULT, other_registers, other_stages, other_warps, registers, resized
 
 DEEPEST = 192  # registers a thread may keep of wgrad's results: three of 128×128 with 8 warps
@@ -24,10 +24,10 @@ def other_boxes(s: Convolution, n: int, p: int, q: int) -> Iterator[Convolution]
                     yield other
 
 
-def boxed(s: Convolution, pixels: str, n: int, p: int, q: int, *, wide: bool, whole: bool = False) -> Convolution:
+def boxed(s: Convolution, pixels: str, n: int, p: int, q: int, *, wide: bool) -> Convolution:
     """The settings with a box for the side `pixels`, the one they have if it is as large."""
     size = getattr(s, pixels)
-    return s if prod(s.box) == size else replace(s, box=choose_box(size, n, p, q, wide=wide, whole=whole))
+    return s if prod(s.box) == size else replace(s, box=choose_box(size, n, p, q, wide=wide))
 
 
 def around_conv(
@@ -81,14 +81,16 @@ def around_conv_wgrad(
     most = max(spare, WORKSPACE) // (max(ITEMSIZE[dtype], 4) * 9 * o * c * bundles)
 
     def settled(s: Convolution) -> Iterator[Convolution]:
-        s = boxed(s, "block_l", n, p, q, wide=False, whole=True)
+        line = choose_line((s.block_l,), n, q)
+        if s.tma and line is None:
+            return
+        s = replace(s, box=line) if s.tma and line else boxed(s, "block_l", n, p, q, wide=False)
         tile = s.taps * s.block_i * s.block_j
         if s.block_i * s.block_j < 64 * 64:
             s = replace(s, num_warps=min(s.num_warps, 4))
         stages = min(s.num_stages, stages_in_memory(replace(s, block_j=s.taps * s.block_j), ITEMSIZE[dtype], arch))
-        outside = s.tma and (p % s.box[1] or q % s.box[2])  # a descriptor knows x's edges, but not dz's
-        few = registers(tile, dtype, s.num_warps, arch) <= (DEEPEST if s.tma else 64)
-        if stages >= 1 and few and not outside:
+        few = registers(tile, dtype, s.num_warps, arch) <= (DEEPEST if arch.has_tma else 64)
+        if stages >= 1 and few:
             boxes = s.boxes(n, p, q)
             yield replace(s, num_stages=stages, splits=even_splits(boxes, min(s.splits, boxes)))
 
@@ -104,8 +106,7 @@ def around_conv_wgrad(
         *other_registers(s, arch),
     ]
     if s.tma and vec * ITEMSIZE[dtype] >= 4:
-        few = dict(block_i=min(s.block_i, 64), block_j=min(s.block_j, 32), num_warps=min(s.num_warps, 4))
-        others.append(replace(s, tma=False, max_registers=unrounded(arch), **few))
+        others.append(replace(s, tma=False, block_l=min(s.block_l, 32), max_registers=unrounded(arch)))
     elif tma and arch.has_tma and not s.tma:
         others.append(replace(s, tma=True))
     for other in others:

@@ -16,7 +16,18 @@ partial results, one a program, which `sum_partials` adds in a fixed order: no a
 import triton
 import triton.language as tl
 
-from .common import dot, indices, load_tile, product, round_to, sigmoid, sigmoid_backward, store_tile, tile_of
+from .common import (
+    dot,
+    indices,
+    load_tile,
+    product,
+    round_operand,
+    round_to,
+    sigmoid,
+    sigmoid_backward,
+    store_tile,
+    tile_of,
+)
 
 SIZES = ["M", "N", "K", "ldx", "ldw", "ldy", "rows_per_program", "rows_per_split"]
 # Sizes are not specialized: no recompile when a batch is 1 or a multiple of 16; what alignment there is, VEC says.
@@ -107,12 +118,14 @@ def dgrad(
     m = row * BLOCK_M
     k = col * BLOCK_K
     if FUSE_DZ:
-        acc = tl.zeros((BLOCK_M, BLOCK_K), ACC)
+        acc = tl.zeros((BLOCK_K, BLOCK_M), ACC)
         for n in range(0, N, BLOCK_N):
             dy_tile = load_tile(dz, m, n, M, N, ldy, BLOCK_M, BLOCK_N, TMA, False, VEC)
             y_tile = load_tile(y, m, n, M, N, N, BLOCK_M, BLOCK_N, TMA, False, VEC)
             w_tile = load_tile(w, n, k, N, K, ldw, BLOCK_N, BLOCK_K, TMA, W_TRANSPOSED, VEC)
-            acc = dot(round_to(sigmoid_backward(dy_tile, y_tile, ACC), w_tile.dtype), w_tile, acc, PRECISION)
+            dz_tile = round_operand(sigmoid_backward(dy_tile, y_tile, ACC), w_tile.dtype, PRECISION)
+            acc = dot(tl.trans(w_tile), tl.trans(dz_tile), acc, PRECISION)  # dz second, as in wgrad
+        acc = tl.trans(acc)
     else:
         acc = product(
             dz, w, m, k, 0, N, M, K, ldy, ldw,
@@ -141,7 +154,7 @@ def wgrad(
     first = tl.program_id(1) * rows_per_split
     last = tl.minimum(first + rows_per_split, M)
     if FUSE_DZ:
-        acc = tl.zeros((BLOCK_N, BLOCK_K), ACC)
+        acc = tl.zeros((BLOCK_K, BLOCK_N), ACC)
         sums = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         mine = N * (col == 0).to(tl.int32)  # how far along N this program's share of dz and db reaches: all or nothing
         for m in range(first, last, BLOCK_M):
@@ -149,7 +162,7 @@ def wgrad(
             y_tile = load_tile(y, m, n, last, N, N, BLOCK_M, BLOCK_N, TMA, False, VEC)
             x_tile = load_tile(x, m, k, last, K, ldx, BLOCK_M, BLOCK_K, TMA, X_TRANSPOSED, VEC)
             dz_tile = sigmoid_backward(dy_tile, y_tile, ACC)
-            rounded = round_to(dz_tile, x_tile.dtype)
+            rounded = round_operand(dz_tile, x_tile.dtype, PRECISION)
             if WRITE_DB:
                 sums += dz_tile
             if WRITE_DZ:
@@ -157,7 +170,9 @@ def wgrad(
                 j, j_inside = indices(n, mine, BLOCK_N, VEC)
                 at = dz_out + (i[:, None] * (N // VEC * VEC) + j[None, :])
                 tl.store(at, rounded, mask=i_inside[:, None] & j_inside[None, :])
-            acc = dot(tl.trans(rounded), x_tile, acc, PRECISION)
+            # Compiled: as wgmma's first operand dz would stay in registers, and each product wait for the one before.
+            acc = dot(tl.trans(x_tile), rounded, acc, PRECISION)
+        acc = tl.trans(acc)
         if WRITE_DB:
             j, j_inside = indices(n, mine, BLOCK_N, 1)
             tl.store(db + split * N + j, round_to(tl.sum(sums, 0), db.dtype.element_ty), mask=j_inside)

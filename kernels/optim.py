@@ -110,11 +110,15 @@ def rmsprop_scalars(h, step, ACC: tl.constexpr, ON_DEVICE: tl.constexpr):
 
 @triton.jit
 def rmsprop(p, g, square_avg, buf, grad_avg, lr, eps, s, EPS_INSIDE: tl.constexpr):
-    """v ← α·v + (1 − α)·g², ḡ ← α·ḡ + (1 − α)·g, b ← μ·b + g/(√(v − ḡ²) + ε), θ ← θ − η·b."""
+    """v ← α·v + (1 − α)·g², ḡ ← α·ḡ + (1 − α)·g, b ← μ·b + g/(√(v − ḡ²) + ε), θ ← θ − η·b.
+
+    v − ḡ² is a variance: where all gradients are alike rounding may make it negative, which counts as 0.
+    """
     alpha, rest, momentum, rest_centered = s
     square_avg = alpha * square_avg + rest * (g * g)
     grad_avg += rest_centered * (g - grad_avg)
-    buf = momentum * buf + divide(g, denominator(square_avg - grad_avg * grad_avg, eps, EPS_INSIDE))
+    variance = tl.maximum(square_avg - grad_avg * grad_avg, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    buf = momentum * buf + divide(g, denominator(variance, eps, EPS_INSIDE))
     return p - lr * buf, square_avg, buf, grad_avg
 
 

@@ -1,4 +1,4 @@
-"""What every test needs: the interpreter where there is no GPU, the device the kernels run on, poisoned memory."""
+"""What every test needs: the interpreter, or the executor, without a GPU; the kernels' device; poisoned memory."""
 
 import importlib
 import importlib.util
@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+pytest_plugins = ["tests.executor.plugin"]  # --execute TARGET
+
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    # Triton looks at the variable when it decorates a kernel, so it must be set before tribp.kernels is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 for variable in ("TRIBP_BACKEND", "TRIBP_AUTOTUNE"):
     os.environ.pop(variable, None)  # the tests choose
 
@@ -24,6 +23,12 @@ NAMES = (
 )  # fmt: skip
 NEED_TRITON = [f"test_{name}.py" for name in NAMES]
 collect_ignore = [] if importlib.util.find_spec("triton") else NEED_TRITON
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not (HAS_GPU or config.option.execute):
+        # Triton looks at the variable when it decorates a kernel, so it must be set before tribp.kernels is imported.
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -47,13 +52,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def kernels() -> Iterator[str]:
-    """Run the Triton kernels, compiled or by the interpreter; the value is the device to put tensors on."""
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the Triton kernels: compiled, by the interpreter, or executed; the value is the device to put tensors on."""
     pytest.importorskip("triton")
     import tribp
 
     with tribp.use_backend("triton"):
-        yield "cuda" if HAS_GPU else "cpu"
+        yield "cuda" if HAS_GPU and not request.config.option.execute else "cpu"
 
 
 @pytest.fixture(params=["torch", "triton"])

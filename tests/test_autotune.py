@@ -295,6 +295,21 @@ def test_on_the_cpu_nothing_happens(machine: Machine, monkeypatch: pytest.Monkey
     assert not caplog.records
 
 
+def test_without_a_home_the_rules_answer(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise OSError("set TRIBP_CACHE_DIR")
+
+    monkeypatch.setattr(autotune, "cache_folder", homeless)
+    forward()
+    forward()
+    assert not machine.timed
+    assert [record.getMessage().partition("ended: ")[2] for record in caplog.records] == [
+        "OSError: set TRIBP_CACHE_DIR"
+    ]
+
+
 @pytest.mark.parametrize("who", ["capture", "compiler"])
 def test_no_search_in_a_graphs_capture_but_finds_hold(
     who: str, machine: Machine, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from torch import Tensor
 import tribp
 
 from .conv3x3_cases import CASES, DENSE, WAYS, Case
+from .conv3x3_cases import ieee as ieee
 
 pytest.importorskip("triton")
 
@@ -162,6 +163,7 @@ def test_tensors_that_lie_otherwise_are_another_call(
     torch.testing.assert_close(y, torch.sigmoid(x.float() @ w.float().t()).to(y.dtype), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("ieee")
 def test_other_facts_are_another_call(kernels: str, built: list[str]) -> None:
     x, w = (t.to(kernels) for t in (torch.randn(1, 8, 5, 4), torch.randn(4, 8, 3, 3)))
     ways: list[dict[str, Any]] = [{}, {"padding": 1}, {"padding": 1, "stride": 2}, {"activation": "sigmoid"}]

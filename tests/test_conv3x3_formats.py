@@ -98,3 +98,22 @@ def test_unbatched_strides_are_torchs(device: str) -> None:
     for image in (x, x.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
         for weight in (w, last(w)):
             assert tribp.conv3x3(image, weight).stride() == F.conv2d(image, weight).stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_strides_of_dimensions_of_length_one_mean_nothing(groups: int, dtype: torch.dtype) -> None:
+    """torch's own convolution on the CPU reads them, and computes another gradient of the weight."""
+    for size in ((1, 8, 1, 9), (1, 8, 9, 1), (2, 8, 1, 5), (1, 8, 1, 1), (1, 8, 4, 5)):
+        case = Case(size, 8, padding=(1, 1), groups=groups)
+        dense, w = (last(torch.randint(-2, 3, t.shape).to(dtype)) for t in case.make(dtype, "cpu")[:2])
+        dy, exact = torch.randint(-2, 3, size).to(dtype), case.exact(dense, w)
+        for odd in (0, 1, 7919):
+            strides = [odd if length == 1 else stride for length, stride in zip(size, dense.stride(), strict=True)]
+            x, v = dense.as_strided(size, strides).requires_grad_(), w.clone().requires_grad_()
+            with tribp.use_backend("torch"):
+                operator = torch.ops.tribp.conv3x3(x, v, None, [1, 1], [1, 1], groups, None)
+                for y in (case.ours(x, v), operator):
+                    found = (y, *torch.autograd.grad(y, (x, v), dy))
+                    for ours, value in zip(found, (exact.y, *exact.gradients(dy, y)), strict=False):
+                        assert torch.equal(ours, value.to(dtype)), (size, odd)

@@ -29,7 +29,7 @@ FORMS = {
     "pointers": BASE,
     "flat": replace(BASE, flat=True, box=(1, 2, 16)),
     "tma": replace(BASE, tma=True),
-    "flat tma": replace(BASE, tma=True, flat=True, box=(8, 2, 2)),
+    "flat tma": replace(BASE, tma=True, flat=True, box=(32, 1, 1)),
     "one image": replace(BASE, block_i=64, block_j=32, box=(1, 8, 8), group=8),
 }
 # Strides, paddings, groups; channels in and out: two steps and two columns of tiles in the first, one in most, for a
@@ -139,8 +139,8 @@ WGRAD = replace(BASE, block_i=16, block_j=16, block_l=32)
 WGRAD_FORMS = {
     "one tap": WGRAD,
     "three taps": replace(WGRAD, taps=3, block_i=32),
-    "three taps, tma": replace(WGRAD, taps=3, tma=True),
-    "one tap, tma": replace(WGRAD, tma=True, block_j=32, box=(1, 2, 16)),
+    "three taps, tma": replace(WGRAD, taps=3, tma=True, block_l=16, box=(16, 1, 1)),
+    "one tap, tma": replace(WGRAD, tma=True, block_j=32, block_l=16, box=(1, 1, 16)),
 }
 
 
@@ -168,6 +168,71 @@ def test_wgrad(window: str, form: str, splits: int, dtype: torch.dtype, kernels:
     _, exact_dw, exact_db = case.gradients()
     assert_close(dw, exact_dw)
     assert_close(db, exact_db, scale=terms(case.dy))
+
+
+def test_a_step_past_the_channels_meets_no_weight(kernels: str) -> None:
+    """24 channels are a step and a half: what follows them in memory, the next tap's weights, is not to be read."""
+    w = tensor((8, 24, 3, 3), torch.float32, kernels, True)
+    w[0, 0, 1, 1] = torch.inf
+    w[1, 23, 1, 1] = torch.nan
+    x, dy = tensor((2, 24, 5, 6), torch.float32, kernels, True), tensor((2, 8, 3, 4), torch.float32, kernels, True)
+    settings = replace(BASE, tma=True, flat=True)
+    y, dx = nan_like(dy), nan_like(x)
+    run(ops.forward(x, w, None, y, Window(), None, arch(x), False, settings))
+    exact = F.conv2d(x.double(), w.double()).float()
+    torch.testing.assert_close(y, exact, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert exact[:, 0].isinf().all(), "one term is infinite, and a zero times it would be NaN"
+    run(ops.backward(dy, None, w, None, Window(), arch(x), False, dx, None, None, settings=settings))
+    assert dx[:, 1:23].isfinite().all(), "a column of weights reaches its own channel alone"
+
+
+LINES = {"images": (16, 1, 1), "columns": (1, 1, 16)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.filterwarnings("ignore:.*encountered in")
+def test_wgrad_by_descriptors_keeps_what_is_not_finite_where_it_belongs(
+    line: str, dtype: torch.dtype, kernels: str
+) -> None:
+    """In x at its edges, which only taps that look there meet; beyond the images; in dz, of one channel's db."""
+    x, dy = tensor((3, 16, 3, 16), dtype, kernels, True), tensor((3, 16, 3, 16), dtype, kernels, True)
+    x[:, :, 2], x[:, :, :, 15] = torch.inf, torch.nan
+    dy[:, :, 1:], dy[:, :, :, 14:] = 0, 0
+    dw, db = tensor((16, 16, 3, 3), dtype, kernels, True), tensor((1, 16, 1, 1), dtype, kernels, False).flatten()
+    settings = replace(WGRAD, taps=3, tma=True, block_l=16, box=LINES[line], splits=2)
+
+    def check(dy: Tensor) -> Tensor:
+        run(ops.backward(dy, x, None, None, window, arch(x), False, None, dw, db, wgrad_settings=settings))
+        exact = conv3x3_backward(
+            dy.double().cpu(), x.double().cpu(), None, None, x.shape, window, (False, True, True)
+        )  # fmt: skip
+        for result, expected in zip((dw, db), exact[1:], strict=True):
+            assert expected is not None
+            finite = expected.isfinite()
+            assert torch.equal(result.isfinite().cpu(), finite)
+            assert_close(result[finite.to(kernels)], expected[finite])
+        assert exact[1] is not None
+        return exact[1]
+
+    window = Window((1, 1), (1, 1))
+    assert check(dy)[:, :, 0, 0].isfinite().all(), "the tap that looks back meets no infinity but beyond the edge"
+    dy[1, 5, 0, 0], x[:, :, 2], x[:, :, :, 15] = torch.inf, 0, 0
+    assert not check(dy)[5].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tf32", "value"),
+    [(torch.float32, True, 1 + 2**-12), (torch.float32, False, 2e37), (torch.bfloat16, False, 2e37)],
+)
+@pytest.mark.parametrize("form", ["three taps", "three taps, tma"])
+def test_db_sums_what_dz_holds(form: str, dtype: torch.dtype, tf32: bool, value: float, kernels: str) -> None:
+    """float32's terms are not cut to TF32's on the way, and no sum on the way is larger than the sum."""
+    dy = torch.full((3, 16, 1, 5), value, dtype=dtype, device=kernels).contiguous(memory_format=torch.channels_last)
+    x, dw, db = torch.zeros_like(dy), tensor((16, 16, 3, 3), dtype, kernels, True), nan_like(dy[0, :, 0, 0])
+    window, settings = Window((1, 1), (1, 1)), WGRAD_FORMS[form]
+    run(ops.backward(dy, x, None, None, window, arch(x), tf32, None, dw, db, wgrad_settings=settings))
+    torch.testing.assert_close(db, dy.double().sum((0, 2, 3)).to(dtype), rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize("c", range(1, 8))

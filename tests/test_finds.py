@@ -142,3 +142,20 @@ def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/elsewhere/tribp")
     monkeypatch.setenv("TRIBP_CACHE_DIR", "/here")
     assert cache_folder() == Path("/here")
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_without_a_home_the_folder_must_be_given(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number that is no account's."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("TRIBP_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(sys, "platform", platform)
+    with pytest.raises(OSError, match="set TRIBP_CACHE_DIR"):
+        cache_folder()
+    monkeypatch.setenv("TRIBP_CACHE_DIR", "/here")
+    assert cache_folder() == Path("/here")

@@ -85,6 +85,49 @@ def test_average_is_kept_in_float32(dtype: torch.dtype, device: str) -> None:
     torch.testing.assert_close(average.double(), exact, rtol=3e-7, atol=3e-7)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["", "lr is a tensor"])
+@each_class
+def test_states_that_are_made_for_a_checkpoint_begin_no_average(name: str, as_tensor: bool, device: str) -> None:
+    """torch.distributed.checkpoint makes a new optimizer's states by a step at rate 0, which torch's counters count."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    network = torch.nn.Linear(3, 2, device=device)
+    twin = torch.nn.Linear(3, 2, device=device)
+    lr = torch.tensor(0.5) if as_tensor else 0.5
+    optimizer = ours(
+        name, [{"params": [network.weight]}, {"params": [network.bias], "ema_decay": None}], lr=lr, ema_decay=0.75
+    )
+    theirs = genuine(name, twin.parameters(), lr=lr)
+    states = [get_optimizer_state_dict(*pair)["state"] for pair in ((network, optimizer), (twin, theirs))]
+    ours_, torchs = (state.get("bias", {}) for state in states)  # type: ignore[attr-defined]
+    assert (list(ours_), ours_.get("step")) == (list(torchs), torchs.get("step"))
+    weight = network.weight.detach().clone()
+    with optimizer.swap_ema():
+        assert torch.equal(network.weight, weight)
+    average = None
+    for _ in range(3):
+        network(torch.ones(1, 3, device=device)).sum().backward()
+        optimizer.step()
+        x = network.weight.detach()
+        average = x.clone() if average is None else 0.75 * average + 0.25 * x
+    torch.testing.assert_close(optimizer.state[network.weight]["ema"], average)
+    assert "ema" not in optimizer.state[network.bias]
+
+
+@each_class
+def test_a_first_step_at_rate_0_begins_an_average(name: str, device: str) -> None:
+    """Warming up from 0 is training: gradients are not 0."""
+    p = torch.ones(3, device=device)
+    optimizer = ours(name, [p], lr=0.0, ema_decay=0.75)
+    for lr in (0.0, 0.5):
+        optimizer.param_groups[0]["lr"] = lr
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert not torch.equal(p, torch.ones_like(p))
+    torch.testing.assert_close(optimizer.state[p]["ema"], 0.75 + 0.25 * p)
+
+
 def test_no_average_no_swap() -> None:
     with pytest.raises(RuntimeError, match="ema_decay"), tribp.optim.SGD([torch.ones(2)]).swap_ema():
         pass

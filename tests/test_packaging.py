@@ -1,6 +1,7 @@
 """What is shipped, and which way imports run."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,13 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import from its own floor and from the floors listed with it; nothing else of tribp's.
 FLOORS = {
-    "kernels": set(),
+    "kernels": {"versions"},
     "reference": set(),
     "runtime": {"kernels.launch", "kernels.common"},
+    "_checkout": set(),
     "timing": set(),
-    "ops": {"runtime", "reference", "timing", "kernels"},
+    "versions": set(),
+    "ops": {"runtime", "reference", "modes", "timing", "versions", "kernels"},
     "modes": set(),
     "arguments": {"runtime", "reference"},
     "functional": {"arguments", "modes", "ops", "runtime", "reference"},
@@ -100,22 +103,38 @@ def test_required_top_level() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The names in a wheel built from what is in the tree, by the backend that pip would call, without the network."""
-    pytest.importorskip("setuptools", minversion="77")
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+@pytest.fixture(scope="module", params=["links", "no links"])
+def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is installed, as git checks it out: with symbolic links, or (its default on Windows) with files for them."""
+    folder = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE", "tribp", "kernels"):
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(source, tree / name)
-    build = "import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1]))"
-    run = subprocess.run([sys.executable, "-c", build, str(out)], cwd=tree, capture_output=True, text=True, timeout=120)
+            shutil.copy(source, folder / name)
+    link = folder / "tribp" / "kernels"
+    if request.param == "no links" and link.is_symlink():
+        target = link.readlink().as_posix()
+        link.unlink()
+        link.write_text(target)
+    return folder
+
+
+def build(tree: Path, kind: str, out: Path) -> Path:
+    """A wheel of what is in the tree, by the backend that pip would call, without the network."""
+    pytest.importorskip("setuptools", minversion="77")
+    code = f"import setuptools.build_meta as b, sys; print(b.build_{kind}(sys.argv[1]))"
+    run = subprocess.run([sys.executable, "-c", code, str(out)], cwd=tree, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     (path,) = out.glob("*.whl")
-    return set(zipfile.ZipFile(path).namelist())
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The names in it."""
+    return set(zipfile.ZipFile(build(tree, "wheel", tmp_path_factory.mktemp("wheel"))).namelist())
 
 
 def test_wheel_holds_the_tree(wheel: set[str]) -> None:
@@ -125,3 +144,26 @@ def test_wheel_holds_the_tree(wheel: set[str]) -> None:
 
 def test_wheel_installs_no_top_level_kernels(wheel: set[str]) -> None:
     assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"tribp"}
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["pip install -e", "from the folder"])
+def test_a_checkout_imports_its_own_kernels(installed: bool, tree: Path, tmp_path: Path) -> None:
+    """Also where tribp is installed from elsewhere, as in the environment of these tests it can be."""
+    if installed:
+        zipfile.ZipFile(build(tree, "editable", tmp_path)).extractall(tmp_path)
+        code = f"import site; site.addsitedir({str(tmp_path)!r})\n"
+    else:
+        code = f"import sys; sys.path.insert(0, {str(tree)!r})\n"
+    code += """
+import tribp, tribp.kernels.launch
+from tribp import kernels
+print(tribp.__file__, tribp.kernels.launch.__file__, *kernels.__path__, sep="\\n")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert [Path(line).resolve() for line in run.stdout.splitlines()] == [
+        tree / "tribp" / "__init__.py", tree / "kernels" / "launch.py", tree / "kernels",
+    ]  # fmt: skip

@@ -67,6 +67,96 @@ def test_dispatch_modes_see_the_operators(operation: Operation, tensors: list[Te
     assert {f"tribp.{operation.name}{kind}.default" for kind in ("", "_backward")} <= set(seen.names)
 
 
+# -- the operators as such, and graphs that hold them ------------------------------------------------------------------
+
+LINEAR, CONV = OPERATIONS
+NEEDS = [(True, True, True), (True, False, False), (False, True, False), (False, False, True), (False, True, True)]
+
+
+def bare(operation: Operation) -> Function:
+    """The operator, called as an exported graph does."""
+    operator = getattr(torch.ops.tribp, operation.name)
+    return lambda x, w, b: operator(x, w, b, *operation.options)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+def test_operators_have_derivatives(needs: tuple[bool, ...], operation: Operation, detached: list[Tensor]) -> None:
+    tensors = [t.requires_grad_(need) for t, need in zip(detached, needs, strict=True)]
+    inputs = [t for t in tensors if t.requires_grad]
+    y, expected = bare(operation)(*tensors), operation.theirs(*tensors)
+    with Seen() as seen:
+        assert_same_gradients(y, expected, inputs)
+    assert f"tribp.{operation.name}_backward.default" in seen.names
+
+
+def test_operators_can_be_differentiated_twice(operation: Operation, tensors: list[Tensor]) -> None:
+    dy = torch.randn_like(operation.theirs(*tensors))
+    found = []
+    for f in (bare(operation), operation.theirs):
+        grads = torch.autograd.grad(f(*tensors), tensors, dy, create_graph=True)
+        found.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)])
+    for ours, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+def test_a_batch_of_gradients_of_an_operator(operation: Operation, tensors: list[Tensor]) -> None:
+    y, expected = bare(operation)(*tensors), operation.theirs(*tensors)
+    batch = torch.randn(3, *y.shape, device=y.device, dtype=y.dtype)
+    grads = (torch.autograd.grad(v, tensors, batch, is_grads_batched=True) for v in (y, expected))
+    for ours, torchs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+def test_autocast_does_not_change_an_operator(operation: Operation, tensors: list[Tensor]) -> None:
+    """The compiler and export were told that the result has the arguments' type."""
+    tensors = [t.detach().float().requires_grad_() for t in tensors]
+    with torch.autocast(tensors[0].device.type, torch.bfloat16):
+        y = bare(operation)(*tensors)
+        grads = torch.autograd.grad(y.sum(), tensors)
+    assert {t.dtype for t in (y, *grads)} == {torch.float32}
+    torch.testing.assert_close(y, operation.theirs(*tensors))
+
+
+class Net(torch.nn.Module):
+    def __init__(self, function: Function, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        self.weight, self.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.function(input, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_exported_modules_train(compiled: bool, operation: Operation, detached: list[Tensor]) -> None:
+    x, w, b = detached
+    net = Net(operation.ours, w, b)
+    program = torch.export.export(net, (x,))
+    assert f"tribp.{operation.name}.default" in {str(node.target) for node in program.graph.nodes}
+    module = program.module()
+    parameters = [dict(module.named_parameters())[name] for name in ("weight", "bias")]
+    y = torch.compile(module, backend="aot_eager")(x) if compiled else module(x)
+    dy = torch.randn_like(y)
+    grads = torch.autograd.grad(y, parameters, dy)
+    expected = torch.autograd.grad(operation.theirs(x, net.weight, net.bias), list(net.parameters()), dy)
+    for ours, torchs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+def test_gradients_of_gradient_operators_raise(operation: Operation, tensors: list[Tensor]) -> None:
+    """They have no derivative, and must not seem to have one."""
+    x, w, b = tensors
+    y = operation.theirs(x, w, b).detach()
+    needs = [True, True, True]
+    if operation is LINEAR:
+        found = torch.ops.tribp.linear_sigmoid_backward(y, x, w, y, needs)
+    else:
+        options = operation.options[:3]
+        found = torch.ops.tribp.conv3x3_backward(y, x, w, y, list(x.shape), *options, needs, False, False)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        found[0].sum().backward()
+
+
 # -- transforms -------------------------------------------------------------------------------------------------------
 
 TRANSFORMS: dict[str, Callable[[Function], Function]] = {
@@ -86,7 +176,6 @@ TRANSFORMS: dict[str, Callable[[Function], Function]] = {
 }
 
 
-LINEAR, CONV = OPERATIONS
 WAYS = [(LINEAR, False), (LINEAR, True), (CONV, False), pytest.param(CONV, True, marks=pytest.mark.slow)]
 
 

@@ -22,6 +22,7 @@ from tribp.kernels.launch_search import GAIN, search
 from tribp.kernels.launch_tuning import Question, hearing, rules_answer
 from tribp.kernels.launch_variants import AROUND, variants
 
+from .conv3x3_cases import ieee as ieee
 from .oracle import TOLERANCE, error
 from .tuning_cases import check, questions
 
@@ -160,6 +161,7 @@ CALLS: dict[str, tuple[Callable[[], Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.usefixtures("ieee")
 def test_variants_compute_what_the_rules_settings_do(name: str, kernels: str) -> None:
     make, rules = CALLS[name]
     call, exact = make()

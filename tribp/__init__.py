@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import _checkout as _checkout
 from . import functional, nn, optim
 from .functional import conv3x3, linear_sigmoid
 from .fusion import fuse, unfuse

@@ -1,7 +1,6 @@
 """Functions on tensors, as in `torch.nn.functional`: argument checks, autocast and autograd around the operators."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,8 +8,9 @@ from torch import Tensor
 
 from . import reference, runtime
 from .arguments import check_conv3x3, check_dtypes, check_linear
-from .modes import autocast, autocasting, dispatching, exporting, transformed, wrapped
+from .modes import autocast, autocasting, dispatching, transformed, transforming, without_autocast
 from .ops import conv3x3 as conv_ops
+from .ops import flops
 from .ops import linear_sigmoid as linear_ops
 from .reference import Window
 
@@ -50,47 +50,47 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     check_dtypes("linear_sigmoid", input, weight, bias)
     if transformed(input, weight, bias) or not (dispatching() or runtime.backend_of(input) == "triton"):
         return reference.linear_sigmoid(input, weight, bias)
-    needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    # An exported graph holds the operator alone either way; torch 2.9 cannot export the function around it.
-    if needs_grad and torch.is_grad_enabled() and not exporting():
-        return _LinearSigmoid.apply(input, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
     if dispatching():
         output: Tensor = linear_ops.linear_sigmoid(input, weight, bias)
         return output
+    needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if needs_grad and torch.is_grad_enabled():
+        return _LinearSigmoid.apply(input, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
     return linear_ops.forward(input, weight, bias, "triton")
 
 
 class _LinearSigmoid(torch.autograd.Function):
-    """The derivative of the kernels, and of the operators where something looks on."""
+    """The derivative: of the kernels as eager mode calls them, and of the operator."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.dispatching = dispatching()
-        if ctx.dispatching:
-            output: Tensor = linear_ops.linear_sigmoid(input, weight, bias)
-        else:
-            output = linear_ops.forward(input, weight, bias, "triton")
-        needs_input, needs_weight, _ = ctx.needs_input_grad
-        # A frozen weight needs no input, and an input without gradient no weight: neither is kept then.
-        ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None, output)
+        output = linear_ops.forward(input, weight, bias, "triton")
+        _LinearSigmoid.save(ctx, (input, weight, bias), output, operator=False)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def save(ctx: Any, inputs: Any, output: Tensor, operator: bool = True) -> None:
+        ctx.operator = operator
+        input, weight, _ = inputs
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        # A frozen weight needs no input, and an input without gradient no weight: neither is kept then.
+        ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, output = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        if ctx.dispatching:
-            grads = iter(linear_ops.linear_sigmoid_backward(grad, input, weight, output, needs))
-            dx, dw, db = (next(grads) if need else None for need in needs)
-            return dx, dw, db
-        device = grad.device.type
+        needs = ctx.needs_input_grad[:3]
+        operator = ctx.operator or dispatching()
         # Backward under autocast, which torch advises against, would cast the operands of float32 products.
-        with torch.autocast(device, enabled=False) if autocasting(device) else nullcontext():
-            if torch.is_grad_enabled() or wrapped(grad):
-                # Only under create_graph=True, for whoever differentiates the gradient again needs torch's own
-                # operations, or where torch asks for many gradients at once (is_grads_batched=True).
+        with without_autocast(grad.device.type):
+            if _torch_computes(grad, operator):
                 return reference.linear_sigmoid_backward(grad, input, weight, output, needs)
+            if operator:
+                return _where(needs, linear_ops.linear_sigmoid_backward(grad, input, weight, output, needs))
             return linear_ops.backward(grad, input, weight, output, needs, "triton")
+
+
+linear_ops.linear_sigmoid.register_autograd(_LinearSigmoid.backward, setup_context=_LinearSigmoid.save)
 
 
 def conv3x3(
@@ -149,50 +149,66 @@ def conv3x3(
 def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None) -> Tensor:
     if transformed(input, weight, bias) or not (dispatching() or runtime.backend_of(input) == "triton"):
         return reference.conv3x3(input, weight, bias, window, activation)
-    needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if needs_grad and torch.is_grad_enabled() and not exporting():
-        return _Conv3x3.apply(input, weight, bias, window, activation)  # type: ignore[no-any-return, no-untyped-call]
     if dispatching():
         output: Tensor = conv_ops.conv3x3(input, weight, bias, *window, activation)
         return output
+    needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if needs_grad and torch.is_grad_enabled():
+        return _Conv3x3.apply(input, weight, bias, *window, activation)  # type: ignore[no-any-return, no-untyped-call]
     return conv_ops.forward(input, weight, bias, window, activation, "triton")
 
 
 class _Conv3x3(torch.autograd.Function):
-    """The derivative of the kernels, and of the operators where something looks on."""
+    """The derivative: of the kernels as eager mode calls them, and of the operator."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None
-    ) -> Tensor:
-        ctx.dispatching, ctx.window, ctx.input_size = dispatching(), window, input.shape
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        input, weight, bias, stride, padding, groups, activation = inputs
+        output = conv_ops.forward(input, weight, bias, Window(stride, padding, groups), activation, "triton")
+        _Conv3x3.save(ctx, inputs, output, operator=False)
+        return output
+
+    @staticmethod
+    def save(ctx: Any, inputs: Any, output: Tensor, operator: bool = True) -> None:
+        input, weight, _, stride, padding, groups, activation = inputs
+        ctx.operator, ctx.window, ctx.input_size = operator, conv_ops.as_window(stride, padding, groups), input.shape
         ctx.formats = conv_ops.channels_last_of(input, weight)
-        if ctx.dispatching:
-            output: Tensor = conv_ops.conv3x3(input, weight, bias, *window, activation)
-        else:
-            output = conv_ops.forward(input, weight, bias, window, activation, "triton")
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(
             input if needs_weight else None, weight if needs_input else None, output if activation else None
         )
-        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, output = ctx.saved_tensors
-        needs, window = ctx.needs_input_grad[:3], ctx.window
-        if ctx.dispatching:
-            grads = iter(
-                conv_ops.conv3x3_backward(grad, input, weight, output, ctx.input_size, *window, needs, *ctx.formats)
-            )
-            dx, dw, db = (next(grads) if need else None for need in needs)
-            return dx, dw, db, None, None
-        device = grad.device.type
-        with torch.autocast(device, enabled=False) if autocasting(device) else nullcontext():
-            if torch.is_grad_enabled() or wrapped(grad):  # as for linear_sigmoid
-                grads = reference.conv3x3_backward(grad, input, weight, output, ctx.input_size, window, needs)
+        needs, window, size = ctx.needs_input_grad[:3], ctx.window, ctx.input_size
+        operator = ctx.operator or dispatching()
+        with without_autocast(grad.device.type):
+            if _torch_computes(grad, operator):
+                grads = reference.conv3x3_backward(grad, input, weight, output, size, window, needs)
+            elif operator:
+                found = conv_ops.conv3x3_backward(grad, input, weight, output, size, *window, needs, *ctx.formats)
+                grads = _where(needs, found)
             else:
-                grads = conv_ops.backward(
-                    grad, input, weight, output, ctx.input_size, window, needs, ctx.formats, "triton"
-                )
-        return *grads, None, None
+                grads = conv_ops.backward(grad, input, weight, output, size, window, needs, ctx.formats, "triton")
+        return *grads, None, None, None, None
+
+
+conv_ops.conv3x3.register_autograd(_Conv3x3.backward, setup_context=_Conv3x3.save)
+flops.register_when_imported()
+
+
+def _torch_computes(grad: Tensor, operator: bool) -> bool:
+    """Whether the gradients are left to torch's operations.
+
+    For whoever differentiates them again (create_graph=True), where torch asks for many at once
+    (is_grads_batched=True), and (operators see to it themselves) for gradients that are no plain memory.
+    """
+    return torch.is_grad_enabled() or transforming(grad) or (not operator and transformed(grad))
+
+
+def _where(needs: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients that an operator returned, each in its place."""
+    found = iter(grads)
+    dx, dw, db = (next(found) if need else None for need in needs)
+    return dx, dw, db

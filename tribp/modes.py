@@ -1,6 +1,7 @@
 """Who looks on while torch runs: the compiler, a transform, a dispatch mode, autocast; and what that asks of us."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,9 +26,9 @@ def transformed(*tensors: Tensor | None) -> bool:
     return any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg() for t in tensors if t is not None)
 
 
-def wrapped(grad: Tensor) -> bool:
-    """Whether a gradient is no plain memory: `transformed`, or of the older vmap that `is_grads_batched=True` runs."""
-    return transformed(grad) or bool(torch._C._functorch.is_legacy_batchedtensor(grad))
+def transforming(grad: Tensor) -> bool:
+    """Whether a transform runs, or the older vmap behind `is_grads_batched=True`, whose gradients are marked alone."""
+    return _transforming() or (not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad))
 
 
 def _constant_while_compiling(predicate: Callable[[], bool]) -> Callable[[], bool]:
@@ -43,13 +44,13 @@ def _transforming() -> bool:
     return bool(functorch or tracing or forward_ad._current_level >= 0)
 
 
-@_constant_while_compiling  # asked directly, torch 2.11's Dynamo says yes to everyone
-def exporting() -> bool:
-    return torch.compiler.is_exporting()
-
-
 def autocasting(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch has no autocast on meta, and raises
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A guard that ends autocast; free where there is none."""
+    return torch.autocast(device_type, enabled=False) if autocasting(device_type) else nullcontext()
 
 
 def autocast(tensor: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Window(NamedTuple):
 def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None) -> Tensor:
     """input ⋆ weight + bias, then σ where `activation` is "sigmoid". input: (N, C, H, W)."""
     stride, padding, groups = window
-    output = F.conv2d(input, weight, bias, stride, padding, 1, groups)
+    output = F.conv2d(_regular(input, weight, groups), weight, bias, stride, padding, 1, groups)
     return torch.sigmoid(output) if activation == "sigmoid" else output
 
 
@@ -72,6 +72,24 @@ def channels_last(tensor: Tensor) -> bool:
             return False
         least = stride[d] * size[d]
     return True
+
+
+def _regular(input: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """`input`, copied where torch would compute a wrong gradient of the weight from it on the CPU.
+
+    Of a grouped convolution in channels_last order it reads the strides of dimensions of length 1, which can be any:
+    https://github.com/pytorch/pytorch/issues/190773.
+    """
+    if groups == 1 or 1 not in input.shape or input.device.type != "cpu" or not channels_last(weight):
+        return input
+    expected, odd = 1, False
+    for d in (1, 3, 2, 0):
+        size, stride = input.shape[d], input.stride(d)
+        if size > 1 and stride != expected:
+            return input  # torch copies it
+        odd = odd or stride != expected
+        expected *= size
+    return input.clone(memory_format=torch.channels_last) if odd else input
 
 
 def conv3x3_format(input: Tensor, weight: Tensor) -> torch.memory_format:
@@ -99,6 +117,7 @@ def conv3x3_backward(
         # Whichever is not needed is asked for its shape alone.
         x = input if input is not None else dz.new_empty(1).expand(tuple(input_size))
         w = weight if weight is not None else dz.new_empty(1).expand(n, c, 3, 3)
+        x = _regular(x, w, groups)
         mask = [needs[0], needs[1], False]
         dx, dw, _ = torch.ops.aten.convolution_backward(
             dz, x, w, None, stride, padding, (1, 1), False, (0, 0), groups, mask
@@ -141,14 +160,17 @@ def rmsprop(
     p: Tensor, g: Tensor, square_avg: Tensor, buf: Tensor | None, grad_avg: Tensor | None,
     values: Sequence[float], t: float, eps_inside: bool,
 ) -> Moments:  # fmt: skip
-    """v ← α·v + (1 − α)·g², ḡ ← α·ḡ + (1 − α)·g, b ← μ·b + g/(√(v − ḡ²) + ε), θ ← θ − η·b."""
+    """v ← α·v + (1 − α)·g², ḡ ← α·ḡ + (1 − α)·g, b ← μ·b + g/(√(v − ḡ²) + ε), θ ← θ − η·b.
+
+    v − ḡ² is a variance: where all gradients are alike rounding may make it negative, which counts as 0.
+    """
     alpha, momentum, _ = values[7:10]
     p, g = _decayed(p, g, values)
     square_avg = alpha * square_avg + (1 - alpha) * g * g
     square = square_avg
     if grad_avg is not None:
         grad_avg = grad_avg + (1 - alpha) * (g - grad_avg)
-        square = square_avg - grad_avg * grad_avg
+        square = (square_avg - grad_avg * grad_avg).clamp_min(0)  # leaves NaN as it is
     update = g / _denominator(square, values[1], eps_inside)
     if buf is not None:
         update = buf = momentum * buf + update

@@ -73,7 +73,7 @@ def backend_of(tensor: torch.Tensor) -> str:
         return "triton" if tensor.is_cuda and has_triton() and _supported(tensor.device.index) else "torch"
     if not has_triton():
         raise RuntimeError("the Triton backend was asked for, but triton is not installed: pip install triton")
-    if not tensor.is_cuda and not interpreting():
+    if not (tensor.is_cuda or (tensor.is_cpu and interpreting())):
         raise RuntimeError(
             f"the Triton backend was asked for on a {tensor.device.type} tensor: it takes CUDA and ROCm tensors, and "
             "CPU tensors only in Triton's interpreter (set TRITON_INTERPRET=1 before tribp is imported)"

@@ -7,7 +7,7 @@ import torch
 
 def simple(series: Sequence[float], window: int) -> list[float]:
     """The mean over each `window` consecutive values: `len(series) − window + 1` of them, valid positions only."""
-    values: list[float] = torch.tensor(series, dtype=torch.float64).unfold(0, window, 1).mean(1).tolist()
+    values: list[float] = torch.tensor(series, dtype=torch.float64, device="cpu").unfold(0, window, 1).mean(1).tolist()
     return values
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def gradient_difference(function: Callable[..., Tensor], *inputs: Tensor) -> flo
     worst = 0.0
     with torch.no_grad():
         for tensor, gradient in zip(inputs, analytic, strict=True):
-            values, numerical = tensor.view(-1), torch.empty(tensor.numel(), dtype=tensor.dtype)
+            values, numerical = tensor.view(-1), torch.empty(tensor.numel(), dtype=tensor.dtype, device="cpu")
             for i, value in enumerate(values.tolist()):
                 values[i] = value + STEP
                 above = function(*inputs)
@@ -86,7 +87,9 @@ def convolutional_gradient_difference(device: torch.device) -> float:
 
 def convolution(device: torch.device) -> list[Check]:
     """The size of what a 3×3 convolution gives, and one whose sums can be formed by hand."""
-    sized = Conv3x3(1, 6, device=device, dtype=torch.float64)(torch.zeros(1, 1, 32, 32).to(device, torch.float64))
+    sized = Conv3x3(1, 6, device=device, dtype=torch.float64)(
+        torch.zeros(1, 1, 32, 32, dtype=torch.float64, device=device)
+    )
     x = torch.arange(1.0, 17, dtype=torch.float64, device=device).view(1, 1, 4, 4)
     w = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64, device=device).expand(1, 1, 3, 3).clone()
     y = conv3x3(x.requires_grad_(), w.requires_grad_())
@@ -123,8 +126,8 @@ def two_two_one(device: torch.device) -> list[Check]:
     )
     first = LinearSigmoid(2, 2, device=device, dtype=torch.float64)
     second = LinearSigmoid(2, 1, device=device, dtype=torch.float64)
-    first.load_state_dict({"weight": w1, "bias": torch.zeros(2)})
-    second.load_state_dict({"weight": w2, "bias": torch.zeros(1)})
+    first.load_state_dict({"weight": w1, "bias": torch.zeros(2, device=device)})
+    second.load_state_dict({"weight": w2, "bias": torch.zeros(1, device=device)})
     network = nn.Sequential(first, second)
 
     output = network(x)
@@ -157,7 +160,8 @@ def refusal(device: torch.device) -> str | None:
 def _uniform(device: torch.device) -> Callable[..., Tensor]:
     """A function from sizes to float64 numbers in [−1, 1], the same at every call of this."""
     generator = torch.Generator().manual_seed(0)
-    return lambda *shape: (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1).to(device)
+    options: dict[str, Any] = dict(generator=generator, dtype=torch.float64, device="cpu")
+    return lambda *shape: (2 * torch.rand(shape, **options) - 1).to(device)
 
 
 def _numbers(tensor: Tensor) -> list[float]:

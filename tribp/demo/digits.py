@@ -24,9 +24,9 @@ class Digits:
 def load(device: torch.device, generator: torch.Generator) -> Digits:
     """All digits, `HELD_OUT` of each class drawn by `generator` to be held out."""
     pixels, classes = mnist_data()
-    images = torch.as_tensor(pixels, dtype=torch.float32) / 255
-    labels = torch.as_tensor(classes, dtype=torch.int64)
-    order = torch.randperm(len(labels), generator=generator)
+    images = torch.as_tensor(pixels, dtype=torch.float32, device="cpu") / 255
+    labels = torch.as_tensor(classes, dtype=torch.int64, device="cpu")
+    order = torch.randperm(len(labels), generator=generator, device="cpu")
     order = order[labels[order].argsort(stable=True)].view(CLASSES, -1)  # shuffled within each class
     held_out, rest = order[:, :HELD_OUT].flatten(), order[:, HELD_OUT:].flatten()
     parts = (images[rest], labels[rest], images[held_out], labels[held_out])

@@ -92,7 +92,7 @@ class Training:
         learners = [self.tribp, self.plain] if compared else [self.tribp]
         losses: dict[Learner, list[Tensor]] = {learner: [] for learner in learners}
         begin = time.perf_counter()
-        order = torch.randperm(len(self.targets), generator=self.generator).to(self.device)
+        order = torch.randperm(len(self.targets), generator=self.generator, device="cpu").to(self.device)
         for batch in order.split(self.batch_size):  # type: ignore[no-untyped-call]
             images, targets = self.digits.images[batch], self.targets[batch]
             for learner in learners:

@@ -99,10 +99,10 @@ class Tuner:
         if call in self._seen or not self._on_gpu(tensors):
             return True
         with self._lock:
-            store = self._store()
-            if self._busy():
-                return False
             try:
+                store = self._store()
+                if self._busy():
+                    return False
                 self._search(build, tensors, facts, store)
             except Exception as error:
                 log.warning("tribp: the search for launch settings ended: %s: %s", type(error).__name__, error)

@@ -1,7 +1,7 @@
 """The operators `tribp::conv3x3` and `tribp::conv3x3_backward`, and the branch between backends.
 
 As in `linear_sigmoid.py`: eager mode calls `forward` and `backward`; the operators are for the compiler, for export and
-for dispatch modes, and have no derivative of their own.
+for dispatch modes.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference, runtime
+from ..modes import without_autocast
 from ..reference import Window, channels_last, conv3x3_format
 
 Needs = tuple[bool, bool, bool]
@@ -114,7 +115,8 @@ def conv3x3(
     input: Tensor, weight: Tensor, bias: Tensor | None,
     stride: Sequence[int], padding: Sequence[int], groups: int, activation: str | None,
 ) -> Tensor:  # fmt: skip
-    return forward(input, weight, bias, _window(stride, padding, groups), activation, runtime.backend_of(input))
+    with without_autocast(input.device.type):  # as for linear_sigmoid
+        return forward(input, weight, bias, as_window(stride, padding, groups), activation, runtime.backend_of(input))
 
 
 @conv3x3.register_fake
@@ -122,7 +124,7 @@ def _(
     input: Tensor, weight: Tensor, bias: Tensor | None,
     stride: Sequence[int], padding: Sequence[int], groups: int, activation: str | None,
 ) -> Tensor:  # fmt: skip
-    size = _output_size(input, weight, _window(stride, padding, groups))
+    size = _output_size(input, weight, as_window(stride, padding, groups))
     return _empty(size, input, conv3x3_format(input, weight))
 
 
@@ -133,10 +135,11 @@ def conv3x3_backward(
     input_last: bool, weight_last: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that `needs` asks for, in the order input, weight, bias."""
-    grads = backward(
-        grad, input, weight, output, input_size, _window(stride, padding, groups), _needs(needs),
-        ChannelsLast(input_last, weight_last), runtime.backend_of(grad),
-    )  # fmt: skip
+    with without_autocast(grad.device.type):
+        grads = backward(
+            grad, input, weight, output, input_size, as_window(stride, padding, groups), _needs(needs),
+            ChannelsLast(input_last, weight_last), runtime.backend_of(grad),
+        )  # fmt: skip
     return [grad for grad in grads if grad is not None]
 
 
@@ -147,11 +150,11 @@ def _(
     input_last: bool, weight_last: bool,
 ) -> list[Tensor]:  # fmt: skip
     last = ChannelsLast(input_last, weight_last)
-    grads = _empty_grads(grad, input_size, _window(stride, padding, groups), _needs(needs), last)
+    grads = _empty_grads(grad, input_size, as_window(stride, padding, groups), _needs(needs), last)
     return [grad for grad in grads if grad is not None]
 
 
-def _window(stride: Sequence[int], padding: Sequence[int], groups: int) -> Window:
+def as_window(stride: Sequence[int], padding: Sequence[int], groups: int) -> Window:
     return Window((stride[0], stride[1]), (padding[0], padding[1]), groups)
 
 

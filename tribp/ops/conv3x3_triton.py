@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import conv3x3, conv3x3_depthwise, conv3x3_small
 from ..kernels.launch import Arch, cdiv, precision_of
@@ -37,7 +36,7 @@ from .images import (
     readable,
     relayout,
 )
-from .launching import Launch, accumulator, partials_of, second_pass, vector_length
+from .launching import Launch, accumulator, descriptor, partials_of, precision_in_kernel, second_pass, vector_length
 
 if TYPE_CHECKING:
     import triton
@@ -91,8 +90,10 @@ def forward(
         vec=vec, tma=xs.tma and ws.tma and bundle == 1 and _steppable(x, window),
         whole=bundles > 1 or window.stride[1] == 2, wide=not ys.last,
     )  # fmt: skip
+    precision = precision_in_kernel(precision, s.tma)
     arguments = (
-        xs.argument(s.tma, s.box, s.block_l, window.stride), _weight_argument(ws, s.tma, s.block_j, s.block_l), b, y,
+        xs.argument(s.tma, s.box, s.block_l, precision, window.stride),
+        _weight_argument(ws, s.tma, s.block_j, s.block_l, precision), b, y,
         *sizes, groups, og, cg, *window.padding, *_without_channels(xs), *ys.strides,
     )  # fmt: skip
     constants |= _dense_constants(s, precision, vec, ws.vec, _bundle_vec(ys, groups, bundle))
@@ -169,8 +170,10 @@ def _dense_dgrad(
         n, p, q, bundle * (c // groups), bundle * og, bundles, bundle, sh * sw, dtype, precision, arch,
         vec=vec, tma=dz.tma and ws.tma and bundle == 1, whole=bundles > 1, wide=not out.last,
     )  # fmt: skip
+    precision = precision_in_kernel(precision, s.tma)
     arguments = (
-        dz.argument(s.tma, s.box, s.block_l), _weight_argument(ws, s.tma, s.block_l, s.block_j), dx,
+        dz.argument(s.tma, s.box, s.block_l, precision),
+        _weight_argument(ws, s.tma, s.block_l, s.block_j, precision), dx,
         n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding,
         *_without_channels(dz), *out.strides,
     )  # fmt: skip
@@ -203,8 +206,10 @@ def _dense_wgrad(
     shares, sums = partials_of(dw, s.splits, partial, (o, 9, cg)), partials_of(db, s.splits, partial)
     assert shares is not None
     in_order = dw.is_contiguous(memory_format=torch.channels_last)
+    precision = precision_in_kernel(precision, s.tma and sums is None)  # db sums dz as it is, not rounded
     arguments = (
-        dz.argument(s.tma, s.box, s.block_i), xs.argument(s.tma, s.box, s.block_j, window.stride), shares, sums,
+        dz.argument(s.tma, s.box, s.block_i, precision),
+        xs.argument(s.tma, s.box, s.block_j, precision, window.stride), shares, sums,
         n, *x.shape[2:], p, q, groups, og, cg, dz.tensor.shape[1] // groups, xs.tensor.shape[1] // groups,
         *window.padding, *_without_channels(dz), *_without_channels(xs), cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
@@ -325,12 +330,12 @@ def _without_channels(image: Image) -> tuple[int, int, int]:
     return image.strides[0], image.strides[2], image.strides[3]
 
 
-def _weight_argument(w: Image, use_tma: bool, rows: int, cols: int) -> object:
-    """The kernel argument: the tensor itself, or a descriptor of tiles of one tap."""
+def _weight_argument(w: Image, use_tma: bool, rows: int, cols: int, precision: str) -> object:
+    """The kernel argument: the tensor itself, or a descriptor (taps, O, C) of tiles of one tap."""
     if not use_tma:
         return w.tensor
     o, c = w.tensor.shape[:2]
-    return TensorDescriptor(w.tensor, [o, 9, c], [9 * c, c, 1], [rows, 1, cols])
+    return descriptor(w.tensor, [9, o, c], [c, 9 * c, 1], [1, rows, cols], precision)
 
 
 def _packed_weight(w: Tensor, rows: int, cols: int, arch: Arch) -> "Generator[Launch, None, Image]":

@@ -25,14 +25,20 @@ log = logging.getLogger("tribp.autotune")
 
 
 def cache_folder() -> Path:
-    """TRIBP_CACHE_DIR, or `tribp` where the system keeps a user's caches."""
+    """TRIBP_CACHE_DIR, or `tribp` where the system keeps a user's caches.
+
+    Raises OSError where neither the environment nor an account names a home, as in containers run under any number.
+    """
     if given := os.environ.get("TRIBP_CACHE_DIR"):
         return Path(given)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "tribp" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tribp"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tribp"
+    try:
+        if sys.platform == "win32":
+            return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "tribp" / "Cache"
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "tribp"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tribp"
+    except RuntimeError as error:
+        raise OSError("there is no home to keep launch settings in: set TRIBP_CACHE_DIR") from error
 
 
 @cache

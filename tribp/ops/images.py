@@ -5,15 +5,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import common
 from ..kernels import relayout as kernels
 from ..kernels.launch import Arch, cdiv
 from ..kernels.launch_conv3x3 import Box, choose_relayout
 from ..runtime import dtype_name
+from ..versions import descriptor_unit
 from .calls import scratch
-from .launching import Launch, accumulator, partials_of, second_pass, vector_length
+from .launching import Launch, accumulator, descriptor, partials_of, second_pass, vector_length
 
 
 class Image(NamedTuple):
@@ -25,17 +25,20 @@ class Image(NamedTuple):
     vec: int  # elements, 16 bytes at most, that divide the other strides, the contiguous length and the address
     tma: bool  # whether a tensor descriptor can describe it
 
-    def argument(self, use_tma: bool, box: Box, channels: int, step: tuple[int, int] = (1, 1)) -> object:
-        """The kernel argument: the tensor itself, or a descriptor of boxes of every step-th pixel."""
+    def argument(
+        self, use_tma: bool, box: Box, channels: int, precision: str, step: tuple[int, int] = (1, 1)
+    ) -> object:
+        """The kernel argument: the tensor itself, or a descriptor of boxes of every step-th pixel (`load_box`)."""
         if not use_tma:
             return self.tensor
         (n, c, h, w), (stride_n, _, stride_h, stride_w), (sh, sw) = self.tensor.shape, self.strides, step
-        return TensorDescriptor(
-            self.tensor,
-            [n, cdiv(h, sh), sh, cdiv(w, sw), (sw - 1) * stride_w + c],
-            [stride_n, stride_h * sh, stride_h, stride_w * sw, 1],
-            [box[0], box[1], 1, box[2], channels],
-        )
+        shape = [n, cdiv(h, sh), sh, cdiv(w, sw), (sw - 1) * stride_w + c]
+        strides = [stride_n, stride_h * sh, stride_h, stride_w * sw, 1]
+        block = [box[0], box[1], 1, box[2], channels]
+        if box[1] * box[2] == 1:
+            for dimensions in (shape, strides, block):
+                dimensions.insert(3, dimensions.pop(0))
+        return descriptor(self.tensor, shape, strides, block, precision)
 
 
 def image(tensor: Tensor, last: bool) -> Image:
@@ -50,7 +53,7 @@ def image(tensor: Tensor, last: bool) -> Image:
     others = [stride[d] for d in range(4) if d != inner]
     aligned = tensor.data_ptr() % 16 == 0
     vec = vector_length(itemsize, size[inner], *others) if aligned else 1
-    unit = 16 if common.INTERPRETED else 16 // itemsize  # a descriptor's strides; Triton 3.5's interpreter wants 16
+    unit = descriptor_unit(itemsize, bool(common.INTERPRETED))
     tma = last and aligned and all(s > 0 and s % unit == 0 for s in others)
     return Image(tensor, (stride[0], stride[1], stride[2], stride[3]), last, vec, tma)
 

@@ -9,9 +9,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import versions
 from ..kernels import common
 from ..kernels.launch import Arch, cdiv, choose_sum
 from .calls import scratch
+
+versions.warn_if_untested()
+if common.INTERPRETED:
+    versions.mend_interpreter()
 
 
 class Launch(NamedTuple):
@@ -47,14 +52,30 @@ class Operand(NamedTuple):
     vec: int  # elements, 16 bytes at most, that divide ld, the contiguous length and the address
     tma: bool  # whether a tensor descriptor can describe it
 
-    def argument(self, use_tma: bool, block_rows: int, block_cols: int) -> object:
-        """The kernel argument: the tensor itself, or a descriptor of its tiles."""
+    def argument(self, use_tma: bool, block_rows: int, block_cols: int, precision: str = "ieee") -> object:
+        """The kernel argument: the tensor itself, or a descriptor of its tiles. precision: see `descriptor`."""
         if not use_tma:
             return self.tensor
         rows, cols = self.tensor.shape
         if self.transposed:
-            return TensorDescriptor(self.tensor, [cols, rows], [self.ld, 1], [block_cols, block_rows])
-        return TensorDescriptor(self.tensor, [rows, cols], [self.ld, 1], [block_rows, block_cols])
+            return descriptor(self.tensor, [cols, rows], [self.ld, 1], [block_cols, block_rows], precision)
+        return descriptor(self.tensor, [rows, cols], [self.ld, 1], [block_rows, block_cols], precision)
+
+
+def descriptor(
+    tensor: Tensor, shape: list[int], strides: list[int], block: list[int], precision: str = "ieee"
+) -> TensorDescriptor:
+    """A descriptor of tiles. precision: of the product whose operand it loads as it is; "tf32_rounded" has it round."""
+    rounding = {"round_f32_to_tf32": True} if precision == "tf32_rounded" else {}
+    return TensorDescriptor(tensor, shape, strides, block, **rounding)
+
+
+def precision_in_kernel(precision: str, tma: bool) -> str:
+    """The kernels' PRECISION, of a product that the rules call `precision`.
+
+    TF32 operands are to be rounded: by the descriptors that load them, which costs nothing, or else in registers.
+    """
+    return "tf32_rounded" if precision == "tf32" and tma and versions.descriptors_round_to_tf32() else precision
 
 
 def operand(matrix: Tensor) -> Operand:
@@ -66,14 +87,12 @@ def operand(matrix: Tensor) -> Operand:
     ld = matrix.stride(lines) if matrix.shape[lines] > 1 else matrix.shape[contiguous]
     length, itemsize = matrix.shape[contiguous], matrix.element_size()
     aligned = matrix.data_ptr() % 16 == 0
-    # A descriptor's pitch is a multiple of 16 bytes; Triton 3.5's interpreter wants 16 elements.
-    pitch = ld if common.INTERPRETED else ld * itemsize
     return Operand(
         matrix,
         transposed,
         ld,
         vec=vector_length(itemsize, ld, length) if aligned else 1,
-        tma=aligned and ld >= length and pitch % 16 == 0,
+        tma=aligned and ld >= length and ld % versions.descriptor_unit(itemsize, bool(common.INTERPRETED)) == 0,
     )
 
 

@@ -2,7 +2,7 @@
 
 `forward` and `backward` are what eager mode calls; the registered operators wrap them for the compiler, for export and
 for dispatch modes, where a bare kernel launch could not be seen. They cost 20 µs more a call, so eager avoids them.
-The operators have no derivative of their own: `tribp.functional` gives it, and autograd through a bare one raises.
+`tribp.functional` gives the derivative of the first; the second has none, and autograd through it raises.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference, runtime
+from ..modes import without_autocast
 from ..reference import as_matrix
 
 Needs = tuple[bool, bool, bool]
@@ -82,7 +83,8 @@ def _fits(*tensors: Tensor | None) -> bool:
 
 @torch.library.custom_op("tribp::linear_sigmoid", mutates_args=())
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return forward(input, weight, bias, runtime.backend_of(input))
+    with without_autocast(input.device.type):  # the result has the type of the arguments, as the compiler was told
+        return forward(input, weight, bias, runtime.backend_of(input))
 
 
 @linear_sigmoid.register_fake
@@ -96,7 +98,8 @@ def linear_sigmoid_backward(
 ) -> list[Tensor]:
     """The gradients that `needs` asks for, in the order input, weight, bias."""
     wanted = (needs[0], needs[1], needs[2])
-    grads = backward(grad, input, weight, output, wanted, runtime.backend_of(output))
+    with without_autocast(grad.device.type):
+        grads = backward(grad, input, weight, output, wanted, runtime.backend_of(output))
     return [grad for grad in grads if grad is not None]
 
 

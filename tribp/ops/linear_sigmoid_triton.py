@@ -18,7 +18,16 @@ from ..kernels.launch import (
 )
 from ..runtime import dtype_name
 from .calls import scratch
-from .launching import Launch, Operand, accumulator, operand, partials_of, second_pass, vector_length
+from .launching import (
+    Launch,
+    Operand,
+    accumulator,
+    operand,
+    partials_of,
+    precision_in_kernel,
+    second_pass,
+    vector_length,
+)
 
 
 def forward(
@@ -33,14 +42,16 @@ def forward(
     precision = precision_of(dtype, tf32, arch)
     xs, ws, ys = operand(x), operand(w), operand(y)
     vec = min(xs.vec, ws.vec)
-    s = settings or choose_forward(m, n, k, dtype, precision, arch, vec=vec, tma=xs.tma and ws.tma)
+    along = not (xs.transposed or ws.transposed)
+    s = settings or choose_forward(m, n, k, dtype, precision, arch, vec=vec, tma=xs.tma and ws.tma, along=along)
     store_tma = s.tma and ys.tma
+    precision = precision_in_kernel(precision, s.tma)
     yield Launch(
         kernels.forward,
         (min(s.persistent, s.tiles(m, n)) or s.tiles(m, n),),
         (
-            xs.argument(s.tma, s.block_i, s.block_l),
-            ws.argument(s.tma, s.block_j, s.block_l),
+            xs.argument(s.tma, s.block_i, s.block_l, precision),
+            ws.argument(s.tma, s.block_j, s.block_l, precision),
             None if b is None else b.contiguous(),
             ys.argument(store_tma, s.block_i, s.block_j),
             m, n, k, xs.ld, ws.ld,
@@ -85,15 +96,18 @@ def dgrad(
     ys = None if y is None else operand(y)
     vec = min(t.vec for t in (dz, w, ys) if t is not None)
     tma = all(t.tma for t in (dz, w, ys) if t is not None)
-    s = settings or choose_dgrad(m, n, k, dtype, precision, arch, vec=vec, tma=tma, may_fuse=y is not None)
+    s = settings or choose_dgrad(
+        m, n, k, dtype, precision, arch, vec=vec, tma=tma, may_fuse=y is not None, along=w.transposed
+    )  # fmt: skip
     store_tma = s.tma and out.tma
+    precision = precision_in_kernel(precision, s.tma)
     return Launch(
         kernels.dgrad,
         (s.tiles(m, k),),
         (
-            dz.argument(s.tma, s.block_i, s.block_l),
+            dz.argument(s.tma, s.block_i, s.block_l, "ieee" if s.fuse_dz else precision),
             ys.argument(s.tma, s.block_i, s.block_l) if s.fuse_dz and ys is not None else None,
-            w.argument(s.tma, s.block_l, s.block_j),
+            w.argument(s.tma, s.block_l, s.block_j, precision),
             out.argument(store_tma, s.block_i, s.block_j),
             m, n, k, dz.ld, w.ld,
         ),
@@ -118,20 +132,21 @@ def wgrad(
     """
     (m, n), k = dz.tensor.shape, x.tensor.shape[1]
     s = settings
+    precision = precision_in_kernel(precision_of(dtype_name(x.tensor.dtype), tf32, arch), s.tma)
     assert dw.numel() == s.splits * n * k
     return Launch(
         kernels.wgrad,
         (s.tiles(n, k), s.splits),
         (
-            dz.argument(s.tma, s.block_l, s.block_i),
+            dz.argument(s.tma, s.block_l, s.block_i, "ieee" if s.fuse_dz else precision),
             operand(y).argument(s.tma, s.block_l, s.block_i) if s.fuse_dz and y is not None else None,
-            x.argument(s.tma, s.block_l, s.block_j),
+            x.argument(s.tma, s.block_l, s.block_j, precision),
             dw, dz_out, db, m, n, k, dz.ld, x.ld,
             cdiv(cdiv(m, s.splits), s.block_l) * s.block_l,
         ),
         dict(
             FUSE_DZ=s.fuse_dz, WRITE_DZ=dz_out is not None, WRITE_DB=db is not None,
-            ACC=accumulator(x.tensor.dtype)[1], PRECISION=precision_of(dtype_name(x.tensor.dtype), tf32, arch),
+            ACC=accumulator(x.tensor.dtype)[1], PRECISION=precision,
             TMA=s.tma, X_TRANSPOSED=x.transposed, PREFETCH=s.prefetch, VEC=min(dz.vec, x.vec),
             VEC_STORE=vector_length(dw.element_size(), k),
             BLOCK_M=s.block_l, BLOCK_N=s.block_i, BLOCK_K=s.block_j, GROUP=s.group,

@@ -1,20 +1,24 @@
 """Adagrad."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adagrad import Adagrad as TorchAdagrad
 from torch.optim.adagrad import adagrad as torch_adagrad
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .base import Beyond, Group, Optimizer
+<<<<<<< HEAD
 from .fallback import Tensors
 from .watched import WatchedState
+=======
+from .fallback import Tensors, counter_dtype, torchs_fused
+>>>>>>> main
 
 
-class Adagrad(Optimizer, torch.optim.Adagrad):
+class Adagrad(Optimizer, TorchAdagrad):
     """`torch.optim.Adagrad` in one kernel launch a step.
 
     G ← G + g², θ ← θ − lr/(1 + (t − 1)·lr_decay) · g/(√G + ε): Duchi et al., "Adaptive Subgradient Methods for Online
@@ -42,13 +46,15 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
         **beyond: Unpack[Beyond],
     ) -> None:
         self._switch_on(dict(beyond, capturable=capturable))
-        torch.optim.Adagrad.__init__(
+        TorchAdagrad.__init__(
             self, params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize=maximize,
             differentiable=differentiable, fused=fused,
         )  # fmt: skip
         self._switched_on()
         for group in self.param_groups:
             for p in group["params"]:
+                if not (group["fused"] or self.state[p]["step"].is_cpu):  # torch makes it on the default device
+                    self.state[p]["step"] = self.state[p]["step"].new_zeros((), device="cpu")
                 if group.get("state_dtype") and not p.is_complex():
                     self.state[p]["sum"] = self._new_state(p, "sum", group["state_dtype"])
         for p, state in self.state.items():
@@ -66,7 +72,7 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
         return (group["lr_decay"],)
 
     def _fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
-        return True
+        return dtype != torch.float16  # in which torch's kernel rounds ε to 0
 
     def _fused_update(self, group: Group, t: Tensors) -> None:
         torch._fused_adagrad_(
@@ -77,14 +83,13 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
         for p in group["params"]:  # of groups that were added late: torch 2.11 makes no states for those
             if not self.state.get(p):
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+                self.state[p]["step"] = torch.zeros((), dtype=counter_dtype(bool(group["fused"])), device="cpu")
                 self.state[p]["sum"] = self._new_state(p, "sum", p.dtype)
-        lists: list[list[Any]] = [[] for _ in range(4)]
-        has_sparse_grad, has_complex = self._init_group(group, *lists)
+        (has_sparse_grad, has_complex), lists = self._gathered(group, 4)
         params, grads, sums, steps = lists
         torch_adagrad(
             params, prepare(grads), sums, steps, has_sparse_grad=has_sparse_grad, foreach=group["foreach"],
             differentiable=group["differentiable"], has_complex=has_complex, lr=group["lr"],
             weight_decay=group["weight_decay"], lr_decay=group["lr_decay"], eps=group["eps"],
-            maximize=group["maximize"],
+            maximize=group["maximize"], fused=torchs_fused(group, steps),
         )  # fmt: skip

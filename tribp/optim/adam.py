@@ -1,19 +1,20 @@
 """Adam and AdamW."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import Adam as TorchAdam
 from torch.optim.adam import adam as torch_adam
+from torch.optim.adamw import AdamW as TorchAdamW
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .base import Beyond, Group, Optimizer
-from .fallback import Tensors
+from .fallback import Tensors, torchs_fused
 
 
-class Adam(Optimizer, torch.optim.Adam):
+class Adam(Optimizer, TorchAdam):
     """`torch.optim.Adam` in one kernel launch a step.
 
     m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g², θ ← θ − lr·m̂/(√v̂ + ε) with m̂ = m/(1 − β₁ᵗ), v̂ = v/(1 − β₂ᵗ):
@@ -42,7 +43,7 @@ class Adam(Optimizer, torch.optim.Adam):
         **beyond: Unpack[Beyond],
     ) -> None:
         self._switch_on(dict(beyond))
-        torch.optim.Adam.__init__(
+        TorchAdam.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
             capturable=capturable, differentiable=differentiable, fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
@@ -72,8 +73,7 @@ class Adam(Optimizer, torch.optim.Adam):
         )  # fmt: skip
 
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
-        lists: list[list[Any]] = [[] for _ in range(6)]
-        has_complex = self._init_group(group, *lists)
+        has_complex, lists = self._gathered(group, 6)
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
         beta1, beta2 = group["betas"]
         torch_adam(
@@ -81,10 +81,11 @@ class Adam(Optimizer, torch.optim.Adam):
             has_complex=has_complex, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=group["maximize"], foreach=group["foreach"], capturable=group["capturable"],
             differentiable=group["differentiable"], decoupled_weight_decay=group["decoupled_weight_decay"],
+            fused=torchs_fused(group, steps),
         )  # fmt: skip
 
 
-class AdamW(Adam, torch.optim.AdamW):
+class AdamW(Adam, TorchAdamW):
     """`torch.optim.AdamW` in one kernel launch a step: Adam with θ ← θ − lr·λ·θ in place of an L2 penalty.
 
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
@@ -107,7 +108,7 @@ class AdamW(Adam, torch.optim.AdamW):
         **beyond: Unpack[Beyond],
     ) -> None:
         self._switch_on(dict(beyond))
-        torch.optim.AdamW.__init__(
+        TorchAdamW.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach,
             capturable=capturable, differentiable=differentiable, fused=fused,
         )  # fmt: skip

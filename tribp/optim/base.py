@@ -3,18 +3,20 @@
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import checkpoint
 from .plan import Plan
+from .tensors import local
 
 if TYPE_CHECKING:
     from .fallback import Tensors
 
 Group = dict[str, Any]
+T = TypeVar("T")
 
 
 class Beyond(TypedDict, total=False):
@@ -47,6 +49,27 @@ _OFF: Group = dict(
 )  # fmt: skip
 
 
+class Shared(Generic[T]):
+    """An attribute that wrappers have in common with the optimizer they wrap.
+
+    Lightning's and Fabric's optimizers copy the attributes of an optimizer once. What changes from step to step lies in
+    one dict, `_shared`, that the copy refers to as well.
+    """
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type) -> T:
+        kept: dict[str, T] = {} if optimizer is None else optimizer._shared
+        return kept.get(self._name, self._default)
+
+    def __set__(self, optimizer: Any, value: T) -> None:
+        optimizer._shared[self._name] = value
+
+
 class Optimizer(torch.optim.Optimizer):
     """The base of every class here, mixed in before its torch counterpart.
 
@@ -60,16 +83,18 @@ class Optimizer(torch.optim.Optimizer):
     _SCRATCH: ClassVar[bool] = False  # whether the fused CPU kernel writes more than the update needs
 
     _beyond: Group
-    _plan: Plan | None = None
+    _shared: dict[str, Any]
     _captured: list[Plan]
-    _in_swap = False
-    grad_norm: Tensor | None = None  # of the last step, where max_grad_norm is on
+    _plan = Shared[Plan | None](None)
+    _in_swap = Shared(False)
+    grad_norm = Shared[Tensor | None](None)  # of the last step, where max_grad_norm is on
 
     def _switch_on(self, beyond: Group) -> None:
         """Remember the options that are on, before torch's constructor makes the groups."""
         for name in beyond:
             if name not in _OFF:
                 raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
+        self._shared = {}
         self._captured = []
         self._beyond = {name: value for name, value in beyond.items() if value != _OFF[name]}
         _check(self._beyond, type(self).__name__)
@@ -107,6 +132,16 @@ class Optimizer(torch.optim.Optimizer):
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
         """torch's own update of the group's parameters that have a gradient; `prepare` may scale the gradients."""
         raise NotImplementedError
+
+    def _gathered(self, group: Group, number: int) -> tuple[Any, list[list[Any]]]:
+        """What torch's `_init_group` says, and the so many lists that it fills.
+
+        It makes the counters of new states on the default device, where reading one may cost a wait.
+        """
+        lists: list[list[Any]] = [[] for _ in range(number)]
+        new = any(not self.state.get(p) for p in group["params"])
+        with torch.device("cpu") if new else contextlib.nullcontext():
+            return self._init_group(group, *lists), lists  # type: ignore[attr-defined]
 
     def _new_state(self, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
@@ -158,7 +193,7 @@ class Optimizer(torch.optim.Optimizer):
         enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # what torch.no_grad() does; its object costs 1 of a small step's 16 µs
         try:
-            plan, grads = self._plan, None
+            plan, grads, uncounted = self._plan, None, False
             if plan is not None:
                 grads = plan.gradients(self)
             capturing = self._capturing()
@@ -168,10 +203,15 @@ class Optimizer(torch.optim.Optimizer):
                         "step() must have run at least once, on gradients like these, before it is captured in a CUDA "
                         "graph: the first step makes the states and tables"
                     )
+                uncounted = plan is None and _only_makes_states(self)
                 plan = self._plan = Plan(self, plan)
                 grads = plan.gradients(self)
                 assert grads is not None, "a new plan fits what it was made from"
             plan.run(self, grads, getattr(self, "grad_scale", None), getattr(self, "found_inf", None), capturing)
+            if uncounted:
+                for state in self.state.values():
+                    if "ema_step" in state:
+                        state["ema_step"].zero_()
         finally:
             torch._C._set_grad_enabled(enabled)
 
@@ -229,15 +269,21 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(super().__getstate__())
-        kept["state"] = defaultdict(dict, checkpoint.states_of(self, self.state))
+        states = checkpoint.states_of(self, self.state)
+        kept["state"] = defaultdict(dict, states)
+        # A spawned process is given memory by its file descriptor, after this returns: the copies must live until then.
+        dicts = [state for state in states.values() if isinstance(state, dict)]
+        self._shared["sent"] = [state[key] for state in dicts for key in ("step", "ema_step") if key in state]
         if getattr(self, "_step_supports_amp_scaling", False):
             kept["_step_supports_amp_scaling"] = True
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._plan = None
+        self.__dict__.setdefault("_shared", {})
         self.__dict__.setdefault("_captured", [])
-        super().__setstate__(state)
+        self._plan = None
+        with torch.device("cpu"):  # where torch makes counters of numbers in old checkpoints, whatever the default is
+            super().__setstate__(state)
 
 
 def _check(options: Group, name: str) -> None:
@@ -249,6 +295,20 @@ def _check(options: Group, name: str) -> None:
     dtype = options.get("state_dtype")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2):
         raise ValueError(f"{name}: state_dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+
+
+def _only_makes_states(optimizer: Optimizer) -> bool:
+    """Whether this is how torch.distributed.checkpoint makes the states of a new optimizer: a step that does nothing.
+
+    All rates and gradients are 0. torch's counters count it; an average that began with it would hold on to parameters
+    that are about to be loaded, or were never trained.
+    """
+    groups = optimizer.param_groups
+    averages = any(group.get("ema_decay") for group in groups)
+    if not averages or optimizer.state or any(group["lr"] != 0 for group in groups):
+        return False
+    grads = [local(p.grad) for group in groups for p in group["params"] if p.grad is not None]
+    return all(grad.layout == torch.strided and not grad.any() for grad in grads)
 
 
 def _started(state: Group) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .fallback import counter_dtype
 from .watched import WatchedState
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def states_of(optimizer: "Optimizer", states: Mapping[Any, State]) -> dict[Any, 
         if p in optimizer.state
     }
     found: dict[Any, State] = {}
-    moving: list[tuple[State, str]] = []
+    moving: list[tuple[State, str, torch.dtype]] = []
     for owner, state in states.items():
         if id(state) not in stays:  # of no parameter: whatever the user keeps there
             found[owner] = state
@@ -43,17 +44,19 @@ def states_of(optimizer: "Optimizer", states: Mapping[Any, State]) -> dict[Any, 
         for key in ("step", "ema_step"):
             if not isinstance(copy.get(key), Tensor):
                 continue
+            kernels = key == "step" and copy[key].dtype == torch.float32
+            dtype = counter_dtype(stays[id(state)]) if kernels else copy[key].dtype
             if copy[key].is_cpu or stays[id(state)]:
-                copy[key] = copy[key].clone()  # not a view of all counters
+                copy[key] = copy[key].to(dtype, copy=True)  # not a view of all counters
             else:
-                moving.append((copy, key))
+                moving.append((copy, key, dtype))
         if copy:
             found[owner] = copy
     if moving:  # one transfer for all
         device = moving[0][0][moving[0][1]].device
-        counts = torch.stack([copy[key].to(device) for copy, key in moving]).cpu()
-        for (copy, key), count in zip(moving, counts.unbind(), strict=True):
-            copy[key] = count.clone()
+        counts = torch.stack([copy[key].to(device) for copy, key, _ in moving]).cpu()
+        for (copy, key, dtype), count in zip(moving, counts.unbind(), strict=True):
+            copy[key] = count.to(dtype, copy=True)
     return found
 
 

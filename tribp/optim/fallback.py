@@ -1,7 +1,8 @@
 """The update where no kernel runs: torch's fused CPU kernels behind a plan, the reference, or torch's own code."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
 from itertools import compress, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,8 +34,11 @@ def kind(optimizer: "Optimizer", group: "Group", parts: Sequence[Tensor]) -> str
     state_dtype = group.get("state_dtype") or p.dtype
     if group.get("eps_inside_sqrt") or rounds or len(dtypes) > 1 or (state_dtype != p.dtype and not p.is_complex()):
         return "reference"
-    if p.device.type == "cpu" and p.is_floating_point() and tensors.layout(parts) == []:
-        return "fused" if optimizer._fused_on_cpu(group, p.dtype) else "rest"
+    on_cpu = p.device.type == "cpu"
+    if on_cpu and p.is_floating_point() and optimizer._fused_on_cpu(group, p.dtype) and tensors.layout(parts) == []:
+        return "fused"
+    if p.dtype == torch.float16 and "eps" in group and (on_cpu or not (p.is_meta or group.get("capturable"))):
+        return "reference"  # torch's own code adds ε in float16, where 1e-8 is 0: a gradient of 0 would give 0/0
     return "rest"
 
 
@@ -66,20 +70,24 @@ def parts(plan: "Plan", fused: list[Member], by_reference: list[Member]) -> list
         found += [Fused(plan, some) for some in by_type.values()]
     for m in by_reference:
         if "step" in m.state and m.state["step"] is None:
-            m.state["step"] = torch.zeros((), dtype=torch.float32)
+            m.state["step"] = torch.zeros((), dtype=counter_dtype(plan.fused[m.group]), device="cpu")
     for m in (*fused, *by_reference):
         if "ema_step" in m.state and m.state["ema_step"] is None:
-            m.state["ema_step"] = torch.zeros((), dtype=torch.float32)
+            m.state["ema_step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     if by_reference:
         found.append(Reference(plan, by_reference))
     return found
 
 
-def counters_together(members: Sequence[Member]) -> tuple[Tensor, list[Tensor]]:
+def counter_dtype(fused: bool) -> torch.dtype:
+    """The type of torch's `step`."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 and not fused else torch.float32
+
+
+def counters_together(members: Sequence[Member], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """The members' steps as views of one tensor on the CPU, so that one addition moves them all."""
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     counts = [m.state["step"] for m in members]
-    together = torch.tensor([0.0 if t is None else float(t) for t in counts], dtype=dtype)
+    together = torch.tensor([0.0 if t is None else float(t) for t in counts], dtype=dtype, device="cpu")
     views = list(together.unbind())
     for member, view in zip(members, views, strict=True):
         member.state["step"] = view
@@ -97,15 +105,21 @@ def unscaled_and_clipped(grads: list[Tensor], group: "Group", step: Step) -> lis
     return [grad * coefficient.to(grad.device, grad.real.dtype) for grad in grads]
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Within the block torch's operations take one thread (setting it costs 0.2 µs)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+@functools.cache
+def set_own_threads() -> Callable[[int], object] | None:
+    """OpenMP's function that sets how many threads the calling thread's operations take; None where there is none.
+
+    `torch.set_num_threads` sets it for the process: a thread that first asks meanwhile keeps that number for life.
+    """
     try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+        set_threads: Callable[[int], object] = ctypes.CDLL(None).omp_set_num_threads
+    except (AttributeError, OSError, TypeError):  # the last one: Windows has no library that is called None
+        return None
+    threads = torch.get_num_threads()
+    set_threads(threads + 1)
+    torchs = torch.get_num_threads() == threads + 1  # or another library's OpenMP, or torch's own thread pool
+    set_threads(threads)
+    return set_threads if torchs else None
 
 
 def total_norm(grads: list[Tensor]) -> Tensor:
@@ -123,7 +137,7 @@ def total_norm(grads: list[Tensor]) -> Tensor:
         total = torch.linalg.vector_norm(torch.stack([norm.to(torch.float64) for norm in some]))
         totals.append(total.full_tensor() if tensors.is_dtensor(total) else total)
     if not totals:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     norm: Tensor = torch.linalg.vector_norm(torch.stack([total.to(totals[0].device) for total in totals]))
     return norm
 
@@ -132,7 +146,7 @@ def average(p: Tensor, state: dict[str, Any], decay: float) -> None:
     """v₁ = x₁, then v ← d·v + (1 − d)·x."""
     if "ema" not in state:
         state["ema"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        state["ema_step"] = torch.zeros((), dtype=torch.float32)
+        state["ema_step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     ema, count = tensors.local(peek(state, "ema")), peek(state, "ema_step")
     first = bool(count == 0)
     count += 1
@@ -156,14 +170,16 @@ class Fused:
         self._together: Tensor | None = None
         self._steps: list[Tensor] = []
         if plan.counts:
-            self._together, self._steps = counters_together(members)
+            self._together, self._steps = counters_together(members, counter_dtype(plan.fused[members[0].group]))
         self._scratch: list[Tensor] = []
         self._begun = False  # whether every momentum buffer is known to have begun
 
     def scratch(self) -> list[Tensor]:
-        """Zeros like the parameters, for what a kernel insists on writing."""
+        """Zeros like the parameters, for what a kernel insists on writing; and steps that correct no bias."""
         if not self._scratch:
-            together = torch.zeros(sum(p.numel() for p in self._params), dtype=self._params[0].dtype)
+            # Adam's bias corrections are 1 − βᵗ; at this t they are 1 for every β up to 1 − 4e-8.
+            self._steps = [torch.full((), 2.0**30, dtype=torch.float32, device="cpu")] * len(self._params)
+            together = torch.zeros(sum(p.numel() for p in self._params), dtype=self._params[0].dtype, device="cpu")
             pieces: Sequence[Tensor] = torch.split(together, [p.numel() for p in self._params])
             self._scratch = [x.as_strided(p.shape, p.stride()) for x, p in zip(pieces, self._params, strict=True)]
         return self._scratch
@@ -171,8 +187,8 @@ class Fused:
     def run(self, step: Step) -> None:
         optimizer, group = step.optimizer, step.groups[self.members[0].group]
         found = step.grads if self._every else [step.grads[i] for i in self._indices]
-        members, params, states, steps = self.members, self._params, self._states, self._steps
         scratch = self.scratch() if optimizer._SCRATCH else []
+        members, params, states, steps = self.members, self._params, self._states, self._steps
         if step.complete:
             grads: list[Any] = list(found)
             if self._together is not None:
@@ -183,17 +199,22 @@ class Fused:
             members = list(compress(members, there))
             params, steps, scratch, *states = (list(compress(x, there)) for x in (params, steps, scratch, *states))
             if self._together is not None:
-                self._together[torch.tensor(there)] += 1
+                self._together[torch.tensor(there, device="cpu")] += 1
         if not grads:
             return
         if step.grad_scale is not None or step.norm is not None:
             grads = unscaled_and_clipped(grads, group, step)
         taken = Tensors(params, grads, states, steps, scratch, self._fresh(members))
-        if self._small and (states or group["weight_decay"]):  # plain SGD is no fused kernel
-            with one_thread():
-                optimizer._fused_update(group, taken)
-        else:
+        small = self._small and bool(states or group["weight_decay"])  # plain SGD is no fused kernel
+        threads = torch.get_num_threads() if small else 1
+        set_threads = set_own_threads() if threads > 1 else None
+        try:
+            if set_threads is not None:
+                set_threads(1)
             optimizer._fused_update(group, taken)
+        finally:
+            if set_threads is not None:
+                set_threads(threads)
         if decay := group.get("ema_decay"):
             for m in members:
                 average(m.param, m.state, decay)
@@ -271,6 +292,14 @@ class Tensors(NamedTuple):
     steps: list[Tensor]
     scratch: list[Tensor]
     fresh: list[bool] | None  # which momentum buffers begin with this step
+
+
+def torchs_fused(group: "Group", steps: list[Tensor]) -> bool | None:
+    """Whether torch's own code takes its fused kernel: where counters are fake, for it reads the others' values.
+
+    Parameters with true counters are here for how they lie in memory, which torch's fused kernels do not look at.
+    """
+    return True if group["fused"] and any(type(step) not in tensors.PLAIN for step in steps) else None
 
 
 def run_rest(group: "Group", params: list[Tensor], step: Step, in_turn: bool) -> None:

@@ -234,15 +234,15 @@ def gradient_norm(parts: "Sequence[Kernel]", step: Step) -> Tensor:
 
 def _chunks(numbers: Sequence[int], chunk: int, device: torch.device) -> Tensor:
     """A row (tensor, which of its chunks) for every program, at least one."""
-    counts = torch.tensor([cdiv(n, chunk) for n in numbers])
-    owners = torch.repeat_interleave(torch.arange(len(numbers)), counts)
-    within = torch.arange(len(owners)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    chunks = torch.stack([owners, within], 1) if len(owners) else torch.tensor([[-1, 0]])
+    counts = torch.tensor([cdiv(n, chunk) for n in numbers], device="cpu")
+    owners = torch.repeat_interleave(torch.arange(len(numbers), device="cpu"), counts)
+    within = torch.arange(len(owners), device="cpu") - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    chunks = torch.stack([owners, within], 1) if len(owners) else torch.tensor([[-1, 0]], device="cpu")
     return chunks.to(torch.int32).to(device)
 
 
 def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, dtype=dtype).to(device)
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device)
 
 
 def _address(tensor: Tensor | None) -> int:

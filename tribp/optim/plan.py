@@ -99,6 +99,7 @@ class Plan:
     def __init__(self, optimizer: "Optimizer", before: "Plan | None") -> None:
         groups = optimizer.param_groups
         self.counts = optimizer._COUNTS
+        self.fused = [bool(group.get("fused")) for group in groups]
         self.params: list[Tensor] = list(chain.from_iterable(map(_PARAMS, groups)))
         self.sizes = list(map(len, map(_PARAMS, groups)))
         self._names = list(map(tuple, groups))

@@ -1,22 +1,20 @@
 """RMSprop."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
+from torch.optim.rmsprop import RMSprop as TorchRMSprop
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
 from typing_extensions import Unpack
 
 from .base import Beyond, Group, Optimizer
 from .fallback import Tensors
-
-# Adam's bias corrections are 1 − βᵗ; at this t they are 1 for every β up to 1 − 4e-8.
-_LATE = torch.tensor(float(1 << 30))
+from .tensors import as_reals
 
 
-class RMSprop(Optimizer, torch.optim.RMSprop):
+class RMSprop(Optimizer, TorchRMSprop):
     """`torch.optim.RMSprop` in one kernel launch a step.
 
     v ← α·v + (1 − α)·g², θ ← θ − lr·g/(√v + ε): Hinton, lecture 6 of "Neural Networks for Machine Learning", 2012.
@@ -51,7 +49,7 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         self._switch_on(dict(beyond, fused=fused))
-        torch.optim.RMSprop.__init__(
+        TorchRMSprop.__init__(
             self,
             params,
             lr,
@@ -88,18 +86,27 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
         """torch has no fused RMSprop, but plain RMSprop is Adam late in its life, with β₁ = 0."""
         torch._foreach_zero_(t.scratch)  # Adam's m: 0·∞ from an earlier gradient would stay NaN
         torch._fused_adam_(
-            t.params, t.grads, t.scratch, t.states[0], [], [_LATE] * len(t.params), lr=group["lr"], beta1=0.0,
-            beta2=group["alpha"], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
-            maximize=group["maximize"],
+            t.params, t.grads, t.scratch, t.states[0], [], t.steps, lr=group["lr"], beta1=0.0, beta2=group["alpha"],
+            weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=group["maximize"],
         )  # fmt: skip
 
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
-        lists: list[list[Any]] = [[] for _ in range(6)]
-        has_complex = self._init_group(group, *lists)
+        if group.get("fused"):
+            for p in group["params"]:
+                _device_dtype_check_for_fused(p)  # what torch's classes that have `fused` ask
+        has_complex, lists = self._gathered(group, 6)
         params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
+        # Three times as fast on the CPU for many small tensors; large ones would double torch's memory.
+        together = sum(p.numel() for p in params) <= 1 << 20 and len(set(map(id, params))) == len(params)
+        if group["centered"] and not (group["differentiable"] or group["capturable"]):
+            torch._foreach_add_(steps, 1)
+            lists = [params, prepare(grads), square_avgs, grad_avgs, momentum_buffers]
+            lists = [[as_reals(t) for t in tensors] for tensors in lists]
+            for some in [slice(None)] if together else [slice(k, k + 1) for k in range(len(params))]:
+                _centered(group, *(tensors[some] for tensors in lists))
+            return
         foreach = group["foreach"]
-        if foreach is None and not group["differentiable"] and sum(p.numel() for p in params) <= 1 << 20:
-            # Three times as fast on the CPU for many small tensors; large ones would double torch's memory.
+        if foreach is None and not group["differentiable"] and together:
             foreach = all(type(p) in (Tensor, torch.nn.Parameter) and p.device.type == "cpu" for p in params) or None
         torch_rmsprop(
             params, prepare(grads), square_avgs, grad_avgs, momentum_buffers, steps, lr=group["lr"],
@@ -107,3 +114,28 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
             centered=group["centered"], foreach=foreach, maximize=group["maximize"],
             differentiable=group["differentiable"], capturable=group["capturable"], has_complex=has_complex,
         )  # fmt: skip
+
+
+def _centered(
+    group: Group, params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], grad_avgs: list[Tensor],
+    buffers: list[Tensor],
+) -> None:  # fmt: skip
+    """torch's update, but for the variance v − ḡ²: where rounding makes it negative torch has a NaN, and this 0."""
+    if group["maximize"]:
+        grads = torch._foreach_neg(grads)
+    if group["weight_decay"]:
+        grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+    alpha, lr = group["alpha"], float(group["lr"])
+    torch._foreach_mul_(square_avgs, alpha)
+    torch._foreach_addcmul_(square_avgs, grads, grads, value=1 - alpha)
+    torch._foreach_lerp_(grad_avgs, grads, 1 - alpha)
+    variances = torch._foreach_addcmul(square_avgs, grad_avgs, grad_avgs, value=-1)
+    torch._foreach_clamp_min_(variances, 0)
+    torch._foreach_sqrt_(variances)
+    torch._foreach_add_(variances, group["eps"])
+    if group["momentum"] > 0:
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_addcdiv_(buffers, grads, variances)
+        torch._foreach_add_(params, buffers, alpha=-lr)
+    else:
+        torch._foreach_addcdiv_(params, grads, variances, value=-lr)

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from itertools import compress
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import SGD as TorchSGD  # noqa: N811 (a class)
 from torch.optim.sgd import sgd as torch_sgd
 from typing_extensions import Unpack
 
@@ -14,7 +14,7 @@ from .base import Beyond, Group, Optimizer
 from .fallback import Tensors
 
 
-class SGD(Optimizer, torch.optim.SGD):
+class SGD(Optimizer, TorchSGD):
     """`torch.optim.SGD` in one kernel launch a step.
 
     b ← μ·b + (1 − τ)·g (the first time b ← g), θ ← θ − lr·b, or Nesterov's θ ← θ − lr·(g + μ·b): Sutskever et al., "On
@@ -45,7 +45,7 @@ class SGD(Optimizer, torch.optim.SGD):
         if beyond.get("eps_inside_sqrt"):
             raise TypeError(f"{type(self).__name__} has no ε, so there is no eps_inside_sqrt")
         self._switch_on(dict(beyond, capturable=capturable))
-        torch.optim.SGD.__init__(
+        TorchSGD.__init__(
             self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
             differentiable=differentiable, fused=fused,
         )  # fmt: skip
@@ -91,10 +91,7 @@ class SGD(Optimizer, torch.optim.SGD):
             update([not fresh for fresh in t.fresh], False)
 
     def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        buffers: list[Any] = []
-        has_sparse_grad = self._init_group(group, params, grads, buffers)
+        has_sparse_grad, (params, grads, buffers) = self._gathered(group, 3)
         torch_sgd(
             params, prepare(grads), buffers, has_sparse_grad=has_sparse_grad, foreach=group["foreach"],
             weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],

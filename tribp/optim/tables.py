@@ -18,7 +18,7 @@ class _Staging:
     """Page-locked memory that one upload is copied from."""
 
     def __init__(self, length: int) -> None:
-        self.tensor = torch.empty(length, dtype=torch.int64, pin_memory=True)
+        self.tensor = torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=True)
         self.words = (ctypes.c_int64 * length).from_address(self.tensor.data_ptr())
         new_event: Any = torch.cuda.Event  # torch leaves its constructor untyped
         self.copied = new_event()

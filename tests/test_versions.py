@@ -1,0 +1,69 @@
+"""Which versions of torch and triton are taken, and what is said of those that no test was run with."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tribp import versions
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()  # Python 3.10 has no tomllib
+CI = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+
+
+def test_parse() -> None:
+    assert versions.parse("2.11.0+cpu") == (2, 11)
+    assert versions.parse("2.16.0a0+git1234567") == (2, 16)
+    with pytest.raises(ValueError, match="unknown"):
+        versions.parse("unknown")
+
+
+@pytest.mark.parametrize(
+    ("name", "tested"),
+    [
+        ("torch", ["2.9.0", "2.10.0", "2.11.0", "2.12.1", "2.13.0+cpu", "2.14.0", "2.15.0", "2.16.0", "3.0.0"]),
+        ("triton", ["3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0", "3.10.0", "4.0.0"]),
+    ],
+)
+def test_no_version_from_the_oldest_on_is_refused(name: str, tested: list[str]) -> None:
+    block = re.search(r"^dependencies = \[(.*?)^\]", PYPROJECT, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    found = {r.name: r for r in map(Requirement, re.findall(r'"([^"]+)"', block[1]))}
+    assert [version for version in tested if not found[name].specifier.contains(version)] == []
+
+
+def test_ci_runs_the_newest_that_is_called_tested() -> None:
+    jobs = re.findall(r'python: "3.(\d+)", torch: "(\S+)\.\*", triton: "(\S+)\.\*"', CI)
+    tested = {(versions.parse(torch), versions.parse(triton)) for _, torch, triton in jobs}
+    assert max(tested) == (versions.NEWEST_TORCH, versions.NEWEST_TRITON)
+    pythons = sorted(int(minor) for minor, _, _ in jobs)
+    assert pythons == sorted(map(int, re.findall(r"Python :: 3\.(\d+)", PYPROJECT)))
+
+
+KERNELS = """
+import torch, triton
+torch.__version__, triton.__version__ = {!r}, {!r}
+import tribp, tribp.ops.linear_sigmoid_triton, tribp.ops.conv3x3_triton, tribp.optim.kernel
+"""
+
+
+@pytest.mark.parametrize(
+    ("torch", "triton", "said"),
+    [
+        ("2.15.9", "3.9.9", []),
+        ("2.16.0+cu140", "3.10.0", ["torch 2.16 (newest tested: 2.15) and triton 3.10 (newest tested: 3.9)"]),
+    ],
+)
+def test_untested_versions_are_named_once(torch: str, triton: str, said: list[str]) -> None:
+    pytest.importorskip("triton")
+    code = KERNELS.format(torch, triton)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    found = [line for line in run.stderr.splitlines() if "arn" in line or "untested" in line]
+    assert [line.partition("UserWarning: ")[2] for line in found] == [
+        f"tribp's kernels are untested with {what}" for what in said
+    ]

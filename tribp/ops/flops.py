@@ -1,0 +1,76 @@
+"""What the operators count for in `torch.utils.flop_counter.FlopCounterMode`: as many operations as torch's own.
+
+torch's module gets the formulas when somebody imports it. Imported from here it would bring triton along, or a warning
+that there is none, into every program.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import torch
+
+COUNTER = "torch.utils.flop_counter"
+
+Shape = Sequence[int]
+
+
+def linear_sigmoid(input: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(input) * weight[0]
+
+
+def linear_sigmoid_backward(
+    grad: Shape, input: Shape | None, weight: Shape | None, output: Shape, needs: Sequence[bool], **_: Any
+) -> int:
+    features = (input or weight or [0])[-1]
+    return 2 * prod(output) * features * (needs[0] + needs[1])
+
+
+def conv3x3(input: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+    return 2 * prod(out_shape) * prod(weight[1:])
+
+
+def conv3x3_backward(
+    grad: Shape, input: Shape | None, weight: Shape | None, output: Shape | None, input_size: Shape,
+    stride: Shape, padding: Shape, groups: int, needs: Sequence[bool], *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    return 2 * prod(grad) * 9 * input_size[1] // groups * (needs[0] + needs[1])
+
+
+FORMULAS: list[Callable[..., int]] = [linear_sigmoid, linear_sigmoid_backward, conv3x3, conv3x3_backward]
+
+
+def register(counter: ModuleType) -> None:
+    for formula in FORMULAS:
+        counter.register_flop_formula(getattr(torch.ops.tribp, formula.__name__))(formula)
+
+
+class _Import:
+    """Stands before the finders of modules until the counter is imported, and registers then."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                register(module)
+
+            vars(spec.loader)["exec_module"] = execute_and_register
+        return spec
+
+
+def register_when_imported() -> None:
+    """Once the operators are registered themselves."""
+    if COUNTER in sys.modules:
+        register(sys.modules[COUNTER])
+    else:
+        sys.meta_path.insert(0, _Import())

@@ -1,0 +1,82 @@
+"""The versions of torch and triton that the tests were run with, and what the library does differently among them.
+
+Importing this module imports neither: launch rules do without torch, and the fallback without triton.
+"""
+
+import functools
+import re
+import warnings
+from typing import Any
+
+Version = tuple[int, int]
+
+# The newest that the tests were run with. Newer ones are not refused: that would take a user's torch away.
+NEWEST_TORCH: Version = (2, 15)
+NEWEST_TRITON: Version = (3, 9)
+
+
+def parse(version: str) -> Version:
+    """Major and minor: "2.11.0+cpu" → (2, 11)."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None:
+        raise ValueError(f"version must start with two numbers, got {version!r}")
+    return int(match[1]), int(match[2])
+
+
+@functools.cache
+def triton_version() -> Version:
+    """Of the installed triton, which is imported."""
+    import triton
+
+    return parse(triton.__version__)
+
+
+def warn_if_untested() -> None:
+    """Warn, in one line, if torch or triton is newer than any the tests were run with."""
+    import torch
+
+    installed = (("torch", parse(torch.__version__), NEWEST_TORCH), ("triton", triton_version(), NEWEST_TRITON))
+    newer = [
+        f"{name} {major}.{minor} (newest tested: {newest[0]}.{newest[1]})"
+        for name, (major, minor), newest in installed
+        if (major, minor) > newest
+    ]
+    if newer:
+        message = f"tribp's kernels are untested with {' and '.join(newer)}"
+        warnings.warn_explicit(message, UserWarning, "tribp", 0)  # `warn` would print a line of this file as well
+
+
+def descriptor_unit(itemsize: int, interpreted: bool) -> int:
+    """Elements that every stride of a tensor descriptor is a multiple of: 16 bytes, in Triton 3.5's interpreter 16."""
+    return 16 if interpreted and triton_version() < (3, 6) else 16 // itemsize
+
+
+def descriptors_round_to_tf32() -> bool:
+    """Whether a host TensorDescriptor can round float32 to TF32 as it loads: `round_f32_to_tf32`, since Triton 3.7."""
+    return triton_version() >= (3, 7)
+
+
+def fences_copies() -> bool:
+    """Whether wgmma sees what `cp.async` copied: Triton 3.7 puts the fence between them that PTX asks for.
+
+    3.5 and 3.6 do not, https://github.com/triton-lang/triton/pull/10537. 3.5 besides gives such a tile a place too few
+    in shared memory, https://github.com/triton-lang/triton/issues/8554.
+    """
+    return triton_version() >= (3, 7)
+
+
+def mend_interpreter() -> None:
+    """Let a block of one comparison's result be a mask in Triton 3.9's interpreter.
+
+    There `(n > 0)` has n's type and fills a block of that type, which 3.9's loads and stores refuse ("mask has
+    unsupported dtype"); those before took any. May go when `block & (n > 0)` is a mask in the interpreter again.
+    """
+    if triton_version() < (3, 9):
+        return
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_splat(builder: object, block: Any, scalar: TensorHandle) -> TensorHandle:
+        return TensorHandle(np.full(block.shape, scalar.data.flat[0], scalar.data.dtype), scalar.dtype.scalar)
+
+    InterpreterBuilder.create_splat = create_splat
