@@ -10,12 +10,8 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .base import Beyond, Group, Optimizer
-<<<<<<< HEAD
-from .fallback import Tensors
-from .watched import WatchedState
-=======
 from .fallback import Tensors, counter_dtype, torchs_fused
->>>>>>> main
+from .watched import WatchedState
 
 
 class Adagrad(Optimizer, TorchAdagrad):
