@@ -295,8 +295,11 @@ def test_states_are_looked_at_only_while_somebody_holds_one(device: str, monkeyp
     del held
     assert looks() == 1
     assert looks() == 0
-    for way in (dict, list, lambda s: {**s}, lambda s: s | {}, lambda s: {} | s, lambda s: s.get("exp_avg"),
-                lambda s: [*s.values()], lambda s: [*s.items()], lambda s: s.copy(), lambda s: s.setdefault("step")):  # fmt: skip
+    ways: list[Callable[[Any], object]] = [
+        dict, list, lambda s: {**s}, lambda s: s | {}, lambda s: {} | s, lambda s: s.get("exp_avg"),
+        lambda s: [*s.values()], lambda s: [*s.items()], lambda s: s.copy(), lambda s: s.setdefault("step"),
+    ]  # fmt: skip
+    for way in ways:
         state.looks.clear()
         way(state)
         assert state.looks, "unnoticed"
@@ -425,3 +428,29 @@ def test_what_overlaps() -> None:
         assert not tensors.overlaps_itself(dense)
     stretches = [base[:10], base[10:20], base[15:18], base[0:0], base[50:60], base[12:30], base[29:31]]
     assert tensors.overlapping(enumerate(stretches)) == {1, 2, 5, 6}
+
+
+@each_class
+def test_states_of_our_own_making_are_nobodys(name: str, device: str) -> None:
+    """Made in the first step or the constructor, loaded, kept over a new group, averaged: nothing to be looked at."""
+    twins = lively(name, device, mine={"ema_decay": 0.5})
+    optimizer = twins.ours
+
+    def held() -> bool:
+        for _ in range(2):
+            twins.give(twins.grads())
+            optimizer.step()
+        plan = optimizer._plan
+        return plan._held or bool(plan._looks)
+
+    if held():
+        assert optimizer._plan.rest, "only torch's own code looks at every step"
+        return
+    saved = optimizer.state_dict()
+    assert held()
+    del saved
+    assert not held()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not held()
+    optimizer.add_param_group({"params": [torch.ones(3, dtype=torch.float64, device=device)]})
+    assert not held()

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from .base import Beyond, Group, Optimizer
 from .fallback import Tensors, counter_dtype, torchs_fused
+from .watched import WatchedState
 
 
 class Adagrad(Optimizer, TorchAdagrad):
@@ -52,6 +53,8 @@ class Adagrad(Optimizer, TorchAdagrad):
                     self.state[p]["step"] = self.state[p]["step"].new_zeros((), device="cpu")
                 if group.get("state_dtype") and not p.is_complex():
                     self.state[p]["sum"] = self._new_state(p, "sum", group["state_dtype"])
+        for p, state in self.state.items():
+            self.state[p] = WatchedState(state)  # nobody has been given one yet
 
     def _names(self, group: Group) -> tuple[str | None, ...]:
         return "sum", None, None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .fallback import counter_dtype
+from .watched import WatchedState
 
 if TYPE_CHECKING:
     from .base import Optimizer
@@ -99,6 +100,7 @@ def nothing_lost(optimizer: "Optimizer") -> Iterator[None]:
                 source = loaded["state"].get(number)
                 if source:
                     _restore(p, group, optimizer.state[p], source)
+                    optimizer.state[p] = WatchedState(optimizer.state[p])  # nobody has been given one yet
 
     handles = [
         optimizer.register_load_state_dict_pre_hook(capture),

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from . import tensors
 from .parts import Member, Part, Step
+from .watched import peek
 
 if TYPE_CHECKING:
     from .base import Group, Optimizer
@@ -146,9 +147,9 @@ def average(p: Tensor, state: dict[str, Any], decay: float) -> None:
     if "ema" not in state:
         state["ema"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         state["ema_step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-    first = bool(state["ema_step"] == 0)
-    state["ema_step"] += 1
-    ema = tensors.local(state["ema"])
+    ema, count = tensors.local(peek(state, "ema")), peek(state, "ema_step")
+    first = bool(count == 0)
+    count += 1
     weight = tensors.local(p).to(ema.dtype)
     ema.copy_(weight) if first else ema.lerp_(weight, 1.0 - decay)
 
@@ -165,7 +166,7 @@ class Fused:
         self._small = 16 < max(m.param.numel() for m in members) < _GRAIN  # up to 16 torch takes one thread anyway
         self._params = [m.param for m in members]
         names = members[0].names
-        self._states = [[tensors.local(m.state[name]) for m in members] for name in names if name is not None]
+        self._states = [[tensors.local(peek(m.state, name)) for m in members] for name in names if name is not None]
         self._together: Tensor | None = None
         self._steps: list[Tensor] = []
         if plan.counts:
@@ -252,8 +253,9 @@ class Reference:
             (grad,) = unscaled_and_clipped([found], group, once)
             count = random_step = 0.0
             if "step" in m.state:
-                m.state["step"] += 1
-                count = random_step = float(m.state["step"])
+                counter = peek(m.state, "step")
+                counter += 1
+                count = random_step = float(counter)
             if not step.optimizer._COUNTS:
                 count = float(self._plan.counter(m)) + 1
                 self._plan.count_on(m, int(count))

@@ -147,6 +147,7 @@ class Plan:
         others = fallback.parts(self, members["fused"], members["reference"])
         self.parts: list[Part] = [*self._kernels, *others]
         self._only_kernels = not (others or self.rest)
+        del touched  # nobody but those who stay may hold a state when the holders are counted
         self._note(optimizer, members, [_used(optimizer, groups[number]) for number, _, _ in positions])
 
     def _remember(self, groups: "list[Group]", values: list[Any]) -> None:
@@ -238,12 +239,13 @@ class Plan:
         self._fused = bool(members["fused"])
         self.structure = [self._structure(optimizer, group) for group in optimizer.param_groups]
         self._used = [  # states, and which of their tensors
-            (state, [name for name in names if isinstance(t := peek(state, name), Tensor) and _plain(t)])
+            (state, [name for name in names if isinstance(peek(state, name), Tensor) and _plain(peek(state, name))])
             for state, names in ((optimizer.state.get(p), names) for p, names in zip(self.params, used, strict=True))
             if state
         ]
         states = self._state_tensors()
-        self._state_footprint, self._holders = Footprint(states), holders(states)
+        self._state_footprint = Footprint(states)
+        self._holders = None if self._held else holders(states)  # while these are all, nobody else has one
 
     # SGD has no step. Whether a momentum buffer has begun is counted here, for the buffer or, if none, the parameter.
 
@@ -264,16 +266,16 @@ class Plan:
 
     def gradients(self, optimizer: "Optimizer") -> Sequence[Tensor | None] | None:
         """The gradients of all parameters (their local parts), or None if the plan no longer fits."""
-        groups = optimizer.param_groups
-        lists = list(map(_PARAMS, groups))
-        params = lists[0] if len(lists) == 1 else list(chain.from_iterable(lists))
-        if list(map(len, lists)) != self.sizes or not all(map(is_, params, self.params)):
-            return None
         if self._changes or runtime.backend() != self.backend:
             return None
         if len(optimizer.state) != len(self._states) or not all(map(is_, optimizer.state.values(), self._states)):
             return None
         if (self._looks or self._held) and not self._states_lie_still():
+            return None
+        groups = optimizer.param_groups
+        lists = list(map(_PARAMS, groups))
+        params = lists[0] if len(lists) == 1 else list(chain.from_iterable(lists))
+        if list(map(len, lists)) != self.sizes or not all(map(is_, params, self.params)):
             return None
         options = list(chain.from_iterable(map(dict.values, groups)))
         if len(options) != len(self._options) or not all(map(is_, options, self._options)):
@@ -318,7 +320,8 @@ class Plan:
         if not self._state_footprint.fits(states):
             return False
         self._looks.clear()
-        self._held = bool(self.rest) or holders(states) != self._holders  # torch's own code looks at every step
+        if self._holders is not None and not self.rest:  # else torch's own code will look again anyway
+            self._held = holders(states) != self._holders
         return True
 
     def _fits(self, grads: Sequence[Tensor | None]) -> bool:
