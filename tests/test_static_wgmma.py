@@ -92,20 +92,23 @@ def planted() -> dict[str, dict[str, list[str]]]:
 FENCED = triton.__version__ >= "3.7"  # https://github.com/triton-lang/triton/pull/10537
 
 
+SERIALIZED = {"wgmma loop", "ptxas"}
+
+
 @pytest.mark.parametrize(
-    ("name", "names"),
+    ("name", "possible"),
     [
-        ("descriptors", set()),
-        ("one stage", set()),  # its wait for all groups is Triton's own
-        ("reshaped", {"wgmma registers"}),
-        ("reshaped, narrow", {"wgmma loop", "ptxas"}),
-        pytest.param("pointers", set(), marks=pytest.mark.skipif(not FENCED, reason="Triton puts no fence there")),
-        ("summed", {"wgmma memory"}),
+        ("descriptors", [set()]),
+        ("one stage", [set()]),  # its wait for all groups is Triton's own
+        ("reshaped", [{"wgmma registers"}, SERIALIZED]),  # Triton 3.9's ptxas sees it, and serializes
+        ("reshaped, narrow", [SERIALIZED]),
+        pytest.param("pointers", [set()], marks=pytest.mark.skipif(not FENCED, reason="Triton puts no fence there")),
+        ("summed", [{"wgmma memory"}, {"wgmma memory", *SERIALIZED}]),
     ],
 )
-def test_compiled_products(planted: dict[str, dict[str, list[str]]], name: str, names: set[str]) -> None:
+def test_compiled_products(planted: dict[str, dict[str, list[str]]], name: str, possible: list[set[str]]) -> None:
     said = planted["said"][name]
-    assert {sentence.split(":")[0] for sentence in said} - ({"wgmma fence"} if not FENCED else set()) == names, said
+    assert {sentence.split(":")[0] for sentence in said} - (set() if FENCED else {"wgmma fence"}) in possible, said
     assert planted["cached"] == planted["said"]
 
 
