@@ -89,7 +89,8 @@ def planted() -> dict[str, dict[str, list[str]]]:
     return found
 
 
-FENCED = triton.__version__ >= "3.7"  # https://github.com/triton-lang/triton/pull/10537
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+FENCED = VERSION >= (3, 7)  # https://github.com/triton-lang/triton/pull/10537
 
 
 SERIALIZED = {"wgmma loop", "ptxas"}
@@ -100,7 +101,8 @@ SERIALIZED = {"wgmma loop", "ptxas"}
     [
         ("descriptors", [set()]),
         ("one stage", [set()]),  # its wait for all groups is Triton's own
-        ("reshaped", [{"wgmma registers"}, SERIALIZED]),  # Triton 3.9's ptxas sees it, and serializes
+        # Under Triton 3.9 the next turn's registers are others, and copied behind a wait.
+        ("reshaped", [{"wgmma registers"} if VERSION < (3, 8) else set()]),
         ("reshaped, narrow", [SERIALIZED]),
         pytest.param("pointers", [set()], marks=pytest.mark.skipif(not FENCED, reason="Triton puts no fence there")),
         ("summed", [{"wgmma memory"}, {"wgmma memory", *SERIALIZED}]),
