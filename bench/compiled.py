@@ -20,7 +20,7 @@ from triton.runtime import jit
 from tribp.kernels.launch import Arch
 from tribp.ops.launching import Launch
 
-from . import machine_code, wgmma
+from . import machine_code, registry, wgmma
 from .machine_code import Instruction, Loop
 
 
@@ -69,13 +69,6 @@ def key_of(launch: Launch, arch: Arch) -> str:
     return f"{arch.name} {launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
 
 
-SWITCHES = (
-    "TMA", "PREFETCH", "PERSISTENT", "FUSE_DZ", "X_TRANSPOSED", "W_TRANSPOSED",
-    "grad_scale", "grad_norm", "EMA_TYPE", "ON_DEVICE", "EPS_INSIDE", "STOCHASTIC", "OPTIONAL", "STRIDED",
-    "FLAT", "DIAGONAL", "LAST", "TAPS_LAST", "SIGMOID", "HAS_Y", "WRITE_DST",
-)  # fmt: skip
-
-
 def describe(launch: Launch) -> str:
     """The settings in a few characters: an optimizer's rule and states, tile, warps, stages, what is switched on.
 
@@ -86,7 +79,7 @@ def describe(launch: Launch) -> str:
     tile = "×".join(str(size) for name, size in launch.constants.items() if name.startswith("BLOCK"))
     rule = getattr(given.get("RULE"), "__name__", "")
     states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
-    on = [name.lower() for name in SWITCHES if isinstance(given.get(name), torch.Tensor) or given.get(name)]
+    on = [name.lower() for name in registry.switches() if isinstance(given.get(name), torch.Tensor) or given.get(name)]
     parts = [rule, ",".join(states), tile, f"w{launch.num_warps}", f"s{launch.num_stages}", *_window(given), *on]
     return " ".join(part for part in parts if part)
 
