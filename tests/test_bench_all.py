@@ -409,7 +409,7 @@ def test_what_is_asked_for_wrongly_is_said_in_a_line(
     assert main(["all"]) == 2
     assert capsys.readouterr().err.startswith("bench: all needs --out DIR")
     assert main(["all", "--out", str(tmp_path), "--only", "liner"]) == 2
-    assert capsys.readouterr().err.startswith("bench: there is no such step; there are: tests optim, ")
+    assert capsys.readouterr().err.startswith("bench: there is no such step; there are: tests linear, ")
     Journal(tmp_path, smoke=True).write(step("a", 1), "done")
     assert main(["all", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"bench: {tmp_path} holds results of a smoke test\n"
