@@ -106,8 +106,9 @@ def parser() -> argparse.ArgumentParser:
         "static",
         help="compile every kernel for every target and check the machine code; no GPU needed",
         description="Prints registers, spills, shared memory and instruction counts of every kernel, and what breaks "
-        "an expectation: spills, missing matrix instructions, loads that are not pipelined, narrow stores. Exits with "
-        "1 if anything does.",
+        "an expectation: spills, missing matrix instructions, loads that are not pipelined, narrow stores, and on "
+        "sm_90 products whose operands are overwritten while they run, or that wait for one another. Exits with 1 if "
+        "anything does.",
     )
     _operations(static)
     static.add_argument("--target", action="append", choices=list(ARCHS), default=[], help="only this GPU; repeatable")

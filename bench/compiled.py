@@ -1,5 +1,7 @@
 """Kernel launches, compiled for a GPU that need not be there, and what their machine code says. Imports triton."""
 
+import contextlib
+import io
 import itertools
 import re
 import struct
@@ -18,7 +20,7 @@ from triton.runtime import jit
 from tribp.kernels.launch import Arch
 from tribp.ops.launching import Launch
 
-from . import machine_code
+from . import machine_code, registry, wgmma
 from .machine_code import Instruction, Loop
 
 
@@ -37,6 +39,7 @@ class Compiled:
     instructions: int = 0
     counts: Mapping[str, int] = field(default_factory=dict)
     loops: tuple[Loop, ...] = ()  # the innermost ones around matrix instructions
+    wgmma: Mapping[str, str] = field(default_factory=dict)  # what is wrong with asynchronous products: `wgmma.faults`
     error: str = ""  # what the compiler said, if it gave up
 
 
@@ -66,13 +69,6 @@ def key_of(launch: Launch, arch: Arch) -> str:
     return f"{arch.name} {launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
 
 
-SWITCHES = (
-    "TMA", "PREFETCH", "PERSISTENT", "FUSE_DZ", "X_TRANSPOSED", "W_TRANSPOSED",
-    "grad_scale", "grad_norm", "EMA_TYPE", "ON_DEVICE", "EPS_INSIDE", "STOCHASTIC", "OPTIONAL", "STRIDED",
-    "FLAT", "DIAGONAL", "LAST", "TAPS_LAST", "SIGMOID", "HAS_Y", "WRITE_DST",
-)  # fmt: skip
-
-
 def describe(launch: Launch) -> str:
     """The settings in a few characters: an optimizer's rule and states, tile, warps, stages, what is switched on.
 
@@ -83,7 +79,7 @@ def describe(launch: Launch) -> str:
     tile = "×".join(str(size) for name, size in launch.constants.items() if name.startswith("BLOCK"))
     rule = getattr(given.get("RULE"), "__name__", "")
     states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
-    on = [name.lower() for name in SWITCHES if isinstance(given.get(name), torch.Tensor) or given.get(name)]
+    on = [name.lower() for name in registry.switches() if isinstance(given.get(name), torch.Tensor) or given.get(name)]
     parts = [rule, ",".join(states), tile, f"w{launch.num_warps}", f"s{launch.num_stages}", *_window(given), *on]
     return " ".join(part for part in parts if part)
 
@@ -111,32 +107,43 @@ def compile_launches(launches: Sequence[Launch], arch: Arch) -> list[Compiled]:
 
 def read_launches(launches: Sequence[Launch], arch: Arch) -> list[tuple[Compiled, list[Instruction]]]:
     """The same, with their instructions; none if the compiler gave up."""
-    kernels = [_compile(launch, arch) for launch in launches]
-    built = [kernel for kernel in kernels if not isinstance(kernel, str)]
+    compiled = [_compile(launch, arch) for launch in launches]
+    built = [kernel for kernel, _ in compiled if kernel is not None]
     if arch.backend == "cuda":
         codes = iter(_disassemble([kernel.asm["cubin"] for kernel in built], arch) if built else [])
     else:
         codes = iter([machine_code.parse_amd(kernel.asm["amdgcn"]) for kernel in built])
     found: list[tuple[Compiled, list[Instruction]]] = []
-    for launch, kernel in zip(launches, kernels, strict=True):
-        if isinstance(kernel, str):
-            found.append((Compiled(**_identity(launch, arch), error=kernel), []))
+    for launch, (kernel, said) in zip(launches, compiled, strict=True):
+        if kernel is None:
+            found.append((Compiled(**_identity(launch, arch), error=said), []))
         else:
             code = next(codes)
-            found.append((Compiled(**_identity(launch, arch), **_findings(kernel, code, arch)), code))
+            found.append((Compiled(**_identity(launch, arch), **_findings(kernel, said, code, arch)), code))
     return found
 
 
-def _compile(launch: Launch, arch: Arch) -> Any:
-    """The compiled kernel, or what the compiler said; one that does not compile must not hide the others."""
+def _compile(launch: Launch, arch: Arch) -> tuple[Any, str]:
+    """The compiled kernel and what ptxas said of its wgmma; or None and what the compiler said.
+
+    One that does not compile must not hide the others.
+    """
     source, options = source_of(launch, arch)
+    target = target_of(arch)
     try:
-        return triton.compile(source, target=target_of(arch), options=options)
+        with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as said:
+            triton.knobs.nvidia.dump_ptxas_log = True
+            kernel = triton.compile(source, target=target, options=options)
+            if not said.getvalue() and wgmma.PRODUCT in kernel.asm.get("ptx", ""):
+                # Triton had it in its cache, which keeps no log: ptxas once more, as Triton runs it.
+                backend = make_backend(target)
+                backend.make_cubin(kernel.asm["ptx"], {}, backend.parse_options(options), arch.capability)
+        return kernel, said.getvalue()
     except Exception as error:  # the compiler raises whatever it likes
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        return f"{type(cause).__name__}: {' '.join(str(cause).split())[-300:]}"
+        return None, f"{type(cause).__name__}: {' '.join(str(cause).split())[-300:]}"
 
 
 def _identity(launch: Launch, arch: Arch) -> dict[str, Any]:
@@ -149,7 +156,7 @@ def _identity(launch: Launch, arch: Arch) -> dict[str, Any]:
     )
 
 
-def _findings(kernel: Any, code: Sequence[Instruction], arch: Arch) -> dict[str, Any]:
+def _findings(kernel: Any, said: str, code: Sequence[Instruction], arch: Arch) -> dict[str, Any]:
     if arch.backend == "cuda":
         usage = _cubin_tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
         registers = _number(usage, "REG")
@@ -166,6 +173,7 @@ def _findings(kernel: Any, code: Sequence[Instruction], arch: Arch) -> dict[str,
         instructions=len(code),
         counts=machine_code.count(code),
         loops=tuple(machine_code.matrix_loops(code)),
+        wgmma=wgmma.faults(code, kernel.asm.get("ptx", ""), kernel.asm["ttgir"], said),
     )
 
 

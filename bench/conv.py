@@ -13,7 +13,7 @@ import tribp
 from .autograd import PARTS, DifferentiableProblem
 from .conv_cases import PADDING, ConvCase, cases, smoke_cases, targets, work
 from .conv_kernels import launches, static_cases
-from .registry import Operation
+from .registry import KernelTests, KernelWork, Operation
 
 # Elements of input and output that are convolved in float64 at a time. torch keeps some four copies of them for the
 # gradients, and cuDNN a workspace; the largest output, 256×64×224², would take 6.6 GB for each.
@@ -59,6 +59,12 @@ def scales(arguments: Mapping[str, Tensor], output_grad: Tensor, options: Mappin
     return {"bias": float(output_grad.norm())}
 
 
+def kernel_work() -> KernelWork:
+    from .work import CONV
+
+    return CONV
+
+
 OPERATION = Operation(
     name="conv",
     summary="tribp.conv3x3 against conv2d(…), and sigmoid(conv2d(…)), of cuDNN",
@@ -71,7 +77,15 @@ OPERATION = Operation(
     targets=targets,
     launches=launches,
     static_cases=static_cases,
+    tests=KernelTests(
+        ["tests/test_conv3x3_integration.py", "tests/test_conv3x3_module.py"],
+        ["tests/test_conv3x3_kernels.py", "-k",
+         "(bfloat16 or few_input or one_channel or relayout or nan or infinity) and not gpu"],
+        ["tests/test_conv3x3_kernels.py", "-k", "relayout and copy and NCHW"],
+    ),
+    switches=("TMA", "FUSE_DZ", "FLAT", "DIAGONAL", "LAST", "TAPS_LAST", "SIGMOID", "HAS_Y", "WRITE_DST"),
+    kernel_work=kernel_work,
     legend=f"Shapes are N×C-O×H×W, /stride, :groups; padding {PADDING}. dgrad is the input's gradient alone, wgrad the "
     "weight's and the bias's, both: forward, and backward with all of them. Eager torch has cuDNN's benchmark mode on. "
     f"{Operation.legend}",
-)
+)  # fmt: skip

@@ -44,7 +44,9 @@ def launches(case: ConvCase, direction: str, arch: Arch) -> "list[Launch]":
 # What is compiled without a GPU: bf16 over all forms, the other types where their rules differ from it.
 FP64 = torch.float64
 MIDDLE, MANY = (256, 256, 256, 14, 14), (64, 512, 512, 7, 7)
+UNEVEN_TYPES = ((BF16, False), (FP16, False), (FP32, False), (FP32, True))
 NARROW = (64, 13, 11, 33, 29)  # channels that make no rows of whole 16 bytes
+UNEVEN, FEWER = (16, 128, 128, 13, 13), (16, 512, 512, 7, 7)  # no box divides them: wgrad by pointers
 ONE, APART = ("forward",), ("forward", "dgrad", "wgrad")
 
 
@@ -72,12 +74,14 @@ def selection() -> Iterator[tuple[ConvCase, Sequence[str]]]:
     yield replace(few, dtype=FP16), APART
     yield replace(three, dtype=FP16), ("forward", "wgrad")
     yield replace(depthwise, dtype=FP16), ONE
+    yield ConvCase(UNEVEN, BF16), ("wgrad",)
 
 
 def static_cases(arch: Arch, everything: bool) -> Iterator[StaticCase]:
     chosen = list(selection())
     if everything:  # all that is measured, and float64
         measured = [*cases(), *(replace(case, dtype=FP64) for case in BASE)]
+        measured += [ConvCase(shape, dtype, tf32) for shape in (UNEVEN, FEWER) for dtype, tf32 in UNEVEN_TYPES]
         chosen += [(case, (*APART, "backward")) for case in measured]
     for case, directions in chosen:
         if case.tf32 and arch.backend == "hip":

@@ -9,6 +9,7 @@ from tribp.kernels.launch import Arch
 
 from .compiled import Compiled
 from .machine_code import COPIES, MATRIX
+from .wgmma import EXPECTED
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,17 @@ LOADS_128, STORES_128 = ("LDG.128", "load.128"), ("STG.128", "store.128")
 NO_SPILLS = Expectation("spills", _spills, "a spilled register costs a trip through memory in the loop")
 SHARED_MEMORY = Expectation("shared memory", _shared_memory, "a launch that needs more is refused")
 ALWAYS = (NO_SPILLS, SHARED_MEMORY)
+ASYNCHRONOUS = tuple(
+    Expectation(name, lambda code, name=name: code.wgmma.get(name), reason)  # type: ignore[misc]
+    for name, reason in EXPECTED.items()
+)
 PIPELINED = Expectation("pipelined", _pipelined, "otherwise every step waits for global memory")
+
+
+def always(arch: Arch) -> Sequence[Expectation]:
+    """What every kernel has to keep on this target."""
+    has_wgmma = arch.backend == "cuda" and arch.capability == 90
+    return (*ALWAYS, *ASYNCHRONOUS) if has_wgmma else ALWAYS
 
 
 def wide(kind: str, bits: int, reason: str) -> Expectation:

@@ -13,7 +13,7 @@ import tribp
 from tribp.kernels.launch import Arch
 
 from .autograd import DIRECTIONS, DifferentiableProblem
-from .registry import Case, Operation, StaticCase, Target, Work
+from .registry import Case, KernelTests, KernelWork, Operation, StaticCase, Target, Work
 
 if TYPE_CHECKING:
     from tribp.ops.launching import Launch
@@ -203,6 +203,12 @@ def bytes_of(tensor: object, vec: object) -> int:
     return vec * tensor.element_size()
 
 
+def kernel_work() -> KernelWork:
+    from .work import LINEAR
+
+    return LINEAR
+
+
 OPERATION = Operation(
     name="linear",
     summary="tribp.linear_sigmoid against sigmoid(linear(…))",
@@ -215,4 +221,12 @@ OPERATION = Operation(
     targets=targets,
     launches=launches,
     static_cases=static_cases,
-)
+    tests=KernelTests(
+        ["tests/test_linear_kernels.py", "tests/test_linear_sigmoid.py", "tests/test_torch_integration.py",
+         "tests/test_calls.py", "tests/test_runtime.py", "-k", "not 31_elements"],
+        ["tests/test_linear_kernels.py", "-k", "bfloat16 and not gpu"],
+        ["tests/test_linear_kernels.py", "-k", "sum_partials and bfloat16"],
+    ),
+    switches=("TMA", "PREFETCH", "PERSISTENT", "FUSE_DZ", "X_TRANSPOSED", "W_TRANSPOSED"),
+    kernel_work=kernel_work,
+)  # fmt: skip

@@ -29,6 +29,7 @@ class Instruction:
     opcode: str  # as disassembled
     target: int | None = None  # index of the instruction a branch leads to
     falls_through: bool = True  # whether the next instruction can follow
+    operands: str = ""  # as disassembled; of SASS alone
 
     @property
     def bytes(self) -> int:
@@ -52,6 +53,8 @@ class Loop:
 
 SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 SASS_TARGET = re.compile(r"\b0x([0-9a-f]+)$")
+PTX = re.compile(r"^\s*(@!?%?\w+\s+)?([a-z][\w.:]*)\s*([^;{]*)")
+PTX_LABEL = re.compile(r"^\s*([$\w]+):")
 AMD = re.compile(r"^\t([a-z]\w+)(?:\s+([^;]*))?")
 AMD_LABEL = re.compile(r"^(\.L\w+):")
 
@@ -78,9 +81,31 @@ def _sass_kernel(lines: Sequence[re.Match[str]]) -> list[Instruction]:
             target = SASS_TARGET.search(operands)
             # `BRA.U UP0, 0x1d0` is conditional as well as `@P0 BRA 0x1d0`.
             always = not predicated and operands.startswith("0x")
-            code.append(Instruction(name, opcode, at.get(int(target[1], 16)) if target else None, not always))
+            goal = at.get(int(target[1], 16)) if target else None
+            code.append(Instruction(name, opcode, goal, not always, operands))
         else:
-            code.append(Instruction(name, opcode, None, predicated or name not in ("EXIT", "RET", "BRX")))
+            goes_on = predicated or name not in ("EXIT", "RET", "BRX")
+            code.append(Instruction(name, opcode, None, goes_on, operands))
+    return code
+
+
+def parse_ptx(text: str) -> list[Instruction]:
+    """The instructions of the one kernel in PTX, directives aside; their names are whole opcodes."""
+    lines: list[re.Match[str]] = []
+    labels: dict[str, list[int]] = {}  # one that inline assembly repeats has a place in each of its braces
+    for statement in re.split(r"[;\n]\s*[{}]?", text):
+        if label := PTX_LABEL.match(statement):
+            labels.setdefault(label[1], []).append(len(lines))
+            statement = statement[label.end() :]
+        if match := PTX.match(statement):
+            lines.append(match)
+    code = []
+    for n, match in enumerate(lines):
+        opcode, operands, target = match[2], match[3].strip(), None
+        if opcode.startswith("bra") and (places := labels.get(operands)):
+            target = max((place for place in places if place <= n), default=places[0])
+        goes_on = bool(match[1]) or opcode.split(".")[0] not in ("bra", "ret", "exit")
+        code.append(Instruction(opcode, opcode, target, goes_on, operands))
     return code
 
 

@@ -13,7 +13,7 @@ from tribp.kernels.launch import Arch
 
 from . import results
 from .meters import Meter
-from .registry import StaticCase, Target
+from .registry import KernelTests, KernelWork, StaticCase, Target
 from .results import Row
 from .step_cases import StepCase, cases, smoke_cases
 from .step_jobs import Job, Make, Problem, contenders
@@ -67,6 +67,13 @@ def judge(target: Target, row: Row) -> Row:
     return results.verdict(what, found, found is not None and found >= target.ratio)
 
 
+TESTS = KernelTests(
+    ["tests/test_optim_gpu.py"],
+    ["tests/test_optim_gpu.py", "-k", "nothing_waits or gradscaler or other_backend"],
+    ["tests/test_optim_plan.py", "-k", "a_plan_is_kept"],
+)
+
+
 @dataclass(frozen=True)
 class Optimizers:
     name: str = "optim"
@@ -77,6 +84,14 @@ class Optimizers:
         "with new gradients each step. Ratios are the other's time over tribp's. Of copy: bytes a step must move over "
         "the copy's rate, in parts of the time on the device."
     )
+
+    tests: KernelTests = TESTS
+    switches: Sequence[str] = (
+        "grad_scale", "grad_norm", "EMA_TYPE", "ON_DEVICE", "EPS_INSIDE", "STOCHASTIC", "OPTIONAL", "STRIDED",
+    )  # fmt: skip
+
+    def kernel_work(self) -> KernelWork:
+        return {}  # the model knows a step's kernels by the lengths of its tensors: `work.work_of`
 
     @property
     def cases(self) -> Sequence[StepCase]:

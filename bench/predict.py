@@ -15,7 +15,6 @@ from tribp.ops.launching import Launch
 
 from . import candidates, registry
 from .compiled import describe, key_of, read_launches
-from .conv_cases import ConvCase
 from .executed import Profile, profile
 from .machines import MACHINES, Machine
 from .model import Prediction, predict
@@ -76,7 +75,7 @@ class Selection:
             for name in self.operations
             for case in registry.find([name])[0].cases
             if self._wanted(case)
-            for direction in directions(case)
+            for direction in directions(name, case)
         ]
 
     def _candidates(self) -> list[Entry]:
@@ -99,20 +98,20 @@ class Selection:
 
     def _entry(self, operation: str, case: Case | StepCase, direction: str) -> Entry:
         arch, machine = ARCHS[self.target], MACHINES[self.target]
-        launches = launches_of(case, direction, arch)
-        return Entry(operation, case, direction, launches, *floor_of(case, direction, launches, machine))
+        launches = launches_of(operation, case, direction, arch)
+        return Entry(operation, case, direction, launches, *floor_of(operation, case, direction, launches, machine))
 
 
-def directions(case: Case | StepCase) -> list[str]:
+def directions(operation: str, case: Case | StepCase) -> list[str]:
     """Those with a target, for time or for bandwidth."""
     if isinstance(case, StepCase):
         return ["step"]
-    operation = operation_of(case)
+    of = differentiable(operation)
     return [
         direction
-        for direction in operation.directions
+        for direction in of.directions
         if direction != "both"  # a sum of others
-        and any(target.quantity in ("time", "bandwidth") for target in operation.targets(case, direction))
+        and any(target.quantity in ("time", "bandwidth") for target in of.targets(case, direction))
     ]
 
 
@@ -121,23 +120,27 @@ def lengths(case: StepCase) -> list[int]:
     return [math.prod(shape) for shape in case.shapes]
 
 
-def launches_of(case: Case | StepCase, direction: str, arch: Arch) -> list[Launch]:
+def launches_of(operation: str, case: Case | StepCase, direction: str, arch: Arch) -> list[Launch]:
     if isinstance(case, StepCase):
         from tribp import optim
 
         options = {**case.options, **case.beyond} | ({"fused": True} if case.scaler else {})
         variant = Variant(case.name, getattr(optim, case.optimizer), options, scaler=case.scaler)
         return step_launches(variant, case.dtype, arch, lengths(case), case.grouped)
-    return operation_of(case).all_launches(case, direction, arch)
+    return differentiable(operation).all_launches(case, direction, arch)
 
 
-def operation_of(case: Case) -> Operation:
-    (operation,) = registry.find(["conv" if isinstance(case, ConvCase) else "linear"])
-    assert isinstance(operation, Operation)
-    return operation
+def differentiable(operation: str) -> Operation:
+    """The operation of this name. Raises ValueError if it is an entry of another kind."""
+    (entry,) = registry.find([operation])
+    if not isinstance(entry, Operation):
+        raise ValueError(f"the model predicts a registry.Operation and optimizers' steps, and {operation} is neither")
+    return entry
 
 
-def floor_of(case: Case | StepCase, direction: str, launches: Sequence[Launch], machine: Machine) -> tuple[Work, float]:
+def floor_of(
+    operation: str, case: Case | StepCase, direction: str, launches: Sequence[Launch], machine: Machine
+) -> tuple[Work, float]:
     """The least work, and its time in µs, as `bench run` has it, with the machine's ceilings.
 
     Of an optimizer: the bytes of its launches.
@@ -148,7 +151,7 @@ def floor_of(case: Case | StepCase, direction: str, launches: Sequence[Launch], 
     # float32 without TF32 is three products of it.
     bits, products = (16, 1) if case.dtype.itemsize == 2 else (32, 1 if case.tf32 else 3)
     rate = 2 * machine.macs[bits] * machine.processors * machine.clock * machine.reached / products
-    work = operation_of(case).work(case, direction)
+    work = differentiable(operation).work(case, direction)
     return work, floor(work, machine.dram, rate)[0]
 
 

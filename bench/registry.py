@@ -23,7 +23,25 @@ if TYPE_CHECKING:  # both import triton, which `run` can do without
     from .results import Row
     from .run import Ceilings, Options
 
+# From a kernel to a function of a launch's arguments and constants by name, and of its grid: parts of `LaunchWork`.
+KernelWork = Mapping[Any, Callable[[Mapping[str, Any], tuple[int, ...]], dict[str, Any]]]
+
 _MODULES = {"linear": "bench.linear", "conv": "bench.conv", "optim": "bench.optim"}
+
+
+@dataclass(frozen=True)
+class KernelTests:
+    """The tests of one operation's kernels: files, and pytest's -k.
+
+    compute-sanitizer slows kernels down 10 to 50 times and instruments each when it is loaded, so that a test costs a
+    second or two: some forty tests of bfloat16, in which every kernel and form is met, should take a minute
+    (unmeasured). Left out: what the profiler counts (both tools want the same interface), graphs (capture needs the
+    caching allocator), and what fills a GPU.
+    """
+
+    gpu: Sequence[str]  # the GPU's own tests, those of huge tensors and of many shapes aside
+    checked: Sequence[str]  # for compute-sanitizer
+    smoke: Sequence[str]
 
 
 class Named(Protocol):
@@ -59,6 +77,17 @@ class Measured(Protocol):
     @property
     def legend(self) -> str:
         """What the table's numbers are."""
+
+    @property
+    def tests(self) -> KernelTests:
+        """What `bench all` runs on a GPU, and under compute-sanitizer."""
+
+    @property
+    def switches(self) -> Sequence[str]:
+        """Arguments and constants of the kernels that settings show by name where they are on."""
+
+    def kernel_work(self) -> "KernelWork":
+        """What a launch of each of its kernels does, for the model; imports triton."""
 
     def unmeasured(self) -> "list[Row]":
         """Rows of all cases and directions as `measure` makes them, with nothing in them measured."""
@@ -158,6 +187,9 @@ class Operation:
     targets: Callable[[Any, str], Sequence[Target]]
     launches: Callable[[Any, str, Arch], "Sequence[Launch]"]  # tribp's, on tensors without memory, but not of "both"
     static_cases: Callable[[Arch, bool], Iterable[StaticCase]]  # for a target; True: all there are, not a selection
+    tests: KernelTests
+    switches: Sequence[str]  # arguments and constants of kernels that settings show where they are on
+    kernel_work: Callable[[], KernelWork]  # of each of its kernels, for the model
 
     peers = ("eager", "compile")
     legend: str = (
@@ -198,8 +230,24 @@ def names() -> list[str]:
 
 
 def find(wanted: Sequence[str]) -> list[Measured]:
-    """The operations of these names, or all of them. Raises ValueError, naming those that exist."""
+    """The operations of these names, or all of them.
+
+    Raises ValueError for a name that does not exist, and TypeError for an operation that lacks part of `Measured`.
+    """
     for name in wanted:
         if name not in _MODULES:
             raise ValueError(f"no operation is called {name!r}; there are: {', '.join(_MODULES)}")
-    return [importlib.import_module(_MODULES[name]).OPERATION for name in wanted or _MODULES]
+    return [_registered(_MODULES[name]) for name in wanted or _MODULES]
+
+
+def _registered(module: str) -> Measured:
+    operation: Measured = importlib.import_module(module).OPERATION
+    lacking = [name for name in vars(Measured) if not name.startswith("_") and not hasattr(operation, name)]
+    if lacking:
+        raise TypeError(f"{module}.OPERATION must have all of bench.registry.Measured, and lacks {', '.join(lacking)}")
+    return operation
+
+
+def switches() -> list[str]:
+    """Those of all operations, each once."""
+    return list(dict.fromkeys(switch for operation in find([]) for switch in operation.switches))

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tribp import runtime
-from tribp.kernels.launch import ARCHS
+from tribp.kernels.launch import ARCHS, Arch
 
 from . import registry
 from .compiled import Compiled, compile_launches, key_of
-from .expectations import ALWAYS, Expectation, broken
+from .expectations import Expectation, always, broken
 from .machine_code import MATRIX
 from .registry import StaticCase
 from .tables import markdown
@@ -27,12 +27,13 @@ class Kernel:
     """A kernel that one or several cases launch, and everything that is expected of it."""
 
     operation: str
+    arch: Arch
     cases: list[StaticCase] = field(default_factory=list)
 
     @property
     def expectations(self) -> list[Expectation]:
         named = {e.name: e for case in self.cases for e in case.expectations}
-        return [*ALWAYS, *named.values()]
+        return [*always(self.arch), *named.values()]
 
 
 @functools.cache
@@ -42,7 +43,7 @@ def collect(operation: str, target: str, dtypes: tuple[str, ...], everything: bo
     kernels: dict[str, Kernel] = {}
     for case in registry.find([operation])[0].static_cases(arch, everything):
         if not dtypes or case.name.split()[1] in dtypes:
-            kernels.setdefault(key_of(case.launch, arch), Kernel(operation)).cases.append(case)
+            kernels.setdefault(key_of(case.launch, arch), Kernel(operation, arch)).cases.append(case)
     return list(kernels.values())
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import registry
+from .registry import KernelTests
 
 # Seconds. All of them are estimates, derived from what a measurement repeats and what a kernel takes to compile: none
 # has been measured on a GPU yet.
@@ -33,38 +34,6 @@ class Step:
     lacks: str = ""  # why it cannot be run here
 
 
-@dataclass(frozen=True)
-class Family:
-    """The tests of one operation's kernels: files, and pytest's -k."""
-
-    gpu: Sequence[str]  # the GPU's own tests, those of huge tensors and of many shapes aside
-    checked: Sequence[str]  # few and small, for compute-sanitizer
-    smoke: Sequence[str]
-
-
-# compute-sanitizer slows kernels down 10 to 50 times and instruments each when it is loaded, so that a test costs a
-# second or two: some forty tests of bfloat16, in which every kernel and form is met, should take a minute. Unmeasured.
-# Left out: what the profiler counts (both tools want the same interface), graphs (capture needs the caching allocator),
-# and what fills a GPU.
-FAMILIES = {
-    "optim": Family(
-        ["tests/test_optim_gpu.py"],
-        ["tests/test_optim_gpu.py", "-k", "nothing_waits or gradscaler or other_backend"],
-        ["tests/test_optim_plan.py", "-k", "a_plan_is_kept"],
-    ),
-    "linear": Family(
-        ["tests/test_linear_kernels.py", "tests/test_linear_sigmoid.py", "tests/test_torch_integration.py",
-         "tests/test_calls.py", "tests/test_runtime.py", "-k", "not 31_elements"],
-        ["tests/test_linear_kernels.py", "-k", "bfloat16 and not gpu"],
-        ["tests/test_linear_kernels.py", "-k", "sum_partials and bfloat16"],
-    ),
-    "conv": Family(
-        ["tests/test_conv3x3_integration.py", "tests/test_conv3x3_module.py"],
-        ["tests/test_conv3x3_kernels.py", "-k",
-         "(bfloat16 or few_input or one_channel or relayout or nan or infinity) and not gpu"],
-        ["tests/test_conv3x3_kernels.py", "-k", "relayout and copy and NCHW"],
-    ),
-}  # fmt: skip
 LARGE = ["tests/test_conv3x3_extremes.py", "tests/test_linear_kernels.py"]  # their GPU tests: huge, and many shapes
 KERNELS = ["tests/test_linear_kernels.py", "tests/test_conv3x3_kernels.py", "tests/test_optim.py"]  # all types, forms
 TOOLS = {"memcheck": "memory", "racecheck": "races"}
@@ -74,9 +43,10 @@ FOUND = 99  # compute-sanitizer's exit code for what it finds: pytest has others
 def plan(out: Path, smoke: bool) -> list[Step]:
     """All steps; `out` is where they leave their results. smoke: tiny, for a CPU."""
     every = registry.names()
+    tests = {operation.name: operation.tests for operation in registry.find([])}
     measured = Measuring(out, smoke)
     return [
-        *(_tests(f"tests {name}", ["-m", "gpu", *family.gpu], family, smoke) for name, family in FAMILIES.items()),
+        *(_tests(f"tests {name}", ["-m", "gpu", *of.gpu], of, smoke) for name, of in tests.items()),
         # What has targets, beside eager torch. Every result is checked against float64 before it is timed.
         measured.step("optim: 1e8", "optim", "--dtype float32 --first 4 --no-compile"),
         measured.step("linear: bfloat16", "linear", "--dtype bfloat16 --no-compile"),
@@ -84,15 +54,15 @@ def plan(out: Path, smoke: bool) -> list[Step]:
         measured.step("optim: 1000 tensors", "optim", "--case 1000x --no-compile"),
         measured.step("linear: float32", "linear", "--dtype float32 --first 3 --no-compile"),
         measured.step("conv: bfloat16 NCHW", "conv", "--dtype bfloat16 --case NCHW --first 14 --no-compile"),
-        *(_sanitized(tool, name, smoke) for tool in TOOLS for name in FAMILIES),
+        *(_sanitized(tool, name, of, smoke) for tool in TOOLS for name, of in tests.items()),
         # torch.compile takes minutes to tune a case, hence the shares.
         measured.step("linear: bfloat16, compile", "linear", "--dtype bfloat16", 15 * MINUTE),
         measured.step("optim: 1e8, compile", "optim", "--dtype float32 --first 4", 5 * MINUTE),
         *(_sweep(name, out, smoke) for name in every),
         _host(out, smoke),
-        _tests("tests large", ["-m", "gpu", *LARGE], FAMILIES["conv"], smoke, needs=5 * MINUTE),
+        _tests("tests large", ["-m", "gpu", *LARGE], tests["conv"], smoke, needs=5 * MINUTE),
         *(measured.step(f"{name}: the rest", name, "--no-compile", 30 * MINUTE) for name in every),
-        _tests("tests kernels", KERNELS, FAMILIES["linear"], smoke, needs=10 * MINUTE),
+        _tests("tests kernels", KERNELS, tests["linear"], smoke, needs=10 * MINUTE),
         measured.step("conv: compile", "conv", "--dtype bfloat16 --first 28", 30 * MINUTE),
         *(measured.step(f"{name}: the rest, compile", name, "", 60 * MINUTE) for name in every),
     ]
@@ -129,20 +99,20 @@ def _pytest(selection: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
 
 
-def _tests(name: str, selection: Sequence[str], family: Family, smoke: bool, needs: float = MINUTE) -> Step:
-    command = _pytest(family.smoke if smoke else selection)
+def _tests(name: str, selection: Sequence[str], tests: KernelTests, smoke: bool, needs: float = MINUTE) -> Step:
+    command = _pytest(tests.smoke if smoke else selection)
     return Step(name, command, 1 if smoke else needs, 3 * needs, environment=_quiet(smoke))
 
 
-def _sanitized(tool: str, name: str, smoke: bool) -> Step:
-    """One family's kernels under one of compute-sanitizer's tools."""
-    family, program = FAMILIES[name], sanitizer()
+def _sanitized(tool: str, name: str, tests: KernelTests, smoke: bool) -> Step:
+    """One operation's kernels under one of compute-sanitizer's tools."""
+    program = sanitizer()
     checked = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND)]
     # Without torch's cache every tensor is an allocation of its own, whose edges memcheck sees.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} | _quiet(smoke)
     return Step(
         f"{TOOLS[tool]} {name}",
-        [*checked, *_pytest(family.smoke if smoke else family.checked)],
+        [*checked, *_pytest(tests.smoke if smoke else tests.checked)],
         1 if smoke else 1.5 * MINUTE,
         5 * MINUTE,
         environment=environment,

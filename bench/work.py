@@ -4,7 +4,7 @@ One function a kernel, for only the kernel says what its loops run over.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tribp.kernels import common, conv3x3, conv3x3_depthwise, conv3x3_small, linear_sigmoid, optim, relayout
 from tribp.kernels.launch import cdiv
 from tribp.ops.launching import Launch
+
+from . import registry
+from .registry import KernelWork
 
 Given = Mapping[str, Any]  # a launch's arguments and constants by name
 
@@ -40,12 +43,18 @@ class LaunchWork:
 
 
 def work_of(launch: Launch, lengths: Sequence[int] = ()) -> LaunchWork:
-    """lengths: of the tensors that an optimizer's launch updates, which its tables on the device know."""
+    """What a launch does, as its operation's `kernel_work` tells. Raises ValueError if none does.
+
+    lengths: of the tensors that an optimizer's launch updates, which its tables on the device know.
+    """
     given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | dict(launch.constants)
     programs = math.prod(launch.grid)
     if launch.kernel in (optim.multi_tensor_step, optim.gradient_norm):
         return _step(given, programs, lengths)
-    return LaunchWork(programs, _tensors(given), **_KERNELS[launch.kernel](given, launch.grid))
+    for operation in registry.find([]):
+        if of := operation.kernel_work().get(launch.kernel):
+            return LaunchWork(programs, _tensors(given), **of(given, launch.grid))
+    raise ValueError(f"no operation's kernel_work tells what a launch of {launch.kernel.__name__} does")
 
 
 def _tensors(given: Given) -> dict[int, float]:
@@ -179,12 +188,14 @@ def _step(given: Given, programs: int, lengths: Sequence[int]) -> LaunchWork:
 
 
 _TYPES = ("PARAM_TYPE", "GRAD_TYPE", "STATE0", "STATE1", "STATE2", "EMA_TYPE")
-_KERNELS: dict[Any, Callable[[Given, tuple[int, ...]], dict[str, Any]]] = {
+LINEAR: KernelWork = {
     linear_sigmoid.forward: _linear_forward,
     linear_sigmoid.output_grad: _output_grad,
     linear_sigmoid.dgrad: _linear_dgrad,
     linear_sigmoid.wgrad: _linear_wgrad,
     common.sum_partials: _sum_partials,
+}
+CONV: KernelWork = {
     conv3x3.forward: _conv_forward,
     conv3x3.dgrad: _conv_dgrad,
     conv3x3.wgrad: _conv_wgrad,
@@ -194,4 +205,5 @@ _KERNELS: dict[Any, Callable[[Given, tuple[int, ...]], dict[str, Any]]] = {
     conv3x3_depthwise.depthwise_dgrad: _depthwise,
     conv3x3_depthwise.depthwise_wgrad: _depthwise,
     relayout.relayout: _relayout,
+    common.sum_partials: _sum_partials,
 }

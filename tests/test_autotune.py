@@ -229,6 +229,48 @@ def test_what_is_wrong_or_fails_is_never_kept(spoil: Callable[[Launch], bool], m
     assert '"block_l": 64' not in cached().read_text()
 
 
+# An operation of its own: the tensors are named otherwise than the library's.
+
+
+def made_up(given: Tensor, matrix: Tensor, out: Tensor) -> Any:
+    from tribp.ops import linear_sigmoid_triton
+
+    return linear_sigmoid_triton.forward(given, matrix, None, out, INTERPRETER, False)
+
+
+def perform_made_up(outputs: tuple[str, ...]) -> Tensor:
+    given, matrix = inputs()
+    out = torch.full((20, 16), torch.nan)
+    calls.perform(made_up, dict(given=given, matrix=matrix, out=out), {}, outputs)
+    return out
+
+
+def sevens(launch: Launch) -> bool:
+    launch.arguments[3].base.fill_(7)  # type: ignore[attr-defined]
+    return True
+
+
+def test_an_operation_declares_what_it_writes(machine: Machine) -> None:
+    machine.spoil = lambda launch: launch.constants["BLOCK_K"] == 64 and sevens(launch)
+    given, matrix = inputs()
+    assert_close(perform_made_up(("out",)), LinearSigmoid(given, matrix, None).y)
+    assert machine.timed
+    assert settings().block_l == 32
+
+
+def test_a_call_that_declares_no_output_is_not_tuned(machine: Machine) -> None:
+    machine.spoil = lambda launch: launch.constants["BLOCK_K"] == 64 and sevens(launch)
+    given, matrix = inputs()
+    assert_close(perform_made_up(()), LinearSigmoid(given, matrix, None).y)
+    assert not machine.timed
+    assert not cache_folder().exists()
+
+
+def test_an_output_that_is_none_of_the_tensors_is_refused(machine: Machine) -> None:
+    with pytest.raises(ValueError, match=r"names of the call's tensors \(given, matrix, out\), got 'y'"):
+        perform_made_up(("y",))
+
+
 def test_a_rule_that_fails_is_told_of_and_not_stored(
     machine: Machine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,7 +438,8 @@ def test_perform_runs_what_it_builds_after_the_search(machine: Machine) -> None:
     y = torch.full((20, 16), torch.nan)
     from tribp.ops import linear_sigmoid_triton
 
-    calls.perform(linear_sigmoid_triton.forward, dict(x=x, w=w, b=None, y=y), dict(arch=INTERPRETER, tf32=False))
+    tensors, facts = dict(x=x, w=w, b=None, y=y), dict(arch=INTERPRETER, tf32=False)
+    calls.perform(linear_sigmoid_triton.forward, tensors, facts, outputs=("y",))
     assert_close(y, LinearSigmoid(x, w, None).y)
 
 

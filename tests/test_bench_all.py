@@ -110,7 +110,8 @@ print("\\n" + json.dumps(found))
 def test_the_tests_that_are_run_need_nothing_but_pytest() -> None:
     """On a GPU machine that has torch, triton, numpy and pytest; what else a test wants it skips without."""
     words = [*steps.LARGE, *steps.KERNELS]
-    words += [word for family in steps.FAMILIES.values() for word in (*family.gpu, *family.checked, *family.smoke)]
+    for operation in registry.find([]):
+        words += [*operation.tests.gpu, *operation.tests.checked, *operation.tests.smoke]
     files = {word for word in words if word.endswith(".py")}
     assert len(files) > 8
     for file in files:
@@ -121,7 +122,7 @@ def test_the_tests_that_are_run_need_nothing_but_pytest() -> None:
 
 def test_every_selection_of_tests_meets_the_kernels() -> None:
     pytest.importorskip("triton")
-    families = list(steps.FAMILIES.values())
+    families = [operation.tests for operation in registry.find([])]
     words = (
         [["-m", "gpu", *f.gpu] for f in families] + [[*f.checked] for f in families] + [[*f.smoke] for f in families]
     )
@@ -132,7 +133,7 @@ def test_every_selection_of_tests_meets_the_kernels() -> None:
     *found, large, kernels = json.loads(done.stdout.splitlines()[-1])
     names = [{name.split("::")[1].split("[")[0] for name in one} for one in found]
     assert all(found)
-    optim, layers, conv = names[3:6]
+    layers, conv, optim = names[3:6]
     assert {"test_nothing_waits_for_the_device", "test_gradscaler"} <= optim
     assert {"test_forward", "test_dgrad", "test_wgrad", "test_output_grad", "test_sum_partials"} <= layers
     assert {"test_forward", "test_dgrad", "test_wgrad", "test_few_input_channels", "test_one_channel_a_group",
@@ -408,7 +409,7 @@ def test_what_is_asked_for_wrongly_is_said_in_a_line(
     assert main(["all"]) == 2
     assert capsys.readouterr().err.startswith("bench: all needs --out DIR")
     assert main(["all", "--out", str(tmp_path), "--only", "liner"]) == 2
-    assert capsys.readouterr().err.startswith("bench: there is no such step; there are: tests optim, ")
+    assert capsys.readouterr().err.startswith("bench: there is no such step; there are: tests linear, ")
     Journal(tmp_path, smoke=True).write(step("a", 1), "done")
     assert main(["all", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"bench: {tmp_path} holds results of a smoke test\n"

@@ -68,10 +68,15 @@ def test_smoke_walks_through_all_kernels_and_directions(tmp_path: Path, launched
 
 
 CASE = "2x16-16x4x4 bfloat16 NHWC bias"
+EXACT = "1x8-8x3x5:2 float32 NHWC bias"
 
 
 def one_percent_off(*tensors: Tensor, **options: Any) -> Tensor:
     return conv.eager(*tensors, **options) * 1.01
+
+
+def ten_percent_off(*tensors: Tensor, **options: Any) -> Tensor:
+    return conv.eager(*tensors, **options) * 1.1
 
 
 def wrong_bias(x: Tensor, w: Tensor, b: Tensor, **options: Any) -> Tensor:
@@ -93,20 +98,23 @@ def without_padding(*tensors: Tensor, **options: Any) -> Tensor:
     return F.pad(inner, (1, 1, 1, 1))
 
 
+# Without AVX-512 torch's own bfloat16 convolution errs by half a per cent on the CPU, and a gradient may err by twice
+# as much: what is wrong by 1 % has to be seen in float32, where torch errs by a millionth.
 @pytest.mark.parametrize(
-    ("contender", "directions"),
+    ("contender", "case", "directions"),
     [
-        (one_percent_off, {"forward", "dgrad", "wgrad", "both"}),
-        (wrong_bias, {"wgrad", "both"}),
-        (wrong_weight, {"wgrad", "both"}),
-        (wrong_input, {"dgrad", "both"}),
-        (without_padding, {"forward", "dgrad", "wgrad", "both"}),
+        (one_percent_off, EXACT, {"forward", "dgrad", "wgrad", "both"}),
+        (ten_percent_off, CASE, {"forward", "dgrad", "wgrad", "both"}),
+        (wrong_bias, CASE, {"wgrad", "both"}),
+        (wrong_weight, CASE, {"wgrad", "both"}),
+        (wrong_input, CASE, {"dgrad", "both"}),
+        (without_padding, CASE, {"forward", "dgrad", "wgrad", "both"}),
     ],
 )
 def test_a_wrong_result_is_called_wrong_and_gets_no_time(
-    contender: Callable[..., Tensor], directions: set[str], tmp_path: Path
+    contender: Callable[..., Tensor], case: str, directions: set[str], tmp_path: Path
 ) -> None:
-    status, rows = smoke(convolution(contender), tmp_path, CASE)
+    status, rows = smoke(convolution(contender), tmp_path, case)
     assert status == 1
     assert {row["direction"] for row in rows if row["contenders"]["tribp"]["status"] == "wrong"} == directions
     assert all(("device_us" in row["contenders"]["tribp"]) == (row["direction"] not in directions) for row in rows)
@@ -136,7 +144,7 @@ def test_precision_and_cudnns_benchmark_hold_while_measuring_and_are_given_back(
     only = dataclasses.replace(convolution(recording), directions=("forward",))
     cudnn.conv.fp32_precision, cudnn.benchmark = "tf32", False
     try:
-        smoke(only, tmp_path, "1x8-8x3x5:2 float32 NHWC bias")
+        smoke(only, tmp_path, EXACT)
         assert set(seen) == {("ieee", False, False, True)}
         assert (cudnn.conv.fp32_precision, cudnn.benchmark) == ("tf32", False)
         seen.clear()

@@ -27,6 +27,7 @@ from bench.registry import Case
 from bench.step_cases import StepCase
 from bench.work import LaunchWork, work_of
 from tribp.kernels.launch import ARCHS
+from tribp.ops.launching import Launch
 
 ROOT = Path(__file__).parent.parent
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -269,8 +270,16 @@ def test_what_does_not_fit_is_refused() -> None:
         of(LaunchWork(1, {}), CALM, shared=228 * KB)
 
 
+def name_of(case: Case | StepCase) -> str:
+    return "optim" if isinstance(case, StepCase) else "conv" if isinstance(case, ConvCase) else "linear"
+
+
+def launches_of(case: Case | StepCase, direction: str) -> list[Launch]:
+    return predict.launches_of(name_of(case), case, direction, SM_90)
+
+
 def work(case: Case, direction: str, n: int = 0) -> LaunchWork:
-    return work_of(predict.launches_of(case, direction, SM_90)[n])
+    return work_of(launches_of(case, direction)[n])
 
 
 def test_work_of_a_product() -> None:
@@ -281,7 +290,7 @@ def test_work_of_a_product() -> None:
     assert found.l2 == 2 * (4096**2 * (16 + 32) + 4096**2)
     found = work(Case(SQUARISH, FP32), "forward")
     assert (found.bits, found.macs) == (32, 3 * 128 * 128 * 1024)  # tf32x3
-    launches = predict.launches_of(Case(TALL, BF16), "backward", SM_90)
+    launches = launches_of(Case(TALL, BF16), "backward")
     wgrad, dgrad = work_of(launches[0]), work_of(launches[-1])
     rows = launches[0].arguments[launches[0].kernel.arg_names.index("rows_per_split")]
     assert wgrad.turns == math.ceil(rows / launches[0].constants["BLOCK_M"])
@@ -296,11 +305,11 @@ def test_work_of_a_convolution() -> None:
     forward, dgrad, wgrad = (work(case, direction) for direction in ("forward", "dgrad", "wgrad"))
     assert forward.turns == 9 * 2
     assert (dgrad.turns, dgrad.paths) == (9 / 4 * 4, 4)
-    launch = predict.launches_of(case, "wgrad", SM_90)[0]
+    launch = launches_of(case, "wgrad")[0]
     assert wgrad.programs == math.prod(launch.grid)
     assert wgrad.macs * wgrad.programs >= 9 * 128 * 256 * 64 * 14 * 14
     depthwise = ConvCase(conv_cases.DEPTHWISE, BF16, groups=384)
-    launch = predict.launches_of(depthwise, "wgrad", SM_90)[0]
+    launch = launches_of(depthwise, "wgrad")[0]
     assert work_of(launch).turns == launch.arguments[launch.kernel.arg_names.index("boxes_per_split")]
     assert work(depthwise, "forward").turns == 0
 
@@ -314,10 +323,10 @@ def test_no_work_is_lost(case: Case) -> None:
     """Programs together multiply what must be multiplied, and no more than tiles, bundles and splits round up to."""
     from bench.registry import find
 
-    (operation,) = find(["conv" if isinstance(case, ConvCase) else "linear"])
+    (operation,) = find([name_of(case)])
     for direction in operation.directions:  # type: ignore[attr-defined]
         least = operation.work(case, direction)  # type: ignore[attr-defined]
-        works = [work_of(launch) for launch in predict.launches_of(case, direction, SM_90)]
+        works = [work_of(launch) for launch in launches_of(case, direction)]
         products = 3 if case.dtype == FP32 and not case.tf32 else 1
         macs = sum(w.macs * w.programs for w in works) / products
         padding = 2 * macs / least.operations
@@ -341,7 +350,7 @@ def test_no_work_is_lost(case: Case) -> None:
 )
 def test_passes_read_everything_once(case: Case, kernels: set[str]) -> None:
     found = set()
-    for launch in predict.launches_of(case, "backward", SM_90):
+    for launch in launches_of(case, "backward"):
         kernel, work = launch.kernel.__name__, work_of(launch)
         if kernel in READ and work.bytes > 4e6:
             tensors = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
@@ -370,7 +379,7 @@ def test_work_of_an_optimizers_step(
     case = StepCase(optimizer, "two", shapes, options=options, beyond=beyond, scaler=scaler)
     lengths = predict.lengths(case)
     assert lengths == [1000, 1 << 22]
-    found = [work_of(launch, lengths) for launch in predict.launches_of(case, "step", SM_90)]
+    found = [work_of(launch, lengths) for launch in launches_of(case, "step")]
     assert [w.bytes / sum(lengths) for w in found] == moved
     for w in found:
         assert w.aligned == 4096 / 4097  # the shorter one is no block of 1,024
@@ -378,13 +387,13 @@ def test_work_of_an_optimizers_step(
 
 
 def test_an_optimizers_programs_take_turns() -> None:
-    launch = predict.launches_of(large := StepCase("Adam", "x", [(10**8,)]), "step", SM_90)[0]
+    launch = launches_of(large := StepCase("Adam", "x", [(10**8,)]), "step")[0]
     found = work_of(launch, [10**8])
     assert (found.turns, found.programs) == (8, math.ceil(large.elements / 8192))
     assert found.step == 4 * 4 * 1024  # a block of four operands is read
     assert work_of(launch, [2048] * 10).turns == 2, "no tensor has more blocks"
     small = StepCase("Adam", "x", [(8,)] * 10, grouped=False)
-    assert work_of(predict.launches_of(small, "step", SM_90)[0], [8] * 10).aligned == 0
+    assert work_of(launches_of(small, "step")[0], [8] * 10).aligned == 0
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(c.name for c in candidates.ALL))
@@ -392,7 +401,7 @@ def test_every_candidate_changes_something(name: str) -> None:
     by_rule: dict[tuple[str, str], object] = {}
 
     def launched(c: Candidate) -> object:
-        found = predict.launches_of(c.case, c.direction, SM_90)
+        found = launches_of(c.case, c.direction)
         return [(x.kernel, x.grid, x.constants, x.options) for x in found]
 
     mine = [c for c in candidates.ALL if c.name == name]
@@ -520,17 +529,17 @@ def test_what_has_no_model_is_refused(capsys: pytest.CaptureFixture[str], monkey
 
 def test_the_shapes_that_are_predicted_have_targets() -> None:
     case = ConvCase(conv_kernels.MIDDLE, BF16)
-    assert predict.directions(case) == ["forward", "dgrad", "wgrad"]
-    assert predict.directions(replace(case, sigmoid=True)) == []
-    assert predict.directions(Case(SQUARE, BF16)) == ["forward", "backward", "frozen input"]
-    assert predict.directions(Case(SQUARE, torch.float16)) == []
+    assert predict.directions("conv", case) == ["forward", "dgrad", "wgrad"]
+    assert predict.directions("conv", replace(case, sigmoid=True)) == []
+    assert predict.directions("linear", Case(SQUARE, BF16)) == ["forward", "backward", "frozen input"]
+    assert predict.directions("linear", Case(SQUARE, torch.float16)) == []
 
 
 def test_the_floor_of_float32_is_three_products_of_tf32() -> None:
     """The project's ceilings: 2 · 4096³ at 798 TF/s of bf16, half of it of TF32, and a third of that of float32."""
 
     def floor_us(dtype: torch.dtype, tf32: bool = False) -> float:
-        return predict.floor_of(Case(SQUARE, dtype, tf32), "forward", [], H100)[1]
+        return predict.floor_of("linear", Case(SQUARE, dtype, tf32), "forward", [], H100)[1]
 
     assert floor_us(BF16) == pytest.approx(172.2, rel=0.01)
     assert floor_us(FP32, tf32=True) == pytest.approx(2 * floor_us(BF16))

@@ -15,6 +15,7 @@ from torch import Tensor
 from tribp import runtime
 from tribp.kernels import common
 from tribp.kernels.launch import ARCHS, Arch, Product, cdiv, choose_wgrad
+from tribp.kernels.launch_tuning import hearing, rules_answer
 from tribp.ops import linear_sigmoid_triton as triton_ops
 from tribp.ops.launching import Launch, operand, sum_partials
 from tribp.versions import descriptor_unit
@@ -152,13 +153,18 @@ def test_backward_as_a_whole(needs: str, fuse: bool, dtype: torch.dtype, kernels
     dw = nan(N, K, dtype=dtype, device=kernels) if "w" in needs else None
     db = nan(N, dtype=dtype, device=kernels) if "b" in needs else None
     fused = []
-    for launch in triton_ops.backward(
-        dy, x if "w" in needs else None, w if "x" in needs else None, y, arch(y), False, dx, dw, db, fuse
-    ):
-        run(launch)
-        fused.append(launch.constants.get("FUSE_DZ", False))
-    # The rules fuse at this shape where somebody's product can carry it: not for db alone, nor for dx beside db.
-    assert any(fused) == (fuse and ("w" in needs or needs == "x"))
+    with hearing() as heard:
+        for launch in triton_ops.backward(
+            dy, x if "w" in needs else None, w if "x" in needs else None, y, arch(y), False, dx, dw, db, fuse
+        ):
+            run(launch)
+            fused.append(launch.constants.get("FUSE_DZ", False))
+    # Somebody's product may carry it: not for db alone, nor for dx beside db. Whether it does, the rules say for the
+    # GPU; the interpreter's always do.
+    may = any(question.facts.get("may_fuse") for question in heard.questions.values())
+    assert may == (fuse and ("w" in needs or needs == "x"))
+    assert any(fused) == any(getattr(rules_answer(q), "fuse_dz", False) for q in heard.questions.values())
+    assert any(fused) == may or not common.INTERPRETED
     exact_dx, exact_dw, exact_db, terms = LinearSigmoid(x, w, None).gradients(dy, y)
     for result, exact in ((dx, exact_dx), (dw, exact_dw)):
         if result is not None:

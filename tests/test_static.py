@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import machine_code
+from bench import machine_code, wgmma
 from bench.compiled import Compiled
 from bench.expectations import NO_SPILLS, PIPELINED, SHARED_MEMORY, broken, multiplies_with, vectors, wide
 from bench.machine_code import Loop
@@ -72,10 +72,16 @@ def test_machine_code(rows: list[Row], target: str, expectation: str) -> None:
     assert found == []
 
 
+@pytest.mark.parametrize("expectation", wgmma.EXPECTED)
+def test_asynchronous_products(rows: list[Row], expectation: str) -> None:
+    assert complaints(rows, "sm_90", expectation) == []
+
+
 @pytest.mark.slow
 def test_machine_code_of_every_type_at_every_shape(tmp_path: Path) -> None:
     rows = compile_everything(tmp_path, "--all")
     assert [c for target in ARCHS for e in EXPECTATIONS for c in complaints(rows, target, e)] == []
+    assert [c for e in wgmma.EXPECTED for c in complaints(rows, "sm_90", e)] == []
 
 
 @pytest.mark.parametrize("target", ARCHS)

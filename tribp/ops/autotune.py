@@ -10,7 +10,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -89,21 +89,25 @@ class Tuner:
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()  # two searches at once would time each other
 
-    def prepare(self, call: object, build: Build, tensors: Tensors, facts: Mapping[str, Any]) -> bool:
+    def prepare(
+        self, call: object, build: Build, tensors: Tensors, facts: Mapping[str, Any], outputs: Sequence[str]
+    ) -> bool:
         """Before `build(**tensors, **facts)` is run: have the finds for what it asks, stored ones or new ones.
 
-        call: what all calls have in common that ask the same. Returns False if a search is still to come, because now
-        is no time for it.
+        call: what all calls have in common that ask the same. outputs: the names of those tensors that it writes; a
+        call without any is not searched, for nothing would show that a variant computes something else. Returns False
+        if a search is still to come, because now is no time for it. Raises ValueError if an output is none of the
+        tensors.
         A search writes the call's outputs. Whatever goes wrong in it ends it, with a warning, and the rules answer.
         """
-        if call in self._seen or not self._on_gpu(tensors):
+        if call in self._seen or not self._on_gpu(tensors) or not (written := outputs_of(tensors, outputs)):
             return True
         with self._lock:
             try:
                 store = self._store()
                 if self._busy():
                     return False
-                self._search(build, tensors, facts, store)
+                self._search(build, tensors, facts, written, store)
             except Exception as error:
                 log.warning("tribp: the search for launch settings ended: %s: %s", type(error).__name__, error)
         self._seen.add(call)
@@ -116,7 +120,9 @@ class Tuner:
             learn({key: settings for key, settings in store.load().items() if not known(key)})
         return self._stores[gpu]
 
-    def _search(self, build: Build, tensors: Tensors, facts: Mapping[str, Any], store: Store) -> None:
+    def _search(
+        self, build: Build, tensors: Tensors, facts: Mapping[str, Any], outputs: Sequence[Tensor], store: Store
+    ) -> None:
         def call(told: Mapping[str, Any]) -> None:
             with hearing(told):
                 run(build(**tensors, **facts))
@@ -134,7 +140,6 @@ class Tuner:
             ", ".join(question.rule for question in questions), LIMIT, store.path,
         )  # fmt: skip
         end = self._clock() + LIMIT
-        outputs = outputs_of(tensors)
         call({})
         expected = [output.clone() for output in outputs]
         timer = self._timer()
@@ -176,10 +181,14 @@ def run(launches: Iterable[Launched]) -> None:
         launch.run()
 
 
-def outputs_of(tensors: Tensors) -> list[Tensor]:
-    """Those of a call's tensors that it writes: the gradients, if there is one to come from, else y."""
-    names = ("dx", "dw", "db") if "dy" in tensors else ("y",)
-    return [t for name in names if (t := tensors.get(name)) is not None]
+def outputs_of(tensors: Tensors, names: Sequence[str]) -> list[Tensor]:
+    """The tensors of these names, without those that the call leaves out.
+
+    Raises ValueError if a name is none of theirs.
+    """
+    if unknown := [name for name in names if name not in tensors]:
+        raise ValueError(f"outputs must be names of the call's tensors ({', '.join(tensors)}), got {unknown[0]!r}")
+    return [tensor for name in names if (tensor := tensors[name]) is not None]
 
 
 def agrees(found: Tensor, expected: Tensor) -> bool:

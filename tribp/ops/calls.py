@@ -29,9 +29,15 @@ REMEMBERED = 4096  # calls, of a few kilobytes each; the oldest is forgotten fir
 
 
 def perform(
-    build: "Callable[..., Iterable[Launch]]", tensors: Mapping[str, Tensor | None], facts: Mapping[str, object]
+    build: "Callable[..., Iterable[Launch]]",
+    tensors: Mapping[str, Tensor | None],
+    facts: Mapping[str, object],
+    outputs: Sequence[str] = (),
 ) -> None:
     """Run the launches that `build(**tensors, **facts)` yields, or those it yielded for tensors that lay alike.
+
+    outputs: the names of the tensors that the launches write. Launch settings are tuned by what these hold, and a call
+    that declares none is not tuned.
 
     What `build` yields may depend on nothing else but the answers of launch rules. It takes memory from `scratch`
     alone: a launch on a tensor that is neither among `tensors` nor scratch (torch has copied something) keeps the call
@@ -41,7 +47,7 @@ def perform(
     if (call := _calls.get((launch_tuning.state(), lie))) is not None:
         call.repeat(tensors.values())
         return
-    settled = autotune.tuner is None or autotune.tuner.prepare(lie, build, tensors, facts)
+    settled = autotune.tuner is None or autotune.tuner.prepare(lie, build, tensors, facts, outputs)
     state = launch_tuning.state()
     recording = _recordings.current = _Recording(tensors.values())
     try:

@@ -47,6 +47,7 @@ def forward(
             kernels.forward,
             dict(x=input, w=weight, b=bias, y=output),
             _facts(input, window) | {"activation": activation},
+            outputs=("y",),
         )
     return output
 
@@ -73,7 +74,10 @@ def backward(
 
     with runtime.on_device(grad):
         calls.perform(
-            kernels.backward, dict(dy=grad, x=input, w=weight, y=output, dx=dx, dw=dw, db=db), _facts(grad, window)
+            kernels.backward,
+            dict(dy=grad, x=input, w=weight, y=output, dx=dx, dw=dw, db=db),
+            _facts(grad, window),
+            outputs=("dx", "dw", "db"),
         )
     return dx, dw, db
 

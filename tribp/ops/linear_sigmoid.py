@@ -32,7 +32,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) ->
     output = torch.empty((*input.shape[:-1], n), dtype=input.dtype, device=input.device)
     tensors = dict(x=as_matrix(input), w=weight, b=bias, y=as_matrix(output))
     with runtime.on_device(input):
-        calls.perform(kernels.forward, tensors, _facts(input))
+        calls.perform(kernels.forward, tensors, _facts(input), outputs=("y",))
     return output
 
 
@@ -64,7 +64,7 @@ def backward(
         dx=as_matrix(dx) if dx is not None else None, dw=dw, db=db,
     )  # fmt: skip
     with runtime.on_device(output):
-        calls.perform(kernels.backward, tensors, _facts(output))
+        calls.perform(kernels.backward, tensors, _facts(output), outputs=("dx", "dw", "db"))
     return dx, dw, db
 
 
