@@ -121,7 +121,9 @@ def test_a_right_wgmma(settings: dict[str, Any]) -> None:
     options = {"threads": 256, "shared": 8192, **settings}
     assert found(WGMMA, {}, **options) == []
     refilled = before(WGMMA, "end", "mov.b32 %r20, 7;\nst.shared.v4.b32 [%r2], {1, 1, 1, 1};\n")
+    again = "mov.b32 %r20, 7;\n" + "".join((WGMMA | A_IN_REGISTERS)[s] for s in ("fence", "product", "commit", "wait"))
     assert found(WGMMA, A_IN_REGISTERS | refilled | before(WGMMA, "end", BARRIER), **options) == []
+    assert found(WGMMA, A_IN_REGISTERS | before(WGMMA, "end", again), **options) == []
 
 
 @pytest.mark.parametrize(
@@ -137,6 +139,7 @@ def test_a_right_wgmma(settings: dict[str, Any]) -> None:
         (before(WGMMA, "wait", "st.shared.v4.b32 [%r2], {1, 1, 1, 1};\n"), "operand A of a wgmma, at 0x0, was over"),
         (before(WGMMA, "wait", "st.shared.v4.b32 [%r2+2048], {1, 1, 1, 1};\n"), "operand B of a wgmma, at 0x800"),
         (A_IN_REGISTERS | before(WGMMA, "wait", "mov.b32 %r20, 7;\n"), "the registers with operand A"),
+        (A_IN_REGISTERS | before(A_IN_REGISTERS, "product", "mov.b32 %r20, 7;\n"), "without a wgmma.fence since"),
         (before(WGMMA, "fence", "cvt.u64.u32 %rd12, %r1;\nadd.s64 %rd10, %rd10, %rd12;\n"), "differs between"),
         (before(WGMMA, "fence", FIRST + "@%p1 wgmma.fence.sync.aligned;\n"), "not all threads of the warpgroup"),
         (before(WGMMA, "fence", f"mov.b64 %rd10, {A | 1 << 49};\n"), "base offset"),
