@@ -100,7 +100,7 @@ class Engines:
         if shared.size > SHARED_MEMORY:
             raise RefusedError(f"{shared.size} bytes of shared memory; a CTA may have {SHARED_MEMORY}")
         self.thread = self.polls = 0
-        self.fenced: dict[int, list[Array]] = {}  # by warpgroup: all registers at its last wgmma.fence
+        self.fenced: dict[int, list[Array | None]] = {}  # by warpgroup: all registers at its last wgmma.fence
         self.smem = [shared.bytes[shared.part(c)] for c in range(machine.C)]
         self.proxies = [AsyncProxy(self, c) for c in range(machine.C)]
         late, rows = machine.options.copies == "late", CheckedRows(self)
@@ -143,7 +143,8 @@ class Engines:
         then, now = self.fenced.get(g, self.machine.regs), self.machine.regs
         part = part_of(g)
         for n in numbers:
-            if then[n] is not now[n] and (then[n] is None or not np.array_equal(then[n][part], now[n][part])):
+            old, new = then[n], now[n]
+            if old is not new and (old is None or new is None or not np.array_equal(old[part], new[part])):
                 self._asynchrony(f"{where}: the registers with operand A were changed without a wgmma.fence since")
 
     def warpgroups(self, active: Array | None) -> list[int]:
