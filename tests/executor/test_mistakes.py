@@ -82,7 +82,6 @@ def test_gaps_of_a_strided_tensor_are_not_written() -> None:
 # Steps of a kernel, of which a mistake leaves one out, or does something before one.
 
 Steps = dict[str, str]
-Mistake = tuple[str, str]  # "without" or "before" a step, or what it is replaced by
 FIRST = "setp.eq.u32 %p1, %r1, 0;\n"
 ZEROS = "{0, 0, 0, 0}"
 
@@ -158,7 +157,7 @@ def test_more_shared_memory_than_there_is_is_refused() -> None:
 
 # Tensor copies: a box of 8 × 32 words into 0 … 1023, the mbarrier at 1024; %r2: a word of this thread.
 
-RULED = "mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r3], 0;\n@!%p2 bra LOOP;\n"
+POLL = "mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r3], 0;\n@!%p2 bra LOOP;\n"
 LOADING: Steps = {
     "start": FIRST + "shl.b32 %r2, %r1, 2;\nmov.b32 %r3, 1024;\nmov.b32 %r4, 0;\n",
     "init": "@%p1 mbarrier.init.shared::cta.b64 [%r3], 1;\n",
@@ -166,7 +165,7 @@ LOADING: Steps = {
     "expect": "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 1024;\n",
     "load": "@%p1 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r4], "
     "[%rd1, {%r4, %r4}], [%r3];\n",
-    "wait": "LOOP:\n" + RULED,
+    "wait": "LOOP:\n" + POLL,
     "read": "ld.shared.b32 %r10, [%r2];\n",
     "last barrier": BARRIER,
     "end": "@%p1 mbarrier.inval.shared::cta.b64 [%r3];\n",
