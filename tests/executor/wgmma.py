@@ -282,7 +282,7 @@ class WgmmaQueue:
     def fence(self) -> None:
         """wgmma.fence: orders the registers, and shared memory, before the next wgmma.
 
-        Needed once before the first, and again when registers were changed; the latter is not checked.
+        Needed once before the first, and again when registers were changed: of A's the engines see to that.
         """
         self.fenced = True
 
