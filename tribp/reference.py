@@ -57,7 +57,8 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, 
     """input ⋆ weight + bias, then σ where `activation` is "sigmoid". input: (N, C, H, W)."""
     if _onednn_errs(input, input.shape, window):
         wide = (None if t is None else t.float() for t in (input, weight, bias))
-        return conv3x3(*wide, window, activation).to(input.dtype)  # type: ignore[arg-type]
+        with torch.autocast("cpu", enabled=False):
+            return conv3x3(*wide, window, activation).to(input.dtype)  # type: ignore[arg-type]
     stride, padding, groups = window
     output = F.conv2d(_regular(input, weight, groups), weight, bias, stride, padding, 1, groups)
     return torch.sigmoid(output) if activation == "sigmoid" else output
@@ -78,9 +79,9 @@ def channels_last(tensor: Tensor) -> bool:
 
 
 def _onednn_errs(tensor: Tensor, input_size: Sequence[int], window: Window) -> bool:
-    """Whether torch would read memory that nobody wrote: oneDNN's bfloat16 kernels, for one column of results, stride 2.
+    """Whether torch would read memory that nobody wrote: in bfloat16 of stride 2, for a result one column wide.
 
-    Seen with AVX-512 and with AMX, in torch 2.13 and 2.15. https://github.com/pytorch/pytorch/issues/169688: stride 3.
+    oneDNN does with AVX-512 and AMX in torch 2.13 and 2.15. https://github.com/pytorch/pytorch/issues/169688: stride 3.
     """
     narrow = tensor.dtype == torch.bfloat16 and window.stride[1] == 2 and tensor.device.type == "cpu"
     return narrow and window.output_size(*input_size[2:])[1] == 1
