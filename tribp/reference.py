@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,9 +56,9 @@ class Window(NamedTuple):
 def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None) -> Tensor:
     """input ⋆ weight + bias, then σ where `activation` is "sigmoid". input: (N, C, H, W)."""
     if _onednn_errs(input, input.shape, window):
-        wide = (None if t is None else t.float() for t in (input, weight, bias))
+        wide: Any = [None if t is None else t.float() for t in (input, weight, bias)]
         with torch.autocast("cpu", enabled=False):
-            return conv3x3(*wide, window, activation).to(input.dtype)  # type: ignore[arg-type]
+            return conv3x3(*wide, window, activation).to(input.dtype)
     stride, padding, groups = window
     output = F.conv2d(_regular(input, weight, groups), weight, bias, stride, padding, 1, groups)
     return torch.sigmoid(output) if activation == "sigmoid" else output
@@ -123,8 +123,8 @@ def conv3x3_backward(
     weight's gradient only, `weight` for the input's only.
     """
     if _onednn_errs(grad, input_size, window):
-        wide = (None if t is None else t.float() for t in (grad, input, weight, output))
-        grads = conv3x3_backward(*wide, input_size, window, needs)  # type: ignore[arg-type]
+        wide: Any = [None if t is None else t.float() for t in (grad, input, weight, output)]
+        grads = conv3x3_backward(*wide, input_size, window, needs)
         dx, dw, db = (None if t is None else t.to(grad.dtype) for t in grads)
         return dx, dw, db
     stride, padding, groups = window
