@@ -150,7 +150,8 @@ class Conv3x3(nn.Module):
             vertical, horizontal = padding
             padding = (0, 0)
             input = F.pad(input, (horizontal, horizontal, vertical, vertical), mode=self.padding_mode)
-        if torch.jit.is_scripting():  # type: ignore[attr-defined] # as for LinearSigmoid
+        # As for LinearSigmoid.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             output = F.conv2d(input, self.weight, self.bias, self.stride, padding, 1, self.groups)
             return output if self.activation is None else torch.sigmoid(output)
         else:

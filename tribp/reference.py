@@ -56,9 +56,9 @@ class Window(NamedTuple):
 def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None) -> Tensor:
     """input ⋆ weight + bias, then σ where `activation` is "sigmoid". input: (N, C, H, W)."""
     if _onednn_errs(input, input.shape, window):
-        wide: Any = [None if t is None else t.float() for t in (input, weight, bias)]
+        x, w, b = map(_widened, (input, weight, bias))
         with torch.autocast("cpu", enabled=False):
-            return conv3x3(*wide, window, activation).to(input.dtype)
+            return conv3x3(x, w, b, window, activation).to(input.dtype)
     stride, padding, groups = window
     output = F.conv2d(_regular(input, weight, groups), weight, bias, stride, padding, 1, groups)
     return torch.sigmoid(output) if activation == "sigmoid" else output
@@ -85,6 +85,10 @@ def _onednn_errs(tensor: Tensor, input_size: Sequence[int], window: Window) -> b
     """
     narrow = tensor.dtype == torch.bfloat16 and window.stride[1] == 2 and tensor.device.type == "cpu"
     return narrow and window.output_size(*input_size[2:])[1] == 1
+
+
+def _widened(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.float()
 
 
 def _regular(input: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -123,8 +127,8 @@ def conv3x3_backward(
     weight's gradient only, `weight` for the input's only.
     """
     if _onednn_errs(grad, input_size, window):
-        wide: Any = [None if t is None else t.float() for t in (grad, input, weight, output)]
-        grads = conv3x3_backward(*wide, input_size, window, needs)
+        dy, x, w, y = map(_widened, (grad, input, weight, output))
+        grads = conv3x3_backward(dy, x, w, y, input_size, window, needs)
         dx, dw, db = (None if t is None else t.to(grad.dtype) for t in grads)
         return dx, dw, db
     stride, padding, groups = window
