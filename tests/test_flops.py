@@ -20,7 +20,7 @@ def count(function: object, *inputs: Tensor, backward: bool = True) -> int:
         y = function(*inputs)
         if backward:
             y.sum().backward()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "and backward"])

@@ -63,7 +63,7 @@ def test_opcheck(grad: str, tensors: list[Tensor]) -> None:
     from tribp.ops import linear_sigmoid as ops
 
     x, w, b = (t.detach().requires_grad_(grad == "gradients") for t in tensors)
-    forward: list[tuple[Tensor | None, ...]] = [
+    forward: list[tuple[object, ...]] = [
         (x, w, b),
         (x.detach(), w, b),
         (x, w.detach(), None),

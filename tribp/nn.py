@@ -60,7 +60,8 @@ class LinearSigmoid(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # torch.jit.script, like torch.jit.trace, keeps torch's own operations
+        # torch.jit.script, like torch.jit.trace, keeps torch's own operations.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return torch.sigmoid(F.linear(input, self.weight, self.bias))
         else:  # TorchScript would compile what stands behind the branch
             return linear_sigmoid(input, self.weight, self.bias)
@@ -149,7 +150,8 @@ class Conv3x3(nn.Module):
             vertical, horizontal = padding
             padding = (0, 0)
             input = F.pad(input, (horizontal, horizontal, vertical, vertical), mode=self.padding_mode)
-        if torch.jit.is_scripting():  # as for LinearSigmoid
+        # As for LinearSigmoid.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             output = F.conv2d(input, self.weight, self.bias, self.stride, padding, 1, self.groups)
             return output if self.activation is None else torch.sigmoid(output)
         else:

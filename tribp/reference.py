@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class Window(NamedTuple):
 
 def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None) -> Tensor:
     """input ⋆ weight + bias, then σ where `activation` is "sigmoid". input: (N, C, H, W)."""
+    if _onednn_errs(input, input.shape, window):
+        x, w, b = map(_widened, (input, weight, bias))
+        with torch.autocast("cpu", enabled=False):
+            return conv3x3(x, w, b, window, activation).to(input.dtype)
     stride, padding, groups = window
     output = F.conv2d(_regular(input, weight, groups), weight, bias, stride, padding, 1, groups)
     return torch.sigmoid(output) if activation == "sigmoid" else output
@@ -72,6 +76,19 @@ def channels_last(tensor: Tensor) -> bool:
             return False
         least = stride[d] * size[d]
     return True
+
+
+def _onednn_errs(tensor: Tensor, input_size: Sequence[int], window: Window) -> bool:
+    """Whether torch would read memory that nobody wrote: in bfloat16 of stride 2, for a result one column wide.
+
+    oneDNN does with AVX-512 and AMX in torch 2.13 and 2.15. https://github.com/pytorch/pytorch/issues/169688: stride 3.
+    """
+    narrow = tensor.dtype == torch.bfloat16 and window.stride[1] == 2 and tensor.device.type == "cpu"
+    return narrow and window.output_size(*input_size[2:])[1] == 1
+
+
+def _widened(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.float()
 
 
 def _regular(input: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -109,6 +126,11 @@ def conv3x3_backward(
     `output`, given if the activation is a sigmoid, is all that dz = dy·y·(1 − y) takes. `input` is needed for the
     weight's gradient only, `weight` for the input's only.
     """
+    if _onednn_errs(grad, input_size, window):
+        dy, x, w, y = map(_widened, (grad, input, weight, output))
+        grads = conv3x3_backward(dy, x, w, y, input_size, window, needs)
+        dx, dw, db = (None if t is None else t.to(grad.dtype) for t in grads)
+        return dx, dw, db
     stride, padding, groups = window
     dz = grad if output is None else torch.ops.aten.sigmoid_backward(grad, output)
     n, c = dz.shape[1], input_size[1] // groups
