@@ -147,7 +147,6 @@ class Plan:
         others = fallback.parts(self, members["fused"], members["reference"])
         self.parts: list[Part] = [*self._kernels, *others]
         self._only_kernels = not (others or self.rest)
-        del touched  # nobody but those who stay may hold a state when the holders are counted
         self._note(optimizer, members, [_used(optimizer, groups[number]) for number, _, _ in positions])
 
     def _remember(self, groups: "list[Group]", values: list[Any]) -> None:
@@ -243,9 +242,8 @@ class Plan:
             for state, names in ((optimizer.state.get(p), names) for p, names in zip(self.params, used, strict=True))
             if state
         ]
-        states = self._state_tensors()
-        self._state_footprint = Footprint(states)
-        self._holders = None if self._held else holders(states)  # while these are all, nobody else has one
+        self._state_footprint = Footprint(self._state_tensors())
+        self._holders: object = None  # of the states, when nobody but us has one
 
     # SGD has no step. Whether a momentum buffer has begun is counted here, for the buffer or, if none, the parameter.
 
@@ -387,6 +385,8 @@ class Plan:
             part.run(step)
         for number, params in self.rest.items():
             fallback.run_rest(optimizer.param_groups[number], params, step, number in self._in_turn)
+        if self._holders is None and not (self._held or self._looks):
+            self._holders = holders(self._state_tensors())
 
     def _norm(self, step: Step) -> Tensor:
         """‖g‖₂ over all gradients, unscaled: by one more launch, or by torch where they are not all in one place."""
