@@ -5,7 +5,17 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from .launch import ITEMSIZE, Arch, cdiv, fit, power_of_2, stages_in_memory
+from . import triton_versions
+from .launch import (
+    ITEMSIZE,
+    Arch,
+    by_mma_sync,
+    cdiv,
+    fit,
+    needs_registers,
+    power_of_2,
+    stages_in_memory,
+)
 from .launch_conv3x3 import WORKSPACE, Box, Convolution, Relayout, choose_box, even_splits, unrounded
 from .launch_moves import LONGEST, RESULT, other_registers, other_stages, other_warps, registers, resized
 
@@ -42,6 +52,8 @@ def around_conv(
         largest = 128 * 128 if ITEMSIZE[dtype] == 2 else 128 * 64 // classes
 
     def settled(s: Convolution) -> Iterator[Convolution]:
+        if needs_registers(dtype, precision, arch, tma=s.tma, along=True):
+            s = by_mma_sync(s, precision)
         s = boxed(s, "block_i", n, p, q, wide=wide)
         tile = s.block_i * s.block_j
         if tile < 64 * 64:
@@ -81,6 +93,8 @@ def around_conv_wgrad(
     most = max(spare, WORKSPACE) // (max(ITEMSIZE[dtype], 4) * 9 * o * c * bundles)
 
     def settled(s: Convolution) -> Iterator[Convolution]:
+        if needs_registers(dtype, precision, arch, tma=s.tma, along=False):
+            s = by_mma_sync(s, precision)
         s = boxed(s, "block_l", n, p, q, wide=False, whole=True)
         tile = s.taps * s.block_i * s.block_j
         if s.block_i * s.block_j < 64 * 64:
@@ -125,7 +139,9 @@ def around_small(
         *other_registers(s, arch),
     ]
     if wgrad:
-        others += [*resized(s, "splits", 1, most), *other_stages(s, arch)]
+        others += resized(s, "splits", 1, most)
+        if not arch.has_wgmma or triton_versions.fences_copies():
+            others += other_stages(s, arch)
     for other in others:
         other = boxed(other, pixels, n, p, q, wide=wide)
         size = getattr(other, pixels)

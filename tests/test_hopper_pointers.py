@@ -108,14 +108,16 @@ def test_which_products_go_to_wgmma(newer: bool) -> None:
 
 
 def test_neither_the_rules_nor_their_variants_leave_a_product_without_its_fence(newer: bool) -> None:
+    """What each rule's products lie along; wgrad sums over rows of both."""
+    along = {"choose_forward": True, "choose_dgrad": False, "choose_wgrad": False}
+    along |= {"choose_conv": True, "choose_conv_wgrad": False}
     for question in questions(H100).values():
-        facts = question.facts
-        if question.rule not in ("choose_forward", "choose_dgrad", "choose_wgrad"):
+        if question.rule not in along:
             continue
-        along = facts.get("along", False)
-        chosen = rules_answer(question)
+        chosen, facts = rules_answer(question), question.facts
         for settings in [chosen, *variants(question, chosen)]:
-            if needs_registers(facts["dtype"], facts["precision"], H100, tma=settings.tma, along=along):
+            lies = facts.get("along", along[question.rule])
+            if needs_registers(facts["dtype"], facts["precision"], H100, tma=settings.tma, along=lies):
                 assert settings.prefetch or not uses_wgmma(settings), (question, settings)
 
 
