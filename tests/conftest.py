@@ -19,8 +19,8 @@ for variable in ("TRIBP_BACKEND", "TRIBP_AUTOTUNE"):
     os.environ.pop(variable, None)  # the tests choose
 
 NAMES = (
-    "autotune", "bench_model", "bench_sweep", "calls", "conv3x3_addresses", "conv3x3_kernels", "linear_kernels",
-    "linear_shapes", "static", "static_conv", "tuning",
+    "autotune", "bench_model", "bench_sweep", "calls", "conv3x3_addresses", "conv3x3_kernels", "hopper_pointers",
+    "linear_kernels", "linear_shapes", "static", "static_conv", "tf32", "tuning",
 )  # fmt: skip
 NEED_TRITON = [f"test_{name}.py" for name in NAMES]
 collect_ignore = [] if importlib.util.find_spec("triton") else NEED_TRITON

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tribp.kernels import triton_versions
-from tribp.kernels.launch import ARCHS, candidates, needs_registers
+from tribp.kernels.launch import ARCHS, Product, candidates, needs_registers
 from tribp.kernels.launch_conv3x3 import choose_conv, choose_conv_wgrad, choose_small
 from tribp.kernels.launch_tuning import rules_answer
 from tribp.kernels.launch_variants import variants
@@ -90,8 +90,8 @@ def newer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     return bool(request.param)
 
 
-def uses_wgmma(settings: object) -> bool:
-    return settings.block_i >= 64 and settings.num_warps >= 4  # type: ignore[attr-defined]
+def uses_wgmma(settings: Product) -> bool:
+    return settings.block_i >= 64 and settings.num_warps >= 4
 
 
 def test_which_products_go_to_wgmma(newer: bool) -> None:
