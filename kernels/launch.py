@@ -180,7 +180,7 @@ def needs_registers(dtype: str, precision: str, arch: Arch, *, tma: bool, along:
     return not tma and not versions.fences_copies()
 
 
-def from_registers(settings: Product, precision: str) -> Product:
+def by_mma_sync(settings: Product, precision: str) -> Product:
     """The settings as a product by mma.sync, where wgmma is ruled out: that takes 64 rows and four warps.
 
     Compiled: with two warps a thread has room for 64 numbers of the result; beside tf32x3's halves for 32, of 32 rows.
@@ -220,7 +220,7 @@ def candidates(
     if needs_registers(dtype, precision, arch, tma=tma, along=along):
         depth = 32 if dtype == "float32" else 64
         reason = "compiled: mma.sync: two warps a program, or 32 rows"
-        wide = from_registers(Product(64, 128, depth, 2, 4, reason, tma=tma, max_registers=255), precision)
+        wide = by_mma_sync(Product(64, 128, depth, 2, 4, reason, tma=tma, max_registers=255), precision)
         return [wide, replace(wide, block_i=32, block_j=32, num_warps=4, reason="derived: 32×32: a small result")]
     if dtype in ("float32", "float64"):
         # Compiled: left to itself, ptxas rounds the registers of these down to a step of occupancy and spills 4–20

@@ -13,12 +13,12 @@ from .launch import (
     ITEMSIZE,
     Arch,
     Product,
+    by_mma_sync,
     candidates,
     cdiv,
     fills,
     fit,
     fitted,
-    from_registers,
     needs_registers,
     power_of_2,
     stages_that_fit,
@@ -151,7 +151,7 @@ def choose_conv(
     filling = [tile for tile in tiles if fills(tile.tiles(i, j) * bundles * classes, arch)]
     chosen = fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
     if needs_registers(dtype, precision, arch, tma=chosen.tma, along=True):
-        chosen = from_registers(chosen, precision)
+        chosen = by_mma_sync(chosen, precision)
     if chosen.tma and whole and l % chosen.block_l:
         return choose_conv(
             n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch,
@@ -201,7 +201,7 @@ def choose_conv_wgrad(
     else:
         tile, taps = Product(64, 32, 32, 4, 3, "compiled: 64×32, three taps: dz is read once for them"), 3
     if needs_registers(dtype, precision, arch, tma=tma, along=False):
-        tile = from_registers(tile, precision)
+        tile = by_mma_sync(tile, precision)
     tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
     few = tile.block_i * tile.block_j < 64 * 64
     if few:

@@ -15,9 +15,9 @@ from .launch import (
     Product,
     Step,
     Sum,
+    by_mma_sync,
     cdiv,
     fit,
-    from_registers,
     needs_registers,
     power_of_2,
     stages_in_memory,
@@ -97,7 +97,7 @@ def _other_fusion(s: Product, may_fuse: bool) -> Iterator[Product]:
 def _settled(s: Product, dtype: str, precision: str, arch: Arch, along: bool) -> Iterator[Product]:
     """The settings with as many of their stages as shared memory holds, if registers hold their result."""
     if needs_registers(dtype, precision, arch, tma=s.tma, along=along):
-        s = from_registers(replace(s, fuse_dz=False), precision)
+        s = by_mma_sync(replace(s, fuse_dz=False), precision)
     tile = s.block_i * s.block_j
     if tile < 64 * 64:
         s = replace(s, num_warps=min(s.num_warps, 4))

@@ -5,7 +5,16 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from .launch import ITEMSIZE, Arch, cdiv, fit, power_of_2, stages_in_memory
+from .launch import (
+    ITEMSIZE,
+    Arch,
+    by_mma_sync,
+    cdiv,
+    fit,
+    needs_registers,
+    power_of_2,
+    stages_in_memory,
+)
 from .launch_conv3x3 import (
     WORKSPACE,
     Box,
@@ -52,6 +61,8 @@ def around_conv(
         largest = 128 * 128 if ITEMSIZE[dtype] == 2 else 128 * 64 // classes
 
     def settled(s: Convolution) -> Iterator[Convolution]:
+        if needs_registers(dtype, precision, arch, tma=s.tma, along=True):
+            s = by_mma_sync(s, precision)
         s = boxed(s, "block_i", n, p, q, wide=wide)
         tile = s.block_i * s.block_j
         if tile < 64 * 64:
@@ -89,9 +100,10 @@ def around_conv_wgrad(
     dtype: str, precision: str, arch: Arch, vec: int, tma: bool, spare: int,
 ) -> Iterator[Convolution]:  # fmt: skip
     most = max(spare, WORKSPACE) // (max(ITEMSIZE[dtype], 4) * 9 * o * c * bundles)
-    tallest = 32 if arch.has_wgmma and ITEMSIZE[dtype] == 4 else 128  # as `choose_conv_wgrad` says
 
     def settled(s: Convolution) -> Iterator[Convolution]:
+        if needs_registers(dtype, precision, arch, tma=s.tma, along=False):
+            s = by_mma_sync(s, precision)
         line = choose_line((s.block_l,), n, q)
         if s.tma and line is None:
             return
@@ -110,7 +122,7 @@ def around_conv_wgrad(
         *other_warps(s, arch),
         *other_stages(s, arch),
         *resized(s, "block_l", 16, 128),
-        *resized(s, "block_i", 16, fit(tallest, o)),
+        *resized(s, "block_i", 16, fit(128, o)),
         *resized(s, "block_j", 16, fit(128, c)),
         *other_boxes(s, n, p, q),
         replace(s, taps=1 if s.taps == 3 else 3),

@@ -19,7 +19,7 @@ for variable in ("TRIBP_BACKEND", "TRIBP_AUTOTUNE"):
 
 NAMES = (
     "autotune", "bench_model", "bench_registry", "bench_sweep", "calls", "conv3x3_addresses", "conv3x3_kernels",
-    "linear_kernels", "linear_shapes", "static", "static_conv", "static_wgmma", "tuning",
+    "hopper_pointers", "linear_kernels", "linear_shapes", "static", "static_conv", "static_wgmma", "tf32", "tuning",
 )  # fmt: skip
 NEED_TRITON = [f"test_{name}.py" for name in NAMES]
 collect_ignore = [] if importlib.util.find_spec("triton") else NEED_TRITON

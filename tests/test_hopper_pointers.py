@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tribp.kernels import triton_versions
-from tribp.kernels.launch import ARCHS, candidates, needs_registers
+from tribp.kernels.launch import ARCHS, Product, candidates, needs_registers
 from tribp.kernels.launch_conv3x3 import choose_conv, choose_conv_wgrad, choose_small
 from tribp.kernels.launch_tuning import rules_answer
 from tribp.kernels.launch_variants import variants
@@ -90,8 +90,8 @@ def newer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     return bool(request.param)
 
 
-def uses_wgmma(settings: object) -> bool:
-    return settings.block_i >= 64 and settings.num_warps >= 4  # type: ignore[attr-defined]
+def uses_wgmma(settings: Product) -> bool:
+    return settings.block_i >= 64 and settings.num_warps >= 4
 
 
 def test_which_products_go_to_wgmma(newer: bool) -> None:
@@ -108,14 +108,16 @@ def test_which_products_go_to_wgmma(newer: bool) -> None:
 
 
 def test_neither_the_rules_nor_their_variants_leave_a_product_without_its_fence(newer: bool) -> None:
+    """What each rule's products lie along; wgrad sums over rows of both."""
+    along = {"choose_forward": True, "choose_dgrad": False, "choose_wgrad": False}
+    along |= {"choose_conv": True, "choose_conv_wgrad": False}
     for question in questions(H100).values():
-        facts = question.facts
-        if question.rule not in ("choose_forward", "choose_dgrad", "choose_wgrad"):
+        if question.rule not in along:
             continue
-        along = facts.get("along", False)
-        chosen = rules_answer(question)
+        chosen, facts = rules_answer(question), question.facts
         for settings in [chosen, *variants(question, chosen)]:
-            if needs_registers(facts["dtype"], facts["precision"], H100, tma=settings.tma, along=along):
+            lies = facts.get("along", along[question.rule])
+            if needs_registers(facts["dtype"], facts["precision"], H100, tma=settings.tma, along=lies):
                 assert settings.prefetch or not uses_wgmma(settings), (question, settings)
 
 

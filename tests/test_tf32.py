@@ -21,7 +21,7 @@ from tribp.kernels.launch import Product
 from tribp.ops import linear_sigmoid_triton as linear
 from tribp.ops.launching import operand
 
-from .conv3x3_cases import Case, contiguous, last
+from .conv3x3_cases import Case, Layout, contiguous, last
 from .oracle import Conv3x3, assert_close
 
 WITHIN = 1e-5
@@ -124,10 +124,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("layout", [contiguous, last])
+@pytest.mark.parametrize(
+    ("name", "layout"), [*((name, last) for name in CASES), ("dense", contiguous), ("few channels", contiguous)]
+)
 @pytest.mark.usefixtures("tf32")
-def test_convolution(name: str, layout, kernels: str) -> None:  # type: ignore[no-untyped-def]
+def test_convolution(name: str, layout: Layout, kernels: str) -> None:
     case = CASES[name]
     fan = case.size[1] // case.groups * 9
     x = layout(positive(*case.size, device=kernels)).requires_grad_()
