@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 if TYPE_CHECKING:
-    from .executed_cases import Case
+    from .executed_checks import Case
 
 Form = tuple[str, str, bool]  # a kernel, one of its compile-time switches, how that stood
 

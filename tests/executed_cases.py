@@ -161,11 +161,20 @@ SLOW: dict[str, Case] = {
 
 def random_linear(chance: random.Random) -> Case:
     m, n, k = (chance.choice([1, 2, 7, 16, 31, 40, 64, 72, 100, 129, 200]) for _ in range(3))
-    layouts = [chance.choice([lies.plain, lies.transposed, lies.gaps, lies.shifted]) for _ in range(2)]
-    dy = chance.choice([lies.plain, lies.transposed, lies.shifted, expanded])
-    needs = "".join(letter for letter in "xwb" if chance.random() < 0.8)
-    dtype, processors = chance.choice(DTYPES), chance.choice([1, 2, 8, 108])
-    return Linear((m, n, k), dtype, *layouts, dy, needs, chance.random() < 0.7, processors=processors)
+    return Linear(
+        (m, n, k),
+        chance.choice(DTYPES),
+        x=chance.choice([lies.plain, lies.transposed, lies.gaps, lies.shifted]),
+        w=chance.choice([lies.plain, lies.transposed, lies.gaps, lies.shifted]),
+        dy=chance.choice([lies.plain, lies.transposed, lies.shifted, expanded]),
+        needs="".join(letter for letter in "xwb" if chance.random() < 0.8),
+        bias=chance.random() < 0.7,
+        processors=chance.choice([1, 2, 8, 108]),
+    )
+
+
+STRIDES: list[int | tuple[int, int]] = [1, 1, 2, (1, 2), (2, 1)]
+PADDINGS: list[int | tuple[int, int]] = [0, 1, 1, 2, (0, 1)]
 
 
 def random_conv(chance: random.Random) -> Case:
@@ -177,7 +186,7 @@ def random_conv(chance: random.Random) -> Case:
     c, o, groups = (c, c, c) if groups == 0 else (c * groups, o * groups, groups)
     return conv(
         (chance.choice([1, 2, 5]), c, chance.randint(3, 17), chance.randint(3, 17)), o,
-        stride=chance.choice([1, 1, 2, (1, 2), (2, 1)]), padding=chance.choice([0, 1, 1, 2, (0, 1)]), groups=groups,
+        stride=chance.choice(STRIDES), padding=chance.choice(PADDINGS), groups=groups,
         sigmoid=chance.random() < 0.5, bias=chance.random() < 0.7, dtype=chance.choice(DTYPES),
         x=chance.choice([images.contiguous, images.last, images.every_other, images.cropped, images.sliced_last]),
         w=chance.choice([images.contiguous, images.last]), needs=chance.choice(["xwb", "xw", "wb", "w", "x"]),
