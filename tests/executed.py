@@ -88,7 +88,7 @@ def _recorded() -> Iterator[set[Form]]:
 
     def record(launch: Launch) -> object:
         switches = {key: value for key, value in launch.constants.items() if isinstance(value, bool)}
-        switches |= {f"program_id({axis})": length > 1 for axis, length in enumerate(launch.grid)}
+        switches |= {f"program_id({axis}) > 0": length > 1 for axis, length in enumerate(launch.grid)}
         forms.update((_name(launch.kernel), key, value) for key, value in switches.items())
         return run(launch)
 

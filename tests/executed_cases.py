@@ -56,18 +56,18 @@ QUICK: dict[str, Case] = {
     "conv, stride 2, odd": conv((2, 72, 11, 9), 24, stride=(1, 2), x=images.cropped_last, bias=False),
     "conv, groups": conv((2, 64, 8, 8), 144, groups=2),
     "conv, bundles": conv((2, 40, 6, 7), 20, groups=5, sigmoid=True),
-    "conv, image": conv((2, 3, 16, 12), 40, sigmoid=True, needs="wb"),
+    "conv, image": conv((2, 3, 16, 12), 72, sigmoid=True, needs="wb"),
     "conv, NCHW image, float32": conv(
         (2, 3, 9, 12), 20, stride=2, x=images.contiguous, w=images.contiguous, bias=False, needs="w", dtype=SINGLE
     ),
-    "conv, depthwise": conv((2, 40, 9, 11), 40, groups=40),
+    "conv, depthwise": conv((2, 72, 9, 11), 72, groups=72),
     "conv, NCHW depthwise, float32": conv(
         (2, 8, 8, 16), 8, groups=8, x=images.contiguous, stride=(1, 2), sigmoid=True, bias=False, dtype=SINGLE
     ),
     "conv, float32": conv((1, 32, 8, 8), 32, dtype=SINGLE),
     "conv, tf32": conv((1, 64, 8, 8), 64, dtype=SINGLE, tf32=True),
     "conv, float64": conv((1, 24, 8, 8), 24, dtype=DOUBLE),
-    "conv, db alone": conv((2, 8, 9, 7), 24, needs="b"),
+    "conv, db alone": conv((2, 8, 9, 7), 72, needs="b"),
     "SGD": Rule("SGD", {"momentum": 0.9, "dampening": 0.3}),
     "Momentum": Rule("Momentum", {}, BRAIN),
     "RMSprop": Rule("RMSprop", {"momentum": 0.9, "centered": True}, HALF),
