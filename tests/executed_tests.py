@@ -47,7 +47,7 @@ def test_case(name: str, gpu: Executor) -> None:
 
 
 def test_every_form_was_executed(gpu: Executor, request: pytest.FixtureRequest) -> None:
-    """By the cases above: every kernel, each compile-time switch on and off, several programs on each axis of a grid."""
+    """By the cases above: every kernel, each compile-time switch on and off, each axis of a grid longer than 1."""
     if gpu.cases < len(QUICK):
         pytest.skip("only some of the cases were run")
     before_hopper = request.module.TARGET == "sm_80"
