@@ -24,9 +24,10 @@ Promised to be detected, each with mistakes planted in test_mistakes.py and test
 - shuffles, and instructions of whole warps or warpgroups, with threads missing
 - descriptors and tensor maps that the hardware or the driver refuses
 
-Not seen: races between the threads of a warp, the weak order of global memory, timing, and what ptxas makes of the PTX
-(registers, SASS: `python -m bench static`). ex2.approx and the like are exact here. float32 sums of tensor cores are
-formed exactly for one instruction and then cut, as GPUs were measured to do; `truncate=False` rounds them.
+Not seen: races between the threads of a warp, the weak order of global memory, a wgmma.fence that is missing because an
+accumulator was changed, timing, and what ptxas makes of the PTX (registers, SASS: `python -m bench static`). ex2.approx
+and the like are exact here. float32 sums of tensor cores are formed exactly for one instruction and then cut, as GPUs
+were measured to do; `truncate=False` rounds them.
 
 Files: parse.py, ops*.py and mma.py (PTX, and what its instructions do), machine.py (threads, barriers, launches),
 *_memory.py (what is known of every byte), wgmma.py, tensor_copies.py, mbarriers.py and engines.py (Hopper's units),

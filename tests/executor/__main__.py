@@ -4,22 +4,20 @@ Prints a line a kernel, and every problem. The exit status is the script's, or 1
 """
 
 import argparse
-import importlib.util
-import os
 import runpy
 import sys
 import traceback
 from pathlib import Path
 
-from .run import TARGETS, executed
+from .machine import CHOICES
+from .run import TARGETS, executed, why_not
 
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.executor", description=__doc__)
     parser.add_argument("--target", required=True, choices=TARGETS)
-    parser.add_argument("--copies", default="late", choices=["late", "early"], help="when asynchronous copies land")
-    parser.add_argument("--schedule", default="lockstep", choices=["lockstep", "random"], help="of warps")
-    parser.add_argument("--order", default="forward", choices=["forward", "backward", "random"], help="of programs")
+    for name, (choices, says) in CHOICES.items():
+        parser.add_argument(f"--{name}", default=choices[0], choices=choices, help=says)
     parser.add_argument("--seed", type=int, default=0, help="of what is random")
     parser.add_argument("script", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -52,17 +50,14 @@ def run_script(script: Path, arguments: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = options()
     given = parser.parse_args(argv)
-    if importlib.util.find_spec("triton") is None:
-        parser.error("triton is not installed, and compiles the kernels: pip install triton")
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        parser.error("under TRITON_INTERPRET=1 Triton compiles nothing: unset it")
+    if why := why_not():
+        parser.error(why)
     if not given.script.is_file():
         parser.error(f"no such script: {given.script}")
-    with executed(
-        given.target, copies=given.copies, schedule=given.schedule, order=given.order, seed=given.seed
-    ) as report:
+    settings = {name: getattr(given, name) for name in (*CHOICES, "seed")}
+    with executed(given.target, **settings) as report:
         status = run_script(given.script, given.arguments)
-    print(report.table())
+    print(report.table() if report.launches else "no kernel was launched")
     for problem in report.problems:
         print("PROBLEM", problem)
     return status or int(bool(report.problems))

@@ -48,10 +48,6 @@ def run(
     return counts, problems
 
 
-def kinds(body: str, *arguments: "torch.Tensor | TensorMap", **options: Any) -> list[str]:
-    return [problem.kind for problem in run(body, *arguments, **options)[1]]
-
-
 def result_of(code: str, *inputs: Array, out: torch.dtype = torch.int32) -> Array:
     """What 32 threads compute: inputs are in %r10, %r11 … (of 8 bytes: %rd10 …), the result in %r20 (%rd20)."""
     tensors = [torch.as_tensor(x) for x in inputs]

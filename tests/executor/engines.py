@@ -100,6 +100,7 @@ class Engines:
         if shared.size > SHARED_MEMORY:
             raise RefusedError(f"{shared.size} bytes of shared memory; a CTA may have {SHARED_MEMORY}")
         self.thread = self.polls = 0
+        self.fenced: dict[int, list[Array | None]] = {}  # by warpgroup: all registers at its last wgmma.fence
         self.smem = [shared.bytes[shared.part(c)] for c in range(machine.C)]
         self.proxies = [AsyncProxy(self, c) for c in range(machine.C)]
         late, rows = machine.options.copies == "late", CheckedRows(self)
@@ -125,9 +126,26 @@ class Engines:
 
     # wgmma.
 
-    def for_queues(self, active: Array | None, act: Callable[[WgmmaQueue], None]) -> None:
+    def fence(self, active: Array | None) -> None:
+        """wgmma.fence"""
+        registers = list(self.machine.regs)
         for g in self.warpgroups(active):
-            act(self.queues[g])
+            self.queues[g].fence()
+            self.fenced[g] = registers
+
+    def commit(self, active: Array | None) -> None:
+        """wgmma.commit_group"""
+        for g in self.warpgroups(active):
+            self.queues[g].commit()
+
+    def _check_fenced(self, g: int, numbers: Sequence[int], where: str) -> None:
+        """Whether the registers of A hold what they held at the warpgroup's last wgmma.fence."""
+        then, now = self.fenced.get(g, self.machine.regs), self.machine.regs
+        part = part_of(g)
+        for n in numbers:
+            old, new = then[n], now[n]
+            if old is not new and (old is None or new is None or not np.array_equal(old[part], new[part])):
+                self._asynchrony(f"{where}: the registers with operand A were changed without a wgmma.fence since")
 
     def warpgroups(self, active: Array | None) -> list[int]:
         numbers: list[int] = self.machine.groups(active, WARPGROUP, "warpgroup").tolist()
@@ -163,6 +181,7 @@ class Engines:
             self.thread, part = g * WARPGROUP, part_of(g)
             b, accumulate, sign_a, sign_b, *more = (self._uniform(v[part]) for v in values)
             a = more.pop() if left is None else np.ascontiguousarray(left[:, part])
+            self._check_fenced(g, a_registers, f"line {i.line}")
             trans_a, trans_b = [0] * (2 - len(more)) + more
             product = Product(
                 form, dest, a, b, (trans_a, trans_b), -1 if sign_a != sign_b else 1, f"line {i.line}", a_registers

@@ -46,7 +46,7 @@ class Problems(list[Problem]):
         if key in self._known:
             self._known[key].count += count
         else:
-            self._known[key] = Problem(kind, kernel, where, thread, detail.format(*values), count)
+            self._known[key] = Problem(kind, kernel, where, thread, detail.format(*values) if values else detail, count)
             self.append(self._known[key])
 
 

@@ -15,7 +15,7 @@ from .ops import PARAM_WINDOW, Act, op, reader
 from .ops_memory import address_reader, global_places, note_readers, note_shared_write, shared_places
 from .parse import Instruction, Reg, Vector
 from .tensor_copies import TensorCopies
-from .wgmma import Wgmma, WgmmaQueue
+from .wgmma import Wgmma
 
 if TYPE_CHECKING:
     from .machine import Machine, Program
@@ -246,9 +246,10 @@ def _fence(i: Instruction, program: Program) -> Act:
 
 @op("wgmma")
 def _wgmma(i: Instruction, program: Program) -> Act:
-    whole = {"wgmma.fence.sync.aligned": WgmmaQueue.fence, "wgmma.commit_group.sync.aligned": WgmmaQueue.commit}
-    if i.opcode in whole:
-        return lambda m, active: m.unit(Engines).for_queues(active, whole[i.opcode])
+    if i.opcode == "wgmma.fence.sync.aligned":
+        return lambda m, active: m.unit(Engines).fence(active)
+    if i.opcode == "wgmma.commit_group.sync.aligned":
+        return lambda m, active: m.unit(Engines).commit(active)
     if i.opcode == "wgmma.wait_group.sync.aligned":
         pending = i.operands[0].value
         return lambda m, active: m.unit(Engines).wait(pending, active)

@@ -1,6 +1,5 @@
 """pytest's option --execute TARGET: tests run the kernels compiled, on the executed GPU, and fail for its problems."""
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 import pytest
 
 from .findings import Counts
-from .run import TARGETS, Report, executed
+from .machine import CHOICES
+from .run import TARGETS, Report, executed, why_not
 
 _REPORT = pytest.StashKey[Report]()
 
@@ -16,15 +16,14 @@ _REPORT = pytest.StashKey[Report]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("executor", "compiled kernels, executed without a GPU: tests/executor")
     group.addoption("--execute", choices=TARGETS, help="run the kernels as compiled for this GPU, and check them")
-    group.addoption("--copies", default="late", choices=["late", "early"], help="when asynchronous copies land")
-    group.addoption("--schedule", default="lockstep", choices=["lockstep", "random"], help="of warps")
-    group.addoption("--order", default="forward", choices=["forward", "backward", "random"], help="of programs")
+    for name, (choices, says) in CHOICES.items():
+        group.addoption(f"--{name}", default=choices[0], choices=choices, help=f"with --execute: {says}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.execute:
-        if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-            raise pytest.UsageError("--execute: under TRITON_INTERPRET=1 Triton compiles nothing: unset it")
+        if why := why_not():
+            raise pytest.UsageError(f"--execute: {why}")
         config.pluginmanager.register(Executing(config.option), "executing")
 
 
@@ -33,7 +32,7 @@ class Executing:
 
     def __init__(self, option: Any) -> None:
         self.target = option.execute
-        self.settings = dict(copies=option.copies, schedule=option.schedule, order=option.order)
+        self.settings = {name: getattr(option, name) for name in CHOICES}
         self.launches: list[Counts] = []
 
     @pytest.hookimpl(wrapper=True)

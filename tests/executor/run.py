@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import gc
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -19,6 +21,15 @@ TARGETS = ("sm_80", "sm_90")
 _reports: "list[Report]" = []  # of the blocks that are entered, the innermost last
 _compiled: dict[str, Any] = {}  # triton's CompiledKernel by its hash
 _cached = ""  # the target that Triton's caches are of
+
+
+def why_not() -> str:
+    """Why nothing can be executed here, if so."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed, and compiles the kernels: pip install triton"
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "under TRITON_INTERPRET=1 Triton compiles nothing: unset it"
+    return ""
 
 
 class Report:

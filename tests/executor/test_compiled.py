@@ -234,6 +234,21 @@ def test_blocks_nest_and_report_what_is_theirs() -> None:
     assert "doubled" in outer.table()
 
 
+@triton.jit
+def through_a_table(table, N, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(tl.load(table).to(tl.pointer_type(tl.float32)) + i, 1.0, mask=i < N)
+
+
+@pytest.mark.parametrize("n", [8, 9])
+def test_addresses_in_tables_lead_to_living_tensors(n: int) -> None:
+    x = torch.zeros(8)
+    with executed("sm_80") as report:
+        through_a_table[(1,)](torch.tensor([x.data_ptr()]), n, 16)
+    assert [problem.kind for problem in report.problems] == ["out of bounds"] * (n - 8)
+    assert x.eq(1).all()
+
+
 def test_new_memory_is_poisoned() -> None:
     with executed("sm_80"):
         assert torch.empty(3).isnan().all()

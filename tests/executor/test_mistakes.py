@@ -82,7 +82,6 @@ def test_gaps_of_a_strided_tensor_are_not_written() -> None:
 # Steps of a kernel, of which a mistake leaves one out, or does something before one.
 
 Steps = dict[str, str]
-Mistake = tuple[str, str]  # "without" or "before" a step, or what it is replaced by
 FIRST = "setp.eq.u32 %p1, %r1, 0;\n"
 ZEROS = "{0, 0, 0, 0}"
 
@@ -121,7 +120,9 @@ def test_a_right_wgmma(settings: dict[str, Any]) -> None:
     options = {"threads": 256, "shared": 8192, **settings}
     assert found(WGMMA, {}, **options) == []
     refilled = before(WGMMA, "end", "mov.b32 %r20, 7;\nst.shared.v4.b32 [%r2], {1, 1, 1, 1};\n")
+    again = "mov.b32 %r20, 7;\n" + "".join((WGMMA | A_IN_REGISTERS)[s] for s in ("fence", "product", "commit", "wait"))
     assert found(WGMMA, A_IN_REGISTERS | refilled | before(WGMMA, "end", BARRIER), **options) == []
+    assert found(WGMMA, A_IN_REGISTERS | before(WGMMA, "end", again), **options) == []
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,7 @@ def test_a_right_wgmma(settings: dict[str, Any]) -> None:
         (before(WGMMA, "wait", "st.shared.v4.b32 [%r2], {1, 1, 1, 1};\n"), "operand A of a wgmma, at 0x0, was over"),
         (before(WGMMA, "wait", "st.shared.v4.b32 [%r2+2048], {1, 1, 1, 1};\n"), "operand B of a wgmma, at 0x800"),
         (A_IN_REGISTERS | before(WGMMA, "wait", "mov.b32 %r20, 7;\n"), "the registers with operand A"),
+        (A_IN_REGISTERS | before(A_IN_REGISTERS, "product", "mov.b32 %r20, 7;\n"), "without a wgmma.fence since"),
         (before(WGMMA, "fence", "cvt.u64.u32 %rd12, %r1;\nadd.s64 %rd10, %rd10, %rd12;\n"), "differs between"),
         (before(WGMMA, "fence", FIRST + "@%p1 wgmma.fence.sync.aligned;\n"), "not all threads of the warpgroup"),
         (before(WGMMA, "fence", f"mov.b64 %rd10, {A | 1 << 49};\n"), "base offset"),
@@ -155,7 +157,7 @@ def test_more_shared_memory_than_there_is_is_refused() -> None:
 
 # Tensor copies: a box of 8 × 32 words into 0 … 1023, the mbarrier at 1024; %r2: a word of this thread.
 
-RULED = "mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r3], 0;\n@!%p2 bra LOOP;\n"
+POLL = "mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r3], 0;\n@!%p2 bra LOOP;\n"
 LOADING: Steps = {
     "start": FIRST + "shl.b32 %r2, %r1, 2;\nmov.b32 %r3, 1024;\nmov.b32 %r4, 0;\n",
     "init": "@%p1 mbarrier.init.shared::cta.b64 [%r3], 1;\n",
@@ -163,7 +165,7 @@ LOADING: Steps = {
     "expect": "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 1024;\n",
     "load": "@%p1 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r4], "
     "[%rd1, {%r4, %r4}], [%r3];\n",
-    "wait": "LOOP:\n" + RULED,
+    "wait": "LOOP:\n" + POLL,
     "read": "ld.shared.b32 %r10, [%r2];\n",
     "last barrier": BARRIER,
     "end": "@%p1 mbarrier.inval.shared::cta.b64 [%r3];\n",
@@ -215,8 +217,8 @@ def test_of_loads(change: Steps, words: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_tensor_map_that_promises_too_much() -> None:
-    beyond = LOADING["load"].replace("{%r4, %r4}", "{%r4, %r5}")
-    problems = loading(before(LOADING, "load", "mov.b32 %r5, 4;\n") | {"load": "mov.b32 %r5, 4;\n" + beyond}, rows=16)
+    beyond = "mov.b32 %r5, 4;\n" + LOADING["load"].replace("{%r4, %r4}", "{%r4, %r5}")
+    problems = loading({"load": beyond}, rows=16)
     assert any("leaves the tensors" in problem for problem in problems), problems
 
 

@@ -10,7 +10,7 @@ when it is issued and again when it is done, and a difference is reported.
 
 import functools
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -210,27 +210,28 @@ class Product:
     sign: int = 1
     where: str = ""  # in the program, for reports
     a_name: Any = None  # what A's registers are looked up by
-    operands: tuple[Array, Array] = field(init=False)
+    operands: list[Array] = field(init=False)  # their bits when it was issued
     result: Array = field(init=False)  # D, a matrix, after this one
 
-    def read(self, smem: Array) -> tuple[Array, Array]:
+    def read(self, smem: Array) -> list[Array]:
         """The bits of A (64 × k) and of B's transpose (n × k)."""
-        form = self.form
-        if any(self.trans) and form.itemsize != 2:
+        k, itemsize = self.form.k, self.form.itemsize
+        if any(self.trans) and itemsize != 2:
             raise RefusedError("wgmma: only 16-bit operands can be M- or N-major")
-        if isinstance(self.a, np.ndarray):
-            left = a_from_registers(self.a, form.itemsize)
-        else:
-            left = gather_tile(smem, Descriptor.decode(self.a), 64, form.k, form.itemsize, bool(self.trans[0]))
-        right = gather_tile(smem, Descriptor.decode(self.b), form.n, form.k, form.itemsize, bool(self.trans[1]))
-        return left, right
+        return [
+            a_from_registers(at, itemsize)
+            if isinstance(at, np.ndarray)
+            else gather_tile(smem, Descriptor.decode(at), rows, k, itemsize, bool(trans))
+            for at, rows, trans in zip((self.a, self.b), (64, self.form.n), self.trans, strict=True)
+        ]
 
-    def in_memory(self) -> list[tuple[str, Descriptor, Array]]:
+    def in_memory(self) -> Iterator[tuple[str, Descriptor, Array]]:
         """Of the operands in shared memory: A or B, its descriptor, its chunks."""
-        sides = zip("AB", (self.a, self.b), (64, self.form.n), self.trans, strict=True)
-        shared = [(name, Descriptor.decode(d), n, t) for name, d, n, t in sides if not isinstance(d, np.ndarray)]
-        form = self.form
-        return [(name, d, tile_chunks(d, n, form.k, form.itemsize, bool(t)).ravel()) for name, d, n, t in shared]
+        for name, at, rows, trans in zip("AB", (self.a, self.b), (64, self.form.n), self.trans, strict=True):
+            if not isinstance(at, np.ndarray):
+                descriptor = Descriptor.decode(at)
+                chunks = tile_chunks(descriptor, rows, self.form.k, self.form.itemsize, bool(trans))
+                yield name, descriptor, chunks.ravel()
 
 
 class WgmmaQueue:
@@ -263,7 +264,8 @@ class WgmmaQueue:
         if accumulate:
             old = self.accumulators.get(product.dest)
             old = d_to_matrix(d, form.n, form.d == "f16") if old is None else old
-        product.result = form.multiply(*product.operands, old, product.sign, self.truncate)
+        a, b = product.operands
+        product.result = form.multiply(a, b, old, product.sign, self.truncate)
         if not self.late:
             return d_to_registers(product.result)
         self.open.append(product)
@@ -280,7 +282,7 @@ class WgmmaQueue:
     def fence(self) -> None:
         """wgmma.fence: orders the registers, and shared memory, before the next wgmma.
 
-        Needed once before the first, and again when registers were changed; the latter is not checked.
+        Needed once before the first, and again when registers were changed: of A's the engines see to that.
         """
         self.fenced = True
 
