@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 if TYPE_CHECKING:
-    from .executed_cases import Case
+    from .executed_checks import Case
 
 Form = tuple[str, str, bool]  # a kernel, one of its compile-time switches, how that stood
 
@@ -88,7 +88,7 @@ def _recorded() -> Iterator[set[Form]]:
 
     def record(launch: Launch) -> object:
         switches = {key: value for key, value in launch.constants.items() if isinstance(value, bool)}
-        switches |= {f"program_id({axis})": length > 1 for axis, length in enumerate(launch.grid)}
+        switches |= {f"program_id({axis}) > 0": length > 1 for axis, length in enumerate(launch.grid)}
         forms.update((_name(launch.kernel), key, value) for key, value in switches.items())
         return run(launch)
 

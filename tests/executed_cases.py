@@ -56,18 +56,18 @@ QUICK: dict[str, Case] = {
     "conv, stride 2, odd": conv((2, 72, 11, 9), 24, stride=(1, 2), x=images.cropped_last, bias=False),
     "conv, groups": conv((2, 64, 8, 8), 144, groups=2),
     "conv, bundles": conv((2, 40, 6, 7), 20, groups=5, sigmoid=True),
-    "conv, image": conv((2, 3, 16, 12), 40, sigmoid=True, needs="wb"),
+    "conv, image": conv((2, 3, 16, 12), 72, sigmoid=True, needs="wb"),
     "conv, NCHW image, float32": conv(
         (2, 3, 9, 12), 20, stride=2, x=images.contiguous, w=images.contiguous, bias=False, needs="w", dtype=SINGLE
     ),
-    "conv, depthwise": conv((2, 40, 9, 11), 40, groups=40),
+    "conv, depthwise": conv((2, 72, 9, 11), 72, groups=72),
     "conv, NCHW depthwise, float32": conv(
         (2, 8, 8, 16), 8, groups=8, x=images.contiguous, stride=(1, 2), sigmoid=True, bias=False, dtype=SINGLE
     ),
     "conv, float32": conv((1, 32, 8, 8), 32, dtype=SINGLE),
     "conv, tf32": conv((1, 64, 8, 8), 64, dtype=SINGLE, tf32=True),
     "conv, float64": conv((1, 24, 8, 8), 24, dtype=DOUBLE),
-    "conv, db alone": conv((2, 8, 9, 7), 24, needs="b"),
+    "conv, db alone": conv((2, 8, 9, 7), 72, needs="b"),
     "SGD": Rule("SGD", {"momentum": 0.9, "dampening": 0.3}),
     "Momentum": Rule("Momentum", {}, BRAIN),
     "RMSprop": Rule("RMSprop", {"momentum": 0.9, "centered": True}, HALF),
@@ -161,11 +161,20 @@ SLOW: dict[str, Case] = {
 
 def random_linear(chance: random.Random) -> Case:
     m, n, k = (chance.choice([1, 2, 7, 16, 31, 40, 64, 72, 100, 129, 200]) for _ in range(3))
-    layouts = [chance.choice([lies.plain, lies.transposed, lies.gaps, lies.shifted]) for _ in range(2)]
-    dy = chance.choice([lies.plain, lies.transposed, lies.shifted, expanded])
-    needs = "".join(letter for letter in "xwb" if chance.random() < 0.8)
-    dtype, processors = chance.choice(DTYPES), chance.choice([1, 2, 8, 108])
-    return Linear((m, n, k), dtype, *layouts, dy, needs, chance.random() < 0.7, processors=processors)
+    return Linear(
+        (m, n, k),
+        chance.choice(DTYPES),
+        x=chance.choice([lies.plain, lies.transposed, lies.gaps, lies.shifted]),
+        w=chance.choice([lies.plain, lies.transposed, lies.gaps, lies.shifted]),
+        dy=chance.choice([lies.plain, lies.transposed, lies.shifted, expanded]),
+        needs="".join(letter for letter in "xwb" if chance.random() < 0.8),
+        bias=chance.random() < 0.7,
+        processors=chance.choice([1, 2, 8, 108]),
+    )
+
+
+STRIDES: list[int | tuple[int, int]] = [1, 1, 2, (1, 2), (2, 1)]
+PADDINGS: list[int | tuple[int, int]] = [0, 1, 1, 2, (0, 1)]
 
 
 def random_conv(chance: random.Random) -> Case:
@@ -177,7 +186,7 @@ def random_conv(chance: random.Random) -> Case:
     c, o, groups = (c, c, c) if groups == 0 else (c * groups, o * groups, groups)
     return conv(
         (chance.choice([1, 2, 5]), c, chance.randint(3, 17), chance.randint(3, 17)), o,
-        stride=chance.choice([1, 1, 2, (1, 2), (2, 1)]), padding=chance.choice([0, 1, 1, 2, (0, 1)]), groups=groups,
+        stride=chance.choice(STRIDES), padding=chance.choice(PADDINGS), groups=groups,
         sigmoid=chance.random() < 0.5, bias=chance.random() < 0.7, dtype=chance.choice(DTYPES),
         x=chance.choice([images.contiguous, images.last, images.every_other, images.cropped, images.sliced_last]),
         w=chance.choice([images.contiguous, images.last]), needs=chance.choice(["xwb", "xw", "wb", "w", "x"]),

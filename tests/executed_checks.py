@@ -220,12 +220,12 @@ def tensors(
     layouts: Sequence[str], dtypes: Sequence[torch.dtype], step: int = 0, scale: float = 1.0
 ) -> list[Tensor]:  # fmt: skip
     """Parameters (step 0), or the gradients of a step: in these layouts, of these types in turn."""
-    kinds = zip(layouts, itertools.cycle(dtypes), itertools.count())
-    which = 1 if step == 0 else 2
-    return [
-        optim_cases.LAYOUTS[k][which](optim_cases.values(SHAPES[k], dtype, 1 + step, i) * scale)
-        for k, dtype, i in kinds
-    ]
+    found = []
+    for i, (name, dtype) in enumerate(zip(layouts, itertools.cycle(dtypes), strict=False)):
+        _, of_param, of_grad = optim_cases.LAYOUTS[name]
+        drawn = optim_cases.values(SHAPES[name], dtype, 1 + step, i) * scale
+        found.append(of_grad(drawn) if step else of_param(drawn))
+    return found
 
 
 class Rule(NamedTuple):
@@ -274,7 +274,8 @@ class Beyond(NamedTuple):
         options = optim_cases.NUMBERS[self.name] | optim_cases.LIVELY[self.name]
         beyond = self.extra | ({} if self.scale is None else {"fused": True})
         params, copies = (tensors(self.layouts, self.dtypes) for _ in range(2))
-        optimizer, fallback = (optim_cases.ours(self.name, each, **options, **beyond) for each in (params, copies))
+        optimizer: Any = optim_cases.ours(self.name, params, **options, **beyond)
+        fallback: Any = optim_cases.ours(self.name, copies, **options, **beyond)
         wrong = []
         for step in (1, 2, 3):
             skipped = self.scale is not None and step == 2
