@@ -251,6 +251,8 @@ def _address(tensor: Tensor | None) -> int:
 
 def _scalar_address(value: Tensor, device: torch.device) -> int:
     """Where a hyperparameter lies on the device; the lowest bit says that it is float64."""
+    if value.numel() != 1 or not tensors.is_held(value):
+        raise ValueError(f"a hyperparameter that is a tensor must hold one number, got shape {tuple(value.shape)}")
     if value.dtype not in (torch.float32, torch.float64) or value.device != device:
         raise TypeError(
             "a hyperparameter that is a tensor must be on the CPU, or float32 or float64 on its parameters' device, "
