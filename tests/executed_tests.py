@@ -23,7 +23,7 @@ ONE_VALUE_BEFORE_HOPPER = {
     "conv3x3.dgrad.TMA", "conv3x3.forward.TMA", "conv3x3.wgrad.TMA", "linear_sigmoid.dgrad.FUSE_DZ",
     "linear_sigmoid.dgrad.TMA", "linear_sigmoid.dgrad.TMA_STORE", "linear_sigmoid.forward.PERSISTENT",
     "linear_sigmoid.forward.TMA", "linear_sigmoid.forward.TMA_STORE", "linear_sigmoid.wgrad.FUSE_DZ",
-    "linear_sigmoid.wgrad.TMA", "linear_sigmoid.wgrad.WRITE_DZ",
+    "linear_sigmoid.wgrad.TMA", "linear_sigmoid.wgrad.WRITE_DB", "linear_sigmoid.wgrad.WRITE_DZ",
 }  # fmt: skip
 
 
