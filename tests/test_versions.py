@@ -74,5 +74,5 @@ def test_fused_multiply_adds_do_not_hang_on_the_version() -> None:
     pytest.importorskip("triton")
     from tribp.ops.launching import Launch
 
-    launch = Launch(None, (1,), (), {}, 4)  # type: ignore[arg-type]
+    launch = Launch(None, (1,), (), {}, 4)
     assert launch.options["enable_fp_fusion"] is True
