@@ -67,3 +67,12 @@ def test_untested_versions_are_named_once(torch: str, triton: str, said: list[st
     assert [line.partition("UserWarning: ")[2] for line in found] == [
         f"tribp's kernels are untested with {what}" for what in said
     ]
+
+
+def test_fused_multiply_adds_do_not_hang_on_the_version() -> None:
+    """Triton 3.9 says that 3.10 will not form them unless it is asked to."""
+    pytest.importorskip("triton")
+    from tribp.ops.launching import Launch
+
+    launch = Launch(None, (1,), (), {}, 4)
+    assert launch.options["enable_fp_fusion"] is True
