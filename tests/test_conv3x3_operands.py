@@ -113,11 +113,11 @@ def test_descriptors_of_wgrad_take_lines(n: int, q: int, line: tuple[int, int, i
 def test_wgmma_does_not_read_float32_that_is_summed_as_well(precision: str) -> None:
     """Nor would it be right to: `cp.async` brings the next tile too early."""
     facts: dict[str, Any] = dict(n=64, p=56, q=56, o=128, dtype="float32", arch=ARCHS["sm_90"])
-    dense = dict(c=128, bundles=1, bundle=1, precision=precision, vec=4, tma=True, spare=0)
+    dense: dict[str, Any] = dict(c=128, bundles=1, bundle=1, precision=precision, vec=4, tma=True, spare=0)
     chosen = choose_conv_wgrad(**facts, **dense)
     for s in [chosen, *AROUND["choose_conv_wgrad"](chosen, **facts, **dense)]:
         assert s.block_i < 64, "wgmma takes 64 rows and more"
-    small = dict(c=3, wide=False, wgrad=True)
+    small: dict[str, Any] = dict(c=3, wide=False, wgrad=True)
     chosen = choose_small(**facts, **small)
     assert {s.num_stages for s in [chosen, *AROUND["choose_small"](chosen, **facts, **small)]} == {1}
 
