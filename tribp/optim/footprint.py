@@ -62,7 +62,7 @@ def holders(tensors: Sequence[Tensor]) -> object:
     """How many hold each tensor, its storage and its memory: equal to what it was while nobody else has got hold."""
     storages = list(map(_STORAGE, tensors))
     try:
-        memory = [torch._C._storage_Use_Count(s._cdata) for s in storages]  # type: ignore[attr-defined]
+        memory = [torch._C._storage_Use_Count(s._cdata) for s in storages]
     except AttributeError:
         return object()  # equal to nothing: as if somebody held them
     return [*map(sys.getrefcount, tensors), *map(sys.getrefcount, storages), *memory]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils import _pytree
 
-peek = dict.get  # a look at a state that it does not note
+peek: Callable[..., Any] = dict.get  # a look at a state that it does not note
 
 
 class WatchedState(dict[str, Any]):
