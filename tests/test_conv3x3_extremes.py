@@ -32,8 +32,8 @@ PIXELS = [(2, 3), (0, 0), (-1, -1), (-1, 2)]
 def bad_case(way: str, at: tuple[int, int], device: str) -> tuple[Case, float, list[Tensor]]:
     """A convolution, and an infinity or NaN, each type and value having its turn.
 
-    The fallback's in 32 and 64 bits: with AVX-512's or AMX's bfloat16, torch multiplies pairs of pixels, and an infinity
-    in one reaches a tap that meets only the zero beside it.
+    The fallback's in 32 and 64 bits: with AVX-512's or AMX's bfloat16 torch multiplies pairs of pixels, and an
+    infinity in one reaches a tap that meets only the zero beside it.
     """
     case = EXTREMES[way]
     types = [torch.float32, torch.float64] if runtime.backend() == "torch" else DTYPES
