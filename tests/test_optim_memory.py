@@ -272,7 +272,7 @@ def test_states_are_looked_at_only_while_somebody_holds_one(device: str, monkeyp
     calls: list[object] = []
     still = type(plan)._states_lie_still
 
-    def counted(plan: Any) -> bool:
+    def counted(plan: Any) -> Any:
         calls.append(plan)
         return still(plan)
 
@@ -398,7 +398,7 @@ def test_listed_twice_under_a_scaler(options: Options, device: str) -> None:
     a = torch.ones(5, device=device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = tribp.optim.Adam([a, a], lr=0.1, fused=True, **options)  # type: ignore[arg-type]
+        optimizer: Any = tribp.optim.Adam([a, a], lr=0.1, fused=True, **options)
     a.grad = torch.full_like(a, 8.0)
     optimizer.grad_scale = torch.tensor(4.0, device=device)
     optimizer.step()
