@@ -28,7 +28,7 @@ class Beyond(TypedDict, total=False):
         the optimizer and the element alone.
     ema_decay: keep in `state[p]["ema"]` an exponential moving average of the parameters, in float32 at least:
         v₁ = x₁, then v ← d·v + (1 − d)·x after every step. `swap_ema()` puts it in their place.
-    state_dtype: keep the moments in this type; the default is the parameter's.
+    state_dtype: keep the moments of real parameters in this type; the default is the parameter's.
     stochastic_rounding: round bfloat16 parameters up or down at random, right on average: updates that are too small
         for the type are then not lost. Other types are rounded to nearest.
     eps_inside_sqrt: √(v + ε) instead of √v + ε; not for SGD, which has neither.

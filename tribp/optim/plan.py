@@ -193,7 +193,7 @@ class Plan:
         if kind == "fused" and index in self._entangled:
             kind = "rest"
         if kind == "rest":
-            fallback.refuse_options(optimizer, group, g)
+            fallback.refuse_options(optimizer, group, p, g)
         return kind
 
     def _member(self, optimizer: "Optimizer", p: Tensor, group: "Group", number: int, index: int) -> Member:
