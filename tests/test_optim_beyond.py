@@ -252,11 +252,11 @@ def test_stochastic_rounding_does_not_depend_on_the_layout_of_the_launch(layout:
 
 def steps_of_every_layout(name: str, dtypes: list[torch.dtype], device: str, **options: Any) -> list[Tensor]:
     """Two steps of tensors of these types that lie, and whose gradients lie, in every way."""
-    cases = [(shape, dtype, *layouts) for shape, *layouts in LAYOUTS.values() for dtype in dtypes]
-    params = [of_param(values(shape, dtype, 1).to(device)) for shape, dtype, of_param, _ in cases]
+    cases = [(layout, dtype) for layout in LAYOUTS.values() for dtype in dtypes]
+    params = [of_param(values(shape, dtype, 1).to(device)) for (shape, of_param, _), dtype in cases]
     optimizer = ours(name, params, **NUMBERS[name] | LIVELY[name] | options)
     for t in (2, 3):
-        for p, (shape, dtype, _, of_grad) in zip(params, cases, strict=True):
+        for p, ((shape, _, of_grad), dtype) in zip(params, cases, strict=True):
             p.grad = of_grad(values(shape, dtype, t).to(device))
         optimizer.step()
     return params
