@@ -49,6 +49,8 @@ QUICK: dict[str, Case] = {
     "conv, 128 columns": conv((1, 128, 8, 32), 136),
     "conv, box and rest": conv((4, 32, 7, 7), 40),
     "conv, box and rest, sigmoid": conv((3, 24, 13, 11), 40, sigmoid=True),
+    "conv, lines of images": conv((32, 24, 3, 2), 72, needs="wb"),
+    "conv, lines of columns": conv((1, 24, 3, 32), 72, needs="wb", stride=(2, 1)),
     "conv, NCHW": conv((4, 32, 8, 16), 40, x=images.contiguous, w=images.contiguous, sigmoid=True),
     "conv, split sum": conv((4, 32, 16, 16), 32, groups=2, w=images.contiguous, needs="wb", processors=6),
     "conv, padded channels": conv((2, 13, 9, 7), 11, x=images.contiguous, dtype=HALF),

@@ -289,7 +289,7 @@ def test_work_of_a_product() -> None:
     assert found.bytes == 2 * (3 * 4096**2 + 4096)
     assert found.l2 == 2 * (4096**2 * (16 + 32) + 4096**2)
     found = work(Case(SQUARISH, FP32), "forward")
-    assert (found.bits, found.macs) == (32, 3 * 128 * 128 * 1024)  # tf32x3
+    assert (found.bits, found.macs) == (32, 3 * 32 * 128 * 1024)  # tf32x3 by mma.sync
     launches = launches_of(Case(TALL, BF16), "backward")
     wgrad, dgrad = work_of(launches[0]), work_of(launches[-1])
     rows = launches[0].arguments[launches[0].kernel.arg_names.index("rows_per_split")]

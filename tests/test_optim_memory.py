@@ -34,7 +34,7 @@ def cut(t: Tensor, part: int) -> None:
     t.untyped_storage().resize_(t.untyped_storage().nbytes() * part // 4)
 
 
-def assigned(make: Callable[[Tensor], Tensor]) -> Callable[[Options, str], None]:
+def assigned(make: Callable[[Tensor], object]) -> Callable[[Options, str], None]:
     def change(state: Options, key: str) -> None:
         state[key] = make(state[key])
 
@@ -202,7 +202,7 @@ kept: list[Tensor] = []
 
 MOVES: dict[str, Callable[[Tensor], object]] = {
     "resized": resized,
-    "set": lambda t: t.set_(t.clone()),
+    "set": lambda t: t.set_(t.clone()),  # type: ignore[call-overload]
     "old kept": old_kept,
     "restrided": lambda t: setattr(t, "data", transposed(t) if t.dim() == 2 else t.clone()),
     "same memory restrided": lambda t: setattr(t, "data", t.data.as_strided((3, 4), (1, 3))) if t.dim() == 2 else None,
@@ -269,9 +269,14 @@ def test_states_are_looked_at_only_while_somebody_holds_one(device: str, monkeyp
         twins.step()
     twins.ours.step()
     plan = twins.ours._plan
-    calls = []
+    calls: list[object] = []
     still = type(plan)._states_lie_still
-    monkeypatch.setattr(type(plan), "_states_lie_still", lambda self: calls.append(1) or still(self))
+
+    def counted(plan: Any) -> Any:
+        calls.append(plan)
+        return still(plan)
+
+    monkeypatch.setattr(type(plan), "_states_lie_still", counted)
 
     def looks() -> int:
         calls.clear()
@@ -393,9 +398,9 @@ def test_listed_twice_under_a_scaler(options: Options, device: str) -> None:
     a = torch.ones(5, device=device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = tribp.optim.Adam([a, a], lr=0.1, fused=True, **options)  # type: ignore[arg-type]
+        optimizer: Any = tribp.optim.Adam([a, a], lr=0.1, fused=True, **options)
     a.grad = torch.full_like(a, 8.0)
-    optimizer.grad_scale = torch.tensor(4.0, device=device)  # type: ignore[attr-defined]
+    optimizer.grad_scale = torch.tensor(4.0, device=device)
     optimizer.step()
     assert a.grad.tolist() == [2.0] * 5
 

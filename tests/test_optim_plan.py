@@ -8,7 +8,7 @@ from torch import Tensor
 
 import tribp
 from tribp.kernels.launch import MAX_DIMS
-from tribp.optim import Adam, plan, tables, tensors
+from tribp.optim import Adam, footprint, tables, tensors
 
 from .optim_cases import genuine, ours
 
@@ -29,7 +29,7 @@ def check(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
     """The guard of two tensors, in both ways; the second takes over where torch has no such class."""
     if request.param == "Python":
         monkeypatch.delattr("torch._C._dynamo.guards.TensorGuards")
-    return plan.guard([LIKE, torch.zeros(3)])
+    return footprint.guard([LIKE, torch.zeros(3)])
 
 
 @pytest.mark.parametrize("what", UNLIKE)

@@ -10,7 +10,10 @@ from torch import nn
 
 import tribp
 
+from .conv3x3_cases import ieee as ieee
+
 pytestmark = [
+    pytest.mark.usefixtures("ieee"),  # torch's own convolutions round to TF32 on a GPU alone
     pytest.mark.filterwarnings("ignore"),  # torch says that TorchScript is deprecated
     pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch has no TorchScript on Python 3.14"),
 ]

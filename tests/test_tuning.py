@@ -291,8 +291,8 @@ def test_rules_have_names_of_their_own() -> None:
 def test_questions_and_variants_are_the_same_in_every_process() -> None:
     """Under other seeds of Python's hashes sets have another order, and objects other addresses."""
     code = (
-        "from kernels.launch import *; from kernels.launch_tuning import hearing, rules_answer\n"
-        "from kernels.launch_variants import variants\n"
+        "from tribp.kernels.launch import *; from tribp.kernels.launch_tuning import hearing, rules_answer\n"
+        "from tribp.kernels.launch_variants import variants\n"
         "with hearing() as heard:\n"
         "    choose_step(5, frozenset(['float32', 'bfloat16', 'float16']), False, ARCHS['sm_90'])\n"
         "    choose_wgrad(80, 40, 48, 'float16', 'ieee', ARCHS['sm_90'], vec=8, tma=True, may_fuse=True, spare=1<<30)\n"
