@@ -46,7 +46,7 @@ QUICK: dict[str, Case] = {
     "linear, dx alone": Linear((136, 72, 72), needs="x"),
     "linear, db alone": Linear((136, 72, 24), needs="b"),
     "conv, 64 columns": conv((2, 64, 16, 16), 64),
-    "conv, 128 columns": conv((1, 128, 8, 32), 136),
+    "conv, 128 columns": conv((1, 128, 16, 16), 136),
     "conv, box and rest": conv((4, 32, 7, 7), 40),
     "conv, box and rest, sigmoid": conv((3, 24, 13, 11), 40, sigmoid=True),
     "conv, lines of images": conv((32, 24, 3, 2), 72, needs="wb"),
@@ -67,7 +67,7 @@ QUICK: dict[str, Case] = {
         (2, 8, 8, 16), 8, groups=8, x=images.contiguous, stride=(1, 2), sigmoid=True, bias=False, dtype=SINGLE
     ),
     "conv, float32": conv((1, 32, 8, 8), 32, dtype=SINGLE),
-    "conv, tf32": conv((1, 64, 4, 16), 64, dtype=SINGLE, tf32=True),
+    "conv, tf32": conv((1, 64, 8, 8), 64, dtype=SINGLE, tf32=True),
     "conv, float64": conv((1, 24, 8, 8), 24, dtype=DOUBLE),
     "conv, db alone": conv((2, 8, 9, 7), 72, needs="b"),
     "SGD": Rule("SGD", {"momentum": 0.9, "dampening": 0.3}),
