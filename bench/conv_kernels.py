@@ -122,6 +122,7 @@ def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "I
     sides = ("BLOCK_O", "BLOCK_C") if "wgrad" in kernel else ("BOX_N", "BOX_H", "BOX_W", "BLOCK_J")
     weights_first = kernel == "small_forward" or (kernel in ("forward", "dgrad") and bool(constants["TMA"]))
     rows = size(constants, *(sides[-1:] if weights_first else sides[:-1]))
+    rows = rows if launch.num_warps >= 4 else 0  # two warps, so that mma.sync multiplies
     if matrix := e.matrix_instructions(rows, dtype, arch):
         yield e.multiplies_with(*matrix[0], reason=matrix[1], loop=kernel != "small_forward")
     if not kernel.startswith("small"):

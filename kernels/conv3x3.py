@@ -260,7 +260,7 @@ def convolve(
     steps = tl.cdiv(length, BLOCK_L)
     TAPS: tl.constexpr = TAPS_H * TAPS_W
     for outer in range(0, 1 if FLAT else TAPS):
-        for inner in range(0, TAPS * steps if FLAT else steps):
+        for inner in range(0, tl.maximum(TAPS * steps if FLAT else steps, 1)):  # one turn at least: `common.product`
             if FLAT:
                 t = inner // steps
                 l = inner % steps * BLOCK_L

@@ -103,7 +103,7 @@ def around_conv_wgrad(
 
     def settled(s: Convolution) -> Iterator[Convolution]:
         if needs_registers(dtype, precision, arch, tma=s.tma, along=False):
-            s = by_mma_sync(s, precision)
+            s = by_mma_sync(replace(s, taps=1), precision)
         line = choose_line((s.block_l,), n, q)
         if s.tma and line is None:
             return

@@ -119,6 +119,7 @@ def test_neither_the_rules_nor_their_variants_leave_a_product_without_its_fence(
             lies = facts.get("along", along[question.rule])
             if needs_registers(facts["dtype"], facts["precision"], H100, tma=settings.tma, along=lies):
                 assert settings.prefetch or not uses_wgmma(settings), (question, settings)
+                assert getattr(settings, "taps", 1) == 1, f"two warps spill three results: {settings}"
 
 
 @pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
