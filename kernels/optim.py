@@ -254,9 +254,9 @@ def multi_tensor_step(
 ):  # fmt: skip
     """One optimizer step of `tensors` tensors, in place: parameters, states, step counters (see the tables above).
 
-    found_inf, grad_scale: float32 scalars of a GradScaler, or None: gradients are divided by the scale and written
-    back, and nothing at all changes if found_inf is not 0. grad_norm: the float64 norm of all gradients (unscaled),
-    or None: they are clipped to the group's max_grad_norm.
+    found_inf, grad_scale: float32 scalars of a GradScaler, or None: gradients, no two elements of which may then be one
+    in memory, are divided by the scale and written back; nothing at all changes if found_inf is not 0. grad_norm: the
+    float64 norm of all gradients (unscaled), or None: they are clipped to the group's max_grad_norm.
     """
     AMP: tl.constexpr = grad_scale is not None
     CLIP: tl.constexpr = grad_norm is not None

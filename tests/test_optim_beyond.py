@@ -13,6 +13,8 @@ import tribp.optim
 
 from .conftest import HAS_GPU
 from .optim_cases import (
+    DTYPES,
+    LAYOUTS,
     LIVELY,
     NUMBERS,
     Layout,
@@ -246,6 +248,45 @@ def test_stochastic_rounding_does_not_depend_on_the_layout_of_the_launch(layout:
     for a, b in zip(rounded("triton", 5, "SGD", layout), rounded("torch", 5, "SGD", layout), strict=True):
         if a.dtype == torch.bfloat16:
             assert torch.equal(a, b)
+
+
+def steps_of_every_layout(name: str, dtypes: list[torch.dtype], device: str, **options: Any) -> list[Tensor]:
+    """Two steps of tensors of these types that lie, and whose gradients lie, in every way."""
+    cases = [(layout, dtype) for layout in LAYOUTS.values() for dtype in dtypes]
+    params = [of_param(values(shape, dtype, 1).to(device)) for (shape, of_param, _), dtype in cases]
+    optimizer = ours(name, params, **NUMBERS[name] | LIVELY[name] | options)
+    for t in (2, 3):
+        for p, ((shape, _, of_grad), dtype) in zip(params, cases, strict=True):
+            p.grad = of_grad(values(shape, dtype, t).to(device))
+        optimizer.step()
+    return params
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_stochastic_rounding_in_every_layout(name: str, kernels: str) -> None:
+    options: Options = {"stochastic_rounding": True, "weight_decay": 0.0}
+    mine = steps_of_every_layout(name, [torch.bfloat16], kernels, **options)
+    with tribp.use_backend("torch"):
+        others = steps_of_every_layout(name, [torch.bfloat16], "cpu", **options)
+    for layout, a, b in zip(LAYOUTS, mine, others, strict=True):
+        assert torch.equal(a.cpu(), b), layout
+
+
+@each_class
+def test_other_types_than_bfloat16_are_rounded_to_nearest(name: str, device: str) -> None:
+    """In every layout, also where torch's own code updates them: the option asks nothing of them."""
+    dtypes = [dtype for dtype in DTYPES if dtype != torch.bfloat16]
+    with_it = steps_of_every_layout(name, dtypes, device, stochastic_rounding=True)
+    for a, b in zip(with_it, steps_of_every_layout(name, dtypes, device), strict=True):
+        assert torch.equal(a, b)
+
+
+@each_class
+def test_a_state_dtype_leaves_complex_states_alone(name: str, device: str) -> None:
+    """They stay complex: a moment of a complex parameter is no real number."""
+    params = steps_of_every_layout(name, [torch.complex64], device, state_dtype=torch.float64)
+    for a, b in zip(params, steps_of_every_layout(name, [torch.complex64], device), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

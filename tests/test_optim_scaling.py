@@ -1,4 +1,4 @@
-"""A GradScaler's steps, and the five mistakes of torch's fused ones."""
+"""A GradScaler's steps, and the mistakes of torch's fused ones."""
 
 import math
 from typing import Any
@@ -12,11 +12,14 @@ import tribp.optim
 
 from .optim_cases import (
     CLASSES,
+    Layout,
     Twins,
     channels_last,
     each_class,
+    expanded,
     lively,
     transposed,
+    values,
 )  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,3 +174,81 @@ def test_clipping_what_is_unscaled(name: str, device: str) -> None:
             assert p.grad is not None
             assert g is not None
             assert torch.equal(p.grad.cpu(), g), "unscaled, not clipped"
+
+
+# ---- gradients that have no memory of their own
+
+
+def windows(x: Tensor) -> Tensor:
+    """Rows that overlap the next ones."""
+    rows, columns = x.shape
+    return x.flatten()[: rows + columns - 1].clone().as_strided((rows, columns), (1, 1))
+
+
+@each_class
+@pytest.mark.parametrize("overlapping", [expanded, windows])
+def test_a_gradient_that_overlaps_itself(name: str, overlapping: Layout, device: str) -> None:
+    """Each element is divided once, in a copy. torch's `unscale_` raises and asks for a clone; its fused step on the
+    CPU writes behind the gradient.
+
+    First without a scale, so that a plan for such a gradient is there, then in a step that is skipped, and in two more.
+    """
+    twins = lively(name, device, shapes=[(40, 30), (5,)], mine={"fused": True})
+    for scale, found_inf in [(1.0, None), (4.0, 1.0), (8.0, 0.0), (2.0, 0.0)]:
+        large, small = twins.grads()
+        assert large is not None
+        scaled = overlapping((large * scale).to(device))
+        before, held = snapshot(twins.ours), scaled.clone()
+        twins.give([held.cpu() / scale, small])
+        twins.params[0].grad = scaled
+        assert twins.params[1].grad is not None
+        twins.params[1].grad *= scale
+        if found_inf is None:
+            twins.ours.step()
+        else:
+            scaled_step(twins.ours, scale, found_inf)
+        assert torch.equal(scaled, held), "others may hold it"
+        if found_inf:
+            assert_unchanged(twins.ours, before)
+            assert torch.equal(twins.params[0].grad, held)
+            continue
+        twins.genuine.step()
+        twins.check()
+        assert torch.equal(twins.params[0].grad, held / scale)
+
+
+@each_class
+def test_a_gradient_that_two_parameters_share(name: str, device: str) -> None:
+    """By hand; torch divides it twice. Of the same shape, or not: views of the same memory."""
+    twins = lively(name, device, shapes=[(4, 5), (20,), (4, 5)], mine={"fused": True})
+    for scale in (8.0, 2.0):
+        (grad, *_) = twins.grads(0)
+        assert grad is not None
+        twins.give([grad, grad.flatten(), grad])
+        shared = (grad * scale).to(device)
+        for p, g in zip(twins.params, (shared, shared.view(20), shared), strict=True):
+            p.grad = g
+        scaled_step(twins.ours, scale, 0.0)
+        twins.genuine.step()
+        twins.check()
+        for p in twins.params:
+            assert p.grad is not None
+            assert torch.equal(p.grad.cpu().view_as(grad), grad), "unscaled, once"
+
+
+def test_gradients_with_memory_of_their_own_stay_there(device: str) -> None:
+    """Columns of one matrix, beside one without: whoever holds the matrix sees them unscaled."""
+    twins = lively("Adam", device, shapes=[(4, 5), (4, 3), (2, 2)], mine={"fused": True})
+    for step in range(2):
+        first, second, third = (values(p.shape, p.dtype, 3 + step, i) for i, p in enumerate(twins.twins))
+        third = expanded(third)
+        twins.give([first, second, third])
+        matrix = torch.cat([first, second], 1).to(device) * 4.0
+        columns = [*matrix.split([5, 3], 1), expanded(third.to(device) * 4.0)]
+        for p, g in zip(twins.params, columns, strict=True):
+            p.grad = g
+        scaled_step(twins.ours, 4.0, 0.0)
+        assert torch.equal(matrix.cpu(), torch.cat([first, second], 1))
+        assert [p.grad is g for p, g in zip(twins.params, columns, strict=True)] == [True, True, False]
+        twins.genuine.step()
+        twins.check()

@@ -103,12 +103,23 @@ def test_sparse_gradients_that_torch_refuses(name: str, device: str) -> None:
 )
 def test_sparse_gradients_and_options_beyond_torch(options: Options, device: str) -> None:
     """No silent difference: the option can't be had, and the error names both."""
-    p = torch.ones(6, 3, dtype=torch.float64, device=device)
+    p = torch.ones(6, 3, dtype=torch.bfloat16, device=device)
     optimizer = tribp.optim.Adagrad([p], **options)
-    p.grad = sparse_grad(6, 1).to(device)
+    p.grad = sparse_grad(6, 1).to(device, p.dtype)
     with pytest.raises(RuntimeError, match=f"{next(iter(options))}.*sparse"):
         optimizer.step()
     assert torch.equal(p, torch.ones_like(p))
+
+
+def test_sparse_gradients_and_options_that_ask_nothing(device: str) -> None:
+    """float64 is rounded to nearest and keeps its states in float64 anyway."""
+    params = [torch.ones(6, 3, dtype=torch.float64, device=device) for _ in range(2)]
+    nothing: list[Options] = [{"stochastic_rounding": True, "state_dtype": torch.float64}, {}]
+    for p, options in zip(params, nothing, strict=True):
+        optimizer = tribp.optim.Adagrad([p], **options)
+        p.grad = sparse_grad(6, 1).to(device)
+        optimizer.step()
+    assert torch.equal(*params)
 
 
 def test_an_average_of_a_sparsely_updated_embedding(device: str) -> None:

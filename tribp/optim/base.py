@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .plan import Plan
-from .tensors import local
+from .tensors import local, separate_gradients
 
 if TYPE_CHECKING:
     from .fallback import Tensors
@@ -28,7 +28,7 @@ class Beyond(TypedDict, total=False):
         the optimizer and the element alone.
     ema_decay: keep in `state[p]["ema"]` an exponential moving average of the parameters, in float32 at least:
         v₁ = x₁, then v ← d·v + (1 − d)·x after every step. `swap_ema()` puts it in their place.
-    state_dtype: keep the moments in this type; the default is the parameter's.
+    state_dtype: keep the moments of real parameters in this type; the default is the parameter's.
     stochastic_rounding: round bfloat16 parameters up or down at random, right on average: updates that are too small
         for the type are then not lost. Other types are rounded to nearest.
     eps_inside_sqrt: √(v + ε) instead of √v + ε; not for SGD, which has neither.
@@ -194,8 +194,15 @@ class Optimizer(torch.optim.Optimizer):
         torch._C._set_grad_enabled(False)  # what torch.no_grad() does; its object costs 1 of a small step's 16 µs
         try:
             plan, grads, uncounted = self._plan, None, False
+            grad_scale = getattr(self, "grad_scale", None)
             if plan is not None:
                 grads = plan.gradients(self)
+            if (
+                grad_scale is not None
+                and (plan is None or grads is None or plan.shares_memory(grads))
+                and separate_gradients(p for group in self.param_groups for p in group["params"])
+            ):
+                grads = None if plan is None else plan.gradients(self)
             capturing = self._capturing()
             if plan is None or grads is None:
                 if capturing:
@@ -207,7 +214,7 @@ class Optimizer(torch.optim.Optimizer):
                 plan = self._plan = Plan(self, plan)
                 grads = plan.gradients(self)
                 assert grads is not None, "a new plan fits what it was made from"
-            plan.run(self, grads, getattr(self, "grad_scale", None), getattr(self, "found_inf", None), capturing)
+            plan.run(self, grads, grad_scale, getattr(self, "found_inf", None), capturing)
             if uncounted:
                 for state in self.state.values():
                     if "ema_step" in state:

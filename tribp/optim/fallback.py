@@ -23,16 +23,23 @@ if TYPE_CHECKING:
 # 159. While other processes keep the cores busy, a single small tensor may wait 5 to 15 ms for the second thread.
 _GRAIN = 32768
 
-_COMPUTED = ("eps_inside_sqrt", "stochastic_rounding", "state_dtype")  # options that torch's code can't follow
+
+def beyond_torch(group: "Group", p: Tensor) -> list[str]:
+    """The options that are on and that torch's code can't follow; not those that ask nothing of this parameter."""
+    state_dtype = group.get("state_dtype")
+    asked = {
+        "eps_inside_sqrt": group.get("eps_inside_sqrt"),
+        "stochastic_rounding": group.get("stochastic_rounding") and p.dtype == torch.bfloat16,
+        "state_dtype": state_dtype not in (None, p.dtype) and not p.is_complex(),
+    }
+    return [name for name, on in asked.items() if on]
 
 
 def kind(optimizer: "Optimizer", group: "Group", parts: Sequence[Tensor]) -> str:
     """Which of the ways below a parameter, its gradient and its states (local and plain) can go."""
     p = parts[0]
     dtypes = {t.dtype for t in parts[: 2 + sum(name is not None for name in optimizer._names(group))]}
-    rounds = group.get("stochastic_rounding") and p.dtype == torch.bfloat16
-    state_dtype = group.get("state_dtype") or p.dtype
-    if group.get("eps_inside_sqrt") or rounds or len(dtypes) > 1 or (state_dtype != p.dtype and not p.is_complex()):
+    if beyond_torch(group, p) or len(dtypes) > 1:
         return "reference"
     on_cpu = p.device.type == "cpu"
     if on_cpu and p.is_floating_point() and optimizer._fused_on_cpu(group, p.dtype) and tensors.layout(parts) == []:
@@ -42,13 +49,11 @@ def kind(optimizer: "Optimizer", group: "Group", parts: Sequence[Tensor]) -> str
     return "rest"
 
 
-def refuse_options(optimizer: "Optimizer", group: "Group", grad: Tensor) -> None:
+def refuse_options(optimizer: "Optimizer", group: "Group", p: Tensor, grad: Tensor) -> None:
     """Raise RuntimeError if a gradient that only torch's own code takes meets an option that torch does not have."""
-    wanted = [name for name in (*_COMPUTED, "max_grad_norm") if group.get(name)]
-    if group.get("state_dtype") == grad.dtype:
-        wanted.remove("state_dtype")  # torch's states have it anyway
-    if wanted == ["max_grad_norm"] and grad.layout == torch.strided and not group.get("differentiable"):
-        return  # scaled copies of the gradients will do
+    wanted = beyond_torch(group, p)
+    if group.get("max_grad_norm") and (wanted or grad.layout != torch.strided or group.get("differentiable")):
+        wanted.append("max_grad_norm")  # elsewhere scaled copies of the gradients will do
     if not wanted:
         return
     if grad.layout != torch.strided:

@@ -123,6 +123,7 @@ class Plan:
         self.watched: list[int] = []  # of the parameters
         self._unwatched: list[Tensor] = []  # with sparse gradients, say, that no kernel takes
         self._expected: dict[int, tuple[object, ...]] = {}  # of their gradients, where one may come
+        self._overlapping = False  # whether one of them overlaps itself
         for index, (kind, (number, _, p)) in enumerate(zip(kinds, positions, strict=True)):
             grad = local(p if p.grad is None else p.grad)
             if not _plain(grad):
@@ -131,6 +132,7 @@ class Plan:
                 self.watched.append(index)
                 if kind != "dormant":
                     self._expected[index] = look(grad)
+                    self._overlapping |= tensors.overlaps_itself(grad)
             if kind == "rest":
                 self.rest[number].append(p)
                 if p.grad is not None and optimizer._has_state(groups[number]):
@@ -193,7 +195,7 @@ class Plan:
         if kind == "fused" and index in self._entangled:
             kind = "rest"
         if kind == "rest":
-            fallback.refuse_options(optimizer, group, g)
+            fallback.refuse_options(optimizer, group, p, g)
         return kind
 
     def _member(self, optimizer: "Optimizer", p: Tensor, group: "Group", number: int, index: int) -> Member:
@@ -292,6 +294,11 @@ class Plan:
         if self.sharded:
             grads = [None if g is None else local(g) for g in grads]
         return grads if self._fits(self._watch(grads)) else None
+
+    def shares_memory(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether two elements of these gradients are one in memory, which then can't be divided in place."""
+        addresses = [grad.data_ptr() for grad in self._watch(grads) if grad is not None and grad.numel()]
+        return self._overlapping or len(set(addresses)) < len(addresses)
 
     def _follows(self, optimizer: "Optimizer") -> bool:
         """Take over options that were replaced; False if the plan can't follow them."""

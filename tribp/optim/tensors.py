@@ -64,6 +64,8 @@ def is_held(tensor: Tensor) -> bool:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two of a tensor's elements may be one and the same in memory, as those of an expanded one are."""
+    if tensor.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -71,6 +73,25 @@ def overlaps_itself(tensor: Tensor) -> bool:
                 return True
             reach += stride * (size - 1)
     return False
+
+
+def separate_gradients(params: Iterable[Tensor]) -> bool:
+    """Put copies in the place of gradients that a GradScaler's scale can't divide in place; return whether any was.
+
+    Those that overlap themselves (torch raises an error that asks for a clone) and those that begin where another one
+    begins, which would be divided twice. Columns of one matrix overlap as stretches of memory, and stay as they are.
+    """
+    begun: set[int] = set()
+    separated = False
+    for p in dict.fromkeys(params):
+        grad = None if p.grad is None else local(p.grad)
+        if type(grad) not in PLAIN or grad.layout != torch.strided or not (grad.numel() and is_held(grad)):
+            continue
+        if overlaps_itself(grad) or (grad.data_ptr() in begun and not grad.is_meta):
+            p.grad = p.grad.clone()
+            separated = True
+        begun.add(grad.data_ptr())
+    return separated
 
 
 def overlapping(owned: Iterable[tuple[int, Tensor]]) -> set[int]:
