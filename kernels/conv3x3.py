@@ -475,10 +475,12 @@ def wgrad(
     dw += split.to(tl.int64) * groups * OG * (9 * pitch)
     at = (first + o.to(tl.int32)) * (9 * pitch)  # of one weight, which has less than 2³¹ elements: registers are scarce
     c = c.to(tl.int32)
+    if TAPS_LAST:
+        step = 1
+        c *= 9
+    else:
+        step = pitch
+    to = at[:, None] + c[None, :]  # for all taps: compiled, an offset for each spilled with Triton 3.5 and 3.6
+    dw += (r * 3 + s) * step
     for t in tl.static_range(TAPS):
-        tap = r * 3 + s + t
-        if TAPS_LAST:
-            to = at[:, None] + (c * 9 + tap)[None, :]
-        else:
-            to = at[:, None] + (tap * pitch + c)[None, :]
-        tl.store(dw + to, round_to(acc[t], dw.dtype.element_ty), mask=inside)
+        tl.store(dw + t * step + to, round_to(acc[t], dw.dtype.element_ty), mask=inside)
