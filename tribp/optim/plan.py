@@ -241,6 +241,7 @@ class Plan:
         self._used = [
             t for state, names in states for name in names if isinstance(t := peek(state, name), Tensor) and _plain(t)
         ]
+        self._state_shards = not set(map(type, self._used)) <= set(PLAIN)
         self._state_footprint = Footprint(self._state_tensors())
         self._holders: list[object] | None = None  # of the states, when nobody but us has one
 
@@ -309,7 +310,7 @@ class Plan:
         return fused, optimizer._names(group), bool(group.get("ema_decay")), *map(group.get, _SWITCHES[:-1])
 
     def _state_tensors(self) -> list[Tensor]:
-        return list(map(local, self._used)) if tensors.dtensor_type() else self._used
+        return list(map(local, self._used)) if self._state_shards else self._used
 
     def _states_lie_still(self) -> bool:
         """Whether the states' memory is as it was, and whether anybody could change that unnoticed from now on."""
