@@ -139,7 +139,7 @@ def test_a_class_with_a_step_of_its_own(base: Any) -> None:
     heard: list[int] = []
     optimizer = ready(Own)
     optimizer.register_step_post_hook(lambda optimizer, args, kwargs: heard.append(1))
-    assert optimizer.step() == ("own", None)  # type: ignore[comparison-overlap]
+    assert optimizer.step() == ("own", None)
     assert heard
     with on_cpu() as profiled:
         optimizer.step()
