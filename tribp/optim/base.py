@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, hooked
 from .plan import Plan
 from .tensors import local, separate_gradients
 
@@ -168,6 +168,8 @@ class Optimizer(torch.optim.Optimizer):
         """Last changes to the groups."""
 
     # The step.
+
+    profile_hook_step = staticmethod(hooked.wrap)  # torch wraps a class's `step` in it
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.

@@ -14,7 +14,7 @@ how costs 5. So `Plan` finds it out once, and `Plan.gradients` looks, every step
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, compress
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, eq, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -239,13 +239,13 @@ class Plan:
         self.counters = {key: entry for key, entry in self.counters.items() if key in owners}
         self._fused = bool(members["fused"])
         self.structure = [self._structure(optimizer, group) for group in optimizer.param_groups]
-        self._used = [  # states, and which of their tensors
-            (state, [name for name in names if isinstance(peek(state, name), Tensor) and _plain(peek(state, name))])
-            for state, names in ((optimizer.state.get(p), names) for p, names in zip(self.params, used, strict=True))
-            if state
+        states = [(optimizer.state.get(p, {}), names) for p, names in zip(self.params, used, strict=True)]
+        self._used = [
+            t for state, names in states for name in names if isinstance(t := peek(state, name), Tensor) and _plain(t)
         ]
+        self._state_shards = not set(map(type, self._used)) <= set(PLAIN)
         self._state_footprint = Footprint(self._state_tensors())
-        self._holders: object = None  # of the states, when nobody but us has one
+        self._holders: list[object] | None = None  # of the states, when nobody but us has one
 
     # SGD has no step. Whether a momentum buffer has begun is counted here, for the buffer or, if none, the parameter.
 
@@ -317,7 +317,7 @@ class Plan:
         return fused, optimizer._names(group), bool(group.get("ema_decay")), *map(group.get, _SWITCHES[:-1])
 
     def _state_tensors(self) -> list[Tensor]:
-        return [local(peek(state, name)) for state, names in self._used for name in names]
+        return list(map(local, self._used)) if self._state_shards else self._used
 
     def _states_lie_still(self) -> bool:
         """Whether the states' memory is as it was, and whether anybody could change that unnoticed from now on."""
@@ -326,7 +326,7 @@ class Plan:
             return False
         self._looks.clear()
         if self._holders is not None and not self.rest:  # else torch's own code will look again anyway
-            self._held = holders(states) != self._holders
+            self._held = not all(map(eq, holders(states), self._holders))
         return True
 
     def _fits(self, grads: Sequence[Tensor | None]) -> bool:
@@ -393,7 +393,7 @@ class Plan:
         for number, params in self.rest.items():
             fallback.run_rest(optimizer.param_groups[number], params, step, number in self._in_turn)
         if self._holders is None and not (self._held or self._looks):
-            self._holders = holders(self._state_tensors())
+            self._holders = list(holders(self._state_tensors()))
 
     def _norm(self, step: Step) -> Tensor:
         """‖g‖₂ over all gradients, unscaled: by one more launch, or by torch where they are not all in one place."""
