@@ -97,18 +97,31 @@ COLUMNS = [(8, 224, (1, 1, 32)), (1, 128, (1, 1, 64))]
 
 
 @pytest.mark.parametrize(("n", "q", "line"), [*IMAGES, *COLUMNS, (8, 56, None), (48, 7, None), (100, 14, None)])
-def test_descriptors_of_wgrad_take_lines(n: int, q: int, line: tuple[int, int, int] | None) -> None:
+def test_descriptors_of_wgrad_take_lines(
+    n: int, q: int, line: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of images, few of which are none, or of columns that divide the image's; and so do the settings around them."""
+    monkeypatch.setattr(versions, "triton_version", lambda: (3, 7))
     facts: dict[str, Any] = dict(n=n, p=q, q=q, o=128, c=128, bundles=1, bundle=1, dtype="bfloat16", precision="ieee")
     facts |= dict(arch=ARCHS["sm_90"], vec=8, tma=True, spare=0)
     chosen = choose_conv_wgrad(**facts)
     assert chosen.tma == (line is not None)
     assert line in (None, chosen.box)
-    side = 128 if chosen.tma or versions.fences_copies() else 64
-    assert (chosen.block_i, chosen.block_j) == (side, side), "pointers or not, unless they go to mma.sync"
+    assert (chosen.block_i, chosen.block_j) == (128, 128), "pointers or not"
     for s in [chosen, *AROUND["choose_conv_wgrad"](chosen, **facts)]:
         assert math.prod(s.box) == s.block_l
         assert not s.tma or s.box == (s.block_l, 1, 1) or (s.box == (1, 1, s.block_l) and q % s.block_l == 0)
+
+
+def test_wgmma_does_not_share_tiles_that_triton_overwrites(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts: dict[str, Any] = dict(n=64, p=56, q=56, o=128, c=128, bundles=1, bundle=1, precision="ieee")
+    facts |= dict(arch=ARCHS["sm_90"], vec=8, tma=True, spare=0)
+    for version in ((3, 5), (3, 6)):
+        monkeypatch.setattr(versions, "triton_version", lambda version=version: version)
+        chosen = choose_conv_wgrad(**facts, dtype="bfloat16")
+        around = AROUND["choose_conv_wgrad"](chosen, **facts, dtype="bfloat16")
+        assert {s.tma for s in [chosen, *around]} == ({False} if version == (3, 5) else {True, False})
+        assert choose_conv_wgrad(**facts, dtype="float64").tma, "DMMA reads registers"
 
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
