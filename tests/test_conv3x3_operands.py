@@ -21,23 +21,23 @@ from tribp.ops import conv3x3_triton as ops
 from tribp.reference import Window, conv3x3_backward
 
 from .oracle import assert_close
-from .test_conv3x3_kernels import BASE, WGRAD, WGRAD_FORMS, Case, arch, nan_like, run, tensor
+from .test_conv3x3_kernels import BASE, WGRAD, WGRAD_FORMS, arch, nan_like, run, tensor
 
 
 def test_a_step_past_the_channels_meets_no_weight(kernels: str) -> None:
-    """24 channels are a step and a half: what follows them in memory, the next tap's weights, is not to be read."""
-    w = tensor((8, 24, 3, 3), torch.float32, kernels, True)
+    """48 channels are a step and a half: what follows them in memory, the next tap's weights, is not to be read."""
+    w = tensor((16, 48, 3, 3), torch.float32, kernels, True)
     w[0, 0, 1, 1] = torch.inf
-    w[1, 23, 1, 1] = torch.nan
-    x, dy = tensor((2, 24, 5, 6), torch.float32, kernels, True), tensor((2, 8, 3, 4), torch.float32, kernels, True)
-    settings = replace(BASE, tma=True, flat=True)
+    w[1, 47, 1, 1] = torch.nan
+    x, dy = tensor((2, 48, 5, 6), torch.float32, kernels, True), tensor((2, 16, 3, 4), torch.float32, kernels, True)
+    settings = replace(BASE, tma=True, flat=True, block_l=32)
     y, dx = nan_like(dy), nan_like(x)
     run(ops.forward(x, w, None, y, Window(), None, arch(x), False, settings))
     exact = F.conv2d(x.double(), w.double()).float()
     torch.testing.assert_close(y, exact, equal_nan=True, rtol=1e-5, atol=1e-5)
     assert exact[:, 0].isinf().all(), "one term is infinite, and a zero times it would be NaN"
     run(ops.backward(dy, None, w, None, Window(), arch(x), False, dx, None, None, settings=settings))
-    assert dx[:, 1:23].isfinite().all(), "a column of weights reaches its own channel alone"
+    assert dx[:, 1:47].isfinite().all(), "a column of weights reaches its own channel alone"
 
 
 LINES = {"images": (16, 1, 1), "columns": (1, 1, 16)}
@@ -138,12 +138,11 @@ def test_wgmma_does_not_read_float32_that_is_summed_as_well(precision: str) -> N
 
 
 def test_a_box_that_is_no_line_is_refused(kernels: str) -> None:
-    case = Case("plain", torch.float32, kernels, last=True)
+    x, dy, dw = (tensor((16, 16, size, size), torch.float32, kernels, True) for size in (4, 4, 3))
     settings = replace(WGRAD, tma=True, box=(2, 4, 4))
     with pytest.raises(Exception, match="the box of a descriptor must be a line"):
         run(
             ops.backward(
-                case.dy, case.x, None, None, case.window, arch(case.x), False, None, nan_like(case.w), None,
-                wgrad_settings=settings,
+                dy, x, None, None, Window((1, 1), (1, 1)), arch(x), False, None, dw, None, wgrad_settings=settings
             )
-        )  # fmt: skip
+        )
