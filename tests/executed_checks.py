@@ -285,17 +285,20 @@ class Beyond(NamedTuple):
                 if self.scale is not None:
                     each.grad_scale, each.found_inf = torch.tensor(self.scale), torch.tensor(float(skipped))
             exact = Exact(self, options, optimizer, tensors(self.layouts, self.dtypes, step))
+            if self.extra.get("stochastic_rounding"):
+                torch._foreach_copy_(copies, params)
+                fallback.load_state_dict(optimizer.state_dict())
+                with tribp.use_backend("torch"):
+                    fallback.step()
             optimizer.step()
             wrong += [f"step {step}: {what}" for what in exact.differences(optimizer, skipped)]
             if self.extra.get("stochastic_rounding"):
-                with tribp.use_backend("torch"):
-                    fallback.step()
-        if self.extra.get("stochastic_rounding"):
-            rounded = [(p != q).flatten() for p, q in zip(params, copies, strict=True) if p.dtype == BRAIN]
-            differ = float(torch.cat(rounded).double().mean())
-            # The same random numbers; what they round may differ in float32's last bit, which decides one in 65,536.
-            if differ > 1e-3:
-                wrong.append(f"{differ:.1%} of the elements are rounded otherwise than by the fallback")
+                rounded = [(p != q).flatten() for p, q in zip(params, copies, strict=True) if p.dtype == BRAIN]
+                differ = float(torch.cat(rounded).double().mean())
+                # The same random numbers; what they round may differ in float32's last bit, which decides one in
+                # 65,536, from equal states: those are rounded to nearest, where 0.9·b + 0.1·g often is a tie.
+                if differ > 1e-3:
+                    wrong.append(f"step {step}: {differ:.2%} of the elements are not rounded as by the fallback")
         return wrong
 
 

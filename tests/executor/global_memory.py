@@ -54,8 +54,9 @@ class GlobalMemory:
         before = list(zip(self.starts, self.shift, self.ends, strict=True))
         self.starts = np.array([start for start, _, _ in merged], dtype=np.int64)
         self.ends = np.array([end for _, end, _ in merged], dtype=np.int64)
-        offsets = np.concatenate([[0], np.cumsum(self.ends - self.starts)]).astype(np.int64)
-        self.shift = offsets[:-1] - self.starts
+        evens = self.starts & -2  # else a tensor of an odd number of bytes puts two elements of the next in one place
+        offsets = np.concatenate([[0], np.cumsum((self.ends + 1 & -2) - evens)]).astype(np.int64)
+        self.shift = offsets[:-1] - evens
         self._elements = None
         shifted = zip(merged, self.shift.tolist(), strict=True)
         parts = [(low + shift, high - low, tensor) for (_, _, m), shift in shifted for low, high, tensor in m]

@@ -79,6 +79,15 @@ def test_gaps_of_a_strided_tensor_are_not_written() -> None:
     assert [problem.kind for problem in run(body.format("+4"), wide[::2])[1]] == ["out of bounds", "write to a gap"]
 
 
+def test_words_of_two_programs_are_not_one_behind_an_odd_number_of_bytes() -> None:
+    """What lies in memory before them, a mask of booleans say, does not matter."""
+    memory = torch.zeros(128, dtype=torch.uint8)
+    body = "mov.u32 %r2, %ctaid.x;\nmul.wide.u32 %rd9, %r2, 4;\nadd.s64 %rd10, %rd2, %rd9;\n"
+    body += "setp.eq.u32 %p1, %r1, 0;\n@%p1 st.global.b32 [%rd10], %r1;"
+    for odd in (memory[:3], memory[1:3], memory[1:4]):
+        assert run(body, odd, memory[64:].view(torch.int32), grid=2)[1] == []
+
+
 # Steps of a kernel, of which a mistake leaves one out, or does something before one.
 
 Steps = dict[str, str]
