@@ -48,7 +48,8 @@ def offsets(n, h, w, N, H, W, stride_n, stride_h, stride_w, VEC: tl.constexpr):
     inside = (n < N) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     at = n.to(tl.int64) * (stride_n // VEC * VEC)
     at += h.to(tl.int64) * (stride_h // VEC * VEC) + w.to(tl.int64) * (stride_w // VEC * VEC)
-    return tl.where(inside, at, 0), inside
+    # Said of the result: Triton 3.9 does not see it through `where`, and would load and store element by element.
+    return tl.multiple_of(tl.where(inside, at, 0), VEC), inside
 
 
 @triton.jit

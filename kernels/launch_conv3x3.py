@@ -92,13 +92,17 @@ def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False) -> Bo
     return min(near, key=lambda box: (box[0] * (box[1] + 2) * (box[2] + 2), covered(box), -box[2]))
 
 
-def choose_line(lengths: tuple[int, ...], n: int, q: int) -> Box | None:
+def choose_line(lengths: tuple[int, ...], n: int, q: int, dtype: str, arch: Arch) -> Box | None:
     """The first box of a descriptor of wgrad that suits n images of q columns: a line of images or of columns.
 
     Other boxes send dz through registers (`conv3x3.wgrad`). Behind the last image neither dz nor x has anything, and an
     eighth of what is multiplied may lie there. Columns must divide the image's: a descriptor knows x's edges, but not
     dz's, and pixels that dz has not must be zero in x too.
+
+    None where wgmma would read dz too late: three taps' products and db's take it from one tile.
     """
+    if ITEMSIZE[dtype] == 2 and arch.has_wgmma and not versions.keeps_shared_tiles():
+        return None
     for length in lengths:
         if 8 * cdiv(n, length) * length <= 9 * n:
             return length, 1, 1
@@ -180,7 +184,7 @@ def choose_conv_wgrad(
     """
     size = ITEMSIZE[dtype]
     # Compiled: descriptors of 16 deep tiles take two thirds of the instructions of pointers to 32 deep ones.
-    line = choose_line((64, 32) if size == 2 else (32, 16), n, q) if tma and arch.has_tma else None
+    line = choose_line((64, 32) if size == 2 else (32, 16), n, q, dtype, arch) if tma and arch.has_tma else None
     tma = line is not None
     # Derived: dz is read once for three taps. Compiled: three results of 128×128 fit the registers beside wgmma, which
     # reads both operands from shared memory, and the addresses of 32 deep tiles, but not those of 4-byte accesses;

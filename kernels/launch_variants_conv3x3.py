@@ -104,7 +104,7 @@ def around_conv_wgrad(
     def settled(s: Convolution) -> Iterator[Convolution]:
         if needs_registers(dtype, precision, arch, tma=s.tma, along=False):
             s = by_mma_sync(replace(s, taps=1), precision)
-        line = choose_line((s.block_l,), n, q)
+        line = choose_line((s.block_l,), n, q, dtype, arch)
         if s.tma and line is None:
             return
         s = replace(s, box=line) if s.tma and line else boxed(s, "block_l", n, p, q, wide=False)

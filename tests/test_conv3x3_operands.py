@@ -21,23 +21,23 @@ from tribp.ops import conv3x3_triton as ops
 from tribp.reference import Window, conv3x3_backward
 
 from .oracle import assert_close
-from .test_conv3x3_kernels import BASE, WGRAD, WGRAD_FORMS, Case, arch, nan_like, run, tensor
+from .test_conv3x3_kernels import BASE, WGRAD, WGRAD_FORMS, arch, nan_like, run, tensor
 
 
 def test_a_step_past_the_channels_meets_no_weight(kernels: str) -> None:
-    """24 channels are a step and a half: what follows them in memory, the next tap's weights, is not to be read."""
-    w = tensor((8, 24, 3, 3), torch.float32, kernels, True)
+    """48 channels are a step and a half: what follows them in memory, the next tap's weights, is not to be read."""
+    w = tensor((16, 48, 3, 3), torch.float32, kernels, True)
     w[0, 0, 1, 1] = torch.inf
-    w[1, 23, 1, 1] = torch.nan
-    x, dy = tensor((2, 24, 5, 6), torch.float32, kernels, True), tensor((2, 8, 3, 4), torch.float32, kernels, True)
-    settings = replace(BASE, tma=True, flat=True)
+    w[1, 47, 1, 1] = torch.nan
+    x, dy = tensor((2, 48, 5, 6), torch.float32, kernels, True), tensor((2, 16, 3, 4), torch.float32, kernels, True)
+    settings = replace(BASE, tma=True, flat=True, block_l=32)
     y, dx = nan_like(dy), nan_like(x)
     run(ops.forward(x, w, None, y, Window(), None, arch(x), False, settings))
     exact = F.conv2d(x.double(), w.double()).float()
     torch.testing.assert_close(y, exact, equal_nan=True, rtol=1e-5, atol=1e-5)
     assert exact[:, 0].isinf().all(), "one term is infinite, and a zero times it would be NaN"
     run(ops.backward(dy, None, w, None, Window(), arch(x), False, dx, None, None, settings=settings))
-    assert dx[:, 1:23].isfinite().all(), "a column of weights reaches its own channel alone"
+    assert dx[:, 1:47].isfinite().all(), "a column of weights reaches its own channel alone"
 
 
 LINES = {"images": (16, 1, 1), "columns": (1, 1, 16)}
@@ -97,18 +97,31 @@ COLUMNS = [(8, 224, (1, 1, 32)), (1, 128, (1, 1, 64))]
 
 
 @pytest.mark.parametrize(("n", "q", "line"), [*IMAGES, *COLUMNS, (8, 56, None), (48, 7, None), (100, 14, None)])
-def test_descriptors_of_wgrad_take_lines(n: int, q: int, line: tuple[int, int, int] | None) -> None:
+def test_descriptors_of_wgrad_take_lines(
+    n: int, q: int, line: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of images, few of which are none, or of columns that divide the image's; and so do the settings around them."""
+    monkeypatch.setattr(versions, "triton_version", lambda: (3, 7))
     facts: dict[str, Any] = dict(n=n, p=q, q=q, o=128, c=128, bundles=1, bundle=1, dtype="bfloat16", precision="ieee")
     facts |= dict(arch=ARCHS["sm_90"], vec=8, tma=True, spare=0)
     chosen = choose_conv_wgrad(**facts)
     assert chosen.tma == (line is not None)
     assert line in (None, chosen.box)
-    side = 128 if chosen.tma or versions.fences_copies() else 64
-    assert (chosen.block_i, chosen.block_j) == (side, side), "pointers or not, unless they go to mma.sync"
+    assert (chosen.block_i, chosen.block_j) == (128, 128), "pointers or not"
     for s in [chosen, *AROUND["choose_conv_wgrad"](chosen, **facts)]:
         assert math.prod(s.box) == s.block_l
         assert not s.tma or s.box == (s.block_l, 1, 1) or (s.box == (1, 1, s.block_l) and q % s.block_l == 0)
+
+
+def test_wgmma_does_not_share_tiles_that_triton_overwrites(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts: dict[str, Any] = dict(n=64, p=56, q=56, o=128, c=128, bundles=1, bundle=1, precision="ieee")
+    facts |= dict(arch=ARCHS["sm_90"], vec=8, tma=True, spare=0)
+    for version in ((3, 5), (3, 6)):
+        monkeypatch.setattr(versions, "triton_version", lambda version=version: version)
+        chosen = choose_conv_wgrad(**facts, dtype="bfloat16")
+        around = AROUND["choose_conv_wgrad"](chosen, **facts, dtype="bfloat16")
+        assert {s.tma for s in [chosen, *around]} == ({False} if version == (3, 5) else {True, False})
+        assert choose_conv_wgrad(**facts, dtype="float64").tma, "DMMA reads registers"
 
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
@@ -125,12 +138,11 @@ def test_wgmma_does_not_read_float32_that_is_summed_as_well(precision: str) -> N
 
 
 def test_a_box_that_is_no_line_is_refused(kernels: str) -> None:
-    case = Case("plain", torch.float32, kernels, last=True)
+    x, dy, dw = (tensor((16, 16, size, size), torch.float32, kernels, True) for size in (4, 4, 3))
     settings = replace(WGRAD, tma=True, box=(2, 4, 4))
     with pytest.raises(Exception, match="the box of a descriptor must be a line"):
         run(
             ops.backward(
-                case.dy, case.x, None, None, case.window, arch(case.x), False, None, nan_like(case.w), None,
-                wgrad_settings=settings,
+                dy, x, None, None, Window((1, 1), (1, 1)), arch(x), False, None, dw, None, wgrad_settings=settings
             )
-        )  # fmt: skip
+        )

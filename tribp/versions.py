@@ -59,10 +59,17 @@ def descriptors_round_to_tf32() -> bool:
 def fences_copies() -> bool:
     """Whether wgmma sees what `cp.async` copied: Triton 3.7 puts the fence between them that PTX asks for.
 
-    3.5 and 3.6 do not, https://github.com/triton-lang/triton/pull/10537. 3.5 besides gives such a tile a place too few
-    in shared memory, https://github.com/triton-lang/triton/issues/8554.
+    3.5 and 3.6 do not, https://github.com/triton-lang/triton/pull/10537.
     """
     return triton_version() >= (3, 7)
+
+
+def keeps_shared_tiles() -> bool:
+    """Whether shared memory keeps a tile until the last of a loop turn's wgmma products has read it.
+
+    3.5 gives it a place too few, and the next copy lands in it: https://github.com/triton-lang/triton/issues/8554.
+    """
+    return triton_version() >= (3, 6)
 
 
 def mend_interpreter() -> None:

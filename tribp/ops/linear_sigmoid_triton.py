@@ -71,17 +71,20 @@ def forward(
 def output_grad(dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arch: Arch) -> Launch:
     """The launch that writes dz = dy·y·(1 − y) and the sums of its rows. db: (row blocks, N), see `row_blocks`."""
     m, n = y.shape
-    s = choose_pass(m, n, dtype_name(y.dtype), arch)
+    s, vec = choose_pass(m, n, dtype_name(y.dtype), arch), vector_length(y.element_size(), n)
+    # Compiled: each float64 of an odd row has an address. ptxas stays at 80 registers, and with Triton 3.9 spills.
+    unrounded = arch.backend == "cuda" and y.element_size() == 8 and vec == 1
     return Launch(
         kernels.output_grad,
         (cdiv(n, s.block_n), cdiv(m, s.rows)),  # the second axis ends at 65,535, and n can be larger
         (dy, y, dz, db, m, n, dy.stride(0), dy.stride(1), s.rows),
         dict(
             WRITE_DZ=dz is not None, WRITE_DB=db is not None, ACC=accumulator(y.dtype)[1],
-            VEC=vector_length(y.element_size(), n), VEC_DY=vector_length(dy.element_size(), dy.stride(0)),
+            VEC=vec, VEC_DY=vector_length(dy.element_size(), dy.stride(0)),
             BLOCK_M=s.block_m, BLOCK_N=s.block_n,
         ),
         s.num_warps,
+        max_registers=255 if unrounded else None,
     )  # fmt: skip
 
 
