@@ -84,7 +84,9 @@ def separate_gradients(params: Iterable[Tensor]) -> bool:
     begun: set[int] = set()
     separated = False
     for p in dict.fromkeys(params):
-        grad = None if p.grad is None else local(p.grad)
+        if p.grad is None:
+            continue
+        grad = local(p.grad)
         if type(grad) not in PLAIN or grad.layout != torch.strided or not (grad.numel() and is_held(grad)):
             continue
         if overlaps_itself(grad) or (grad.data_ptr() in begun and not grad.is_meta):
