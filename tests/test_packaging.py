@@ -146,12 +146,21 @@ def test_wheel_installs_no_top_level_kernels(wheel: set[str]) -> None:
     assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"tribp"}
 
 
+# The environment of these tests may hold a checkout itself, whose finder has the same name and was asked first.
+FORGET_EDITABLE = """
+import site, sys
+sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]
+"""
+
+
 @pytest.mark.parametrize("installed", [True, False], ids=["pip install -e", "from the folder"])
 def test_a_checkout_imports_its_own_kernels(installed: bool, tree: Path, tmp_path: Path) -> None:
     """Also where tribp is installed from elsewhere, as in the environment of these tests it can be."""
     if installed:
         zipfile.ZipFile(build(tree, "editable", tmp_path)).extractall(tmp_path)
-        code = f"import site; site.addsitedir({str(tmp_path)!r})\n"
+        code = FORGET_EDITABLE + f"sys.path.insert(0, {str(tmp_path)!r}); site.addsitedir({str(tmp_path)!r})\n"
     else:
         code = f"import sys; sys.path.insert(0, {str(tree)!r})\n"
     code += """
