@@ -1,5 +1,6 @@
 """What every test needs: the interpreter, or the executor, without a GPU; the kernels' device; poisoned memory."""
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from .interpreting import hasten
 
 pytest_plugins = ["tests.executor.plugin"]  # --execute TARGET
 
@@ -29,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not (HAS_GPU or config.option.execute):
         # Triton looks at the variable when it decorates a kernel, so it must be set before tribp.kernels is imported.
         os.environ["TRITON_INTERPRET"] = "1"
+        hasten()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,6 +53,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported stays: a full collection, which many a test asks for, need not look at it, which takes 0.1 s.
+
+    The executor does look: for tensors.
+    """
+    if not session.config.option.execute:
+        gc.freeze()
 
 
 @pytest.fixture

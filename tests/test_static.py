@@ -1,9 +1,11 @@
 """The machine code of every kernel, for GPUs that are not here: `python -m bench static`, and that it can fail."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from bench.step_kernels import THOROUGH
 from tribp.kernels.launch import ARCHS
 from tribp.versions import triton_version
 
+from .executor.run import TARGETS
 from .test_static_conv import BAD, GOOD
 
 ROOT = Path(__file__).parent.parent
@@ -40,17 +43,31 @@ def compile_everything(folder: Path, *options: str) -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    return compile_everything(tmp_path_factory.mktemp("static"))
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Row]]:
+    """A target's kernels, compiled once."""
+    return functools.cache(lambda target: compile_everything(tmp_path_factory.mktemp("static"), "--target", target))
 
 
-def complaints(rows: list[Row], target: str, expectation: str) -> list[str]:
-    """What breaks this expectation on this target; fails where nothing was expected to keep it."""
-    mine = [row for row in rows if row["target"] == target]
-    assert any(expectation in row["expected"] for row in mine), f"nobody expects {expectation} of {target}"
+@pytest.fixture
+def rows(compiled: Callable[[str], list[Row]], target: str) -> list[Row]:
+    """Of the test's target."""
+    return compiled(target)
+
+
+def on(target: str, *values: str) -> Any:
+    """Test parameters. A target's kernels take a minute to compile: those of half the targets are left to `.ci/run`."""
+    return pytest.param(target, *values, marks=[] if target in TARGETS else pytest.mark.slow)
+
+
+each_target = pytest.mark.parametrize("target", [on(target) for target in ARCHS])
+
+
+def complaints(rows: list[Row], expectation: str) -> list[str]:
+    """What breaks this expectation; fails where nothing was expected to keep it."""
+    assert any(expectation in row["expected"] for row in rows), f"nobody expects {expectation}"
     return [
-        f"{row['kernel']} {row['settings']} [{row['cases'][0]}]: {sentence}"
-        for row in mine
+        f"{row['target']} {row['kernel']} {row['settings']} [{row['cases'][0]}]: {sentence}"
+        for row in rows
         for sentence in row["broken"]
         if sentence.startswith((expectation, "does not compile"))
     ]
@@ -59,31 +76,33 @@ def complaints(rows: list[Row], target: str, expectation: str) -> list[str]:
 EXPECTATIONS = ["spills", "shared memory", "matrix instructions", "pipelined", "wide stores", "wide loads", "vectors"]
 
 
-@pytest.mark.parametrize("target", ARCHS)
+@each_target
 @pytest.mark.parametrize("expectation", EXPECTATIONS)
 def test_machine_code(rows: list[Row], target: str, expectation: str) -> None:
-    found = complaints(rows, target, expectation)
+    found = complaints(rows, expectation)
     if triton_version() < (3, 6) and (target, expectation) == ("sm_100", "spills"):
         # Triton 3.5 keeps both halves of a tf32x3 operand in registers on sm_100 (1,044 bytes spilled); 3.6 does not.
         found = [complaint for complaint in found if "float32" not in complaint]
     assert found == []
 
 
+@pytest.mark.parametrize("target", ["sm_90"])
 @pytest.mark.parametrize("expectation", wgmma.EXPECTED)
 def test_asynchronous_products(rows: list[Row], expectation: str) -> None:
-    assert complaints(rows, "sm_90", expectation) == []
+    assert complaints(rows, expectation) == []
 
 
 @pytest.mark.slow
-def test_machine_code_of_every_type_at_every_shape(tmp_path: Path) -> None:
-    rows = compile_everything(tmp_path, "--all")
-    assert [c for target in ARCHS for e in EXPECTATIONS for c in complaints(rows, target, e)] == []
-    assert [c for e in wgmma.EXPECTED for c in complaints(rows, "sm_90", e)] == []
-
-
 @pytest.mark.parametrize("target", ARCHS)
+def test_machine_code_of_every_type_at_every_shape(target: str, tmp_path: Path) -> None:
+    rows = compile_everything(tmp_path, "--all", "--target", target)
+    expected = [*EXPECTATIONS, *(wgmma.EXPECTED if target == "sm_90" else [])]
+    assert [complaint for expectation in expected for complaint in complaints(rows, expectation)] == []
+
+
+@each_target
 def test_every_kernel_and_type_is_compiled(rows: list[Row], target: str) -> None:
-    mine = [row for row in rows if row["target"] == target and row["operation"] == "linear"]
+    mine = [row for row in rows if row["operation"] == "linear"]
     found = {(row["kernel"], row["dtype"]) for row in mine}
     for kernel in ("forward", "output_grad", "dgrad", "wgrad"):
         for dtype in ("bfloat16", "float16", "float32", "float64"):
@@ -94,9 +113,9 @@ def test_every_kernel_and_type_is_compiled(rows: list[Row], target: str) -> None
     assert ("tma" in switches) == ARCHS[target].has_tma
 
 
-@pytest.mark.parametrize("target", ARCHS)
+@each_target
 def test_every_form_of_the_convolution_is_compiled(rows: list[Row], target: str) -> None:
-    mine = [row for row in rows if row["target"] == target and row["operation"] == "conv"]
+    mine = [row for row in rows if row["operation"] == "conv"]
     found = {(row["kernel"], row["dtype"]) for row in mine}
     dense, small = {"forward", "dgrad", "wgrad"}, {"small_forward", "small_wgrad"}
     depthwise = {"depthwise_forward", "depthwise_dgrad", "depthwise_wgrad"}
@@ -121,9 +140,9 @@ def test_every_form_of_the_convolution_is_compiled(rows: list[Row], target: str)
         assert layouts == {True, False}, kernel
 
 
-@pytest.mark.parametrize("target", ARCHS)
+@each_target
 def test_every_rule_and_switch_of_the_optimizers_is_compiled(rows: list[Row], target: str) -> None:
-    mine = [row for row in rows if row["target"] == target and row["operation"] == "optim"]
+    mine = [row for row in rows if row["operation"] == "optim"]
     steps = [row for row in mine if row["kernel"] == "multi_tensor_step"]
     rules = {(row["settings"].split()[0], row["dtype"]) for row in steps}
     names = ("sgd", "rmsprop", "adagrad", "adam")
@@ -138,16 +157,17 @@ def test_every_rule_and_switch_of_the_optimizers_is_compiled(rows: list[Row], ta
     assert {row["dtype"] for row in mine if row["kernel"] == "gradient_norm"} >= set(dtypes)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", [on("sm_80"), on("sm_90"), on("sm_100")])
 def test_float32_adam_moves_its_seven_streams_in_whole_vectors(rows: list[Row], target: str) -> None:
     """Read off the counts, not through the expectations: a chunk's 4 loads and 3 stores, as often as a thread needs."""
-    (row,) = (row for row in rows if row["target"] == target and row["cases"][0] == "adam float32")
+    (row,) = (row for row in rows if row["cases"][0] == "adam float32")
     vectors = row["constants"]["BLOCK"] // (128 * 4)
     assert (row["counts"]["LDG.128"], row["counts"]["STG.128"]) == (4 * vectors, 3 * vectors)
 
 
 @pytest.mark.parametrize(
-    ("target", "instruction"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "v_mfma")]
+    ("target", "instruction"),
+    [on("sm_80", "HMMA"), on("sm_90", "HGMMA"), on("sm_100", "UTCHMMA"), on("gfx942", "v_mfma")],
 )
 def test_large_bfloat16_products_use_the_targets_own_matrix_instruction(
     rows: list[Row], target: str, instruction: str
@@ -157,29 +177,29 @@ def test_large_bfloat16_products_use_the_targets_own_matrix_instruction(
     products = {
         (row["operation"], row["kernel"]): row
         for row in rows
-        if row["target"] == target and row["kernel"] in ("forward", "dgrad", "wgrad")
-        and any(case.startswith(named) for case in row["cases"])
-    }  # fmt: skip
+        if row["kernel"] in ("forward", "dgrad", "wgrad") and any(case.startswith(named) for case in row["cases"])
+    }
     assert set(products) == {(operation, k) for operation in ("linear", "conv") for k in ("forward", "dgrad", "wgrad")}
     for row in products.values():
         assert row["counts"][instruction] == sum(row["counts"].get(name, 0) for name in machine_code.MATRIX)
         assert all(loop["matrix"] and loop["loads"] and loop["loads_before"] for loop in row["loops"])
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@each_target
 def test_few_input_channels_go_to_tensor_cores_as_well(rows: list[Row], target: str) -> None:
     """Read off the counts: the products of 9·C summed elements of every type, but for float64 on sm_100."""
-    small = [row for row in rows if row["target"] == target and row["kernel"].startswith("small")]
+    small = [row for row in rows if row["kernel"].startswith("small")]
     for row in small:
         multiplies = bool(machine_code.MATRIX & row["counts"].keys())
         assert multiplies == ((row["dtype"], target) != ("float64", "sm_100")), row["settings"]
     assert len(small) >= 10
 
 
-def test_float64_has_matrix_instructions_everywhere_but_on_sm_100(rows: list[Row]) -> None:
+@each_target
+def test_float64_has_matrix_instructions_everywhere_but_on_sm_100(rows: list[Row], target: str) -> None:
     for row in rows:
         if row["dtype"] == "float64" and row["kernel"] in ("forward", "dgrad", "wgrad"):
-            assert bool(machine_code.MATRIX & row["counts"].keys()) == (row["target"] != "sm_100")
+            assert bool(machine_code.MATRIX & row["counts"].keys()) == (target != "sm_100")
 
 
 # -- the checks can fail: kernels that are compiled badly on purpose --------------------------------------------------

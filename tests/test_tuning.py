@@ -304,7 +304,7 @@ def test_questions_and_variants_are_the_same_in_every_process() -> None:
             [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed},
             capture_output=True, text=True, check=True,
         ).stdout
-        for seed in "123456"
+        for seed in "123"
     }  # fmt: skip
     assert len(said) == 1
     assert "bfloat16', 'float16', 'float32'" in said.pop()
