@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-Wide = NDArray[np.longdouble]
+Wide = NDArray[Any]  # of long doubles
 IS_WIDER = np.finfo(np.longdouble).eps < 2.0**-60
 
 
@@ -49,7 +49,7 @@ class Steps:
         return self.values[key]
 
 
-def _number(x: Any) -> np.longdouble:
+def _number(x: Any) -> Any:
     return np.longdouble(float(x))
 
 

@@ -142,8 +142,9 @@ _WITHOUT_MEMORY = ("FakeTensor", "FunctionalTensor")
 
 def _with_subclasses(kind: type) -> Iterator[type]:
     yield kind
-    for sub in kind.__subclasses__():
-        yield from _with_subclasses(sub)
+    subclasses: list[type] = kind.__subclasses__()
+    for subclass in subclasses:
+        yield from _with_subclasses(subclass)
 
 
 def _elements_of(tensor: torch.Tensor | None, where: Array) -> Array:
