@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-Wide = NDArray[Any]  # of long doubles
+Wide = Any  # numpy arrays of long doubles, whose results its types call what they like
 IS_WIDER = np.finfo(np.longdouble).eps < 2.0**-60
 
 
