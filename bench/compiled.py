@@ -119,7 +119,7 @@ def read_launches(launches: Sequence[Launch], arch: Arch) -> list[tuple[Compiled
             found.append((Compiled(**_identity(launch, arch), error=said), []))
         else:
             code = next(codes)
-            found.append((Compiled(**_identity(launch, arch), **_findings(kernel, said, code, arch)), code))
+            found.append((Compiled(**_identity(launch, arch), **_findings(launch, kernel, said, code, arch)), code))
     return found
 
 
@@ -156,7 +156,9 @@ def _identity(launch: Launch, arch: Arch) -> dict[str, Any]:
     )
 
 
-def _findings(kernel: Any, said: str, code: Sequence[Instruction], arch: Arch) -> dict[str, Any]:
+def _findings(launch: Launch, kernel: Any, said: str, code: Sequence[Instruction], arch: Arch) -> dict[str, Any]:
+    formed = any(launch.constants.get(switch) for switch in ("FUSE_DZ", "DIAGONAL", "PREFETCH"))  # operands
+    as_loaded = launch.kernel.__name__ in ("forward", "dgrad", "wgrad") and not formed
     if arch.backend == "cuda":
         usage = _cubin_tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
         registers = _number(usage, "REG")
@@ -173,7 +175,7 @@ def _findings(kernel: Any, said: str, code: Sequence[Instruction], arch: Arch) -
         instructions=len(code),
         counts=machine_code.count(code),
         loops=tuple(machine_code.matrix_loops(code)),
-        wgmma=wgmma.faults(code, kernel.asm.get("ptx", ""), kernel.asm["ttgir"], said),
+        wgmma=wgmma.faults(code, kernel.asm.get("ptx", ""), kernel.asm["ttgir"], said, as_loaded=as_loaded),
     )
 
 

@@ -32,8 +32,11 @@ EXPECTED = {
 State = TypeVar("State")
 
 
-def faults(code: Sequence[Instruction], ptx: str, ttgir: str, log: str) -> dict[str, str]:
-    """What is wrong with a kernel's products, by the names in EXPECTED. log: what ptxas said."""
+def faults(code: Sequence[Instruction], ptx: str, ttgir: str, log: str, *, as_loaded: bool) -> dict[str, str]:
+    """What is wrong with a kernel's products, by the names in EXPECTED. log: what ptxas said.
+
+    as_loaded: both operands of its loop are multiplied as they were loaded, so that groups can run beside each other.
+    """
     if PRODUCT not in ptx:
         return {}
     sentences = {}
@@ -47,7 +50,7 @@ def faults(code: Sequence[Instruction], ptx: str, ttgir: str, log: str) -> dict[
         sentences["wgmma memory"] = "; ".join(tiles)
     if unfenced(ptx):
         sentences["wgmma fence"] = "a product follows cp.async.wait_group without fence.proxy.async between them"
-    if keeps_running(ptx) and (loops := waiting_loops(code)):
+    if (as_loaded or keeps_running(ptx)) and (loops := waiting_loops(code)):
         sentences["wgmma loop"] = f"no two groups run at once in a loop of {max(loops)} products"
     if warnings := dict(WARNING.findall(log)):
         sentences["ptxas"] = "; ".join(f"{number} {text.strip()}" for number, text in warnings.items())
@@ -170,8 +173,8 @@ def keeps_running(ptx: str) -> bool:
     """Whether the program asks for a group that goes on running behind a wait.
 
     It does not where Triton has not pipelined the products themselves: with one stage, in a single step, with operands
-    that pass through registers or are written to shared memory in the same turn (float32 as three products). There a
-    wait for all groups is Triton's own, and costs time alone.
+    that pass through registers or are written to shared memory in the same turn (dz formed on load). There a wait for
+    all groups is Triton's own, and costs time alone.
     """
     return re.search(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", ptx) is not None
 

@@ -126,15 +126,16 @@ def convolution(product: Product, **more: object) -> Convolution:
 @rule
 def choose_conv(
     n: int, p: int, q: int, j: int, l: int, bundles: int, bundle: int, classes: int,
-    dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, whole: bool, wide: bool,
+    dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, along: bool, whole: bool, wide: bool,
 ) -> Convolution:  # fmt: skip
     """Forward, or dgrad: n images of p × q pixels and j columns, summed over nine taps of l channels, for each bundle.
 
-    classes: of pixels that meet the same taps, each with p × q. whole: a step must not run past the l channels, for
-    behind them lie another bundle's, or the next pixel's. wide: the result's columns are contiguous.
+    classes: of pixels that meet the same taps, each with p × q. along: as in `candidates`; in dgrad weights lie across
+    the sum. whole: a step must not run past the l channels, for behind them lie another bundle's, or the next pixel's.
+    wide: the result's columns are contiguous.
     """
     i = n * p * q
-    tiles = candidates(9 * l, dtype, precision, arch, vec, tma)
+    tiles = candidates(9 * l, dtype, precision, arch, vec, tma, along)
     if arch.has_tma and tiles[0].tma and j <= 64 and ITEMSIZE[dtype] == 2 and arch.backend != "interpreter":
         # Derived: with all columns in one tile the weights are what is read again, once for each box: larger boxes.
         tiles.insert(0, replace(tiles[0], block_i=256, block_j=64, num_stages=4, reason="derived: 256×64: few columns"))
@@ -149,17 +150,17 @@ def choose_conv(
         # Compiled: an address for each element, where groups are taken apart, spills at 128×32 with Triton 3.6; in
         # float64, or four times in one kernel, at 64×32.
         rows = 16 if ITEMSIZE[dtype] == 8 else 64 if classes == 1 else 32
-        if needs_registers(dtype, precision, arch, tma=False, along=True):
+        if needs_registers(dtype, precision, arch, tma=False, along=along):
             rows = min(rows, 32)  # compiled: two warps would hold too many addresses each; 32 rows are no wgmma either
         tiles = [replace(tiles[-1], block_i=rows, block_j=32, num_warps=4, reason="compiled: groups are few columns")]
     filling = [tile for tile in tiles if fills(tile.tiles(i, j) * bundles * classes, arch)]
     chosen = fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
-    if needs_registers(dtype, precision, arch, tma=chosen.tma, along=True):
+    if needs_registers(dtype, precision, arch, tma=chosen.tma, along=along):
         chosen = by_mma_sync(chosen, precision)
     if chosen.tma and whole and l % chosen.block_l:
         return choose_conv(
             n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch,
-            vec=vec, tma=False, whole=whole, wide=wide,
+            vec=vec, tma=False, along=along, whole=whole, wide=wide,
         )  # fmt: skip
     if not chosen.tma and ITEMSIZE[dtype] == 2 and chosen.block_i * chosen.block_j <= 128 * 64:
         chosen = replace(chosen, num_warps=min(chosen.num_warps, 4))

@@ -51,7 +51,7 @@ def boxed(s: Convolution, pixels: str, n: int, p: int, q: int, *, wide: bool) ->
 
 def around_conv(
     s: Convolution, n: int, p: int, q: int, j: int, l: int, bundles: int, bundle: int, classes: int,
-    dtype: str, precision: str, arch: Arch, vec: int, tma: bool, whole: bool, wide: bool,
+    dtype: str, precision: str, arch: Arch, vec: int, tma: bool, along: bool, whole: bool, wide: bool,
 ) -> Iterator[Convolution]:  # fmt: skip
     from_registers = arch.backend == "cuda" and not arch.has_tma
     spills = bundle > 1 and arch.backend != "interpreter"  # in larger tiles, as `choose_conv` says
@@ -61,7 +61,7 @@ def around_conv(
         largest = 128 * 128 if ITEMSIZE[dtype] == 2 else 128 * 64 // classes
 
     def settled(s: Convolution) -> Iterator[Convolution]:
-        if needs_registers(dtype, precision, arch, tma=s.tma, along=True):
+        if needs_registers(dtype, precision, arch, tma=s.tma, along=along):
             s = by_mma_sync(s, precision)
         s = boxed(s, "block_i", n, p, q, wide=wide)
         tile = s.block_i * s.block_j

@@ -353,11 +353,13 @@ def test_a_descriptor_does_not_run_into_the_next_pixel(kernels: str) -> None:
 def test_descriptors_step_over_whole_channels_where_others_follow(l: int) -> None:
     for j in (32, 256):
         s = choose_conv(
-            64, 14, 14, j, l, 1, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"], vec=8, tma=True, whole=True, wide=False
+            64, 14, 14, j, l, 1, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"],
+            vec=8, tma=True, along=True, whole=True, wide=False,
         )  # fmt: skip
         assert not s.tma or l % s.block_l == 0
         assert choose_conv(
-            64, 14, 14, j, l, 1, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"], vec=8, tma=True, whole=False, wide=False
+            64, 14, 14, j, l, 1, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"],
+            vec=8, tma=True, along=True, whole=False, wide=False,
         ).tma  # fmt: skip
 
 

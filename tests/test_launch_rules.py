@@ -23,7 +23,7 @@ def test_products_take_the_largest_tile_that_fills_the_gpu(rows: int, side: int)
     dgrad = choose_dgrad(m, k, n, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=False)
     assert (dgrad.block_i, dgrad.block_j) == (side, side)
     image = choose_conv(
-        1, rows, 128, n, 128, 1, 1, 1, "bfloat16", "ieee", H100, vec=8, tma=True, whole=False, wide=True
+        1, rows, 128, n, 128, 1, 1, 1, "bfloat16", "ieee", H100, vec=8, tma=True, along=True, whole=False, wide=True
     )
     assert (image.block_i, image.block_j) == (side, side)
 
@@ -36,6 +36,6 @@ def test_the_shapes_that_the_rule_names() -> None:
     )  # fmt: skip
     assert (wgrad.block_i, wgrad.block_j, wgrad.splits, wgrad.fuse_dz) == (128, 256, 4, True)
     conv = choose_conv(
-        64, 7, 7, 512, 512, 1, 1, 1, "bfloat16", "ieee", H100, vec=8, tma=True, whole=False, wide=False
+        64, 7, 7, 512, 512, 1, 1, 1, "bfloat16", "ieee", H100, vec=8, tma=True, along=True, whole=False, wide=False
     )  # fmt: skip
     assert (conv.block_i, conv.block_j) == (128, 128)

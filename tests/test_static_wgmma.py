@@ -225,12 +225,14 @@ def test_a_loop_whose_groups_all_wait_for_one_another() -> None:
 # -- PTX --------------------------------------------------------------------------------------------------------------
 
 
-def test_only_a_program_that_keeps_a_group_running_has_to_show_one() -> None:
+def test_a_program_that_keeps_a_group_running_has_to_show_one_and_every_one_that_loads_its_operands() -> None:
     assert wgmma.keeps_running("wgmma.wait_group.sync.aligned 0;\n\twgmma.wait_group.sync.aligned \t1;")
     assert not wgmma.keeps_running("wgmma.wait_group.sync.aligned 0;\n cp.async.wait_group 1;")
     code, product = sass(FIRST, LAST, ALL, AGAIN, "EXIT"), "wgmma.mma_async.sync.aligned {%r1}, %rd1, %rd2;\n"
-    assert wgmma.faults(code, product + "wgmma.wait_group.sync.aligned 0;", "", "") == {}
-    assert list(wgmma.faults(code, product + "wgmma.wait_group.sync.aligned 1;", "", "")) == ["wgmma loop"]
+    all_wait, one_runs = (f"{product}wgmma.wait_group.sync.aligned {n};" for n in (0, 1))
+    assert wgmma.faults(code, all_wait, "", "", as_loaded=False) == {}
+    for ptx, as_loaded in ((all_wait, True), (one_runs, False)):
+        assert list(wgmma.faults(code, ptx, "", "", as_loaded=as_loaded)) == ["wgmma loop"]
 
 
 PIPELINED = """
@@ -367,12 +369,12 @@ ptxas info    : Used 90 registers, used 1 barriers
 
 def test_each_warning_of_ptxas_is_told_once() -> None:
     code, ptx = sass("EXIT"), "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r1}, %rd1, %rd2;"
-    assert wgmma.faults(code, ptx, "", LOG) == {
+    assert wgmma.faults(code, ptx, "", LOG, as_loaded=False) == {
         "ptxas": "C7519 warpgroup.arrive is injected; "
         "C7515 Potential Performance Loss: wgmma.mma_async instructions are serialized"
     }
-    assert wgmma.faults(code, ptx, "", LOG.splitlines()[-1]) == {}
-    assert wgmma.faults(code, "", "", LOG) == {}  # no such product
+    assert wgmma.faults(code, ptx, "", LOG.splitlines()[-1], as_loaded=False) == {}
+    assert wgmma.faults(code, "", "", LOG, as_loaded=True) == {}  # no such product
 
 
 def test_every_fault_breaks_an_expectation_on_sm_90_and_nothing_is_expected_elsewhere() -> None:

@@ -64,10 +64,11 @@ def _ask_convolutions(dtype: str, precision: str, arch: Arch, vec: int, tma: boo
             conv.choose_conv_wgrad(n, p, q, o, c, 1, 1, dtype, precision, arch, vec=vec, tma=tma, spare=spare)
         for classes, whole, wide in ((1, False, False), (1, True, False), (4, False, True)):
             conv.choose_conv(
-                n, p, q, o, c, 1, 1, classes, dtype, precision, arch, vec=vec, tma=tma, whole=whole, wide=wide
-            )
+                n, p, q, o, c, 1, 1, classes, dtype, precision, arch,
+                vec=vec, tma=tma, along=classes == 1, whole=whole, wide=wide,
+            )  # fmt: skip
         conv.choose_conv(
-            n, p, q, 32, 32, 4, 8, 1, dtype, precision, arch, vec=vec, tma=False, whole=True, wide=False
+            n, p, q, 32, 32, 4, 8, 1, dtype, precision, arch, vec=vec, tma=False, along=True, whole=True, wide=False
         )  # fmt: skip
 
 

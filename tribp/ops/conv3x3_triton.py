@@ -87,7 +87,7 @@ def forward(
     vec = _bundle_vec(xs, groups, bundle)
     s = settings or choose_conv(
         n, p, q, bundle * og, bundle * cg, bundles, bundle, 1, dtype, precision, arch,
-        vec=vec, tma=xs.tma and ws.tma and bundle == 1 and _steppable(x, window),
+        vec=vec, tma=xs.tma and ws.tma and bundle == 1 and _steppable(x, window), along=True,
         whole=bundles > 1 or window.stride[1] == 2, wide=not ys.last,
     )  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
@@ -168,7 +168,7 @@ def _dense_dgrad(
     p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
     s = settings or choose_conv(
         n, p, q, bundle * (c // groups), bundle * og, bundles, bundle, sh * sw, dtype, precision, arch,
-        vec=vec, tma=dz.tma and ws.tma and bundle == 1, whole=bundles > 1, wide=not out.last,
+        vec=vec, tma=dz.tma and ws.tma and bundle == 1, along=False, whole=bundles > 1, wide=not out.last,
     )  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
