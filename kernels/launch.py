@@ -241,6 +241,9 @@ def candidates(
     reason = "derived: 128×128: two programs a processor, one's epilogue behind the other's loop"
     wide = Product(128, 128, 64, 8, 3, reason, tma=tma)
     small = Product(64, 64, 64, 4, 4, "derived: 64×64: larger tiles would leave processors idle", tma=tma)
+    if not arch.has_tma and vec * ITEMSIZE[dtype] < 8:
+        # Compiled: 4-byte accesses to 64 deep tiles have so many addresses that one spills with Triton 3.9 on sm_80.
+        small = replace(small, block_l=32)
     tiles = [wide, small, replace(small, block_i=32, block_j=32, reason="derived: 32×32: a small result")]
     return [big, *tiles] if l > 1024 else tiles  # short sums spend their time in the epilogue: two programs hide it
 
