@@ -25,6 +25,7 @@ Measures tribp, from a checkout of its repository.
   python -m bench host             what an optimizer's step costs the host; no GPU needed
   python -m bench static           every kernel compiled for every target and its machine code checked; no GPU needed
   python -m bench static --target sm_90 --dtype bfloat16 --json found.json
+  python -m bench counts conv --target sm_80  cycles that each unit needs, counted where compiled code is executed
   python -m bench static --model linear       the time that a model of the GPU predicts from the machine code
   python -m bench static --candidates         the same for other settings than the rules choose, the best first
 """
@@ -123,6 +124,21 @@ def parser() -> argparse.ArgumentParser:
         "--measured", type=Path, metavar="FILE", help="with --model: results of `run` (default: bench/results/)"
     )
     static.add_argument("--json", default="", metavar="FILE", help="write what was found")
+    counts = commands.add_parser(
+        "counts",
+        help="execute some programs of every kernel, and count what they cost each unit; no GPU needed",
+        description="Prints, for every launch of a case, the cycles of a multiprocessor that one program needs of its "
+        "tensor cores, of shared memory, of its schedulers and of L2, beside the least that L2 could take; what binds, "
+        "and how many times what tensor cores (or memory at its best) need. Exits with 1 if a kernel does what no "
+        "order of events may do.",
+    )
+    _operations(counts)
+    counts.add_argument("--target", default="sm_90", choices=["sm_80", "sm_90"])
+    counts.add_argument("--case", action="append", default=[], help="only cases whose name contains this; repeatable")
+    counts.add_argument("--direction", action="append", default=[], help="only this one; repeatable")
+    counts.add_argument("--programs", type=_count, default=4, help="executed of each launch (default: %(default)s)")
+    counts.add_argument("--worst", type=int, default=0, help="list so many memory instructions that waste most")
+    counts.add_argument("--json", default="", metavar="FILE", help="write what was found")
     static.add_argument(
         "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
     )
@@ -180,8 +196,10 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "sweep" and given.smoke:
             os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
         operations = registry.find(given.operation)
-        if given.command in ("static", "sweep") and not runtime.has_triton():
+        if given.command in ("counts", "static", "sweep") and not runtime.has_triton():
             raise ValueError(f"{given.command} needs triton, which is not installed: pip install triton")
+        if given.command == "counts":
+            return _counts(given)
         if given.command == "static":
             names = [operation.name for operation in operations]
             if given.model or given.candidates:
@@ -212,6 +230,17 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+
+
+def _counts(given: argparse.Namespace) -> int:
+    from . import counts
+
+    if runtime.interpreting():
+        raise ValueError("counts executes compiled kernels, and under TRITON_INTERPRET=1 there are none: unset it")
+    return counts.main(
+        given.operation,
+        counts.Options(given.target, given.case, given.direction, given.programs, given.worst, given.json),
+    )
 
 
 def _model(given: argparse.Namespace, names: list[str]) -> int:

@@ -5,8 +5,8 @@
     report.check()  # raises if the kernels did anything of the list below
     print(report.table())
 
-`python -m tests.executor` runs a script so, `pytest --execute sm_90` tests; `python -m tests.executor.counts` counts
-what the benchmarks' cases cost.
+`python -m tests.executor` runs a script so, `pytest --execute sm_90` tests; `python -m bench counts` counts what the
+benchmarks' cases cost.
 
 Promised to be detected, each with mistakes planted in test_mistakes.py and test_compiled.py:
 

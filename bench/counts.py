@@ -1,0 +1,161 @@
+"""`python -m bench counts`: what each kernel costs, counted where its compiled code is executed. Needs no GPU.
+
+A few programs of every launch that the library makes for a case are executed (`tests/executor`), and each unit of a
+multiprocessor is given the cycles that one program needs of it alone: the largest binds. The peaks are those of A100
+(sm_80) and H100 (sm_90).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tribp.kernels.launch import ARCHS
+
+from . import registry
+from .registry import Operation
+from .step_cases import StepCase
+from .tables import markdown
+
+if TYPE_CHECKING:
+    from tests.executor.findings import Counts
+    from tests.executor.run import Report
+
+LONGEST = 1 << 24  # elements of a tensor that an optimizer's step is counted on: longer ones are launched alike
+BALANCED = 1.25  # no unit needs so many times what the bounding one does
+
+Storages = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Options:
+    target: str
+    cases: Sequence[str] = ()  # parts of their names, or all of one
+    directions: Sequence[str] = ()
+    programs: int = 4  # of each launch
+    worst: int = 0  # memory instructions that are listed
+    file: str = ""
+
+
+def main(operations: Sequence[str], options: Options) -> int:
+    """Print a table and, if there were any, the executor's problems; 1 then, 2 if no case has such a name."""
+    rows, problems = [], []
+    for operation in registry.find(operations):
+        for case in _selected(operation.cases, options.cases):
+            for direction in _directions(operation, options.directions):
+                report = _executed(operation, case, direction, options)
+                named = {"case": case.name, "direction": direction}
+                rows += [named | row(counts) for counts in report.launches]
+                problems += [f"{case.name} {direction}: {problem}" for problem in report.problems]
+                _print_details(case, direction, report, options.worst)
+    if not rows:
+        raise ValueError("no case has such a name and direction")
+    print(table(rows))
+    for problem in problems:
+        print("PROBLEM", problem)
+    if options.file:
+        Path(options.file).write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if problems else 0
+
+
+def _selected(cases: Sequence[Any], parts: Sequence[str]) -> list[Any]:
+    """The cases of these names, else those whose names contain them."""
+    exact = [case for case in cases if case.name in parts]
+    return exact or [case for case in cases if not parts or any(part in case.name for part in parts)]
+
+
+def _directions(operation: Any, wanted: Sequence[str]) -> list[str]:
+    own = [d for d in operation.directions if d != "both"] if isinstance(operation, Operation) else ["step"]
+    return [direction for direction in own if not wanted or direction in wanted]
+
+
+def _executed(operation: Any, case: Any, direction: str, options: Options) -> "Report":
+    from tests.executor.machine import Options as Executing
+    from tests.executor.run import Report, executed
+
+    if isinstance(case, StepCase):
+        from .step_jobs import Job, contenders
+
+        make = contenders(case)["tribp"]
+        assert not isinstance(make, str)
+        short = replace(case, shapes=[shape if len(shape) > 1 else (min(*shape, LONGEST),) for shape in case.shapes])
+        with executed(options.target, ctas=options.programs) as report:
+            job = Job(short, "tribp", make, torch.device("cpu"))
+            job.gradients(1)
+            job.step()
+        return report
+    report = Report(options.target, Executing(ctas=options.programs))
+    _perform(operation.launches(case, direction, ARCHS[options.target]), ARCHS[options.target], report)
+    return report
+
+
+def _materialized(value: Any, storages: Storages) -> Any:
+    """A tensor without memory as one of zeros; a descriptor of such."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if isinstance(value, TensorDescriptor):
+        new = object.__new__(TensorDescriptor)
+        new.__dict__.update(vars(value), base=_materialized(value.base, storages))
+        return new
+    if not isinstance(value, torch.Tensor) or value.device.type != "meta":
+        return value
+    storage = value.untyped_storage()
+    if storage._cdata not in storages:
+        room = torch.zeros(storage.nbytes() + 64, dtype=torch.uint8)
+        at = -room.data_ptr() % 64
+        storages[storage._cdata] = (room[at : at + storage.nbytes()], value)  # the value keeps the storage, and its key
+    flat = storages[storage._cdata][0].view(value.dtype)
+    return flat.as_strided(value.shape, value.stride(), value.storage_offset() + flat.storage_offset())
+
+
+def _perform(launches: Sequence[Any], arch: Any, report: "Report") -> None:
+    """Run the launches (of `tribp.ops.launching`), which may be of tensors without memory."""
+    import triton
+
+    from .compiled import describe, source_of, target_of
+
+    storages: Storages = {}
+    for launch in launches:
+        source, options = source_of(launch, arch)
+        compiled = triton.compile(source, target=target_of(arch), options=options)
+        given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | dict(launch.constants)
+        arguments = tuple(_materialized(given.get(name), storages) for name in source.signature)
+        report.perform(compiled, launch.grid, arguments)
+        report.launches[-1].settings = describe(launch)
+
+
+def row(counts: "Counts") -> dict[str, Any]:
+    """Of one launch: SM cycles that a program needs of each unit, and the traffic beside the least that would do."""
+    from tests.executor.table import cycles
+
+    found = cycles(counts)
+    units = {name: found[name] for name in ("tensor", "shared", "issue", "L2")}
+    binds = max(units, key=lambda name: units[name])
+    meant = found["tensor"] or found["ideal"]  # where memory bounds: what it would take at its best
+    return {
+        "kernel": counts.kernel, "settings": counts.settings, "programs": counts.grid,
+        **{name: round(value) for name, value in found.items()},
+        "binds": binds, "over": units[binds] / meant if meant else 0.0,
+    }  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    names = ("case", "direction", "kernel", "settings", "programs", "tensor", "shared", "issue", "L2", "ideal")
+    return markdown([*names, "binds", "balanced"], [[*(row[name] for name in names), *_verdict(row)] for row in rows])
+
+
+def _verdict(row: dict[str, Any]) -> Iterator[str]:
+    yield row["binds"]
+    yield "yes" if row["over"] <= BALANCED else f"{row['over']:.2f}×"
+
+
+def _print_details(case: Any, direction: str, report: "Report", worst: int) -> None:
+    from tests.executor.table import details
+
+    if worst:
+        print(f"== {case.name} {direction}")
+        for counts in report.launches:
+            print(details(counts, worst), flush=True)
