@@ -26,6 +26,7 @@ from bench.predicted_and_measured import report
 from bench.registry import Case
 from bench.step_cases import StepCase
 from bench.work import LaunchWork, work_of
+from tribp import versions
 from tribp.kernels.launch import ARCHS
 from tribp.ops.launching import Launch
 
@@ -348,6 +349,7 @@ def test_no_work_is_lost(case: Case) -> None:
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
+@pytest.mark.skipif(not versions.keeps_shared_tiles(), reason="Triton 3.5 multiplies with other settings on sm_90")
 def test_passes_read_everything_once(case: Case, kernels: set[str]) -> None:
     found = set()
     for launch in launches_of(case, "backward"):
@@ -409,7 +411,8 @@ def test_every_candidate_changes_something(name: str) -> None:
         rule = by_rule.get((c.case.name, c.direction)) or launched(c)
         by_rule[c.case.name, c.direction] = rule
         with c.changed():
-            assert launched(c) != rule or c.constants, (c.case.name, c.variant)
+            same = c.direction == "wgrad" and not versions.keeps_shared_tiles()  # pointers, a split: all Triton 3.5 has
+            assert launched(c) != rule or c.constants or same, (c.case.name, c.variant)
     assert launched(c) == rule, "and back again"
 
 

@@ -17,7 +17,7 @@ from bench.expectations import NO_SPILLS, PIPELINED, SHARED_MEMORY, broken, mult
 from bench.machine_code import Loop
 from bench.step_kernels import THOROUGH
 from tribp.kernels.launch import ARCHS
-from tribp.versions import triton_version
+from tribp.versions import keeps_shared_tiles, triton_version
 
 from .test_static_conv import BAD, GOOD
 
@@ -179,7 +179,9 @@ def test_large_bfloat16_products_use_the_targets_own_matrix_instruction(
         if row["kernel"] in ("forward", "dgrad", "wgrad") and any(case.startswith(named) for case in row["cases"])
     }
     assert set(products) == {(operation, k) for operation in ("linear", "conv") for k in ("forward", "dgrad", "wgrad")}
-    for row in products.values():
+    for (operation, kernel), row in products.items():
+        if instruction == "HGMMA" and (operation, kernel) == ("conv", "wgrad") and not keeps_shared_tiles():
+            continue  # by mma.sync
         assert row["counts"][instruction] == sum(row["counts"].get(name, 0) for name in machine_code.MATRIX)
         assert all(loop["matrix"] and loop["loads"] and loop["loads_before"] for loop in row["loops"])
 
