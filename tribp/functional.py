@@ -224,8 +224,8 @@ def _left_to_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """
     return (
         not has_torch_function_variadic(input, weight, bias)
-        and runtime._backend != "triton"
         and input.is_cpu
+        and runtime.backend_of(input) == "torch"
         and not dispatching()
         and weight.is_cpu
         and (dtype := input.dtype) in FLOATS
