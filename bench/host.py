@@ -3,7 +3,7 @@
 Three things are compared. What an optimizer's step on a GPU costs besides its kernels: tribp's plan, brought up to date
 and made into a launch that is not performed, beside torch's fused Adam with its kernels taken out. The step of CPU
 tensors, and of DTensors as FSDP2 makes them, where no kernel of tribp's runs, beside torch's as a user calls it by
-default and with `fused=True`. And calls of layers (`host_layers.py`).
+default and with `fused=True`. And calls of layers (`host_layers.py`), the first ones too (`host_first.py`).
 """
 
 import contextlib
@@ -268,9 +268,10 @@ def comparisons(smoke: bool) -> list[Comparable]:
     if runtime.has_triton():
         found += plans(smoke)
     if runtime.has_triton() and not runtime.interpreting():
-        from . import host_layers
+        from . import host_first, host_layers
 
         found += host_layers.comparisons()
+        found += [host_first.FirstStep(model) for model in ("mlp", "cnn")]
     return [*found, *fallbacks(smoke), *shards(smoke)]
 
 
