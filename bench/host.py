@@ -2,8 +2,8 @@
 
 Three things are compared. What an optimizer's step on a GPU costs besides its kernels: tribp's plan, brought up to date
 and made into a launch that is not performed, beside torch's fused Adam with its kernels taken out. The step of CPU
-tensors, where no kernel of tribp's runs, beside torch's as a user calls it by default. And calls of layers
-(`host_layers.py`).
+tensors, and of DTensors as FSDP2 makes them, where no kernel of tribp's runs, beside torch's as a user calls it by
+default and with `fused=True`. And calls of layers (`host_layers.py`), the first ones too (`host_first.py`).
 """
 
 import contextlib
@@ -12,13 +12,14 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 import tribp
@@ -63,18 +64,23 @@ class Comparison:
     contenders: Mapping[str, Contender]
     targets: Sequence[Target]
     backward: bool = False
+    sharded: bool = False  # whether the tensors are DTensors
 
-    def start(self) -> "Mapping[str, Running]":
-        return {name: Running(one, self.sizes, self.backward) for name, one in self.contenders.items()}
+    @contextlib.contextmanager
+    def start(self) -> "Iterator[Mapping[str, Running]]":
+        with one_rank() if self.sharded else contextlib.nullcontext(torch.randn) as make:
+            yield {name: Running(one, self.sizes, self.backward, make) for name, one in self.contenders.items()}
 
 
 class Running:
     """A contender at work."""
 
-    def __init__(self, contender: Contender, sizes: Sequence[int], backward: bool) -> None:
+    def __init__(
+        self, contender: Contender, sizes: Sequence[int], backward: bool, make: Callable[[int], Tensor] = torch.randn
+    ) -> None:
         self._conditions, self._backward = contender.conditions, backward
-        self._params = [Parameter(torch.randn(n)) for n in sizes]
-        self._grads = [[torch.randn(n) for n in sizes] for _ in range(2)]
+        self._params = [Parameter(make(n)) for n in sizes]
+        self._grads = [[make(n) for n in sizes] for _ in range(2)]
         groups = [self._params] if contender.grouped else [[p] for p in self._params]
         with contender.conditions():
             self._optimizer = contender.make([{"params": group} for group in groups])
@@ -109,6 +115,22 @@ class Running:
 
 def unchanged() -> contextlib.AbstractContextManager[object]:
     return tribp.use_backend("torch")
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[Callable[[int], Tensor]]:
+    """A process group of this process alone; given is what makes tensors that are sharded over it."""
+    from torch import distributed as dist
+    from torch._C._distributed_c10d import HashStore
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        yield lambda n: distribute_tensor(torch.randn(n), mesh, [Shard(0)])
+    finally:
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -169,34 +191,55 @@ def after_backward(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 CLASSES: dict[str, tuple[str, dict[str, Any], float]] = {  # and how many times as fast as torch's on small tensors
     "Adam": ("Adam", {}, 30),
-    "SGD momentum": ("SGD", {"momentum": 0.9}, 30),
-    "Adagrad": ("Adagrad", {}, 30),
+    "SGD momentum": ("SGD", {"momentum": 0.9}, 12),
+    "Adagrad": ("Adagrad", {}, 20),
     "RMSprop": ("RMSprop", {}, 12),
-    "SGD": ("SGD", {}, 0.95),
+    "SGD": ("SGD", {}, 1),
 }
+LIBRARIES: dict[str, Any] = {"tribp": optim, "torch": torch.optim}
 SIZES = (1, 100, 10_000, 1_000_000, 16_000_000)
 
 
 def fallbacks(smoke: bool) -> list[Comparison]:
-    """tribp on CPU tensors beside torch as a user calls it by default."""
+    """tribp on CPU tensors beside torch as a user calls it by default and, for many tensors, with `fused=True`."""
 
     def comparison(name: str, sizes: Sequence[int], limit: float) -> Comparison:
         class_name, options, _ = CLASSES[name]
-
-        def contender(module: Any) -> Contender:
-            return Contender(lambda groups: getattr(module, class_name)(groups, **options), unchanged)
-
-        shape = f"{len(sizes)}x{sizes[0]}" if len(sizes) > 1 else f"{sizes[0]}"
-        return Comparison(
-            f"{name}, {shape}",
-            sizes,
-            {"tribp": contender(optim), "torch": contender(torch.optim)},
-            [Target("torch", "tribp", limit, at_least=True)],
-        )
+        contenders = {library: contender(module, class_name, **options) for library, module in LIBRARIES.items()}
+        targets = [Target("torch", "tribp", limit, at_least=True)]
+        if len(sizes) == 1:
+            return Comparison(f"{name}, {sizes[0]}", sizes, contenders, targets)
+        if class_name != "RMSprop":
+            contenders["torch fused"] = contender(torch.optim, class_name, **options, fused=True)
+            targets.append(Target("torch fused", "tribp", 1.2, at_least=True))
+        return Comparison(f"{name}, {len(sizes)}x{sizes[0]}", sizes, contenders, targets)
 
     small = [comparison(name, [8] * (5 if smoke else 1000), limit) for name, (_, _, limit) in CLASSES.items()]
-    single = [comparison(name, [n], 0.95) for name in CLASSES for n in (SIZES[:1] if smoke else SIZES)]
+    single = [
+        comparison(name, [n], 1 if name == "SGD" else 0.95) for name in CLASSES for n in (SIZES[:1] if smoke else SIZES)
+    ]
     return small + after_backward(small) + single
+
+
+def contender(module: Any, class_name: str, **options: Any) -> Contender:
+    return Contender(lambda groups: getattr(module, class_name)(groups, **options), unchanged)
+
+
+def shards(smoke: bool) -> list[Comparison]:
+    """tribp on DTensors, as FSDP2's parameters are, beside torch's default, foreach and, where there is one, fused."""
+    if not torch.distributed.is_available():
+        return []
+
+    sizes = [64, 8] * (2 if smoke else 200)
+    found = []
+    for name, (class_name, options, _) in CLASSES.items():
+        modes = ["foreach"] + ["fused"] * (name == "Adam")  # to the others' fused kernels DTensors are unknown
+        contenders = {library: contender(module, class_name, **options) for library, module in LIBRARIES.items()}
+        for mode in modes:
+            contenders[f"torch {mode}"] = contender(torch.optim, class_name, **options, **{mode: True})
+        targets = [Target(f"torch {mode}", "tribp", 4, at_least=True) for mode in modes]
+        found.append(Comparison(f"{name}, {len(sizes)} DTensors", sizes, contenders, targets, sharded=True))
+    return found
 
 
 # -- measuring and showing --------------------------------------------------------------------------------------------
@@ -211,7 +254,7 @@ class Comparable(Protocol):
     @property
     def targets(self) -> Sequence[Any]: ...
 
-    def start(self) -> "Mapping[str, Sampled]": ...
+    def start(self) -> "contextlib.AbstractContextManager[Mapping[str, Sampled]]": ...
 
 
 class Sampled(Protocol):
@@ -225,19 +268,20 @@ def comparisons(smoke: bool) -> list[Comparable]:
     if runtime.has_triton():
         found += plans(smoke)
     if runtime.has_triton() and not runtime.interpreting():
-        from . import host_layers
+        from . import host_first, host_layers
 
         found += host_layers.comparisons()
-    return [*found, *fallbacks(smoke)]
+        found += [host_first.FirstStep(model) for model in ("mlp", "cnn")]
+    return [*found, *fallbacks(smoke), *shards(smoke)]
 
 
 def measure(comparison: Comparable, rounds: int) -> dict[str, Any]:
     """A row: the times of all contenders in µs, and what became of the targets."""
-    running = comparison.start()
-    times: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(rounds):
-        for name, one in running.items():  # in turns: a slow minute of the machine's is everybody's
-            times[name].append(one.sample())
+    with comparison.start() as running:
+        times: dict[str, list[float]] = {name: [] for name in running}
+        for _ in range(rounds):
+            for name, one in running.items():  # in turns: a slow minute of the machine's is everybody's
+                times[name].append(one.sample())
     medians = {name: summary(found) for name, found in times.items()}
     return {
         "case": comparison.name,
@@ -261,7 +305,7 @@ def unmeasured() -> list[dict[str, Any]]:
     """Rows of all comparisons, with nothing in them measured."""
     return [
         {"case": c.name, "targets": [judge(target, None) for target in c.targets]}
-        for c in plans(False) + fallbacks(False)
+        for c in plans(False) + fallbacks(False) + shards(False)
     ]
 
 

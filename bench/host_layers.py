@@ -5,8 +5,9 @@ part of a launch. torch has no such seam: beside them stand torch's operators on
 next to nothing. They show what dispatch and autograd cost torch, but not the launches of its CUDA kernels.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,9 @@ class Calls:
     backward: bool  # and all gradients
     targets: Sequence[object] = ()  # nobody set any
 
-    def start(self) -> "Mapping[str, Calling]":
-        return {
+    @contextlib.contextmanager
+    def start(self) -> "Iterator[Mapping[str, Calling]]":
+        yield {
             "tribp": Calling(self.ours, self, pretended=True),
             "tribp, a first call": Calling(self.ours, self, pretended=True, anew=True),
             "torch, on the CPU": Calling(self.theirs, self, pretended=False),

@@ -374,6 +374,8 @@ def test_bad_dtypes() -> None:
     x, w = torch.ones(4, 3), torch.ones(2, 3)
     raises(TypeError, "weight", "float32", "float64", input=x, weight=w.double())
     raises(TypeError, "bias", "float32", "bfloat16", input=x, weight=w, bias=torch.ones(2).bfloat16())
+    raises(TypeError, "bias", "float64", input=x[None].mT.contiguous().mT, weight=w, bias=torch.ones(2).double())
+    raises(TypeError, "bias", "float64", input=x[None], weight=w, bias=torch.ones(()).double())  # torch takes these two
     raises(TypeError, "input", "int64", input=x.long(), weight=w.long())
     raises(TypeError, "weight", "complex64", input=x, weight=w.to(torch.complex64))
     raises(TypeError, "input", "list", input=[[1.0]], weight=w)

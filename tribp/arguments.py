@@ -1,5 +1,6 @@
 """What the functions demand of their arguments: one sentence that names the argument, what is needed and what came."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from .reference import Window
 from .runtime import dtype_name
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -99,6 +100,19 @@ def window_of(
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise ValueError(f"{caller}: groups must be a whole number of at least 1, got {groups!r}")
     return Window(strides, paddings, groups)
+
+
+@functools.lru_cache
+def cached_window(
+    stride: int | tuple[int, ...],
+    padding: str | int | tuple[int, ...],
+    groups: int,
+    activation: str | None,
+    dilation: int | tuple[int, ...],
+) -> Window:
+    """What `window_of` said of equal arguments; the activation was checked too."""
+    check_activation("conv3x3", activation)
+    return window_of("conv3x3", stride, padding, groups, dilation)
 
 
 def check_activation(caller: str, activation: str | None) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from . import reference, runtime
-from .arguments import check_conv3x3, check_dtypes, check_linear
+from .arguments import FLOATS, cached_window, check_conv3x3, check_dtypes, check_linear
 from .modes import autocast, autocasting, dispatching, transformed, transforming, without_autocast
 from .ops import conv3x3 as conv_ops
 from .ops import flops
@@ -15,6 +16,9 @@ from .ops import linear_sigmoid as linear_ops
 from .reference import Window
 
 __all__ = ["conv3x3", "linear_sigmoid"]
+
+# What comes of wrong arguments. Other exceptions end a computation that is to end: torch.utils.checkpoint's do.
+REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)
 
 
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,6 +43,11 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         ValueError: shapes or devices that do not fit together.
         TypeError: dtypes that differ or are not among the four; arguments that are no tensors.
     """
+    try:
+        if _left_to_torch(input, weight, bias) and weight.ndim == 2 and (bias is None or bias.ndim < 2):
+            return reference.linear_sigmoid(input, weight, bias)
+    except REFUSALS:
+        pass  # the checks know a better sentence
     if torch.overrides.has_torch_function((input, weight, bias)):
         arguments = (input, weight, bias)
         return torch.overrides.handle_torch_function(linear_sigmoid, arguments, *arguments)
@@ -132,6 +141,15 @@ def conv3x3(
         ValueError: shapes, devices or options that do not fit together, or that only `torch.nn.Conv2d` takes.
         TypeError: dtypes that differ or are not among the four; arguments of the wrong kind.
     """
+    try:
+        if _left_to_torch(input, weight, bias) and groups == 1 and (bias is None or bias.is_cpu):
+            window = cached_window(stride, padding, groups, activation, dilation)
+            _, channels, height, width = weight.shape
+            if channels and height == width == 3 and (window.stride[1] == 1 or input.dtype != torch.bfloat16):
+                # As they were given: torch refuses True and 1.0, which the cache takes for 1.
+                return reference.conv2d(input, weight, bias, stride, padding, groups, activation, dilation)
+    except REFUSALS:
+        pass
     if torch.overrides.has_torch_function((input, weight, bias)):
         tensors = (input, weight, bias)
         return torch.overrides.handle_torch_function(
@@ -196,6 +214,23 @@ class _Conv3x3(torch.autograd.Function):
 
 conv_ops.conv3x3.register_autograd(_Conv3x3.backward, setup_context=_Conv3x3.save)
 flops.register_when_imported()
+
+
+def _left_to_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch's operators compute this with nobody looking on, and will refuse what else is wrong.
+
+    Of the arguments' types and devices it says what they don't: they take a weight on the meta device, and some biases
+    of another type.
+    """
+    return (
+        not has_torch_function_variadic(input, weight, bias)
+        and input.is_cpu
+        and runtime.backend_of(input) == "torch"
+        and not dispatching()
+        and weight.is_cpu
+        and (dtype := input.dtype) in FLOATS
+        and (bias is None or bias.dtype is dtype)
+    )
 
 
 def _torch_computes(grad: Tensor, operator: bool) -> bool:

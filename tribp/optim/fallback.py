@@ -210,7 +210,8 @@ class Fused:
         if step.grad_scale is not None or step.norm is not None:
             grads = unscaled_and_clipped(grads, group, step)
         taken = Tensors(params, grads, states, steps, scratch, self._fresh(members))
-        small = self._small and bool(states or group["weight_decay"])  # plain SGD is no fused kernel
+        plain_sgd = len(params) == 1 and not (states or group["weight_decay"])  # takes no fused kernel
+        small = self._small and not plain_sgd
         threads = torch.get_num_threads() if small else 1
         set_threads = set_own_threads() if threads > 1 else None
         try:

@@ -14,7 +14,7 @@ how costs 5. So `Plan` finds it out once, and `Plan.gradients` looks, every step
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, compress
-from operator import attrgetter, eq, is_, itemgetter
+from operator import eq, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 _PARAMS: Callable[[dict[str, Any]], list[Tensor]] = itemgetter("params")
 _ADDRESS = Tensor.data_ptr
-_GRAD: Callable[[Tensor], Tensor | None] = attrgetter("grad")
 
 KERNEL_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -290,9 +289,7 @@ class Plan:
             return None
         if self._unwatched and any(p.grad is not None and _plain(p.grad) for p in self._unwatched):
             return None
-        grads: list[Tensor | None] = list(map(_GRAD, params))
-        if self.sharded:
-            grads = [None if g is None else local(g) for g in grads]
+        grads = tensors.local_grads(params) if self.sharded else list(map(tensors.GRAD, params))
         return grads if self._fits(self._watch(grads)) else None
 
     def shares_memory(self, grads: Sequence[Tensor | None]) -> bool:
@@ -317,7 +314,7 @@ class Plan:
         return fused, optimizer._names(group), bool(group.get("ema_decay")), *map(group.get, _SWITCHES[:-1])
 
     def _state_tensors(self) -> list[Tensor]:
-        return list(map(local, self._used)) if self._state_shards else self._used
+        return tensors.local_all(self._used) if self._state_shards else self._used
 
     def _states_lie_still(self) -> bool:
         """Whether the states' memory is as it was, and whether anybody could change that unnoticed from now on."""
@@ -354,7 +351,7 @@ class Plan:
     def _local(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """The memory of the watched ones."""
         watched = self._watch(params)
-        return list(map(local, watched)) if self.sharded else watched
+        return tensors.local_all(watched) if self.sharded else watched
 
     # The step itself.
 

@@ -63,14 +63,10 @@ class SGD(Optimizer, TorchSGD):
 
     def _fused_update(self, group: Group, t: Tensors) -> None:
         lr, decay = group["lr"], float(group["weight_decay"])
-        if not t.states and not decay:
-            # Measured on two cores, 1 to 16 M elements: without the fused kernel a plain update is faster, and for one
-            # tensor faster still without a list.
-            alpha = float(lr) if group["maximize"] else -float(lr)
-            if len(t.params) == 1:
-                t.params[0].add_(t.grads[0], alpha=alpha)
-            else:
-                torch._foreach_add_(t.params, t.grads, alpha=alpha)
+        if len(t.params) == 1 and not t.states and not decay:
+            # Measured on two cores, 1 to 16 M elements: faster than the fused kernel. For 1,000 tensors of 8 that one
+            # takes a third of torch._foreach_add_'s time, for large ones as long.
+            t.params[0].add_(t.grads[0], alpha=float(lr) if group["maximize"] else -float(lr))
             return
 
         def update(chosen: list[bool] | None, first: bool) -> None:
