@@ -77,8 +77,12 @@ def load_box(
     src, n, i, j, dh, dw, channel, limit, N, H, W, stride_n, stride_h, stride_w, rows, cols,
     WITHIN: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
     """src[n, i·STEP_H + dh, j·STEP_W + dw, channel …] for the pixels of a box: (pixels, BLOCK), zeros outside.
+
+    TRANSPOSED: (BLOCK, pixels). Pointers load it so. Compiled: where tensor cores take operands from registers, Triton
+    does not pipeline a load behind which `tl.trans` stands.
 
     A descriptor has five dimensions, (N, H / STEP_H, STEP_H, W / STEP_W, STEP_W · C): every STEP-th row is a box in it.
     If boxes are of images alone, N stands behind W / STEP_W: then the reshape drops leading ones alone (`convolve`).
@@ -92,6 +96,8 @@ def load_box(
             tile = src.load([at_h, dh & (STEP_H - 1), at_w, n, at_c]).reshape(BOX_N, BLOCK)
         else:
             tile = src.load([n, at_h, dh & (STEP_H - 1), at_w, at_c]).reshape(BOX_N * BOX_H * BOX_W, BLOCK)
+        if TRANSPOSED:
+            tile = tl.trans(tile)
     else:
         m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
         at, inside = offsets(
@@ -100,7 +106,10 @@ def load_box(
         if WITHIN:
             inside = inside & (m_i < rows) & (m_j < cols)
         c, c_inside = indices(channel, limit, BLOCK, VEC)
-        tile = tl.load(src + (at[:, None] + c[None, :]), mask=inside[:, None] & c_inside[None, :], other=0.0)
+        if TRANSPOSED:
+            tile = tl.load(src + (at[None, :] + c[:, None]), mask=inside[None, :] & c_inside[:, None], other=0.0)
+        else:
+            tile = tl.load(src + (at[:, None] + c[None, :]), mask=inside[:, None] & c_inside[None, :], other=0.0)
     return tile
 
 
@@ -387,7 +396,7 @@ def wgrad(
     dz, x, dw, db, N, H, W, P, Q, groups, OG, CG, OZ, CX, pad_h, pad_w,
     z_stride_n, z_stride_h, z_stride_w, stride_n, stride_h, stride_w, boxes_per_split,
     WRITE_DB: tl.constexpr, TAPS: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, TMA: tl.constexpr, TAPS_LAST: tl.constexpr,
+    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, TMA: tl.constexpr, X_FIRST: tl.constexpr, TAPS_LAST: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, VEC_O: tl.constexpr, VEC_C: tl.constexpr, VEC_STORE: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -397,10 +406,14 @@ def wgrad(
     the programs of the first tap and the first input channels write. A group of dz has OZ channels and one of x CX: OG
     and CG or, where rows were padded, more.
 
-    A descriptor's box is a line, of images or of columns: dz is the first operand (`convolve`). Of 16 bits db is its
-    product with ones, exact in every term. Compiled: a sum would read the shared memory that wgmma reads, and Triton
-    3.7 refills it too early (https://github.com/triton-lang/triton/issues/6691); before Hopper it would take three
-    times the shared memory's time. All programs form db: a branch in the loop makes every wgmma wait.
+    A descriptor's box is a line, of images or of columns: dz is the first operand (`convolve`). X_FIRST: x is, where
+    products take operands from registers. Compiled: with several products in a loop, each warp has rows of its own and
+    all columns, so the first operand is read from shared memory once and the second by every warp, and x is 3 tiles.
+
+    Of 16 bits db is the product of dz with ones, exact in every term. Compiled: a sum would read the shared memory that
+    wgmma reads, and Triton 3.7 refills it too early (https://github.com/triton-lang/triton/issues/6691); before Hopper
+    it would take three times the shared memory's time. It comes first, for the last product in a loop decides how the
+    warps share them all. All programs form db: a branch in the loop makes every wgmma wait.
     """
     columns_o = tl.cdiv(BUNDLE * OG, BLOCK_O)
     columns_c = tl.cdiv(BUNDLE * CG, BLOCK_C)
@@ -434,38 +447,47 @@ def wgrad(
         x += origin_c
     acc = ()
     for _ in tl.static_range(TAPS):
-        acc = acc + (tl.zeros((BLOCK_O, BLOCK_C), ACC),)
+        acc = acc + (tl.zeros((BLOCK_C, BLOCK_O) if X_FIRST else (BLOCK_O, BLOCK_C), ACC),)
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
     tl.static_assert(not TMA or BOX_N == PIXELS or BOX_W == PIXELS, "the box of a descriptor must be a line")
     DTYPE: tl.constexpr = dz.dtype if TMA else dz.dtype.element_ty
     BY_PRODUCT: tl.constexpr = DTYPE.primitive_bitwidth == 16
-    ones = round_to(tl.full((PIXELS, 16), 1.0, ACC), DTYPE)
-    sums = tl.zeros((BLOCK_O, 16) if BY_PRODUCT else (PIXELS, BLOCK_O), ACC)
+    ones = round_to(tl.full((16, PIXELS) if X_FIRST else (PIXELS, 16), 1.0, ACC), DTYPE)
+    if BY_PRODUCT:
+        sums = tl.zeros((16, BLOCK_O) if X_FIRST else (BLOCK_O, 16), ACC)
+    else:
+        sums = tl.zeros((PIXELS, BLOCK_O), ACC)
     for box in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
         n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
         z_tile = load_box(
             dz, n, i, j, 0, 0, start_o, length_o, N, P, Q, z_stride_n, z_stride_h, z_stride_w,
-            0, 0, False, 1, 1, TMA, VEC_O, BOX_N, BOX_H, BOX_W, BLOCK_O,
+            0, 0, False, 1, 1, TMA, VEC_O, BOX_N, BOX_H, BOX_W, BLOCK_O, not X_FIRST,
         )  # fmt: skip
+        if WRITE_DB:
+            if BY_PRODUCT and X_FIRST:
+                sums = dot(ones, z_tile, sums, PRECISION)
+            elif BY_PRODUCT:
+                sums = dot(z_tile, ones, sums, PRECISION)
+            else:
+                sums += z_tile if X_FIRST else tl.trans(z_tile)
         added = ()
         for t in tl.static_range(TAPS):
             # Where dz does not exist its zero must meet a zero: an infinity of x would make it NaN.
             x_tile = load_box(
                 x, n, i, j, r - pad_h, s + t - pad_w, start_c, length_c, N, H, W, stride_n, stride_h, stride_w, P, Q,
-                True, STEP_H, STEP_W, TMA, VEC_C, BOX_N, BOX_H, BOX_W, BLOCK_C,
+                True, STEP_H, STEP_W, TMA, VEC_C, BOX_N, BOX_H, BOX_W, BLOCK_C, X_FIRST,
             )  # fmt: skip
-            added = added + (dot(tl.trans(z_tile), x_tile, acc[t], PRECISION),)
-        acc = added
-        if WRITE_DB:
-            if BY_PRODUCT:
-                sums = dot(tl.trans(z_tile), ones, sums, PRECISION)
+            if X_FIRST:
+                added = added + (dot(x_tile, z_tile, acc[t], PRECISION),)
             else:
-                sums += z_tile
+                added = added + (dot(z_tile, x_tile, acc[t], PRECISION),)
+        acc = added
     first = bundle * BUNDLE * OG
     o, o_inside = indices(col_o, members * OG, BLOCK_O, 1)
     c, c_inside = indices(col_c, members * CG, BLOCK_C, VEC_STORE)
     if WRITE_DB:
-        total = tl.max(sums, 1) if BY_PRODUCT else tl.sum(sums, 0)  # the product has 16 equal columns
+        # The product has 16 equal rows or columns.
+        total = tl.max(sums, 0 if X_FIRST else 1) if BY_PRODUCT else tl.sum(sums, 0)
         at = db + (split.to(tl.int64) * groups * OG + first + o)
         tl.store(at, round_to(total, db.dtype.element_ty), mask=o_inside & (taps == 0) & (col_c == 0))
     inside = o_inside[:, None] & c_inside[None, :]
@@ -484,4 +506,5 @@ def wgrad(
     to = at[:, None] + c[None, :]  # for all taps: compiled, an offset for each spilled with Triton 3.5 and 3.6
     dw += (r * 3 + s) * step
     for t in tl.static_range(TAPS):
-        tl.store(dw + t * step + to, round_to(acc[t], dw.dtype.element_ty), mask=inside)
+        sum_of_tap = tl.trans(acc[t]) if X_FIRST else acc[t]
+        tl.store(dw + t * step + to, round_to(sum_of_tap, dw.dtype.element_ty), mask=inside)

@@ -42,6 +42,7 @@ class Convolution(Product):
     bundle: int = 1  # groups that share a tile's columns; more than one make a block-diagonal product
     flat: bool = False  # one loop over taps and channels
     taps: int = 1  # of wgrad: taps of one row that a program sums, and reads dz once for
+    x_first: bool = False  # of wgrad: multiply xᵀ·dz and not dzᵀ·x
 
     def columns(self, channels: int, groups: int) -> int:
         """Tiles across the result's channels, `channels` of them in each group."""
@@ -207,7 +208,7 @@ def choose_conv_wgrad(
         j = 128 if tma or vec >= 4 else 64
         tile, taps = Product(128, j, 32, 8, 3, f"compiled: 128×{j}, three taps: dz is read once for them"), 3
     else:
-        tile, taps = Product(64, 32, 32, 4, 3, "compiled: 64×32, three taps: dz is read once for them"), 3
+        tile, taps = Product(64, 64, 32, 4, 3, "compiled: 64×64, three taps: dz is read once for them"), 3
     tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
     few = tile.block_i * tile.block_j < 64 * 64
     if few:
@@ -216,7 +217,8 @@ def choose_conv_wgrad(
     tile = replace(tile, block_l=prod(box))
     tile = replace(tile, tma=tma, max_registers=unrounded(arch) if size >= 4 or few or not tma else None)
     stages = stages_that_fit(replace(tile, block_j=taps * tile.block_j), size, arch)
-    chosen = convolution(replace(tile, num_stages=stages), box=box, bundle=bundle, taps=taps)
+    x_first = taps > 1 and not tma and (not arch.has_tma or arch.backend == "interpreter")
+    chosen = convolution(replace(tile, num_stages=stages), box=box, bundle=bundle, taps=taps, x_first=x_first)
     programs = chosen.tiles(o, c) * bundles * (9 // taps)
     share = max(size, 4) * 9 * o * c * bundles
     most = max(1, min(cdiv(chosen.boxes(n, p, q), 8), max(spare, WORKSPACE) // share))

@@ -112,7 +112,7 @@ def around_conv_wgrad(
         if s.block_i * s.block_j < 64 * 64:
             s = replace(s, num_warps=min(s.num_warps, 4))
         stages = min(s.num_stages, stages_in_memory(replace(s, block_j=s.taps * s.block_j), ITEMSIZE[dtype], arch))
-        few = registers(tile, dtype, s.num_warps, arch) <= (DEEPEST if arch.has_tma else 64)
+        few = registers(tile, dtype, s.num_warps, arch) <= (DEEPEST if arch.has_tma else DEEPEST // 2)
         if stages >= 1 and few:
             boxes = s.boxes(n, p, q)
             yield replace(s, num_stages=stages, splits=even_splits(boxes, min(s.splits, boxes)))

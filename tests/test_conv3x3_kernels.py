@@ -139,6 +139,7 @@ WGRAD = replace(BASE, block_i=16, block_j=16, block_l=32)
 WGRAD_FORMS = {
     "one tap": WGRAD,
     "three taps": replace(WGRAD, taps=3, block_i=32),
+    "three taps, x first": replace(WGRAD, taps=3, block_j=32, x_first=True),
     "three taps, tma": replace(WGRAD, taps=3, tma=True, block_l=16, box=(16, 1, 1)),
     "one tap, tma": replace(WGRAD, tma=True, block_j=32, block_l=16, box=(1, 1, 16)),
 }
@@ -149,7 +150,7 @@ WGRAD_FORMS = {
     cover(
         WINDOWS, WGRAD_FORMS, [1, 4], DTYPES,
         quick=lambda window, form, splits, dtype: dtype == turn(DTYPES, window, form)
-        and (list(WGRAD_FORMS).index(form) - list(WINDOWS).index(window)) % 4 < 2
+        and (list(WGRAD_FORMS).index(form) - list(WINDOWS).index(window)) % len(WGRAD_FORMS) < 2
         and splits == turn((1, 4), form, window),
     ),
 )  # fmt: skip

@@ -215,7 +215,7 @@ def _dense_wgrad(
     )  # fmt: skip
     constants = dict(
         WRITE_DB=sums is not None, TAPS=s.taps, STEP_H=window.stride[0], STEP_W=window.stride[1],
-        DIAGONAL=bundle > 1, BUNDLE=bundle, TMA=s.tma, TAPS_LAST=s.splits == 1 and not in_order,
+        DIAGONAL=bundle > 1, BUNDLE=bundle, TMA=s.tma, X_FIRST=s.x_first, TAPS_LAST=s.splits == 1 and not in_order,
         ACC=acc, PRECISION=precision, VEC_O=vec_o, VEC_C=vec_c, VEC_STORE=vector_length(shares.element_size(), cg),
         BLOCK_O=s.block_i, BLOCK_C=s.block_j,
     )  # fmt: skip
