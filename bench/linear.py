@@ -26,9 +26,9 @@ SHAPES = [SQUARE, TALL, SQUARISH, (65536, 1024, 256), (512, 128, 784), TINY, ODD
 SMALL = {(512, 128, 784), TINY, ODD}  # under 10 µs of work: a launch costs as much
 PRECISIONS = [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True), (torch.float16, False)]
 
-# Of bfloat16, what the model leaves room for: eager torch's kernels at the same ceilings, over tribp's with one launch for
-# both sums of partial results. At 4096³ the products are nearly all, and take both as long.
-REACHABLE = {
+# Of bfloat16, what the model leaves room for: eager torch's kernels at the same ceilings, over tribp's with one launch
+# for both sums of partial results. At 4096³ the products are nearly all, and take both as long.
+REACHABLE: dict[tuple[int, ...], dict[str, float]] = {
     SQUARE: {"forward": 1.04, "backward": 0.98, "frozen input": 1.0},
     TALL: {"forward": 1.4, "backward": 1.12, "frozen input": 1.45},
     SQUARISH: {"forward": 1.2, "backward": 1.12, "frozen input": 1.45},

@@ -202,9 +202,9 @@ def candidates(
 ) -> list[Product]:
     """The tiles worth considering for a product summed over l, the largest first.
 
-    short: sums up to which a tile's end takes so long that another program on the processor should hide it. By the model
-    a sigmoid does, of sums up to 512, and a store alone never (8192×1024×1024: forward 33.0 → 29.8 µs, dgrad 32.7 → 25.7).
-
+    short: sums up to which a tile's end takes so long that another program on the processor should hide it. By the
+    model a sigmoid does, of sums up to 512, and a store alone never (8192×1024×1024: forward 33.0 → 29.8 µs, dgrad
+    32.7 → 25.7).
     vec: elements that every row pitch, contiguous length and base address is a multiple of (16 bytes at most).
     tma: whether the operands can have tensor descriptors. along: whether both are contiguous along the summed index.
     """
