@@ -81,13 +81,14 @@ def load_box(
 ):  # fmt: skip
     """src[n, i·STEP_H + dh, j·STEP_W + dw, channel …] for the pixels of a box: (pixels, BLOCK), zeros outside.
 
-    TRANSPOSED: (BLOCK, pixels). Pointers load it so. Compiled: where tensor cores take operands from registers, Triton
+    TRANSPOSED, of pointers alone: (BLOCK, pixels). Compiled: where tensor cores take operands from registers, Triton
     does not pipeline a load behind which `tl.trans` stands.
 
     A descriptor has five dimensions, (N, H / STEP_H, STEP_H, W / STEP_W, STEP_W · C): every STEP-th row is a box in it.
     If boxes are of images alone, N stands behind W / STEP_W: then the reshape drops leading ones alone (`convolve`).
     WITHIN: zeros also for the pixels of the box from `rows` and `cols` on; a descriptor's box must not have any.
     """
+    tl.static_assert(not (TMA and TRANSPOSED))
     if TMA:
         at_h = i + (dh >> (STEP_H - 1))  # STEP is 1 or 2, and a shift rounds down where a division would round to zero
         at_w = j + (dw >> (STEP_W - 1))
@@ -96,8 +97,6 @@ def load_box(
             tile = src.load([at_h, dh & (STEP_H - 1), at_w, n, at_c]).reshape(BOX_N, BLOCK)
         else:
             tile = src.load([n, at_h, dh & (STEP_H - 1), at_w, at_c]).reshape(BOX_N * BOX_H * BOX_W, BLOCK)
-        if TRANSPOSED:
-            tile = tl.trans(tile)
     else:
         m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
         at, inside = offsets(
@@ -452,6 +451,7 @@ def wgrad(
     tl.static_assert(not TMA or BOX_N == PIXELS or BOX_W == PIXELS, "the box of a descriptor must be a line")
     DTYPE: tl.constexpr = dz.dtype if TMA else dz.dtype.element_ty
     BY_PRODUCT: tl.constexpr = DTYPE.primitive_bitwidth == 16
+    O_FIRST: tl.constexpr = not (TMA or X_FIRST)  # z_tile is loaded as (BLOCK_O, PIXELS)
     ones = round_to(tl.full((16, PIXELS) if X_FIRST else (PIXELS, 16), 1.0, ACC), DTYPE)
     if BY_PRODUCT:
         sums = tl.zeros((16, BLOCK_O) if X_FIRST else (BLOCK_O, 16), ACC)
@@ -461,15 +461,15 @@ def wgrad(
         n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
         z_tile = load_box(
             dz, n, i, j, 0, 0, start_o, length_o, N, P, Q, z_stride_n, z_stride_h, z_stride_w,
-            0, 0, False, 1, 1, TMA, VEC_O, BOX_N, BOX_H, BOX_W, BLOCK_O, not X_FIRST,
+            0, 0, False, 1, 1, TMA, VEC_O, BOX_N, BOX_H, BOX_W, BLOCK_O, O_FIRST,
         )  # fmt: skip
         if WRITE_DB:
             if BY_PRODUCT and X_FIRST:
                 sums = dot(ones, z_tile, sums, PRECISION)
             elif BY_PRODUCT:
-                sums = dot(z_tile, ones, sums, PRECISION)
+                sums = dot(z_tile if O_FIRST else tl.trans(z_tile), ones, sums, PRECISION)
             else:
-                sums += z_tile if X_FIRST else tl.trans(z_tile)
+                sums += tl.trans(z_tile) if O_FIRST else z_tile
         added = ()
         for t in tl.static_range(TAPS):
             # Where dz does not exist its zero must meet a zero: an infinity of x would make it NaN.
@@ -480,7 +480,7 @@ def wgrad(
             if X_FIRST:
                 added = added + (dot(x_tile, z_tile, acc[t], PRECISION),)
             else:
-                added = added + (dot(z_tile, x_tile, acc[t], PRECISION),)
+                added = added + (dot(z_tile if O_FIRST else tl.trans(z_tile), x_tile, acc[t], PRECISION),)
         acc = added
     first = bundle * BUNDLE * OG
     o, o_inside = indices(col_o, members * OG, BLOCK_O, 1)

@@ -274,18 +274,9 @@ def fills(programs: int, arch: Arch) -> bool:
 
 
 def choose_product(
-    i: int,
-    j: int,
-    l: int,
-    dtype: str,
-    precision: str,
-    arch: Arch,
-    *,
-    vec: int,
-    tma: bool,
-    along: bool,
+    i: int, j: int, l: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, along: bool,
     short: int = 512,
-) -> Product:
+) -> Product:  # fmt: skip
     """Settings for an i × j result summed over l: the largest tiles that fill the GPU."""
     tiles = candidates(l, dtype, precision, arch, vec, tma, along, short)
     big = tiles[0]

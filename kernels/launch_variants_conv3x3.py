@@ -131,7 +131,7 @@ def around_conv_wgrad(
     if s.tma and vec * ITEMSIZE[dtype] >= 4:
         others.append(replace(s, tma=False, block_l=min(s.block_l, 32), max_registers=unrounded(arch)))
     elif tma and arch.has_tma and not s.tma:
-        others.append(replace(s, tma=True))
+        others.append(replace(s, tma=True, x_first=False))
     for other in others:
         yield from settled(other)
 
