@@ -10,9 +10,10 @@ Each is a matrix product whose rows (of wgrad: whose sum) are pixels. A tile tak
 rows × BOX_W columns, so that a tap is the same box elsewhere: for descriptors an offset, with zeros outside the image
 for free; for pointers nine additions to one vector of addresses, and no division by a size.
 
-Groups come in *bundles* of as many as fill a tile's columns. Within a bundle w is a block-diagonal matrix (DIAGONAL);
-a bundle of one group is an ordinary product. The files beside this one hold what is no such product: `conv3x3_small.py`
-few input channels, `conv3x3_depthwise.py` one channel a group, `relayout.py` the way from one layout to another.
+Groups come in *bundles* of as many as fill a tile's columns. Within a bundle w is a block-diagonal matrix (DIAGONAL),
+which forward and dgrad read from memory (`spread_weight`); a bundle of one group is an ordinary product. The files
+beside this one hold what is no such product: `conv3x3_small.py` few input channels, `conv3x3_depthwise.py` one channel
+a group, `relayout.py` the way from one layout to another.
 """
 
 import triton
@@ -148,14 +149,13 @@ def store_box(
 
 @triton.jit
 def load_weight(
-    w, tap, l, col, first, members, OG, CG,
-    DGRAD: tl.constexpr, DIAGONAL: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
+    w, tap, l, col, first, rows, cols,
+    DGRAD: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The BLOCK_L × BLOCK_J tile at (l, col) of one tap's weights, for the bundle from output channel `first` on.
 
-    Summed index l and column are input and output channels, or (DGRAD) the other way round; OG and CG: how many of
-    each a group has.
+    Summed index l and column are input and output channels, or (DGRAD) the other way round; cols and rows: how many of
+    each the bundle has.
     """
     if TMA:
         if DGRAD:
@@ -163,25 +163,29 @@ def load_weight(
         else:
             tile = tl.trans(w.load([tap, first + col, l]).reshape(BLOCK_J, BLOCK_L))
     else:
-        pitch = CG // VEC * VEC
+        pitch = cols // VEC * VEC
         at_tap = w + (first.to(tl.int64) * 9 + tap) * pitch
-        if DIAGONAL:
-            row = (l + tl.arange(0, BLOCK_L))[:, None]
-            column = (col + tl.arange(0, BLOCK_J))[None, :]
-            if DGRAD:
-                group = row // OG
-                inside = (group == column // CG) & (group < members)
-                at = row.to(tl.int64) * (9 * pitch) + column % CG
-            else:
-                group = column // OG
-                inside = (group == row // CG) & (group < members)
-                at = column.to(tl.int64) * (9 * pitch) + row % CG
-            tile = tl.load(at_tap + tl.where(inside, at, 0), mask=inside, other=0.0)
-        elif DGRAD:
-            tile = load_tile(at_tap, l, col, OG, CG, 9 * pitch, BLOCK_L, BLOCK_J, False, False, VEC)
+        if DGRAD:
+            tile = load_tile(at_tap, l, col, rows, cols, 9 * pitch, BLOCK_L, BLOCK_J, False, False, VEC)
         else:
-            tile = load_tile(at_tap, l, col, CG, OG, 9 * pitch, BLOCK_L, BLOCK_J, False, True, VEC)
+            tile = load_tile(at_tap, l, col, cols, rows, 9 * pitch, BLOCK_L, BLOCK_J, False, True, VEC)
     return tile
+
+
+@triton.jit(do_not_specialize=["OG", "CG"])
+def spread_weight(
+    w, out, OG, CG, stride_o, stride_c, stride_r, stride_s, BUNDLE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out (O, 9, BUNDLE·CG) = a block-diagonal matrix for each bundle and tap: w's rows in their groups' columns."""
+    o = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    width = BUNDLE * CG
+    tap = i // width
+    c = i % width - o // OG % BUNDLE * CG
+    inside = (i < 9 * width) & (c >= 0) & (c < CG)
+    at = tl.where(inside, c * stride_c + tap // 3 * stride_r + tap % 3 * stride_s, 0)
+    row = tl.load(w + o.to(tl.int64) * stride_o + at, mask=inside, other=0.0)
+    tl.store(out + o.to(tl.int64) * (9 * width) + i, row, mask=i < 9 * width)
 
 
 @triton.jit
@@ -189,7 +193,7 @@ def convolve_by_group(
     src, w, n, i, j, first_h, first_w, first, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
     DGRAD: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     TAP_H: tl.constexpr, TAP_W: tl.constexpr, TAP_STEP_H: tl.constexpr, TAP_STEP_W: tl.constexpr,
-    ACC: tl.constexpr, VEC: tl.constexpr,
+    BUNDLE: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """What `convolve` computes, channel by channel: a column meets its own group's alone. Slow, and seldom needed."""
@@ -218,9 +222,9 @@ def convolve_by_group(
             channel = tl.where(exists, group * LG + l, 0)
             value = tl.load(src + (at[:, None] + channel[None, :]), mask=inside[:, None] & exists[None, :], other=0.0)
             if DGRAD:
-                at_w = ((first + group * OG + l).to(tl.int64) * 9 + tap) * CG + column % CG
+                at_w = ((first + channel).to(tl.int64) * 9 + tap) * (BUNDLE * CG) + column
             else:
-                at_w = ((first + column).to(tl.int64) * 9 + tap) * CG + l
+                at_w = ((first + column).to(tl.int64) * 9 + tap) * (BUNDLE * CG) + channel
             weight = tl.load(w + tl.where(exists, at_w, 0), mask=exists, other=0.0)
             acc += value.to(ACC) * weight.to(ACC)[None, :]
     return acc
@@ -228,14 +232,19 @@ def convolve_by_group(
 
 @triton.jit
 def convolve(
-    src, w, n, i, j, first_h, first_w, bundle, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
-    DGRAD: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    src, w, src_memory, w_memory, n, i, j, first_h, first_w, bundle, members, col, N, H, W,
+    stride_n, stride_h, stride_w, OG, CG,
+    DGRAD: tl.constexpr, W_TRANSPOSED: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     TAP_H: tl.constexpr, TAP_W: tl.constexpr, TAP_STEP_H: tl.constexpr, TAP_STEP_W: tl.constexpr,
     DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Σ over taps (TAP_H + t·TAP_STEP_H, …) and a bundle's channels of src[tap]·w[tap], for a box and BLOCK_J columns.
+
+    src_memory and w_memory: pointers to src and w, if these are descriptors and there are groups to take apart.
+
+    W_TRANSPOSED: w is (C, 9, O), of a single group.
 
     The t-th row of taps meets the rows i·STEP_H + first_h ± t of src: + going forward, − in dgrad, which looks back.
     FLAT is one loop over taps and channels, so that loads are pipelined across taps, but with divisions in it; with 8
@@ -283,7 +292,10 @@ def convolve(
                 src, n, i, j, first_h + SIGN * t_h, first_w + SIGN * t_w, start + l, start + length, N, H, W,
                 stride_n, stride_h, stride_w, 0, 0, False, STEP_H, STEP_W, TMA, VEC, BOX_N, BOX_H, BOX_W, BLOCK_L,
             )  # fmt: skip
-            b = load_weight(w, tap, l, col, first, members, OG, CG, DGRAD, DIAGONAL, TMA, VEC_W, BLOCK_L, BLOCK_J)
+            if W_TRANSPOSED:
+                b = load_weight(w, tap, l, col, first, CG, OG, not DGRAD, TMA, VEC_W, BLOCK_L, BLOCK_J)
+            else:
+                b = load_weight(w, tap, l, col, first, members * OG, BUNDLE * CG, DGRAD, TMA, VEC_W, BLOCK_L, BLOCK_J)
             if WEIGHTS_FIRST:
                 acc = dot(tl.trans(b), tl.trans(a), acc, PRECISION)
             else:
@@ -295,15 +307,17 @@ def convolve(
         # (One sum over both axes: with a reduction along either, Triton 3.7 does not compile for sm_100.)
         if tl.sum((acc != acc).to(tl.int32)) > 0:
             acc = convolve_by_group(
-                src, w, n, i, j, first_h, first_w, first, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
-                DGRAD, STEP_H, STEP_W, TAP_H, TAP_W, TAP_STEP_H, TAP_STEP_W, ACC, VEC, BOX_N, BOX_H, BOX_W, BLOCK_J,
+                src_memory + origin, w_memory, n, i, j, first_h, first_w, first, members, col, N, H, W,
+                stride_n, stride_h, stride_w, OG, CG,
+                DGRAD, STEP_H, STEP_W, TAP_H, TAP_W, TAP_STEP_H, TAP_STEP_W, BUNDLE, ACC, VEC,
+                BOX_N, BOX_H, BOX_W, BLOCK_J,
             )  # fmt: skip
     return acc
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward(
-    x, w, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w,
+    x, w, x_memory, w_memory, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w,
     stride_n, stride_h, stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
     HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr, ACCURATE: tl.constexpr, PTX: tl.constexpr,
     STEP_H: tl.constexpr, STEP_W: tl.constexpr,
@@ -322,9 +336,9 @@ def forward(
     col = column % columns * BLOCK_J
     members = tl.minimum(BUNDLE, groups - bundle * BUNDLE)
     z = convolve(
-        x, w, n, i, j, -pad_h, -pad_w, bundle, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
-        False, STEP_H, STEP_W, 0, 0, 1, 1, DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W,
-        BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
+        x, w, x_memory, w_memory, n, i, j, -pad_h, -pad_w, bundle, members, col, N, H, W,
+        stride_n, stride_h, stride_w, OG, CG, False, False, STEP_H, STEP_W, 0, 0, 1, 1,
+        DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
     )  # fmt: skip
     first = bundle * (BUNDLE * OG)
     if HAS_BIAS:
@@ -345,9 +359,9 @@ def forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def dgrad(
-    dz, w, dx, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w,
+    dz, w, dz_memory, w_memory, dx, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w,
     stride_n, stride_h, stride_w, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
     LAST: tl.constexpr, VEC_STORE: tl.constexpr,
@@ -355,6 +369,8 @@ def dgrad(
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """dx from dz: a box of dx's pixels and BLOCK_J of a bundle's input channels, of CX a group, a program.
+
+    W_TRANSPOSED: w is (C, 9, O), of a single group; its rows then lie along the sum.
 
     With a stride of 2 the rows of dx fall into two classes, program_id(1): those that meet the taps 0 and 2, and those
     that meet tap 1; the columns likewise. Each class is a convolution of its own with the taps that it meets.
@@ -377,9 +393,9 @@ def dgrad(
                 cols, first_w = rows_of_class(W, pad_w, class_w, STEP_W)
                 n, i, j = box_at(box, rows, cols, BOX_N, BOX_H, BOX_W)
                 tile = convolve(
-                    dz, w, n, i, j, first_h, first_w, bundle, members, col, N, P, Q, stride_n, stride_h, stride_w,
-                    OG, CG, True, 1, 1, class_h, class_w, STEP_H, STEP_W, DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION,
-                    VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
+                    dz, w, dz_memory, w_memory, n, i, j, first_h, first_w, bundle, members, col, N, P, Q,
+                    stride_n, stride_h, stride_w, OG, CG, True, W_TRANSPOSED, 1, 1, class_h, class_w, STEP_H, STEP_W,
+                    DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
                 )  # fmt: skip
                 m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
                 h = row_of_class(m_i, first_h, pad_h, class_h, STEP_H)

@@ -22,6 +22,7 @@ from .launch_conv3x3 import (
     Relayout,
     choose_box,
     choose_line,
+    elements_apart,
     even_splits,
     small_stages,
     unrounded,
@@ -72,7 +73,8 @@ def around_conv(
         steps_past = s.tma and whole and l % s.block_l
         columns = LONGEST if s.tma and not wide else 128
         stages = min(s.num_stages, stages_in_memory(s, ITEMSIZE[dtype], arch))
-        in_registers = registers(tile, dtype, s.num_warps, arch) <= RESULT and tile <= largest
+        most = elements_apart(s, classes, wide=wide) if spills else RESULT
+        in_registers = registers(tile, dtype, s.num_warps, arch) <= most and tile <= largest
         if stages >= 1 and in_registers and s.block_j <= columns and not steps_past:
             yield replace(s, num_stages=stages)
 

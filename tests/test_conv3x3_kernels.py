@@ -262,7 +262,7 @@ def test_a_nan_of_one_group_stays_in_it(kernels: str) -> None:
     x[0, 4, 2, 3], x[0, 9, 1, 1] = torch.inf, torch.nan
     w = torch.randn(24, 3, 3, 3, device=kernels)
     window = Window((1, 1), (1, 1), 4)
-    assert bundle_of(4, 3, 6) > 1
+    assert bundle_of(4, 3, 6, 64) > 1
     y = torch.empty(1, 24, 6, 7, device=kernels)
     run(ops.forward(x, w, None, y, window, None, arch(x), False))
     exact = F.conv2d(x, w, None, 1, 1, 1, 4)
@@ -391,7 +391,8 @@ def test_splits_cover_the_boxes_exactly() -> None:
 
 @pytest.mark.parametrize(("groups", "c", "o"), [(1, 3, 5), (2, 64, 64), (32, 4, 4), (3, 8, 16), (5, 1, 3), (100, 1, 2)])
 def test_bundles_fill_a_tile_and_no_more(groups: int, c: int, o: int) -> None:
-    bundle = bundle_of(groups, c, o)
-    assert bundle & (bundle - 1) == 0
-    assert bundle == 1 or bundle * max(c, o) <= 32
+    for columns in (32, 64):
+        bundle = bundle_of(groups, c, o, columns)
+        assert bundle & (bundle - 1) == 0
+        assert bundle == 1 or bundle * max(c, o) <= columns
     assert bundle < 2 * groups
