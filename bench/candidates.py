@@ -119,10 +119,11 @@ def _all() -> Iterator[Candidate]:
         yield Candidate(name, "linear", _linear(shape), "forward", "persistent, 264 programs", more)
     name = "two programs an SM"
     more = {forward: chosen(**WIDE)}
-    yield Candidate(name, "linear", _linear(SQUARE), "forward", "128×128, two programs", more)
-    for shape in (TALL, SQUARISH, SHORT):
-        yield Candidate(name, "linear", _linear(shape), "forward", "128×256, one program", {forward: chosen(**BIG)})
-        more = {forward: chosen(**BIG | dict(num_stages=3), persistent=132)}
+    for shape in (SQUARE, TALL, SQUARISH):
+        yield Candidate(name, "linear", _linear(shape), "forward", "128×128, two programs", more)
+    yield Candidate(name, "linear", _linear(SHORT), "forward", "128×256, one program", {forward: chosen(**BIG)})
+    more = {forward: chosen(**BIG | dict(num_stages=3), persistent=132)}
+    for shape in (SQUARISH, SHORT):
         yield Candidate(name, "linear", _linear(shape), "forward", "128×256, persistent", more)
     name = "dz in wgrad's prologue"
     for direction in ("backward", "frozen input"):

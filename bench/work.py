@@ -167,6 +167,10 @@ def _relayout(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     return dict(turns=given["tiles_per_program"], step=step, chain=0)
 
 
+def _once(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    return {}
+
+
 def _step(given: Given, programs: int, lengths: Sequence[int]) -> LaunchWork:
     """An optimizer's step, or the norm before it. A program reads four tables before its first element (which chunk,
     its tensor's row, the hyperparameters and the counter's address, the counter), and counts itself at the end."""
@@ -199,6 +203,7 @@ CONV: KernelWork = {
     conv3x3.forward: _conv_forward,
     conv3x3.dgrad: _conv_dgrad,
     conv3x3.wgrad: _conv_wgrad,
+    conv3x3.spread_weight: _once,
     conv3x3_small.small_forward: _small_forward,
     conv3x3_small.small_wgrad: _small_wgrad,
     conv3x3_depthwise.depthwise_forward: _depthwise,

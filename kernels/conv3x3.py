@@ -10,9 +10,10 @@ Each is a matrix product whose rows (of wgrad: whose sum) are pixels. A tile tak
 rows × BOX_W columns, so that a tap is the same box elsewhere: for descriptors an offset, with zeros outside the image
 for free; for pointers nine additions to one vector of addresses, and no division by a size.
 
-Groups come in *bundles* of as many as fill a tile's columns. Within a bundle w is a block-diagonal matrix (DIAGONAL);
-a bundle of one group is an ordinary product. The files beside this one hold what is no such product: `conv3x3_small.py`
-few input channels, `conv3x3_depthwise.py` one channel a group, `relayout.py` the way from one layout to another.
+Groups come in *bundles* of as many as fill a tile's columns. Within a bundle w is a block-diagonal matrix (DIAGONAL),
+which forward and dgrad read from memory (`spread_weight`); a bundle of one group is an ordinary product. The files
+beside this one hold what is no such product: `conv3x3_small.py` few input channels, `conv3x3_depthwise.py` one channel
+a group, `relayout.py` the way from one layout to another.
 """
 
 import triton
@@ -77,13 +78,18 @@ def load_box(
     src, n, i, j, dh, dw, channel, limit, N, H, W, stride_n, stride_h, stride_w, rows, cols,
     WITHIN: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
     """src[n, i·STEP_H + dh, j·STEP_W + dw, channel …] for the pixels of a box: (pixels, BLOCK), zeros outside.
+
+    TRANSPOSED, of pointers alone: (BLOCK, pixels). Compiled: where tensor cores take operands from registers, Triton
+    does not pipeline a load behind which `tl.trans` stands.
 
     A descriptor has five dimensions, (N, H / STEP_H, STEP_H, W / STEP_W, STEP_W · C): every STEP-th row is a box in it.
     If boxes are of images alone, N stands behind W / STEP_W: then the reshape drops leading ones alone (`convolve`).
     WITHIN: zeros also for the pixels of the box from `rows` and `cols` on; a descriptor's box must not have any.
     """
+    tl.static_assert(not (TMA and TRANSPOSED))
     if TMA:
         at_h = i + (dh >> (STEP_H - 1))  # STEP is 1 or 2, and a shift rounds down where a division would round to zero
         at_w = j + (dw >> (STEP_W - 1))
@@ -100,7 +106,10 @@ def load_box(
         if WITHIN:
             inside = inside & (m_i < rows) & (m_j < cols)
         c, c_inside = indices(channel, limit, BLOCK, VEC)
-        tile = tl.load(src + (at[:, None] + c[None, :]), mask=inside[:, None] & c_inside[None, :], other=0.0)
+        if TRANSPOSED:
+            tile = tl.load(src + (at[None, :] + c[:, None]), mask=inside[None, :] & c_inside[:, None], other=0.0)
+        else:
+            tile = tl.load(src + (at[:, None] + c[None, :]), mask=inside[:, None] & c_inside[None, :], other=0.0)
     return tile
 
 
@@ -140,14 +149,13 @@ def store_box(
 
 @triton.jit
 def load_weight(
-    w, tap, l, col, first, members, OG, CG,
-    DGRAD: tl.constexpr, DIAGONAL: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
+    w, tap, l, col, first, rows, cols,
+    DGRAD: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The BLOCK_L × BLOCK_J tile at (l, col) of one tap's weights, for the bundle from output channel `first` on.
 
-    Summed index l and column are input and output channels, or (DGRAD) the other way round; OG and CG: how many of
-    each a group has.
+    Summed index l and column are input and output channels, or (DGRAD) the other way round; cols and rows: how many of
+    each the bundle has.
     """
     if TMA:
         if DGRAD:
@@ -155,25 +163,29 @@ def load_weight(
         else:
             tile = tl.trans(w.load([tap, first + col, l]).reshape(BLOCK_J, BLOCK_L))
     else:
-        pitch = CG // VEC * VEC
+        pitch = cols // VEC * VEC
         at_tap = w + (first.to(tl.int64) * 9 + tap) * pitch
-        if DIAGONAL:
-            row = (l + tl.arange(0, BLOCK_L))[:, None]
-            column = (col + tl.arange(0, BLOCK_J))[None, :]
-            if DGRAD:
-                group = row // OG
-                inside = (group == column // CG) & (group < members)
-                at = row.to(tl.int64) * (9 * pitch) + column % CG
-            else:
-                group = column // OG
-                inside = (group == row // CG) & (group < members)
-                at = column.to(tl.int64) * (9 * pitch) + row % CG
-            tile = tl.load(at_tap + tl.where(inside, at, 0), mask=inside, other=0.0)
-        elif DGRAD:
-            tile = load_tile(at_tap, l, col, OG, CG, 9 * pitch, BLOCK_L, BLOCK_J, False, False, VEC)
+        if DGRAD:
+            tile = load_tile(at_tap, l, col, rows, cols, 9 * pitch, BLOCK_L, BLOCK_J, False, False, VEC)
         else:
-            tile = load_tile(at_tap, l, col, CG, OG, 9 * pitch, BLOCK_L, BLOCK_J, False, True, VEC)
+            tile = load_tile(at_tap, l, col, cols, rows, 9 * pitch, BLOCK_L, BLOCK_J, False, True, VEC)
     return tile
+
+
+@triton.jit(do_not_specialize=["OG", "CG"])
+def spread_weight(
+    w, out, OG, CG, stride_o, stride_c, stride_r, stride_s, BUNDLE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out (O, 9, BUNDLE·CG) = a block-diagonal matrix for each bundle and tap: w's rows in their groups' columns."""
+    o = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    width = BUNDLE * CG
+    tap = i // width
+    c = i % width - o // OG % BUNDLE * CG
+    inside = (i < 9 * width) & (c >= 0) & (c < CG)
+    at = tl.where(inside, c * stride_c + tap // 3 * stride_r + tap % 3 * stride_s, 0)
+    row = tl.load(w + o.to(tl.int64) * stride_o + at, mask=inside, other=0.0)
+    tl.store(out + o.to(tl.int64) * (9 * width) + i, row, mask=i < 9 * width)
 
 
 @triton.jit
@@ -181,7 +193,7 @@ def convolve_by_group(
     src, w, n, i, j, first_h, first_w, first, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
     DGRAD: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     TAP_H: tl.constexpr, TAP_W: tl.constexpr, TAP_STEP_H: tl.constexpr, TAP_STEP_W: tl.constexpr,
-    ACC: tl.constexpr, VEC: tl.constexpr,
+    BUNDLE: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """What `convolve` computes, channel by channel: a column meets its own group's alone. Slow, and seldom needed."""
@@ -210,9 +222,9 @@ def convolve_by_group(
             channel = tl.where(exists, group * LG + l, 0)
             value = tl.load(src + (at[:, None] + channel[None, :]), mask=inside[:, None] & exists[None, :], other=0.0)
             if DGRAD:
-                at_w = ((first + group * OG + l).to(tl.int64) * 9 + tap) * CG + column % CG
+                at_w = ((first + channel).to(tl.int64) * 9 + tap) * (BUNDLE * CG) + column
             else:
-                at_w = ((first + column).to(tl.int64) * 9 + tap) * CG + l
+                at_w = ((first + column).to(tl.int64) * 9 + tap) * (BUNDLE * CG) + channel
             weight = tl.load(w + tl.where(exists, at_w, 0), mask=exists, other=0.0)
             acc += value.to(ACC) * weight.to(ACC)[None, :]
     return acc
@@ -220,14 +232,19 @@ def convolve_by_group(
 
 @triton.jit
 def convolve(
-    src, w, n, i, j, first_h, first_w, bundle, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
-    DGRAD: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    src, w, src_memory, w_memory, n, i, j, first_h, first_w, bundle, members, col, N, H, W,
+    stride_n, stride_h, stride_w, OG, CG,
+    DGRAD: tl.constexpr, W_TRANSPOSED: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     TAP_H: tl.constexpr, TAP_W: tl.constexpr, TAP_STEP_H: tl.constexpr, TAP_STEP_W: tl.constexpr,
     DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Σ over taps (TAP_H + t·TAP_STEP_H, …) and a bundle's channels of src[tap]·w[tap], for a box and BLOCK_J columns.
+
+    src_memory and w_memory: pointers to src and w, if these are descriptors and there are groups to take apart.
+
+    W_TRANSPOSED: w is (C, 9, O), of a single group.
 
     The t-th row of taps meets the rows i·STEP_H + first_h ± t of src: + going forward, − in dgrad, which looks back.
     FLAT is one loop over taps and channels, so that loads are pipelined across taps, but with divisions in it; with 8
@@ -275,7 +292,10 @@ def convolve(
                 src, n, i, j, first_h + SIGN * t_h, first_w + SIGN * t_w, start + l, start + length, N, H, W,
                 stride_n, stride_h, stride_w, 0, 0, False, STEP_H, STEP_W, TMA, VEC, BOX_N, BOX_H, BOX_W, BLOCK_L,
             )  # fmt: skip
-            b = load_weight(w, tap, l, col, first, members, OG, CG, DGRAD, DIAGONAL, TMA, VEC_W, BLOCK_L, BLOCK_J)
+            if W_TRANSPOSED:
+                b = load_weight(w, tap, l, col, first, CG, OG, not DGRAD, TMA, VEC_W, BLOCK_L, BLOCK_J)
+            else:
+                b = load_weight(w, tap, l, col, first, members * OG, BUNDLE * CG, DGRAD, TMA, VEC_W, BLOCK_L, BLOCK_J)
             if WEIGHTS_FIRST:
                 acc = dot(tl.trans(b), tl.trans(a), acc, PRECISION)
             else:
@@ -287,15 +307,17 @@ def convolve(
         # (One sum over both axes: with a reduction along either, Triton 3.7 does not compile for sm_100.)
         if tl.sum((acc != acc).to(tl.int32)) > 0:
             acc = convolve_by_group(
-                src, w, n, i, j, first_h, first_w, first, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
-                DGRAD, STEP_H, STEP_W, TAP_H, TAP_W, TAP_STEP_H, TAP_STEP_W, ACC, VEC, BOX_N, BOX_H, BOX_W, BLOCK_J,
+                src_memory + origin, w_memory, n, i, j, first_h, first_w, first, members, col, N, H, W,
+                stride_n, stride_h, stride_w, OG, CG,
+                DGRAD, STEP_H, STEP_W, TAP_H, TAP_W, TAP_STEP_H, TAP_STEP_W, BUNDLE, ACC, VEC,
+                BOX_N, BOX_H, BOX_W, BLOCK_J,
             )  # fmt: skip
     return acc
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward(
-    x, w, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w,
+    x, w, x_memory, w_memory, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w,
     stride_n, stride_h, stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
     HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr, ACCURATE: tl.constexpr, PTX: tl.constexpr,
     STEP_H: tl.constexpr, STEP_W: tl.constexpr,
@@ -314,9 +336,9 @@ def forward(
     col = column % columns * BLOCK_J
     members = tl.minimum(BUNDLE, groups - bundle * BUNDLE)
     z = convolve(
-        x, w, n, i, j, -pad_h, -pad_w, bundle, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
-        False, STEP_H, STEP_W, 0, 0, 1, 1, DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W,
-        BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
+        x, w, x_memory, w_memory, n, i, j, -pad_h, -pad_w, bundle, members, col, N, H, W,
+        stride_n, stride_h, stride_w, OG, CG, False, False, STEP_H, STEP_W, 0, 0, 1, 1,
+        DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
     )  # fmt: skip
     first = bundle * (BUNDLE * OG)
     if HAS_BIAS:
@@ -337,9 +359,9 @@ def forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def dgrad(
-    dz, w, dx, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w,
+    dz, w, dz_memory, w_memory, dx, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w,
     stride_n, stride_h, stride_w, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
     LAST: tl.constexpr, VEC_STORE: tl.constexpr,
@@ -347,6 +369,8 @@ def dgrad(
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """dx from dz: a box of dx's pixels and BLOCK_J of a bundle's input channels, of CX a group, a program.
+
+    W_TRANSPOSED: w is (C, 9, O), of a single group; its rows then lie along the sum.
 
     With a stride of 2 the rows of dx fall into two classes, program_id(1): those that meet the taps 0 and 2, and those
     that meet tap 1; the columns likewise. Each class is a convolution of its own with the taps that it meets.
@@ -369,9 +393,9 @@ def dgrad(
                 cols, first_w = rows_of_class(W, pad_w, class_w, STEP_W)
                 n, i, j = box_at(box, rows, cols, BOX_N, BOX_H, BOX_W)
                 tile = convolve(
-                    dz, w, n, i, j, first_h, first_w, bundle, members, col, N, P, Q, stride_n, stride_h, stride_w,
-                    OG, CG, True, 1, 1, class_h, class_w, STEP_H, STEP_W, DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION,
-                    VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
+                    dz, w, dz_memory, w_memory, n, i, j, first_h, first_w, bundle, members, col, N, P, Q,
+                    stride_n, stride_h, stride_w, OG, CG, True, W_TRANSPOSED, 1, 1, class_h, class_w, STEP_H, STEP_W,
+                    DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
                 )  # fmt: skip
                 m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
                 h = row_of_class(m_i, first_h, pad_h, class_h, STEP_H)
@@ -387,7 +411,7 @@ def wgrad(
     dz, x, dw, db, N, H, W, P, Q, groups, OG, CG, OZ, CX, pad_h, pad_w,
     z_stride_n, z_stride_h, z_stride_w, stride_n, stride_h, stride_w, boxes_per_split,
     WRITE_DB: tl.constexpr, TAPS: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, TMA: tl.constexpr, TAPS_LAST: tl.constexpr,
+    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, TMA: tl.constexpr, X_FIRST: tl.constexpr, TAPS_LAST: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, VEC_O: tl.constexpr, VEC_C: tl.constexpr, VEC_STORE: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -397,10 +421,14 @@ def wgrad(
     the programs of the first tap and the first input channels write. A group of dz has OZ channels and one of x CX: OG
     and CG or, where rows were padded, more.
 
-    A descriptor's box is a line, of images or of columns: dz is the first operand (`convolve`). Of 16 bits db is its
-    product with ones, exact in every term. Compiled: a sum would read the shared memory that wgmma reads, and Triton
-    3.7 refills it too early (https://github.com/triton-lang/triton/issues/6691); before Hopper it would take three
-    times the shared memory's time. All programs form db: a branch in the loop makes every wgmma wait.
+    A descriptor's box is a line, of images or of columns: dz is the first operand (`convolve`). X_FIRST: x is, where
+    products take operands from registers. Compiled: with several products in a loop, each warp has rows of its own and
+    all columns, so the first operand is read from shared memory once and the second by every warp, and x is 3 tiles.
+
+    Of 16 bits db is the product of dz with ones, exact in every term. Compiled: a sum would read the shared memory that
+    wgmma reads, and Triton 3.7 refills it too early (https://github.com/triton-lang/triton/issues/6691); before Hopper
+    it would take three times the shared memory's time. It comes first, for the last product in a loop decides how the
+    warps share them all. All programs form db: a branch in the loop makes every wgmma wait.
     """
     columns_o = tl.cdiv(BUNDLE * OG, BLOCK_O)
     columns_c = tl.cdiv(BUNDLE * CG, BLOCK_C)
@@ -434,38 +462,48 @@ def wgrad(
         x += origin_c
     acc = ()
     for _ in tl.static_range(TAPS):
-        acc = acc + (tl.zeros((BLOCK_O, BLOCK_C), ACC),)
+        acc = acc + (tl.zeros((BLOCK_C, BLOCK_O) if X_FIRST else (BLOCK_O, BLOCK_C), ACC),)
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
     tl.static_assert(not TMA or BOX_N == PIXELS or BOX_W == PIXELS, "the box of a descriptor must be a line")
     DTYPE: tl.constexpr = dz.dtype if TMA else dz.dtype.element_ty
     BY_PRODUCT: tl.constexpr = DTYPE.primitive_bitwidth == 16
-    ones = round_to(tl.full((PIXELS, 16), 1.0, ACC), DTYPE)
-    sums = tl.zeros((BLOCK_O, 16) if BY_PRODUCT else (PIXELS, BLOCK_O), ACC)
+    O_FIRST: tl.constexpr = not (TMA or X_FIRST)  # z_tile is loaded as (BLOCK_O, PIXELS)
+    ones = round_to(tl.full((16, PIXELS) if X_FIRST else (PIXELS, 16), 1.0, ACC), DTYPE)
+    if BY_PRODUCT:
+        sums = tl.zeros((16, BLOCK_O) if X_FIRST else (BLOCK_O, 16), ACC)
+    else:
+        sums = tl.zeros((PIXELS, BLOCK_O), ACC)
     for box in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
         n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
         z_tile = load_box(
             dz, n, i, j, 0, 0, start_o, length_o, N, P, Q, z_stride_n, z_stride_h, z_stride_w,
-            0, 0, False, 1, 1, TMA, VEC_O, BOX_N, BOX_H, BOX_W, BLOCK_O,
+            0, 0, False, 1, 1, TMA, VEC_O, BOX_N, BOX_H, BOX_W, BLOCK_O, O_FIRST,
         )  # fmt: skip
+        if WRITE_DB:
+            if BY_PRODUCT and X_FIRST:
+                sums = dot(ones, z_tile, sums, PRECISION)
+            elif BY_PRODUCT:
+                sums = dot(z_tile if O_FIRST else tl.trans(z_tile), ones, sums, PRECISION)
+            else:
+                sums += tl.trans(z_tile) if O_FIRST else z_tile
         added = ()
         for t in tl.static_range(TAPS):
             # Where dz does not exist its zero must meet a zero: an infinity of x would make it NaN.
             x_tile = load_box(
                 x, n, i, j, r - pad_h, s + t - pad_w, start_c, length_c, N, H, W, stride_n, stride_h, stride_w, P, Q,
-                True, STEP_H, STEP_W, TMA, VEC_C, BOX_N, BOX_H, BOX_W, BLOCK_C,
+                True, STEP_H, STEP_W, TMA, VEC_C, BOX_N, BOX_H, BOX_W, BLOCK_C, X_FIRST,
             )  # fmt: skip
-            added = added + (dot(tl.trans(z_tile), x_tile, acc[t], PRECISION),)
-        acc = added
-        if WRITE_DB:
-            if BY_PRODUCT:
-                sums = dot(tl.trans(z_tile), ones, sums, PRECISION)
+            if X_FIRST:
+                added = added + (dot(x_tile, z_tile, acc[t], PRECISION),)
             else:
-                sums += z_tile
+                added = added + (dot(z_tile if O_FIRST else tl.trans(z_tile), x_tile, acc[t], PRECISION),)
+        acc = added
     first = bundle * BUNDLE * OG
     o, o_inside = indices(col_o, members * OG, BLOCK_O, 1)
     c, c_inside = indices(col_c, members * CG, BLOCK_C, VEC_STORE)
     if WRITE_DB:
-        total = tl.max(sums, 1) if BY_PRODUCT else tl.sum(sums, 0)  # the product has 16 equal columns
+        # The product has 16 equal rows or columns.
+        total = tl.max(sums, 0 if X_FIRST else 1) if BY_PRODUCT else tl.sum(sums, 0)
         at = db + (split.to(tl.int64) * groups * OG + first + o)
         tl.store(at, round_to(total, db.dtype.element_ty), mask=o_inside & (taps == 0) & (col_c == 0))
     inside = o_inside[:, None] & c_inside[None, :]
@@ -484,4 +522,5 @@ def wgrad(
     to = at[:, None] + c[None, :]  # for all taps: compiled, an offset for each spilled with Triton 3.5 and 3.6
     dw += (r * 3 + s) * step
     for t in tl.static_range(TAPS):
-        tl.store(dw + t * step + to, round_to(acc[t], dw.dtype.element_ty), mask=inside)
+        sum_of_tap = tl.trans(acc[t]) if X_FIRST else acc[t]
+        tl.store(dw + t * step + to, round_to(sum_of_tap, dw.dtype.element_ty), mask=inside)

@@ -42,6 +42,7 @@ class Convolution(Product):
     bundle: int = 1  # groups that share a tile's columns; more than one make a block-diagonal product
     flat: bool = False  # one loop over taps and channels
     taps: int = 1  # of wgrad: taps of one row that a program sums, and reads dz once for
+    x_first: bool = False  # of wgrad: multiply xᵀ·dz and not dzᵀ·x
 
     def columns(self, channels: int, groups: int) -> int:
         """Tiles across the result's channels, `channels` of them in each group."""
@@ -111,11 +112,22 @@ def choose_line(lengths: tuple[int, ...], n: int, q: int, dtype: str, arch: Arch
     return None
 
 
-def bundle_of(groups: int, channels_in: int, channels_out: int) -> int:
-    """How many groups share a tile: one where it fills a matrix instruction's 16, else enough for 32 columns."""
+def bundle_of(groups: int, channels_in: int, channels_out: int, columns: int) -> int:
+    """How many groups share a tile: one where it fills a matrix instruction's 16, else enough for so many columns."""
     if groups == 1 or min(channels_in, channels_out) >= 16:
         return 1
-    return min(power_of_2(groups), max(1, 32 // max(channels_in, channels_out)))
+    return min(power_of_2(groups), max(1, columns // max(channels_in, channels_out)))
+
+
+def elements_apart(settings: Product, classes: int, *, wide: bool) -> int:
+    """Elements of its result that a thread may have where groups are taken apart: it has an address for each of them.
+
+    Compiled: 64 fit with 8 warps, descriptors, contiguous channels and one class. Else they spill up to 7,064 bytes,
+    and 32 still 376 with contiguous columns and four classes.
+    """
+    if settings.num_warps == 8 and settings.tma and not wide and classes == 1:
+        return 64
+    return 16 if wide and classes > 1 else 32
 
 
 def convolution(product: Product, **more: object) -> Convolution:
@@ -146,13 +158,6 @@ def choose_conv(
         # Compiled: operands lie in registers beside those addresses; deeper, or larger in float32, they spill.
         most = 128 * 128 if ITEMSIZE[dtype] == 2 else 128 * 64 // classes
         tiles = [replace(t, block_l=min(t.block_l, 32)) for t in tiles if t.block_i * t.block_j <= most] or tiles[-1:]
-    if bundle > 1 and arch.backend != "interpreter":
-        # Compiled: an address for each element, where groups are taken apart, spills at 128×32 with Triton 3.6; in
-        # float64, or four times in one kernel, at 64×32.
-        rows = 16 if ITEMSIZE[dtype] == 8 else 64 if classes == 1 else 32
-        if needs_registers(dtype, precision, arch, tma=False, along=along):
-            rows = min(rows, 32)  # compiled: two warps would hold too many addresses each; 32 rows are no wgmma either
-        tiles = [replace(tiles[-1], block_i=rows, block_j=32, num_warps=4, reason="compiled: groups are few columns")]
     filling = [tile for tile in tiles if fills(tile.tiles(i, j) * bundles * classes, arch)]
     chosen = fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
     if needs_registers(dtype, precision, arch, tma=chosen.tma, along=along):
@@ -164,10 +169,14 @@ def choose_conv(
         )  # fmt: skip
     if not chosen.tma and ITEMSIZE[dtype] == 2 and chosen.block_i * chosen.block_j <= 128 * 64:
         chosen = replace(chosen, num_warps=min(chosen.num_warps, 4))
+    if bundle > 1 and arch.backend != "interpreter":
+        rows = elements_apart(chosen, classes, wide=wide) * 32 * chosen.num_warps // chosen.block_j
+        chosen = replace(chosen, block_i=max(16, min(chosen.block_i, rows)))
     # A loop over the channels of one tap that takes a single step can't be pipelined; one over all taps can.
     flat = chosen.tma or (l <= chosen.block_l and chosen.num_warps <= 4)
+    limit = chosen.max_registers if chosen.tma and bundle == 1 else unrounded(arch)
     return convolution(
-        replace(chosen, prefetch=False, max_registers=chosen.max_registers if chosen.tma else unrounded(arch)),
+        replace(chosen, prefetch=False, max_registers=limit),
         box=choose_box(chosen.block_i, n, p, q, wide=wide),
         bundle=bundle,
         flat=flat,
@@ -207,7 +216,7 @@ def choose_conv_wgrad(
         j = 128 if tma or vec >= 4 else 64
         tile, taps = Product(128, j, 32, 8, 3, f"compiled: 128×{j}, three taps: dz is read once for them"), 3
     else:
-        tile, taps = Product(64, 32, 32, 4, 3, "compiled: 64×32, three taps: dz is read once for them"), 3
+        tile, taps = Product(64, 64, 32, 4, 3, "compiled: 64×64, three taps: dz is read once for them"), 3
     tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
     few = tile.block_i * tile.block_j < 64 * 64
     if few:
@@ -216,7 +225,8 @@ def choose_conv_wgrad(
     tile = replace(tile, block_l=prod(box))
     tile = replace(tile, tma=tma, max_registers=unrounded(arch) if size >= 4 or few or not tma else None)
     stages = stages_that_fit(replace(tile, block_j=taps * tile.block_j), size, arch)
-    chosen = convolution(replace(tile, num_stages=stages), box=box, bundle=bundle, taps=taps)
+    x_first = taps > 1 and not tma and (not arch.has_tma or arch.backend == "interpreter")
+    chosen = convolution(replace(tile, num_stages=stages), box=box, bundle=bundle, taps=taps, x_first=x_first)
     programs = chosen.tiles(o, c) * bundles * (9 // taps)
     share = max(size, 4) * 9 * o * c * bundles
     most = max(1, min(cdiv(chosen.boxes(n, p, q), 8), max(spare, WORKSPACE) // share))

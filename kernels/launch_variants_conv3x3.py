@@ -22,6 +22,7 @@ from .launch_conv3x3 import (
     Relayout,
     choose_box,
     choose_line,
+    elements_apart,
     even_splits,
     small_stages,
     unrounded,
@@ -72,7 +73,8 @@ def around_conv(
         steps_past = s.tma and whole and l % s.block_l
         columns = LONGEST if s.tma and not wide else 128
         stages = min(s.num_stages, stages_in_memory(s, ITEMSIZE[dtype], arch))
-        in_registers = registers(tile, dtype, s.num_warps, arch) <= RESULT and tile <= largest
+        most = elements_apart(s, classes, wide=wide) if spills else RESULT
+        in_registers = registers(tile, dtype, s.num_warps, arch) <= most and tile <= largest
         if stages >= 1 and in_registers and s.block_j <= columns and not steps_past:
             yield replace(s, num_stages=stages)
 
@@ -112,7 +114,7 @@ def around_conv_wgrad(
         if s.block_i * s.block_j < 64 * 64:
             s = replace(s, num_warps=min(s.num_warps, 4))
         stages = min(s.num_stages, stages_in_memory(replace(s, block_j=s.taps * s.block_j), ITEMSIZE[dtype], arch))
-        few = registers(tile, dtype, s.num_warps, arch) <= (DEEPEST if arch.has_tma else 64)
+        few = registers(tile, dtype, s.num_warps, arch) <= (DEEPEST if arch.has_tma else DEEPEST // 2)
         if stages >= 1 and few:
             boxes = s.boxes(n, p, q)
             yield replace(s, num_stages=stages, splits=even_splits(boxes, min(s.splits, boxes)))
@@ -131,7 +133,7 @@ def around_conv_wgrad(
     if s.tma and vec * ITEMSIZE[dtype] >= 4:
         others.append(replace(s, tma=False, block_l=min(s.block_l, 32), max_registers=unrounded(arch)))
     elif tma and arch.has_tma and not s.tma:
-        others.append(replace(s, tma=True))
+        others.append(replace(s, tma=True, x_first=False))
     for other in others:
         yield from settled(other)
 

@@ -42,6 +42,8 @@ QUICK: dict[str, Case] = {
     "linear, frozen weight": Linear((72, 136, 72), needs="xb", dy=expanded),
     "linear, split sum": Linear((1100, 40, 72), HALF, needs="wb"),
     "linear, dx alone": Linear((136, 72, 72), needs="x"),
+    "linear, wide dx": Linear((136, 72, 200), needs="x", processors=1),
+    "linear, tall dx": Linear((250, 72, 360), needs="x", processors=1),
     "linear, db alone": Linear((136, 72, 24), needs="b"),
     "conv, 64 columns": conv((2, 64, 16, 16), 64),
     "conv, 128 columns": conv((1, 128, 16, 16), 136),

@@ -228,11 +228,13 @@ def test_targets_of_linear_are_those_that_were_set() -> None:
         return {t.peer: t.ratio for t in operation.targets(Case(shape, dtype), direction) if t.quantity == "time"}
 
     square, squarish, tall = (4096, 4096, 4096), (8192, 1024, 1024), (65536, 256, 784)
-    assert ratios(square, "forward") == {"compile": 1.0, "eager": 1.0}
-    assert ratios(squarish, "forward") == ratios(tall, "forward") == {"compile": 1.0, "eager": 1.3}
-    assert ratios(square, "backward") == {"compile": 1.0, "eager": 1.05}
-    assert ratios(tall, "backward") == ratios(squarish, "backward") == {"compile": 1.0, "eager": 1.15}
-    assert ratios(square, "frozen input") == {"compile": 1.0, "eager": 1.5}
+    assert ratios(square, "forward") == {"compile": 1.0, "eager": 1.04}
+    assert ratios(squarish, "forward") == {"compile": 1.0, "eager": 1.2}
+    assert ratios(tall, "forward") == {"compile": 1.0, "eager": 1.4}
+    assert ratios(square, "backward") == {"compile": 1.0, "eager": 0.98}
+    assert ratios(tall, "backward") == ratios(squarish, "backward") == {"compile": 1.0, "eager": 1.12}
+    assert ratios(tall, "frozen input") == ratios(squarish, "frozen input") == {"compile": 1.0, "eager": 1.45}
+    assert ratios(square, "frozen input") == {"compile": 1.0, "eager": 1.0}
     assert ratios((64, 10, 128), "forward") == {"compile": 1.0, "eager": 1.0}
     assert ratios(square, "forward", torch.float32) == {"eager": 1.5}
 

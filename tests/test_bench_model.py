@@ -493,8 +493,8 @@ def test_the_command_predicts_what_run_measures(tmp_path: Path) -> None:
     latency = 479 / 1.83e3
     assert dgrad["terms"]["memory"] == pytest.approx(w_and_dx / 3e6 + latency), "dz is in L2"
     forward = found[name, "forward"]["launches"][0]
-    assert forward["resident"] == 2, "two programs of 128×128 reside"
-    assert forward["waves"] == pytest.approx(512 / 264)
+    assert forward["resident"] == 1, "one program of 128×256 resides"
+    assert forward["waves"] == pytest.approx(256 / 132)
     assert "Measured over predicted, 1 of 3: median" in done.stdout
     assert "not measured" in done.stdout
 

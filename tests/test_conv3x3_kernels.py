@@ -139,6 +139,7 @@ WGRAD = replace(BASE, block_i=16, block_j=16, block_l=32)
 WGRAD_FORMS = {
     "one tap": WGRAD,
     "three taps": replace(WGRAD, taps=3, block_i=32),
+    "three taps, x first": replace(WGRAD, taps=3, block_j=32, x_first=True),
     "three taps, tma": replace(WGRAD, taps=3, tma=True, block_l=16, box=(16, 1, 1)),
     "one tap, tma": replace(WGRAD, tma=True, block_j=32, block_l=16, box=(1, 1, 16)),
 }
@@ -149,7 +150,7 @@ WGRAD_FORMS = {
     cover(
         WINDOWS, WGRAD_FORMS, [1, 4], DTYPES,
         quick=lambda window, form, splits, dtype: dtype == turn(DTYPES, window, form)
-        and (list(WGRAD_FORMS).index(form) - list(WINDOWS).index(window)) % 4 < 2
+        and (list(WGRAD_FORMS).index(form) - list(WINDOWS).index(window)) % len(WGRAD_FORMS) < 2
         and splits == turn((1, 4), form, window),
     ),
 )  # fmt: skip
@@ -261,7 +262,7 @@ def test_a_nan_of_one_group_stays_in_it(kernels: str) -> None:
     x[0, 4, 2, 3], x[0, 9, 1, 1] = torch.inf, torch.nan
     w = torch.randn(24, 3, 3, 3, device=kernels)
     window = Window((1, 1), (1, 1), 4)
-    assert bundle_of(4, 3, 6) > 1
+    assert bundle_of(4, 3, 6, 64) > 1
     y = torch.empty(1, 24, 6, 7, device=kernels)
     run(ops.forward(x, w, None, y, window, None, arch(x), False))
     exact = F.conv2d(x, w, None, 1, 1, 1, 4)
@@ -390,7 +391,8 @@ def test_splits_cover_the_boxes_exactly() -> None:
 
 @pytest.mark.parametrize(("groups", "c", "o"), [(1, 3, 5), (2, 64, 64), (32, 4, 4), (3, 8, 16), (5, 1, 3), (100, 1, 2)])
 def test_bundles_fill_a_tile_and_no_more(groups: int, c: int, o: int) -> None:
-    bundle = bundle_of(groups, c, o)
-    assert bundle & (bundle - 1) == 0
-    assert bundle == 1 or bundle * max(c, o) <= 32
+    for columns in (32, 64):
+        bundle = bundle_of(groups, c, o, columns)
+        assert bundle & (bundle - 1) == 0
+        assert bundle == 1 or bundle * max(c, o) <= columns
     assert bundle < 2 * groups

@@ -79,7 +79,7 @@ def test_wgrad_by_descriptors_keeps_what_is_not_finite_where_it_belongs(
     ("dtype", "tf32", "value"),
     [(torch.float32, True, 1 + 2**-12), (torch.float32, False, 2e37), (torch.bfloat16, False, 2e37)],
 )
-@pytest.mark.parametrize("form", ["three taps", "three taps, tma"])
+@pytest.mark.parametrize("form", ["three taps", "three taps, x first", "three taps, tma"])
 def test_db_sums_what_dz_holds(form: str, dtype: torch.dtype, tf32: bool, value: float, kernels: str) -> None:
     """float32's terms are not cut to TF32's on the way, and no sum on the way is larger than the sum."""
     dy = torch.full((3, 16, 1, 5), value, dtype=dtype, device=kernels).contiguous(memory_format=torch.channels_last)

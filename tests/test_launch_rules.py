@@ -28,6 +28,17 @@ def test_products_take_the_largest_tile_that_fills_the_gpu(rows: int, side: int)
     assert (image.block_i, image.block_j) == (side, side)
 
 
+@pytest.mark.parametrize(
+    ("k", "tile"), [(1024, (128, 256)), (784, (256, 128)), (128, (128, 128))], ids=["wide", "tall", "narrow"]
+)
+def test_large_tiles_lie_so_that_the_least_is_outside(k: int, tile: tuple[int, int]) -> None:
+    dgrad = choose_dgrad(65536, 256, k, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=False)
+    assert (dgrad.block_i, dgrad.block_j) == tile
+    forward = choose_forward(65536, k, 784, "bfloat16", "ieee", H100, vec=8, tma=True)
+    assert (forward.block_i, forward.block_j) == tile
+    assert (forward.persistent > 0) == (k > 128)
+
+
 def test_the_shapes_that_the_rule_names() -> None:
     """8192×1024×1024: 32 tiles of 128×256 in four parts are 128 programs. 64×512 images of 7×7: 100 of 128×128."""
     spare = 2 * 8192 * 1024

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import conv3x3, conv3x3_depthwise, conv3x3_small
-from ..kernels.launch import Arch, cdiv, precision_of
+from ..kernels.launch import Arch, cdiv, power_of_2, precision_of
 from ..kernels.launch_conv3x3 import (
     SMALL,
     Convolution,
@@ -81,19 +81,20 @@ def forward(
     groups, og = window.groups, o // window.groups
     xs = yield from packed(x, groups, arch)
     cg = xs.tensor.shape[1] // groups
-    ws = yield from _packed_weight(w, o, cg, arch)
-    bundle = settings.bundle if settings else bundle_of(groups, cg, og)
+    bundle = settings.bundle if settings else bundle_of(groups, cg, og, 64 if arch.has_tma else 32)
+    ws = yield from _packed_weight(w, o, cg, bundle, groups, arch)
     bundles = cdiv(groups, bundle)
     vec = _bundle_vec(xs, groups, bundle)
     s = settings or choose_conv(
         n, p, q, bundle * og, bundle * cg, bundles, bundle, 1, dtype, precision, arch,
-        vec=vec, tma=xs.tma and ws.tma and bundle == 1 and _steppable(x, window), along=True,
+        vec=vec, tma=xs.tma and ws.tma and _steppable(x, window), along=True,
         whole=bundles > 1 or window.stride[1] == 2, wide=not ys.last,
     )  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
         xs.argument(s.tma, s.box, s.block_l, precision, window.stride),
-        _weight_argument(ws, s.tma, s.block_j, s.block_l, precision), b, y,
+        _weight_argument(ws, s.tma, s.block_j, s.block_l, precision),
+        *((xs.tensor, ws.tensor) if bundle > 1 else (None, None)), b, y,
         *sizes, groups, og, cg, *window.padding, *_without_channels(xs), *ys.strides,
     )  # fmt: skip
     constants |= _dense_constants(s, precision, vec, ws.vec, _bundle_vec(ys, groups, bundle))
@@ -161,25 +162,31 @@ def _dense_dgrad(
     out = dense_image(dx)
     og = dz.tensor.shape[1] // groups  # with padding
     cg = padded(c, dx.element_size()) if groups == 1 else c // groups
-    ws = yield from _packed_weight(w, og * groups, cg, arch)
-    bundle = settings.bundle if settings else bundle_of(groups, cg, og)
+    bundle = settings.bundle if settings else bundle_of(groups, cg, og, 64 if arch.has_tma else 32)
+    # wgmma takes TF32 from rows that lie along the sum.
+    along = precision == "tf32" and groups == 1 and (arch.has_wgmma or arch.backend == "interpreter")
+    if along:
+        ws = yield from _packed_weight(w.transpose(0, 1), cg, og, bundle, groups, arch)
+    else:
+        ws = yield from _packed_weight(w, og * groups, cg, bundle, groups, arch)
     bundles = cdiv(groups, bundle)
     vec = _bundle_vec(dz, groups, bundle)
     p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
     s = settings or choose_conv(
         n, p, q, bundle * (c // groups), bundle * og, bundles, bundle, sh * sw, dtype, precision, arch,
-        vec=vec, tma=dz.tma and ws.tma and bundle == 1, along=False, whole=bundles > 1, wide=not out.last,
+        vec=vec, tma=dz.tma and ws.tma, along=along, whole=bundles > 1, wide=not out.last,
     )  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
         dz.argument(s.tma, s.box, s.block_l, precision),
-        _weight_argument(ws, s.tma, s.block_l, s.block_j, precision), dx,
+        _weight_argument(ws, s.tma, *((s.block_j, s.block_l) if along else (s.block_l, s.block_j)), precision),
+        *((dz.tensor, ws.tensor) if bundle > 1 else (None, None)), dx,
         n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding,
         *_without_channels(dz), *out.strides,
     )  # fmt: skip
     vec_store = 1 if sw == 2 and not out.last else _bundle_vec(out, groups, bundle)
     constants = dict(
-        STEP_H=sh, STEP_W=sw, ACC=acc, LAST=out.last,
+        W_TRANSPOSED=along, STEP_H=sh, STEP_W=sw, ACC=acc, LAST=out.last,
         **_dense_constants(s, precision, vec, ws.vec, vec_store),
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * s.columns(c // groups, groups), sh * sw)
@@ -196,7 +203,7 @@ def _dense_wgrad(
     precision = precision_of(dtype, tf32, arch)
     xs = yield from packed(x, groups, arch)
     og = o // groups
-    bundle = settings.bundle if settings else bundle_of(groups, cg, og)
+    bundle = settings.bundle if settings else bundle_of(groups, cg, og, 32)
     bundles = cdiv(groups, bundle)
     vec_o, vec_c = _bundle_vec(dz, groups, bundle), _bundle_vec(xs, groups, bundle)
     s = settings or choose_conv_wgrad(
@@ -215,7 +222,7 @@ def _dense_wgrad(
     )  # fmt: skip
     constants = dict(
         WRITE_DB=sums is not None, TAPS=s.taps, STEP_H=window.stride[0], STEP_W=window.stride[1],
-        DIAGONAL=bundle > 1, BUNDLE=bundle, TMA=s.tma, TAPS_LAST=s.splits == 1 and not in_order,
+        DIAGONAL=bundle > 1, BUNDLE=bundle, TMA=s.tma, X_FIRST=s.x_first, TAPS_LAST=s.splits == 1 and not in_order,
         ACC=acc, PRECISION=precision, VEC_O=vec_o, VEC_C=vec_c, VEC_STORE=vector_length(shares.element_size(), cg),
         BLOCK_O=s.block_i, BLOCK_C=s.block_j,
     )  # fmt: skip
@@ -338,8 +345,19 @@ def _weight_argument(w: Image, use_tma: bool, rows: int, cols: int, precision: s
     return descriptor(w.tensor, [9, o, c], [c, 9 * c, 1], [1, rows, cols], precision)
 
 
-def _packed_weight(w: Tensor, rows: int, cols: int, arch: Arch) -> "Generator[Launch, None, Image]":
-    """w as (rows, 9, cols) in memory, with zeros where it has no such output or input channel."""
+def _packed_weight(
+    w: Tensor, rows: int, cols: int, bundle: int, groups: int, arch: Arch
+) -> "Generator[Launch, None, Image]":
+    """w as (rows, 9, cols) in memory, with zeros where it has no such output or input channel.
+
+    Of a bundle of groups, its cols stand side by side: (rows, 9, bundle · cols).
+    """
+    if bundle > 1:
+        out = channels_last_scratch(w, bundle * cols)
+        arguments = (w, out, rows // groups, cols, *w.stride())
+        block = power_of_2(9 * bundle * cols)
+        yield Launch(conv3x3.spread_weight, (rows,), arguments, dict(BUNDLE=bundle, BLOCK=block), 4)
+        return image(out, True)
     if w.shape[:2] == (rows, cols) and w.is_contiguous(memory_format=torch.channels_last):
         return image(w, True)
     out = channels_last_scratch(w, cols, more=rows - w.shape[0])
