@@ -83,7 +83,7 @@ def forward(
         return
     if way == "small":
         w = _either_order(w)
-        s = settings or choose_small(n, p, q, o, c, dtype, arch, wide=not ys.last, wgrad=False)
+        s = settings or choose_small(n, p, q, o, c, dtype, arch, wgrad=False)
         grid = s.boxes(n, p, q) * cdiv(o, s.block_j)
         arguments = (x, w, b, y, *sizes, o, *window.padding, *x.stride(), *ys.strides)
         constants |= dict(C=c, TAPS_LAST=w.is_contiguous(), PRECISION=precision, BLOCK_J=s.block_j, BLOCK_K=s.block_l)
@@ -247,7 +247,7 @@ def _small_wgrad(
     """With y, `dz` holds dy."""
     (n, c, *_), o, (p, q) = x.shape, dw.shape[0], dz.tensor.shape[2:]
     dtype, (partial, acc) = dtype_name(x.dtype), accumulator(x.dtype)
-    s = settings or choose_small(n, p, q, o, c, dtype, arch, wide=not dz.last, wgrad=True)
+    s = settings or choose_small(n, p, q, o, c, dtype, arch, wgrad=True, fused=y is not None)
     ys = None if y is None else readable(y, dz.last)
     shares, sums = partials_of(dw, s.splits, partial), partials_of(db, s.splits, partial)
     arguments = (
