@@ -110,7 +110,7 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> "Sequence[Expe
         if across and loads + stores:
             reason = "16 bytes a thread, of every row that is read and every row that is written"
             found.append(e.vectors(across * loads, across * stores, reason))
-    elif kernel == "sum_partials" and bytes_of(launch.arguments[0], constants["VEC"]) == 16:
+    elif kernel == "sum_partials" and all(bytes_of(launch.arguments[0], constants[v]) == 16 for v in ("VEC", "VEC2")):
         found.append(e.wide("loads", 128, "rows of partial sums are multiples of 16 bytes"))
     return found
 

@@ -182,7 +182,7 @@ def expectations(launch: "Launch", case: Case, arch: Arch) -> "Sequence[Expectat
             found.append(e.wide("loads", 128, "rows of dy and y are multiples of 16 bytes"))
             if constants["WRITE_DZ"]:
                 found.append(e.wide("stores", 128, "rows of dz are multiples of 16 bytes"))
-    elif kernel == "sum_partials" and bytes_of(launch.arguments[0], constants["VEC"]) == 16:
+    elif kernel == "sum_partials" and all(bytes_of(launch.arguments[0], constants[v]) == 16 for v in ("VEC", "VEC2")):
         found.append(e.wide("loads", 128, "rows of partial sums are multiples of 16 bytes"))
     return found
 

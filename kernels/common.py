@@ -221,21 +221,48 @@ def product(
     return acc
 
 
-@triton.jit(do_not_specialize=["parts", "length", "rows", "cols"])
+@triton.jit(do_not_specialize=["parts", "matrices", "rows", "cols", "parts2", "length2"])
 def sum_partials(
-    partials, out, parts, length, rows, cols,
-    TRANSPOSED: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2,
+    ACC: tl.constexpr, VEC: tl.constexpr, VEC2: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = Σₛ partials[s, i], always in the same order. partials: (parts, length), out: (length,).
+    """Up to two sums of partial results, each always in the same order: out[i] = Σₛ partials[s, i], and out2 likewise.
 
-    TRANSPOSED: partials are matrices of rows × cols one after the other, and out holds the transpose of each.
+    With BLOCK_ROWS a partial result consists of `matrices` of rows × cols, and `out` of the transpose of each. VEC
+    divides cols, VEC2 length2.
     """
-    i, inside = indices(tl.program_id(0) * BLOCK, length, BLOCK, VEC)
+    program = tl.program_id(0)
+    programs = matrices * tl.cdiv(cols, BLOCK // BLOCK_ROWS)
+    if program < programs:
+        add_up(partials, out, program, parts, matrices, rows, cols, ACC, VEC, BLOCK_PARTS, BLOCK_ROWS, BLOCK)
+    elif partials2 is not None:
+        add_up(partials2, out2, program - programs, parts2, 1, 1, length2, ACC, VEC2, BLOCK_PARTS, 1, BLOCK)
+
+
+@triton.jit
+def add_up(
+    partials, out, program, parts, matrices, rows, cols,
+    ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK elements of a sum: of one matrix all rows, which are at most BLOCK_ROWS, and some columns."""
+    COLS: tl.constexpr = BLOCK // BLOCK_ROWS
+    k = tl.arange(0, BLOCK)
+    matrix = program // tl.cdiv(cols, COLS)
+    first_col = program % tl.cdiv(cols, COLS) * COLS
+    row, col, inside = k // COLS, first_col + k % COLS, k // COLS < rows
+    inside &= col < cols // VEC * VEC
+    pitch = (cols // VEC).to(tl.int64) * VEC
+    i = tl.where(inside, (matrix * rows + row) * pitch + col, 0)
+    i = tl.max_contiguous(tl.multiple_of(i, VEC), VEC)
     total = tl.zeros((BLOCK,), ACC)
     for first in range(0, parts, BLOCK_PARTS):
         part, exists = indices(first, parts, BLOCK_PARTS, 1)
-        at = partials + (part[:, None] * (length // VEC * VEC) + i[None, :])
+        at = partials + (part[:, None] * (matrices * rows * pitch) + i[None, :])
         total += tl.sum(tl.load(at, mask=exists[:, None] & inside[None, :], other=0.0), 0)
-    if TRANSPOSED:
-        i = (i // (rows * cols) * cols + i % cols) * rows + i // cols % rows
+    if BLOCK_ROWS > 1:
+        total = tl.reshape(tl.trans(tl.reshape(total, (BLOCK_ROWS, COLS))), (BLOCK,))
+        row, col = k % BLOCK_ROWS, first_col + k // BLOCK_ROWS
+        inside = (row < rows) & (col < cols)
+        i = tl.where(inside, (matrix * pitch + col) * rows + row, 0)
     tl.store(out + i, round_to(total, out.dtype.element_ty), mask=inside)

@@ -19,31 +19,33 @@ SIZES = ["N", "H", "W", "P", "Q", "O", "pad_h", "pad_w"]
 @triton.jit
 def gather(
     x, n, i, j, N, H, W, P, Q, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-    C: tl.constexpr, TAPS_LAST: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    C: tl.constexpr, TAPS_LAST: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, ONES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """g for the pixels (n, i, j): (pixels, BLOCK_K), zeros outside the image, from k = 9·C on, and for pixels that y
-    has not: a zero of dz must not meet an infinity there.
+    """g for the pixels (n, i, j), transposed: (BLOCK_K, pixels). Zeros outside the image, from k = 9·C on, and for
+    pixels that y has not: a zero of dz must not meet an infinity there. ONES: k = 9·C, which no power of two is, sums.
 
-    Within an image of under 2³¹ elements 32 bits hold an offset, and there are 9·C of them for each pixel.
+    Pixels come last, so that a thread has all k of a pixel: it knows the taps when it is compiled, and forms nine masks
+    and not one for each element. Within an image of under 2³¹ elements 32 bits hold an offset.
     """
-    k = tl.arange(0, BLOCK_K)
+    k = tl.arange(0, BLOCK_K)[:, None]
     if TAPS_LAST:
         c = k // 9
         tap = k % 9
     else:
         c = k % C
         tap = k // C
-    r = tap // 3 - pad_h
-    s = tap % 3 - pad_w
-    h = (i * STEP_H)[:, None] + r[None, :]
-    v = (j * STEP_W)[:, None] + s[None, :]
-    within = (h.to(tl.uint32) < H.to(tl.uint32)) & (v.to(tl.uint32) < W.to(tl.uint32))  # a negative one is a large one
-    inside = within & ((n < N) & (i < P) & (j < Q))[:, None] & (k < 9 * C)[None, :]
-    image = tl.where(n < N, n, 0).to(tl.int64) * stride_n
-    pixel = i * STEP_H * stride_h + j * STEP_W * stride_w
-    shift = c * stride_c + r * stride_h + s * stride_w
-    at = tl.where(inside, pixel[:, None] + shift[None, :], 0)
-    return tl.load(x + (image[:, None] + at), mask=inside, other=0.0)
+    h = (i * STEP_H)[None, :] + (tap // 3 - pad_h)
+    v = (j * STEP_W)[None, :] + (tap % 3 - pad_w)
+    h_inside = (h.to(tl.uint32) < H.to(tl.uint32)) & ((n < N) & (i < P))[None, :]  # a negative one is a large one
+    v_inside = (v.to(tl.uint32) < W.to(tl.uint32)) & (j < Q)[None, :]
+    image = x + tl.where(n < N, n, 0).to(tl.int64) * stride_n
+    at = image[None, :] + (tl.where(h_inside, h, 0) * stride_h + tl.where(v_inside, v, 0) * stride_w)
+    at += tl.where(k < 9 * C, c, 0) * stride_c
+    g = tl.load(at, mask=h_inside & v_inside & (k < 9 * C), other=0.0)
+    if ONES:
+        g = tl.where(k == 9 * C, 1.0, g).to(g.dtype)
+    return g
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -62,14 +64,14 @@ def small_forward(
     col = tl.program_id(0) % columns * BLOCK_J
     g = gather(
         x, n, i, j, N, H, W, P, Q, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-        C, TAPS_LAST, STEP_H, STEP_W, BLOCK_K,
+        C, TAPS_LAST, STEP_H, STEP_W, False, BLOCK_K,
     )  # fmt: skip
     o, o_inside = indices(col, O, BLOCK_J, 1)
     k, k_inside = indices(0, 9 * C, BLOCK_K, 1)
     w_tile = tl.load(w + (k[:, None] + o[None, :] * (9 * C)), mask=k_inside[:, None] & o_inside[None, :], other=0.0)
     # Weights first, as in `conv3x3.convolve`. Compiled: Triton else starts the product from the bias, and ptxas puts
     # waits of its own between its instructions.
-    z = tl.trans(dot(tl.trans(w_tile), tl.trans(g), tl.zeros((BLOCK_J, BOX_N * BOX_H * BOX_W), ACC), PRECISION))
+    z = tl.trans(dot(tl.trans(w_tile), g, tl.zeros((BLOCK_J, BOX_N * BOX_H * BOX_W), ACC), PRECISION))
     if HAS_BIAS:
         z += tl.load(b + o, mask=o_inside, other=0.0).to(ACC)[None, :]
     if SIGMOID:
@@ -93,6 +95,9 @@ def small_wgrad(
     With FUSE_DZ the argument `dz` holds dy, and dz = dy·y·(1 − y) is formed on the way in: nobody else needs it.
     """
     RUN: tl.constexpr = VEC if VEC < BOX_W else BOX_W
+    # Counted: a tile that is multiplied and summed lies in shared memory so that eight threads at a time read one bank.
+    # 16-bit numbers are summed by the product itself, exactly, in a column that it has free.
+    ONES: tl.constexpr = WRITE_DB and not FUSE_DZ and dz.dtype.element_ty.primitive_bitwidth == 16
     col = tl.program_id(0) * BLOCK_O
     split = tl.program_id(1)
     boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H) * tl.cdiv(Q, BOX_W)
@@ -108,16 +113,21 @@ def small_wgrad(
         if FUSE_DZ:
             at, _ = positions(n, i, j, o, N, P, Q, y_stride_n, y_stride_c, y_stride_h, y_stride_w, LAST, VEC, RUN)
             z = sigmoid_backward(z, tl.load(y + at, mask=mask, other=0.0), ACC)
-        if WRITE_DB:
+        if WRITE_DB and not ONES:
             sums += z.to(ACC)
         g = gather(
             x, n, i, j, N, H, W, P, Q, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-            C, TAPS_LAST, STEP_H, STEP_W, BLOCK_K,
+            C, TAPS_LAST, STEP_H, STEP_W, ONES, BLOCK_K,
         )  # fmt: skip
-        acc = dot(tl.trans(round_to(z, g.dtype)), g, acc, PRECISION)
-    if WRITE_DB:
-        total = round_to(tl.sum(sums, 0), db.dtype.element_ty)
-        tl.store(db + split.to(tl.int64) * O + o, total, mask=o_inside)
+        acc = dot(tl.trans(round_to(z, g.dtype)), tl.trans(g), acc, PRECISION)
+    row = split.to(tl.int64) * O + o
     k, k_inside = indices(0, 9 * C, BLOCK_K, 1)
-    at = dw + ((split.to(tl.int64) * O + o)[:, None] * (9 * C) + k[None, :])
+    if WRITE_DB:
+        if ONES:
+            column = tl.arange(0, BLOCK_K)[None, :] == 9 * C
+            at = db + row[:, None] + tl.zeros((1, BLOCK_K), tl.int32)
+            tl.store(at, round_to(acc, db.dtype.element_ty), mask=o_inside[:, None] & column)
+        else:
+            tl.store(db + row, round_to(tl.sum(sums, 0), db.dtype.element_ty), mask=o_inside)
+    at = dw + (row[:, None] * (9 * C) + k[None, :])
     tl.store(at, round_to(acc, dw.dtype.element_ty), mask=o_inside[:, None] & k_inside[None, :])

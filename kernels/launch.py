@@ -401,13 +401,16 @@ def choose_pass(m: int, n: int, dtype: str, arch: Arch) -> Pass:
 
 
 @rule
-def choose_sum(parts: int, length: int, arch: Arch) -> Sum:
-    """The second pass of every split sum."""
+def choose_sum(parts: int, length: int, arch: Arch, *, rows: int = 1, vec: int = 4) -> Sum:
+    """The second pass of every split sum. rows: of the matrices that it transposes; vec: elements an access."""
     if arch.backend == "interpreter":
         return Sum(4, 512, 1, INTERPRETED)
-    block_parts = min(64, power_of_2(parts))
-    block = max(32, min(1024, 2048 // block_parts))
-    return Sum(block_parts, min(block, max(32, power_of_2(length))), 4, "derived: 2,048 loads in flight a program")
+    # Derived: a sector of each row of a matrix, or a line of what is not transposed.
+    least = 8 * power_of_2(rows) if rows > 1 else 32
+    elements = 512 * vec
+    block_parts = min(elements // least, power_of_2(parts))
+    block = max(least, min(elements // block_parts, 256, power_of_2(length)))  # compiled: 512 of few parts spill
+    return Sum(block_parts, block, 1, "derived: 16 loads in flight a thread; one warp: no sum crosses warps")
 
 
 MAX_DIMS = 6  # of a tensor whose parameter, gradient and states do not lie alike: the kernel's loop is unrolled

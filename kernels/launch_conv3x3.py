@@ -250,9 +250,12 @@ def small_stages(dtype: str, arch: Arch) -> int:
 
 @rule
 def choose_small(
-    n: int, p: int, q: int, o: int, c: int, dtype: str, arch: Arch, *, wide: bool, wgrad: bool
+    n: int, p: int, q: int, o: int, c: int, dtype: str, arch: Arch, *, wgrad: bool, fused: bool = False
 ) -> Convolution:
-    """Few input channels: one product of 9·c summed elements (of wgrad: columns) for a box of pixels."""
+    """Few input channels: one product of 9·c summed elements (of wgrad: columns) for a box of pixels.
+
+    fused: wgrad forms dz on load.
+    """
     k = max(16, power_of_2(9 * c))
     if arch.backend == "interpreter":
         pixels, warps, reason = 32, 1, INTERPRETED
@@ -261,13 +264,13 @@ def choose_small(
     elif ITEMSIZE[dtype] == 4:
         pixels, warps, reason = 32 if wgrad else 64, 4, "derived: float32: both halves of tf32x3 in registers"
     else:
-        pixels, warps, reason = (
-            64 if wgrad else 128,
-            4,
-            "compiled: the gathered tile and its addresses fit registers",
-        )
+        # Counted: by mma.sync four warps of wgrad read a tile of x four times from shared memory, two read it twice.
+        warps = 2 if wgrad and not fused and arch.backend == "cuda" and not arch.has_tma else 4
+        pixels, reason = 32 * warps, "derived: a pixel a thread, which knows its taps when it is compiled"
+        if fused:
+            pixels, reason = 64, "compiled: dz and its sums fit registers"
     channels = fit(64 if ITEMSIZE[dtype] <= 4 and arch.backend != "interpreter" else 32, o)
-    box = choose_box(pixels, n, p, q, wide=wide)
+    box = choose_box(pixels, n, p, q, wide=True)
     if not wgrad:
         return Convolution(pixels, channels, k, warps, 1, reason, box=box, max_registers=unrounded(arch))
     stages = small_stages(dtype, arch)

@@ -128,12 +128,13 @@ def around_pass(s: Pass, m: int, n: int, dtype: str, arch: Arch) -> Iterator[Pas
         yield from settled(other)
 
 
-def around_sum(s: Sum, parts: int, length: int, arch: Arch) -> Iterator[Sum]:
+def around_sum(s: Sum, parts: int, length: int, arch: Arch, rows: int = 1, vec: int = 4) -> Iterator[Sum]:
     for parts_at_once in halved_or_doubled(s.block_parts, 1, min(128, power_of_2(parts))):
         yield replace(s, block_parts=parts_at_once)
-    for block in halved_or_doubled(s.block, 32, 4096 // s.block_parts):
+    for block in halved_or_doubled(s.block, 32 * power_of_2(rows), 1024 * vec // s.block_parts):
         yield replace(s, block=block)
-    yield from other_warps(s, arch)
+    if arch.backend != "interpreter":
+        yield from resized(s, "num_warps", 1, 8)
 
 
 def around_step(s: Step, elements: int, types: frozenset[str], strided: bool, arch: Arch) -> Iterator[Step]:

@@ -139,7 +139,7 @@ def around_conv_wgrad(
 
 
 def around_small(
-    s: Convolution, n: int, p: int, q: int, o: int, c: int, dtype: str, arch: Arch, wide: bool, wgrad: bool
+    s: Convolution, n: int, p: int, q: int, o: int, c: int, dtype: str, arch: Arch, wgrad: bool, fused: bool = False
 ) -> Iterator[Convolution]:
     pixels, channels, k = ("block_l", "block_i", s.block_j) if wgrad else ("block_i", "block_j", s.block_l)
     most = max(1, WORKSPACE // (max(ITEMSIZE[dtype], 4) * 9 * o * c))
@@ -153,7 +153,7 @@ def around_small(
     if wgrad:
         others += [*resized(s, "splits", 1, most), *(other_stages(s, arch) if small_stages(dtype, arch) > 1 else [])]
     for other in others:
-        other = boxed(other, pixels, n, p, q, wide=wide)
+        other = boxed(other, pixels, n, p, q, wide=True)
         size = getattr(other, pixels)
         tile = max(size * k, size * getattr(other, channels), k * getattr(other, channels))
         stages = min(other.num_stages, stages_in_memory(other, ITEMSIZE[dtype], arch))

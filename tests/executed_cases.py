@@ -59,6 +59,7 @@ QUICK: dict[str, Case] = {
     "conv, groups": conv((2, 64, 8, 8), 144, groups=2),
     "conv, bundles": conv((2, 40, 6, 7), 20, groups=5, sigmoid=True),
     "conv, image": conv((2, 3, 16, 12), 72, sigmoid=True, needs="wb"),
+    "conv, image, no activation": conv((2, 3, 9, 12), 40, needs="wb", dtype=HALF),
     "conv, NCHW image, float32": conv(
         (2, 3, 9, 12), 20, stride=2, x=images.contiguous, w=images.contiguous, bias=False, needs="w", dtype=SINGLE
     ),

@@ -132,7 +132,7 @@ def test_wgmma_does_not_read_float32_that_is_summed_as_well(precision: str) -> N
     chosen = choose_conv_wgrad(**facts, **dense)
     for s in [chosen, *AROUND["choose_conv_wgrad"](chosen, **facts, **dense)]:
         assert s.block_i < 64 or s.num_warps < 4, "wgmma takes 64 rows and more, and four warps"
-    small: dict[str, Any] = dict(c=3, wide=False, wgrad=True)
+    small: dict[str, Any] = dict(c=3, wgrad=True)
     chosen = choose_small(**facts, **small)
     assert {s.num_stages for s in [chosen, *AROUND["choose_small"](chosen, **facts, **small)]} == {1}
 

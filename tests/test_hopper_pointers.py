@@ -137,5 +137,5 @@ def test_convolutions_by_pointers(dtype: str, precision: str, newer: bool) -> No
     )
     for settings in (dense, groups, wgrad):
         assert uses_wgmma(settings) == may, settings
-    few = choose_small.function(64, 64, 64, 64, 3, dtype, H100, wide=False, wgrad=True)  # type: ignore[attr-defined]
+    few = choose_small.function(64, 64, 64, 64, 3, dtype, H100, wgrad=True)  # type: ignore[attr-defined]
     assert (few.num_stages > 1) == may, "one stage copies nothing asynchronously"

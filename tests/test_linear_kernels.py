@@ -17,7 +17,7 @@ from tribp.kernels import common
 from tribp.kernels.launch import ARCHS, Arch, Product, cdiv, choose_wgrad
 from tribp.kernels.launch_tuning import hearing, rules_answer
 from tribp.ops import linear_sigmoid_triton as triton_ops
-from tribp.ops.launching import Launch, operand, sum_partials
+from tribp.ops.launching import Launch, Partials, operand, sum_partials
 from tribp.versions import descriptor_unit
 
 from .covering import DTYPES, cover, turn
@@ -206,10 +206,20 @@ def test_sum_partials(parts: int, length: int, dtype: torch.dtype, kernels: str)
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     partials = torch.randn(parts, length, device=kernels, dtype=accumulator)
     out = nan(length, dtype=dtype, device=kernels)
-    run(sum_partials(partials, out, arch(out)))
+    run(sum_partials(arch(out), Partials(partials, out)))
     assert_close(
         out, partials.double().sum(0).cpu(), partials.sum(0).to(dtype), scale=partials.double().norm(dim=0).cpu()
     )
+
+
+@pytest.mark.parametrize(("parts", "size"), [(2, (3, 9, 5)), (7, (2, 9, 40)), (5, (1, 9, 64))])
+def test_sum_partials_of_two_results(parts: int, size: tuple[int, int, int], kernels: str) -> None:
+    """Matrices whose transposes are wanted, and a shorter result of other parts, in one launch."""
+    partials, more = torch.randn(parts, *size, device=kernels), torch.randn(parts + 1, 13, device=kernels)
+    out, short = (nan(*s, dtype=torch.float32, device=kernels) for s in ((size[0], size[2], size[1]), (13,)))
+    run(sum_partials(arch(out), Partials(partials, out, size[1:]), Partials(more, short)))
+    torch.testing.assert_close(out, partials.sum(0).transpose(1, 2))
+    torch.testing.assert_close(short, more.sum(0))
 
 
 def test_splits_cover_the_rows_exactly() -> None:

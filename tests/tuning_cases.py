@@ -80,7 +80,7 @@ def _ask_passes(dtype: str, arch: Arch) -> None:
         for flag in (False, True):
             for wgrad in (False, True):
                 conv.choose_depthwise(n, p, q, c, dtype, arch, last=flag, wgrad=wgrad)
-                conv.choose_small(n, p, q, o, 3, dtype, arch, wide=flag, wgrad=wgrad)
+                conv.choose_small(n, p, q, o, 3, dtype, arch, wgrad=wgrad, fused=flag and wgrad)
 
 
 def check(question: Question, s: Any) -> None:

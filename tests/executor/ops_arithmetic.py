@@ -76,6 +76,14 @@ def _binary(i: Instruction, program: Program) -> Act:
     if kind not in FLOATS:
         if i.has("cc", "sat"):
             raise i.unknown()
+        if kind in ("u16x2", "s16x2"):
+            half = TYPES[kind[:3]]
+
+            def packed(a: Array, b: Array) -> Array:
+                sides = (np.ascontiguousarray(np.broadcast_to(x, np.shape(a + b))).view(half) for x in (a, b))
+                return np.asarray(function(*sides)).view(np.uint32)
+
+            return compute(i, program, packed, [kind, kind])
         return compute(i, program, function, [kind, kind])
     if i.name in ("min", "max") and not i.has("NaN"):
         function = np.fmax if i.name == "max" else np.fmin

@@ -59,6 +59,10 @@ def exact_fma(a: Array, b: Array, c: Array, kind: type) -> Array:
         ("clz.b32 %r20, %r10;", (I,), lambda: [32 - int(x).bit_length() for x in U]),
         ("brev.b32 %r20, %r10;", (I,), lambda: [int(f"{x:032b}"[::-1], 2) for x in U]),
         ("min.s32 %r20, %r10, %r11;", (I, J), lambda: np.minimum(I, J)),
+        (
+            "add.s16x2 %r20, %r10, %r11;", (I, J),
+            lambda: (I.view(np.uint16) + J.view(np.uint16)).view(np.uint32),
+        ),
         ("shfl.sync.bfly.b32 %r20, %r10, 5, 31, -1;", (I,), lambda: I[LANE ^ 5]),
         ("shfl.sync.idx.b32 %r20, %r10, 3, 31, -1;", (I,), lambda: np.full(32, I[3])),
         ("shfl.sync.up.b32 %r20, %r10, 2, 0, -1;", (I,), lambda: I[np.where(LANE < 2, LANE, LANE - 2)]),

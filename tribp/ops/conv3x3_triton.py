@@ -36,10 +36,21 @@ from .images import (
     readable,
     relayout,
 )
-from .launching import Launch, accumulator, descriptor, partials_of, precision_in_kernel, second_pass, vector_length
+from .launching import (
+    Launch,
+    Partials,
+    accumulator,
+    descriptor,
+    partials_of,
+    precision_in_kernel,
+    second_pass,
+    vector_length,
+)
 
 if TYPE_CHECKING:
     import triton
+
+Sums = Generator[Launch, None, tuple[Partials, Partials]]  # launches, and what is then left to add up of dw and db
 
 
 def forward(
@@ -72,7 +83,7 @@ def forward(
         return
     if way == "small":
         w = _either_order(w)
-        s = settings or choose_small(n, p, q, o, c, dtype, arch, wide=not ys.last, wgrad=False)
+        s = settings or choose_small(n, p, q, o, c, dtype, arch, wgrad=False)
         grid = s.boxes(n, p, q) * cdiv(o, s.block_j)
         arguments = (x, w, b, y, *sizes, o, *window.padding, *x.stride(), *ys.strides)
         constants |= dict(C=c, TAPS_LAST=w.is_contiguous(), PRECISION=precision, BLOCK_J=s.block_j, BLOCK_K=s.block_l)
@@ -117,22 +128,26 @@ def backward(
     if way == "small" and dw is not None and dx is None:
         assert x is not None
         last = lies_last(dy if y is None else y)
-        yield from _small_wgrad(readable(dy, last), y, x, dw, db, window, arch, tf32, wgrad_settings)
+        pending = yield from _small_wgrad(readable(dy, last), y, x, dw, db, window, arch, tf32, wgrad_settings)
+        yield from second_pass(arch, *pending)
         return
     summed = y is not None or dw is None  # db: on the way to dz, else wgrad has it for nothing
     needed = dx is not None or dw is not None
-    dz = yield from output_grad(dy, y, db if summed else None, needed, way != "depthwise", window.groups, arch)
+    dz, sums = yield from output_grad(dy, y, db if summed else None, needed, way != "depthwise", window.groups, arch)
+    pending = Partials(None, None), Partials(None, None)
     if dw is not None:
         assert x is not None
         assert dz is not None
         rest = (x, dw, None if summed else db, window, arch)
         if way == "depthwise":
-            yield from _depthwise_wgrad(dz, *rest, wgrad_settings)
+            pending = yield from _depthwise_wgrad(dz, *rest, wgrad_settings)
         elif way == "small":
-            yield from _small_wgrad(dz, None, *rest, tf32, wgrad_settings)
+            pending = yield from _small_wgrad(dz, None, *rest, tf32, wgrad_settings)
         else:
             spare = (x.numel() if dx is not None else dy.numel()) * x.element_size()
-            yield from _dense_wgrad(dz, *rest, tf32, spare, wgrad_settings)
+            pending = yield from _dense_wgrad(dz, *rest, tf32, spare, wgrad_settings)
+    yield from second_pass(arch, *pending, sums)
+    del pending
     if dx is not None:
         assert w is not None
         assert dz is not None
@@ -196,7 +211,7 @@ def _dense_dgrad(
 def _dense_wgrad(
     dz: Image, x: Tensor, dw: Tensor, db: Tensor | None, window: Window, arch: Arch, tf32: bool, spare: int,
     settings: Convolution | None,
-) -> Iterator[Launch]:  # fmt: skip
+) -> Sums:  # fmt: skip
     n, groups, (o, cg, *_) = x.shape[0], window.groups, dw.shape
     p, q = dz.tensor.shape[2:]
     dtype, (partial, acc) = dtype_name(x.dtype), accumulator(x.dtype)
@@ -229,18 +244,17 @@ def _dense_wgrad(
     yield _launch(
         conv3x3.wgrad, (s.tiles(bundle * og, bundle * cg) * bundles * (9 // s.taps), s.splits), arguments, constants, s
     )
-    yield from second_pass(shares, dw, arch, None if in_order else (9, cg))
-    yield from second_pass(sums, db, arch)
+    return Partials(shares, dw, None if in_order else (9, cg)), Partials(sums, db)
 
 
 def _small_wgrad(
     dz: Image, y: Tensor | None, x: Tensor, dw: Tensor, db: Tensor | None, window: Window, arch: Arch, tf32: bool,
     settings: Convolution | None,
-) -> Iterator[Launch]:  # fmt: skip
+) -> Sums:  # fmt: skip
     """With y, `dz` holds dy."""
     (n, c, *_), o, (p, q) = x.shape, dw.shape[0], dz.tensor.shape[2:]
     dtype, (partial, acc) = dtype_name(x.dtype), accumulator(x.dtype)
-    s = settings or choose_small(n, p, q, o, c, dtype, arch, wide=not dz.last, wgrad=True)
+    s = settings or choose_small(n, p, q, o, c, dtype, arch, wgrad=True, fused=y is not None)
     ys = None if y is None else readable(y, dz.last)
     shares, sums = partials_of(dw, s.splits, partial), partials_of(db, s.splits, partial)
     arguments = (
@@ -254,13 +268,12 @@ def _small_wgrad(
         LAST=dz.last, VEC=vec, BLOCK_O=s.block_i, BLOCK_K=s.block_j,
     )  # fmt: skip
     yield _launch(conv3x3_small.small_wgrad, (cdiv(o, s.block_i), s.splits), arguments, constants, s)
-    yield from second_pass(shares, dw, arch)
-    yield from second_pass(sums, db, arch)
+    return Partials(shares, dw), Partials(sums, db)
 
 
 def _depthwise_wgrad(
     dz: Image, x: Tensor, dw: Tensor, db: Tensor | None, window: Window, arch: Arch, settings: Convolution | None
-) -> Iterator[Launch]:
+) -> Sums:
     (n, c, *_), (p, q) = x.shape, dz.tensor.shape[2:]
     partial, acc = accumulator(x.dtype)
     s = settings or choose_depthwise(n, p, q, c, dtype_name(x.dtype), arch, last=dz.last, wgrad=True)
@@ -275,8 +288,7 @@ def _depthwise_wgrad(
         ACC=acc, LAST=dz.last, VEC=xs.vec, VEC_Z=dz.vec, BLOCK_C=s.block_j,
     )  # fmt: skip
     yield _launch(conv3x3_depthwise.depthwise_wgrad, (cdiv(c, s.block_j), s.splits), arguments, constants, s)
-    yield from second_pass(shares, dw, arch)
-    yield from second_pass(sums, db, arch)
+    return Partials(shares, dw), Partials(sums, db)
 
 
 def _depthwise_dgrad(

@@ -1,6 +1,6 @@
 """Images in memory: how kernels read them, and the pass that brings them into an order that kernels can read."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from ..kernels.launch_conv3x3 import Box, choose_relayout
 from ..runtime import dtype_name
 from ..versions import descriptor_unit
 from .calls import scratch
-from .launching import Launch, accumulator, descriptor, partials_of, second_pass, vector_length
+from .launching import Launch, Partials, accumulator, descriptor, partials_of, vector_length
 
 
 class Image(NamedTuple):
@@ -102,8 +102,8 @@ def fits_dense(tensor: Tensor) -> bool:
 
 def output_grad(
     dy: Tensor, y: Tensor | None, db: Tensor | None, needed: bool, dense: bool, groups: int, arch: Arch
-) -> "Generator[Launch, None, Image | None]":
-    """dz, which is dy or dy·y·(1 − y), in the layout that its readers want, and db if it is to be summed here."""
+) -> "Generator[Launch, None, tuple[Image | None, Partials]]":
+    """dz, which is dy or dy·y·(1 − y), in the layout that its readers want, and the partial sums of a db."""
     last = dense or lies_last(dy if y is None else y)
     dz: Image | None = None
     out: Tensor | None = None
@@ -113,9 +113,10 @@ def output_grad(
         channels = padded(dy.shape[1], dy.element_size()) if dense and groups == 1 else dy.shape[1]
         out = channels_last_scratch(dy, channels) if last else scratch(dy.shape, dy.dtype, dy.device)
         dz = image(out, last)
+    sums = Partials(None, None)
     if out is not None or db is not None:
-        yield from relayout(dy, y, out, db, arch)
-    return dz
+        sums = yield from relayout(dy, y, out, db, arch)
+    return dz, sums
 
 
 def channels_last_scratch(like: Tensor, channels: int, more: int = 0) -> Tensor:
@@ -124,8 +125,11 @@ def channels_last_scratch(like: Tensor, channels: int, more: int = 0) -> Tensor:
     return scratch(size, like.dtype, like.device, torch.channels_last, zero=more > 0)
 
 
-def relayout(src: Tensor, y: Tensor | None, dst: Tensor | None, db: Tensor | None, arch: Arch) -> Iterator[Launch]:
-    """dst = src, or src·y·(1 − y), and db its sums over images and pixels; with zeros in the channels dst has more."""
+def relayout(
+    src: Tensor, y: Tensor | None, dst: Tensor | None, db: Tensor | None, arch: Arch
+) -> "Generator[Launch, None, Partials]":
+    """dst = src, or src·y·(1 − y), with zeros in the channels dst has more. Returns the partial sums of db: those of
+    dst over images and pixels."""
     n, c, height, width = src.shape
     pixels, channels = height * width, c if dst is None else dst.shape[1]
     s = choose_relayout(n, pixels, channels, dtype_name(src.dtype), arch)
@@ -151,7 +155,7 @@ def relayout(src: Tensor, y: Tensor | None, dst: Tensor | None, db: Tensor | Non
         s.num_warps,
         max_registers=s.max_registers,
     )  # fmt: skip
-    yield from second_pass(sums, db, arch)
+    return Partials(sums, db)
 
 
 class Planes(NamedTuple):

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import versions
 from ..kernels import common
-from ..kernels.launch import Arch, cdiv, choose_sum
+from ..kernels.launch import Arch, cdiv, choose_sum, power_of_2
 from .calls import scratch
 
 versions.warn_if_untested()
@@ -119,32 +119,53 @@ def partials_of(
     return scratch((parts, *(shape or out.shape)), dtype, out.device)
 
 
-def second_pass(
-    partials: Tensor | None, out: Tensor | None, arch: Arch, transposed: tuple[int, int] | None = None
-) -> Iterator[Launch]:
-    """The sum of partial results that `partials_of` made room for, if that is not `out` itself."""
-    if partials is not None and out is not None and partials is not out:
-        yield sum_partials(partials, out, arch, transposed)
+class Partials(NamedTuple):
+    """A result to come: the sum of partial results, which `partials_of` made room for."""
+
+    partials: Tensor | None
+    out: Tensor | None
+    transposed: tuple[int, int] | None = None  # (rows, cols) of the matrices whose transposes `out` consists of
+
+    @property
+    def pending(self) -> bool:
+        return self.partials is not None and self.out is not None and self.partials is not self.out
 
 
-def sum_partials(partials: Tensor, out: Tensor, arch: Arch, transposed: tuple[int, int] | None = None) -> Launch:
+def second_pass(arch: Arch, *results: Partials) -> Iterator[Launch]:
+    """The sums of those of two partial results that are not `out` themselves, in one launch."""
+    if pending := [result for result in results if result.pending]:
+        yield sum_partials(arch, *pending)
+
+
+def sum_partials(arch: Arch, result: Partials, other: Partials | None = None) -> Launch:
     """out = partials.sum(0), in a fixed order. partials: (parts, …), contiguous, in the accumulator's type.
 
-    transposed: (rows, cols) of the matrices that `partials` consists of, and whose transposes `out` consists of.
+    Two results have one type. The first one is the longer, and only it may be transposed.
     """
-    rows, cols = transposed or (1, 1)
+    partials, out, transposed = result
+    partials2, out2, _ = other or Partials(None, None)
+    assert partials is not None
+    assert out is not None
     parts, length = partials.shape[0], out.numel()
-    chosen = choose_sum(parts, length, arch)
+    rows, cols = transposed or (1, length)
+    matrices = length // (rows * cols)
+    size, length2 = partials.element_size(), 0 if out2 is None else out2.numel()
+    vec, vec2 = vector_length(size, cols), vector_length(size, length2)
+    chosen = choose_sum(parts, length, arch, rows=rows, vec=min(vec, vec2))
+    block_rows = power_of_2(rows)
+    programs = matrices * cdiv(cols, chosen.block // block_rows) + cdiv(length2, chosen.block)
     return Launch(
         common.sum_partials,
-        (cdiv(length, chosen.block),),
-        (partials, out, parts, length, rows, cols),
+        (programs,),
+        (
+            partials, out, parts, matrices, rows, cols,
+            partials2, out2, 0 if partials2 is None else partials2.shape[0], length2,
+        ),
         dict(
-            TRANSPOSED=transposed is not None,
-            ACC=accumulator(out.dtype)[1],
-            VEC=vector_length(partials.element_size(), length),
-            BLOCK_PARTS=chosen.block_parts,
-            BLOCK=chosen.block,
+            ACC=accumulator(out.dtype)[1], VEC=vec, VEC2=vec2,
+            BLOCK_PARTS=chosen.block_parts, BLOCK_ROWS=block_rows, BLOCK=chosen.block,
         ),
         chosen.num_warps,
-    )
+        # Compiled: rounded down to a step of occupancy, float64 of odd length spills 8 bytes with Triton 3.5 and 3.6.
+        max_registers=255 if arch.backend == "cuda" else None,
+    )  # fmt: skip

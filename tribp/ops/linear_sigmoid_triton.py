@@ -1,6 +1,6 @@
 """Linear + sigmoid on the Triton kernels: which launches make up each direction. Matrices only; imports triton."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .calls import scratch
 from .launching import (
     Launch,
     Operand,
+    Partials,
     accumulator,
     operand,
     partials_of,
@@ -191,17 +192,17 @@ def backward(
         )  # fmt: skip
         if settings.fuse_dz:
             dz = room() if dx is not None else None
-            sums = partials_of(db, settings.splits, partial)
+            sums = Partials(partials_of(db, settings.splits, partial), db)
             source = dys
         else:
             dz = room()
-            yield from _output_grad(dy, y, dz, db, arch)
-            sums, source = None, operand(dz)
+            sums = yield from _output_grad(dy, y, dz, db, arch)
+            source = operand(dz)
         shares = partials_of(dw, settings.splits, partial)
         assert shares is not None
-        yield wgrad(source, y, xs, shares, dz if settings.fuse_dz else None, sums, arch, tf32, settings)
-        yield from second_pass(shares, dw, arch)
-        yield from second_pass(sums, db, arch)
+        dz_out, sums_out = (dz, sums.partials) if settings.fuse_dz else (None, None)
+        yield wgrad(source, y, xs, shares, dz_out, sums_out, arch, tf32, settings)
+        yield from second_pass(arch, Partials(shares, dw), sums)
         del shares
         db = None
 
@@ -215,17 +216,20 @@ def backward(
                 return
         if dz is None:
             dz = room()
-            yield from _output_grad(dy, y, dz, db, arch)
+            yield from second_pass(arch, (yield from _output_grad(dy, y, dz, db, arch)))
             db = None
         yield dgrad(operand(dz), None, ws, dx, arch, tf32)
 
     if db is not None:
-        yield from _output_grad(dy, y, None, db, arch)
+        yield from second_pass(arch, (yield from _output_grad(dy, y, None, db, arch)))
 
 
-def _output_grad(dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arch: Arch) -> Iterator[Launch]:
+def _output_grad(
+    dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arch: Arch
+) -> "Generator[Launch, None, Partials]":
+    """`output_grad`. Returns the partial sums of db."""
     m, n = y.shape
     blocks = cdiv(m, choose_pass(m, n, dtype_name(y.dtype), arch).rows)
     sums = partials_of(db, blocks, accumulator(y.dtype)[0])
     yield output_grad(dy, y, dz, sums, arch)
-    yield from second_pass(sums, db, arch)
+    return Partials(sums, db)
