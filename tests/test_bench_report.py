@@ -144,8 +144,8 @@ def of_the_issues() -> list[tuple[str, str, str]]:
             (f"{name}, {n} (torch / tribp)", "≥ 1" if name == "SGD" else "≥ 0.95")
             for name in small for n in (1, 100, 10_000, 1_000_000, 16_000_000)
         ),
-        *((f"{name}, 400 DTensors (torch foreach / tribp)", "≥ 4") for name in small),
-        ("Adam, 400 DTensors (torch fused / tribp)", "≥ 4"),
+        *((f"{name}, 400 DTensors (torch foreach / tribp)", "≥ 3") for name in small),
+        ("Adam, 400 DTensors (torch fused / tribp)", "≥ 3"),
     ]  # fmt: skip
     found = {"linear": linear, "optim": optim, "conv": conv, "host": hosts}
     return [(name, case, target) for name, targets in found.items() for case, target in targets]
