@@ -102,7 +102,7 @@ SERIALIZED = {"wgmma loop", "ptxas"}
         ("descriptors", [set()]),
         ("one stage", [set()]),  # its wait for all groups is Triton's own
         # Under Triton 3.9 the next turn's registers are others, and copied behind a wait.
-        ("reshaped", [{"wgmma registers"} if VERSION < (3, 8) else set()]),
+        ("reshaped", [{"wgmma registers"} if VERSION < (3, 9) else set()]),
         ("reshaped, narrow", [SERIALIZED]),
         pytest.param("pointers", [set()], marks=pytest.mark.skipif(not FENCED, reason="Triton puts no fence there")),
         ("summed", [{"wgmma memory"}, {"wgmma memory", *SERIALIZED}]),

@@ -24,6 +24,7 @@ from ..kernels.launch_conv3x3 import (
 )
 from ..reference import Window
 from ..runtime import dtype_name
+from .calls import scratch
 from .images import (
     Image,
     channels_last_scratch,
@@ -181,7 +182,7 @@ def _dense_dgrad(
     # wgmma takes TF32 from rows that lie along the sum.
     along = precision == "tf32" and groups == 1 and (arch.has_wgmma or arch.backend == "interpreter")
     if along:
-        ws = yield from _packed_weight(w.transpose(0, 1), cg, og, bundle, groups, arch)
+        ws = yield from _packed_weight(w, cg, og, bundle, groups, arch, swapped=True)
     else:
         ws = yield from _packed_weight(w, og * groups, cg, bundle, groups, arch)
     bundles = cdiv(groups, bundle)
@@ -358,11 +359,11 @@ def _weight_argument(w: Image, use_tma: bool, rows: int, cols: int, precision: s
 
 
 def _packed_weight(
-    w: Tensor, rows: int, cols: int, bundle: int, groups: int, arch: Arch
+    w: Tensor, rows: int, cols: int, bundle: int, groups: int, arch: Arch, swapped: bool = False
 ) -> "Generator[Launch, None, Image]":
     """w as (rows, 9, cols) in memory, with zeros where it has no such output or input channel.
 
-    Of a bundle of groups, its cols stand side by side: (rows, 9, bundle · cols).
+    Of a bundle of groups, its cols stand side by side: (rows, 9, bundle · cols). swapped: rows are input channels.
     """
     if bundle > 1:
         out = channels_last_scratch(w, bundle * cols)
@@ -370,8 +371,9 @@ def _packed_weight(
         block = power_of_2(9 * bundle * cols)
         yield Launch(conv3x3.spread_weight, (rows,), arguments, dict(BUNDLE=bundle, BLOCK=block), 4)
         return image(out, True)
-    if w.shape[:2] == (rows, cols) and w.is_contiguous(memory_format=torch.channels_last):
+    if not swapped and w.shape[:2] == (rows, cols) and w.is_contiguous(memory_format=torch.channels_last):
         return image(w, True)
-    out = channels_last_scratch(w, cols, more=rows - w.shape[0])
-    yield from relayout(w, None, out, None, arch)
+    size, zero = (rows, cols, 3, 3), rows > w.shape[1 if swapped else 0]
+    out = scratch(size, w.dtype, w.device, torch.channels_last, zero=zero)
+    yield from relayout(w, None, out, None, arch, swapped)
     return image(out, True)

@@ -119,24 +119,29 @@ def output_grad(
     return dz, sums
 
 
-def channels_last_scratch(like: Tensor, channels: int, more: int = 0) -> Tensor:
-    """Scratch like the tensor, but with as many channels; and with `more` images, which are zero."""
-    size = (like.shape[0] + more, channels, *like.shape[2:])
-    return scratch(size, like.dtype, like.device, torch.channels_last, zero=more > 0)
+def channels_last_scratch(like: Tensor, channels: int) -> Tensor:
+    """Scratch like the tensor, but with as many channels."""
+    return scratch((like.shape[0], channels, *like.shape[2:]), like.dtype, like.device, torch.channels_last)
 
 
 def relayout(
-    src: Tensor, y: Tensor | None, dst: Tensor | None, db: Tensor | None, arch: Arch
+    src: Tensor, y: Tensor | None, dst: Tensor | None, db: Tensor | None, arch: Arch, swapped: bool = False
 ) -> "Generator[Launch, None, Partials]":
     """dst = src, or src·y·(1 − y), with zeros in the channels dst has more. Returns the partial sums of db: those of
-    dst over images and pixels."""
-    n, c, height, width = src.shape
+    dst over images and pixels.
+
+    swapped: src with its images and channels exchanged. (A view given as src would be no tensor that `calls` knows.)
+    """
+    view = src.transpose(0, 1) if swapped else src
+    n, c, height, width = view.shape
     pixels, channels = height * width, c if dst is None else dst.shape[1]
     s = choose_relayout(n, pixels, channels, dtype_name(src.dtype), arch)
     programs = cdiv(n * cdiv(pixels, s.block_p), s.tiles)
     partial, acc = accumulator(src.dtype)
     sums = partials_of(db, programs, partial)
-    found = [planes(t) for t in (src, y, dst)]
+    found = [planes(t) for t in (view, y, dst)]
+    if found[0].tensor is view:
+        found[0] = found[0]._replace(tensor=src)
     constants: dict[str, object] = dict(
         HAS_Y=y is not None, WRITE_DST=dst is not None, WRITE_DB=db is not None, ACC=acc,
         VEC_P=vector_length(src.element_size(), pixels), VEC_C=vector_length(src.element_size(), c),
