@@ -20,20 +20,34 @@ SIZES = ["N", "H", "W", "P", "Q", "C", "pad_h", "pad_w"]
 @triton.jit
 def load_row(
     src, n, h, v, c, c_inside, N, H, W, stride_n, stride_c, stride_h, stride_w,
-    LAST: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr, ACC: tl.constexpr,
+    LAST: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Row h of images n, columns v: pixels × channels, zeros outside. VEC and RUN as in `conv3x3.positions`."""
-    at, inside = positions(n, h, v, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, RUN)
-    return tl.load(src + at, mask=inside[:, None] & c_inside[None, :], other=0.0).to(ACC)
+    """Row h of images n, columns v: pixels × channels, zeros outside. VEC as in `conv3x3.positions`.
+
+    Where columns are contiguous they come last here: a warp's threads then take neighbouring ones, one each. Counted:
+    of 8 columns a thread, which only a store can have at once, a load under a tap met 20 sectors for 2.
+    """
+    at, inside = positions(n, h, v, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1)
+    mask = inside[:, None] & c_inside[None, :]
+    if LAST:
+        row = tl.load(src + at, mask=mask, other=0.0)
+    else:
+        row = tl.trans(tl.load(src + tl.trans(at), mask=tl.trans(mask), other=0.0))
+    return row.to(ACC)
 
 
 @triton.jit
 def store_row(
     dst, tile, n, h, v, c, c_inside, N, H, W, stride_n, stride_c, stride_h, stride_w,
-    LAST: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr,
+    LAST: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    at, inside = positions(n, h, v, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, RUN)
-    tl.store(dst + at, round_to(tile, dst.dtype.element_ty), mask=inside[:, None] & c_inside[None, :])
+    at, inside = positions(n, h, v, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1)
+    mask = inside[:, None] & c_inside[None, :]
+    tile = round_to(tile, dst.dtype.element_ty)
+    if LAST:
+        tl.store(dst + at, tile, mask=mask)
+    else:
+        tl.store(dst + tl.trans(at), tl.trans(tile), mask=tl.trans(mask))
 
 
 @triton.jit
@@ -73,7 +87,7 @@ def depthwise_forward(
         for s in tl.static_range(3):
             row = load_row(
                 x, n, i * STEP_H + (t - pad_h), j * STEP_W + (s - pad_w), c, c_inside, N, H, W,
-                stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1, ACC,
+                stride_n, stride_c, stride_h, stride_w, LAST, VEC, ACC,
             )  # fmt: skip
             added = ()
             for a in tl.static_range(BOX_H):
@@ -90,7 +104,7 @@ def depthwise_forward(
             result = sigmoid(result, ACCURATE, PTX)
         store_row(
             y, result, n, i + a, j, c, c_inside, N, P, Q, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
-            LAST, VEC_STORE, VEC_STORE if VEC_STORE < BOX_W else BOX_W,
+            LAST, VEC_STORE,
         )  # fmt: skip
 
 
@@ -123,7 +137,7 @@ def depthwise_dgrad(
                     for t_w in tl.static_range(TAPS_W):
                         row = load_row(
                             dz, n, i + (first_h + t - (TAPS_H - 1)), j + (first_w - t_w), c, c_inside, N, P, Q,
-                            stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1, ACC,
+                            stride_n, stride_c, stride_h, stride_w, LAST, VEC, ACC,
                         )  # fmt: skip
                         added = ()
                         for a in tl.static_range(BOX_H):
@@ -139,7 +153,7 @@ def depthwise_dgrad(
                     h = row_of_class(i + a, first_h, pad_h, class_h, STEP_H)
                     store_row(
                         dx, acc[a], n, h, v, c, c_inside, N, H, W, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-                        LAST, VEC_STORE, VEC_STORE if VEC_STORE < BOX_W else BOX_W,
+                        LAST, VEC_STORE,
                     )  # fmt: skip
 
 
@@ -167,7 +181,7 @@ def depthwise_wgrad(
         for a in tl.static_range(BOX_H):
             z_row = load_row(
                 dz, n, i + a, j, c, c_inside, N, P, Q, z_stride_n, z_stride_c, z_stride_h, z_stride_w,
-                LAST, VEC_Z, VEC_Z if VEC_Z < BOX_W else BOX_W, ACC,
+                LAST, VEC_Z, ACC,
             )  # fmt: skip
             z = z + (z_row,)
             if WRITE_DB:
@@ -177,7 +191,7 @@ def depthwise_wgrad(
                 v = tl.where(j < Q, j * STEP_W + (s - pad_w), -1)
                 row = load_row(
                     x, n, i * STEP_H + (t - pad_h), v, c, c_inside, N, H, W,
-                    stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1, ACC,
+                    stride_n, stride_c, stride_h, stride_w, LAST, VEC, ACC,
                 )  # fmt: skip
                 for a in tl.static_range(BOX_H):
                     if t - a * STEP_H >= 0 and t - a * STEP_H <= 2:

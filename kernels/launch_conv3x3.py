@@ -280,8 +280,8 @@ def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, 
         threads = 256 if arch.backend == "hip" else 128
         elements, rows = threads * max(4, 16 // ITEMSIZE[dtype]), 4
         reason = "compiled: 16 bytes a thread to a row; four rows share what they read, 18 loads instead of 36"
-        if wgrad and (not last or ITEMSIZE[dtype] == 8):
-            elements //= 2  # compiled: nine sums, and an address for each element or two registers, spill
+        if not last or (wgrad and ITEMSIZE[dtype] == 8):
+            elements //= 2  # compiled: nine weights of each of 8 channels a thread, or sums of two registers, spill
     if last:
         channels = min(power_of_2(c), 64)
         images, _, columns = choose_box(elements // channels, n, 1, q)

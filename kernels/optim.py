@@ -322,8 +322,9 @@ def multi_tensor_step(
                     update(
                         tl.multiple_of(param, 16), tl.multiple_of(grad, 16), tl.multiple_of(state0, 16),
                         tl.multiple_of(state1, 16), tl.multiple_of(state2, 16), tl.multiple_of(ema, 16),
-                        whole, whole, whole, whole, True, scale, clip, lr, eps, sign, decay, shrink, ema_decay, ema_first, s, seed,
-                        random_step, stream, RULE, STATE0 is not None, STATE1 is not None, STATE2 is not None,
+                        whole, whole, whole, whole, True,
+                        scale, clip, lr, eps, sign, decay, shrink, ema_decay, ema_first, s, seed, random_step,
+                        stream, RULE, STATE0 is not None, STATE1 is not None, STATE2 is not None,
                         EMA_TYPE is not None, ACC, AMP, CLIP, EPS_INSIDE, STOCHASTIC, OPTIONAL,
                     )  # fmt: skip
                 else:
