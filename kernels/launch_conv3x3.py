@@ -291,12 +291,15 @@ def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, 
         images = elements // columns // channels
     box = (images, min(rows, power_of_2(p)), columns)
     chosen = Convolution(images * columns, channels, 1, 4, 1, reason, box=box, max_registers=unrounded(arch))
-    if not wgrad:
-        return chosen
-    boxes = chosen.boxes(n, p, q)
-    # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results.
-    splits = max(1, min(4 * arch.processors // cdiv(c, channels), cdiv(boxes, 4)))
-    return replace(chosen, splits=even_splits(boxes, splits))
+    boxes, tiles = chosen.boxes(n, p, q), cdiv(c, channels)
+    # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results. What
+    # writes none loads its weights once for eight boxes at most, so that the end is even.
+    splits = (
+        min(4 * arch.processors // tiles, cdiv(boxes, 4))
+        if wgrad
+        else max(cdiv(boxes, 8), 16 * arch.processors // tiles)
+    )
+    return replace(chosen, splits=even_splits(boxes, max(1, min(splits, boxes))))
 
 
 @rule
