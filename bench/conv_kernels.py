@@ -104,9 +104,9 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> "Sequence[Expe
     elif kernel.startswith("depthwise"):
         loads, stores = row_accesses(constants, kernel)
         across = tile_bytes(constants, case.dtype, "BOX_N", "BOX_W", "BLOCK_C") // (16 * threads(launch, arch))
-        # A row of channels is as wide under every tap; one of columns lies anywhere, and only results are aligned.
+        # A row of channels is as wide under every tap; one of columns lies anywhere.
         loads = loads if constants["LAST"] and whole(constants, case.dtype, "VEC") else 0
-        stores = stores if whole(constants, case.dtype, "VEC_STORE") else 0
+        stores = stores if constants["LAST"] and whole(constants, case.dtype, "VEC_STORE") else 0
         if across and loads + stores:
             reason = "16 bytes a thread, of every row that is read and every row that is written"
             found.append(e.vectors(across * loads, across * stores, reason))

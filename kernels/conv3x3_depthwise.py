@@ -20,20 +20,34 @@ SIZES = ["N", "H", "W", "P", "Q", "C", "pad_h", "pad_w"]
 @triton.jit
 def load_row(
     src, n, h, v, c, c_inside, N, H, W, stride_n, stride_c, stride_h, stride_w,
-    LAST: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr, ACC: tl.constexpr,
+    LAST: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Row h of images n, columns v: pixels × channels, zeros outside. VEC and RUN as in `conv3x3.positions`."""
-    at, inside = positions(n, h, v, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, RUN)
-    return tl.load(src + at, mask=inside[:, None] & c_inside[None, :], other=0.0).to(ACC)
+    """Row h of images n, columns v: pixels × channels, zeros outside. VEC as in `conv3x3.positions`.
+
+    Where columns are contiguous they come last here: a warp's threads then take neighbouring ones, one each. Counted:
+    of 8 columns a thread, which only a store can have at once, a load under a tap met 20 sectors for 2.
+    """
+    at, inside = positions(n, h, v, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1)
+    mask = inside[:, None] & c_inside[None, :]
+    if LAST:
+        row = tl.load(src + at, mask=mask, other=0.0)
+    else:
+        row = tl.trans(tl.load(src + tl.trans(at), mask=tl.trans(mask), other=0.0))
+    return row.to(ACC)
 
 
 @triton.jit
 def store_row(
     dst, tile, n, h, v, c, c_inside, N, H, W, stride_n, stride_c, stride_h, stride_w,
-    LAST: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr,
+    LAST: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    at, inside = positions(n, h, v, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, RUN)
-    tl.store(dst + at, round_to(tile, dst.dtype.element_ty), mask=inside[:, None] & c_inside[None, :])
+    at, inside = positions(n, h, v, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1)
+    mask = inside[:, None] & c_inside[None, :]
+    tile = round_to(tile, dst.dtype.element_ty)
+    if LAST:
+        tl.store(dst + at, tile, mask=mask)
+    else:
+        tl.store(dst + tl.trans(at), tl.trans(tile), mask=tl.trans(mask))
 
 
 @triton.jit
@@ -53,56 +67,61 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.c
     return tiles
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
 def depthwise_forward(
     x, w, b, y, N, H, W, P, Q, C, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-    y_stride_n, y_stride_c, y_stride_h, y_stride_w,
+    y_stride_n, y_stride_c, y_stride_h, y_stride_w, boxes_per_split,
     STEP_H: tl.constexpr, STEP_W: tl.constexpr, HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr,
     ACCURATE: tl.constexpr, PTX: tl.constexpr, ACC: tl.constexpr,
     LAST: tl.constexpr, VEC: tl.constexpr, VEC_STORE: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_C channels a program."""
+    """y = act(x ⋆ w + b): `boxes_per_split` boxes of y's pixels and BLOCK_C channels a program."""
     columns = tl.cdiv(C, BLOCK_C)
     c, c_inside = indices(tl.program_id(0) % columns * BLOCK_C, C, BLOCK_C, VEC if LAST else 1)
-    n, i, j = box_at(tl.program_id(0) // columns, P, Q, BOX_N, BOX_H, BOX_W)
-    n, _, j = pixels(n, i, j, BOX_N, 1, BOX_W)
     taps = load_taps(w, c, c_inside, ACC)
-    z = zeros(BOX_H, BOX_N * BOX_W, BLOCK_C, ACC)
-    for t in tl.static_range((BOX_H - 1) * STEP_H + 3):
-        for s in tl.static_range(3):
-            row = load_row(
-                x, n, i * STEP_H + (t - pad_h), j * STEP_W + (s - pad_w), c, c_inside, N, H, W,
-                stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1, ACC,
+    if HAS_BIAS:
+        bias = tl.load(b + c, mask=c_inside, other=0.0).to(ACC)
+    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H) * tl.cdiv(Q, BOX_W)
+    first = tl.program_id(0) // columns * boxes_per_split
+    for box in range(first, tl.minimum(first + boxes_per_split, boxes)):
+        n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
+        n, _, j = pixels(n, i, j, BOX_N, 1, BOX_W)
+        z = zeros(BOX_H, BOX_N * BOX_W, BLOCK_C, ACC)
+        for t in tl.static_range((BOX_H - 1) * STEP_H + 3):
+            for s in tl.static_range(3):
+                row = load_row(
+                    x, n, i * STEP_H + (t - pad_h), j * STEP_W + (s - pad_w), c, c_inside, N, H, W,
+                    stride_n, stride_c, stride_h, stride_w, LAST, VEC, ACC,
+                )  # fmt: skip
+                added = ()
+                for a in tl.static_range(BOX_H):
+                    if t - a * STEP_H >= 0 and t - a * STEP_H <= 2:
+                        added = added + (z[a] + row * taps[(t - a * STEP_H) * 3 + s],)
+                    else:
+                        added = added + (z[a],)
+                z = added
+        for a in tl.static_range(BOX_H):
+            result = z[a]
+            if HAS_BIAS:
+                result += bias[None, :]
+            if SIGMOID:
+                result = sigmoid(result, ACCURATE, PTX)
+            store_row(
+                y, result, n, i + a, j, c, c_inside, N, P, Q, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
+                LAST, VEC_STORE,
             )  # fmt: skip
-            added = ()
-            for a in tl.static_range(BOX_H):
-                if t - a * STEP_H >= 0 and t - a * STEP_H <= 2:
-                    added = added + (z[a] + row * taps[(t - a * STEP_H) * 3 + s],)
-                else:
-                    added = added + (z[a],)
-            z = added
-    for a in tl.static_range(BOX_H):
-        result = z[a]
-        if HAS_BIAS:
-            result += tl.load(b + c, mask=c_inside, other=0.0).to(ACC)[None, :]
-        if SIGMOID:
-            result = sigmoid(result, ACCURATE, PTX)
-        store_row(
-            y, result, n, i + a, j, c, c_inside, N, P, Q, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
-            LAST, VEC_STORE, VEC_STORE if VEC_STORE < BOX_W else BOX_W,
-        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
 def depthwise_dgrad(
     dz, w, dx, N, H, W, P, Q, C, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-    x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w, boxes_per_split,
     STEP_H: tl.constexpr, STEP_W: tl.constexpr, ACC: tl.constexpr,
     LAST: tl.constexpr, VEC: tl.constexpr, VEC_STORE: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx from dz: a box of dx's pixels and BLOCK_C channels a program.
+    """dx from dz: `boxes_per_split` boxes of dx's pixels and BLOCK_C channels a program.
 
     With a stride of 2, pixels that meet the same taps make a class, program_id(1), as in `conv3x3.dgrad`.
     """
@@ -114,33 +133,36 @@ def depthwise_dgrad(
             if tl.program_id(1) == class_h * STEP_W + class_w:
                 rows, first_h = rows_of_class(H, pad_h, class_h, STEP_H)
                 cols, first_w = rows_of_class(W, pad_w, class_w, STEP_W)
-                n, i, j = box_at(tl.program_id(0) // columns, rows, cols, BOX_N, BOX_H, BOX_W)
-                n, _, j = pixels(n, i, j, BOX_N, 1, BOX_W)
                 TAPS_H: tl.constexpr = (2 - class_h) // STEP_H + 1
                 TAPS_W: tl.constexpr = (2 - class_w) // STEP_W + 1
-                acc = zeros(BOX_H, BOX_N * BOX_W, BLOCK_C, ACC)
-                for t in tl.static_range(BOX_H + TAPS_H - 1):
-                    for t_w in tl.static_range(TAPS_W):
-                        row = load_row(
-                            dz, n, i + (first_h + t - (TAPS_H - 1)), j + (first_w - t_w), c, c_inside, N, P, Q,
-                            stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1, ACC,
+                boxes = tl.cdiv(N, BOX_N) * tl.cdiv(rows, BOX_H) * tl.cdiv(cols, BOX_W)
+                first = tl.program_id(0) // columns * boxes_per_split
+                for box in range(first, tl.minimum(first + boxes_per_split, boxes)):
+                    n, i, j = box_at(box, rows, cols, BOX_N, BOX_H, BOX_W)
+                    n, _, j = pixels(n, i, j, BOX_N, 1, BOX_W)
+                    acc = zeros(BOX_H, BOX_N * BOX_W, BLOCK_C, ACC)
+                    for t in tl.static_range(BOX_H + TAPS_H - 1):
+                        for t_w in tl.static_range(TAPS_W):
+                            row = load_row(
+                                dz, n, i + (first_h + t - (TAPS_H - 1)), j + (first_w - t_w), c, c_inside, N, P, Q,
+                                stride_n, stride_c, stride_h, stride_w, LAST, VEC, ACC,
+                            )  # fmt: skip
+                            added = ()
+                            for a in tl.static_range(BOX_H):
+                                # Row a meets tap t_h in row a − t_h of dz, and this is row t − (TAPS_H − 1).
+                                if a - t + TAPS_H - 1 >= 0 and a - t + TAPS_H - 1 < TAPS_H:
+                                    tap = taps[(class_h + (a - t + TAPS_H - 1) * STEP_H) * 3 + class_w + t_w * STEP_W]
+                                    added = added + (acc[a] + row * tap,)
+                                else:
+                                    added = added + (acc[a],)
+                            acc = added
+                    v = row_of_class(j, first_w, pad_w, class_w, STEP_W)
+                    for a in tl.static_range(BOX_H):
+                        h = row_of_class(i + a, first_h, pad_h, class_h, STEP_H)
+                        store_row(
+                            dx, acc[a], n, h, v, c, c_inside, N, H, W, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+                            LAST, VEC_STORE,
                         )  # fmt: skip
-                        added = ()
-                        for a in tl.static_range(BOX_H):
-                            # Row a meets tap t_h in row a − t_h of dz, and this is row t − (TAPS_H − 1).
-                            if a - t + TAPS_H - 1 >= 0 and a - t + TAPS_H - 1 < TAPS_H:
-                                tap = taps[(class_h + (a - t + TAPS_H - 1) * STEP_H) * 3 + class_w + t_w * STEP_W]
-                                added = added + (acc[a] + row * tap,)
-                            else:
-                                added = added + (acc[a],)
-                        acc = added
-                v = row_of_class(j, first_w, pad_w, class_w, STEP_W)
-                for a in tl.static_range(BOX_H):
-                    h = row_of_class(i + a, first_h, pad_h, class_h, STEP_H)
-                    store_row(
-                        dx, acc[a], n, h, v, c, c_inside, N, H, W, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-                        LAST, VEC_STORE, VEC_STORE if VEC_STORE < BOX_W else BOX_W,
-                    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
@@ -167,7 +189,7 @@ def depthwise_wgrad(
         for a in tl.static_range(BOX_H):
             z_row = load_row(
                 dz, n, i + a, j, c, c_inside, N, P, Q, z_stride_n, z_stride_c, z_stride_h, z_stride_w,
-                LAST, VEC_Z, VEC_Z if VEC_Z < BOX_W else BOX_W, ACC,
+                LAST, VEC_Z, ACC,
             )  # fmt: skip
             z = z + (z_row,)
             if WRITE_DB:
@@ -177,7 +199,7 @@ def depthwise_wgrad(
                 v = tl.where(j < Q, j * STEP_W + (s - pad_w), -1)
                 row = load_row(
                     x, n, i * STEP_H + (t - pad_h), v, c, c_inside, N, H, W,
-                    stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1, ACC,
+                    stride_n, stride_c, stride_h, stride_w, LAST, VEC, ACC,
                 )  # fmt: skip
                 for a in tl.static_range(BOX_H):
                     if t - a * STEP_H >= 0 and t - a * STEP_H <= 2:

@@ -290,8 +290,8 @@ def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, 
         threads = 256 if arch.backend == "hip" else 128
         elements, rows = threads * max(4, 16 // ITEMSIZE[dtype]), 4
         reason = "compiled: 16 bytes a thread to a row; four rows share what they read, 18 loads instead of 36"
-        if wgrad and (not last or ITEMSIZE[dtype] == 8):
-            elements //= 2  # compiled: nine sums, and an address for each element or two registers, spill
+        if not last or (wgrad and ITEMSIZE[dtype] == 8):
+            elements //= 2  # compiled: nine weights of each of 8 channels a thread, or sums of two registers, spill
     if last:
         channels = min(power_of_2(c), 64)
         images, _, columns = choose_box(elements // channels, n, 1, q)
@@ -301,12 +301,15 @@ def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, 
         images = elements // columns // channels
     box = (images, min(rows, power_of_2(p)), columns)
     chosen = Convolution(images * columns, channels, 1, 4, 1, reason, box=box, max_registers=unrounded(arch))
-    if not wgrad:
-        return chosen
-    boxes = chosen.boxes(n, p, q)
-    # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results.
-    splits = max(1, min(4 * arch.processors // cdiv(c, channels), cdiv(boxes, 4)))
-    return replace(chosen, splits=even_splits(boxes, splits))
+    boxes, tiles = chosen.boxes(n, p, q), cdiv(c, channels)
+    # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results. What
+    # writes none loads its weights once for eight boxes at most, so that the end is even.
+    splits = (
+        min(4 * arch.processors // tiles, cdiv(boxes, 4))
+        if wgrad
+        else max(cdiv(boxes, 8), 16 * arch.processors // tiles)
+    )
+    return replace(chosen, splits=even_splits(boxes, max(1, min(splits, boxes))))
 
 
 @rule
