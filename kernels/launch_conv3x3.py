@@ -119,17 +119,6 @@ def bundle_of(groups: int, channels_in: int, channels_out: int, columns: int) ->
     return min(power_of_2(groups), max(1, columns // max(channels_in, channels_out)))
 
 
-def elements_apart(settings: Product, classes: int, *, wide: bool) -> int:
-    """Elements of its result that a thread may have where groups are taken apart: it has an address for each of them.
-
-    Compiled: 64 fit with 8 warps, descriptors, contiguous channels and one class. Else they spill up to 7,064 bytes,
-    and 32 still 376 with contiguous columns and four classes.
-    """
-    if settings.num_warps == 8 and settings.tma and not wide and classes == 1:
-        return 64
-    return 16 if wide and classes > 1 else 32
-
-
 def convolution(product: Product, **more: object) -> Convolution:
     """The settings of a product, and what a convolution needs besides."""
     return Convolution(**{f.name: getattr(product, f.name) for f in fields(product)}, **more)  # type: ignore[arg-type]
@@ -169,9 +158,6 @@ def choose_conv(
         )  # fmt: skip
     if not chosen.tma and ITEMSIZE[dtype] == 2 and chosen.block_i * chosen.block_j <= 128 * 64:
         chosen = replace(chosen, num_warps=min(chosen.num_warps, 4))
-    if bundle > 1 and arch.backend != "interpreter":
-        rows = elements_apart(chosen, classes, wide=wide) * 32 * chosen.num_warps // chosen.block_j
-        chosen = replace(chosen, block_i=max(16, min(chosen.block_i, rows)))
     # A loop over the channels of one tap that takes a single step can't be pipelined; one over all taps can.
     flat = chosen.tma or (l <= chosen.block_l and chosen.num_warps <= 4)
     limit = chosen.max_registers if chosen.tma and bundle == 1 else unrounded(arch)

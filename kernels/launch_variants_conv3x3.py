@@ -22,7 +22,6 @@ from .launch_conv3x3 import (
     Relayout,
     choose_box,
     choose_line,
-    elements_apart,
     even_splits,
     small_stages,
     unrounded,
@@ -55,8 +54,8 @@ def around_conv(
     dtype: str, precision: str, arch: Arch, vec: int, tma: bool, along: bool, whole: bool, wide: bool,
 ) -> Iterator[Convolution]:  # fmt: skip
     from_registers = arch.backend == "cuda" and not arch.has_tma
-    spills = bundle > 1 and arch.backend != "interpreter"  # in larger tiles, as `choose_conv` says
-    deepest = 32 if from_registers else s.block_l if spills else 128
+    bundled = bundle > 1 and arch.backend != "interpreter"  # a tile has a bundle's columns and sum, and no more
+    deepest = 32 if from_registers else s.block_l if bundled else 128
     largest = LONGEST * LONGEST
     if from_registers:
         largest = 128 * 128 if ITEMSIZE[dtype] == 2 else 128 * 64 // classes
@@ -73,8 +72,7 @@ def around_conv(
         steps_past = s.tma and whole and l % s.block_l
         columns = LONGEST if s.tma and not wide else 128
         stages = min(s.num_stages, stages_in_memory(s, ITEMSIZE[dtype], arch))
-        most = elements_apart(s, classes, wide=wide) if spills else RESULT
-        in_registers = registers(tile, dtype, s.num_warps, arch) <= most and tile <= largest
+        in_registers = registers(tile, dtype, s.num_warps, arch) <= RESULT and tile <= largest
         if stages >= 1 and in_registers and s.block_j <= columns and not steps_past:
             yield replace(s, num_stages=stages)
 
@@ -82,8 +80,8 @@ def around_conv(
         *other_warps(s, arch),
         *other_stages(s, arch),
         *resized(s, "block_l", 16, fit(deepest, l)),
-        *resized(s, "block_i", 16, s.block_i if spills else fit(LONGEST, n * p * q)),
-        *([] if spills else resized(s, "block_j", 16, fit(LONGEST, j))),
+        *resized(s, "block_i", 16, s.block_i if bundled else fit(LONGEST, n * p * q)),
+        *([] if bundled else resized(s, "block_j", 16, fit(LONGEST, j))),
         *other_boxes(s, n, p, q),
         *([replace(s, flat=not s.flat)] if s.tma or s.num_warps <= 4 else []),
         *other_registers(s, arch),
