@@ -185,7 +185,8 @@ def spread_weight(
     inside = (i < 9 * width) & (c >= 0) & (c < CG)
     at = tl.where(inside, c * stride_c + tap // 3 * stride_r + tap % 3 * stride_s, 0)
     row = tl.load(w + o.to(tl.int64) * stride_o + at, mask=inside, other=0.0)
-    tl.store(out + o.to(tl.int64) * (9 * width) + i, row, mask=i < 9 * width)
+    within = i < 9 * width
+    tl.store(out + (o.to(tl.int64) * (9 * width) + tl.where(within, i, 0)), row, mask=within)
 
 
 @triton.jit

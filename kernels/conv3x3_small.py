@@ -44,7 +44,7 @@ def gather(
     at += tl.where(k < 9 * C, c, 0) * stride_c
     g = tl.load(at, mask=h_inside & v_inside & (k < 9 * C), other=0.0)
     if ONES:
-        g = tl.where(k == 9 * C, 1.0, g).to(g.dtype)
+        g = tl.where(k == 9 * C, round_to(tl.full((BLOCK_K, 1), 1.0, tl.float32), g.dtype), g)
     return g
 
 

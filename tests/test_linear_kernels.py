@@ -4,6 +4,7 @@ Shapes leave a remainder in every dimension, every output starts as NaN, and eve
 that is a multiple of 16 bytes).
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from tribp.kernels import common
 from tribp.kernels.launch import ARCHS, Arch, Product, cdiv, choose_wgrad
 from tribp.kernels.launch_tuning import hearing, rules_answer
 from tribp.ops import linear_sigmoid_triton as triton_ops
-from tribp.ops.launching import Launch, Partials, operand, sum_partials
+from tribp.ops.launching import Launch, Partials, operand, second_pass, sum_partials
 from tribp.versions import descriptor_unit
 
 from .covering import DTYPES, cover, turn
@@ -131,7 +132,12 @@ def test_output_grad(write: str, dtype: torch.dtype, kernels: str) -> None:
     exact = dy.double() * y.double() * (1 - y.double())
     dz = nan(M, N, dtype=dtype, device=kernels) if write != "db" else None
     db = nan(N, dtype=dtype, device=kernels) if write != "dz" else None
-    for launch in triton_ops._output_grad(dy, y, dz, db, arch(y)):
+
+    def launches() -> Iterator[Launch]:
+        sums = yield from triton_ops._output_grad(dy, y, dz, db, arch(y))
+        yield from second_pass(arch(y), sums)
+
+    for launch in launches():
         run(launch)
     if dz is not None:
         assert_close(dz, exact.cpu(), torch.ops.aten.sigmoid_backward(dy, y))
