@@ -134,6 +134,7 @@ class Step:
     chunk_blocks: int
     num_warps: int
     reason: str
+    max_registers: int | None = None
 
     @property
     def chunk(self) -> int:
@@ -436,4 +437,6 @@ def choose_step(elements: int, types: frozenset[str], strided: bool, arch: Arch)
     # Derived: a program reads three tables, one after the other, before its first element. Up to 8 blocks share that,
     # but never so many that a processor gets fewer than 16 programs: four reside there, four waves even the end out.
     blocks = max(1, min(8, elements // (block * 16 * arch.processors)))
-    return Step(block, blocks, 4, reason)
+    # Compiled: left to itself, ptxas holds float64 to a step of occupancy, and Adagrad spills 8 bytes for it.
+    limit = 255 if "float64" in types and arch.backend == "cuda" else None
+    return Step(block, blocks, 4, reason, limit)

@@ -198,7 +198,7 @@ class Kernel:
             len(self.members), self.settings.chunk_blocks, self._seed,
         )  # fmt: skip
         constants = self._constants | {"ON_DEVICE": self._on_device}
-        return Launch(kernels.multi_tensor_step, (len(self._chunks),), arguments, constants, self.settings.num_warps)
+        return self._launch(kernels.multi_tensor_step, arguments, constants)
 
     def norm_launch(
         self, partials: Tensor, norm: Tensor, first: int, programs: int, last: bool, scale: Tensor | None
@@ -211,7 +211,11 @@ class Kernel:
         constants = dict(
             GRAD_TYPE=self._constants["GRAD_TYPE"], STRIDED=self.strided, BLOCK=self.settings.block, LAST=last
         )
-        return Launch(kernels.gradient_norm, (len(self._chunks),), arguments, constants, self.settings.num_warps)
+        return self._launch(kernels.gradient_norm, arguments, constants)
+
+    def _launch(self, kernel: Any, arguments: tuple[object, ...], constants: dict[str, Any]) -> Launch:
+        s = self.settings
+        return Launch(kernel, (len(self._chunks),), arguments, constants, s.num_warps, max_registers=s.max_registers)
 
     def run(self, step: Step) -> None:
         with runtime.on_device(self.members[0].param):
