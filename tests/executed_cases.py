@@ -9,7 +9,7 @@ import torch
 
 from . import conv3x3_cases as images
 from . import optim_cases as lies
-from .executed_checks import BRAIN, DOUBLE, HALF, SHAPES, SINGLE, Beyond, Case, Conv, Linear, Rule, expanded
+from .executed_checks import BRAIN, DOUBLE, HALF, SHAPES, SINGLE, Apart, Beyond, Case, Conv, Linear, Rule, expanded
 
 
 def conv(
@@ -58,6 +58,7 @@ QUICK: dict[str, Case] = {
     "conv, stride 2, odd": conv((2, 72, 11, 9), 24, stride=(1, 2), x=images.cropped_last, bias=False),
     "conv, groups": conv((2, 64, 8, 8), 144, groups=2),
     "conv, bundles": conv((2, 40, 6, 7), 20, groups=5, sigmoid=True),
+    "conv, groups taken apart": Apart(64, 16),
     "conv, image": conv((2, 3, 16, 12), 72, sigmoid=True, needs="wb"),
     "conv, image, no activation": conv((2, 3, 9, 12), 40, needs="wb", dtype=HALF),
     "conv, NCHW image, float32": conv(

@@ -203,6 +203,32 @@ class Conv(NamedTuple):
         return wrong + exact.differences(found, rounding)
 
 
+class Apart(NamedTuple):
+    """Groups that share a tile, an infinity in one of them: no other group may see it."""
+
+    channels: int
+    groups: int
+    processors: int = 2
+
+    def wrong(self) -> list[str]:
+        x = conv3x3_cases.last(torch.randn(2, self.channels, 8, 8, dtype=DOUBLE).to(BRAIN))
+        w = conv3x3_cases.last(torch.randn(self.channels, self.channels // self.groups, 3, 3, dtype=DOUBLE).to(BRAIN))
+        dy = conv3x3_cases.last(torch.randn(x.shape, dtype=DOUBLE).to(BRAIN))
+        x[0, 5, 3, 3] = dy[1, 9, 2, 2] = math.inf
+        y = tribp.conv3x3(x.requires_grad_(), w, None, padding=1, groups=self.groups)
+        found = {"y": y, "dx": torch.autograd.grad(y, x, dy)[0]}
+        wide = x.detach().double().contiguous().requires_grad_()
+        exact = torch.nn.functional.conv2d(wide, w.double().contiguous(), None, 1, 1, 1, self.groups)
+        wrong = []
+        for name, wanted in {"y": exact.detach(), "dx": torch.autograd.grad(exact, wide, dy.double())[0]}.items():
+            finite = wanted.isfinite()
+            if not torch.equal(found[name].isfinite(), finite):
+                wrong.append(f"{name} is not finite where it should be, or the other way round")
+            bound = torch.full_like(wanted, 2 * Rounding(BRAIN).unit * float(wanted[finite].abs().max()))
+            wrong += differences(name, found[name][finite], wanted[finite], bound[finite])
+        return wrong
+
+
 # ---- optimizers
 
 # Several blocks and a rest in every layout: only whole blocks of aligned memory are moved 16 bytes at a time.
@@ -360,4 +386,4 @@ def stored(kept: Tensor, exact: Tensor, halves: float = 1.0) -> Tensor:
     return halves * Rounding(kept.dtype).unit * exact.abs() + operations * largest
 
 
-Case = Linear | Conv | Rule | Beyond
+Case = Linear | Conv | Apart | Rule | Beyond
