@@ -105,13 +105,24 @@ def output_grad(
         tl.store(db + tl.program_id(1).to(tl.int64) * N + j, total, mask=j_inside)
 
 
+@triton.jit
+def load_dz(
+    dy, y, m, n, M, N, ldy,
+    ACC: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The tile of dz = dy·y·(1 − y) at (m, n)."""
+    dy_tile = load_tile(dy, m, n, M, N, ldy, BLOCK_M, BLOCK_N, TMA, False, VEC)
+    y_tile = load_tile(y, m, n, M, N, N, BLOCK_M, BLOCK_N, TMA, False, VEC)
+    return sigmoid_backward(dy_tile, y_tile, ACC)
+
+
 @triton.jit(do_not_specialize=["M", "N", "K", "ldy", "ldw"])
 def dgrad(
     dz, y, w, dx, M, N, K, ldy, ldw,
     FUSE_DZ: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr, TMA_STORE: tl.constexpr, W_TRANSPOSED: tl.constexpr,
     PREFETCH: tl.constexpr, VEC: tl.constexpr, VEC_STORE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = dz·w. With FUSE_DZ the argument `dz` holds dy, and dz = dy·y·(1 − y) is formed tile by tile."""
     row, col = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
@@ -119,12 +130,14 @@ def dgrad(
     k = col * BLOCK_K
     if FUSE_DZ:
         acc = tl.zeros((BLOCK_K, BLOCK_M), ACC)
-        for n in range(0, N, BLOCK_N):
-            dy_tile = load_tile(dz, m, n, M, N, ldy, BLOCK_M, BLOCK_N, TMA, False, VEC)
-            y_tile = load_tile(y, m, n, M, N, N, BLOCK_M, BLOCK_N, TMA, False, VEC)
+        dz_tile = load_dz(dz, y, m, 0, M, N, ldy, ACC, TMA, VEC, BLOCK_M, BLOCK_N)
+        for n in tl.range(0, N, BLOCK_N, num_stages=STAGES):  # as in wgrad
             w_tile = load_tile(w, n, k, N, K, ldw, BLOCK_N, BLOCK_K, TMA, W_TRANSPOSED, VEC)
-            dz_tile = round_operand(sigmoid_backward(dy_tile, y_tile, ACC), w_tile.dtype, PRECISION)
-            acc = dot(tl.trans(w_tile), tl.trans(dz_tile), acc, PRECISION)  # dz second, as in wgrad
+            rounded = round_operand(dz_tile, w_tile.dtype, PRECISION)
+            dy_tile = load_tile(dz, m, n + BLOCK_N, M, N, ldy, BLOCK_M, BLOCK_N, TMA, False, VEC)
+            y_tile = load_tile(y, m, n + BLOCK_N, M, N, N, BLOCK_M, BLOCK_N, TMA, False, VEC)
+            acc = dot(tl.trans(w_tile), tl.trans(rounded), acc, PRECISION)
+            dz_tile = sigmoid_backward(dy_tile, y_tile, ACC)
         acc = tl.trans(acc)
     else:
         acc = product(
@@ -140,12 +153,16 @@ def wgrad(
     FUSE_DZ: tl.constexpr, WRITE_DZ: tl.constexpr, WRITE_DB: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr, X_TRANSPOSED: tl.constexpr, PREFETCH: tl.constexpr, VEC: tl.constexpr, VEC_STORE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dw[s] = dzᵀ·x over the rows of split s = program_id(1). dw: (splits, N, K).
 
     With FUSE_DZ the argument `dz` holds dy; the programs of the first tile column also write dz to `dz_out` (M, N) and
     the sums of its rows to `db` (splits, N).
+
+    A tile of dz is formed a turn before it is multiplied. Compiled: Triton waits for a product whose operand the turn
+    itself wrote to shared memory, but ptxas puts arithmetic between the product and the wait: 77 of a turn's 270
+    instructions. STAGES, `num_stages` again: without it loads for the next turn's dz would not run ahead.
     """
     row, col = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP)
     n = row * BLOCK_N
@@ -157,11 +174,9 @@ def wgrad(
         acc = tl.zeros((BLOCK_K, BLOCK_N), ACC)
         sums = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         mine = N * (col == 0).to(tl.int32)  # how far along N this program's share of dz and db reaches: all or nothing
-        for m in range(first, last, BLOCK_M):
-            dy_tile = load_tile(dz, m, n, last, N, ldy, BLOCK_M, BLOCK_N, TMA, False, VEC)
-            y_tile = load_tile(y, m, n, last, N, N, BLOCK_M, BLOCK_N, TMA, False, VEC)
+        dz_tile = load_dz(dz, y, first, n, last, N, ldy, ACC, TMA, VEC, BLOCK_M, BLOCK_N)
+        for m in tl.range(first, last, BLOCK_M, num_stages=STAGES):
             x_tile = load_tile(x, m, k, last, K, ldx, BLOCK_M, BLOCK_K, TMA, X_TRANSPOSED, VEC)
-            dz_tile = sigmoid_backward(dy_tile, y_tile, ACC)
             rounded = round_operand(dz_tile, x_tile.dtype, PRECISION)
             if WRITE_DB:
                 sums += dz_tile
@@ -170,8 +185,11 @@ def wgrad(
                 j, j_inside = indices(n, mine, BLOCK_N, VEC)
                 at = dz_out + (i[:, None] * (N // VEC * VEC) + j[None, :])
                 tl.store(at, rounded, mask=i_inside[:, None] & j_inside[None, :])
+            dy_tile = load_tile(dz, m + BLOCK_M, n, last, N, ldy, BLOCK_M, BLOCK_N, TMA, False, VEC)
+            y_tile = load_tile(y, m + BLOCK_M, n, last, N, N, BLOCK_M, BLOCK_N, TMA, False, VEC)
             # Compiled: as wgmma's first operand dz would stay in registers, and each product wait for the one before.
             acc = dot(tl.trans(x_tile), rounded, acc, PRECISION)
+            dz_tile = sigmoid_backward(dy_tile, y_tile, ACC)  # the next turn's, while this one's product runs
         acc = tl.trans(acc)
         if WRITE_DB:
             j, j_inside = indices(n, mine, BLOCK_N, 1)

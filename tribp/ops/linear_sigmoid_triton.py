@@ -118,7 +118,7 @@ def dgrad(
         dict(
             FUSE_DZ=s.fuse_dz, ACC=acc, PRECISION=precision, TMA=s.tma, TMA_STORE=store_tma,
             W_TRANSPOSED=w.transposed, PREFETCH=s.prefetch, VEC=vec, VEC_STORE=out.vec,
-            BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group,
+            BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
         ),
         s.num_warps,
         s.num_stages,
@@ -153,7 +153,7 @@ def wgrad(
             ACC=accumulator(x.tensor.dtype)[1], PRECISION=precision,
             TMA=s.tma, X_TRANSPOSED=x.transposed, PREFETCH=s.prefetch, VEC=min(dz.vec, x.vec),
             VEC_STORE=vector_length(dw.element_size(), k),
-            BLOCK_M=s.block_l, BLOCK_N=s.block_i, BLOCK_K=s.block_j, GROUP=s.group,
+            BLOCK_M=s.block_l, BLOCK_N=s.block_i, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
         ),
         s.num_warps,
         s.num_stages,
