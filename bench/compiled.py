@@ -183,9 +183,10 @@ def _disassemble(cubins: Sequence[bytes], arch: Arch) -> list[list[Instruction]]
     """The instructions of each kernel. The disassembler takes 0.3 s to start, so it is given them all at once."""
     sections = [_text_section(cubin) for cubin in cubins]
     suffix = "a" if arch.capability >= 90 else ""  # what Triton compiles for: with wgmma, with tcgen05
-    text = _cubin_tool("nvdisasm", b"".join(sections), "--binary", f"SM{arch.capability}{suffix}")
+    binary = b"".join(sections)
+    text = _cubin_tool("nvdisasm", binary, "--binary", f"SM{arch.capability}{suffix}")
     ends = list(itertools.accumulate(len(section) for section in sections))
-    return machine_code.parse_sass(text, ends)
+    return machine_code.parse_sass(text, ends, binary)
 
 
 def _text_section(cubin: bytes) -> bytes:

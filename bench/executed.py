@@ -8,10 +8,11 @@ exceptional way, or are the last program's alone.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from .machine_code import MATRIX, Graph, Instruction, basic_blocks, loops_with
+from .wgmma import in_flight
 
 GLOBAL = {"LDG", "LDGSTS"}
 THROUGH_SHARED = {"LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDGSTS", "LDL", "STL"}
@@ -26,6 +27,8 @@ class Tally:
     special: float = 0.0  # instructions of the special-function unit
     shared_bytes: float = 0.0  # to and from shared memory and L1
     loaded: float = 0.0  # bytes from global memory, by threads
+    cycles: float = 0.0  # of one warp alone, if it waits for nothing but what ptxas spaces out
+    idle: float = 0.0  # those of them with no asynchronous product in flight, which is at a standstill then
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -48,18 +51,20 @@ def width(instruction: Instruction) -> int:
     return int(narrow[1]) // 8 if narrow else instruction.bytes
 
 
-def tally(code: Iterable[Instruction]) -> Tally:
-    return sum((_one(i) for i in code if i.name != "NOP"), Tally())
+def tally(code: Sequence[Instruction], numbers: Iterable[int], busy: Collection[int]) -> Tally:
+    """Of the instructions of these numbers; busy: of those that are issued while a product is in flight."""
+    return sum((_one(code[n], n in busy) for n in numbers if code[n].name != "NOP"), Tally())
 
 
-def _one(i: Instruction) -> Tally:
+def _one(i: Instruction, busy: bool) -> Tally:
     shared = 0.0
     if found := WGMMA.match(i.opcode):
         # Four warps issue one together. Both operands come from shared memory: rows of 32 bytes, m + n of them.
         shared = 32 * (int(found[1]) + int(found[2])) / 4
     elif i.name in THROUGH_SHARED:
         shared = 32 * width(i)
-    return Tally(1, i.name.startswith("MUFU"), shared, 32 * width(i) if i.name in GLOBAL else 0)
+    loaded = 32 * width(i) if i.name in GLOBAL else 0
+    return Tally(1, i.name.startswith("MUFU"), shared, loaded, i.cycles, 0 if busy else i.cycles)
 
 
 def profile(code: Sequence[Instruction]) -> Profile:
@@ -74,20 +79,24 @@ def profile(code: Sequence[Instruction]) -> Profile:
     around = [{head for head, loop in loops.items() if block in loop} for block in range(len(blocks))]
     of_main = {head for head, loop in loops.items() if any(inner <= loop for inner in main)}
     depth = max((len(around[min(loop)] & of_main) for loop in main), default=0)
-    levels: list[list[Instruction]] = [[] for _ in range(depth + 1)]
+    levels: list[list[int]] = [[] for _ in range(depth + 1)]
     wide, narrow = _ways(code, blocks, graph, main) if main and not multiplies else (set(), set())
-    exceptional: list[Instruction] = []
+    exceptional: list[int] = []
     for n, block in enumerate(blocks):
-        inside = [code[i] for i in block]
         if any(n in loop for loop in main):
             if n not in narrow:
-                levels[0] += inside
+                levels[0] += block
             if n not in wide:
-                exceptional += inside
+                exceptional += block
         else:
-            levels[depth - min(len(around[n] & of_main), max(depth - 1, 0))] += inside
+            levels[depth - min(len(around[n] & of_main), max(depth - 1, 0))] += block
     name = multiplies[0].name if multiplies else ""
-    return Profile(tuple(tally(level) for level in levels), tally(exceptional), len(main), name)
+    busy = (
+        {n for n, running in in_flight(code) if running or code[n].name == "HGMMA"}
+        if name == "HGMMA"
+        else range(len(code))
+    )
+    return Profile(tuple(tally(code, level, busy) for level in levels), tally(code, exceptional, busy), len(main), name)
 
 
 def _widest(

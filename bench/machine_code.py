@@ -30,6 +30,7 @@ class Instruction:
     target: int | None = None  # index of the instruction a branch leads to
     falls_through: bool = True  # whether the next instruction can follow
     operands: str = ""  # as disassembled; of SASS alone
+    cycles: int = 1  # before the warp may issue the next one, as ptxas says in the instruction; of SASS alone
 
     @property
     def bytes(self) -> int:
@@ -59,34 +60,42 @@ AMD = re.compile(r"^\t([a-z]\w+)(?:\s+([^;]*))?")
 AMD_LABEL = re.compile(r"^(\.L\w+):")
 
 
-def parse_sass(text: str, ends: Sequence[int]) -> list[list[Instruction]]:
-    """The instructions of kernels that lie one after the other and end at these addresses, as nvdisasm prints them."""
+def parse_sass(text: str, ends: Sequence[int], binary: bytes = b"") -> list[list[Instruction]]:
+    """The instructions of kernels that lie one after the other and end at these addresses, as nvdisasm prints them.
+
+    binary: what was disassembled; without it every instruction has one cycle.
+    """
     lines = [match for line in text.splitlines() if (match := SASS.match(line))]
     kernels = []
     first = 0
     for end in ends:
         last = bisect.bisect_left(lines, end, key=lambda match: int(match[1], 16))
-        kernels.append(_sass_kernel(lines[first:last]))
+        kernels.append(_sass_kernel(lines[first:last], binary))
         first = last
     return kernels
 
 
-def _sass_kernel(lines: Sequence[re.Match[str]]) -> list[Instruction]:
+def _sass_kernel(lines: Sequence[re.Match[str]], binary: bytes) -> list[Instruction]:
     at = {int(match[1], 16): n for n, match in enumerate(lines)}
     code = []
     for match in lines:
         predicated, opcode, operands = match[2] is not None, match[3], match[4].strip()
-        name = _name(opcode)
+        name, cycles = _name(opcode), _cycles(binary, int(match[1], 16))
         if name == "BRA":
             target = SASS_TARGET.search(operands)
             # `BRA.U UP0, 0x1d0` is conditional as well as `@P0 BRA 0x1d0`.
             always = not predicated and operands.startswith("0x")
             goal = at.get(int(target[1], 16)) if target else None
-            code.append(Instruction(name, opcode, goal, not always, operands))
+            code.append(Instruction(name, opcode, goal, not always, operands, cycles))
         else:
             goes_on = predicated or name not in ("EXIT", "RET", "BRX")
-            code.append(Instruction(name, opcode, None, goes_on, operands))
+            code.append(Instruction(name, opcode, None, goes_on, operands, cycles))
     return code
+
+
+def _cycles(binary: bytes, address: int) -> int:
+    """The stall count of the instruction at an address: bits 105 to 108 of its 128, since Volta (arXiv 1804.06826)."""
+    return max(1, int.from_bytes(binary[address : address + 16], "little") >> 105 & 15)
 
 
 def parse_ptx(text: str) -> list[Instruction]:

@@ -6,11 +6,13 @@ busiest of these sets the time, in cycles of a multiprocessor (SM):
     tensor cores    multiply-adds over their rate, as far as a large product reaches it
     issue           instructions × warps over four a cycle
     special         ex2, rcp, rsqrt … : 16 results a cycle
-    shared memory   bytes through shared memory and L1, operands of wgmma included: 128 a cycle
+    shared memory   bytes through shared memory and L1, operands of wgmma and what descriptors bring included: 128 a cycle
 
-To this a program that is alone adds latency: of the loads before and after the loop that wait for one another, and in
-the loop, where its turns wait for memory longer than they compute, with `stages - 1` turns in flight. With n programs
-on the busiest SM, of which R are resident at a time,
+A program that is alone takes longer where its warps cannot keep a unit busy: a phase lasts at least as long as ptxas
+spaces one warp's instructions, and a loop as long as its products and all that a warp does while none is in flight. To
+this it adds latency: of the loads before and after the loop that wait for one another, and in the loop, where its turns
+wait for memory longer than they compute, with `stages - 1` turns in flight. With n programs on the busiest SM, of which
+R are resident at a time,
 
     SM time = max(n · the busiest unit over both phases, ⌈n / R⌉ · time of a program alone)
 
@@ -20,10 +22,10 @@ so that one program's epilogue overlaps another's loop only if both are resident
 
 Tensors that an earlier launch of the same direction touched, and that half of L2 holds, come from there.
 
-Left out: how often L2 is hit besides; conflicts of DRAM pages and of banks; TMA's writes to shared memory; clocks that
-fall under load other than what `reached` knows; dependences between instructions (a scheduler with two warps seldom
-issues every cycle); the lower rate of integers and float64; waiting at barriers; the tail of the last wave, beyond n;
-the start of a program. All but the first add time: expect measurements above the prediction, and compare ratios.
+Left out: how often L2 is hit besides; conflicts of DRAM pages and of banks; clocks that fall under load other than what
+`reached` knows; waiting for shared memory, special functions and barriers; the lower rate of integers and float64; the
+tail of the last wave, beyond n; the start of a program. All but the first add time: expect measurements above the
+prediction, and compare ratios.
 """
 
 import math
@@ -62,11 +64,13 @@ def predict(
     loop, rest, turns = executed(work, profile, num_warps)
     in_rest = work.macs if not loop.instructions else 0
     loop_units = units(machine, loop, work.macs - in_rest, work.bits, profile.matrix, num_warps)
+    loop_units["shared memory"] += work.copied / machine.shared_bytes
     rest_units = units(machine, rest, in_rest, work.bits, profile.matrix, num_warps)
 
     loop_latency = turns * machine.latency / max(1, stages - 1)
     waits = work.chain * math.prod(work.outer) * machine.latency
-    alone = max(*loop_units.values(), loop_latency) + max(rest_units.values()) + waits
+    in_loop = max(*loop_units.values(), loop.cycles, loop_units["tensor cores"] + loop.idle, loop_latency)
+    alone = in_loop + max(*rest_units.values(), rest.cycles) + waits
 
     us = 1e6 / machine.clock
     dram = sum(size for tensor, size in work.tensors.items() if tensor not in cached)

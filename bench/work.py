@@ -36,6 +36,7 @@ class LaunchWork:
     macs: float = 0  # multiply-adds of a program
     bits: int = 16  # of the multiplied numbers; 32 is TF32
     l2: float = 0  # bytes that programs load and store; 0: as many as `tensors` have
+    copied: float = 0  # bytes that descriptors bring to the shared memory of a program
 
     @property
     def bytes(self) -> float:
@@ -78,19 +79,25 @@ def _product(given: Given, operand: str, turns: float, step: int, outer: tuple[f
                 bits=8 * _itemsize(given, operand))  # fmt: skip
 
 
+def _traffic(given: Given, loaded: float, stored: float, programs: int) -> dict[str, Any]:
+    """Bytes between L2 and all programs."""
+    return dict(l2=loaded + stored, copied=loaded / programs if given["TMA"] else 0.0)
+
+
 def _linear_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     m, n, k, size = given["M"], given["N"], given["K"], _itemsize(given, "x")
     rows, cols = cdiv(m, given["BLOCK_M"]), cdiv(n, given["BLOCK_N"])
     outer = (cdiv(rows * cols, grid[0]),) if given["PERSISTENT"] else ()
     product = _product(given, "x", cdiv(k, given["BLOCK_K"]), _size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"), outer)
-    return product | dict(l2=size * (m * k * cols + n * k * rows + m * n), chain=1 + given["HAS_BIAS"])
+    loaded = size * (m * k * cols + n * k * rows)
+    return product | _traffic(given, loaded, size * m * n, rows * cols) | dict(chain=1 + given["HAS_BIAS"])
 
 
 def _linear_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     m, n, k, size = given["M"], given["N"], given["K"], _itemsize(given, "dx")
     rows, cols, read = cdiv(m, given["BLOCK_M"]), cdiv(k, given["BLOCK_K"]), 1 + given["FUSE_DZ"]
     product = _product(given, "dx", cdiv(n, given["BLOCK_N"]), _size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    return product | dict(l2=size * (read * m * n * cols + n * k * rows + m * k))
+    return product | _traffic(given, size * (read * m * n * cols + n * k * rows), size * m * k, grid[0])
 
 
 def _linear_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
@@ -99,7 +106,7 @@ def _linear_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     turns = cdiv(given["rows_per_split"], given["BLOCK_M"])
     product = _product(given, "x", turns, _size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
     written = grid[1] * n * k * _itemsize(given, "dw") + m * n * size * given["WRITE_DZ"]
-    return product | dict(l2=size * (read * m * n * cols + m * k * rows) + written)
+    return product | _traffic(given, size * (read * m * n * cols + m * k * rows), written, math.prod(grid))
 
 
 def _output_grad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
@@ -128,7 +135,9 @@ def _convolve(given: Given, grid: tuple[int, ...], operand: str, length: int, st
         else _product(given, operand, turns, step, (taps,))
     )
     written = _pixels(given) * given["BLOCK_J"] * _itemsize(given, operand)
-    return product | dict(paths=steps[0] * steps[1], l2=math.prod(grid) * (taps * turns * read + written))
+    programs = math.prod(grid)
+    traffic = _traffic(given, programs * taps * turns * read, programs * written, programs)
+    return product | traffic | dict(paths=steps[0] * steps[1])
 
 
 def _conv_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
@@ -145,7 +154,8 @@ def _conv_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     product = _product(given, "x", turns, taps * pixels * _size(given, "BLOCK_O", "BLOCK_C"))
     read = pixels * (given["BLOCK_O"] + taps * given["BLOCK_C"]) * _itemsize(given, "x")
     written = taps * _size(given, "BLOCK_O", "BLOCK_C") * _itemsize(given, "dw")
-    return product | dict(l2=math.prod(grid) * (turns * read + written))
+    programs = math.prod(grid)
+    return product | _traffic(given, programs * turns * read, programs * written, programs)
 
 
 def _small_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
