@@ -89,7 +89,7 @@ def _window(given: Mapping[str, Any]) -> Iterator[str]:
         yield "box" + "×".join(str(given[f"BOX_{side}"]) for side in "NHW")
     if max(steps := (given.get("STEP_H", 1), given.get("STEP_W", 1))) > 1:
         yield "step{}×{}".format(*steps)
-    for name in ("TAPS", "BUNDLE"):
+    for name in ("TAPS", "BUNDLE", "ROWS"):
         if given.get(name, 1) > 1:
             yield f"{name.lower()}{given[name]}"
     if "SRC_PIXELS" in given:

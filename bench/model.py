@@ -6,7 +6,7 @@ busiest of these sets the time, in cycles of a multiprocessor (SM):
     tensor cores    multiply-adds over their rate, as far as a large product reaches it
     issue           instructions × warps over four a cycle
     special         ex2, rcp, rsqrt … : 16 results a cycle
-    shared memory   bytes through shared memory and L1, operands of wgmma and what descriptors bring included: 128 a cycle
+    shared memory   bytes through shared memory and L1, operands of wgmma and descriptors' tiles too: 128 a cycle
 
 A program that is alone takes longer where its warps cannot keep a unit busy: a phase lasts at least as long as ptxas
 spaces one warp's instructions, and a loop as long as its products and all that a warp does while none is in flight. To

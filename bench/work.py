@@ -90,7 +90,7 @@ def _linear_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     outer = (cdiv(rows * cols, grid[0]),) if given["PERSISTENT"] else ()
     product = _product(given, "x", cdiv(k, given["BLOCK_K"]), _size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"), outer)
     loaded = size * (m * k * cols + n * k * rows)
-    return product | _traffic(given, loaded, size * m * n, rows * cols) | dict(chain=1 + given["HAS_BIAS"])
+    return product | _traffic(given, loaded, size * m * n, grid[0]) | dict(chain=1 + given["HAS_BIAS"])
 
 
 def _linear_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
@@ -125,16 +125,20 @@ def _pixels(given: Given) -> int:
 
 def _convolve(given: Given, grid: tuple[int, ...], operand: str, length: int, steps: tuple[int, int]) -> dict[str, Any]:
     """forward and dgrad: taps × steps through the channels. A class of pixels meets 9 / (classes) taps on average."""
-    taps = 9 / math.prod(steps)
+    rows = given["ROWS"]
     turns = cdiv(length, given["BLOCK_L"])
-    step = _pixels(given) * given["BLOCK_J"] * given["BLOCK_L"]
-    read = (_pixels(given) + given["BLOCK_J"]) * given["BLOCK_L"] * _itemsize(given, operand)
+    if rows > 1:  # a turn takes the taps of one column
+        taps, pixels, products, weights = 3.0, (rows + 2) * _pixels(given), 3 * rows, 3
+    else:
+        taps, pixels, products, weights = 9 / math.prod(steps), _pixels(given), 1, 1
+    step = products * _pixels(given) * given["BLOCK_J"] * given["BLOCK_L"]
+    read = (pixels + weights * given["BLOCK_J"]) * given["BLOCK_L"] * _itemsize(given, operand)
     product = (
         _product(given, operand, taps * turns, step)
         if given["FLAT"]
         else _product(given, operand, turns, step, (taps,))
     )
-    written = _pixels(given) * given["BLOCK_J"] * _itemsize(given, operand)
+    written = rows * _pixels(given) * given["BLOCK_J"] * _itemsize(given, operand)
     programs = math.prod(grid)
     traffic = _traffic(given, programs * taps * turns * read, programs * written, programs)
     return product | traffic | dict(paths=steps[0] * steps[1])

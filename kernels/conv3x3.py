@@ -318,46 +318,108 @@ def convolve(
     return acc
 
 
+@triton.jit
+def convolve_rows(
+    src, w, n, i, j, first_h, first_w, bundle, col, OG, CG,
+    DGRAD: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BOX_N: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """What `convolve` computes with descriptors, a stride of 1 and bundles of one group, for ROWS boxes of one row
+    each, the one below the other: a tuple of their tiles.
+
+    A turn takes the taps of one column. Each of ROWS + 2 rows of src, read once, meets up to three of them: with two
+    rows, src is read six times, not nine.
+    """
+    PIXELS: tl.constexpr = BOX_N * BOX_W
+    if DGRAD:
+        length = OG
+        first_h -= 2  # the row above: looking back, it meets the last tap
+    else:
+        length = CG
+    steps = tl.cdiv(length, BLOCK_L)
+    acc = ()
+    for _ in tl.static_range(ROWS):
+        acc = acc + (tl.zeros((BLOCK_J, PIXELS), ACC),)
+    for turn in range(0, tl.maximum(3 * steps, 1)):
+        t_w = turn // steps
+        l = turn % steps * BLOCK_L
+        weights = ()
+        for t_h in tl.static_range(3):
+            tap = (2 - t_h if DGRAD else t_h) * 3 + t_w
+            b = load_weight(w, tap, l, col, bundle * OG, OG, CG, DGRAD, True, 1, BLOCK_L, BLOCK_J)
+            weights = weights + (tl.trans(b),)
+        at_w = first_w - t_w if DGRAD else first_w + t_w
+        for q in tl.static_range(ROWS + 2):
+            a = load_box(
+                src, n, i, j, first_h + q, at_w, bundle * length + l, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                False, 1, 1, True, 1, BOX_N, 1, BOX_W, BLOCK_L,
+            )  # fmt: skip
+            added = ()
+            for row in tl.static_range(ROWS):
+                if row <= q and q < row + 3:
+                    added = added + (dot(weights[q - row], tl.trans(a), acc[row], PRECISION),)
+                else:
+                    added = added + (acc[row],)
+            acc = added
+    tiles = ()
+    for row in tl.static_range(ROWS):
+        tiles = tiles + (tl.trans(acc[row]),)
+    return tiles
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward(
     x, w, x_memory, w_memory, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w,
     stride_n, stride_h, stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
     HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr, ACCURATE: tl.constexpr, PTX: tl.constexpr,
     STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr,
+    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
     LAST: tl.constexpr, VEC_STORE: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_J of a bundle's output channels a program."""
+    """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_J of a bundle's output channels a program.
+
+    Or ROWS boxes of one row each (`convolve_rows`).
+    """
     columns = tl.cdiv(BUNDLE * OG, BLOCK_J)
-    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H) * tl.cdiv(Q, BOX_W)
+    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H * ROWS) * tl.cdiv(Q, BOX_W)
     box, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, BUNDLE), GROUP)
-    n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
+    n, i, j = box_at(box, P, Q, BOX_N, BOX_H * ROWS, BOX_W)
     bundle = column // columns
     col = column % columns * BLOCK_J
     members = tl.minimum(BUNDLE, groups - bundle * BUNDLE)
-    z = convolve(
-        x, w, x_memory, w_memory, n, i, j, -pad_h, -pad_w, bundle, members, col, N, H, W,
-        stride_n, stride_h, stride_w, OG, CG, False, False, STEP_H, STEP_W, 0, 0, 1, 1,
-        DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
-    )  # fmt: skip
+    if ROWS > 1:
+        tiles = convolve_rows(
+            x, w, n, i, j, -pad_h, -pad_w, bundle, col, OG, CG,
+            False, ROWS, ACC, PRECISION, BOX_N, BOX_W, BLOCK_J, BLOCK_L,
+        )  # fmt: skip
+    else:
+        tiles = (
+            convolve(
+                x, w, x_memory, w_memory, n, i, j, -pad_h, -pad_w, bundle, members, col, N, H, W,
+                stride_n, stride_h, stride_w, OG, CG, False, False, STEP_H, STEP_W, 0, 0, 1, 1,
+                DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
+            ),
+        )  # fmt: skip
     first = bundle * (BUNDLE * OG)
-    if HAS_BIAS:
-        o, inside = indices(col, members * OG, BLOCK_J, 1)
-        z += tl.load(b + first + o, mask=inside, other=0.0).to(ACC)[None, :]
-    if SIGMOID:
-        z = sigmoid(z, ACCURATE, PTX)
-    m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
     if LAST:
         y += first // VEC_STORE * VEC_STORE
     else:
         y += first.to(tl.int64) * (y_stride_c // VEC_STORE * VEC_STORE)
-    store_box(
-        y, z, m_n, m_i, m_j, col, members * OG, N, P, Q, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
-        LAST, VEC_STORE, BOX_W, BLOCK_J,
-    )  # fmt: skip
+    for row in tl.static_range(ROWS):
+        z = tiles[row]
+        if HAS_BIAS:
+            o, inside = indices(col, members * OG, BLOCK_J, 1)
+            z += tl.load(b + first + o, mask=inside, other=0.0).to(ACC)[None, :]
+        if SIGMOID:
+            z = sigmoid(z, ACCURATE, PTX)
+        m_n, m_i, m_j = pixels(n, i + row, j, BOX_N, BOX_H, BOX_W)
+        store_box(
+            y, z, m_n, m_i, m_j, col, members * OG, N, P, Q, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
+            LAST, VEC_STORE, BOX_W, BLOCK_J,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -365,7 +427,7 @@ def dgrad(
     dz, w, dz_memory, w_memory, dx, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w,
     stride_n, stride_h, stride_w, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     W_TRANSPOSED: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr,
+    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
     LAST: tl.constexpr, VEC_STORE: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -379,7 +441,8 @@ def dgrad(
     that meet tap 1; the columns likewise. Each class is a convolution of its own with the taps that it meets.
     """
     columns = tl.cdiv(BUNDLE * CG, BLOCK_J)
-    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(tl.cdiv(H, STEP_H), BOX_H) * tl.cdiv(tl.cdiv(W, STEP_W), BOX_W)
+    tl.static_assert(ROWS == 1 or STEP_H * STEP_W * BOX_H == 1)
+    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(tl.cdiv(H, STEP_H), BOX_H * ROWS) * tl.cdiv(tl.cdiv(W, STEP_W), BOX_W)
     box, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, BUNDLE), GROUP)
     bundle = column // columns
     col = column % columns * BLOCK_J
@@ -394,19 +457,29 @@ def dgrad(
             if tl.program_id(1) == class_h * STEP_W + class_w:
                 rows, first_h = rows_of_class(H, pad_h, class_h, STEP_H)
                 cols, first_w = rows_of_class(W, pad_w, class_w, STEP_W)
-                n, i, j = box_at(box, rows, cols, BOX_N, BOX_H, BOX_W)
-                tile = convolve(
-                    dz, w, dz_memory, w_memory, n, i, j, first_h, first_w, bundle, members, col, N, P, Q,
-                    stride_n, stride_h, stride_w, OG, CG, True, W_TRANSPOSED, 1, 1, class_h, class_w, STEP_H, STEP_W,
-                    DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
-                )  # fmt: skip
-                m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
-                h = row_of_class(m_i, first_h, pad_h, class_h, STEP_H)
-                v = row_of_class(m_j, first_w, pad_w, class_w, STEP_W)
-                store_box(
-                    dx, tile, m_n, h, v, col, members * CX, N, H, W,
-                    x_stride_n, x_stride_c, x_stride_h, x_stride_w, LAST, VEC_STORE, BOX_W, BLOCK_J,
-                )  # fmt: skip
+                n, i, j = box_at(box, rows, cols, BOX_N, BOX_H * ROWS, BOX_W)
+                if ROWS > 1:
+                    tiles = convolve_rows(
+                        dz, w, n, i, j, first_h, first_w, bundle, col, OG, CG,
+                        True, ROWS, ACC, PRECISION, BOX_N, BOX_W, BLOCK_J, BLOCK_L,
+                    )  # fmt: skip
+                else:
+                    tiles = (
+                        convolve(
+                            dz, w, dz_memory, w_memory, n, i, j, first_h, first_w, bundle, members, col, N, P, Q,
+                            stride_n, stride_h, stride_w, OG, CG, True, W_TRANSPOSED, 1, 1,
+                            class_h, class_w, STEP_H, STEP_W, DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W,
+                            BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
+                        ),
+                    )  # fmt: skip
+                for row in tl.static_range(ROWS):
+                    m_n, m_i, m_j = pixels(n, i + row, j, BOX_N, BOX_H, BOX_W)
+                    h = row_of_class(m_i, first_h, pad_h, class_h, STEP_H)
+                    v = row_of_class(m_j, first_w, pad_w, class_w, STEP_W)
+                    store_box(
+                        dx, tiles[row], m_n, h, v, col, members * CX, N, H, W,
+                        x_stride_n, x_stride_c, x_stride_h, x_stride_w, LAST, VEC_STORE, BOX_W, BLOCK_J,
+                    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])

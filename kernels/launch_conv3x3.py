@@ -43,13 +43,14 @@ class Convolution(Product):
     flat: bool = False  # one loop over taps and channels
     taps: int = 1  # of wgrad: taps of one row that a program sums, and reads dz once for
     x_first: bool = False  # of wgrad: multiply xᵀ·dz and not dzᵀ·x
+    rows: int = 1  # boxes of one row each that a program takes one below the other
 
     def columns(self, channels: int, groups: int) -> int:
         """Tiles across the result's channels, `channels` of them in each group."""
         return cdiv(self.bundle * channels, self.block_j) * cdiv(groups, self.bundle)
 
     def boxes(self, n: int, p: int, q: int) -> int:
-        return cdiv(n, self.box[0]) * cdiv(p, self.box[1]) * cdiv(q, self.box[2])
+        return cdiv(n, self.box[0]) * cdiv(p, self.box[1] * self.rows) * cdiv(q, self.box[2])
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,13 @@ def convolution(product: Product, **more: object) -> Convolution:
 @rule
 def choose_conv(
     n: int, p: int, q: int, j: int, l: int, bundles: int, bundle: int, classes: int,
-    dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, along: bool, whole: bool, wide: bool,
+    dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, along: bool, whole: bool, wide: bool, stepped: bool,
 ) -> Convolution:  # fmt: skip
     """Forward, or dgrad: n images of p × q pixels and j columns, summed over nine taps of l channels, for each bundle.
 
     classes: of pixels that meet the same taps, each with p × q. along: as in `candidates`; in dgrad weights lie across
     the sum. whole: a step must not run past the l channels, for behind them lie another bundle's, or the next pixel's.
-    wide: the result's columns are contiguous.
+    wide: the result's columns are contiguous. stepped: with a stride of 2.
     """
     i = n * p * q
     tiles = candidates(9 * l, dtype, precision, arch, vec, tma, along)
@@ -154,19 +155,59 @@ def choose_conv(
     if chosen.tma and whole and l % chosen.block_l:
         return choose_conv(
             n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch,
-            vec=vec, tma=False, along=along, whole=whole, wide=wide,
+            vec=vec, tma=False, along=along, whole=whole, wide=wide, stepped=stepped,
         )  # fmt: skip
     if not chosen.tma and ITEMSIZE[dtype] == 2 and chosen.block_i * chosen.block_j <= 128 * 64:
         chosen = replace(chosen, num_warps=min(chosen.num_warps, 4))
     # A loop over the channels of one tap that takes a single step can't be pipelined; one over all taps can.
     flat = chosen.tma or (l <= chosen.block_l and chosen.num_warps <= 4)
     limit = chosen.max_registers if chosen.tma and bundle == 1 else unrounded(arch)
-    return convolution(
+    dense = convolution(
         replace(chosen, prefetch=False, max_registers=limit),
         box=choose_box(chosen.block_i, n, p, q, wide=wide),
         bundle=bundle,
         flat=flat,
     )
+    if pairs_rows(dense, l, dtype, arch, whole=whole, stepped=stepped):
+        pair = two_rows(n, q, j, wide, arch)
+
+        def busiest(s: Convolution) -> int:
+            """Elements of the result that the busiest processor computes."""
+            tiles = cdiv(s.boxes(n, p, q) * s.columns(j, 1) * bundles, arch.processors)
+            return tiles * s.rows * s.block_i * s.block_j
+
+        if busiest(pair) <= busiest(dense):
+            return pair
+    return dense
+
+
+def pairs_rows(dense: Convolution, l: int, dtype: str, arch: Arch, *, whole: bool, stepped: bool) -> bool:
+    """Whether `two_rows` can and should compute what these settings would, but for what processors are left idle.
+
+    Derived: 128×256 tiles read as little by themselves. wgmma reads shared memory, where Triton must keep what several
+    products read; for tensor cores that take operands from registers nothing was counted.
+    """
+    able = dense.tma and ITEMSIZE[dtype] == 2 and dense.bundle == 1 and not stepped and not (whole and l % 32)
+    small = dense.block_i * dense.block_j <= 128 * 128 and dense.block_j > 32
+    hopper = arch.has_wgmma and versions.keeps_shared_tiles() and small and l >= 32
+    return able and (hopper or arch.backend == "interpreter")
+
+
+def two_rows(n: int, q: int, j: int, wide: bool, arch: Arch) -> Convolution:
+    """Two boxes of one row each, which share the rows of the source that both meet (`conv3x3.convolve_rows`).
+
+    By the model, 256 images: 64 channels of 56², 137 → 104 µs, 128 of 28², 107 → 93: L2 gives fewer bytes.
+    """
+    if arch.backend == "interpreter":
+        tile = Product(16, 32, 32, 1, 1, INTERPRETED)
+    elif j <= 64:
+        reason = "compiled: two rows of 128×64: one of two programs a processor computes while the other's tiles come"
+        tile = Product(128, 64, 32, 4, 2, reason)
+    else:
+        reason = "compiled: two rows of 128×128: one warp group computes while the other waits for its product"
+        tile = Product(128, 128, 32, 8, 3, reason)
+    box = choose_box(tile.block_i, n, 1, q, wide=wide)
+    return convolution(replace(tile, tma=True), box=box, flat=True, rows=2)
 
 
 @rule
@@ -204,7 +245,7 @@ def choose_conv_wgrad(
     else:
         tile, taps = Product(64, 64, 32, 4, 3, "compiled: 64×64, three taps: dz is read once for them"), 3
     tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
-    few = tile.block_i * tile.block_j < 64 * 64
+    few = tile.block_i * tile.block_j <= 64 * 64
     if few:
         tile = replace(tile, num_warps=min(tile.num_warps, 4))
     box = line or choose_box(tile.block_l, n, p, q)

@@ -23,7 +23,9 @@ from .launch_conv3x3 import (
     choose_box,
     choose_line,
     even_splits,
+    pairs_rows,
     small_stages,
+    two_rows,
     unrounded,
 )
 from .launch_moves import LONGEST, RESULT, other_registers, other_stages, other_warps, registers, resized
@@ -46,12 +48,13 @@ def other_boxes(s: Convolution, n: int, p: int, q: int) -> Iterator[Convolution]
 def boxed(s: Convolution, pixels: str, n: int, p: int, q: int, *, wide: bool) -> Convolution:
     """The settings with a box for the side `pixels`, the one they have if it is as large."""
     size = getattr(s, pixels)
-    return s if prod(s.box) == size else replace(s, box=choose_box(size, n, p, q, wide=wide))
+    return s if prod(s.box) == size else replace(s, box=choose_box(size, n, 1 if s.rows > 1 else p, q, wide=wide))
 
 
 def around_conv(
     s: Convolution, n: int, p: int, q: int, j: int, l: int, bundles: int, bundle: int, classes: int,
     dtype: str, precision: str, arch: Arch, vec: int, tma: bool, along: bool, whole: bool, wide: bool,
+    stepped: bool,
 ) -> Iterator[Convolution]:  # fmt: skip
     from_registers = arch.backend == "cuda" and not arch.has_tma
     bundled = bundle > 1 and arch.backend != "interpreter"  # a tile has a bundle's columns and sum, and no more
@@ -71,9 +74,11 @@ def around_conv(
             s = replace(s, flat=False)  # computed wrong results elsewhere: see `conv3x3.convolve`
         steps_past = s.tma and whole and l % s.block_l
         columns = LONGEST if s.tma and not wide else 128
-        stages = min(s.num_stages, stages_in_memory(s, ITEMSIZE[dtype], arch))
-        in_registers = registers(tile, dtype, s.num_warps, arch) <= RESULT and tile <= largest
-        if stages >= 1 and in_registers and s.block_j <= columns and not steps_past:
+        beside = ((s.rows + 1) * s.block_i + 2 * s.block_j) * s.block_l if s.rows > 1 else 0
+        stages = min(s.num_stages, stages_in_memory(s, ITEMSIZE[dtype], arch, extra=beside))
+        in_registers = registers(s.rows * tile, dtype, s.num_warps, arch) <= RESULT and tile <= largest
+        able = s.rows == 1 or (pairs_rows(s, l, dtype, arch, whole=whole, stepped=stepped) and s.box[1] == 1)
+        if stages >= 1 and in_registers and s.block_j <= columns and not steps_past and able:
             yield replace(s, num_stages=stages)
 
     others = [
@@ -83,10 +88,12 @@ def around_conv(
         *resized(s, "block_i", 16, s.block_i if bundled else fit(LONGEST, n * p * q)),
         *([] if bundled else resized(s, "block_j", 16, fit(LONGEST, j))),
         *other_boxes(s, n, p, q),
-        *([replace(s, flat=not s.flat)] if s.tma or s.num_warps <= 4 else []),
+        *([replace(s, flat=not s.flat)] if s.rows == 1 and (s.tma or s.num_warps <= 4) else []),
         *other_registers(s, arch),
         *(resized(s, "group", 1, 32) if j > s.block_j or bundles > 1 else []),
     ]
+    if s.tma and bundle == 1:
+        others.append(replace(two_rows(n, q, j, wide, arch), reason=s.reason) if s.rows == 1 else replace(s, rows=1))
     if s.tma and vec * ITEMSIZE[dtype] >= 4:
         others.append(replace(s, tma=False, flat=s.num_warps <= 4, max_registers=unrounded(arch)))
     elif tma and arch.has_tma and not s.tma:

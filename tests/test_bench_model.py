@@ -84,7 +84,35 @@ def test_instructions_count_by_the_loops_around_them() -> None:
     assert found.main_loops == 1
     assert found.matrix == "HGMMA"
     wgmma = 32 * (64 + 128) / 4  # 16 of 64 and of 128 rows of 16 bits, shared by four warps
-    assert found.levels == (Tally(3, 0, wgmma, 0), Tally(4, 1, 32 * 16, 0), Tally(2))
+    assert found.levels == (Tally(3, 0, wgmma, 0, 3), Tally(4, 1, 32 * 16, 0, 4), Tally(2, cycles=2, idle=1))
+
+
+def test_products_at_a_standstill() -> None:
+    """What a warp does behind a wait for all groups, up to the next product; other products wait for their results."""
+    asynchronous, waiting = (
+        sass(
+            "MOV R3, R4",
+            "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0",
+            "FMUL R4, R4, R5",
+            f"WARPGROUP.DEPBAR.LE gsb0, 0x{left}",
+            "FADD R4, R4, R5",
+            "@P0 BRA {1}",
+            "EXIT",
+        ).levels[0]
+        for left in (1, 0)
+    )
+    assert (asynchronous.cycles, asynchronous.idle) == (5, 0)
+    assert (waiting.cycles, waiting.idle) == (5, 2)
+    plain = sass("HMMA.16816.F32.BF16 R24, R4, R6, R24", "FADD R4, R4, R5", "@P0 BRA {0}", "EXIT")
+    assert (plain.levels[0].cycles, plain.levels[0].idle) == (3, 0)
+
+
+def test_cycles_are_those_that_ptxas_wrote() -> None:
+    text = "\n".join(f"        /*{16 * n:04x}*/   {line} ;" for n, line in enumerate(("MOV R1, R2", "NOP", "EXIT")))
+    binary = b"".join((stall << 105 | 1 << 109 | 7).to_bytes(16, "little") for stall in (4, 15, 0))
+    (code,) = parse_sass(text, [48], binary)
+    assert [i.cycles for i in code] == [4, 15, 1]  # none would be no place at all
+    assert profile(code).levels[-1].cycles == 5  # a NOP is padding
 
 
 def test_a_loop_that_only_waits_counts_once() -> None:
@@ -107,7 +135,7 @@ def test_without_a_product_the_widest_loads_make_the_main_loop() -> None:
         "@P1 BRA {3}",
         "EXIT",
     )
-    assert found.levels == (Tally(3, 0, 32 * (16 + 2), 32 * 16), Tally(3, 0, 32 * 8, 32 * 8))
+    assert found.levels == (Tally(3, 0, 32 * (16 + 2), 32 * 16, 3), Tally(3, 0, 32 * 8, 32 * 8, 3))
 
 
 def test_aligned_data_and_other_data_take_different_ways() -> None:
@@ -123,15 +151,15 @@ def test_aligned_data_and_other_data_take_different_ways() -> None:
         "@P1 BRA {0}",  # 8
         "EXIT",
     )
-    assert found.levels[0] == Tally(6, 0, 32 * 16, 32 * 16)
-    assert found.narrow == Tally(6, 0, 32 * 8, 32 * 8)
+    assert found.levels[0] == Tally(6, 0, 32 * 16, 32 * 16, 6)
+    assert found.narrow == Tally(6, 0, 32 * 8, 32 * 8, 6)
     loop = {
         aligned: executed(LaunchWork(1, {}, turns=10, step=512, aligned=aligned), found, 1)[0]
         for aligned in (1, 0.5, 0)
     }
-    assert loop[1] == Tally(60, 0, 5120, 5120)
-    assert loop[0] == Tally(60, 0, 2560, 2560)
-    assert loop[0.5] == Tally(60, 0, 3840, 3840)
+    assert loop[1] == Tally(60, 0, 5120, 5120, 60)
+    assert loop[0] == Tally(60, 0, 2560, 2560, 60)
+    assert loop[0.5] == Tally(60, 0, 3840, 3840, 60)
 
 
 def test_a_jump_through_a_table_hides_no_loop() -> None:
@@ -266,6 +294,23 @@ def test_latency_is_hidden_by_stages_and_by_other_programs() -> None:
     assert alone(replace(work, turns=10, outer=(10,)), 5) == pytest.approx((25 + 20) * 479 * cycle, rel=1e-3)
 
 
+def test_a_warp_alone_takes_its_own_time() -> None:
+    cycle = 1 / 1.83e3
+    body, once = Tally(10, cycles=40, idle=30), Tally(100, cycles=500)
+    code = Profile((body, once), body, 1, "HGMMA")
+    work = LaunchWork(132, {}, turns=100, step=1, macs=100 * 2048 * (798 / 989) * 20, chain=0)  # 20 cycles a turn
+    assert of(work, code, stages=99).terms["alone"] == pytest.approx((100 * (20 + 30) + 500) * cycle)
+    body = replace(body, idle=0)
+    code = Profile((body, once), body, 1, "HGMMA")
+    assert of(work, code, stages=99).terms["alone"] == pytest.approx((100 * 40 + 500) * cycle)
+
+
+def test_tiles_of_descriptors_pass_through_shared_memory() -> None:
+    work = LaunchWork(132, {}, turns=1, step=1, macs=1)
+    once = of(work, CALM).terms["shared memory"]
+    assert of(replace(work, copied=128e3), CALM).terms["shared memory"] - once == pytest.approx(1e3 / 1.83e3)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="holds no program of 32 registers"):
         of(LaunchWork(1, {}), CALM, shared=228 * KB)
@@ -289,6 +334,7 @@ def test_work_of_a_product() -> None:
     assert found.macs == 4 * 4096 * 128 * 256
     assert found.bytes == 2 * (3 * 4096**2 + 4096)
     assert found.l2 == 2 * (4096**2 * (16 + 32) + 4096**2)
+    assert found.copied == 2 * 4096**2 * (16 + 32) / 132
     found = work(Case(SQUARISH, FP32), "forward")
     assert (found.bits, found.macs) == (32, 3 * 32 * 128 * 1024)  # tf32x3 by mma.sync
     launches = launches_of(Case(TALL, BF16), "backward")
@@ -306,6 +352,13 @@ def test_work_of_a_convolution() -> None:
     forward, dgrad, wgrad = (work(case, direction) for direction in ("forward", "dgrad", "wgrad"))
     assert forward.turns == 9 * 2
     assert (dgrad.turns, dgrad.paths) == (9 / 4 * 4, 4)
+    if versions.keeps_shared_tiles():
+        forward = work(
+            ConvCase((256, 64, 64, 56, 56), BF16), "forward"
+        )  # pairs of rows: four of x and three taps a turn
+        assert (forward.turns, forward.macs) == (3 * 2, 9 * 64 * 256 * 64)
+        assert forward.copied == 6 * (4 * 128 + 3 * 64) * 32 * 2
+        assert forward.l2 == forward.programs * (forward.copied + 256 * 64 * 2)
     launch = launches_of(case, "wgrad")[0]
     assert wgrad.programs == math.prod(launch.grid)
     assert wgrad.macs * wgrad.programs >= 9 * 128 * 256 * 64 * 14 * 14

@@ -28,6 +28,8 @@ BASE = Convolution(32, 16, 16, num_warps=4, num_stages=2, reason="test", group=2
 FORMS = {
     "pointers": BASE,
     "flat": replace(BASE, flat=True, box=(1, 2, 16)),
+    "two rows": replace(BASE, tma=True, flat=True, box=(2, 1, 16), rows=2, group=3),
+    "three rows": replace(BASE, block_i=16, tma=True, flat=True, box=(1, 1, 16), rows=3),
     "tma": replace(BASE, tma=True),
     "flat tma": replace(BASE, tma=True, flat=True, box=(32, 1, 1)),
     "one image": replace(BASE, block_i=64, block_j=32, box=(1, 8, 8), group=8),
@@ -99,15 +101,17 @@ class Case:
 
     def fitted(self, settings: Convolution) -> Convolution:
         """The settings, with bundles where the window has them: of two of three groups, or of four of five."""
-        groups = self.window.groups
-        return replace(settings, bundle={3: 2, 5: 4}.get(groups, 1), tma=settings.tma and groups <= 2)
+        groups, tma = self.window.groups, settings.tma and self.window.groups <= 2
+        rows = settings.rows if tma and self.window.stride == (1, 1) else 1
+        return replace(settings, bundle={3: 2, 5: 4}.get(groups, 1), tma=tma, rows=rows)
 
 
 def is_quick(window: str, form: str, dtype: torch.dtype) -> bool:
     """Two forms of each window, in turn, each in one type: the interpreter takes 50 ms for a program's nine taps."""
     first = list(WINDOWS).index(window)
     forms = list(FORMS)
-    return form in (forms[first % 5], forms[(first + 2) % 5]) and dtype == turn(DTYPES, window, form)
+    chosen = forms[first % len(forms)], forms[(first + 2) % len(forms)]
+    return form in chosen and dtype == turn(DTYPES, window, form)
 
 
 @pytest.mark.parametrize(("window", "form", "dtype"), cover(WINDOWS, FORMS, DTYPES, quick=is_quick))
@@ -124,8 +128,8 @@ def test_forward(window: str, form: str, dtype: torch.dtype, kernels: str) -> No
 @pytest.mark.parametrize(("window", "form", "dtype"), cover(WINDOWS, FORMS, DTYPES, quick=is_quick))
 def test_dgrad(window: str, form: str, dtype: torch.dtype, kernels: str) -> None:
     case = Case(window, dtype, kernels, last=turn([True, False], window, form, dtype))
-    settings = case.fitted(FORMS[form])
-    settings = replace(settings, tma=settings.tma and case.dy.shape[1] % 16 == 0)
+    whole = case.dy.shape[1] % 16 == 0
+    settings = case.fitted(replace(FORMS[form], tma=FORMS[form].tma and whole))
     dx = nan_like(case.x)
     run(
         ops.backward(
@@ -359,12 +363,12 @@ def test_descriptors_step_over_whole_channels_where_others_follow(l: int) -> Non
     for j in (32, 256):
         s = choose_conv(
             64, 14, 14, j, l, 1, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"],
-            vec=8, tma=True, along=True, whole=True, wide=False,
+            vec=8, tma=True, along=True, whole=True, wide=False, stepped=False,
         )  # fmt: skip
         assert not s.tma or l % s.block_l == 0
         assert choose_conv(
             64, 14, 14, j, l, 1, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"],
-            vec=8, tma=True, along=True, whole=False, wide=False,
+            vec=8, tma=True, along=True, whole=False, wide=False, stepped=False,
         ).tma  # fmt: skip
 
 

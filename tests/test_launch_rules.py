@@ -1,8 +1,11 @@
 """What the launch rules choose, where a reason beside them names a shape."""
 
+from typing import Any
+
 import pytest
 
-from tribp.kernels.launch import ARCHS, choose_dgrad, choose_forward, choose_wgrad, fills
+from tribp import versions
+from tribp.kernels.launch import ARCHS, Arch, choose_dgrad, choose_forward, choose_wgrad, fills
 from tribp.kernels.launch_conv3x3 import choose_conv
 
 H100 = ARCHS["sm_90"]
@@ -23,8 +26,9 @@ def test_products_take_the_largest_tile_that_fills_the_gpu(rows: int, side: int)
     dgrad = choose_dgrad(m, k, n, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=False)
     assert (dgrad.block_i, dgrad.block_j) == (side, side)
     image = choose_conv(
-        1, rows, 128, n, 128, 1, 1, 1, "bfloat16", "ieee", H100, vec=8, tma=True, along=True, whole=False, wide=True
-    )
+        1, rows, 128, n, 128, 1, 1, 1, "bfloat16", "ieee", H100,
+        vec=8, tma=True, along=True, whole=False, wide=True, stepped=False,
+    )  # fmt: skip
     assert (image.block_i, image.block_j) == (side, side)
 
 
@@ -47,6 +51,24 @@ def test_the_shapes_that_the_rule_names() -> None:
     )  # fmt: skip
     assert (wgrad.block_i, wgrad.block_j, wgrad.splits, wgrad.fuse_dz) == (128, 256, 4, True)
     conv = choose_conv(
-        64, 7, 7, 512, 512, 1, 1, 1, "bfloat16", "ieee", H100, vec=8, tma=True, along=True, whole=False, wide=False
+        64, 7, 7, 512, 512, 1, 1, 1, "bfloat16", "ieee", H100,
+        vec=8, tma=True, along=True, whole=False, wide=False, stepped=False,
     )  # fmt: skip
     assert (conv.block_i, conv.block_j) == (128, 128)
+
+
+def rows_of(n: int, side: int, channels: int, arch: Arch = H100, dtype: str = "bfloat16", **more: Any) -> int:
+    facts: dict[str, Any] = dict(vec=8, tma=arch.has_tma, along=True, whole=False, wide=False, stepped=False) | more
+    return choose_conv(n, side, side, channels, channels, 1, 1, 1, dtype, "ieee", arch, **facts).rows
+
+
+def test_rows_go_in_pairs_where_that_costs_no_processor_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "keeps_shared_tiles", lambda: True)
+    assert rows_of(256, 56, 64) == rows_of(256, 28, 128) == rows_of(256, 28, 128, dtype="float16") == 2
+    assert rows_of(64, 28, 128) == 1, "196 programs of two rows are two on the busiest of 132, 392 of one are three"
+    assert rows_of(256, 7, 64) == 1, "an eighth of four pairs lies outside"
+    assert rows_of(256, 14, 256) == 1, "tiles of 128×256"
+    assert rows_of(256, 56, 64, stepped=True) == rows_of(256, 56, 64, dtype="float32") == 1
+    assert rows_of(256, 56, 64, ARCHS["sm_80"]) == rows_of(256, 56, 64, ARCHS["sm_100"]) == 1
+    monkeypatch.setattr(versions, "keeps_shared_tiles", lambda: False)
+    assert rows_of(512, 56, 64) == 1  # a question that was not answered before

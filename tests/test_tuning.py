@@ -273,7 +273,8 @@ def test_a_rule_that_asks_another_is_one_question() -> None:
     """72 channels are no whole steps: the rule asks itself again, without descriptors."""
     question = question_of(
         lambda: choose_conv(
-            64, 14, 14, 32, 72, 1, 1, 1, "bfloat16", "ieee", SM_90, vec=8, tma=True, along=True, whole=True, wide=False
+            64, 14, 14, 32, 72, 1, 1, 1, "bfloat16", "ieee", SM_90, vec=8, tma=True, along=True, whole=True, wide=False,
+            stepped=False
         )
     )  # fmt: skip
     assert question.facts["tma"] is True

@@ -65,10 +65,11 @@ def _ask_convolutions(dtype: str, precision: str, arch: Arch, vec: int, tma: boo
         for classes, whole, wide in ((1, False, False), (1, True, False), (4, False, True)):
             conv.choose_conv(
                 n, p, q, o, c, 1, 1, classes, dtype, precision, arch,
-                vec=vec, tma=tma, along=classes == 1, whole=whole, wide=wide,
+                vec=vec, tma=tma, along=classes == 1, whole=whole, wide=wide, stepped=classes > 1,
             )  # fmt: skip
         conv.choose_conv(
-            n, p, q, 32, 32, 4, 8, 1, dtype, precision, arch, vec=vec, tma=False, along=True, whole=True, wide=False
+            n, p, q, 32, 32, 4, 8, 1, dtype, precision, arch, vec=vec, tma=False, along=True, whole=True, wide=False,
+            stepped=False
         )  # fmt: skip
 
 
@@ -164,7 +165,11 @@ def _check_convolution(rule: str, facts: Mapping[str, Any], s: Convolution, arch
         assert (s.block_j if wgrad else s.block_l) == 32, "nine taps of three channels"
         assert not s.tma
         return
-    _check_memory(s, size, arch, s.block_j * s.taps)
+    if s.rows > 1:  # a turn's taps of one column, and the rows that they meet
+        assert s.box[1] == 1
+        _check_memory(s, size, arch, 3 * s.block_j, extra=(s.rows + 1) * s.block_i * s.block_l)
+    else:
+        _check_memory(s, size, arch, s.block_j * s.taps)
     assert s.bundle == facts["bundle"], "the operation asked about so many groups"
     if s.tma:
         assert facts["tma"]

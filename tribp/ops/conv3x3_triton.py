@@ -101,7 +101,7 @@ def forward(
     s = settings or choose_conv(
         n, p, q, bundle * og, bundle * cg, bundles, bundle, 1, dtype, precision, arch,
         vec=vec, tma=xs.tma and ws.tma and _steppable(x, window), along=True,
-        whole=bundles > 1 or window.stride[1] == 2, wide=not ys.last,
+        whole=bundles > 1 or window.stride[1] == 2, wide=not ys.last, stepped=max(window.stride) > 1,
     )  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
@@ -191,7 +191,7 @@ def _dense_dgrad(
     p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
     s = settings or choose_conv(
         n, p, q, bundle * (c // groups), bundle * og, bundles, bundle, sh * sw, dtype, precision, arch,
-        vec=vec, tma=dz.tma and ws.tma, along=along, whole=bundles > 1, wide=not out.last,
+        vec=vec, tma=dz.tma and ws.tma, along=along, whole=bundles > 1, wide=not out.last, stepped=sh * sw > 1,
     )  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
@@ -323,7 +323,7 @@ def _launch(
 
 def _dense_constants(s: Convolution, precision: str, vec: int, vec_w: int, vec_store: int) -> dict[str, object]:
     return dict(
-        DIAGONAL=s.bundle > 1, BUNDLE=s.bundle, FLAT=s.flat, TMA=s.tma, PRECISION=precision,
+        DIAGONAL=s.bundle > 1, BUNDLE=s.bundle, FLAT=s.flat, ROWS=s.rows, TMA=s.tma, PRECISION=precision,
         VEC=vec, VEC_W=vec_w, VEC_STORE=vec_store, BLOCK_J=s.block_j, BLOCK_L=s.block_l, GROUP=s.group,
     )  # fmt: skip
 
