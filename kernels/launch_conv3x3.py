@@ -71,15 +71,15 @@ def unrounded(arch: Arch) -> int | None:
 
 
 @lru_cache(maxsize=4096)
-def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False) -> Box:
+def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False, one_row: bool = False) -> Box:
     """The box of `pixels` pixels that covers n images of p × q with the least that lies outside.
 
     Among those within an eighth of the least: the one with the smallest rim, for neighbouring boxes share it in L2, or
-    (wide: columns are contiguous in memory) the widest.
+    (wide: columns are contiguous in memory) the widest. one_row: none has several rows.
     """
     boxes = [
         (pixels // (rows * cols), rows, cols)
-        for rows in (1 << k for k in range(pixels.bit_length()))
+        for rows in (1 << k for k in range(1 if one_row else pixels.bit_length()))
         for cols in (1 << k for k in range(pixels.bit_length()))
         if rows * cols <= pixels
     ]
@@ -206,7 +206,7 @@ def two_rows(n: int, q: int, j: int, wide: bool, arch: Arch) -> Convolution:
     else:
         reason = "compiled: two rows of 128×128: one warp group computes while the other waits for its product"
         tile = Product(128, 128, 32, 8, 3, reason)
-    box = choose_box(tile.block_i, n, 1, q, wide=wide)
+    box = choose_box(tile.block_i, n, 1, q, wide=wide, one_row=True)
     return convolution(replace(tile, tma=True), box=box, flat=True, rows=2)
 
 

@@ -48,7 +48,8 @@ def other_boxes(s: Convolution, n: int, p: int, q: int) -> Iterator[Convolution]
 def boxed(s: Convolution, pixels: str, n: int, p: int, q: int, *, wide: bool) -> Convolution:
     """The settings with a box for the side `pixels`, the one they have if it is as large."""
     size = getattr(s, pixels)
-    return s if prod(s.box) == size else replace(s, box=choose_box(size, n, 1 if s.rows > 1 else p, q, wide=wide))
+    box = choose_box(size, n, p, q, wide=wide, one_row=s.rows > 1)
+    return s if prod(s.box) == size else replace(s, box=box)
 
 
 def around_conv(

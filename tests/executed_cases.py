@@ -48,6 +48,7 @@ QUICK: dict[str, Case] = {
     "conv, 64 columns": conv((2, 64, 16, 16), 64),
     "conv, 128 columns": conv((1, 128, 16, 16), 136),
     "conv, two rows": conv((16, 64, 4, 8), 64, needs="x", processors=1),
+    "conv, two rows of few images": conv((1, 64, 2, 72), 64, needs="x", processors=1),
     "conv, two rows and rest, NCHW": conv(
         (15, 40, 5, 8), 136, padding=(0, 1), sigmoid=True, x=images.contiguous, needs="x", processors=1
     ),
