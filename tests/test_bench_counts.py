@@ -38,6 +38,13 @@ def test_cycles_by_hand() -> None:
     assert (sm_90["tensor"], sm_90["binds"], round(sm_90["over"], 3)) == (96, "issue", round(100 / 96, 3))
 
 
+def test_what_passes_without_a_thread_counts_too() -> None:
+    """12,800 bytes of tensor copies a program: 100 cycles of shared memory, 200 of L2; 6,400 that wgmma reads: 50."""
+    before, found = counts.row(made()), counts.row(made(copied=8 * 12_800, operands=8 * 6_400))
+    assert found["shared"] == before["shared"] + 150
+    assert (found["L2"], found["ideal"]) == (before["L2"] + 200, before["ideal"] + 200)
+
+
 def test_the_table_says_what_is_balanced() -> None:
     rows = [{"case": "c", "direction": "d"} | counts.row(made(matrix=Counter({"mma m16n8k16 bf16": 8 * n})))
             for n in (60, 30)]  # fmt: skip

@@ -189,6 +189,8 @@ class Engines:
             results[g] = self.queues[g].issue(product, np.ascontiguousarray(d[:, part]), bool(accumulate))
         self._assign(dest, results)
         self.machine.counts.matrix[i.opcode] += len(results)
+        in_memory = form.n if a_registers else form.n + 64
+        self.machine.counts.operands += len(results) * in_memory * form.k * form.itemsize
 
     def _uniform(self, values: Array) -> int:
         if (values != values[0]).any():

@@ -131,6 +131,8 @@ class Counts:
     instructions: Counter[str] = field(default_factory=Counter)  # by class, summed over warps
     divergent: int = 0  # instructions of warps of which some threads had gone another way
     matrix: Counter[str] = field(default_factory=Counter)
+    operands: int = 0  # bytes of shared memory that wgmma read
+    copied: int = 0  # bytes of tensor copies, either way
     barriers: int = 0
     traffic: dict[tuple[int, str, str], Traffic] = field(default_factory=dict)  # by instruction, space, what
     seconds: float = 0.0

@@ -164,6 +164,7 @@ def _bulk(i: Instruction, program: Program) -> Act:
             if (tensor := m.maps.get(param - PARAM_WINDOW)) is None:
                 raise RefusedError(f"a tensor copy with a map at {param:#x}, where no parameter is one")
             engines.thread, proxy.tag = thread, int(m.warp_tag[thread])
+            m.counts.copied += tensor.box_bytes
             if store:
                 copies.store(thread % m.per_cta, tensor, others, at, f"line {i.line}")
             else:
