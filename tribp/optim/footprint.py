@@ -9,7 +9,6 @@ from torch import Tensor
 
 _ADDRESS = Tensor.data_ptr
 _STORAGE = Tensor.untyped_storage
-_BYTES = torch.UntypedStorage.nbytes
 
 
 def look(t: Tensor) -> tuple[object, ...]:
@@ -40,7 +39,7 @@ def guard(examples: Sequence[Tensor]) -> Callable[[Sequence[Any]], bool]:
 
 def storage_sizes(tensors: Sequence[Tensor]) -> list[int]:
     """Bytes of the memory that each is a view of: `storage.resize_` changes them and no tensor."""
-    return list(map(_BYTES, map(_STORAGE, tensors)))
+    return list(map(len, map(_STORAGE, tensors)))
 
 
 class Footprint:
