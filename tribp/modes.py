@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_compiler, _dynamo_compiling = torch.compiler, torch.compiler.is_dynamo_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+compiler, dynamo_compiling = torch.compiler, torch.compiler.is_dynamo_compiling
+dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def dispatching() -> bool:
     """Whether something looks on that sees operators but not kernel launches: the compiler, export, a dispatch mode."""
     # Not torch.compiler.is_compiling(): it asks for TorchScript too, and would double the time of a call of this.
-    return _dynamo_compiling() or _compiler._is_compiling_flag or _dispatch_modes() > 0
+    return dynamo_compiling() or compiler._is_compiling_flag or dispatch_modes() > 0
 
 
 def transformed(*tensors: Tensor | None) -> bool:
