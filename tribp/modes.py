@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 compiler, dynamo_compiling = torch.compiler, torch.compiler.is_dynamo_compiling
 dispatch_modes = torch._C._len_torch_dispatch_stack
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def dispatching() -> bool:
@@ -27,7 +28,10 @@ def transformed(*tensors: Tensor | None) -> bool:
         return True
     if torch.compiler.is_compiling():  # fake tensors are subclasses too, and the operators take them
         return False
-    return any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg() for t in tensors if t is not None)
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+            return True
+    return False
 
 
 def transforming(grad: Tensor) -> bool:

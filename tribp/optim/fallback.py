@@ -204,7 +204,7 @@ class Fused:
         scratch = self.scratch() if optimizer._SCRATCH else []
         members, params, states, steps = self.members, self._params, self._states, self._steps
         if step.complete:
-            grads: Sequence[Any] = found
+            grads: list[Any] = found
             if self._together is not None:
                 self._together += 1
         else:

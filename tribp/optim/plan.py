@@ -263,7 +263,7 @@ class Plan:
 
     # What is noticed, every step.
 
-    def gradients(self, optimizer: "Optimizer") -> Sequence[Tensor | None] | None:
+    def gradients(self, optimizer: "Optimizer") -> list[Tensor | None] | None:
         """The gradients of all parameters (their local parts), or None if the plan no longer fits."""
         if self._changes or runtime.backend() != self.backend:
             return None
@@ -356,7 +356,7 @@ class Plan:
     # The step itself.
 
     def run(
-        self, optimizer: "Optimizer", grads: Sequence[Tensor | None], grad_scale: Tensor | None,
+        self, optimizer: "Optimizer", grads: list[Tensor | None], grad_scale: Tensor | None,
         found_inf: Tensor | None, capturing: bool,
     ) -> None:  # fmt: skip
         """One step. grad_scale, found_inf: a GradScaler's, or None."""
