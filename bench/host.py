@@ -140,10 +140,12 @@ def one_rank() -> Iterator[Callable[[int], Tensor]]:
 @contextlib.contextmanager
 def launching_nothing() -> Any:
     """tribp's plan for CPU tensors, as for the interpreter; its launches are not performed."""
+    from tribp.ops import calls
     from tribp.ops.launching import Launch
 
     with (
         mock.patch.object(runtime, "interpreting", always(True)),
+        mock.patch.object(calls, "REMEMBERED", 0),
         tribp.use_backend("triton"),
         mock.patch.object(Launch, "run", return_value=None),
     ):

@@ -28,7 +28,7 @@ def transformed(*tensors: Tensor | None) -> bool:
         return True
     if torch.compiler.is_compiling():  # fake tensors are subclasses too, and the operators take them
         return False
-    for t in tensors:
+    for t in tensors:  # noqa: SIM110 (a generator takes 0.3 µs more)
         if t is not None and (type(t) not in _PLAIN or t.is_neg()):
             return True
     return False

@@ -1,6 +1,5 @@
 """What a plan consists of: members, the parts that update them together, and what a part is told of a step."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
