@@ -24,6 +24,7 @@ from torch.nn import Parameter
 
 import tribp
 from tribp import optim, runtime
+from tribp.optim.tensors import GRAD
 
 from .meters import summary, versions
 from .no_gpu import always
@@ -36,7 +37,7 @@ SAMPLE_US = 1e4  # steps that take less are repeated within a sample
 
 @dataclass(frozen=True)
 class Contender:
-    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    make: Callable[[list[dict[str, Any]]], Any]
     conditions: Conditions  # under which it is made and run; entering them is not timed
     grouped: bool = True  # False: every tensor in a parameter group of its own
 
@@ -215,6 +216,9 @@ def fallbacks(smoke: bool) -> list[Comparison]:
         targets = [Target("torch", "tribp", limit, at_least=True)]
         if len(sizes) == 1:
             return Comparison(f"{name}, {sizes[0]}", sizes, contenders, targets)
+        contenders["tribp, unchecked"] = Contender(
+            lambda groups: Unchecked(contenders["tribp"].make(groups)), unchanged
+        )
         if class_name != "RMSprop":
             contenders["torch fused"] = contender(torch.optim, class_name, **options, fused=True)
             targets.append(Target("torch fused", "tribp", 1.2, at_least=True))
@@ -225,6 +229,24 @@ def fallbacks(smoke: bool) -> list[Comparison]:
         comparison(name, [n], 1 if name == "SGD" else 0.95) for name in CLASSES for n in (SIZES[:1] if smoke else SIZES)
     ]
     return small + after_backward(small) + single
+
+
+class Unchecked:
+    """tribp's optimizer, its plan taken to fit: of a step there is left to read the gradients and to update.
+
+    What a step takes beyond this is seeing that nothing has changed.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer, self.zero_grad = optimizer, optimizer.zero_grad
+
+    def step(self) -> None:
+        plan = self._optimizer._plan
+        if plan is None:
+            self._optimizer.step()
+        else:
+            with torch.no_grad():
+                plan.run(self._optimizer, list(map(GRAD, plan.params)), None, None, False)
 
 
 def contender(module: Any, class_name: str, **options: Any) -> Contender:
