@@ -3,7 +3,8 @@
 Three things are compared. What an optimizer's step on a GPU costs besides its kernels: tribp's plan, brought up to date
 and made into a launch that is not performed, beside torch's fused Adam with its kernels taken out. The step of CPU
 tensors, and of DTensors as FSDP2 makes them, where no kernel of tribp's runs, beside torch's as a user calls it by
-default and with `fused=True`. And calls of layers (`host_layers.py`), the first ones too (`host_first.py`).
+default and with `fused=True`; and what is left of it where nothing is looked at. And steps and calls of layers
+(`host_layers.py`) up to the driver of a GPU, the first ones too (`host_first.py`).
 """
 
 import contextlib
@@ -192,6 +193,23 @@ def plans(smoke: bool) -> list[Comparison]:
     return found + after_backward(found)
 
 
+def steps() -> list[Comparison]:
+    """A whole step on a GPU, up to the driver: its launch repeated, and as Triton performs a new one."""
+    from tribp.kernels.launch import ARCHS
+    from tribp.ops import calls
+
+    from .no_gpu import pretending
+
+    @contextlib.contextmanager
+    def anew() -> Any:
+        with pretending(ARCHS["sm_90"]), mock.patch.object(calls, "REMEMBERED", 0):
+            yield
+
+    ours = Contender(lambda groups: optim.Adam(groups), lambda: pretending(ARCHS["sm_90"]))
+    contenders = {"tribp": ours, "tribp, a new launch": replace(ours, conditions=anew)}
+    return [Comparison(f"Adam step, {n}x8", [8] * n, contenders, []) for n in (1, 62)]
+
+
 def after_backward(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [replace(c, name=f"{c.name}, after backward", backward=True) for c in comparisons]
 
@@ -298,7 +316,7 @@ def comparisons(smoke: bool) -> list[Comparable]:
     if runtime.has_triton() and not runtime.interpreting():
         from . import host_first, host_layers
 
-        found += host_layers.comparisons()
+        found += [*steps(), *host_layers.comparisons()]
         found += [host_first.FirstStep(model) for model in ("mlp", "cnn")]
     return [*found, *fallbacks(smoke), *shards(smoke)]
 
