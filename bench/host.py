@@ -3,7 +3,8 @@
 Three things are compared. What an optimizer's step on a GPU costs besides its kernels: tribp's plan, brought up to date
 and made into a launch that is not performed, beside torch's fused Adam with its kernels taken out. The step of CPU
 tensors, and of DTensors as FSDP2 makes them, where no kernel of tribp's runs, beside torch's as a user calls it by
-default and with `fused=True`. And calls of layers (`host_layers.py`), the first ones too (`host_first.py`).
+default and with `fused=True`; and what is left of it where nothing is looked at. And steps and calls of layers
+(`host_layers.py`) up to the driver of a GPU, the first ones too (`host_first.py`).
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from torch.nn import Parameter
 
 import tribp
 from tribp import optim, runtime
+from tribp.optim.tensors import GRAD
 
 from .meters import summary, versions
 from .no_gpu import always
@@ -36,7 +38,7 @@ SAMPLE_US = 1e4  # steps that take less are repeated within a sample
 
 @dataclass(frozen=True)
 class Contender:
-    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    make: Callable[[list[dict[str, Any]]], Any]
     conditions: Conditions  # under which it is made and run; entering them is not timed
     grouped: bool = True  # False: every tensor in a parameter group of its own
 
@@ -140,12 +142,14 @@ def one_rank() -> Iterator[Callable[[int], Tensor]]:
 @contextlib.contextmanager
 def launching_nothing() -> Any:
     """tribp's plan for CPU tensors, as for the interpreter; its launches are not performed."""
+    from tribp.ops import calls
     from tribp.ops.launching import Launch
 
     with (
         mock.patch.object(runtime, "interpreting", always(True)),
         tribp.use_backend("triton"),
-        mock.patch.object(Launch, "run", return_value=None),
+        mock.patch.object(Launch, "run", always(None)),
+        mock.patch.object(calls.Step, "perform", always(None)),  # what is repeated
     ):
         yield
 
@@ -189,6 +193,23 @@ def plans(smoke: bool) -> list[Comparison]:
     return found + after_backward(found)
 
 
+def steps() -> list[Comparison]:
+    """A whole step on a GPU, up to the driver: its launch repeated, and as Triton performs a new one."""
+    from tribp.kernels.launch import ARCHS
+    from tribp.ops import calls
+
+    from .no_gpu import pretending
+
+    @contextlib.contextmanager
+    def anew() -> Any:
+        with pretending(ARCHS["sm_90"]), mock.patch.object(calls, "REMEMBERED", 0):
+            yield
+
+    ours = Contender(lambda groups: optim.Adam(groups), lambda: pretending(ARCHS["sm_90"]))
+    contenders = {"tribp": ours, "tribp, a new launch": replace(ours, conditions=anew)}
+    return [Comparison(f"Adam step, {n}x8", [8] * n, contenders, []) for n in (1, 62)]
+
+
 def after_backward(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [replace(c, name=f"{c.name}, after backward", backward=True) for c in comparisons]
 
@@ -213,6 +234,9 @@ def fallbacks(smoke: bool) -> list[Comparison]:
         targets = [Target("torch", "tribp", limit, at_least=True)]
         if len(sizes) == 1:
             return Comparison(f"{name}, {sizes[0]}", sizes, contenders, targets)
+        contenders["tribp, unchecked"] = Contender(
+            lambda groups: Unchecked(contenders["tribp"].make(groups)), unchanged
+        )
         if class_name != "RMSprop":
             contenders["torch fused"] = contender(torch.optim, class_name, **options, fused=True)
             targets.append(Target("torch fused", "tribp", 1.2, at_least=True))
@@ -223,6 +247,24 @@ def fallbacks(smoke: bool) -> list[Comparison]:
         comparison(name, [n], 1 if name == "SGD" else 0.95) for name in CLASSES for n in (SIZES[:1] if smoke else SIZES)
     ]
     return small + after_backward(small) + single
+
+
+class Unchecked:
+    """tribp's optimizer, its plan taken to fit: of a step there is left to read the gradients and to update.
+
+    What a step takes beyond this is seeing that nothing has changed.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer, self.zero_grad = optimizer, optimizer.zero_grad
+
+    def step(self) -> None:
+        plan = self._optimizer._plan
+        if plan is None:
+            self._optimizer.step()
+        else:
+            with torch.no_grad():
+                plan.run(self._optimizer, list(map(GRAD, plan.params)), None, None, False)
 
 
 def contender(module: Any, class_name: str, **options: Any) -> Contender:
@@ -274,7 +316,7 @@ def comparisons(smoke: bool) -> list[Comparable]:
     if runtime.has_triton() and not runtime.interpreting():
         from . import host_first, host_layers
 
-        found += host_layers.comparisons()
+        found += [*steps(), *host_layers.comparisons()]
         found += [host_first.FirstStep(model) for model in ("mlp", "cnn")]
     return [*found, *fallbacks(smoke), *shards(smoke)]
 

@@ -29,6 +29,7 @@ def pretending(arch: Arch, performed: Performed = lambda metadata, grid, argumen
     driver.set_active(_driver(arch, performed))
     try:
         with (
+            runtime.use_backend("triton"),
             mock.patch.object(runtime, "backend_of", always("triton")),
             mock.patch.object(runtime, "arch_of", always(arch)),
         ):

@@ -224,16 +224,18 @@ def row(case: StepCase, entries: Mapping[str, Row], bandwidth: float) -> Row:
 
 def settings(job: Job) -> list[str]:
     """How tribp launches a step, which is done."""
+    from tribp.ops import calls
     from tribp.ops.launching import Launch
 
     from .compiled import describe
 
     launch, found = Launch.run, list[str]()
 
-    def record(launched: Launch) -> None:
+    def record(launched: Launch) -> object:
         found.append(f"{launched.kernel.__name__} {describe(launched)} {launched.grid[0]} programs")
-        launch(launched)
+        return launch(launched)
 
+    calls.forget()
     with mock.patch.object(Launch, "run", record):
         job.step()
     return found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import tribp
+import tribp.optim
 from bench.no_gpu import pretending
 from tribp.kernels.launch import ARCHS
 from tribp.ops import calls
@@ -68,6 +69,32 @@ class Seen:
         return argument
 
 
+def compare_steps(seen: Seen) -> int:
+    """Optimizer steps, with a norm and without, under a GradScaler and not; returns how many launches were compared."""
+    params = [torch.randn(n).requires_grad_() for n in (5, 100)]
+    optimizer: Any = tribp.optim.Adam(params, fused=True, max_grad_norm=1.0, weight_decay=0.1)
+    compared = 0
+
+    def step() -> list[Performed]:
+        for p in params:
+            p.grad = torch.randn_like(p)
+        seen.begin()
+        optimizer.step()
+        return seen.launches
+
+    for scale in (None, torch.tensor(4.0), torch.rand(2)[1]):  # the last one's address is no multiple of 16
+        optimizer.grad_scale, optimizer.found_inf = scale, None if scale is None else torch.tensor(0.0)
+        step()
+        assert len(calls._calls) == 2, "the norm's launch and the step's are to be remembered"
+        repeated = step()
+        calls.forget()
+        expected = step()
+        calls.forget()
+        assert repeated == expected, f"{scale}:\n{repeated}\n{expected}"
+        compared += len(repeated)
+    return compared
+
+
 def main(target: str) -> int:
     seen = Seen()
     compared = 0
@@ -90,6 +117,7 @@ def main(target: str) -> int:
             assert repeated, name
             assert repeated == expected, f"{name}:\n{repeated}\n{expected}"
             compared += len(repeated)
+        compared += compare_steps(seen)
     print(f"{compared} launches compared")
     return 0
 

@@ -265,7 +265,7 @@ def test_torchs_errors(name: str) -> None:
 
 
 @each_class
-def test_no_number_recompiles(name: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_number_recompiles(name: str, kernels: str, every_launch: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over 100 steps, with every hyperparameter changing, one kernel: what Triton compiles by is looked at here.
 
     That is the constexprs, which arguments are None, the types, and of integers whether they are 1 or divisible by 16:

@@ -262,6 +262,18 @@ def test_parameters_of_the_same_memory_and_other_strides(name: str, device: str)
         twins.ours.step()
 
 
+@each_class
+def test_parameters_that_are_swapped(name: str, device: str) -> None:
+    """As `Module.to` does it with DTensors: torch refuses to swap tensors that anybody but Python holds."""
+    twins = lively(name, device)
+    for _ in range(3):
+        twins.step()
+        for _, params in twins.both:
+            for p in params:
+                torch.utils.swap_tensors(p, torch.nn.Parameter(plain(p)))
+    twins.step()
+
+
 def test_states_are_looked_at_only_while_somebody_holds_one(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparing 3,000 tensors costs 0.5 ms, which a step does without until somebody has been given a state."""
     twins = lively("Adam", device)

@@ -26,7 +26,7 @@ FLOORS = {
     "functional": {"arguments", "modes", "ops", "runtime", "reference"},
     "nn": {"arguments", "functional"},
     "fusion": {"nn", "arguments"},
-    "optim": {"runtime", "reference", "kernels", "ops.launching"},
+    "optim": {"runtime", "reference", "kernels", "ops.calls", "ops.launching"},
     "demo": {"functional", "nn", "optim", "runtime"},
 }
 PACKAGE_FILES = {"__init__", "__main__"}  # they gather the floors and import from any

@@ -121,6 +121,8 @@ def check_activation(caller: str, activation: str | None) -> None:
 
 
 def _pair(caller: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    if type(value) is int:  # what is usual, at once
+        return value, value
     values = (value, value) if isinstance(value, int) else value
     if isinstance(values, (tuple, list)) and len(values) == 1:
         values = (*values, *values)  # torch takes (1,) for both

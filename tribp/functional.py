@@ -5,11 +5,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import has_torch_function_variadic
 
 from . import reference, runtime
 from .arguments import FLOATS, cached_window, check_conv3x3, check_dtypes, check_linear
-from .modes import autocast, autocasting, dispatching, transformed, transforming, without_autocast
+from .modes import (
+    autocast,
+    autocasting,
+    compiler,
+    dispatch_modes,
+    dispatching,
+    dynamo_compiling,
+    transformed,
+    transforming,
+    without_autocast,
+)
 from .ops import conv3x3 as conv_ops
 from .ops import flops
 from .ops import linear_sigmoid as linear_ops
@@ -45,7 +56,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     """
     try:
         if _left_to_torch(input, weight, bias) and weight.ndim == 2 and (bias is None or bias.ndim < 2):
-            return reference.linear_sigmoid(input, weight, bias)
+            return _sigmoid(F.linear(input, weight, bias))
     except REFUSALS:
         pass  # the checks know a better sentence
     if torch.overrides.has_torch_function((input, weight, bias)):
@@ -147,7 +158,8 @@ def conv3x3(
             _, channels, height, width = weight.shape
             if channels and height == width == 3 and (window.stride[1] == 1 or input.dtype != torch.bfloat16):
                 # As they were given: torch refuses True and 1.0, which the cache takes for 1.
-                return reference.conv2d(input, weight, bias, stride, padding, groups, activation, dilation)
+                output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+                return output if activation is None else _sigmoid(output)
     except REFUSALS:
         pass
     if torch.overrides.has_torch_function((input, weight, bias)):
@@ -220,17 +232,22 @@ def _left_to_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether torch's operators compute this with nobody looking on, and will refuse what else is wrong.
 
     Of the arguments' types and devices it says what they don't: they take a weight on the meta device, and some biases
-    of another type.
+    of another type. Each question takes 40 ns, and a function for some of them 60 more.
     """
     return (
-        not has_torch_function_variadic(input, weight, bias)
+        not (has_torch_function_variadic(input, weight, bias) or dynamo_compiling() or dispatch_modes())
+        and not compiler._is_compiling_flag
+        and runtime._backend != "triton"  # of a tensor on the CPU `backend_of` asks no more
         and input.is_cpu
-        and runtime.backend_of(input) == "torch"
-        and not dispatching()
         and weight.is_cpu
         and (dtype := input.dtype) in FLOATS
         and (bias is None or bias.dtype is dtype)
     )
+
+
+def _sigmoid(z: Tensor) -> Tensor:
+    """σ of a tensor that nobody else has: in its place, except where autograd would make a copy of a view of it."""
+    return torch.sigmoid(z) if z.requires_grad else torch.sigmoid_(z)
 
 
 def _torch_computes(grad: Tensor, operator: bool) -> bool:

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_compiler, _dynamo_compiling = torch.compiler, torch.compiler.is_dynamo_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+compiler, dynamo_compiling = torch.compiler, torch.compiler.is_dynamo_compiling
+dispatch_modes = torch._C._len_torch_dispatch_stack
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def dispatching() -> bool:
     """Whether something looks on that sees operators but not kernel launches: the compiler, export, a dispatch mode."""
     # Not torch.compiler.is_compiling(): it asks for TorchScript too, and would double the time of a call of this.
-    return _dynamo_compiling() or _compiler._is_compiling_flag or _dispatch_modes() > 0
+    return dynamo_compiling() or compiler._is_compiling_flag or dispatch_modes() > 0
 
 
 def transformed(*tensors: Tensor | None) -> bool:
@@ -27,7 +28,10 @@ def transformed(*tensors: Tensor | None) -> bool:
         return True
     if torch.compiler.is_compiling():  # fake tensors are subclasses too, and the operators take them
         return False
-    return any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg() for t in tensors if t is not None)
+    for t in tensors:  # noqa: SIM110 (a generator takes 0.3 µs more)
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+            return True
+    return False
 
 
 def transforming(grad: Tensor) -> bool:

@@ -60,15 +60,7 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, 
         with torch.autocast("cpu", enabled=False):
             return conv3x3(x, w, b, window, activation).to(input.dtype)
     stride, padding, groups = window
-    return conv2d(_regular(input, weight, groups), weight, bias, stride, padding, groups, activation)
-
-
-def conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, groups: int, activation: str | None,
-    dilation: Any = 1,
-) -> Tensor:  # fmt: skip
-    """torch's, then σ where `activation` is "sigmoid"."""
-    output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    output = F.conv2d(_regular(input, weight, groups), weight, bias, stride, padding, groups=groups)
     return torch.sigmoid(output) if activation == "sigmoid" else output
 
 

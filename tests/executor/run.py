@@ -123,11 +123,13 @@ def _pretending(target: str, auto: str) -> Iterator[None]:
     def backend_of(tensor: torch.Tensor) -> str:
         return auto if runtime.backend() == "auto" else runtime.backend()
 
+    chosen = runtime.backend()
     with (
         mock.patch.object(CUDABackend, "make_cubin", return_value=b"executed"),
         mock.patch.object(CUDABackend, "hash", lambda self: f"executed-{self.target.arch}"),
         mock.patch.object(CompiledKernel, "_init_handles", remember),
         pretending(ARCHS[target], performed),
+        runtime.use_backend("triton" if (chosen, auto) == ("auto", "triton") else chosen),
         mock.patch.object(runtime, "backend_of", backend_of),
     ):
         yield

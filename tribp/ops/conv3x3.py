@@ -4,8 +4,9 @@ As in `linear_sigmoid.py`: eager mode calls `forward` and `backward`; the operat
 for dispatch modes.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +39,7 @@ def forward(
     layout = conv3x3_format(input, weight)
     if backend == "torch" or not _fits(input, weight):
         return reference.conv3x3(input, weight, bias, window, activation).contiguous(memory_format=layout)
-    from . import calls
-    from . import conv3x3_triton as kernels
+    calls, kernels = _launching()
 
     output = _empty(_output_size(input, weight, window), input, layout)
     with runtime.on_device(input):
@@ -69,8 +69,7 @@ def backward(
             if empty is not None and value is not None:
                 empty.copy_(value)
         return dx, dw, db
-    from . import calls
-    from . import conv3x3_triton as kernels
+    calls, kernels = _launching()
 
     with runtime.on_device(grad):
         calls.perform(
@@ -80,6 +79,14 @@ def backward(
             outputs=("dx", "dw", "db"),
         )
     return dx, dw, db
+
+
+@functools.cache
+def _launching() -> tuple[Any, Any]:
+    """What imports triton, imported where kernels are to run: once, for an import statement takes 0.5 µs each time."""
+    from . import calls, conv3x3_triton
+
+    return calls, conv3x3_triton
 
 
 def _facts(tensor: Tensor, window: Window) -> dict[str, object]:
@@ -107,7 +114,12 @@ def _empty(size: Sequence[int], like: Tensor, layout: torch.memory_format) -> Te
 
 def _fits(*tensors: Tensor | None) -> bool:
     """Whether kernels can take these: none of them empty, and no dimension too long for the int32 start of a tile."""
-    return all(t is None or (t.numel() > 0 and max(t.shape) <= LONGEST) for t in tensors)
+    for t in tensors:
+        if t is None or 0 < t.numel() <= LONGEST:  # then no dimension is longer
+            continue
+        if t.numel() == 0 or max(t.shape) > LONGEST:
+            return False
+    return True
 
 
 def _small_enough(o: int, c: int) -> bool:

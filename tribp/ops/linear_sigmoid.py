@@ -5,7 +5,9 @@ for dispatch modes, where a bare kernel launch could not be seen. They cost 20 Â
 `tribp.functional` gives the derivative of the first; the second has none, and autograd through it raises.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +28,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) ->
     n = weight.shape[0]
     if backend == "torch" or not _fits(input, weight):
         return reference.linear_sigmoid(input, weight, bias)
-    from . import calls
-    from . import linear_sigmoid_triton as kernels
+    calls, kernels = _launching()
 
     output = torch.empty((*input.shape[:-1], n), dtype=input.dtype, device=input.device)
     tensors = dict(x=as_matrix(input), w=weight, b=bias, y=as_matrix(output))
@@ -45,8 +46,7 @@ def backward(
     """
     if backend == "torch" or not _fits(output, input, weight):
         return reference.linear_sigmoid_backward(grad, input, weight, output, needs)
-    from . import calls
-    from . import linear_sigmoid_triton as kernels
+    calls, kernels = _launching()
 
     n = output.shape[-1]
     x = as_matrix(input) if input is not None else None
@@ -68,6 +68,14 @@ def backward(
     return dx, dw, db
 
 
+@functools.cache
+def _launching() -> tuple[Any, Any]:
+    """What imports triton, imported where kernels are to run: once, for an import statement takes 0.5 Âµs each time."""
+    from . import calls, linear_sigmoid_triton
+
+    return calls, linear_sigmoid_triton
+
+
 def _facts(tensor: Tensor) -> dict[str, object]:
     """What launches depend on besides the tensors."""
     tf32 = tensor.dtype == torch.float32 and runtime.tf32_allowed()
@@ -77,7 +85,9 @@ def _facts(tensor: Tensor) -> dict[str, object]:
 def _fits(*tensors: Tensor | None) -> bool:
     """Whether kernels can take these: none of them empty, and no dimension too long for the int32 start of a tile."""
     for t in tensors:
-        if t is not None and not ((numel := t.numel()) > 0 and max(numel // t.shape[-1], t.shape[-1]) <= LONGEST):
+        if t is None or 0 < (numel := t.numel()) <= LONGEST:  # then no dimension is longer
+            continue
+        if numel == 0 or max(numel // t.shape[-1], t.shape[-1]) > LONGEST:
             return False
     return True
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from . import tensors
 from .parts import Member, Part, Step
+from .tensors import local
 from .watched import peek
 
 if TYPE_CHECKING:
@@ -171,22 +172,29 @@ class Fused:
         self._small = 16 < max(m.param.numel() for m in members) < _GRAIN  # up to 16 torch takes one thread anyway
         self._params = [m.param for m in members]
         names = members[0].names
-        self._states = [[tensors.local(peek(m.state, name)) for m in members] for name in names if name is not None]
+        self._states = [[local(peek(m.state, name)).detach() for m in members] for name in names if name is not None]
         self._together: Tensor | None = None
         self._steps: list[Tensor] = []
         if plan.counts:
-            self._together, self._steps = counters_together(members, counter_dtype(plan.fused[members[0].group]))
+            self._together, steps = counters_together(members, counter_dtype(plan.fused[members[0].group]))
+            self._steps = [step.detach() for step in steps]
+        # A list that C++ takes costs a fifth less where C++ holds its tensors already: the first reference from there
+        # counts in Python's object too. Aliases, for `torch.utils.swap_tensors` wants no reference to the states.
+        self._held = [torch.ScriptList(some) for some in (*self._states, self._steps) if some]
+        self._zeros: Tensor | None = None  # the memory of `_scratch`
         self._scratch: list[Tensor] = []
         self._begun = False  # whether every momentum buffer is known to have begun
 
     def scratch(self) -> list[Tensor]:
         """Zeros like the parameters, for what a kernel insists on writing; and steps that correct no bias."""
-        if not self._scratch:
+        if self._zeros is None:
             # Adam's bias corrections are 1 − βᵗ; at this t they are 1 for every β up to 1 − 4e-8.
             self._steps = [torch.full((), 2.0**30, dtype=torch.float32, device="cpu")] * len(self._params)
-            together = torch.zeros(sum(p.numel() for p in self._params), dtype=self._params[0].dtype, device="cpu")
-            pieces: Sequence[Tensor] = torch.split(together, [p.numel() for p in self._params])
+            self._zeros = torch.zeros(sum(p.numel() for p in self._params), dtype=self._params[0].dtype, device="cpu")
+            pieces: Sequence[Tensor] = torch.split(self._zeros, [p.numel() for p in self._params])
             self._scratch = [x.as_strided(p.shape, p.stride()) for x, p in zip(pieces, self._params, strict=True)]
+            self._held.append(torch.ScriptList(self._scratch))
+        self._zeros.zero_()  # 0·∞ from an earlier gradient would stay NaN
         return self._scratch
 
     def run(self, step: Step) -> None:
@@ -195,7 +203,7 @@ class Fused:
         scratch = self.scratch() if optimizer._SCRATCH else []
         members, params, states, steps = self.members, self._params, self._states, self._steps
         if step.complete:
-            grads: list[Any] = list(found)
+            grads: list[Any] = found
             if self._together is not None:
                 self._together += 1
         else:
@@ -217,7 +225,11 @@ class Fused:
         try:
             if set_threads is not None:
                 set_threads(1)
-            optimizer._fused_update(group, taken)
+            if len(params) <= 8:
+                optimizer._fused_update(group, taken)
+            else:  # autograd would copy every list; to leave it out takes 0.4 µs
+                with torch._C._AutoDispatchBelowAutograd():
+                    optimizer._fused_update(group, taken)
         finally:
             if set_threads is not None:
                 set_threads(threads)

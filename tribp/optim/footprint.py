@@ -9,7 +9,6 @@ from torch import Tensor
 
 _ADDRESS = Tensor.data_ptr
 _STORAGE = Tensor.untyped_storage
-_BYTES = torch.UntypedStorage.nbytes
 
 
 def look(t: Tensor) -> tuple[object, ...]:
@@ -40,22 +39,31 @@ def guard(examples: Sequence[Tensor]) -> Callable[[Sequence[Any]], bool]:
 
 def storage_sizes(tensors: Sequence[Tensor]) -> list[int]:
     """Bytes of the memory that each is a view of: `storage.resize_` changes them and no tensor."""
-    return list(map(_BYTES, map(_STORAGE, tensors)))
+    return list(map(len, map(_STORAGE, tensors)))
+
+
+def places(examples: Sequence[Tensor]) -> Callable[[list[Any]], bool]:
+    """Whether tensors begin at the addresses of these.
+
+    torch's builds for GPUs have a function for it: 29 µs for 1,000 tensors instead of 52.
+    """
+    addresses: list[int | None] = list(map(_ADDRESS, examples))
+    numbers = list(range(len(examples)))
+    try:
+        equal = torch._C._tensors_data_ptrs_at_indices_equal
+    except AttributeError:
+        return lambda tensors: list(map(_ADDRESS, tensors)) == addresses
+    return lambda tensors: bool(equal(tensors, addresses, numbers))
 
 
 class Footprint:
     """How some tensors lay in memory: type, dtype, shape, strides, address, size of the storage."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._alike = guard(tensors)
-        self._addresses, self._sizes = list(map(_ADDRESS, tensors)), storage_sizes(tensors)
+        self._alike, self._there, self._sizes = guard(tensors), places(tensors), storage_sizes(tensors)
 
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        return (
-            self._alike(tensors)
-            and list(map(_ADDRESS, tensors)) == self._addresses
-            and storage_sizes(tensors) == self._sizes
-        )
+    def fits(self, tensors: list[Tensor]) -> bool:
+        return self._alike(tensors) and self._there(tensors) and storage_sizes(tensors) == self._sizes
 
 
 def holders(tensors: Sequence[Tensor]) -> Iterator[object]:

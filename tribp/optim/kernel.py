@@ -1,6 +1,7 @@
 """The kernel's side of a plan: tables on the device, and one launch for all tensors of one combination of types."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from .. import runtime
 from ..kernels import optim as kernels
+from ..kernels.launch import Step as Settings
 from ..kernels.launch import cdiv, choose_step
+from ..ops import calls
 from ..ops.launching import Launch
 from . import tensors
 from .parts import Member, Step
@@ -71,7 +74,7 @@ class Kernel:
         self._values: object = None
         self._words: list[int] = []
         self._on_device = False  # whether some hyperparameters are tensors on the device
-        self._make_launch(optimizer)
+        self._fixed = self._launches_alike(optimizer)
 
     def _make_tables(self, plan: "Plan", optimizer: "Optimizer") -> None:
         self._count(plan, optimizer)
@@ -124,12 +127,11 @@ class Kernel:
         new = iter(_on(self.device, [float(c or 0) for c in counters if not stays(c)], torch.float32).unbind())
         return [c if stays(c) else next(new) for c in counters]  # type: ignore[misc]
 
-    def _make_launch(self, optimizer: "Optimizer") -> None:
+    def _launches_alike(self, optimizer: "Optimizer") -> "Fixed":
         group = optimizer.param_groups[self.members[0].group]
         param, grad, *states, ema = (None if t is None else _TYPES[t] for t in self.dtypes)
         seed = _seed(group, self.members[0].param)
-        self._seed = seed or 0
-        self._constants = dict(
+        constants = dict(
             SCALARS=getattr(kernels, optimizer._RULE + "_scalars"),
             RULE=getattr(kernels, optimizer._RULE),
             PARAM_TYPE=param, GRAD_TYPE=grad, STATE0=states[0], STATE1=states[1], STATE2=states[2], EMA_TYPE=ema,
@@ -140,6 +142,7 @@ class Kernel:
             STRIDED=self.strided,
             BLOCK=self.settings.block,
         )  # fmt: skip
+        return Fixed(len(self._chunks), len(self.members), seed or 0, self.settings, constants)
 
     # Every step.
 
@@ -187,39 +190,55 @@ class Kernel:
             words[k] = address
         return words
 
-    def launch(self, step: Step) -> Launch:
-        """The launch that updates all members; the tables must be up to date."""
-        scale, found_inf = (
-            None if t is None else t.to(self.device, non_blocking=True) for t in (step.grad_scale, step.found_inf)
-        )
-        norm = None if step.norm is None else step.norm.to(self.device, non_blocking=True)
-        arguments = (
-            self._rows, self.grads, self._chunks, self.hypers, self._finished, found_inf, scale, norm,
-            len(self.members), self.settings.chunk_blocks, self._seed,
-        )  # fmt: skip
-        constants = self._constants | {"ON_DEVICE": self._on_device}
-        return self._launch(kernels.multi_tensor_step, arguments, constants)
-
-    def norm_launch(
-        self, partials: Tensor, norm: Tensor, first: int, programs: int, last: bool, scale: Tensor | None
-    ) -> Launch:
-        """The launch that adds the members' gradients to a norm."""
-        arguments = (
-            self._rows, self.grads, self._chunks, partials, norm, self._finished, scale, first, programs,
-            self.settings.chunk_blocks,
-        )  # fmt: skip
-        constants = dict(
-            GRAD_TYPE=self._constants["GRAD_TYPE"], STRIDED=self.strided, BLOCK=self.settings.block, LAST=last
-        )
-        return self._launch(kernels.gradient_norm, arguments, constants)
-
-    def _launch(self, kernel: Any, arguments: tuple[object, ...], constants: dict[str, Any]) -> Launch:
-        s = self.settings
-        return Launch(kernel, (len(self._chunks),), arguments, constants, s.num_warps, max_registers=s.max_registers)
-
     def run(self, step: Step) -> None:
+        """Update all members; the tables must be up to date."""
         with runtime.on_device(self.members[0].param):
-            self.launch(step).run()
+            found_inf, scale, norm = (
+                None if t is None else t.to(self.device, non_blocking=True)
+                for t in (step.found_inf, step.grad_scale, step.norm)
+            )
+            tensors = dict(
+                rows=self._rows, grads=self.grads, chunks=self._chunks, hypers=self.hypers, finished=self._finished,
+                found_inf=found_inf, scale=scale, norm=norm,
+            )  # fmt: skip
+            calls.perform(_step, tensors, dict(fixed=self._fixed, on_device=self._on_device))
+
+
+@dataclass(eq=False)  # one of these is as good as another, and found at once
+class Fixed:
+    """What the launches of a part have in common as long as it lives."""
+
+    programs: int
+    members: int
+    seed: int
+    settings: Settings
+    constants: dict[str, object]
+
+    def launch(self, kernel: Any, arguments: tuple[object, ...], constants: dict[str, object]) -> Launch:
+        s = self.settings
+        return Launch(kernel, (self.programs,), arguments, constants, s.num_warps, max_registers=s.max_registers)
+
+
+def _step(
+    rows: Tensor, grads: Tensor, chunks: Tensor, hypers: Tensor, finished: Tensor, found_inf: Tensor | None,
+    scale: Tensor | None, norm: Tensor | None, fixed: Fixed, on_device: bool,
+) -> Iterator[Launch]:  # fmt: skip
+    """The launch that updates all members of a part."""
+    tensors = rows, grads, chunks, hypers, finished, found_inf, scale, norm
+    numbers = fixed.members, fixed.settings.chunk_blocks, fixed.seed
+    yield fixed.launch(kernels.multi_tensor_step, tensors + numbers, fixed.constants | {"ON_DEVICE": on_device})
+
+
+def _norm(
+    rows: Tensor, grads: Tensor, chunks: Tensor, partials: Tensor, norm: Tensor, finished: Tensor,
+    scale: Tensor | None, fixed: Fixed, first: int, programs: int, last: bool,
+) -> Iterator[Launch]:  # fmt: skip
+    """The launch that adds the members' gradients to a norm."""
+    arguments = (
+        rows, grads, chunks, partials, norm, finished, scale, first, programs, fixed.settings.chunk_blocks,
+    )  # fmt: skip
+    constants = {name: fixed.constants[name] for name in ("GRAD_TYPE", "STRIDED", "BLOCK")} | {"LAST": last}
+    yield fixed.launch(kernels.gradient_norm, arguments, constants)
 
 
 def gradient_norm(parts: "Sequence[Kernel]", step: Step) -> Tensor:
@@ -231,7 +250,12 @@ def gradient_norm(parts: "Sequence[Kernel]", step: Step) -> Tensor:
         scale = None if step.grad_scale is None else step.grad_scale.to(parts[0].device, non_blocking=True)
         first = 0
         for part, count in zip(parts, counts, strict=True):
-            part.norm_launch(partials, norm, first, sum(counts), part is parts[-1], scale).run()
+            given = dict(
+                rows=part._rows, grads=part.grads, chunks=part._chunks, partials=partials, norm=norm,
+                finished=part._finished, scale=scale,
+            )  # fmt: skip
+            facts = dict(fixed=part._fixed, first=first, programs=sum(counts), last=part is parts[-1])
+            calls.perform(_norm, given, facts)
             first += count
     return norm
 

@@ -1,6 +1,5 @@
 """What a plan consists of: members, the parts that update them together, and what a part is told of a step."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -44,7 +43,7 @@ class Step(NamedTuple):
     optimizer: "Optimizer"
     groups: list[dict[str, Any]]
     values: list[Any]  # the groups' options; another list whenever one of them changed
-    grads: Sequence[Tensor | None]  # local ones, of all parameters
+    grads: list[Tensor | None]  # local ones, of all parameters
     complete: bool  # whether every parameter that the plan updates has one
     grad_scale: Tensor | None
     norm: Tensor | None  # what to clip by

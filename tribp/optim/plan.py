@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import runtime
 from . import checks, fallback, tensors
-from .footprint import Footprint, guard, holders, look, storage_sizes
+from .footprint import Footprint, guard, holders, look, places, storage_sizes
 from .parts import Member, Part, Step
 from .tensors import PLAIN, local
 from .watched import WatchedState, peek
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from .kernel import Kernel
 
 _PARAMS: Callable[[dict[str, Any]], list[Tensor]] = itemgetter("params")
-_ADDRESS = Tensor.data_ptr
 
 KERNEL_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -225,7 +224,7 @@ class Plan:
             m.grad = m.param  # or a whole set of gradients would live as long as the plan
         self._presences: list[Presence] = []
         params = self._local(self.params)
-        self._alike, self._addresses = guard(params), list(map(_ADDRESS, params))
+        self._alike, self._there = guard(params), places(params)
         self._changes: list[object] = []  # told by states
         self._looks: list[object] = []  # told by them too
         for p, state in optimizer.state.items():
@@ -263,7 +262,7 @@ class Plan:
 
     # What is noticed, every step.
 
-    def gradients(self, optimizer: "Optimizer") -> Sequence[Tensor | None] | None:
+    def gradients(self, optimizer: "Optimizer") -> list[Tensor | None] | None:
         """The gradients of all parameters (their local parts), or None if the plan no longer fits."""
         if self._changes or runtime.backend() != self.backend:
             return None
@@ -285,14 +284,14 @@ class Plan:
             if any(self._structure(optimizer, groups[number]) != self.structure[number] for number in self._unsteady):
                 return None
         watched = self._local(params)
-        if list(map(_ADDRESS, watched)) != self._addresses or not self._alike(watched):
+        if not (self._there(watched) and self._alike(watched)):
             return None
         if self._unwatched and any(p.grad is not None and _plain(p.grad) for p in self._unwatched):
             return None
         grads = tensors.local_grads(params) if self.sharded else list(map(tensors.GRAD, params))
         return grads if self._fits(self._watch(grads)) else None
 
-    def shares_memory(self, grads: Sequence[Tensor | None]) -> bool:
+    def shares_memory(self, grads: list[Tensor | None]) -> bool:
         """Whether two elements of these gradients are one in memory, which then can't be divided in place."""
         addresses = [grad.data_ptr() for grad in self._watch(grads) if grad is not None and grad.numel()]
         return self._overlapping or len(set(addresses)) < len(addresses)
@@ -345,10 +344,10 @@ class Plan:
         self._complete = presence.complete
         return True
 
-    def _watch(self, items: Sequence[Any]) -> Sequence[Any]:
+    def _watch(self, items: list[Any]) -> list[Any]:
         return items if self._all else [items[i] for i in self.watched]
 
-    def _local(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _local(self, params: list[Tensor]) -> list[Tensor]:
         """The memory of the watched ones."""
         watched = self._watch(params)
         return tensors.local_all(watched) if self.sharded else watched
@@ -356,7 +355,7 @@ class Plan:
     # The step itself.
 
     def run(
-        self, optimizer: "Optimizer", grads: Sequence[Tensor | None], grad_scale: Tensor | None,
+        self, optimizer: "Optimizer", grads: list[Tensor | None], grad_scale: Tensor | None,
         found_inf: Tensor | None, capturing: bool,
     ) -> None:  # fmt: skip
         """One step. grad_scale, found_inf: a GradScaler's, or None."""

@@ -84,7 +84,6 @@ class RMSprop(Optimizer, TorchRMSprop):
 
     def _fused_update(self, group: Group, t: Tensors) -> None:
         """torch has no fused RMSprop, but plain RMSprop is Adam late in its life, with β₁ = 0."""
-        torch._foreach_zero_(t.scratch)  # Adam's m: 0·∞ from an earlier gradient would stay NaN
         torch._fused_adam_(
             t.params, t.grads, t.scratch, t.states[0], [], t.steps, lr=group["lr"], beta1=0.0, beta2=group["alpha"],
             weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=group["maximize"],
