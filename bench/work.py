@@ -153,6 +153,14 @@ def _small_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     return product | dict(turns=0, chain=1 + given["HAS_BIAS"])
 
 
+def _small_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    """A row of dz a turn. Boxes read two rows and two columns of their neighbours."""
+    rows, columns, size = given["BOX_H"], given["BOX_W"], _itemsize(given, "dx")
+    step = _size(given, "BOX_N", "BOX_W", "BLOCK_L") * 64
+    read = _size(given, "N", "P", "Q", "O") * (rows + 2) / rows * columns / (columns - 2)
+    return _product(given, "dx", rows + 2, step) | dict(l2=size * (read + _size(given, "N", "H", "W", "C")))
+
+
 def _small_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     step = _pixels(given) * _size(given, "BLOCK_O", "BLOCK_K")
     return _product(given, "x", given["boxes_per_split"], step)
@@ -205,6 +213,7 @@ CONV: KernelWork = {
     conv3x3.wgrad: _conv_wgrad,
     conv3x3.spread_weight: _once,
     conv3x3_small.small_forward: _small_forward,
+    conv3x3_small.small_dgrad: _small_dgrad,
     conv3x3_small.small_wgrad: _small_wgrad,
     conv3x3_depthwise.depthwise_forward: _depthwise,
     conv3x3_depthwise.depthwise_dgrad: _depthwise,

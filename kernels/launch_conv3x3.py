@@ -48,8 +48,9 @@ class Convolution(Product):
         """Tiles across the result's channels, `channels` of them in each group."""
         return cdiv(self.bundle * channels, self.block_j) * cdiv(groups, self.bundle)
 
-    def boxes(self, n: int, p: int, q: int) -> int:
-        return cdiv(n, self.box[0]) * cdiv(p, self.box[1]) * cdiv(q, self.box[2])
+    def boxes(self, n: int, p: int, q: int, rim: int = 0) -> int:
+        """How many cover n images of p × q, if neighbours share `rim` columns."""
+        return cdiv(n, self.box[0]) * cdiv(p, self.box[1]) * cdiv(q, self.box[2] - rim)
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,39 @@ def choose_small(
     # Derived: four programs a processor hide each other's gathers; splits of under four boxes mostly write results.
     splits = max(1, min(4 * arch.processors // cdiv(o, channels), cdiv(boxes, 4)))
     return replace(chosen, splits=even_splits(boxes, splits))
+
+
+@rule
+def choose_small_dgrad(
+    n: int, h: int, w: int, o: int, dtype: str, precision: str, arch: Arch, *, tma: bool
+) -> Convolution:
+    """dx of few input channels, n images of h × w: rows of dz, one after the other, times nine taps of four channels.
+
+    A descriptor's box is a line of columns: of others a reshape would send dz through registers (`conv3x3.convolve`).
+    """
+    block_l = fit(128, o)
+    if arch.backend == "interpreter":
+        pixels, warps, stages, reason = 32, 1, 1, INTERPRETED
+    else:
+        # Compiled: of longer rows a thread holds more weights, and spills beside the products of 128 pixels on sm_80.
+        pixels = 128 if block_l * ITEMSIZE[dtype] <= 128 else 64
+        warps, reason = 4, "derived: 16 KB a stage: three in flight, of each of two programs a processor or more"
+        stages = 2 if arch.backend == "hip" else 4
+    tma = tma and arch.has_tma
+    if not tma:
+        stages = stages if small_stages(dtype, arch) > 1 else 1
+    narrowest = min(64, pixels) if tma else 8
+    widths = [k for k in (128, 64, 32, 16, 8) if narrowest <= k <= pixels]
+    columns = min(widths, key=lambda columns: cdiv(w, columns - 2) * columns)
+    images = 1 if tma else pixels // columns
+    chosen = Convolution(
+        images * columns, 64, block_l, warps, stages, reason, box=(images, 32, columns), tma=tma,
+        max_registers=unrounded(arch),
+    )  # fmt: skip
+    # Derived: two more rows than it writes does a program read; it has fewer where that fills the processors.
+    while chosen.box[1] > 4 and chosen.boxes(n, h, w, rim=2) < 4 * arch.processors:
+        chosen = replace(chosen, box=(images, chosen.box[1] // 2, columns))
+    return chosen
 
 
 @rule

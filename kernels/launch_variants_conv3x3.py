@@ -26,7 +26,16 @@ from .launch_conv3x3 import (
     small_stages,
     unrounded,
 )
-from .launch_moves import LONGEST, RESULT, other_registers, other_stages, other_warps, registers, resized
+from .launch_moves import (
+    LONGEST,
+    RESULT,
+    halved_or_doubled,
+    other_registers,
+    other_stages,
+    other_warps,
+    registers,
+    resized,
+)
 
 DEEPEST = 192  # registers a thread may keep of wgrad's results: three of 128×128 with 8 warps
 
@@ -160,6 +169,20 @@ def around_small(
             yield replace(other, num_stages=stages, splits=even_splits(boxes, min(other.splits, boxes)))
 
 
+def around_small_dgrad(
+    s: Convolution, n: int, h: int, w: int, o: int, dtype: str, precision: str, arch: Arch, tma: bool
+) -> Iterator[Convolution]:
+    images, rows, columns = s.box
+    for other_rows in halved_or_doubled(rows, 1, LONGEST):
+        yield replace(s, box=(images, other_rows, columns))
+    yield from other_warps(s, arch)
+    yield from other_registers(s, arch)
+    if s.num_stages > 1:
+        for other in other_stages(s, arch):
+            if other.num_stages <= stages_in_memory(s, ITEMSIZE[dtype], arch):
+                yield other
+
+
 def around_depthwise(
     s: Convolution, n: int, p: int, q: int, c: int, dtype: str, arch: Arch, last: bool, wgrad: bool
 ) -> Iterator[Convolution]:
@@ -208,6 +231,7 @@ AROUND: dict[str, Callable[..., Iterator[Any]]] = {
     "choose_conv": around_conv,
     "choose_conv_wgrad": around_conv_wgrad,
     "choose_small": around_small,
+    "choose_small_dgrad": around_small_dgrad,
     "choose_depthwise": around_depthwise,
     "choose_relayout": around_relayout,
 }

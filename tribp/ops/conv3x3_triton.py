@@ -21,6 +21,7 @@ from ..kernels.launch_conv3x3 import (
     choose_conv_wgrad,
     choose_depthwise,
     choose_small,
+    choose_small_dgrad,
 )
 from ..reference import Window
 from ..runtime import dtype_name
@@ -155,6 +156,8 @@ def backward(
         assert dz is not None
         if way == "depthwise":
             yield _depthwise_dgrad(dz, w, dx, window, arch, settings)
+        elif way == "small" and dgrad_is_small(c, w.shape[0], window, dx.dtype):
+            yield _small_dgrad(dz, w, dx, window, arch, tf32, settings)
         else:
             yield from _dense_dgrad(dz, w, dx, window, arch, tf32, settings)
 
@@ -271,6 +274,31 @@ def _small_wgrad(
     )  # fmt: skip
     yield _launch(conv3x3_small.small_wgrad, (cdiv(o, s.block_i), s.splits), arguments, constants, s)
     return Partials(shares, dw), Partials(sums, db)
+
+
+def dgrad_is_small(c: int, o: int, window: Window, dtype: torch.dtype) -> bool:
+    """Whether few input channels have a dgrad of their own: four slots of channels, and o summed in one step."""
+    return c <= 4 and window.stride == (1, 1) and o * dtype.itemsize <= 256
+
+
+def _small_dgrad(
+    dz: Image, w: Tensor, dx: Tensor, window: Window, arch: Arch, tf32: bool, settings: Convolution | None
+) -> Launch:
+    (n, c, height, width), o = dx.shape, w.shape[0]
+    dtype, (_, acc) = dtype_name(dx.dtype), accumulator(dx.dtype)
+    precision = precision_of(dtype, tf32, arch)
+    w, out = _either_order(w), dense_image(dx)
+    s = settings or choose_small_dgrad(n, height, width, o, dtype, precision, arch, tma=dz.tma)
+    precision = precision_in_kernel(precision, s.tma)
+    arguments = (
+        dz.argument(s.tma, (s.box[0], 1, s.box[2]), s.block_l, precision), w, dx,
+        n, height, width, *dz.tensor.shape[2:], o, *window.padding, *_without_channels(dz), *out.strides,
+    )  # fmt: skip
+    constants = dict(
+        C=c, TAPS_LAST=w.is_contiguous(), TMA=s.tma, ACC=acc, PRECISION=precision, VEC=dz.vec,
+        LAST=out.last, VEC_STORE=out.vec if out.last else 1, BLOCK_L=s.block_l,
+    )  # fmt: skip
+    return _launch(conv3x3_small.small_dgrad, (s.boxes(n, height, width, rim=2),), arguments, constants, s)
 
 
 def _depthwise_wgrad(
