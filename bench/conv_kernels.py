@@ -135,7 +135,7 @@ def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "I
     from . import expectations as e
 
     kernel, constants = launch.kernel.__name__, launch.constants
-    sides = ("BLOCK_O", "BLOCK_C") if "wgrad" in kernel else ("BOX_N", "BOX_H", "BOX_W", "BLOCK_J")
+    sides: tuple[str, ...] = ("BLOCK_O", "BLOCK_C") if "wgrad" in kernel else ("BOX_N", "BOX_H", "BOX_W", "BLOCK_J")
     if kernel == "small_dgrad":
         sides = ("BOX_N", "BOX_W", "BLOCK_L")
     weights_first = kernel == "small_forward" or (kernel in ("forward", "dgrad") and bool(constants["TMA"]))
