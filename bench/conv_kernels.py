@@ -136,13 +136,13 @@ def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "I
 
     kernel, constants = launch.kernel.__name__, launch.constants
     sides: tuple[str, ...] = ("BLOCK_O", "BLOCK_C") if "wgrad" in kernel else ("BOX_N", "BOX_H", "BOX_W", "BLOCK_J")
-    if kernel == "small_dgrad":
-        sides = ("BOX_N", "BOX_W", "BLOCK_L")
+    if kernel in ("small_forward", "small_dgrad"):  # a row at a time
+        sides = ("BOX_N", "BOX_W", "BLOCK_J" if kernel == "small_forward" else "BLOCK_L")
     weights_first = kernel == "small_forward" or (kernel in ("forward", "dgrad") and bool(constants["TMA"]))
     rows = size(constants, *(sides[-1:] if weights_first else sides[:-1]))
     rows = rows if launch.num_warps >= 4 else 0  # two warps, so that mma.sync multiplies
     if matrix := e.matrix_instructions(rows, dtype, arch):
-        yield e.multiplies_with(*matrix[0], reason=matrix[1], loop=kernel != "small_forward")
+        yield e.multiplies_with(*matrix[0], reason=matrix[1])
     if not kernel.startswith("small") or (kernel == "small_dgrad" and launch.num_stages > 1):
         yield e.PIPELINED
     if kernel in ("small_dgrad", "small_wgrad") or (

@@ -149,8 +149,9 @@ def _conv_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _small_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
-    product = _product(given, "y", 1, _pixels(given) * _size(given, "BLOCK_J", "BLOCK_K"))
-    return product | dict(turns=0, chain=1 + given["HAS_BIAS"])
+    """A row of y a turn, three products."""
+    step = 3 * _size(given, "BOX_N", "BOX_W", "BLOCK_J", "BLOCK_K")
+    return _product(given, "y", given["BOX_H"], step) | dict(chain=1 + given["HAS_BIAS"])
 
 
 def _small_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:

@@ -52,6 +52,32 @@ def gather(
     return g
 
 
+@triton.jit
+def gather_row(
+    x, n, h, j, N, H, W, pad_w, stride_n, stride_c, stride_h, stride_w,
+    C: tl.constexpr, STEP_W: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x[n, h, j·STEP_W + s − pad_w, c] for k = (s, c): (BLOCK_K, pixels), zeros outside. Otherwise as `gather`."""
+    k = tl.arange(0, BLOCK_K)[:, None]
+    v = (j * STEP_W)[None, :] + (k // C - pad_w)
+    inside = ((n < N) & (h >= 0) & (h < H))[None, :] & (v.to(tl.uint32) < W.to(tl.uint32)) & (k < 3 * C)
+    image = x + tl.where(n < N, n, 0).to(tl.int64) * stride_n
+    at = image[None, :] + (tl.where((h >= 0) & (h < H), h, 0) * stride_h + tl.where(inside, v * stride_w, 0))
+    return tl.load(at + tl.where(k < 3 * C, k % C, 0) * stride_c, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_taps(w, r, o, o_inside, C: tl.constexpr, TAPS_LAST: tl.constexpr, BLOCK_K: tl.constexpr):
+    """w[o, r, k] for k = (s, c): (outputs, BLOCK_K)."""
+    k = tl.arange(0, BLOCK_K)[None, :]
+    if TAPS_LAST:
+        at = k % C * 9 + r * 3 + k // C
+    else:
+        at = r * (3 * C) + k
+    inside = o_inside[:, None] & (k < 3 * C)
+    return tl.load(w + tl.where(inside, o[:, None] * (9 * C) + at, 0), mask=inside, other=0.0)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def small_forward(
     x, w, b, y, N, H, W, P, Q, O, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
@@ -61,28 +87,43 @@ def small_forward(
     ACC: tl.constexpr, PRECISION: tl.constexpr, LAST: tl.constexpr, VEC_STORE: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_J output channels a program. w: (O, 9·C)."""
+    """y = act(x ⋆ w + b): BOX_H rows of BOX_W columns of BOX_N images, BLOCK_J output channels a program. w: (O, 9·C).
+
+    Row by row: what is gathered of a row of x serves the rows of y that it meets.
+    """
     columns = tl.cdiv(O, BLOCK_J)
-    n, i, j = box_at(tl.program_id(0) // columns, P, Q, BOX_N, BOX_H, BOX_W)
-    n, i, j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
+    n, first, j = box_at(tl.program_id(0) // columns, P, Q, BOX_N, BOX_H, BOX_W)
+    n, _, j = pixels(n, first, j, BOX_N, 1, BOX_W)
     col = tl.program_id(0) % columns * BLOCK_J
-    g = gather(
-        x, n, i, j, N, H, W, P, Q, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-        C, TAPS_LAST, STEP_H, STEP_W, False, BLOCK_K,
-    )  # fmt: skip
     o, o_inside = indices(col, O, BLOCK_J, 1)
-    k, k_inside = indices(0, 9 * C, BLOCK_K, 1)
-    w_tile = tl.load(w + (k[:, None] + o[None, :] * (9 * C)), mask=k_inside[:, None] & o_inside[None, :], other=0.0)
-    # Weights first, as in `conv3x3.convolve`. Compiled: Triton else starts the product from the bias, and ptxas puts
-    # waits of its own between its instructions.
-    z = tl.trans(dot(tl.trans(w_tile), g, tl.zeros((BLOCK_J, BOX_N * BOX_H * BOX_W), ACC), PRECISION))
+    w0 = load_taps(w, 0, o, o_inside, C, TAPS_LAST, BLOCK_K)
+    w1 = load_taps(w, 1, o, o_inside, C, TAPS_LAST, BLOCK_K)
+    w2 = load_taps(w, 2, o, o_inside, C, TAPS_LAST, BLOCK_K)
     if HAS_BIAS:
-        z += tl.load(b + o, mask=o_inside, other=0.0).to(ACC)[None, :]
-    if SIGMOID:
-        z = sigmoid(z, ACCURATE, PTX)
-    store_box(
-        y, z, n, i, j, col, O, N, P, Q, y_stride_n, y_stride_c, y_stride_h, y_stride_w, LAST, VEC_STORE, BOX_W, BLOCK_J
-    )
+        bias = tl.load(b + o, mask=o_inside, other=0.0).to(ACC)
+    h = first * STEP_H - pad_h
+    g0 = gather_row(x, n, h, j, N, H, W, pad_w, stride_n, stride_c, stride_h, stride_w, C, STEP_W, BLOCK_K)
+    g1 = gather_row(x, n, h + 1, j, N, H, W, pad_w, stride_n, stride_c, stride_h, stride_w, C, STEP_W, BLOCK_K)
+    for t in range(0, tl.minimum(BOX_H, P - first)):
+        h = (first + t) * STEP_H - pad_h
+        g2 = gather_row(x, n, h + 2, j, N, H, W, pad_w, stride_n, stride_c, stride_h, stride_w, C, STEP_W, BLOCK_K)
+        # Weights first, as in `conv3x3.convolve`. Compiled: Triton else starts the product from the bias, and ptxas
+        # puts waits of its own between its instructions.
+        z = dot(w0, g0, tl.zeros((BLOCK_J, BOX_N * BOX_W), ACC), PRECISION)
+        z = tl.trans(dot(w2, g2, dot(w1, g1, z, PRECISION), PRECISION))
+        if HAS_BIAS:
+            z += bias[None, :]
+        if SIGMOID:
+            z = sigmoid(z, ACCURATE, PTX)
+        store_box(
+            y, z, n, first + t, j, col, O, N, P, Q, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
+            LAST, VEC_STORE, BOX_W, BLOCK_J,
+        )  # fmt: skip
+        if STEP_H == 1:
+            g0, g1 = g1, g2
+        else:
+            g0 = g2
+            g1 = gather_row(x, n, h + 3, j, N, H, W, pad_w, stride_n, stride_c, stride_h, stride_w, C, STEP_W, BLOCK_K)
 
 
 @triton.jit

@@ -235,13 +235,27 @@ def small_stages(dtype: str, arch: Arch) -> int:
     return 1 if arch.has_wgmma and (ITEMSIZE[dtype] == 4 or not versions.fences_copies()) else 2
 
 
+def with_rows(
+    settings: Convolution, images: int, columns: int, n: int, p: int, q: int, tiles: int, arch: Arch, *, rim: int = 0
+) -> Convolution:
+    """The settings, with boxes of as many rows as leave four programs a processor, up to 32.
+
+    Derived: of two rows each neighbours read both, which is a sixteenth then. tiles: of channels; rim: as in `boxes`.
+    """
+    for rows in (32, 16, 8, 4):
+        settings = replace(settings, box=(images, rows, columns))
+        if settings.boxes(n, p, q, rim) * tiles >= 4 * arch.processors:
+            break
+    return settings
+
+
 @rule
 def choose_small(
     n: int, p: int, q: int, o: int, c: int, dtype: str, arch: Arch, *, wgrad: bool, fused: bool = False
 ) -> Convolution:
-    """Few input channels: one product of 9·c summed elements (of wgrad: columns) for a box of pixels.
+    """Few input channels. Forward: rows of pixels, and three products of 3·c summed elements for each of them.
 
-    fused: wgrad forms dz on load.
+    wgrad: one of 9·c columns for a box of pixels. fused: it forms dz on load.
     """
     k = max(16, power_of_2(9 * c))
     if arch.backend == "interpreter":
@@ -257,9 +271,14 @@ def choose_small(
         if fused:
             pixels, reason = 64, "compiled: dz and its sums fit registers"
     channels = fit(64 if ITEMSIZE[dtype] <= 4 and arch.backend != "interpreter" else 32, o)
-    box = choose_box(pixels, n, p, q, wide=True)
     if not wgrad:
-        return Convolution(pixels, channels, k, warps, 1, reason, box=box, max_registers=unrounded(arch))
+        k = max(16, power_of_2(3 * c))
+        if arch.backend == "cuda" and not arch.has_tma and (ITEMSIZE[dtype] == 4 or k > 16):
+            pixels, reason = pixels // 2, "compiled: with twice the pixels weights in registers spill, up to 616 bytes"
+        images, _, columns = choose_box(pixels, n, 1, q, wide=True)
+        chosen = Convolution(pixels, channels, k, warps, 1, reason, max_registers=unrounded(arch))
+        return with_rows(chosen, images, columns, n, p, q, cdiv(o, channels), arch)
+    box = choose_box(pixels, n, p, q, wide=True)
     stages = small_stages(dtype, arch)
     chosen = Convolution(channels, k, pixels, warps, stages, reason, box=box, max_registers=unrounded(arch))
     boxes = chosen.boxes(n, p, q)
@@ -291,14 +310,9 @@ def choose_small_dgrad(
     widths = [k for k in (128, 64, 32, 16, 8) if narrowest <= k <= pixels]
     columns = min(widths, key=lambda columns: cdiv(w, columns - 2) * columns)
     images = 1 if tma else pixels // columns
-    chosen = Convolution(
-        images * columns, 64, block_l, warps, stages, reason, box=(images, 32, columns), tma=tma,
-        max_registers=unrounded(arch),
-    )  # fmt: skip
-    # Derived: two more rows than it writes does a program read; it has fewer where that fills the processors.
-    while chosen.box[1] > 4 and chosen.boxes(n, h, w, rim=2) < 4 * arch.processors:
-        chosen = replace(chosen, box=(images, chosen.box[1] // 2, columns))
-    return chosen
+    pixels = images * columns
+    chosen = Convolution(pixels, 64, block_l, warps, stages, reason, tma=tma, max_registers=unrounded(arch))
+    return with_rows(chosen, images, columns, n, h, w, 1, arch, rim=2)
 
 
 @rule

@@ -145,26 +145,45 @@ def around_conv_wgrad(
         yield from settled(other)
 
 
+def other_rows(s: Convolution) -> Iterator[Convolution]:
+    for rows in halved_or_doubled(s.box[1], 1, LONGEST):
+        yield replace(s, box=(s.box[0], rows, s.box[2]))
+
+
 def around_small(
     s: Convolution, n: int, p: int, q: int, o: int, c: int, dtype: str, arch: Arch, wgrad: bool, fused: bool = False
 ) -> Iterator[Convolution]:
-    pixels, channels, k = ("block_l", "block_i", s.block_j) if wgrad else ("block_i", "block_j", s.block_l)
+    if not wgrad:
+        images, rows, columns = s.box
+        others = [
+            *other_rows(s),
+            *other_warps(s, arch),
+            *resized(s, "block_j", 16, fit(128, o)),
+            *other_registers(s, arch),
+        ]
+        if columns > 1:
+            others.append(replace(s, box=(images * 2, rows, columns // 2)))
+        if images > 1:
+            others.append(replace(s, box=(images // 2, rows, columns * 2)))
+        for other in others:
+            if registers(other.block_i * other.block_j, dtype, other.num_warps, arch) <= RESULT:
+                yield other
+        return
     most = max(1, WORKSPACE // (max(ITEMSIZE[dtype], 4) * 9 * o * c))
     others = [
         *other_warps(s, arch),
-        *resized(s, pixels, 16, 256),
-        *resized(s, channels, 16, fit(128, o)),
+        *resized(s, "block_l", 16, 256),
+        *resized(s, "block_i", 16, fit(128, o)),
         *other_boxes(s, n, p, q),
         *other_registers(s, arch),
+        *resized(s, "splits", 1, most),
+        *(other_stages(s, arch) if small_stages(dtype, arch) > 1 else []),
     ]
-    if wgrad:
-        others += [*resized(s, "splits", 1, most), *(other_stages(s, arch) if small_stages(dtype, arch) > 1 else [])]
     for other in others:
-        other = boxed(other, pixels, n, p, q, wide=True)
-        size = getattr(other, pixels)
-        tile = max(size * k, size * getattr(other, channels), k * getattr(other, channels))
+        other = boxed(other, "block_l", n, p, q, wide=True)
+        i, j, l = other.block_i, other.block_j, other.block_l
         stages = min(other.num_stages, stages_in_memory(other, ITEMSIZE[dtype], arch))
-        if stages >= 1 and registers(tile, dtype, other.num_warps, arch) <= RESULT:
+        if stages >= 1 and registers(max(i * j, i * l, j * l), dtype, other.num_warps, arch) <= RESULT:
             boxes = other.boxes(n, p, q)
             yield replace(other, num_stages=stages, splits=even_splits(boxes, min(other.splits, boxes)))
 
@@ -172,9 +191,7 @@ def around_small(
 def around_small_dgrad(
     s: Convolution, n: int, h: int, w: int, o: int, dtype: str, precision: str, arch: Arch, tma: bool
 ) -> Iterator[Convolution]:
-    images, rows, columns = s.box
-    for other_rows in halved_or_doubled(rows, 1, LONGEST):
-        yield replace(s, box=(images, other_rows, columns))
+    yield from other_rows(s)
     yield from other_warps(s, arch)
     yield from other_registers(s, arch)
     if s.num_stages > 1:

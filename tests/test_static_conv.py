@@ -141,14 +141,14 @@ def test_settings_are_shown_in_words() -> None:
     assert {"has_y", "channels→channels"} <= set(shown(ConvCase(FEW[0], BF16, sigmoid=True), "dgrad"))
 
 
-def test_a_single_step_needs_no_loop_but_the_instruction() -> None:
+def test_a_product_multiplies_in_its_loop() -> None:
     inside = Compiled("sm_90", "forward", "", {}, 1000, counts={"HGMMA": 4}, loops=(Loop(4, 2, 4, True, 0),))
-    alone = Compiled("sm_90", "small_forward", "", {}, 1000, counts={"HGMMA": 4})
-    without = Compiled("sm_90", "small_forward", "", {}, 1000, counts={"FFMA": 4})
-    single, looped = multiplies_with("HGMMA", reason="", loop=False), multiplies_with("HGMMA", reason="")
-    assert broken(inside, [single, looped]) == broken(alone, [single]) == []
-    assert broken(alone, [looped]) == ["matrix instructions: matrix instructions, but outside every loop ()"]
-    assert len(broken(without, [single])) == 1
+    alone = Compiled("sm_90", "forward", "", {}, 1000, counts={"HGMMA": 4})
+    without = Compiled("sm_90", "forward", "", {}, 1000, counts={"FFMA": 4})
+    expected = [multiplies_with("HGMMA", reason="")]
+    assert broken(inside, expected) == []
+    assert broken(alone, expected) == ["matrix instructions: matrix instructions, but outside every loop ()"]
+    assert len(broken(without, expected)) == 1
 
 
 def test_what_is_asked_of_a_products_tile() -> None:

@@ -168,12 +168,17 @@ def _check_convolution(rule: str, facts: Mapping[str, Any], s: Convolution, arch
         assert s.box[1] <= 8, "rows are unrolled"
         return
     wgrad = rule == "choose_conv_wgrad" or facts.get("wgrad", False)
-    assert prod(s.box) == (s.block_l if wgrad else s.block_i)
     assert min(s.block_i, s.block_j, s.block_l) >= 16
     if rule == "choose_small":
-        assert (s.block_j if wgrad else s.block_l) == 32, "nine taps of three channels"
         assert not s.tma
+        if wgrad:
+            assert s.block_j == 32, "nine taps of three channels"
+            assert prod(s.box) == s.block_l
+        else:
+            assert s.block_l == 16, "a row of three taps of three channels"
+            assert s.box[0] * s.box[2] == s.block_i
         return
+    assert prod(s.box) == (s.block_l if wgrad else s.block_i)
     _check_memory(s, size, arch, s.block_j * s.taps)
     assert s.bundle == facts["bundle"], "the operation asked about so many groups"
     if s.tma:
