@@ -273,8 +273,9 @@ def choose_small(
     channels = fit(64 if ITEMSIZE[dtype] <= 4 and arch.backend != "interpreter" else 32, o)
     if not wgrad:
         k = max(16, power_of_2(3 * c))
-        if arch.backend == "cuda" and not arch.has_tma and (ITEMSIZE[dtype] == 4 or k > 16):
-            pixels, reason = pixels // 2, "compiled: with twice the pixels weights in registers spill, up to 616 bytes"
+        if arch.backend == "cuda" and not arch.has_tma:
+            # Compiled: weights lie in registers; beside twice the pixels they spill, up to 668 bytes.
+            pixels >>= (ITEMSIZE[dtype] == 4) + (k > 16)
         images, _, columns = choose_box(pixels, n, 1, q, wide=True)
         chosen = Convolution(pixels, channels, k, warps, 1, reason, max_registers=unrounded(arch))
         return with_rows(chosen, images, columns, n, p, q, cdiv(o, channels), arch)
