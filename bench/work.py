@@ -168,7 +168,12 @@ def _small_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _depthwise(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
-    return dict(turns=given.get("boxes_per_split", 0), paths=grid[1] if "dx" in given else 1)
+    """Four rows a turn, of forward and dgrad."""
+    return dict(turns=(given["BOX_H"] + 2) / 4, paths=grid[1] if "dx" in given else 1)
+
+
+def _depthwise_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    return dict(turns=given["boxes_per_split"])
 
 
 def _relayout(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
@@ -218,7 +223,7 @@ CONV: KernelWork = {
     conv3x3_small.small_wgrad: _small_wgrad,
     conv3x3_depthwise.depthwise_forward: _depthwise,
     conv3x3_depthwise.depthwise_dgrad: _depthwise,
-    conv3x3_depthwise.depthwise_wgrad: _depthwise,
+    conv3x3_depthwise.depthwise_wgrad: _depthwise_wgrad,
     relayout.relayout: _relayout,
     common.sum_partials: _sum_partials,
 }

@@ -236,13 +236,14 @@ def small_stages(dtype: str, arch: Arch) -> int:
 
 
 def with_rows(
-    settings: Convolution, images: int, columns: int, n: int, p: int, q: int, tiles: int, arch: Arch, *, rim: int = 0
-) -> Convolution:
-    """The settings, with boxes of as many rows as leave four programs a processor, up to 32.
+    settings: Convolution, images: int, columns: int, n: int, p: int, q: int, tiles: int, arch: Arch, *, rim: int = 0,
+    choices: tuple[int, ...] = (32, 16, 8, 4),
+) -> Convolution:  # fmt: skip
+    """The settings, with boxes of as many rows as leave four programs a processor.
 
     Derived: of two rows each neighbours read both, which is a sixteenth then. tiles: of channels; rim: as in `boxes`.
     """
-    for rows in (32, 16, 8, 4):
+    for rows in choices:
         settings = replace(settings, box=(images, rows, columns))
         if settings.boxes(n, p, q, rim) * tiles >= 4 * arch.processors:
             break
@@ -324,9 +325,11 @@ def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, 
     else:
         threads = 256 if arch.backend == "hip" else 128
         elements, rows = threads * max(4, 16 // ITEMSIZE[dtype]), 4
-        reason = "compiled: 16 bytes a thread to a row; four rows share what they read, 18 loads instead of 36"
-        if not last or (wgrad and ITEMSIZE[dtype] == 8):
-            elements //= 2  # compiled: nine weights of each of 8 channels a thread, or sums of two registers, spill
+        reason = "compiled: 16 bytes a thread to a row; rows share what they read"
+        if not last or (wgrad and ITEMSIZE[dtype] == 8) or c % (16 // ITEMSIZE[dtype]):
+            # Compiled: nine weights of each of 8 channels a thread, or sums of two registers, or rows of single
+            # elements spill.
+            elements //= 2
     if last:
         channels = min(power_of_2(c), 64)
         images, _, columns = choose_box(elements // channels, n, 1, q)
@@ -336,15 +339,13 @@ def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, 
         images = elements // columns // channels
     box = (images, min(rows, power_of_2(p)), columns)
     chosen = Convolution(images * columns, channels, 1, 4, 1, reason, box=box, max_registers=unrounded(arch))
-    boxes, tiles = chosen.boxes(n, p, q), cdiv(c, channels)
-    # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results. What
-    # writes none loads its weights once for eight boxes at most, so that the end is even.
-    splits = (
-        min(4 * arch.processors // tiles, cdiv(boxes, 4))
-        if wgrad
-        else max(cdiv(boxes, 8), 16 * arch.processors // tiles)
-    )
-    return replace(chosen, splits=even_splits(boxes, max(1, min(splits, boxes))))
+    if not wgrad:
+        # What begins and ends a box's rows makes fours of them.
+        return with_rows(chosen, images, columns, n, p, q, cdiv(c, channels), arch, choices=(30, 14, 6))
+    boxes = chosen.boxes(n, p, q)
+    # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results.
+    splits = max(1, min(4 * arch.processors // cdiv(c, channels), cdiv(boxes, 4)))
+    return replace(chosen, splits=even_splits(boxes, splits))
 
 
 @rule

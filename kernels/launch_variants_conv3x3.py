@@ -205,7 +205,8 @@ def around_depthwise(
 ) -> Iterator[Convolution]:
     """Of a program's elements, and of its columns, channels, images and rows; block_i is images × columns."""
     (images, rows, columns), channels = s.box, s.block_j
-    shapes = [(images, r, columns, channels) for r in (rows // 2, rows * 2) if 1 <= r <= min(8, power_of_2(p))]
+    most_rows = min(8 if wgrad else 64, power_of_2(p))
+    shapes = [(images, r, columns, channels) for r in (rows // 2, rows * 2) if 1 <= r <= most_rows]
     for factor in (1, 2):  # what is taken off one side is given to another, or to none
         shapes += [
             (images // 2, rows, columns * factor, channels),

@@ -165,7 +165,7 @@ def _check_convolution(rule: str, facts: Mapping[str, Any], s: Convolution, arch
     assert max(s.box) <= 256
     if rule == "choose_depthwise":
         assert s.block_i == s.box[0] * s.box[2]
-        assert s.box[1] <= 8, "rows are unrolled"
+        assert s.box[1] <= (8 if facts["wgrad"] else 64), "rows are unrolled"
         return
     wgrad = rule == "choose_conv_wgrad" or facts.get("wgrad", False)
     assert min(s.block_i, s.block_j, s.block_l) >= 16

@@ -78,9 +78,8 @@ def forward(
     if way == "depthwise":
         xs, w = readable(x, ys.last), w.contiguous()
         s = settings or choose_depthwise(n, p, q, o, dtype, arch, last=ys.last, wgrad=False)
-        per_split = cdiv(s.boxes(n, p, q), s.splits)
-        grid = s.splits * cdiv(o, s.block_j)
-        arguments = (xs.tensor, w, b, y, *sizes, o, *window.padding, *xs.strides, *ys.strides, per_split)
+        grid = s.boxes(n, p, q) * cdiv(o, s.block_j)
+        arguments = (xs.tensor, w, b, y, *sizes, o, *window.padding, *xs.strides, *ys.strides)
         constants |= dict(VEC=xs.vec, BLOCK_C=s.block_j)
         yield _launch(conv3x3_depthwise.depthwise_forward, (grid,), arguments, constants, s)
         return
@@ -334,13 +333,13 @@ def _depthwise_dgrad(
     s = settings or choose_depthwise(n, p, q, c, dtype_name(dx.dtype), arch, last=out.last, wgrad=False)
     arguments = (
         dz.tensor, w.contiguous(), dx, n, height, width, *dz.tensor.shape[2:], c, *window.padding,
-        *dz.strides, *out.strides, cdiv(s.boxes(n, p, q), s.splits),
+        *dz.strides, *out.strides,
     )  # fmt: skip
     constants = dict(
         STEP_H=sh, STEP_W=sw, ACC=accumulator(dx.dtype)[1], LAST=out.last, VEC=dz.vec,
         VEC_STORE=1 if sw == 2 and not out.last else out.vec, BLOCK_C=s.block_j,
     )  # fmt: skip
-    grid = (s.splits * cdiv(c, s.block_j), sh * sw)
+    grid = (s.boxes(n, p, q) * cdiv(c, s.block_j), sh * sw)
     return _launch(conv3x3_depthwise.depthwise_dgrad, grid, arguments, constants, s)
 
 
