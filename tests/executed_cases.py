@@ -66,7 +66,7 @@ QUICK: dict[str, Case] = {
     "conv, NCHW image, float32": conv(
         (2, 3, 9, 12), 20, stride=2, x=images.contiguous, w=images.contiguous, bias=False, needs="w", dtype=SINGLE
     ),
-    "conv, depthwise": conv((6, 72, 9, 11), 72, groups=72),
+    "conv, depthwise": conv((6, 72, 15, 11), 72, groups=72, stride=(2, 1), processors=108),  # boxes below each other
     "conv, NCHW depthwise, float32": conv(
         (2, 8, 8, 16), 8, groups=8, x=images.contiguous, stride=(1, 2), sigmoid=True, bias=False, dtype=SINGLE
     ),
