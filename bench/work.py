@@ -169,7 +169,9 @@ def _small_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
 
 def _depthwise(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     """Four rows a turn, of forward and dgrad."""
-    return dict(turns=(given["BOX_H"] + 2) / 4, paths=grid[1] if "dx" in given else 1)
+    dgrad = "dx" in given
+    rows = given["BOX_H"] * (1 if dgrad else given["STEP_H"]) + 2
+    return dict(turns=rows / 4, paths=grid[1] if dgrad else 1)
 
 
 def _depthwise_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
