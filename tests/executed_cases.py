@@ -62,11 +62,12 @@ QUICK: dict[str, Case] = {
     "conv, image": conv((2, 3, 16, 12), 72, sigmoid=True, needs="wb"),
     "conv, image, no activation": conv((2, 3, 9, 12), 40, needs="wb", dtype=HALF),
     "conv, dx of an image": conv((2, 3, 9, 140), 40, needs="x"),
+    "conv, dx of an image, even pitch": conv((2, 2, 5, 9), 6, needs="x"),
     "conv, dx of an NCHW image": conv((5, 4, 7, 12), 6, padding=(2, 0), x=images.contiguous, w=images.contiguous),
     "conv, NCHW image, float32": conv(
         (2, 3, 9, 12), 20, stride=2, x=images.contiguous, w=images.contiguous, bias=False, needs="w", dtype=SINGLE
     ),
-    "conv, depthwise": conv((6, 72, 15, 11), 72, groups=72, stride=(2, 1), processors=108),  # boxes below each other
+    "conv, depthwise": conv((6, 72, 17, 11), 72, groups=72, stride=(2, 1), processors=108),  # boxes below each other
     "conv, NCHW depthwise, float32": conv(
         (2, 8, 8, 16), 8, groups=8, x=images.contiguous, stride=(1, 2), sigmoid=True, bias=False, dtype=SINGLE
     ),
