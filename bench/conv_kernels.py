@@ -11,7 +11,22 @@ from torch import Tensor
 from tribp.kernels.launch import Arch
 from tribp.reference import Window
 
-from .conv_cases import BASE, BF16, DEPTHWISE, FEW, FIRST, FP16, FP32, GROUPED, PADDING, STRIDED, THREE, ConvCase, cases
+from .conv_cases import (
+    BASE,
+    BF16,
+    DEPTHWISE,
+    FEW,
+    FIRST,
+    FP16,
+    FP32,
+    GROUPED,
+    LENET,
+    PADDING,
+    STRIDED,
+    THREE,
+    ConvCase,
+    cases,
+)
 from .linear import bytes_of
 from .registry import StaticCase
 
@@ -55,24 +70,25 @@ def selection() -> Iterator[tuple[ConvCase, Sequence[str]]]:
     yield few, APART
     yield ConvCase(MIDDLE, BF16), APART
     yield three, APART
-    yield ConvCase(FIRST, BF16), ("forward", "wgrad")
+    yield ConvCase(FIRST, BF16), APART
+    yield ConvCase(LENET, BF16), ("dgrad",)
     yield depthwise, APART
     yield ConvCase(STRIDED, BF16, stride=2), APART
     yield ConvCase(GROUPED, BF16, groups=32), APART
     yield ConvCase(NARROW, BF16), APART
     yield replace(few, last=False), APART
-    yield replace(three, last=False), ("forward", "wgrad")
+    yield replace(three, last=False), APART
     yield replace(depthwise, last=False), APART
     yield replace(few, sigmoid=True), ("forward", "backward")
     yield replace(three, sigmoid=True), ("forward", "wgrad")
     yield ConvCase(MANY, BF16), APART
     for dtype, tf32 in ((FP32, False), (FP32, True), (FP64, False)):
         yield replace(few, dtype=dtype, tf32=tf32), APART
-        yield replace(three, dtype=dtype, tf32=tf32), ("forward", "wgrad")
+        yield replace(three, dtype=dtype, tf32=tf32), APART
     for dtype in (FP32, FP64):
         yield replace(depthwise, dtype=dtype), APART
     yield replace(few, dtype=FP16), APART
-    yield replace(three, dtype=FP16), ("forward", "wgrad")
+    yield replace(three, dtype=FP16), APART
     yield replace(depthwise, dtype=FP16), ONE
     yield ConvCase(UNEVEN, BF16), ("wgrad",)
 
@@ -97,7 +113,7 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> "Sequence[Expe
 
     kernel, constants = launch.kernel.__name__, launch.constants
     found: list[Expectation] = []
-    if kernel in ("forward", "dgrad", "wgrad", "small_forward", "small_wgrad"):
+    if kernel in ("forward", "dgrad", "wgrad", "small_forward", "small_dgrad", "small_wgrad"):
         found += product_expectations(launch, case.dtype, arch)
     elif kernel == "relayout":
         found += relayout_expectations(launch, case.dtype, arch)
@@ -119,15 +135,19 @@ def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "I
     from . import expectations as e
 
     kernel, constants = launch.kernel.__name__, launch.constants
-    sides = ("BLOCK_O", "BLOCK_C") if "wgrad" in kernel else ("BOX_N", "BOX_H", "BOX_W", "BLOCK_J")
+    sides: tuple[str, ...] = ("BLOCK_O", "BLOCK_C") if "wgrad" in kernel else ("BOX_N", "BOX_H", "BOX_W", "BLOCK_J")
+    if kernel in ("small_forward", "small_dgrad"):  # a row at a time
+        sides = ("BOX_N", "BOX_W", "BLOCK_J" if kernel == "small_forward" else "BLOCK_L")
     weights_first = kernel == "small_forward" or (kernel in ("forward", "dgrad") and bool(constants["TMA"]))
     rows = size(constants, *(sides[-1:] if weights_first else sides[:-1]))
     rows = rows if launch.num_warps >= 4 else 0  # two warps, so that mma.sync multiplies
     if matrix := e.matrix_instructions(rows, dtype, arch):
-        yield e.multiplies_with(*matrix[0], reason=matrix[1], loop=kernel != "small_forward")
-    if not kernel.startswith("small"):
+        yield e.multiplies_with(*matrix[0], reason=matrix[1])
+    if not kernel.startswith("small") or (kernel == "small_dgrad" and launch.num_stages > 1):
         yield e.PIPELINED
-    if kernel == "small_wgrad" or (kernel == "wgrad" and (constants.get("TAPS_LAST") or constants["DIAGONAL"])):
+    if kernel in ("small_dgrad", "small_wgrad") or (
+        kernel == "wgrad" and (constants.get("TAPS_LAST") or constants["DIAGONAL"])
+    ):
         return  # rows of few elements, elements nine apart, or a group's part of a row: nothing to write at once
     out = launch.arguments[launch.kernel.arg_names.index({"dgrad": "dx", "wgrad": "dw"}.get(kernel, "y"))]
     assert isinstance(out, Tensor)
@@ -157,17 +177,15 @@ def relayout_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "
 
 
 def row_accesses(constants: "Mapping[str, object]", kernel: str) -> tuple[int, int]:
-    """How many rows of a box's width a depthwise program loads and stores: each image row once for each tap across."""
+    """How many rows of a box's width a depthwise program loads and stores at once: an image row once for each tap."""
     rows = size(constants, "BOX_H")
     steps = size(constants, "STEP_H"), size(constants, "STEP_W")
-    seen = 3 * ((rows - 1) * steps[0] + 3)
     if kernel == "depthwise_forward":
-        return seen, rows
+        return 4 * 3, 4 // steps[0]
     if kernel == "depthwise_wgrad":
-        return rows + seen, 0
+        return rows + 3 * ((rows - 1) * steps[0] + 3), 0
     # A class of pixels meets every STEP-th tap from its own on, and all classes are in the code.
-    down, across = ([(2 - of) // step + 1 for of in range(step)] for step in steps)
-    return sum((rows + taps - 1) * more for taps in down for more in across), rows * steps[0] * steps[1]
+    return 4 * 3 * steps[0], 4 * steps[0] * steps[1]
 
 
 def size(constants: "Mapping[str, object]", *names: str) -> int:

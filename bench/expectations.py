@@ -100,15 +100,15 @@ def vectors(loads: int, stores: int, reason: str) -> Expectation:
     return Expectation("vectors", check, reason)
 
 
-def multiplies_with(*instructions: str, reason: str, loop: bool = True) -> Expectation:
-    """The multiplying loops use one of these matrix instructions; without `loop`, a product that is a single step."""
+def multiplies_with(*instructions: str, reason: str) -> Expectation:
+    """The multiplying loops use one of these matrix instructions."""
     assert set(instructions) <= MATRIX
 
     def check(code: Compiled) -> str | None:
         if not set(instructions) & code.counts.keys():
             return f"no {' or '.join(instructions)} instruction"
         inside = any(found.matrix for found in code.loops)
-        return None if inside or not loop else "matrix instructions, but outside every loop"
+        return None if inside else "matrix instructions, but outside every loop"
 
     return Expectation("matrix instructions", check, reason)
 

@@ -163,8 +163,17 @@ def _conv_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _small_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
-    product = _product(given, "y", 1, _pixels(given) * _size(given, "BLOCK_J", "BLOCK_K"))
-    return product | dict(turns=0, chain=1 + given["HAS_BIAS"])
+    """A row of y a turn, three products."""
+    step = 3 * _size(given, "BOX_N", "BOX_W", "BLOCK_J", "BLOCK_K")
+    return _product(given, "y", given["BOX_H"], step) | dict(chain=1 + given["HAS_BIAS"])
+
+
+def _small_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    """A row of dz a turn. Boxes read two rows and two columns of their neighbours."""
+    rows, columns, size = given["BOX_H"], given["BOX_W"], _itemsize(given, "dx")
+    step = _size(given, "BOX_N", "BOX_W", "BLOCK_L") * 64
+    read = _size(given, "N", "P", "Q", "O") * (rows + 2) / rows * columns / (columns - 2)
+    return _product(given, "dx", rows + 2, step) | dict(l2=size * (read + _size(given, "N", "H", "W", "C")))
 
 
 def _small_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
@@ -173,7 +182,14 @@ def _small_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _depthwise(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
-    return dict(turns=given.get("boxes_per_split", 0), paths=grid[1] if "dx" in given else 1)
+    """Four rows a turn, of forward and dgrad."""
+    dgrad = "dx" in given
+    rows = given["BOX_H"] * (1 if dgrad else given["STEP_H"]) + 2
+    return dict(turns=rows / 4, paths=grid[1] if dgrad else 1)
+
+
+def _depthwise_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    return dict(turns=given["boxes_per_split"])
 
 
 def _relayout(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
@@ -219,10 +235,11 @@ CONV: KernelWork = {
     conv3x3.wgrad: _conv_wgrad,
     conv3x3.spread_weight: _once,
     conv3x3_small.small_forward: _small_forward,
+    conv3x3_small.small_dgrad: _small_dgrad,
     conv3x3_small.small_wgrad: _small_wgrad,
     conv3x3_depthwise.depthwise_forward: _depthwise,
     conv3x3_depthwise.depthwise_dgrad: _depthwise,
-    conv3x3_depthwise.depthwise_wgrad: _depthwise,
+    conv3x3_depthwise.depthwise_wgrad: _depthwise_wgrad,
     relayout.relayout: _relayout,
     common.sum_partials: _sum_partials,
 }

@@ -49,8 +49,9 @@ class Convolution(Product):
         """Tiles across the result's channels, `channels` of them in each group."""
         return cdiv(self.bundle * channels, self.block_j) * cdiv(groups, self.bundle)
 
-    def boxes(self, n: int, p: int, q: int) -> int:
-        return cdiv(n, self.box[0]) * cdiv(p, self.box[1] * self.rows) * cdiv(q, self.box[2])
+    def boxes(self, n: int, p: int, q: int, rim: int = 0) -> int:
+        """How many cover n images of p × q, if neighbours share `rim` columns."""
+        return cdiv(n, self.box[0]) * cdiv(p, self.box[1] * self.rows) * cdiv(q, self.box[2] - rim)
 
 
 @dataclass(frozen=True)
@@ -275,13 +276,28 @@ def small_stages(dtype: str, arch: Arch) -> int:
     return 1 if arch.has_wgmma and (ITEMSIZE[dtype] == 4 or not versions.fences_copies()) else 2
 
 
+def with_rows(
+    settings: Convolution, images: int, columns: int, n: int, p: int, q: int, tiles: int, arch: Arch, *, rim: int = 0,
+    choices: tuple[int, ...] = (32, 16, 8, 4),
+) -> Convolution:  # fmt: skip
+    """The settings, with boxes of as many rows as leave four programs a processor.
+
+    Derived: of two rows each neighbours read both, which is a sixteenth then. tiles: of channels; rim: as in `boxes`.
+    """
+    for rows in choices:
+        settings = replace(settings, box=(images, rows, columns))
+        if settings.boxes(n, p, q, rim) * tiles >= 4 * arch.processors:
+            break
+    return settings
+
+
 @rule
 def choose_small(
     n: int, p: int, q: int, o: int, c: int, dtype: str, arch: Arch, *, wgrad: bool, fused: bool = False
 ) -> Convolution:
-    """Few input channels: one product of 9·c summed elements (of wgrad: columns) for a box of pixels.
+    """Few input channels. Forward: rows of pixels, and three products of 3·c summed elements for each of them.
 
-    fused: wgrad forms dz on load.
+    wgrad: one of 9·c columns for a box of pixels. fused: it forms dz on load.
     """
     k = max(16, power_of_2(9 * c))
     if arch.backend == "interpreter":
@@ -297,15 +313,49 @@ def choose_small(
         if fused:
             pixels, reason = 64, "compiled: dz and its sums fit registers"
     channels = fit(64 if ITEMSIZE[dtype] <= 4 and arch.backend != "interpreter" else 32, o)
-    box = choose_box(pixels, n, p, q, wide=True)
     if not wgrad:
-        return Convolution(pixels, channels, k, warps, 1, reason, box=box, max_registers=unrounded(arch))
+        k = max(16, power_of_2(3 * c))
+        if arch.backend == "cuda" and not arch.has_tma:
+            # Compiled: weights lie in registers; beside twice the pixels they spill, up to 668 bytes.
+            pixels >>= (ITEMSIZE[dtype] == 4) + (k > 16)
+        images, _, columns = choose_box(pixels, n, 1, q, wide=True)
+        chosen = Convolution(pixels, channels, k, warps, 1, reason, max_registers=unrounded(arch))
+        return with_rows(chosen, images, columns, n, p, q, cdiv(o, channels), arch)
+    box = choose_box(pixels, n, p, q, wide=True)
     stages = small_stages(dtype, arch)
     chosen = Convolution(channels, k, pixels, warps, stages, reason, box=box, max_registers=unrounded(arch))
     boxes = chosen.boxes(n, p, q)
     # Derived: four programs a processor hide each other's gathers; splits of under four boxes mostly write results.
     splits = max(1, min(4 * arch.processors // cdiv(o, channels), cdiv(boxes, 4)))
     return replace(chosen, splits=even_splits(boxes, splits))
+
+
+@rule
+def choose_small_dgrad(
+    n: int, h: int, w: int, o: int, dtype: str, precision: str, arch: Arch, *, tma: bool
+) -> Convolution:
+    """dx of few input channels, n images of h × w: rows of dz, one after the other, times nine taps of four channels.
+
+    A descriptor's box is a line of columns: of others a reshape would send dz through registers (`conv3x3.convolve`).
+    """
+    block_l = fit(128, o)
+    if arch.backend == "interpreter":
+        pixels, warps, stages, reason = 32, 1, 1, INTERPRETED
+    else:
+        # Compiled: of longer rows a thread holds more weights, and spills beside the products of 128 pixels on sm_80.
+        pixels = 128 if block_l * ITEMSIZE[dtype] <= 128 else 64
+        warps, reason = 4, "derived: 16 KB a stage: three in flight, of each of two programs a processor or more"
+        stages = 2 if arch.backend == "hip" else 4
+    tma = tma and arch.has_tma
+    if not tma:
+        stages = stages if small_stages(dtype, arch) > 1 else 1
+    narrowest = min(64, pixels) if tma else 8
+    widths = [k for k in (128, 64, 32, 16, 8) if narrowest <= k <= pixels]
+    columns = min(widths, key=lambda columns: cdiv(w, columns - 2) * columns)
+    images = 1 if tma else pixels // columns
+    pixels = images * columns
+    chosen = Convolution(pixels, 64, block_l, warps, stages, reason, tma=tma, max_registers=unrounded(arch))
+    return with_rows(chosen, images, columns, n, h, w, 1, arch, rim=2)
 
 
 @rule
@@ -316,9 +366,11 @@ def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, 
     else:
         threads = 256 if arch.backend == "hip" else 128
         elements, rows = threads * max(4, 16 // ITEMSIZE[dtype]), 4
-        reason = "compiled: 16 bytes a thread to a row; four rows share what they read, 18 loads instead of 36"
-        if not last or (wgrad and ITEMSIZE[dtype] == 8):
-            elements //= 2  # compiled: nine weights of each of 8 channels a thread, or sums of two registers, spill
+        reason = "compiled: 16 bytes a thread to a row; rows share what they read"
+        if not last or (wgrad and ITEMSIZE[dtype] == 8) or c % (16 // ITEMSIZE[dtype]):
+            # Compiled: nine weights of each of 8 channels a thread, or sums of two registers, or rows of single
+            # elements spill.
+            elements //= 2
     if last:
         channels = min(power_of_2(c), 64)
         images, _, columns = choose_box(elements // channels, n, 1, q)
@@ -328,15 +380,13 @@ def choose_depthwise(n: int, p: int, q: int, c: int, dtype: str, arch: Arch, *, 
         images = elements // columns // channels
     box = (images, min(rows, power_of_2(p)), columns)
     chosen = Convolution(images * columns, channels, 1, 4, 1, reason, box=box, max_registers=unrounded(arch))
-    boxes, tiles = chosen.boxes(n, p, q), cdiv(c, channels)
-    # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results. What
-    # writes none loads its weights once for eight boxes at most, so that the end is even.
-    splits = (
-        min(4 * arch.processors // tiles, cdiv(boxes, 4))
-        if wgrad
-        else max(cdiv(boxes, 8), 16 * arch.processors // tiles)
-    )
-    return replace(chosen, splits=even_splits(boxes, max(1, min(splits, boxes))))
+    if not wgrad:
+        # What begins and ends a box's rows makes fours of them.
+        return with_rows(chosen, images, columns, n, p, q, cdiv(c, channels), arch, choices=(30, 14, 6))
+    boxes = chosen.boxes(n, p, q)
+    # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results.
+    splits = max(1, min(4 * arch.processors // cdiv(c, channels), cdiv(boxes, 4)))
+    return replace(chosen, splits=even_splits(boxes, splits))
 
 
 @rule

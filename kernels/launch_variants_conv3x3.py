@@ -28,7 +28,16 @@ from .launch_conv3x3 import (
     two_rows,
     unrounded,
 )
-from .launch_moves import LONGEST, RESULT, other_registers, other_stages, other_warps, registers, resized
+from .launch_moves import (
+    LONGEST,
+    RESULT,
+    halved_or_doubled,
+    other_registers,
+    other_stages,
+    other_warps,
+    registers,
+    resized,
+)
 
 DEEPEST = 192  # registers a thread may keep of wgrad's results: three of 128×128 with 8 warps
 
@@ -144,28 +153,59 @@ def around_conv_wgrad(
         yield from settled(other)
 
 
+def other_rows(s: Convolution) -> Iterator[Convolution]:
+    for rows in halved_or_doubled(s.box[1], 1, LONGEST):
+        yield replace(s, box=(s.box[0], rows, s.box[2]))
+
+
 def around_small(
     s: Convolution, n: int, p: int, q: int, o: int, c: int, dtype: str, arch: Arch, wgrad: bool, fused: bool = False
 ) -> Iterator[Convolution]:
-    pixels, channels, k = ("block_l", "block_i", s.block_j) if wgrad else ("block_i", "block_j", s.block_l)
+    if not wgrad:
+        images, rows, columns = s.box
+        others = [
+            *other_rows(s),
+            *other_warps(s, arch),
+            *resized(s, "block_j", 16, fit(128, o)),
+            *other_registers(s, arch),
+        ]
+        if columns > 1:
+            others.append(replace(s, box=(images * 2, rows, columns // 2)))
+        if images > 1:
+            others.append(replace(s, box=(images // 2, rows, columns * 2)))
+        for other in others:
+            if registers(other.block_i * other.block_j, dtype, other.num_warps, arch) <= RESULT:
+                yield other
+        return
     most = max(1, WORKSPACE // (max(ITEMSIZE[dtype], 4) * 9 * o * c))
     others = [
         *other_warps(s, arch),
-        *resized(s, pixels, 16, 256),
-        *resized(s, channels, 16, fit(128, o)),
+        *resized(s, "block_l", 16, 256),
+        *resized(s, "block_i", 16, fit(128, o)),
         *other_boxes(s, n, p, q),
         *other_registers(s, arch),
+        *resized(s, "splits", 1, most),
+        *(other_stages(s, arch) if small_stages(dtype, arch) > 1 else []),
     ]
-    if wgrad:
-        others += [*resized(s, "splits", 1, most), *(other_stages(s, arch) if small_stages(dtype, arch) > 1 else [])]
     for other in others:
-        other = boxed(other, pixels, n, p, q, wide=True)
-        size = getattr(other, pixels)
-        tile = max(size * k, size * getattr(other, channels), k * getattr(other, channels))
+        other = boxed(other, "block_l", n, p, q, wide=True)
+        i, j, l = other.block_i, other.block_j, other.block_l
         stages = min(other.num_stages, stages_in_memory(other, ITEMSIZE[dtype], arch))
-        if stages >= 1 and registers(tile, dtype, other.num_warps, arch) <= RESULT:
+        if stages >= 1 and registers(max(i * j, i * l, j * l), dtype, other.num_warps, arch) <= RESULT:
             boxes = other.boxes(n, p, q)
             yield replace(other, num_stages=stages, splits=even_splits(boxes, min(other.splits, boxes)))
+
+
+def around_small_dgrad(
+    s: Convolution, n: int, h: int, w: int, o: int, dtype: str, precision: str, arch: Arch, tma: bool
+) -> Iterator[Convolution]:
+    yield from other_rows(s)
+    yield from other_warps(s, arch)
+    yield from other_registers(s, arch)
+    if s.num_stages > 1:
+        for other in other_stages(s, arch):
+            if other.num_stages <= stages_in_memory(s, ITEMSIZE[dtype], arch):
+                yield other
 
 
 def around_depthwise(
@@ -173,7 +213,8 @@ def around_depthwise(
 ) -> Iterator[Convolution]:
     """Of a program's elements, and of its columns, channels, images and rows; block_i is images × columns."""
     (images, rows, columns), channels = s.box, s.block_j
-    shapes = [(images, r, columns, channels) for r in (rows // 2, rows * 2) if 1 <= r <= min(8, power_of_2(p))]
+    most_rows = min(8 if wgrad else 64, power_of_2(p))
+    shapes = [(images, r, columns, channels) for r in (rows // 2, rows * 2) if 1 <= r <= most_rows]
     for factor in (1, 2):  # what is taken off one side is given to another, or to none
         shapes += [
             (images // 2, rows, columns * factor, channels),
@@ -216,6 +257,7 @@ AROUND: dict[str, Callable[..., Iterator[Any]]] = {
     "choose_conv": around_conv,
     "choose_conv_wgrad": around_conv_wgrad,
     "choose_small": around_small,
+    "choose_small_dgrad": around_small_dgrad,
     "choose_depthwise": around_depthwise,
     "choose_relayout": around_relayout,
 }

@@ -48,6 +48,7 @@ CASES = {
     "one pixel": Case((1, 1, 1, 1), 1, padding=(1, 1)),
     "image": Case((2, 3, 9, 9), 8, padding=(1, 1), activation="sigmoid"),
     "strided image": Case((2, 3, 7, 6), 18, (2, 2), (1, 1)),
+    "wide image": Case((3, 4, 9, 34), 12, padding=(2, 1)),
     "dense": Case((2, 12, 3, 6), 16, padding=(1, 1), activation="sigmoid"),
     "many channels": Case((1, 34, 4, 3), 20, padding=(1, 1), bias=False),
     "many pixels": Case((2, 8, 16, 9), 8, padding=(1, 1), activation="sigmoid"),

@@ -66,10 +66,13 @@ QUICK: dict[str, Case] = {
     "conv, groups taken apart": Apart(64, 16),
     "conv, image": conv((2, 3, 16, 12), 72, sigmoid=True, needs="wb"),
     "conv, image, no activation": conv((2, 3, 9, 12), 40, needs="wb", dtype=HALF),
+    "conv, dx of an image": conv((2, 3, 9, 140), 40, needs="x"),
+    "conv, dx of an image, even pitch": conv((2, 2, 5, 9), 6, needs="x"),
+    "conv, dx of an NCHW image": conv((5, 4, 7, 12), 6, padding=(2, 0), x=images.contiguous, w=images.contiguous),
     "conv, NCHW image, float32": conv(
         (2, 3, 9, 12), 20, stride=2, x=images.contiguous, w=images.contiguous, bias=False, needs="w", dtype=SINGLE
     ),
-    "conv, depthwise": conv((6, 72, 9, 11), 72, groups=72),
+    "conv, depthwise": conv((6, 72, 17, 11), 72, groups=72, stride=(2, 1), processors=108),  # boxes below each other
     "conv, NCHW depthwise, float32": conv(
         (2, 8, 8, 16), 8, groups=8, x=images.contiguous, stride=(1, 2), sigmoid=True, bias=False, dtype=SINGLE
     ),
@@ -104,7 +107,11 @@ SLOW: dict[str, Case] = {
     "linear, many rows": Linear((4099, 10, 40)),
     "linear, long sum": Linear((136, 136, 2056), needs="xw"),
     "conv, 3 columns": conv((2, 24, 9, 10), 3, sigmoid=True),
-    "conv, dx of an image": conv((2, 3, 9, 12), 24, stride=2),
+    "conv, dx of an image, stride 2": conv((2, 3, 9, 12), 24, stride=2),
+    "conv, dx of an image, float32": conv((2, 3, 40, 70), 24, needs="x", dtype=SINGLE),
+    "conv, dx of an image, tf32": conv((1, 1, 9, 70), 64, needs="x", dtype=SINGLE, tf32=True),
+    "conv, dx of an image, 128 channels": conv((1, 2, 6, 70), 128, padding=(1, 2), needs="x", dtype=HALF),
+    "conv, dx of an image, far padding": conv((2, 3, 3, 5), 24, padding=(4, 3), needs="x", dtype=SINGLE),
     "conv, far padding": conv((2, 16, 3, 5), 24, padding=(4, 3)),
     "conv, one pixel": conv((3, 16, 1, 1), 16),
     "conv, 256 columns": conv((2, 40, 16, 16), 264, needs="xw"),

@@ -199,6 +199,28 @@ def test_few_input_channels(c: int, last: bool, kernels: str) -> None:
     assert_close(db, sums, scale=terms(dz))
 
 
+@pytest.mark.parametrize("c", range(1, 5))
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
+@pytest.mark.filterwarnings("ignore:.*encountered in")
+def test_dx_of_few_input_channels(c: int, tma: bool, kernels: str) -> None:
+    """Boxes that end within rows and columns, and an infinity at their rim, which reaches nine pixels of dx."""
+    dtype, last = (torch.float16, torch.bfloat16, torch.float32)[c % 3], c in (2, 3)
+    window, o = Window((1, 1), (c % 3, 4 - c), 1), 16 if tma else 5 + c
+    w, dx = tensor((o, c, 3, 3), dtype, kernels, c % 2 == 0) / 3, nan_like(tensor((3, c, 11, 19), dtype, kernels, last))
+    dy = tensor((3, o, 9 + 2 * (c % 3), 17 + 2 * (4 - c)), dtype, kernels, tma)
+    dy[1, 4, 5, 7] = torch.inf
+    s = replace(BASE, block_i=16, block_j=64, box=(1, 4, 16) if tma else (2, 4, 8), tma=tma, num_warps=1, num_stages=1)
+    *_, launch = run(ops.backward(dy, None, w, None, window, arch(dx), False, dx, None, None, settings=s))
+    assert launch.kernel.__name__ == "small_dgrad"
+    exact, _, _ = conv3x3_backward(
+        dy.double().cpu(), None, w.double().cpu(), None, dx.shape, window, (True, False, False)
+    )
+    assert exact is not None
+    assert (~exact.isfinite()).sum() == 9 * c
+    assert torch.equal(dx.isfinite().cpu(), exact.isfinite())
+    assert_close(dx.cpu().nan_to_num(0, 0, 0), exact.nan_to_num(0, 0, 0))
+
+
 @pytest.mark.parametrize(
     ("stride", "last", "rows"),
     cover(

@@ -104,14 +104,14 @@ def test_depthwise_has_to_read_and_write_16_bytes_a_thread(target: str) -> None:
 
 def test_rows_of_a_depthwise_box_are_counted_by_hand() -> None:
     box = dict(BOX_H=4, STEP_H=1, STEP_W=1)
-    assert row_accesses(box, "depthwise_forward") == (6 * 3, 4)  # rows −1 … 4 under three taps
-    assert row_accesses(box, "depthwise_dgrad") == (6 * 3, 4)
+    assert row_accesses(box, "depthwise_forward") == (4 * 3, 4)  # four rows under three taps, each of which ends one
+    assert row_accesses(box, "depthwise_dgrad") == (4 * 3, 4)
     assert row_accesses(box, "depthwise_wgrad") == (4 + 6 * 3, 0)
     two = dict(BOX_H=4, STEP_H=2, STEP_W=2)
-    assert row_accesses(two, "depthwise_forward") == (9 * 3, 4)  # rows −1 … 7
+    assert row_accesses(two, "depthwise_forward") == (4 * 3, 2)  # every other row ends one
     assert row_accesses(two, "depthwise_wgrad") == (4 + 9 * 3, 0)
-    # Even rows meet tap 1 of one row each, odd ones taps 0 and 2 of two; columns likewise.
-    assert row_accesses(two, "depthwise_dgrad") == ((4 + 5) * (1 + 2), 4 * 4)
+    # Of four classes each reads four rows; even columns meet tap 1, odd ones taps 0 and 2.
+    assert row_accesses(two, "depthwise_dgrad") == (4 * (1 + 2) * 2, 4 * 4)
 
 
 @pytest.mark.parametrize("target", ARCHS)
@@ -141,14 +141,14 @@ def test_settings_are_shown_in_words() -> None:
     assert {"has_y", "channels→channels"} <= set(shown(ConvCase(FEW[0], BF16, sigmoid=True), "dgrad"))
 
 
-def test_a_single_step_needs_no_loop_but_the_instruction() -> None:
+def test_a_product_multiplies_in_its_loop() -> None:
     inside = Compiled("sm_90", "forward", "", {}, 1000, counts={"HGMMA": 4}, loops=(Loop(4, 2, 4, True, 0),))
-    alone = Compiled("sm_90", "small_forward", "", {}, 1000, counts={"HGMMA": 4})
-    without = Compiled("sm_90", "small_forward", "", {}, 1000, counts={"FFMA": 4})
-    single, looped = multiplies_with("HGMMA", reason="", loop=False), multiplies_with("HGMMA", reason="")
-    assert broken(inside, [single, looped]) == broken(alone, [single]) == []
-    assert broken(alone, [looped]) == ["matrix instructions: matrix instructions, but outside every loop ()"]
-    assert len(broken(without, [single])) == 1
+    alone = Compiled("sm_90", "forward", "", {}, 1000, counts={"HGMMA": 4})
+    without = Compiled("sm_90", "forward", "", {}, 1000, counts={"FFMA": 4})
+    expected = [multiplies_with("HGMMA", reason="")]
+    assert broken(inside, expected) == []
+    assert broken(alone, expected) == ["matrix instructions: matrix instructions, but outside every loop ()"]
+    assert len(broken(without, expected)) == 1
 
 
 def test_what_is_asked_of_a_products_tile() -> None:

@@ -60,6 +60,7 @@ def _ask_products(dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -
 
 def _ask_convolutions(dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -> None:
     for n, p, q, o, c in IMAGES:
+        conv.choose_small_dgrad(n, p, q, min(o, 256 // ITEMSIZE[dtype]), dtype, precision, arch, tma=tma)
         for spare in (0, 1 << 40):
             conv.choose_conv_wgrad(n, p, q, o, c, 1, 1, dtype, precision, arch, vec=vec, tma=tma, spare=spare)
         for classes, whole, wide in ((1, False, False), (1, True, False), (4, False, True)):
@@ -148,23 +149,38 @@ def _check_memory(s: Product, size: int, arch: Arch, block_j: int, extra: int = 
 
 
 def _check_convolution(rule: str, facts: Mapping[str, Any], s: Convolution, arch: Arch) -> None:
+    size = ITEMSIZE[facts["dtype"]]
+    if rule == "choose_small_dgrad":
+        assert s.block_i == s.box[0] * s.box[2] >= 16
+        assert s.box[2] > 2, "a box's last two columns are the next one's"
+        assert (s.block_j, s.splits) == (64, 1)
+        assert s.block_l >= facts["o"], "one step"
+        assert not s.tma or (facts["tma"] and arch.has_tma and s.box[0] == 1), "a line"
+        copies = s.num_stages - (not arch.has_tma) if s.num_stages > 1 else 0
+        assert copies * s.block_i * s.block_l * size < arch.shared_memory - 16 * 1024, "weights, and what is exchanged"
+        return
     n, p, q = facts["n"], facts["p"], facts["q"]
     boxes = s.boxes(n, p, q)
     each = cdiv(boxes, s.splits)
     assert each * (s.splits - 1) < boxes <= each * s.splits
     assert max(s.box) <= 256
-    size = ITEMSIZE[facts["dtype"]]
     if rule == "choose_depthwise":
         assert s.block_i == s.box[0] * s.box[2]
-        assert s.box[1] <= 8, "rows are unrolled"
+        assert s.box[1] <= (8 if facts["wgrad"] else 64), "rows are unrolled"
         return
     wgrad = rule == "choose_conv_wgrad" or facts.get("wgrad", False)
-    assert prod(s.box) == (s.block_l if wgrad else s.block_i)
     assert min(s.block_i, s.block_j, s.block_l) >= 16
     if rule == "choose_small":
-        assert (s.block_j if wgrad else s.block_l) == 32, "nine taps of three channels"
         assert not s.tma
+        if wgrad:
+            assert s.block_j == 32, "nine taps of three channels"
+            assert prod(s.box) == s.block_l
+        else:
+            assert s.block_l == 16, "a row of three taps of three channels"
+            assert s.box[0] * s.box[2] == s.block_i
         return
+    size = ITEMSIZE[facts["dtype"]]
+    assert prod(s.box) == (s.block_l if wgrad else s.block_i)
     if s.rows > 1:  # a turn's taps of one column, and the rows that they meet
         assert s.box[1] == 1
         _check_memory(s, size, arch, 3 * s.block_j, extra=(s.rows + 1) * s.block_i * s.block_l)
