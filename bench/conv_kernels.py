@@ -99,7 +99,7 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> "Sequence[Expe
     found: list[Expectation] = []
     if kernel in ("forward", "dgrad", "wgrad", "small_forward", "small_wgrad"):
         found += product_expectations(launch, case.dtype, arch)
-    elif kernel == "relayout":
+    elif kernel in ("relayout", "pack"):
         found += relayout_expectations(launch, case.dtype, arch)
     elif kernel.startswith("depthwise"):
         loads, stores = row_accesses(constants, kernel)
@@ -147,12 +147,14 @@ def relayout_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "
         return
 
     def aligned(side: str, channels: str) -> bool:
-        inner = channels if constants[f"{side}_CHANNELS"] else "VEC_P" if constants[f"{side}_PIXELS"] else ""
-        return bool(inner) and whole(constants, dtype, inner, f"{side}_VEC")
+        inner = channels if constants[f"{side}CHANNELS"] else "VEC_P" if constants[f"{side}PIXELS"] else ""
+        return bool(inner) and whole(constants, dtype, inner, f"{side}VEC")
 
-    if aligned("SRC", "VEC_C") and (not constants["HAS_Y"] or aligned("Y", "VEC_C")):
+    packs = launch.kernel.__name__ == "pack"
+    sources = [""] if packs else ["SRC_", "Y_"] if constants["HAS_Y"] else ["SRC_"]
+    if all(aligned(side, "VEC_C") for side in sources):
         yield wide("loads", 128, "what is contiguous is a multiple of 16 bytes")
-    if constants["WRITE_DST"] and aligned("DST", "VEC_DST"):
+    if whole(constants, dtype, "VEC_DST") if packs else constants["WRITE_DST"] and aligned("DST_", "VEC_DST"):
         yield wide("stores", 128, "what is contiguous is a multiple of 16 bytes")
 
 

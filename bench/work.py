@@ -167,6 +167,11 @@ def _relayout(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     return dict(turns=given["tiles_per_program"], step=step, chain=0)
 
 
+def _pack(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    """Of the images; a weight beside them is small."""
+    return dict(turns=given["tiles"], step=_size(given, "BLOCK_P", "BLOCK_C") * _itemsize(given, "src"), chain=0)
+
+
 def _once(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     return {}
 
@@ -210,5 +215,6 @@ CONV: KernelWork = {
     conv3x3_depthwise.depthwise_dgrad: _depthwise,
     conv3x3_depthwise.depthwise_wgrad: _depthwise,
     relayout.relayout: _relayout,
+    relayout.pack: _pack,
     common.sum_partials: _sum_partials,
 }

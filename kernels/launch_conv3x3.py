@@ -303,7 +303,8 @@ def choose_relayout(n: int, p: int, c: int, dtype: str, arch: Arch) -> Relayout:
     """A pass over n images of p pixels and c channels."""
     if arch.backend == "interpreter":
         return Relayout(32, 32, 2, 1, INTERPRETED)
-    block_c = min(64, max(8, power_of_2(c)))
+    # Compiled: 64 channels of a weight take 72 registers, for its taps make no wide access; images beside it take 56.
+    block_c = min(64 if p > 9 else 32, max(8, power_of_2(c)))
     block_p = min(2048 // block_c, max(16, power_of_2(p)))
     if ITEMSIZE[dtype] == 8:
         block_p = max(1, block_p // 2)
