@@ -88,7 +88,7 @@ def describe(launch: Launch) -> str:
 def _window(given: Mapping[str, Any]) -> Iterator[str]:
     if "BOX_N" in given:
         yield "box" + "×".join(str(given[f"BOX_{side}"]) for side in "NHW")
-    if max(steps := (given.get("STEP_H", 1), given.get("STEP_W", 1))) > 1:
+    if max(steps := [given.get(f"STEP_{side}", given.get(f"step_{side.lower()}", 1)) for side in "HW"]) > 1:
         yield "step{}×{}".format(*steps)
     for name in ("TAPS", "BUNDLE"):
         if given.get(name, 1) > 1:

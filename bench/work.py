@@ -128,7 +128,7 @@ def _convolve(given: Given, grid: tuple[int, ...], operand: str, length: int, st
         else _product(given, operand, turns, step, (taps,))
     )
     written = _pixels(given) * given["BLOCK_J"] * _itemsize(given, operand)
-    return product | dict(paths=steps[0] * steps[1], l2=math.prod(grid) * (taps * turns * read + written))
+    return product | dict(l2=math.prod(grid) * (taps * turns * read + written))
 
 
 def _conv_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _conv_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _conv_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
-    return _convolve(given, grid, "dx", _size(given, "BUNDLE", "OG"), (given["STEP_H"], given["STEP_W"]))
+    return _convolve(given, grid, "dx", _size(given, "BUNDLE", "OG"), (given["step_h"], given["step_w"]))
 
 
 def _conv_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:

@@ -69,7 +69,6 @@ def forward(
     constants = dict(
         HAS_BIAS=b is not None, SIGMOID=activation == "sigmoid", ACCURATE=x.dtype == torch.float32,
         PTX=arch.backend != "hip", ACC=acc, LAST=ys.last, VEC_STORE=ys.vec,
-        STEP_H=window.stride[0], STEP_W=window.stride[1],
     )  # fmt: skip
     b = None if b is None else b.contiguous()
     way = way_of(c, o, window.groups, x)
@@ -79,7 +78,7 @@ def forward(
         per_split = cdiv(s.boxes(n, p, q), s.splits)
         grid = s.splits * cdiv(o, s.block_j)
         arguments = (xs.tensor, w, b, y, *sizes, o, *window.padding, *xs.strides, *ys.strides, per_split)
-        constants |= dict(VEC=xs.vec, BLOCK_C=s.block_j)
+        constants |= dict(STEP_H=window.stride[0], STEP_W=window.stride[1], VEC=xs.vec, BLOCK_C=s.block_j)
         yield _launch(conv3x3_depthwise.depthwise_forward, (grid,), arguments, constants, s)
         return
     if way == "small":
@@ -87,7 +86,10 @@ def forward(
         s = settings or choose_small(n, p, q, o, c, dtype, arch, wgrad=False)
         grid = s.boxes(n, p, q) * cdiv(o, s.block_j)
         arguments = (x, w, b, y, *sizes, o, *window.padding, *x.stride(), *ys.strides)
-        constants |= dict(C=c, TAPS_LAST=w.is_contiguous(), PRECISION=precision, BLOCK_J=s.block_j, BLOCK_K=s.block_l)
+        constants |= dict(
+            STEP_H=window.stride[0], STEP_W=window.stride[1],
+            C=c, TAPS_LAST=w.is_contiguous(), PRECISION=precision, BLOCK_J=s.block_j, BLOCK_K=s.block_l,
+        )  # fmt: skip
         yield _launch(conv3x3_small.small_forward, (grid,), arguments, constants, s)
         return
     groups, og = window.groups, o // window.groups
@@ -109,7 +111,7 @@ def forward(
         xs.argument(s.tma, s.box, s.block_l, precision, window.stride),
         _weight_argument(ws, s.tma, s.block_j, s.block_l, precision),
         *((xs.tensor, ws.tensor) if bundle > 1 else (None, None)), b, y,
-        *sizes, groups, og, cg, *window.padding, *_without_channels(xs), *ys.strides,
+        *sizes, groups, og, cg, *window.padding, *window.stride, *_without_channels(xs), *ys.strides,
     )  # fmt: skip
     constants |= _dense_constants(s, precision, vec, ws.vec, _bundle_vec(ys, groups, bundle))
     yield _launch(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, constants, s)
@@ -210,12 +212,12 @@ def _dense_dgrad(
         dz.argument(s.tma, s.box, s.block_l, precision),
         _weight_argument(ws, s.tma, *((s.block_j, s.block_l) if along else (s.block_l, s.block_j)), precision),
         *((dz.tensor, ws.tensor) if bundle > 1 else (None, None)), dx,
-        n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding,
+        n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding, sh, sw,
         *_without_channels(dz), *out.strides,
     )  # fmt: skip
     vec_store = 1 if sw == 2 and not out.last else _bundle_vec(out, groups, bundle)
     constants = dict(
-        W_TRANSPOSED=along, STEP_H=sh, STEP_W=sw, ACC=acc, LAST=out.last,
+        W_TRANSPOSED=along, ACC=acc, LAST=out.last,
         **_dense_constants(s, precision, vec, ws.vec, vec_store),
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * s.columns(c // groups, groups), sh * sw)
@@ -246,10 +248,11 @@ def _dense_wgrad(
         dz.argument(s.tma, s.box, s.block_i, precision),
         xs.argument(s.tma, s.box, s.block_j, precision, window.stride), shares, sums,
         n, *x.shape[2:], p, q, groups, og, cg, dz.tensor.shape[1] // groups, xs.tensor.shape[1] // groups,
-        *window.padding, *_without_channels(dz), *_without_channels(xs), cdiv(s.boxes(n, p, q), s.splits),
+        *window.padding, *window.stride, *_without_channels(dz), *_without_channels(xs),
+        cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
     constants = dict(
-        WRITE_DB=sums is not None, TAPS=s.taps, STEP_H=window.stride[0], STEP_W=window.stride[1],
+        WRITE_DB=sums is not None, TAPS=s.taps,
         DIAGONAL=bundle > 1, BUNDLE=bundle, TMA=s.tma, X_FIRST=s.x_first, TAPS_LAST=s.splits == 1 and not in_order,
         ACC=acc, PRECISION=precision, VEC_O=vec_o, VEC_C=vec_c, VEC_STORE=vector_length(shares.element_size(), cg),
         BLOCK_O=s.block_i, BLOCK_C=s.block_j,
