@@ -99,8 +99,16 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> "Sequence[Expe
     found: list[Expectation] = []
     if kernel in ("forward", "dgrad", "wgrad", "small_forward", "small_wgrad"):
         found += product_expectations(launch, case.dtype, arch)
-    elif kernel in ("relayout", "pack"):
+    elif kernel == "relayout":
         found += relayout_expectations(launch, case.dtype, arch)
+    elif kernel == "pack":
+        share = tile_bytes(constants, case.dtype, "BLOCK_P", "BLOCK_C") // (16 * threads(launch, arch))
+        inner = "VEC_C" if constants["CHANNELS"] else "VEC_P"
+        loads = share if constants["CHANNELS"] or constants["PIXELS"] else 0
+        loads = loads if whole(constants, case.dtype, "VEC", inner) else 0
+        stores = share if whole(constants, case.dtype, "VEC_DST") else 0
+        if loads + stores:
+            found.append(e.vectors(loads, stores, "16 bytes a thread, of every tile of an image"))
     elif kernel.startswith("depthwise"):
         loads, stores = row_accesses(constants, kernel)
         across = tile_bytes(constants, case.dtype, "BOX_N", "BOX_W", "BLOCK_C") // (16 * threads(launch, arch))
@@ -147,14 +155,12 @@ def relayout_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "
         return
 
     def aligned(side: str, channels: str) -> bool:
-        inner = channels if constants[f"{side}CHANNELS"] else "VEC_P" if constants[f"{side}PIXELS"] else ""
-        return bool(inner) and whole(constants, dtype, inner, f"{side}VEC")
+        inner = channels if constants[f"{side}_CHANNELS"] else "VEC_P" if constants[f"{side}_PIXELS"] else ""
+        return bool(inner) and whole(constants, dtype, inner, f"{side}_VEC")
 
-    packs = launch.kernel.__name__ == "pack"
-    sources = [""] if packs else ["SRC_", "Y_"] if constants["HAS_Y"] else ["SRC_"]
-    if all(aligned(side, "VEC_C") for side in sources):
+    if aligned("SRC", "VEC_C") and (not constants["HAS_Y"] or aligned("Y", "VEC_C")):
         yield wide("loads", 128, "what is contiguous is a multiple of 16 bytes")
-    if whole(constants, dtype, "VEC_DST") if packs else constants["WRITE_DST"] and aligned("DST_", "VEC_DST"):
+    if constants["WRITE_DST"] and aligned("DST", "VEC_DST"):
         yield wide("stores", 128, "what is contiguous is a multiple of 16 bytes")
 
 

@@ -80,8 +80,8 @@ def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False) -> Bo
         sizes = [1 << k for k in range(pixels.bit_length())]
         shapes = sorted(((r, c) for c in sizes for r in sizes), key=lambda shape: shape[::-1], reverse=True)
     else:
-        shapes = [(1, 8), (pixels // 8, 8), (4, 4), (1, 1), (2, 1)]
-    boxes = [(pixels // (rows * cols), rows, cols) for rows, cols in shapes if rows * cols <= pixels]
+        shapes = [(1, 8), (pixels // 8, 8), (4, 4), (1, 1), (2, 1), (1, pixels), (pixels, 1)]
+    boxes = [(pixels // (rows * cols), rows, cols) for rows, cols in shapes if 0 < rows * cols <= pixels]
 
     def covered(box: Box) -> int:
         return cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2])

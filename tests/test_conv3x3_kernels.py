@@ -398,13 +398,13 @@ def test_descriptors_step_over_whole_channels_where_others_follow(l: int) -> Non
 
 def test_boxes_cover_with_little_outside() -> None:
     for pixels in (16, 64, 128, 256):
-        for n, p, q in ((1, 1, 1), (256, 56, 56), (64, 7, 7), (3, 33, 29), (1, 224, 224), (5, 1, 300)):
+        for n, p, q in ((1, 1, 1), (256, 56, 56), (64, 7, 7), (3, 33, 29), (1, 224, 224), (5, 1, 300), (1, 300, 1)):
             for wide in (False, True):
                 box = choose_box(pixels, n, p, q, wide=wide)
                 assert box[0] * box[1] * box[2] == pixels
                 covered = cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2]) * pixels
                 assert covered < 2 * n * p * q + 2 * pixels
-    assert choose_box(128, 256, 56, 56, wide=False) == (2, 8, 8)  # 56 = 7·8: nothing lies outside
+    assert choose_box(128, 256, 56, 56, wide=False) == (16, 1, 8)  # 56 = 7·8: nothing lies outside
     assert choose_box(128, 256, 7, 7, wide=False) == (128, 1, 1)
 
 

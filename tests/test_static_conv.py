@@ -38,8 +38,8 @@ BAD: dict[str, tuple[str, str, dict[str, Any]]] = {  # the good one it spoils, t
     "conv, float32 without TF32": ("good conv", "matrix instructions", dict(PRECISION="ieee", single=True)),
     "few channels without TF32": ("good few channels", "matrix instructions", dict(PRECISION="ieee")),
     "depthwise, narrow load": ("good depthwise", "vectors", dict(VEC=1)),
-    "pack, narrow load": ("good pack", "wide loads", dict(VEC_P=1)),
-    "pack, narrow store": ("good pack", "wide stores", dict(VEC_DST=1)),
+    "pack, narrow load": ("good pack", "vectors", dict(VEC_P=1)),
+    "pack, narrow store": ("good pack", "vectors", dict(VEC_DST=1)),
     "relayout, narrow load": ("good relayout", "wide loads", dict(VEC_P=1)),
     "relayout, narrow store": ("good relayout", "wide stores", dict(VEC_DST=1)),
 }
@@ -88,9 +88,9 @@ def test_products_have_to_be_on_tensor_cores_pipelined_and_written_in_whole_vect
     for direction in ("forward", "dgrad", "wgrad"):
         assert (direction, whole) in names(DENSE, direction, target)
     columns = whole - ({"wide stores"} if target == "gfx942" else set())
-    whole_vectors = {"wide loads", "wide stores"}
-    assert names(LAST_COLUMNS, "forward", target)[0] == ("pack", whole_vectors)
-    assert names(replace(LAST_COLUMNS, sigmoid=True), "backward", target)[0] == ("relayout", whole_vectors)
+    assert names(LAST_COLUMNS, "forward", target)[0] == ("pack", {"vectors"})
+    relayout = ("relayout", {"wide loads", "wide stores"})
+    assert names(replace(LAST_COLUMNS, sigmoid=True), "backward", target)[0] == relayout
     assert names(LAST_COLUMNS, "forward", target)[-1] == ("forward", columns)
     few = ConvCase((256, 3, 64, 224, 224), BF16)
     assert names(few, "forward", target) == [("small_forward", {"matrix instructions", "wide stores"})]
