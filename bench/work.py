@@ -78,19 +78,26 @@ def _product(given: Given, operand: str, turns: float, step: int, outer: tuple[f
                 bits=8 * _itemsize(given, operand))  # fmt: skip
 
 
+def _turns(given: Given, length: int, block: str) -> int:
+    """Of a product's loop. Where it prefetches by hand, what is left of the sum comes before it."""
+    return length // given[block] if given["PREFETCH"] else cdiv(length, given[block])
+
+
 def _linear_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     m, n, k, size = given["M"], given["N"], given["K"], _itemsize(given, "x")
     rows, cols = cdiv(m, given["BLOCK_M"]), cdiv(n, given["BLOCK_N"])
     outer = (cdiv(rows * cols, grid[0]),) if given["PERSISTENT"] else ()
     product = _product(given, "x", cdiv(k, given["BLOCK_K"]), _size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"), outer)
-    return product | dict(l2=size * (m * k * cols + n * k * rows + m * n), chain=1 + given["HAS_BIAS"])
+    turns = _turns(given, k, "BLOCK_K")
+    return product | dict(turns=turns, l2=size * (m * k * cols + n * k * rows + m * n), chain=1 + given["HAS_BIAS"])
 
 
 def _linear_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     m, n, k, size = given["M"], given["N"], given["K"], _itemsize(given, "dx")
     rows, cols, read = cdiv(m, given["BLOCK_M"]), cdiv(k, given["BLOCK_K"]), 1 + given["FUSE_DZ"]
     product = _product(given, "dx", cdiv(n, given["BLOCK_N"]), _size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    return product | dict(l2=size * (read * m * n * cols + n * k * rows + m * k))
+    turns = _turns(given, n, "BLOCK_N")
+    return product | dict(turns=turns, l2=size * (read * m * n * cols + n * k * rows + m * k))
 
 
 def _linear_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
