@@ -280,14 +280,12 @@ def convolve(
     acc = tl.zeros((BLOCK_J, PIXELS) if WEIGHTS_FIRST else (PIXELS, BLOCK_J), ACC)
     steps = tl.cdiv(length, BLOCK_L)
     taps = taps_h * taps_w
+    t = 0
     for outer in range(0, 1 if FLAT else taps):
-        for inner in range(0, tl.maximum(taps * steps if FLAT else steps, 1)):  # one turn at least: `common.product`
-            if FLAT:
-                t = inner // steps
-                l = inner % steps * BLOCK_L
-            else:
-                t = outer
-                l = inner * BLOCK_L
+        if not FLAT:
+            t = outer
+        l = 0
+        for _ in range(0, tl.maximum(taps * steps if FLAT else steps, 1)):  # one turn at least: `common.product`
             t_h, t_w = tap_at(t, taps_w)
             tap = (tap_h + t_h * tap_step_h) * 3 + tap_w + t_w * tap_step_w
             a = load_box(
@@ -302,6 +300,10 @@ def convolve(
                 acc = dot(tl.trans(b), tl.trans(a), acc, PRECISION)
             else:
                 acc = dot(a, b, acc, PRECISION)
+            l += BLOCK_L
+            if FLAT:
+                t += (l >= length).to(tl.int32)
+                l = tl.where(l >= length, 0, l)
     if WEIGHTS_FIRST:
         acc = tl.trans(acc)
     if DIAGONAL:
