@@ -64,6 +64,7 @@ def selection() -> Iterator[tuple[ConvCase, Sequence[str]]]:
     yield replace(three, last=False), ("forward", "wgrad")
     yield replace(depthwise, last=False), APART
     yield replace(few, sigmoid=True), ("forward", "backward")
+    yield replace(few, last=False, sigmoid=True), ("backward",)
     yield replace(three, sigmoid=True), ("forward", "wgrad")
     yield ConvCase(MANY, BF16), APART
     for dtype, tf32 in ((FP32, False), (FP32, True), (FP64, False)):

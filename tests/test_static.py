@@ -22,7 +22,6 @@ from tribp.versions import keeps_shared_tiles, triton_version
 from .test_static_conv import BAD, GOOD
 
 ROOT = Path(__file__).parent.parent
-POINTERS = [target for target, arch in ARCHS.items() if not arch.has_tma]  # which leave some of the forms to `--all`
 Row = dict[str, Any]
 
 
@@ -127,10 +126,9 @@ def test_every_form_of_the_convolution_is_compiled(rows: list[Row], target: str)
         return {word for row in mine if row["kernel"] in kernels for word in row["settings"].split()}
 
     for kernel in ("forward", "dgrad", "wgrad"):
-        assert {"diagonal", "step2×2"} <= forms(kernel) | ({"step2×2"} if target in POINTERS else set())
+        assert "diagonal" in forms(kernel)
         assert any(word.startswith("bundle") for word in forms(kernel))
         assert ("tma" in forms(kernel)) == ARCHS[target].has_tma
-    assert "step2×2" in forms("dgrad")
     assert {"last", "sigmoid"} <= forms("forward") & forms("small_forward")
     assert {"fuse_dz", "taps_last"} <= forms("small_wgrad")
     assert {"pixels→channels", "has_y"} <= forms("relayout")
