@@ -150,7 +150,7 @@ def _all() -> Iterator[Candidate]:
 
     for case, sizes in (
         (ConvCase(FEW[0], BF16), [(128, 64, 4), (256, 64, 2), (256, 64, 3)]),
-        (ConvCase((64, 128, 128, 28, 28), BF16), [(256, 128, 3), (128, 128, 3)]),
+        (ConvCase((64, 128, 128, 28, 28), BF16), [(256, 128, 3), (128, 128, 4)]),
         (ConvCase(MANY, BF16), [(64, 64, 4), (128, 64, 4)]),
     ):
         for block_i, block_j, stages in sizes:

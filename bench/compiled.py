@@ -76,7 +76,8 @@ def describe(launch: Launch) -> str:
     and which way a relayout goes.
     """
     given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | dict(launch.constants)
-    tile = "×".join(str(size) for name, size in launch.constants.items() if name.startswith("BLOCK"))
+    sizes = [size for name, size in launch.constants.items() if name.startswith("BLOCK") and name[-1].isalpha()]
+    tile = "×".join(map(str, sizes))
     rule = getattr(given.get("RULE"), "__name__", "")
     states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
     on = [name.lower() for name in registry.switches() if isinstance(given.get(name), torch.Tensor) or given.get(name)]
@@ -87,17 +88,19 @@ def describe(launch: Launch) -> str:
 def _window(given: Mapping[str, Any]) -> Iterator[str]:
     if "BOX_N" in given:
         yield "box" + "×".join(str(given[f"BOX_{side}"]) for side in "NHW")
-    if max(steps := (given.get("STEP_H", 1), given.get("STEP_W", 1))) > 1:
+    if max(steps := [given.get(f"STEP_{side}", given.get(f"step_{side.lower()}", 1)) for side in "HW"]) > 1:
         yield "step{}×{}".format(*steps)
     for name in ("TAPS", "BUNDLE", "ROWS"):
         if given.get(name, 1) > 1:
             yield f"{name.lower()}{given[name]}"
+    if "PIXELS" in given:
+        yield f"{_contiguous(given, '')}→channels"
     if "SRC_PIXELS" in given:
-        yield "→".join(_contiguous(given, side) for side in ("SRC", "DST")[: 1 + given["WRITE_DST"]])
+        yield "→".join(_contiguous(given, side) for side in ("SRC_", "DST_")[: 1 + given["WRITE_DST"]])
 
 
 def _contiguous(given: Mapping[str, Any], side: str) -> str:
-    return "pixels" if given[f"{side}_PIXELS"] else "channels" if given[f"{side}_CHANNELS"] else "neither"
+    return "pixels" if given[f"{side}PIXELS"] else "channels" if given[f"{side}CHANNELS"] else "neither"
 
 
 def compile_launches(launches: Sequence[Launch], arch: Arch) -> list[Compiled]:

@@ -80,6 +80,7 @@ def selection() -> Iterator[tuple[ConvCase, Sequence[str]]]:
     yield replace(three, last=False), APART
     yield replace(depthwise, last=False), APART
     yield replace(few, sigmoid=True), ("forward", "backward")
+    yield replace(few, last=False, sigmoid=True), ("backward",)
     yield replace(three, sigmoid=True), ("forward", "wgrad")
     yield ConvCase(MANY, BF16), APART
     for dtype, tf32 in ((FP32, False), (FP32, True), (FP64, False)):
@@ -117,6 +118,14 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> "Sequence[Expe
         found += product_expectations(launch, case.dtype, arch)
     elif kernel == "relayout":
         found += relayout_expectations(launch, case.dtype, arch)
+    elif kernel == "pack":
+        share = tile_bytes(constants, case.dtype, "BLOCK_P", "BLOCK_C") // (16 * threads(launch, arch))
+        inner = "VEC_C" if constants["CHANNELS"] else "VEC_P"
+        loads = share if constants["CHANNELS"] or constants["PIXELS"] else 0
+        loads = loads if whole(constants, case.dtype, "VEC", inner) else 0
+        stores = share if whole(constants, case.dtype, "VEC_DST") else 0
+        if loads + stores:
+            found.append(e.vectors(loads, stores, "16 bytes a thread, of every tile of an image"))
     elif kernel.startswith("depthwise"):
         loads, stores = row_accesses(constants, kernel)
         across = tile_bytes(constants, case.dtype, "BOX_N", "BOX_W", "BLOCK_C") // (16 * threads(launch, arch))

@@ -317,7 +317,7 @@ def comparisons(smoke: bool) -> list[Comparable]:
         from . import host_first, host_layers
 
         found += [*steps(), *host_layers.comparisons()]
-        found += [host_first.FirstStep(model) for model in ("mlp", "cnn")]
+        found += [host_first.FirstStep(of) for of in host_first.STEPS]
     return [*found, *fallbacks(smoke), *shards(smoke)]
 
 

@@ -1,48 +1,96 @@
 """What the first training step costs the host, when no kernel has been compiled yet: a part of `python -m bench host`.
 
-`python -m bench.host_first mlp` is such a step, forward and backward of the demo's model, in a process of its own:
-Triton keeps what it has compiled, in the process and in a folder. Kernels are compiled for an H100 and not launched.
+`python -m bench.host_first "the demo's MLP"` is such a step, forward and backward of one of STEPS, in a process of its
+own: Triton keeps what it has compiled, in the process and in a folder. Kernels are compiled for an H100, not launched.
+
+`python -m bench.host_first batches` counts how many kernels training compiles whose batches have 43 sizes of 1 to 128.
 """
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import tribp
 from tribp.demo import models
 from tribp.kernels.launch import ARCHS
 
+from .conv_cases import ConvCase
 from .no_gpu import pretending
+from .registry import Case
 
 BATCH = 64
+BATCHES = range(1, 129, 3)
+
+
+def resnet18(batch: int, dtype: torch.dtype, *, last: bool) -> list[ConvCase]:
+    """The 3×3 convolutions of a ResNet-18 for images of 224²: without bias, for a BatchNorm follows each."""
+    sizes = [(64, 56), (128, 28), (256, 14), (512, 7)]
+    layers = [ConvCase((batch, c, c, side, side), dtype, last=last, bias=False) for c, side in sizes]
+    steps = [
+        ConvCase((batch, c, o, side, side), dtype, last=last, bias=False, stride=2)
+        for (c, side), (o, _) in itertools.pairwise(sizes)
+    ]
+    stages = [[step, *3 * [layer]] for step, layer in zip(steps, layers[1:], strict=True)]
+    return [*4 * layers[:1], *itertools.chain.from_iterable(stages)]
+
+
+def step_of_model(name: str) -> Callable[[], object]:
+    layers = models.MODELS[name].layers()
+    images, grad = torch.rand(BATCH, models.SIZES[0]), torch.rand(BATCH, models.CLASSES)
+    return lambda: layers(images).backward(grad)
+
+
+def step_of_convolutions(dtype: torch.dtype, last: bool) -> Callable[[], object]:
+    def empty(case: ConvCase, *size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=case.dtype).to(memory_format=case.memory_format)
+
+    def step() -> None:
+        for case in resnet18(BATCH, dtype, last=last):
+            x, w = (empty(case, *size).requires_grad_() for size in (case.input_size, case.weight_size))
+            y = tribp.conv3x3(x, w, stride=case.stride, padding=1)
+            torch.autograd.grad(y, (x, w), empty(case, *case.output_size))
+
+    return step
+
+
+STEPS: Mapping[str, Callable[[], Callable[[], object]]] = {
+    "the demo's MLP": lambda: step_of_model("mlp"),
+    "the demo's CNN": lambda: step_of_model("cnn"),
+    "ResNet-18's convolutions": lambda: step_of_convolutions(torch.float32, False),
+    "ResNet-18's convolutions, bfloat16, channels_last": lambda: step_of_convolutions(torch.bfloat16, True),
+}
 
 
 @dataclass(frozen=True)
 class FirstStep:
-    model: str
+    of: str  # one of STEPS
     targets: Sequence[object] = ()  # nobody set any
 
     @property
     def name(self) -> str:
-        return f"first step, the demo's {models.MODELS[self.model].name}"
+        return f"first step, {self.of}"
 
     @contextlib.contextmanager
     def start(self) -> "Iterator[Mapping[str, Measured]]":
         """Measured once: a sample takes seconds."""
         with tempfile.TemporaryDirectory() as cache:
             environment = os.environ | {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "bench.host_first", self.model]
+            command = [sys.executable, "-m", "bench.host_first", self.of]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             kernels = len(list(Path(cache).rglob("*.cubin")))
-        yield {f"tribp, {kernels} kernels compiled": Measured(float(json.loads(done.stdout)))}
+        us, launches = json.loads(done.stdout)
+        yield {f"tribp, {launches} launches of {kernels} kernels": Measured(us)}
 
 
 @dataclass(frozen=True)
@@ -59,17 +107,39 @@ def processor_time() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def first_step(name: str) -> float:
-    """µs of processor time."""
-    layers = models.MODELS[name].layers()
-    images, grad = torch.rand(BATCH, models.SIZES[0]), torch.rand(BATCH, models.CLASSES)
+def first_step(name: str) -> tuple[float, int]:
+    """µs of processor time; launches."""
+    launches: list[Any] = []
+    step = STEPS[name]()
     for operation in ("conv3x3", "linear_sigmoid"):  # what is imported with the first call is not compiled
         importlib.import_module(f"tribp.ops.{operation}_triton")
-    with pretending(ARCHS["sm_90"]):
+    with pretending(ARCHS["sm_90"], lambda metadata, grid, arguments: launches.append(grid)):
         started = processor_time()
-        layers(images).backward(grad)
-        return 1e6 * (processor_time() - started)
+        step()
+        return 1e6 * (processor_time() - started), len(launches)
+
+
+def kernels_of_batches() -> dict[str, int]:
+    """How many different kernels BATCHES take, of each model."""
+    from . import conv_kernels, linear
+    from .compiled import key_of
+
+    arch, float32 = ARCHS["sm_90"], torch.float32
+    before, hidden, after = models.SIZES
+    keys: dict[str, set[str]] = {}
+    for batch in BATCHES:
+        first, second = Case((batch, hidden, before), float32), Case((batch, after, hidden), float32)
+        mlp = [(first, "forward"), (first, "frozen input"), (second, "forward"), (second, "backward")]
+        launches = {"the demo's MLP": [x for case, direction in mlp for x in linear.launches(case, direction, arch)]}
+        for name, last in (("channels_last", True), ("contiguous", False)):
+            layers = resnet18(batch, torch.bfloat16, last=last)
+            launches[f"ResNet-18's convolutions, {name}"] = [
+                x for case in layers for d in ("forward", "backward") for x in conv_kernels.launches(case, d, arch)
+            ]
+        for name, found in launches.items():
+            keys.setdefault(name, set()).update(key_of(launch, arch) for launch in found)
+    return {name: len(found) for name, found in keys.items()}
 
 
 if __name__ == "__main__":
-    print(json.dumps(first_step(sys.argv[1])))
+    print(json.dumps(kernels_of_batches() if sys.argv[1] == "batches" else first_step(sys.argv[1])))

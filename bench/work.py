@@ -84,20 +84,27 @@ def _traffic(given: Given, loaded: float, stored: float, programs: int) -> dict[
     return dict(l2=loaded + stored, copied=loaded / programs if given["TMA"] else 0.0)
 
 
+def _turns(given: Given, length: int, block: str) -> int:
+    """Of a product's loop. Where it prefetches by hand, what is left of the sum comes before it."""
+    return length // given[block] if given["PREFETCH"] else cdiv(length, given[block])
+
+
 def _linear_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     m, n, k, size = given["M"], given["N"], given["K"], _itemsize(given, "x")
     rows, cols = cdiv(m, given["BLOCK_M"]), cdiv(n, given["BLOCK_N"])
     outer = (cdiv(rows * cols, grid[0]),) if given["PERSISTENT"] else ()
     product = _product(given, "x", cdiv(k, given["BLOCK_K"]), _size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"), outer)
     loaded = size * (m * k * cols + n * k * rows)
-    return product | _traffic(given, loaded, size * m * n, grid[0]) | dict(chain=1 + given["HAS_BIAS"])
+    turns = dict(turns=_turns(given, k, "BLOCK_K"), chain=1 + given["HAS_BIAS"])
+    return product | turns | _traffic(given, loaded, size * m * n, grid[0])
 
 
 def _linear_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     m, n, k, size = given["M"], given["N"], given["K"], _itemsize(given, "dx")
     rows, cols, read = cdiv(m, given["BLOCK_M"]), cdiv(k, given["BLOCK_K"]), 1 + given["FUSE_DZ"]
     product = _product(given, "dx", cdiv(n, given["BLOCK_N"]), _size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    return product | _traffic(given, size * (read * m * n * cols + n * k * rows), size * m * k, grid[0])
+    loaded, turns = size * (read * m * n * cols + n * k * rows), _turns(given, n, "BLOCK_N")
+    return product | dict(turns=turns) | _traffic(given, loaded, size * m * k, grid[0])
 
 
 def _linear_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
@@ -140,8 +147,7 @@ def _convolve(given: Given, grid: tuple[int, ...], operand: str, length: int, st
     )
     written = rows * _pixels(given) * given["BLOCK_J"] * _itemsize(given, operand)
     programs = math.prod(grid)
-    traffic = _traffic(given, programs * taps * turns * read, programs * written, programs)
-    return product | traffic | dict(paths=steps[0] * steps[1])
+    return product | _traffic(given, programs * taps * turns * read, programs * written, programs)
 
 
 def _conv_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
@@ -150,7 +156,7 @@ def _conv_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _conv_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
-    return _convolve(given, grid, "dx", _size(given, "BUNDLE", "OG"), (given["STEP_H"], given["STEP_W"]))
+    return _convolve(given, grid, "dx", _size(given, "BUNDLE", "OG"), (given["step_h"], given["step_w"]))
 
 
 def _conv_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
@@ -197,6 +203,11 @@ def _relayout(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     return dict(turns=given["tiles_per_program"], step=step, chain=0)
 
 
+def _pack(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+    """Of the images; a weight beside them is small."""
+    return dict(turns=given["tiles"], step=_size(given, "BLOCK_P", "BLOCK_C") * _itemsize(given, "src"), chain=0)
+
+
 def _once(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     return {}
 
@@ -241,5 +252,6 @@ CONV: KernelWork = {
     conv3x3_depthwise.depthwise_dgrad: _depthwise,
     conv3x3_depthwise.depthwise_wgrad: _depthwise_wgrad,
     relayout.relayout: _relayout,
+    relayout.pack: _pack,
     common.sum_partials: _sum_partials,
 }

@@ -21,8 +21,9 @@ import triton.language as tl
 
 from .common import dot, indices, load_tile, round_to, sigmoid, tile_of
 
-# Not specialized: no recompile for a batch of 1.
-SIZES = "N H W P Q groups OG CG OZ CX pad_h pad_w".split()
+# Not specialized: no recompile for a batch of 1, a stride of 2 or pixels of another pitch; what divides them, VEC says.
+SIZES = "N H W P Q groups OG CG OZ CX pad_h pad_w step_h step_w".split()
+STRIDES = ["stride_n", "stride_h", "stride_w"]
 
 
 @triton.jit
@@ -54,54 +55,58 @@ def offsets(n, h, w, N, H, W, stride_n, stride_h, stride_w, VEC: tl.constexpr):
 
 
 @triton.jit
-def rows_of_class(size, pad, CLASS: tl.constexpr, STEP: tl.constexpr):
-    """Of the `size` rows of dx those that meet the taps CLASS + t·STEP: how many, and which row of dz the first meets.
+def rows_of_class(size, pad, of_class, step):
+    """Of the `size` rows of dx those that meet the taps of_class + t·step: how many; which row of dz the first meets.
 
-    Row h + pad = i·STEP + CLASS of dx meets tap CLASS + t·STEP of the row i − t of dz. Columns likewise.
+    Row h + pad = i·step + of_class of dx meets tap of_class + t·step of the row i − t of dz. Columns likewise. step is
+    1 or 2: a shift divides.
     """
-    first = (pad - CLASS + STEP - 1) // STEP
-    return (size - 1 + pad - CLASS) // STEP - first + 1, first
+    first = (pad - of_class + step - 1) >> (step - 1)
+    return ((size - 1 + pad - of_class) >> (step - 1)) - first + 1, first
 
 
 @triton.jit
-def row_of_class(i, first, pad, CLASS: tl.constexpr, STEP: tl.constexpr):
+def row_of_class(i, first, pad, of_class, step):
     """Where the i-th row of a class lies in dx."""
-    if STEP == 1:
-        h = i
-    else:
-        h = i * STEP + (first * STEP + CLASS - pad)
-    return h
+    return i * step + (first * step + of_class - pad)
+
+
+@triton.jit
+def tap_at(t, taps_w):
+    """Row and column of the t-th tap, of up to three rows of taps_w: t / taps_w, without a division."""
+    row = (t >= taps_w).to(tl.int32) + (t >= 2 * taps_w).to(tl.int32)
+    return row, t - row * taps_w
 
 
 @triton.jit
 def load_box(
     src, n, i, j, dh, dw, channel, limit, N, H, W, stride_n, stride_h, stride_w, rows, cols,
-    WITHIN: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
+    step_h, step_w, WITHIN: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
-    """src[n, i·STEP_H + dh, j·STEP_W + dw, channel …] for the pixels of a box: (pixels, BLOCK), zeros outside.
+    """src[n, i·step_h + dh, j·step_w + dw, channel …] for the pixels of a box: (pixels, BLOCK), zeros outside.
 
     TRANSPOSED, of pointers alone: (BLOCK, pixels). Compiled: where tensor cores take operands from registers, Triton
     does not pipeline a load behind which `tl.trans` stands.
 
-    A descriptor has five dimensions, (N, H / STEP_H, STEP_H, W / STEP_W, STEP_W · C): every STEP-th row is a box in it.
+    A descriptor has five dimensions, (N, H / step_h, step_h, W / step_w, step_w · C): every step-th row is a box in it.
     If boxes are of images alone, N stands behind W / STEP_W: then the reshape drops leading ones alone (`convolve`).
     WITHIN: zeros also for the pixels of the box from `rows` and `cols` on; a descriptor's box must not have any.
     """
     tl.static_assert(not (TMA and TRANSPOSED))
     if TMA:
-        at_h = i + (dh >> (STEP_H - 1))  # STEP is 1 or 2, and a shift rounds down where a division would round to zero
-        at_w = j + (dw >> (STEP_W - 1))
-        at_c = (dw & (STEP_W - 1)) * (stride_w // VEC * VEC) + channel
+        at_h = i + (dh >> (step_h - 1))  # step is 1 or 2, and a shift rounds down where a division would round to zero
+        at_w = j + (dw >> (step_w - 1))
+        at_c = (dw & (step_w - 1)) * (stride_w // VEC * VEC) + channel
         if BOX_H * BOX_W == 1:
-            tile = src.load([at_h, dh & (STEP_H - 1), at_w, n, at_c]).reshape(BOX_N, BLOCK)
+            tile = src.load([at_h, dh & (step_h - 1), at_w, n, at_c]).reshape(BOX_N, BLOCK)
         else:
-            tile = src.load([n, at_h, dh & (STEP_H - 1), at_w, at_c]).reshape(BOX_N * BOX_H * BOX_W, BLOCK)
+            tile = src.load([n, at_h, dh & (step_h - 1), at_w, at_c]).reshape(BOX_N * BOX_H * BOX_W, BLOCK)
     else:
         m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
         at, inside = offsets(
-            m_n, m_i * STEP_H + dh, m_j * STEP_W + dw, N, H, W, stride_n, stride_h, stride_w, VEC
+            m_n, m_i * step_h + dh, m_j * step_w + dw, N, H, W, stride_n, stride_h, stride_w, VEC
         )  # fmt: skip
         if WITHIN:
             inside = inside & (m_i < rows) & (m_j < cols)
@@ -192,17 +197,14 @@ def spread_weight(
 @triton.jit
 def convolve_by_group(
     src, w, n, i, j, first_h, first_w, first, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
-    DGRAD: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    TAP_H: tl.constexpr, TAP_W: tl.constexpr, TAP_STEP_H: tl.constexpr, TAP_STEP_W: tl.constexpr,
-    BUNDLE: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
+    step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w, taps_h, taps_w,
+    DGRAD: tl.constexpr, BUNDLE: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """What `convolve` computes, one column after the other, which meets its own group's channels. Slow, seldom needed.
 
     Compiled: all columns at once need an address for each element, and spill up to 7,064 bytes.
     """
-    TAPS_H: tl.constexpr = (2 - TAP_H) // TAP_STEP_H + 1
-    TAPS_W: tl.constexpr = (2 - TAP_W) // TAP_STEP_W + 1
     SIGN: tl.constexpr = -1 if DGRAD else 1
     n, i, j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
     if DGRAD:
@@ -214,12 +216,11 @@ def convolve_by_group(
     acc = tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_J), ACC)
     for column in range(col, tl.minimum(col + BLOCK_J, members * JG)):
         total = tl.zeros((BOX_N * BOX_H * BOX_W,), ACC)
-        for t in range(0, TAPS_H * TAPS_W):
-            t_h = t // TAPS_W
-            t_w = t % TAPS_W
-            tap = (TAP_H + t_h * TAP_STEP_H) * 3 + TAP_W + t_w * TAP_STEP_W
+        for t in range(0, taps_h * taps_w):
+            t_h, t_w = tap_at(t, taps_w)
+            tap = (tap_h + t_h * tap_step_h) * 3 + tap_w + t_w * tap_step_w
             at, inside = offsets(
-                n, i * STEP_H + (first_h + SIGN * t_h), j * STEP_W + (first_w + SIGN * t_w), N, H, W,
+                n, i * step_h + (first_h + SIGN * t_h), j * step_w + (first_w + SIGN * t_w), N, H, W,
                 stride_n, stride_h, stride_w, VEC,
             )  # fmt: skip
             for channel in range(column // JG * LG, (column // JG + 1) * LG):
@@ -237,19 +238,18 @@ def convolve_by_group(
 def convolve(
     src, w, src_memory, w_memory, n, i, j, first_h, first_w, bundle, members, col, N, H, W,
     stride_n, stride_h, stride_w, OG, CG,
-    DGRAD: tl.constexpr, W_TRANSPOSED: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    TAP_H: tl.constexpr, TAP_W: tl.constexpr, TAP_STEP_H: tl.constexpr, TAP_STEP_W: tl.constexpr,
+    step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w, DGRAD: tl.constexpr, W_TRANSPOSED: tl.constexpr,
     DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Σ over taps (TAP_H + t·TAP_STEP_H, …) and a bundle's channels of src[tap]·w[tap], for a box and BLOCK_J columns.
+    """Σ over taps (tap_h + t·tap_step_h, …) and a bundle's channels of src[tap]·w[tap], for a box and BLOCK_J columns.
 
     src_memory and w_memory: pointers to src and w, if these are descriptors and there are groups to take apart.
 
     W_TRANSPOSED: w is (C, 9, O), of a single group.
 
-    The t-th row of taps meets the rows i·STEP_H + first_h ± t of src: + going forward, − in dgrad, which looks back.
+    The t-th row of taps meets the rows i·step_h + first_h ± t of src: + going forward, − in dgrad, which looks back.
     FLAT is one loop over taps and channels, so that loads are pipelined across taps, but with divisions in it; with 8
     warps and pointers such a loop was seen to compute wrong results in another project (pytorch #173068). Otherwise the
     loop over channels stands in one over taps; compiled, unrolling that took 3.6 times the code and as many registers.
@@ -261,8 +261,8 @@ def convolve(
     its operands in registers anyway, and waits; there weights come second, for the second is written back to memory.
     """
     SIGN: tl.constexpr = -1 if DGRAD else 1
-    TAPS_H: tl.constexpr = (2 - TAP_H) // TAP_STEP_H + 1
-    TAPS_W: tl.constexpr = (2 - TAP_W) // TAP_STEP_W + 1
+    taps_h = ((2 - tap_h) >> (tap_step_h - 1)) + 1
+    taps_w = ((2 - tap_w) >> (tap_step_w - 1)) + 1
     if DGRAD:
         LG = OG
     else:
@@ -279,21 +279,18 @@ def convolve(
     WEIGHTS_FIRST: tl.constexpr = TMA and PRECISION != "tf32x3"
     acc = tl.zeros((BLOCK_J, PIXELS) if WEIGHTS_FIRST else (PIXELS, BLOCK_J), ACC)
     steps = tl.cdiv(length, BLOCK_L)
-    TAPS: tl.constexpr = TAPS_H * TAPS_W
-    for outer in range(0, 1 if FLAT else TAPS):
-        for inner in range(0, tl.maximum(TAPS * steps if FLAT else steps, 1)):  # one turn at least: `common.product`
-            if FLAT:
-                t = inner // steps
-                l = inner % steps * BLOCK_L
-            else:
-                t = outer
-                l = inner * BLOCK_L
-            t_h = t // TAPS_W
-            t_w = t % TAPS_W
-            tap = (TAP_H + t_h * TAP_STEP_H) * 3 + TAP_W + t_w * TAP_STEP_W
+    taps = taps_h * taps_w
+    t = 0
+    for outer in range(0, 1 if FLAT else taps):
+        if not FLAT:
+            t = outer
+        l = 0
+        for _ in range(0, tl.maximum(taps * steps if FLAT else steps, 1)):  # one turn at least: `common.product`
+            t_h, t_w = tap_at(t, taps_w)
+            tap = (tap_h + t_h * tap_step_h) * 3 + tap_w + t_w * tap_step_w
             a = load_box(
                 src, n, i, j, first_h + SIGN * t_h, first_w + SIGN * t_w, start + l, start + length, N, H, W,
-                stride_n, stride_h, stride_w, 0, 0, False, STEP_H, STEP_W, TMA, VEC, BOX_N, BOX_H, BOX_W, BLOCK_L,
+                stride_n, stride_h, stride_w, 0, 0, step_h, step_w, False, TMA, VEC, BOX_N, BOX_H, BOX_W, BLOCK_L,
             )  # fmt: skip
             if W_TRANSPOSED:
                 b = load_weight(w, tap, l, col, first, CG, OG, not DGRAD, TMA, VEC_W, BLOCK_L, BLOCK_J)
@@ -303,6 +300,10 @@ def convolve(
                 acc = dot(tl.trans(b), tl.trans(a), acc, PRECISION)
             else:
                 acc = dot(a, b, acc, PRECISION)
+            l += BLOCK_L
+            if FLAT:
+                t += (l >= length).to(tl.int32)
+                l = tl.where(l >= length, 0, l)
     if WEIGHTS_FIRST:
         acc = tl.trans(acc)
     if DIAGONAL:
@@ -312,8 +313,8 @@ def convolve(
             acc = convolve_by_group(
                 src_memory + origin, w_memory, n, i, j, first_h, first_w, first, members, col, N, H, W,
                 stride_n, stride_h, stride_w, OG, CG,
-                DGRAD, STEP_H, STEP_W, TAP_H, TAP_W, TAP_STEP_H, TAP_STEP_W, BUNDLE, ACC, VEC,
-                BOX_N, BOX_H, BOX_W, BLOCK_J,
+                step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w, taps_h, taps_w,
+                DGRAD, BUNDLE, ACC, VEC, BOX_N, BOX_H, BOX_W, BLOCK_J,
             )  # fmt: skip
     return acc
 
@@ -351,8 +352,8 @@ def convolve_rows(
         at_w = first_w - t_w if DGRAD else first_w + t_w
         for q in tl.static_range(ROWS + 2):
             a = load_box(
-                src, n, i, j, first_h + q, at_w, bundle * length + l, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-                False, 1, 1, True, 1, BOX_N, 1, BOX_W, BLOCK_L,
+                src, n, i, j, first_h + q, at_w, bundle * length + l, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1,
+                False, True, 1, BOX_N, 1, BOX_W, BLOCK_L,
             )  # fmt: skip
             added = ()
             for row in tl.static_range(ROWS):
@@ -367,12 +368,11 @@ def convolve_rows(
     return tiles
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES, *(f"y_{stride}" for stride in STRIDES), "y_stride_c"])
 def forward(
-    x, w, x_memory, w_memory, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w,
+    x, w, x_memory, w_memory, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w, step_h, step_w,
     stride_n, stride_h, stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
     HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr, ACCURATE: tl.constexpr, PTX: tl.constexpr,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
     LAST: tl.constexpr, VEC_STORE: tl.constexpr,
@@ -399,7 +399,7 @@ def forward(
         tiles = (
             convolve(
                 x, w, x_memory, w_memory, n, i, j, -pad_h, -pad_w, bundle, members, col, N, H, W,
-                stride_n, stride_h, stride_w, OG, CG, False, False, STEP_H, STEP_W, 0, 0, 1, 1,
+                stride_n, stride_h, stride_w, OG, CG, step_h, step_w, 0, 0, 1, 1, False, False,
                 DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
             ),
         )  # fmt: skip
@@ -422,12 +422,12 @@ def forward(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES, *(f"x_{stride}" for stride in STRIDES), "x_stride_c"])
 def dgrad(
-    dz, w, dz_memory, w_memory, dx, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w,
+    dz, w, dz_memory, w_memory, dx, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w, step_h, step_w,
     stride_n, stride_h, stride_w, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-    W_TRANSPOSED: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr, DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr,
+    TMA: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
     LAST: tl.constexpr, VEC_STORE: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -440,9 +440,12 @@ def dgrad(
     With a stride of 2 the rows of dx fall into two classes, program_id(1): those that meet the taps 0 and 2, and those
     that meet tap 1; the columns likewise. Each class is a convolution of its own with the taps that it meets.
     """
+    class_h = tl.program_id(1) >> (step_w - 1)
+    class_w = tl.program_id(1) & (step_w - 1)
     columns = tl.cdiv(BUNDLE * CG, BLOCK_J)
-    tl.static_assert(ROWS == 1 or STEP_H * STEP_W * BOX_H == 1)
-    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(tl.cdiv(H, STEP_H), BOX_H * ROWS) * tl.cdiv(tl.cdiv(W, STEP_W), BOX_W)
+    tl.static_assert(ROWS == 1 or BOX_H == 1)  # and step_h and step_w are 1
+    down = tl.cdiv((H + step_h - 1) >> (step_h - 1), BOX_H * ROWS)
+    boxes = tl.cdiv(N, BOX_N) * down * tl.cdiv((W + step_w - 1) >> (step_w - 1), BOX_W)
     box, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, BUNDLE), GROUP)
     bundle = column // columns
     col = column % columns * BLOCK_J
@@ -452,41 +455,40 @@ def dgrad(
         dx += first // VEC_STORE * VEC_STORE
     else:
         dx += first.to(tl.int64) * (x_stride_c // VEC_STORE * VEC_STORE)
-    for class_h in tl.static_range(STEP_H):
-        for class_w in tl.static_range(STEP_W):
-            if tl.program_id(1) == class_h * STEP_W + class_w:
-                rows, first_h = rows_of_class(H, pad_h, class_h, STEP_H)
-                cols, first_w = rows_of_class(W, pad_w, class_w, STEP_W)
-                n, i, j = box_at(box, rows, cols, BOX_N, BOX_H * ROWS, BOX_W)
-                if ROWS > 1:
-                    tiles = convolve_rows(
-                        dz, w, n, i, j, first_h, first_w, bundle, col, OG, CG,
-                        True, ROWS, ACC, PRECISION, BOX_N, BOX_W, BLOCK_J, BLOCK_L,
-                    )  # fmt: skip
-                else:
-                    tiles = (
-                        convolve(
-                            dz, w, dz_memory, w_memory, n, i, j, first_h, first_w, bundle, members, col, N, P, Q,
-                            stride_n, stride_h, stride_w, OG, CG, True, W_TRANSPOSED, 1, 1,
-                            class_h, class_w, STEP_H, STEP_W, DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W,
-                            BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
-                        ),
-                    )  # fmt: skip
-                for row in tl.static_range(ROWS):
-                    m_n, m_i, m_j = pixels(n, i + row, j, BOX_N, BOX_H, BOX_W)
-                    h = row_of_class(m_i, first_h, pad_h, class_h, STEP_H)
-                    v = row_of_class(m_j, first_w, pad_w, class_w, STEP_W)
-                    store_box(
-                        dx, tiles[row], m_n, h, v, col, members * CX, N, H, W,
-                        x_stride_n, x_stride_c, x_stride_h, x_stride_w, LAST, VEC_STORE, BOX_W, BLOCK_J,
-                    )  # fmt: skip
+    rows, first_h = rows_of_class(H, pad_h, class_h, step_h)
+    cols, first_w = rows_of_class(W, pad_w, class_w, step_w)
+    n, i, j = box_at(box, rows, cols, BOX_N, BOX_H * ROWS, BOX_W)
+    if ROWS > 1:
+        tiles = convolve_rows(
+            dz, w, n, i, j, first_h, first_w, bundle, col, OG, CG,
+            True, ROWS, ACC, PRECISION, BOX_N, BOX_W, BLOCK_J, BLOCK_L,
+        )  # fmt: skip
+    else:
+        tiles = (
+            convolve(
+                dz, w, dz_memory, w_memory, n, i, j, first_h, first_w, bundle, members, col, N, P, Q,
+                stride_n, stride_h, stride_w, OG, CG, 1, 1, class_h, class_w, step_h, step_w, True, W_TRANSPOSED,
+                DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
+            ),
+        )  # fmt: skip
+    for row in tl.static_range(ROWS):
+        m_n, m_i, m_j = pixels(n, i + row, j, BOX_N, BOX_H, BOX_W)
+        h = row_of_class(m_i, first_h, pad_h, class_h, step_h)
+        if LAST or VEC_STORE == 1:
+            v = row_of_class(m_j, first_w, pad_w, class_w, step_w)
+        else:
+            v = m_j  # step_w is 1; the compiler sees columns side by side
+        store_box(
+            dx, tiles[row], m_n, h, v, col, members * CX, N, H, W, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+            LAST, VEC_STORE, BOX_W, BLOCK_J,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES, *(f"z_{stride}" for stride in STRIDES), "boxes_per_split"])
 def wgrad(
-    dz, x, dw, db, N, H, W, P, Q, groups, OG, CG, OZ, CX, pad_h, pad_w,
+    dz, x, dw, db, N, H, W, P, Q, groups, OG, CG, OZ, CX, pad_h, pad_w, step_h, step_w,
     z_stride_n, z_stride_h, z_stride_w, stride_n, stride_h, stride_w, boxes_per_split,
-    WRITE_DB: tl.constexpr, TAPS: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    WRITE_DB: tl.constexpr, TAPS: tl.constexpr,
     DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, TMA: tl.constexpr, X_FIRST: tl.constexpr, TAPS_LAST: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, VEC_O: tl.constexpr, VEC_C: tl.constexpr, VEC_STORE: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -553,7 +555,7 @@ def wgrad(
         n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
         z_tile = load_box(
             dz, n, i, j, 0, 0, start_o, length_o, N, P, Q, z_stride_n, z_stride_h, z_stride_w,
-            0, 0, False, 1, 1, TMA, VEC_O, BOX_N, BOX_H, BOX_W, BLOCK_O, O_FIRST,
+            0, 0, 1, 1, False, TMA, VEC_O, BOX_N, BOX_H, BOX_W, BLOCK_O, O_FIRST,
         )  # fmt: skip
         if WRITE_DB:
             if BY_PRODUCT and X_FIRST:
@@ -567,7 +569,7 @@ def wgrad(
             # Where dz does not exist its zero must meet a zero: an infinity of x would make it NaN.
             x_tile = load_box(
                 x, n, i, j, r - pad_h, s + t - pad_w, start_c, length_c, N, H, W, stride_n, stride_h, stride_w, P, Q,
-                True, STEP_H, STEP_W, TMA, VEC_C, BOX_N, BOX_H, BOX_W, BLOCK_C, X_FIRST,
+                step_h, step_w, True, TMA, VEC_C, BOX_N, BOX_H, BOX_W, BLOCK_C, X_FIRST,
             )  # fmt: skip
             if X_FIRST:
                 added = added + (dot(x_tile, z_tile, acc[t], PRECISION),)

@@ -406,11 +406,11 @@ def choose_sum(parts: int, length: int, arch: Arch, *, rows: int = 1, vec: int =
     """The second pass of every split sum. rows: of the matrices that it transposes; vec: elements an access."""
     if arch.backend == "interpreter":
         return Sum(4, 512, 1, INTERPRETED)
-    # Derived: a sector of each row of a matrix, or a line of what is not transposed.
+    # Derived: a sector of each row of a matrix, or a line of what is not transposed. Three forms are enough.
     least = 8 * power_of_2(rows) if rows > 1 else 32
     elements = 512 * vec
-    block_parts = min(elements // least, power_of_2(parts))
-    block = max(least, min(elements // block_parts, 256, power_of_2(length)))  # compiled: 512 of few parts spill
+    block_parts = min(elements // least, 2 if parts <= 4 else 16 if parts <= 32 else 64)
+    block = max(least, min(elements // block_parts, 256))  # compiled: 512 of few parts spill
     return Sum(block_parts, block, 1, "derived: 16 loads in flight a thread; one warp: no sum crosses warps")
 
 

@@ -73,26 +73,27 @@ def unrounded(arch: Arch) -> int | None:
 
 @lru_cache(maxsize=4096)
 def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False, one_row: bool = False) -> Box:
-    """The box of `pixels` pixels that covers n images of p × q with the least that lies outside.
+    """The box of `pixels` pixels that covers n images of p × q with the least that lies outside, or hardly more.
 
-    Among those within an eighth of the least: the one with the smallest rim, for neighbouring boxes share it in L2, or
-    (wide: columns are contiguous in memory) the widest. one_row: none has several rows.
+    A box is a constant of its kernel, so the first that will do is taken of a few: training on batches of many sizes
+    then compiles few kernels. wide: columns are contiguous in memory, and of all boxes the widest is best.
+    one_row: none has several rows.
     """
-    boxes = [
-        (pixels // (rows * cols), rows, cols)
-        for rows in (1 << k for k in range(1 if one_row else pixels.bit_length()))
-        for cols in (1 << k for k in range(pixels.bit_length()))
-        if rows * cols <= pixels
-    ]
+    if wide:
+        sizes = [1 << k for k in range(pixels.bit_length())]
+        shapes = sorted(((r, c) for c in sizes for r in sizes), key=lambda shape: shape[::-1], reverse=True)
+    else:
+        shapes = [(1, 8), (pixels // 8, 8), (4, 4), (1, 4), (1, 1), (2, 1), (1, pixels), (pixels, 1)]
+    boxes = [(pixels // (rows * cols), rows, cols) for rows, cols in shapes if 0 < rows * cols <= pixels]
+    if one_row:
+        boxes = [box for box in boxes if box[1] == 1]
 
     def covered(box: Box) -> int:
         return cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2])
 
+    more = 8 if wide or pixels > 64 else 3  # an eighth, or a third where little is done
     least = min(map(covered, boxes))
-    near = [box for box in boxes if 8 * covered(box) <= 9 * least]
-    if wide:
-        return max(near, key=lambda box: (box[2], box[1]))
-    return min(near, key=lambda box: (box[0] * (box[1] + 2) * (box[2] + 2), covered(box), -box[2]))
+    return next(box for box in boxes if more * covered(box) <= (more + 1) * least)
 
 
 def choose_line(lengths: tuple[int, ...], n: int, q: int, dtype: str, arch: Arch) -> Box | None:
@@ -139,9 +140,13 @@ def choose_conv(
     """
     i = n * p * q
     tiles = candidates(9 * l, dtype, precision, arch, vec, tma, along)
-    if arch.has_tma and tiles[0].tma and j <= 64 and ITEMSIZE[dtype] == 2 and arch.backend != "interpreter":
-        # Derived: with all columns in one tile the weights are what is read again, once for each box: larger boxes.
-        tiles.insert(0, replace(tiles[0], block_i=256, block_j=64, num_stages=4, reason="derived: 256×64: few columns"))
+    if arch.has_tma and tiles[0].tma and ITEMSIZE[dtype] == 2 and arch.backend != "interpreter":
+        big = tiles[0]
+        tiles = [tile for tile in tiles if tile.block_j < 2 * j] or tiles[-1:]  # others would be cut, a kernel each
+        if j <= 64:
+            # Derived: with all columns in one tile the weights are what is read again, once for each box: larger boxes.
+            reason = "derived: 256×64: few columns"
+            tiles.insert(0, replace(big, block_i=256, block_j=64, num_stages=4, reason=reason))
     # Compiled: beside a result of 256 columns the addresses of pointers spill (4 bytes on sm_80, 56 unrolled), and
     # those of a store of single columns (1,064 bytes on sm_90, 7×7 images).
     tiles = [tile for tile in tiles if (tile.tma and not wide) or tile.block_j <= 128]
@@ -394,7 +399,8 @@ def choose_relayout(n: int, p: int, c: int, dtype: str, arch: Arch) -> Relayout:
     """A pass over n images of p pixels and c channels."""
     if arch.backend == "interpreter":
         return Relayout(32, 32, 2, 1, INTERPRETED)
-    block_c = min(64, max(8, power_of_2(c)))
+    # Compiled: 64 channels of a weight take 72 registers, for its taps make no wide access; images beside it take 56.
+    block_c = min(64 if p > 9 else 32, max(8, power_of_2(c)))
     block_p = min(2048 // block_c, max(16, power_of_2(p)))
     if ITEMSIZE[dtype] == 8:
         block_p = max(1, block_p // 2)

@@ -505,9 +505,35 @@ def host_rows(case: str, tmp_path: Path) -> dict[str, Any]:
 def test_host_counts_the_kernels_of_a_first_step(tmp_path: Path) -> None:
     (times,) = host_rows("first step, the demo's MLP", tmp_path).values()
     ((name, time_us),) = times.items()
-    kernels = int(re.fullmatch(r"tribp, (\d+) kernels compiled", name)[1])  # type: ignore[index]
-    assert 4 <= kernels <= 14, "forward, dz and wgrad of two layers, one dgrad"
+    launches, kernels = map(int, re.findall(r"\d+", name))
+    assert 4 <= kernels <= launches <= 8, "forward, dz, wgrad and sums of two layers, one dgrad"
     assert time_us["median"] > 1e5
+
+
+@NO_CUDA
+def test_batches_of_many_sizes_take_few_kernels() -> None:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.host_first", "batches"]
+    counts = json.loads(subprocess.check_output(command, cwd=ROOT, env=environment, timeout=300))
+    assert counts["the demo's MLP"] <= 14
+    assert counts["ResNet-18's convolutions, channels_last"] <= 45
+    assert counts["ResNet-18's convolutions, contiguous"] <= 85
+
+
+@pytest.mark.parametrize(
+    ("dtype", "last", "most"), [("float32", False, 90), ("bfloat16", False, 96), ("bfloat16", True, 64)]
+)
+def test_a_resnets_convolutions_take_few_launches(dtype: str, last: bool, most: int) -> None:
+    """Forward and backward, each with one launch that packs whatever has to be packed."""
+    pytest.importorskip("triton")
+    from bench import conv_kernels, host_first
+    from tribp.kernels.launch import ARCHS
+
+    cases = host_first.resnet18(64, getattr(torch, dtype), last=last)
+    assert len(cases) == 16
+    found = [conv_kernels.launches(case, d, ARCHS["sm_90"]) for case in cases for d in ("forward", "backward")]
+    assert sum(map(len, found)) <= most
 
 
 @NO_CUDA

@@ -17,7 +17,7 @@ from tribp import runtime
 from tribp.kernels.launch import ARCHS, Arch, cdiv
 from tribp.kernels.launch_conv3x3 import Convolution, bundle_of, choose_box, choose_conv, choose_conv_wgrad, even_splits
 from tribp.ops import conv3x3_triton as ops
-from tribp.ops.images import relayout
+from tribp.ops.images import Packing, relayout
 from tribp.ops.launching import Launch, second_pass
 from tribp.reference import Window, conv3x3_backward
 
@@ -286,6 +286,34 @@ def test_relayout(with_y: bool, padded: int, layout: str, kernels: str) -> None:
     assert_close(db, exact.sum((0, 2, 3)).cpu(), scale=terms(exact))
 
 
+@pytest.mark.parametrize("second", LAYOUTS)
+@pytest.mark.parametrize("first", ["NCHW", "NHWC", "cropped"])
+def test_tensors_are_packed_in_one_launch(first: str, second: str, kernels: str) -> None:
+    """Two images and a weight, or as many launches as there are forms; each with zeros where it is padded."""
+    dtype = turn(DTYPES, first, second)
+    images = [
+        LAYOUTS[layout](torch.randn(size, device=kernels).to(dtype))
+        for layout, size in ((first, (3, 39, 5, 9)), (second, (2, 41, 7, 6)))
+    ]
+    w = torch.randn(33, 7, 3, 3, device=kernels).to(dtype)
+    packing = Packing(arch(w))
+    found = [packing.image(t, 1).tensor for t in images]
+    found.append(packing.packed(w, nan_like(tensor((40, 7, 3, 3), dtype, kernels, True)), swapped=False).tensor)
+    launches = run(packing.launches())
+    assert len(launches) == 1 or (first != second and len(launches) == 2)
+    assert not run(packing.launches()), "nothing is packed twice"
+    swapped = nan_like(tensor((7, 40, 3, 3), dtype, kernels, True))
+    packing.packed(w, swapped, swapped=True)
+    run(packing.launches())
+    for result, exact in zip(found, [*images, w], strict=True):
+        rows, channels = exact.shape[:2]
+        assert torch.equal(result[:rows, :channels], exact)
+        assert not result[:rows, channels:].any(), "what pads the channels must be zero: it is multiplied"
+    assert found[2][33:].isnan().all(), "rows that src has not are left as they are"
+    assert torch.equal(swapped[:, :33], w.transpose(0, 1))
+    assert not swapped[:, 33:].any()
+
+
 def test_a_nan_of_one_group_stays_in_it(kernels: str) -> None:
     """Groups that share a tile meet each other's zeros, and zero times infinity is NaN."""
     x = torch.randn(1, 12, 6, 7, device=kernels)
@@ -396,13 +424,13 @@ def test_descriptors_step_over_whole_channels_where_others_follow(l: int) -> Non
 
 def test_boxes_cover_with_little_outside() -> None:
     for pixels in (16, 64, 128, 256):
-        for n, p, q in ((1, 1, 1), (256, 56, 56), (64, 7, 7), (3, 33, 29), (1, 224, 224), (5, 1, 300)):
+        for n, p, q in ((1, 1, 1), (256, 56, 56), (64, 7, 7), (3, 33, 29), (1, 224, 224), (5, 1, 300), (1, 300, 1)):
             for wide in (False, True):
                 box = choose_box(pixels, n, p, q, wide=wide)
                 assert box[0] * box[1] * box[2] == pixels
                 covered = cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2]) * pixels
                 assert covered < 2 * n * p * q + 2 * pixels
-    assert choose_box(128, 256, 56, 56, wide=False) == (2, 8, 8)  # 56 = 7·8: nothing lies outside
+    assert choose_box(128, 256, 56, 56, wide=False) == (16, 1, 8)  # 56 = 7·8: nothing lies outside
     assert choose_box(128, 256, 7, 7, wide=False) == (128, 1, 1)
 
 

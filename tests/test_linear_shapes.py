@@ -1,16 +1,29 @@
 """`tribp.linear_sigmoid` on any shape, layout and type, by the kernels."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import tribp
+from bench.linear import launches
+from bench.registry import Case
+from tribp.kernels.launch import ARCHS
 
 from .covering import DTYPES
 from .oracle import TOLERANCE, LinearSigmoid, assert_close, matrix
 
 dimension = st.integers(1, 70)
+
+
+def test_offsets_of_prefetched_tiles_fit_32_bits() -> None:
+    """Rows of odd pitch are prefetched by hand, unless a tile of them spans 2³¹ elements."""
+    pytest.importorskip("triton")
+    for k, prefetched in ((333, True), ((1 << 23) + 1, False)):
+        case = Case((64, 77, k), torch.bfloat16)
+        found = [x.constants for d in ("forward", "backward") for x in launches(case, d, ARCHS["sm_80"])]
+        assert {constants["PREFETCH"] for constants in found if "PREFETCH" in constants} == {prefetched}
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

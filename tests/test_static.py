@@ -22,7 +22,6 @@ from tribp.versions import keeps_shared_tiles, triton_version
 from .test_static_conv import BAD, GOOD
 
 ROOT = Path(__file__).parent.parent
-POINTERS = [target for target, arch in ARCHS.items() if not arch.has_tma]  # which leave some of the forms to `--all`
 Row = dict[str, Any]
 
 
@@ -121,19 +120,19 @@ def test_every_form_of_the_convolution_is_compiled(rows: list[Row], target: str)
     for dtype in ("bfloat16", "float16", "float32", "float64"):
         assert found >= {(kernel, dtype) for kernel in dense | small}
         assert found >= {(kernel, dtype) for kernel in depthwise if dtype != "float16"}
-    assert {kernel for kernel, dtype in found if dtype == "bfloat16"} >= {"relayout", "sum_partials"}
+    assert {kernel for kernel, dtype in found if dtype == "bfloat16"} >= {"relayout", "pack", "sum_partials"}
 
     def forms(*kernels: str) -> set[str]:
         return {word for row in mine if row["kernel"] in kernels for word in row["settings"].split()}
 
     for kernel in ("forward", "dgrad", "wgrad"):
-        assert {"diagonal", "step2×2"} <= forms(kernel) | ({"step2×2"} if target in POINTERS else set())
+        assert "diagonal" in forms(kernel)
         assert any(word.startswith("bundle") for word in forms(kernel))
         assert ("tma" in forms(kernel)) == ARCHS[target].has_tma
-    assert "step2×2" in forms("dgrad")
     assert {"last", "sigmoid"} <= forms("forward") & forms("small_forward")
     assert {"fuse_dz", "taps_last"} <= forms("small_wgrad")
-    assert {"pixels→channels", "channels→channels", "has_y"} <= forms("relayout")
+    assert {"pixels→channels", "has_y"} <= forms("relayout")
+    assert {"pixels→channels", "channels→channels", "src3"} <= forms("pack")
     for kernel in ("forward", "dgrad", "small_forward", *depthwise):
         layouts = {"last" in row["settings"].split() for row in mine if row["kernel"] == kernel}
         assert layouts == {True, False}, kernel

@@ -2,6 +2,7 @@
 which, and how settings are shown. `test_static.py` compiles; here are the plants that it asks for.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,17 +26,20 @@ CHANNELS = ConvCase(DEPTHWISE, BF16, groups=384)
 GOOD = {
     "good conv": (DENSE, "forward", -1),
     "good depthwise": (CHANNELS, "forward", -1),
-    "good relayout": (LAST_COLUMNS, "forward", 0),
+    "good pack": (LAST_COLUMNS, "forward", 0),
+    "good relayout": (replace(LAST_COLUMNS, sigmoid=True), "backward", 0),
     "good few channels": (SMALL, "forward", -1),
 }
 BAD: dict[str, tuple[str, str, dict[str, Any]]] = {  # the good one it spoils, the complaint, the changes
     "conv, four warps": ("good conv", "spills", dict(BLOCK_J=256, warps=4)),
     "conv, one stage": ("good conv", "pipelined", dict(stages=1)),
-    "conv, sixteen stages": ("good conv", "shared memory", dict(stages=16, BOX_N=4)),
+    "conv, sixteen stages": ("good conv", "shared memory", dict(stages=16, BOX_N=64)),
     "conv, narrow store": ("good conv", "wide stores", dict(VEC_STORE=1)),
     "conv, float32 without TF32": ("good conv", "matrix instructions", dict(PRECISION="ieee", single=True)),
     "few channels without TF32": ("good few channels", "matrix instructions", dict(PRECISION="ieee")),
     "depthwise, narrow load": ("good depthwise", "vectors", dict(VEC=1)),
+    "pack, narrow load": ("good pack", "vectors", dict(VEC_P=1)),
+    "pack, narrow store": ("good pack", "vectors", dict(VEC_DST=1)),
     "relayout, narrow load": ("good relayout", "wide loads", dict(VEC_P=1)),
     "relayout, narrow store": ("good relayout", "wide stores", dict(VEC_DST=1)),
 }
@@ -84,8 +88,9 @@ def test_products_have_to_be_on_tensor_cores_pipelined_and_written_in_whole_vect
     for direction in ("forward", "dgrad", "wgrad"):
         assert (direction, whole) in names(DENSE, direction, target)
     columns = whole - ({"wide stores"} if target == "gfx942" else set())
+    assert names(LAST_COLUMNS, "forward", target)[0] == ("pack", {"vectors"})
     relayout = ("relayout", {"wide loads", "wide stores"})
-    assert names(LAST_COLUMNS, "forward", target)[0] == relayout
+    assert names(replace(LAST_COLUMNS, sigmoid=True), "backward", target)[0] == relayout
     assert names(LAST_COLUMNS, "forward", target)[-1] == ("forward", columns)
     few = ConvCase((256, 3, 64, 224, 224), BF16)
     assert names(few, "forward", target) == [("small_forward", {"matrix instructions", "wide stores"})]
@@ -137,7 +142,7 @@ def test_settings_are_shown_in_words() -> None:
     assert {"bundle8", "diagonal"} <= set(shown(grouped, "forward", -1))
     taps = launches(DENSE, "wgrad", ARCH)[0].constants["TAPS"]
     assert (f"taps{taps}" in shown(DENSE, "wgrad")) == (taps != 1)
-    assert {"pixels→channels", "write_dst"} <= set(shown(LAST_COLUMNS, "forward"))
+    assert {"pixels→channels", "src3"} <= set(shown(LAST_COLUMNS, "forward"))
     assert {"has_y", "channels→channels"} <= set(shown(ConvCase(FEW[0], BF16, sigmoid=True), "dgrad"))
 
 

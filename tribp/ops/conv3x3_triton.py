@@ -2,7 +2,7 @@
 
 Three ways: `depthwise`, one channel a group; `small`, few input channels; and `dense`, everything else. The first two
 read either memory format where it lies. Dense wants channels side by side, in rows of whole 16 bytes, of x, dz and w:
-what lies otherwise goes through `relayout` first.
+what lies otherwise is packed first, of one direction all in one launch.
 """
 
 from collections.abc import Generator, Iterator
@@ -28,15 +28,14 @@ from ..runtime import dtype_name
 from .calls import scratch
 from .images import (
     Image,
+    Packing,
     channels_last_scratch,
     dense_image,
     image,
     lies_last,
     output_grad,
-    packed,
     padded,
     readable,
-    relayout,
 )
 from .launching import (
     Launch,
@@ -71,7 +70,6 @@ def forward(
     constants = dict(
         HAS_BIAS=b is not None, SIGMOID=activation == "sigmoid", ACCURATE=x.dtype == torch.float32,
         PTX=arch.backend != "hip", ACC=acc, LAST=ys.last, VEC_STORE=ys.vec,
-        STEP_H=window.stride[0], STEP_W=window.stride[1],
     )  # fmt: skip
     b = None if b is None else b.contiguous()
     way = way_of(c, o, window.groups, x)
@@ -80,7 +78,7 @@ def forward(
         s = settings or choose_depthwise(n, p, q, o, dtype, arch, last=ys.last, wgrad=False)
         grid = s.boxes(n, p, q) * cdiv(o, s.block_j)
         arguments = (xs.tensor, w, b, y, *sizes, o, *window.padding, *xs.strides, *ys.strides)
-        constants |= dict(VEC=xs.vec, BLOCK_C=s.block_j)
+        constants |= dict(STEP_H=window.stride[0], STEP_W=window.stride[1], VEC=xs.vec, BLOCK_C=s.block_j)
         yield _launch(conv3x3_depthwise.depthwise_forward, (grid,), arguments, constants, s)
         return
     if way == "small":
@@ -88,14 +86,19 @@ def forward(
         s = settings or choose_small(n, p, q, o, c, dtype, arch, wgrad=False)
         grid = s.boxes(n, p, q) * cdiv(o, s.block_j)
         arguments = (x, w, b, y, *sizes, o, *window.padding, *x.stride(), *ys.strides)
-        constants |= dict(C=c, TAPS_LAST=w.is_contiguous(), PRECISION=precision, BLOCK_J=s.block_j, BLOCK_K=s.block_l)
+        constants |= dict(
+            STEP_H=window.stride[0], STEP_W=window.stride[1],
+            C=c, TAPS_LAST=w.is_contiguous(), PRECISION=precision, BLOCK_J=s.block_j, BLOCK_K=s.block_l,
+        )  # fmt: skip
         yield _launch(conv3x3_small.small_forward, (grid,), arguments, constants, s)
         return
     groups, og = window.groups, o // window.groups
-    xs = yield from packed(x, groups, arch)
+    packing = Packing(arch)
+    xs = packing.image(x, groups)
     cg = xs.tensor.shape[1] // groups
     bundle = settings.bundle if settings else bundle_of(groups, cg, og, 64 if arch.has_tma else 32)
-    ws = yield from _packed_weight(w, o, cg, bundle, groups, arch)
+    ws = _packed_weight(packing, w, o, cg, bundle, groups)
+    yield from packing.launches()
     bundles = cdiv(groups, bundle)
     vec = _bundle_vec(xs, groups, bundle)
     s = settings or choose_conv(
@@ -108,7 +111,7 @@ def forward(
         xs.argument(s.tma, s.box, s.block_l, precision, window.stride),
         _weight_argument(ws, s.tma, s.block_j, s.block_l, precision),
         *((xs.tensor, ws.tensor) if bundle > 1 else (None, None)), b, y,
-        *sizes, groups, og, cg, *window.padding, *_without_channels(xs), *ys.strides,
+        *sizes, groups, og, cg, *window.padding, *window.stride, *_without_channels(xs), *ys.strides,
     )  # fmt: skip
     constants |= _dense_constants(s, precision, vec, ws.vec, _bundle_vec(ys, groups, bundle))
     yield _launch(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, constants, s)
@@ -135,7 +138,22 @@ def backward(
         return
     summed = y is not None or dw is None  # db: on the way to dz, else wgrad has it for nothing
     needed = dx is not None or dw is not None
-    dz, sums = yield from output_grad(dy, y, db if summed else None, needed, way != "depthwise", window.groups, arch)
+    packing = Packing(arch)
+    dz, sums = yield from output_grad(
+        dy, y, db if summed else None, needed, way != "depthwise", window.groups, packing, arch
+    )
+    xs = packing.image(x, window.groups) if way == "dense" and x is not None and dw is not None else None
+    dgrad = None
+    if dx is not None:
+        assert w is not None
+        assert dz is not None
+        if way == "depthwise":
+            dgrad = _depthwise_dgrad(dz, w, dx, window, arch, settings)
+        elif way == "small" and dgrad_is_small(c, w.shape[0], window, dx.dtype):
+            dgrad = _small_dgrad(dz, w, dx, window, arch, tf32, settings)
+        else:
+            dgrad = _dense_dgrad(packing, dz, w, dx, window, arch, tf32, settings)
+    yield from packing.launches()
     pending = Partials(None, None), Partials(None, None)
     if dw is not None:
         assert x is not None
@@ -146,19 +164,13 @@ def backward(
         elif way == "small":
             pending = yield from _small_wgrad(dz, None, *rest, tf32, wgrad_settings)
         else:
+            assert xs is not None
             spare = (x.numel() if dx is not None else dy.numel()) * x.element_size()
-            pending = yield from _dense_wgrad(dz, *rest, tf32, spare, wgrad_settings)
+            pending = yield from _dense_wgrad(dz, xs, *rest, tf32, spare, wgrad_settings)
     yield from second_pass(arch, *pending, sums)
-    del pending
-    if dx is not None:
-        assert w is not None
-        assert dz is not None
-        if way == "depthwise":
-            yield _depthwise_dgrad(dz, w, dx, window, arch, settings)
-        elif way == "small" and dgrad_is_small(c, w.shape[0], window, dx.dtype):
-            yield _small_dgrad(dz, w, dx, window, arch, tf32, settings)
-        else:
-            yield from _dense_dgrad(dz, w, dx, window, arch, tf32, settings)
+    del pending, xs
+    if dgrad is not None:
+        yield dgrad
 
 
 def way_of(c: int, o: int, groups: int, x: Tensor | None) -> str:
@@ -173,8 +185,10 @@ def way_of(c: int, o: int, groups: int, x: Tensor | None) -> str:
 
 
 def _dense_dgrad(
-    dz: Image, w: Tensor, dx: Tensor, window: Window, arch: Arch, tf32: bool, settings: Convolution | None
-) -> Iterator[Launch]:
+    packing: Packing, dz: Image, w: Tensor, dx: Tensor, window: Window, arch: Arch, tf32: bool,
+    settings: Convolution | None,
+) -> Launch:  # fmt: skip
+    """The launch that writes dx, once `packing` is done."""
     (n, c, height, width), (sh, sw), groups = dx.shape, window.stride, window.groups
     dtype, (_, acc) = dtype_name(dx.dtype), accumulator(dx.dtype)
     precision = precision_of(dtype, tf32, arch)
@@ -185,9 +199,9 @@ def _dense_dgrad(
     # wgmma takes TF32 from rows that lie along the sum.
     along = precision == "tf32" and groups == 1 and (arch.has_wgmma or arch.backend == "interpreter")
     if along:
-        ws = yield from _packed_weight(w, cg, og, bundle, groups, arch, swapped=True)
+        ws = _packed_weight(packing, w, cg, og, bundle, groups, swapped=True)
     else:
-        ws = yield from _packed_weight(w, og * groups, cg, bundle, groups, arch)
+        ws = _packed_weight(packing, w, og * groups, cg, bundle, groups)
     bundles = cdiv(groups, bundle)
     vec = _bundle_vec(dz, groups, bundle)
     p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
@@ -200,27 +214,26 @@ def _dense_dgrad(
         dz.argument(s.tma, s.box, s.block_l, precision),
         _weight_argument(ws, s.tma, *((s.block_j, s.block_l) if along else (s.block_l, s.block_j)), precision),
         *((dz.tensor, ws.tensor) if bundle > 1 else (None, None)), dx,
-        n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding,
+        n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding, sh, sw,
         *_without_channels(dz), *out.strides,
     )  # fmt: skip
     vec_store = 1 if sw == 2 and not out.last else _bundle_vec(out, groups, bundle)
     constants = dict(
-        W_TRANSPOSED=along, STEP_H=sh, STEP_W=sw, ACC=acc, LAST=out.last,
+        W_TRANSPOSED=along, ACC=acc, LAST=out.last,
         **_dense_constants(s, precision, vec, ws.vec, vec_store),
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * s.columns(c // groups, groups), sh * sw)
-    yield _launch(conv3x3.dgrad, grid, arguments, constants, s)
+    return _launch(conv3x3.dgrad, grid, arguments, constants, s)
 
 
 def _dense_wgrad(
-    dz: Image, x: Tensor, dw: Tensor, db: Tensor | None, window: Window, arch: Arch, tf32: bool, spare: int,
+    dz: Image, xs: Image, x: Tensor, dw: Tensor, db: Tensor | None, window: Window, arch: Arch, tf32: bool, spare: int,
     settings: Convolution | None,
 ) -> Sums:  # fmt: skip
     n, groups, (o, cg, *_) = x.shape[0], window.groups, dw.shape
     p, q = dz.tensor.shape[2:]
     dtype, (partial, acc) = dtype_name(x.dtype), accumulator(x.dtype)
     precision = precision_of(dtype, tf32, arch)
-    xs = yield from packed(x, groups, arch)
     og = o // groups
     bundle = settings.bundle if settings else bundle_of(groups, cg, og, 32)
     bundles = cdiv(groups, bundle)
@@ -237,10 +250,11 @@ def _dense_wgrad(
         dz.argument(s.tma, s.box, s.block_i, precision),
         xs.argument(s.tma, s.box, s.block_j, precision, window.stride), shares, sums,
         n, *x.shape[2:], p, q, groups, og, cg, dz.tensor.shape[1] // groups, xs.tensor.shape[1] // groups,
-        *window.padding, *_without_channels(dz), *_without_channels(xs), cdiv(s.boxes(n, p, q), s.splits),
+        *window.padding, *window.stride, *_without_channels(dz), *_without_channels(xs),
+        cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
     constants = dict(
-        WRITE_DB=sums is not None, TAPS=s.taps, STEP_H=window.stride[0], STEP_W=window.stride[1],
+        WRITE_DB=sums is not None, TAPS=s.taps,
         DIAGONAL=bundle > 1, BUNDLE=bundle, TMA=s.tma, X_FIRST=s.x_first, TAPS_LAST=s.splits == 1 and not in_order,
         ACC=acc, PRECISION=precision, VEC_O=vec_o, VEC_C=vec_c, VEC_STORE=vector_length(shares.element_size(), cg),
         BLOCK_O=s.block_i, BLOCK_C=s.block_j,
@@ -390,8 +404,8 @@ def _weight_argument(w: Image, use_tma: bool, rows: int, cols: int, precision: s
 
 
 def _packed_weight(
-    w: Tensor, rows: int, cols: int, bundle: int, groups: int, arch: Arch, swapped: bool = False
-) -> "Generator[Launch, None, Image]":
+    packing: Packing, w: Tensor, rows: int, cols: int, bundle: int, groups: int, swapped: bool = False
+) -> Image:
     """w as (rows, 9, cols) in memory, with zeros where it has no such output or input channel.
 
     Of a bundle of groups, its cols stand side by side: (rows, 9, bundle · cols). swapped: rows are input channels.
@@ -400,11 +414,9 @@ def _packed_weight(
         out = channels_last_scratch(w, bundle * cols)
         arguments = (w, out, rows // groups, cols, *w.stride())
         block = power_of_2(9 * bundle * cols)
-        yield Launch(conv3x3.spread_weight, (rows,), arguments, dict(BUNDLE=bundle, BLOCK=block), 4)
+        packing.others.append(Launch(conv3x3.spread_weight, (rows,), arguments, dict(BUNDLE=bundle, BLOCK=block), 4))
         return image(out, True)
     if not swapped and w.shape[:2] == (rows, cols) and w.is_contiguous(memory_format=torch.channels_last):
         return image(w, True)
     size, zero = (rows, cols, 3, 3), rows > w.shape[1 if swapped else 0]
-    out = scratch(size, w.dtype, w.device, torch.channels_last, zero=zero)
-    yield from relayout(w, None, out, None, arch, swapped)
-    return image(out, True)
+    return packing.packed(w, scratch(size, w.dtype, w.device, torch.channels_last, zero=zero), swapped)

@@ -1,6 +1,6 @@
 """Images in memory: how kernels read them, and the pass that brings them into an order that kernels can read."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..kernels import common
 from ..kernels import relayout as kernels
 from ..kernels.launch import Arch, cdiv
-from ..kernels.launch_conv3x3 import Box, choose_relayout
+from ..kernels.launch_conv3x3 import Box, Relayout, choose_relayout
 from ..runtime import dtype_name
 from ..versions import descriptor_unit
 from .calls import scratch
@@ -80,18 +80,116 @@ def readable(tensor: Tensor, last: bool) -> Image:
     return image(tensor, last)
 
 
-def packed(tensor: Tensor, groups: int, arch: Arch) -> "Generator[Launch, None, Image]":
-    """The tensor as dense kernels read it: channels side by side, at least four bytes to an access.
+class Move(NamedTuple):
+    """One tensor to be packed."""
 
-    Derived: cp.async moves four bytes or more, so two-byte reads are not pipelined, and there are nine of each element.
-    Two for a copy of all cost less. It has rows of whole 16 bytes, unless groups follow each other in them.
-    """
-    if fits_dense(tensor):
-        return image(tensor, True)
-    channels = padded(tensor.shape[1], tensor.element_size()) if groups == 1 else tensor.shape[1]
-    out = channels_last_scratch(tensor, channels)
-    yield from relayout(tensor, None, out, None, arch)
-    return image(out, True)
+    src: "Planes"
+    dst: Tensor
+    sizes: tuple[int, ...]  # the kernel's, but for its programs
+    vecs: tuple[int, ...]  # of src's strides, of pixels, of channels and of dst's: elements that divide them
+    settings: Relayout
+
+    @property
+    def programs(self) -> int:
+        """For each of `columns`."""
+        tiles, n, pixels = self.sizes[:3]
+        return cdiv(n * cdiv(pixels, self.settings.block_p), tiles)
+
+    @property
+    def columns(self) -> int:
+        return cdiv(self.dst.shape[1], self.settings.block_c)
+
+    def arguments(self, programs: int) -> tuple[object, ...]:
+        return self.src.tensor, self.dst, programs, *self.sizes
+
+    def constants(self, vecs: tuple[int, ...], number: str) -> dict[str, object]:
+        found = dict(
+            PIXELS=self.src.pixels, CHANNELS=self.src.channels,
+            **dict(zip(("VEC", "VEC_P", "VEC_C", "VEC_DST"), vecs, strict=True)),
+            BLOCK_P=self.settings.block_p, BLOCK_C=self.settings.block_c,
+        )  # fmt: skip
+        return {name + number: value for name, value in found.items()}
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What the code depends on, besides how wide its accesses are."""
+        return self.src.pixels, self.src.channels, self.settings.block_p, self.settings.block_c, *self.launched
+
+    @property
+    def launched(self) -> tuple[object, ...]:
+        return self.settings.num_warps, self.settings.max_registers
+
+
+class Packing:
+    """What a call's dense kernels read, and the launches that pack those of it that do not lie so: one, if possible."""
+
+    def __init__(self, arch: Arch) -> None:
+        self._arch = arch
+        self._moves: list[Move] = []
+        self.others: list[Launch] = []  # that write what is needed, too
+
+    def image(self, tensor: Tensor, groups: int) -> Image:
+        """The tensor as dense kernels read it: channels side by side, at least four bytes to an access.
+
+        Derived: cp.async moves four bytes or more, so two-byte reads are not pipelined, and there are nine of each
+        element. Two for a copy of all cost less. It has rows of whole 16 bytes, unless groups follow one another.
+        """
+        if fits_dense(tensor):
+            return image(tensor, True)
+        channels = padded(tensor.shape[1], tensor.element_size()) if groups == 1 else tensor.shape[1]
+        return self.packed(tensor, channels_last_scratch(tensor, channels))
+
+    def packed(self, src: Tensor, dst: Tensor, swapped: bool = False) -> Image:
+        """dst, which is channels_last: src, with zeros in the channels dst has more.
+
+        swapped: src with images and channels exchanged. (A view given as src would be no tensor that `calls` knows.)
+        """
+        view = src.transpose(0, 1) if swapped else src
+        plane = planes(view)
+        if plane.tensor is view:
+            plane = plane._replace(tensor=src)
+        n, c, height, width = view.shape
+        pixels, channels = height * width, dst.shape[1]
+        s = choose_relayout(n, pixels, channels, dtype_name(src.dtype), self._arch)
+        vecs = (plane.vec, *(vector_length(src.element_size(), length) for length in (pixels, c, channels)))
+        self._moves.append(Move(plane, dst, (s.tiles, n, pixels, c, channels, *plane.strides), vecs, s))
+        return image(dst, True)
+
+    def launches(self) -> Iterator[Launch]:
+        """The launches that pack what was asked for, and has not been packed yet."""
+        yield from self.others
+        self.others = []
+        while self._moves:
+            first = self._moves.pop(0)
+            second = self._take([move for move in self._moves if move.form == first.form])
+            third = self._take([move for move in self._moves if move.launched == first.launched])
+            yield pack(first, second, third)
+
+    def _take(self, moves: list[Move]) -> Move | None:
+        """The first of some of them, if there is one."""
+        for move in moves[:1]:
+            self._moves = [other for other in self._moves if other is not move]
+            return move
+        return None
+
+
+def pack(first: Move, second: Move | None, third: Move | None) -> Launch:
+    """A launch that packs up to three tensors, the second of the first one's form."""
+    again, last = second or first, third or first
+    programs = [0 if move is None else move.programs for move in (first, second, third)]
+    missing = (None, None, *(0 for _ in last.arguments(0)[2:]))
+    return Launch(
+        kernels.pack,
+        (sum(n * move.columns for n, move in zip(programs, (first, again, last), strict=True)),),
+        (
+            *first.arguments(programs[0]),
+            *again.arguments(programs[1]),  # with no programs if there is none: the kernel is the same
+            *(missing if third is None else third.arguments(programs[2])),
+        ),
+        first.constants(tuple(map(min, first.vecs, again.vecs)), "") | last.constants(last.vecs, "3"),
+        first.settings.num_warps,
+        max_registers=first.settings.max_registers,
+    )  # fmt: skip
 
 
 def fits_dense(tensor: Tensor) -> bool:
@@ -101,9 +199,12 @@ def fits_dense(tensor: Tensor) -> bool:
 
 
 def output_grad(
-    dy: Tensor, y: Tensor | None, db: Tensor | None, needed: bool, dense: bool, groups: int, arch: Arch
-) -> "Generator[Launch, None, tuple[Image | None, Partials]]":
+    dy: Tensor, y: Tensor | None, db: Tensor | None, needed: bool, dense: bool, groups: int, packing: Packing,
+    arch: Arch,
+) -> "Generator[Launch, None, tuple[Image | None, Partials]]":  # fmt: skip
     """dz, which is dy or dy·y·(1 − y), in the layout that its readers want, and the partial sums of a db."""
+    if dense and needed and y is None and db is None:
+        return packing.image(dy, groups), Partials(None, None)
     last = dense or lies_last(dy if y is None else y)
     dz: Image | None = None
     out: Tensor | None = None
@@ -125,23 +226,18 @@ def channels_last_scratch(like: Tensor, channels: int) -> Tensor:
 
 
 def relayout(
-    src: Tensor, y: Tensor | None, dst: Tensor | None, db: Tensor | None, arch: Arch, swapped: bool = False
+    src: Tensor, y: Tensor | None, dst: Tensor | None, db: Tensor | None, arch: Arch
 ) -> "Generator[Launch, None, Partials]":
     """dst = src, or src·y·(1 − y), with zeros in the channels dst has more. Returns the partial sums of db: those of
     dst over images and pixels.
-
-    swapped: src with its images and channels exchanged. (A view given as src would be no tensor that `calls` knows.)
     """
-    view = src.transpose(0, 1) if swapped else src
-    n, c, height, width = view.shape
+    n, c, height, width = src.shape
     pixels, channels = height * width, c if dst is None else dst.shape[1]
     s = choose_relayout(n, pixels, channels, dtype_name(src.dtype), arch)
     programs = cdiv(n * cdiv(pixels, s.block_p), s.tiles)
     partial, acc = accumulator(src.dtype)
     sums = partials_of(db, programs, partial)
-    found = [planes(t) for t in (view, y, dst)]
-    if found[0].tensor is view:
-        found[0] = found[0]._replace(tensor=src)
+    found = [planes(t) for t in (src, y, dst)]
     constants: dict[str, object] = dict(
         HAS_Y=y is not None, WRITE_DST=dst is not None, WRITE_DB=db is not None, ACC=acc,
         VEC_P=vector_length(src.element_size(), pixels), VEC_C=vector_length(src.element_size(), c),

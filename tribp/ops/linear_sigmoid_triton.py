@@ -60,7 +60,8 @@ def forward(
         dict(
             HAS_BIAS=b is not None, ACC=acc, PRECISION=precision, ACCURATE=x.dtype == torch.float32,
             PTX=arch.backend != "hip", TMA=s.tma, TMA_STORE=store_tma,
-            X_TRANSPOSED=xs.transposed, W_TRANSPOSED=ws.transposed, PREFETCH=s.prefetch, VEC=vec, VEC_STORE=ys.vec,
+            X_TRANSPOSED=xs.transposed, W_TRANSPOSED=ws.transposed, PREFETCH=prefetched(s, xs, ws),
+            VEC=vec, VEC_STORE=ys.vec,
             BLOCK_M=s.block_i, BLOCK_N=s.block_j, BLOCK_K=s.block_l, GROUP=s.group, PERSISTENT=s.persistent > 0,
         ),
         s.num_warps,
@@ -117,7 +118,7 @@ def dgrad(
         ),
         dict(
             FUSE_DZ=s.fuse_dz, ACC=acc, PRECISION=precision, TMA=s.tma, TMA_STORE=store_tma,
-            W_TRANSPOSED=w.transposed, PREFETCH=s.prefetch, VEC=vec, VEC_STORE=out.vec,
+            W_TRANSPOSED=w.transposed, PREFETCH=prefetched(s, dz, w), VEC=vec, VEC_STORE=out.vec,
             BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
         ),
         s.num_warps,
@@ -151,7 +152,7 @@ def wgrad(
         dict(
             FUSE_DZ=s.fuse_dz, WRITE_DZ=dz_out is not None, WRITE_DB=db is not None,
             ACC=accumulator(x.tensor.dtype)[1], PRECISION=precision,
-            TMA=s.tma, X_TRANSPOSED=x.transposed, PREFETCH=s.prefetch, VEC=min(dz.vec, x.vec),
+            TMA=s.tma, X_TRANSPOSED=x.transposed, PREFETCH=prefetched(s, dz, x), VEC=min(dz.vec, x.vec),
             VEC_STORE=vector_length(dw.element_size(), k),
             BLOCK_M=s.block_l, BLOCK_N=s.block_i, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
         ),
@@ -159,6 +160,11 @@ def wgrad(
         s.num_stages,
         s.max_registers,
     )  # fmt: skip
+
+
+def prefetched(s: Product, *operands: Operand) -> bool:
+    """Whether to prefetch by hand: with offsets of 32 bits within a tile, which has at most 256 lines."""
+    return s.prefetch and all(matrix.ld < 1 << 23 for matrix in operands)
 
 
 def backward(
