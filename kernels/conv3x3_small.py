@@ -178,7 +178,7 @@ def small_dgrad(
     for t in range(0, tl.minimum(BOX_H, H - first) + 2):
         z = load_box(
             dz, n, first + t, left, pad_h - 2, pad_w - 2, 0, tl.cdiv(O, VEC) * VEC, N, P, Q,
-            stride_n, stride_h, stride_w, 0, 0, False, 1, 1, TMA, VEC, BOX_N, 1, BOX_W, BLOCK_L,
+            stride_n, stride_h, stride_w, 0, 0, 1, 1, False, TMA, VEC, BOX_N, 1, BOX_W, BLOCK_L,
         )  # fmt: skip
         p = dot(z, taps, tl.zeros((PIXELS, 64), ACC), PRECISION)
         p0, p1, p2 = three_of_four(tl.permute(tl.reshape(p, (PIXELS, 2, 2, 16)), (0, 3, 1, 2)))

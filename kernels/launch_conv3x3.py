@@ -82,8 +82,10 @@ def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False, one_r
     if wide:
         sizes = [1 << k for k in range(pixels.bit_length())]
         shapes = sorted(((r, c) for c in sizes for r in sizes), key=lambda shape: shape[::-1], reverse=True)
+    elif one_row:
+        shapes = [(1, min((8, 4), key=lambda columns: cdiv(q, columns) * columns)), (1, pixels)]
     else:
-        shapes = [(1, 8), (pixels // 8, 8), (4, 4), (1, 4), (1, 1), (2, 1), (1, pixels), (pixels, 1)]
+        shapes = [(1, 8), (pixels // 8, 8), (4, 4), (1, 1), (2, 1), (1, pixels), (pixels, 1)]
     boxes = [(pixels // (rows * cols), rows, cols) for rows, cols in shapes if 0 < rows * cols <= pixels]
     if one_row:
         boxes = [box for box in boxes if box[1] == 1]
