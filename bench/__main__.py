@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from tribp import runtime
-from tribp.kernels.launch import ARCHS
+from tribp import dispatch
+from tribp.launch.arch import ARCHS
 
 from . import registry
 
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "sweep" and given.smoke:
             os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
         operations = registry.find(given.operation)
-        if given.command in ("counts", "static", "sweep") and not runtime.has_triton():
+        if given.command in ("counts", "static", "sweep") and not dispatch.has_triton():
             raise ValueError(f"{given.command} needs triton, which is not installed: pip install triton")
         if given.command == "counts":
             return _counts(given)
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _counts(given: argparse.Namespace) -> int:
     from . import counts
 
-    if runtime.interpreting():
+    if dispatch.interpreting():
         raise ValueError("counts executes compiled kernels, and under TRITON_INTERPRET=1 there are none: unset it")
     return counts.main(
         given.operation,
@@ -244,7 +244,7 @@ def _counts(given: argparse.Namespace) -> int:
 
 
 def _model(given: argparse.Namespace, names: list[str]) -> int:
-    if runtime.interpreting():
+    if dispatch.interpreting():
         raise ValueError("the model reads compiled kernels, and under TRITON_INTERPRET=1 there are none: unset it")
     from . import predict
     from .machines import MACHINES

@@ -1,6 +1,6 @@
 """The settings that might be better than the rules' choice: what `python -m bench static --candidates` compares.
 
-A candidate changes a rule of `kernels/launch*.py` for one case, so that everything around the launch follows: room for
+A candidate changes a rule of `tribp/launch/` for one case, so that everything around the launch follows: room for
 partial results, descriptors, the passes before and after. `UNSEEN` are those that the model says nothing about.
 """
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
-from tribp.kernels.launch import whole_splits
-from tribp.kernels.launch_conv3x3 import choose_box, even_splits
+from tribp.launch.conv3x3 import choose_box, even_splits
+from tribp.launch.matmul import whole_splits
 
 from .conv_cases import BF16, FEW, ConvCase
 from .conv_kernels import MANY, MIDDLE
@@ -20,7 +20,7 @@ from .registry import Case
 from .step_cases import FP32, StepCase, cases
 
 Rule = Callable[..., Any]
-LINEAR, CONV, STEP = "tribp.ops.linear_sigmoid_triton", "tribp.ops.conv3x3_triton", "tribp.optim.kernel"
+LINEAR, CONV, STEP = "tribp.ops.linear_sigmoid.plan", "tribp.ops.conv3x3.plan", "tribp.optim.triton_bucket"
 
 
 @dataclass(frozen=True)

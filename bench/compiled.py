@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
-from tribp.kernels.launch import Arch
-from tribp.ops.launching import Launch
+from tribp.launch.arch import Arch
+from tribp.launch.layout import Launch
 
 from . import machine_code, registry, wgmma
 from .machine_code import Instruction, Loop

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tribp.kernels.launch import Arch
+from tribp.launch.arch import Arch
 from tribp.reference import Window
 
 from .conv_cases import (
@@ -31,14 +31,14 @@ from .linear import bytes_of
 from .registry import StaticCase
 
 if TYPE_CHECKING:
-    from tribp.ops.launching import Launch
+    from tribp.launch.layout import Launch
 
     from .expectations import Expectation
 
 
 def launches(case: ConvCase, direction: str, arch: Arch) -> "list[Launch]":
     """The launches of one direction. "backward" is dgrad and wgrad in one call."""
-    from tribp.ops import conv3x3_triton as triton_side
+    from tribp.ops.conv3x3 import plan as triton_side
 
     def empty(*size: int) -> Tensor:
         layout = case.memory_format if len(size) == 4 else torch.contiguous_format

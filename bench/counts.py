@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tribp.kernels.launch import ARCHS
+from tribp.launch.arch import ARCHS
 
 from . import registry
 from .registry import Operation
@@ -112,7 +112,7 @@ def _materialized(value: Any, storages: Storages) -> Any:
 
 
 def _perform(launches: Sequence[Any], arch: Any, report: "Report") -> None:
-    """Run the launches (of `tribp.ops.launching`), which may be of tensors without memory."""
+    """Run the launches (of `tribp.launch.layout`), which may be of tensors without memory."""
     import triton
 
     from .compiled import describe, source_of, target_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tribp.kernels.launch import Arch
+from tribp.launch.arch import Arch
 
 from .compiled import Compiled
 from .machine_code import COPIES, MATRIX

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import tribp
-from tribp import optim, runtime
-from tribp.optim.tensors import GRAD
+from tribp import dispatch, optim
+from tribp.optim.layouts import GRAD
 
 from .meters import summary, versions
 from .no_gpu import always
@@ -142,11 +142,11 @@ def one_rank() -> Iterator[Callable[[int], Tensor]]:
 @contextlib.contextmanager
 def launching_nothing() -> Any:
     """tribp's plan for CPU tensors, as for the interpreter; its launches are not performed."""
-    from tribp.ops import calls
-    from tribp.ops.launching import Launch
+    from tribp.launch import calls
+    from tribp.launch.layout import Launch
 
     with (
-        mock.patch.object(runtime, "interpreting", always(True)),
+        mock.patch.object(dispatch, "interpreting", always(True)),
         tribp.use_backend("triton"),
         mock.patch.object(Launch, "run", always(None)),
         mock.patch.object(calls.Step, "perform", always(None)),  # what is repeated
@@ -195,8 +195,8 @@ def plans(smoke: bool) -> list[Comparison]:
 
 def steps() -> list[Comparison]:
     """A whole step on a GPU, up to the driver: its launch repeated, and as Triton performs a new one."""
-    from tribp.kernels.launch import ARCHS
-    from tribp.ops import calls
+    from tribp.launch import calls
+    from tribp.launch.arch import ARCHS
 
     from .no_gpu import pretending
 
@@ -311,9 +311,9 @@ class Sampled(Protocol):
 def comparisons(smoke: bool) -> list[Comparable]:
     """All that can be compared here."""
     found: list[Comparable] = []
-    if runtime.has_triton():
+    if dispatch.has_triton():
         found += plans(smoke)
-    if runtime.has_triton() and not runtime.interpreting():
+    if dispatch.has_triton() and not dispatch.interpreting():
         from . import host_first, host_layers
 
         found += [*steps(), *host_layers.comparisons()]
@@ -371,9 +371,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(cases: Sequence[str], *, rounds: int, smoke: bool, file: str) -> int:
     """Measure, print and write; 0 whatever the verdicts: a noisy machine is no mistake."""
-    if not runtime.has_triton():
+    if not dispatch.has_triton():
         print("left out is what a GPU would be given, the plan's part and the calls': it needs triton")
-    elif runtime.interpreting():
+    elif dispatch.interpreting():
         print("calls of layers are left out: under TRITON_INTERPRET=1 Triton compiles nothing")
     there = comparisons(smoke)
     chosen = [c for c in there if not cases or any(part in c.name for part in cases)]

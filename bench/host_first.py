@@ -23,7 +23,7 @@ import torch
 
 import tribp
 from tribp.demo import models
-from tribp.kernels.launch import ARCHS
+from tribp.launch.arch import ARCHS
 
 from .conv_cases import ConvCase
 from .no_gpu import pretending
@@ -112,7 +112,7 @@ def first_step(name: str) -> tuple[float, int]:
     launches: list[Any] = []
     step = STEPS[name]()
     for operation in ("conv3x3", "linear_sigmoid"):  # what is imported with the first call is not compiled
-        importlib.import_module(f"tribp.ops.{operation}_triton")
+        importlib.import_module(f"tribp.ops.{operation}.plan")
     with pretending(ARCHS["sm_90"], lambda metadata, grid, arguments: launches.append(grid)):
         started = processor_time()
         step()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tribp
-from tribp.kernels.launch import ARCHS
+from tribp.launch.arch import ARCHS
 
 from .no_gpu import pretending
 
@@ -67,7 +67,7 @@ class Calling:
             return self._time()
 
     def _time(self) -> float:
-        from tribp.ops import calls
+        from tribp.launch import calls
 
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # as `host.Running` does
         started = clock()

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tribp
-from tribp.kernels.launch import Arch
+from tribp.launch.arch import Arch
 
 from .autograd import DIRECTIONS, DifferentiableProblem
 from .registry import Case, KernelTests, KernelWork, Operation, StaticCase, Target, Work
 
 if TYPE_CHECKING:
-    from tribp.ops.launching import Launch
+    from tribp.launch.layout import Launch
 
     from .expectations import Expectation
 
@@ -102,7 +102,7 @@ def launches(
     case: Case, direction: str, arch: Arch, *, x_transposed: bool = False, w_transposed: bool = False
 ) -> "list[Launch]":
     """The launches of one direction, on tensors without memory."""
-    from tribp.ops import linear_sigmoid_triton as triton_side
+    from tribp.ops.linear_sigmoid import plan as triton_side
 
     def empty(*shape: int, transposed: bool = False) -> Tensor:
         tensor = torch.empty(shape[::-1] if transposed else shape, device="meta", dtype=case.dtype)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tribp.timing import device_times
+from tribp.launch.timing import device_times
 
 Action = Callable[[], object]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from tribp import runtime
-from tribp.kernels.launch import Arch
+from tribp import dispatch
+from tribp.launch.arch import Arch
 
 Performed = Callable[[Any, tuple[int, ...], tuple[object, ...]], object]  # compiled kernel's metadata, grid, arguments
 
@@ -23,15 +23,15 @@ def pretending(arch: Arch, performed: Performed = lambda metadata, grid, argumen
     """
     from triton.runtime import driver
 
-    if runtime.interpreting():
+    if dispatch.interpreting():
         raise RuntimeError("a GPU can't be pretended under TRITON_INTERPRET=1: unset it")
     before = driver._active
     driver.set_active(_driver(arch, performed))
     try:
         with (
-            runtime.use_backend("triton"),
-            mock.patch.object(runtime, "backend_of", always("triton")),
-            mock.patch.object(runtime, "arch_of", always(arch)),
+            dispatch.use_backend("triton"),
+            mock.patch.object(dispatch, "backend_of", always("triton")),
+            mock.patch.object(dispatch, "arch_of", always(arch)),
         ):
             yield
     finally:

@@ -8,8 +8,8 @@ from unittest import mock
 
 import torch
 
-from tribp import runtime
-from tribp.kernels.launch import Arch
+from tribp import dispatch
+from tribp.launch.arch import Arch
 
 from . import results
 from .meters import Meter
@@ -150,7 +150,7 @@ def measure(case: StepCase, makes: Mapping[str, Make | str], meter: Meter) -> di
             else:
                 job.gradients(0)
                 entry |= timed(job, meter) | {"bytes": job.bytes()}
-                if name == "tribp" and runtime.backend_of(job.params[0]) == "triton":
+                if name == "tribp" and dispatch.backend_of(job.params[0]) == "triton":
                     entry["settings"] = settings(job)
                 if before is not None:
                     entry["held_bytes"] = (meter.allocated() or 0) - before
@@ -224,8 +224,8 @@ def row(case: StepCase, entries: Mapping[str, Row], bandwidth: float) -> Row:
 
 def settings(job: Job) -> list[str]:
     """How tribp launches a step, which is done."""
-    from tribp.ops import calls
-    from tribp.ops.launching import Launch
+    from tribp.launch import calls
+    from tribp.launch.layout import Launch
 
     from .compiled import describe
 

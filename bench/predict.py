@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tribp.kernels.launch import ARCHS, Arch
-from tribp.ops.launching import Launch
+from tribp.launch.arch import ARCHS, Arch
+from tribp.launch.layout import Launch
 
 from . import candidates, registry
 from .compiled import describe, key_of, read_launches

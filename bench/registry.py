@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from tribp.kernels.launch import Arch
-from tribp.runtime import dtype_name
+from tribp.dispatch import dtype_name
+from tribp.launch.arch import Arch
 
 if TYPE_CHECKING:  # both import triton, which `run` can do without
-    from tribp.ops.launching import Launch
+    from tribp.launch.layout import Launch
 
     from .expectations import Expectation
     from .meters import Meter

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import tribp
-from tribp import runtime
+from tribp import dispatch
 
 from . import results
 from .meters import CpuMeter, CudaMeter, Meter
@@ -49,7 +49,7 @@ def main(operations: Sequence[Measured], options: Options) -> int:
     if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="tribp-bench-")) if options.smoke else results.ROOT / meter.slug
     good = True
-    with tribp.use_backend("triton" if runtime.interpreting() else "auto"):
+    with tribp.use_backend("triton" if dispatch.interpreting() else "auto"):
         ceilings = Ceilings(meter)
         for operation in operations:
             if cases[operation.name]:
@@ -202,8 +202,8 @@ def _measure(
                 entry = {"status": "failed", "note": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
             entries[name] = entry
         row = results.row(operation, case, direction, entries, ceilings.bandwidth, ceilings.rate(case))
-        if runtime.has_triton():
-            row["settings"] = list(operation.settings(case, direction, runtime.arch_of(meter.device.index)))
+        if dispatch.has_triton():
+            row["settings"] = list(operation.settings(case, direction, dispatch.arch_of(meter.device.index)))
         rows.append(row)
     return rows
 

@@ -11,8 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tribp import runtime
-from tribp.kernels.launch import ARCHS, Arch
+from tribp import dispatch
+from tribp.launch.arch import ARCHS, Arch
 
 from . import registry
 from .compiled import Compiled, compile_launches, key_of
@@ -119,7 +119,7 @@ def main(
     operations: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], *, everything: bool, jobs: int, file: str
 ) -> int:
     """Compile, print the table and what is broken, write the JSON; 1 if anything is broken."""
-    if runtime.interpreting():
+    if dispatch.interpreting():
         print("bench static compiles, and under TRITON_INTERPRET=1 nothing can be: unset it", file=sys.stderr)
         return 2
     started = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tribp.runtime import dtype_name
+from tribp.dispatch import dtype_name
 
 Shapes = Sequence[tuple[int, ...]]
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tribp import optim, runtime
-from tribp.kernels.launch import Arch
-from tribp.runtime import dtype_name
+from tribp import dispatch, optim
+from tribp.dispatch import dtype_name
+from tribp.launch.arch import Arch
 
 from .registry import StaticCase
 
 if TYPE_CHECKING:
-    from tribp.ops.launching import Launch
+    from tribp.launch.layout import Launch
 
     from .expectations import Expectation
 
@@ -72,7 +72,7 @@ def launches(
     variant: Variant, dtype: torch.dtype, arch: Arch, lengths: Sequence[int] = LENGTHS, grouped: bool = True
 ) -> "list[Launch]":
     """What one step launches on this machine. grouped: all tensors in one parameter group, or each in its own."""
-    from tribp.ops.launching import Launch
+    from tribp.launch.layout import Launch
 
     found: list[Launch] = []
 
@@ -80,8 +80,8 @@ def launches(
         found.append(launch)
 
     with (
-        mock.patch.object(runtime, "backend_of", return_value="triton"),
-        mock.patch.object(runtime, "arch_of", return_value=arch),
+        mock.patch.object(dispatch, "backend_of", return_value="triton"),
+        mock.patch.object(dispatch, "arch_of", return_value=arch),
         mock.patch.object(Launch, "run", record),
     ):
         params = [Parameter(torch.empty(n, dtype=dtype, device="meta")) for n in lengths]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 import tribp
-from tribp import runtime
-from tribp.kernels.launch import basis
-from tribp.kernels.launch_search import Found, search
-from tribp.kernels.launch_tuning import Question, encode, hearing, rules_answer
-from tribp.kernels.launch_variants import variants
-from tribp.ops.finds import conditions
+from tribp import dispatch
+from tribp.launch.finds import conditions
+from tribp.launch.matmul import basis
+from tribp.launch.search import Found, search
+from tribp.launch.tuning import Question, encode, hearing, rules_answer
+from tribp.launch.variants import variants
 
 from . import results
 from .meters import Action, CpuMeter, CudaMeter, Meter
@@ -44,7 +44,7 @@ def main(operations: Sequence[Measured], options: Options, budget: float | None)
     if not options.smoke and not torch.cuda.is_available():
         print("bench sweep needs CUDA, and torch finds no GPU here (--smoke walks through it)", file=sys.stderr)
         return 2
-    if options.smoke and not runtime.interpreting():
+    if options.smoke and not dispatch.interpreting():
         raise ValueError("sweep --smoke needs triton, and TRITON_INTERPRET=1 before kernels are imported")
     meter: Meter = CpuMeter() if options.smoke else CudaMeter()
     folder = options.out

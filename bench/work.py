@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tribp.kernels import common, conv3x3, conv3x3_depthwise, conv3x3_small, linear_sigmoid, optim, relayout
-from tribp.kernels.launch import cdiv
-from tribp.ops.launching import Launch
+from tribp.kernels import common, conv3x3, conv3x3_depthwise, conv3x3_few_channels, linear_sigmoid, optim, relayout
+from tribp.launch.arch import cdiv
+from tribp.launch.layout import Launch
 
 from . import registry
 from .registry import KernelWork
@@ -245,9 +245,9 @@ CONV: KernelWork = {
     conv3x3.dgrad: _conv_dgrad,
     conv3x3.wgrad: _conv_wgrad,
     conv3x3.spread_weight: _once,
-    conv3x3_small.small_forward: _small_forward,
-    conv3x3_small.small_dgrad: _small_dgrad,
-    conv3x3_small.small_wgrad: _small_wgrad,
+    conv3x3_few_channels.small_forward: _small_forward,
+    conv3x3_few_channels.small_dgrad: _small_dgrad,
+    conv3x3_few_channels.small_wgrad: _small_wgrad,
     conv3x3_depthwise.depthwise_forward: _depthwise,
     conv3x3_depthwise.depthwise_dgrad: _depthwise,
     conv3x3_depthwise.depthwise_wgrad: _depthwise_wgrad,

@@ -12,8 +12,8 @@ for free; for pointers nine additions to one vector of addresses, and no divisio
 
 Groups come in *bundles* of as many as fill a tile's columns. Within a bundle w is a block-diagonal matrix (DIAGONAL),
 which forward and dgrad read from memory (`spread_weight`); a bundle of one group is an ordinary product. The files
-beside this one hold what is no such product: `conv3x3_small.py` few input channels, `conv3x3_depthwise.py` one channel
-a group, `relayout.py` the way from one layout to another.
+beside this one hold what is no such product: `conv3x3_few_channels.py` few input channels, `conv3x3_depthwise.py` one
+channel a group, `relayout.py` the way from one layout to another.
 """
 
 import triton

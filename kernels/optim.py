@@ -6,7 +6,7 @@ on them and on the step alone, in float64, and rounds last (1 − float32(0.999)
 reads like the formula. Optional buffers arrive as 0 where a tensor has none, and each formula is written so that 0
 gives the plain variant: groups with and without momentum, amsgrad or centered share a launch.
 
-Tables, all of 8-byte words (`tribp/optim/tables.py` writes them):
+Tables, all of 8-byte words (`tribp/optim/device_tables.py` writes them):
 - `rows`, one row a tensor: the addresses and numbers of the columns below;
 - `grads`, one address a tensor, 0 where there is no gradient: such a tensor is left as it is, its step too;
 - `chunks`, one row a program: which tensor, and which of its chunks (−1: none, a launch has at least one program);
@@ -16,7 +16,7 @@ Tables, all of 8-byte words (`tribp/optim/tables.py` writes them):
 import triton
 import triton.language as tl
 
-from . import launch
+from ..launch import arch
 from .common import round_to
 
 # Columns of `rows`. RANDOM_STEP is a counter of its own where STEP does not count all of a parameter's life (SGD).
@@ -31,7 +31,7 @@ OWN = tl.constexpr(7)
 HYPER = tl.constexpr(10)
 
 # A tensor whose parts do not lie alike in memory has a row of sizes and, for each part, of strides, in elements.
-MAX_DIMS = tl.constexpr(launch.MAX_DIMS)
+MAX_DIMS = tl.constexpr(arch.MAX_DIMS)
 
 
 @triton.jit

@@ -90,14 +90,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def forgotten() -> None:
     """No test repeats the calls of another."""
-    if "tribp.ops.calls" in sys.modules:
-        sys.modules["tribp.ops.calls"].forget()
+    if "tribp.launch.calls" in sys.modules:
+        sys.modules["tribp.launch.calls"].forget()
 
 
 @pytest.fixture
 def every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls are not remembered: for tests that watch `Launch.run`."""
-    from tribp.ops import calls
+    from tribp.launch import calls
 
     monkeypatch.setattr(calls, "REMEMBERED", 0)
 
@@ -105,7 +105,7 @@ def every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def launched(kernels: str, every_launch: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched in this test, in order; each still runs."""
-    from tribp.ops.launching import Launch
+    from tribp.launch.layout import Launch
 
     names: list[str] = []
     run = Launch.run

@@ -67,8 +67,8 @@ def _problems(case: "Case", settings: dict[str, Any]) -> tuple[list[str], set[Fo
     import torch
 
     from tests.executor import executed
-    from tribp.kernels.launch import ARCHS
-    from tribp.ops import calls
+    from tribp.launch import calls
+    from tribp.launch.arch import ARCHS
 
     torch.manual_seed(0)
     calls.forget()
@@ -81,7 +81,7 @@ def _problems(case: "Case", settings: dict[str, Any]) -> tuple[list[str], set[Fo
 @contextlib.contextmanager
 def _recorded() -> Iterator[set[Form]]:
     """The switches of all launches, and on which axes of its grid a kernel has several programs."""
-    from tribp.ops.launching import Launch
+    from tribp.launch.layout import Launch
 
     forms: set[Form] = set()
     run = Launch.run
@@ -116,8 +116,8 @@ def _kernels() -> set[str]:
 
 
 def _problems_of_variants(case: "Case") -> list[str]:
-    from tribp.kernels.launch_tuning import hearing, rules_answer
-    from tribp.kernels.launch_variants import variants
+    from tribp.launch.tuning import hearing, rules_answer
+    from tribp.launch.variants import variants
 
     with hearing() as heard:
         wrong, _ = _problems(case, {})

@@ -26,7 +26,7 @@ def genuine(name: str, params: Any, **options: Any) -> Genuine:
     return kind(params, **{"foreach": False, **options})  # type: ignore[no-any-return]
 
 
-def ours(name: str, params: Any, **options: Any) -> tribp.optim.base.Optimizer:
+def ours(name: str, params: Any, **options: Any) -> tribp.optim.optimizer.Optimizer:
     kind: Any = getattr(tribp.optim, name)
     return kind(params, **options)  # type: ignore[no-any-return]
 

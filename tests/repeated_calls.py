@@ -10,8 +10,8 @@ from torch import Tensor
 import tribp
 import tribp.optim
 from bench.no_gpu import pretending
-from tribp.kernels.launch import ARCHS
-from tribp.ops import calls
+from tribp.launch import calls
+from tribp.launch.arch import ARCHS
 
 BF16 = torch.bfloat16
 

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 import tribp
-from tribp import runtime
-from tribp.kernels import launch_tuning as tuning
-from tribp.kernels.launch import INTERPRETER, Product, basis, choose_forward
-from tribp.kernels.launch_tuning import Question
-from tribp.kernels.launch_variants import variants
-from tribp.ops import autotune, calls, finds
-from tribp.ops.autotune import Tuner, agrees
-from tribp.ops.finds import cache_folder
-from tribp.ops.launching import Launch
+from tribp import dispatch
+from tribp.launch import autotune, calls, finds, tuning
+from tribp.launch.arch import INTERPRETER
+from tribp.launch.autotune import Tuner, agrees
+from tribp.launch.finds import cache_folder
+from tribp.launch.layout import Launch
+from tribp.launch.linear_sigmoid import choose_forward
+from tribp.launch.matmul import Product, basis
+from tribp.launch.tuning import Question
+from tribp.launch.variants import variants
 
 from .oracle import LinearSigmoid, assert_close
 
@@ -142,8 +143,9 @@ def test_finds_are_stored_and_read_by_another_process(machine: Machine, monkeypa
     assert not machine.timed
     code = (
         "import torch, tribp\n"
-        "from tribp.kernels.launch import INTERPRETER, choose_forward\n"
-        "from tribp.ops import autotune\n"
+        "from tribp.launch import autotune\n"
+        "from tribp.launch.arch import INTERPRETER\n"
+        "from tribp.launch.linear_sigmoid import choose_forward\n"
         "assert autotune.tuner is not None\n"
         f"autotune.tuner = autotune.Tuner(on_gpu=lambda tensors: True, busy=lambda: True, gpu=lambda: {GPU!r})\n"
         "with tribp.use_backend('triton'):\n"
@@ -233,9 +235,9 @@ def test_what_is_wrong_or_fails_is_never_kept(spoil: Callable[[Launch], bool], m
 
 
 def made_up(given: Tensor, matrix: Tensor, out: Tensor) -> Any:
-    from tribp.ops import linear_sigmoid_triton
+    from tribp.ops.linear_sigmoid import plan
 
-    return linear_sigmoid_triton.forward(given, matrix, None, out, INTERPRETER, False)
+    return plan.forward(given, matrix, None, out, INTERPRETER, False)
 
 
 def perform_made_up(outputs: tuple[str, ...]) -> Tensor:
@@ -314,15 +316,15 @@ def test_infinities_and_nan_must_be_where_they_were() -> None:
 def test_off_by_default_and_not_one_question_more(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert autotune.tuner is None
     built: list[str] = []
-    from tribp.ops import linear_sigmoid_triton
+    from tribp.ops.linear_sigmoid import plan
 
-    build = linear_sigmoid_triton.forward
+    build = plan.forward
 
     def counted(*arguments: Any, **named: Any) -> Any:
         built.append("forward")
         return build(*arguments, **named)
 
-    monkeypatch.setattr(linear_sigmoid_triton, "forward", counted)
+    monkeypatch.setattr(plan, "forward", counted)
     monkeypatch.setattr(tuning.Rule, "_question", None)  # a key is formed of no facts
     tuning.forget()
     forward()
@@ -378,10 +380,10 @@ def test_only_tensors_on_a_gpu_and_no_interpreter(monkeypatch: pytest.MonkeyPatc
         is_cuda = True
 
     there: Any = {"x": Cuda(), "b": None}
-    monkeypatch.setattr(runtime, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     assert autotune.on_gpu(there)
     assert not autotune.on_gpu({"x": torch.zeros(1), "b": None})
-    monkeypatch.setattr(runtime, "interpreting", lambda: True)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: True)
     assert not autotune.on_gpu(there)
 
 
@@ -436,10 +438,10 @@ def test_perform_runs_what_it_builds_after_the_search(machine: Machine) -> None:
     """The search leaves the outputs to the call: NaN if nobody wrote them."""
     x, w = inputs()
     y = torch.full((20, 16), torch.nan)
-    from tribp.ops import linear_sigmoid_triton
+    from tribp.ops.linear_sigmoid import plan
 
     tensors, facts = dict(x=x, w=w, b=None, y=y), dict(arch=INTERPRETER, tf32=False)
-    calls.perform(linear_sigmoid_triton.forward, tensors, facts, outputs=("y",))
+    calls.perform(plan.forward, tensors, facts, outputs=("y",))
     assert_close(y, LinearSigmoid(x, w, None).y)
 
 

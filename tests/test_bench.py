@@ -528,7 +528,7 @@ def test_a_resnets_convolutions_take_few_launches(dtype: str, last: bool, most: 
     """Forward and backward, each with one launch that packs whatever has to be packed."""
     pytest.importorskip("triton")
     from bench import conv_kernels, host_first
-    from tribp.kernels.launch import ARCHS
+    from tribp.launch.arch import ARCHS
 
     cases = host_first.resnet18(64, getattr(torch, dtype), last=last)
     assert len(cases) == 16

@@ -137,7 +137,7 @@ def test_precision_and_cudnns_benchmark_hold_while_measuring_and_are_given_back(
     seen: list[tuple[str, bool, bool, bool]] = []
 
     def recording(*tensors: Tensor, **options: Any) -> Tensor:
-        allowed = tribp.runtime.tf32_allowed(convolution=True), tribp.runtime.tf32_allowed()
+        allowed = tribp.dispatch.tf32_allowed(convolution=True), tribp.dispatch.tf32_allowed()
         seen.append((cudnn.conv.fp32_precision, *allowed, cudnn.benchmark))
         return conv.eager(*tensors, **options)
 
@@ -181,7 +181,7 @@ def test_all_that_the_issue_names_is_measured_and_what_has_targets_first() -> No
         assert {f"256x3-64x224x224 {kind}{variant}" for kind in kinds} <= set(cases)
     assert {f"1x1-6x32x32 float32 NHWC{on}" for on in ("", " bias", " sigmoid", " bias sigmoid")} <= set(cases)
     for name, case in cases.items():
-        assert name.split()[1] == tribp.runtime.dtype_name(case.dtype), "`bench static --dtype` reads the second word"
+        assert name.split()[1] == tribp.dispatch.dtype_name(case.dtype), "`bench static --dtype` reads the second word"
     judged = [any(convolution().targets(case, d) for d in DIRECTIONS) for case in convolution().cases]
     assert judged == sorted(judged, reverse=True), "a run may be cut off"
     assert convolution().cases[0].name == "256x1-32x28x28 bfloat16 NHWC bias"

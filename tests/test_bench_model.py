@@ -27,8 +27,8 @@ from bench.registry import Case
 from bench.step_cases import StepCase
 from bench.work import LaunchWork, work_of
 from tribp import versions
-from tribp.kernels.launch import ARCHS
-from tribp.ops.launching import Launch
+from tribp.launch.arch import ARCHS
+from tribp.launch.layout import Launch
 
 ROOT = Path(__file__).parent.parent
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -576,10 +576,10 @@ def test_the_command_ranks_the_candidates(tmp_path: Path) -> None:
 
 
 def test_what_has_no_model_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tribp import runtime
+    from tribp import dispatch
 
-    assert main(["static", "--model"]) == 2 or not runtime.interpreting()
-    monkeypatch.setattr(runtime, "interpreting", lambda: False)
+    assert main(["static", "--model"]) == 2 or not dispatch.interpreting()
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     assert main(["static", "--model", "--target", "gfx942"]) == 2
     assert "there is no model of gfx942; there is one of sm_80, sm_90, sm_100" in capsys.readouterr().err
 

@@ -14,8 +14,8 @@ from bench.compiled import describe
 from bench.machines import MACHINES
 from bench.registry import Case, KernelTests, Operation, Target, Work
 from bench.work import work_of
-from tribp.kernels.launch import ARCHS
-from tribp.ops.launching import Launch
+from tribp.launch.arch import ARCHS
+from tribp.launch.layout import Launch
 
 CASE = Case((8, 8, 8), torch.bfloat16)
 SM_90 = ARCHS["sm_90"]

@@ -15,8 +15,9 @@ from bench.__main__ import main
 from bench.meters import CpuMeter, Times
 from bench.registry import Operation
 from bench.run import Options
-from tribp.kernels.launch import INTERPRETER, choose_forward
-from tribp.ops.launching import Launch
+from tribp.launch.arch import INTERPRETER
+from tribp.launch.layout import Launch
+from tribp.launch.linear_sigmoid import choose_forward
 
 from .test_bench import NO_CUDA
 

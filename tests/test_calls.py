@@ -21,9 +21,8 @@ from .conv3x3_cases import ieee as ieee
 
 pytest.importorskip("triton")
 
-from tribp.kernels import launch_tuning
-from tribp.ops import calls
-from tribp.ops.launching import Launch
+from tribp.launch import calls, tuning
+from tribp.launch.layout import Launch
 
 Make = Callable[[str], list[Tensor | None]]
 Compute = Callable[..., list[Tensor]]
@@ -195,20 +194,20 @@ def test_other_launch_settings_are_another_call(kernels: str, built: list[str]) 
         launches.append(len(built))
         return y
 
-    with launch_tuning.hearing() as heard:
+    with tuning.hearing() as heard:
         expected = call()
     (question,) = heard.questions.values()
-    smaller = replace(launch_tuning.rules_answer(question), block_j=16)
+    smaller = replace(tuning.rules_answer(question), block_j=16)
     call()
     call()
-    with launch_tuning.hearing({question.key: smaller}):
+    with tuning.hearing({question.key: smaller}):
         call()
         call()
     torch.testing.assert_close(call(), expected)
-    launch_tuning.learn({question.key: smaller})
+    tuning.learn({question.key: smaller})
     call()
     torch.testing.assert_close(call(), expected)
-    launch_tuning.forget()
+    tuning.forget()
     call()
     assert launches == [1, 1, 0, 1, 0, 0, 1, 0, 1]
 

@@ -12,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 import tribp
-from tribp import runtime
-from tribp.ops.launching import Launch
+from tribp import dispatch
+from tribp.launch.layout import Launch
 
 from .conv3x3_cases import CASES, Case
 from .covering import turn
 
-pytestmark = pytest.mark.skipif(not runtime.interpreting(), reason="addresses are seen by the interpreter alone")
+pytestmark = pytest.mark.skipif(not dispatch.interpreting(), reason="addresses are seen by the interpreter alone")
 
 
 @triton.jit

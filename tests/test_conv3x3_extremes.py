@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import tribp
-from tribp import runtime
+from tribp import dispatch
 
 from .conv3x3_cases import Case, Layout, contiguous, grad_of, last
 from .conv3x3_cases import ieee as ieee
@@ -36,7 +36,7 @@ def bad_case(way: str, at: tuple[int, int], device: str) -> tuple[Case, float, l
     infinity in one reaches a tap that meets only the zero beside it.
     """
     case = EXTREMES[way]
-    types = [torch.float32, torch.float64] if runtime.backend() == "torch" else DTYPES
+    types = [torch.float32, torch.float64] if dispatch.backend() == "torch" else DTYPES
     bad = turn([torch.inf, -torch.inf, torch.nan], at, way)
     return case, bad, [t for t in case.make(turn(types, way, at), device) if t is not None]
 

@@ -64,7 +64,7 @@ def test_strides_are_torchs(shape: str, x_layout: Layout, w_layout: Layout, devi
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_rule_for_formats_is_torchs(shape: str) -> None:
     """Every combination of layouts, on the rule alone: what the operators, real and fake, give their results."""
-    from tribp.ops import conv3x3 as ops
+    from tribp.ops.conv3x3 import op as ops
 
     case = SHAPES[shape]
     x, w, _ = case.make(torch.float32, "cpu")

@@ -100,7 +100,7 @@ def test_export(static: bool, device: str) -> None:
 @pytest.mark.parametrize("way", ["small", *(pytest.param(w, marks=pytest.mark.slow) for w in WAYS if w != "small")])
 def test_opcheck(way: str, grad: str, device: str) -> None:
     """All that torch checks of an operator: schema, autograd's registration, fake tensors, the compiler's graphs."""
-    from tribp.ops import conv3x3 as ops
+    from tribp.ops.conv3x3 import op as ops
 
     case = WAYS[way]
     x, w, b = (None if t is None else t.requires_grad_(grad == "gradients") for t in case.make(torch.float64, device))

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tribp
-from tribp import runtime
-from tribp.kernels.launch import ARCHS, Arch, cdiv
-from tribp.kernels.launch_conv3x3 import Convolution, bundle_of, choose_box, choose_conv, choose_conv_wgrad, even_splits
-from tribp.ops import conv3x3_triton as ops
-from tribp.ops.images import Packing, relayout
-from tribp.ops.launching import Launch, second_pass
+from tribp import dispatch
+from tribp.launch.arch import ARCHS, Arch, cdiv
+from tribp.launch.conv3x3 import Convolution, bundle_of, choose_box, choose_conv, choose_conv_wgrad, even_splits
+from tribp.launch.layout import Launch, second_pass
+from tribp.ops.conv3x3 import plan as ops
+from tribp.ops.conv3x3.images import Packing, relayout
 from tribp.reference import Window, conv3x3_backward
 
 from .covering import DTYPES, cover, turn
@@ -51,7 +51,7 @@ WINDOWS = {
 
 
 def arch(tensor: Tensor) -> Arch:
-    return runtime.arch_of(tensor.device.index)
+    return dispatch.arch_of(tensor.device.index)
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, device: str, last: bool) -> Tensor:
@@ -378,7 +378,7 @@ def test_every_second_column_is_stored_by_itself() -> None:
 def test_weights_beyond_32_bit_offsets_go_through_torch(
     kernels: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tribp.ops import conv3x3 as operators
+    from tribp.ops.conv3x3 import op as operators
 
     assert operators._small_enough(15_000, 15_000)
     assert not operators._small_enough(16_000, 16_000)

@@ -73,32 +73,32 @@ WAYS_TO_SET = {
 @pytest.mark.parametrize("way", WAYS_TO_SET)
 @pytest.mark.usefixtures("precision_restored")
 def test_tf32_setting_is_read_whichever_way_it_is_set(way: str) -> None:
-    from tribp import runtime
+    from tribp import dispatch
 
     if way in ("cudnn", "everywhere"):
         CONV.fp32_precision = "none"  # a setting of its own goes before those of all
-    products = runtime.tf32_allowed()
+    products = dispatch.tf32_allowed()
     for allowed in (True, False, True):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             WAYS_TO_SET[way](allowed)
-        assert runtime.tf32_allowed(convolution=True) == allowed
-        assert way not in ("old", "new") or runtime.tf32_allowed() == products, "products have a setting of their own"
+        assert dispatch.tf32_allowed(convolution=True) == allowed
+        assert way not in ("old", "new") or dispatch.tf32_allowed() == products, "products have a setting of their own"
 
 
 @pytest.mark.usefixtures("precision_restored")
 def test_what_the_kernels_are_told_of_tf32(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tribp.ops import conv3x3_triton
+    from tribp.ops.conv3x3 import plan
 
     told = []
     for function in ("forward", "backward"):
-        original = getattr(conv3x3_triton, function)
+        original = getattr(plan, function)
 
         def record(original: Any = original, **arguments: Any) -> Any:
             told.append(arguments["tf32"])
             return original(**arguments)
 
-        monkeypatch.setattr(conv3x3_triton, function, record)
+        monkeypatch.setattr(plan, function, record)
     x, w, _ = Case((1, 2, 3, 3), 2).make(torch.float32, kernels)
     for precision in ("ieee", "tf32"):
         CONV.fp32_precision = precision

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tribp import versions
-from tribp.kernels.launch import ARCHS
-from tribp.kernels.launch_conv3x3 import choose_conv_wgrad, choose_small
-from tribp.kernels.launch_variants_conv3x3 import AROUND
-from tribp.ops import conv3x3_triton as ops
+from tribp.launch.arch import ARCHS
+from tribp.launch.conv3x3 import choose_conv_wgrad, choose_small
+from tribp.launch.variants_conv3x3 import AROUND
+from tribp.ops.conv3x3 import plan as ops
 from tribp.reference import Window, conv3x3_backward
 
 from .oracle import assert_close

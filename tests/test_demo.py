@@ -86,7 +86,7 @@ def test_gradient_check_finds_planted_error(factor: float, low: float, high: flo
 def test_gradient_check_of_the_network(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     place = torch.device(device)
     assert checks.network_gradient_difference(place) < checks.BOUND
-    if device == "cpu" and tribp.runtime.backend_of(torch.empty(0)) == "torch":  # the interpreter takes seconds
+    if device == "cpu" and tribp.dispatch.backend_of(torch.empty(0)) == "torch":  # the interpreter takes seconds
         monkeypatch.setattr(checks, "linear_sigmoid", _planted)
         assert checks.network_gradient_difference(place) > checks.BOUND
 

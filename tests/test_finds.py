@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from tribp.kernels.launch import INTERPRETER, choose_forward, choose_sum
-from tribp.ops import finds
-from tribp.ops.finds import Store, cache_folder
+from tribp.launch import finds
+from tribp.launch.arch import INTERPRETER
+from tribp.launch.finds import Store, cache_folder
+from tribp.launch.linear_sigmoid import choose_forward
+from tribp.launch.matmul import choose_sum
 
 GPU = "Some GPU 80GB"
 
@@ -30,11 +32,11 @@ def test_sources_are_those_of_kernels_rules_and_operations(monkeypatch: pytest.M
     finds.sources()
     assert {
         "linear_sigmoid.py",
-        "launch.py",
-        "launch_conv3x3.py",
+        "matmul.py",
+        "conv3x3_few_channels.py",
         "common.py",
-        "launching.py",
-        "conv3x3_triton.py",
+        "layout.py",
+        "plan.py",
     } <= set(read)
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from tribp import versions
-from tribp.kernels.launch import ARCHS, Product, candidates, needs_registers
-from tribp.kernels.launch_conv3x3 import choose_conv, choose_conv_wgrad, choose_small
-from tribp.kernels.launch_tuning import rules_answer
-from tribp.kernels.launch_variants import variants
+from tribp.launch.arch import ARCHS
+from tribp.launch.conv3x3 import choose_conv, choose_conv_wgrad, choose_small
+from tribp.launch.matmul import Product, candidates, needs_registers
+from tribp.launch.tuning import rules_answer
+from tribp.launch.variants import variants
 
 from .tuning_cases import questions
 
@@ -30,7 +31,7 @@ from bench import conv, linear
 from bench.compiled import source_of, target_of
 from bench.conv_cases import ConvCase
 from bench.registry import Case
-from tribp.kernels.launch import ARCHS
+from tribp.launch.matmul import ARCHS
 import triton
 
 arch = ARCHS["sm_90"]

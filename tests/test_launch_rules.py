@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 
 from tribp import versions
-from tribp.kernels.launch import ARCHS, Arch, choose_dgrad, choose_forward, choose_wgrad, fills
-from tribp.kernels.launch_conv3x3 import choose_conv
+from tribp.launch.arch import ARCHS, Arch
+from tribp.launch.conv3x3 import choose_conv
+from tribp.launch.linear_sigmoid import choose_dgrad, choose_forward, choose_wgrad
+from tribp.launch.matmul import fills
 
 H100 = ARCHS["sm_90"]
 

@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tribp import runtime
+from tribp import dispatch
 from tribp.kernels import common
-from tribp.kernels.launch import ARCHS, Arch, Product, cdiv, choose_wgrad
-from tribp.kernels.launch_tuning import hearing, rules_answer
-from tribp.ops import linear_sigmoid_triton as triton_ops
-from tribp.ops.launching import Launch, Partials, operand, second_pass, sum_partials
+from tribp.launch.arch import ARCHS, Arch, cdiv
+from tribp.launch.layout import Launch, Partials, operand, second_pass, sum_partials
+from tribp.launch.linear_sigmoid import choose_wgrad
+from tribp.launch.matmul import Product
+from tribp.launch.tuning import hearing, rules_answer
+from tribp.ops.linear_sigmoid import plan as triton_ops
 from tribp.versions import descriptor_unit
 
 from .covering import DTYPES, cover, turn
@@ -38,7 +40,7 @@ FORMS = {
 
 
 def arch(tensor: Tensor) -> Arch:
-    return runtime.arch_of(tensor.device.index)
+    return dispatch.arch_of(tensor.device.index)
 
 
 @triton.jit
@@ -202,7 +204,7 @@ def test_operands_say_how_memory_lies() -> None:
         False,
         34,
         2,
-        descriptor_unit(8, runtime.interpreting()) == 2,
+        descriptor_unit(8, dispatch.interpreting()) == 2,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import tribp
 from bench.linear import launches
 from bench.registry import Case
-from tribp.kernels.launch import ARCHS
+from tribp.launch.arch import ARCHS
 
 from .covering import DTYPES
 from .oracle import TOLERANCE, LinearSigmoid, assert_close, matrix

@@ -226,7 +226,7 @@ def test_backward_runs_what_is_asked_for_and_no_more(kernels: str, launched: lis
 def test_dimensions_too_long_for_a_tile_go_through_torch(
     kernels: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tribp.ops import linear_sigmoid as ops
+    from tribp.ops.linear_sigmoid import op as ops
 
     monkeypatch.setattr(ops, "LONGEST", 16)
     x, w, b = make(17, 4, 8, torch.float32, kernels)
@@ -290,9 +290,9 @@ def precision_restored() -> Iterator[None]:
 @pytest.mark.parametrize("way", ["old", "new", "set_float32_matmul_precision"])
 @pytest.mark.usefixtures("precision_restored")
 def test_tf32_setting_is_read_whichever_way_it_is_set(way: str) -> None:
-    from tribp import runtime
+    from tribp import dispatch
 
-    assert not runtime.tf32_allowed()
+    assert not dispatch.tf32_allowed()
     for allowed in (True, False):
         if way == "old":
             torch.backends.cuda.matmul.allow_tf32 = allowed
@@ -302,7 +302,7 @@ def test_tf32_setting_is_read_whichever_way_it_is_set(way: str) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.set_float32_matmul_precision("high" if allowed else "highest")
-        assert runtime.tf32_allowed() == allowed
+        assert dispatch.tf32_allowed() == allowed
 
 
 @pytest.mark.gpu

@@ -249,7 +249,7 @@ def test_kernels_that_cannot_run(
     demo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(tribp.runtime, "interpreting", lambda: False)
+    monkeypatch.setattr(tribp.dispatch, "interpreting", lambda: False)
     with tribp.use_backend("triton"):
         assert program.main(["--device", "cpu"]) == 1
     captured = capsys.readouterr()

@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 
-from tribp import runtime
+from tribp import dispatch
 from tribp.optim import SGD, Adam, Momentum, RMSprop
 
 from .ecosystem_cases import Options, close, gradients, loss_of, model, weights
@@ -232,7 +232,7 @@ def test_replaced_states_are_freed(device: str) -> None:
 
 def test_two_threads(device: str) -> None:
     """Each with its own optimizer: what the two of them do one after the other."""
-    if runtime.backend() == "triton" and runtime.interpreting():
+    if dispatch.backend() == "triton" and dispatch.interpreting():
         pytest.skip("Triton's interpreter patches its language for the time of a launch, in all threads")
     steps = 20
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tribp
 import tribp.optim
-from tribp.optim import tensors
+from tribp.optim import layouts
 
 from .optim_cases import CLASSES, LIVELY, Options, Twins, each_class, genuine, lively, ours, plain, transposed, values
 
@@ -440,11 +440,11 @@ def test_a_parameter_that_overlaps_itself(name: str, device: str) -> None:
 def test_what_overlaps() -> None:
     base = torch.zeros(100)
     for overlapping in (base[:1].expand(3), base.as_strided((3, 3), (1, 1)), base.as_strided((2, 2, 2), (1, 8, 8))):
-        assert tensors.overlaps_itself(overlapping)
+        assert layouts.overlaps_itself(overlapping)
     for dense in (base, base.view(10, 10).t(), base[::3], base.view(10, 10)[:, :3], base[:1].view(1, 1), base[:0]):
-        assert not tensors.overlaps_itself(dense)
+        assert not layouts.overlaps_itself(dense)
     stretches = [base[:10], base[10:20], base[15:18], base[0:0], base[50:60], base[12:30], base[29:31]]
-    assert tensors.overlapping(enumerate(stretches)) == {1, 2, 5, 6}
+    assert layouts.overlapping(enumerate(stretches)) == {1, 2, 5, 6}
 
 
 @each_class

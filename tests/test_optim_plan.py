@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import tribp
-from tribp.kernels.launch import MAX_DIMS
-from tribp.optim import Adam, footprint, tables, tensors
+from tribp.launch.arch import MAX_DIMS
+from tribp.optim import Adam, device_tables, footprint, layouts
 
 from .optim_cases import genuine, ours
 
@@ -84,16 +84,16 @@ class Staging:
 
 
 @pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> tables.Table:
+def table(monkeypatch: pytest.MonkeyPatch) -> device_tables.Table:
     """A table that uploads as on a GPU."""
     Staging.made = []
-    monkeypatch.setattr(tables, "_Staging", Staging)
-    found = tables.Table(torch.device("cpu"))
+    monkeypatch.setattr(device_tables, "_Staging", Staging)
+    found = device_tables.Table(torch.device("cpu"))
     found._staged = True
     return found
 
 
-def test_uploads_wait_for_nothing_and_overtake_nothing(table: tables.Table) -> None:
+def test_uploads_wait_for_nothing_and_overtake_nothing(table: device_tables.Table) -> None:
     for n in range(3):  # the device is busy: every upload takes memory of its own
         assert table.write([n, n + 1]).tolist() == [n, n + 1]
     assert len(Staging.made) == 3
@@ -108,7 +108,7 @@ def test_uploads_wait_for_nothing_and_overtake_nothing(table: tables.Table) -> N
     assert len(Staging.made) == 3
 
 
-def test_what_a_graph_reads_is_never_written_again(table: tables.Table) -> None:
+def test_what_a_graph_reads_is_never_written_again(table: device_tables.Table) -> None:
     table.write([1, 2])
     Staging.made[0].pending.clear()
     table.reserve(2)
@@ -126,7 +126,7 @@ def test_what_a_graph_reads_is_never_written_again(table: tables.Table) -> None:
     assert len(Staging.made) <= stock + 2, "the reserve is filled up once, not at every step"
 
 
-def test_eager_steps_go_on_with_their_own_table(table: tables.Table) -> None:
+def test_eager_steps_go_on_with_their_own_table(table: device_tables.Table) -> None:
     before = table.write([1, 2])
     table.write([3, 4], capturing=True)
     assert table.write([1, 2]) is before
@@ -135,10 +135,10 @@ def test_eager_steps_go_on_with_their_own_table(table: tables.Table) -> None:
 
 def test_layouts_in_as_few_dimensions_as_possible() -> None:
     x = torch.zeros(2, 3, 4, 5)
-    assert tensors.layout([x, x.clone(), x.clone()]) == []
+    assert layouts.layout([x, x.clone(), x.clone()]) == []
     last = x.contiguous(memory_format=torch.channels_last)
-    assert tensors.layout([last, last.clone()]) == []
-    row = tensors.layout([last, x])
+    assert layouts.layout([last, last.clone()]) == []
+    row = layouts.layout([last, x])
     assert row is not None
     sizes, param, grad, state = (row[i : i + MAX_DIMS] for i in range(0, 4 * MAX_DIMS, MAX_DIMS))
     assert sizes[-3:] == [2, 20, 3]  # height and width lie together in both

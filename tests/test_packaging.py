@@ -14,20 +14,20 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import from its own floor and from the floors listed with it; nothing else of tribp's.
 FLOORS = {
-    "kernels": {"versions"},
-    "reference": set(),
-    "runtime": {"kernels.launch", "kernels.common"},
     "_checkout": set(),
-    "timing": set(),
     "versions": set(),
-    "ops": {"runtime", "reference", "modes", "timing", "versions", "kernels"},
     "modes": set(),
-    "arguments": {"runtime", "reference"},
-    "functional": {"arguments", "modes", "ops", "runtime", "reference"},
-    "nn": {"arguments", "functional"},
-    "fusion": {"nn", "arguments"},
-    "optim": {"runtime", "reference", "kernels", "ops.calls", "ops.launching"},
-    "demo": {"functional", "nn", "optim", "runtime"},
+    "reference": set(),
+    "launch.arch": set(),
+    "kernels": {"launch.arch", "versions"},
+    "dispatch": {"launch.arch", "kernels.common"},
+    "launch": {"dispatch", "kernels", "versions"},
+    "ops": {"dispatch", "kernels", "launch", "modes", "reference", "versions"},
+    "functional": {"dispatch", "modes", "ops", "reference"},
+    "nn": {"functional", "ops.checks"},
+    "fusion": {"nn", "ops.checks"},
+    "optim": {"dispatch", "kernels", "launch", "reference"},
+    "demo": {"dispatch", "functional", "nn", "optim"},
 }
 PACKAGE_FILES = {"__init__", "__main__"}  # they gather the floors and import from any
 
@@ -61,11 +61,11 @@ def imports(name: str, path: Path) -> set[str]:
 
 
 def check_imports(name: str, found: set[str]) -> None:
-    floor = name.split(".")[0]
+    floor = name if name in FLOORS else name.split(".")[0]
     for module in found:
         if not module.startswith("tribp."):
-            if floor == "kernels":
-                allowed = sys.stdlib_module_names | (set() if name.startswith("kernels.launch") else {"triton"})
+            if floor in ("kernels", "launch.arch"):
+                allowed = sys.stdlib_module_names | ({"triton"} if floor == "kernels" else set())
                 assert module in allowed, f"{name} imports {module}"
             continue
         target = module.removeprefix("tribp.")
@@ -86,10 +86,12 @@ def test_imports_run_downwards() -> None:
     ("name", "found"),
     [
         ("kernels.common", {"torch"}),
-        ("kernels.launch", {"triton"}),
-        ("kernels.launch_conv3x3", {"triton"}),
+        ("launch.arch", {"triton"}),
+        ("launch.arch", {"tribp.launch.matmul"}),
+        ("dispatch", {"tribp.launch.calls"}),
+        ("launch.matmul", {"tribp.ops.checks"}),
         ("reference", {"tribp.kernels.common"}),
-        ("ops.linear_sigmoid", {"tribp.functional.linear_sigmoid"}),
+        ("ops.linear_sigmoid.op", {"tribp.functional.linear_sigmoid"}),
     ],
 )
 def test_an_upward_import_would_be_seen(name: str, found: set[str]) -> None:
@@ -164,9 +166,9 @@ def test_a_checkout_imports_its_own_kernels(installed: bool, tree: Path, tmp_pat
     else:
         code = f"import sys; sys.path.insert(0, {str(tree)!r})\n"
     code += """
-import tribp, tribp.kernels.launch
+import importlib.util, tribp
 from tribp import kernels
-print(tribp.__file__, tribp.kernels.launch.__file__, *kernels.__path__, sep="\\n")
+print(tribp.__file__, importlib.util.find_spec("tribp.kernels.common").origin, *kernels.__path__, sep="\\n")
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run(
@@ -174,5 +176,5 @@ print(tribp.__file__, tribp.kernels.launch.__file__, *kernels.__path__, sep="\\n
     )
     assert run.returncode == 0, run.stderr
     assert [Path(line).resolve() for line in run.stdout.splitlines()] == [
-        tree / "tribp" / "__init__.py", tree / "kernels" / "launch.py", tree / "kernels",
+        tree / "tribp" / "__init__.py", tree / "kernels" / "common.py", tree / "kernels",
     ]  # fmt: skip

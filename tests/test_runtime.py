@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tribp
-from tribp import runtime
+from tribp import dispatch
 
 from .conftest import HAS_GPU
 
@@ -22,8 +22,8 @@ def python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_auto_sends_cpu_tensors_to_torch() -> None:
-    assert runtime.backend_of(torch.ones(1)) == "torch"
-    assert runtime.backend_of(torch.ones(1, device="meta")) == "torch"
+    assert dispatch.backend_of(torch.ones(1)) == "torch"
+    assert dispatch.backend_of(torch.ones(1, device="meta")) == "torch"
 
 
 def test_meta_tensors_never_reach_a_kernel(kernels: str) -> None:
@@ -36,15 +36,15 @@ def test_meta_tensors_never_reach_a_kernel(kernels: str) -> None:
 
 @pytest.mark.gpu
 def test_auto_sends_cuda_tensors_to_triton() -> None:
-    assert runtime.backend_of(torch.ones(1, device="cuda")) == "triton"
+    assert dispatch.backend_of(torch.ones(1, device="cuda")) == "triton"
 
 
 def test_use_backend_nests_and_restores() -> None:
     with tribp.use_backend("torch"):
         with pytest.raises(ZeroDivisionError), tribp.use_backend("auto"):
             raise ZeroDivisionError
-        assert runtime._backend == "torch"
-    assert runtime._backend == "auto"
+        assert dispatch._backend == "torch"
+    assert dispatch._backend == "auto"
 
 
 def test_unknown_backend() -> None:
@@ -127,7 +127,7 @@ def test_importing_queries_no_gpu() -> None:
                      "get_device_capability", "get_device_name"):
             setattr(torch.cuda, name, refuse)
         torch._C._cuda_getDeviceCount = refuse
-        import tribp, tribp.nn, tribp.functional, tribp.ops.linear_sigmoid
+        import tribp, tribp.nn, tribp.functional, tribp.ops.linear_sigmoid.op
         tribp.nn.LinearSigmoid(3, 4)(torch.ones(2, 3))
         assert "tribp.kernels.common" not in sys.modules
         """

@@ -16,7 +16,7 @@ from bench.compiled import Compiled
 from bench.expectations import NO_SPILLS, PIPELINED, SHARED_MEMORY, broken, multiplies_with, vectors, wide
 from bench.machine_code import Loop
 from bench.step_kernels import THOROUGH
-from tribp.kernels.launch import ARCHS
+from tribp.launch.arch import ARCHS
 from tribp.versions import keeps_shared_tiles, triton_version
 
 from .test_static_conv import BAD, GOOD
@@ -212,7 +212,7 @@ def plant() -> dict[str, Any]:
     from bench.compiled import compile_launches, source_of
     from bench.linear import expectations, launches
     from bench.registry import Case
-    from tribp.ops.launching import Launch
+    from tribp.launch.layout import Launch
 
     def forward(shape: tuple[int, int, int], dtype: torch.dtype, target: str) -> Launch:
         return launches(Case(shape, dtype), "forward", ARCHS[target])[0]
@@ -265,7 +265,7 @@ def plant() -> dict[str, Any]:
     found |= plant_conv()
 
     x = torch.empty(1 << 20, 16, device="meta", dtype=torch.bfloat16)
-    from tribp.ops.linear_sigmoid_triton import output_grad
+    from tribp.ops.linear_sigmoid.plan import output_grad
 
     column = output_grad(x.t()[:16, :4096].t(), x[:4096], None, torch.empty(1, 16, device="meta"), ARCHS["sm_90"])
     transposed = output_grad(x.new_empty(16, 4096).t(), x[:4096], x[:4096], None, ARCHS["sm_90"])

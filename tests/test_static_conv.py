@@ -14,8 +14,8 @@ from bench.conv_cases import DEPTHWISE, FEW, ConvCase, cases
 from bench.conv_kernels import expectations, launches, row_accesses
 from bench.expectations import ALWAYS, broken, matrix_instructions, multiplies_with, tile_stores
 from bench.machine_code import Loop
-from tribp.kernels.launch import ARCHS
-from tribp.ops.launching import Launch
+from tribp.launch.arch import ARCHS
+from tribp.launch.layout import Launch
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DENSE, LAST_COLUMNS = ConvCase(FEW[0], BF16), ConvCase(FEW[0], BF16, last=False)

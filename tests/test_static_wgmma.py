@@ -15,7 +15,7 @@ from bench import wgmma
 from bench.compiled import Compiled
 from bench.expectations import always, broken
 from bench.machine_code import Instruction, parse_ptx, parse_sass
-from tribp.kernels.launch import ARCHS
+from tribp.launch.arch import ARCHS
 
 # -- kernels that Triton or ptxas compiles badly ----------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ def product(  # type: ignore[no-untyped-def]
 def plant() -> dict[str, Any]:
     """What is said of each. Runs where the compiler does, in a process of its own."""
     from bench.compiled import read_launches
-    from tribp.ops.launching import Launch
+    from tribp.launch.layout import Launch
 
     k, step = 4096, 64
 

@@ -15,11 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 import tribp
-from tribp import runtime
+from tribp import dispatch
 from tribp.kernels import common
-from tribp.kernels.launch import Product
-from tribp.ops import linear_sigmoid_triton as linear
-from tribp.ops.launching import operand
+from tribp.launch.layout import operand
+from tribp.launch.matmul import Product
+from tribp.ops.linear_sigmoid import plan as linear
 
 from .conv3x3_cases import Case, Layout, contiguous, last
 from .oracle import Conv3x3, assert_close
@@ -84,7 +84,7 @@ def test_each_form_of_linear(form: str, transposed: bool, kernels: str) -> None:
 
     x, w = lying(M, K), lying(N, K) / (4 * K)
     dz = positive(M, N, device=kernels)
-    arch = runtime.arch_of(x.device.index)
+    arch = dispatch.arch_of(x.device.index)
     y, dx, dw = torch.empty_like(dz), positive(M, K, device=kernels), positive(1, N, K, device=kernels)
     for launch in linear.forward(x, w, None, y, arch, True, FORMS[form]):
         launch.run()
@@ -102,7 +102,7 @@ def test_dz_formed_on_load(form: str, kernels: str) -> None:
     x, w = positive(M, K, device=kernels), positive(N, K, device=kernels)
     dy, y = positive(M, N, device=kernels), positive(M, N, device=kernels) / 1.2
     dz = dy * ((1 - y) * y)
-    arch = runtime.arch_of(x.device.index)
+    arch = dispatch.arch_of(x.device.index)
     dx, dw, db, dz_out = torch.empty_like(x), torch.empty(1, N, K, device=kernels), torch.empty(1, N), torch.empty(M, N)
     db, dz_out = db.to(kernels), dz_out.to(kernels)
     linear.dgrad(operand(dy), y, operand(w), dx, arch, True, settings).run()

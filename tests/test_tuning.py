@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tribp
-from tribp.kernels import launch_tuning as tuning
-from tribp.kernels.launch import ARCHS, INTERPRETER, Arch, Product, basis, choose_forward, choose_step, choose_sum
-from tribp.kernels.launch_conv3x3 import choose_conv
-from tribp.kernels.launch_search import GAIN, search
-from tribp.kernels.launch_tuning import Question, hearing, rules_answer
-from tribp.kernels.launch_variants import AROUND, variants
+from tribp.launch import tuning
+from tribp.launch.arch import ARCHS, INTERPRETER, Arch
+from tribp.launch.conv3x3 import choose_conv
+from tribp.launch.linear_sigmoid import choose_forward
+from tribp.launch.matmul import Product, basis, choose_sum
+from tribp.launch.optim import choose_step
+from tribp.launch.search import GAIN, search
+from tribp.launch.tuning import Question, hearing, rules_answer
+from tribp.launch.variants import AROUND, variants
 
 from .conv3x3_cases import ieee as ieee
 from .oracle import TOLERANCE, error
@@ -292,8 +295,9 @@ def test_rules_have_names_of_their_own() -> None:
 def test_questions_and_variants_are_the_same_in_every_process() -> None:
     """Under other seeds of Python's hashes sets have another order, and objects other addresses."""
     code = (
-        "from tribp.kernels.launch import *; from tribp.kernels.launch_tuning import hearing, rules_answer\n"
-        "from tribp.kernels.launch_variants import variants\n"
+        "from tribp.launch.arch import ARCHS; from tribp.launch.linear_sigmoid import choose_wgrad\n"
+        "from tribp.launch.optim import choose_step; from tribp.launch.tuning import hearing, rules_answer\n"
+        "from tribp.launch.variants import variants\n"
         "with hearing() as heard:\n"
         "    choose_step(5, frozenset(['float32', 'bfloat16', 'float16']), False, ARCHS['sm_90'])\n"
         "    choose_wgrad(80, 40, 48, 'float16', 'ieee', ARCHS['sm_90'], vec=8, tma=True, may_fuse=True, spare=1<<30)\n"

@@ -47,7 +47,7 @@ def test_ci_runs_the_newest_that_is_called_tested() -> None:
 KERNELS = """
 import torch, triton
 torch.__version__, triton.__version__ = {!r}, {!r}
-import tribp, tribp.ops.linear_sigmoid_triton, tribp.ops.conv3x3_triton, tribp.optim.kernel
+import tribp, tribp.ops.linear_sigmoid.plan, tribp.ops.conv3x3.plan, tribp.optim.triton_bucket
 """
 
 
@@ -72,7 +72,7 @@ def test_untested_versions_are_named_once(torch: str, triton: str, said: list[st
 def test_fused_multiply_adds_do_not_hang_on_the_version() -> None:
     """Triton 3.9 says that 3.10 will not form them unless it is asked to."""
     pytest.importorskip("triton")
-    from tribp.ops.launching import Launch
+    from tribp.launch.layout import Launch
 
     launch = Launch(None, (1,), (), {}, 4)
     assert launch.options["enable_fp_fusion"] is True

@@ -5,25 +5,13 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from tribp.kernels import launch_conv3x3 as conv
-from tribp.kernels.launch import (
-    ITEMSIZE,
-    Arch,
-    Pass,
-    Product,
-    Step,
-    Sum,
-    cdiv,
-    choose_dgrad,
-    choose_forward,
-    choose_pass,
-    choose_step,
-    choose_sum,
-    choose_wgrad,
-    precision_of,
-)
-from tribp.kernels.launch_conv3x3 import WORKSPACE, Convolution, Relayout
-from tribp.kernels.launch_tuning import Question, hearing
+from tribp.launch import conv3x3 as conv
+from tribp.launch.arch import ITEMSIZE, Arch, cdiv, precision_of
+from tribp.launch.conv3x3 import WORKSPACE, Convolution, Relayout
+from tribp.launch.linear_sigmoid import Pass, choose_dgrad, choose_forward, choose_pass, choose_wgrad
+from tribp.launch.matmul import Product, Sum, choose_sum
+from tribp.launch.optim import Step, choose_step
+from tribp.launch.tuning import Question, hearing
 
 PRODUCTS = [(4096, 4096, 4096), (65536, 256, 784), (8192, 1024, 1024), (512, 128, 784), (64, 10, 128), (1000, 77, 333)]
 IMAGES = [(64, 56, 56, 64, 64), (256, 7, 7, 512, 512), (3, 33, 29, 7, 9), (1, 1, 300, 24, 200), (256, 14, 14, 256, 256)]

@@ -4,9 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import _checkout as _checkout
 from . import functional, nn, optim
+from .dispatch import use_backend
 from .functional import conv3x3, linear_sigmoid
 from .fusion import fuse, unfuse
-from .runtime import use_backend
 
 try:
     __version__ = version("tribp")

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import runtime
+from . import dispatch
 from .demo.methods import BATCH_SIZE, COMPARED, METHODS
 from .demo.models import HIDDEN, MODELS, SIZES
 
@@ -54,7 +54,7 @@ def _run(options: dict[str, Any]) -> int:
     if missing := [name.partition(".")[0] for name in EXTRAS if not _importable(name)]:
         return _failed(f"{', '.join(missing)} cannot be imported; this installs it: pip install -e '.[demo]'")
     try:
-        runtime.backend_of(torch.empty(0, device=options["device"]))
+        dispatch.backend_of(torch.empty(0, device=options["device"]))
     except RuntimeError as error:  # TRIBP_BACKEND=triton where no kernel can run
         return _failed(str(error))
     from .demo import report

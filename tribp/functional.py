@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import has_torch_function_variadic
 
-from . import reference, runtime
-from .arguments import FLOATS, cached_window, check_conv3x3, check_dtypes, check_linear
+from . import dispatch, reference
 from .modes import (
     autocast,
     autocasting,
@@ -21,9 +20,10 @@ from .modes import (
     transforming,
     without_autocast,
 )
-from .ops import conv3x3 as conv_ops
 from .ops import flops
-from .ops import linear_sigmoid as linear_ops
+from .ops.checks import FLOATS, cached_window, check_conv3x3, check_dtypes, check_linear
+from .ops.conv3x3 import op as conv_ops
+from .ops.linear_sigmoid import op as linear_ops
 from .reference import Window
 
 __all__ = ["conv3x3", "linear_sigmoid"]
@@ -68,7 +68,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     if bias is not None and bias.shape != weight.shape[:1]:
         bias = bias.expand(weight.shape[0])
     check_dtypes("linear_sigmoid", input, weight, bias)
-    if transformed(input, weight, bias) or not (dispatching() or runtime.backend_of(input) == "triton"):
+    if transformed(input, weight, bias) or not (dispatching() or dispatch.backend_of(input) == "triton"):
         return reference.linear_sigmoid(input, weight, bias)
     if dispatching():
         output: Tensor = linear_ops.linear_sigmoid(input, weight, bias)
@@ -177,7 +177,7 @@ def conv3x3(
 
 
 def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None) -> Tensor:
-    if transformed(input, weight, bias) or not (dispatching() or runtime.backend_of(input) == "triton"):
+    if transformed(input, weight, bias) or not (dispatching() or dispatch.backend_of(input) == "triton"):
         return reference.conv3x3(input, weight, bias, window, activation)
     if dispatching():
         output: Tensor = conv_ops.conv3x3(input, weight, bias, *window, activation)
@@ -237,7 +237,7 @@ def _left_to_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         not (has_torch_function_variadic(input, weight, bias) or dynamo_compiling() or dispatch_modes())
         and not compiler._is_compiling_flag
-        and runtime._backend != "triton"  # of a tensor on the CPU `backend_of` asks no more
+        and dispatch._backend != "triton"  # of a tensor on the CPU `backend_of` asks no more
         and input.is_cpu
         and weight.is_cpu
         and (dtype := input.dtype) in FLOATS

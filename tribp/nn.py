@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arguments import check_activation, window_of
 from .functional import conv3x3, linear_sigmoid
+from .ops.checks import check_activation, window_of
 
 __all__ = ["Conv3x3", "LinearSigmoid"]
 

@@ -107,8 +107,8 @@ def _pretending(target: str, auto: str) -> Iterator[None]:
     from triton.compiler import CompiledKernel
 
     from bench.no_gpu import pretending
-    from tribp import runtime
-    from tribp.kernels.launch import ARCHS
+    from tribp import dispatch
+    from tribp.launch.arch import ARCHS
 
     load = CompiledKernel._init_handles
 
@@ -121,16 +121,16 @@ def _pretending(target: str, auto: str) -> Iterator[None]:
         _reports[-1].perform(_compiled[metadata.hash], grid, arguments)
 
     def backend_of(tensor: torch.Tensor) -> str:
-        return auto if runtime.backend() == "auto" else runtime.backend()
+        return auto if dispatch.backend() == "auto" else dispatch.backend()
 
-    chosen = runtime.backend()
+    chosen = dispatch.backend()
     with (
         mock.patch.object(CUDABackend, "make_cubin", return_value=b"executed"),
         mock.patch.object(CUDABackend, "hash", lambda self: f"executed-{self.target.arch}"),
         mock.patch.object(CompiledKernel, "_init_handles", remember),
         pretending(ARCHS[target], performed),
-        runtime.use_backend("triton" if (chosen, auto) == ("auto", "triton") else chosen),
-        mock.patch.object(runtime, "backend_of", backend_of),
+        dispatch.use_backend("triton" if (chosen, auto) == ("auto", "triton") else chosen),
+        mock.patch.object(dispatch, "backend_of", backend_of),
     ):
         yield
 
@@ -141,7 +141,7 @@ def _compile_for(target: str) -> None:
     if _cached not in ("", target):
         from triton.runtime.jit import JITFunction
 
-        from tribp.ops import calls
+        from tribp.launch import calls
 
         calls.forget()
         for thing in gc.get_objects():

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .. import runtime
+from .. import dispatch
 from . import checks as demo
 from . import digits, picture
 from .methods import COMPARED, METHODS
@@ -190,8 +190,8 @@ def _written(numbers: Sequence[float]) -> str:
 
 
 def _backend(tensor: torch.Tensor) -> str:
-    backend = runtime.backend_of(tensor)
-    return f"{backend}, interpreted" if backend == "triton" and runtime.interpreting() else backend
+    backend = dispatch.backend_of(tensor)
+    return f"{backend}, interpreted" if backend == "triton" and dispatch.interpreting() else backend
 
 
 def _device(device: torch.device) -> str:

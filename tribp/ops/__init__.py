@@ -1,1 +1,1 @@
-"""Registered torch operators, one file an operation; the choice between Triton and torch is made inside each."""
+"""Registered torch operators, one folder an operation; the choice between Triton and torch is made inside each."""

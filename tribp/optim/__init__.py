@@ -7,7 +7,7 @@
 
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
-from .base import Beyond
+from .optimizer import Beyond
 from .rmsprop import RMSprop
 from .sgd import SGD, Momentum
 

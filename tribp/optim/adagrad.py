@@ -9,9 +9,9 @@ from torch.optim.adagrad import adagrad as torch_adagrad
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .base import Beyond, Group, Optimizer
-from .fallback import Tensors, counter_dtype, torchs_fused
-from .watched import WatchedState
+from .optimizer import Beyond, Group, Optimizer
+from .torch_buckets import Tensors, counter_dtype, torchs_fused
+from .tracked_state import WatchedState
 
 
 class Adagrad(Optimizer, TorchAdagrad):

@@ -10,8 +10,8 @@ from torch.optim.adamw import AdamW as TorchAdamW
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .base import Beyond, Group, Optimizer
-from .fallback import Tensors, torchs_fused
+from .optimizer import Beyond, Group, Optimizer
+from .torch_buckets import Tensors, torchs_fused
 
 
 class Adam(Optimizer, TorchAdam):

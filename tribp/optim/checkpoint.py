@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .fallback import counter_dtype
-from .watched import WatchedState
+from .torch_buckets import counter_dtype
+from .tracked_state import WatchedState
 
 if TYPE_CHECKING:
-    from .base import Optimizer
+    from .optimizer import Optimizer
 
 State = dict[str, Any]
 
@@ -82,7 +82,7 @@ def nothing_lost(optimizer: "Optimizer") -> Iterator[None]:
     tensors it is given. Hooks are where the checkpoint can be seen as it is loaded: after every hook of the user's
     has changed it, and before any of theirs looks at the result.
     """
-    from .base import _OFF
+    from .optimizer import _OFF
 
     loaded: State = {}
     before = optimizer.param_groups

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import tensors
+from . import layouts
 
 if TYPE_CHECKING:
-    from .base import Group, Optimizer
+    from .optimizer import Group, Optimizer
 
 COUNTERS = ("step", "ema_step")
 
@@ -51,8 +51,8 @@ def check_tensors(
             )
         elif (t.is_complex(), t.is_floating_point()) != (p.is_complex(), p.is_floating_point()):
             raise TypeError(f"{caller}: {described(name)} must be {_kind(p)}, as the parameter is, got {t.dtype}")
-        part = tensors.local(t)
-        if type(part) in tensors.PLAIN and part.layout == torch.strided and not tensors.is_held(part):
+        part = layouts.local(t)
+        if type(part) in layouts.PLAIN and part.layout == torch.strided and not layouts.is_held(part):
             raise ValueError(
                 f"{caller}: {described(name)} has shape {tuple(part.shape)}, strides {part.stride()} and offset "
                 f"{part.storage_offset()} in {part.dtype}, but its memory was cut to "
@@ -62,8 +62,8 @@ def check_tensors(
 
 def check_scalar(name: str, t: Tensor) -> None:
     """Raise ValueError if a tensor that stands for a number, as a GradScaler's do, does not hold just one."""
-    part = tensors.local(t)
-    if part.numel() != 1 or not part.is_floating_point() or not tensors.is_held(part):
+    part = layouts.local(t)
+    if part.numel() != 1 or not part.is_floating_point() or not layouts.is_held(part):
         raise ValueError(f"{name} must hold one floating-point number, got {part.dtype} of shape {tuple(part.shape)}")
 
 

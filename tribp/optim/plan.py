@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import runtime
-from . import checks, fallback, tensors
+from .. import dispatch
+from . import checks, layouts, torch_buckets
+from .buckets import Member, Part, Step
 from .footprint import Footprint, guard, holders, look, places, storage_sizes
-from .parts import Member, Part, Step
-from .tensors import PLAIN, local
-from .watched import WatchedState, peek
+from .layouts import PLAIN, local
+from .tracked_state import WatchedState, peek
 
 if TYPE_CHECKING:
-    from .base import Group, Optimizer
-    from .kernel import Kernel
+    from .optimizer import Group, Optimizer
+    from .triton_bucket import Kernel
 
 _PARAMS: Callable[[dict[str, Any]], list[Tensor]] = itemgetter("params")
 
@@ -68,7 +68,7 @@ class Presence:
     def _hold(self, grads: Sequence[Tensor]) -> bool:
         sizes = storage_sizes(grads)
         if sizes != self._sizes:
-            if not all(map(tensors.is_held, grads)):
+            if not all(map(layouts.is_held, grads)):
                 return False
             self._sizes = sizes
         return True
@@ -105,7 +105,7 @@ class Plan:
         self._read = itemgetter(*keys) if all(k in g for k in keys for g in groups) else _reader(keys)
         self._remember(groups, list(map(self._read, groups)))
         self.max_grad_norm = _one_norm(groups)
-        self.backend = runtime.backend()
+        self.backend = dispatch.backend()
         self.counters: dict[int, tuple[Tensor, Tensor | int]] = dict(before.counters) if before else {}
         self._held = _held_by_others(optimizer, before)
         positions = [(number, i, p) for number, group in enumerate(groups) for i, p in enumerate(group["params"])]
@@ -130,7 +130,7 @@ class Plan:
                 self.watched.append(index)
                 if kind != "dormant":
                     self._expected[index] = look(grad)
-                    self._overlapping |= tensors.overlaps_itself(grad)
+                    self._overlapping |= layouts.overlaps_itself(grad)
             if kind == "rest":
                 self.rest[number].append(p)
                 if p.grad is not None and optimizer._has_state(groups[number]):
@@ -141,10 +141,10 @@ class Plan:
                 members[kind].append(self._member(optimizer, p, groups[number], number, index))
         self._kernels: list[Kernel] = []
         if members["kernel"]:
-            from . import kernel
+            from . import triton_bucket
 
-            self._kernels = kernel.parts(self, optimizer, members["kernel"])
-        others = fallback.parts(self, members["fused"], members["reference"])
+            self._kernels = triton_bucket.parts(self, optimizer, members["kernel"])
+        others = torch_buckets.parts(self, members["fused"], members["reference"])
         self.parts: list[Part] = [*self._kernels, *others]
         self._only_kernels = not (others or self.rest)
         self._note(optimizer, members, [_used(optimizer, groups[number]) for number, _, _ in positions])
@@ -177,23 +177,23 @@ class Plan:
         others = [t for name, t in touched.items() if name not in checks.COUNTERS]
         kind = "rest"
         if not (g.layout != torch.strided or p.layout != torch.strided or group.get("differentiable")):
-            parts = tensors.local_parts(p, g, *others)
+            parts = layouts.local_parts(p, g, *others)
             if parts is not None and not any(
                 t.is_conj() or t.is_neg() or t.device != parts[0].device or t.shape != parts[0].shape for t in parts
             ):
                 types = {t.dtype.to_real() for t in parts}
                 if (
-                    runtime.backend_of(parts[0]) == "triton"
+                    dispatch.backend_of(parts[0]) == "triton"
                     and index not in self._entangled
                     and types <= set(KERNEL_TYPES)
-                    and tensors.layout([tensors.as_reals(t) for t in parts]) is not None
+                    and layouts.layout([layouts.as_reals(t) for t in parts]) is not None
                 ):
                     return "kernel"
-                kind = fallback.kind(optimizer, group, parts)
+                kind = torch_buckets.kind(optimizer, group, parts)
         if kind == "fused" and index in self._entangled:
             kind = "rest"
         if kind == "rest":
-            fallback.refuse_options(optimizer, group, p, g)
+            torch_buckets.refuse_options(optimizer, group, p, g)
         return kind
 
     def _member(self, optimizer: "Optimizer", p: Tensor, group: "Group", number: int, index: int) -> Member:
@@ -218,7 +218,7 @@ class Plan:
 
     def _note(self, optimizer: "Optimizer", members: dict[str, list[Member]], used: Sequence[Iterable[str]]) -> None:
         """Everything that this plan rests on. used: the names of what it takes from each parameter's state."""
-        self.sharded = any(tensors.is_dtensor(p) for p in self.params)
+        self.sharded = any(layouts.is_dtensor(p) for p in self.params)
         self._all = len(self.watched) == len(self.params)
         for m in chain.from_iterable(members.values()):
             m.grad = m.param  # or a whole set of gradients would live as long as the plan
@@ -264,7 +264,7 @@ class Plan:
 
     def gradients(self, optimizer: "Optimizer") -> list[Tensor | None] | None:
         """The gradients of all parameters (their local parts), or None if the plan no longer fits."""
-        if self._changes or runtime.backend() != self.backend:
+        if self._changes or dispatch.backend() != self.backend:
             return None
         if len(optimizer.state) != len(self._states) or not all(map(is_, optimizer.state.values(), self._states)):
             return None
@@ -288,7 +288,7 @@ class Plan:
             return None
         if self._unwatched and any(p.grad is not None and _plain(p.grad) for p in self._unwatched):
             return None
-        grads = tensors.local_grads(params) if self.sharded else list(map(tensors.GRAD, params))
+        grads = layouts.local_grads(params) if self.sharded else list(map(layouts.GRAD, params))
         return grads if self._fits(self._watch(grads)) else None
 
     def shares_memory(self, grads: list[Tensor | None]) -> bool:
@@ -313,7 +313,7 @@ class Plan:
         return fused, optimizer._names(group), bool(group.get("ema_decay")), *map(group.get, _SWITCHES[:-1])
 
     def _state_tensors(self) -> list[Tensor]:
-        return tensors.local_all(self._used) if self._state_shards else self._used
+        return layouts.local_all(self._used) if self._state_shards else self._used
 
     def _states_lie_still(self) -> bool:
         """Whether the states' memory is as it was, and whether anybody could change that unnoticed from now on."""
@@ -350,7 +350,7 @@ class Plan:
     def _local(self, params: list[Tensor]) -> list[Tensor]:
         """The memory of the watched ones."""
         watched = self._watch(params)
-        return tensors.local_all(watched) if self.sharded else watched
+        return layouts.local_all(watched) if self.sharded else watched
 
     # The step itself.
 
@@ -387,7 +387,7 @@ class Plan:
         for part in self.parts:
             part.run(step)
         for number, params in self.rest.items():
-            fallback.run_rest(optimizer.param_groups[number], params, step, number in self._in_turn)
+            torch_buckets.run_rest(optimizer.param_groups[number], params, step, number in self._in_turn)
         if self._holders is None and not (self._held or self._looks):
             self._holders = list(holders(self._state_tensors()))
 
@@ -395,10 +395,10 @@ class Plan:
         """‖g‖₂ over all gradients, unscaled: by one more launch, or by torch where they are not all in one place."""
         one_device = len({part.device for part in self._kernels}) == 1
         if self._only_kernels and one_device and not self.sharded:
-            from . import kernel
+            from . import triton_bucket
 
-            return kernel.gradient_norm(self._kernels, step)
-        norm = fallback.total_norm([p.grad for p in dict.fromkeys(self.params) if p.grad is not None])
+            return triton_bucket.gradient_norm(self._kernels, step)
+        norm = torch_buckets.total_norm([p.grad for p in dict.fromkeys(self.params) if p.grad is not None])
         return norm if step.grad_scale is None else norm / step.grad_scale.to(norm.device)
 
 
@@ -431,7 +431,7 @@ def _entangled(params: Sequence[Tensor], touched: Sequence[dict[str, Any] | None
         if state is not None:
             parts = [local(t) for t in (p, *state.values()) if isinstance(t, Tensor)]
             owned += [(index, t) for t in parts if _plain(t) and t.device.type != "meta"]
-    found = tensors.overlapping(owned)
+    found = layouts.overlapping(owned)
     for indices in listed.values():
         if len(indices) > 1:
             found.update(indices)

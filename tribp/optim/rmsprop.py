@@ -9,9 +9,9 @@ from torch.optim.rmsprop import RMSprop as TorchRMSprop
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
 from typing_extensions import Unpack
 
-from .base import Beyond, Group, Optimizer
-from .fallback import Tensors
-from .tensors import as_reals
+from .layouts import as_reals
+from .optimizer import Beyond, Group, Optimizer
+from .torch_buckets import Tensors
 
 
 class RMSprop(Optimizer, TorchRMSprop):

@@ -10,8 +10,8 @@ from torch.optim.sgd import SGD as TorchSGD  # noqa: N811 (a class)
 from torch.optim.sgd import sgd as torch_sgd
 from typing_extensions import Unpack
 
-from .base import Beyond, Group, Optimizer
-from .fallback import Tensors
+from .optimizer import Beyond, Group, Optimizer
+from .torch_buckets import Tensors
 
 
 class SGD(Optimizer, TorchSGD):

@@ -1,21 +1,12 @@
-"""The convolution's part of `launch_variants.py`. A box has as many pixels as the tile's side that stands for it."""
+"""The convolution's part of `variants.py`. A box has as many pixels as the tile's side that stands for it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import prod
 from typing import Any
 
-from .launch import (
-    ITEMSIZE,
-    Arch,
-    by_mma_sync,
-    cdiv,
-    fit,
-    needs_registers,
-    power_of_2,
-    stages_in_memory,
-)
-from .launch_conv3x3 import (
+from .arch import ITEMSIZE, Arch, cdiv, power_of_2
+from .conv3x3 import (
     WORKSPACE,
     Box,
     Convolution,
@@ -28,7 +19,8 @@ from .launch_conv3x3 import (
     two_rows,
     unrounded,
 )
-from .launch_moves import (
+from .matmul import by_mma_sync, fit, needs_registers, stages_in_memory
+from .neighbors import (
     LONGEST,
     RESULT,
     halved_or_doubled,

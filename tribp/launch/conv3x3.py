@@ -1,4 +1,4 @@
-"""How the convolution's kernels are launched, as `launch.py` says it of the others: by rules, each with its reason.
+"""How the convolution's kernels are launched, as `matmul.py` says it of products: by rules, each with its reason.
 
 What a reason begins with is said there too.
 """
@@ -8,22 +8,19 @@ from functools import lru_cache
 from math import prod
 
 from .. import versions
-from .launch import (
+from .arch import ITEMSIZE, Arch, cdiv, power_of_2
+from .matmul import (
     INTERPRETED,
-    ITEMSIZE,
-    Arch,
     Product,
     by_mma_sync,
     candidates,
-    cdiv,
     fills,
     fit,
     fitted,
     needs_registers,
-    power_of_2,
     stages_that_fit,
 )
-from .launch_tuning import rule
+from .tuning import rule
 
 Box = tuple[int, int, int]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.launch import MAX_DIMS
+from ..launch.arch import MAX_DIMS
 
 PLAIN = (Tensor, torch.nn.Parameter)
 GRAD: Callable[[Tensor], Tensor | None] = attrgetter("grad")

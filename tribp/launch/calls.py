@@ -19,11 +19,10 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels import launch_tuning
-from . import autotune
+from . import autotune, tuning
 
 if TYPE_CHECKING:
-    from .launching import Launch
+    from .layout import Launch
 
 REMEMBERED = 4096  # calls, of a few kilobytes each; the oldest is forgotten first
 
@@ -44,11 +43,11 @@ def perform(
     from being remembered.
     """
     lie = (build, *facts.values(), *map(_lie, tensors.values()))
-    if (call := _calls.get((launch_tuning.state(), lie))) is not None:
+    if (call := _calls.get((tuning.state(), lie))) is not None:
         call.repeat(tensors.values())
         return
     settled = autotune.tuner is None or autotune.tuner.prepare(lie, build, tensors, facts, outputs)
-    state = launch_tuning.state()
+    state = tuning.state()
     recording = _recordings.current = _Recording(tensors.values())
     try:
         for launch in build(**tensors, **facts):

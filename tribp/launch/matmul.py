@@ -12,54 +12,14 @@ No rule has been measured on a GPU yet.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from .. import versions
-from .launch_tuning import rule
+from .arch import ARCHS, ITEMSIZE, Arch, cdiv, power_of_2
+from .tuning import rule
 
 BASES = ("derived", "compiled", "measured")
-
-
-@dataclass(frozen=True)
-class Arch:
-    """What the rules need to know of a GPU."""
-
-    backend: str  # "cuda", "hip" or "interpreter"
-    capability: int  # 90 for sm_90, 942 for gfx942
-    processors: int  # multiprocessors or compute units
-    shared_memory: int  # bytes one program may use
-    name: str
-
-    @property
-    def has_tma(self) -> bool:
-        """Whether descriptors feed tensor cores that read shared memory: Hopper and data-centre Blackwell.
-
-        sm_120 has descriptors too, but multiplies from registers as sm_80 does, with 99 KB of shared memory. Compiled:
-        with descriptors it spills and takes 131 KB; with sm_80's settings neither.
-        """
-        return self.backend == "interpreter" or (self.backend == "cuda" and 90 <= self.capability < 120)
-
-    @property
-    def has_wgmma(self) -> bool:
-        """Whether tensor cores work beside the program, on tiles in shared memory: Hopper alone."""
-        return self.backend == "cuda" and 90 <= self.capability < 100
-
-    def __hash__(self) -> int:
-        """Two numbers tell machines apart; to hash all fields would be a third of what an answered question costs."""
-        return self.capability << 16 ^ self.processors
-
-
-# The machines the static checks compile for; on a real one `tribp.runtime.arch_of` reads the numbers off the device.
-ARCHS = {
-    "sm_80": Arch("cuda", 80, 108, 163 * 1024, "sm_80"),
-    "sm_90": Arch("cuda", 90, 132, 227 * 1024, "sm_90"),
-    "sm_100": Arch("cuda", 100, 148, 227 * 1024, "sm_100"),
-    "gfx942": Arch("hip", 942, 304, 64 * 1024, "gfx942"),
-}
-INTERPRETER = Arch("interpreter", 0, 4, 1 << 30, "interpreter")
 INTERPRETED = "derived: interpreted, a program takes 6 ms whatever its size"
-
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Settings(Protocol):
@@ -105,15 +65,7 @@ class Product:
         return self.tiles(i, j) * self.block_i * self.block_j
 
 
-@dataclass(frozen=True)
-class Pass:
-    """Launch settings of a pass over a matrix: a program takes `rows` × `block_n` of it, `block_m` rows at a time."""
-
-    block_m: int
-    block_n: int
-    rows: int
-    num_warps: int
-    reason: str
+P = TypeVar("P", bound=Product)
 
 
 @dataclass(frozen=True)
@@ -126,45 +78,9 @@ class Sum:
     reason: str
 
 
-@dataclass(frozen=True)
-class Step:
-    """Launch settings of a pass over many tensors (`optim.py`): a program takes `chunk_blocks` blocks of one tensor."""
-
-    block: int
-    chunk_blocks: int
-    num_warps: int
-    reason: str
-    max_registers: int | None = None
-
-    @property
-    def chunk(self) -> int:
-        return self.block * self.chunk_blocks
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n (and at least 1)."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def fit(block: int, size: int) -> int:
     """The block, halved while half of it still covers `size`; a matrix instruction needs 16."""
     return max(16, min(block, power_of_2(size)))
-
-
-def precision_of(dtype: str, tf32: bool, arch: Arch) -> str:
-    """How a product takes its operands: Triton's `input_precision`.
-
-    float32 at torch's default keeps float32 accuracy: three TF32 products on NVIDIA's tensor cores (`ieee` would
-    compile to 2,048 FFMA a 128×128×32 tile and no tensor core), `ieee` where that is on the matrix units anyway
-    (gfx942) or where there are none (the interpreter, which yet rounds as TF32 does where that is allowed).
-    """
-    if dtype != "float32" or arch.backend == "hip":
-        return "ieee"
-    return "tf32" if tf32 else "tf32x3" if arch.backend == "cuda" else "ieee"
 
 
 def needs_registers(dtype: str, precision: str, arch: Arch, *, tma: bool, along: bool) -> bool:
@@ -185,7 +101,7 @@ def needs_registers(dtype: str, precision: str, arch: Arch, *, tma: bool, along:
     return not tma and not versions.fences_copies()
 
 
-def by_mma_sync(settings: Product, precision: str) -> Product:
+def by_mma_sync(settings: P, precision: str) -> P:
     """The settings as a product by mma.sync, where wgmma is ruled out: that takes 64 rows and four warps.
 
     Compiled: with two warps a thread has room for 64 numbers of the result; beside tf32x3's halves for 32, of 32 rows.
@@ -307,98 +223,9 @@ def stages_in_memory(settings: Product, itemsize: int, arch: Arch, *, extra: int
     return in_memory if arch.has_tma else in_memory + 1
 
 
-@rule
-def choose_forward(
-    m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, along: bool = True
-) -> Product:
-    """y (m × n) = σ(x·wᵀ + b), summed over k; `along` as in `candidates`."""
-    chosen = choose_product(m, n, k, dtype, precision, arch, vec=vec, tma=tma, along=along)
-    if chosen.tma and chosen.block_i * chosen.block_j > 128 * 128 and chosen.tiles(m, n) > 2 * arch.processors:
-        # Published for Triton on an H100: 84–92 % of cuBLAS with persistent programs, 75–85 % with a program a tile.
-        # Compiled: the next tile's loads start under the output's store, not under its sigmoid, and the output tile
-        # stays in shared memory beside the stages (213 KB with three). The model sees no difference: measure it first.
-        chosen = replace(
-            chosen,
-            persistent=arch.processors,
-            num_stages=stages_that_fit(chosen, ITEMSIZE[dtype], arch, output=chosen.block_i * chosen.block_j),
-            reason=chosen.reason + "; persistent: more than two waves of them",
-        )
-    return chosen
-
-
-@rule
-def choose_dgrad(
-    m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, may_fuse: bool,
-    along: bool = False,
-) -> Product:  # fmt: skip
-    """dx (m × k) = dz·w, summed over n. may_fuse: nobody else needs dz, so it may be formed on the way in.
-
-    `along` as in `candidates`: a weight's rows lie across the sum.
-    """
-    chosen = choose_product(m, k, n, dtype, precision, arch, vec=vec, tma=tma, along=along, short=0)
-    may_fuse = may_fuse and not needs_registers(dtype, precision, arch, tma=tma, along=along)
-    return fuse_dz(chosen, k, dtype, arch) if may_fuse else chosen
-
-
-@rule
-def choose_wgrad(
-    m: int, n: int, k: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, may_fuse: bool, spare: int
-) -> Product:
-    """dw (n × k) = dzᵀ·x, summed over m, split between programs where the result alone can't fill the GPU.
-
-    The splits depend on the shape and the GPU alone, so the sums have one order. Their float32 partial results may take
-    `spare` bytes: what torch would have allocated at this point and tribp does not.
-    """
-    accumulator = 8 if dtype == "float64" else 4
-
-    def most_splits(tile: Product) -> int:
-        """Splits of under eight steps do little but write partial results."""
-        return max(1, min(cdiv(m, 8 * tile.block_l), spare // (accumulator * n * k)))
-
-    tiles = candidates(m, dtype, precision, arch, vec, tma, along=False)
-    filling = [tile for tile in tiles if fills(tile.tiles(n, k) * most_splits(tile), arch)]
-    chosen = fitted((filling or tiles[-1:])[0], n, k, m, dtype, arch)
-    if may_fuse and not needs_registers(dtype, precision, arch, tma=tma, along=False):
-        chosen = fuse_dz(chosen, k, dtype, arch)
-    resident = arch.processors if chosen.block_i * chosen.block_j > 128 * 128 else 2 * arch.processors
-    splits = max(1, min(resident // chosen.tiles(n, k), most_splits(chosen)))
-    return replace(chosen, splits=whole_splits(m, splits, chosen.block_l))
-
-
 def whole_splits(m: int, splits: int, block: int) -> int:
     """As many splits of m rows, or fewer, so that each has whole blocks of them and none is left without."""
     return cdiv(m, cdiv(cdiv(m, splits), block) * block)
-
-
-def fuse_dz(chosen: Product, cols: int, dtype: str, arch: Arch) -> Product:
-    """Form dz while loading, if at most four tile columns repeat that work and descriptors load the tiles.
-
-    Derived: a pass of its own reads dy and y and writes dz, and the product reads that again: four units of memory
-    where the fused form has two. But the loop has three times the instructions, once for each tile column. Compiled:
-    with pointers the fused wgrad spills up to 230 bytes on sm_90, and up to 1,300 where operands lie in registers; so
-    it is not for products that `needs_registers` keeps from wgmma.
-    """
-    if cdiv(cols, chosen.block_j) > 4 or not chosen.tma:
-        return chosen
-    if chosen.block_i * chosen.block_j > 128 * 128:
-        # Compiled: beside a 128×256 result dy and y leave no registers for 64 deep tiles (255, and a spill).
-        chosen = replace(chosen, block_l=min(chosen.block_l, 32))
-    chosen = replace(chosen, fuse_dz=True, reason=chosen.reason + "; dz formed on load: at most 4 tile columns")
-    extra = chosen.block_i * chosen.block_l
-    return replace(chosen, num_stages=stages_that_fit(chosen, ITEMSIZE[dtype], arch, extra=extra))
-
-
-@rule
-def choose_pass(m: int, n: int, dtype: str, arch: Arch) -> Pass:
-    """The pass that writes dz and partial sums of db."""
-    if arch.backend == "interpreter":
-        return Pass(16, 32, 32, 1, INTERPRETED)
-    block_n = fit(128, n)
-    block_m = max(1, 4096 // block_n if ITEMSIZE[dtype] <= 4 else 2048 // block_n)
-    blocks = cdiv(m, block_m)
-    programs = max(1, 4 * arch.processors // cdiv(n, block_n))
-    rows = cdiv(blocks, programs) * block_m
-    return Pass(block_m, block_n, rows, 8, "derived: 16 elements a thread: two 16-byte loads of dy and of y in flight")
 
 
 @rule
@@ -412,31 +239,3 @@ def choose_sum(parts: int, length: int, arch: Arch, *, rows: int = 1, vec: int =
     block_parts = min(elements // least, 2 if parts <= 4 else 16 if parts <= 32 else 64)
     block = max(least, min(elements // block_parts, 256))  # compiled: 512 of few parts spill
     return Sum(block_parts, block, 1, "derived: 16 loads in flight a thread; one warp: no sum crosses warps")
-
-
-MAX_DIMS = 6  # of a tensor whose parameter, gradient and states do not lie alike: the kernel's loop is unrolled
-
-
-@rule
-def choose_step(elements: int, types: frozenset[str], strided: bool, arch: Arch) -> Step:
-    """The optimizer step, and the pass over the gradients before it, of `elements` numbers in all.
-
-    types: of the parameters, gradients and states. strided: some of them do not lie alike in memory.
-    """
-    if arch.backend == "interpreter":
-        return Step(64, 2, 1, INTERPRETED)
-    if "float64" in types:
-        block, reason = 512, "derived: 4 elements a thread: two 16-byte accesses to each operand"
-    elif arch.backend == "hip" and types & {"float16", "bfloat16"}:
-        block, reason = 2048, "derived: 8 elements a thread: a 16-byte access to each 16-bit operand"
-    elif arch.backend == "cuda" and strided:
-        # Compiled: the addresses of 8 elements a thread leave no registers if all is on (44 bytes).
-        block, reason = 512, "compiled: 4 elements a thread: strided addresses take many registers"
-    else:
-        block, reason = 1024, "derived: 8 elements a thread: 16 bytes of each 16-bit operand, twice of one of 32 bits"
-    # Derived: a program reads three tables, one after the other, before its first element. Up to 8 blocks share that,
-    # but never so many that a processor gets fewer than 16 programs: four reside there, four waves even the end out.
-    blocks = max(1, min(8, elements // (block * 16 * arch.processors)))
-    # Compiled: left to itself, ptxas holds float64 to a step of occupancy, and Adagrad spills 8 bytes for it.
-    limit = 255 if "float64" in types and arch.backend == "cuda" else None
-    return Step(block, blocks, 4, reason, limit)

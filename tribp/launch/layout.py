@@ -11,8 +11,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import versions
 from ..kernels import common
-from ..kernels.launch import Arch, cdiv, choose_sum, power_of_2
+from .arch import Arch, cdiv, power_of_2
 from .calls import scratch
+from .matmul import choose_sum
 
 versions.warn_if_untested()
 if common.INTERPRETED:

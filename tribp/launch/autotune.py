@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.cuda import is_current_stream_capturing
 
-from .. import runtime
-from ..kernels.launch import Arch
-from ..kernels.launch_search import Found, search
-from ..kernels.launch_tuning import Question, hearing, known, learn, rules_answer
-from ..kernels.launch_variants import variants
-from ..timing import device_times
+from .. import dispatch
+from .arch import Arch
 from .finds import Store, cache_folder
+from .search import Found, search
+from .timing import device_times
+from .tuning import Question, hearing, known, learn, rules_answer
+from .variants import variants
 
 log = logging.getLogger("tribp.autotune")
 
@@ -65,7 +65,7 @@ class DeviceTimer:
 
 def on_gpu(tensors: Tensors) -> bool:
     """Whether there is device time to save. On the CPU, and in the interpreter, nothing is searched or read."""
-    return not runtime.interpreting() and any(t is not None and t.is_cuda for t in tensors.values())
+    return not dispatch.interpreting() and any(t is not None and t.is_cuda for t in tensors.values())
 
 
 def busy() -> bool:

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from .tensors import local
-from .watched import peek
+from .layouts import local
+from .tracked_state import peek
 
 if TYPE_CHECKING:
-    from .base import Optimizer
+    from .optimizer import Optimizer
 
 
 @dataclass

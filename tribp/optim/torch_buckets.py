@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import tensors
-from .parts import Member, Part, Step
-from .tensors import local
-from .watched import peek
+from . import layouts
+from .buckets import Member, Part, Step
+from .layouts import local
+from .tracked_state import peek
 
 if TYPE_CHECKING:
-    from .base import Group, Optimizer
+    from .optimizer import Group, Optimizer
     from .plan import Plan
 
 # torch's fused CPU kernels wake all threads for more than 16 elements, its other operations for this many and more.
@@ -43,7 +43,7 @@ def kind(optimizer: "Optimizer", group: "Group", parts: Sequence[Tensor]) -> str
     if beyond_torch(group, p) or len(dtypes) > 1:
         return "reference"
     on_cpu = p.device.type == "cpu"
-    if on_cpu and p.is_floating_point() and optimizer._fused_on_cpu(group, p.dtype) and tensors.layout(parts) == []:
+    if on_cpu and p.is_floating_point() and optimizer._fused_on_cpu(group, p.dtype) and layouts.layout(parts) == []:
         return "fused"
     if p.dtype == torch.float16 and "eps" in group and (on_cpu or not (p.is_meta or group.get("capturable"))):
         return "reference"  # torch's own code adds ε in float16, where 1e-8 is 0: a gradient of 0 would give 0/0
@@ -141,7 +141,7 @@ def total_norm(grads: list[Tensor]) -> Tensor:
     totals: list[Tensor] = []
     for some in norms.values():
         total = torch.linalg.vector_norm(torch.stack([norm.to(torch.float64) for norm in some]))
-        totals.append(total.full_tensor() if tensors.is_dtensor(total) else total)
+        totals.append(total.full_tensor() if layouts.is_dtensor(total) else total)
     if not totals:
         return torch.zeros((), dtype=torch.float64, device="cpu")
     norm: Tensor = torch.linalg.vector_norm(torch.stack([total.to(totals[0].device) for total in totals]))
@@ -153,10 +153,10 @@ def average(p: Tensor, state: dict[str, Any], decay: float) -> None:
     if "ema" not in state:
         state["ema"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         state["ema_step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-    ema, count = tensors.local(peek(state, "ema")), peek(state, "ema_step")
+    ema, count = layouts.local(peek(state, "ema")), peek(state, "ema_step")
     first = bool(count == 0)
     count += 1
-    weight = tensors.local(p).to(ema.dtype)
+    weight = layouts.local(p).to(ema.dtype)
     ema.copy_(weight) if first else ema.lerp_(weight, 1.0 - decay)
 
 
@@ -278,8 +278,8 @@ class Reference:
                 count = float(self._plan.counter(m)) + 1
                 self._plan.count_on(m, int(count))
             values = [float(value) for value in step.optimizer._values(group)]
-            states = [None if x is None else tensors.as_reals(x) for x in m.states]
-            p = tensors.as_reals(m.param)
+            states = [None if x is None else layouts.as_reals(x) for x in m.states]
+            p = layouts.as_reals(m.param)
             wide = (
                 torch.float64
                 if any(x is not None and x.dtype == torch.float64 for x in (p, *states))
@@ -287,7 +287,7 @@ class Reference:
             )
             rule = getattr(reference, step.optimizer._RULE)
             changed, *moments = rule(
-                p.to(wide), tensors.as_reals(grad).to(wide), *(None if x is None else x.to(wide) for x in states),
+                p.to(wide), layouts.as_reals(grad).to(wide), *(None if x is None else x.to(wide) for x in states),
                 values, count, bool(group.get("eps_inside_sqrt")),
             )  # fmt: skip
             if group.get("stochastic_rounding") and p.dtype == torch.bfloat16:
@@ -317,7 +317,7 @@ def torchs_fused(group: "Group", steps: list[Tensor]) -> bool | None:
 
     Parameters with true counters are here for how they lie in memory, which torch's fused kernels do not look at.
     """
-    return True if group["fused"] and any(type(step) not in tensors.PLAIN for step in steps) else None
+    return True if group["fused"] and any(type(step) not in layouts.PLAIN for step in steps) else None
 
 
 def run_rest(group: "Group", params: list[Tensor], step: Step, in_turn: bool) -> None:

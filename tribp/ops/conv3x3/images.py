@@ -6,14 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import common
-from ..kernels import relayout as kernels
-from ..kernels.launch import Arch, cdiv
-from ..kernels.launch_conv3x3 import Box, Relayout, choose_relayout
-from ..runtime import dtype_name
-from ..versions import descriptor_unit
-from .calls import scratch
-from .launching import Launch, Partials, accumulator, descriptor, partials_of, vector_length
+from ...dispatch import dtype_name
+from ...kernels import common
+from ...kernels import relayout as kernels
+from ...launch.arch import Arch, cdiv
+from ...launch.calls import scratch
+from ...launch.conv3x3 import Box, Relayout, choose_relayout
+from ...launch.layout import Launch, Partials, accumulator, descriptor, partials_of, vector_length
+from ...versions import descriptor_unit
 
 
 class Image(NamedTuple):

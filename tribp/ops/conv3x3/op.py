@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 
-from .. import reference, runtime
-from ..modes import without_autocast
-from ..reference import Window, channels_last, conv3x3_format
+from ... import dispatch, reference
+from ...modes import without_autocast
+from ...reference import Window, channels_last, conv3x3_format
 
 Needs = tuple[bool, bool, bool]
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -42,7 +42,7 @@ def forward(
     calls, kernels = _launching()
 
     output = _empty(_output_size(input, weight, window), input, layout)
-    with runtime.on_device(input):
+    with dispatch.on_device(input):
         calls.perform(
             kernels.forward,
             dict(x=input, w=weight, b=bias, y=output),
@@ -71,7 +71,7 @@ def backward(
         return dx, dw, db
     calls, kernels = _launching()
 
-    with runtime.on_device(grad):
+    with dispatch.on_device(grad):
         calls.perform(
             kernels.backward,
             dict(dy=grad, x=input, w=weight, y=output, dx=dx, dw=dw, db=db),
@@ -84,15 +84,16 @@ def backward(
 @functools.cache
 def _launching() -> tuple[Any, Any]:
     """What imports triton, imported where kernels are to run: once, for an import statement takes 0.5 µs each time."""
-    from . import calls, conv3x3_triton
+    from ...launch import calls
+    from . import plan
 
-    return calls, conv3x3_triton
+    return calls, plan
 
 
 def _facts(tensor: Tensor, window: Window) -> dict[str, object]:
     """What launches depend on besides the tensors."""
-    tf32 = tensor.dtype == torch.float32 and runtime.tf32_allowed(convolution=True)
-    return dict(window=window, arch=runtime.arch_of(tensor.device.index), tf32=tf32)
+    tf32 = tensor.dtype == torch.float32 and dispatch.tf32_allowed(convolution=True)
+    return dict(window=window, arch=dispatch.arch_of(tensor.device.index), tf32=tf32)
 
 
 def _output_size(input: Tensor, weight: Tensor, window: Window) -> tuple[int, ...]:
@@ -133,7 +134,7 @@ def conv3x3(
     stride: Sequence[int], padding: Sequence[int], groups: int, activation: str | None,
 ) -> Tensor:  # fmt: skip
     with without_autocast(input.device.type):  # as for linear_sigmoid
-        return forward(input, weight, bias, as_window(stride, padding, groups), activation, runtime.backend_of(input))
+        return forward(input, weight, bias, as_window(stride, padding, groups), activation, dispatch.backend_of(input))
 
 
 @conv3x3.register_fake
@@ -163,7 +164,7 @@ def conv3x3_backward(
     with without_autocast(grad.device.type):
         grads = backward(
             grad, input, weight, output, input_size, as_window(stride, padding, groups), _needs(needs),
-            ChannelsLast(input_last, weight_last), runtime.backend_of(grad),
+            ChannelsLast(input_last, weight_last), dispatch.backend_of(grad),
         )  # fmt: skip
     return [grad for grad in grads if grad is not None]
 

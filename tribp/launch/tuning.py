@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, update_wrapper
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Rule:
         self.heed(False)
 
     def heed(self, hearings: bool) -> None:
-        self.__call__ = self._asked if hearings else self._answered  # type: ignore[method-assign]
+        self.__call__ = self._asked if hearings else self._answered
 
     def _answer(self, *facts: Any, **named: Any) -> Any:
         if _finds and (found := _finds.get(self._question(facts, named).key)) is not None:
@@ -112,7 +112,7 @@ def rule(function: Callable[P, T]) -> Callable[P, T]:
     if name in _rules:
         raise ValueError(f"there are two rules named {name}")
     _rules[name] = Rule(function)
-    return _rules[name]
+    return cast(Callable[P, T], _rules[name])
 
 
 def rules() -> list[str]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 
-from .. import reference, runtime
-from ..modes import without_autocast
-from ..reference import as_matrix
+from ... import dispatch, reference
+from ...modes import without_autocast
+from ...reference import as_matrix
 
 Needs = tuple[bool, bool, bool]
 LONGEST = 2**31 - 256  # a tile is at most 256 long
@@ -32,7 +32,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) ->
 
     output = torch.empty((*input.shape[:-1], n), dtype=input.dtype, device=input.device)
     tensors = dict(x=as_matrix(input), w=weight, b=bias, y=as_matrix(output))
-    with runtime.on_device(input):
+    with dispatch.on_device(input):
         calls.perform(kernels.forward, tensors, _facts(input), outputs=("y",))
     return output
 
@@ -63,7 +63,7 @@ def backward(
         dy=as_matrix(grad), x=x, w=weight, y=as_matrix(output.contiguous()),
         dx=as_matrix(dx) if dx is not None else None, dw=dw, db=db,
     )  # fmt: skip
-    with runtime.on_device(output):
+    with dispatch.on_device(output):
         calls.perform(kernels.backward, tensors, _facts(output), outputs=("dx", "dw", "db"))
     return dx, dw, db
 
@@ -71,15 +71,16 @@ def backward(
 @functools.cache
 def _launching() -> tuple[Any, Any]:
     """What imports triton, imported where kernels are to run: once, for an import statement takes 0.5 µs each time."""
-    from . import calls, linear_sigmoid_triton
+    from ...launch import calls
+    from . import plan
 
-    return calls, linear_sigmoid_triton
+    return calls, plan
 
 
 def _facts(tensor: Tensor) -> dict[str, object]:
     """What launches depend on besides the tensors."""
-    tf32 = tensor.dtype == torch.float32 and runtime.tf32_allowed()
-    return dict(arch=runtime.arch_of(tensor.device.index), tf32=tf32)
+    tf32 = tensor.dtype == torch.float32 and dispatch.tf32_allowed()
+    return dict(arch=dispatch.arch_of(tensor.device.index), tf32=tf32)
 
 
 def _fits(*tensors: Tensor | None) -> bool:
@@ -95,7 +96,7 @@ def _fits(*tensors: Tensor | None) -> bool:
 @torch.library.custom_op("tribp::linear_sigmoid", mutates_args=())
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with without_autocast(input.device.type):  # the result has the type of the arguments, as the compiler was told
-        return forward(input, weight, bias, runtime.backend_of(input))
+        return forward(input, weight, bias, dispatch.backend_of(input))
 
 
 @linear_sigmoid.register_fake
@@ -116,7 +117,7 @@ def linear_sigmoid_backward(
     """The gradients that `needs` asks for, in the order input, weight, bias."""
     wanted = (needs[0], needs[1], needs[2])
     with without_autocast(grad.device.type):
-        grads = backward(grad, input, weight, output, wanted, runtime.backend_of(output))
+        grads = backward(grad, input, weight, output, wanted, dispatch.backend_of(output))
     return [grad for grad in grads if grad is not None]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .kernels.launch import INTERPRETER, Arch
+from .launch.arch import INTERPRETER, Arch
 
 BACKENDS = ("auto", "triton", "torch")
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, hooked
+from .layouts import local, separate_gradients
 from .plan import Plan
-from .tensors import local, separate_gradients
 
 if TYPE_CHECKING:
-    from .fallback import Tensors
+    from .torch_buckets import Tensors
 
 Group = dict[str, Any]
 T = TypeVar("T")

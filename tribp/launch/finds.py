@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import triton
 
-from ..kernels import common, launch_tuning
+from ..kernels import common
+from . import tuning
 
 log = logging.getLogger("tribp.autotune")
 
@@ -45,8 +46,9 @@ def cache_folder() -> Path:
 def sources() -> str:
     """A digest of what decides how fast settings are and which are valid: kernels, rules, and how they are launched."""
     digest = hashlib.sha256()
-    for folder in (Path(common.__file__).parent, Path(__file__).parent):
-        for file in sorted(folder.glob("*.py")):
+    here = Path(__file__).parent
+    for folder in (Path(common.__file__).parent, here, here.parent / "ops"):
+        for file in sorted(folder.rglob("*.py")):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
@@ -83,7 +85,7 @@ class Store:
                 except ValueError:
                     before = {}  # `load` has said so
                 found = sorted((dict(finds) | before).items())
-                encoded = {key: launch_tuning.encode(settings) for key, settings in found}
+                encoded = {key: tuning.encode(settings) for key, settings in found}
                 self._replace(json.dumps(self.conditions | {"finds": encoded}, indent=1))
         except OSError as error:
             log.warning("tribp: launch settings that were found cannot be kept for the next run: %s", error)
@@ -97,7 +99,7 @@ class Store:
             raise ValueError("it holds no finds")
         if any(content.get(name) != value for name, value in self.conditions.items()):
             raise ValueError("it was written under other conditions")
-        return {key: launch_tuning.decode(key, fields) for key, fields in content["finds"].items()}
+        return {key: tuning.decode(key, fields) for key, fields in content["finds"].items()}
 
     def _replace(self, text: str) -> None:
         """A reader sees the old file or the new one, whole."""

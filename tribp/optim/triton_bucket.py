@@ -8,18 +8,19 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .. import runtime
+from .. import dispatch
 from ..kernels import optim as kernels
-from ..kernels.launch import Step as Settings
-from ..kernels.launch import cdiv, choose_step
-from ..ops import calls
-from ..ops.launching import Launch
-from . import tensors
-from .parts import Member, Step
-from .tables import Table, bits
+from ..launch import calls
+from ..launch.arch import cdiv
+from ..launch.layout import Launch
+from ..launch.optim import Step as Settings
+from ..launch.optim import choose_step
+from . import layouts
+from .buckets import Member, Step
+from .device_tables import Table, bits
 
 if TYPE_CHECKING:
-    from .base import Group, Optimizer
+    from .optimizer import Group, Optimizer
     from .plan import Plan
 
 _TYPES = {
@@ -66,7 +67,7 @@ class Kernel:
         self._indices = [m.index for m in members]
         self._every = self._indices == list(range(len(plan.params)))
         self._empty = [i for i, m in enumerate(members) if not m.param.numel()]
-        with runtime.on_device(members[0].param):
+        with dispatch.on_device(members[0].param):
             self._make_tables(plan, optimizer)
         self._grads, self._hypers = Table(self.device), Table(self.device)
         self._capturable = all(group.get("capturable") for group in optimizer.param_groups)
@@ -78,21 +79,21 @@ class Kernel:
 
     def _make_tables(self, plan: "Plan", optimizer: "Optimizer") -> None:
         self._count(plan, optimizer)
-        layouts = [tensors.layout([tensors.as_reals(t) for t in m.parts]) for m in self.members]
-        if None in layouts:
+        found = [layouts.layout([layouts.as_reals(t) for t in m.parts]) for m in self.members]
+        if None in found:
             raise RuntimeError(
-                f"{type(optimizer).__name__}: the states of parameter {self.members[layouts.index(None)].index} lie in "
+                f"{type(optimizer).__name__}: the states of parameter {self.members[found.index(None)].index} lie in "
                 "memory in different ways; give them one layout, e.g. by .contiguous()"
             )
-        self.strided = any(layouts)
-        self._layouts = _on(self.device, [word for layout in layouts if layout for word in layout], torch.int64)
+        self.strided = any(found)
+        self._layouts = _on(self.device, [word for layout in found if layout for word in layout], torch.int64)
         numbers = [m.param.numel() * (2 if m.param.is_complex() else 1) for m in self.members]
-        arch = runtime.arch_of(self.device.index)
-        types = frozenset(runtime.dtype_name(dtype) for dtype in self.dtypes if dtype is not None)
+        arch = dispatch.arch_of(self.device.index)
+        types = frozenset(dispatch.dtype_name(dtype) for dtype in self.dtypes if dtype is not None)
         self.settings = choose_step(sum(numbers), types, self.strided, arch)
         rows: list[int] = []
         at = self._layouts.data_ptr()
-        for m, layout, numel, counter in zip(self.members, layouts, numbers, self._counters, strict=True):
+        for m, layout, numel, counter in zip(self.members, found, numbers, self._counters, strict=True):
             rows += [m.param.data_ptr(), *map(_address, m.states), _address(m.ema), counter.data_ptr()]
             random_step = None if optimizer._COUNTS else m.state.get("step")
             rows += [
@@ -148,7 +149,7 @@ class Kernel:
 
     def write_tables(self, step: Step) -> None:
         """Bring the tables on the device up to date: before anything is launched."""
-        with runtime.on_device(self.members[0].param):
+        with dispatch.on_device(self.members[0].param):
             self._write_tables(step)
 
     def _write_tables(self, step: Step) -> None:
@@ -192,7 +193,7 @@ class Kernel:
 
     def run(self, step: Step) -> None:
         """Update all members; the tables must be up to date."""
-        with runtime.on_device(self.members[0].param):
+        with dispatch.on_device(self.members[0].param):
             found_inf, scale, norm = (
                 None if t is None else t.to(self.device, non_blocking=True)
                 for t in (step.found_inf, step.grad_scale, step.norm)
@@ -243,7 +244,7 @@ def _norm(
 
 def gradient_norm(parts: "Sequence[Kernel]", step: Step) -> Tensor:
     """‖g‖₂ over the gradients of all parts, on one device, as a float64 scalar there: one launch a part."""
-    with runtime.on_device(parts[0].members[0].param):
+    with dispatch.on_device(parts[0].members[0].param):
         counts = [len(part._chunks) for part in parts]
         partials = torch.empty(sum(counts), dtype=torch.float64, device=parts[0].device)
         norm = torch.empty((), dtype=torch.float64, device=parts[0].device)
@@ -279,7 +280,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _scalar_address(value: Tensor, device: torch.device) -> int:
     """Where a hyperparameter lies on the device; the lowest bit says that it is float64."""
-    if value.numel() != 1 or not tensors.is_held(value):
+    if value.numel() != 1 or not layouts.is_held(value):
         raise ValueError(f"a hyperparameter that is a tensor must hold one number, got shape {tuple(value.shape)}")
     if value.dtype not in (torch.float32, torch.float64) or value.device != device:
         raise TypeError(

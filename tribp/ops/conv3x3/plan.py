@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels import conv3x3, conv3x3_depthwise, conv3x3_small
-from ..kernels.launch import Arch, cdiv, power_of_2, precision_of
-from ..kernels.launch_conv3x3 import (
+from ...dispatch import dtype_name
+from ...kernels import conv3x3, conv3x3_depthwise, conv3x3_few_channels
+from ...launch.arch import Arch, cdiv, power_of_2, precision_of
+from ...launch.calls import scratch
+from ...launch.conv3x3 import (
     SMALL,
     Convolution,
     bundle_of,
@@ -23,9 +25,17 @@ from ..kernels.launch_conv3x3 import (
     choose_small,
     choose_small_dgrad,
 )
-from ..reference import Window
-from ..runtime import dtype_name
-from .calls import scratch
+from ...launch.layout import (
+    Launch,
+    Partials,
+    accumulator,
+    descriptor,
+    partials_of,
+    precision_in_kernel,
+    second_pass,
+    vector_length,
+)
+from ...reference import Window
 from .images import (
     Image,
     Packing,
@@ -36,16 +46,6 @@ from .images import (
     output_grad,
     padded,
     readable,
-)
-from .launching import (
-    Launch,
-    Partials,
-    accumulator,
-    descriptor,
-    partials_of,
-    precision_in_kernel,
-    second_pass,
-    vector_length,
 )
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def forward(
             STEP_H=window.stride[0], STEP_W=window.stride[1],
             C=c, TAPS_LAST=w.is_contiguous(), PRECISION=precision, BLOCK_J=s.block_j, BLOCK_K=s.block_l,
         )  # fmt: skip
-        yield _launch(conv3x3_small.small_forward, (grid,), arguments, constants, s)
+        yield _launch(conv3x3_few_channels.small_forward, (grid,), arguments, constants, s)
         return
     groups, og = window.groups, o // window.groups
     packing = Packing(arch)
@@ -285,7 +285,7 @@ def _small_wgrad(
         FUSE_DZ=ys is not None, WRITE_DB=sums is not None, ACC=acc, PRECISION=precision_of(dtype, tf32, arch),
         LAST=dz.last, VEC=vec, BLOCK_O=s.block_i, BLOCK_K=s.block_j,
     )  # fmt: skip
-    yield _launch(conv3x3_small.small_wgrad, (cdiv(o, s.block_i), s.splits), arguments, constants, s)
+    yield _launch(conv3x3_few_channels.small_wgrad, (cdiv(o, s.block_i), s.splits), arguments, constants, s)
     return Partials(shares, dw), Partials(sums, db)
 
 
@@ -314,7 +314,7 @@ def _small_dgrad(
         C=c, TAPS_LAST=w.is_contiguous(), TMA=s.tma, ACC=acc, PRECISION=precision, VEC=dz.vec,
         LAST=out.last, VEC_STORE=out.vec if out.last else 1, BLOCK_L=s.block_l,
     )  # fmt: skip
-    return _launch(conv3x3_small.small_dgrad, (s.boxes(n, height, width, rim=2),), arguments, constants, s)
+    return _launch(conv3x3_few_channels.small_dgrad, (s.boxes(n, height, width, rim=2),), arguments, constants, s)
 
 
 def _depthwise_wgrad(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference import Window
-from .runtime import dtype_name
+from ..dispatch import dtype_name
+from ..reference import Window
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

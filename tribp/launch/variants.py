@@ -8,23 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from .launch import (
-    ITEMSIZE,
-    Arch,
-    Pass,
-    Product,
-    Step,
-    Sum,
-    by_mma_sync,
-    cdiv,
-    fit,
-    needs_registers,
-    power_of_2,
-    stages_in_memory,
-    whole_splits,
-)
-from .launch_conv3x3 import WORKSPACE
-from .launch_moves import (
+from .arch import ITEMSIZE, Arch, cdiv, power_of_2
+from .conv3x3 import WORKSPACE
+from .linear_sigmoid import Pass
+from .matmul import Product, Sum, by_mma_sync, fit, needs_registers, stages_in_memory, whole_splits
+from .neighbors import (
     LONGEST,
     RESULT,
     halved_or_doubled,
@@ -34,8 +22,9 @@ from .launch_moves import (
     registers,
     resized,
 )
-from .launch_tuning import Question
-from .launch_variants_conv3x3 import AROUND as AROUND_CONV3X3
+from .optim import Step
+from .tuning import Question
+from .variants_conv3x3 import AROUND as AROUND_CONV3X3
 
 
 def variants(question: Question, settings: Any) -> list[Any]:

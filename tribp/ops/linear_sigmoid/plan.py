@@ -5,20 +5,11 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor
 
-from ..kernels import linear_sigmoid as kernels
-from ..kernels.launch import (
-    Arch,
-    Product,
-    cdiv,
-    choose_dgrad,
-    choose_forward,
-    choose_pass,
-    choose_wgrad,
-    precision_of,
-)
-from ..runtime import dtype_name
-from .calls import scratch
-from .launching import (
+from ...dispatch import dtype_name
+from ...kernels import linear_sigmoid as kernels
+from ...launch.arch import Arch, cdiv, precision_of
+from ...launch.calls import scratch
+from ...launch.layout import (
     Launch,
     Operand,
     Partials,
@@ -29,6 +20,8 @@ from .launching import (
     second_pass,
     vector_length,
 )
+from ...launch.linear_sigmoid import choose_dgrad, choose_forward, choose_pass, choose_wgrad
+from ...launch.matmul import Product
 
 
 def forward(

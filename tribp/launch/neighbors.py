@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from .launch import Arch, Product
+from .arch import Arch
+from .matmul import Product
 
 LONGEST = 256  # of a tile's sides, and of a descriptor's
 RESULT = 128  # registers a thread may keep of a result: 128×256 in float32 with 8 warps
