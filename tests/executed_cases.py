@@ -48,10 +48,11 @@ QUICK: dict[str, Case] = {
     "conv, 64 columns": conv((2, 64, 16, 16), 64),
     "conv, 128 columns": conv((1, 128, 16, 16), 136),
     "conv, two rows": conv((16, 64, 4, 8), 64, needs="x", processors=1),
-    "conv, two rows of few images": conv((1, 64, 2, 72), 64, needs="x", processors=1),
+    "conv, two rows of few images": conv((1, 64, 4, 72), 64, needs="x", processors=1),
     "conv, two rows and rest, NCHW": conv(
-        (15, 40, 5, 8), 136, padding=(0, 1), sigmoid=True, x=images.contiguous, needs="x", processors=1
+        (15, 40, 5, 8), 40, padding=(0, 1), x=images.contiguous, needs="x", processors=1
     ),
+    "conv, two rows of 128 columns": conv((15, 40, 4, 8), 136, sigmoid=True, needs="", processors=1),
     "conv, box and rest": conv((4, 32, 7, 7), 40),
     "conv, box and rest, sigmoid": conv((3, 24, 13, 11), 40, sigmoid=True),
     "conv, lines of images": conv((32, 24, 3, 2), 72, needs="wb"),

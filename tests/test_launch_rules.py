@@ -68,6 +68,7 @@ def test_rows_go_in_pairs_where_that_costs_no_processor_more(monkeypatch: pytest
     monkeypatch.setattr(versions, "keeps_shared_tiles", lambda: True)
     assert rows_of(256, 56, 64) == rows_of(256, 28, 128) == rows_of(256, 28, 128, dtype="float16") == 2
     assert rows_of(64, 28, 128) == 1, "196 programs of two rows are two on the busiest of 132, 392 of one are three"
+    assert rows_of(64, 14, 256) == 1, "112 programs, each alone on its processor"
     assert rows_of(256, 7, 64) == 1, "an eighth of four pairs lies outside"
     assert rows_of(256, 14, 256) == 1, "tiles of 128×256"
     assert rows_of(256, 56, 64, stepped=True) == rows_of(256, 56, 64, dtype="float32") == 1

@@ -176,12 +176,15 @@ def choose_conv(
     if pairs_rows(dense, l, dtype, arch, whole=whole, stepped=stepped):
         pair = two_rows(n, q, j, wide, arch)
 
+        def programs(s: Convolution) -> int:
+            return s.boxes(n, p, q) * s.columns(j, 1) * bundles
+
         def busiest(s: Convolution) -> int:
             """Elements of the result that the busiest processor computes."""
-            tiles = cdiv(s.boxes(n, p, q) * s.columns(j, 1) * bundles, arch.processors)
-            return tiles * s.rows * s.block_i * s.block_j
+            return cdiv(programs(s), arch.processors) * s.rows * s.block_i * s.block_j
 
-        if busiest(pair) <= busiest(dense):
+        # By the model, one program each is slower than two of half its size, which hide each other's beginning and end.
+        if busiest(pair) <= busiest(dense) and programs(pair) >= 2 * arch.processors:
             return pair
     return dense
 
