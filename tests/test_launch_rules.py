@@ -61,7 +61,8 @@ def test_the_shapes_that_the_rule_names() -> None:
 
 def rows_of(n: int, side: int, channels: int, arch: Arch = H100, dtype: str = "bfloat16", **more: Any) -> int:
     facts: dict[str, Any] = dict(vec=8, tma=arch.has_tma, along=True, whole=False, wide=False, stepped=False) | more
-    return choose_conv(n, side, side, channels, channels, 1, 1, 1, dtype, "ieee", arch, **facts).rows
+    rule: Any = choose_conv  # asked anew: answers are kept, and depend on Triton's version
+    return int(rule.function(n, side, side, channels, channels, 1, 1, 1, dtype, "ieee", arch, **facts).rows)
 
 
 def test_rows_go_in_pairs_where_that_costs_no_processor_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,4 +75,4 @@ def test_rows_go_in_pairs_where_that_costs_no_processor_more(monkeypatch: pytest
     assert rows_of(256, 56, 64, stepped=True) == rows_of(256, 56, 64, dtype="float32") == 1
     assert rows_of(256, 56, 64, ARCHS["sm_80"]) == rows_of(256, 56, 64, ARCHS["sm_100"]) == 1
     monkeypatch.setattr(versions, "keeps_shared_tiles", lambda: False)
-    assert rows_of(512, 56, 64) == 1  # a question that was not answered before
+    assert rows_of(256, 56, 64) == 1
