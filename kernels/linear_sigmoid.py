@@ -161,7 +161,7 @@ def wgrad(
     the sums of its rows to `db` (splits, N).
 
     A tile of dz is formed a turn before it is multiplied. Compiled: Triton waits for a product whose operand the turn
-    itself wrote to shared memory, but ptxas puts arithmetic between the product and the wait: 77 of a turn's 270
+    itself wrote to shared memory, but ptxas puts arithmetic between the product and the wait: 88 of a turn's 260
     instructions. STAGES, `num_stages` again: without it loads for the next turn's dz would not run ahead.
     """
     row, col = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP)
