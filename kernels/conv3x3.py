@@ -91,7 +91,7 @@ def load_box(
     does not pipeline a load behind which `tl.trans` stands.
 
     A descriptor has five dimensions, (N, H / step_h, step_h, W / step_w, step_w · C): every step-th row is a box in it.
-    If boxes are of images alone, N stands behind W / STEP_W: then the reshape drops leading ones alone (`convolve`).
+    If boxes are of images alone, N stands behind W / step_w: then the reshape drops leading ones alone (`convolve`).
     WITHIN: zeros also for the pixels of the box from `rows` and `cols` on; a descriptor's box must not have any.
     """
     tl.static_assert(not (TMA and TRANSPOSED))
@@ -250,9 +250,9 @@ def convolve(
     W_TRANSPOSED: w is (C, 9, O), of a single group.
 
     The t-th row of taps meets the rows i·step_h + first_h ± t of src: + going forward, − in dgrad, which looks back.
-    FLAT is one loop over taps and channels, so that loads are pipelined across taps, but with divisions in it; with 8
-    warps and pointers such a loop was seen to compute wrong results in another project (pytorch #173068). Otherwise the
-    loop over channels stands in one over taps; compiled, unrolling that took 3.6 times the code and as many registers.
+    FLAT is one loop over taps and channels, so that loads are pipelined across taps; with 8 warps and pointers such a
+    loop was seen to compute wrong results in another project (pytorch #173068). Otherwise the loop over channels stands
+    in one over taps; compiled, unrolling that took 3.6 times the code and as many registers.
 
     With descriptors the product is w[tap]ᵀ·src[tap]ᵀ, and the sum is transposed at the end. Compiled: wgmma reads its
     first operand from shared memory only if no reshape stands behind the load, but one that drops leading ones. A box

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,44 +128,10 @@ def test_neither_the_rules_nor_their_variants_leave_a_product_without_its_fence(
 @pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
 def test_convolutions_by_pointers(dtype: str, precision: str, newer: bool) -> None:
     may = newer and dtype == "bfloat16"
-    dense = choose_conv.function(  # type: ignore[attr-defined]
-        64,
-        13,
-        13,
-        128,
-        128,
-        1,
-        1,
-        1,
-        dtype,
-        precision,
-        H100,
-        vec=4,
-        tma=False,
-        along=True,
-        whole=False,
-        wide=False,
-        stepped=False,
-    )
-    groups = choose_conv.function(  # type: ignore[attr-defined]
-        64,
-        28,
-        28,
-        32,
-        32,
-        4,
-        8,
-        1,
-        dtype,
-        precision,
-        H100,
-        vec=4,
-        tma=False,
-        along=True,
-        whole=True,
-        wide=False,
-        stepped=False,
-    )
+    rule: Any = choose_conv
+    pointers: dict[str, Any] = dict(vec=4, tma=False, along=True, wide=False, stepped=False)
+    dense = rule.function(64, 13, 13, 128, 128, 1, 1, 1, dtype, precision, H100, whole=False, **pointers)
+    groups = rule.function(64, 28, 28, 32, 32, 4, 8, 1, dtype, precision, H100, whole=True, **pointers)
     wgrad = choose_conv_wgrad.function(  # type: ignore[attr-defined]
         16, 13, 13, 128, 128, 1, 1, dtype, precision, H100, vec=4, tma=False, spare=1 << 30
     )

@@ -78,14 +78,13 @@ def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False, one_r
     """
     if wide:
         sizes = [1 << k for k in range(pixels.bit_length())]
-        shapes = sorted(((r, c) for c in sizes for r in sizes), key=lambda shape: shape[::-1], reverse=True)
+        heights = [1] if one_row else sizes
+        shapes = sorted(((r, c) for c in sizes for r in heights), key=lambda shape: shape[::-1], reverse=True)
     elif one_row:
         shapes = [(1, min((8, 4), key=lambda columns: cdiv(q, columns) * columns)), (1, pixels)]
     else:
         shapes = [(1, 8), (pixels // 8, 8), (4, 4), (1, 1), (2, 1), (1, pixels), (pixels, 1)]
     boxes = [(pixels // (rows * cols), rows, cols) for rows, cols in shapes if 0 < rows * cols <= pixels]
-    if one_row:
-        boxes = [box for box in boxes if box[1] == 1]
 
     def covered(box: Box) -> int:
         return cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2])
@@ -209,10 +208,10 @@ def two_rows(n: int, q: int, j: int, wide: bool, arch: Arch) -> Convolution:
     if arch.backend == "interpreter":
         tile = Product(16, 32, 32, 1, 1, INTERPRETED)
     elif j <= 64:
-        reason = "compiled: two rows of 128×64: one of two programs a processor computes while the other's tiles come"
+        reason = "derived: two rows of 128×64: one of two programs a processor computes while the other's tiles come"
         tile = Product(128, 64, 32, 4, 2, reason)
     else:
-        reason = "compiled: two rows of 128×128: one warp group computes while the other waits for its product"
+        reason = "derived: two rows of 128×128: one warp group computes while the other waits for its product"
         tile = Product(128, 128, 32, 8, 3, reason)
     box = choose_box(tile.block_i, n, 1, q, wide=wide, one_row=True)
     return convolution(replace(tile, tma=True), box=box, flat=True, rows=2)
@@ -253,7 +252,7 @@ def choose_conv_wgrad(
     else:
         tile, taps = Product(64, 64, 32, 4, 3, "compiled: 64×64, three taps: dz is read once for them"), 3
     tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
-    few = tile.block_i * tile.block_j <= 64 * 64
+    few = tile.block_i * tile.block_j <= 64 * 64  # counted: one warp group reads a third less of shared memory than two
     if few:
         tile = replace(tile, num_warps=min(tile.num_warps, 4))
     box = line or choose_box(tile.block_l, n, p, q)
