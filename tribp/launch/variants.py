@@ -1,6 +1,6 @@
 """Launch settings worth trying in place of given ones: one step away, and valid by construction.
 
-What is valid, a launch computes correctly, whatever it takes; `choose_…` in `launch.py` says why one is best. Where a
+What is valid, a launch computes correctly, whatever it takes; `choose_…` beside it says why one is best. Where a
 comment there says that something spills, it is left out here too. Order and number follow from the facts alone.
 """
 
