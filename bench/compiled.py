@@ -75,7 +75,7 @@ def describe(launch: Launch) -> str:
     Of a convolution besides: its box of pixels, its steps where they are not 1, taps and groups that share a program,
     and which way a relayout goes.
     """
-    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | dict(launch.constants)
+    given = launch.named
     sizes = [size for name, size in launch.constants.items() if name.startswith("BLOCK") and name[-1].isalpha()]
     tile = "×".join(map(str, sizes))
     rule = getattr(given.get("RULE"), "__name__", "")
@@ -160,7 +160,7 @@ def _identity(launch: Launch, arch: Arch) -> dict[str, Any]:
 
 
 def _findings(launch: Launch, kernel: Any, said: str, code: Sequence[Instruction], arch: Arch) -> dict[str, Any]:
-    formed = any(launch.constants.get(switch) for switch in ("FUSE_DZ", "DIAGONAL", "PREFETCH"))  # operands
+    formed = any(launch.named.get(switch) for switch in ("FUSE_DZ", "DIAGONAL", "PREFETCH"))  # operands
     as_loaded = launch.kernel.__name__ in ("forward", "dgrad", "wgrad") and not formed
     if arch.backend == "cuda":
         usage = _cubin_tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")

@@ -112,7 +112,7 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> "Sequence[Expe
     """What the launch's machine code must show; no spills and enough shared memory are expected of every kernel."""
     from . import expectations as e
 
-    kernel, constants = launch.kernel.__name__, launch.constants
+    kernel, constants = launch.kernel.__name__, launch.named
     found: list[Expectation] = []
     if kernel in ("forward", "dgrad", "wgrad", "small_forward", "small_dgrad", "small_wgrad"):
         found += product_expectations(launch, case.dtype, arch)
@@ -143,7 +143,7 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> "Sequence[Expe
 def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "Iterator[Expectation]":
     from . import expectations as e
 
-    kernel, constants = launch.kernel.__name__, launch.constants
+    kernel, constants = launch.kernel.__name__, launch.named
     sides: tuple[str, ...] = ("BLOCK_O", "BLOCK_C") if "wgrad" in kernel else ("BOX_N", "BOX_H", "BOX_W", "BLOCK_J")
     if kernel in ("small_forward", "small_dgrad"):  # a row at a time
         sides = ("BOX_N", "BOX_W", "BLOCK_J" if kernel == "small_forward" else "BLOCK_L")
@@ -158,7 +158,7 @@ def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "I
         kernel == "wgrad" and (constants.get("TAPS_LAST") or constants["DIAGONAL"])
     ):
         return  # rows of few elements, elements nine apart, or a group's part of a row: nothing to write at once
-    out = launch.arguments[launch.kernel.arg_names.index({"dgrad": "dx", "wgrad": "dw"}.get(kernel, "y"))]
+    out = launch.named[{"dgrad": "dx", "wgrad": "dw"}.get(kernel, "y")]
     assert isinstance(out, Tensor)
     if arch.backend == "hip" and not constants.get("LAST", True):
         return  # side by side in a thread are channels; neighbouring columns are in neighbouring lanes, 64 bytes a row
@@ -171,7 +171,7 @@ def relayout_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "
     """Wide on both sides, where a thread has 16 bytes to move and what is contiguous is a multiple of them."""
     from .expectations import wide
 
-    constants = launch.constants
+    constants = launch.named
     if tile_bytes(constants, dtype, "BLOCK_P", "BLOCK_C") < 16 * threads(launch, arch):
         return
 

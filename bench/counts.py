@@ -121,7 +121,7 @@ def _perform(launches: Sequence[Any], arch: Any, report: "Report") -> None:
     for launch in launches:
         source, options = source_of(launch, arch)
         compiled = triton.compile(source, target=target_of(arch), options=options)
-        given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | dict(launch.constants)
+        given = launch.named
         arguments = tuple(_materialized(given.get(name), storages) for name in source.signature)
         report.perform(compiled, launch.grid, arguments)
         report.launches[-1].settings = describe(launch)

@@ -165,7 +165,7 @@ def expectations(launch: "Launch", case: Case, arch: Arch) -> "Sequence[Expectat
     """What the launch's machine code must show; no spills and enough shared memory are expected of every kernel."""
     from . import expectations as e
 
-    constants, kernel = launch.constants, launch.kernel.__name__
+    constants, kernel = launch.named, launch.kernel.__name__
     found = []
     if kernel in ("forward", "dgrad", "wgrad"):
         found.append(e.PIPELINED)

@@ -116,15 +116,15 @@ def expectations(launch: "Launch", arch: Arch) -> "Sequence[Expectation]":
     from .expectations import vectors
 
     threads = launch.num_warps * (64 if arch.backend == "hip" else 32)
-    block = launch.constants["BLOCK"]
+    block = launch.named["BLOCK"]
     assert isinstance(block, int)
 
     def count(types: Sequence[Any]) -> int:
         """16-byte accesses a thread; the smaller block of strided tensors makes do with narrower ones."""
         return sum(max(least, block * kind.primitive_bitwidth // (128 * threads)) for kind in types if kind is not None)
 
-    least = 0 if launch.constants["STRIDED"] else 1
-    constants, grad = launch.constants, [launch.constants["GRAD_TYPE"]]
+    least = 0 if launch.named["STRIDED"] else 1
+    constants, grad = launch.named, [launch.named["GRAD_TYPE"]]
     if launch.kernel.__name__ == "gradient_norm":
         return [vectors(count(grad), 0, "a gradient is read in whole vectors")]
     written = [constants[name] for name in ("PARAM_TYPE", "STATE0", "STATE1", "STATE2", "EMA_TYPE")]
@@ -133,4 +133,4 @@ def expectations(launch: "Launch", arch: Arch) -> "Sequence[Expectation]":
 
 
 def named(launch: "Launch", argument: str) -> object:
-    return launch.arguments[launch.kernel.arg_names.index(argument)]
+    return launch.named[argument]

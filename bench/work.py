@@ -48,7 +48,7 @@ def work_of(launch: Launch, lengths: Sequence[int] = ()) -> LaunchWork:
 
     lengths: of the tensors that an optimizer's launch updates, which its tables on the device know.
     """
-    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | dict(launch.constants)
+    given = launch.named
     programs = math.prod(launch.grid)
     if launch.kernel in (optim.multi_tensor_step, optim.gradient_norm):
         return _step(given, programs, lengths)

@@ -224,7 +224,7 @@ def too_large(launch: Launch) -> bool:
 @pytest.mark.parametrize("spoil", [wrong_row, too_large, lambda launch: True], ids=["wrong", "fails", "writes nothing"])
 def test_what_is_wrong_or_fails_is_never_kept(spoil: Callable[[Launch], bool], machine: Machine) -> None:
     """The fastest by far, and not right."""
-    machine.spoil = lambda launch: launch.constants["BLOCK_K"] == 64 and spoil(launch)
+    machine.spoil = lambda launch: launch.named["BLOCK_K"] == 64 and spoil(launch)
     forward()
     assert all(constants["BLOCK_K"] != 64 for call in machine.timed for constants in call), "it is not even timed"
     assert settings().block_l == 32
@@ -253,7 +253,7 @@ def sevens(launch: Launch) -> bool:
 
 
 def test_an_operation_declares_what_it_writes(machine: Machine) -> None:
-    machine.spoil = lambda launch: launch.constants["BLOCK_K"] == 64 and sevens(launch)
+    machine.spoil = lambda launch: launch.named["BLOCK_K"] == 64 and sevens(launch)
     given, matrix = inputs()
     assert_close(perform_made_up(("out",)), LinearSigmoid(given, matrix, None).y)
     assert machine.timed
@@ -261,7 +261,7 @@ def test_an_operation_declares_what_it_writes(machine: Machine) -> None:
 
 
 def test_a_call_that_declares_no_output_is_not_tuned(machine: Machine) -> None:
-    machine.spoil = lambda launch: launch.constants["BLOCK_K"] == 64 and sevens(launch)
+    machine.spoil = lambda launch: launch.named["BLOCK_K"] == 64 and sevens(launch)
     given, matrix = inputs()
     assert_close(perform_made_up(()), LinearSigmoid(given, matrix, None).y)
     assert not machine.timed

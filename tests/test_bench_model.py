@@ -339,8 +339,8 @@ def test_work_of_a_product() -> None:
     assert (found.bits, found.macs) == (32, 3 * 32 * 128 * 1024)  # tf32x3 by mma.sync
     launches = launches_of(Case(TALL, BF16), "backward")
     wgrad, dgrad = work_of(launches[0]), work_of(launches[-1])
-    rows = launches[0].arguments[launches[0].kernel.arg_names.index("rows_per_split")]
-    assert wgrad.turns == math.ceil(rows / launches[0].constants["BLOCK_M"])
+    rows = launches[0].named["rows_per_split"]
+    assert wgrad.turns == math.ceil(rows / launches[0].named["BLOCK_M"])
     written = 2 * 65536 * 256 + 4 * launches[0].grid[1] * 256 * 784
     assert wgrad.l2 == 2 * (2 * 65536 * 256 * 4 + 65536 * 784 * 2) + written  # dy and y for each of four tile columns
     assert dgrad.turns == 4
@@ -364,7 +364,7 @@ def test_work_of_a_convolution() -> None:
     assert wgrad.macs * wgrad.programs >= 9 * 128 * 256 * 64 * 14 * 14
     depthwise = ConvCase(conv_cases.DEPTHWISE, BF16, groups=384)
     launch = launches_of(depthwise, "wgrad")[0]
-    assert work_of(launch).turns == launch.arguments[launch.kernel.arg_names.index("boxes_per_split")]
+    assert work_of(launch).turns == launch.named["boxes_per_split"]
     assert work(depthwise, "forward").turns == work(depthwise, "dgrad").turns == (30 + 2) / 4  # rows, four at a time
 
 
@@ -408,7 +408,7 @@ def test_passes_read_everything_once(case: Case, kernels: set[str]) -> None:
     for launch in launches_of(case, "backward"):
         kernel, work = launch.kernel.__name__, work_of(launch)
         if kernel in READ and work.bytes > 4e6:
-            tensors = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+            tensors = launch.named
             sources = {id(t): t for name in READ[kernel] if (t := tensors[name]) is not None}
             read = sum(t.numel() * t.element_size() for t in sources.values())
             assert read <= work.programs * work.turns * work.step < 2 * read, kernel

@@ -185,7 +185,7 @@ def test_a_variant_that_is_wrong_gets_no_time(
 
     def spoiled(launch: Launch) -> None:
         run(launch)
-        if launch.kernel.__name__ == "forward" and launch.constants["BLOCK_K"] == 16:
+        if launch.kernel.__name__ == "forward" and launch.named["BLOCK_K"] == 16:
             if how == "fails":
                 raise RuntimeError("out of resources")
             launch.arguments[3].base[0] += 0.01  # type: ignore[attr-defined]

@@ -120,8 +120,8 @@ def test_forward(window: str, form: str, dtype: torch.dtype, kernels: str) -> No
     settings = case.fitted(FORMS[form])
     launches = ops.forward(case.x, case.w, case.b, case.y, case.window, None, arch(case.x), False, settings)
     (launch,) = [launch for launch in run(launches) if launch.kernel.__name__ == "forward"]
-    assert launch.constants["TMA"] == settings.tma
-    assert launch.constants["DIAGONAL"] == (case.window.groups > 2)
+    assert launch.named["TMA"] == settings.tma
+    assert launch.named["DIAGONAL"] == (case.window.groups > 2)
     assert_close(case.y, case.exact)
 
 
@@ -190,7 +190,7 @@ def test_few_input_channels(c: int, last: bool, kernels: str) -> None:
     assert_close(y, torch.sigmoid(z).cpu())
     dy, dw, db = tensor(tuple(z.shape), dtype, kernels, c == 5), nan_like(w), nan_like(b)
     done = run(ops.backward(dy, x, None, y, window, arch(x), False, None, dw, db))
-    assert [launch.constants.get("FUSE_DZ") for launch in done if launch.kernel.__name__ == "small_wgrad"] == [True]
+    assert [launch.named.get("FUSE_DZ") for launch in done if launch.kernel.__name__ == "small_wgrad"] == [True]
     dz = dy.double() * y.double() * (1 - y.double())
     _, exact, sums = conv3x3_backward(dz.cpu(), x.double().cpu(), None, None, x.shape, window, (False, True, True))
     assert exact is not None
@@ -372,7 +372,7 @@ def test_every_second_column_is_stored_by_itself() -> None:
         window = Window(stride, (1, 1))
         grad = dy.new_empty((2, 16, 16 // stride[0], 16 // stride[1]))
         *_, launch = ops.backward(grad, None, w, None, window, ARCHS["sm_90"], False, dx, None, None)
-        assert launch.constants["VEC_STORE"] == vec
+        assert launch.named["VEC_STORE"] == vec
 
 
 def test_weights_beyond_32_bit_offsets_go_through_torch(

@@ -39,7 +39,7 @@ arch = ARCHS["sm_90"]
 found = {}
 def read(name, launches):
     for launch in launches:
-        if launch.kernel.__name__ in ("forward", "dgrad", "wgrad", "small_wgrad") and not launch.constants.get("TMA"):
+        if launch.kernel.__name__ in ("forward", "dgrad", "wgrad", "small_wgrad") and not launch.named.get("TMA"):
             source, options = source_of(launch, arch)
             ptx = triton.compile(source, target=target_of(arch), options=options).asm["ptx"]
             found[f"{name} {launch.kernel.__name__}"] = [line.strip().split(" ")[0] for line in ptx.splitlines()]

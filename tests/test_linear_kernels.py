@@ -166,7 +166,7 @@ def test_backward_as_a_whole(needs: str, fuse: bool, dtype: torch.dtype, kernels
             dy, x if "w" in needs else None, w if "x" in needs else None, y, arch(y), False, dx, dw, db, fuse
         ):
             run(launch)
-            fused.append(launch.constants.get("FUSE_DZ", False))
+            fused.append(launch.named.get("FUSE_DZ", False))
     # Somebody's product may carry it: not for db alone, nor for dx beside db. Whether it does, the rules say for the
     # GPU; the interpreter's always do.
     may = any(question.facts.get("may_fuse") for question in heard.questions.values())

@@ -22,7 +22,7 @@ def test_offsets_of_prefetched_tiles_fit_32_bits() -> None:
     pytest.importorskip("triton")
     for k, prefetched in ((333, True), ((1 << 23) + 1, False)):
         case = Case((64, 77, k), torch.bfloat16)
-        found = [x.constants for d in ("forward", "backward") for x in launches(case, d, ARCHS["sm_80"])]
+        found = [x.named for d in ("forward", "backward") for x in launches(case, d, ARCHS["sm_80"])]
         assert {constants["PREFETCH"] for constants in found if "PREFETCH" in constants} == {prefetched}
 
 

@@ -135,12 +135,12 @@ def test_settings_are_shown_in_words() -> None:
         return describe(launches(case, direction, ARCH)[at]).split()
 
     (strided,) = launches(ConvCase((64, 128, 256, 28, 28), BF16, stride=2, sigmoid=True), "forward", ARCH)
-    box = "box" + "×".join(str(strided.constants[name]) for name in ("BOX_N", "BOX_H", "BOX_W"))
+    box = "box" + "×".join(str(strided.named[name]) for name in ("BOX_N", "BOX_H", "BOX_W"))
     assert {box, "step2×2", "last", "sigmoid"} <= set(describe(strided).split())
     assert not {"step2×2", "sigmoid", "diagonal"} & set(shown(DENSE, "forward"))
     grouped = ConvCase((64, 128, 128, 28, 28), BF16, groups=32)
     assert {"bundle8", "diagonal"} <= set(shown(grouped, "forward", -1))
-    taps = launches(DENSE, "wgrad", ARCH)[0].constants["TAPS"]
+    taps = launches(DENSE, "wgrad", ARCH)[0].named["TAPS"]
     assert (f"taps{taps}" in shown(DENSE, "wgrad")) == (taps != 1)
     assert {"pixels→channels", "src3"} <= set(shown(LAST_COLUMNS, "forward"))
     assert {"has_y", "channels→channels"} <= set(shown(ConvCase(FEW[0], BF16, sigmoid=True), "dgrad"))

@@ -32,6 +32,11 @@ class Launch(NamedTuple):
     max_registers: int | None = None
 
     @property
+    def named(self) -> dict[str, Any]:
+        """Arguments and constants by the names of the kernel's parameters."""
+        return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | dict(self.constants)
+
+    @property
     def options(self) -> dict[str, int]:
         """What the compiler is told besides the kernel's own arguments."""
         # Triton 3.9 warns that a · b + c will be two roundings by default from 3.10 on.

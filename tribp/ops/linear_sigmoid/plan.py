@@ -210,7 +210,7 @@ def backward(
         ws = operand(w)
         if dz is None and fuse and db is None:
             launch = dgrad(dys, y, ws, dx, arch, tf32)
-            if launch.constants["FUSE_DZ"]:
+            if launch.named["FUSE_DZ"]:
                 yield launch
                 return
         if dz is None:
