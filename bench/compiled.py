@@ -76,7 +76,7 @@ def describe(launch: Launch) -> str:
     and which way a relayout goes.
     """
     given = launch.named
-    sizes = [size for name, size in launch.constants.items() if name.startswith("BLOCK") and name[-1].isalpha()]
+    sizes = [size for name, size in launch.settings.items() if name.startswith("BLOCK") and name[-1].isalpha()]
     tile = "×".join(map(str, sizes))
     rule = getattr(given.get("RULE"), "__name__", "")
     states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
@@ -90,13 +90,14 @@ def _window(given: Mapping[str, Any]) -> Iterator[str]:
         yield "box" + "×".join(str(given[f"BOX_{side}"]) for side in "NHW")
     if max(steps := [given.get(f"STEP_{side}", given.get(f"step_{side.lower()}", 1)) for side in "HW"]) > 1:
         yield "step{}×{}".format(*steps)
-    for name in ("TAPS", "BUNDLE", "ROWS"):
+    for name in ("TAPS", "GROUPS_PER_TILE", "ROWS"):
         if given.get(name, 1) > 1:
             yield f"{name.lower()}{given[name]}"
     if "PIXELS" in given:
         yield f"{_contiguous(given, '')}→channels"
     if "SRC_PIXELS" in given:
-        yield "→".join(_contiguous(given, side) for side in ("SRC_", "DST_")[: 1 + given["WRITE_DST"]])
+        yield "→".join(_contiguous(given, side) for side in ("SRC_", "DST_")[: 1 + (given["dst"] is not None)])
+        yield from ("y",) * (given["y"] is not None)
 
 
 def _contiguous(given: Mapping[str, Any], side: str) -> str:
@@ -154,7 +155,7 @@ def _identity(launch: Launch, arch: Arch) -> dict[str, Any]:
         target=arch.name,
         kernel=launch.kernel.__name__,
         settings=describe(launch),
-        constants={k: v if isinstance(v, (bool, int, str)) else str(v) for k, v in launch.constants.items()},
+        constants={k: v if isinstance(v, (bool, int, str)) else str(v) for k, v in launch.settings.items()},
         shared_limit=arch.shared_memory,
     )
 

@@ -83,7 +83,7 @@ OPERATION = Operation(
          "(bfloat16 or few_input or one_channel or relayout or nan or infinity) and not gpu"],
         ["tests/test_conv3x3_kernels.py", "-k", "relayout and copy and NCHW"],
     ),
-    switches=("TMA", "FUSE_DZ", "FLAT", "DIAGONAL", "LAST", "TAPS_LAST", "SIGMOID", "HAS_Y", "WRITE_DST", "src3"),
+    switches=("TMA", "FUSE_DZ", "FLAT", "DIAGONAL", "CHANNELS_LAST", "TAPS_LAST", "SIGMOID", "src3"),
     kernel_work=kernel_work,
     legend=f"Shapes are N×C-O×H×W, /stride, :groups; padding {PADDING}. dgrad is the input's gradient alone, wgrad the "
     "weight's and the bias's, both: forward, and backward with all of them. Eager torch has cuDNN's benchmark mode on. "

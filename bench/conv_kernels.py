@@ -114,7 +114,7 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> "Sequence[Expe
 
     kernel, constants = launch.kernel.__name__, launch.named
     found: list[Expectation] = []
-    if kernel in ("forward", "dgrad", "wgrad", "small_forward", "small_dgrad", "small_wgrad"):
+    if kernel in ("forward", "dgrad", "wgrad", "few_channels_forward", "few_channels_dgrad", "few_channels_wgrad"):
         found += product_expectations(launch, case.dtype, arch)
     elif kernel == "relayout":
         found += relayout_expectations(launch, case.dtype, arch)
@@ -130,12 +130,14 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> "Sequence[Expe
         loads, stores = row_accesses(constants, kernel)
         across = tile_bytes(constants, case.dtype, "BOX_N", "BOX_W", "BLOCK_C") // (16 * threads(launch, arch))
         # A row of channels is as wide under every tap; one of columns lies anywhere.
-        loads = loads if constants["LAST"] and whole(constants, case.dtype, "VEC") else 0
-        stores = stores if constants["LAST"] and whole(constants, case.dtype, "VEC_STORE") else 0
+        loads = loads if constants["CHANNELS_LAST"] and whole(constants, case.dtype, "VEC") else 0
+        stores = stores if constants["CHANNELS_LAST"] and whole(constants, case.dtype, "VEC_STORE") else 0
         if across and loads + stores:
             reason = "16 bytes a thread, of every row that is read and every row that is written"
             found.append(e.vectors(across * loads, across * stores, reason))
-    elif kernel == "sum_partials" and all(bytes_of(launch.arguments[0], constants[v]) == 16 for v in ("VEC", "VEC2")):
+    elif kernel == "reduce_partials" and all(
+        bytes_of(launch.arguments[0], constants[v]) == 16 for v in ("VEC", "VEC2")
+    ):
         found.append(e.wide("loads", 128, "rows of partial sums are multiples of 16 bytes"))
     return found
 
@@ -145,22 +147,22 @@ def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "I
 
     kernel, constants = launch.kernel.__name__, launch.named
     sides: tuple[str, ...] = ("BLOCK_O", "BLOCK_C") if "wgrad" in kernel else ("BOX_N", "BOX_H", "BOX_W", "BLOCK_J")
-    if kernel in ("small_forward", "small_dgrad"):  # a row at a time
-        sides = ("BOX_N", "BOX_W", "BLOCK_J" if kernel == "small_forward" else "BLOCK_L")
-    weights_first = kernel == "small_forward" or (kernel in ("forward", "dgrad") and bool(constants["TMA"]))
+    if kernel in ("few_channels_forward", "few_channels_dgrad"):  # a row at a time
+        sides = ("BOX_N", "BOX_W", "BLOCK_J" if kernel == "few_channels_forward" else "BLOCK_L")
+    weights_first = kernel == "few_channels_forward" or (kernel in ("forward", "dgrad") and bool(constants["TMA"]))
     rows = size(constants, *(sides[-1:] if weights_first else sides[:-1]))
     rows = rows if launch.num_warps >= 4 else 0  # two warps, so that mma.sync multiplies
     if matrix := e.matrix_instructions(rows, dtype, arch):
         yield e.multiplies_with(*matrix[0], reason=matrix[1])
-    if not kernel.startswith("small") or (kernel == "small_dgrad" and launch.num_stages > 1):
+    if not kernel.startswith("few_channels") or (kernel == "few_channels_dgrad" and launch.num_stages > 1):
         yield e.PIPELINED
-    if kernel in ("small_dgrad", "small_wgrad") or (
+    if kernel in ("few_channels_dgrad", "few_channels_wgrad") or (
         kernel == "wgrad" and (constants.get("TAPS_LAST") or constants["DIAGONAL"])
     ):
         return  # rows of few elements, elements nine apart, or a group's part of a row: nothing to write at once
     out = launch.named[{"dgrad": "dx", "wgrad": "dw"}.get(kernel, "y")]
     assert isinstance(out, Tensor)
-    if arch.backend == "hip" and not constants.get("LAST", True):
+    if arch.backend == "hip" and not constants.get("CHANNELS_LAST", True):
         return  # side by side in a thread are channels; neighbouring columns are in neighbouring lanes, 64 bytes a row
     share = tile_bytes(constants, out.dtype, *sides) // threads(launch, arch)
     if stores := e.tile_stores(bytes_of(out, constants["VEC_STORE"]), share, out.dtype, arch):
@@ -179,9 +181,9 @@ def relayout_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> "
         inner = channels if constants[f"{side}_CHANNELS"] else "VEC_P" if constants[f"{side}_PIXELS"] else ""
         return bool(inner) and whole(constants, dtype, inner, f"{side}_VEC")
 
-    if aligned("SRC", "VEC_C") and (not constants["HAS_Y"] or aligned("Y", "VEC_C")):
+    if aligned("SRC", "VEC_C") and (constants["y"] is None or aligned("Y", "VEC_C")):
         yield wide("loads", 128, "what is contiguous is a multiple of 16 bytes")
-    if constants["WRITE_DST"] and aligned("DST", "VEC_DST"):
+    if constants["dst"] is not None and aligned("DST", "VEC_DST"):
         yield wide("stores", 128, "what is contiguous is a multiple of 16 bytes")
 
 

@@ -87,7 +87,7 @@ class Selection:
                 with c.changed():
                     changed = self._entry(c.operation, c.case, c.direction)
                 changed.candidate, changed.variant = c.name, c.variant
-                changed.launches = [x._replace(constants=x.constants | c.constants) for x in changed.launches]  # type: ignore[operator]
+                changed.launches = [x.with_settings(**c.constants) for x in changed.launches]
                 found[str(n), ""] = changed
         return list(found.values())
 

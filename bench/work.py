@@ -95,7 +95,7 @@ def _linear_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     outer = (cdiv(rows * cols, grid[0]),) if given["PERSISTENT"] else ()
     product = _product(given, "x", cdiv(k, given["BLOCK_K"]), _size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"), outer)
     loaded = size * (m * k * cols + n * k * rows)
-    turns = dict(turns=_turns(given, k, "BLOCK_K"), chain=1 + given["HAS_BIAS"])
+    turns = dict(turns=_turns(given, k, "BLOCK_K"), chain=1 + (given["b"] is not None))
     return product | turns | _traffic(given, loaded, size * m * n, grid[0])
 
 
@@ -112,7 +112,7 @@ def _linear_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     rows, cols, read = cdiv(n, given["BLOCK_N"]), cdiv(k, given["BLOCK_K"]), 1 + given["FUSE_DZ"]
     turns = cdiv(given["rows_per_split"], given["BLOCK_M"])
     product = _product(given, "x", turns, _size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    written = grid[1] * n * k * _itemsize(given, "dw") + m * n * size * given["WRITE_DZ"]
+    written = grid[1] * n * k * _itemsize(given, "dw") + m * n * size * (given["dz_out"] is not None)
     return product | _traffic(given, size * (read * m * n * cols + m * k * rows), written, math.prod(grid))
 
 
@@ -121,7 +121,7 @@ def _output_grad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     return dict(turns=turns, step=2 * _size(given, "BLOCK_M", "BLOCK_N") * _itemsize(given, "y"), chain=0)
 
 
-def _sum_partials(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+def _reduce_partials(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     turns = cdiv(given["parts"], given["BLOCK_PARTS"])
     return dict(turns=turns, step=_size(given, "BLOCK_PARTS", "BLOCK") * _itemsize(given, "partials"), chain=0)
 
@@ -151,12 +151,12 @@ def _convolve(given: Given, grid: tuple[int, ...], operand: str, length: int, st
 
 
 def _conv_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
-    found = _convolve(given, grid, "y", _size(given, "BUNDLE", "CG"), (1, 1))
-    return found | dict(chain=1 + given["HAS_BIAS"])
+    found = _convolve(given, grid, "y", _size(given, "GROUPS_PER_TILE", "CG"), (1, 1))
+    return found | dict(chain=1 + (given["b"] is not None))
 
 
 def _conv_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
-    return _convolve(given, grid, "dx", _size(given, "BUNDLE", "OG"), (given["step_h"], given["step_w"]))
+    return _convolve(given, grid, "dx", _size(given, "GROUPS_PER_TILE", "OG"), (given["step_h"], given["step_w"]))
 
 
 def _conv_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
@@ -168,13 +168,13 @@ def _conv_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     return product | _traffic(given, programs * turns * read, programs * written, programs)
 
 
-def _small_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+def _few_channels_forward(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     """A row of y a turn, three products."""
     step = 3 * _size(given, "BOX_N", "BOX_W", "BLOCK_J", "BLOCK_K")
-    return _product(given, "y", given["BOX_H"], step) | dict(chain=1 + given["HAS_BIAS"])
+    return _product(given, "y", given["BOX_H"], step) | dict(chain=1 + (given["b"] is not None))
 
 
-def _small_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+def _few_channels_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     """A row of dz a turn. Boxes read two rows and two columns of their neighbours."""
     rows, columns, size = given["BOX_H"], given["BOX_W"], _itemsize(given, "dx")
     step = _size(given, "BOX_N", "BOX_W", "BLOCK_L") * 64
@@ -182,7 +182,7 @@ def _small_dgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     return _product(given, "dx", rows + 2, step) | dict(l2=size * (read + _size(given, "N", "H", "W", "C")))
 
 
-def _small_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
+def _few_channels_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
     step = _pixels(given) * _size(given, "BLOCK_O", "BLOCK_K")
     return _product(given, "x", given["boxes_per_split"], step)
 
@@ -199,7 +199,7 @@ def _depthwise_wgrad(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _relayout(given: Given, grid: tuple[int, ...]) -> dict[str, Any]:
-    step = (1 + given["HAS_Y"]) * _size(given, "BLOCK_P", "BLOCK_C") * _itemsize(given, "src")
+    step = (1 + (given["y"] is not None)) * _size(given, "BLOCK_P", "BLOCK_C") * _itemsize(given, "src")
     return dict(turns=given["tiles_per_program"], step=step, chain=0)
 
 
@@ -238,20 +238,20 @@ LINEAR: KernelWork = {
     linear_sigmoid.output_grad: _output_grad,
     linear_sigmoid.dgrad: _linear_dgrad,
     linear_sigmoid.wgrad: _linear_wgrad,
-    common.sum_partials: _sum_partials,
+    common.reduce_partials: _reduce_partials,
 }
 CONV: KernelWork = {
     conv3x3.forward: _conv_forward,
     conv3x3.dgrad: _conv_dgrad,
     conv3x3.wgrad: _conv_wgrad,
     conv3x3.spread_weight: _once,
-    conv3x3_few_channels.small_forward: _small_forward,
-    conv3x3_few_channels.small_dgrad: _small_dgrad,
-    conv3x3_few_channels.small_wgrad: _small_wgrad,
+    conv3x3_few_channels.few_channels_forward: _few_channels_forward,
+    conv3x3_few_channels.few_channels_dgrad: _few_channels_dgrad,
+    conv3x3_few_channels.few_channels_wgrad: _few_channels_wgrad,
     conv3x3_depthwise.depthwise_forward: _depthwise,
     conv3x3_depthwise.depthwise_dgrad: _depthwise,
     conv3x3_depthwise.depthwise_wgrad: _depthwise_wgrad,
     relayout.relayout: _relayout,
     relayout.pack: _pack,
-    common.sum_partials: _sum_partials,
+    common.reduce_partials: _reduce_partials,
 }

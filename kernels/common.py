@@ -1,9 +1,27 @@
 """Device helpers that every kernel shares: sigmoid, rounding, tile order, tiles in and out, and the product loop.
 
-Conventions, here and in the other kernel files: lower-case names are run-time values, UPPER-CASE names are sizes, or
-`constexpr` where they stand in the second half of a signature. A tensor is named as in the mathematics (`x`, `w`, `dy`)
-whether it arrives as a pointer or as a tensor descriptor (TMA).
+Conventions, here and in the other kernel files: lower-case names are run-time values. UPPER-CASE names are sizes, or
+`constexpr` where a signature says so. A tensor is named as in the mathematics (`x`, `w`, `dy`) whether it arrives as a
+pointer or as a tensor descriptor (TMA).
+
+A kernel has one `constexpr`, CONFIG: a NamedTuple of plain values that holds all that is fixed when it is compiled,
+besides the types of its arguments and which of them are None. Its sizes and strides are scalars, for Triton would
+specialize the numbers of a tuple. Within the kernel, values that belong together are a NamedTuple (`Matrix`).
+
+Fields of a CONFIG, where several kernels have them:
+
+    BLOCK_*     sides of a tile; powers of 2
+    VEC, VEC_*  elements that divide the strides, the contiguous length and the address of what is read or written
+    TMA         operands are tensor descriptors; TMA_STORE: the result is one
+    PRECISION   how float32 operands reach the tensor cores (`dot`)
+    GROUP       tile rows that programs take at a time (`tile_of`)
+    PREFETCH    the next tiles' loads are kept in flight by hand (`product`)
+    STAGES      `num_stages`, for a loop that the compiler would not pipeline by itself
+    FUSE_DZ     dz = dy·y·(1 − y) is formed on load: the argument `dz` holds dy
+    PTX         the target takes PTX; AMD's do not
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,6 +32,41 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Matrix(NamedTuple):
+    """A matrix of rows × cols that one tensor holds, with `ld` elements from line to line.
+
+    Lines are rows, or columns where `load_tile` is told that it lies transposed. A tensor descriptor knows the rest.
+    """
+
+    data: tl.tensor
+    rows: tl.tensor
+    cols: tl.tensor
+    ld: tl.tensor
+
+
+class Reduce(NamedTuple):
+    """What is fixed when `reduce_partials` is compiled."""
+
+    BLOCK: int  # elements of a result, a program
+    BLOCK_PARTS: int  # partial results that are read at once
+    BLOCK_ROWS: int  # a power of 2 that holds the rows of a matrix to transpose; 1: nothing is transposed
+    VEC: int  # divides cols
+    VEC2: int  # divides length2
+
+
+@triton.constexpr_function
+def element_type(dtype):
+    """Of what a pointer or a tensor descriptor of this `dtype` leads to."""
+    return dtype.element_ty if dtype.is_ptr() else dtype
+
+
+@triton.constexpr_function
+def accumulator(dtype):
+    """The type that sums of elements are formed in. dtype: as of `element_type`."""
+    element = dtype.element_ty if dtype.is_ptr() else dtype
+    return tl.float64 if element == tl.float64 else tl.float32
 
 
 @triton.jit
@@ -37,17 +90,17 @@ def reciprocal_approx(x):
 
 
 @triton.jit
-def sigmoid(z, ACCURATE: tl.constexpr, PTX: tl.constexpr):
-    """σ(z) = 1 / (1 + e⁻ᶻ).
+def sigmoid(z, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """σ(z) = 1 / (1 + e⁻ᶻ), to be rounded to DTYPE.
 
     With PTX a float32 `z` costs four instructions; `1 / (1 + exp(-z))` costs twelve, for its division is IEEE's. Both
     round the product z·log₂e, and e⁻ᶻ is then wrong by that error times |z|: nothing to a 16-bit result, but 5e-6 of a
-    float32 one at z = −80. ACCURATE carries the low half of the product along.
+    float32 one at z = −80, for which the low half of the product is carried along.
     """
     if PTX and z.dtype == tl.float32:
         t = z * -LOG2_E
         e = exp2_approx(t)
-        if ACCURATE:
+        if DTYPE == tl.float32:
             low = tl.fma(z, -LOG2_E, -t) - z * 1.9259629911266175e-8  # log₂e = float32(log₂e) + 1.93e-8
             e = tl.where(tl.abs(t) < 126.0, tl.fma(e, low * LN_2, e), e)  # outside, e is 0 or ∞ and low may be NaN
         s = reciprocal_approx(1.0 + e)
@@ -57,8 +110,9 @@ def sigmoid(z, ACCURATE: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def sigmoid_backward(dy, y, ACC: tl.constexpr):
+def sigmoid_backward(dy, y):
     """dz = dy · y · (1 − y), in the accumulator's type. 1 − y is exact for y ≥ ½; y − y² would cancel there."""
+    ACC: tl.constexpr = accumulator(y.dtype)
     y = y.to(ACC)
     return dy.to(ACC) * ((1.0 - y) * y)
 
@@ -130,7 +184,7 @@ def tile_of(tile, tile_rows, tile_cols, GROUP: tl.constexpr):
 
 
 @triton.jit
-def indices(start, limit, BLOCK: tl.constexpr, VEC: tl.constexpr):
+def masked_range(start, limit, BLOCK: tl.constexpr, VEC: tl.constexpr):
     """start … start + BLOCK − 1 as int64, and which are below `limit`. BLOCK divides `start`, VEC divides `limit`.
 
     The others become 0 before an address is formed from them: no lane, masked or not, points outside its tensor
@@ -145,77 +199,70 @@ def indices(start, limit, BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    src, row, col, rows, cols, ld,
-    BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """The BLOCK_ROW × BLOCK_COL tile of `src` (rows × cols) at (row, col), zeros outside.
+    matrix, row, col, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TRANSPOSED: tl.constexpr, VEC: tl.constexpr
+):
+    """The BLOCK_ROW × BLOCK_COL tile of a matrix at (row, col), zeros outside.
 
-    Memory is row-major with `ld` elements from row to row, or (TRANSPOSED) column-major with `ld` from column to
-    column; a tensor descriptor then describes the transpose, for its last dimension must be the contiguous one. VEC
-    divides `ld` and the length of the contiguous dimension.
+    TRANSPOSED: lines are columns. A tensor descriptor then describes the transpose, for its last dimension must be the
+    contiguous one. VEC divides `ld` and the length of the contiguous dimension.
     """
-    if TMA:
+    if not matrix.data.dtype.is_ptr():
         if TRANSPOSED:
-            tile = tl.trans(src.load([col, row]))
+            tile = tl.trans(matrix.data.load([col, row]))
         else:
-            tile = src.load([row, col])
+            tile = matrix.data.load([row, col])
     else:
-        pitch = (ld // VEC).to(tl.int64) * VEC
+        pitch = (matrix.ld // VEC).to(tl.int64) * VEC
         if TRANSPOSED:
-            r, r_inside = indices(row, rows, BLOCK_ROW, VEC)
-            c, c_inside = indices(col, cols, BLOCK_COL, 1)
-            at = src + (r[:, None] + c[None, :] * pitch)
+            r, r_inside = masked_range(row, matrix.rows, BLOCK_ROW, VEC)
+            c, c_inside = masked_range(col, matrix.cols, BLOCK_COL, 1)
+            at = matrix.data + (r[:, None] + c[None, :] * pitch)
         else:
-            r, r_inside = indices(row, rows, BLOCK_ROW, 1)
-            c, c_inside = indices(col, cols, BLOCK_COL, VEC)
-            at = src + (r[:, None] * pitch + c[None, :])
+            r, r_inside = masked_range(row, matrix.rows, BLOCK_ROW, 1)
+            c, c_inside = masked_range(col, matrix.cols, BLOCK_COL, VEC)
+            at = matrix.data + (r[:, None] * pitch + c[None, :])
         tile = tl.load(at, mask=r_inside[:, None] & c_inside[None, :], other=0.0)
     return tile
 
 
 @triton.jit
-def whole_tile(src, row, l, rows, ld, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr):
+def whole_tile(matrix, row, l, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr):
     """Of the BLOCK × BLOCK_L tile at (row, l): its first address, offsets from it, and where the next tile is.
 
     In place of rows that do not exist stands the last one. Offsets have 32 bits, of which no more than BLOCK · ld is
     needed. Compiled: 64 would take a third of the loop's instructions.
     """
-    i = tl.max_contiguous(tl.minimum(tl.arange(0, BLOCK), rows - 1 - row), BLOCK)
+    i = tl.max_contiguous(tl.minimum(tl.arange(0, BLOCK), matrix.rows - 1 - row), BLOCK)
     k = tl.arange(0, BLOCK_L)
+    ld = matrix.ld
     if TRANSPOSED:
-        first = src + (l * ld.to(tl.int64) + row)
+        first = matrix.data + (l * ld.to(tl.int64) + row)
         offsets = i[:, None] + k[None, :] * ld
         step = ld.to(tl.int64) * BLOCK_L
     else:
-        first = src + (row * ld.to(tl.int64) + l)
+        first = matrix.data + (row * ld.to(tl.int64) + l)
         offsets = i[:, None] * ld + k[None, :]
         step = BLOCK_L
     return first, offsets, step
 
 
 @triton.jit
-def store_tile(
-    dst, tile, row, col, rows, cols,
-    BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """Write a tile of the contiguous `dst` (rows × cols) at (row, col), rounded to the type of `dst`."""
-    if TMA:
-        dst.store([row, col], round_to(tile, dst.dtype))
+def store_tile(matrix, tile, row, col, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, VEC: tl.constexpr):
+    """Write a tile of a contiguous matrix at (row, col), rounded to the type of the matrix. VEC divides cols."""
+    if not matrix.data.dtype.is_ptr():
+        matrix.data.store([row, col], round_to(tile, matrix.data.dtype))
     else:
-        r, r_inside = indices(row, rows, BLOCK_ROW, 1)
-        c, c_inside = indices(col, cols, BLOCK_COL, VEC)
-        at = dst + (r[:, None] * (cols // VEC * VEC) + c[None, :])
-        tl.store(at, round_to(tile, dst.dtype.element_ty), mask=r_inside[:, None] & c_inside[None, :])
+        r, r_inside = masked_range(row, matrix.rows, BLOCK_ROW, 1)
+        c, c_inside = masked_range(col, matrix.cols, BLOCK_COL, VEC)
+        at = matrix.data + (r[:, None] * (matrix.cols // VEC * VEC) + c[None, :])
+        tl.store(at, round_to(tile, matrix.data.dtype.element_ty), mask=r_inside[:, None] & c_inside[None, :])
 
 
 @triton.jit
-def product(
-    a, b, row, col, first, last, I, J, lda, ldb,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, A_TRANSPOSED: tl.constexpr,
-    B_TRANSPOSED: tl.constexpr, PREFETCH: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """Σₗ a[i, l]·b[l, j] over l in [first, last), for the BLOCK_I × BLOCK_J tile at (row, col) of an I × J result.
+def product(a, b, row, col, first, TRANSPOSED, BLOCK, CONFIG: tl.constexpr):
+    """Σₗ a[i, l]·b[l, j] over l from `first` to the last column of a, for the tile at (row, col) of the result.
+
+    BLOCK: the lengths of i, j and l in a tile; TRANSPOSED: how a and b lie (`load_tile`).
 
     The compiler overlaps loads with multiplication (`num_stages`) if an access is at least four bytes wide. Rows of
     16-bit numbers with an odd pitch never are; for them PREFETCH keeps the next tiles' loads in flight by hand. What is
@@ -225,13 +272,22 @@ def product(
     No sum is empty, which the loop's end tells the compiler. Compiled: for a loop of no turn Triton 3.6 sets the result
     to zero on a way past it, which ptxas sees between products and the wait for them, and serializes them (C7515).
     """
-    acc = tl.zeros((BLOCK_I, BLOCK_J), ACC)
-    if PREFETCH:
+    BLOCK_I: tl.constexpr = BLOCK[0]
+    BLOCK_J: tl.constexpr = BLOCK[1]
+    BLOCK_L: tl.constexpr = BLOCK[2]
+    A_TRANSPOSED: tl.constexpr = TRANSPOSED[0]
+    B_TRANSPOSED: tl.constexpr = TRANSPOSED[1]
+    VEC: tl.constexpr = CONFIG.VEC
+    PRECISION: tl.constexpr = CONFIG.PRECISION
+    acc = tl.zeros((BLOCK_I, BLOCK_J), accumulator(a.data.dtype))
+    last = a.cols
+    if CONFIG.PREFETCH:
         left = last - (last - first) % BLOCK_L
-        a_next = load_tile(a, row, left, I, last, lda, BLOCK_I, BLOCK_L, TMA, A_TRANSPOSED, VEC)
-        b_next = load_tile(b, left, col, last, J, ldb, BLOCK_L, BLOCK_J, TMA, B_TRANSPOSED, VEC)
-        a_first, a_at, a_step = whole_tile(a, row, first, I, lda, A_TRANSPOSED, BLOCK_I, BLOCK_L)
-        b_first, b_at, b_step = whole_tile(b, col, first, J, ldb, not B_TRANSPOSED, BLOCK_J, BLOCK_L)
+        a_next = load_tile(a, row, left, BLOCK_I, BLOCK_L, A_TRANSPOSED, VEC)
+        b_next = load_tile(b, left, col, BLOCK_L, BLOCK_J, B_TRANSPOSED, VEC)
+        a_first, a_at, a_step = whole_tile(a, row, first, A_TRANSPOSED, BLOCK_I, BLOCK_L)
+        across = Matrix(b.data, b.cols, b.rows, b.ld)  # bᵀ, which lies the other way
+        b_first, b_at, b_step = whole_tile(across, col, first, not B_TRANSPOSED, BLOCK_J, BLOCK_L)
         b_at = tl.trans(b_at)
         for _ in range(first, left, BLOCK_L):
             a_tile = a_next
@@ -244,38 +300,47 @@ def product(
         acc = dot(a_next, b_next, acc, PRECISION)
     else:
         for l in range(first, tl.maximum(last, first + 1), BLOCK_L):
-            a_tile = load_tile(a, row, l, I, last, lda, BLOCK_I, BLOCK_L, TMA, A_TRANSPOSED, VEC)
-            b_tile = load_tile(b, l, col, last, J, ldb, BLOCK_L, BLOCK_J, TMA, B_TRANSPOSED, VEC)
+            a_tile = load_tile(a, row, l, BLOCK_I, BLOCK_L, A_TRANSPOSED, VEC)
+            b_tile = load_tile(b, l, col, BLOCK_L, BLOCK_J, B_TRANSPOSED, VEC)
             acc = dot(a_tile, b_tile, acc, PRECISION)
     return acc
 
 
+class PartialSum(NamedTuple):
+    """`parts` partial results to add up, of `matrices` of rows × cols each."""
+
+    partials: tl.tensor
+    out: tl.tensor
+    parts: tl.tensor
+    matrices: tl.tensor
+    rows: tl.tensor
+    cols: tl.tensor
+
+
 @triton.jit(do_not_specialize=["parts", "matrices", "rows", "cols", "parts2", "length2"])
-def sum_partials(
-    partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2,
-    ACC: tl.constexpr, VEC: tl.constexpr, VEC2: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def reduce_partials(partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2, CONFIG: tl.constexpr):
     """Up to two sums of partial results, each always in the same order: out[i] = Σₛ partials[s, i], and out2 likewise.
 
-    With BLOCK_ROWS a partial result consists of `matrices` of rows × cols, and `out` of the transpose of each. VEC
-    divides cols, VEC2 length2.
+    With BLOCK_ROWS a partial result consists of `matrices` of rows × cols, and `out` of the transpose of each.
     """
     program = tl.program_id(0)
-    programs = matrices * tl.cdiv(cols, BLOCK // BLOCK_ROWS)
+    programs = matrices * tl.cdiv(cols, CONFIG.BLOCK // CONFIG.BLOCK_ROWS)
     if program < programs:
-        add_up(partials, out, program, parts, matrices, rows, cols, ACC, VEC, BLOCK_PARTS, BLOCK_ROWS, BLOCK)
+        result = PartialSum(partials, out, parts, matrices, rows, cols)
+        add_up(result, program, CONFIG.BLOCK, CONFIG.BLOCK_PARTS, CONFIG.BLOCK_ROWS, CONFIG.VEC)
     elif partials2 is not None:
-        add_up(partials2, out2, program - programs, parts2, 1, 1, length2, ACC, VEC2, BLOCK_PARTS, 1, BLOCK)
+        result = PartialSum(partials2, out2, parts2, 1, 1, length2)
+        add_up(result, program - programs, CONFIG.BLOCK, CONFIG.BLOCK_PARTS, 1, CONFIG.VEC2)
 
 
 @triton.jit
 def add_up(
-    partials, out, program, parts, matrices, rows, cols,
-    ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """BLOCK elements of a sum: of one matrix all rows, which are at most BLOCK_ROWS, and some columns."""
+    result, program, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, VEC: tl.constexpr
+):
+    """BLOCK elements of a `PartialSum`: of one matrix all rows, which are at most BLOCK_ROWS, and some columns."""
     COLS: tl.constexpr = BLOCK // BLOCK_ROWS
+    rows = result.rows
+    cols = result.cols
     k = tl.arange(0, BLOCK)
     matrix = program // tl.cdiv(cols, COLS)
     first_col = program % tl.cdiv(cols, COLS) * COLS
@@ -284,14 +349,14 @@ def add_up(
     pitch = (cols // VEC).to(tl.int64) * VEC
     i = tl.where(inside, (matrix * rows + row) * pitch + col, 0)
     i = tl.max_contiguous(tl.multiple_of(i, VEC), VEC)
-    total = tl.zeros((BLOCK,), ACC)
-    for first in range(0, parts, BLOCK_PARTS):
-        part, exists = indices(first, parts, BLOCK_PARTS, 1)
-        at = partials + (part[:, None] * (matrices * rows * pitch) + i[None, :])
+    total = tl.zeros((BLOCK,), result.partials.dtype.element_ty)
+    for first in range(0, result.parts, BLOCK_PARTS):
+        part, exists = masked_range(first, result.parts, BLOCK_PARTS, 1)
+        at = result.partials + (part[:, None] * (result.matrices * rows * pitch) + i[None, :])
         total += tl.sum(tl.load(at, mask=exists[:, None] & inside[None, :], other=0.0), 0)
     if BLOCK_ROWS > 1:
         total = tl.reshape(tl.trans(tl.reshape(total, (BLOCK_ROWS, COLS))), (BLOCK,))
         row, col = k % BLOCK_ROWS, first_col + k // BLOCK_ROWS
         inside = (row < rows) & (col < cols)
         i = tl.where(inside, (matrix * pitch + col) * rows + row, 0)
-    tl.store(out + i, round_to(total, out.dtype.element_ty), mask=inside)
+    tl.store(result.out + i, round_to(total, result.out.dtype.element_ty), mask=inside)

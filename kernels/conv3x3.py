@@ -10,46 +10,173 @@ Each is a matrix product whose rows (of wgrad: whose sum) are pixels. A tile tak
 rows × BOX_W columns, so that a tap is the same box elsewhere: for descriptors an offset, with zeros outside the image
 for free; for pointers nine additions to one vector of addresses, and no division by a size.
 
-Groups come in *bundles* of as many as fill a tile's columns. Within a bundle w is a block-diagonal matrix (DIAGONAL),
-which forward and dgrad read from memory (`spread_weight`); a bundle of one group is an ordinary product. The files
+Groups come in *tiles* of as many as fill a tile's columns, GROUPS_PER_TILE. Of several groups w is a block-diagonal
+matrix (DIAGONAL), which forward and dgrad read from memory (`spread_weight`); one is an ordinary product. The files
 beside this one hold what is no such product: `conv3x3_few_channels.py` few input channels, `conv3x3_depthwise.py` one
 channel a group, `relayout.py` the way from one layout to another.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .common import dot, indices, load_tile, round_to, sigmoid, tile_of
+from .common import Matrix, accumulator, dot, element_type, load_tile, masked_range, round_to, sigmoid, tile_of
 
 # Not specialized: no recompile for a batch of 1, a stride of 2 or pixels of another pitch; what divides them, VEC says.
 SIZES = "N H W P Q groups OG CG OZ CX pad_h pad_w step_h step_w".split()
 STRIDES = ["stride_n", "stride_h", "stride_w"]
 
 
+class Forward(NamedTuple):
+    """What is fixed when `forward` is compiled; other fields as in `common`."""
+
+    BLOCK_J: int  # channels of the result
+    BLOCK_L: int  # channels of the sum
+    BOX_N: int  # pixels: images, rows and columns
+    BOX_H: int
+    BOX_W: int
+    ROWS: int  # boxes of one row each that a program takes (`convolve_rows`), or 1
+    GROUP: int
+    GROUPS_PER_TILE: int
+    DIAGONAL: bool  # several groups a tile
+    FLAT: bool  # one loop over taps and channels (`convolve`)
+    TMA: bool
+    PRECISION: str
+    CHANNELS_LAST: bool  # in the result; else its columns are contiguous
+    VEC: int
+    VEC_W: int
+    VEC_STORE: int
+    SIGMOID: bool  # act is the sigmoid
+    PTX: bool
+
+
+class Dgrad(NamedTuple):
+    """What is fixed when `dgrad` is compiled; fields as in `Forward`."""
+
+    BLOCK_J: int
+    BLOCK_L: int
+    BOX_N: int
+    BOX_H: int
+    BOX_W: int
+    ROWS: int
+    GROUP: int
+    GROUPS_PER_TILE: int
+    DIAGONAL: bool
+    FLAT: bool
+    TMA: bool
+    PRECISION: str
+    CHANNELS_LAST: bool
+    VEC: int
+    VEC_W: int
+    VEC_STORE: int
+    W_TRANSPOSED: bool  # w is (C, 9, O), of a single group
+
+
+class Wgrad(NamedTuple):
+    """What is fixed when `wgrad` is compiled; other fields as in `common`."""
+
+    BLOCK_O: int
+    BLOCK_C: int
+    BOX_N: int
+    BOX_H: int
+    BOX_W: int
+    TAPS: int  # that a program takes: 1, or the 3 of a row
+    GROUPS_PER_TILE: int
+    DIAGONAL: bool
+    TMA: bool
+    X_FIRST: bool  # x is the first operand
+    TAPS_LAST: bool  # in dw
+    PRECISION: str
+    VEC_O: int
+    VEC_C: int
+    VEC_STORE: int
+
+
+class SpreadWeight(NamedTuple):
+    """What is fixed when `spread_weight` is compiled."""
+
+    GROUPS_PER_TILE: int
+    BLOCK: int
+
+
+class Image(NamedTuple):
+    """Images (N, H, W) of channels up to C in memory. data: a pointer or a tensor descriptor."""
+
+    data: tl.tensor
+    N: tl.tensor
+    H: tl.tensor
+    W: tl.tensor
+    C: tl.tensor
+    stride_n: tl.tensor
+    stride_c: tl.tensor
+    stride_h: tl.tensor
+    stride_w: tl.tensor
+
+
+class Pixels(NamedTuple):
+    """One pixel or several: image, row, column."""
+
+    n: tl.tensor
+    h: tl.tensor
+    w: tl.tensor
+
+
+class Window(NamedTuple):
+    """Which pixels a box meets in an image: row h of the box the row h·step_h + shift_h; columns likewise."""
+
+    step_h: tl.tensor
+    step_w: tl.tensor
+    shift_h: tl.tensor
+    shift_w: tl.tensor
+
+
+class Taps(NamedTuple):
+    """Every step-th tap from the first row and column on. The t-th row meets rows t after, in dgrad before, a window's.
+
+    By 0 and 1 all nine are meant.
+    """
+
+    row: tl.tensor
+    column: tl.tensor
+    step_h: tl.tensor
+    step_w: tl.tensor
+
+
+class Groups(NamedTuple):
+    """The groups of a tile: which tile, how many of them there are, and the output and input channels of each."""
+
+    tile: tl.tensor
+    here: tl.tensor
+    OG: tl.tensor
+    CG: tl.tensor
+
+
 @triton.jit
 def box_at(index, rows, cols, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
-    """(image, row, column) of the first pixel of a box, of all those that cover images of rows × cols.
+    """The first pixel of a box, of all those that cover images of rows × cols.
 
     With a stride of 2 and one row or column, a class of dx's pixels has none: then all that is asked for lies outside.
     """
     across = tl.maximum(tl.cdiv(cols, BOX_W), 1)
     down = tl.maximum(tl.cdiv(rows, BOX_H), 1)
-    return index // across // down * BOX_N, index // across % down * BOX_H, index % across * BOX_W
+    return Pixels(index // across // down * BOX_N, index // across % down * BOX_H, index % across * BOX_W)
 
 
 @triton.jit
-def pixels(n, i, j, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
-    """Image, row and column of each pixel of the box whose first pixel is (n, i, j)."""
+def pixels_of(box, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
+    """All pixels of the box whose first pixel is `box`."""
     m = tl.arange(0, BOX_N * BOX_H * BOX_W)
-    return n + m // (BOX_H * BOX_W), i + m // BOX_W % BOX_H, j + m % BOX_W
+    return Pixels(box.n + m // (BOX_H * BOX_W), box.h + m // BOX_W % BOX_H, box.w + m % BOX_W)
 
 
 @triton.jit
-def offsets(n, h, w, N, H, W, stride_n, stride_h, stride_w, VEC: tl.constexpr):
-    """Where pixels lie, and which of them exist; the others become 0, as in `common.indices`. VEC divides strides."""
-    inside = (n < N) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    at = n.to(tl.int64) * (stride_n // VEC * VEC)
-    at += h.to(tl.int64) * (stride_h // VEC * VEC) + w.to(tl.int64) * (stride_w // VEC * VEC)
+def pixel_offsets(image, pixels, VEC: tl.constexpr):
+    """Where pixels lie, and which of them exist; the others become 0, as in `masked_range`. VEC divides strides."""
+    n, h, w = pixels
+    inside = (n < image.N) & (h >= 0) & (h < image.H) & (w >= 0) & (w < image.W)
+    at = n.to(tl.int64) * (image.stride_n // VEC * VEC)
+    at += h.to(tl.int64) * (image.stride_h // VEC * VEC) + w.to(tl.int64) * (image.stride_w // VEC * VEC)
     # Said of the result: Triton 3.9 does not see it through `where`, and would load and store element by element.
     return tl.multiple_of(tl.where(inside, at, 0), VEC), inside
 
@@ -72,6 +199,12 @@ def row_of_class(i, first, pad, of_class, step):
 
 
 @triton.jit
+def taps_from(first, step):
+    """How many of three taps there are from the first one on, step apart."""
+    return ((2 - first) >> (step - 1)) + 1
+
+
+@triton.jit
 def tap_at(t, taps_w):
     """Row and column of the t-th tap, of up to three rows of taps_w: t / taps_w, without a division."""
     row = (t >= taps_w).to(tl.int32) + (t >= 2 * taps_w).to(tl.int32)
@@ -79,114 +212,113 @@ def tap_at(t, taps_w):
 
 
 @triton.jit
-def load_box(
-    src, n, i, j, dh, dw, channel, limit, N, H, W, stride_n, stride_h, stride_w, rows, cols,
-    step_h, step_w, WITHIN: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK: tl.constexpr,
-    TRANSPOSED: tl.constexpr = False,
-):  # fmt: skip
-    """src[n, i·step_h + dh, j·step_w + dw, channel …] for the pixels of a box: (pixels, BLOCK), zeros outside.
+def load_box(image, box, window, channel, TILE, VEC: tl.constexpr, TRANSPOSED: tl.constexpr = False, WITHIN=None):
+    """The pixels of an image that a box meets through a window, from a channel on: (pixels, BLOCK), zeros outside.
+
+    TILE: (BOX_N, BOX_H, BOX_W, BLOCK).
 
     TRANSPOSED, of pointers alone: (BLOCK, pixels). Compiled: where tensor cores take operands from registers, Triton
     does not pipeline a load behind which `tl.trans` stands.
 
     A descriptor has five dimensions, (N, H / step_h, step_h, W / step_w, step_w · C): every step-th row is a box in it.
     If boxes are of images alone, N stands behind W / step_w: then the reshape drops leading ones alone (`convolve`).
-    WITHIN: zeros also for the pixels of the box from `rows` and `cols` on; a descriptor's box must not have any.
+    WITHIN: (rows, columns), from which on pixels of the box are zeros too; a descriptor's box must not have any.
     """
-    tl.static_assert(not (TMA and TRANSPOSED))
-    if TMA:
-        at_h = i + (dh >> (step_h - 1))  # step is 1 or 2, and a shift rounds down where a division would round to zero
-        at_w = j + (dw >> (step_w - 1))
-        at_c = (dw & (step_w - 1)) * (stride_w // VEC * VEC) + channel
+    BOX_N: tl.constexpr = TILE[0]
+    BOX_H: tl.constexpr = TILE[1]
+    BOX_W: tl.constexpr = TILE[2]
+    BLOCK: tl.constexpr = TILE[3]
+    step_h, step_w, shift_h, shift_w = window
+    if not image.data.dtype.is_ptr():
+        tl.static_assert(not TRANSPOSED)
+        h = box.h + (shift_h >> (step_h - 1))  # step is 1 or 2; a shift rounds down where a division rounds to zero
+        w = box.w + (shift_w >> (step_w - 1))
+        c = (shift_w & (step_w - 1)) * (image.stride_w // VEC * VEC) + channel
         if BOX_H * BOX_W == 1:
-            tile = src.load([at_h, dh & (step_h - 1), at_w, n, at_c]).reshape(BOX_N, BLOCK)
+            tile = image.data.load([h, shift_h & (step_h - 1), w, box.n, c]).reshape(BOX_N, BLOCK)
         else:
-            tile = src.load([n, at_h, dh & (step_h - 1), at_w, at_c]).reshape(BOX_N * BOX_H * BOX_W, BLOCK)
+            tile = image.data.load([box.n, h, shift_h & (step_h - 1), w, c]).reshape(BOX_N * BOX_H * BOX_W, BLOCK)
     else:
-        m_n, m_i, m_j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
-        at, inside = offsets(
-            m_n, m_i * step_h + dh, m_j * step_w + dw, N, H, W, stride_n, stride_h, stride_w, VEC
-        )  # fmt: skip
-        if WITHIN:
-            inside = inside & (m_i < rows) & (m_j < cols)
-        c, c_inside = indices(channel, limit, BLOCK, VEC)
+        m = pixels_of(box, BOX_N, BOX_H, BOX_W)
+        at, inside = pixel_offsets(image, Pixels(m.n, m.h * step_h + shift_h, m.w * step_w + shift_w), VEC)
+        if WITHIN is not None:
+            inside = inside & (m.h < WITHIN[0]) & (m.w < WITHIN[1])
+        c, c_inside = masked_range(channel, image.C, BLOCK, VEC)
         if TRANSPOSED:
-            tile = tl.load(src + (at[None, :] + c[:, None]), mask=inside[None, :] & c_inside[:, None], other=0.0)
+            mask = inside[None, :] & c_inside[:, None]
+            tile = tl.load(image.data + (at[None, :] + c[:, None]), mask=mask, other=0.0)
         else:
-            tile = tl.load(src + (at[:, None] + c[None, :]), mask=inside[:, None] & c_inside[None, :], other=0.0)
+            mask = inside[:, None] & c_inside[None, :]
+            tile = tl.load(image.data + (at[:, None] + c[None, :]), mask=mask, other=0.0)
     return tile
 
 
 @triton.jit
-def positions(
-    n, h, w, c, N, H, W, stride_n, stride_c, stride_h, stride_w,
-    LAST: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
+def offsets(image, pixels, c, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr):
     """Offsets of pixels × channels, and which of the pixels exist.
 
-    Contiguous are the channels (LAST) or the columns of the image. VEC divides the other strides, and in the second
-    case W; RUN pixels then follow each other from a multiple of RUN on, all inside together or all outside.
+    Contiguous are the channels (CHANNELS_LAST) or the columns of the image. VEC divides the other strides, and in the
+    second case W; RUN pixels then follow each other from a multiple of RUN on, all inside together or all outside.
     """
-    if LAST:
-        at, inside = offsets(n, h, w, N, H, W, stride_n, stride_h, stride_w, VEC)
+    if CHANNELS_LAST:
+        at, inside = pixel_offsets(image, pixels, VEC)
         at = at[:, None] + c[None, :]
     else:
-        inside = (n < N) & (h >= 0) & (h < H) & (w >= 0) & (w < W // VEC * VEC)
-        at = n.to(tl.int64) * (stride_n // VEC * VEC) + h.to(tl.int64) * (stride_h // VEC * VEC) + w
+        n, h, w = pixels
+        inside = (n < image.N) & (h >= 0) & (h < image.H) & (w >= 0) & (w < image.W // VEC * VEC)
+        at = n.to(tl.int64) * (image.stride_n // VEC * VEC) + h.to(tl.int64) * (image.stride_h // VEC * VEC) + w
         at = tl.max_contiguous(tl.multiple_of(tl.where(inside, at, 0), RUN), RUN)
-        at = at[:, None] + c[None, :] * (stride_c // VEC * VEC)
+        at = at[:, None] + c[None, :] * (image.stride_c // VEC * VEC)
     return at, inside
 
 
 @triton.jit
 def store_box(
-    dst, tile, n, h, w, channel, limit, N, H, W, stride_n, stride_c, stride_h, stride_w,
-    LAST: tl.constexpr, VEC: tl.constexpr, BOX_W: tl.constexpr, BLOCK: tl.constexpr,
+    image, tile, pixels, channel, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, BOX_W: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write dst[n, h, w, channel …] for the pixels of a box, rounded to the type of `dst`. VEC as in `positions`."""
-    c, c_inside = indices(channel, limit, BLOCK, VEC if LAST else 1)
-    at, inside = positions(
-        n, h, w, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, VEC if VEC < BOX_W else BOX_W
-    )
-    tl.store(dst + at, round_to(tile, dst.dtype.element_ty), mask=inside[:, None] & c_inside[None, :])
+    """Write the pixels of a box from a channel on, rounded to the type of the image. VEC as in `offsets`."""
+    c, c_inside = masked_range(channel, image.C, BLOCK, VEC if CHANNELS_LAST else 1)
+    at, inside = offsets(image, pixels, c, CHANNELS_LAST, VEC, VEC if VEC < BOX_W else BOX_W)
+    mask = inside[:, None] & c_inside[None, :]
+    tl.store(image.data + at, round_to(tile, image.data.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_weight(
-    w, tap, l, col, first, rows, cols,
-    DGRAD: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
-    """The BLOCK_L × BLOCK_J tile at (l, col) of one tap's weights, for the bundle from output channel `first` on.
+    w, tap, l, col, first, DGRAD: tl.constexpr, VEC: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr
+):
+    """The BLOCK_L × BLOCK_J tile at (l, col) of one tap's weights, for the groups from output channel `first` on.
 
-    Summed index l and column are input and output channels, or (DGRAD) the other way round; cols and rows: how many of
-    each the bundle has.
+    w: a `Matrix` of the groups' output × input channels. Summed index l and column are input and output channels, or
+    (DGRAD) the other way round.
     """
-    if TMA:
+    if not w.data.dtype.is_ptr():
         if DGRAD:
-            tile = w.load([tap, first + l, col]).reshape(BLOCK_L, BLOCK_J)
+            tile = w.data.load([tap, first + l, col]).reshape(BLOCK_L, BLOCK_J)
         else:
-            tile = tl.trans(w.load([tap, first + col, l]).reshape(BLOCK_J, BLOCK_L))
+            tile = tl.trans(w.data.load([tap, first + col, l]).reshape(BLOCK_J, BLOCK_L))
     else:
-        pitch = cols // VEC * VEC
-        at_tap = w + (first.to(tl.int64) * 9 + tap) * pitch
+        pitch = w.cols // VEC * VEC
+        at_tap = w.data + (first.to(tl.int64) * 9 + tap) * pitch
         if DGRAD:
-            tile = load_tile(at_tap, l, col, rows, cols, 9 * pitch, BLOCK_L, BLOCK_J, False, False, VEC)
+            tile = load_tile(Matrix(at_tap, w.rows, w.cols, 9 * pitch), l, col, BLOCK_L, BLOCK_J, False, VEC)
         else:
-            tile = load_tile(at_tap, l, col, cols, rows, 9 * pitch, BLOCK_L, BLOCK_J, False, True, VEC)
+            tile = load_tile(Matrix(at_tap, w.cols, w.rows, 9 * pitch), l, col, BLOCK_L, BLOCK_J, True, VEC)
     return tile
 
 
 @triton.jit(do_not_specialize=["OG", "CG"])
-def spread_weight(
-    w, out, OG, CG, stride_o, stride_c, stride_r, stride_s, BUNDLE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """out (O, 9, BUNDLE·CG) = a block-diagonal matrix for each bundle and tap: w's rows in their groups' columns."""
+def spread_weight(w, out, OG, CG, stride_o, stride_c, stride_r, stride_s, CONFIG: tl.constexpr):
+    """out (O, 9, GROUPS_PER_TILE·CG) = a block-diagonal matrix for each tile of groups and tap: w's rows in their
+    groups' columns.
+    """
+    GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
     o = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    width = BUNDLE * CG
+    i = tl.arange(0, CONFIG.BLOCK)
+    width = GROUPS_PER_TILE * CG
     tap = i // width
-    c = i % width - o // OG % BUNDLE * CG
+    c = i % width - o // OG % GROUPS_PER_TILE * CG
     inside = (i < 9 * width) & (c >= 0) & (c < CG)
     at = tl.where(inside, c * stride_c + tap // 3 * stride_r + tap % 3 * stride_s, 0)
     row = tl.load(w + o.to(tl.int64) * stride_o + at, mask=inside, other=0.0)
@@ -195,64 +327,61 @@ def spread_weight(
 
 
 @triton.jit
-def convolve_by_group(
-    src, w, n, i, j, first_h, first_w, first, members, col, N, H, W, stride_n, stride_h, stride_w, OG, CG,
-    step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w, taps_h, taps_w,
-    DGRAD: tl.constexpr, BUNDLE: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+def convolve_by_group(image, w, box, window, taps, groups, col, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
     """What `convolve` computes, one column after the other, which meets its own group's channels. Slow, seldom needed.
+
+    image.data begins with the groups' first channel. w: a pointer.
 
     Compiled: all columns at once need an address for each element, and spill up to 7,064 bytes.
     """
+    BOX_N: tl.constexpr = CONFIG.BOX_N
+    BOX_H: tl.constexpr = CONFIG.BOX_H
+    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
+    GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
+    ACC: tl.constexpr = accumulator(image.data.dtype)
     SIGN: tl.constexpr = -1 if DGRAD else 1
-    n, i, j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
+    n, i, j = pixels_of(box, BOX_N, BOX_H, BOX_W)
+    OG = groups.OG
+    CG = groups.CG
     if DGRAD:
         LG = OG
         JG = CG
     else:
         LG = CG
         JG = OG
+    first = groups.tile * GROUPS_PER_TILE * OG
+    taps_h = taps_from(taps.row, taps.step_h)
+    taps_w = taps_from(taps.column, taps.step_w)
     acc = tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_J), ACC)
-    for column in range(col, tl.minimum(col + BLOCK_J, members * JG)):
+    for column in range(col, tl.minimum(col + BLOCK_J, groups.here * JG)):
         total = tl.zeros((BOX_N * BOX_H * BOX_W,), ACC)
         for t in range(0, taps_h * taps_w):
             t_h, t_w = tap_at(t, taps_w)
-            tap = (tap_h + t_h * tap_step_h) * 3 + tap_w + t_w * tap_step_w
-            at, inside = offsets(
-                n, i * step_h + (first_h + SIGN * t_h), j * step_w + (first_w + SIGN * t_w), N, H, W,
-                stride_n, stride_h, stride_w, VEC,
-            )  # fmt: skip
+            tap = (taps.row + t_h * taps.step_h) * 3 + taps.column + t_w * taps.step_w
+            h = i * window.step_h + (window.shift_h + SIGN * t_h)
+            v = j * window.step_w + (window.shift_w + SIGN * t_w)
+            at, inside = pixel_offsets(image, Pixels(n, h, v), CONFIG.VEC)
             for channel in range(column // JG * LG, (column // JG + 1) * LG):
-                value = tl.load(src + (at + channel), mask=inside, other=0.0)
+                value = tl.load(image.data + (at + channel), mask=inside, other=0.0)
                 if DGRAD:
-                    at_w = ((first + channel).to(tl.int64) * 9 + tap) * (BUNDLE * CG) + column
+                    at_w = ((first + channel).to(tl.int64) * 9 + tap) * (GROUPS_PER_TILE * CG) + column
                 else:
-                    at_w = ((first + column).to(tl.int64) * 9 + tap) * (BUNDLE * CG) + channel
+                    at_w = ((first + column).to(tl.int64) * 9 + tap) * (GROUPS_PER_TILE * CG) + channel
                 total += value.to(ACC) * tl.load(w + at_w).to(ACC)
         acc = tl.where((col + tl.arange(0, BLOCK_J) == column)[None, :], total[:, None], acc)
     return acc
 
 
 @triton.jit
-def convolve(
-    src, w, src_memory, w_memory, n, i, j, first_h, first_w, bundle, members, col, N, H, W,
-    stride_n, stride_h, stride_w, OG, CG,
-    step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w, DGRAD: tl.constexpr, W_TRANSPOSED: tl.constexpr,
-    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """Σ over taps (tap_h + t·tap_step_h, …) and a bundle's channels of src[tap]·w[tap], for a box and BLOCK_J columns.
+def convolve(image, w, memory, box, window, taps, groups, col, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
+    """Σ over taps and a tile's groups' channels of image[tap]·w[tap], for a box and BLOCK_J columns.
 
-    src_memory and w_memory: pointers to src and w, if these are descriptors and there are groups to take apart.
+    memory: pointers to image and w, if there are groups to take apart; these may be descriptors.
 
-    W_TRANSPOSED: w is (C, 9, O), of a single group.
-
-    The t-th row of taps meets the rows i·step_h + first_h ± t of src: + going forward, − in dgrad, which looks back.
-    FLAT is one loop over taps and channels, so that loads are pipelined across taps; with 8 warps and pointers such a
-    loop was seen to compute wrong results in another project (pytorch #173068). Otherwise the loop over channels stands
-    in one over taps; compiled, unrolling that took 3.6 times the code and as many registers.
+    FLAT is one loop over taps and channels, so that loads are pipelined across taps, but not with 8 warps and pointers:
+    Triton miscompiles that loop, https://github.com/pytorch/pytorch/issues/173068. Otherwise the loop over channels
+    stands in one over taps; compiled, unrolling that took 3.6 times the code and as many registers.
 
     With descriptors the product is w[tap]ᵀ·src[tap]ᵀ, and the sum is transposed at the end. Compiled: wgmma reads its
     first operand from shared memory only if no reshape stands behind the load, but one that drops leading ones. A box
@@ -260,42 +389,55 @@ def convolve(
     (https://github.com/triton-lang/triton/issues/9433), or ptxas makes each product wait. Not so with tf32x3: it makes
     its operands in registers anyway, and waits; there weights come second, for the second is written back to memory.
     """
+    BOX_N: tl.constexpr = CONFIG.BOX_N
+    BOX_H: tl.constexpr = CONFIG.BOX_H
+    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
+    BLOCK_L: tl.constexpr = CONFIG.BLOCK_L
+    FLAT: tl.constexpr = CONFIG.FLAT
+    VEC: tl.constexpr = CONFIG.VEC
+    PRECISION: tl.constexpr = CONFIG.PRECISION
+    GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
+    PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
+    WEIGHTS_FIRST: tl.constexpr = CONFIG.TMA and PRECISION != "tf32x3"
     SIGN: tl.constexpr = -1 if DGRAD else 1
-    taps_h = ((2 - tap_h) >> (tap_step_h - 1)) + 1
-    taps_w = ((2 - tap_w) >> (tap_step_w - 1)) + 1
+    W_TRANSPOSED: tl.constexpr = CONFIG.W_TRANSPOSED if DGRAD else False
+    taps_h = taps_from(taps.row, taps.step_h)
+    taps_w = taps_from(taps.column, taps.step_w)
+    OG = groups.OG
+    CG = groups.CG
     if DGRAD:
         LG = OG
     else:
         LG = CG
-    length = members * LG
-    origin = bundle * (BUNDLE * LG // VEC * VEC)  # the bundle's first channel in src
-    first = bundle * BUNDLE * OG
-    start = 0
-    if TMA:
+    length = groups.here * LG
+    origin = groups.tile * (GROUPS_PER_TILE * LG // VEC * VEC)  # the groups' first channel in the image
+    first = groups.tile * GROUPS_PER_TILE * OG
+    if CONFIG.TMA:
         start = origin
+        source = image.data
     else:
-        src += origin
-    PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
-    WEIGHTS_FIRST: tl.constexpr = TMA and PRECISION != "tf32x3"
-    acc = tl.zeros((BLOCK_J, PIXELS) if WEIGHTS_FIRST else (PIXELS, BLOCK_J), ACC)
+        start = 0
+        source = image.data + origin
+    src = Image(source, image.N, image.H, image.W, start + length, image.stride_n, 1, image.stride_h, image.stride_w)
+    acc = tl.zeros((BLOCK_J, PIXELS) if WEIGHTS_FIRST else (PIXELS, BLOCK_J), accumulator(source.dtype))
     steps = tl.cdiv(length, BLOCK_L)
-    taps = taps_h * taps_w
     t = 0
-    for outer in range(0, 1 if FLAT else taps):
+    for outer in range(0, 1 if FLAT else taps_h * taps_w):
         if not FLAT:
             t = outer
         l = 0
-        for _ in range(0, tl.maximum(taps * steps if FLAT else steps, 1)):  # one turn at least: `common.product`
+        # One turn at least: `common.product`.
+        for _ in range(0, tl.maximum(taps_h * taps_w * steps if FLAT else steps, 1)):
             t_h, t_w = tap_at(t, taps_w)
-            tap = (tap_h + t_h * tap_step_h) * 3 + tap_w + t_w * tap_step_w
-            a = load_box(
-                src, n, i, j, first_h + SIGN * t_h, first_w + SIGN * t_w, start + l, start + length, N, H, W,
-                stride_n, stride_h, stride_w, 0, 0, step_h, step_w, False, TMA, VEC, BOX_N, BOX_H, BOX_W, BLOCK_L,
-            )  # fmt: skip
+            tap = (taps.row + t_h * taps.step_h) * 3 + taps.column + t_w * taps.step_w
+            shifted = Window(window.step_h, window.step_w, window.shift_h + SIGN * t_h, window.shift_w + SIGN * t_w)
+            a = load_box(src, box, shifted, start + l, (BOX_N, BOX_H, BOX_W, BLOCK_L), VEC)
             if W_TRANSPOSED:
-                b = load_weight(w, tap, l, col, first, CG, OG, not DGRAD, TMA, VEC_W, BLOCK_L, BLOCK_J)
+                b = load_weight(Matrix(w, CG, OG, 1), tap, l, col, first, False, CONFIG.VEC_W, BLOCK_L, BLOCK_J)
             else:
-                b = load_weight(w, tap, l, col, first, members * OG, BUNDLE * CG, DGRAD, TMA, VEC_W, BLOCK_L, BLOCK_J)
+                of_groups = Matrix(w, groups.here * OG, GROUPS_PER_TILE * CG, 1)
+                b = load_weight(of_groups, tap, l, col, first, DGRAD, CONFIG.VEC_W, BLOCK_L, BLOCK_J)
             if WEIGHTS_FIRST:
                 acc = dot(tl.trans(b), tl.trans(a), acc, PRECISION)
             else:
@@ -306,55 +448,54 @@ def convolve(
                 l = tl.where(l >= length, 0, l)
     if WEIGHTS_FIRST:
         acc = tl.trans(acc)
-    if DIAGONAL:
+    if CONFIG.DIAGONAL:
         # A zero between two groups times an infinity of one is NaN in the other: where there is one, go without zeros.
         # (One sum over both axes: with a reduction along either, Triton 3.7 does not compile for sm_100.)
         if tl.sum((acc != acc).to(tl.int32)) > 0:
-            acc = convolve_by_group(
-                src_memory + origin, w_memory, n, i, j, first_h, first_w, first, members, col, N, H, W,
-                stride_n, stride_h, stride_w, OG, CG,
-                step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w, taps_h, taps_w,
-                DGRAD, BUNDLE, ACC, VEC, BOX_N, BOX_H, BOX_W, BLOCK_J,
-            )  # fmt: skip
+            by_pointer = Image(
+                memory[0] + origin, image.N, image.H, image.W, length, image.stride_n, 1, image.stride_h, image.stride_w
+            )
+            acc = convolve_by_group(by_pointer, memory[1], box, window, taps, groups, col, DGRAD, CONFIG)
     return acc
 
 
 @triton.jit
-def convolve_rows(
-    src, w, n, i, j, first_h, first_w, bundle, col, OG, CG,
-    DGRAD: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """What `convolve` computes with descriptors, a stride of 1 and bundles of one group, for ROWS boxes of one row
-    each, the one below the other: a tuple of their tiles.
+def convolve_rows(image, w, box, window, groups, col, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
+    """What `convolve` computes with descriptors, a stride of 1 and one group a tile, for ROWS boxes of one row each,
+    the one below the other: a tuple of their tiles.
 
-    A turn takes the taps of one column. Each of ROWS + 2 rows of src, read once, meets up to three of them: with two
-    rows, src is read six times, not nine.
+    A turn takes the taps of one column. Each of ROWS + 2 rows of the image, read once, meets up to three of them: with
+    two rows, the image is read six times, not nine.
     """
-    PIXELS: tl.constexpr = BOX_N * BOX_W
+    ROWS: tl.constexpr = CONFIG.ROWS
+    BOX_N: tl.constexpr = CONFIG.BOX_N
+    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
+    BLOCK_L: tl.constexpr = CONFIG.BLOCK_L
+    PRECISION: tl.constexpr = CONFIG.PRECISION
+    first_h = window.shift_h
     if DGRAD:
-        length = OG
+        length = groups.OG
         first_h -= 2  # the row above: looking back, it meets the last tap
     else:
-        length = CG
+        length = groups.CG
     steps = tl.cdiv(length, BLOCK_L)
     acc = ()
     for _ in tl.static_range(ROWS):
-        acc = acc + (tl.zeros((BLOCK_J, PIXELS), ACC),)
+        acc = acc + (tl.zeros((BLOCK_J, BOX_N * BOX_W), accumulator(image.data.dtype)),)
     for turn in range(0, tl.maximum(3 * steps, 1)):
         t_w = turn // steps
         l = turn % steps * BLOCK_L
         weights = ()
         for t_h in tl.static_range(3):
             tap = (2 - t_h if DGRAD else t_h) * 3 + t_w
-            b = load_weight(w, tap, l, col, bundle * OG, OG, CG, DGRAD, True, 1, BLOCK_L, BLOCK_J)
+            of_group = Matrix(w, groups.OG, groups.CG, 1)
+            b = load_weight(of_group, tap, l, col, groups.tile * groups.OG, DGRAD, 1, BLOCK_L, BLOCK_J)
             weights = weights + (tl.trans(b),)
-        at_w = first_w - t_w if DGRAD else first_w + t_w
+        at_w = window.shift_w - t_w if DGRAD else window.shift_w + t_w
         for q in tl.static_range(ROWS + 2):
-            a = load_box(
-                src, n, i, j, first_h + q, at_w, bundle * length + l, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1,
-                False, True, 1, BOX_N, 1, BOX_W, BLOCK_L,
-            )  # fmt: skip
+            shifted = Window(1, 1, first_h + q, at_w)
+            a = load_box(image, box, shifted, groups.tile * length + l, (BOX_N, 1, BOX_W, BLOCK_L), 1)
             added = ()
             for row in tl.static_range(ROWS):
                 if row <= q and q < row + 3:
@@ -371,133 +512,118 @@ def convolve_rows(
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES, *(f"y_{stride}" for stride in STRIDES), "y_stride_c"])
 def forward(
     x, w, x_memory, w_memory, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w, step_h, step_w,
-    stride_n, stride_h, stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
-    HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr, ACCURATE: tl.constexpr, PTX: tl.constexpr,
-    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
-    LAST: tl.constexpr, VEC_STORE: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
-    GROUP: tl.constexpr,
+    stride_n, stride_h, stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_J of a bundle's output channels a program.
+    """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_J of a tile's groups' output channels a program.
 
     Or ROWS boxes of one row each (`convolve_rows`).
     """
-    columns = tl.cdiv(BUNDLE * OG, BLOCK_J)
+    BOX_N: tl.constexpr = CONFIG.BOX_N
+    BOX_H: tl.constexpr = CONFIG.BOX_H
+    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
+    ROWS: tl.constexpr = CONFIG.ROWS
+    GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
+    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
+    VEC_STORE: tl.constexpr = CONFIG.VEC_STORE
+    columns = tl.cdiv(GROUPS_PER_TILE * OG, BLOCK_J)
     boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H * ROWS) * tl.cdiv(Q, BOX_W)
-    box, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, BUNDLE), GROUP)
-    n, i, j = box_at(box, P, Q, BOX_N, BOX_H * ROWS, BOX_W)
-    bundle = column // columns
+    index, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, GROUPS_PER_TILE), CONFIG.GROUP)
+    box = box_at(index, P, Q, BOX_N, BOX_H * ROWS, BOX_W)
+    tile = column // columns
     col = column % columns * BLOCK_J
-    members = tl.minimum(BUNDLE, groups - bundle * BUNDLE)
+    here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
+    of_tile = Groups(tile, here, OG, CG)
+    image = Image(x, N, H, W, CG, stride_n, 1, stride_h, stride_w)
+    window = Window(step_h, step_w, -pad_h, -pad_w)
     if ROWS > 1:
-        tiles = convolve_rows(
-            x, w, n, i, j, -pad_h, -pad_w, bundle, col, OG, CG,
-            False, ROWS, ACC, PRECISION, BOX_N, BOX_W, BLOCK_J, BLOCK_L,
-        )  # fmt: skip
+        tiles = convolve_rows(image, w, box, window, of_tile, col, False, CONFIG)
     else:
-        tiles = (
-            convolve(
-                x, w, x_memory, w_memory, n, i, j, -pad_h, -pad_w, bundle, members, col, N, H, W,
-                stride_n, stride_h, stride_w, OG, CG, step_h, step_w, 0, 0, 1, 1, False, False,
-                DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
-            ),
-        )  # fmt: skip
-    first = bundle * (BUNDLE * OG)
-    if LAST:
+        tiles = (convolve(image, w, (x_memory, w_memory), box, window, Taps(0, 0, 1, 1), of_tile, col, False, CONFIG),)
+    first = tile * (GROUPS_PER_TILE * OG)
+    if CHANNELS_LAST:
         y += first // VEC_STORE * VEC_STORE
     else:
         y += first.to(tl.int64) * (y_stride_c // VEC_STORE * VEC_STORE)
+    y = Image(y, N, P, Q, here * OG, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
     for row in tl.static_range(ROWS):
         z = tiles[row]
-        if HAS_BIAS:
-            o, inside = indices(col, members * OG, BLOCK_J, 1)
-            z += tl.load(b + first + o, mask=inside, other=0.0).to(ACC)[None, :]
-        if SIGMOID:
-            z = sigmoid(z, ACCURATE, PTX)
-        m_n, m_i, m_j = pixels(n, i + row, j, BOX_N, BOX_H, BOX_W)
-        store_box(
-            y, z, m_n, m_i, m_j, col, members * OG, N, P, Q, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
-            LAST, VEC_STORE, BOX_W, BLOCK_J,
-        )  # fmt: skip
+        if b is not None:
+            o, inside = masked_range(col, here * OG, BLOCK_J, 1)
+            z += tl.load(b + first + o, mask=inside, other=0.0).to(z.dtype)[None, :]
+        if CONFIG.SIGMOID:
+            z = sigmoid(z, y.data.dtype.element_ty, CONFIG.PTX)
+        pixels = pixels_of(Pixels(box.n, box.h + row, box.w), BOX_N, BOX_H, BOX_W)
+        store_box(y, z, pixels, col, CHANNELS_LAST, VEC_STORE, BOX_W, BLOCK_J)
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES, *(f"x_{stride}" for stride in STRIDES), "x_stride_c"])
 def dgrad(
     dz, w, dz_memory, w_memory, dx, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w, step_h, step_w,
-    stride_n, stride_h, stride_w, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-    W_TRANSPOSED: tl.constexpr, DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr,
-    TMA: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_W: tl.constexpr,
-    LAST: tl.constexpr, VEC_STORE: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
-    GROUP: tl.constexpr,
+    stride_n, stride_h, stride_w, x_stride_n, x_stride_c, x_stride_h, x_stride_w, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """dx from dz: a box of dx's pixels and BLOCK_J of a bundle's input channels, of CX a group, a program.
+    """dx from dz: a box of dx's pixels and BLOCK_J of a tile's groups' input channels, of CX a group, a program.
 
     W_TRANSPOSED: w is (C, 9, O), of a single group; its rows then lie along the sum.
 
     With a stride of 2 the rows of dx fall into two classes, program_id(1): those that meet the taps 0 and 2, and those
     that meet tap 1; the columns likewise. Each class is a convolution of its own with the taps that it meets.
     """
+    BOX_N: tl.constexpr = CONFIG.BOX_N
+    BOX_H: tl.constexpr = CONFIG.BOX_H
+    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
+    ROWS: tl.constexpr = CONFIG.ROWS
+    GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
+    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
+    VEC_STORE: tl.constexpr = CONFIG.VEC_STORE
     class_h = tl.program_id(1) >> (step_w - 1)
     class_w = tl.program_id(1) & (step_w - 1)
-    columns = tl.cdiv(BUNDLE * CG, BLOCK_J)
+    columns = tl.cdiv(GROUPS_PER_TILE * CG, BLOCK_J)
     tl.static_assert(ROWS == 1 or BOX_H == 1)  # and step_h and step_w are 1
     down = tl.cdiv((H + step_h - 1) >> (step_h - 1), BOX_H * ROWS)
     boxes = tl.cdiv(N, BOX_N) * down * tl.cdiv((W + step_w - 1) >> (step_w - 1), BOX_W)
-    box, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, BUNDLE), GROUP)
-    bundle = column // columns
+    index, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, GROUPS_PER_TILE), CONFIG.GROUP)
+    tile = column // columns
     col = column % columns * BLOCK_J
-    members = tl.minimum(BUNDLE, groups - bundle * BUNDLE)
-    first = bundle * (BUNDLE * CX)
-    if LAST:
+    here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
+    first = tile * (GROUPS_PER_TILE * CX)
+    if CHANNELS_LAST:
         dx += first // VEC_STORE * VEC_STORE
     else:
         dx += first.to(tl.int64) * (x_stride_c // VEC_STORE * VEC_STORE)
     rows, first_h = rows_of_class(H, pad_h, class_h, step_h)
     cols, first_w = rows_of_class(W, pad_w, class_w, step_w)
-    n, i, j = box_at(box, rows, cols, BOX_N, BOX_H * ROWS, BOX_W)
+    box = box_at(index, rows, cols, BOX_N, BOX_H * ROWS, BOX_W)
+    of_tile = Groups(tile, here, OG, CG)
+    image = Image(dz, N, P, Q, OG, stride_n, 1, stride_h, stride_w)
+    window = Window(1, 1, first_h, first_w)
     if ROWS > 1:
-        tiles = convolve_rows(
-            dz, w, n, i, j, first_h, first_w, bundle, col, OG, CG,
-            True, ROWS, ACC, PRECISION, BOX_N, BOX_W, BLOCK_J, BLOCK_L,
-        )  # fmt: skip
+        tiles = convolve_rows(image, w, box, window, of_tile, col, True, CONFIG)
     else:
-        tiles = (
-            convolve(
-                dz, w, dz_memory, w_memory, n, i, j, first_h, first_w, bundle, members, col, N, P, Q,
-                stride_n, stride_h, stride_w, OG, CG, 1, 1, class_h, class_w, step_h, step_w, True, W_TRANSPOSED,
-                DIAGONAL, BUNDLE, FLAT, TMA, ACC, PRECISION, VEC, VEC_W, BOX_N, BOX_H, BOX_W, BLOCK_J, BLOCK_L,
-            ),
-        )  # fmt: skip
+        taps = Taps(class_h, class_w, step_h, step_w)
+        tiles = (convolve(image, w, (dz_memory, w_memory), box, window, taps, of_tile, col, True, CONFIG),)
+    dx = Image(dx, N, H, W, here * CX, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
     for row in tl.static_range(ROWS):
-        m_n, m_i, m_j = pixels(n, i + row, j, BOX_N, BOX_H, BOX_W)
-        h = row_of_class(m_i, first_h, pad_h, class_h, step_h)
-        if LAST or VEC_STORE == 1:
-            v = row_of_class(m_j, first_w, pad_w, class_w, step_w)
+        n, i, j = pixels_of(Pixels(box.n, box.h + row, box.w), BOX_N, BOX_H, BOX_W)
+        h = row_of_class(i, first_h, pad_h, class_h, step_h)
+        if CHANNELS_LAST or VEC_STORE == 1:
+            v = row_of_class(j, first_w, pad_w, class_w, step_w)
         else:
-            v = m_j  # step_w is 1; the compiler sees columns side by side
-        store_box(
-            dx, tiles[row], m_n, h, v, col, members * CX, N, H, W, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-            LAST, VEC_STORE, BOX_W, BLOCK_J,
-        )  # fmt: skip
+            v = j  # step_w is 1; the compiler sees columns side by side
+        store_box(dx, tiles[row], Pixels(n, h, v), col, CHANNELS_LAST, VEC_STORE, BOX_W, BLOCK_J)
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES, *(f"z_{stride}" for stride in STRIDES), "boxes_per_split"])
 def wgrad(
     dz, x, dw, db, N, H, W, P, Q, groups, OG, CG, OZ, CX, pad_h, pad_w, step_h, step_w,
-    z_stride_n, z_stride_h, z_stride_w, stride_n, stride_h, stride_w, boxes_per_split,
-    WRITE_DB: tl.constexpr, TAPS: tl.constexpr,
-    DIAGONAL: tl.constexpr, BUNDLE: tl.constexpr, TMA: tl.constexpr, X_FIRST: tl.constexpr, TAPS_LAST: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, VEC_O: tl.constexpr, VEC_C: tl.constexpr, VEC_STORE: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+    z_stride_n, z_stride_h, z_stride_w, stride_n, stride_h, stride_w, boxes_per_split, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """dw[split] = Σ dzᵀ·x[tap] over the boxes of split = program_id(1): a tap or (TAPS = 3) a row of taps a program.
 
-    dw: (splits, O, 9, C / groups), or (splits, O, C / groups, 9) with TAPS_LAST. db: (splits, O), the sums of dz, which
-    the programs of the first tap and the first input channels write. A group of dz has OZ channels and one of x CX: OG
-    and CG or, where rows were padded, more.
+    dw: (splits, O, 9, C / groups), or (splits, O, C / groups, 9) with TAPS_LAST. db: (splits, O) or None, the sums of
+    dz, which the programs of the first tap and the first input channels write. A group of dz has OZ channels and one of
+    x CX: OG and CG or, where rows were padded, more.
 
     A descriptor's box is a line, of images or of columns: dz is the first operand (`convolve`). X_FIRST: x is, where
     products take operands from registers. Compiled: with several products in a loop, each warp has rows of its own and
@@ -508,14 +634,27 @@ def wgrad(
     it would take three times the shared memory's time. It comes first, for the last product in a loop decides how the
     warps share them all. All programs form db: a branch in the loop makes every wgmma wait.
     """
-    columns_o = tl.cdiv(BUNDLE * OG, BLOCK_O)
-    columns_c = tl.cdiv(BUNDLE * CG, BLOCK_C)
+    BOX_N: tl.constexpr = CONFIG.BOX_N
+    BOX_H: tl.constexpr = CONFIG.BOX_H
+    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BLOCK_O: tl.constexpr = CONFIG.BLOCK_O
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
+    TAPS: tl.constexpr = CONFIG.TAPS
+    GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
+    TMA: tl.constexpr = CONFIG.TMA
+    X_FIRST: tl.constexpr = CONFIG.X_FIRST
+    PRECISION: tl.constexpr = CONFIG.PRECISION
+    VEC_O: tl.constexpr = CONFIG.VEC_O
+    VEC_C: tl.constexpr = CONFIG.VEC_C
+    VEC_STORE: tl.constexpr = CONFIG.VEC_STORE
+    columns_o = tl.cdiv(GROUPS_PER_TILE * OG, BLOCK_O)
+    columns_c = tl.cdiv(GROUPS_PER_TILE * CG, BLOCK_C)
     taps = tl.program_id(0) % (9 // TAPS)
     tile = tl.program_id(0) // (9 // TAPS)
     col_c = tile % columns_c * BLOCK_C
     col_o = tile // columns_c % columns_o * BLOCK_O
-    bundle = tile // columns_c // columns_o
-    members = tl.minimum(BUNDLE, groups - bundle * BUNDLE)
+    group_tile = tile // columns_c // columns_o
+    here = tl.minimum(GROUPS_PER_TILE, groups - group_tile * GROUPS_PER_TILE)
     if TAPS == 3:
         r = taps
         s = 0
@@ -524,10 +663,10 @@ def wgrad(
         s = taps % 3
     split = tl.program_id(1)
     boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H) * tl.cdiv(Q, BOX_W)
-    length_o = members * OZ
-    length_c = members * CX
-    origin_o = bundle * (BUNDLE * OZ // VEC_O * VEC_O)
-    origin_c = bundle * (BUNDLE * CX // VEC_C * VEC_C)
+    length_o = here * OZ
+    length_c = here * CX
+    origin_o = group_tile * (GROUPS_PER_TILE * OZ // VEC_O * VEC_O)
+    origin_c = group_tile * (GROUPS_PER_TILE * CX // VEC_C * VEC_C)
     start_o = col_o
     start_c = col_c
     if TMA:
@@ -538,12 +677,15 @@ def wgrad(
     else:
         dz += origin_o
         x += origin_c
+    DTYPE: tl.constexpr = element_type(dz.dtype)
+    ACC: tl.constexpr = accumulator(dz.dtype)
     acc = ()
     for _ in tl.static_range(TAPS):
         acc = acc + (tl.zeros((BLOCK_C, BLOCK_O) if X_FIRST else (BLOCK_O, BLOCK_C), ACC),)
+    image = Image(x, N, H, W, length_c, stride_n, 1, stride_h, stride_w)
+    dz = Image(dz, N, P, Q, length_o, z_stride_n, 1, z_stride_h, z_stride_w)
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
     tl.static_assert(not TMA or BOX_N == PIXELS or BOX_W == PIXELS, "the box of a descriptor must be a line")
-    DTYPE: tl.constexpr = dz.dtype if TMA else dz.dtype.element_ty
     BY_PRODUCT: tl.constexpr = DTYPE.primitive_bitwidth == 16
     O_FIRST: tl.constexpr = not (TMA or X_FIRST)  # z_tile is loaded as (BLOCK_O, PIXELS)
     ones = round_to(tl.full((16, PIXELS) if X_FIRST else (PIXELS, 16), 1.0, ACC), DTYPE)
@@ -551,13 +693,10 @@ def wgrad(
         sums = tl.zeros((16, BLOCK_O) if X_FIRST else (BLOCK_O, 16), ACC)
     else:
         sums = tl.zeros((PIXELS, BLOCK_O), ACC)
-    for box in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
-        n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
-        z_tile = load_box(
-            dz, n, i, j, 0, 0, start_o, length_o, N, P, Q, z_stride_n, z_stride_h, z_stride_w,
-            0, 0, 1, 1, False, TMA, VEC_O, BOX_N, BOX_H, BOX_W, BLOCK_O, O_FIRST,
-        )  # fmt: skip
-        if WRITE_DB:
+    for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
+        box = box_at(index, P, Q, BOX_N, BOX_H, BOX_W)
+        z_tile = load_box(dz, box, Window(1, 1, 0, 0), start_o, (BOX_N, BOX_H, BOX_W, BLOCK_O), VEC_O, O_FIRST)
+        if db is not None:
             if BY_PRODUCT and X_FIRST:
                 sums = dot(ones, z_tile, sums, PRECISION)
             elif BY_PRODUCT:
@@ -567,32 +706,32 @@ def wgrad(
         added = ()
         for t in tl.static_range(TAPS):
             # Where dz does not exist its zero must meet a zero: an infinity of x would make it NaN.
+            window = Window(step_h, step_w, r - pad_h, s + t - pad_w)
             x_tile = load_box(
-                x, n, i, j, r - pad_h, s + t - pad_w, start_c, length_c, N, H, W, stride_n, stride_h, stride_w, P, Q,
-                step_h, step_w, True, TMA, VEC_C, BOX_N, BOX_H, BOX_W, BLOCK_C, X_FIRST,
-            )  # fmt: skip
+                image, box, window, start_c, (BOX_N, BOX_H, BOX_W, BLOCK_C), VEC_C, X_FIRST, WITHIN=(P, Q)
+            )
             if X_FIRST:
                 added = added + (dot(x_tile, z_tile, acc[t], PRECISION),)
             else:
                 added = added + (dot(z_tile if O_FIRST else tl.trans(z_tile), x_tile, acc[t], PRECISION),)
         acc = added
-    first = bundle * BUNDLE * OG
-    o, o_inside = indices(col_o, members * OG, BLOCK_O, 1)
-    c, c_inside = indices(col_c, members * CG, BLOCK_C, VEC_STORE)
-    if WRITE_DB:
+    first = group_tile * GROUPS_PER_TILE * OG
+    o, o_inside = masked_range(col_o, here * OG, BLOCK_O, 1)
+    c, c_inside = masked_range(col_c, here * CG, BLOCK_C, VEC_STORE)
+    if db is not None:
         # The product has 16 equal rows or columns.
         total = tl.max(sums, 0 if X_FIRST else 1) if BY_PRODUCT else tl.sum(sums, 0)
         at = db + (split.to(tl.int64) * groups * OG + first + o)
         tl.store(at, round_to(total, db.dtype.element_ty), mask=o_inside & (taps == 0) & (col_c == 0))
     inside = o_inside[:, None] & c_inside[None, :]
-    if DIAGONAL:
+    if CONFIG.DIAGONAL:
         inside = inside & ((o // OG)[:, None] == (c // CG)[None, :])
         c = c % CG
     pitch = CG // VEC_STORE * VEC_STORE
     dw += split.to(tl.int64) * groups * OG * (9 * pitch)
     at = (first + o.to(tl.int32)) * (9 * pitch)  # of one weight, which has less than 2³¹ elements: registers are scarce
     c = c.to(tl.int32)
-    if TAPS_LAST:
+    if CONFIG.TAPS_LAST:
         step = 1
         c *= 9
     else:

@@ -8,94 +8,121 @@ it meets, four rows at a time. (Compiled for sm_90, bfloat16: a load for each ta
 result, and memory leaves time for 38.)
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .common import indices, round_to, sigmoid
-from .conv3x3 import box_at, pixels, positions, row_of_class, rows_of_class
+from .common import accumulator, masked_range, round_to, sigmoid
+from .conv3x3 import Image, Pixels, box_at, offsets, pixels_of, row_of_class, rows_of_class
 
 SIZES = ["N", "H", "W", "P", "Q", "C", "pad_h", "pad_w"]
 
 
+class Forward(NamedTuple):
+    """What is fixed when `depthwise_forward` is compiled."""
+
+    BLOCK_C: int  # channels a program
+    BOX_N: int  # images, rows and columns of the result, a program
+    BOX_H: int
+    BOX_W: int
+    STEP_H: int  # the stride
+    STEP_W: int
+    CHANNELS_LAST: bool  # in memory; else columns are contiguous
+    VEC: int  # as in `conv3x3.offsets`, of what is read
+    VEC_STORE: int  # of what is written
+    SIGMOID: bool  # act is the sigmoid
+    PTX: bool  # `common`
+
+
+class Dgrad(NamedTuple):
+    """What is fixed when `depthwise_dgrad` is compiled; fields as in `Forward`."""
+
+    BLOCK_C: int
+    BOX_N: int
+    BOX_H: int
+    BOX_W: int
+    STEP_H: int
+    STEP_W: int
+    CHANNELS_LAST: bool
+    VEC: int
+    VEC_STORE: int
+
+
+class Wgrad(NamedTuple):
+    """What is fixed when `depthwise_wgrad` is compiled; other fields as in `Forward`."""
+
+    BLOCK_C: int
+    BOX_N: int
+    BOX_H: int
+    BOX_W: int
+    STEP_H: int
+    STEP_W: int
+    WHOLE: bool  # all rows of every box exist
+    CHANNELS_LAST: bool
+    VEC: int  # of x
+    VEC_Z: int  # of dz
+
+
 @triton.jit
-def load_row(
-    src, n, h, v, c, c_inside, N, H, W, stride_n, stride_c, stride_h, stride_w,
-    LAST: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Row h of images n, columns v: pixels × channels, zeros outside. VEC as in `conv3x3.positions`.
+def load_row(image, pixels, c, c_inside, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr):
+    """Pixels × channels of an image in the accumulator's type, zeros outside. VEC as in `conv3x3.offsets`.
 
     Where columns are contiguous they come last here: a warp's threads then take neighbouring ones, one each. Counted:
     of 8 columns a thread, which only a store can have at once, a load under a tap met 20 sectors for 2.
     """
-    at, inside = positions(n, h, v, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1)
+    at, inside = offsets(image, pixels, c, CHANNELS_LAST, VEC, 1)
     mask = inside[:, None] & c_inside[None, :]
-    if LAST:
-        row = tl.load(src + at, mask=mask, other=0.0)
+    if CHANNELS_LAST:
+        row = tl.load(image.data + at, mask=mask, other=0.0)
     else:
-        row = tl.trans(tl.load(src + tl.trans(at), mask=tl.trans(mask), other=0.0))
-    return row.to(ACC)
+        row = tl.trans(tl.load(image.data + tl.trans(at), mask=tl.trans(mask), other=0.0))
+    return row.to(accumulator(image.data.dtype))
 
 
 @triton.jit
-def store_row(
-    dst, tile, n, h, v, c, c_inside, N, H, W, stride_n, stride_c, stride_h, stride_w,
-    LAST: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    at, inside = positions(n, h, v, c, N, H, W, stride_n, stride_c, stride_h, stride_w, LAST, VEC, 1)
+def store_row(image, tile, pixels, c, c_inside, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr):
+    """Write pixels × channels of an image, rounded to its type; likewise."""
+    at, inside = offsets(image, pixels, c, CHANNELS_LAST, VEC, 1)
     mask = inside[:, None] & c_inside[None, :]
-    tile = round_to(tile, dst.dtype.element_ty)
-    if LAST:
-        tl.store(dst + at, tile, mask=mask)
+    tile = round_to(tile, image.data.dtype.element_ty)
+    if CHANNELS_LAST:
+        tl.store(image.data + at, tile, mask=mask)
     else:
-        tl.store(dst + tl.trans(at), tl.trans(tile), mask=tl.trans(mask))
+        tl.store(image.data + tl.trans(at), tl.trans(tile), mask=tl.trans(mask))
 
 
 @triton.jit
-def load_taps(w, c, c_inside, ACC: tl.constexpr):
+def load_taps(w, c, c_inside):
     """The nine weights of each channel, a row for each tap. w: (C, 9)."""
     taps = ()
     for tap in tl.static_range(9):
-        taps = taps + (tl.load(w + (c * 9 + tap), mask=c_inside, other=0.0).to(ACC)[None, :],)
+        row = tl.load(w + (c * 9 + tap), mask=c_inside, other=0.0).to(accumulator(w.dtype))
+        taps = taps + (row[None, :],)
     return taps
 
 
 @triton.jit
-def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr):
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DTYPE: tl.constexpr):
     tiles = ()
     for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros((ROWS, COLS), ACC),)
+        tiles = tiles + (tl.zeros((ROWS, COLS), DTYPE),)
     return tiles
 
 
 @triton.jit
 def load_rows(
-    src, n, h, v, c, c_inside, N, H, W, stride_n, stride_c, stride_h, stride_w,
-    STEP: tl.constexpr, TAPS: tl.constexpr, LAST: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Four rows from h on, each under TAPS taps, STEP columns apart from v on. All are asked for before one is used."""
+    image, first, c, c_inside, STEP: tl.constexpr, TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr
+):
+    """Four rows from the pixels `first` on, each under TAPS taps, STEP columns apart. All are asked for before one is
+    used.
+    """
+    n, h, v = first
     rows = ()
     for u in tl.static_range(4):
         row = ()
         for t in tl.static_range(TAPS):
-            tile = load_row(
-                src,
-                n,
-                h + u,
-                v + t * STEP,
-                c,
-                c_inside,
-                N,
-                H,
-                W,
-                stride_n,
-                stride_c,
-                stride_h,
-                stride_w,
-                LAST,
-                VEC,
-                ACC,
-            )
-            row = row + (tile,)
+            row = row + (load_row(image, Pixels(n, h + u, v + t * STEP), c, c_inside, CHANNELS_LAST, VEC),)
         rows = rows + (row,)
     return rows
 
@@ -111,32 +138,36 @@ def add_taps(total, row, taps, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: t
 @triton.jit(do_not_specialize=SIZES)
 def depthwise_forward(
     x, w, b, y, N, H, W, P, Q, C, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-    y_stride_n, y_stride_c, y_stride_h, y_stride_w,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr, HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr,
-    ACCURATE: tl.constexpr, PTX: tl.constexpr, ACC: tl.constexpr,
-    LAST: tl.constexpr, VEC: tl.constexpr, VEC_STORE: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    y_stride_n, y_stride_c, y_stride_h, y_stride_w, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """y = act(x ⋆ w + b): BOX_H rows of BOX_W columns of BOX_N images, BLOCK_C channels a program.
 
     A row of x is read once and added to the rows of y that it meets: the one it completes, and those begun with it.
     """
+    BOX_N: tl.constexpr = CONFIG.BOX_N
+    BOX_H: tl.constexpr = CONFIG.BOX_H
+    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
+    STEP_H: tl.constexpr = CONFIG.STEP_H
+    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
+    VEC: tl.constexpr = CONFIG.VEC
     columns = tl.cdiv(C, BLOCK_C)
-    c, c_inside = indices(tl.program_id(0) % columns * BLOCK_C, C, BLOCK_C, VEC if LAST else 1)
-    taps = load_taps(w, c, c_inside, ACC)
-    if HAS_BIAS:
-        bias = tl.load(b + c, mask=c_inside, other=0.0).to(ACC)[None, :]
-    n, first, j = box_at(tl.program_id(0) // columns, P, Q, BOX_N, BOX_H, BOX_W)
-    n, _, j = pixels(n, first, j, BOX_N, 1, BOX_W)
-    none = tl.zeros((BOX_N * BOX_W, BLOCK_C), ACC)
+    c, c_inside = masked_range(tl.program_id(0) % columns * BLOCK_C, C, BLOCK_C, VEC if CHANNELS_LAST else 1)
+    taps = load_taps(w, c, c_inside)
+    none = tl.zeros((BOX_N * BOX_W, BLOCK_C), accumulator(x.dtype))
+    if b is not None:
+        bias = tl.load(b + c, mask=c_inside, other=0.0).to(none.dtype)[None, :]
+    x = Image(x, N, H, W, C, stride_n, stride_c, stride_h, stride_w)
+    y = Image(y, N, P, Q, C, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
+    box = box_at(tl.program_id(0) // columns, P, Q, BOX_N, BOX_H, BOX_W)
+    first = box.h
+    n, _, j = pixels_of(box, BOX_N, 1, BOX_W)
     complete = none
     begun = none
     height = tl.minimum(BOX_H, P - first)
     for t in range(0, (height - 1) * STEP_H + 3, 4):
-        rows = load_rows(
-            x, n, first * STEP_H + (t - pad_h), j * STEP_W - pad_w, c, c_inside, N, H, W,
-            stride_n, stride_c, stride_h, stride_w, 1, 3, LAST, VEC, ACC,
-        )  # fmt: skip
+        met = Pixels(n, first * STEP_H + (t - pad_h), j * CONFIG.STEP_W - pad_w)
+        rows = load_rows(x, met, c, c_inside, 1, 3, CHANNELS_LAST, VEC)
         for u in tl.static_range(4):
             if u % STEP_H == 0:
                 result = add_taps(complete, rows[u], taps, 6, 1, 3)
@@ -145,15 +176,13 @@ def depthwise_forward(
                     begun = add_taps(none, rows[u], taps, 0, 1, 3)
                 else:
                     complete = add_taps(none, rows[u], taps, 0, 1, 3)
-                if HAS_BIAS:
+                if b is not None:
                     result += bias
-                if SIGMOID:
-                    result = sigmoid(result, ACCURATE, PTX)
+                if CONFIG.SIGMOID:
+                    result = sigmoid(result, y.data.dtype.element_ty, CONFIG.PTX)
                 i = (t + u - 2) // STEP_H
-                store_row(
-                    y, result, n, tl.where((t + u >= 2) & (i < height), first + i, -1), j, c, c_inside, N, P, Q,
-                    y_stride_n, y_stride_c, y_stride_h, y_stride_w, LAST, VEC_STORE,
-                )  # fmt: skip
+                h = tl.where((t + u >= 2) & (i < height), first + i, -1)
+                store_row(y, result, Pixels(n, h, j), c, c_inside, CHANNELS_LAST, CONFIG.VEC_STORE)
             else:
                 complete = add_taps(complete, rows[u], taps, 3, 1, 3)
 
@@ -161,19 +190,26 @@ def depthwise_forward(
 @triton.jit(do_not_specialize=SIZES)
 def depthwise_dgrad(
     dz, w, dx, N, H, W, P, Q, C, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-    x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr, ACC: tl.constexpr,
-    LAST: tl.constexpr, VEC: tl.constexpr, VEC_STORE: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """dx from dz: BOX_H rows of BOX_W columns of BOX_N images, BLOCK_C channels a program, row by row as forward.
 
     With a stride of 2, pixels that meet the same taps make a class, program_id(1), as in `conv3x3.dgrad`.
     """
+    BOX_N: tl.constexpr = CONFIG.BOX_N
+    BOX_H: tl.constexpr = CONFIG.BOX_H
+    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
+    STEP_H: tl.constexpr = CONFIG.STEP_H
+    STEP_W: tl.constexpr = CONFIG.STEP_W
+    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
+    VEC: tl.constexpr = CONFIG.VEC
     columns = tl.cdiv(C, BLOCK_C)
-    c, c_inside = indices(tl.program_id(0) % columns * BLOCK_C, C, BLOCK_C, VEC if LAST else 1)
-    taps = load_taps(w, c, c_inside, ACC)
-    none = tl.zeros((BOX_N * BOX_W, BLOCK_C), ACC)
+    c, c_inside = masked_range(tl.program_id(0) % columns * BLOCK_C, C, BLOCK_C, VEC if CHANNELS_LAST else 1)
+    taps = load_taps(w, c, c_inside)
+    none = tl.zeros((BOX_N * BOX_W, BLOCK_C), accumulator(dz.dtype))
+    dz = Image(dz, N, P, Q, C, stride_n, stride_c, stride_h, stride_w)
+    dx = Image(dx, N, H, W, C, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
     for class_h in tl.static_range(STEP_H):
         for class_w in tl.static_range(STEP_W):
             if tl.program_id(1) == class_h * STEP_W + class_w:
@@ -183,17 +219,16 @@ def depthwise_dgrad(
                 TAPS_W: tl.constexpr = (2 - class_w) // STEP_W + 1
                 ROW: tl.constexpr = 3 * STEP_H  # from one tap of a column to the next
                 TAP: tl.constexpr = class_h * 3 + class_w
-                n, first, j = box_at(tl.program_id(0) // columns, height, width, BOX_N, BOX_H, BOX_W)
-                n, _, j = pixels(n, first, j, BOX_N, 1, BOX_W)
+                box = box_at(tl.program_id(0) // columns, height, width, BOX_N, BOX_H, BOX_W)
+                first = box.h
+                n, _, j = pixels_of(box, BOX_N, 1, BOX_W)
                 v = row_of_class(j, first_w, pad_w, class_w, STEP_W)
                 end = tl.minimum(first + BOX_H, height)
                 complete = none
                 begun = none
                 for t in range(1 - TAPS_H, end - first, 4):
-                    rows = load_rows(
-                        dz, n, first + t + first_h, j + first_w, c, c_inside, N, P, Q,
-                        stride_n, stride_c, stride_h, stride_w, -1, TAPS_W, LAST, VEC, ACC,
-                    )  # fmt: skip
+                    met = Pixels(n, first + t + first_h, j + first_w)
+                    rows = load_rows(dz, met, c, c_inside, -1, TAPS_W, CHANNELS_LAST, VEC)
                     for u in tl.static_range(4):
                         result = add_taps(complete, rows[u], taps, TAP, STEP_W, TAPS_W)
                         if TAPS_H == 3:
@@ -203,55 +238,55 @@ def depthwise_dgrad(
                             complete = add_taps(none, rows[u], taps, TAP + ROW, STEP_W, TAPS_W)
                         i = first + t + u
                         h = row_of_class(i, first_h, pad_h, class_h, STEP_H)
-                        store_row(
-                            dx, result, n, tl.where((t + u >= 0) & (i < end), h, -1), v, c, c_inside, N, H, W,
-                            x_stride_n, x_stride_c, x_stride_h, x_stride_w, LAST, VEC_STORE,
-                        )  # fmt: skip
+                        h = tl.where((t + u >= 0) & (i < end), h, -1)
+                        store_row(dx, result, Pixels(n, h, v), c, c_inside, CHANNELS_LAST, CONFIG.VEC_STORE)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
 def depthwise_wgrad(
     dz, x, dw, db, N, H, W, P, Q, C, pad_h, pad_w, z_stride_n, z_stride_c, z_stride_h, z_stride_w,
-    stride_n, stride_c, stride_h, stride_w, boxes_per_split,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr, WRITE_DB: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
-    LAST: tl.constexpr, VEC: tl.constexpr, VEC_Z: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    stride_n, stride_c, stride_h, stride_w, boxes_per_split, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """dw[split] (C, 9) and db[split] (C,) of the boxes of split = program_id(1), BLOCK_C channels a program.
+    """dw[split] (C, 9) and db[split] (C,), or None, of the boxes of split = program_id(1), BLOCK_C channels a program.
 
-    Where dz does not exist its zero must meet a zero, for an infinity of x would make it NaN. WHOLE: all rows exist.
+    Where dz does not exist its zero must meet a zero, for an infinity of x would make it NaN.
     """
+    BOX_N: tl.constexpr = CONFIG.BOX_N
+    BOX_H: tl.constexpr = CONFIG.BOX_H
+    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
+    STEP_H: tl.constexpr = CONFIG.STEP_H
+    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
+    VEC: tl.constexpr = CONFIG.VEC
+    ACC: tl.constexpr = accumulator(dz.dtype)
     split = tl.program_id(1)
-    c, c_inside = indices(tl.program_id(0) * BLOCK_C, C, BLOCK_C, VEC if LAST else 1)
+    c, c_inside = masked_range(tl.program_id(0) * BLOCK_C, C, BLOCK_C, VEC if CHANNELS_LAST else 1)
     boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H) * tl.cdiv(Q, BOX_W)
+    dz = Image(dz, N, P, Q, C, z_stride_n, z_stride_c, z_stride_h, z_stride_w)
+    x = Image(x, N, H, W, C, stride_n, stride_c, stride_h, stride_w)
     acc = zeros(9, BOX_N * BOX_W, BLOCK_C, ACC)
     sums = tl.zeros((BOX_N * BOX_W, BLOCK_C), ACC)
-    for box in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
-        n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
-        n, _, j = pixels(n, i, j, BOX_N, 1, BOX_W)
+    for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
+        box = box_at(index, P, Q, BOX_N, BOX_H, BOX_W)
+        i = box.h
+        n, _, j = pixels_of(box, BOX_N, 1, BOX_W)
         z = ()
         for a in tl.static_range(BOX_H):
-            z_row = load_row(
-                dz, n, i + a, j, c, c_inside, N, P, Q, z_stride_n, z_stride_c, z_stride_h, z_stride_w,
-                LAST, VEC_Z, ACC,
-            )  # fmt: skip
+            z_row = load_row(dz, Pixels(n, i + a, j), c, c_inside, CHANNELS_LAST, CONFIG.VEC_Z)
             z = z + (z_row,)
-            if WRITE_DB:
+            if db is not None:
                 sums += z_row
         for t in tl.static_range((BOX_H - 1) * STEP_H + 3):
             for s in tl.static_range(3):
-                v = tl.where(j < Q, j * STEP_W + (s - pad_w), -1)
-                row = load_row(
-                    x, n, i * STEP_H + (t - pad_h), v, c, c_inside, N, H, W,
-                    stride_n, stride_c, stride_h, stride_w, LAST, VEC, ACC,
-                )  # fmt: skip
+                v = tl.where(j < Q, j * CONFIG.STEP_W + (s - pad_w), -1)
+                row = load_row(x, Pixels(n, i * STEP_H + (t - pad_h), v), c, c_inside, CHANNELS_LAST, VEC)
                 for a in tl.static_range(BOX_H):
                     if t - a * STEP_H >= 0 and t - a * STEP_H <= 2:
                         met = row
-                        if not WHOLE:
+                        if not CONFIG.WHOLE:
                             met = tl.where(i + a < P, row, 0.0)
                         acc = replaced(acc, (t - a * STEP_H) * 3 + s, acc[(t - a * STEP_H) * 3 + s] + z[a] * met)
-    if WRITE_DB:
+    if db is not None:
         total = round_to(tl.sum(sums, 0), db.dtype.element_ty)
         tl.store(db + split.to(tl.int64) * C + c, total, mask=c_inside)
     for tap in tl.static_range(9):

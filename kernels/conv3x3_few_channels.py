@@ -10,42 +10,99 @@ dgrad is the same the other way round: one product of dz with all taps and chann
 their taps meet. It takes strides of 1 and up to four channels; else it is `conv3x3.dgrad`, with few columns.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .common import dot, indices, round_operand, round_to, sigmoid, sigmoid_backward
-from .conv3x3 import box_at, load_box, pixels, positions, store_box
+from .common import accumulator, dot, masked_range, round_operand, round_to, sigmoid, sigmoid_backward
+from .conv3x3 import Image, Pixels, Window, box_at, load_box, offsets, pixels_of, store_box
 from .conv3x3_depthwise import store_row
 
 SIZES = ["N", "H", "W", "P", "Q", "O", "pad_h", "pad_w"]
 
 
+class Forward(NamedTuple):
+    """What is fixed when `few_channels_forward` is compiled; other fields as in `common`."""
+
+    BLOCK_J: int  # output channels a program
+    BLOCK_K: int  # a power of 2 that holds three taps of C channels
+    BOX_N: int  # images, rows and columns of the result, a program
+    BOX_H: int
+    BOX_W: int
+    C: int  # input channels
+    STEP_H: int  # the stride
+    STEP_W: int
+    TAPS_LAST: bool  # in w; else channels
+    PRECISION: str
+    CHANNELS_LAST: bool  # in the result; else its columns are contiguous
+    VEC_STORE: int
+    SIGMOID: bool  # act is the sigmoid
+    PTX: bool
+
+
+class Dgrad(NamedTuple):
+    """What is fixed when `few_channels_dgrad` is compiled; other fields as in `Forward`."""
+
+    BLOCK_L: int  # a power of 2 that holds the output channels
+    BOX_N: int
+    BOX_H: int
+    BOX_W: int
+    C: int
+    TAPS_LAST: bool
+    TMA: bool
+    PRECISION: str
+    CHANNELS_LAST: bool
+    VEC: int
+    VEC_STORE: int
+
+
+class Wgrad(NamedTuple):
+    """What is fixed when `few_channels_wgrad` is compiled; other fields as in `Forward`."""
+
+    BLOCK_O: int  # output channels a program
+    BLOCK_K: int  # a power of 2 that holds all taps of C channels, and one column more
+    BOX_N: int  # pixels of dz: images, rows and columns
+    BOX_H: int
+    BOX_W: int
+    C: int
+    STEP_H: int
+    STEP_W: int
+    TAPS_LAST: bool  # in dw
+    FUSE_DZ: bool
+    PRECISION: str
+    CHANNELS_LAST: bool  # in dz and y
+    VEC: int
+
+
 @triton.jit
-def gather(
-    x, n, i, j, N, H, W, P, Q, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-    C: tl.constexpr, TAPS_LAST: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, ONES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """g for the pixels (n, i, j), transposed: (BLOCK_K, pixels). Zeros outside the image, from k = 9·C on, and for
-    pixels that y has not: a zero of dz must not meet an infinity there. ONES: k = 9·C, which no power of two is, sums.
+def gather(image, pixels, P, Q, padding, ONES: tl.constexpr, CONFIG: tl.constexpr):
+    """g for pixels of y, which is P × Q, transposed: (BLOCK_K, pixels). Zeros outside the image, from k = 9·C on, and
+    for pixels that y has not: a zero of dz must not meet an infinity there. ONES: k = 9·C, which no power of two is,
+    sums.
 
     Pixels come last, so that a thread has all k of a pixel: it knows the taps when it is compiled, and forms nine masks
     and not one for each element. Within an image of under 2³¹ elements 32 bits hold an offset.
     """
+    C: tl.constexpr = CONFIG.C
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    n, i, j = pixels
+    pad_h, pad_w = padding
     k = tl.arange(0, BLOCK_K)[:, None]
-    if TAPS_LAST:
+    if CONFIG.TAPS_LAST:
         c = k // 9
         tap = k % 9
     else:
         c = k % C
         tap = k // C
-    h = (i * STEP_H)[None, :] + (tap // 3 - pad_h)
-    v = (j * STEP_W)[None, :] + (tap % 3 - pad_w)
-    h_inside = (h.to(tl.uint32) < H.to(tl.uint32)) & ((n < N) & (i < P))[None, :]  # a negative one is a large one
-    v_inside = (v.to(tl.uint32) < W.to(tl.uint32)) & (j < Q)[None, :]
-    image = x + tl.where(n < N, n, 0).to(tl.int64) * stride_n
-    at = image[None, :] + (tl.where(h_inside, h, 0) * stride_h + tl.where(v_inside, v, 0) * stride_w)
-    at += tl.where(k < 9 * C, c, 0) * stride_c
+    h = (i * CONFIG.STEP_H)[None, :] + (tap // 3 - pad_h)
+    v = (j * CONFIG.STEP_W)[None, :] + (tap % 3 - pad_w)
+    # A negative number is a large one.
+    h_inside = (h.to(tl.uint32) < image.H.to(tl.uint32)) & ((n < image.N) & (i < P))[None, :]
+    v_inside = (v.to(tl.uint32) < image.W.to(tl.uint32)) & (j < Q)[None, :]
+    of_image = image.data + tl.where(n < image.N, n, 0).to(tl.int64) * image.stride_n
+    at = of_image[None, :] + (tl.where(h_inside, h, 0) * image.stride_h + tl.where(v_inside, v, 0) * image.stride_w)
+    at += tl.where(k < 9 * C, c, 0) * image.stride_c
     g = tl.load(at, mask=h_inside & v_inside & (k < 9 * C), other=0.0)
     if ONES:
         g = tl.where(k == 9 * C, round_to(tl.full((BLOCK_K, 1), 1.0, tl.float32), g.dtype), g)
@@ -53,24 +110,26 @@ def gather(
 
 
 @triton.jit
-def gather_row(
-    x, n, h, j, N, H, W, pad_w, stride_n, stride_c, stride_h, stride_w,
-    C: tl.constexpr, STEP_W: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """x[n, h, j·STEP_W + s − pad_w, c] for k = (s, c): (BLOCK_K, pixels), zeros outside. Otherwise as `gather`."""
-    k = tl.arange(0, BLOCK_K)[:, None]
-    v = (j * STEP_W)[None, :] + (k // C - pad_w)
-    inside = ((n < N) & (h >= 0) & (h < H))[None, :] & (v.to(tl.uint32) < W.to(tl.uint32)) & (k < 3 * C)
-    image = x + tl.where(n < N, n, 0).to(tl.int64) * stride_n
-    at = image[None, :] + (tl.where((h >= 0) & (h < H), h, 0) * stride_h + tl.where(inside, v * stride_w, 0))
-    return tl.load(at + tl.where(k < 3 * C, k % C, 0) * stride_c, mask=inside, other=0.0)
+def gather_row(image, n, h, j, pad_w, CONFIG: tl.constexpr):
+    """image[n, h, j·STEP_W + s − pad_w, c] for k = (s, c): (BLOCK_K, pixels), zeros outside. Otherwise as `gather`."""
+    C: tl.constexpr = CONFIG.C
+    H = image.H
+    W = image.W
+    k = tl.arange(0, CONFIG.BLOCK_K)[:, None]
+    v = (j * CONFIG.STEP_W)[None, :] + (k // C - pad_w)
+    inside = ((n < image.N) & (h >= 0) & (h < H))[None, :] & (v.to(tl.uint32) < W.to(tl.uint32)) & (k < 3 * C)
+    of_image = image.data + tl.where(n < image.N, n, 0).to(tl.int64) * image.stride_n
+    h = tl.where((h >= 0) & (h < H), h, 0)
+    at = of_image[None, :] + (h * image.stride_h + tl.where(inside, v * image.stride_w, 0))
+    return tl.load(at + tl.where(k < 3 * C, k % C, 0) * image.stride_c, mask=inside, other=0.0)
 
 
 @triton.jit
-def load_taps(w, r, o, o_inside, C: tl.constexpr, TAPS_LAST: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_taps(w, r, o, o_inside, CONFIG: tl.constexpr):
     """w[o, r, k] for k = (s, c): (outputs, BLOCK_K)."""
-    k = tl.arange(0, BLOCK_K)[None, :]
-    if TAPS_LAST:
+    C: tl.constexpr = CONFIG.C
+    k = tl.arange(0, CONFIG.BLOCK_K)[None, :]
+    if CONFIG.TAPS_LAST:
         at = k % C * 9 + r * 3 + k // C
     else:
         at = r * (3 * C) + k
@@ -79,51 +138,54 @@ def load_taps(w, r, o, o_inside, C: tl.constexpr, TAPS_LAST: tl.constexpr, BLOCK
 
 
 @triton.jit(do_not_specialize=SIZES)
-def small_forward(
+def few_channels_forward(
     x, w, b, y, N, H, W, P, Q, O, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-    y_stride_n, y_stride_c, y_stride_h, y_stride_w,
-    C: tl.constexpr, TAPS_LAST: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr, ACCURATE: tl.constexpr, PTX: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, LAST: tl.constexpr, VEC_STORE: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+    y_stride_n, y_stride_c, y_stride_h, y_stride_w, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """y = act(x ⋆ w + b): BOX_H rows of BOX_W columns of BOX_N images, BLOCK_J output channels a program. w: (O, 9·C).
 
     Row by row: what is gathered of a row of x serves the rows of y that it meets.
     """
+    BOX_N: tl.constexpr = CONFIG.BOX_N
+    BOX_H: tl.constexpr = CONFIG.BOX_H
+    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
+    STEP_H: tl.constexpr = CONFIG.STEP_H
+    PRECISION: tl.constexpr = CONFIG.PRECISION
+    ACC: tl.constexpr = accumulator(x.dtype)
     columns = tl.cdiv(O, BLOCK_J)
-    n, first, j = box_at(tl.program_id(0) // columns, P, Q, BOX_N, BOX_H, BOX_W)
-    n, _, j = pixels(n, first, j, BOX_N, 1, BOX_W)
+    box = box_at(tl.program_id(0) // columns, P, Q, BOX_N, BOX_H, BOX_W)
+    first = box.h
+    n, _, j = pixels_of(box, BOX_N, 1, BOX_W)
     col = tl.program_id(0) % columns * BLOCK_J
-    o, o_inside = indices(col, O, BLOCK_J, 1)
-    w0 = load_taps(w, 0, o, o_inside, C, TAPS_LAST, BLOCK_K)
-    w1 = load_taps(w, 1, o, o_inside, C, TAPS_LAST, BLOCK_K)
-    w2 = load_taps(w, 2, o, o_inside, C, TAPS_LAST, BLOCK_K)
-    if HAS_BIAS:
+    o, o_inside = masked_range(col, O, BLOCK_J, 1)
+    w0 = load_taps(w, 0, o, o_inside, CONFIG)
+    w1 = load_taps(w, 1, o, o_inside, CONFIG)
+    w2 = load_taps(w, 2, o, o_inside, CONFIG)
+    if b is not None:
         bias = tl.load(b + o, mask=o_inside, other=0.0).to(ACC)
+    x = Image(x, N, H, W, 0, stride_n, stride_c, stride_h, stride_w)
+    y = Image(y, N, P, Q, O, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
     h = first * STEP_H - pad_h
-    g0 = gather_row(x, n, h, j, N, H, W, pad_w, stride_n, stride_c, stride_h, stride_w, C, STEP_W, BLOCK_K)
-    g1 = gather_row(x, n, h + 1, j, N, H, W, pad_w, stride_n, stride_c, stride_h, stride_w, C, STEP_W, BLOCK_K)
+    g0 = gather_row(x, n, h, j, pad_w, CONFIG)
+    g1 = gather_row(x, n, h + 1, j, pad_w, CONFIG)
     for t in range(0, tl.minimum(BOX_H, P - first)):
         h = (first + t) * STEP_H - pad_h
-        g2 = gather_row(x, n, h + 2, j, N, H, W, pad_w, stride_n, stride_c, stride_h, stride_w, C, STEP_W, BLOCK_K)
+        g2 = gather_row(x, n, h + 2, j, pad_w, CONFIG)
         # Weights first, as in `conv3x3.convolve`. Compiled: Triton else starts the product from the bias, and ptxas
         # puts waits of its own between its instructions.
         z = dot(w0, g0, tl.zeros((BLOCK_J, BOX_N * BOX_W), ACC), PRECISION)
         z = tl.trans(dot(w2, g2, dot(w1, g1, z, PRECISION), PRECISION))
-        if HAS_BIAS:
+        if b is not None:
             z += bias[None, :]
-        if SIGMOID:
-            z = sigmoid(z, ACCURATE, PTX)
-        store_box(
-            y, z, n, first + t, j, col, O, N, P, Q, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
-            LAST, VEC_STORE, BOX_W, BLOCK_J,
-        )  # fmt: skip
+        if CONFIG.SIGMOID:
+            z = sigmoid(z, y.data.dtype.element_ty, CONFIG.PTX)
+        store_box(y, z, Pixels(n, first + t, j), col, CONFIG.CHANNELS_LAST, CONFIG.VEC_STORE, BOX_W, BLOCK_J)
         if STEP_H == 1:
             g0, g1 = g1, g2
         else:
             g0 = g2
-            g1 = gather_row(x, n, h + 3, j, N, H, W, pad_w, stride_n, stride_c, stride_h, stride_w, C, STEP_W, BLOCK_K)
+            g1 = gather_row(x, n, h + 3, j, pad_w, CONFIG)
 
 
 @triton.jit
@@ -136,12 +198,9 @@ def three_of_four(x):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def small_dgrad(
+def few_channels_dgrad(
     dz, w, dx, N, H, W, P, Q, O, pad_h, pad_w, stride_n, stride_h, stride_w,
-    x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-    C: tl.constexpr, TAPS_LAST: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    VEC: tl.constexpr, LAST: tl.constexpr, VEC_STORE: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_L: tl.constexpr,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """dx of up to four channels, with a stride of 1: BOX_H rows of BOX_W − 2 columns of BOX_N images a program.
 
@@ -155,85 +214,100 @@ def small_dgrad(
     bit, and four lanes share the others, so rows are added and taps taken apart within a thread. Only neighbours meet
     through shared memory.
     """
+    BOX_N: tl.constexpr = CONFIG.BOX_N
+    BOX_H: tl.constexpr = CONFIG.BOX_H
+    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BLOCK_L: tl.constexpr = CONFIG.BLOCK_L
+    C: tl.constexpr = CONFIG.C
+    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
+    VEC: tl.constexpr = CONFIG.VEC
+    VEC_STORE: tl.constexpr = CONFIG.VEC_STORE
+    PRECISION: tl.constexpr = CONFIG.PRECISION
     PIXELS: tl.constexpr = BOX_N * BOX_W
+    ACC: tl.constexpr = accumulator(dx.dtype)
     n, first, left = box_at(tl.program_id(0), H, W, BOX_N, BOX_H, BOX_W - 2)
     k = tl.arange(0, 64)[None, :]
     r, s, c = k // 16, k // 8 % 2 * 2 + k % 2, k // 2 % 4
-    if TAPS_LAST:
+    if CONFIG.TAPS_LAST:
         at = c * 9 + r * 3 + s
     else:
         at = (r * 3 + s) * C + c
-    o, o_inside = indices(0, O, BLOCK_L, 1)
+    o, o_inside = masked_range(0, O, BLOCK_L, 1)
     inside = o_inside[:, None] & (r < 3) & (s < 3) & (c < C)
     taps = tl.load(w + tl.where(inside, o[:, None] * (9 * C) + at, 0), mask=inside, other=0.0)
     taps = round_operand(taps, taps.dtype, PRECISION)
 
-    m_n, _, column = pixels(n, 0, 0, BOX_N, 1, BOX_W)
+    m_n, _, column = pixels_of(Pixels(n, 0, 0), BOX_N, 1, BOX_W)
     v = tl.where(column < BOX_W - 2, left + column, -1)
-    c, c_inside = indices(0, C, 4, VEC_STORE if LAST else 1)
+    c, c_inside = masked_range(0, C, 4, VEC_STORE if CHANNELS_LAST else 1)
     m = tl.broadcast_to(tl.arange(0, PIXELS)[:, None], (PIXELS, 4))
+    dz = Image(dz, N, P, Q, tl.cdiv(O, VEC) * VEC, stride_n, 1, stride_h, stride_w)
+    dx = Image(dx, N, H, W, C, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
     # What the last two rows of dz gave the row of dx that the next one completes, and the row after that.
     complete = tl.zeros((PIXELS, 16), ACC)
     begun = tl.zeros((PIXELS, 16), ACC)
     for t in range(0, tl.minimum(BOX_H, H - first) + 2):
-        z = load_box(
-            dz, n, first + t, left, pad_h - 2, pad_w - 2, 0, tl.cdiv(O, VEC) * VEC, N, P, Q,
-            stride_n, stride_h, stride_w, 0, 0, 1, 1, False, TMA, VEC, BOX_N, 1, BOX_W, BLOCK_L,
-        )  # fmt: skip
+        window = Window(1, 1, pad_h - 2, pad_w - 2)
+        z = load_box(dz, Pixels(n, first + t, left), window, 0, (BOX_N, 1, BOX_W, BLOCK_L), VEC)
         p = dot(z, taps, tl.zeros((PIXELS, 64), ACC), PRECISION)
         p0, p1, p2 = three_of_four(tl.permute(tl.reshape(p, (PIXELS, 2, 2, 16)), (0, 3, 1, 2)))
         q0, q1, q2 = three_of_four(tl.permute(tl.reshape(complete + p0, (PIXELS, 2, 4, 2)), (0, 2, 1, 3)))
         complete, begun = begun + p1, p2
         q1 = tl.gather(q1, tl.minimum(m + 1, PIXELS - 1), 0)
         q0 = tl.gather(q0, tl.minimum(m + 2, PIXELS - 1), 0)
-        store_row(
-            dx, q2 + q1 + q0, m_n, tl.where(t < 2, -1, first + t - 2), v, c, c_inside, N, H, W,
-            x_stride_n, x_stride_c, x_stride_h, x_stride_w, LAST, VEC_STORE,
-        )  # fmt: skip
+        pixels = Pixels(m_n, tl.where(t < 2, -1, first + t - 2), v)
+        store_row(dx, q2 + q1 + q0, pixels, c, c_inside, CHANNELS_LAST, VEC_STORE)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
-def small_wgrad(
+def few_channels_wgrad(
     dz, y, x, dw, db, N, H, W, P, Q, O, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
     z_stride_n, z_stride_c, z_stride_h, z_stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w, boxes_per_split,
-    C: tl.constexpr, TAPS_LAST: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    FUSE_DZ: tl.constexpr, WRITE_DB: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    LAST: tl.constexpr, VEC: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """dw[split] (O, 9·C) and db[split] (O,) of the boxes of split = program_id(1).
+    """dw[split] (O, 9·C) and db[split] (O,), or None, of the boxes of split = program_id(1).
 
     With FUSE_DZ the argument `dz` holds dy, and dz = dy·y·(1 − y) is formed on the way in: nobody else needs it.
     """
+    BOX_N: tl.constexpr = CONFIG.BOX_N
+    BOX_H: tl.constexpr = CONFIG.BOX_H
+    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BLOCK_O: tl.constexpr = CONFIG.BLOCK_O
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    C: tl.constexpr = CONFIG.C
+    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
+    VEC: tl.constexpr = CONFIG.VEC
+    PRECISION: tl.constexpr = CONFIG.PRECISION
     RUN: tl.constexpr = VEC if VEC < BOX_W else BOX_W
     # Counted: a tile that is multiplied and summed lies in shared memory so that eight threads at a time read one bank.
     # 16-bit numbers are summed by the product itself, exactly, in a column that it has free.
-    ONES: tl.constexpr = WRITE_DB and not FUSE_DZ and dz.dtype.element_ty.primitive_bitwidth == 16
+    HALF: tl.constexpr = dz.dtype.element_ty.primitive_bitwidth == 16
+    ONES: tl.constexpr = HALF and not CONFIG.FUSE_DZ and db is not None
+    ACC: tl.constexpr = accumulator(dz.dtype)
     col = tl.program_id(0) * BLOCK_O
     split = tl.program_id(1)
     boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H) * tl.cdiv(Q, BOX_W)
-    o, o_inside = indices(col, O, BLOCK_O, VEC if LAST else 1)
+    o, o_inside = masked_range(col, O, BLOCK_O, VEC if CHANNELS_LAST else 1)
+    x = Image(x, N, H, W, C, stride_n, stride_c, stride_h, stride_w)
+    dz = Image(dz, N, P, Q, O, z_stride_n, z_stride_c, z_stride_h, z_stride_w)
     acc = tl.zeros((BLOCK_O, BLOCK_K), ACC)
     sums = tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_O), ACC)
-    for box in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
-        n, i, j = box_at(box, P, Q, BOX_N, BOX_H, BOX_W)
-        n, i, j = pixels(n, i, j, BOX_N, BOX_H, BOX_W)
-        at, inside = positions(n, i, j, o, N, P, Q, z_stride_n, z_stride_c, z_stride_h, z_stride_w, LAST, VEC, RUN)
+    for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
+        pixels = pixels_of(box_at(index, P, Q, BOX_N, BOX_H, BOX_W), BOX_N, BOX_H, BOX_W)
+        at, inside = offsets(dz, pixels, o, CHANNELS_LAST, VEC, RUN)
         mask = inside[:, None] & o_inside[None, :]
-        z = tl.load(dz + at, mask=mask, other=0.0)
-        if FUSE_DZ:
-            at, _ = positions(n, i, j, o, N, P, Q, y_stride_n, y_stride_c, y_stride_h, y_stride_w, LAST, VEC, RUN)
-            z = sigmoid_backward(z, tl.load(y + at, mask=mask, other=0.0), ACC)
-        if WRITE_DB and not ONES:
+        z = tl.load(dz.data + at, mask=mask, other=0.0)
+        if CONFIG.FUSE_DZ:
+            output = Image(y, N, P, Q, O, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
+            at, _ = offsets(output, pixels, o, CHANNELS_LAST, VEC, RUN)
+            z = sigmoid_backward(z, tl.load(y + at, mask=mask, other=0.0))
+        if db is not None and not ONES:
             sums += z.to(ACC)
-        g = gather(
-            x, n, i, j, N, H, W, P, Q, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-            C, TAPS_LAST, STEP_H, STEP_W, ONES, BLOCK_K,
-        )  # fmt: skip
+        g = gather(x, pixels, P, Q, (pad_h, pad_w), ONES, CONFIG)
         acc = dot(tl.trans(round_to(z, g.dtype)), tl.trans(g), acc, PRECISION)
     row = split.to(tl.int64) * O + o
-    k, k_inside = indices(0, 9 * C, BLOCK_K, 1)
-    if WRITE_DB:
+    k, k_inside = masked_range(0, 9 * C, BLOCK_K, 1)
+    if db is not None:
         if ONES:
             column = tl.arange(0, BLOCK_K)[None, :] == 9 * C
             at = db + row[:, None] + tl.zeros((1, BLOCK_K), tl.int32)

@@ -10,16 +10,21 @@
 Backward needs the output y, never z. It comes in two shapes. Either `output_grad` writes dz and the two products read
 it; or a product forms dz from dy and y while it loads its operand (FUSE_DZ), and wgrad hands dz on to dgrad and sums db
 as it goes: a pass over memory less, for more instructions in the loop. Sums over rows that several programs share leave
-partial results, one a program, which `sum_partials` adds in a fixed order: no atomics, the same bits every time.
+partial results, one a program, which `reduce_partials` adds in a fixed order: no atomics, the same bits every time.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from .common import (
+    Matrix,
+    accumulator,
     dot,
-    indices,
+    element_type,
     load_tile,
+    masked_range,
     product,
     round_operand,
     round_to,
@@ -29,174 +34,229 @@ from .common import (
     tile_of,
 )
 
-SIZES = ["M", "N", "K", "ldx", "ldw", "ldy", "rows_per_program", "rows_per_split"]
 # Sizes are not specialized: no recompile when a batch is 1 or a multiple of 16; what alignment there is, VEC says.
 
 
+class Forward(NamedTuple):
+    """What is fixed when `forward` is compiled; fields as in `common`."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP: int
+    PRECISION: str
+    TMA: bool
+    TMA_STORE: bool
+    X_TRANSPOSED: bool  # x lies column by column
+    W_TRANSPOSED: bool
+    PREFETCH: bool
+    PERSISTENT: bool  # a program takes several tiles of y
+    VEC: int
+    VEC_STORE: int
+    PTX: bool
+
+
+class OutputGrad(NamedTuple):
+    """What is fixed when `output_grad` is compiled; fields as in `common`."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    VEC: int
+    VEC_DY: int  # divides dy's distance from row to row
+
+
+class Dgrad(NamedTuple):
+    """What is fixed when `dgrad` is compiled; fields as in `common`."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP: int
+    STAGES: int
+    PRECISION: str
+    FUSE_DZ: bool
+    TMA: bool
+    TMA_STORE: bool
+    W_TRANSPOSED: bool
+    PREFETCH: bool
+    VEC: int
+    VEC_STORE: int
+
+
+class Wgrad(NamedTuple):
+    """What is fixed when `wgrad` is compiled; fields as in `common`."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP: int
+    STAGES: int
+    PRECISION: str
+    FUSE_DZ: bool
+    TMA: bool
+    X_TRANSPOSED: bool
+    PREFETCH: bool
+    VEC: int
+    VEC_STORE: int
+
+
 @triton.jit
-def _forward_tile(
-    x, w, b, y, tile, M, N, K, ldx, ldw,
-    HAS_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, ACCURATE: tl.constexpr, PTX: tl.constexpr,
-    TMA: tl.constexpr, TMA_STORE: tl.constexpr, X_TRANSPOSED: tl.constexpr, W_TRANSPOSED: tl.constexpr,
-    PREFETCH: tl.constexpr, VEC: tl.constexpr, VEC_STORE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    row, col = tile_of(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+def forward_tile(x, w, b, y, tile, CONFIG: tl.constexpr):
+    """One tile of y = σ(x·wᵀ + b). x, w and y are a `Matrix` each."""
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    X_TRANSPOSED: tl.constexpr = CONFIG.X_TRANSPOSED
+    W_TRANSPOSED: tl.constexpr = CONFIG.W_TRANSPOSED
+    row, col = tile_of(tile, tl.cdiv(y.rows, BLOCK_M), tl.cdiv(y.cols, BLOCK_N), CONFIG.GROUP)
     m = row * BLOCK_M
     n = col * BLOCK_N
-    z = product(
-        x, w, m, n, 0, K, M, N, ldx, ldw,
-        ACC, PRECISION, TMA, X_TRANSPOSED, not W_TRANSPOSED, PREFETCH, VEC, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    if HAS_BIAS:
-        j, inside = indices(n, N, BLOCK_N, 1)
-        z += tl.load(b + j, mask=inside, other=0.0).to(ACC)[None, :]
-    store_tile(y, sigmoid(z, ACCURATE, PTX), m, n, M, N, BLOCK_M, BLOCK_N, TMA_STORE, VEC_STORE)
+    z = product(x, w, m, n, 0, (X_TRANSPOSED, not W_TRANSPOSED), (BLOCK_M, BLOCK_N, BLOCK_K), CONFIG)
+    if b is not None:
+        j, inside = masked_range(n, y.cols, BLOCK_N, 1)
+        z += tl.load(b + j, mask=inside, other=0.0).to(z.dtype)[None, :]
+    y_tile = sigmoid(z, element_type(y.data.dtype), CONFIG.PTX)
+    store_tile(y, y_tile, m, n, BLOCK_M, BLOCK_N, CONFIG.VEC_STORE)
 
 
-@triton.jit(do_not_specialize=SIZES[:5])
-def forward(
-    x, w, b, y, M, N, K, ldx, ldw,
-    HAS_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, ACCURATE: tl.constexpr, PTX: tl.constexpr,
-    TMA: tl.constexpr, TMA_STORE: tl.constexpr, X_TRANSPOSED: tl.constexpr, W_TRANSPOSED: tl.constexpr,
-    PREFETCH: tl.constexpr, VEC: tl.constexpr, VEC_STORE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["M", "N", "K", "ldx", "ldw"])
+def forward(x, w, b, y, M, N, K, ldx, ldw, CONFIG: tl.constexpr):
     """y = σ(x·wᵀ + b). One tile of y a program, or (PERSISTENT) every num_programs-th."""
-    if PERSISTENT:
-        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    x = Matrix(x, M, K, ldx)
+    w = Matrix(w, K, N, ldw)
+    y = Matrix(y, M, N, N)
+    if CONFIG.PERSISTENT:
+        tiles = tl.cdiv(M, CONFIG.BLOCK_M) * tl.cdiv(N, CONFIG.BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=False):
-            _forward_tile(
-                x, w, b, y, tile, M, N, K, ldx, ldw, HAS_BIAS, ACC, PRECISION, ACCURATE, PTX, TMA, TMA_STORE,
-                X_TRANSPOSED, W_TRANSPOSED, PREFETCH, VEC, VEC_STORE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
-            )  # fmt: skip
+            forward_tile(x, w, b, y, tile, CONFIG)
     else:
-        _forward_tile(
-            x, w, b, y, tl.program_id(0), M, N, K, ldx, ldw, HAS_BIAS, ACC, PRECISION, ACCURATE, PTX, TMA, TMA_STORE,
-            X_TRANSPOSED, W_TRANSPOSED, PREFETCH, VEC, VEC_STORE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
-        )  # fmt: skip
+        forward_tile(x, w, b, y, tl.program_id(0), CONFIG)
 
 
 @triton.jit(do_not_specialize=["M", "N", "rows_per_program"])
-def output_grad(
-    dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program,
-    WRITE_DZ: tl.constexpr, WRITE_DB: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, VEC_DY: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dz = dy·y·(1 − y), and db[p] = Σ dz over the rows of block p. dy has any strides: an expanded scalar's too."""
+def output_grad(dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program, CONFIG: tl.constexpr):
+    """dz = dy·y·(1 − y), and db[p] = Σ dz over the rows of block p. dy has any strides: an expanded scalar's too.
+
+    dz or db may be None.
+    """
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    VEC: tl.constexpr = CONFIG.VEC
+    VEC_DY: tl.constexpr = CONFIG.VEC_DY
     n = tl.program_id(0) * BLOCK_N
-    j, j_inside = indices(n, N, BLOCK_N, VEC)
+    j, j_inside = masked_range(n, N, BLOCK_N, VEC)
     first = tl.program_id(1) * rows_per_program
-    sums = tl.zeros((BLOCK_M, BLOCK_N), ACC)  # of every BLOCK_M-th row: adding up across threads can wait until the end
+    # Of every BLOCK_M-th row: adding up across threads can wait until the end.
+    sums = tl.zeros((BLOCK_M, BLOCK_N), accumulator(y.dtype))
     for m in range(first, tl.minimum(first + rows_per_program, M), BLOCK_M):
-        i, i_inside = indices(m, M, BLOCK_M, 1)
+        i, i_inside = masked_range(m, M, BLOCK_M, 1)
         inside = i_inside[:, None] & j_inside[None, :]
         y_tile = tl.load(y + (i[:, None] * (N // VEC * VEC) + j[None, :]), mask=inside, other=0.0)
         at = dy + (i[:, None] * (stride_dym // VEC_DY * VEC_DY) + j[None, :] * stride_dyn)
-        dy_tile = tl.load(at, mask=inside, other=0.0)
-        dz_tile = sigmoid_backward(dy_tile, y_tile, ACC)
-        if WRITE_DZ:
-            store_tile(dz, dz_tile, m, n, M, N, BLOCK_M, BLOCK_N, False, VEC)
-        if WRITE_DB:
+        dz_tile = sigmoid_backward(tl.load(at, mask=inside, other=0.0), y_tile)
+        if dz is not None:
+            store_tile(Matrix(dz, M, N, N), dz_tile, m, n, BLOCK_M, BLOCK_N, VEC)
+        if db is not None:
             sums += dz_tile
-    if WRITE_DB:
+    if db is not None:
         total = round_to(tl.sum(sums, 0), db.dtype.element_ty)
         tl.store(db + tl.program_id(1).to(tl.int64) * N + j, total, mask=j_inside)
 
 
 @triton.jit
-def load_dz(
-    dy, y, m, n, M, N, ldy,
-    ACC: tl.constexpr, TMA: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The tile of dz = dy·y·(1 − y) at (m, n)."""
-    dy_tile = load_tile(dy, m, n, M, N, ldy, BLOCK_M, BLOCK_N, TMA, False, VEC)
-    y_tile = load_tile(y, m, n, M, N, N, BLOCK_M, BLOCK_N, TMA, False, VEC)
-    return sigmoid_backward(dy_tile, y_tile, ACC)
+def load_dy_and_y(dy, y, m, n, CONFIG: tl.constexpr):
+    """The tiles of dy and y, a `Matrix` each, at (m, n)."""
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    dy_tile = load_tile(dy, m, n, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
+    y_tile = load_tile(y, m, n, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
+    return dy_tile, y_tile
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "ldy", "ldw"])
-def dgrad(
-    dz, y, w, dx, M, N, K, ldy, ldw,
-    FUSE_DZ: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, TMA_STORE: tl.constexpr, W_TRANSPOSED: tl.constexpr,
-    PREFETCH: tl.constexpr, VEC: tl.constexpr, VEC_STORE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+def dgrad(dz, y, w, dx, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
     """dx = dz·w. With FUSE_DZ the argument `dz` holds dy, and dz = dy·y·(1 − y) is formed tile by tile."""
-    row, col = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    W_TRANSPOSED: tl.constexpr = CONFIG.W_TRANSPOSED
+    PRECISION: tl.constexpr = CONFIG.PRECISION
+    row, col = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), CONFIG.GROUP)
     m = row * BLOCK_M
     k = col * BLOCK_K
-    if FUSE_DZ:
-        acc = tl.zeros((BLOCK_K, BLOCK_M), ACC)
-        dz_tile = load_dz(dz, y, m, 0, M, N, ldy, ACC, TMA, VEC, BLOCK_M, BLOCK_N)
-        for n in tl.range(0, N, BLOCK_N, num_stages=STAGES):  # as in wgrad
-            w_tile = load_tile(w, n, k, N, K, ldw, BLOCK_N, BLOCK_K, TMA, W_TRANSPOSED, VEC)
+    dz = Matrix(dz, M, N, ldy)
+    w = Matrix(w, N, K, ldw)
+    if CONFIG.FUSE_DZ:
+        dy = dz
+        y = Matrix(y, M, N, N)
+        acc = tl.zeros((BLOCK_K, BLOCK_M), accumulator(dy.data.dtype))
+        dy_tile, y_tile = load_dy_and_y(dy, y, m, 0, CONFIG)
+        dz_tile = sigmoid_backward(dy_tile, y_tile)
+        for n in tl.range(0, N, BLOCK_N, num_stages=CONFIG.STAGES):  # as in wgrad
+            w_tile = load_tile(w, n, k, BLOCK_N, BLOCK_K, W_TRANSPOSED, CONFIG.VEC)
             rounded = round_operand(dz_tile, w_tile.dtype, PRECISION)
-            dy_tile = load_tile(dz, m, n + BLOCK_N, M, N, ldy, BLOCK_M, BLOCK_N, TMA, False, VEC)
-            y_tile = load_tile(y, m, n + BLOCK_N, M, N, N, BLOCK_M, BLOCK_N, TMA, False, VEC)
+            dy_tile, y_tile = load_dy_and_y(dy, y, m, n + BLOCK_N, CONFIG)
             acc = dot(tl.trans(w_tile), tl.trans(rounded), acc, PRECISION)
-            dz_tile = sigmoid_backward(dy_tile, y_tile, ACC)
+            dz_tile = sigmoid_backward(dy_tile, y_tile)
         acc = tl.trans(acc)
     else:
-        acc = product(
-            dz, w, m, k, 0, N, M, K, ldy, ldw,
-            ACC, PRECISION, TMA, False, W_TRANSPOSED, PREFETCH, VEC, BLOCK_M, BLOCK_K, BLOCK_N,
-        )  # fmt: skip
-    store_tile(dx, acc, m, k, M, K, BLOCK_M, BLOCK_K, TMA_STORE, VEC_STORE)
+        acc = product(dz, w, m, k, 0, (False, W_TRANSPOSED), (BLOCK_M, BLOCK_K, BLOCK_N), CONFIG)
+    store_tile(Matrix(dx, M, K, K), acc, m, k, BLOCK_M, BLOCK_K, CONFIG.VEC_STORE)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "ldy", "ldx", "rows_per_split"])
-def wgrad(
-    dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split,
-    FUSE_DZ: tl.constexpr, WRITE_DZ: tl.constexpr, WRITE_DB: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, X_TRANSPOSED: tl.constexpr, PREFETCH: tl.constexpr, VEC: tl.constexpr, VEC_STORE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+def wgrad(dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split, CONFIG: tl.constexpr):
     """dw[s] = dzᵀ·x over the rows of split s = program_id(1). dw: (splits, N, K).
 
     With FUSE_DZ the argument `dz` holds dy; the programs of the first tile column also write dz to `dz_out` (M, N) and
-    the sums of its rows to `db` (splits, N).
+    the sums of its rows to `db` (splits, N), unless these are None.
 
     A tile of dz is formed a turn before it is multiplied. Compiled: Triton waits for a product whose operand the turn
     itself wrote to shared memory, but ptxas puts arithmetic between the product and the wait: 88 of a turn's 260
     instructions. STAGES, `num_stages` again: without it loads for the next turn's dz would not run ahead.
     """
-    row, col = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP)
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    X_TRANSPOSED: tl.constexpr = CONFIG.X_TRANSPOSED
+    PRECISION: tl.constexpr = CONFIG.PRECISION
+    VEC: tl.constexpr = CONFIG.VEC
+    VEC_STORE: tl.constexpr = CONFIG.VEC_STORE
+    row, col = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), CONFIG.GROUP)
     n = row * BLOCK_N
     k = col * BLOCK_K
     split = tl.program_id(1).to(tl.int64)
     first = tl.program_id(1) * rows_per_split
     last = tl.minimum(first + rows_per_split, M)
-    if FUSE_DZ:
-        acc = tl.zeros((BLOCK_K, BLOCK_N), ACC)
-        sums = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-        mine = N * (col == 0).to(tl.int32)  # how far along N this program's share of dz and db reaches: all or nothing
-        dz_tile = load_dz(dz, y, first, n, last, N, ldy, ACC, TMA, VEC, BLOCK_M, BLOCK_N)
-        for m in tl.range(first, last, BLOCK_M, num_stages=STAGES):
-            x_tile = load_tile(x, m, k, last, K, ldx, BLOCK_M, BLOCK_K, TMA, X_TRANSPOSED, VEC)
+    x = Matrix(x, last, K, ldx)
+    if CONFIG.FUSE_DZ:
+        dy = Matrix(dz, last, N, ldy)
+        y = Matrix(y, last, N, N)
+        acc = tl.zeros((BLOCK_K, BLOCK_N), accumulator(dy.data.dtype))
+        sums = tl.zeros((BLOCK_M, BLOCK_N), acc.dtype)
+        mine = N * (col == 0).to(tl.int32)  # only the first tile column writes dz and db: elsewhere 0 masks every store
+        dy_tile, y_tile = load_dy_and_y(dy, y, first, n, CONFIG)
+        dz_tile = sigmoid_backward(dy_tile, y_tile)
+        for m in tl.range(first, last, BLOCK_M, num_stages=CONFIG.STAGES):
+            x_tile = load_tile(x, m, k, BLOCK_M, BLOCK_K, X_TRANSPOSED, VEC)
             rounded = round_operand(dz_tile, x_tile.dtype, PRECISION)
-            if WRITE_DB:
+            if db is not None:
                 sums += dz_tile
-            if WRITE_DZ:
-                i, i_inside = indices(m, last, BLOCK_M, 1)
-                j, j_inside = indices(n, mine, BLOCK_N, VEC)
+            if dz_out is not None:
+                i, i_inside = masked_range(m, last, BLOCK_M, 1)
+                j, j_inside = masked_range(n, mine, BLOCK_N, VEC)
                 at = dz_out + (i[:, None] * (N // VEC * VEC) + j[None, :])
                 tl.store(at, rounded, mask=i_inside[:, None] & j_inside[None, :])
-            dy_tile = load_tile(dz, m + BLOCK_M, n, last, N, ldy, BLOCK_M, BLOCK_N, TMA, False, VEC)
-            y_tile = load_tile(y, m + BLOCK_M, n, last, N, N, BLOCK_M, BLOCK_N, TMA, False, VEC)
+            dy_tile, y_tile = load_dy_and_y(dy, y, m + BLOCK_M, n, CONFIG)
             # Compiled: as wgmma's first operand dz would stay in registers, and each product wait for the one before.
             acc = dot(tl.trans(x_tile), rounded, acc, PRECISION)
-            dz_tile = sigmoid_backward(dy_tile, y_tile, ACC)  # the next turn's, while this one's product runs
+            dz_tile = sigmoid_backward(dy_tile, y_tile)  # the next turn's, while this one's product runs
         acc = tl.trans(acc)
-        if WRITE_DB:
-            j, j_inside = indices(n, mine, BLOCK_N, 1)
+        if db is not None:
+            j, j_inside = masked_range(n, mine, BLOCK_N, 1)
             tl.store(db + split * N + j, round_to(tl.sum(sums, 0), db.dtype.element_ty), mask=j_inside)
     else:
-        acc = product(
-            dz, x, n, k, first, last, N, K, ldy, ldx,
-            ACC, PRECISION, TMA, True, X_TRANSPOSED, PREFETCH, VEC, BLOCK_N, BLOCK_K, BLOCK_M,
-        )  # fmt: skip
-    store_tile(dw + split * N * (K // VEC_STORE * VEC_STORE), acc, n, k, N, K, BLOCK_N, BLOCK_K, False, VEC_STORE)
+        dz = Matrix(dz, N, last, ldy)  # transposed
+        acc = product(dz, x, n, k, first, (True, X_TRANSPOSED), (BLOCK_N, BLOCK_K, BLOCK_M), CONFIG)
+    dw = Matrix(dw + split * N * (K // VEC_STORE * VEC_STORE), N, K, K)
+    store_tile(dw, acc, n, k, BLOCK_N, BLOCK_K, VEC_STORE)

@@ -23,11 +23,11 @@ EVENTS: dict[str, dict[str, object]] = {
 ONE_VALUE = {"PTX"}  # switches that have one value on every NVIDIA GPU
 ONE_VALUE_BEFORE_HOPPER = {
     "conv3x3.dgrad.TMA", "conv3x3.dgrad.W_TRANSPOSED", "conv3x3.forward.TMA", "conv3x3.wgrad.TMA",
-    "conv3x3_few_channels.small_dgrad.TMA",
+    "conv3x3_few_channels.few_channels_dgrad.TMA",
     "linear_sigmoid.dgrad.FUSE_DZ", "linear_sigmoid.dgrad.TMA", "linear_sigmoid.dgrad.TMA_STORE",
     "linear_sigmoid.forward.PERSISTENT", "linear_sigmoid.forward.TMA", "linear_sigmoid.forward.TMA_STORE",
-    "linear_sigmoid.wgrad.FUSE_DZ", "linear_sigmoid.wgrad.TMA", "linear_sigmoid.wgrad.WRITE_DB",
-    "linear_sigmoid.wgrad.WRITE_DZ",
+    "linear_sigmoid.wgrad.FUSE_DZ", "linear_sigmoid.wgrad.TMA", "linear_sigmoid.wgrad.db",
+    "linear_sigmoid.wgrad.dz_out",
 }  # fmt: skip
 
 

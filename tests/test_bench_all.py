@@ -135,7 +135,7 @@ def test_every_selection_of_tests_meets_the_kernels() -> None:
     assert all(found)
     layers, conv, optim = names[3:6]
     assert {"test_nothing_waits_for_the_device", "test_gradscaler"} <= optim
-    assert {"test_forward", "test_dgrad", "test_wgrad", "test_output_grad", "test_sum_partials"} <= layers
+    assert {"test_forward", "test_dgrad", "test_wgrad", "test_output_grad", "test_reduce_partials"} <= layers
     assert {"test_forward", "test_dgrad", "test_wgrad", "test_few_input_channels", "test_one_channel_a_group",
             "test_relayout"} <= conv  # fmt: skip
     for name in (

@@ -60,8 +60,8 @@ def test_smoke_walks_through_all_kernels_and_directions(tmp_path: Path, launched
     assert (tmp_path / "conv.md").read_text().count("\n| ") == len(rows) + 1
     assert (tmp_path / "conv.png").exists() == bool(importlib.util.find_spec("matplotlib"))
     assert set(launched) == {
-        "forward", "dgrad", "wgrad", "small_forward", "small_dgrad", "small_wgrad", "depthwise_forward",
-        "depthwise_dgrad", "depthwise_wgrad", "relayout", "pack", "spread_weight",
+        "forward", "dgrad", "wgrad", "few_channels_forward", "few_channels_dgrad", "few_channels_wgrad",
+        "depthwise_forward", "depthwise_dgrad", "depthwise_wgrad", "relayout", "pack", "spread_weight",
     }  # fmt: skip
     text = " ".join(setting for row in rows for setting in row["settings"])
     assert all(word in text for word in ("box", "step2×2", "bundle", "last", "sigmoid", "pixels→channels"))

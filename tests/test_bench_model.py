@@ -369,7 +369,7 @@ def test_work_of_a_convolution() -> None:
 
 
 PRODUCTS: list[Case] = [c for c in [*conv_cases.BASE, *linear.cases()] if c.dtype in (BF16, FP32)]
-READ = {"output_grad": ("dy", "y"), "sum_partials": ("partials",), "relayout": ("src", "y"), "pack": ("src", "src2")}
+READ = {"output_grad": ("dy", "y"), "reduce_partials": ("partials",), "relayout": ("src", "y"), "pack": ("src", "src2")}
 
 
 @pytest.mark.parametrize("case", [c for c in PRODUCTS if not getattr(c, "depthwise", False)], ids=lambda c: c.name)
@@ -395,10 +395,10 @@ def test_no_work_is_lost(case: Case) -> None:
     ("case", "kernels"),
     [
         (Case(SQUARE, BF16), {"output_grad"}),
-        (Case(SQUARISH, BF16), {"sum_partials"}),
-        (Case(TALL, FP32), {"output_grad", "sum_partials"}),
-        (ConvCase(conv_cases.FEW[0], BF16, last=False, sigmoid=True), {"relayout", "pack", "sum_partials"}),
-        (ConvCase(conv_kernels.MANY, BF16, last=False), {"pack", "sum_partials"}),
+        (Case(SQUARISH, BF16), {"reduce_partials"}),
+        (Case(TALL, FP32), {"output_grad", "reduce_partials"}),
+        (ConvCase(conv_cases.FEW[0], BF16, last=False, sigmoid=True), {"relayout", "pack", "reduce_partials"}),
+        (ConvCase(conv_kernels.MANY, BF16, last=False), {"pack", "reduce_partials"}),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

@@ -32,7 +32,7 @@ def timed(every_launch: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     run = Launch.run
 
     def watched(launch: Launch) -> None:
-        constants = dict(launch.constants)
+        constants = launch.settings
         found[-1:] = [f"{found[-1]} {launch.kernel.__name__} {constants}"] if found else []
         steps.append(int(str(constants.get("BLOCK_K", 1))))
         run(launch)

@@ -16,7 +16,7 @@ import tribp
 from tribp import dispatch
 from tribp.launch.arch import ARCHS, Arch, cdiv
 from tribp.launch.conv3x3 import Convolution, bundle_of, choose_box, choose_conv, choose_conv_wgrad, even_splits
-from tribp.launch.layout import Launch, second_pass
+from tribp.launch.layout import Launch, reduce_partials
 from tribp.ops.conv3x3 import plan as ops
 from tribp.ops.conv3x3.images import Packing, relayout
 from tribp.reference import Window, conv3x3_backward
@@ -186,11 +186,11 @@ def test_few_input_channels(c: int, last: bool, kernels: str) -> None:
     z = F.conv2d(x.double(), w.double(), b.double(), window.stride, window.padding)
     y = nan_like(tensor(tuple(z.shape), dtype, kernels, last))
     (launch,) = run(ops.forward(x, w, b, y, window, "sigmoid", arch(x), False))
-    assert launch.kernel.__name__ == "small_forward"
+    assert launch.kernel.__name__ == "few_channels_forward"
     assert_close(y, torch.sigmoid(z).cpu())
     dy, dw, db = tensor(tuple(z.shape), dtype, kernels, c == 5), nan_like(w), nan_like(b)
     done = run(ops.backward(dy, x, None, y, window, arch(x), False, None, dw, db))
-    assert [launch.named.get("FUSE_DZ") for launch in done if launch.kernel.__name__ == "small_wgrad"] == [True]
+    assert [launch.named.get("FUSE_DZ") for launch in done if launch.kernel.__name__ == "few_channels_wgrad"] == [True]
     dz = dy.double() * y.double() * (1 - y.double())
     _, exact, sums = conv3x3_backward(dz.cpu(), x.double().cpu(), None, None, x.shape, window, (False, True, True))
     assert exact is not None
@@ -211,7 +211,7 @@ def test_dx_of_few_input_channels(c: int, tma: bool, kernels: str) -> None:
     dy[1, 4, 5, 7] = torch.inf
     s = replace(BASE, block_i=16, block_j=64, box=(1, 4, 16) if tma else (2, 4, 8), tma=tma, num_warps=1, num_stages=1)
     *_, launch = run(ops.backward(dy, None, w, None, window, arch(dx), False, dx, None, None, settings=s))
-    assert launch.kernel.__name__ == "small_dgrad"
+    assert launch.kernel.__name__ == "few_channels_dgrad"
     exact, _, _ = conv3x3_backward(
         dy.double().cpu(), None, w.double().cpu(), None, dx.shape, window, (True, False, False)
     )
@@ -278,7 +278,7 @@ def test_relayout(with_y: bool, padded: int, layout: str, kernels: str) -> None:
     db = db.to(kernels)
 
     def launches() -> Iterator[Launch]:
-        yield from second_pass(arch(src), (yield from relayout(src, y, dst, db, arch(src))))
+        yield from reduce_partials(arch(src), (yield from relayout(src, y, dst, db, arch(src))))
 
     run(launches())
     assert_close(dst[:, :7], exact.cpu())
@@ -298,12 +298,12 @@ def test_tensors_are_packed_in_one_launch(first: str, second: str, kernels: str)
     w = torch.randn(33, 7, 3, 3, device=kernels).to(dtype)
     packing = Packing(arch(w))
     found = [packing.image(t, 1).tensor for t in images]
-    found.append(packing.packed(w, nan_like(tensor((40, 7, 3, 3), dtype, kernels, True)), swapped=False).tensor)
+    found.append(packing.pack(w, nan_like(tensor((40, 7, 3, 3), dtype, kernels, True)), swapped=False).tensor)
     launches = run(packing.launches())
     assert len(launches) == 1 or (first != second and len(launches) == 2)
     assert not run(packing.launches()), "nothing is packed twice"
     swapped = nan_like(tensor((7, 40, 3, 3), dtype, kernels, True))
-    packing.packed(w, swapped, swapped=True)
+    packing.pack(w, swapped, swapped=True)
     run(packing.launches())
     for result, exact in zip(found, [*images, w], strict=True):
         rows, channels = exact.shape[:2]

@@ -16,7 +16,7 @@ from torch import Tensor
 from tribp import dispatch
 from tribp.kernels import common
 from tribp.launch.arch import ARCHS, Arch, cdiv
-from tribp.launch.layout import Launch, Partials, operand, second_pass, sum_partials
+from tribp.launch.layout import Launch, Partials, operand, reduce_partials, reduction
 from tribp.launch.linear_sigmoid import choose_wgrad
 from tribp.launch.matmul import Product
 from tribp.launch.tuning import hearing, rules_answer
@@ -137,7 +137,7 @@ def test_output_grad(write: str, dtype: torch.dtype, kernels: str) -> None:
 
     def launches() -> Iterator[Launch]:
         sums = yield from triton_ops._output_grad(dy, y, dz, db, arch(y))
-        yield from second_pass(arch(y), sums)
+        yield from reduce_partials(arch(y), sums)
 
     for launch in launches():
         run(launch)
@@ -210,22 +210,22 @@ def test_operands_say_how_memory_lies() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("parts", "length"), [(1, 1), (9, 40), (5, 1000), (70, 33)])
-def test_sum_partials(parts: int, length: int, dtype: torch.dtype, kernels: str) -> None:
+def test_reduce_partials(parts: int, length: int, dtype: torch.dtype, kernels: str) -> None:
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     partials = torch.randn(parts, length, device=kernels, dtype=accumulator)
     out = nan(length, dtype=dtype, device=kernels)
-    run(sum_partials(arch(out), Partials(partials, out)))
+    run(reduction(arch(out), Partials(partials, out)))
     assert_close(
         out, partials.double().sum(0).cpu(), partials.sum(0).to(dtype), scale=partials.double().norm(dim=0).cpu()
     )
 
 
 @pytest.mark.parametrize(("parts", "size"), [(2, (3, 9, 5)), (7, (2, 9, 40)), (5, (1, 9, 64))])
-def test_sum_partials_of_two_results(parts: int, size: tuple[int, int, int], kernels: str) -> None:
+def test_reduce_partials_of_two_results(parts: int, size: tuple[int, int, int], kernels: str) -> None:
     """Matrices whose transposes are wanted, and a shorter result of other parts, in one launch."""
     partials, more = torch.randn(parts, *size, device=kernels), torch.randn(parts + 1, 13, device=kernels)
     out, short = (nan(*s, dtype=torch.float32, device=kernels) for s in ((size[0], size[2], size[1]), (13,)))
-    run(sum_partials(arch(out), Partials(partials, out, size[1:]), Partials(more, short)))
+    run(reduction(arch(out), Partials(partials, out, size[1:]), Partials(more, short)))
     torch.testing.assert_close(out, partials.sum(0).transpose(1, 2))
     torch.testing.assert_close(short, more.sum(0))
 

@@ -105,7 +105,7 @@ def test_every_kernel_and_type_is_compiled(rows: list[Row], target: str) -> None
     for kernel in ("forward", "output_grad", "dgrad", "wgrad"):
         for dtype in ("bfloat16", "float16", "float32", "float64"):
             assert (kernel, dtype) in found
-    assert "sum_partials" in {kernel for kernel, _ in found}
+    assert "reduce_partials" in {kernel for kernel, _ in found}
     switches = {name for row in mine for name in row["settings"].split()}
     assert {"prefetch", "x_transposed", "w_transposed"} <= switches
     assert ("tma" in switches) == ARCHS[target].has_tma
@@ -115,26 +115,26 @@ def test_every_kernel_and_type_is_compiled(rows: list[Row], target: str) -> None
 def test_every_form_of_the_convolution_is_compiled(rows: list[Row], target: str) -> None:
     mine = [row for row in rows if row["operation"] == "conv"]
     found = {(row["kernel"], row["dtype"]) for row in mine}
-    dense, small = {"forward", "dgrad", "wgrad"}, {"small_forward", "small_wgrad"}
+    dense, small = {"forward", "dgrad", "wgrad"}, {"few_channels_forward", "few_channels_wgrad"}
     depthwise = {"depthwise_forward", "depthwise_dgrad", "depthwise_wgrad"}
     for dtype in ("bfloat16", "float16", "float32", "float64"):
         assert found >= {(kernel, dtype) for kernel in dense | small}
         assert found >= {(kernel, dtype) for kernel in depthwise if dtype != "float16"}
-    assert {kernel for kernel, dtype in found if dtype == "bfloat16"} >= {"relayout", "pack", "sum_partials"}
+    assert {kernel for kernel, dtype in found if dtype == "bfloat16"} >= {"relayout", "pack", "reduce_partials"}
 
     def forms(*kernels: str) -> set[str]:
         return {word for row in mine if row["kernel"] in kernels for word in row["settings"].split()}
 
     for kernel in ("forward", "dgrad", "wgrad"):
         assert "diagonal" in forms(kernel)
-        assert any(word.startswith("bundle") for word in forms(kernel))
+        assert any(word.startswith("groups_per_tile") for word in forms(kernel))
         assert ("tma" in forms(kernel)) == ARCHS[target].has_tma
-    assert {"last", "sigmoid"} <= forms("forward") & forms("small_forward")
-    assert {"fuse_dz", "taps_last"} <= forms("small_wgrad")
-    assert {"pixels→channels", "has_y"} <= forms("relayout")
+    assert {"channels_last", "sigmoid"} <= forms("forward") & forms("few_channels_forward")
+    assert {"fuse_dz", "taps_last"} <= forms("few_channels_wgrad")
+    assert {"pixels→channels", "y"} <= forms("relayout")
     assert {"pixels→channels", "channels→channels", "src3"} <= forms("pack")
-    for kernel in ("forward", "dgrad", "small_forward", *depthwise):
-        layouts = {"last" in row["settings"].split() for row in mine if row["kernel"] == kernel}
+    for kernel in ("forward", "dgrad", "few_channels_forward", *depthwise):
+        layouts = {"channels_last" in row["settings"].split() for row in mine if row["kernel"] == kernel}
         assert layouts == {True, False}, kernel
 
 
@@ -188,7 +188,7 @@ def test_large_bfloat16_products_use_the_targets_own_matrix_instruction(
 @each_target
 def test_few_input_channels_go_to_tensor_cores_as_well(rows: list[Row], target: str) -> None:
     """Read off the counts: the products of 9·C summed elements of every type, but for float64 on sm_100."""
-    small = [row for row in rows if row["kernel"].startswith("small")]
+    small = [row for row in rows if row["kernel"].startswith("few_channels")]
     for row in small:
         multiplies = bool(machine_code.MATRIX & row["counts"].keys())
         assert multiplies == ((row["dtype"], target) != ("float64", "sm_100")), row["settings"]
@@ -218,11 +218,8 @@ def plant() -> dict[str, Any]:
         return launches(Case(shape, dtype), "forward", ARCHS[target])[0]
 
     def changed(launch: Launch, warps: int = 0, stages: int = 0, **constants: object) -> Launch:
-        return launch._replace(
-            num_warps=warps or launch.num_warps,
-            num_stages=stages or launch.num_stages,
-            constants=dict(launch.constants) | constants,
-        )
+        launch = launch.with_settings(**constants)
+        return launch._replace(num_warps=warps or launch.num_warps, num_stages=stages or launch.num_stages)
 
     even, odd = (8192, 1024, 1024), (1000, 77, 333)
     sm_80, narrow = forward(even, torch.bfloat16, "sm_80"), forward(odd, torch.bfloat16, "sm_80")

@@ -48,10 +48,8 @@ ARCH = ARCHS["sm_80"]
 
 def changed(launch: Launch, changes: dict[str, Any]) -> Launch:
     constants = {name: value for name, value in changes.items() if name.isupper()}
-    return launch._replace(
-        num_warps=changes.get("warps", launch.num_warps),
-        num_stages=changes.get("stages", launch.num_stages),
-        constants=dict(launch.constants) | constants,
+    return launch.with_settings(**constants)._replace(
+        num_warps=changes.get("warps", launch.num_warps), num_stages=changes.get("stages", launch.num_stages)
     )
 
 
@@ -93,8 +91,8 @@ def test_products_have_to_be_on_tensor_cores_pipelined_and_written_in_whole_vect
     assert names(replace(LAST_COLUMNS, sigmoid=True), "backward", target)[0] == relayout
     assert names(LAST_COLUMNS, "forward", target)[-1] == ("forward", columns)
     few = ConvCase((256, 3, 64, 224, 224), BF16)
-    assert names(few, "forward", target) == [("small_forward", {"matrix instructions", "wide stores"})]
-    assert names(few, "wgrad", target)[0] == ("small_wgrad", {"matrix instructions"})
+    assert names(few, "forward", target) == [("few_channels_forward", {"matrix instructions", "wide stores"})]
+    assert names(few, "wgrad", target)[0] == ("few_channels_wgrad", {"matrix instructions"})
     float64 = ConvCase(FEW[0], torch.float64)
     assert ("matrix instructions" in names(float64, "dgrad", target)[-1][1]) == (target != "sm_100")
 
@@ -136,10 +134,10 @@ def test_settings_are_shown_in_words() -> None:
 
     (strided,) = launches(ConvCase((64, 128, 256, 28, 28), BF16, stride=2, sigmoid=True), "forward", ARCH)
     box = "box" + "×".join(str(strided.named[name]) for name in ("BOX_N", "BOX_H", "BOX_W"))
-    assert {box, "step2×2", "last", "sigmoid"} <= set(describe(strided).split())
+    assert {box, "step2×2", "channels_last", "sigmoid"} <= set(describe(strided).split())
     assert not {"step2×2", "sigmoid", "diagonal"} & set(shown(DENSE, "forward"))
     grouped = ConvCase((64, 128, 128, 28, 28), BF16, groups=32)
-    assert {"bundle8", "diagonal"} <= set(shown(grouped, "forward", -1))
+    assert {"groups_per_tile8", "diagonal"} <= set(shown(grouped, "forward", -1))
     taps = launches(DENSE, "wgrad", ARCH)[0].named["TAPS"]
     assert (f"taps{taps}" in shown(DENSE, "wgrad")) == (taps != 1)
     assert {"pixels→channels", "src3"} <= set(shown(LAST_COLUMNS, "forward"))

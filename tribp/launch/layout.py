@@ -1,11 +1,10 @@
 """From tensors to kernel launches: what every operation's Triton side shares. Imports triton."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -21,7 +20,10 @@ if common.INTERPRETED:
 
 
 class Launch(NamedTuple):
-    """One kernel launch, complete: `run` performs it, `bench static` compiles it for a GPU that is not there."""
+    """One kernel launch, complete: `run` performs it, `bench static` compiles it for a GPU that is not there.
+
+    constants: the kernel's `constexpr` parameters; of a layer's kernel CONFIG alone, a NamedTuple.
+    """
 
     kernel: "triton.JITFunction[Any]"
     grid: tuple[int, ...]
@@ -33,8 +35,26 @@ class Launch(NamedTuple):
 
     @property
     def named(self) -> dict[str, Any]:
-        """Arguments and constants by the names of the kernel's parameters."""
-        return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | dict(self.constants)
+        """Arguments by the names of the kernel's parameters, and `settings`."""
+        return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.settings
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constants by name; in place of a config its fields, SRC_VEC for its SRC.VEC."""
+        settings: dict[str, Any] = {}
+        for name, value in self.constants.items():
+            settings |= _fields(value, "") if _is_config(value) else {name: value}
+        return settings
+
+    def with_settings(self, **changes: object) -> "Launch":
+        """The launch with other constants, or other fields of its CONFIG. Raises ValueError for a name it has not."""
+        constants = dict(self.constants)
+        for name, value in changes.items():
+            if name in constants:
+                constants[name] = value
+            else:
+                constants["CONFIG"] = cast(Any, constants.get("CONFIG", ()))._replace(**{name: value})
+        return self._replace(constants=constants)
 
     @property
     def options(self) -> dict[str, int]:
@@ -48,6 +68,18 @@ class Launch(NamedTuple):
     def run(self) -> object:
         """Returns the compiled kernel, or None where it was interpreted."""
         return self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+
+
+def _is_config(value: object) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def _fields(config: Any, prefix: str) -> dict[str, Any]:
+    """A config's fields by name, and those of a config within it."""
+    fields: dict[str, Any] = {}
+    for name, value in config._asdict().items():
+        fields |= _fields(value, f"{prefix}{name}_") if _is_config(value) else {prefix + name: value}
+    return fields
 
 
 class Operand(NamedTuple):
@@ -111,9 +143,9 @@ def vector_length(itemsize: int, *lengths: int) -> int:
     return vec
 
 
-def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, object]:
-    """The type that sums of `dtype` are formed in, for torch and for Triton."""
-    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums of `dtype` are formed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def partials_of(
@@ -137,13 +169,13 @@ class Partials(NamedTuple):
         return self.partials is not None and self.out is not None and self.partials is not self.out
 
 
-def second_pass(arch: Arch, *results: Partials) -> Iterator[Launch]:
+def reduce_partials(arch: Arch, *results: Partials) -> Iterator[Launch]:
     """The sums of those of two partial results that are not `out` themselves, in one launch."""
     if pending := [result for result in results if result.pending]:
-        yield sum_partials(arch, *pending)
+        yield reduction(arch, *pending)
 
 
-def sum_partials(arch: Arch, result: Partials, other: Partials | None = None) -> Launch:
+def reduction(arch: Arch, result: Partials, other: Partials | None = None) -> Launch:
     """out = partials.sum(0), in a fixed order. partials: (parts, …), contiguous, in the accumulator's type.
 
     Two results have one type. The first one is the longer, and only it may be transposed.
@@ -161,16 +193,13 @@ def sum_partials(arch: Arch, result: Partials, other: Partials | None = None) ->
     block_rows = power_of_2(rows)
     programs = matrices * cdiv(cols, chosen.block // block_rows) + cdiv(length2, chosen.block)
     return Launch(
-        common.sum_partials,
+        common.reduce_partials,
         (programs,),
         (
             partials, out, parts, matrices, rows, cols,
             partials2, out2, 0 if partials2 is None else partials2.shape[0], length2,
         ),
-        dict(
-            ACC=accumulator(out.dtype)[1], VEC=vec, VEC2=vec2,
-            BLOCK_PARTS=chosen.block_parts, BLOCK_ROWS=block_rows, BLOCK=chosen.block,
-        ),
+        dict(CONFIG=common.Reduce(chosen.block, chosen.block_parts, block_rows, vec, vec2)),
         chosen.num_warps,
         # Compiled: rounded down to a step of occupancy, float64 of odd length spills 8 bytes with Triton 3.5 and 3.6.
         max_registers=255 if arch.backend == "cuda" else None,

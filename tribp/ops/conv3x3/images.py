@@ -21,7 +21,7 @@ class Image(NamedTuple):
 
     tensor: Tensor
     strides: tuple[int, int, int, int]  # of N, C, H, W; those of dimensions of length 1 as if it were dense
-    last: bool  # channels are contiguous; else columns are
+    channels_last: bool  # channels are contiguous; else columns are
     vec: int  # elements, 16 bytes at most, that divide the other strides, the contiguous length and the address
     tma: bool  # whether a tensor descriptor can describe it
 
@@ -41,21 +41,21 @@ class Image(NamedTuple):
         return descriptor(self.tensor, shape, strides, block, precision)
 
 
-def image(tensor: Tensor, last: bool) -> Image:
-    """`tensor`, whose channels (last) or columns are contiguous."""
+def image(tensor: Tensor, channels_last: bool) -> Image:
+    """`tensor`, whose channels or columns are contiguous."""
     size, stride = tensor.shape, list(tensor.stride())
     extent = 1
-    for d in (1, 3, 2, 0) if last else (3, 2, 1, 0):
+    for d in (1, 3, 2, 0) if channels_last else (3, 2, 1, 0):
         if size[d] == 1:
             stride[d] = extent
         extent = max(extent, stride[d] * size[d])
-    itemsize, inner = tensor.element_size(), 1 if last else 3
+    itemsize, inner = tensor.element_size(), 1 if channels_last else 3
     others = [stride[d] for d in range(4) if d != inner]
     aligned = tensor.data_ptr() % 16 == 0
     vec = vector_length(itemsize, size[inner], *others) if aligned else 1
     unit = descriptor_unit(itemsize, bool(common.INTERPRETED))
-    tma = last and aligned and all(s > 0 and s % unit == 0 for s in others)
-    return Image(tensor, (stride[0], stride[1], stride[2], stride[3]), last, vec, tma)
+    tma = channels_last and aligned and all(s > 0 and s % unit == 0 for s in others)
+    return Image(tensor, (stride[0], stride[1], stride[2], stride[3]), channels_last, vec, tma)
 
 
 def padded(channels: int, itemsize: int) -> int:
@@ -63,21 +63,22 @@ def padded(channels: int, itemsize: int) -> int:
     return cdiv(channels, 16 // itemsize) * (16 // itemsize)
 
 
-def lies_last(tensor: Tensor) -> bool:
+def is_channels_last(tensor: Tensor) -> bool:
     """Whether to take a tensor (N, C, H, W) for channels_last: if it is, and not at the same time contiguous."""
     return tensor.stride(1) == 1 and not tensor.is_contiguous()
 
 
 def dense_image(tensor: Tensor) -> Image:
     """A tensor that tribp allocated: contiguous or channels_last."""
-    return image(tensor, lies_last(tensor))
+    return image(tensor, is_channels_last(tensor))
 
 
-def readable(tensor: Tensor, last: bool) -> Image:
-    """The tensor with contiguous channels (last) or columns; torch copies what has neither."""
-    if tensor.shape[1 if last else 3] > 1 and tensor.stride(1 if last else 3) != 1:
-        tensor = tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    return image(tensor, last)
+def with_unit_stride(tensor: Tensor, channels_last: bool) -> Image:
+    """The tensor with contiguous channels or columns; torch copies what has neither."""
+    inner = 1 if channels_last else 3
+    if tensor.shape[inner] > 1 and tensor.stride(inner) != 1:
+        tensor = tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return image(tensor, channels_last)
 
 
 class Move(NamedTuple):
@@ -102,13 +103,12 @@ class Move(NamedTuple):
     def arguments(self, programs: int) -> tuple[object, ...]:
         return self.src.tensor, self.dst, programs, *self.sizes
 
-    def constants(self, vecs: tuple[int, ...], number: str) -> dict[str, object]:
-        found = dict(
-            PIXELS=self.src.pixels, CHANNELS=self.src.channels,
-            **dict(zip(("VEC", "VEC_P", "VEC_C", "VEC_DST"), vecs, strict=True)),
-            BLOCK_P=self.settings.block_p, BLOCK_C=self.settings.block_c,
-        )  # fmt: skip
-        return {name + number: value for name, value in found.items()}
+    def config(self, vecs: tuple[int, ...], third: kernels.Pack | None = None) -> kernels.Pack:
+        vec, vec_p, vec_c, vec_dst = vecs
+        s = self.settings
+        return kernels.Pack(
+            self.src.pixels, self.src.channels, vec, vec_p, vec_c, vec_dst, s.block_p, s.block_c, THIRD=third
+        )
 
     @property
     def form(self) -> tuple[object, ...]:
@@ -137,9 +137,9 @@ class Packing:
         if fits_dense(tensor):
             return image(tensor, True)
         channels = padded(tensor.shape[1], tensor.element_size()) if groups == 1 else tensor.shape[1]
-        return self.packed(tensor, channels_last_scratch(tensor, channels))
+        return self.pack(tensor, channels_last_scratch(tensor, channels))
 
-    def packed(self, src: Tensor, dst: Tensor, swapped: bool = False) -> Image:
+    def pack(self, src: Tensor, dst: Tensor, swapped: bool = False) -> Image:
         """dst, which is channels_last: src, with zeros in the channels dst has more.
 
         swapped: src with images and channels exchanged. (A view given as src would be no tensor that `calls` knows.)
@@ -186,7 +186,7 @@ def pack(first: Move, second: Move | None, third: Move | None) -> Launch:
             *again.arguments(programs[1]),  # with no programs if there is none: the kernel is the same
             *(missing if third is None else third.arguments(programs[2])),
         ),
-        first.constants(tuple(map(min, first.vecs, again.vecs)), "") | last.constants(last.vecs, "3"),
+        dict(CONFIG=first.config(tuple(map(min, first.vecs, again.vecs)), last.config(last.vecs))),
         first.settings.num_warps,
         max_registers=first.settings.max_registers,
     )  # fmt: skip
@@ -205,7 +205,7 @@ def output_grad(
     """dz, which is dy or dy·y·(1 − y), in the layout that its readers want, and the partial sums of a db."""
     if dense and needed and y is None and db is None:
         return packing.image(dy, groups), Partials(None, None)
-    last = dense or lies_last(dy if y is None else y)
+    last = dense or is_channels_last(dy if y is None else y)
     dz: Image | None = None
     out: Tensor | None = None
     if needed and y is None and (fits_dense(dy) if dense else dy.stride(1 if last else 3) == 1):
@@ -235,24 +235,18 @@ def relayout(
     pixels, channels = height * width, c if dst is None else dst.shape[1]
     s = choose_relayout(n, pixels, channels, dtype_name(src.dtype), arch)
     programs = cdiv(n * cdiv(pixels, s.block_p), s.tiles)
-    partial, acc = accumulator(src.dtype)
-    sums = partials_of(db, programs, partial)
-    found = [planes(t) for t in (src, y, dst)]
-    constants: dict[str, object] = dict(
-        HAS_Y=y is not None, WRITE_DST=dst is not None, WRITE_DB=db is not None, ACC=acc,
-        VEC_P=vector_length(src.element_size(), pixels), VEC_C=vector_length(src.element_size(), c),
-        VEC_DST=vector_length(src.element_size(), channels), BLOCK_P=s.block_p, BLOCK_C=s.block_c,
-    )  # fmt: skip
-    for name, plane in zip(("SRC", "Y", "DST"), found, strict=True):
-        constants |= {f"{name}_PIXELS": plane.pixels, f"{name}_CHANNELS": plane.channels, f"{name}_VEC": plane.vec}
+    sums = partials_of(db, programs, accumulator(src.dtype))
+    tensors = [planes(t) for t in (src, y, dst)]
+    vec_p, vec_c, vec_dst = (vector_length(src.element_size(), length) for length in (pixels, c, channels))
+    layouts = [kernels.Layout(plane.pixels, plane.channels, plane.vec) for plane in tensors]
     yield Launch(
         kernels.relayout,
         (programs, cdiv(channels, s.block_c)),
         (
-            *(plane.tensor for plane in found), sums, n, pixels, c, channels, s.tiles,
-            *(stride for plane in found for stride in plane.strides),
+            *(plane.tensor for plane in tensors), sums, n, pixels, c, channels, s.tiles,
+            *(stride for plane in tensors for stride in plane.strides),
         ),
-        constants,
+        dict(CONFIG=kernels.Relayout(s.block_p, s.block_c, vec_p, vec_c, vec_dst, *layouts)),
         s.num_warps,
         max_registers=s.max_registers,
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Iterator
 
-import torch
 from torch import Tensor
 
 from ...dispatch import dtype_name
@@ -17,7 +16,7 @@ from ...launch.layout import (
     operand,
     partials_of,
     precision_in_kernel,
-    second_pass,
+    reduce_partials,
     vector_length,
 )
 from ...launch.linear_sigmoid import choose_dgrad, choose_forward, choose_pass, choose_wgrad
@@ -32,7 +31,7 @@ def forward(
     `settings` replaces the rules' choice (tests and tuning).
     """
     (m, k), n = x.shape, w.shape[0]
-    dtype, (_, acc) = dtype_name(x.dtype), accumulator(x.dtype)
+    dtype = dtype_name(x.dtype)
     precision = precision_of(dtype, tf32, arch)
     xs, ws, ys = operand(x), operand(w), operand(y)
     vec = min(xs.vec, ws.vec)
@@ -50,13 +49,12 @@ def forward(
             ys.argument(store_tma, s.block_i, s.block_j),
             m, n, k, xs.ld, ws.ld,
         ),
-        dict(
-            HAS_BIAS=b is not None, ACC=acc, PRECISION=precision, ACCURATE=x.dtype == torch.float32,
-            PTX=arch.backend != "hip", TMA=s.tma, TMA_STORE=store_tma,
-            X_TRANSPOSED=xs.transposed, W_TRANSPOSED=ws.transposed, PREFETCH=prefetched(s, xs, ws),
-            VEC=vec, VEC_STORE=ys.vec,
-            BLOCK_M=s.block_i, BLOCK_N=s.block_j, BLOCK_K=s.block_l, GROUP=s.group, PERSISTENT=s.persistent > 0,
-        ),
+        dict(CONFIG=kernels.Forward(
+            BLOCK_M=s.block_i, BLOCK_N=s.block_j, BLOCK_K=s.block_l, GROUP=s.group, PRECISION=precision,
+            TMA=s.tma, TMA_STORE=store_tma, X_TRANSPOSED=xs.transposed, W_TRANSPOSED=ws.transposed,
+            PREFETCH=prefetched(s, xs, ws), PERSISTENT=s.persistent > 0, VEC=vec, VEC_STORE=ys.vec,
+            PTX=arch.backend != "hip",
+        )),
         s.num_warps,
         s.num_stages,
         s.max_registers,
@@ -73,11 +71,9 @@ def output_grad(dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arc
         kernels.output_grad,
         (cdiv(n, s.block_n), cdiv(m, s.rows)),  # the second axis ends at 65,535, and n can be larger
         (dy, y, dz, db, m, n, dy.stride(0), dy.stride(1), s.rows),
-        dict(
-            WRITE_DZ=dz is not None, WRITE_DB=db is not None, ACC=accumulator(y.dtype)[1],
-            VEC=vec, VEC_DY=vector_length(dy.element_size(), dy.stride(0)),
-            BLOCK_M=s.block_m, BLOCK_N=s.block_n,
-        ),
+        dict(CONFIG=kernels.OutputGrad(
+            s.block_m, s.block_n, VEC=vec, VEC_DY=vector_length(dy.element_size(), dy.stride(0))
+        )),
         s.num_warps,
         max_registers=255 if unrounded else None,
     )  # fmt: skip
@@ -88,7 +84,7 @@ def dgrad(
 ) -> Launch:
     """The launch that writes dx = dz·w. With `y`, which allows the fused form, `dz` holds dy."""
     (m, n), k = dz.tensor.shape, w.tensor.shape[1]
-    dtype, (_, acc) = dtype_name(dx.dtype), accumulator(dx.dtype)
+    dtype = dtype_name(dx.dtype)
     precision = precision_of(dtype, tf32, arch)
     out = operand(dx)
     ys = None if y is None else operand(y)
@@ -109,11 +105,11 @@ def dgrad(
             out.argument(store_tma, s.block_i, s.block_j),
             m, n, k, dz.ld, w.ld,
         ),
-        dict(
-            FUSE_DZ=s.fuse_dz, ACC=acc, PRECISION=precision, TMA=s.tma, TMA_STORE=store_tma,
-            W_TRANSPOSED=w.transposed, PREFETCH=prefetched(s, dz, w), VEC=vec, VEC_STORE=out.vec,
+        dict(CONFIG=kernels.Dgrad(
             BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
-        ),
+            PRECISION=precision, FUSE_DZ=s.fuse_dz, TMA=s.tma, TMA_STORE=store_tma, W_TRANSPOSED=w.transposed,
+            PREFETCH=prefetched(s, dz, w), VEC=vec, VEC_STORE=out.vec,
+        )),
         s.num_warps,
         s.num_stages,
         s.max_registers,
@@ -142,13 +138,11 @@ def wgrad(
             dw, dz_out, db, m, n, k, dz.ld, x.ld,
             cdiv(cdiv(m, s.splits), s.block_l) * s.block_l,
         ),
-        dict(
-            FUSE_DZ=s.fuse_dz, WRITE_DZ=dz_out is not None, WRITE_DB=db is not None,
-            ACC=accumulator(x.tensor.dtype)[1], PRECISION=precision,
-            TMA=s.tma, X_TRANSPOSED=x.transposed, PREFETCH=prefetched(s, dz, x), VEC=min(dz.vec, x.vec),
-            VEC_STORE=vector_length(dw.element_size(), k),
+        dict(CONFIG=kernels.Wgrad(
             BLOCK_M=s.block_l, BLOCK_N=s.block_i, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
-        ),
+            PRECISION=precision, FUSE_DZ=s.fuse_dz, TMA=s.tma, X_TRANSPOSED=x.transposed,
+            PREFETCH=prefetched(s, dz, x), VEC=min(dz.vec, x.vec), VEC_STORE=vector_length(dw.element_size(), k),
+        )),
         s.num_warps,
         s.num_stages,
         s.max_registers,
@@ -169,7 +163,7 @@ def backward(
     `fuse=False` keeps dz in a pass of its own, whatever the rules say (tests and tuning).
     """
     (m, n), dtype = y.shape, y.dtype
-    partial = accumulator(dtype)[0]
+    partial = accumulator(dtype)
 
     def room() -> Tensor:
         return scratch((m, n), dtype, y.device)
@@ -201,7 +195,7 @@ def backward(
         assert shares is not None
         dz_out, sums_out = (dz, sums.partials) if settings.fuse_dz else (None, None)
         yield wgrad(source, y, xs, shares, dz_out, sums_out, arch, tf32, settings)
-        yield from second_pass(arch, Partials(shares, dw), sums)
+        yield from reduce_partials(arch, Partials(shares, dw), sums)
         del shares
         db = None
 
@@ -215,12 +209,12 @@ def backward(
                 return
         if dz is None:
             dz = room()
-            yield from second_pass(arch, (yield from _output_grad(dy, y, dz, db, arch)))
+            yield from reduce_partials(arch, (yield from _output_grad(dy, y, dz, db, arch)))
             db = None
         yield dgrad(operand(dz), None, ws, dx, arch, tf32)
 
     if db is not None:
-        yield from second_pass(arch, (yield from _output_grad(dy, y, None, db, arch)))
+        yield from reduce_partials(arch, (yield from _output_grad(dy, y, None, db, arch)))
 
 
 def _output_grad(
@@ -229,6 +223,6 @@ def _output_grad(
     """`output_grad`. Returns the partial sums of db."""
     m, n = y.shape
     blocks = cdiv(m, choose_pass(m, n, dtype_name(y.dtype), arch).rows)
-    sums = partials_of(db, blocks, accumulator(y.dtype)[0])
+    sums = partials_of(db, blocks, accumulator(y.dtype))
     yield output_grad(dy, y, dz, sums, arch)
     return Partials(sums, db)
