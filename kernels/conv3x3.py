@@ -132,9 +132,9 @@ class Window(NamedTuple):
 
 
 class Taps(NamedTuple):
-    """Every step-th tap from the first row and column on. The t-th row meets rows t after, in dgrad before, a window's.
+    """Every step-th tap from a row and a column on: all nine, or in dgrad those that a class of pixels meets.
 
-    By 0 and 1 all nine are meant.
+    From each to the next the window moves by one pixel: forward, or in dgrad, which looks back, backward.
     """
 
     row: tl.tensor
@@ -144,12 +144,13 @@ class Taps(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """The groups of a tile: which tile, how many of them there are, and the output and input channels of each."""
+    """The groups of a tile, and the first of their channels that a program computes."""
 
-    tile: tl.tensor
-    here: tl.tensor
-    OG: tl.tensor
-    CG: tl.tensor
+    tile: tl.tensor  # which tile
+    here: tl.tensor  # how many groups it has
+    OG: tl.tensor  # output channels of each
+    CG: tl.tensor  # input channels of each
+    col: tl.tensor
 
 
 @triton.jit
@@ -285,14 +286,15 @@ def store_box(
 
 
 @triton.jit
-def load_weight(
-    w, tap, l, col, first, DGRAD: tl.constexpr, VEC: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr
-):
+def load_weight(w, tap, l, col, first, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
     """The BLOCK_L × BLOCK_J tile at (l, col) of one tap's weights, for the groups from output channel `first` on.
 
     w: a `Matrix` of the groups' output × input channels. Summed index l and column are input and output channels, or
     (DGRAD) the other way round.
     """
+    BLOCK_L: tl.constexpr = CONFIG.BLOCK_L
+    BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
+    VEC: tl.constexpr = CONFIG.VEC_W
     if not w.data.dtype.is_ptr():
         if DGRAD:
             tile = w.data.load([tap, first + l, col]).reshape(BLOCK_L, BLOCK_J)
@@ -327,7 +329,7 @@ def spread_weight(w, out, OG, CG, stride_o, stride_c, stride_r, stride_s, CONFIG
 
 
 @triton.jit
-def convolve_by_group(image, w, box, window, taps, groups, col, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
+def convolve_by_group(image, w, box, window, taps, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
     """What `convolve` computes, one column after the other, which meets its own group's channels. Slow, seldom needed.
 
     image.data begins with the groups' first channel. w: a pointer.
@@ -344,6 +346,7 @@ def convolve_by_group(image, w, box, window, taps, groups, col, DGRAD: tl.conste
     n, i, j = pixels_of(box, BOX_N, BOX_H, BOX_W)
     OG = groups.OG
     CG = groups.CG
+    col = groups.col
     if DGRAD:
         LG = OG
         JG = CG
@@ -374,7 +377,7 @@ def convolve_by_group(image, w, box, window, taps, groups, col, DGRAD: tl.conste
 
 
 @triton.jit
-def convolve(image, w, memory, box, window, taps, groups, col, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
+def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
     """Σ over taps and a tile's groups' channels of image[tap]·w[tap], for a box and BLOCK_J columns.
 
     memory: pointers to image and w, if there are groups to take apart; these may be descriptors.
@@ -406,6 +409,7 @@ def convolve(image, w, memory, box, window, taps, groups, col, DGRAD: tl.constex
     taps_w = taps_from(taps.column, taps.step_w)
     OG = groups.OG
     CG = groups.CG
+    col = groups.col
     if DGRAD:
         LG = OG
     else:
@@ -434,10 +438,10 @@ def convolve(image, w, memory, box, window, taps, groups, col, DGRAD: tl.constex
             shifted = Window(window.step_h, window.step_w, window.shift_h + SIGN * t_h, window.shift_w + SIGN * t_w)
             a = load_box(src, box, shifted, start + l, (BOX_N, BOX_H, BOX_W, BLOCK_L), VEC)
             if W_TRANSPOSED:
-                b = load_weight(Matrix(w, CG, OG, 1), tap, l, col, first, False, CONFIG.VEC_W, BLOCK_L, BLOCK_J)
+                b = load_weight(Matrix(w, CG, OG, 1), tap, l, col, first, False, CONFIG)
             else:
                 of_groups = Matrix(w, groups.here * OG, GROUPS_PER_TILE * CG, 1)
-                b = load_weight(of_groups, tap, l, col, first, DGRAD, CONFIG.VEC_W, BLOCK_L, BLOCK_J)
+                b = load_weight(of_groups, tap, l, col, first, DGRAD, CONFIG)
             if WEIGHTS_FIRST:
                 acc = dot(tl.trans(b), tl.trans(a), acc, PRECISION)
             else:
@@ -455,12 +459,12 @@ def convolve(image, w, memory, box, window, taps, groups, col, DGRAD: tl.constex
             by_pointer = Image(
                 memory[0] + origin, image.N, image.H, image.W, length, image.stride_n, 1, image.stride_h, image.stride_w
             )
-            acc = convolve_by_group(by_pointer, memory[1], box, window, taps, groups, col, DGRAD, CONFIG)
+            acc = convolve_by_group(by_pointer, memory[1], box, window, taps, groups, DGRAD, CONFIG)
     return acc
 
 
 @triton.jit
-def convolve_rows(image, w, box, window, groups, col, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
+def convolve_rows(image, w, box, window, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
     """What `convolve` computes with descriptors, a stride of 1 and one group a tile, for ROWS boxes of one row each,
     the one below the other: a tuple of their tiles.
 
@@ -490,7 +494,7 @@ def convolve_rows(image, w, box, window, groups, col, DGRAD: tl.constexpr, CONFI
         for t_h in tl.static_range(3):
             tap = (2 - t_h if DGRAD else t_h) * 3 + t_w
             of_group = Matrix(w, groups.OG, groups.CG, 1)
-            b = load_weight(of_group, tap, l, col, groups.tile * groups.OG, DGRAD, 1, BLOCK_L, BLOCK_J)
+            b = load_weight(of_group, tap, l, groups.col, groups.tile * groups.OG, DGRAD, CONFIG)
             weights = weights + (tl.trans(b),)
         at_w = window.shift_w - t_w if DGRAD else window.shift_w + t_w
         for q in tl.static_range(ROWS + 2):
@@ -533,13 +537,14 @@ def forward(
     tile = column // columns
     col = column % columns * BLOCK_J
     here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
-    of_tile = Groups(tile, here, OG, CG)
+    of_tile = Groups(tile, here, OG, CG, col)
     image = Image(x, N, H, W, CG, stride_n, 1, stride_h, stride_w)
     window = Window(step_h, step_w, -pad_h, -pad_w)
     if ROWS > 1:
-        tiles = convolve_rows(image, w, box, window, of_tile, col, False, CONFIG)
+        tiles = convolve_rows(image, w, box, window, of_tile, False, CONFIG)
     else:
-        tiles = (convolve(image, w, (x_memory, w_memory), box, window, Taps(0, 0, 1, 1), of_tile, col, False, CONFIG),)
+        taps = Taps(0, 0, 1, 1)
+        tiles = (convolve(image, w, (x_memory, w_memory), box, window, taps, of_tile, False, CONFIG),)
     first = tile * (GROUPS_PER_TILE * OG)
     if CHANNELS_LAST:
         y += first // VEC_STORE * VEC_STORE
@@ -595,15 +600,14 @@ def dgrad(
     rows, first_h = rows_of_class(H, pad_h, class_h, step_h)
     cols, first_w = rows_of_class(W, pad_w, class_w, step_w)
     box = box_at(index, rows, cols, BOX_N, BOX_H * ROWS, BOX_W)
-    of_tile = Groups(tile, here, OG, CG)
+    of_tile = Groups(tile, here, OG, CG, col)
     image = Image(dz, N, P, Q, OG, stride_n, 1, stride_h, stride_w)
     window = Window(1, 1, first_h, first_w)
     if ROWS > 1:
-        tiles = convolve_rows(image, w, box, window, of_tile, col, True, CONFIG)
+        tiles = convolve_rows(image, w, box, window, of_tile, True, CONFIG)
     else:
         taps = Taps(class_h, class_w, step_h, step_w)
-        tiles = (convolve(image, w, (dz_memory, w_memory), box, window, taps, of_tile, col, True, CONFIG),)
-    dx = Image(dx, N, H, W, here * CX, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
+        tiles = (convolve(image, w, (dz_memory, w_memory), box, window, taps, of_tile, True, CONFIG),)
     for row in tl.static_range(ROWS):
         n, i, j = pixels_of(Pixels(box.n, box.h + row, box.w), BOX_N, BOX_H, BOX_W)
         h = row_of_class(i, first_h, pad_h, class_h, step_h)
@@ -611,7 +615,8 @@ def dgrad(
             v = row_of_class(j, first_w, pad_w, class_w, step_w)
         else:
             v = j  # step_w is 1; the compiler sees columns side by side
-        store_box(dx, tiles[row], Pixels(n, h, v), col, CHANNELS_LAST, VEC_STORE, BOX_W, BLOCK_J)
+        out = Image(dx, N, H, W, here * CX, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
+        store_box(out, tiles[row], Pixels(n, h, v), col, CHANNELS_LAST, VEC_STORE, BOX_W, BLOCK_J)
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES, *(f"z_{stride}" for stride in STRIDES), "boxes_per_split"])

@@ -247,16 +247,17 @@ def few_channels_dgrad(
     complete = tl.zeros((PIXELS, 16), ACC)
     begun = tl.zeros((PIXELS, 16), ACC)
     for t in range(0, tl.minimum(BOX_H, H - first) + 2):
-        window = Window(1, 1, pad_h - 2, pad_w - 2)
-        z = load_box(dz, Pixels(n, first + t, left), window, 0, (BOX_N, 1, BOX_W, BLOCK_L), VEC)
+        box = Pixels(n, first + t, left)
+        z = load_box(dz, box, Window(1, 1, pad_h - 2, pad_w - 2), 0, (BOX_N, 1, BOX_W, BLOCK_L), VEC)
         p = dot(z, taps, tl.zeros((PIXELS, 64), ACC), PRECISION)
         p0, p1, p2 = three_of_four(tl.permute(tl.reshape(p, (PIXELS, 2, 2, 16)), (0, 3, 1, 2)))
         q0, q1, q2 = three_of_four(tl.permute(tl.reshape(complete + p0, (PIXELS, 2, 4, 2)), (0, 2, 1, 3)))
         complete, begun = begun + p1, p2
         q1 = tl.gather(q1, tl.minimum(m + 1, PIXELS - 1), 0)
         q0 = tl.gather(q0, tl.minimum(m + 2, PIXELS - 1), 0)
+        total = q2 + q1 + q0
         pixels = Pixels(m_n, tl.where(t < 2, -1, first + t - 2), v)
-        store_row(dx, q2 + q1 + q0, pixels, c, c_inside, CHANNELS_LAST, VEC_STORE)
+        store_row(dx, total, pixels, c, c_inside, CHANNELS_LAST, VEC_STORE)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])

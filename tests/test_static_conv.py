@@ -141,7 +141,7 @@ def test_settings_are_shown_in_words() -> None:
     taps = launches(DENSE, "wgrad", ARCH)[0].named["TAPS"]
     assert (f"taps{taps}" in shown(DENSE, "wgrad")) == (taps != 1)
     assert {"pixels→channels", "src3"} <= set(shown(LAST_COLUMNS, "forward"))
-    assert {"has_y", "channels→channels"} <= set(shown(ConvCase(FEW[0], BF16, sigmoid=True), "dgrad"))
+    assert {"y", "channels→channels"} <= set(shown(ConvCase(FEW[0], BF16, sigmoid=True), "dgrad"))
 
 
 def test_a_product_multiplies_in_its_loop() -> None:
