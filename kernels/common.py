@@ -12,7 +12,8 @@ Fields of a CONFIG, where several kernels have them:
 
     BLOCK_*     sides of a tile; powers of 2
     VEC, VEC_*  elements that divide the strides, the contiguous length and the address of what is read or written
-    TMA         operands are tensor descriptors; TMA_STORE: the result is one
+    TMA         operands are tensor descriptors; TMA_STORE: the result is one. So do their types say, and whoever loads
+                or stores a tile asks these
     PRECISION   how float32 operands reach the tensor cores (`dot`)
     GROUP       tile rows that programs take at a time (`tile_of`)
     PREFETCH    the next tiles' loads are kept in flight by hand (`product`)

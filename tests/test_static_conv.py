@@ -144,6 +144,19 @@ def test_settings_are_shown_in_words() -> None:
     assert {"y", "channels→channels"} <= set(shown(ConvCase(FEW[0], BF16, sigmoid=True), "dgrad"))
 
 
+def test_settings_are_found_and_changed_by_name() -> None:
+    launch = launches(ConvCase(FEW[0], BF16, sigmoid=True), "dgrad", ARCH)[0]
+    config: Any = launch.constants["CONFIG"]
+    assert launch.kernel.__name__ == "relayout"
+    assert launch.named["BLOCK_P"] == config.BLOCK_P
+    assert launch.named["SRC_CHANNELS"] is config.SRC.CHANNELS is True
+    assert launch.named["N"] == FEW[0][0], "arguments too"
+    assert "CONFIG" not in launch.named
+    assert launch.with_settings(VEC_P=1).settings == launch.settings | {"VEC_P": 1} != launch.settings
+    with pytest.raises(ValueError, match="VECTOR"):
+        launch.with_settings(VECTOR=1)
+
+
 def test_a_product_multiplies_in_its_loop() -> None:
     inside = Compiled("sm_90", "forward", "", {}, 1000, counts={"HGMMA": 4}, loops=(Loop(4, 2, 4, True, 0),))
     alone = Compiled("sm_90", "forward", "", {}, 1000, counts={"HGMMA": 4})
