@@ -241,14 +241,15 @@ def few_channels_dgrad(
     v = tl.where(column < BOX_W - 2, left + column, -1)
     c, c_inside = masked_range(0, C, 4, VEC_STORE if CHANNELS_LAST else 1)
     m = tl.broadcast_to(tl.arange(0, PIXELS)[:, None], (PIXELS, 4))
-    dz = Image(dz, N, P, Q, tl.cdiv(O, VEC) * VEC, stride_n, 1, stride_h, stride_w)
     dx = Image(dx, N, H, W, C, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
     # What the last two rows of dz gave the row of dx that the next one completes, and the row after that.
     complete = tl.zeros((PIXELS, 16), ACC)
     begun = tl.zeros((PIXELS, 16), ACC)
     for t in range(0, tl.minimum(BOX_H, H - first) + 2):
         box = Pixels(n, first + t, left)
-        z = load_box(dz, box, Window(1, 1, pad_h - 2, pad_w - 2), 0, (BOX_N, 1, BOX_W, BLOCK_L), VEC)
+        window = Window(1, 1, pad_h - 2, pad_w - 2)
+        image = Image(dz, N, P, Q, tl.cdiv(O, VEC) * VEC, stride_n, 1, stride_h, stride_w)
+        z = load_box(image, box, window, 0, (BOX_N, 1, BOX_W, BLOCK_L), VEC)
         p = dot(z, taps, tl.zeros((PIXELS, 64), ACC), PRECISION)
         p0, p1, p2 = three_of_four(tl.permute(tl.reshape(p, (PIXELS, 2, 2, 16)), (0, 3, 1, 2)))
         q0, q1, q2 = three_of_four(tl.permute(tl.reshape(complete + p0, (PIXELS, 2, 4, 2)), (0, 2, 1, 3)))
