@@ -236,7 +236,7 @@ def plant() -> dict[str, Any]:
         "no prefetch": ("sm_80", torch.bfloat16, changed(narrow, PREFETCH=False)),
         "narrow store": ("sm_80", torch.bfloat16, changed(sm_80, VEC_STORE=1)),
         "eight stages": ("sm_80", torch.bfloat16, changed(sm_80, stages=8)),
-        "tf32x3 on amd": ("gfx942", torch.float32, changed(amd, PRECISION="tf32x3", ACC=None)),
+        "a tile of 24": ("gfx942", torch.bfloat16, changed(amd, BLOCK_K=24)),
     }
     found: dict[str, Any] = {}
     for name, (target, dtype, launch) in plants.items():
@@ -310,7 +310,7 @@ def test_a_good_launch_breaks_nothing(planted: dict[str, Any], name: str) -> Non
         ("no prefetch", "pipelined"),  # two-byte loads: the compiler pipelines four and more
         ("narrow store", "wide stores"),
         ("eight stages", "shared memory"),  # 8 · 32 KB
-        ("tf32x3 on amd", "does not compile"),
+        ("a tile of 24", "does not compile"),  # no power of 2
         ("narrow step, sm_80", "vectors"),
         ("narrow step, gfx942", "vectors"),
         ("spilling step, sm_80", "spills"),
