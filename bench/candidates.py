@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
-from tribp.launch.conv3x3 import choose_box, even_splits
+from tribp.ops.conv3x3.config import choose_box, even_splits
 from tribp.launch.matmul import whole_splits
 
 from .conv_cases import BF16, FEW, ConvCase

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 from tribp.launch.arch import Arch
-from tribp.launch.layout import Launch
+from tribp.launch.plan import Launch
 
 from . import machine_code, registry, wgmma
 from .machine_code import Instruction, Loop

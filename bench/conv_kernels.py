@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tribp.launch.arch import Arch
-from tribp.reference import Window
+from tribp.ops.conv3x3.reference import Window
 
 from .conv_cases import (
     BASE,
@@ -31,29 +31,31 @@ from .linear import bytes_of
 from .registry import StaticCase
 
 if TYPE_CHECKING:
-    from tribp.launch.layout import Launch
+    from tribp.launch.plan import Launch
 
     from .expectations import Expectation
 
 
 def launches(case: ConvCase, direction: str, arch: Arch) -> "list[Launch]":
     """The launches of one direction. "backward" is dgrad and wgrad in one call."""
-    from tribp.ops.conv3x3 import plan as triton_side
+    from tribp.launch.plan import launches_of
+    from tribp.ops.conv3x3 import plan
 
     def empty(*size: int) -> Tensor:
         layout = case.memory_format if len(size) == 4 else torch.contiguous_format
         return torch.empty(size, device="meta", dtype=case.dtype, memory_format=layout)
 
     window = Window((case.stride, case.stride), (PADDING, PADDING), case.groups)
+    facts = dict(window=window, tf32=case.tf32)
     x, w, y = empty(*case.input_size), empty(*case.weight_size), empty(*case.output_size)
     b, activation = empty(y.shape[1]) if case.bias else None, "sigmoid" if case.sigmoid else None
     if direction == "forward":
-        return list(triton_side.forward(x, w, b, y, window, activation, arch, case.tf32))
+        return launches_of(plan.forward, arch, (x, w, b, y), activation=activation, **facts)
     dx = None if direction == "wgrad" else empty(*x.shape)
     dw, db = (None, None) if direction == "dgrad" else (empty(*w.shape), None if b is None else empty(*b.shape))
     dy, kept = empty(*y.shape), y if case.sigmoid else None
     needed_x, needed_w = None if dw is None else x, None if dx is None else w
-    return list(triton_side.backward(dy, needed_x, needed_w, kept, window, arch, case.tf32, dx, dw, db))
+    return launches_of(plan.backward, arch, (dy, needed_x, needed_w, kept, dx, dw, db), **facts)
 
 
 # What is compiled without a GPU: bf16 over all forms, the other types where their rules differ from it.

@@ -142,14 +142,14 @@ def one_rank() -> Iterator[Callable[[int], Tensor]]:
 @contextlib.contextmanager
 def launching_nothing() -> Any:
     """tribp's plan for CPU tensors, as for the interpreter; its launches are not performed."""
-    from tribp.launch import calls
-    from tribp.launch.layout import Launch
+    from tribp.launch import plan as plans
+    from tribp.launch.plan import Launch
 
     with (
         mock.patch.object(dispatch, "interpreting", always(True)),
         tribp.use_backend("triton"),
         mock.patch.object(Launch, "run", always(None)),
-        mock.patch.object(calls.Step, "perform", always(None)),  # what is repeated
+        mock.patch.object(plans.Repeated, "__call__", always(None)),  # what is repeated
     ):
         yield
 
@@ -195,14 +195,14 @@ def plans(smoke: bool) -> list[Comparison]:
 
 def steps() -> list[Comparison]:
     """A whole step on a GPU, up to the driver: its launch repeated, and as Triton performs a new one."""
-    from tribp.launch import calls
+    from tribp.launch import plan as plans
     from tribp.launch.arch import ARCHS
 
     from .no_gpu import pretending
 
     @contextlib.contextmanager
     def anew() -> Any:
-        with pretending(ARCHS["sm_90"]), mock.patch.object(calls, "REMEMBERED", 0):
+        with pretending(ARCHS["sm_90"]), mock.patch.object(plans, "planned", plans.planned.__wrapped__):
             yield
 
     ours = Contender(lambda groups: optim.Adam(groups), lambda: pretending(ARCHS["sm_90"]))

@@ -67,13 +67,13 @@ class Calling:
             return self._time()
 
     def _time(self) -> float:
-        from tribp.launch import calls
+        from tribp.launch import plan as plans
 
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # as `host.Running` does
         started = clock()
         for _ in range(self._calls):
             if self._anew:
-                calls.forget()
+                plans.forget()
             y = self._function(*self._tensors)
             if self._grad is not None:
                 torch.autograd.grad(y, self._tensors, self._grad)

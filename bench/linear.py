@@ -16,7 +16,7 @@ from .autograd import DIRECTIONS, DifferentiableProblem
 from .registry import Case, KernelTests, KernelWork, Operation, StaticCase, Target, Work
 
 if TYPE_CHECKING:
-    from tribp.launch.layout import Launch
+    from tribp.launch.plan import Launch
 
     from .expectations import Expectation
 
@@ -102,7 +102,8 @@ def launches(
     case: Case, direction: str, arch: Arch, *, x_transposed: bool = False, w_transposed: bool = False
 ) -> "list[Launch]":
     """The launches of one direction, on tensors without memory."""
-    from tribp.ops.linear_sigmoid import plan as triton_side
+    from tribp.launch.plan import launches_of
+    from tribp.ops.linear_sigmoid import plan
 
     def empty(*shape: int, transposed: bool = False) -> Tensor:
         tensor = torch.empty(shape[::-1] if transposed else shape, device="meta", dtype=case.dtype)
@@ -112,7 +113,7 @@ def launches(
     x, w = empty(m, k, transposed=x_transposed), empty(n, k, transposed=w_transposed)
     b, y, dx, dw, db = empty(n), empty(m, n), empty(m, k), empty(n, k), empty(n)
     if direction == "forward":
-        return list(triton_side.forward(x, w, b, y, arch, case.tf32))
+        return launches_of(plan.forward, arch, (x, w, b, y), tf32=case.tf32)
     wanted = {
         "backward": (dx, dw, db),
         "frozen input": (None, dw, db),
@@ -120,7 +121,7 @@ def launches(
         "bias only": (None, None, db),
         "without bias": (dx, dw, None),
     }[direction]
-    return list(triton_side.backward(empty(m, n), x, w, y, arch, case.tf32, *wanted))
+    return launches_of(plan.backward, arch, (empty(m, n), x, w, y, *wanted), tf32=case.tf32)
 
 
 # What is compiled without a GPU: bf16 over the whole grid, the others where their rules differ from it.
@@ -229,7 +230,7 @@ OPERATION = Operation(
     static_cases=static_cases,
     tests=KernelTests(
         ["tests/test_linear_kernels.py", "tests/test_linear_sigmoid.py", "tests/test_torch_integration.py",
-         "tests/test_calls.py", "tests/test_runtime.py", "-k", "not 31_elements"],
+         "tests/test_plan.py", "tests/test_runtime.py", "-k", "not 31_elements"],
         ["tests/test_linear_kernels.py", "-k", "bfloat16 and not gpu"],
         ["tests/test_linear_kernels.py", "-k", "reduce_partials and bfloat16"],
     ),

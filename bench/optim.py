@@ -224,8 +224,8 @@ def row(case: StepCase, entries: Mapping[str, Row], bandwidth: float) -> Row:
 
 def settings(job: Job) -> list[str]:
     """How tribp launches a step, which is done."""
-    from tribp.launch import calls
-    from tribp.launch.layout import Launch
+    from tribp.launch import plan as plans
+    from tribp.launch.plan import Launch
 
     from .compiled import describe
 
@@ -235,7 +235,7 @@ def settings(job: Job) -> list[str]:
         found.append(f"{launched.kernel.__name__} {describe(launched)} {launched.grid[0]} programs")
         return launch(launched)
 
-    calls.forget()
+    plans.forget()
     with mock.patch.object(Launch, "run", record):
         job.step()
     return found

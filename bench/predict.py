@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tribp.launch.arch import ARCHS, Arch
-from tribp.launch.layout import Launch
+from tribp.launch.plan import Launch
 
 from . import candidates, registry
 from .compiled import describe, key_of, read_launches

@@ -16,7 +16,7 @@ from tribp.dispatch import dtype_name
 from tribp.launch.arch import Arch
 
 if TYPE_CHECKING:  # both import triton, which `run` can do without
-    from tribp.launch.layout import Launch
+    from tribp.launch.plan import Launch
 
     from .expectations import Expectation
     from .meters import Meter

@@ -16,7 +16,7 @@ from tribp.launch.arch import Arch
 from .registry import StaticCase
 
 if TYPE_CHECKING:
-    from tribp.launch.layout import Launch
+    from tribp.launch.plan import Launch
 
     from .expectations import Expectation
 
@@ -72,7 +72,7 @@ def launches(
     variant: Variant, dtype: torch.dtype, arch: Arch, lengths: Sequence[int] = LENGTHS, grouped: bool = True
 ) -> "list[Launch]":
     """What one step launches on this machine. grouped: all tensors in one parameter group, or each in its own."""
-    from tribp.launch.layout import Launch
+    from tribp.launch.plan import Launch
 
     found: list[Launch] = []
 

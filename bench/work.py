@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tribp.kernels import common, conv3x3, conv3x3_depthwise, conv3x3_few_channels, linear_sigmoid, optim, relayout
 from tribp.launch.arch import cdiv
-from tribp.launch.layout import Launch
+from tribp.launch.plan import Launch
 
 from . import registry
 from .registry import KernelWork

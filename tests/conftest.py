@@ -90,22 +90,22 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def forgotten() -> None:
     """No test repeats the calls of another."""
-    if "tribp.launch.calls" in sys.modules:
-        sys.modules["tribp.launch.calls"].forget()
+    if "tribp.launch.plan" in sys.modules:
+        sys.modules["tribp.launch.plan"].forget()
 
 
 @pytest.fixture
 def every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls are not remembered: for tests that watch `Launch.run`."""
-    from tribp.launch import calls
+    from tribp.launch import plan as plans
 
-    monkeypatch.setattr(calls, "REMEMBERED", 0)
+    monkeypatch.setattr(plans, "planned", plans.planned.__wrapped__)
 
 
 @pytest.fixture
 def launched(kernels: str, every_launch: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched in this test, in order; each still runs."""
-    from tribp.launch.layout import Launch
+    from tribp.launch.plan import Launch
 
     names: list[str] = []
     run = Launch.run

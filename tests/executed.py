@@ -67,11 +67,11 @@ def _problems(case: "Case", settings: dict[str, Any]) -> tuple[list[str], set[Fo
     import torch
 
     from tests.executor import executed
-    from tribp.launch import calls
+    from tribp.launch import plan as plans
     from tribp.launch.arch import ARCHS
 
     torch.manual_seed(0)
-    calls.forget()
+    plans.forget()
     few = replace(ARCHS[_target], processors=case.processors)
     with mock.patch.dict(ARCHS, {_target: few}), _recorded() as forms, executed(_target, **settings) as report:
         wrong = case.wrong()
@@ -83,7 +83,7 @@ def _recorded() -> Iterator[set[Form]]:
     """The switches of all launches, arguments that may be None among them, and on which axes of its grid a kernel has
     several programs.
     """
-    from tribp.launch.layout import Launch
+    from tribp.launch.plan import Launch
 
     forms: set[Form] = set()
     run = Launch.run
@@ -121,14 +121,25 @@ def _kernels() -> set[str]:
 
 
 def _problems_of_variants(case: "Case") -> list[str]:
-    from tribp.launch.tuning import hearing, rules_answer
-    from tribp.launch.variants import variants
+    from tribp.launch import plan as plans
+    from tribp.launch.neighbors import neighbors
 
-    with hearing() as heard:
+    with plans.using(_Asked()) as asked:
         wrong, _ = _problems(case, {})
-    for key, question in heard.questions.items():
-        for other in variants(question, rules_answer(question)):
-            with hearing({key: other}):
+    for problem in asked.problems:
+        for config in neighbors(problem, problem.choose()):
+            with plans.using({problem: config}):
                 found, _ = _problems(case, {})
-            wrong += [f"{question.rule} answers {other}: {problem}" for problem in found]
+            wrong += [f"{problem} with {config}: {what}" for what in found]
     return wrong
+
+
+class _Asked(dict[Any, Any]):
+    """Configs, none, which were asked for."""
+
+    def __init__(self) -> None:
+        self.problems: dict[Any, None] = {}
+
+    def get(self, problem: Any, default: Any = None) -> Any:
+        self.problems[problem] = None
+        return default

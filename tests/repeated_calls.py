@@ -10,7 +10,7 @@ from torch import Tensor
 import tribp
 import tribp.optim
 from bench.no_gpu import pretending
-from tribp.launch import calls
+from tribp.launch import plan as plans
 from tribp.launch.arch import ARCHS
 
 BF16 = torch.bfloat16
@@ -85,11 +85,11 @@ def compare_steps(seen: Seen) -> int:
     for scale in (None, torch.tensor(4.0), torch.rand(2)[1]):  # the last one's address is no multiple of 16
         optimizer.grad_scale, optimizer.found_inf = scale, None if scale is None else torch.tensor(0.0)
         step()
-        assert len(calls._calls) == 2, "the norm's launch and the step's are to be remembered"
+        assert plans.planned.cache_info().currsize == 2, "the norm's launch and the step's are to be remembered"
         repeated = step()
-        calls.forget()
+        plans.forget()
         expected = step()
-        calls.forget()
+        plans.forget()
         assert repeated == expected, f"{scale}:\n{repeated}\n{expected}"
         compared += len(repeated)
     return compared
@@ -110,10 +110,10 @@ def main(target: str) -> int:
 
             perform(first)
             repeated = perform(second)
-            assert len(calls._calls) == 2, f"{name}: forward and backward are to be remembered"
-            calls.forget()
+            assert plans.planned.cache_info().currsize == 2, f"{name}: forward and backward are to be remembered"
+            plans.forget()
             expected = perform(second)
-            calls.forget()
+            plans.forget()
             assert repeated, name
             assert repeated == expected, f"{name}:\n{repeated}\n{expected}"
             compared += len(repeated)

@@ -1,4 +1,4 @@
-"""`TRIBP_AUTOTUNE=1` without a GPU: calls run by the interpreter, and a timer that reads the launches' settings."""
+"""`TRIBP_AUTOTUNE=1` without a GPU: calls run by the interpreter, and a timer that reads the launches' configs."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,41 @@ from torch import Tensor
 
 import tribp
 from tribp import dispatch
-from tribp.launch import autotune, calls, finds, tuning
-from tribp.launch.arch import INTERPRETER
-from tribp.launch.autotune import Tuner, agrees
-from tribp.launch.finds import cache_folder
-from tribp.launch.layout import Launch
-from tribp.launch.linear_sigmoid import choose_forward
-from tribp.launch.matmul import Product, basis
-from tribp.launch.tuning import Question
-from tribp.launch.variants import variants
+from tribp.launch import autotune
+from tribp.launch import plan as plans
+from tribp.launch.arch import ARCHS, INTERPRETER
+from tribp.launch.autotune import FILE, GAIN, Tuner, agrees, decode, load, search, store
+from tribp.launch.matmul import MatmulConfig, ReduceProblem, basis
+from tribp.launch.plan import Buffer, Launch, Plan
+from tribp.ops.linear_sigmoid import plan as linear_plan
+from tribp.ops.linear_sigmoid.config import ForwardProblem
 
+from .config_cases import problems
 from .oracle import LinearSigmoid, assert_close
 
 ROOT = Path(__file__).parents[1]
 GPU = "Some GPU 80GB"
+CPU = torch.device("cpu")
+PROBLEM = ForwardProblem(20, 16, 64, "float32", "ieee", INTERPRETER, 4, True)
 
 
 class Machine:
-    """Runs launches, and times them by their settings: `cost` of each, and what a test does to one before it runs."""
+    """Runs launches, and times them by their configs: `cost` of each, and what a test does to one before it runs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.cost: Callable[[Mapping[str, Any]], float] = lambda constants: 1000.0 / constants["BLOCK_K"]
+        self.cost: Callable[[Mapping[str, Any]], float] = lambda named: 1000.0 / named["BLOCK_K"]
         self.spoil: Callable[[Launch], bool] = lambda launch: False  # whether not to run it
         self.timed: list[list[Mapping[str, Any]]] = []
         self._running: list[Mapping[str, Any]] = []
-        run = Launch.run
+        run = plans.Repeated.__call__
 
-        def watched(launch: Launch) -> None:
-            self._running.append(dict(launch.constants))
+        def watched(repeated: plans.Repeated, memory: Any) -> None:
+            launch = repeated.on(memory)
+            self._running.append(launch.settings)
             if not self.spoil(launch):
-                run(launch)
+                run(repeated, memory)
 
-        monkeypatch.setattr(Launch, "run", watched)
+        monkeypatch.setattr(plans.Repeated, "__call__", watched)
 
     def __call__(self, action: Callable[[], object]) -> float:
         self._running = []
@@ -55,26 +58,38 @@ class Machine:
         self.timed.append(self._running[:])
         return sum(map(self.cost, self.timed[-1]))
 
+    @property
+    def last(self) -> Mapping[str, Any]:
+        return self._running[-1]
+
     def tuner(self, **more: Any) -> Tuner:
         fixed: dict[str, Any] = dict(
-            timer=lambda: self, on_gpu=lambda tensors: True, busy=lambda: False, gpu=lambda: GPU
-        )
+            timer=self, on_gpu=lambda device: True, busy=lambda: False, gpu=lambda: GPU
+        )  # fmt: skip
         return Tuner(**fixed | more)
 
 
 @pytest.fixture
-def machine(kernels: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine]:
-    """Autotuning is on, with a folder of its own."""
-    monkeypatch.setenv("TRIBP_CACHE_DIR", str(tmp_path / "cache"))
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Triton's cache, empty."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def machine(kernels: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """Autotuning is on, with a cache of its own."""
     found = Machine(monkeypatch)
     monkeypatch.setattr(autotune, "tuner", found.tuner())
     yield found
-    tuning.forget()
+    plans.tuned.clear()
+    plans.forget()
 
 
 def restart(machine: Machine, monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
     """As in another process."""
-    tuning.forget()
+    plans.tuned.clear()
+    plans.forget()
     machine.timed.clear()
     monkeypatch.setattr(autotune, "tuner", machine.tuner(**more))
 
@@ -91,66 +106,61 @@ def forward() -> Tensor:
     return y
 
 
-def settings() -> Product:
-    return choose_forward(20, 16, 64, "float32", "ieee", INTERPRETER, vec=4, tma=True)
+def config() -> MatmulConfig:
+    return plans.config_for(PROBLEM)
 
 
-def cached() -> Path:
-    (file,) = cache_folder().glob("*.json")
+def cached(folder: Path) -> Path:
+    (file,) = folder.rglob(FILE)
     return file
 
 
 def test_the_fastest_is_found_and_used_from_the_same_call_on(machine: Machine) -> None:
-    rule = settings()
+    chosen = config()
     forward()
-    assert settings().block_l == 64 == 2 * rule.block_l
-    assert basis(settings(), INTERPRETER) == "measured"
-    assert "15.6 µs, the rule's choice 31.2 µs" in settings().reason
-    (call,) = [machine._running[-1]]
-    assert call["BLOCK_K"] == 64, "the call itself is made with what was found"
+    assert config().block_l == 64 == 2 * chosen.block_l
+    assert basis(config(), INTERPRETER) == "measured"
+    assert "15.6 µs, the heuristic's choice 31.2 µs" in config().reason
+    assert machine.last["BLOCK_K"] == 64, "the call itself is made with what was found"
     searched = len(machine.timed)
     assert searched > 4
     forward()
     assert len(machine.timed) == searched, "a second call is not searched"
 
 
-def test_backward_is_searched_rule_by_rule_until_none_is_new(machine: Machine) -> None:
-    """Where descriptors would form dz on load, a pass of its own is made the faster way: other rules are asked then."""
-    machine.cost = lambda constants: 5.0 if constants.get("FUSE_DZ") else 1.0 + constants.get("BLOCK", 0) / 4096
+def test_backward_is_searched_until_no_problem_is_new(machine: Machine) -> None:
+    """Where descriptors would form dz on load, a pass of its own is made the faster way: it has problems of its own."""
+    machine.cost = lambda named: 5.0 if named.get("FUSE_DZ") else 1.0 + named.get("BLOCK", 0) / 4096
     x, w, dy = torch.randn(33, 16).requires_grad_(), torch.randn(16, 16).requires_grad_(), torch.randn(33, 16)
     y = tribp.linear_sigmoid(x, w)
     found = torch.autograd.grad(y, [x, w], dy)
     for grad, exact in zip(found, LinearSigmoid(x, w, None).gradients(dy, y), strict=False):
         assert_close(grad, exact)
-    rules = {key.partition("(")[0] for key in tuning._finds}
-    assert rules == {"choose_forward", "choose_wgrad", "choose_dgrad", "choose_pass"}
-    assert not any(s.fuse_dz for s in tuning._finds.values() if isinstance(s, Product))
-    told = [key for key in tuning._finds if key.startswith("choose_dgrad")]
-    assert ["may_fuse=False" in key for key in told] == [True]
+    kinds = {type(problem).__name__ for problem in plans.tuned}
+    assert kinds == {"ForwardProblem", "WgradProblem", "DgradProblem", "OutputGradProblem"}
+    assert not any(getattr(config, "fuse_dz", False) for config in plans.tuned.values())
+    assert [p.may_fuse for p in plans.tuned if type(p).__name__ == "DgradProblem"] == [False]
 
 
-def test_finds_are_stored_and_read_by_another_process(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_found_is_read_by_another_process(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
     y = forward()
-    found = settings()
-    content = json.loads(cached().read_text())
-    assert content["gpu"] == GPU
-    assert content["torch"] == torch.__version__
-    assert list(content["finds"]) == [key for key in content["finds"] if key.startswith("choose_forward(m=20, n=16")]
+    found = config()
+    assert json.loads(cached(cache).read_text())["block_l"] == 64
     restart(machine, monkeypatch)
-    assert settings() != found
+    assert config() != found
     assert torch.equal(forward(), y)
-    assert settings() == found
+    assert config() == found
     assert not machine.timed
     code = (
         "import torch, tribp\n"
-        "from tribp.launch import autotune\n"
-        "from tribp.launch.arch import INTERPRETER\n"
-        "from tribp.launch.linear_sigmoid import choose_forward\n"
+        "from tribp.launch import autotune, plan\n"
         "assert autotune.tuner is not None\n"
-        f"autotune.tuner = autotune.Tuner(on_gpu=lambda tensors: True, busy=lambda: True, gpu=lambda: {GPU!r})\n"
+        f"autotune.tuner = autotune.Tuner(on_gpu=lambda device: True, busy=lambda: True, gpu=lambda: {GPU!r})\n"
         "with tribp.use_backend('triton'):\n"
         "    tribp.linear_sigmoid(torch.randn(20, 64), torch.randn(16, 64))\n"
-        "print(choose_forward(20, 16, 64, 'float32', 'ieee', INTERPRETER, vec=4, tma=True).block_l)"
+        "print(*[config.block_l for config in plan.tuned.values()])"
     )
     environment = os.environ | {"TRIBP_AUTOTUNE": "1", "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -158,57 +168,115 @@ def test_finds_are_stored_and_read_by_another_process(machine: Machine, monkeypa
 
 
 def test_what_was_searched_in_vain_is_not_searched_again(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine.cost = lambda constants: 10.0
-    rule = settings()
+    machine.cost = lambda named: 10.0
+    chosen = config()
     forward()
-    assert replace(settings(), reason=rule.reason) == rule
-    assert "nothing around it is faster" in settings().reason
+    assert replace(config(), reason=chosen.reason) == chosen
+    assert "nothing beside it is faster" in config().reason
     restart(machine, monkeypatch)
     forward()
     assert not machine.timed
 
 
 @pytest.mark.parametrize("what", ["torch", "triton", "sources", "gpu"])
-def test_finds_of_other_conditions_are_ignored(what: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_conditions_are_searched_anew(
+    what: str, machine: Machine, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
     forward()
-    written = cached()
     if what == "gpu":
         restart(machine, monkeypatch, gpu=lambda: "Another GPU")
     else:
         if what == "sources":
-            monkeypatch.setattr(finds, "sources", lambda: "others")
+            monkeypatch.setattr(autotune, "sources", lambda: "others")
         else:
-            monkeypatch.setattr(getattr(finds, what), "__version__", "0.1")
+            monkeypatch.setattr(getattr(autotune, what), "__version__", "0.1")
         restart(machine, monkeypatch)
     forward()
     assert machine.timed, "searched anew"
-    assert len(list(written.parent.glob("*.json"))) == 2
+    assert len(list(cache.rglob(FILE))) == 2
 
 
-def test_a_broken_file_leaves_calls_to_search(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_sources_are_those_of_kernels_heuristics_and_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    read_bytes = Path.read_bytes
+
+    def recorded(path: Path) -> bytes:
+        read.append(path.name)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", recorded)
+    autotune.sources.cache_clear()
+    autotune.sources()
+    assert {"linear_sigmoid.py", "matmul.py", "config.py", "common.py", "layout.py", "plan.py"} <= set(read)
+
+
+# -- what is stored
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no JSON": lambda fields: "{",
+    "a list": lambda fields: [],
+    "no field": lambda fields: {name: value for name, value in fields.items() if name != "block_i"},
+    "another field": lambda fields: fields | {"unknown": 1},
+    "a text": lambda fields: fields | {"block_i": "wide"},
+    "illegal": lambda fields: fields | {"block_i": 8},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_broken_file_leaves_the_call_to_a_search(
+    change: str, machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cache: Path
 ) -> None:
     forward()
-    cached().write_text("{")
+    content = CHANGES[change](json.loads(cached(cache).read_text()))
+    cached(cache).write_text(content if isinstance(content, str) else json.dumps(content))
     restart(machine, monkeypatch)
     caplog.clear()
     forward()
     forward()
-    assert settings().block_l == 64
+    assert config().block_l == 64
     assert [("ignored" in record.message) for record in caplog.records] == [True, False], "and the search's sentence"
-
-
-def test_a_folder_that_cannot_be_written_costs_a_warning(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TRIBP_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    restart(machine, monkeypatch)
     forward()
-    assert settings().block_l == 64
+    assert not machine.timed, "the broken file was replaced"
+
+
+def test_what_cannot_be_written_costs_a_warning(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: Any, **named: Any) -> None:
+        raise OSError("no space left")
+
+    from triton.runtime.cache import FileCacheManager
+
+    monkeypatch.setattr(FileCacheManager, "put", full)
+    forward()
+    assert config().block_l == 64
     assert len([record for record in caplog.records if "cannot be kept" in record.message]) == 1
 
 
-# -- variants that must not be kept
+@pytest.mark.parametrize("name", [*ARCHS, "interpreter"])
+def test_every_config_survives_the_cache(name: str, cache: Path) -> None:
+    seen: set[type] = set()
+    for problem in problems({**ARCHS, "interpreter": INTERPRETER}[name]):
+        chosen = problem.choose()
+        assert decode(json.loads(json.dumps(asdict(chosen))), problem) == chosen
+        if type(problem) not in seen:
+            seen.add(type(problem))
+            assert load(problem, GPU) is None
+            store(problem, chosen, GPU)
+            assert load(problem, GPU) == chosen
+
+
+@pytest.mark.parametrize("change", [{"block": -1}, {"block": {}}, {"unknown": 1}, {"num_warps": ...}], ids=str)
+def test_what_is_no_config_is_refused(change: dict[str, Any]) -> None:
+    problem = ReduceProblem(5, 5, ARCHS["sm_90"])
+    fields = {**asdict(problem.choose()), **change}
+    with pytest.raises(ValueError, match=r"not legal|not the fields"):
+        decode({name: value for name, value in fields.items() if value is not ...}, problem)
+
+
+# -- configs that must not be kept
 
 
 def wrong_row(launch: Launch) -> bool:
@@ -217,33 +285,30 @@ def wrong_row(launch: Launch) -> bool:
     return True
 
 
-def too_large(launch: Launch) -> bool:
-    raise RuntimeError("out of resources: shared memory")
+def raises(launch: Launch) -> bool:
+    raise RuntimeError("out of resource: shared memory")
 
 
-@pytest.mark.parametrize("spoil", [wrong_row, too_large, lambda launch: True], ids=["wrong", "fails", "writes nothing"])
-def test_what_is_wrong_or_fails_is_never_kept(spoil: Callable[[Launch], bool], machine: Machine) -> None:
-    """The fastest by far, and not right."""
+@pytest.mark.parametrize("spoil", [wrong_row, lambda launch: True, raises], ids=["wrong", "nothing written", "fails"])
+def test_a_config_that_computes_something_else_is_not_kept(spoil: Callable[[Launch], bool], machine: Machine) -> None:
     machine.spoil = lambda launch: launch.named["BLOCK_K"] == 64 and spoil(launch)
     forward()
-    assert all(constants["BLOCK_K"] != 64 for call in machine.timed for constants in call), "it is not even timed"
-    assert settings().block_l == 32
-    assert '"block_l": 64' not in cached().read_text()
+    assert machine.timed
+    assert all(named["BLOCK_K"] != 64 for call in machine.timed for named in call), "it is not even timed"
+    assert config().block_l == 32
 
 
-# An operation of its own: the tensors are named otherwise than the library's.
+def made_up(plan: Plan, given: Buffer, matrix: Buffer, out: Buffer, *, declared: bool) -> None:
+    """An operation whose tensors have names of its own."""
+    linear_plan.forward(plan, given, matrix, None, out, tf32=False)
+    if not declared:
+        plan.outputs.clear()
 
 
-def made_up(given: Tensor, matrix: Tensor, out: Tensor) -> Any:
-    from tribp.ops.linear_sigmoid import plan
-
-    return plan.forward(given, matrix, None, out, INTERPRETER, False)
-
-
-def perform_made_up(outputs: tuple[str, ...]) -> Tensor:
+def perform_made_up(declared: bool) -> Tensor:
     given, matrix = inputs()
     out = torch.full((20, 16), torch.nan)
-    calls.perform(made_up, dict(given=given, matrix=matrix, out=out), {}, outputs)
+    autotune.perform(made_up, (given, matrix, out), CPU, declared=declared)
     return out
 
 
@@ -252,34 +317,21 @@ def sevens(launch: Launch) -> bool:
     return True
 
 
-def test_an_operation_declares_what_it_writes(machine: Machine) -> None:
+@pytest.mark.parametrize("declared", [True, False])
+def test_an_operation_declares_what_it_writes(declared: bool, machine: Machine, cache: Path) -> None:
+    """Of a call that declares nothing nobody could see that another config computes something else."""
     machine.spoil = lambda launch: launch.named["BLOCK_K"] == 64 and sevens(launch)
-    given, matrix = inputs()
-    assert_close(perform_made_up(("out",)), LinearSigmoid(given, matrix, None).y)
-    assert machine.timed
-    assert settings().block_l == 32
+    assert_close(perform_made_up(declared), LinearSigmoid(*inputs(), None).y)
+    assert bool(machine.timed) == declared
+    assert config().block_l == 32
+    assert len(list(cache.rglob(FILE))) == declared
 
 
-def test_a_call_that_declares_no_output_is_not_tuned(machine: Machine) -> None:
-    machine.spoil = lambda launch: launch.named["BLOCK_K"] == 64 and sevens(launch)
-    given, matrix = inputs()
-    assert_close(perform_made_up(()), LinearSigmoid(given, matrix, None).y)
-    assert not machine.timed
-    assert not cache_folder().exists()
-
-
-def test_an_output_that_is_none_of_the_tensors_is_refused(machine: Machine) -> None:
-    with pytest.raises(ValueError, match=r"names of the call's tensors \(given, matrix, out\), got 'y'"):
-        perform_made_up(("y",))
-
-
-def test_a_rule_that_fails_is_told_of_and_not_stored(
-    machine: Machine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine.cost = lambda constants: 1 / 0
+def test_a_heuristic_that_fails_is_told_of_and_not_stored(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+    machine.cost = lambda named: 1 / 0
     forward()
-    assert any("the search for launch settings ended" in record.message for record in caplog.records)
-    assert not tuning._finds
+    assert any("the search for configs ended" in record.message for record in caplog.records)
+    assert not plans.tuned
     searched = len(machine.timed)
     forward()
     assert len(machine.timed) == searched, "not again and again"
@@ -313,78 +365,49 @@ def test_infinities_and_nan_must_be_where_they_were() -> None:
 # -- when there is no search
 
 
-def test_off_by_default_and_not_one_question_more(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_off_by_default(kernels: str) -> None:
     assert autotune.tuner is None
-    built: list[str] = []
-    from tribp.ops.linear_sigmoid import plan
-
-    build = plan.forward
-
-    def counted(*arguments: Any, **named: Any) -> Any:
-        built.append("forward")
-        return build(*arguments, **named)
-
-    monkeypatch.setattr(plan, "forward", counted)
-    monkeypatch.setattr(tuning.Rule, "_question", None)  # a key is formed of no facts
-    tuning.forget()
-    forward()
-    assert built == ["forward"]
 
 
-def test_on_the_cpu_nothing_happens(machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(autotune, "tuner", Tuner(timer=lambda: machine))
+def test_on_the_cpu_nothing_happens(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cache: Path
+) -> None:
+    monkeypatch.setattr(autotune, "tuner", Tuner(timer=machine))
     forward()
     assert not machine.timed
-    assert not cache_folder().exists()
+    assert not list(cache.rglob(FILE))
     assert not caplog.records
 
 
-def test_without_a_home_the_rules_answer(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def homeless() -> Path:
-        raise OSError("set TRIBP_CACHE_DIR")
-
-    monkeypatch.setattr(autotune, "cache_folder", homeless)
-    forward()
-    forward()
-    assert not machine.timed
-    assert [record.getMessage().partition("ended: ")[2] for record in caplog.records] == [
-        "OSError: set TRIBP_CACHE_DIR"
-    ]
+def test_only_on_a_gpu_and_not_for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = Tuner()
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    assert tuner.on_gpu(torch.device("cuda", 0))
+    assert not tuner.on_gpu(CPU)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: True)
+    assert not tuner.on_gpu(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("who", ["capture", "compiler"])
-def test_no_search_in_a_graphs_capture_but_finds_hold(
+def test_no_search_in_a_graphs_capture_but_what_is_stored_holds(
     who: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(autotune, "is_current_stream_capturing", lambda: who == "capture")
     monkeypatch.setattr(autotune, "is_compiling", lambda: who == "compiler")
-    restart(machine, monkeypatch, busy=autotune.busy)
+    busy = Tuner()._busy
+    restart(machine, monkeypatch, busy=busy)
     forward()
     assert not machine.timed
-    assert settings().block_l == 32
+    assert config().block_l == 32
     monkeypatch.setattr(autotune, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(autotune, "is_compiling", lambda: False)
     forward()
     assert machine.timed, "what was met in a capture is searched outside"
     monkeypatch.setattr(autotune, "is_current_stream_capturing", lambda: True)
-    restart(machine, monkeypatch, busy=autotune.busy)
+    restart(machine, monkeypatch, busy=busy)
     forward()
     assert not machine.timed
-    assert settings().block_l == 64
-
-
-def test_only_tensors_on_a_gpu_and_no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Cuda:
-        is_cuda = True
-
-    there: Any = {"x": Cuda(), "b": None}
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
-    assert autotune.on_gpu(there)
-    assert not autotune.on_gpu({"x": torch.zeros(1), "b": None})
-    monkeypatch.setattr(dispatch, "interpreting", lambda: True)
-    assert not autotune.on_gpu(there)
+    assert config().block_l == 64
 
 
 @pytest.mark.parametrize(("value", "on"), [("", False), ("0", False), ("1", True)])
@@ -397,10 +420,10 @@ def test_the_variable_is_0_or_1(value: str, on: bool) -> None:
 # -- how a search goes
 
 
-def test_two_searches_take_the_same_steps(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_searches_take_the_same_steps(machine: Machine, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     forward()
     first = list(machine.timed)
-    cached().unlink()
+    cached(cache).unlink()
     restart(machine, monkeypatch)
     forward()
     assert machine.timed == first
@@ -419,39 +442,67 @@ def test_a_search_says_what_it_does(machine: Machine, caplog: pytest.LogCaptureF
         forward()
     (said,) = [record.message for record in caplog.records]
     assert "TRIBP_AUTOTUNE" in said
-    assert "choose_forward" in said
-    assert str(cached()) in said
+    assert "ForwardProblem" in said
 
 
-def test_all_that_a_call_depends_on_makes_it_another(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that lie differently in memory are other facts, and another search."""
+def test_another_layout_is_another_search(machine: Machine) -> None:
     forward()
     searched = len(machine.timed)
     x, w = inputs()
     wide = torch.randn(20, 66)[:, :64].copy_(x)
     tribp.linear_sigmoid(wide, w)
     assert len(machine.timed) > searched
-    assert len(tuning._finds) == 2
+    assert len(plans.tuned) == 2
 
 
-def test_perform_runs_what_it_builds_after_the_search(machine: Machine) -> None:
+def test_the_call_is_made_after_the_search(machine: Machine) -> None:
     """The search leaves the outputs to the call: NaN if nobody wrote them."""
     x, w = inputs()
     y = torch.full((20, 16), torch.nan)
-    from tribp.ops.linear_sigmoid import plan
-
-    tensors, facts = dict(x=x, w=w, b=None, y=y), dict(arch=INTERPRETER, tf32=False)
-    calls.perform(plan.forward, tensors, facts, outputs=("y",))
+    autotune.perform(linear_plan.forward, (x, w, None, y), CPU, tf32=False)
     assert_close(y, LinearSigmoid(x, w, None).y)
 
 
-def test_variants_are_asked_for_the_question_at_hand(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def walk(times: Mapping[int, float], **more: Any) -> Any:
+    """From 8, by steps of one."""
+    return search(8, lambda n: [n - 1, n + 1], lambda n, _: times.get(n), **more)
 
-    def recorded(question: Question, settings: Any) -> list[Any]:
-        asked.append(question.rule)
-        return variants(question, settings)
 
-    monkeypatch.setattr(autotune, "variants", recorded)
-    forward()
-    assert set(asked) == {"choose_forward"}
+def test_the_search_goes_on_from_the_fastest_neighbor() -> None:
+    found = walk({8: 10.0, 7: 11.0, 9: 9.0, 10: 8.0, 11: 7.0, 12: 7.5})
+    assert (found.config, found.time, found.first_time) == (11, 7.0, 10.0)
+
+
+def test_less_than_the_gain_is_chance() -> None:
+    assert walk({8: 10.0, 9: 10.0 * (1 - GAIN / 2)}).config == 8
+    assert walk({8: 10.0, 9: 10.0 * (1 - 2 * GAIN)}).config == 9
+
+
+def test_what_was_fast_once_is_measured_again() -> None:
+    found = search(8, lambda n: [9], lambda n, repetition: 5.0 if n == 9 and repetition == 0 else 10.0)
+    assert found is not None
+    assert (found.config, found.time) == (8, 10.0)
+
+
+def test_what_fails_the_second_time_is_not_kept() -> None:
+    found = search(8, lambda n: [9], lambda n, again: 10.0 if n == 8 else None if again == 2 else 5.0)
+    assert found is not None
+    assert found.config == 8
+
+
+def test_what_cannot_be_measured_is_left_out() -> None:
+    assert walk({8: 10.0, 9: 5.0}).config == 9
+    assert walk({9: 5.0}) is None
+
+
+def test_a_search_ends_when_it_is_over() -> None:
+    measured: list[int] = []
+
+    def measure(n: int, _: int) -> float:
+        measured.append(n)
+        return 0.5**n
+
+    found = search(8, lambda n: [n + 1], measure, lambda: len(measured) >= 4)
+    assert found is not None
+    assert set(measured) == {8, 9, 10, 11}
+    assert found.config == 11

@@ -28,7 +28,7 @@ from bench.step_cases import StepCase
 from bench.work import LaunchWork, work_of
 from tribp import versions
 from tribp.launch.arch import ARCHS
-from tribp.launch.layout import Launch
+from tribp.launch.plan import Launch
 
 ROOT = Path(__file__).parent.parent
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -15,7 +15,7 @@ from bench.machines import MACHINES
 from bench.registry import Case, KernelTests, Operation, Target, Work
 from bench.work import work_of
 from tribp.launch.arch import ARCHS
-from tribp.launch.layout import Launch
+from tribp.launch.plan import Launch
 
 CASE = Case((8, 8, 8), torch.bfloat16)
 SM_90 = ARCHS["sm_90"]

@@ -16,8 +16,8 @@ from bench.meters import CpuMeter, Times
 from bench.registry import Operation
 from bench.run import Options
 from tribp.launch.arch import INTERPRETER
-from tribp.launch.layout import Launch
-from tribp.launch.linear_sigmoid import choose_forward
+from tribp.launch.plan import Launch
+from tribp.ops.linear_sigmoid.config import choose_forward
 
 from .test_bench import NO_CUDA
 

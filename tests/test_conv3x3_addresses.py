@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tribp
 from tribp import dispatch
-from tribp.launch.layout import Launch
+from tribp.launch.plan import Launch
 
 from .conv3x3_cases import CASES, Case
 from .covering import turn

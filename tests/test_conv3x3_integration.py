@@ -107,24 +107,24 @@ def test_opcheck(way: str, grad: str, device: str) -> None:
     assert x is not None
     assert w is not None
     rest = (list(case.stride), list(case.padding), case.groups)
-    cases: list[tuple[Any, tuple[object, ...]]] = [(ops.conv3x3, (last(x), w, b, *rest, case.activation))]
+    cases: list[tuple[Any, tuple[object, ...]]] = [(ops.operator, (last(x), w, b, *rest, case.activation))]
     thorough = device == "cuda" or way == "small"
     if thorough:
         cases += [
-            (ops.conv3x3, (x, last(w), None, *rest, None)),
-            (ops.conv3x3, (x.detach(), w, b, *rest, None)),
-            (ops.conv3x3, (x, w.detach(), b, *rest, case.activation)),
-            (ops.conv3x3, (x[:0], w, b, *rest, case.activation)),
+            (ops.operator, (x, last(w), None, *rest, None)),
+            (ops.operator, (x.detach(), w, b, *rest, None)),
+            (ops.operator, (x, w.detach(), b, *rest, case.activation)),
+            (ops.operator, (x[:0], w, b, *rest, case.activation)),
         ]
     if grad == "no gradients":
-        y = ops.conv3x3(x, w, b, *rest, case.activation)
+        y = ops.operator(x, w, b, *rest, case.activation)
         saved, size = y if case.activation else None, list(x.shape)
-        cases += [(ops.conv3x3_backward, (y, x, w, saved, size, *rest, [True, True, True], False, True))]
+        cases += [(ops.backward_operator, (y, x, w, saved, size, *rest, [True, True, True], False, True))]
         if thorough:
             cases += [
-                (ops.conv3x3_backward, (one_pixel(y), None, w, y, size, *rest, [True, False, False], True, False)),
-                (ops.conv3x3_backward, (y, x, None, None, size, *rest, [False, True, True], False, False)),
-                (ops.conv3x3_backward, (y, None, None, None, size, *rest, [False, False, True], False, False)),
+                (ops.backward_operator, (one_pixel(y), None, w, y, size, *rest, [True, False, False], True, False)),
+                (ops.backward_operator, (y, x, None, None, size, *rest, [False, True, True], False, False)),
+                (ops.backward_operator, (y, None, None, None, size, *rest, [False, False, True], False, False)),
             ]
     for op, arguments in cases:
         torch.library.opcheck(op, arguments)

@@ -1,11 +1,12 @@
-"""Each form of each convolution kernel by itself, whatever the launch rules would choose: boxes, loops, TMA, bundles,
+"""Each form of each convolution kernel by itself, whatever the heuristics would choose: boxes, loops, TMA, bundles,
 taps, splits.
 
 Shapes leave a remainder in every dimension, and every output starts as NaN.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,18 +14,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tribp
-from tribp import dispatch
-from tribp.launch.arch import ARCHS, Arch, cdiv
-from tribp.launch.conv3x3 import Convolution, bundle_of, choose_box, choose_conv, choose_conv_wgrad, even_splits
-from tribp.launch.layout import Launch, reduce_partials
+from tribp.launch.arch import ARCHS, cdiv
+from tribp.launch.plan import Buffer, Launch, Plan, launches_of
+from tribp.launch.reduce import reduce_partials
 from tribp.ops.conv3x3 import plan as ops
+from tribp.ops.conv3x3.config import (
+    ConvConfig,
+    ConvProblem,
+    ConvWgradProblem,
+    DepthwiseProblem,
+    FewChannelsDgradProblem,
+    bundle_of,
+    choose_box,
+    even_splits,
+)
 from tribp.ops.conv3x3.images import Packing, relayout
-from tribp.reference import Window, conv3x3_backward
+from tribp.ops.conv3x3.reference import Window, conv3x3_backward
 
 from .covering import DTYPES, cover, turn
 from .oracle import assert_close
+from .plans import run
 
-BASE = Convolution(32, 16, 16, num_warps=4, num_stages=2, reason="test", group=2, box=(2, 4, 4))
+BASE = ConvConfig(32, 16, 16, num_warps=4, num_stages=2, reason="test", group=2, box=(2, 4, 4))
 FORMS = {
     "pointers": BASE,
     "flat": replace(BASE, flat=True, box=(1, 2, 16)),
@@ -50,10 +61,6 @@ WINDOWS = {
 }
 
 
-def arch(tensor: Tensor) -> Arch:
-    return dispatch.arch_of(tensor.device.index)
-
-
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, device: str, last: bool) -> Tensor:
     values = torch.randn(shape, dtype=torch.float64).to(device, dtype)
     return values.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -68,12 +75,11 @@ def terms(summed: Tensor) -> Tensor:
     return summed.double().square().sum((0, 2, 3)).sqrt().cpu()
 
 
-def run(launches: Iterator[Launch]) -> list[Launch]:
-    done = []
-    for launch in launches:
-        launch.run()
-        done.append(launch)
-    return done
+def backward(
+    tensors: tuple[Tensor | None, ...], window: Window, configs: dict[Any, ConvConfig] | None = None
+) -> list[Launch]:
+    """tensors: dy, x, w, y, dx, dw, db."""
+    return run(ops.backward, tensors, configs, window=window, tf32=False)
 
 
 class Case:
@@ -99,11 +105,28 @@ class Case:
         assert db is not None
         return dx, dw, db
 
-    def fitted(self, settings: Convolution) -> Convolution:
-        """The settings, with bundles where the window has them: of two of three groups, or of four of five."""
-        groups, tma = self.window.groups, settings.tma and self.window.groups <= 2
-        rows = settings.rows if tma and self.window.stride == (1, 1) else 1
-        return replace(settings, bundle={3: 2, 5: 4}.get(groups, 1), tma=tma, rows=rows)
+    @property
+    def bundle(self) -> int:
+        """Groups a tile: two of three, or four of five."""
+        return {3: 2, 5: 4}.get(self.window.groups, 1)
+
+    def fitted(self, config: ConvConfig) -> ConvConfig:
+        tma = config.tma and self.window.groups <= 2
+        rows = config.rows if tma and self.window.stride == (1, 1) else 1
+        return replace(config, bundle=self.bundle, tma=tma, rows=rows)
+
+
+@pytest.fixture
+def bundles(monkeypatch: pytest.MonkeyPatch) -> Callable[[Case], None]:
+    """Have the groups of a case share tiles as it says."""
+
+    def share(case: Case) -> None:
+        monkeypatch.setattr(ops, "bundle_of", lambda *facts: case.bundle)
+
+    return share
+
+
+Bundles = Callable[[Case], None]
 
 
 def is_quick(window: str, form: str, dtype: torch.dtype) -> bool:
@@ -115,27 +138,26 @@ def is_quick(window: str, form: str, dtype: torch.dtype) -> bool:
 
 
 @pytest.mark.parametrize(("window", "form", "dtype"), cover(WINDOWS, FORMS, DTYPES, quick=is_quick))
-def test_forward(window: str, form: str, dtype: torch.dtype, kernels: str) -> None:
+def test_forward(window: str, form: str, dtype: torch.dtype, kernels: str, bundles: Bundles) -> None:
     case = Case(window, dtype, kernels, last=turn([True, False], window, form, dtype))
-    settings = case.fitted(FORMS[form])
-    launches = ops.forward(case.x, case.w, case.b, case.y, case.window, None, arch(case.x), False, settings)
-    (launch,) = [launch for launch in run(launches) if launch.kernel.__name__ == "forward"]
-    assert launch.named["TMA"] == settings.tma
+    bundles(case)
+    config = case.fitted(FORMS[form])
+    tensors = (case.x, case.w, case.b, case.y)
+    launches = run(ops.forward, tensors, {ConvProblem: config}, window=case.window, activation=None, tf32=False)
+    (launch,) = [launch for launch in launches if launch.kernel.__name__ == "forward"]
+    assert launch.named["TMA"] == config.tma
     assert launch.named["DIAGONAL"] == (case.window.groups > 2)
     assert_close(case.y, case.exact)
 
 
 @pytest.mark.parametrize(("window", "form", "dtype"), cover(WINDOWS, FORMS, DTYPES, quick=is_quick))
-def test_dgrad(window: str, form: str, dtype: torch.dtype, kernels: str) -> None:
+def test_dgrad(window: str, form: str, dtype: torch.dtype, kernels: str, bundles: Bundles) -> None:
     case = Case(window, dtype, kernels, last=turn([True, False], window, form, dtype))
     whole = case.dy.shape[1] % 16 == 0
-    settings = case.fitted(replace(FORMS[form], tma=FORMS[form].tma and whole))
+    bundles(case)
+    config = case.fitted(replace(FORMS[form], tma=FORMS[form].tma and whole))
     dx = nan_like(case.x)
-    run(
-        ops.backward(
-            case.dy, None, case.w, None, case.window, arch(dx), False, dx, None, None, settings=settings
-        )
-    )  # fmt: skip
+    backward((case.dy, None, case.w, None, dx, None, None), case.window, {ConvProblem: config})
     assert_close(dx, case.gradients()[0])
 
 
@@ -158,18 +180,15 @@ WGRAD_FORMS = {
         and splits == turn((1, 4), form, window),
     ),
 )  # fmt: skip
-def test_wgrad(window: str, form: str, splits: int, dtype: torch.dtype, kernels: str) -> None:
+def test_wgrad(window: str, form: str, splits: int, dtype: torch.dtype, kernels: str, bundles: Bundles) -> None:
     case = Case(window, dtype, kernels, last=turn([True, False], window, form, dtype))
-    settings = case.fitted(WGRAD_FORMS[form])
-    tma = settings.tma and all(t.shape[1] % 16 == 0 for t in (case.x, case.dy))
-    splits = even_splits(settings.boxes(3, *case.y.shape[2:]), splits)
-    settings = replace(settings, tma=tma, splits=splits)
+    bundles(case)
+    config = case.fitted(WGRAD_FORMS[form])
+    tma = config.tma and all(t.shape[1] % 16 == 0 for t in (case.x, case.dy))
+    splits = even_splits(config.boxes(3, *case.y.shape[2:]), splits)
+    config = replace(config, tma=tma, splits=splits)
     dw, db = nan_like(case.w), nan_like(case.b)
-    run(
-        ops.backward(
-            case.dy, case.x, None, None, case.window, arch(dw), False, None, dw, db, wgrad_settings=settings
-        )
-    )  # fmt: skip
+    backward((case.dy, case.x, None, None, None, dw, db), case.window, {ConvWgradProblem: config})
     _, exact_dw, exact_db = case.gradients()
     assert_close(dw, exact_dw)
     assert_close(db, exact_db, scale=terms(case.dy))
@@ -185,11 +204,11 @@ def test_few_input_channels(c: int, last: bool, kernels: str) -> None:
     b = tensor((1, 20, 1, 1), dtype, kernels, False).flatten()
     z = F.conv2d(x.double(), w.double(), b.double(), window.stride, window.padding)
     y = nan_like(tensor(tuple(z.shape), dtype, kernels, last))
-    (launch,) = run(ops.forward(x, w, b, y, window, "sigmoid", arch(x), False))
+    (launch,) = run(ops.forward, (x, w, b, y), window=window, activation="sigmoid", tf32=False)
     assert launch.kernel.__name__ == "few_channels_forward"
     assert_close(y, torch.sigmoid(z).cpu())
     dy, dw, db = tensor(tuple(z.shape), dtype, kernels, c == 5), nan_like(w), nan_like(b)
-    done = run(ops.backward(dy, x, None, y, window, arch(x), False, None, dw, db))
+    done = backward((dy, x, None, y, None, dw, db), window)
     assert [launch.named.get("FUSE_DZ") for launch in done if launch.kernel.__name__ == "few_channels_wgrad"] == [True]
     dz = dy.double() * y.double() * (1 - y.double())
     _, exact, sums = conv3x3_backward(dz.cpu(), x.double().cpu(), None, None, x.shape, window, (False, True, True))
@@ -210,7 +229,7 @@ def test_dx_of_few_input_channels(c: int, tma: bool, kernels: str) -> None:
     dy = tensor((3, o, 9 + 2 * (c % 3), 17 + 2 * (4 - c)), dtype, kernels, tma)
     dy[1, 4, 5, 7] = torch.inf
     s = replace(BASE, block_i=16, block_j=64, box=(1, 4, 16) if tma else (2, 4, 8), tma=tma, num_warps=1, num_stages=1)
-    *_, launch = run(ops.backward(dy, None, w, None, window, arch(dx), False, dx, None, None, settings=s))
+    *_, launch = backward((dy, None, w, None, dx, None, None), window, {FewChannelsDgradProblem: s})
     assert launch.kernel.__name__ == "few_channels_dgrad"
     exact, _, _ = conv3x3_backward(
         dy.double().cpu(), None, w.double().cpu(), None, dx.shape, window, (True, False, False)
@@ -236,13 +255,13 @@ def test_one_channel_a_group(rows: int, last: bool, stride: tuple[int, int], ker
     b = tensor((1, 12, 1, 1), dtype, kernels, False).flatten()
     z = F.conv2d(x.double(), w.double(), b.double(), window.stride, window.padding, 1, 12).cpu()
     y, dx, dw, db = nan_like(tensor(tuple(z.shape), dtype, kernels, last)), nan_like(x), nan_like(w), nan_like(b)
-    settings = Convolution(8, 8, 1, 4, 1, "test", box=(2, rows, 4))
-    run(ops.forward(x, w, b, y, window, None, arch(x), False, settings))
+    config = ConvConfig(8, 8, 1, 4, 1, "test", box=(2, rows, 4))
+    run(ops.forward, (x, w, b, y), {DepthwiseProblem: config}, window=window, activation=None, tf32=False)
     assert_close(y, z)
     dy = tensor(tuple(z.shape), dtype, kernels, last)
-    boxes = settings.boxes(2, *z.shape[2:])
-    wgrad = replace(settings, splits=even_splits(boxes, 3))
-    run(ops.backward(dy, x, w, None, window, arch(x), False, dx, dw, db, settings, wgrad))
+    backward((dy, None, w, None, dx, None, None), window, {DepthwiseProblem: config})
+    wgrad = replace(config, splits=even_splits(config.boxes(2, *z.shape[2:]), 3))
+    backward((dy, x, None, None, None, dw, db), window, {DepthwiseProblem: wgrad})
     exact = conv3x3_backward(
         dy.double().cpu(), x.double().cpu(), w.double().cpu(), None, x.shape, window, (True, True, True)
     )
@@ -277,10 +296,10 @@ def test_relayout(with_y: bool, padded: int, layout: str, kernels: str) -> None:
     dst, db = nan_like(tensor((3, padded, 5, 9), dtype, kernels, True)), torch.full((7,), torch.nan, dtype=dtype)
     db = db.to(kernels)
 
-    def launches() -> Iterator[Launch]:
-        yield from reduce_partials(arch(src), (yield from relayout(src, y, dst, db, arch(src))))
+    def build(plan: Plan, src: Buffer, y: Buffer | None, dst: Buffer, db: Buffer) -> None:
+        reduce_partials(plan, relayout(plan, src, y, dst, db))
 
-    run(launches())
+    run(build, (src, y, dst, db))
     assert_close(dst[:, :7], exact.cpu())
     assert not dst[:, 7:].any(), "what pads the channels must be zero: it is multiplied"
     assert_close(db, exact.sum((0, 2, 3)).cpu(), scale=terms(exact))
@@ -296,15 +315,32 @@ def test_tensors_are_packed_in_one_launch(first: str, second: str, kernels: str)
         for layout, size in ((first, (3, 39, 5, 9)), (second, (2, 41, 7, 6)))
     ]
     w = torch.randn(33, 7, 3, 3, device=kernels).to(dtype)
-    packing = Packing(arch(w))
-    found = [packing.image(t, 1).tensor for t in images]
-    found.append(packing.pack(w, nan_like(tensor((40, 7, 3, 3), dtype, kernels, True)), swapped=False).tensor)
-    launches = run(packing.launches())
-    assert len(launches) == 1 or (first != second and len(launches) == 2)
-    assert not run(packing.launches()), "nothing is packed twice"
+    found = [
+        nan_like(tensor((n, -(-c // 8) * 8, *size), dtype, kernels, True))
+        for n, c, *size in (image.shape for image in images)
+    ]
+    found.append(nan_like(tensor((40, 7, 3, 3), dtype, kernels, True)))
+    counts = []
+
+    def build(plan: Plan, *buffers: Buffer) -> None:
+        packing = Packing(plan)
+        for src, dst in zip(buffers[:3], buffers[3:], strict=True):
+            packing.pack(src, dst)
+        for _ in range(2):
+            packing.launch()
+            counts.append(len(plan.launches))
+
+    run(build, (*images, w, *found))
+    assert counts[0] == 1 or (first != second and counts[0] == 2)
+    assert counts[1] == counts[0], "nothing is packed twice"
     swapped = nan_like(tensor((7, 40, 3, 3), dtype, kernels, True))
-    packing.pack(w, swapped, swapped=True)
-    run(packing.launches())
+
+    def exchange(plan: Plan, src: Buffer, dst: Buffer) -> None:
+        packing = Packing(plan)
+        packing.pack(src, dst, swapped=True)
+        packing.launch()
+
+    run(exchange, (w, swapped))
     for result, exact in zip(found, [*images, w], strict=True):
         rows, channels = exact.shape[:2]
         assert torch.equal(result[:rows, :channels], exact)
@@ -322,13 +358,13 @@ def test_a_nan_of_one_group_stays_in_it(kernels: str) -> None:
     window = Window((1, 1), (1, 1), 4)
     assert bundle_of(4, 3, 6, 64) > 1
     y = torch.empty(1, 24, 6, 7, device=kernels)
-    run(ops.forward(x, w, None, y, window, None, arch(x), False))
+    run(ops.forward, (x, w, None, y), window=window, activation=None, tf32=False)
     exact = F.conv2d(x, w, None, 1, 1, 1, 4)
     torch.testing.assert_close(y, exact, equal_nan=True, rtol=1e-5, atol=1e-5)
     dy = torch.randn(1, 24, 6, 7, device=kernels)
     dy[0, 5, 1, 1] = -torch.inf
     dx = torch.empty_like(x)
-    run(ops.backward(dy, None, w, None, window, arch(x), False, dx, None, None))
+    backward((dy, None, w, None, dx, None, None), window)
     theirs = conv3x3_backward(dy, None, w, None, x.shape, window, (True, False, False))[0]
     torch.testing.assert_close(dx, theirs, equal_nan=True, rtol=1e-5, atol=1e-5)
 
@@ -344,7 +380,7 @@ def test_an_infinity_at_the_edge_reaches_its_taps_alone(c: int, groups: int, las
     w, dy = torch.zeros(c, c // groups, 3, 3, device=kernels), tensor((1, c, 5, 7), torch.float32, kernels, last)
     dy[:, :, 3:], dy[:, :, :, 5:] = 0, 0
     window, dw = Window((1, 1), (1, 1), groups), nan_like(w)
-    run(ops.backward(dy, x, None, None, window, arch(x), False, None, dw, None))
+    backward((dy, x, None, None, None, dw, None), window)
     exact = conv3x3_backward(dy.cpu(), x.cpu(), None, None, x.shape, window, (False, True, False))[1]
     assert exact is not None
     torch.testing.assert_close(dw.cpu(), exact, equal_nan=True, rtol=1e-5, atol=1e-5)
@@ -359,7 +395,7 @@ def test_a_class_without_pixels(size: tuple[int, int], groups: int, kernels: str
     window = Window((2, 2), (1, 1), groups)
     w, dx = tensor((8, 8 // groups, 3, 3), torch.float32, kernels, True), torch.full((1, 8, *size), torch.nan)
     dy, dx = tensor((1, 8, *window.output_size(*size)), torch.float32, kernels, True), dx.to(kernels)
-    run(ops.backward(dy, None, w, None, window, arch(w), False, dx, None, None))
+    backward((dy, None, w, None, dx, None, None), window)
     exact = conv3x3_backward(dy.double(), None, w.double(), None, dx.shape, window, (True, False, False))[0]
     assert exact is not None
     assert_close(dx, exact.cpu())
@@ -371,7 +407,8 @@ def test_every_second_column_is_stored_by_itself() -> None:
     for stride, vec in (((1, 1), 4), ((2, 1), 4), ((1, 2), 1)):
         window = Window(stride, (1, 1))
         grad = dy.new_empty((2, 16, 16 // stride[0], 16 // stride[1]))
-        *_, launch = ops.backward(grad, None, w, None, window, ARCHS["sm_90"], False, dx, None, None)
+        tensors = (grad, None, w, None, dx, None, None)
+        *_, launch = launches_of(ops.backward, ARCHS["sm_90"], tensors, window=window, tf32=False)
         assert launch.named["VEC_STORE"] == vec
 
 
@@ -395,31 +432,29 @@ def test_a_descriptor_does_not_run_into_the_next_pixel(kernels: str) -> None:
     x, w = tensor((1, 48, 4, 4), torch.float32, kernels, True), tensor((8, 48, 3, 3), torch.float32, kernels, True)
     window = Window((2, 2), (1, 1))
     y = nan_like(tensor((1, 8, 2, 2), torch.float32, kernels, True))
-    run(ops.forward(x, w, None, y, window, None, arch(x), False))
+    run(ops.forward, (x, w, None, y), window=window, activation=None, tf32=False)
     assert_close(y, F.conv2d(x.double(), w.double(), None, 2, 1).cpu())
     # What it read there would meet the zeros behind the weights: only an infinity would tell.
     x = tensor((1, 48, 4, 6), torch.float32, kernels, True)
     x[..., 3] = torch.inf
     y = nan_like(tensor((1, 8, 1, 2), torch.float32, kernels, True))
-    run(ops.forward(x, w, None, y, Window((2, 2)), None, arch(x), False))
+    run(ops.forward, (x, w, None, y), window=Window((2, 2)), activation=None, tf32=False)
     assert y[..., 0].isfinite().all()
 
 
-# ---- rules
+# ---- heuristics
 
 
 @pytest.mark.parametrize("l", [16, 48, 64, 96, 100])
 def test_descriptors_step_over_whole_channels_where_others_follow(l: int) -> None:
     for j in (32, 256):
-        s = choose_conv(
+        problem = ConvProblem(
             64, 14, 14, j, l, 1, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"],
             vec=8, tma=True, along=True, whole=True, wide=False, stepped=False,
         )  # fmt: skip
+        s = problem.choose()
         assert not s.tma or l % s.block_l == 0
-        assert choose_conv(
-            64, 14, 14, j, l, 1, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"],
-            vec=8, tma=True, along=True, whole=False, wide=False, stepped=False,
-        ).tma  # fmt: skip
+        assert problem._replace(whole=False).choose().tma
 
 
 def test_boxes_cover_with_little_outside() -> None:
@@ -438,10 +473,9 @@ def test_splits_cover_the_boxes_exactly() -> None:
     for n, p, q in ((1, 3, 3), (64, 56, 56), (256, 7, 7), (3, 33, 29)):
         for o, c in ((64, 64), (512, 512), (16, 8)):
             for spare in (0, 1 << 40):
-                s = choose_conv_wgrad(
-                    n, p, q, o, c, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"],
-                    vec=8, tma=True, spare=spare,
-                )  # fmt: skip
+                s = ConvWgradProblem(
+                    n, p, q, o, c, 1, 1, "bfloat16", "ieee", ARCHS["sm_90"], vec=8, tma=True, spare=spare
+                ).choose()
                 boxes = s.boxes(n, p, q)
                 each = cdiv(boxes, s.splits)
                 assert each * (s.splits - 1) < boxes <= each * s.splits

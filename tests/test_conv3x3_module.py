@@ -94,9 +94,9 @@ def test_what_the_kernels_are_told_of_tf32(kernels: str, monkeypatch: pytest.Mon
     for function in ("forward", "backward"):
         original = getattr(plan, function)
 
-        def record(original: Any = original, **arguments: Any) -> Any:
-            told.append(arguments["tf32"])
-            return original(**arguments)
+        def record(*buffers: Any, original: Any = original, **facts: Any) -> Any:
+            told.append(facts["tf32"])
+            return original(*buffers, **facts)
 
         monkeypatch.setattr(plan, function, record)
     x, w, _ = Case((1, 2, 3, 3), 2).make(torch.float32, kernels)

@@ -15,12 +15,12 @@ import pytest
 
 from tribp import versions
 from tribp.launch.arch import ARCHS
-from tribp.launch.conv3x3 import choose_conv, choose_conv_wgrad, choose_small
-from tribp.launch.matmul import Product, candidates, needs_registers
-from tribp.launch.tuning import rules_answer
-from tribp.launch.variants import variants
+from tribp.launch.matmul import MatmulConfig, candidates, needs_registers
+from tribp.launch.neighbors import neighbors
+from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, FewChannelsProblem
+from tribp.ops.linear_sigmoid.config import WgradProblem
 
-from .tuning_cases import questions
+from .config_cases import problems
 
 ROOT = Path(__file__).parent.parent
 H100 = ARCHS["sm_90"]
@@ -88,13 +88,13 @@ def test_the_check_sees_a_missing_fence() -> None:
 
 @pytest.fixture(params=[True, False], ids=["3.7", "3.6"])
 def newer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """What the rules see of Triton's version."""
+    """What the heuristics see of Triton's version."""
     monkeypatch.setattr(versions, "triton_version", lambda: (3, 7) if request.param else (3, 6))
     return bool(request.param)
 
 
-def uses_wgmma(settings: Product) -> bool:
-    return settings.block_i >= 64 and settings.num_warps >= 4
+def uses_wgmma(config: MatmulConfig) -> bool:
+    return config.block_i >= 64 and config.num_warps >= 4
 
 
 def test_which_products_go_to_wgmma(newer: bool) -> None:
@@ -110,33 +110,28 @@ def test_which_products_go_to_wgmma(newer: bool) -> None:
     assert not first("float32", "tf32x3", tma=True)
 
 
-def test_neither_the_rules_nor_their_variants_leave_a_product_without_its_fence(newer: bool) -> None:
-    """What each rule's products lie along; wgrad sums over rows of both."""
-    along = {"choose_forward": True, "choose_dgrad": False, "choose_wgrad": False}
-    along |= {"choose_conv_wgrad": False}
-    for question in questions(H100).values():
-        facts = question.facts
-        lies = facts.get("along", along.get(question.rule))
-        if lies is None:
+def test_no_legal_product_is_left_without_its_fence(newer: bool) -> None:
+    for problem in problems(H100):
+        if not hasattr(problem, "precision") or not hasattr(problem, "vec"):
             continue
-        chosen = rules_answer(question)
-        for settings in [chosen, *variants(question, chosen)]:
-            if needs_registers(facts["dtype"], facts["precision"], H100, tma=settings.tma, along=lies):
-                assert settings.prefetch or not uses_wgmma(settings), (question, settings)
-                assert getattr(settings, "taps", 1) == 1, f"two warps spill three results: {settings}"
+        # What the products lie along; wgrad sums over rows of both.
+        along = False if isinstance(problem, (WgradProblem, ConvWgradProblem)) else problem.along
+        chosen = problem.choose()
+        for config in [chosen, *neighbors(problem, chosen)]:
+            if needs_registers(problem.dtype, problem.precision, H100, tma=config.tma, along=along):
+                assert config.prefetch or not uses_wgmma(config), (problem, config)
+                assert getattr(config, "taps", 1) == 1, f"two warps spill three results: {config}"
 
 
 @pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
 def test_convolutions_by_pointers(dtype: str, precision: str, newer: bool) -> None:
     may = newer and dtype == "bfloat16"
-    rule: Any = choose_conv
     pointers: dict[str, Any] = dict(vec=4, tma=False, along=True, wide=False, stepped=False)
-    dense = rule.function(64, 13, 13, 128, 128, 1, 1, 1, dtype, precision, H100, whole=False, **pointers)
-    groups = rule.function(64, 28, 28, 32, 32, 4, 8, 1, dtype, precision, H100, whole=True, **pointers)
-    wgrad = choose_conv_wgrad.function(  # type: ignore[attr-defined]
-        16, 13, 13, 128, 128, 1, 1, dtype, precision, H100, vec=4, tma=False, spare=1 << 30
-    )
-    for settings in (dense, groups, wgrad):
-        assert uses_wgmma(settings) == may, settings
-    few = choose_small.function(64, 64, 64, 64, 3, dtype, H100, wgrad=True)  # type: ignore[attr-defined]
+    kind = (dtype, precision, H100)
+    dense = ConvProblem(64, 13, 13, 128, 128, 1, 1, 1, *kind, whole=False, **pointers)
+    groups = ConvProblem(64, 28, 28, 32, 32, 4, 8, 1, *kind, whole=True, **pointers)
+    wgrad = ConvWgradProblem(16, 13, 13, 128, 128, 1, 1, *kind, vec=4, tma=False, spare=1 << 30)
+    for problem in (dense, groups, wgrad):
+        assert uses_wgmma(problem.choose()) == may, problem
+    few = FewChannelsProblem(64, 64, 64, 64, 3, dtype, H100, wgrad=True).choose()
     assert (few.num_stages > 1) == may, "one stage copies nothing asynchronously"

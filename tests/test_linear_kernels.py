@@ -1,10 +1,9 @@
-"""Each form of each kernel by itself, whatever the launch rules would choose: tiles, TMA, persistence, splits, fusion.
+"""Each form of each kernel by itself, whatever the heuristics would choose: tiles, TMA, persistence, splits, fusion.
 
 Shapes leave a remainder in every dimension, every output starts as NaN, and every type can have descriptors (a pitch
 that is a multiple of 16 bytes).
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,42 +14,36 @@ from torch import Tensor
 
 from tribp import dispatch
 from tribp.kernels import common
-from tribp.launch.arch import ARCHS, Arch, cdiv
-from tribp.launch.layout import Launch, Partials, operand, reduce_partials, reduction
-from tribp.launch.linear_sigmoid import choose_wgrad
-from tribp.launch.matmul import Product
-from tribp.launch.tuning import hearing, rules_answer
-from tribp.ops.linear_sigmoid import plan as triton_ops
+from tribp.launch.arch import ARCHS, cdiv
+from tribp.launch.layout import operand
+from tribp.launch.matmul import MatmulConfig
+from tribp.launch.plan import Buffer, Plan, layout_of
+from tribp.launch.reduce import Partials, reduce_partials
+from tribp.ops.linear_sigmoid import plan as ops
+from tribp.ops.linear_sigmoid.config import ForwardProblem, WgradProblem
 from tribp.versions import descriptor_unit
 
 from .covering import DTYPES, cover, turn
 from .oracle import LinearSigmoid, assert_close, matrix
+from .plans import plan_of, run
 
 M, N, K = 80, 48, 48
-BASE = Product(32, 32, 32, num_warps=4, num_stages=2, reason="test", group=2)
+BASE = MatmulConfig(32, 32, 32, num_warps=4, num_stages=2, reason="test", group=2)
 # Pairwise over the forms: (TMA, persistent programs, prefetch, splits).
 FORMS = {
     "pointers": BASE,
     "prefetch": replace(BASE, prefetch=True),
-    "persistent": replace(BASE, persistent=3),
+    "persistent": replace(BASE, persistent=True),
     "tma": replace(BASE, tma=True),
-    "tma persistent": replace(BASE, tma=True, persistent=2),
+    "tma persistent": replace(BASE, tma=True, persistent=True),
     "deep and narrow": replace(BASE, block_i=16, block_j=64, block_l=16, group=8),
 }
-
-
-def arch(tensor: Tensor) -> Arch:
-    return dispatch.arch_of(tensor.device.index)
 
 
 @triton.jit
 def round_to_bfloat16(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.arange(0, SIZE)
     tl.store(y + i, common.round_to(tl.load(x + i), tl.bfloat16))
-
-
-def run(launch: Launch) -> None:
-    launch.run()
 
 
 def nan(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -70,8 +63,8 @@ def test_forward(form: str, transposed: str, dtype: torch.dtype, kernels: str) -
     x, w = matrix(M, K, dtype, kernels, "x" in transposed), matrix(N, K, dtype, kernels, "w" in transposed) / K**0.5
     b = matrix(1, N, dtype, kernels)[0] if form != "prefetch" else None
     y = nan(M, N, dtype=dtype, device=kernels)
-    (launch,) = triton_ops.forward(x, w, b, y, arch(x), False, FORMS[form])
-    run(launch)
+    (launch,) = run(ops.forward, (x, w, b, y), {ForwardProblem: FORMS[form]}, tf32=False)
+    assert launch.named["PERSISTENT"] == FORMS[form].persistent
     assert_close(y, LinearSigmoid(x, w, b).y)
 
 
@@ -86,15 +79,17 @@ def test_dgrad(form: str, transposed: bool, dtype: torch.dtype, kernels: str) ->
     w = matrix(N, K, dtype, kernels, transposed)
     dy, y = matrix(M, N, dtype, kernels), torch.sigmoid(matrix(M, N, torch.float32, kernels)).to(dtype)
     dx = nan(M, K, dtype=dtype, device=kernels)
-    form_settings = replace(BASE, tma="tma" in form, prefetch=form == "prefetch", fuse_dz="fused" in form)
-    if form_settings.fuse_dz:
-        dz = dy.double() * y.double() * (1 - y.double())
-        run(triton_ops.dgrad(operand(dy), y, operand(w), dx, arch(w), False, form_settings))
+    config = replace(BASE, tma="tma" in form, prefetch=form == "prefetch", fuse_dz="fused" in form)
+
+    def build(plan: Plan, dy: Buffer, y: Buffer, w: Buffer, dx: Buffer) -> None:
+        ys = operand(plan, y) if config.fuse_dz else None
+        ops.dgrad(plan, operand(plan, dy), ys, operand(plan, w), dx, config, "ieee")
+
+    run(build, (dy, y, w, dx))
+    dz = dy.double()
+    if config.fuse_dz:
         # dz is rounded to the storage type on its way into the product, as torch's is on its way to memory.
-        dz = dz.to(dtype).double()
-    else:
-        dz = dy.double()
-        run(triton_ops.dgrad(operand(dy), None, operand(w), dx, arch(w), False, form_settings))
+        dz = (dz * y.double() * (1 - y.double())).to(dtype).double()
     assert_close(dx, (dz @ w.double()).cpu())
 
 
@@ -112,18 +107,23 @@ def test_wgrad(form: str, splits: int, transposed: bool, dtype: torch.dtype, ker
     dw = nan(splits, N, K, dtype=dtype if splits == 1 else accumulator, device=kernels)
     db = nan(splits, N, dtype=dtype if splits == 1 else accumulator, device=kernels)
     dz_out = nan(M, N, dtype=dtype, device=kernels)
-    form_settings = replace(
-        BASE, tma="tma" in form, prefetch=form == "prefetch", fuse_dz="fused" in form, splits=splits
-    )
-    if form_settings.fuse_dz:
+    config = replace(BASE, tma="tma" in form, prefetch=form == "prefetch", fuse_dz="fused" in form, splits=splits)
+
+    def build(
+        plan: Plan, dy: Buffer, y: Buffer, x: Buffer, dw: Buffer, dz_out: Buffer | None, db: Buffer | None
+    ) -> None:
+        ops.wgrad(
+            plan, operand(plan, dy), operand(plan, y), operand(plan, x), dw, dz_out, db, config, "ieee"
+        )  # fmt: skip
+
+    run(build, (dy, y, x, dw, *((dz_out, db) if config.fuse_dz else (None, None))))
+    if config.fuse_dz:
         exact = dy.double() * y.double() * (1 - y.double())
-        run(triton_ops.wgrad(operand(dy), y, operand(x), dw, dz_out, db, arch(x), False, form_settings))
         assert_close(dz_out, exact.cpu())
         dz = dz_out.double()
         assert_close(db.double().sum(0).to(dtype), exact.sum(0).cpu(), scale=exact.norm(dim=0).cpu())
     else:
         dz = dy.double()
-        run(triton_ops.wgrad(operand(dy), None, operand(x), dw, None, None, arch(x), False, form_settings))
     assert_close(dw.double().sum(0).to(dtype), (dz.t() @ x.double()).cpu())
 
 
@@ -135,12 +135,10 @@ def test_output_grad(write: str, dtype: torch.dtype, kernels: str) -> None:
     dz = nan(M, N, dtype=dtype, device=kernels) if write != "db" else None
     db = nan(N, dtype=dtype, device=kernels) if write != "dz" else None
 
-    def launches() -> Iterator[Launch]:
-        sums = yield from triton_ops._output_grad(dy, y, dz, db, arch(y))
-        yield from reduce_partials(arch(y), sums)
+    def build(plan: Plan, dy: Buffer, y: Buffer, dz: Buffer | None, db: Buffer | None) -> None:
+        reduce_partials(plan, ops.output_grad(plan, dy, y, dz, db))
 
-    for launch in launches():
-        run(launch)
+    run(build, (dy, y, dz, db))
     if dz is not None:
         assert_close(dz, exact.cpu(), torch.ops.aten.sigmoid_backward(dy, y))
     if db is not None:
@@ -148,31 +146,28 @@ def test_output_grad(write: str, dtype: torch.dtype, kernels: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("needs", "fuse", "dtype"),
+    ("needs", "expanded", "dtype"),
     cover(
-        ["x", "w", "b", "xw", "xb", "wb", "xwb"], [True, False], DTYPES,
-        quick=lambda needs, fuse, dtype: needs == "xwb" or dtype == turn(DTYPES, needs),
+        ["x", "w", "b", "xw", "xb", "wb", "xwb"], [False, True], DTYPES,
+        quick=lambda needs, expanded, dtype: needs == "xwb" or dtype == turn(DTYPES, needs),
     ),
 )  # fmt: skip
-def test_backward_as_a_whole(needs: str, fuse: bool, dtype: torch.dtype, kernels: str) -> None:
+def test_backward_as_a_whole(needs: str, expanded: bool, dtype: torch.dtype, kernels: str) -> None:
     x, w, dy = matrix(M, K, dtype, kernels), matrix(N, K, dtype, kernels), matrix(M, N, dtype, kernels)
+    dy = dy[:1].expand(M, N) if expanded else dy  # as of a sum: there are no rows to form dz from on load
     y = torch.sigmoid(matrix(M, N, torch.float32, kernels)).to(dtype)
     dx = nan(M, K, dtype=dtype, device=kernels) if "x" in needs else None
     dw = nan(N, K, dtype=dtype, device=kernels) if "w" in needs else None
     db = nan(N, dtype=dtype, device=kernels) if "b" in needs else None
-    fused = []
-    with hearing() as heard:
-        for launch in triton_ops.backward(
-            dy, x if "w" in needs else None, w if "x" in needs else None, y, arch(y), False, dx, dw, db, fuse
-        ):
-            run(launch)
-            fused.append(launch.named.get("FUSE_DZ", False))
-    # Somebody's product may carry it: not for db alone, nor for dx beside db. Whether it does, the rules say for the
-    # GPU; the interpreter's always do.
-    may = any(question.facts.get("may_fuse") for question in heard.questions.values())
-    assert may == (fuse and ("w" in needs or needs == "x"))
-    assert any(fused) == any(getattr(rules_answer(q), "fuse_dz", False) for q in heard.questions.values())
-    assert any(fused) == may or not common.INTERPRETED
+    tensors = (dy, x if "w" in needs else None, w if "x" in needs else None, y, dx, dw, db)
+    fused = any(launch.named.get("FUSE_DZ", False) for launch in run(ops.backward, tensors, tf32=False))
+    # Somebody's product may carry it: not for db alone, nor for dx beside db. Whether it does, the heuristics say for
+    # the GPU; the interpreter's always do.
+    configs = plan_of(ops.backward, tensors, tf32=False).configs
+    may = any(getattr(problem, "may_fuse", False) for problem in configs)
+    assert may == (not expanded and ("w" in needs or needs == "x"))
+    assert fused == any(getattr(config, "fuse_dz", False) for config in configs.values())
+    assert fused == may or not common.INTERPRETED
     exact_dx, exact_dw, exact_db, terms = LinearSigmoid(x, w, None).gradients(dy, y)
     for result, exact in ((dx, exact_dx), (dw, exact_dw)):
         if result is not None:
@@ -183,8 +178,12 @@ def test_backward_as_a_whole(needs: str, fuse: bool, dtype: torch.dtype, kernels
 
 def test_operands_say_how_memory_lies() -> None:
     def facts(matrix: Tensor) -> tuple[bool, int, int, bool]:
-        found = operand(matrix)
-        assert torch.equal(found.tensor, matrix)
+        plan = Plan(ARCHS["sm_90"], [layout_of(matrix)])
+        (given,) = plan.given
+        assert given is not None
+        found = operand(plan, given)
+        assert found.tensor.shape == matrix.shape
+        assert (found.tensor is given) == (not plan.steps)
         return found.transposed, found.ld, found.vec, found.tma
 
     x = torch.zeros(24, 48, dtype=torch.float16)
@@ -209,12 +208,12 @@ def test_operands_say_how_memory_lies() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("parts", "length"), [(1, 1), (9, 40), (5, 1000), (70, 33)])
+@pytest.mark.parametrize(("parts", "length"), [(2, 1), (9, 40), (5, 1000), (70, 33)])
 def test_reduce_partials(parts: int, length: int, dtype: torch.dtype, kernels: str) -> None:
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     partials = torch.randn(parts, length, device=kernels, dtype=accumulator)
     out = nan(length, dtype=dtype, device=kernels)
-    run(reduction(arch(out), Partials(partials, out)))
+    run(lambda plan, partials, out: reduce_partials(plan, Partials(partials, out)), (partials, out))
     assert_close(
         out, partials.double().sum(0).cpu(), partials.sum(0).to(dtype), scale=partials.double().norm(dim=0).cpu()
     )
@@ -225,7 +224,12 @@ def test_reduce_partials_of_two_results(parts: int, size: tuple[int, int, int], 
     """Matrices whose transposes are wanted, and a shorter result of other parts, in one launch."""
     partials, more = torch.randn(parts, *size, device=kernels), torch.randn(parts + 1, 13, device=kernels)
     out, short = (nan(*s, dtype=torch.float32, device=kernels) for s in ((size[0], size[2], size[1]), (13,)))
-    run(reduction(arch(out), Partials(partials, out, size[1:]), Partials(more, short)))
+
+    def build(plan: Plan, partials: Buffer, out: Buffer, more: Buffer, short: Buffer) -> None:
+        reduce_partials(plan, Partials(partials, out, (size[1], size[2])), Partials(more, short))
+
+    (launch,) = run(build, (partials, out, more, short))
+    assert launch.kernel.__name__ == "reduce_partials"
     torch.testing.assert_close(out, partials.sum(0).transpose(1, 2))
     torch.testing.assert_close(short, more.sum(0))
 
@@ -234,9 +238,7 @@ def test_splits_cover_the_rows_exactly() -> None:
     for m in (1, 16, 17, 255, 1000, 4096, 5000, 65536, 200_000):
         for n, k in ((16, 16), (10, 128), (256, 784), (4096, 4096)):
             for spare in (0, 1 << 20, 1 << 40):
-                chosen = choose_wgrad(
-                    m, n, k, "bfloat16", "ieee", ARCHS["sm_90"], vec=8, tma=True, may_fuse=True, spare=spare
-                )
+                chosen = WgradProblem(m, n, k, "bfloat16", "ieee", ARCHS["sm_90"], 8, True, True, spare).choose()
                 rows = cdiv(cdiv(m, chosen.splits), chosen.block_l) * chosen.block_l
                 assert rows * (chosen.splits - 1) < m <= rows * chosen.splits
                 assert chosen.splits == 1 or chosen.splits * n * k * 4 <= spare
@@ -262,7 +264,7 @@ def test_rounding_to_bfloat16(kernels: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2048, 1024, 1280), (8192, 256, 784), (4096, 10, 128), (1000, 77, 333)], ids=str)
 def test_shapes_that_fill_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype, kernels: str) -> None:
-    """The rules' own settings: large tiles, persistence, splits and fusion as they are chosen on this machine."""
+    """The heuristics' own configs: large tiles, persistence, splits and fusion as they are chosen on this machine."""
     import tribp
 
     m, n, k = shape

@@ -212,7 +212,7 @@ def plant() -> dict[str, Any]:
     from bench.compiled import compile_launches, source_of
     from bench.linear import expectations, launches
     from bench.registry import Case
-    from tribp.launch.layout import Launch
+    from tribp.launch.plan import Launch, launches_of
 
     def forward(shape: tuple[int, int, int], dtype: torch.dtype, target: str) -> Launch:
         return launches(Case(shape, dtype), "forward", ARCHS[target])[0]
@@ -264,9 +264,13 @@ def plant() -> dict[str, Any]:
     x = torch.empty(1 << 20, 16, device="meta", dtype=torch.bfloat16)
     from tribp.ops.linear_sigmoid.plan import output_grad
 
-    column = output_grad(x.t()[:16, :4096].t(), x[:4096], None, torch.empty(1, 16, device="meta"), ARCHS["sm_90"])
-    transposed = output_grad(x.new_empty(16, 4096).t(), x[:4096], x[:4096], None, ARCHS["sm_90"])
-    broadcast = output_grad(x.new_empty(()).expand(4096, 16), x[:4096], x[:4096], None, ARCHS["sm_90"])
+    def pass_over(*tensors: torch.Tensor | None) -> Launch:
+        build: Any = output_grad
+        return launches_of(build, ARCHS["sm_90"], tensors)[0]
+
+    column = pass_over(x.t()[:16, :4096].t(), x[:4096], None, x.new_empty(16))
+    transposed = pass_over(x.new_empty(16, 4096).t(), x[:4096], x[:4096], None)
+    broadcast = pass_over(x.new_empty(()).expand(4096, 16), x[:4096], x[:4096], None)
     tma = forward(even, torch.bfloat16, "sm_90")
     small = launches(Case((64, 1, 16), torch.bfloat16), "forward", ARCHS["sm_80"])[0]
     far = small._replace(arguments=(*small.arguments[:4], 1 << 40, *small.arguments[5:]))

@@ -15,7 +15,7 @@ from bench.conv_kernels import expectations, launches, row_accesses
 from bench.expectations import ALWAYS, broken, matrix_instructions, multiplies_with, tile_stores
 from bench.machine_code import Loop
 from tribp.launch.arch import ARCHS
-from tribp.launch.layout import Launch
+from tribp.launch.plan import Launch
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DENSE, LAST_COLUMNS = ConvCase(FEW[0], BF16), ConvCase(FEW[0], BF16, last=False)

@@ -47,7 +47,7 @@ def product(  # type: ignore[no-untyped-def]
 def plant() -> dict[str, Any]:
     """What is said of each. Runs where the compiler does, in a process of its own."""
     from bench.compiled import read_launches
-    from tribp.launch.layout import Launch
+    from tribp.launch.plan import Launch
 
     k, step = 4096, 64
 

@@ -15,14 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 import tribp
-from tribp import dispatch
 from tribp.kernels import common
 from tribp.launch.layout import operand
-from tribp.launch.matmul import Product
+from tribp.launch.matmul import MatmulConfig
+from tribp.launch.plan import Buffer, Plan
 from tribp.ops.linear_sigmoid import plan as linear
+from tribp.ops.linear_sigmoid.config import ForwardProblem
 
 from .conv3x3_cases import Case, Layout, contiguous, last
 from .oracle import Conv3x3, assert_close
+from .plans import run
 
 WITHIN = 1e-5
 
@@ -72,8 +74,21 @@ def test_rounding(kernels: str) -> None:
 
 
 M, N, K = 112, 48, 80  # multiples of 16: strides of descriptors in the interpreter of Triton 3.5
-BASE = Product(64, 32, 32, num_warps=4, num_stages=3, reason="test", group=2)
+BASE = MatmulConfig(64, 32, 32, num_warps=4, num_stages=3, reason="test", group=2)
 FORMS = {"pointers": BASE, "prefetch": replace(BASE, prefetch=True, num_stages=1), "tma": replace(BASE, tma=True)}
+
+
+def dgrad(plan: Plan, dz: Buffer, y: Buffer | None, w: Buffer, dx: Buffer, *, config: MatmulConfig) -> None:
+    ys = None if y is None else operand(plan, y)
+    linear.dgrad(plan, operand(plan, dz), ys, operand(plan, w), dx, config, "tf32")
+
+
+def wgrad(
+    plan: Plan, dz: Buffer, y: Buffer, x: Buffer, dw: Buffer, dz_out: Buffer | None, db: Buffer | None,
+    *, config: MatmulConfig,
+) -> None:  # fmt: skip
+    dzs, ys, xs = (operand(plan, t) for t in (dz, y, x))
+    linear.wgrad(plan, dzs, ys, xs, dw, dz_out, db, config, "tf32")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -84,30 +99,27 @@ def test_each_form_of_linear(form: str, transposed: bool, kernels: str) -> None:
 
     x, w = lying(M, K), lying(N, K) / (4 * K)
     dz = positive(M, N, device=kernels)
-    arch = dispatch.arch_of(x.device.index)
     y, dx, dw = torch.empty_like(dz), positive(M, K, device=kernels), positive(1, N, K, device=kernels)
-    for launch in linear.forward(x, w, None, y, arch, True, FORMS[form]):
-        launch.run()
+    run(linear.forward, (x, w, None, y), {ForwardProblem: FORMS[form]}, tf32=True)
     assert_close(y, torch.sigmoid(rounded(x) @ rounded(w).t()), tolerance=2e-6)
-    linear.dgrad(operand(dz), None, operand(w), dx, arch, True, FORMS[form]).run()
+    run(dgrad, (dz, None, w, dx), config=FORMS[form])
     assert_close(dx, rounded(dz) @ rounded(w), tolerance=WITHIN)
-    linear.wgrad(operand(dz), None, operand(x), dw, None, None, arch, True, FORMS[form]).run()
+    run(wgrad, (dz, y, x, dw, None, None), config=FORMS[form])
     assert_close(dw[0], rounded(dz).t() @ rounded(x), tolerance=WITHIN)
 
 
 @pytest.mark.parametrize("form", ["pointers", "tma"])
 def test_dz_formed_on_load(form: str, kernels: str) -> None:
     """dz is rounded as any operand is, but not dy and y, nor what is summed for db."""
-    settings = replace(FORMS[form], fuse_dz=True)
+    config = replace(FORMS[form], fuse_dz=True)
     x, w = positive(M, K, device=kernels), positive(N, K, device=kernels)
     dy, y = positive(M, N, device=kernels), positive(M, N, device=kernels) / 1.2
     dz = dy * ((1 - y) * y)
-    arch = dispatch.arch_of(x.device.index)
     dx, dw, db, dz_out = torch.empty_like(x), torch.empty(1, N, K, device=kernels), torch.empty(1, N), torch.empty(M, N)
     db, dz_out = db.to(kernels), dz_out.to(kernels)
-    linear.dgrad(operand(dy), y, operand(w), dx, arch, True, settings).run()
+    run(dgrad, (dy, y, w, dx), config=config)
     assert_close(dx, rounded(dz) @ rounded(w), tolerance=WITHIN)
-    linear.wgrad(operand(dy), y, operand(x), dw, dz_out, db, arch, True, settings).run()
+    run(wgrad, (dy, y, x, dw, dz_out, db), config=config)
     assert_close(dw[0], rounded(dz).t() @ rounded(x), tolerance=WITHIN)
     assert_close(rounded(dz_out), rounded(dz))
     assert_close(db[0], dz.double().sum(0).cpu(), tolerance=5e-7)

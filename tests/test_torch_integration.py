@@ -72,9 +72,9 @@ def test_opcheck(grad: str, tensors: list[Tensor]) -> None:
         (x[:0], w, b),
     ]
     for arguments in forward:
-        torch.library.opcheck(ops.linear_sigmoid, arguments)
+        torch.library.opcheck(ops.operator, arguments)
     x, w, b = (t.detach() for t in tensors)
-    y = ops.linear_sigmoid(x, w, b)
+    y = ops.operator(x, w, b)
     backward: list[tuple[object, ...]] = [
         (y, x, w, y, [True, True, True]),
         (y[:, :1].expand_as(y), None, w, y, [True, False, False]),
@@ -83,7 +83,7 @@ def test_opcheck(grad: str, tensors: list[Tensor]) -> None:
     ]
     if grad == "no gradients":
         for arguments in backward:
-            torch.library.opcheck(ops.linear_sigmoid_backward, arguments)
+            torch.library.opcheck(ops.backward_operator, arguments)
 
 
 def test_symbolic_trace_keeps_the_function() -> None:

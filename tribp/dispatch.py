@@ -1,4 +1,4 @@
-"""Which backend runs a tensor, and on what machine.
+"""Where a call goes: which backend runs a tensor, on what machine, and who looks on while torch runs.
 
 `auto` (the default): Triton kernels for CUDA and ROCm tensors, plain torch for everything else. Set `TRIBP_BACKEND` to
 `auto`, `triton` or `torch`, or use `tribp.use_backend`. Importing this module asks no GPU anything.
@@ -8,13 +8,17 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_variadic
 
 from .launch.arch import INTERPRETER, Arch
 
 BACKENDS = ("auto", "triton", "torch")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what kernels take
 
 
 def _checked(name: str, source: str) -> str:
@@ -62,7 +66,7 @@ def interpreting() -> bool:
     return bool(common.INTERPRETED)
 
 
-def backend_of(tensor: torch.Tensor) -> str:
+def backend_of(tensor: Tensor) -> str:
     """The backend that runs operations on `tensor`: "triton" or "torch".
 
     Raises RuntimeError if the Triton backend was asked for and cannot run this tensor.
@@ -121,8 +125,97 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """A guard that makes the tensor's device the current one; free where it already is, or where there is none."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+# -- who looks on: the compiler, a transform, a dispatch mode, autocast
+
+compiler, dynamo_compiling = torch.compiler, torch.compiler.is_dynamo_compiling
+dispatch_modes = torch._C._len_torch_dispatch_stack
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def dispatching() -> bool:
+    """Whether something looks on that sees operators but not kernel launches: the compiler, export, a dispatch mode."""
+    # Not torch.compiler.is_compiling(): it asks for TorchScript too, and would double the time of a call of this.
+    return dynamo_compiling() or compiler._is_compiling_flag or dispatch_modes() > 0
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch must compute by itself: inside torch.func, in forward mode, under jit.trace, for tensor subclasses.
+
+    A kernel would read the memory behind a wrapped tensor and return a result without its tangent, batch or trace; of
+    a negative view (`z.conj().imag`) the numbers before their sign is turned.
+    """
+    if _transforming():
+        return True
+    if torch.compiler.is_compiling():  # fake tensors are subclasses too, and the operators take them
+        return False
+    for t in tensors:  # noqa: SIM110 (a generator takes 0.3 µs more)
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+            return True
+    return False
+
+
+def transforming(grad: Tensor) -> bool:
+    """Whether a transform runs, or the older vmap behind `is_grads_batched=True`, whose gradients are marked alone."""
+    return _transforming() or (not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad))
+
+
+def _constant_while_compiling(predicate: Callable[[], bool]) -> Callable[[], bool]:
+    """`torch.compiler.assume_constant_result`, which would import the whole compiler for setting this one mark."""
+    predicate._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return predicate
+
+
+@_constant_while_compiling  # and guarded: Dynamo has guards of its own on all three
+def _transforming() -> bool:
+    """Inside torch.func, in forward mode, or under jit.trace."""
+    functorch, tracing = torch._C._are_functorch_transforms_active(), torch._C._get_tracing_state()
+    return bool(functorch or tracing or forward_ad._current_level >= 0)
+
+
+def autocasting(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch has no autocast on meta, and raises
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """A guard that ends autocast; free where there is none."""
+    return torch.autocast(device_type, enabled=False) if autocasting(device_type) else contextlib.nullcontext()
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """The tensor as autocast would hand it to torch's linear: everything but float64 in the autocast dtype."""
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def left_to_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch's operators compute this with nobody looking on, and will refuse what else is wrong.
+
+    Of the arguments' types and devices it says what they don't: they take a weight on the meta device, and some biases
+    of another type. Each question takes 40 ns, and a function for some of them 60 more.
+    """
+    return (
+        not (has_torch_function_variadic(input, weight, bias) or dynamo_compiling() or dispatch_modes())
+        and not compiler._is_compiling_flag
+        and _backend != "triton"  # of a tensor on the CPU `backend_of` asks no more
+        and input.is_cpu
+        and weight.is_cpu
+        and (dtype := input.dtype) in FLOATS
+        and (bias is None or bias.dtype is dtype)
+    )
+
+
+def torch_computes(grad: Tensor, operator: bool) -> bool:
+    """Whether the gradients are left to torch's operations.
+
+    For whoever differentiates them again (create_graph=True), where torch asks for many at once
+    (is_grads_batched=True), and (operators see to it themselves) for gradients that are no plain memory.
+    """
+    return torch.is_grad_enabled() or transforming(grad) or (not operator and transformed(grad))

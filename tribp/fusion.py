@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from .dispatch import FLOATS
 from .nn import Conv3x3, LinearSigmoid
-from .ops.checks import FLOATS
 
 __all__ = ["FusedSigmoid", "Left", "Replaced", "Report", "fuse", "unfuse"]
 

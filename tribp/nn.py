@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .functional import conv3x3, linear_sigmoid
-from .ops.checks import check_activation, window_of
+from .ops.conv3x3.checks import check_activation, window_of
 
 __all__ = ["Conv3x3", "LinearSigmoid"]
 

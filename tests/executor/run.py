@@ -141,9 +141,9 @@ def _compile_for(target: str) -> None:
     if _cached not in ("", target):
         from triton.runtime.jit import JITFunction
 
-        from tribp.launch import calls
+        from tribp.launch import plan as plans
 
-        calls.forget()
+        plans.forget()
         for thing in gc.get_objects():
             if type(thing) is JITFunction:
                 thing.device_caches.clear()

@@ -1,194 +1,152 @@
-"""`TRIBP_AUTOTUNE=1`: at the first call of a kind, try the launch settings around the rules', and keep the fastest.
+"""`TRIBP_AUTOTUNE=1`: at the first call of a kind, try the configs beside the heuristics', and keep the fastest.
 
-A call is searched as a whole, on its own tensors: the rules that it asks are tried one after the other, in the order of
-asking, with the others as they stand. Launches write outputs and never read them, so a call can be repeated. Optimizer
-steps can't, and are left to `python -m bench sweep`.
+A call is searched on its own tensors, one problem after the other, with the others' configs as they stand. Launches
+write outputs and never read them, so a call can be repeated. Optimizer steps can't, and are left to `python -m bench
+tune`. What was found is kept by Triton's own cache manager (TRITON_CACHE_DIR), beside the compiled kernels.
 """
 
+import dataclasses
+import hashlib
+import json
 import logging
 import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
+import triton
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.cuda import is_current_stream_capturing
+from triton.runtime.cache import get_cache_manager
 
-from .. import dispatch
-from .arch import Arch
-from .finds import Store, cache_folder
-from .search import Found, search
-from .timing import device_times
-from .tuning import Question, hearing, known, learn, rules_answer
-from .variants import variants
+from .. import dispatch, kernels
+from . import plan as plans
+from .neighbors import neighbors
 
 log = logging.getLogger("tribp.autotune")
+C = TypeVar("C")
 
 LIMIT = 60.0  # seconds a call may be searched; most of them go into compiling
-# Relative error against the rules' results that variants may show: both round, and add in another order. Of the norm,
-# and twice that of the largest element: one wrong row in 65,536 is nothing to a norm.
+# The clocks of a GPU, and with them all times, wander by about one per cent between two measurements. What is no faster
+# than that is chance, and would cost another order of sums, and so other bits, for nothing.
+GAIN = 0.02
+AGAIN = 3  # times that the fastest and the first are measured again, in turn: of many, one is fastest by luck
+# Relative error against the heuristics' results that other configs may show: both round, and add in another order. Of
+# the norm, and twice that of the largest element: one wrong row in 65,536 is nothing to a norm.
 TOLERANCE = {torch.float64: 4e-14, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
-Tensors = Mapping[str, Tensor | None]
+Timer = Callable[[Callable[[], object]], float]
 
 
-class Launched(Protocol):
-    def run(self) -> object: ...
+def perform(build: plans.Build, tensors: Sequence[Tensor | None], device: torch.device, **facts: object) -> None:
+    """`plan.perform`; and before it, if TRIBP_AUTOTUNE=1 asks for that, the search for its configs."""
+    if tuner is not None and tuner.on_gpu(device):
+        tuner.prepare(build, tensors, device, facts)
+    plans.perform(build, tensors, device, **facts)
 
 
-Build = Callable[..., Iterable[Launched]]
+# -- the search
 
 
-class DeviceTimer:
-    """Times calls on the current CUDA device: the median of several, in µs, each with a cold L2."""
+@dataclass(frozen=True)
+class Found(Generic[C]):
+    """The config to take, its time, and that of the heuristic's choice, in µs."""
 
-    WARM_UP, LEAST, MOST, BUDGET_US = 3, 7, 50, 5_000.0
-
-    def __init__(self) -> None:
-        size = max(1 << 28, 2 * torch.cuda.get_device_properties().L2_cache_size)
-        self._flush = torch.empty(size, dtype=torch.uint8, device="cuda")
-
-    def __call__(self, action: Callable[[], object]) -> float:
-        for _ in range(self.WARM_UP):
-            action()
-        estimate = max(1.0, statistics.median(self._times(action, self.WARM_UP)))
-        return statistics.median(self._times(action, max(self.LEAST, min(self.MOST, int(self.BUDGET_US / estimate)))))
-
-    def _times(self, action: Callable[[], object], repetitions: int) -> list[float]:
-        return device_times(action, repetitions, self._flush)
+    config: C
+    time: float
+    first_time: float
 
 
-def on_gpu(tensors: Tensors) -> bool:
-    """Whether there is device time to save. On the CPU, and in the interpreter, nothing is searched or read."""
-    return not dispatch.interpreting() and any(t is not None and t.is_cuda for t in tensors.values())
+def search(
+    first: C,
+    around: Callable[[C], Iterable[C]],
+    measure: Callable[[C, int], float | None],
+    over: Callable[[], bool] = lambda: False,
+) -> Found[C] | None:
+    """The fastest config that single steps from `first` lead to, or `first` if none is faster by GAIN.
+
+    measure: the time of a config, None if it is wrong or fails; the number says which repetition it is. over: whether
+    to stop here. None if `first` can't be measured.
+    """
+    start = measure(first, 0)
+    if start is None:
+        return None
+    times: dict[C, float | None] = {first: start}
+    best, fastest = first, start
+    while True:
+        here = fastest
+        for other in around(best):
+            if other not in times and not over():
+                times[other] = measure(other, 0)
+        for other, measured in times.items():
+            if measured is not None and measured < fastest:
+                best, fastest = other, measured
+        if not fastest < (1 - GAIN) * here or over():
+            break
+    if best == first:
+        return Found(first, start, start)
+    pairs = [(measure(first, n), measure(best, n)) for n in range(1, AGAIN + 1)]
+    before, after = (statistics.median([t or 0.0 for t in side]) for side in zip(*pairs, strict=True))
+    if all(None not in pair for pair in pairs) and after < (1 - GAIN) * before:
+        return Found(best, after, before)
+    return Found(first, before, before)
 
 
-def busy() -> bool:
-    """Whether this is no time for a search: a CUDA graph is captured, which must not wait, or the compiler looks on."""
-    return is_current_stream_capturing() or is_compiling()
-
-
-class Tuner:
-    """Searches calls that are new to it. `timer` makes what times a call; all arguments are there for tests."""
+class Trial:
+    """One call whose configs are searched, on its own tensors. Its outputs hold NaN afterwards, or any result."""
 
     def __init__(
-        self,
-        timer: Callable[[], Callable[[Callable[[], object]], float]] = DeviceTimer,
-        on_gpu: Callable[[Tensors], bool] = on_gpu,
-        busy: Callable[[], bool] = busy,
-        gpu: Callable[[], str] = torch.cuda.get_device_name,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._timer, self._on_gpu, self._busy, self._gpu, self._clock = timer, on_gpu, busy, gpu, clock
-        self._seen: set[object] = set()
-        self._stores: dict[str, Store] = {}
-        self._lock = threading.Lock()  # two searches at once would time each other
+        self, build: plans.Build, tensors: Sequence[Tensor | None], device: torch.device, facts: Mapping[str, object],
+        timer: Timer,
+    ) -> None:  # fmt: skip
+        self._tensors, self._device, self._timer = tensors, device, timer
+        arch, layouts = dispatch.arch_of(device.index), [plans.layout_of(tensor) for tensor in tensors]
+        self.plan: Callable[[Mapping[Any, Any]], plans.Plan] = lambda configs: plans.made(
+            build, arch, layouts, facts, configs
+        )
+        found = [tensors[number] for number in self.plan(plans.tuned).outputs]
+        self.outputs = [output for output in found if output is not None]
+        self._expected: list[Tensor] = []
 
-    def prepare(
-        self, call: object, build: Build, tensors: Tensors, facts: Mapping[str, Any], outputs: Sequence[str]
-    ) -> bool:
-        """Before `build(**tensors, **facts)` is run: have the finds for what it asks, stored ones or new ones.
+    def problems(self) -> list[Any]:
+        """Those of the call for which no config was found yet."""
+        return [problem for problem in self.plan(plans.tuned).configs if problem not in plans.tuned]
 
-        call: what all calls have in common that ask the same. outputs: the names of those tensors that it writes; a
-        call without any is not searched, for nothing would show that a variant computes something else. Returns False
-        if a search is still to come, because now is no time for it. Raises ValueError if an output is none of the
-        tensors.
-        A search writes the call's outputs. Whatever goes wrong in it ends it, with a warning, and the rules answer.
-        """
-        if call in self._seen or not self._on_gpu(tensors) or not (written := outputs_of(tensors, outputs)):
-            return True
-        with self._lock:
-            try:
-                store = self._store()
-                if self._busy():
-                    return False
-                self._search(build, tensors, facts, written, store)
-            except Exception as error:
-                log.warning("tribp: the search for launch settings ended: %s: %s", type(error).__name__, error)
-        self._seen.add(call)
-        return True
+    def search(self, problem: Any, over: Callable[[], bool]) -> Found[Any]:
+        """Raises RuntimeError if the heuristic's own config fails."""
+        if not self._expected:
+            self.plan(plans.tuned).run(self._tensors, self._device)
+            self._expected = [output.clone() for output in self.outputs]
+        found = search(
+            problem.choose(),
+            lambda config: neighbors(problem, config),
+            lambda config, _: self._time({**plans.tuned, problem: config}),
+            over,
+        )
+        if found is None:
+            raise RuntimeError(f"the heuristic's own config fails: {problem}")
+        return found
 
-    def _store(self) -> Store:
-        gpu = self._gpu()
-        if gpu not in self._stores:
-            self._stores[gpu] = store = Store(cache_folder(), gpu)
-            learn({key: settings for key, settings in store.load().items() if not known(key)})
-        return self._stores[gpu]
-
-    def _search(
-        self, build: Build, tensors: Tensors, facts: Mapping[str, Any], outputs: Sequence[Tensor], store: Store
-    ) -> None:
-        def call(told: Mapping[str, Any]) -> None:
-            with hearing(told):
-                run(build(**tensors, **facts))
-
-        def ask() -> list[Question]:
-            """What the call asks that nobody has searched. Building it is enough to know."""
-            with hearing() as heard:
-                list(build(**tensors, **facts))
-            return [question for question in heard.questions.values() if not known(question.key)]
-
-        if not (questions := ask()):
-            return
-        log.warning(
-            "tribp: TRIBP_AUTOTUNE is on: trying launch settings of %s, for up to %g s; found ones are kept in %s",
-            ", ".join(question.rule for question in questions), LIMIT, store.path,
-        )  # fmt: skip
-        end = self._clock() + LIMIT
-        call({})
-        expected = [output.clone() for output in outputs]
-        timer = self._timer()
-
-        def measure(question: Question, settings: Any) -> float | None:
-            told = {question.key: settings}
-            for output in outputs:
-                output.fill_(torch.nan)
-            try:
-                call(told)
-                if not all(map(agrees, outputs, expected)):
-                    return None
-                with hearing(told):
-                    launches = list(build(**tensors, **facts))
-                return timer(lambda: run(launches))
-            except Exception as error:  # the compiler, or the driver: too large, or not to be compiled
-                log.info("tribp: %s: %s", settings, error)
+    def _time(self, configs: Mapping[Any, Any]) -> float | None:
+        """In µs; None if the results differ, or the compiler or the driver gives up: a tile may be too large."""
+        plan = self.plan(configs)
+        for output in self.outputs:
+            output.fill_(torch.nan)
+        try:
+            plan.run(self._tensors, self._device)
+            if not all(map(agrees, self.outputs, self._expected)):
                 return None
-
-        while questions and self._clock() < end:
-            question = questions[0]
-            found = search(
-                rules_answer(question),
-                lambda settings, question=question: variants(question, settings),  # type: ignore[misc]
-                lambda settings, _, question=question: measure(question, settings),  # type: ignore[misc]
-                lambda: self._clock() >= end,
-            )
-            if found is None:
-                raise RuntimeError(f"the rule's own settings fail: {question.key}")
-            finds = {question.key: marked(found, question)}
-            learn(finds)
-            store.add(finds)
-            questions = ask()  # other settings may ask other rules
-
-
-def run(launches: Iterable[Launched]) -> None:
-    """Each as it comes: they may allocate in between."""
-    for launch in launches:
-        launch.run()
-
-
-def outputs_of(tensors: Tensors, names: Sequence[str]) -> list[Tensor]:
-    """The tensors of these names, without those that the call leaves out.
-
-    Raises ValueError if a name is none of theirs.
-    """
-    if unknown := [name for name in names if name not in tensors]:
-        raise ValueError(f"outputs must be names of the call's tensors ({', '.join(tensors)}), got {unknown[0]!r}")
-    return [tensor for name in names if (tensor := tensors[name]) is not None]
+            return self._timer(lambda: plan.run(self._tensors, self._device))
+        except Exception as error:
+            log.info("tribp: %s: %s", list(plan.configs.values()), error)
+            return None
 
 
 def agrees(found: Tensor, expected: Tensor) -> bool:
@@ -203,14 +161,142 @@ def agrees(found: Tensor, expected: Tensor) -> bool:
     return bool(norm) and bool(difference.abs().max() <= 2 * limit * b.abs().max())
 
 
-def marked(found: Found[Any], question: Question) -> Any:
-    """The settings with the reason that they were found for."""
-    arch: Arch = question.facts["arch"]
-    if found.settings == rules_answer(question):
-        said = f"{found.time:.1f} µs, and nothing around it is faster"
+def marked(found: Found[Any], problem: Any) -> Any:
+    """The config with the reason that it was found for."""
+    if found.config == problem.choose():
+        said = f"{found.time:.1f} µs, and nothing beside it is faster"
     else:
-        said = f"{found.time:.1f} µs, the rule's choice {found.first_time:.1f} µs"
-    return replace(found.settings, reason=f"measured on {arch.name}: {said}")
+        said = f"{found.time:.1f} µs, the heuristic's choice {found.first_time:.1f} µs"
+    return replace(found.config, reason=f"measured on {problem.arch.name}: {said}")
+
+
+def device_time(action: Callable[[], object]) -> float:
+    """µs on the current CUDA device: the median of several, each with a cold L2."""
+    return 1e3 * float(triton.testing.do_bench(action, warmup=5, rep=10, return_mode="median"))
+
+
+class Tuner:
+    """Searches calls that are new to it. All arguments are there for tests."""
+
+    def __init__(
+        self,
+        timer: Timer = device_time,
+        on_gpu: Callable[[torch.device], bool] = lambda device: device.type == "cuda" and not dispatch.interpreting(),
+        # No time for a search: a CUDA graph is captured, which must not wait, or the compiler looks on.
+        busy: Callable[[], bool] = lambda: is_current_stream_capturing() or is_compiling(),
+        gpu: Callable[[], str] = torch.cuda.get_device_name,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.on_gpu = on_gpu
+        self._timer, self._busy, self._gpu, self._clock = timer, busy, gpu, clock
+        self._seen: set[object] = set()
+        self._lock = threading.Lock()  # two searches at once would time each other
+
+    def prepare(
+        self, build: plans.Build, tensors: Sequence[Tensor | None], device: torch.device, facts: Mapping[str, object]
+    ) -> None:
+        """Have configs for what a call asks, stored ones or new ones. A search writes the call's outputs.
+
+        A call that declares no output is not searched: nothing would show that it computes something else. Whatever
+        goes wrong in a search ends it, with a warning, and the heuristics choose.
+        """
+        call = (build, device, *facts.items(), *map(plans.layout_of, tensors))
+        if call in self._seen:
+            return
+        with self._lock:
+            try:
+                trial = Trial(build, tensors, device, facts, self._timer)
+                if trial.outputs:
+                    self._load(trial)
+                    if self._busy():
+                        return
+                    self._search(trial)
+            except Exception as error:
+                log.warning("tribp: the search for configs ended: %s: %s", type(error).__name__, error)
+        self._seen.add(call)
+
+    def _load(self, trial: Trial) -> None:
+        while stored := {p: config for p in trial.problems() if (config := load(p, self._gpu())) is not None}:
+            self._use(stored)
+
+    def _search(self, trial: Trial) -> None:
+        end = self._clock() + LIMIT
+        if problems := trial.problems():
+            names = ", ".join(type(problem).__name__ for problem in problems)
+            log.warning("tribp: TRIBP_AUTOTUNE is on: trying configs for %s, for up to %g s", names, LIMIT)
+        while problems and self._clock() < end:
+            config = marked(trial.search(problems[0], lambda: self._clock() >= end), problems[0])
+            self._use({problems[0]: config})
+            store(problems[0], config, self._gpu())
+            problems = trial.problems()  # another config may raise other problems
+
+    @staticmethod
+    def _use(configs: Mapping[Any, Any]) -> None:
+        plans.tuned.update(configs)
+        plans.forget()
+
+
+# -- what is kept for other processes
+
+FILE = "tribp_config.json"
+
+
+@cache
+def sources() -> str:
+    """A digest of what decides how fast configs are and which are legal: kernels, heuristics, and plans."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for folder in (Path(kernels.__path__[0]), here, here.parent / "ops"):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def conditions(gpu: str) -> dict[str, str]:
+    """What measured configs hold for: for this and nothing else."""
+    return {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "sources": sources()}
+
+
+def _key(problem: Any, gpu: str) -> str:
+    return hashlib.sha256("\0".join([repr(problem), *conditions(gpu).values()]).encode()).hexdigest()
+
+
+def load(problem: Any, gpu: str) -> Any:
+    """The stored config for a problem; None if there is none, or none that can be read, which is told of."""
+    path = get_cache_manager(_key(problem, gpu)).get_file(FILE)
+    if path is None:
+        return None
+    try:
+        return decode(json.loads(Path(path).read_text(encoding="utf-8")), problem)
+    except (OSError, ValueError) as error:
+        log.warning("tribp: %s holds no config, and is ignored: %s", path, error)
+        return None
+
+
+def store(problem: Any, config: Any, gpu: str) -> None:
+    """What can't be written costs a warning, never a call. Two processes may write: the last one's stays."""
+    try:
+        get_cache_manager(_key(problem, gpu)).put(json.dumps(dataclasses.asdict(config)), FILE, binary=False)
+    except OSError as error:
+        log.warning("tribp: a config that was found cannot be kept for the next run: %s", error)
+
+
+def decode(fields: object, problem: Any) -> Any:
+    """The config of these fields. Raises ValueError if they are no legal config for the problem."""
+    chosen = problem.choose()
+    known = {field.name for field in dataclasses.fields(chosen)}
+    if not isinstance(fields, dict) or set(fields) != known:
+        raise ValueError(f"not the fields of {type(chosen).__name__}: {fields}")
+    config = type(chosen)(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    )
+    try:
+        legal = problem.is_legal(config)
+    except TypeError:  # a text where a number should be
+        legal = False
+    if not legal:
+        raise ValueError(f"not legal for {problem}: {config}")
+    return config
 
 
 def wanted(value: str) -> bool:
@@ -220,5 +306,4 @@ def wanted(value: str) -> bool:
     return value == "1"
 
 
-# What `perform` asks before it builds a call's launches; None: the rules answer.
 tuner = Tuner() if wanted(os.environ.get("TRIBP_AUTOTUNE", "")) else None

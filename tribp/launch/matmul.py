@@ -1,47 +1,47 @@
-"""How each kernel is launched: tile shapes, warps, stages, splits, and why.
+"""Configs of matrix products: tile shapes, warps, stages, splits, and the heuristics that choose them.
 
-Everything here follows from shapes, types and the GPU, by rules a person can check; nothing is timed at the first call,
-and nothing but the standard library is imported. Every setting carries the `reason` it was chosen for, and the reason
-begins with what it rests on (`basis`):
+A heuristic is a pure function of shapes, types and the GPU, by arithmetic that a person can check; nothing is timed at
+the first call, and nothing but the standard library is imported. Every config carries the `reason` it was chosen for,
+and the reason begins with what it rests on (`basis`):
 
 - "derived": arithmetic on bytes and operations;
 - "compiled": the machine code of all of ARCHS, read for registers, spills and shared memory (`python -m bench static`);
-- "measured on sm_90": timed on that GPU (`python -m bench sweep`, or TRIBP_AUTOTUNE=1); on any other one, derived.
+- "measured on sm_90": timed on that GPU (`python -m bench tune`, or TRIBP_AUTOTUNE=1); on any other one, derived.
 
-No rule has been measured on a GPU yet.
+Nothing has been measured on a GPU yet.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from .. import versions
 from .arch import ARCHS, ITEMSIZE, Arch, cdiv, power_of_2
-from .tuning import rule
+from .neighbors import Steps, all_registers, doubled, one_more, toggled
 
 BASES = ("derived", "compiled", "measured")
 INTERPRETED = "derived: interpreted, a program takes 6 ms whatever its size"
 
 
-class Settings(Protocol):
-    """What all launch settings have."""
+class Config(Protocol):
+    """What all configs have."""
 
     @property
     def reason(self) -> str: ...
 
 
-def basis(settings: Settings, arch: Arch) -> str:
-    """What the settings rest on, on this machine: one of BASES. Raises ValueError if their reason doesn't say."""
-    said, colon, _ = settings.reason.partition(": ")
+def basis(config: Config, arch: Arch) -> str:
+    """What a config rests on, on this machine: one of BASES. Raises ValueError if its reason doesn't say."""
+    said, colon, _ = config.reason.partition(": ")
     word, _, where = said.partition(" on ")
     if not colon or word not in BASES or (word == "measured") != bool(where):
-        raise ValueError(f"a reason begins with one of {', '.join(BASES)}, measured with where: {settings.reason!r}")
+        raise ValueError(f"a reason begins with one of {', '.join(BASES)}, measured with where: {config.reason!r}")
     holds = {"derived": True, "compiled": arch.name in ARCHS, "measured": arch.name in where.split(", ")}
     return word if holds[word] else "derived"
 
 
 @dataclass(frozen=True)
-class Product:
-    """Launch settings of a matrix product: a BLOCK_I × BLOCK_J tile a program, BLOCK_L of the summed index a step."""
+class MatmulConfig:
+    """Of a matrix product: a block_i × block_j tile a program, block_l of the summed index a step."""
 
     block_i: int
     block_j: int
@@ -52,7 +52,7 @@ class Product:
     group: int = 8  # tile rows that run together: 8 · 128 rows and as many columns share operands that fit a 50 MB L2
     tma: bool = False
     prefetch: bool = False
-    persistent: int = 0  # programs that share all tiles between them; 0: a program a tile
+    persistent: bool = False  # a program a processor, which share all tiles between them; else a program a tile
     splits: int = 1  # programs that share the summed index of one tile
     fuse_dz: bool = False  # form dz = dy·y·(1 − y) while loading
     max_registers: int | None = None  # a thread; None: as many as ptxas thinks best for occupancy
@@ -65,12 +65,12 @@ class Product:
         return self.tiles(i, j) * self.block_i * self.block_j
 
 
-P = TypeVar("P", bound=Product)
+M = TypeVar("M", bound=MatmulConfig)
 
 
 @dataclass(frozen=True)
-class Sum:
-    """Launch settings of `sum_partials`."""
+class ReduceConfig:
+    """Of `reduce_partials`."""
 
     block_parts: int
     block: int
@@ -101,22 +101,22 @@ def needs_registers(dtype: str, precision: str, arch: Arch, *, tma: bool, along:
     return not tma and not versions.fences_copies()
 
 
-def by_mma_sync(settings: P, precision: str) -> P:
-    """The settings as a product by mma.sync, where wgmma is ruled out: that takes 64 rows and four warps.
+def by_mma_sync(config: M, precision: str) -> M:
+    """The config as a product by mma.sync, where wgmma is ruled out: that takes 64 rows and four warps.
 
     Compiled: with two warps a thread has room for 64 numbers of the result; beside tf32x3's halves for 32, of 32 rows.
     """
     if precision == "tf32x3":
-        return replace(settings, block_i=min(settings.block_i, 32), block_j=min(settings.block_j, 128), num_warps=4)
-    if settings.block_i < 64:
-        return settings
-    columns = 64 * 64 // settings.block_i
-    return replace(settings, block_j=max(16, min(settings.block_j, columns)), num_warps=2)
+        return replace(config, block_i=min(config.block_i, 32), block_j=min(config.block_j, 128), num_warps=4)
+    if config.block_i < 64:
+        return config
+    columns = 64 * 64 // config.block_i
+    return replace(config, block_j=max(16, min(config.block_j, columns)), num_warps=2)
 
 
 def candidates(
     l: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bool, along: bool = True, short: int = 512
-) -> list[Product]:
+) -> list[MatmulConfig]:
     """The tiles worth considering for a product summed over l, the largest first.
 
     short: sums up to which a tile's end takes so long that another program on the processor should hide it. By the
@@ -129,42 +129,44 @@ def candidates(
     odd = vec * ITEMSIZE[dtype] < 4 and not tma
     if arch.backend == "interpreter":
         # Tiles just small enough that the tests' shapes take several.
-        return [Product(32, 32, 32, 1, 1, INTERPRETED, tma=tma, prefetch=odd)]
+        return [MatmulConfig(32, 32, 32, 1, 1, INTERPRETED, tma=tma, prefetch=odd)]
     if odd:
         # Two-byte loads go through registers: 128×64×32 takes 128 of them, 128×128×32 twice as many, 64 deep spills.
         # One stage: the loop is its own pipeline, and a second one on top does not compile for sm_100 in Triton 3.5.
-        wide = Product(128, 64, 32, 8, 1, "compiled: odd pitch: two-byte loads, prefetched by hand", prefetch=True)
+        wide = MatmulConfig(128, 64, 32, 8, 1, "compiled: odd pitch: two-byte loads, prefetched by hand", prefetch=True)
         if arch.backend == "cuda":
             wide = replace(wide, max_registers=255)  # compiled: ptxas would hold it to 96 on sm_89, and spill 232 bytes
         return [wide, replace(wide, block_i=64, num_warps=4)]
     if arch.backend == "hip":
         depth = {"float64": 16, "float32": 32}.get(dtype, 64)
-        wide = Product(128, 128, depth, 8, 2, "derived: MFMA; two stages fill 64 KB of LDS")
+        wide = MatmulConfig(128, 128, depth, 8, 2, "derived: MFMA; two stages fill 64 KB of LDS")
         return [wide, replace(wide, block_i=64, block_j=64, num_warps=4)]
     if needs_registers(dtype, precision, arch, tma=tma, along=along):
         depth = 32 if dtype == "float32" else 64
         reason = "compiled: mma.sync: two warps a program, or 32 rows"
-        wide = by_mma_sync(Product(64, 128, depth, 2, 4, reason, tma=tma, max_registers=255), precision)
+        wide = by_mma_sync(MatmulConfig(64, 128, depth, 2, 4, reason, tma=tma, max_registers=255), precision)
         return [wide, replace(wide, block_i=32, block_j=32, num_warps=4, reason="derived: 32×32: a small result")]
     if dtype in ("float32", "float64"):
         # Compiled: left to itself, ptxas rounds the registers of these down to a step of occupancy and spills 4–20
         # bytes for it; with 255 allowed they take what they need. Before Hopper, whose tensor cores read shared memory,
         # the halves that tf32x3 makes of both operands lie in registers: 128×128 spills there, 128×64 does not.
         if dtype == "float64":
-            wide = Product(64, 64, 16, 8, 2, "compiled: float64: DMMA", tma=tma, max_registers=255)
+            wide = MatmulConfig(64, 64, 16, 8, 2, "compiled: float64: DMMA", tma=tma, max_registers=255)
         elif precision == "tf32x3" and not arch.has_tma:
-            wide = Product(128, 64, 32, 8, 3, "compiled: tf32x3 from registers: 128×64", tma=tma, max_registers=255)
+            wide = MatmulConfig(
+                128, 64, 32, 8, 3, "compiled: tf32x3 from registers: 128×64", tma=tma, max_registers=255
+            )
         else:
-            wide = Product(128, 128, 32, 8, 3, f"compiled: {precision}: 128×128", tma=tma, max_registers=255)
+            wide = MatmulConfig(128, 128, 32, 8, 3, f"compiled: {precision}: 128×128", tma=tma, max_registers=255)
         small = replace(wide, block_i=64, block_j=64, num_warps=4, reason=f"derived: {precision}: 64×64 fills the GPU")
         tiny = replace(small, block_i=32, block_j=32, reason=f"derived: {precision}: a small result")
         return [wide, tiny] if dtype == "float64" else [wide, small, tiny]
     # Compiled: before Hopper a 128×256 result beside operands in registers leaves no room for 64 deep tiles.
     depth = 64 if arch.has_tma else 32
-    big = Product(128, 256, depth, 8, 4, "derived: 128×256: the most multiplication per byte of operand", tma=tma)
+    big = MatmulConfig(128, 256, depth, 8, 4, "derived: 128×256: the most multiplication per byte of operand", tma=tma)
     reason = "derived: 128×128: two programs a processor, one's epilogue behind the other's loop"
-    wide = Product(128, 128, 64, 8, 3, reason, tma=tma)
-    small = Product(64, 64, 64, 4, 4, "derived: 64×64: larger tiles would leave processors idle", tma=tma)
+    wide = MatmulConfig(128, 128, 64, 8, 3, reason, tma=tma)
+    small = MatmulConfig(64, 64, 64, 4, 4, "derived: 64×64: larger tiles would leave processors idle", tma=tma)
     if not arch.has_tma and vec * ITEMSIZE[dtype] < 8:
         # Compiled: 4-byte accesses to 64 deep tiles have so many addresses that one spills with Triton 3.9 on sm_80.
         small = replace(small, block_l=32)
@@ -172,12 +174,12 @@ def candidates(
     return [big, *tiles] if l > (short if tma else 1024) else tiles
 
 
-def fitted(settings: Product, i: int, j: int, l: int, dtype: str, arch: Arch) -> Product:
-    """The settings, no larger than an i × j result summed over l needs, with the stages that shared memory holds."""
-    block_i, block_j, block_l = fit(settings.block_i, i), fit(settings.block_j, j), fit(settings.block_l, l)
-    warps = settings.num_warps if block_i * block_j >= 64 * 64 else min(settings.num_warps, 4)
-    settings = replace(settings, block_i=block_i, block_j=block_j, block_l=block_l, num_warps=warps)
-    return replace(settings, num_stages=stages_that_fit(settings, ITEMSIZE[dtype], arch))
+def fitted(config: MatmulConfig, i: int, j: int, l: int, dtype: str, arch: Arch) -> MatmulConfig:
+    """The config, no larger than an i × j result summed over l needs, with the stages that shared memory holds."""
+    block_i, block_j, block_l = fit(config.block_i, i), fit(config.block_j, j), fit(config.block_l, l)
+    warps = config.num_warps if block_i * block_j >= 64 * 64 else min(config.num_warps, 4)
+    config = replace(config, block_i=block_i, block_j=block_j, block_l=block_l, num_warps=warps)
+    return replace(config, num_stages=stages_that_fit(config, ITEMSIZE[dtype], arch))
 
 
 def fills(programs: int, arch: Arch) -> bool:
@@ -193,8 +195,8 @@ def fills(programs: int, arch: Arch) -> bool:
 def choose_product(
     i: int, j: int, l: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, along: bool,
     short: int = 512,
-) -> Product:  # fmt: skip
-    """Settings for an i × j result summed over l: the largest tiles that fill the GPU."""
+) -> MatmulConfig:  # fmt: skip
+    """The config for an i × j result summed over l: the largest tiles that fill the GPU."""
     tiles = candidates(l, dtype, precision, arch, vec, tma, along, short)
     big = tiles[0]
     if big.tma and big.block_j == 256:
@@ -207,18 +209,18 @@ def choose_product(
     return fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
 
 
-def stages_that_fit(settings: Product, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:
-    """The settings' stages, or as many of them as shared memory holds.
+def stages_that_fit(config: MatmulConfig, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:
+    """The config's stages, or as many of them as shared memory holds.
 
     A stage keeps its two operand tiles and `extra` elements; `output` elements stay beside all stages. Compiled: where
     products take their operands from registers (before Hopper, and AMD), the stage in use is no longer in memory.
     """
-    return max(1, min(settings.num_stages, stages_in_memory(settings, itemsize, arch, extra=extra, output=output)))
+    return max(1, min(config.num_stages, stages_in_memory(config, itemsize, arch, extra=extra, output=output)))
 
 
-def stages_in_memory(settings: Product, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:
+def stages_in_memory(config: MatmulConfig, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:
     """How many stages shared memory holds; arguments as in `stages_that_fit`."""
-    stage = ((settings.block_i + settings.block_j) * settings.block_l + extra) * itemsize
+    stage = ((config.block_i + config.block_j) * config.block_l + extra) * itemsize
     in_memory = (arch.shared_memory - 1024 - output * itemsize) // stage
     return in_memory if arch.has_tma else in_memory + 1
 
@@ -228,14 +230,112 @@ def whole_splits(m: int, splits: int, block: int) -> int:
     return cdiv(m, cdiv(cdiv(m, splits), block) * block)
 
 
-@rule
-def choose_sum(parts: int, length: int, arch: Arch, *, rows: int = 1, vec: int = 4) -> Sum:
-    """The second pass of every split sum. rows: of the matrices that it transposes; vec: elements an access."""
+# -- what is legal
+
+LONGEST = 256  # of a tile's sides, and of a descriptor's
+WORKSPACE = 32 << 20  # bytes that partial results may always take; cuDNN's algorithms ask for as much and more
+RESULT = 128  # registers a thread may keep of a result: 128×256 in float32 with 8 warps
+
+# What every product can vary.
+STEPS: Steps = dict(
+    num_warps=doubled, num_stages=one_more, block_l=doubled, block_i=doubled, block_j=doubled, tma=toggled,
+    max_registers=all_registers, group=doubled,
+)  # fmt: skip
+
+
+def registers(elements: int, dtype: str, num_warps: int, arch: Arch) -> int:
+    """Registers a thread, for a result of so many elements in the accumulator's type; the interpreter has no end."""
     if arch.backend == "interpreter":
-        return Sum(4, 512, 1, INTERPRETED)
-    # Derived: a sector of each row of a matrix, or a line of what is not transposed. Three forms are enough.
-    least = 8 * power_of_2(rows) if rows > 1 else 32
-    elements = 512 * vec
-    block_parts = min(elements // least, 2 if parts <= 4 else 16 if parts <= 32 else 64)
-    block = max(least, min(elements // block_parts, 256))  # compiled: 512 of few parts spill
-    return Sum(block_parts, block, 1, "derived: 16 loads in flight a thread; one warp: no sum crosses warps")
+        return 0
+    threads = num_warps * (64 if arch.backend == "hip" else 32)
+    return elements * (2 if dtype == "float64" else 1) // threads
+
+
+def legal_threads(config: Any, arch: Arch, *, least: int = 2, most: int = 8) -> bool:
+    """Whether warps and registers are as the GPU has them."""
+    if arch.backend == "interpreter":
+        return bool(config.num_warps == 1 and config.max_registers is None)
+    return least <= config.num_warps <= most and (config.max_registers is None or arch.backend == "cuda")
+
+
+def legal_product(
+    config: MatmulConfig, i: int, j: int, l: int, dtype: str, precision: str, arch: Arch,
+    *, vec: int, tma: bool, along: bool, extra: int = 0, output: int = 0,
+) -> bool:  # fmt: skip
+    """Whether an i × j result summed over l is computed right, and nothing that was seen to spill is asked for.
+
+    Arguments as in `candidates`; extra and output as in `stages_that_fit`.
+    """
+    tile = config.block_i * config.block_j
+    by_registers = needs_registers(dtype, precision, arch, tma=config.tma, along=along)
+    # A warpgroup's instructions need four warps.
+    least = 4 if arch.has_tma and not by_registers else 2
+    most = RESULT // 4 if config.prefetch else RESULT  # what is prefetched lies in registers as well
+    deepest = 32 if config.prefetch else 128
+    stages = stages_in_memory(config, ITEMSIZE[dtype], arch, extra=extra, output=output)
+    single = config.prefetch or arch.backend == "interpreter"  # one pipeline on top of another does not compile
+    return (
+        legal_threads(config, arch, least=least, most=8 if tile >= 64 * 64 else 4)
+        and 16 <= config.block_i <= fit(LONGEST, i)
+        and 16 <= config.block_j <= fit(LONGEST, j)
+        and 16 <= config.block_l <= fit(deepest, l)
+        and 1 <= config.num_stages <= (1 if single else stages)
+        and registers(tile, dtype, config.num_warps, arch) <= most
+        and (not by_registers or config == by_mma_sync(config, precision))
+        # Narrower loads than four bytes are not pipelined.
+        and (tma and arch.has_tma if config.tma else (vec * ITEMSIZE[dtype] < 4) == config.prefetch)
+        and not (config.tma and config.prefetch)
+        # A single row or column of tiles has one order.
+        and 1 <= config.group <= 32
+        and (config.group == MatmulConfig.group or (i > config.block_i and j > config.block_j))
+    )
+
+
+def adjusted_product(
+    config: M, dtype: str, precision: str, arch: Arch, *, along: bool, extra: int = 0, output: int = 0
+) -> M:
+    """The config with warps and stages as its tiles and the GPU's memory allow."""
+    if needs_registers(dtype, precision, arch, tma=config.tma, along=along):
+        config = by_mma_sync(config, precision)
+    if config.block_i * config.block_j < 64 * 64:
+        config = replace(config, num_warps=min(config.num_warps, 4))
+    stages = stages_in_memory(config, ITEMSIZE[dtype], arch, extra=extra, output=output)
+    return replace(config, num_stages=min(config.num_stages, stages))
+
+
+class ReduceProblem(NamedTuple):
+    """The second pass of every split sum: of `parts` partial results of `length` elements."""
+
+    parts: int
+    length: int
+    arch: Arch
+    rows: int = 1  # of the matrices that are transposed
+    vec: int = 4  # elements an access
+
+    def steps(self) -> Steps:
+        return dict(block_parts=doubled, block=doubled, num_warps=doubled)
+
+    def choose(self) -> ReduceConfig:
+        parts, _, arch, rows, vec = self
+        if arch.backend == "interpreter":
+            return ReduceConfig(4, 512, 1, INTERPRETED)
+        # Derived: a sector of each row of a matrix, or a line of what is not transposed. Three forms are enough.
+        least = 8 * power_of_2(rows) if rows > 1 else 32
+        elements = 512 * vec
+        block_parts = min(elements // least, 2 if parts <= 4 else 16 if parts <= 32 else 64)
+        block = max(least, min(elements // block_parts, 256))  # compiled: 512 of few parts spill
+        return ReduceConfig(
+            block_parts, block, 1, "derived: 16 loads in flight a thread; one warp: no sum crosses warps"
+        )
+
+    def adjusted(self, config: ReduceConfig) -> ReduceConfig:
+        return config
+
+    def is_legal(self, config: ReduceConfig) -> bool:
+        interpreted = self.arch.backend == "interpreter"
+        return (
+            1 <= config.block_parts <= 128
+            and config.block >= (8 * power_of_2(self.rows) if self.rows > 1 else 32)
+            and (interpreted or config.block * config.block_parts <= 1024 * self.vec)
+            and 1 <= config.num_warps <= (1 if interpreted else 8)
+        )

@@ -1,51 +1,56 @@
-"""Single steps away from launch settings, which the variants of every kind of them are made of."""
+"""Configs worth trying in place of a given one: one step away, and legal.
 
-from collections.abc import Iterator
+A *problem* is a record of what a config is chosen for: shapes, types and the GPU. Its class says four things:
+
+- `choose()`: the heuristic's config;
+- `is_legal(config)`: whether kernels compute correctly with it, and what was seen to spill is left out;
+- `adjusted(config)`: the config with what follows from its other fields brought in line (stages that memory holds, the
+  box
+  that belongs to a tile, whole splits);
+- `steps()`: the fields to vary, and how.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from .arch import Arch
-from .matmul import Product
-
-LONGEST = 256  # of a tile's sides, and of a descriptor's
-RESULT = 128  # registers a thread may keep of a result: 128×256 in float32 with 8 warps
+C = TypeVar("C")
+Steps = Mapping[str, Callable[[Any], Iterator[Any]]]  # for a field's name: from its value to those beside it
 
 
-def halved_or_doubled(value: int, least: int, most: int) -> Iterator[int]:
-    for other in (value // 2, value * 2):
-        if least <= other <= most:
-            yield other
+class Problem(Protocol[C]):
+    def choose(self) -> C: ...
+    def steps(self) -> Steps: ...
+    def adjusted(self, config: C) -> C: ...
+    def is_legal(self, config: C) -> bool: ...
 
 
-def resized(settings: Any, field: str, least: int, most: int) -> Iterator[Any]:
-    """The settings with half and with twice of a field."""
-    for value in halved_or_doubled(getattr(settings, field), least, most):
-        yield replace(settings, **{field: value})
+def neighbors(problem: Problem[C], config: C) -> list[C]:
+    """In a fixed order, each once; `config` itself is none of them."""
+    found: dict[C, None] = {}
+    for field, step in problem.steps().items():
+        for value in step(getattr(config, field)):
+            other = problem.adjusted(replace(config, **{field: value}))  # type: ignore[type-var]
+            if other != config and problem.is_legal(other):
+                found[other] = None
+    return list(found)
 
 
-def other_warps(settings: Any, arch: Arch) -> Iterator[Any]:
-    """With half and twice the warps; a warpgroup's instructions, where there are any, need four."""
-    if arch.backend != "interpreter":
-        yield from resized(settings, "num_warps", 4 if arch.has_tma else 2, 8)
+def doubled(value: int) -> Iterator[int]:
+    if value > 1:
+        yield value // 2
+    yield value * 2
 
 
-def other_stages(settings: Product, arch: Arch) -> Iterator[Any]:
-    """With a stage less and one more; a loop that prefetches by hand has one."""
-    if arch.backend != "interpreter" and not settings.prefetch:
-        for stages in (settings.num_stages - 1, settings.num_stages + 1):
-            if stages >= 1:
-                yield replace(settings, num_stages=stages)
+def one_more(value: int) -> Iterator[int]:
+    yield value - 1
+    yield value + 1
 
 
-def other_registers(settings: Any, arch: Arch) -> Iterator[Any]:
+def toggled(value: bool) -> Iterator[bool]:
+    yield not value
+
+
+def all_registers(value: int | None) -> Iterator[int | None]:
     """With and without letting a thread take all registers there are."""
-    if arch.backend == "cuda":
-        yield replace(settings, max_registers=None if settings.max_registers else 255)
-
-
-def registers(elements: int, dtype: str, num_warps: int, arch: Arch) -> int:
-    """Registers a thread, for a result of so many elements in the accumulator's type; the interpreter has no end."""
-    if arch.backend == "interpreter":
-        return 0
-    threads = num_warps * (64 if arch.backend == "hip" else 32)
-    return elements * (2 if dtype == "float64" else 1) // threads
+    yield None if value else 255

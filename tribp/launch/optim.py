@@ -1,15 +1,16 @@
-"""The launch settings of an optimizer's step."""
+"""The config of an optimizer's step."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .arch import Arch
 from .matmul import INTERPRETED
-from .tuning import rule
+from .neighbors import Steps, doubled
 
 
 @dataclass(frozen=True)
-class Step:
-    """Launch settings of a pass over many tensors (`optim.py`): a program takes `chunk_blocks` blocks of one tensor."""
+class MultiTensorConfig:
+    """Of a pass over many tensors (`kernels/optim.py`): a program takes `chunk_blocks` blocks of one tensor."""
 
     block: int
     chunk_blocks: int
@@ -22,26 +23,49 @@ class Step:
         return self.block * self.chunk_blocks
 
 
-@rule
-def choose_step(elements: int, types: frozenset[str], strided: bool, arch: Arch) -> Step:
-    """The optimizer step, and the pass over the gradients before it, of `elements` numbers in all.
+class MultiTensorProblem(NamedTuple):
+    """The optimizer step, and the pass over the gradients before it, of `elements` numbers in all."""
 
-    types: of the parameters, gradients and states. strided: some of them do not lie alike in memory.
-    """
-    if arch.backend == "interpreter":
-        return Step(64, 2, 1, INTERPRETED)
-    if "float64" in types:
-        block, reason = 512, "derived: 4 elements a thread: two 16-byte accesses to each operand"
-    elif arch.backend == "hip" and types & {"float16", "bfloat16"}:
-        block, reason = 2048, "derived: 8 elements a thread: a 16-byte access to each 16-bit operand"
-    elif arch.backend == "cuda" and strided:
-        # Compiled: the addresses of 8 elements a thread leave no registers if all is on (44 bytes).
-        block, reason = 512, "compiled: 4 elements a thread: strided addresses take many registers"
-    else:
-        block, reason = 1024, "derived: 8 elements a thread: 16 bytes of each 16-bit operand, twice of one of 32 bits"
-    # Derived: a program reads three tables, one after the other, before its first element. Up to 8 blocks share that,
-    # but never so many that a processor gets fewer than 16 programs: four reside there, four waves even the end out.
-    blocks = max(1, min(8, elements // (block * 16 * arch.processors)))
-    # Compiled: left to itself, ptxas holds float64 to a step of occupancy, and Adagrad spills 8 bytes for it.
-    limit = 255 if "float64" in types and arch.backend == "cuda" else None
-    return Step(block, blocks, 4, reason, limit)
+    elements: int
+    types: tuple[str, ...]  # of the parameters, gradients and states, each once, in alphabetical order
+    strided: bool  # some of them do not have the layout of the others
+    arch: Arch
+
+    def steps(self) -> Steps:
+        return dict(chunk_blocks=doubled, block=doubled, num_warps=doubled)
+
+    def choose(self) -> MultiTensorConfig:
+        elements, types, strided, arch = self
+        if arch.backend == "interpreter":
+            return MultiTensorConfig(64, 2, 1, INTERPRETED)
+        if "float64" in types:
+            block, reason = 512, "derived: 4 elements a thread: two 16-byte accesses to each operand"
+        elif arch.backend == "hip" and {"float16", "bfloat16"} & set(types):
+            block, reason = 2048, "derived: 8 elements a thread: a 16-byte access to each 16-bit operand"
+        elif arch.backend == "cuda" and strided:
+            # Compiled: the addresses of 8 elements a thread leave no registers if all is on (44 bytes).
+            block, reason = 512, "compiled: 4 elements a thread: strided addresses take many registers"
+        else:
+            block, reason = (
+                1024,
+                "derived: 8 elements a thread: 16 bytes of each 16-bit operand, twice of one of 32 bits",
+            )
+        # Derived: a program reads three tables, one after the other, before its first element. Up to 8 blocks share
+        # that, but never so many that a processor gets fewer than 16 programs: four reside there, four waves even the
+        # end out.
+        blocks = max(1, min(8, elements // (block * 16 * arch.processors)))
+        # Compiled: left to itself, ptxas holds float64 to a step of occupancy, and Adagrad spills 8 bytes for it.
+        limit = 255 if "float64" in types and arch.backend == "cuda" else None
+        return MultiTensorConfig(block, blocks, 4, reason, limit)
+
+    def adjusted(self, config: MultiTensorConfig) -> MultiTensorConfig:
+        return config
+
+    def is_legal(self, config: MultiTensorConfig) -> bool:
+        interpreted = self.arch.backend == "interpreter"
+        least, most = (1, 1) if interpreted else (4 if self.arch.has_tma else 2, 8)
+        return (
+            1 <= config.chunk_blocks <= 32
+            and (32 if interpreted else 256) <= config.block <= 4096
+            and least <= config.num_warps <= most
+        )

@@ -1,6 +1,6 @@
 """The kernel's side of a plan: tables on the device, and one launch for all tensors of one combination of types."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,10 @@ from torch import Tensor
 
 from .. import dispatch
 from ..kernels import optim as kernels
-from ..launch import calls
 from ..launch.arch import cdiv
-from ..launch.layout import Launch
-from ..launch.optim import Step as Settings
-from ..launch.optim import choose_step
+from ..launch.optim import MultiTensorConfig, MultiTensorProblem
+from ..launch.plan import Buffer, Launch, config_for, perform
+from ..launch.plan import Plan as LaunchPlan
 from . import layouts
 from .buckets import Member, Step
 from .device_tables import Table, bits
@@ -89,8 +88,9 @@ class Kernel:
         self._layouts = _on(self.device, [word for layout in found if layout for word in layout], torch.int64)
         numbers = [m.param.numel() * (2 if m.param.is_complex() else 1) for m in self.members]
         arch = dispatch.arch_of(self.device.index)
-        types = frozenset(dispatch.dtype_name(dtype) for dtype in self.dtypes if dtype is not None)
-        self.settings = choose_step(sum(numbers), types, self.strided, arch)
+        types = {dispatch.dtype_name(dtype) for dtype in self.dtypes if dtype is not None}
+        problem = MultiTensorProblem(sum(numbers), tuple(sorted(types)), self.strided, arch)
+        self.config: MultiTensorConfig = config_for(problem)
         rows: list[int] = []
         at = self._layouts.data_ptr()
         for m, layout, numel, counter in zip(self.members, found, numbers, self._counters, strict=True):
@@ -106,7 +106,7 @@ class Kernel:
             ]
             at += 8 * len(layout or ())
         self._rows = _on(self.device, rows, torch.int64)
-        self._chunks = _chunks(numbers, self.settings.chunk, self.device)
+        self._chunks = _chunks(numbers, self.config.chunk, self.device)
 
     def _count(self, plan: "Plan", optimizer: "Optimizer") -> None:
         """Counters on the device: those that are there already stay, the others get a place in one tensor."""
@@ -141,9 +141,9 @@ class Kernel:
             STOCHASTIC=seed is not None,
             OPTIONAL=any(_dtypes(m).count(None) != self.dtypes.count(None) for m in self.members),
             STRIDED=self.strided,
-            BLOCK=self.settings.block,
+            BLOCK=self.config.block,
         )  # fmt: skip
-        return Fixed(len(self._chunks), len(self.members), seed or 0, self.settings, constants)
+        return Fixed(len(self._chunks), len(self.members), seed or 0, self.config, constants)
 
     # Every step.
 
@@ -198,11 +198,10 @@ class Kernel:
                 None if t is None else t.to(self.device, non_blocking=True)
                 for t in (step.found_inf, step.grad_scale, step.norm)
             )
-            tensors = dict(
-                rows=self._rows, grads=self.grads, chunks=self._chunks, hypers=self.hypers, finished=self._finished,
-                found_inf=found_inf, scale=scale, norm=norm,
+            tensors = (
+                self._rows, self.grads, self._chunks, self.hypers, self._finished, found_inf, scale, norm,
             )  # fmt: skip
-            calls.perform(_step, tensors, dict(fixed=self._fixed, on_device=self._on_device))
+            perform(_step, tensors, self.device, fixed=self._fixed, on_device=self._on_device)
 
 
 @dataclass(eq=False)  # one of these is as good as another, and found at once
@@ -212,34 +211,34 @@ class Fixed:
     programs: int
     members: int
     seed: int
-    settings: Settings
+    config: MultiTensorConfig
     constants: dict[str, object]
 
     def launch(self, kernel: Any, arguments: tuple[object, ...], constants: dict[str, object]) -> Launch:
-        s = self.settings
+        s = self.config
         return Launch(kernel, (self.programs,), arguments, constants, s.num_warps, max_registers=s.max_registers)
 
 
 def _step(
-    rows: Tensor, grads: Tensor, chunks: Tensor, hypers: Tensor, finished: Tensor, found_inf: Tensor | None,
-    scale: Tensor | None, norm: Tensor | None, fixed: Fixed, on_device: bool,
-) -> Iterator[Launch]:  # fmt: skip
+    plan: LaunchPlan, rows: Buffer, grads: Buffer, chunks: Buffer, hypers: Buffer, finished: Buffer,
+    found_inf: Buffer | None, scale: Buffer | None, norm: Buffer | None, *, fixed: Fixed, on_device: bool,
+) -> None:  # fmt: skip
     """The launch that updates all members of a part."""
     tensors = rows, grads, chunks, hypers, finished, found_inf, scale, norm
-    numbers = fixed.members, fixed.settings.chunk_blocks, fixed.seed
-    yield fixed.launch(kernels.multi_tensor_step, tensors + numbers, fixed.constants | {"ON_DEVICE": on_device})
+    numbers = fixed.members, fixed.config.chunk_blocks, fixed.seed
+    plan.add(fixed.launch(kernels.multi_tensor_step, tensors + numbers, fixed.constants | {"ON_DEVICE": on_device}))
 
 
 def _norm(
-    rows: Tensor, grads: Tensor, chunks: Tensor, partials: Tensor, norm: Tensor, finished: Tensor,
-    scale: Tensor | None, fixed: Fixed, first: int, programs: int, last: bool,
-) -> Iterator[Launch]:  # fmt: skip
+    plan: LaunchPlan, rows: Buffer, grads: Buffer, chunks: Buffer, partials: Buffer, norm: Buffer, finished: Buffer,
+    scale: Buffer | None, *, fixed: Fixed, first: int, programs: int, last: bool,
+) -> None:  # fmt: skip
     """The launch that adds the members' gradients to a norm."""
     arguments = (
-        rows, grads, chunks, partials, norm, finished, scale, first, programs, fixed.settings.chunk_blocks,
+        rows, grads, chunks, partials, norm, finished, scale, first, programs, fixed.config.chunk_blocks,
     )  # fmt: skip
     constants = {name: fixed.constants[name] for name in ("GRAD_TYPE", "STRIDED", "BLOCK")} | {"LAST": last}
-    yield fixed.launch(kernels.gradient_norm, arguments, constants)
+    plan.add(fixed.launch(kernels.gradient_norm, arguments, constants))
 
 
 def gradient_norm(parts: "Sequence[Kernel]", step: Step) -> Tensor:
@@ -251,12 +250,9 @@ def gradient_norm(parts: "Sequence[Kernel]", step: Step) -> Tensor:
         scale = None if step.grad_scale is None else step.grad_scale.to(parts[0].device, non_blocking=True)
         first = 0
         for part, count in zip(parts, counts, strict=True):
-            given = dict(
-                rows=part._rows, grads=part.grads, chunks=part._chunks, partials=partials, norm=norm,
-                finished=part._finished, scale=scale,
-            )  # fmt: skip
-            facts = dict(fixed=part._fixed, first=first, programs=sum(counts), last=part is parts[-1])
-            calls.perform(_norm, given, facts)
+            tensors = part._rows, part.grads, part._chunks, partials, norm, part._finished, scale
+            last = part is parts[-1]
+            perform(_norm, tensors, part.device, fixed=part._fixed, first=first, programs=sum(counts), last=last)
             first += count
     return norm
 

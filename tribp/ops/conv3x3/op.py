@@ -1,7 +1,7 @@
-"""The operators `tribp::conv3x3` and `tribp::conv3x3_backward`, and the branch between backends.
+"""act(x ⋆ w + b): the function, its derivative, and the operators `tribp::conv3x3` and `tribp::conv3x3_backward`.
 
-As in `linear_sigmoid.py`: eager mode calls `forward` and `backward`; the operators are for the compiler, for export and
-for dispatch modes.
+As in `linear_sigmoid/op.py`: eager mode goes to `forward` and `backward`; the registered operators are for the
+compiler, for export and for dispatch modes.
 """
 
 import functools
@@ -11,10 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
+from torch.nn import functional as F
 
-from ... import dispatch, reference
-from ...modes import without_autocast
-from ...reference import Window, channels_last, conv3x3_format
+from ... import dispatch
+from ...dispatch import autocast, autocasting, dispatching, left_to_torch, torch_computes, transformed, without_autocast
+from ..autograd import REFUSALS, in_places, sigmoid_
+from ..checks import check_dtypes
+from . import reference
+from .checks import cached_window, check_conv3x3
+from .reference import Window, channels_last, conv3x3_format
 
 Needs = tuple[bool, bool, bool]
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -32,6 +37,121 @@ def channels_last_of(input: Tensor, weight: Tensor) -> ChannelsLast:
     return ChannelsLast(conv3x3_format(input, weight) == torch.channels_last, channels_last(weight))
 
 
+def conv3x3(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    groups: int = 1,
+    activation: str | None = None,
+    *,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """A 3×3 convolution, with bias and sigmoid in one kernel: what `conv2d` of torch computes, and `sigmoid` after it.
+
+    y[n, o, p, q] = act(b[o] + Σ x[n, c, p·s + r − pad, q·s + t − pad] · w[o, c, r, t]), over r and t in 0, 1, 2 and the
+    channels c of o's group, with zeros outside the image.
+
+    Args:
+        input: `(N, in_channels, H, W)` or `(in_channels, H, W)`, any strides; with its padding at least 3 × 3.
+        weight: `(out_channels, in_channels / groups, 3, 3)`.
+        bias: `(out_channels,)` or None. All of one dtype (float16, bfloat16, float32, float64) and on one device.
+        stride: 1 or 2, or a pair (vertical, horizontal).
+        padding: zeros around the image, a number or a pair; "same" (1, for stride 1) or "valid" (0).
+        groups: into which in_channels and out_channels are divided; each sees its own alone.
+        activation: None or "sigmoid".
+        dilation: 1.
+
+    Returns:
+        `(N, out_channels, P, Q)` or `(out_channels, P, Q)` with P = ⌊(H + 2·pad − 3) / s⌋ + 1, in the memory format
+        that torch's convolution gives: channels_last where input or weight is. Sums are formed in float32 (float64 for
+        float64); the precision of float32 products follows `torch.backends.cudnn.conv`, as torch's convolution does,
+        whose default is TF32. Under autocast the arguments are cast as for `torch.nn.functional.conv2d`.
+
+    The backward pass computes only what is asked for, and of a sigmoid needs only the output. Double backward,
+    `torch.func` and forward-mode differentiation go torch's way; `torch.compile` sees one operator.
+
+    Raises:
+        ValueError: shapes, devices or options that do not fit together, or that only `torch.nn.Conv2d` takes.
+        TypeError: dtypes that differ or are not among the four; arguments of the wrong kind.
+    """
+    try:
+        if left_to_torch(input, weight, bias) and groups == 1 and (bias is None or bias.is_cpu):
+            window = cached_window(stride, padding, groups, activation, dilation)
+            _, channels, height, width = weight.shape
+            if channels and height == width == 3 and (window.stride[1] == 1 or input.dtype != torch.bfloat16):
+                # As they were given: torch refuses True and 1.0, which the cache takes for 1.
+                output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+                return output if activation is None else sigmoid_(output)
+    except REFUSALS:
+        pass
+    if torch.overrides.has_torch_function((input, weight, bias)):
+        tensors = (input, weight, bias)
+        return torch.overrides.handle_torch_function(
+            conv3x3, tensors, *tensors, stride, padding, groups, activation, dilation=dilation
+        )
+    window = check_conv3x3(input, weight, bias, stride, padding, groups, activation, dilation)
+    if autocasting(input.device.type):
+        input, weight, bias = (
+            autocast(input),
+            autocast(weight),
+            None if bias is None else autocast(bias),
+        )
+    check_dtypes("conv3x3", input, weight, bias)
+    if input.dim() == 3:
+        return _conv3x3(input.unsqueeze(0), weight, bias, window, activation).squeeze(0)
+    return _conv3x3(input, weight, bias, window, activation)
+
+
+def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None) -> Tensor:
+    if transformed(input, weight, bias) or not (dispatching() or dispatch.backend_of(input) == "triton"):
+        return reference.conv3x3(input, weight, bias, window, activation)
+    if dispatching():
+        output: Tensor = operator(input, weight, bias, *window, activation)
+        return output
+    needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if needs_grad and torch.is_grad_enabled():
+        return _Conv3x3.apply(input, weight, bias, *window, activation)  # type: ignore[no-any-return, no-untyped-call]
+    return forward(input, weight, bias, window, activation, "triton")
+
+
+class _Conv3x3(torch.autograd.Function):
+    """The derivative: of the kernels as eager mode calls them, and of the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        input, weight, bias, stride, padding, groups, activation = inputs
+        output = forward(input, weight, bias, Window(stride, padding, groups), activation, "triton")
+        _Conv3x3.save(ctx, inputs, output, operator=False)
+        return output
+
+    @staticmethod
+    def save(ctx: Any, inputs: Any, output: Tensor, operator: bool = True) -> None:
+        input, weight, _, stride, padding, groups, activation = inputs
+        ctx.operator, ctx.window, ctx.input_size = operator, as_window(stride, padding, groups), input.shape
+        ctx.formats = channels_last_of(input, weight)
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(
+            input if needs_weight else None, weight if needs_input else None, output if activation else None
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, output = ctx.saved_tensors
+        needs, window, size = ctx.needs_input_grad[:3], ctx.window, ctx.input_size
+        operator = ctx.operator or dispatching()
+        with without_autocast(grad.device.type):
+            if torch_computes(grad, operator):
+                grads = reference.conv3x3_backward(grad, input, weight, output, size, window, needs)
+            elif operator:
+                found = backward_operator(grad, input, weight, output, size, *window, needs, *ctx.formats)
+                grads = in_places(needs, found)
+            else:
+                grads = backward(grad, input, weight, output, size, window, needs, ctx.formats, "triton")
+        return *grads, None, None, None, None
+
+
 def forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None, backend: str
 ) -> Tensor:
@@ -39,16 +159,12 @@ def forward(
     layout = conv3x3_format(input, weight)
     if backend == "torch" or not _fits(input, weight):
         return reference.conv3x3(input, weight, bias, window, activation).contiguous(memory_format=layout)
-    calls, kernels = _launching()
+    perform, plan = _launching()
 
     output = _empty(_output_size(input, weight, window), input, layout)
+    tensors = (input, weight, bias, output)
     with dispatch.on_device(input):
-        calls.perform(
-            kernels.forward,
-            dict(x=input, w=weight, b=bias, y=output),
-            _facts(input, window) | {"activation": activation},
-            outputs=("y",),
-        )
+        perform(plan.forward, tensors, input.device, window=window, activation=activation, tf32=_tf32(input))
     return output
 
 
@@ -69,31 +185,25 @@ def backward(
             if empty is not None and value is not None:
                 empty.copy_(value)
         return dx, dw, db
-    calls, kernels = _launching()
+    perform, plan = _launching()
 
+    tensors = (grad, input, weight, output, dx, dw, db)
     with dispatch.on_device(grad):
-        calls.perform(
-            kernels.backward,
-            dict(dy=grad, x=input, w=weight, y=output, dx=dx, dw=dw, db=db),
-            _facts(grad, window),
-            outputs=("dx", "dw", "db"),
-        )
+        perform(plan.backward, tensors, grad.device, window=window, tf32=_tf32(grad))
     return dx, dw, db
 
 
 @functools.cache
 def _launching() -> tuple[Any, Any]:
     """What imports triton, imported where kernels are to run: once, for an import statement takes 0.5 µs each time."""
-    from ...launch import calls
+    from ...launch.autotune import perform
     from . import plan
 
-    return calls, plan
+    return perform, plan
 
 
-def _facts(tensor: Tensor, window: Window) -> dict[str, object]:
-    """What launches depend on besides the tensors."""
-    tf32 = tensor.dtype == torch.float32 and dispatch.tf32_allowed(convolution=True)
-    return dict(window=window, arch=dispatch.arch_of(tensor.device.index), tf32=tf32)
+def _tf32(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and dispatch.tf32_allowed(convolution=True)
 
 
 def _output_size(input: Tensor, weight: Tensor, window: Window) -> tuple[int, ...]:
@@ -129,7 +239,7 @@ def _small_enough(o: int, c: int) -> bool:
 
 
 @torch.library.custom_op("tribp::conv3x3", mutates_args=())
-def conv3x3(
+def operator(
     input: Tensor, weight: Tensor, bias: Tensor | None,
     stride: Sequence[int], padding: Sequence[int], groups: int, activation: str | None,
 ) -> Tensor:  # fmt: skip
@@ -137,7 +247,7 @@ def conv3x3(
         return forward(input, weight, bias, as_window(stride, padding, groups), activation, dispatch.backend_of(input))
 
 
-@conv3x3.register_fake
+@operator.register_fake
 def _(
     input: Tensor, weight: Tensor, bias: Tensor | None,
     stride: Sequence[int], padding: Sequence[int], groups: int, activation: str | None,
@@ -155,7 +265,7 @@ def _(
 
 
 @torch.library.custom_op("tribp::conv3x3_backward", mutates_args=())
-def conv3x3_backward(
+def backward_operator(
     grad: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor | None, input_size: Sequence[int],
     stride: Sequence[int], padding: Sequence[int], groups: int, needs: Sequence[bool],
     input_last: bool, weight_last: bool,
@@ -169,7 +279,7 @@ def conv3x3_backward(
     return [grad for grad in grads if grad is not None]
 
 
-@conv3x3_backward.register_fake
+@backward_operator.register_fake
 def _(
     grad: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor | None, input_size: Sequence[int],
     stride: Sequence[int], padding: Sequence[int], groups: int, needs: Sequence[bool],
@@ -186,3 +296,6 @@ def as_window(stride: Sequence[int], padding: Sequence[int], groups: int) -> Win
 
 def _needs(needs: Sequence[bool]) -> Needs:
     return needs[0], needs[1], needs[2]
+
+
+operator.register_autograd(_Conv3x3.backward, setup_context=_Conv3x3.save)

@@ -5,37 +5,26 @@ two read either memory format. Dense wants the channels of x, dz and w side by s
 layouts are packed first, all that a direction needs in one launch.
 """
 
-from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ...dispatch import dtype_name
 from ...kernels import conv3x3, conv3x3_depthwise, conv3x3_few_channels
-from ...launch.arch import Arch, cdiv, power_of_2, precision_of
-from ...launch.calls import scratch
-from ...launch.conv3x3 import (
-    SMALL,
-    Convolution,
+from ...launch.arch import cdiv, power_of_2, precision_of
+from ...launch.layout import accumulator, descriptor, precision_in_kernel, vector_length
+from ...launch.plan import Buffer, Launch, Plan
+from ...launch.reduce import Partials, partials_of, reduce_partials
+from .config import (
+    FEW_CHANNELS,
+    ConvConfig,
+    ConvProblem,
+    ConvWgradProblem,
+    DepthwiseProblem,
+    FewChannelsDgradProblem,
+    FewChannelsProblem,
     bundle_of,
-    choose_conv,
-    choose_conv_wgrad,
-    choose_depthwise,
-    choose_small,
-    choose_small_dgrad,
 )
-from ...launch.layout import (
-    Launch,
-    Partials,
-    accumulator,
-    descriptor,
-    partials_of,
-    precision_in_kernel,
-    reduce_partials,
-    vector_length,
-)
-from ...reference import Window
 from .images import (
     Image,
     Packing,
@@ -47,137 +36,144 @@ from .images import (
     padded,
     with_unit_stride,
 )
+from .reference import Window
 
-if TYPE_CHECKING:
-    import triton
-
-Sums = Generator[Launch, None, tuple[Partials, Partials]]  # launches, and what is then left to add up of dw and db
+Sums = tuple[Partials, Partials]  # what is left to add up of dw and db
 
 
 def forward(
-    x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, window: Window, activation: str | None, arch: Arch, tf32: bool,
-    settings: Convolution | None = None,
-) -> Iterator[Launch]:  # fmt: skip
-    """The launches that write y = act(x ⋆ w + b), in order; each is to be run as it comes.
+    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Buffer,
+    *, window: Window, activation: str | None, tf32: bool,
+) -> None:  # fmt: skip
+    """y = act(x ⋆ w + b)."""
+    plan.writes(y)
+    algorithm = algorithm_for(x.shape[1], y.shape[1], window.groups, x)
+    b, ys, sigmoid = None if b is None else plan.contiguous(b), dense_image(y), activation == "sigmoid"
+    if algorithm == "depthwise":
+        plan.add(_depthwise_forward(plan, x, w, b, ys, window, sigmoid))
+    elif algorithm == "few_channels":
+        plan.add(_few_channels_forward(plan, x, w, b, ys, window, sigmoid, tf32))
+    else:
+        plan.add(_dense_forward(plan, x, w, b, ys, window, sigmoid, tf32))
 
-    `settings` replaces the rules' choice for the convolution itself (tests and tuning).
-    """
-    (n, o, p, q), c = y.shape, x.shape[1]
-    ys = dense_image(y)
+
+def _depthwise_forward(
+    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, sigmoid: bool
+) -> Launch:
+    n, c, p, q = y.tensor.shape
+    xs, w = with_unit_stride(plan, x, y.channels_last), plan.contiguous(w)
+    s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(x.dtype), plan.arch, y.channels_last, wgrad=False))
+    arguments = (
+        xs.tensor, w, b, y.tensor, n, *x.shape[2:], p, q, c, *window.padding, *xs.strides, *y.strides,
+    )  # fmt: skip
+    config = conv3x3_depthwise.Forward(
+        s.block_j, *s.box, *window.stride, CHANNELS_LAST=y.channels_last, VEC=xs.vec, VEC_STORE=y.vec,
+        SIGMOID=sigmoid, PTX=plan.arch.backend != "hip",
+    )  # fmt: skip
+    return _launch(conv3x3_depthwise.depthwise_forward, (s.boxes(n, p, q) * cdiv(c, s.block_j),), arguments, config, s)
+
+
+def _few_channels_forward(
+    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, sigmoid: bool, tf32: bool
+) -> Launch:
+    (n, o, p, q), c = y.tensor.shape, x.shape[1]
+    dtype = dtype_name(x.dtype)
+    w = _either_order(plan, w)
+    s = plan.config(FewChannelsProblem(n, p, q, o, c, dtype, plan.arch, wgrad=False))
+    arguments = (x, w, b, y.tensor, n, *x.shape[2:], p, q, o, *window.padding, *x.stride(), *y.strides)
+    config = conv3x3_few_channels.Forward(
+        s.block_j, s.block_l, *s.box, c, *window.stride, TAPS_LAST=w.is_contiguous(),
+        PRECISION=precision_of(dtype, tf32, plan.arch), CHANNELS_LAST=y.channels_last, VEC_STORE=y.vec,
+        SIGMOID=sigmoid, PTX=plan.arch.backend != "hip",
+    )  # fmt: skip
+    grid = (s.boxes(n, p, q) * cdiv(o, s.block_j),)
+    return _launch(conv3x3_few_channels.few_channels_forward, grid, arguments, config, s)
+
+
+def _dense_forward(
+    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, sigmoid: bool, tf32: bool
+) -> Launch:
+    (n, o, p, q), groups, arch = y.tensor.shape, window.groups, plan.arch
     dtype = dtype_name(x.dtype)
     precision = precision_of(dtype, tf32, arch)
-    sizes = (n, *x.shape[2:], p, q)
-    sigmoid, ptx = activation == "sigmoid", arch.backend != "hip"
-    b = None if b is None else b.contiguous()
-    algorithm = algorithm_for(c, o, window.groups, x)
-    if algorithm == "depthwise":
-        xs, w = with_unit_stride(x, ys.channels_last), w.contiguous()
-        s = settings or choose_depthwise(n, p, q, o, dtype, arch, last=ys.channels_last, wgrad=False)
-        grid = s.boxes(n, p, q) * cdiv(o, s.block_j)
-        arguments = (xs.tensor, w, b, y, *sizes, o, *window.padding, *xs.strides, *ys.strides)
-        config: tuple[object, ...] = conv3x3_depthwise.Forward(
-            s.block_j, *s.box, *window.stride, CHANNELS_LAST=ys.channels_last, VEC=xs.vec, VEC_STORE=ys.vec,
-            SIGMOID=sigmoid, PTX=ptx,
-        )  # fmt: skip
-        yield _launch(conv3x3_depthwise.depthwise_forward, (grid,), arguments, config, s)
-        return
-    if algorithm == "few_channels":
-        w = _either_order(w)
-        s = settings or choose_small(n, p, q, o, c, dtype, arch, wgrad=False)
-        grid = s.boxes(n, p, q) * cdiv(o, s.block_j)
-        arguments = (x, w, b, y, *sizes, o, *window.padding, *x.stride(), *ys.strides)
-        config = conv3x3_few_channels.Forward(
-            s.block_j, s.block_l, *s.box, c, *window.stride, TAPS_LAST=w.is_contiguous(), PRECISION=precision,
-            CHANNELS_LAST=ys.channels_last, VEC_STORE=ys.vec, SIGMOID=sigmoid, PTX=ptx,
-        )  # fmt: skip
-        yield _launch(conv3x3_few_channels.few_channels_forward, (grid,), arguments, config, s)
-        return
-    groups, og = window.groups, o // window.groups
-    packing = Packing(arch)
+    packing = Packing(plan)
     xs = packing.image(x, groups)
-    cg = xs.tensor.shape[1] // groups
-    per_tile = settings.bundle if settings else bundle_of(groups, cg, og, 64 if arch.has_tma else 32)
-    ws = _packed_weight(packing, w, o, cg, per_tile, groups)
-    yield from packing.launches()
+    og, cg = o // groups, xs.tensor.shape[1] // groups
+    per_tile = bundle_of(groups, cg, og, 64 if arch.has_tma else 32)
+    ws = _packed_weight(plan, packing, w, o, cg, per_tile, groups)
+    packing.launch()
     tiles = cdiv(groups, per_tile)
     vec = _tile_vec(xs, groups, per_tile)
-    s = settings or choose_conv(
+    s = plan.config(ConvProblem(
         n, p, q, per_tile * og, per_tile * cg, tiles, per_tile, 1, dtype, precision, arch,
         vec=vec, tma=xs.tma and ws.tma and _steppable(x, window), along=True,
-        whole=tiles > 1 or window.stride[1] == 2, wide=not ys.channels_last, stepped=max(window.stride) > 1,
-    )  # fmt: skip
+        whole=tiles > 1 or window.stride[1] == 2, wide=not y.channels_last, stepped=max(window.stride) > 1,
+    ))  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
         xs.argument(s.tma, s.box, s.block_l, precision, window.stride),
         _weight_argument(ws, s.tma, s.block_j, s.block_l, precision),
-        *((xs.tensor, ws.tensor) if per_tile > 1 else (None, None)), b, y,
-        *sizes, groups, og, cg, *window.padding, *window.stride, *_without_channels(xs), *ys.strides,
+        *((xs.tensor, ws.tensor) if per_tile > 1 else (None, None)), b, y.tensor,
+        n, *x.shape[2:], p, q, groups, og, cg, *window.padding, *window.stride, *_without_channels(xs), *y.strides,
     )  # fmt: skip
     config = conv3x3.Forward(
-        **_dense_config(s, precision, ys), VEC=vec, VEC_W=ws.vec, VEC_STORE=_tile_vec(ys, groups, per_tile),
-        SIGMOID=sigmoid, PTX=ptx,
+        **_dense_config(s, precision, y), VEC=vec, VEC_W=ws.vec, VEC_STORE=_tile_vec(y, groups, per_tile),
+        SIGMOID=sigmoid, PTX=arch.backend != "hip",
     )  # fmt: skip
-    yield _launch(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, config, s)
+    return _launch(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, config, s)
 
 
 def backward(
-    dy: Tensor, x: Tensor | None, w: Tensor | None, y: Tensor | None, window: Window, arch: Arch, tf32: bool,
-    dx: Tensor | None, dw: Tensor | None, db: Tensor | None,
-    settings: Convolution | None = None, wgrad_settings: Convolution | None = None,
-) -> Iterator[Launch]:  # fmt: skip
-    """The launches that write those of dx, dw and db that are given, in order; each is to be run as it comes.
-
-    y is given if the activation is a sigmoid; x for dw, w for dx. `settings` and `wgrad_settings` replace the rules'
-    choices for dx and dw.
-    """
+    plan: Plan, dy: Buffer, x: Buffer | None, w: Buffer | None, y: Buffer | None,
+    dx: Buffer | None, dw: Buffer | None, db: Buffer | None, *, window: Window, tf32: bool,
+) -> None:  # fmt: skip
+    """Those of dx, dw and db that are given. y is given if the activation is a sigmoid; x for dw, w for dx."""
+    plan.writes(dx, dw, db)
     image_like = dx if dx is not None else x
     c = image_like.shape[1] if image_like is not None else 0
     algorithm = algorithm_for(c, dy.shape[1], window.groups, x)
     if algorithm == "few_channels" and dw is not None and dx is None:
         assert x is not None
         last = is_channels_last(dy if y is None else y)
-        dys = with_unit_stride(dy, last)
-        pending = yield from _few_channels_wgrad(dys, y, x, dw, db, window, arch, tf32, wgrad_settings)
-        yield from reduce_partials(arch, *pending)
+        pending = _few_channels_wgrad(plan, with_unit_stride(plan, dy, last), y, x, dw, db, window, tf32)
+        reduce_partials(plan, *pending)
         return
     summed = y is not None or dw is None  # db: on the way to dz, else wgrad has it for nothing
     needed = dx is not None or dw is not None
-    packing = Packing(arch)
-    dz, sums = yield from output_grad(
-        dy, y, db if summed else None, needed, algorithm != "depthwise", window.groups, packing, arch
-    )
+    packing = Packing(plan)
+    dense = algorithm != "depthwise"
+    dz, sums = output_grad(plan, dy, y, db if summed else None, needed, dense, window.groups, packing)
     xs = packing.image(x, window.groups) if algorithm == "dense" and x is not None and dw is not None else None
     dgrad = None
     if dx is not None:
         assert w is not None
         assert dz is not None
         if algorithm == "depthwise":
-            dgrad = _depthwise_dgrad(dz, w, dx, window, arch, settings)
+            dgrad = _depthwise_dgrad(plan, dz, w, dx, window)
         elif algorithm == "few_channels" and has_few_channels_dgrad(c, w.shape[0], window, dx.dtype):
-            dgrad = _few_channels_dgrad(dz, w, dx, window, arch, tf32, settings)
+            dgrad = _few_channels_dgrad(plan, dz, w, dx, window, tf32)
         else:
-            dgrad = _dense_dgrad(packing, dz, w, dx, window, arch, tf32, settings)
-    yield from packing.launches()
+            dgrad = _dense_dgrad(plan, packing, dz, w, dx, window, tf32)
+    packing.launch()
     pending = Partials(None, None), Partials(None, None)
     if dw is not None:
         assert x is not None
         assert dz is not None
-        rest = (x, dw, None if summed else db, window, arch)
+        rest = (x, dw, None if summed else db, window)
         if algorithm == "depthwise":
-            pending = yield from _depthwise_wgrad(dz, *rest, wgrad_settings)
+            pending = _depthwise_wgrad(plan, dz, *rest)
         elif algorithm == "few_channels":
-            pending = yield from _few_channels_wgrad(dz, None, *rest, tf32, wgrad_settings)
+            pending = _few_channels_wgrad(plan, dz, None, *rest, tf32)
         else:
             assert xs is not None
             spare = (x.numel() if dx is not None else dy.numel()) * x.element_size()
-            pending = yield from _dense_wgrad(dz, xs, *rest, tf32, spare, wgrad_settings)
-    yield from reduce_partials(arch, *pending, sums)
-    del pending, xs
+            pending = _dense_wgrad(plan, dz, xs, *rest, tf32, spare)
+    reduce_partials(plan, *pending, sums)
     if dgrad is not None:
-        yield dgrad
+        plan.add(dgrad)
 
 
-def algorithm_for(c: int, o: int, groups: int, x: Tensor | None) -> str:
+def algorithm_for(c: int, o: int, groups: int, x: Buffer | None) -> str:
     """Which kernels: "depthwise", "few_channels" or "dense". c, o: input and output channels; x, if it is read.
 
     `few_channels` has 32 bits for an offset within an image.
@@ -185,34 +181,32 @@ def algorithm_for(c: int, o: int, groups: int, x: Tensor | None) -> str:
     if groups == c == o and groups > 1:
         return "depthwise"
     extent = 0 if x is None else sum((x.shape[d] - 1) * x.stride(d) for d in (1, 2, 3))
-    return "few_channels" if groups == 1 and c <= SMALL and extent < 2**31 else "dense"
+    return "few_channels" if groups == 1 and c <= FEW_CHANNELS and extent < 2**31 else "dense"
 
 
-def _dense_dgrad(
-    packing: Packing, dz: Image, w: Tensor, dx: Tensor, window: Window, arch: Arch, tf32: bool,
-    settings: Convolution | None,
-) -> Launch:  # fmt: skip
+def _dense_dgrad(plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer, window: Window, tf32: bool) -> Launch:
     """The launch that writes dx, once `packing` is done."""
+    arch = plan.arch
     (n, c, height, width), (sh, sw), groups = dx.shape, window.stride, window.groups
     dtype = dtype_name(dx.dtype)
     precision = precision_of(dtype, tf32, arch)
     out = dense_image(dx)
     og = dz.tensor.shape[1] // groups  # with padding
     cg = padded(c, dx.element_size()) if groups == 1 else c // groups
-    per_tile = settings.bundle if settings else bundle_of(groups, cg, og, 64 if arch.has_tma else 32)
+    per_tile = bundle_of(groups, cg, og, 64 if arch.has_tma else 32)
     # wgmma takes TF32 from rows that lie along the sum.
     along = precision == "tf32" and groups == 1 and (arch.has_wgmma or arch.backend == "interpreter")
     if along:
-        ws = _packed_weight(packing, w, cg, og, per_tile, groups, swapped=True)
+        ws = _packed_weight(plan, packing, w, cg, og, per_tile, groups, swapped=True)
     else:
-        ws = _packed_weight(packing, w, og * groups, cg, per_tile, groups)
+        ws = _packed_weight(plan, packing, w, og * groups, cg, per_tile, groups)
     tiles = cdiv(groups, per_tile)
     vec = _tile_vec(dz, groups, per_tile)
     p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
-    s = settings or choose_conv(
+    s = plan.config(ConvProblem(
         n, p, q, per_tile * (c // groups), per_tile * og, tiles, per_tile, sh * sw, dtype, precision, arch,
         vec=vec, tma=dz.tma and ws.tma, along=along, whole=tiles > 1, wide=not out.channels_last, stepped=sh * sw > 1,
-    )  # fmt: skip
+    ))  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
         dz.argument(s.tma, s.box, s.block_l, precision),
@@ -230,22 +224,22 @@ def _dense_dgrad(
 
 
 def _dense_wgrad(
-    dz: Image, xs: Image, x: Tensor, dw: Tensor, db: Tensor | None, window: Window, arch: Arch, tf32: bool, spare: int,
-    settings: Convolution | None,
-) -> Sums:  # fmt: skip
+    plan: Plan, dz: Image, xs: Image, x: Buffer, dw: Buffer, db: Buffer | None, window: Window, tf32: bool, spare: int
+) -> Sums:
+    arch = plan.arch
     n, groups, (o, cg, *_) = x.shape[0], window.groups, dw.shape
     p, q = dz.tensor.shape[2:]
     dtype, partial = dtype_name(x.dtype), accumulator(x.dtype)
     precision = precision_of(dtype, tf32, arch)
     og = o // groups
-    per_tile = settings.bundle if settings else bundle_of(groups, cg, og, 32)
+    per_tile = bundle_of(groups, cg, og, 32)
     tiles = cdiv(groups, per_tile)
     vec_o, vec_c = _tile_vec(dz, groups, per_tile), _tile_vec(xs, groups, per_tile)
-    s = settings or choose_conv_wgrad(
+    s = plan.config(ConvWgradProblem(
         n, p, q, per_tile * og, per_tile * cg, tiles, per_tile, dtype, precision, arch,
         vec=min(vec_o, vec_c), tma=dz.tma and xs.tma and _steppable(x, window), spare=spare,
-    )  # fmt: skip
-    shares, sums = partials_of(dw, s.splits, partial, (o, 9, cg)), partials_of(db, s.splits, partial)
+    ))  # fmt: skip
+    shares, sums = partials_of(plan, dw, s.splits, partial, (o, 9, cg)), partials_of(plan, db, s.splits, partial)
     assert shares is not None
     in_order = dw.is_contiguous(memory_format=torch.channels_last)
     precision = precision_in_kernel(precision, s.tma and sums is None)  # db sums dz as it is, not rounded
@@ -262,20 +256,20 @@ def _dense_wgrad(
         VEC_STORE=vector_length(shares.element_size(), cg),
     )  # fmt: skip
     grid = (s.tiles(per_tile * og, per_tile * cg) * tiles * (9 // s.taps), s.splits)
-    yield _launch(conv3x3.wgrad, grid, arguments, config, s)
+    plan.add(_launch(conv3x3.wgrad, grid, arguments, config, s))
     return Partials(shares, dw, None if in_order else (9, cg)), Partials(sums, db)
 
 
 def _few_channels_wgrad(
-    dz: Image, y: Tensor | None, x: Tensor, dw: Tensor, db: Tensor | None, window: Window, arch: Arch, tf32: bool,
-    settings: Convolution | None,
-) -> Sums:  # fmt: skip
+    plan: Plan, dz: Image, y: Buffer | None, x: Buffer, dw: Buffer, db: Buffer | None, window: Window, tf32: bool
+) -> Sums:
     """With y, `dz` holds dy."""
+    arch = plan.arch
     (n, c, *_), o, (p, q) = x.shape, dw.shape[0], dz.tensor.shape[2:]
     dtype, partial = dtype_name(x.dtype), accumulator(x.dtype)
-    s = settings or choose_small(n, p, q, o, c, dtype, arch, wgrad=True, fused=y is not None)
-    ys = None if y is None else with_unit_stride(y, dz.channels_last)
-    shares, sums = partials_of(dw, s.splits, partial), partials_of(db, s.splits, partial)
+    s = plan.config(FewChannelsProblem(n, p, q, o, c, dtype, arch, wgrad=True, fused=y is not None))
+    ys = None if y is None else with_unit_stride(plan, y, dz.channels_last)
+    shares, sums = partials_of(plan, dw, s.splits, partial), partials_of(plan, db, s.splits, partial)
     arguments = (
         dz.tensor, None if ys is None else ys.tensor, x, shares, sums, n, *x.shape[2:], p, q, o, *window.padding,
         *x.stride(), *dz.strides, *(dz if ys is None else ys).strides, cdiv(s.boxes(n, p, q), s.splits),
@@ -287,7 +281,7 @@ def _few_channels_wgrad(
         s.block_i, s.block_j, *s.box, c, *window.stride, TAPS_LAST=dw.is_contiguous(), FUSE_DZ=ys is not None,
         PRECISION=precision_of(dtype, tf32, arch), CHANNELS_LAST=dz.channels_last, VEC=vec,
     )  # fmt: skip
-    yield _launch(conv3x3_few_channels.few_channels_wgrad, (cdiv(o, s.block_i), s.splits), arguments, config, s)
+    plan.add(_launch(conv3x3_few_channels.few_channels_wgrad, (cdiv(o, s.block_i), s.splits), arguments, config, s))
     return Partials(shares, dw), Partials(sums, db)
 
 
@@ -299,14 +293,13 @@ def has_few_channels_dgrad(c: int, o: int, window: Window, dtype: torch.dtype) -
     return c <= 4 and window.stride == (1, 1) and dtype.itemsize <= 4 and o * dtype.itemsize <= 256
 
 
-def _few_channels_dgrad(
-    dz: Image, w: Tensor, dx: Tensor, window: Window, arch: Arch, tf32: bool, settings: Convolution | None
-) -> Launch:
+def _few_channels_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Window, tf32: bool) -> Launch:
+    arch = plan.arch
     (n, c, height, width), o = dx.shape, w.shape[0]
     dtype = dtype_name(dx.dtype)
     precision = precision_of(dtype, tf32, arch)
-    w, out = _either_order(w), dense_image(dx)
-    s = settings or choose_small_dgrad(n, height, width, o, dtype, precision, arch, tma=dz.tma)
+    w, out = _either_order(plan, w), dense_image(dx)
+    s = plan.config(FewChannelsDgradProblem(n, height, width, o, dtype, precision, arch, dz.tma))
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
         dz.argument(s.tma, (s.box[0], 1, s.box[2]), s.block_l, precision), w, dx,
@@ -320,14 +313,12 @@ def _few_channels_dgrad(
     return _launch(conv3x3_few_channels.few_channels_dgrad, grid, arguments, config, s)
 
 
-def _depthwise_wgrad(
-    dz: Image, x: Tensor, dw: Tensor, db: Tensor | None, window: Window, arch: Arch, settings: Convolution | None
-) -> Sums:
+def _depthwise_wgrad(plan: Plan, dz: Image, x: Buffer, dw: Buffer, db: Buffer | None, window: Window) -> Sums:
     (n, c, *_), (p, q) = x.shape, dz.tensor.shape[2:]
     partial = accumulator(x.dtype)
-    s = settings or choose_depthwise(n, p, q, c, dtype_name(x.dtype), arch, last=dz.channels_last, wgrad=True)
-    xs = with_unit_stride(x, dz.channels_last)
-    shares, sums = partials_of(dw, s.splits, partial), partials_of(db, s.splits, partial)
+    s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(x.dtype), plan.arch, dz.channels_last, wgrad=True))
+    xs = with_unit_stride(plan, x, dz.channels_last)
+    shares, sums = partials_of(plan, dw, s.splits, partial), partials_of(plan, db, s.splits, partial)
     arguments = (
         dz.tensor, xs.tensor, shares, sums, n, *x.shape[2:], p, q, c, *window.padding, *dz.strides, *xs.strides,
         cdiv(s.boxes(n, p, q), s.splits),
@@ -336,20 +327,18 @@ def _depthwise_wgrad(
         s.block_j, *s.box, *window.stride, WHOLE=p % s.box[1] == 0, CHANNELS_LAST=dz.channels_last, VEC=xs.vec,
         VEC_Z=dz.vec,
     )  # fmt: skip
-    yield _launch(conv3x3_depthwise.depthwise_wgrad, (cdiv(c, s.block_j), s.splits), arguments, config, s)
+    plan.add(_launch(conv3x3_depthwise.depthwise_wgrad, (cdiv(c, s.block_j), s.splits), arguments, config, s))
     return Partials(shares, dw), Partials(sums, db)
 
 
-def _depthwise_dgrad(
-    dz: Image, w: Tensor, dx: Tensor, window: Window, arch: Arch, settings: Convolution | None
-) -> Launch:
+def _depthwise_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Window) -> Launch:
     (n, c, height, width), (sh, sw) = dx.shape, window.stride
     out = dense_image(dx)
-    dz = with_unit_stride(dz.tensor, out.channels_last)
+    dz = with_unit_stride(plan, dz.tensor, out.channels_last)
     p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
-    s = settings or choose_depthwise(n, p, q, c, dtype_name(dx.dtype), arch, last=out.channels_last, wgrad=False)
+    s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(dx.dtype), plan.arch, out.channels_last, wgrad=False))
     arguments = (
-        dz.tensor, w.contiguous(), dx, n, height, width, *dz.tensor.shape[2:], c, *window.padding,
+        dz.tensor, plan.contiguous(w), dx, n, height, width, *dz.tensor.shape[2:], c, *window.padding,
         *dz.strides, *out.strides,
     )  # fmt: skip
     config = conv3x3_depthwise.Dgrad(
@@ -361,13 +350,12 @@ def _depthwise_dgrad(
 
 
 def _launch(
-    kernel: "triton.JITFunction[Any]", grid: tuple[int, ...], arguments: tuple[object, ...],
-    config: tuple[object, ...], s: Convolution,
-) -> Launch:  # fmt: skip
-    return Launch(kernel, grid, arguments, dict(CONFIG=config), s.num_warps, s.num_stages, s.max_registers)
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[object, ...], compiled: NamedTuple, s: ConvConfig
+) -> Launch:
+    return Launch(kernel, grid, arguments, dict(CONFIG=compiled), s.num_warps, s.num_stages, s.max_registers)
 
 
-def _dense_config(s: Convolution, precision: str, out: Image) -> dict[str, Any]:
+def _dense_config(s: ConvConfig, precision: str, out: Image) -> dict[str, Any]:
     """The fields that `forward` and `dgrad` share, but for the lengths of vectors."""
     return dict(
         BLOCK_J=s.block_j, BLOCK_L=s.block_l, BOX_N=s.box[0], BOX_H=s.box[1], BOX_W=s.box[2], ROWS=s.rows,
@@ -376,13 +364,13 @@ def _dense_config(s: Convolution, precision: str, out: Image) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _either_order(w: Tensor) -> Tensor:
+def _either_order(plan: Plan, w: Buffer) -> Buffer:
     """A weight whose nine taps and input channels are one dense row, whichever of them comes first."""
     dense = w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last)
-    return w if dense else w.contiguous()
+    return w if dense else plan.contiguous(w)
 
 
-def _steppable(x: Tensor, window: Window) -> bool:
+def _steppable(x: Buffer, window: Window) -> bool:
     """Whether descriptors can step over x: with an odd number of rows, the last pair would hold the next image's."""
     return all(length % step == 0 for length, step in zip(x.shape[2:], window.stride, strict=True))
 
@@ -410,7 +398,7 @@ def _weight_argument(w: Image, use_tma: bool, rows: int, cols: int, precision: s
 
 
 def _packed_weight(
-    packing: Packing, w: Tensor, rows: int, cols: int, per_tile: int, groups: int, swapped: bool = False
+    plan: Plan, packing: Packing, w: Buffer, rows: int, cols: int, per_tile: int, groups: int, swapped: bool = False
 ) -> Image:
     """w as (rows, 9, cols) in memory, with zeros where it has no such output or input channel.
 
@@ -418,7 +406,7 @@ def _packed_weight(
     channels.
     """
     if per_tile > 1:
-        out = channels_last_scratch(w, per_tile * cols)
+        out = channels_last_scratch(plan, w, per_tile * cols)
         arguments = (w, out, rows // groups, cols, *w.stride())
         config = conv3x3.SpreadWeight(per_tile, power_of_2(9 * per_tile * cols))
         packing.others.append(Launch(conv3x3.spread_weight, (rows,), arguments, dict(CONFIG=config), 4))
@@ -426,4 +414,4 @@ def _packed_weight(
     if not swapped and w.shape[:2] == (rows, cols) and w.is_contiguous(memory_format=torch.channels_last):
         return image(w, True)
     size, zero = (rows, cols, 3, 3), rows > w.shape[1 if swapped else 0]
-    return packing.pack(w, scratch(size, w.dtype, w.device, torch.channels_last, zero=zero), swapped)
+    return packing.pack(w, plan.scratch(size, w.dtype, torch.channels_last, zero=zero), swapped)

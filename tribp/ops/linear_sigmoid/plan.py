@@ -1,228 +1,194 @@
 """Linear + sigmoid on the Triton kernels: which launches make up each direction. Matrices only; imports triton."""
 
-from collections.abc import Generator, Iterator
-
-from torch import Tensor
-
 from ...dispatch import dtype_name
 from ...kernels import linear_sigmoid as kernels
-from ...launch.arch import Arch, cdiv, precision_of
-from ...launch.calls import scratch
-from ...launch.layout import (
-    Launch,
-    Operand,
-    Partials,
-    accumulator,
-    operand,
-    partials_of,
-    precision_in_kernel,
-    reduce_partials,
-    vector_length,
-)
-from ...launch.linear_sigmoid import choose_dgrad, choose_forward, choose_pass, choose_wgrad
-from ...launch.matmul import Product
+from ...launch.arch import cdiv, precision_of
+from ...launch.layout import Operand, accumulator, operand, precision_in_kernel, vector_length
+from ...launch.matmul import MatmulConfig
+from ...launch.plan import Buffer, Plan
+from ...launch.reduce import Partials, partials_of, reduce_partials
+from .config import DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
 
 
-def forward(
-    x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, arch: Arch, tf32: bool, settings: Product | None = None
-) -> Iterator[Launch]:
-    """The one launch that writes y = σ(x·wᵀ + b). x: (M, K), w: (N, K), b: (N,) or None, y: (M, N) contiguous.
-
-    `settings` replaces the rules' choice (tests and tuning).
-    """
+def forward(plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Buffer, *, tf32: bool) -> None:
+    """y = σ(x·wᵀ + b), one launch. x: (M, K), w: (N, K), b: (N,) or None, y: (M, N) contiguous."""
+    plan.writes(y)
     (m, k), n = x.shape, w.shape[0]
     dtype = dtype_name(x.dtype)
-    precision = precision_of(dtype, tf32, arch)
-    xs, ws, ys = operand(x), operand(w), operand(y)
+    precision = precision_of(dtype, tf32, plan.arch)
+    xs, ws, ys = operand(plan, x), operand(plan, w), operand(plan, y)
     vec = min(xs.vec, ws.vec)
     along = not (xs.transposed or ws.transposed)
-    s = settings or choose_forward(m, n, k, dtype, precision, arch, vec=vec, tma=xs.tma and ws.tma, along=along)
+    s = plan.config(ForwardProblem(m, n, k, dtype, precision, plan.arch, vec, xs.tma and ws.tma, along))
     store_tma = s.tma and ys.tma
     precision = precision_in_kernel(precision, s.tma)
-    yield Launch(
+    tiles = s.tiles(m, n)
+    plan.launch(
         kernels.forward,
-        (min(s.persistent, s.tiles(m, n)) or s.tiles(m, n),),
+        (min(plan.arch.processors, tiles) if s.persistent else tiles,),
         (
             xs.argument(s.tma, s.block_i, s.block_l, precision),
             ws.argument(s.tma, s.block_j, s.block_l, precision),
-            None if b is None else b.contiguous(),
+            None if b is None else plan.contiguous(b),
             ys.argument(store_tma, s.block_i, s.block_j),
             m, n, k, xs.ld, ws.ld,
         ),
-        dict(CONFIG=kernels.Forward(
+        kernels.Forward(
             BLOCK_M=s.block_i, BLOCK_N=s.block_j, BLOCK_K=s.block_l, GROUP=s.group, PRECISION=precision,
             TMA=s.tma, TMA_STORE=store_tma, X_TRANSPOSED=xs.transposed, W_TRANSPOSED=ws.transposed,
-            PREFETCH=prefetched(s, xs, ws), PERSISTENT=s.persistent > 0, VEC=vec, VEC_STORE=ys.vec,
-            PTX=arch.backend != "hip",
-        )),
-        s.num_warps,
-        s.num_stages,
-        s.max_registers,
-    )  # fmt: skip
-
-
-def output_grad(dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arch: Arch) -> Launch:
-    """The launch that writes dz = dy·y·(1 − y) and the sums of its rows. db: (row blocks, N), see `row_blocks`."""
-    m, n = y.shape
-    s, vec = choose_pass(m, n, dtype_name(y.dtype), arch), vector_length(y.element_size(), n)
-    # Compiled: each float64 of an odd row has an address. ptxas stays at 80 registers, and with Triton 3.9 spills.
-    unrounded = arch.backend == "cuda" and y.element_size() == 8 and vec == 1
-    return Launch(
-        kernels.output_grad,
-        (cdiv(n, s.block_n), cdiv(m, s.rows)),  # the second axis ends at 65,535, and n can be larger
-        (dy, y, dz, db, m, n, dy.stride(0), dy.stride(1), s.rows),
-        dict(CONFIG=kernels.OutputGrad(
-            s.block_m, s.block_n, VEC=vec, VEC_DY=vector_length(dy.element_size(), dy.stride(0))
-        )),
-        s.num_warps,
-        max_registers=255 if unrounded else None,
-    )  # fmt: skip
-
-
-def dgrad(
-    dz: Operand, y: Tensor | None, w: Operand, dx: Tensor, arch: Arch, tf32: bool, settings: Product | None = None
-) -> Launch:
-    """The launch that writes dx = dz·w. With `y`, which allows the fused form, `dz` holds dy."""
-    (m, n), k = dz.tensor.shape, w.tensor.shape[1]
-    dtype = dtype_name(dx.dtype)
-    precision = precision_of(dtype, tf32, arch)
-    out = operand(dx)
-    ys = None if y is None else operand(y)
-    vec = min(t.vec for t in (dz, w, ys) if t is not None)
-    tma = all(t.tma for t in (dz, w, ys) if t is not None)
-    s = settings or choose_dgrad(
-        m, n, k, dtype, precision, arch, vec=vec, tma=tma, may_fuse=y is not None, along=w.transposed
-    )  # fmt: skip
-    store_tma = s.tma and out.tma
-    precision = precision_in_kernel(precision, s.tma)
-    return Launch(
-        kernels.dgrad,
-        (s.tiles(m, k),),
-        (
-            dz.argument(s.tma, s.block_i, s.block_l, "ieee" if s.fuse_dz else precision),
-            ys.argument(s.tma, s.block_i, s.block_l) if s.fuse_dz and ys is not None else None,
-            w.argument(s.tma, s.block_l, s.block_j, precision),
-            out.argument(store_tma, s.block_i, s.block_j),
-            m, n, k, dz.ld, w.ld,
+            PREFETCH=prefetched(s, xs, ws), PERSISTENT=s.persistent, VEC=vec, VEC_STORE=ys.vec,
+            PTX=plan.arch.backend != "hip",
         ),
-        dict(CONFIG=kernels.Dgrad(
-            BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
-            PRECISION=precision, FUSE_DZ=s.fuse_dz, TMA=s.tma, TMA_STORE=store_tma, W_TRANSPOSED=w.transposed,
-            PREFETCH=prefetched(s, dz, w), VEC=vec, VEC_STORE=out.vec,
-        )),
-        s.num_warps,
-        s.num_stages,
-        s.max_registers,
+        s,
     )  # fmt: skip
-
-
-def wgrad(
-    dz: Operand, y: Tensor | None, x: Operand, dw: Tensor, dz_out: Tensor | None, db: Tensor | None,
-    arch: Arch, tf32: bool, settings: Product,
-) -> Launch:  # fmt: skip
-    """The launch that writes dw = dzᵀ·x, or with splits each split's share of it. dw: (N, K), or (splits, N, K).
-
-    With `settings.fuse_dz`, `dz` holds dy, and dz_out (M, N) and db (splits, N) are written too where they are given.
-    """
-    (m, n), k = dz.tensor.shape, x.tensor.shape[1]
-    s = settings
-    precision = precision_in_kernel(precision_of(dtype_name(x.tensor.dtype), tf32, arch), s.tma)
-    assert dw.numel() == s.splits * n * k
-    return Launch(
-        kernels.wgrad,
-        (s.tiles(n, k), s.splits),
-        (
-            dz.argument(s.tma, s.block_l, s.block_i, "ieee" if s.fuse_dz else precision),
-            operand(y).argument(s.tma, s.block_l, s.block_i) if s.fuse_dz and y is not None else None,
-            x.argument(s.tma, s.block_l, s.block_j, precision),
-            dw, dz_out, db, m, n, k, dz.ld, x.ld,
-            cdiv(cdiv(m, s.splits), s.block_l) * s.block_l,
-        ),
-        dict(CONFIG=kernels.Wgrad(
-            BLOCK_M=s.block_l, BLOCK_N=s.block_i, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
-            PRECISION=precision, FUSE_DZ=s.fuse_dz, TMA=s.tma, X_TRANSPOSED=x.transposed,
-            PREFETCH=prefetched(s, dz, x), VEC=min(dz.vec, x.vec), VEC_STORE=vector_length(dw.element_size(), k),
-        )),
-        s.num_warps,
-        s.num_stages,
-        s.max_registers,
-    )  # fmt: skip
-
-
-def prefetched(s: Product, *operands: Operand) -> bool:
-    """Whether to prefetch by hand: with offsets of 32 bits within a tile, which has at most 256 lines."""
-    return s.prefetch and all(matrix.ld < 1 << 23 for matrix in operands)
 
 
 def backward(
-    dy: Tensor, x: Tensor | None, w: Tensor | None, y: Tensor, arch: Arch, tf32: bool,
-    dx: Tensor | None, dw: Tensor | None, db: Tensor | None, fuse: bool = True,
-) -> Iterator[Launch]:  # fmt: skip
-    """The launches that write those of dx, dw and db that are given, in order; each is to be run as it comes.
-
-    `fuse=False` keeps dz in a pass of its own, whatever the rules say (tests and tuning).
-    """
-    (m, n), dtype = y.shape, y.dtype
-    partial = accumulator(dtype)
-
-    def room() -> Tensor:
-        return scratch((m, n), dtype, y.device)
-
-    dys, ys = operand(dy), operand(y)
-    fuse = fuse and not dys.transposed and dys.ld >= n  # an expanded dy has no rows to load tiles of
-    dz: Tensor | None = None
+    plan: Plan, dy: Buffer, x: Buffer | None, w: Buffer | None, y: Buffer,
+    dx: Buffer | None, dw: Buffer | None, db: Buffer | None, *, tf32: bool,
+) -> None:  # fmt: skip
+    """Those of dx, dw and db that are given. x is needed for dw, w for dx."""
+    plan.writes(dx, dw, db)
+    (m, n), dtype = y.shape, dtype_name(y.dtype)
+    precision = precision_of(dtype, tf32, plan.arch)
+    partial = accumulator(y.dtype)
+    dys, ys = operand(plan, dy), operand(plan, y)
+    fusable = not dys.transposed and dys.ld >= n  # an expanded dy has no rows to load tiles of
+    dz: Buffer | None = None
 
     if dw is not None:
         assert x is not None
-        xs = operand(x)
+        xs = operand(plan, x)
         k = x.shape[1]
-        settings = choose_wgrad(
-            m, n, k, dtype_name(dtype), precision_of(dtype_name(dtype), tf32, arch), arch,
-            vec=min(dys.vec if fuse else ys.vec, ys.vec, xs.vec),  # a dz of its own lies as y does
-            tma=xs.tma and ys.tma and (dys.tma or not fuse),
-            may_fuse=fuse,
-            spare=(x.numel() if dx is not None else y.numel()) * y.element_size(),
+        s = plan.config(
+            WgradProblem(
+                m, n, k, dtype, precision, plan.arch,
+                vec=min(dys.vec if fusable else ys.vec, ys.vec, xs.vec),  # a dz of its own lies as y does
+                tma=xs.tma and ys.tma and (dys.tma or not fusable),
+                may_fuse=fusable,
+                spare=(x if dx is not None else y).numel() * y.element_size(),
+            )
         )  # fmt: skip
-        if settings.fuse_dz:
-            dz = room() if dx is not None else None
-            sums = Partials(partials_of(db, settings.splits, partial), db)
-            source = dys
+        if s.fuse_dz:
+            dz = plan.scratch((m, n), y.dtype) if dx is not None else None
+            sums = Partials(partials_of(plan, db, s.splits, partial), db)
+            source, written = dys, (dz, sums.partials)
         else:
-            dz = room()
-            sums = yield from _output_grad(dy, y, dz, db, arch)
-            source = operand(dz)
-        shares = partials_of(dw, settings.splits, partial)
+            dz = plan.scratch((m, n), y.dtype)
+            sums = output_grad(plan, dy, y, dz, db)
+            source, written = operand(plan, dz), (None, None)
+        shares = partials_of(plan, dw, s.splits, partial)
         assert shares is not None
-        dz_out, sums_out = (dz, sums.partials) if settings.fuse_dz else (None, None)
-        yield wgrad(source, y, xs, shares, dz_out, sums_out, arch, tf32, settings)
-        yield from reduce_partials(arch, Partials(shares, dw), sums)
-        del shares
+        wgrad(plan, source, ys, xs, shares, *written, s, precision)
+        reduce_partials(plan, Partials(shares, dw), sums)
         db = None
 
     if dx is not None:
         assert w is not None
-        ws = operand(w)
-        if dz is None and fuse and db is None:
-            launch = dgrad(dys, y, ws, dx, arch, tf32)
-            if launch.named["FUSE_DZ"]:
-                yield launch
+        ws = operand(plan, w)
+        if dz is None and fusable and db is None:
+            s = dgrad_config(plan, dys, ys, ws, precision)
+            if s.fuse_dz:
+                dgrad(plan, dys, ys, ws, dx, s, precision)
                 return
         if dz is None:
-            dz = room()
-            yield from reduce_partials(arch, (yield from _output_grad(dy, y, dz, db, arch)))
+            dz = plan.scratch((m, n), y.dtype)
+            reduce_partials(plan, output_grad(plan, dy, y, dz, db))
             db = None
-        yield dgrad(operand(dz), None, ws, dx, arch, tf32)
+        dzs = operand(plan, dz)
+        dgrad(plan, dzs, None, ws, dx, dgrad_config(plan, dzs, None, ws, precision), precision)
 
     if db is not None:
-        yield from reduce_partials(arch, (yield from _output_grad(dy, y, None, db, arch)))
+        reduce_partials(plan, output_grad(plan, dy, y, None, db))
 
 
-def _output_grad(
-    dy: Tensor, y: Tensor, dz: Tensor | None, db: Tensor | None, arch: Arch
-) -> "Generator[Launch, None, Partials]":
-    """`output_grad`. Returns the partial sums of db."""
+def output_grad(plan: Plan, dy: Buffer, y: Buffer, dz: Buffer | None, db: Buffer | None) -> Partials:
+    """dz = dy·y·(1 − y), and partial sums of db, which are returned: those of dz over so many rows each."""
     m, n = y.shape
-    blocks = cdiv(m, choose_pass(m, n, dtype_name(y.dtype), arch).rows)
-    sums = partials_of(db, blocks, accumulator(y.dtype))
-    yield output_grad(dy, y, dz, sums, arch)
+    s, vec = plan.config(OutputGradProblem(m, n, dtype_name(y.dtype), plan.arch)), vector_length(y.element_size(), n)
+    blocks = cdiv(m, s.rows)
+    sums = partials_of(plan, db, blocks, accumulator(y.dtype))
+    # Compiled: each float64 of an odd row has an address. ptxas stays at 80 registers, and with Triton 3.9 spills.
+    unrounded = plan.arch.backend == "cuda" and y.element_size() == 8 and vec == 1
+    plan.launch(
+        kernels.output_grad,
+        (cdiv(n, s.block_n), blocks),  # the second axis ends at 65,535, and n can be larger
+        (dy, y, dz, sums, m, n, dy.stride(0), dy.stride(1), s.rows),
+        kernels.OutputGrad(s.block_m, s.block_n, VEC=vec, VEC_DY=vector_length(dy.element_size(), dy.stride(0))),
+        s,
+        max_registers=255 if unrounded else None,
+    )
     return Partials(sums, db)
+
+
+def dgrad_config(plan: Plan, dz: Operand, y: Operand | None, w: Operand, precision: str) -> MatmulConfig:
+    """With `y`, which allows the fused form, `dz` is dy."""
+    (m, n), k = dz.tensor.shape, w.tensor.shape[1]
+    operands = [t for t in (dz, w, y) if t is not None]
+    return plan.config(
+        DgradProblem(
+            m, n, k, dtype_name(dz.tensor.dtype), precision, plan.arch,
+            vec=min(t.vec for t in operands), tma=all(t.tma for t in operands),
+            may_fuse=y is not None, along=w.transposed,
+        )
+    )  # fmt: skip
+
+
+def dgrad(plan: Plan, dz: Operand, y: Operand | None, w: Operand, dx: Buffer, s: MatmulConfig, precision: str) -> None:
+    """dx = dz·w. With `s.fuse_dz`, `dz` is dy."""
+    (m, n), k = dz.tensor.shape, w.tensor.shape[1]
+    out = operand(plan, dx)
+    store_tma = s.tma and out.tma
+    precision = precision_in_kernel(precision, s.tma)
+    plan.launch(
+        kernels.dgrad,
+        (s.tiles(m, k),),
+        (
+            dz.argument(s.tma, s.block_i, s.block_l, "ieee" if s.fuse_dz else precision),
+            y.argument(s.tma, s.block_i, s.block_l) if s.fuse_dz and y is not None else None,
+            w.argument(s.tma, s.block_l, s.block_j, precision),
+            out.argument(store_tma, s.block_i, s.block_j),
+            m, n, k, dz.ld, w.ld,
+        ),
+        kernels.Dgrad(
+            BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
+            PRECISION=precision, FUSE_DZ=s.fuse_dz, TMA=s.tma, TMA_STORE=store_tma, W_TRANSPOSED=w.transposed,
+            PREFETCH=prefetched(s, dz, w), VEC=min(t.vec for t in (dz, w, y) if t is not None), VEC_STORE=out.vec,
+        ),
+        s,
+    )  # fmt: skip
+
+
+def wgrad(
+    plan: Plan, dz: Operand, y: Operand, x: Operand, dw: Buffer, dz_out: Buffer | None, db: Buffer | None,
+    s: MatmulConfig, precision: str,
+) -> None:  # fmt: skip
+    """dw = dzᵀ·x, or with splits each split's share of it. dw: (N, K), or (splits, N, K).
+
+    With `s.fuse_dz`, `dz` is dy, and dz_out (M, N) and db (splits, N) are written too where they are given.
+    """
+    (m, n), k = dz.tensor.shape, x.tensor.shape[1]
+    precision = precision_in_kernel(precision, s.tma)
+    assert dw.numel() == s.splits * n * k
+    plan.launch(
+        kernels.wgrad,
+        (s.tiles(n, k), s.splits),
+        (
+            dz.argument(s.tma, s.block_l, s.block_i, "ieee" if s.fuse_dz else precision),
+            y.argument(s.tma, s.block_l, s.block_i) if s.fuse_dz else None,
+            x.argument(s.tma, s.block_l, s.block_j, precision),
+            dw, dz_out, db, m, n, k, dz.ld, x.ld,
+            cdiv(cdiv(m, s.splits), s.block_l) * s.block_l,
+        ),
+        kernels.Wgrad(
+            BLOCK_M=s.block_l, BLOCK_N=s.block_i, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
+            PRECISION=precision, FUSE_DZ=s.fuse_dz, TMA=s.tma, X_TRANSPOSED=x.transposed,
+            PREFETCH=prefetched(s, dz, x), VEC=min(dz.vec, x.vec), VEC_STORE=vector_length(dw.element_size(), k),
+        ),
+        s,
+    )  # fmt: skip
+
+
+def prefetched(s: MatmulConfig, *operands: Operand) -> bool:
+    """Whether to prefetch by hand: with offsets of 32 bits within a tile, which has at most 256 lines."""
+    return s.prefetch and all(matrix.ld < 1 << 23 for matrix in operands)

@@ -1,4 +1,4 @@
-"""What the launch rules choose, where a reason beside them names a shape."""
+"""What the heuristics choose, where a reason beside them names a shape."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import pytest
 
 from tribp import versions
 from tribp.launch.arch import ARCHS, Arch
-from tribp.launch.conv3x3 import choose_conv
-from tribp.launch.linear_sigmoid import choose_dgrad, choose_forward, choose_wgrad
 from tribp.launch.matmul import fills
+from tribp.ops.conv3x3.config import ConvProblem
+from tribp.ops.linear_sigmoid.config import DgradProblem, ForwardProblem, WgradProblem
 
 H100 = ARCHS["sm_90"]
 
@@ -23,14 +23,14 @@ def test_three_quarters_of_the_processors_are_enough() -> None:
 def test_products_take_the_largest_tile_that_fills_the_gpu(rows: int, side: int) -> None:
     """Nine columns of 128×128 tiles: eleven rows make 99 programs, ten make 90."""
     m, n, k = 128 * rows, 128 * 9, 512
-    forward = choose_forward(m, n, k, "bfloat16", "ieee", H100, vec=8, tma=True)
+    forward = ForwardProblem(m, n, k, "bfloat16", "ieee", H100, vec=8, tma=True).choose()
     assert (forward.block_i, forward.block_j) == (side, side)
-    dgrad = choose_dgrad(m, k, n, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=False)
+    dgrad = DgradProblem(m, k, n, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=False).choose()
     assert (dgrad.block_i, dgrad.block_j) == (side, side)
-    image = choose_conv(
+    image = ConvProblem(
         1, rows, 128, n, 128, 1, 1, 1, "bfloat16", "ieee", H100,
         vec=8, tma=True, along=True, whole=False, wide=True, stepped=False,
-    )  # fmt: skip
+    ).choose()  # fmt: skip
     assert (image.block_i, image.block_j) == (side, side)
 
 
@@ -38,9 +38,9 @@ def test_products_take_the_largest_tile_that_fills_the_gpu(rows: int, side: int)
     ("k", "tile"), [(1024, (128, 256)), (784, (256, 128)), (128, (128, 128))], ids=["wide", "tall", "narrow"]
 )
 def test_large_tiles_lie_so_that_the_least_is_outside(k: int, tile: tuple[int, int]) -> None:
-    dgrad = choose_dgrad(65536, 256, k, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=False)
+    dgrad = DgradProblem(65536, 256, k, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=False).choose()
     assert (dgrad.block_i, dgrad.block_j) == tile
-    forward = choose_forward(65536, k, 784, "bfloat16", "ieee", H100, vec=8, tma=True)
+    forward = ForwardProblem(65536, k, 784, "bfloat16", "ieee", H100, vec=8, tma=True).choose()
     assert (forward.block_i, forward.block_j) == tile
     assert (forward.persistent > 0) == (k > 128)
 
@@ -48,21 +48,20 @@ def test_large_tiles_lie_so_that_the_least_is_outside(k: int, tile: tuple[int, i
 def test_the_shapes_that_the_rule_names() -> None:
     """8192×1024×1024: 32 tiles of 128×256 in four parts are 128 programs. 64×512 images of 7×7: 100 of 128×128."""
     spare = 2 * 8192 * 1024
-    wgrad = choose_wgrad(
+    wgrad = WgradProblem(
         8192, 1024, 1024, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=True, spare=spare
-    )  # fmt: skip
+    ).choose()  # fmt: skip
     assert (wgrad.block_i, wgrad.block_j, wgrad.splits, wgrad.fuse_dz) == (128, 256, 4, True)
-    conv = choose_conv(
+    conv = ConvProblem(
         64, 7, 7, 512, 512, 1, 1, 1, "bfloat16", "ieee", H100,
         vec=8, tma=True, along=True, whole=False, wide=False, stepped=False,
-    )  # fmt: skip
+    ).choose()  # fmt: skip
     assert (conv.block_i, conv.block_j) == (128, 128)
 
 
 def rows_of(n: int, side: int, channels: int, arch: Arch = H100, dtype: str = "bfloat16", **more: Any) -> int:
     facts: dict[str, Any] = dict(vec=8, tma=arch.has_tma, along=True, whole=False, wide=False, stepped=False) | more
-    rule: Any = choose_conv  # asked anew: answers are kept, and depend on Triton's version
-    return int(rule.function(n, side, side, channels, channels, 1, 1, 1, dtype, "ieee", arch, **facts).rows)
+    return ConvProblem(n, side, side, channels, channels, 1, 1, 1, dtype, "ieee", arch, **facts).choose().rows
 
 
 def test_rows_go_in_pairs_where_that_costs_no_processor_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
-"""Calls are worked out once for tensors that lie alike: that a repeated call does what a new one would have done."""
+"""Plans are made once for tensors of one layout: that a repeated plan does what a new one would have done."""
 
 import os
 import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from .conv3x3_cases import ieee as ieee
 
 pytest.importorskip("triton")
 
-from tribp.launch import calls, tuning
-from tribp.launch.layout import Launch
+from tribp.launch import plan as plans
+from tribp.launch.arch import INTERPRETER
+from tribp.launch.plan import Buffer, Launch, Plan
+from tribp.ops.linear_sigmoid import plan as linear_plan
 
 Make = Callable[[str], list[Tensor | None]]
 Compute = Callable[..., list[Tensor]]
@@ -30,7 +33,7 @@ Compute = Callable[..., list[Tensor]]
 
 @pytest.fixture
 def built(kernels: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What has been launched by calls that were worked out, and not repeated."""
+    """What has been launched by plans that were made, and not repeated."""
     found: list[str] = []
     run = Launch.run
 
@@ -89,7 +92,7 @@ def check_repeats(compute: Compute, make: Make, device: str, built: list[str]) -
     built.clear()
     repeated = compute(*others)
     assert not built, "the second call was not repeated"
-    calls.forget()
+    plans.forget()
     expected = compute(*others)
     assert built
     for got, wanted in zip(repeated, expected, strict=True):
@@ -183,47 +186,44 @@ def test_a_bias_or_none_are_two_calls(kernels: str) -> None:
     assert torch.equal(tribp.linear_sigmoid(x, w), without)
 
 
-def test_other_launch_settings_are_another_call(kernels: str, built: list[str]) -> None:
-    """Finds replace what was remembered; settings on trial are used, and remembered as long as they are."""
+def test_other_configs_are_another_plan(kernels: str, built: list[str]) -> None:
+    """A tuned config takes the heuristic's place once the plans are made anew."""
     x, w = torch.randn(40, 64, device=kernels), torch.randn(16, 64, device=kernels)
-    launches: list[int] = []
-
-    def call() -> Tensor:
+    expected = tribp.linear_sigmoid(x, w)
+    layouts = [plans.layout_of(t) for t in (x, w, None, expected)]
+    ((problem, config),) = plans.planned(linear_plan.forward, x.device, *layouts, tf32=False).configs.items()
+    with plans.using({problem: replace(config, block_j=16)}):
         built.clear()
-        y = tribp.linear_sigmoid(x, w)
-        launches.append(len(built))
-        return y
-
-    with tuning.hearing() as heard:
-        expected = call()
-    (question,) = heard.questions.values()
-    smaller = replace(tuning.rules_answer(question), block_j=16)
-    call()
-    call()
-    with tuning.hearing({question.key: smaller}):
-        call()
-        call()
-    torch.testing.assert_close(call(), expected)
-    tuning.learn({question.key: smaller})
-    call()
-    torch.testing.assert_close(call(), expected)
-    tuning.forget()
-    call()
-    assert launches == [1, 1, 0, 1, 0, 0, 1, 0, 1]
+        torch.testing.assert_close(tribp.linear_sigmoid(x, w), expected)
+        assert built == ["forward"]
+        plan = plans.planned(linear_plan.forward, x.device, *layouts, tf32=False)
+        assert [launch.named["BLOCK_N"] for launch in plan.launches] == [16]
 
 
-# -- what can't be repeated -------------------------------------------------------------------------------------------
+# -- what is repeated with care
 
 
 def test_a_copy_that_torch_made_is_made_again(kernels: str, built: list[str]) -> None:
-    """Rows and columns both apart: torch copies; a repeated call would multiply by the first call's numbers."""
+    """Rows and columns both apart: torch copies; a repeated call must not multiply by the first call's numbers."""
     w = torch.randn(9, 16, device=kernels)
-    for _ in range(2):
-        built.clear()
+    for _ in range(3):
         x = torch.randn(40, 32, device=kernels)[:, ::2]
-        y = tribp.linear_sigmoid(x, w)
-        assert built == ["forward"]
-        torch.testing.assert_close(y, torch.sigmoid(x @ w.t()))
+        torch.testing.assert_close(tribp.linear_sigmoid(x, w), torch.sigmoid(x @ w.t()))
+    assert built == ["forward"]
+
+
+def test_a_view_is_copied_as_the_view_it_is() -> None:
+    """dx in TF32 wants the input channels first, of a weight that may have to be copied."""
+    src = torch.randn(6, 4, 3, 6)[..., ::2]
+    out = torch.empty(4, 6, 3, 3)
+
+    def build(plan: Plan, src: Buffer, out: Buffer) -> None:
+        plan.add(Launch(Copy, (1,), (plan.contiguous(src.transpose(0, 1)), out.transpose(0, 1)), {}, 1))
+
+    for _ in range(2):
+        plans.perform(build, (src, out), src.device)
+        assert torch.equal(out, src.transpose(0, 1))
+        src = torch.randn(6, 4, 3, 6)[..., ::2]
 
 
 def test_an_expanded_bias_is_copied_again(kernels: str) -> None:
@@ -234,10 +234,9 @@ def test_an_expanded_bias_is_copied_again(kernels: str) -> None:
 
 
 def test_one_tensor_in_two_places(kernels: str, built: list[str]) -> None:
-    """Whether a launch means its first place or its second can't be seen; another call has two tensors there."""
+    """Another call has two tensors there: a launch means a place, not a tensor."""
     same = torch.randn(16, 16, device=kernels)
     torch.testing.assert_close(tribp.linear_sigmoid(same, same), torch.sigmoid(same @ same.t()))
-    built.clear()
     x, w = torch.randn(16, 16, device=kernels), torch.randn(16, 16, device=kernels)
     torch.testing.assert_close(tribp.linear_sigmoid(x, w), torch.sigmoid(x @ w.t()))
     assert built == ["forward"]
@@ -253,7 +252,6 @@ def test_a_launch_that_fails_leaves_nothing_behind(kernels: str, monkeypatch: py
         patched.setattr(Launch, "run", fail)
         with pytest.raises(RuntimeError, match="out of resources"):
             tribp.linear_sigmoid(x, w)
-    assert calls._recordings.current is None
     torch.testing.assert_close(tribp.linear_sigmoid(x, w), torch.sigmoid(x @ w.t()))
 
 
@@ -273,30 +271,28 @@ def test_scratch_lives_no_longer_than_its_launches(kernels: str, monkeypatch: py
     """One after the other, as a new call takes and frees it; the peak of two at a time is that of a new call."""
     alive: list[weakref.ref[Tensor]] = []
     most = 0
-    allocate = calls.Scratch.allocate
+    allocate = plans.Scratch.allocate
 
-    def count(room: calls.Scratch) -> Tensor:
+    def count(scratch: plans.Scratch, device: torch.device) -> Tensor:
         nonlocal most
-        tensor = allocate(room)
+        tensor = allocate(scratch, device)
         alive.append(weakref.ref(tensor))
         most = max(most, sum(reference() is not None for reference in alive))
         return tensor
 
-    monkeypatch.setattr(calls.Scratch, "allocate", count)
+    monkeypatch.setattr(plans.Scratch, "allocate", count)
 
-    def build(a: Tensor, b: Tensor) -> Iterator[Launch]:
+    def build(plan: Plan, a: Buffer, b: Buffer) -> None:
         for source, target in ((a, b), (b, a)):
-            middle = calls.scratch((4,), torch.float32, a.device)
-            yield Launch(Copy, (1,), (source, middle), {}, 1)
-            yield Launch(Copy, (1,), (middle, target), {}, 1)
+            middle = plan.scratch((4,), torch.float32)
+            plan.add(Launch(Copy, (1,), (source, middle), {}, 1))
+            plan.add(Launch(Copy, (1,), (middle, target), {}, 1))
 
-    a, b = torch.ones(4), torch.zeros(4)
-    for _ in range(2):
-        calls.perform(build, dict(a=a, b=b), {})
+    for _ in range(3):
         a, b = torch.ones(4), torch.zeros(4)
-    calls.perform(build, dict(a=a, b=b), {})
-    assert torch.equal(b, torch.ones(4))
-    assert len(alive) == 4
+        plans.perform(build, (a, b), a.device)
+        assert torch.equal(b, torch.ones(4))
+    assert len(alive) == 6
     assert most == 1
 
 
@@ -306,25 +302,25 @@ class _Copy:
     __name__ = "copy"
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda source, target, **options: target.copy_(source)
+        return lambda source, target, **options: target.copy_(source.view(target.shape))
 
 
 Copy: Any = _Copy()
 
 
-def test_zeros_are_zero_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(a: Tensor) -> Iterator[Launch]:
-        padded = calls.scratch((4,), torch.float32, a.device, zero=True)
-        yield Launch(Copy, (1,), (padded, a), {}, 1)
+def test_zeros_are_zero_again() -> None:
+    def build(plan: Plan, a: Buffer) -> None:
+        padded = plan.scratch((4,), torch.float32, zero=True)
+        plan.add(Launch(Copy, (1,), (padded, a), {}, 1))
 
     for _ in range(3):
         a = torch.ones(4)
-        calls.perform(build, dict(a=a), {})
+        plans.perform(build, (a,), a.device)
         assert torch.equal(a, torch.zeros(4))
 
 
-def test_the_oldest_call_is_forgotten_first(kernels: str, built: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "REMEMBERED", 2)
+def test_no_more_plans_are_kept_than_that(kernels: str, monkeypatch: pytest.MonkeyPatch, built: list[str]) -> None:
+    monkeypatch.setattr(plans, "planned", lru_cache(maxsize=2)(plans.planned.__wrapped__))
     w = torch.randn(9, 16, device=kernels)
 
     def call(rows: int) -> bool:
@@ -332,28 +328,37 @@ def test_the_oldest_call_is_forgotten_first(kernels: str, built: list[str], monk
         tribp.linear_sigmoid(torch.randn(rows, 16, device=kernels), w)
         return not built
 
-    assert [call(rows) for rows in (3, 4, 3, 5, 4, 5, 3)] == [False, False, True, False, True, True, False]
-    assert len(calls._calls) == 2
+    assert [call(rows) for rows in (3, 4, 3, 5, 3, 4)] == [False, False, True, False, True, False]
 
 
-def test_threads_record_apart(kernels: str) -> None:
-    """Backward passes run in threads of their own: scratch of one call must not be taken for another's."""
+def test_threads_share_a_plan() -> None:
+    """Backward passes run in threads of their own; scratch of one run must not be taken for another's."""
     together = threading.Barrier(2, timeout=60)
 
-    def build(a: Tensor, b: Tensor, scale: int) -> Iterator[Launch]:
-        together.wait()
-        middle = calls.scratch((4,), torch.float32, a.device)
-        together.wait()
-        yield Launch(Copy, (1,), (a, middle), {}, 1)
-        together.wait()
-        yield Launch(Copy, (1,), (middle, b), {}, 1)
+    class Slow:
+        __name__ = "slow"
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def copy(source: Tensor, target: Tensor, **options: object) -> None:
+                together.wait()
+                target.copy_(source)
+                together.wait()
+
+            return copy
+
+    slow: Any = Slow()
+
+    def build(plan: Plan, a: Buffer, b: Buffer) -> None:
+        middle = plan.scratch((4,), torch.float32)
+        plan.add(Launch(slow, (1,), (a, middle), {}, 1))
+        plan.add(Launch(slow, (1,), (middle, b), {}, 1))
 
     found: dict[int, Tensor] = {}
 
     def work(number: int) -> None:
         for value in (number, 10 * number):
             a, b = torch.full((4,), float(value)), torch.zeros(4)
-            calls.perform(build, dict(a=a, b=b), dict(scale=number))
+            plans.perform(build, (a, b), a.device)
             found[value] = b
 
     threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2)]
@@ -362,8 +367,36 @@ def test_threads_record_apart(kernels: str) -> None:
     for thread in threads:
         thread.join()
     assert {value: float(b[0]) for value, b in found.items()} == {1: 1, 2: 2, 10: 10, 20: 20}
-    assert len(calls._calls) == 2
-    assert all(len(call._room) == 1 for call in calls._calls.values())
+
+
+# -- buffers ----------------------------------------------------------------------------------------------------------
+
+
+LAYOUTS: dict[str, Tensor] = {
+    "contiguous": torch.empty(2, 3, 4, 5),
+    "channels last": torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "both": torch.empty(2, 1, 4, 5),
+    "one pixel": torch.empty(2, 3, 1, 1),
+    "neither": torch.empty(2, 3, 4, 10)[..., ::2],
+    "odd stride of one": torch.empty(2, 3, 4, 5)[:, :1],
+    "exchanged": torch.empty(3, 2, 4, 5).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_buffer_answers_as_its_tensor(name: str) -> None:
+    tensor = LAYOUTS[name]
+    (buffer,) = Plan(INTERPRETER, [plans.layout_of(tensor)]).given
+    assert buffer is not None
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        assert buffer.is_contiguous(memory_format) == tensor.is_contiguous(memory_format=memory_format)
+        dense = torch.empty(tensor.shape, memory_format=memory_format)
+        assert plans.dense_strides(tensor.shape, memory_format) == dense.stride()
+    other = tensor.transpose(0, 1)
+    assert (buffer.transpose(0, 1).shape, buffer.transpose(0, 1).stride()) == (other.shape, other.stride())
+    assert (buffer.numel(), buffer.element_size(), buffer.dtype) == (tensor.numel(), 4, torch.float32)
+    assert [buffer.stride(d) for d in range(4)] == list(tensor.stride())
+    assert buffer.data_ptr() % 16 == tensor.data_ptr() % 16
 
 
 # -- compiled kernels -------------------------------------------------------------------------------------------------
@@ -402,6 +435,6 @@ def test_a_graph_repeats_a_repeated_call() -> None:
     x.normal_()
     graph.replay()
     torch.cuda.synchronize()
-    calls.forget()
+    plans.forget()
     for got, expected in zip(captured, step(), strict=True):
         assert torch.equal(got, expected)

@@ -1,0 +1,70 @@
+"""Problems that configs are chosen for, of every kind, for the files that test configs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from tribp.launch.arch import ITEMSIZE, Arch, precision_of
+from tribp.launch.matmul import ReduceProblem
+from tribp.ops.conv3x3.config import (
+    ConvProblem,
+    ConvWgradProblem,
+    DepthwiseProblem,
+    FewChannelsDgradProblem,
+    FewChannelsProblem,
+    RelayoutProblem,
+)
+from tribp.ops.linear_sigmoid.config import DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
+
+PRODUCTS = [(4096, 4096, 4096), (65536, 256, 784), (8192, 1024, 1024), (512, 128, 784), (64, 10, 128), (1000, 77, 333)]
+IMAGES = [(64, 56, 56, 64, 64), (256, 7, 7, 512, 512), (3, 33, 29, 7, 9), (1, 1, 300, 24, 200), (256, 14, 14, 256, 256)]
+DTYPES = list(ITEMSIZE)
+
+
+def problems(arch: Arch) -> list[Any]:
+    """Many of every kind, each once."""
+    return list(dict.fromkeys(_problems(arch)))
+
+
+def _problems(arch: Arch) -> Iterator[Any]:
+    for dtype in DTYPES:
+        for tf32 in (False, True):
+            precision = precision_of(dtype, tf32, arch)
+            for vec, tma in ((16 // ITEMSIZE[dtype], True), (16 // ITEMSIZE[dtype], False), (1, False)):
+                yield from _products(dtype, precision, arch, vec, tma)
+                yield from _convolutions(dtype, precision, arch, vec, tma)
+        yield from _passes(dtype, arch)
+    for parts, length in ((2, 10), (16, 1 << 20), (500, 256), (70_000, 3)):
+        yield ReduceProblem(parts, length, arch)
+        yield ReduceProblem(parts, length, arch, rows=9, vec=1)
+
+
+def _products(dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -> Iterator[Any]:
+    for m, n, k in PRODUCTS:
+        facts = (m, n, k, dtype, precision, arch, vec, tma)
+        yield ForwardProblem(*facts)
+        for may_fuse in (False, True):
+            yield DgradProblem(*facts, may_fuse)
+            for spare in (0, 1 << 40):
+                yield WgradProblem(*facts, may_fuse, spare)
+
+
+def _convolutions(dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -> Iterator[Any]:
+    facts = (dtype, precision, arch, vec)
+    for n, p, q, o, c in IMAGES:
+        yield FewChannelsDgradProblem(n, p, q, min(o, 256 // ITEMSIZE[dtype]), dtype, precision, arch, tma)
+        for spare in (0, 1 << 40):
+            yield ConvWgradProblem(n, p, q, o, c, 1, 1, *facts, tma, spare)
+        for classes, whole, wide in ((1, False, False), (1, True, False), (4, False, True)):
+            yield ConvProblem(n, p, q, o, c, 1, 1, classes, *facts, tma, classes == 1, whole, wide, classes > 1)
+        yield ConvProblem(n, p, q, 32, 32, 4, 8, 1, *facts, False, True, True, False, False)
+
+
+def _passes(dtype: str, arch: Arch) -> Iterator[Any]:
+    for m, n, _ in PRODUCTS:
+        yield OutputGradProblem(m, n, dtype, arch)
+    for n, p, q, o, c in IMAGES:
+        yield RelayoutProblem(n, p * q, c, dtype, arch)
+        for flag in (False, True):
+            for wgrad in (False, True):
+                yield DepthwiseProblem(n, p, q, c, dtype, arch, flag, wgrad)
+                yield FewChannelsProblem(n, p, q, o, 3, dtype, arch, wgrad, flag and wgrad)

@@ -1,0 +1,110 @@
+"""Argument checks of the convolution. Every error names the argument, what was expected and what was given."""
+
+import functools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..checks import check_devices, check_tensors
+from .reference import Window
+
+
+def check_conv3x3(
+    input: Tensor, weight: Tensor, bias: Tensor | None,
+    stride: int | Sequence[int], padding: str | int | Sequence[int], groups: int, activation: str | None,
+    dilation: int | Sequence[int],
+) -> Window:  # fmt: skip
+    """The window, once everything fits; sizes are `(*, channels, height, width)`."""
+    check_tensors("conv3x3", input, weight, bias)
+    window = window_of("conv3x3", stride, padding, groups, dilation)
+    check_activation("conv3x3", activation)
+    if input.dim() not in (3, 4):
+        raise ValueError(f"conv3x3: input must have shape (N, C, H, W) or (C, H, W), got {tuple(input.shape)}")
+    channels, height, width = input.shape[-3:]
+    if weight.dim() == 4 and weight.shape[2:] != (3, 3):
+        raise ValueError(
+            f"conv3x3: weight must have shape (out_channels, in_channels / groups, 3, 3), got {tuple(weight.shape)}; "
+            "for other kernel sizes use torch.nn.Conv2d"
+        )
+    if channels % groups:
+        raise ValueError(f"conv3x3: groups must divide input's {channels} channels, got {groups}")
+    if weight.dim() != 4 or weight.shape[1] != channels // groups:
+        raise ValueError(
+            f"conv3x3: weight must have shape (out_channels, {channels // groups}, 3, 3), (out_channels, in_channels / "
+            f"groups, 3, 3), for an input of shape {tuple(input.shape)} and groups={groups}, got {tuple(weight.shape)}"
+        )
+    n = weight.shape[0]
+    if n == 0 or n % groups:
+        raise ValueError(f"conv3x3: groups must divide weight's {n} out_channels (at least 1), got {groups}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(
+            f"conv3x3: bias must have shape ({n},), (out_channels,), for a weight of shape {tuple(weight.shape)}, "
+            f"got {tuple(bias.shape)}"
+        )
+    check_devices("conv3x3", input, weight, bias)
+    if min(channels, height, width, *window.output_size(height, width)) < 1:
+        raise ValueError(
+            f"conv3x3: input must have channels and pixels, and be at least 3 high and wide with its padding, got "
+            f"{channels} channels of {height} x {width} with padding {window.padding}"
+        )
+    return window
+
+
+def window_of(
+    caller: str,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    groups: int,
+    dilation: int | Sequence[int] = 1,
+) -> Window:
+    """The arguments as pairs; ValueError or TypeError, in the name of `caller`, for what conv3x3 does not take."""
+    if _pair(caller, "dilation", dilation) != (1, 1):
+        raise ValueError(f"{caller}: dilation must be 1, got {dilation}; for other dilations use torch.nn.Conv2d")
+    strides = _pair(caller, "stride", stride)
+    if not set(strides) <= {1, 2}:
+        raise ValueError(
+            f"{caller}: stride must be 1 or 2, or a pair of these, got {stride}; for others use torch.nn.Conv2d "
+            "(the size of the kernel is no argument)"
+        )
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"{caller}: padding must be 'same', 'valid', or numbers, got {padding!r}")
+        if padding == "same" and strides != (1, 1):
+            raise ValueError(f"{caller}: padding='same' needs stride 1, got stride {stride}")
+        padding = 1 if padding == "same" else 0
+    paddings = _pair(caller, "padding", padding)
+    if min(paddings) < 0:
+        raise ValueError(f"{caller}: padding must be at least 0, got {padding}")
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"{caller}: groups must be a whole number of at least 1, got {groups!r}")
+    return Window(strides, paddings, groups)
+
+
+@functools.lru_cache
+def cached_window(
+    stride: int | tuple[int, ...],
+    padding: str | int | tuple[int, ...],
+    groups: int,
+    activation: str | None,
+    dilation: int | tuple[int, ...],
+) -> Window:
+    """What `window_of` said of equal arguments; the activation was checked too."""
+    check_activation("conv3x3", activation)
+    return window_of("conv3x3", stride, padding, groups, dilation)
+
+
+def check_activation(caller: str, activation: str | None) -> None:
+    if activation not in (None, "sigmoid"):
+        raise ValueError(f"{caller}: activation must be None or 'sigmoid', got {activation!r}")
+
+
+def _pair(caller: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    if type(value) is int:  # what is usual, at once
+        return value, value
+    values = (value, value) if isinstance(value, int) else value
+    if isinstance(values, (tuple, list)) and len(values) == 1:
+        values = (*values, *values)  # torch takes (1,) for both
+    whole = isinstance(values, (tuple, list)) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    if not whole or len(values) != 2:
+        raise TypeError(f"{caller}: {name} must be a whole number or a pair of them, got {value!r}")
+    return values[0], values[1]

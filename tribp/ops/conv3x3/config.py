@@ -1,0 +1,738 @@
+"""Configs of the convolution's kernels, and the heuristics that choose them, each with its reason.
+
+`tribp.launch.matmul` says what a reason begins with, `tribp.launch.neighbors` what the parts of a problem are for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+from ... import versions
+from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
+from ...launch.matmul import (
+    INTERPRETED,
+    LONGEST,
+    RESULT,
+    STEPS,
+    WORKSPACE,
+    MatmulConfig,
+    adjusted_product,
+    by_mma_sync,
+    candidates,
+    fills,
+    fit,
+    fitted,
+    legal_threads,
+    needs_registers,
+    registers,
+    stages_in_memory,
+    stages_that_fit,
+)
+from ...launch.neighbors import Steps, all_registers, doubled, one_more, toggled
+
+Box = tuple[int, int, int]
+
+FEW_CHANNELS = 7  # input channels up to which nine taps of them fit the 64 summed elements of one product
+DEEPEST = 192  # registers a thread may keep of wgrad's results: three of 128×128 with 8 warps
+
+
+@dataclass(frozen=True)
+class ConvConfig(MatmulConfig):
+    """Of a convolution as a product: block_i pixels in a box, block_j columns, block_l summed a step.
+
+    Of wgrad: block_l pixels in a box, which are summed, block_i output channels, block_j input channels.
+    """
+
+    box: Box = (1, 1, 1)  # images, rows, columns
+    bundle: int = 1  # groups that share a tile's columns; more than one make a block-diagonal product
+    flat: bool = False  # one loop over taps and channels
+    taps: int = 1  # of wgrad: taps of one row that a program sums, and reads dz once for
+    x_first: bool = False  # of wgrad: multiply xᵀ·dz and not dzᵀ·x
+    rows: int = 1  # boxes of one row each that a program takes one below the other
+
+    def columns(self, channels: int, groups: int) -> int:
+        """Tiles across the result's channels, `channels` of them in each group."""
+        return cdiv(self.bundle * channels, self.block_j) * cdiv(groups, self.bundle)
+
+    def boxes(self, n: int, p: int, q: int, rim: int = 0) -> int:
+        """How many cover n images of p × q, if neighbours share `rim` columns."""
+        return cdiv(n, self.box[0]) * cdiv(p, self.box[1] * self.rows) * cdiv(q, self.box[2] - rim)
+
+
+@dataclass(frozen=True)
+class RelayoutConfig:
+    """Of a pass from one layout to another: `tiles` tiles of block_p pixels, block_c channels."""
+
+    block_p: int
+    block_c: int
+    tiles: int
+    num_warps: int
+    reason: str
+    max_registers: int | None = None
+
+
+def unrounded(arch: Arch) -> int | None:
+    """The limit that makes ptxas take what it needs; compiled, it rounds down to a step of occupancy, and spills."""
+    return 255 if arch.backend == "cuda" else None
+
+
+@lru_cache(maxsize=4096)
+def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False, one_row: bool = False) -> Box:
+    """The box of `pixels` pixels that covers n images of p × q with the least that lies outside, or hardly more.
+
+    A box is a constant of its kernel, so the first that will do is taken of a few: training on batches of many sizes
+    then compiles few kernels. wide: columns are contiguous in memory, and of all boxes the widest is best.
+    one_row: none has several rows.
+    """
+    if wide:
+        sizes = [1 << k for k in range(pixels.bit_length())]
+        heights = [1] if one_row else sizes
+        shapes = sorted(((r, c) for c in sizes for r in heights), key=lambda shape: shape[::-1], reverse=True)
+    elif one_row:
+        shapes = [(1, min((8, 4), key=lambda columns: cdiv(q, columns) * columns)), (1, pixels)]
+    else:
+        shapes = [(1, 8), (pixels // 8, 8), (4, 4), (1, 1), (2, 1), (1, pixels), (pixels, 1)]
+    boxes = [(pixels // (rows * cols), rows, cols) for rows, cols in shapes if 0 < rows * cols <= pixels]
+
+    def covered(box: Box) -> int:
+        return cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2])
+
+    more = 8 if wide or pixels > 64 else 3  # an eighth, or a third where little is done
+    least = min(map(covered, boxes))
+    return next(box for box in boxes if more * covered(box) <= (more + 1) * least)
+
+
+def choose_line(lengths: tuple[int, ...], n: int, q: int, dtype: str, arch: Arch) -> Box | None:
+    """The first box of a descriptor of wgrad that suits n images of q columns: a line of images or of columns.
+
+    Other boxes send dz through registers (`conv3x3.wgrad`). Behind the last image neither dz nor x has anything, and an
+    eighth of what is multiplied may lie there. Columns must divide the image's: a descriptor knows x's edges, but not
+    dz's, and pixels that dz has not must be zero in x too.
+
+    None where wgmma would read dz too late: three taps' products and db's take it from one tile.
+    """
+    if ITEMSIZE[dtype] == 2 and arch.has_wgmma and not versions.keeps_shared_tiles():
+        return None
+    for length in lengths:
+        if 8 * cdiv(n, length) * length <= 9 * n:
+            return length, 1, 1
+        if q % length == 0:
+            return 1, 1, length
+    return None
+
+
+def beside(box: Box) -> Iterator[Box]:
+    """With one side half or twice as long, and with what is taken off one side given to another."""
+    for side in range(3):
+        for factor in (1, 4):  # in halves
+            if box[side] * factor >= 2:
+                yield _resized(box, {side: factor})
+        if box[side] > 1:
+            yield from (_resized(box, {side: 1, other: 4}) for other in (2, 1, 0) if other != side)
+
+
+def one_or_two(rows: int) -> Iterator[int]:
+    yield 3 - rows
+
+
+def one_or_three(taps: int) -> Iterator[int]:
+    yield 4 - taps
+
+
+def _resized(box: Box, halves: dict[int, int]) -> Box:
+    n, h, w = (length * halves.get(side, 2) // 2 for side, length in enumerate(box))
+    return n, h, w
+
+
+def sparing(config: ConvConfig, chosen: ConvConfig, n: int, p: int, q: int) -> bool:
+    """Whether boxes of a config cover at most a quarter more than those of the heuristic's."""
+
+    def covered(c: ConvConfig) -> int:
+        return c.boxes(n, p, q) * prod(c.box) * c.rows
+
+    return max(config.box) <= LONGEST and 4 * covered(config) <= 5 * covered(chosen)
+
+
+def legal_splits(config: ConvConfig, n: int, p: int, q: int, share: int, spare: int = 0) -> bool:
+    """Whether there is room for the partial results, of `share` bytes each, and none of them is empty."""
+    boxes = config.boxes(n, p, q)
+    few = config.splits <= max(1, max(spare, WORKSPACE) // share)
+    return few and config.splits == even_splits(boxes, min(config.splits, boxes))
+
+
+def adjusted_splits(config: ConvConfig, n: int, p: int, q: int) -> ConvConfig:
+    boxes = config.boxes(n, p, q)
+    return replace(config, splits=even_splits(boxes, min(config.splits, boxes)))
+
+
+def bundle_of(groups: int, channels_in: int, channels_out: int, columns: int) -> int:
+    """How many groups share a tile: one where it fills a matrix instruction's 16, else enough for so many columns."""
+    if groups == 1 or min(channels_in, channels_out) >= 16:
+        return 1
+    return min(power_of_2(groups), max(1, columns // max(channels_in, channels_out)))
+
+
+def convolution(product: MatmulConfig, **more: object) -> ConvConfig:
+    """The config of a product, and what a convolution needs besides."""
+    return ConvConfig(**{f.name: getattr(product, f.name) for f in fields(product)}, **more)  # type: ignore[arg-type]
+
+
+class ConvProblem(NamedTuple):
+    """Forward, or dgrad: n images of p × q pixels and j columns, summed over nine taps of l channels, for each bundle.
+
+    classes: of pixels that meet the same taps, each with p × q. along: as in `candidates`; in dgrad weights lie across
+    the sum. whole: a step must not run past the l channels, for behind them lie another bundle's, or the next pixel's.
+    wide: the result's columns are contiguous. stepped: with a stride of 2.
+    """
+
+    n: int
+    p: int
+    q: int
+    j: int
+    l: int
+    bundles: int
+    bundle: int
+    classes: int
+    dtype: str
+    precision: str
+    arch: Arch
+    vec: int
+    tma: bool
+    along: bool
+    whole: bool
+    wide: bool
+    stepped: bool
+
+    def steps(self) -> Steps:
+        return {**STEPS, "box": beside, "flat": toggled, "rows": one_or_two}
+
+    def choose(self) -> ConvConfig:
+        n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch, vec, tma, along, whole, wide, stepped = self
+        i = n * p * q
+        tiles = candidates(9 * l, dtype, precision, arch, vec, tma, along)
+        if arch.has_tma and tiles[0].tma and ITEMSIZE[dtype] == 2 and arch.backend != "interpreter":
+            big = tiles[0]
+            tiles = [tile for tile in tiles if tile.block_j < 2 * j] or tiles[-1:]  # others would be cut, a kernel each
+            if j <= 64:
+                # Derived: with all columns in one tile the weights are what is read again, once for each box: larger
+                # boxes.
+                reason = "derived: 256×64: few columns"
+                tiles.insert(0, replace(big, block_i=256, block_j=64, num_stages=4, reason=reason))
+        # Compiled: beside a result of 256 columns the addresses of pointers spill (4 bytes on sm_80, 56 unrolled), and
+        # those of a store of single columns (1,064 bytes on sm_90, 7×7 images).
+        tiles = [tile for tile in tiles if (tile.tma and not wide) or tile.block_j <= 128]
+        if arch.backend == "cuda" and not arch.has_tma:
+            # Compiled: operands lie in registers beside those addresses; deeper, or larger in float32, they spill.
+            most = 128 * 128 if ITEMSIZE[dtype] == 2 else 128 * 64 // classes
+            small = [replace(t, block_l=min(t.block_l, 32)) for t in tiles if t.block_i * t.block_j <= most]
+            tiles = small or tiles[-1:]
+        filling = [tile for tile in tiles if fills(tile.tiles(i, j) * bundles * classes, arch)]
+        chosen = fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
+        if needs_registers(dtype, precision, arch, tma=chosen.tma, along=along):
+            chosen = by_mma_sync(chosen, precision)
+        if chosen.tma and whole and l % chosen.block_l:
+            return self._replace(tma=False).choose()
+        if not chosen.tma and ITEMSIZE[dtype] == 2 and chosen.block_i * chosen.block_j <= 128 * 64:
+            chosen = replace(chosen, num_warps=min(chosen.num_warps, 4))
+        # A loop over the channels of one tap that takes a single step can't be pipelined; one over all taps can.
+        flat = chosen.tma or (l <= chosen.block_l and chosen.num_warps <= 4)
+        limit = chosen.max_registers if chosen.tma and bundle == 1 else unrounded(arch)
+        dense = convolution(
+            replace(chosen, prefetch=False, max_registers=limit),
+            box=choose_box(chosen.block_i, n, p, q, wide=wide),
+            bundle=bundle,
+            flat=flat,
+        )
+        if pairs_rows(dense, l, dtype, arch, whole=whole, stepped=stepped):
+            pair = two_rows(n, q, j, wide, arch)
+
+            def programs(s: ConvConfig) -> int:
+                return s.boxes(n, p, q) * s.columns(j, 1) * bundles
+
+            def busiest(s: ConvConfig) -> int:
+                """Elements of the result that the busiest processor computes."""
+                return cdiv(programs(s), arch.processors) * s.rows * s.block_i * s.block_j
+
+            # By the model, one program each is slower than two of half its size, which hide each other's beginning and
+            # end.
+            if busiest(pair) <= busiest(dense) and programs(pair) >= 2 * arch.processors:
+                return pair
+        return dense
+
+    def _beside_stages(self, config: ConvConfig) -> int:
+        """Elements of a stage besides two operand tiles: of pairs, the rows and taps that a turn takes."""
+        pair = config.rows > 1
+        return ((config.rows + 1) * config.block_i + 2 * config.block_j) * config.block_l if pair else 0
+
+    def adjusted(self, config: ConvConfig) -> ConvConfig:
+        n, p, q, arch = self.n, self.p, self.q, self.arch
+        if not config.tma or self.bundle > 1:
+            config = replace(config, max_registers=unrounded(arch))
+        extra = self._beside_stages(config)
+        config = adjusted_product(config, self.dtype, self.precision, arch, along=self.along, extra=extra)
+        if prod(config.box) != config.block_i or (config.rows > 1 and config.box[1] > 1):
+            box = choose_box(config.block_i, n, p, q, wide=self.wide, one_row=config.rows > 1)
+            config = replace(config, box=box)
+        return replace(config, flat=config.flat and (config.tma or config.num_warps <= 4))
+
+    def is_legal(self, config: ConvConfig) -> bool:
+        n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch, vec, tma, along, whole, wide, stepped = self
+        size, tile = ITEMSIZE[dtype], config.block_i * config.block_j
+        chosen = self.choose()
+        bundled = bundle > 1 and arch.backend != "interpreter"  # a tile has a bundle's columns and sum, and no more
+        from_registers = arch.backend == "cuda" and not arch.has_tma
+        deepest = 32 if from_registers else chosen.block_l if bundled else 128
+        largest = LONGEST * LONGEST
+        if from_registers:
+            largest = 128 * 128 if size == 2 else 128 * 64 // classes
+        by_registers = needs_registers(dtype, precision, arch, tma=config.tma, along=along)
+        stages = stages_in_memory(config, size, arch, extra=self._beside_stages(config))
+        pairs = pairs_rows(config, l, dtype, arch, whole=whole, stepped=stepped) and config.box[1] == 1 and config.flat
+        return (
+            legal_threads(
+                config, arch, least=2 if by_registers or not arch.has_tma else 4, most=8 if tile >= 4096 else 4
+            )
+            and 16 <= config.block_i <= (chosen.block_i if bundled else fit(LONGEST, n * p * q))
+            # Beside more than 128 columns the addresses of pointers, and of stores of single columns, spill.
+            and 16 <= config.block_j <= min(fit(LONGEST, j), LONGEST if config.tma and not wide else 128)
+            and (not bundled or config.block_j == chosen.block_j)
+            and 16 <= config.block_l <= fit(deepest, l)
+            and tile <= largest
+            and registers(config.rows * tile, dtype, config.num_warps, arch) <= RESULT
+            and 1 <= config.num_stages <= (1 if arch.backend == "interpreter" else stages)
+            and (not by_registers or config == by_mma_sync(config, precision))
+            and (tma and arch.has_tma if config.tma else vec * size >= 4 or not (tma and arch.has_tma))
+            # A step would read the next pixel.
+            and not (config.tma and whole and l % config.block_l)
+            # By pointers and with 8 warps, https://github.com/pytorch/pytorch/issues/173068: see `conv3x3.convolve`.
+            and (config.tma or not config.flat or config.num_warps <= 4)
+            and (config.rows == 1 or (config.rows == 2 and pairs))
+            and prod(config.box) == config.block_i
+            and sparing(config, chosen, n, p, q)
+            and 1 <= config.group <= 32
+            and (config.group == ConvConfig.group or j > config.block_j or bundles > 1)
+            and (config.bundle, config.taps, config.splits) == (bundle, 1, 1)
+        )
+
+
+def pairs_rows(dense: ConvConfig, l: int, dtype: str, arch: Arch, *, whole: bool, stepped: bool) -> bool:
+    """Whether `two_rows` can and should compute what these settings would, but for what processors are left idle.
+
+    Derived: 128×256 tiles read as little by themselves. wgmma reads shared memory, where Triton must keep what several
+    products read; for tensor cores that take operands from registers nothing was counted.
+    """
+    able = dense.tma and ITEMSIZE[dtype] == 2 and dense.bundle == 1 and not stepped and not (whole and l % 32)
+    small = dense.block_i * dense.block_j <= 128 * 128 and dense.block_j > 32
+    hopper = arch.has_wgmma and versions.keeps_shared_tiles() and small and l >= 32
+    return able and (hopper or arch.backend == "interpreter")
+
+
+def two_rows(n: int, q: int, j: int, wide: bool, arch: Arch) -> ConvConfig:
+    """Two boxes of one row each, which share the rows of the source that both meet (`conv3x3.convolve_rows`).
+
+    By the model, 256 images: 64 channels of 56², 137 → 104 µs, 128 of 28², 107 → 93: L2 gives fewer bytes.
+    """
+    if arch.backend == "interpreter":
+        tile = MatmulConfig(16, 32, 32, 1, 1, INTERPRETED)
+    elif j <= 64:
+        reason = "derived: two rows of 128×64: one of two programs a processor computes while the other's tiles come"
+        tile = MatmulConfig(128, 64, 32, 4, 2, reason)
+    else:
+        reason = "derived: two rows of 128×128: one warp group computes while the other waits for its product"
+        tile = MatmulConfig(128, 128, 32, 8, 3, reason)
+    box = choose_box(tile.block_i, n, 1, q, wide=wide, one_row=True)
+    return convolution(replace(tile, tma=True), box=box, flat=True, rows=2)
+
+
+class ConvWgradProblem(NamedTuple):
+    """dw (o × c of each bundle, nine taps), summed over n images of p × q pixels, and split between programs.
+
+    spare: bytes that partial results may take, as in `choose_wgrad`.
+    """
+
+    n: int
+    p: int
+    q: int
+    o: int
+    c: int
+    bundles: int
+    bundle: int
+    dtype: str
+    precision: str
+    arch: Arch
+    vec: int
+    tma: bool
+    spare: int
+
+    def steps(self) -> Steps:
+        return {**STEPS, "box": beside, "splits": doubled, "taps": one_or_three}
+
+    def choose(self) -> ConvConfig:
+        n, p, q, o, c, bundles, bundle, dtype, precision, arch, vec, tma, spare = self
+        size = ITEMSIZE[dtype]
+        # Compiled: descriptors of 16 deep tiles take two thirds of the instructions of pointers to 32 deep ones.
+        line = choose_line((64, 32) if size == 2 else (32, 16), n, q, dtype, arch) if tma and arch.has_tma else None
+        tma = line is not None
+        # Derived: dz is read once for three taps. Compiled: three results of 128×128 fit the registers beside wgmma,
+        # which reads both operands from shared memory, and the addresses of 32 deep tiles, but not those of 4-byte
+        # accesses; where operands lie in registers, three of 64×32 do.
+        if arch.backend == "interpreter":
+            tile, taps = MatmulConfig(32, 32, 32, 1, 1, INTERPRETED), 3
+        elif size == 8:
+            tile, taps = MatmulConfig(64, 64, 16, 8, 2, "derived: float64: 64×64, one tap"), 1
+        elif size == 4 and arch.has_wgmma:
+            # Compiled: wgmma takes 64 rows and more. It can't turn float32 tiles, which lie across the sum here: they
+            # would be copied once more, or be summed for db while it reads them (`conv3x3.wgrad`).
+            tile, taps = MatmulConfig(32, 128, 32, 4, 3, f"compiled: {precision}: 32×128, one tap, by mma.sync"), 1
+        elif size == 4:
+            tile, taps = MatmulConfig(64, 64, 32, 8, 3, f"derived: {precision}: 64×64, one tap"), 1
+        elif needs_registers(dtype, precision, arch, tma=tma, along=False):
+            # Compiled: of three results two warps spill 1,196 bytes.
+            tile, taps = MatmulConfig(64, 64, 32, 2, 3, "compiled: 64×64, one tap, by mma.sync"), 1
+        elif arch.has_tma:
+            j = 128 if tma or vec >= 4 else 64
+            tile, taps = MatmulConfig(128, j, 32, 8, 3, f"compiled: 128×{j}, three taps: dz is read once for them"), 3
+        else:
+            tile, taps = MatmulConfig(64, 64, 32, 4, 3, "compiled: 64×64, three taps: dz is read once for them"), 3
+        tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
+        few = (
+            tile.block_i * tile.block_j <= 64 * 64
+        )  # counted: one warp group reads a third less of shared memory than two
+        if few:
+            tile = replace(tile, num_warps=min(tile.num_warps, 4))
+        box = line or choose_box(tile.block_l, n, p, q)
+        tile = replace(tile, block_l=prod(box))
+        tile = replace(tile, tma=tma, max_registers=unrounded(arch) if size >= 4 or few or not tma else None)
+        stages = stages_that_fit(replace(tile, block_j=taps * tile.block_j), size, arch)
+        x_first = taps > 1 and not tma and (not arch.has_tma or arch.backend == "interpreter")
+        chosen = convolution(replace(tile, num_stages=stages), box=box, bundle=bundle, taps=taps, x_first=x_first)
+        programs = chosen.tiles(o, c) * bundles * (9 // taps)
+        share = max(size, 4) * 9 * o * c * bundles
+        most = max(1, min(cdiv(chosen.boxes(n, p, q), 8), max(spare, WORKSPACE) // share))
+        resident = arch.processors if taps * tile.block_i * tile.block_j > 128 * 128 else 2 * arch.processors
+        splits = max(1, min(resident // programs, most))
+        return replace(chosen, splits=even_splits(chosen.boxes(n, p, q), splits))
+
+    def adjusted(self, config: ConvConfig) -> ConvConfig:
+        n, p, q, dtype, arch = self.n, self.p, self.q, self.dtype, self.arch
+        if needs_registers(dtype, self.precision, arch, tma=config.tma, along=False):
+            config = replace(config, taps=1)
+        config = replace(config, x_first=config.x_first and not config.tma)
+        line = choose_line((config.block_l,), n, q, dtype, arch) if config.tma else None
+        if line or prod(config.box) != config.block_l:
+            config = replace(config, box=line or choose_box(config.block_l, n, p, q))
+        more_columns = (config.taps - 1) * config.block_j * config.block_l
+        config = adjusted_product(config, dtype, self.precision, arch, along=False, extra=more_columns)
+        return adjusted_splits(config, n, p, q)
+
+    def is_legal(self, config: ConvConfig) -> bool:
+        n, p, q, o, c, bundles, bundle, dtype, precision, arch, vec, tma, spare = self
+        size, tile = ITEMSIZE[dtype], config.block_i * config.block_j
+        by_registers = needs_registers(dtype, precision, arch, tma=config.tma, along=False)
+        stages = stages_in_memory(replace(config, block_j=config.taps * config.block_j), size, arch)
+        # A descriptor's box is a line: it knows x's edges, but not dz's.
+        line = not config.tma or config.box == choose_line((config.block_l,), n, q, dtype, arch)
+        return (
+            legal_threads(
+                config, arch, least=2 if by_registers or not arch.has_tma else 4, most=8 if tile >= 4096 else 4
+            )
+            and 16 <= config.block_i <= fit(128, o)
+            and 16 <= config.block_j <= fit(128, c)
+            and 16 <= config.block_l <= 128
+            and config.taps in ((1,) if by_registers else (1, 3))
+            and registers(config.taps * tile, dtype, config.num_warps, arch)
+            <= (DEEPEST if arch.has_tma else DEEPEST // 2)
+            and 1 <= config.num_stages <= (1 if arch.backend == "interpreter" else stages)
+            and (not by_registers or config == by_mma_sync(config, precision))
+            and (tma and arch.has_tma if config.tma else vec * size >= 4 or not self.choose().tma)
+            and line
+            and prod(config.box) == config.block_l
+            and sparing(config, self.choose(), n, p, q)
+            and legal_splits(config, n, p, q, max(size, 4) * 9 * o * c * bundles, spare)
+            and (config.bundle, config.rows, config.group) == (bundle, 1, ConvConfig.group)
+        )
+
+
+def even_splits(boxes: int, splits: int) -> int:
+    """As many splits, or fewer, so that none is left without a box."""
+    return cdiv(boxes, cdiv(boxes, splits))
+
+
+def small_stages(dtype: str, arch: Arch) -> int:
+    """The stages that `small_wgrad` may have.
+
+    Compiled: with two, wgmma reads float32 tiles where `cp.async` brings the next ones, or registers that are refilled.
+    """
+    early = arch.has_wgmma and (ITEMSIZE[dtype] == 4 or not versions.fences_copies())
+    return 1 if early or arch.backend == "interpreter" else 2
+
+
+def with_rows(
+    settings: ConvConfig, images: int, columns: int, n: int, p: int, q: int, tiles: int, arch: Arch, *, rim: int = 0,
+    choices: tuple[int, ...] = (32, 16, 8, 4),
+) -> ConvConfig:  # fmt: skip
+    """The settings, with boxes of as many rows as leave four programs a processor.
+
+    Derived: of two rows each neighbours read both, which is a sixteenth then. tiles: of channels; rim: as in `boxes`.
+    """
+    for rows in choices:
+        settings = replace(settings, box=(images, rows, columns))
+        if settings.boxes(n, p, q, rim) * tiles >= 4 * arch.processors:
+            break
+    return settings
+
+
+class FewChannelsProblem(NamedTuple):
+    """Few input channels. Forward: rows of pixels, and three products of 3·c summed elements for each of them.
+
+    wgrad: one of 9·c columns for a box of pixels. fused: it forms dz on load.
+    """
+
+    n: int
+    p: int
+    q: int
+    o: int
+    c: int
+    dtype: str
+    arch: Arch
+    wgrad: bool
+    fused: bool = False
+
+    def steps(self) -> Steps:
+        return dict(
+            box=beside, num_warps=doubled, num_stages=one_more, block_i=doubled, block_j=doubled, block_l=doubled,
+            splits=doubled, max_registers=all_registers,
+        )  # fmt: skip
+
+    def choose(self) -> ConvConfig:
+        n, p, q, o, c, dtype, arch, wgrad, fused = self
+        k = max(16, power_of_2(9 * c))
+        if arch.backend == "interpreter":
+            pixels, warps, reason = 32, 1, INTERPRETED
+        elif ITEMSIZE[dtype] == 8:
+            pixels, warps, reason = 16 if wgrad else 32, 4, "derived: float64: two registers an element"
+        elif ITEMSIZE[dtype] == 4:
+            pixels, warps, reason = 32 if wgrad else 64, 4, "derived: float32: both halves of tf32x3 in registers"
+        else:
+            # Counted: by mma.sync four warps of wgrad read a tile of x four times from shared memory, two read it
+            # twice.
+            warps = 2 if wgrad and not fused and arch.backend == "cuda" and not arch.has_tma else 4
+            pixels, reason = 32 * warps, "derived: a pixel a thread, which knows its taps when it is compiled"
+            if fused:
+                pixels, reason = 64, "compiled: dz and its sums fit registers"
+        channels = fit(64 if ITEMSIZE[dtype] <= 4 and arch.backend != "interpreter" else 32, o)
+        if not wgrad:
+            k = max(16, power_of_2(3 * c))
+            if arch.backend == "cuda" and not arch.has_tma:
+                # Compiled: weights lie in registers; beside twice the pixels they spill, up to 668 bytes.
+                pixels >>= (ITEMSIZE[dtype] == 4) + (k > 16)
+            images, _, columns = choose_box(pixels, n, 1, q, wide=True)
+            chosen = ConvConfig(pixels, channels, k, warps, 1, reason, max_registers=unrounded(arch))
+            return with_rows(chosen, images, columns, n, p, q, cdiv(o, channels), arch)
+        box = choose_box(pixels, n, p, q, wide=True)
+        stages = small_stages(dtype, arch)
+        chosen = ConvConfig(channels, k, pixels, warps, stages, reason, box=box, max_registers=unrounded(arch))
+        boxes = chosen.boxes(n, p, q)
+        # Derived: four programs a processor hide each other's gathers; splits of under four boxes mostly write results.
+        splits = max(1, min(4 * arch.processors // cdiv(o, channels), cdiv(boxes, 4)))
+        return replace(chosen, splits=even_splits(boxes, splits))
+
+    def adjusted(self, config: ConvConfig) -> ConvConfig:
+        if not self.wgrad:
+            return replace(config, block_i=config.box[0] * config.box[2])
+        n, p, q = self.n, self.p, self.q
+        if prod(config.box) != config.block_l:
+            config = replace(config, box=choose_box(config.block_l, n, p, q, wide=True))
+        stages = min(small_stages(self.dtype, self.arch), stages_in_memory(config, ITEMSIZE[self.dtype], self.arch))
+        return adjusted_splits(replace(config, num_stages=min(config.num_stages, stages)), n, p, q)
+
+    def is_legal(self, config: ConvConfig) -> bool:
+        n, p, q, o, c, dtype, arch, wgrad, _ = self
+        chosen = self.choose()
+        i, j, l = config.block_i, config.block_j, config.block_l
+        largest = max(i * j, i * l, j * l) if wgrad else i * j
+        return (
+            legal_threads(config, arch, least=4 if arch.has_tma else 2)
+            and min(i, j, l) >= 16
+            and (i if wgrad else j) <= fit(128, o)
+            # All that a pixel meets is one step: of wgrad nine taps, else a row of three.
+            and (j == chosen.block_j and l <= LONGEST if wgrad else (i, l) == (chosen.block_i, chosen.block_l))
+            and prod(config.box) == (l if wgrad else i * config.box[1])
+            and registers(largest, dtype, config.num_warps, arch) <= RESULT
+            and 1 <= config.num_stages <= (small_stages(dtype, arch) if wgrad else 1)
+            and sparing(config, chosen, n, p, q)
+            and (legal_splits(config, n, p, q, max(ITEMSIZE[dtype], 4) * 9 * o * c) if wgrad else config.splits == 1)
+        )
+
+
+class FewChannelsDgradProblem(NamedTuple):
+    """dx of few input channels, n images of h × w: rows of dz, one after the other, times nine taps of four channels.
+
+    A descriptor's box is a line of columns: of others a reshape would send dz through registers (`conv3x3.convolve`).
+    """
+
+    n: int
+    h: int
+    w: int
+    o: int
+    dtype: str
+    precision: str
+    arch: Arch
+    tma: bool
+
+    def steps(self) -> Steps:
+        return dict(box=beside, num_warps=doubled, num_stages=one_more, max_registers=all_registers)
+
+    def choose(self) -> ConvConfig:
+        n, h, w, o, dtype, _, arch, tma = self
+        block_l = fit(128, o)
+        if arch.backend == "interpreter":
+            pixels, warps, stages, reason = 32, 1, 1, INTERPRETED
+        else:
+            # Compiled: of longer rows a thread holds more weights, and spills beside the products of 128 pixels on
+            # sm_80.
+            pixels = 128 if block_l * ITEMSIZE[dtype] <= 128 else 64
+            warps, reason = 4, "derived: 16 KB a stage: three in flight, of each of two programs a processor or more"
+            stages = 2 if arch.backend == "hip" else 4
+        tma = tma and arch.has_tma
+        if not tma:
+            stages = stages if small_stages(dtype, arch) > 1 else 1
+        narrowest = min(64, pixels) if tma else 8
+        widths = [k for k in (128, 64, 32, 16, 8) if narrowest <= k <= pixels]
+        columns = min(widths, key=lambda columns: cdiv(w, columns - 2) * columns)
+        images = 1 if tma else pixels // columns
+        pixels = images * columns
+        chosen = ConvConfig(pixels, 64, block_l, warps, stages, reason, tma=tma, max_registers=unrounded(arch))
+        return with_rows(chosen, images, columns, n, h, w, 1, arch, rim=2)
+
+    def adjusted(self, config: ConvConfig) -> ConvConfig:
+        return config
+
+    def is_legal(self, config: ConvConfig) -> bool:
+        chosen, size = self.choose(), ITEMSIZE[self.dtype]
+        images, rows, columns = config.box
+        # Weights, and what is exchanged, take 16 KB.
+        copies = config.num_stages - (not self.arch.has_tma) if config.num_stages > 1 else 0
+        return (
+            legal_threads(config, self.arch, least=4 if self.arch.has_tma else 2)
+            and (images, columns) == (chosen.box[0], chosen.box[2])
+            and 1 <= rows <= LONGEST
+            and (config.num_stages == 1 if chosen.num_stages == 1 else config.num_stages >= 1)
+            and copies * config.block_i * config.block_l * size < self.arch.shared_memory - 16 * 1024
+        )
+
+
+class DepthwiseProblem(NamedTuple):
+    """Each channel by itself: a few rows of pixels × channels, wide in what is contiguous."""
+
+    n: int
+    p: int
+    q: int
+    c: int
+    dtype: str
+    arch: Arch
+    last: bool
+    wgrad: bool
+
+    def steps(self) -> Steps:
+        return dict(num_warps=doubled, max_registers=all_registers, box=beside, block_j=doubled, splits=doubled)
+
+    def choose(self) -> ConvConfig:
+        n, p, q, c, dtype, arch, last, wgrad = self
+        if arch.backend == "interpreter":
+            elements, rows, warps, reason = 256, 2, 1, INTERPRETED
+        else:
+            threads = 256 if arch.backend == "hip" else 128
+            elements, rows, warps = threads * max(4, 16 // ITEMSIZE[dtype]), 4, 4
+            reason = "compiled: 16 bytes a thread to a row; rows share what they read"
+            if not last or (wgrad and ITEMSIZE[dtype] == 8) or c % (16 // ITEMSIZE[dtype]):
+                # Compiled: nine weights of each of 8 channels a thread, or sums of two registers, or rows of single
+                # elements spill.
+                elements //= 2
+        if last:
+            channels = min(power_of_2(c), 64)
+            images, _, columns = choose_box(elements // channels, n, 1, q)
+        else:
+            columns = min(power_of_2(q), 128)
+            channels = min(power_of_2(c), elements // columns)
+            images = elements // columns // channels
+        box = (images, min(rows, power_of_2(p)), columns)
+        chosen = ConvConfig(images * columns, channels, 1, warps, 1, reason, box=box, max_registers=unrounded(arch))
+        if not wgrad:
+            # What begins and ends a box's rows makes fours of them.
+            return with_rows(chosen, images, columns, n, p, q, cdiv(c, channels), arch, choices=(30, 14, 6))
+        boxes = chosen.boxes(n, p, q)
+        # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results.
+        splits = max(1, min(4 * arch.processors // cdiv(c, channels), cdiv(boxes, 4)))
+        return replace(chosen, splits=even_splits(boxes, splits))
+
+    def adjusted(self, config: ConvConfig) -> ConvConfig:
+        config = replace(config, block_i=config.box[0] * config.box[2])
+        return adjusted_splits(config, self.n, self.p, self.q) if self.wgrad else config
+
+    def is_legal(self, config: ConvConfig) -> bool:
+        n, p, q, c, dtype, arch, _, wgrad = self
+        images, rows, columns = config.box
+        chosen, channels = self.choose(), config.block_j
+
+        def covered(s: ConvConfig) -> int:
+            return s.boxes(n, p, q) * prod(s.box) * cdiv(c, s.block_j) * s.block_j
+
+        return (
+            legal_threads(config, arch, least=4 if arch.has_tma else 2)
+            and config.block_i == images * columns
+            and 1 <= rows <= (8 if wgrad else 64)  # rows of wgrad are unrolled
+            and max(images, columns, channels) <= LONGEST
+            and 64 <= images * columns * channels <= 2048
+            and 4 * covered(config) <= 5 * covered(chosen)
+            and (legal_splits(config, n, p, q, max(ITEMSIZE[dtype], 4) * 9 * c) if wgrad else config.splits == 1)
+        )
+
+
+class RelayoutProblem(NamedTuple):
+    """A pass over n images of p pixels and c channels."""
+
+    n: int
+    p: int
+    c: int
+    dtype: str
+    arch: Arch
+
+    def steps(self) -> Steps:
+        return dict(tiles=doubled, block_p=doubled, block_c=doubled, num_warps=doubled, max_registers=all_registers)
+
+    def choose(self) -> RelayoutConfig:
+        n, p, c, dtype, arch = self
+        if arch.backend == "interpreter":
+            return RelayoutConfig(32, 32, 2, 1, INTERPRETED)
+        # Compiled: 64 channels of a weight take 72 registers, for its taps make no wide access; images beside it take
+        # 56.
+        block_c = min(64 if p > 9 else 32, max(8, power_of_2(c)))
+        block_p = min(2048 // block_c, max(16, power_of_2(p)))
+        if ITEMSIZE[dtype] == 8:
+            block_p = max(1, block_p // 2)
+        programs = max(1, 8 * arch.processors // cdiv(c, block_c))
+        tiles = cdiv(n * cdiv(p, block_p), programs)
+        reason = "derived: 16 elements a thread, 64 × 32: whole sectors on either side"
+        return RelayoutConfig(block_p, block_c, tiles, 4, reason, unrounded(arch))
+
+    def adjusted(self, config: RelayoutConfig) -> RelayoutConfig:
+        return config
+
+    def is_legal(self, config: RelayoutConfig) -> bool:
+        n, p, c, dtype, arch = self
+
+        def programs(s: RelayoutConfig) -> int:
+            return cdiv(n * cdiv(p, s.block_p), s.tiles)
+
+        few = programs(config) * c * max(4, ITEMSIZE[dtype]) <= WORKSPACE or programs(config) <= programs(self.choose())
+        return (
+            legal_threads(config, arch, least=4 if arch.has_tma else 2)
+            and few
+            and 1 <= config.block_p <= min(1024, max(16, power_of_2(p)))
+            and 8 <= config.block_c <= min(256, max(32, power_of_2(c)))
+            and 64 <= config.block_p * config.block_c <= 4096
+            and cdiv(c, config.block_c) <= 65_535  # the grid's second axis ends there
+        )

@@ -1,0 +1,256 @@
+"""Configs of the linear layer's kernels: forward, dgrad, wgrad, and the pass over the output's gradient.
+
+Each problem chooses by the heuristics of `tribp.launch.matmul`; `tribp.launch.neighbors` says what its parts are for.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ...launch.arch import ITEMSIZE, Arch, cdiv
+from ...launch.matmul import (
+    INTERPRETED,
+    STEPS,
+    WORKSPACE,
+    MatmulConfig,
+    adjusted_product,
+    candidates,
+    choose_product,
+    fills,
+    fit,
+    fitted,
+    legal_product,
+    needs_registers,
+    stages_that_fit,
+    whole_splits,
+)
+from ...launch.neighbors import Steps, doubled, toggled
+
+
+@dataclass(frozen=True)
+class ElementwiseConfig:
+    """Of a pass over a matrix: a program takes `rows` × `block_n` of it, `block_m` rows at a time."""
+
+    block_m: int
+    block_n: int
+    rows: int
+    num_warps: int
+    reason: str
+    max_registers: int | None = None
+
+
+class ForwardProblem(NamedTuple):
+    """y (m × n) = σ(x·wᵀ + b), summed over k; vec, tma and along as in `candidates`."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+    precision: str
+    arch: Arch
+    vec: int
+    tma: bool
+    along: bool = True
+
+    def steps(self) -> Steps:
+        return {**STEPS, "persistent": toggled}
+
+    def choose(self) -> MatmulConfig:
+        m, n, k, dtype, precision, arch, vec, tma, along = self
+        chosen = choose_product(m, n, k, dtype, precision, arch, vec=vec, tma=tma, along=along)
+        if chosen.tma and chosen.block_i * chosen.block_j > 128 * 128 and chosen.tiles(m, n) > 2 * arch.processors:
+            # Published for Triton on an H100: 84–92 % of cuBLAS with persistent programs, 75–85 % with a program a
+            # tile. Compiled: the next tile's loads start under the output's store, not under its sigmoid, and the
+            # output tile stays in shared memory beside the stages (213 KB with three). The model sees no difference:
+            # measure it first.
+            chosen = replace(
+                chosen,
+                persistent=True,
+                num_stages=stages_that_fit(chosen, ITEMSIZE[dtype], arch, output=chosen.block_i * chosen.block_j),
+                reason=chosen.reason + "; persistent: more than two waves of them",
+            )
+        return chosen
+
+    def adjusted(self, config: MatmulConfig) -> MatmulConfig:
+        output = config.block_i * config.block_j if config.persistent else 0
+        config = adjusted_product(config, self.dtype, self.precision, self.arch, along=self.along, output=output)
+        return replace(config, persistent=config.persistent and config.tma, prefetch=config.prefetch and not config.tma)
+
+    def is_legal(self, config: MatmulConfig) -> bool:
+        output = config.block_i * config.block_j if config.persistent else 0
+        plain = config.splits == 1 and not config.fuse_dz and config.persistent <= config.tma
+        return plain and legal_product(
+            config, *self[:6], vec=self.vec, tma=self.tma, along=self.along, output=output
+        )  # fmt: skip
+
+
+class DgradProblem(NamedTuple):
+    """dx (m × k) = dz·w, summed over n. A weight's rows lie across the sum, unless `along` says otherwise."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+    precision: str
+    arch: Arch
+    vec: int
+    tma: bool
+    may_fuse: bool  # nobody else needs dz, so it may be formed on the way in
+    along: bool = False
+
+    def steps(self) -> Steps:
+        return {**STEPS, "fuse_dz": toggled}
+
+    def choose(self) -> MatmulConfig:
+        m, n, k, dtype, precision, arch, vec, tma, may_fuse, along = self
+        chosen = choose_product(m, k, n, dtype, precision, arch, vec=vec, tma=tma, along=along, short=0)
+        may_fuse = may_fuse and not needs_registers(dtype, precision, arch, tma=tma, along=along)
+        return fuse_dz(chosen, k, dtype, arch) if may_fuse else chosen
+
+    def adjusted(self, config: MatmulConfig) -> MatmulConfig:
+        return adjusted_fusion(config, self.dtype, self.precision, self.arch, along=self.along)
+
+    def is_legal(self, config: MatmulConfig) -> bool:
+        m, n, k, dtype, precision, arch, vec, tma, may_fuse, along = self
+        plain = config.splits == 1 and not config.persistent
+        return plain and legal_fusion(
+            config, m, k, n, dtype, precision, arch, vec=vec, tma=tma, may_fuse=may_fuse, along=along
+        )  # fmt: skip
+
+
+class WgradProblem(NamedTuple):
+    """dw (n × k) = dzᵀ·x, summed over m, split between programs where the result alone can't fill the GPU.
+
+    The splits depend on the shape and the GPU alone, so the sums have one order.
+    """
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+    precision: str
+    arch: Arch
+    vec: int
+    tma: bool
+    may_fuse: bool
+    spare: int  # bytes that float32 partial results may take: what torch would have allocated here, and tribp does not
+
+    def steps(self) -> Steps:
+        return {**STEPS, "fuse_dz": toggled, "splits": doubled}
+
+    @property
+    def most_splits(self) -> int:
+        """That the partial results have room for."""
+        return max(1, self.spare // ((8 if self.dtype == "float64" else 4) * self.n * self.k))
+
+    def choose(self) -> MatmulConfig:
+        m, n, k, dtype, precision, arch, vec, tma, may_fuse, _ = self
+
+        def most_splits(tile: MatmulConfig) -> int:
+            """Splits of under eight steps do little but write partial results."""
+            return max(1, min(cdiv(m, 8 * tile.block_l), self.most_splits))
+
+        tiles = candidates(m, dtype, precision, arch, vec, tma, along=False)
+        filling = [tile for tile in tiles if fills(tile.tiles(n, k) * most_splits(tile), arch)]
+        chosen = fitted((filling or tiles[-1:])[0], n, k, m, dtype, arch)
+        if may_fuse and not needs_registers(dtype, precision, arch, tma=tma, along=False):
+            chosen = fuse_dz(chosen, k, dtype, arch)
+        resident = arch.processors if chosen.block_i * chosen.block_j > 128 * 128 else 2 * arch.processors
+        splits = max(1, min(resident // chosen.tiles(n, k), most_splits(chosen)))
+        return replace(chosen, splits=whole_splits(m, splits, chosen.block_l))
+
+    def adjusted(self, config: MatmulConfig) -> MatmulConfig:
+        config = adjusted_fusion(config, self.dtype, self.precision, self.arch, along=False)
+        splits = min(config.splits, cdiv(self.m, config.block_l))
+        return replace(config, splits=whole_splits(self.m, splits, config.block_l))
+
+    def is_legal(self, config: MatmulConfig) -> bool:
+        m, n, k, dtype, precision, arch, vec, tma, may_fuse, _ = self
+        plain = config.splits <= self.most_splits and not config.persistent
+        return plain and legal_fusion(
+            config, n, k, m, dtype, precision, arch, vec=vec, tma=tma, may_fuse=may_fuse, along=False
+        )  # fmt: skip
+
+
+def fuse_dz(chosen: MatmulConfig, cols: int, dtype: str, arch: Arch) -> MatmulConfig:
+    """Form dz while loading, if at most four tile columns repeat that work and descriptors load the tiles.
+
+    Derived: a pass of its own reads dy and y and writes dz, and the product reads that again: four units of memory
+    where the fused form has two. But the loop has three times the instructions, once for each tile column. Compiled:
+    with pointers the fused wgrad spills up to 230 bytes on sm_90, and up to 1,300 where operands lie in registers; so
+    it is not for products that `needs_registers` keeps from wgmma.
+    """
+    if cdiv(cols, chosen.block_j) > 4 or not chosen.tma:
+        return chosen
+    chosen = shallow(
+        replace(chosen, fuse_dz=True, reason=chosen.reason + "; dz formed on load: at most 4 tile columns")
+    )
+    extra = chosen.block_i * chosen.block_l
+    return replace(chosen, num_stages=stages_that_fit(chosen, ITEMSIZE[dtype], arch, extra=extra))
+
+
+def shallow(config: MatmulConfig) -> MatmulConfig:
+    """Compiled: beside a 128×256 result dy and y leave no registers for 64 deep tiles (255, and a spill)."""
+    large = config.fuse_dz and config.block_i * config.block_j > 128 * 128
+    return replace(config, block_l=min(config.block_l, 32)) if large else config
+
+
+def adjusted_fusion(config: MatmulConfig, dtype: str, precision: str, arch: Arch, *, along: bool) -> MatmulConfig:
+    by_registers = needs_registers(dtype, precision, arch, tma=config.tma, along=along)
+    fuses = config.fuse_dz and config.tma and not by_registers
+    config = shallow(replace(config, fuse_dz=fuses, prefetch=config.prefetch and not config.tma))
+    extra = config.block_i * config.block_l if fuses else 0
+    return adjusted_product(config, dtype, precision, arch, along=along, extra=extra)
+
+
+def legal_fusion(
+    config: MatmulConfig, i: int, j: int, l: int, dtype: str, precision: str, arch: Arch,
+    *, vec: int, tma: bool, may_fuse: bool, along: bool,
+) -> bool:  # fmt: skip
+    by_registers = needs_registers(dtype, precision, arch, tma=config.tma, along=along)
+    fusable = may_fuse and config.tma and not by_registers and config == shallow(config)
+    extra = config.block_i * config.block_l if config.fuse_dz else 0
+    return (fusable or not config.fuse_dz) and legal_product(
+        config, i, j, l, dtype, precision, arch, vec=vec, tma=tma, along=along, extra=extra
+    )
+
+
+class OutputGradProblem(NamedTuple):
+    """The pass that writes dz and partial sums of db. vec: elements that divide a row."""
+
+    m: int
+    n: int
+    dtype: str
+    arch: Arch
+
+    def steps(self) -> Steps:
+        return dict(rows=doubled, block_m=doubled, block_n=doubled, num_warps=doubled)
+
+    def choose(self) -> ElementwiseConfig:
+        m, n, dtype, arch = self
+        if arch.backend == "interpreter":
+            return ElementwiseConfig(16, 32, 32, 1, INTERPRETED)
+        block_n = fit(128, n)
+        block_m = max(1, 4096 // block_n if ITEMSIZE[dtype] <= 4 else 2048 // block_n)
+        blocks = cdiv(m, block_m)
+        programs = max(1, 4 * arch.processors // cdiv(n, block_n))
+        rows = cdiv(blocks, programs) * block_m
+        reason = "derived: 16 elements a thread: two 16-byte loads of dy and of y in flight"
+        return ElementwiseConfig(block_m, block_n, rows, 8, reason)
+
+    def adjusted(self, config: ElementwiseConfig) -> ElementwiseConfig:
+        return replace(config, rows=cdiv(max(config.rows, config.block_m), config.block_m) * config.block_m)
+
+    def is_legal(self, config: ElementwiseConfig) -> bool:
+        m, n, dtype, arch = self
+        parts, chosen = cdiv(m, config.rows), self.choose()
+        # The grid's second axis ends at 65,535.
+        few = parts <= 65_535 and parts * n * max(4, ITEMSIZE[dtype]) <= WORKSPACE
+        least = 1 if arch.backend == "interpreter" else 4 if arch.has_tma else 2
+        return (
+            (few or config.rows >= chosen.rows)
+            and config.rows % config.block_m == 0
+            and config.block_m >= 1
+            and 16 <= config.block_n <= fit(1024, max(n, 32))
+            and config.block_m * config.block_n <= 8192
+            and least <= config.num_warps <= (1 if arch.backend == "interpreter" else 8)
+        )
