@@ -87,7 +87,7 @@ def _recorded() -> Iterator[set[Form]]:
     run = Launch.run
 
     def record(launch: Launch) -> object:
-        switches = {key: value for key, value in launch.constants.items() if isinstance(value, bool)}
+        switches = {key: value for key, value in launch.named.items() if isinstance(value, bool)}
         switches |= {f"program_id({axis}) > 0": length > 1 for axis, length in enumerate(launch.grid)}
         forms.update((_name(launch.kernel), key, value) for key, value in switches.items())
         return run(launch)

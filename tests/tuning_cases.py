@@ -10,7 +10,8 @@ from tribp.launch.arch import ITEMSIZE, Arch, cdiv, precision_of
 from tribp.launch.conv3x3 import WORKSPACE, Convolution, Relayout
 from tribp.launch.linear_sigmoid import Pass, choose_dgrad, choose_forward, choose_pass, choose_wgrad
 from tribp.launch.matmul import Product, Sum, choose_sum
-from tribp.launch.optim import Step, choose_step
+from tribp.launch.optim import MultiTensorConfig as Step
+from tribp.launch.optim import choose_step
 from tribp.launch.tuning import Question, hearing
 
 PRODUCTS = [(4096, 4096, 4096), (65536, 256, 784), (8192, 1024, 1024), (512, 128, 784), (64, 10, 128), (1000, 77, 333)]

@@ -33,8 +33,12 @@ class Launch(NamedTuple):
 
     @property
     def named(self) -> dict[str, Any]:
-        """Arguments and constants by the names of the kernel's parameters."""
-        return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | dict(self.constants)
+        """Arguments and constants by the names of the kernel's parameters, and the fields of those that have fields."""
+        named = dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | dict(self.constants)
+        for config in self.constants.values():
+            if isinstance(config, tuple) and hasattr(config, "_asdict"):
+                named |= config._asdict()
+        return named
 
     @property
     def options(self) -> dict[str, int]:

@@ -1,15 +1,43 @@
-"""The launch settings of an optimizer's step."""
+"""How the kernels of an optimizer's step are launched: settings by rule, and what they are compiled for."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from .arch import Arch
 from .matmul import INTERPRETED
 from .tuning import rule
 
 
+class StepConfig(NamedTuple):
+    """What `multi_tensor_step` is compiled for. Types are Triton's; None: no tensor of the launch has that buffer."""
+
+    PARAM_TYPE: Any
+    GRAD_TYPE: Any
+    STATE0: Any
+    STATE1: Any
+    STATE2: Any
+    EMA_TYPE: Any
+    ACC: Any  # the type that updates are computed in
+    ON_DEVICE: bool  # some hyperparameters are tensors on the device
+    EPS_INSIDE: bool  # √(v + ε) in place of √v + ε
+    STOCHASTIC: bool  # round parameters at random
+    OPTIONAL: bool  # some tensors lack a buffer that others have
+    STRIDED: bool  # some tensors' parts do not lie alike in memory
+    BLOCK: int  # elements
+
+
+class NormConfig(NamedTuple):
+    """What `gradient_norm` is compiled for."""
+
+    GRAD_TYPE: Any
+    STRIDED: bool
+    BLOCK: int
+    LAST: bool  # the last launch of this norm: it adds up what all of them have found
+
+
 @dataclass(frozen=True)
-class Step:
-    """Launch settings of a pass over many tensors (`optim.py`): a program takes `chunk_blocks` blocks of one tensor."""
+class MultiTensorConfig:
+    """Launch settings of a pass over many tensors: a program takes `chunk_blocks` blocks of one tensor."""
 
     block: int
     chunk_blocks: int
@@ -23,13 +51,13 @@ class Step:
 
 
 @rule
-def choose_step(elements: int, types: frozenset[str], strided: bool, arch: Arch) -> Step:
+def choose_step(elements: int, types: frozenset[str], strided: bool, arch: Arch) -> MultiTensorConfig:
     """The optimizer step, and the pass over the gradients before it, of `elements` numbers in all.
 
-    types: of the parameters, gradients and states. strided: some of them do not lie alike in memory.
+    types: of the parameters, gradients and states. strided: some tensors' parts do not lie alike in memory.
     """
     if arch.backend == "interpreter":
-        return Step(64, 2, 1, INTERPRETED)
+        return MultiTensorConfig(64, 2, 1, INTERPRETED)
     if "float64" in types:
         block, reason = 512, "derived: 4 elements a thread: two 16-byte accesses to each operand"
     elif arch.backend == "hip" and types & {"float16", "bfloat16"}:
@@ -44,4 +72,4 @@ def choose_step(elements: int, types: frozenset[str], strided: bool, arch: Arch)
     blocks = max(1, min(8, elements // (block * 16 * arch.processors)))
     # Compiled: left to itself, ptxas holds float64 to a step of occupancy, and Adagrad spills 8 bytes for it.
     limit = 255 if "float64" in types and arch.backend == "cuda" else None
-    return Step(block, blocks, 4, reason, limit)
+    return MultiTensorConfig(block, blocks, 4, reason, limit)

@@ -22,7 +22,7 @@ from .neighbors import (
     registers,
     resized,
 )
-from .optim import Step
+from .optim import MultiTensorConfig as Step
 from .tuning import Question
 from .variants_conv3x3 import AROUND as AROUND_CONV3X3
 
