@@ -22,7 +22,7 @@ PARAM, STATE0, STATE1, STATE2, EMA, STEP = (tl.constexpr(i) for i in range(6))
 EMA_STEP, RANDOM_STEP, NUMEL, GROUP, LAYOUT, STREAM = (tl.constexpr(i) for i in range(6, 12))
 ROW = tl.constexpr(12)
 
-# A tensor whose parts do not lie alike in memory has a row of sizes and, for each part, of strides, in elements.
+# A tensor whose parts differ in layout has a row of sizes and, for each part, of strides, in elements.
 MAX_DIMS = tl.constexpr(arch.MAX_DIMS)
 
 

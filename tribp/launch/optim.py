@@ -22,7 +22,7 @@ class StepConfig(NamedTuple):
     EPS_INSIDE: bool  # √(v + ε) in place of √v + ε
     STOCHASTIC: bool  # round parameters at random
     OPTIONAL: bool  # some tensors lack a buffer that others have
-    STRIDED: bool  # some tensors' parts do not lie alike in memory
+    STRIDED: bool  # some tensor's parts differ in layout
     BLOCK: int  # elements
 
 
@@ -32,7 +32,7 @@ class NormConfig(NamedTuple):
     GRAD_TYPE: Any
     STRIDED: bool
     BLOCK: int
-    LAST: bool  # the last launch of this norm: it adds up what all of them have found
+    LAST: bool  # the last launch of this norm: it adds up the partial results of all
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MultiTensorConfig:
 def choose_step(elements: int, types: frozenset[str], strided: bool, arch: Arch) -> MultiTensorConfig:
     """The optimizer step, and the pass over the gradients before it, of `elements` numbers in all.
 
-    types: of the parameters, gradients and states. strided: some tensors' parts do not lie alike in memory.
+    types: of the parameters, gradients and states. strided: some tensor's parts differ in layout.
     """
     if arch.backend == "interpreter":
         return MultiTensorConfig(64, 2, 1, INTERPRETED)

@@ -18,14 +18,12 @@ class AdagradRule(Rule):
     formula = staticmethod(reference.adagrad)
     options = ("lr", "lr_decay", "eps", "weight_decay", "maximize")
 
-    def __init__(self, initial_accumulator_value: float) -> None:
-        self._start = initial_accumulator_value
-
     def states(self, group: Group) -> tuple[str | None, ...]:
         return ("sum",)
 
     def new_state(self, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        start = complex(self._start, self._start) if p.is_complex() else self._start
+        value = self.defaults["initial_accumulator_value"]
+        start = complex(value, value) if p.is_complex() else value
         return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
 
     def hyper(self, group: Group) -> reference.AdagradHyper:
@@ -63,6 +61,8 @@ class Adagrad(Optimizer, TorchAdagrad):
     defaults and errors are torch's; `capturable` (CUDA graphs) is tribp's, and so are `tribp.optim.ExtraOptions`.
     """
 
+    _rule = AdagradRule
+
     def __init__(
         self,
         params: ParamsT,
@@ -89,9 +89,6 @@ class Adagrad(Optimizer, TorchAdagrad):
                 if not (group["fused"] or self.state[p]["step"].is_cpu):  # torch makes it on the default device
                     self.state[p]["step"] = self.state[p]["step"].new_zeros((), device="cpu")
                 if group.get("state_dtype") and not p.is_complex():
-                    self.state[p]["sum"] = self._rule().new_state(p, "sum", group["state_dtype"])
+                    self.state[p]["sum"] = self._rule(self.defaults).new_state(p, "sum", group["state_dtype"])
         for p, state in self.state.items():
             self.state[p] = WatchedState(state)  # nobody has been given one yet
-
-    def _rule(self) -> Rule:
-        return AdagradRule(self.defaults["initial_accumulator_value"])

@@ -61,6 +61,8 @@ class Adam(Optimizer, TorchAdam):
     the keyword arguments beyond them see `tribp.optim.ExtraOptions`.
     """
 
+    _rule = AdamRule
+
     def __init__(
         self,
         params: ParamsT,
@@ -84,9 +86,6 @@ class Adam(Optimizer, TorchAdam):
                 capturable=capturable, differentiable=differentiable, fused=fused,
                 decoupled_weight_decay=decoupled_weight_decay,
             )  # fmt: skip
-
-    def _rule(self) -> Rule:
-        return AdamRule()
 
 
 class AdamW(Adam, TorchAdamW):

@@ -3,14 +3,14 @@
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import checkpoint, hooked
 from .layouts import local, separate_gradients
-from .options import check, enable_options, enabled
+from .options import enable_options, enabled_options
 from .plan import Plan
 from .rule import Group, Rule
 
@@ -41,8 +41,10 @@ class Shared(Generic[T]):
 class Optimizer(torch.optim.Optimizer):
     """The base of every class here, mixed in before its torch counterpart.
 
-    A class's `Rule` says what its update is; `Plan` finds out which tensors can be updated how.
+    A class's `_rule` says what its update is; `Plan` finds out which tensors can be updated how.
     """
+
+    _rule: ClassVar[type[Rule]]
 
     _options: Group  # those beyond torch's that are on
     _shared: dict[str, Any]
@@ -50,9 +52,6 @@ class Optimizer(torch.optim.Optimizer):
     _plan = Shared[Plan | None](None)
     _in_swap = Shared(False)
     grad_norm = Shared[Tensor | None](None)  # of the last step, where max_grad_norm is on
-
-    def _rule(self) -> Rule:
-        raise NotImplementedError
 
     @contextlib.contextmanager
     def _enabled(self, extra: Group) -> Iterator[None]:
@@ -68,7 +67,7 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             for name, value in self.__dict__.get("_options", {}).items():
                 param_group.setdefault(name, value)
-            check(enabled(param_group), type(self).__name__)
+            enabled_options(param_group, type(self).__name__)  # checks them
         super().add_param_group(param_group)
 
     def _before_step(self) -> None:
@@ -99,7 +98,7 @@ class Optimizer(torch.optim.Optimizer):
                 "step() within swap_ema(): the parameters are their averages; leave the `with` block first"
             )
         self._before_step()
-        enabled = torch.is_grad_enabled()
+        grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # what torch.no_grad() does; its object costs 1 of a small step's 16 µs
         try:
             plan, grads, uncounted = self._plan, None, False
@@ -120,7 +119,7 @@ class Optimizer(torch.optim.Optimizer):
                         "graph: the first step makes the states and tables"
                     )
                 uncounted = plan is None and _only_makes_states(self)
-                plan = self._plan = Plan(self._rule(), self, plan)
+                plan = self._plan = Plan(self._rule(self.defaults), self, plan)
                 grads = plan.watch.gradients(self)
                 assert grads is not None, "a new plan fits what it was made from"
             if capturing and plan not in self._captured:
@@ -133,7 +132,7 @@ class Optimizer(torch.optim.Optimizer):
                     if "ema_step" in state:
                         state["ema_step"].zero_()
         finally:
-            torch._C._set_grad_enabled(enabled)
+            torch._C._set_grad_enabled(grad_enabled)
 
     def _capturing(self) -> bool:
         """Whether a CUDA graph is being captured. Raises RuntimeError, as torch does, if that was not announced."""

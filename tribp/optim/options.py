@@ -44,23 +44,17 @@ SWITCHES = (
 )  # fmt: skip
 
 
-def enabled(options: Group) -> Group:
-    """Those of a group's extra options that are on."""
-    return {name: value for name, value in options.items() if name in DEFAULTS and value != DEFAULTS[name]}
-
-
 def enable_options(extra: Group, caller: str) -> Group:
-    """Those that are on. Raises TypeError for an unknown option, ValueError for a value out of range."""
+    """Those that are on, checked. Raises TypeError for an unknown option, ValueError for a value out of range."""
     for name in extra:
         if name not in DEFAULTS:
             raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
-    options = enabled(extra)
-    check(options, caller)
-    return options
+    return enabled_options(extra, caller)
 
 
-def check(options: Group, caller: str) -> None:
-    """Raise ValueError if an option that is on has a value out of range."""
+def enabled_options(group: Group, caller: str) -> Group:
+    """Those of a group's extra options that are on. Raises ValueError for a value out of range."""
+    options = {name: value for name, value in group.items() if name in DEFAULTS and value != DEFAULTS[name]}
     decay, norm = options.get("ema_decay"), options.get("max_grad_norm")
     if decay is not None and not 0.0 <= decay < 1.0:
         raise ValueError(f"{caller}: ema_decay must be in [0, 1), got {decay!r}")
@@ -69,6 +63,7 @@ def check(options: Group, caller: str) -> None:
     dtype = options.get("state_dtype")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2):
         raise ValueError(f"{caller}: state_dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+    return options
 
 
 def common_max_grad_norm(groups: list[Group]) -> float | None:

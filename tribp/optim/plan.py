@@ -47,14 +47,14 @@ class Plan:
         used = [self._used(optimizer, number, i) for number, i in positions]
         entangled = _entangled(self.params, used)
         slots: dict[str, list[ParamSlot]] = {"triton": [], "fused": [], "reference": []}
-        torchs: dict[int, list[Tensor]] = {}  # by group
+        by_torch: dict[int, list[Tensor]] = {}  # by group
         in_turn: set[int] = set()  # groups whose parameters torch's own code updates one after the other
         planned: list[bool] = []
         for index, (p, (number, _)) in enumerate(zip(self.params, positions, strict=True)):
             kind = self._kind(groups[number], p, used[index], index in entangled)
             planned.append(kind is not None)
             if kind == "torch":
-                torchs.setdefault(number, []).append(p)
+                by_torch.setdefault(number, []).append(p)
                 if p.grad is not None and rule.has_state(groups[number]):
                     optimizer.state[p]  # made now, in torch's order
                 if index in entangled:
@@ -71,13 +71,13 @@ class Plan:
             *torch_buckets.fused_and_reference_buckets(
                 rule, groups, slots["fused"], slots["reference"], options.comparable
             ),
-            *(torch_buckets.TorchBucket(rule, n, params, n in in_turn) for n, params in torchs.items()),
+            *(torch_buckets.TorchBucket(rule, n, params, n in in_turn) for n, params in by_torch.items()),
         ]
         self._only_kernels = len(self.buckets) == len(self._kernels)
         self.slots = [slot for kind in slots.values() for slot in kind]
         self._counts = {id(slot.count.owner): slot.count for slot in self.slots}
         self.watch = Watch(
-            rule, optimizer, options, planned, self.buckets, held, by_torch=bool(torchs), fused=bool(slots["fused"])
+            rule, optimizer, options, planned, self.buckets, held, by_torch=bool(by_torch), fused=bool(slots["fused"])
         )
         for slot in self.slots:
             slot.grad = slot.param  # or a whole set of gradients would live as long as the plan

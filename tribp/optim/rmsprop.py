@@ -100,6 +100,8 @@ class RMSprop(Optimizer, TorchRMSprop):
     (True: GradScaler's unscaling within the step) is tribp's, and so are those in `tribp.optim.ExtraOptions`.
     """
 
+    _rule = RMSpropRule
+
     def __init__(
         self,
         params: ParamsT,
@@ -126,6 +128,3 @@ class RMSprop(Optimizer, TorchRMSprop):
                 self, params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize,
                 differentiable,
             )  # fmt: skip
-
-    def _rule(self) -> Rule:
-        return RMSpropRule()

@@ -42,12 +42,15 @@ class Tensors(NamedTuple):
 
 
 class Rule:
-    """An optimizer's states, hyperparameters and variants. All it says follows from a parameter group's options."""
+    """A class's states, hyperparameters and variants; what it answers follows from a parameter group's options."""
 
     formula: ClassVar[Callable[..., Any]]  # in `reference.py`; the kernel's functions have its name
     options: ClassVar[tuple[str, ...]]  # of a group: everything the update depends on
     counts_steps: ClassVar[bool] = True  # whether torch keeps a `step` for every parameter
     needs_scratch: ClassVar[bool] = False  # whether the fused CPU kernel writes more than the update needs
+
+    def __init__(self, defaults: Group) -> None:
+        self.defaults = defaults  # the optimizer's
 
     def states(self, group: Group) -> tuple[str | None, ...]:
         """The names of up to three states in the formula's order; None for one that this group does not have."""

@@ -75,6 +75,8 @@ class SGD(Optimizer, TorchSGD):
     errors are torch's; `capturable` (CUDA graphs) is tribp's, and so are those in `tribp.optim.ExtraOptions`.
     """
 
+    _rule = SGDRule
+
     def __init__(
         self,
         params: ParamsT,
@@ -98,9 +100,6 @@ class SGD(Optimizer, TorchSGD):
                 self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
                 differentiable=differentiable, fused=fused,
             )  # fmt: skip
-
-    def _rule(self) -> Rule:
-        return SGDRule()
 
 
 class Momentum(SGD):

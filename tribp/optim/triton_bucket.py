@@ -65,9 +65,7 @@ def _seed(group: Group, p: Tensor) -> int | None:
 class TritonBucket:
     """One launch: slots on one device, of one combination of types, of however many groups."""
 
-    def __init__(
-        self, rule: Rule, optimizer: torch.optim.Optimizer, slots: list[ParamSlot], dtypes: Dtypes
-    ) -> None:  # fmt: skip
+    def __init__(self, rule: Rule, optimizer: torch.optim.Optimizer, slots: list[ParamSlot], dtypes: Dtypes) -> None:
         self.rule, self.slots = rule, slots
         self.groups: list[int] = []
         self.device = slots[0].param.device
@@ -85,20 +83,21 @@ class TritonBucket:
             self._launch = self._make_tables(groups, dtypes, type(optimizer).__name__)
 
     def _make_tables(self, groups: list[Group], dtypes: Dtypes, caller: str) -> "StepLaunch":
-        found = [layouts.layout([layouts.as_reals(t) for t in slot.tensors]) for slot in self.slots]
-        if None in found:
+        # of each tensor; empty where its parts have one layout
+        layout_rows = [layouts.layout([layouts.as_reals(t) for t in slot.tensors]) for slot in self.slots]
+        if None in layout_rows:
             raise RuntimeError(
-                f"{caller}: the states of parameter {self.slots[found.index(None)].index} lie in "
+                f"{caller}: the states of parameter {self.slots[layout_rows.index(None)].index} lie in "
                 "memory in different ways; give them one layout, e.g. by .contiguous()"
             )
-        strided = any(found)
-        self._layouts = _on(self.device, [word for layout in found if layout for word in layout], torch.int64)
+        strided = any(layout_rows)
+        self._layouts = _on(self.device, [word for row in layout_rows if row for word in row], torch.int64)
         lengths = [slot.param.numel() * (2 if slot.param.is_complex() else 1) for slot in self.slots]
         types = frozenset(dispatch.dtype_name(dtype) for dtype in dtypes if dtype is not None)
         settings = choose_step(sum(lengths), types, strided, dispatch.arch_of(self.device.index))
         rows: list[int] = []
         layout_at = self._layouts.data_ptr()
-        for slot, layout, length, counter in zip(self.slots, found, lengths, self._adopt_counters(), strict=True):
+        for slot, layout, length, counter in zip(self.slots, layout_rows, lengths, self._adopt_counters(), strict=True):
             state = slot.state
             rows += [  # in the order of the columns in kernels/optim.py
                 *map(_address, (slot.param, *_three(slot.states), slot.ema, counter, state.get("ema_step"))),
