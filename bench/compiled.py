@@ -76,7 +76,7 @@ def describe(launch: Launch) -> str:
     and which way a relayout goes.
     """
     given = launch.named
-    sizes = [size for name, size in given.items() if name.startswith("BLOCK") and name[-1].isalpha()]
+    sizes = [size for name, size in launch.settings.items() if name.startswith("BLOCK") and name[-1].isalpha()]
     tile = "×".join(map(str, sizes))
     rule = getattr(given.get("RULE"), "__name__", "")
     states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
@@ -150,13 +150,11 @@ def _compile(launch: Launch, arch: Arch) -> tuple[Any, str]:
 
 
 def _identity(launch: Launch, arch: Arch) -> dict[str, Any]:
-    arguments = launch.kernel.arg_names[: len(launch.arguments)]
-    constants = {name: value for name, value in launch.named.items() if name not in arguments}
     return dict(
         target=arch.name,
         kernel=launch.kernel.__name__,
         settings=describe(launch),
-        constants={k: v if isinstance(v, (bool, int, str)) else str(v) for k, v in constants.items()},
+        constants={k: v if isinstance(v, (bool, int, str)) else str(v) for k, v in launch.settings.items()},
         shared_limit=arch.shared_memory,
     )
 

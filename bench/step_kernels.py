@@ -96,14 +96,8 @@ def launches(
             optimizer.grad_scale = optimizer.found_inf = torch.empty((), device="meta")
         optimizer.step()
     if variant.everything:  # an lr on the device is one where its address can be read, which `meta` has none of
-        found = [_with_tensor_lr(x) for x in found]
+        found = [x.with_settings(ON_DEVICE=True) if "ON_DEVICE" in x.settings else x for x in found]
     return found
-
-
-def _with_tensor_lr(launch: "Launch") -> "Launch":
-    config: Any = launch.constants["CONFIG"]
-    on = {"ON_DEVICE": True} if "ON_DEVICE" in config._fields else {}
-    return launch._replace(constants={**launch.constants, "CONFIG": config._replace(**on)})
 
 
 def static_cases(arch: Arch, everything: bool) -> Iterator[StaticCase]:

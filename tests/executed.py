@@ -80,14 +80,19 @@ def _problems(case: "Case", settings: dict[str, Any]) -> tuple[list[str], set[Fo
 
 @contextlib.contextmanager
 def _recorded() -> Iterator[set[Form]]:
-    """The switches of all launches, and on which axes of its grid a kernel has several programs."""
+    """The switches of all launches, arguments that may be None among them, and on which axes of its grid a kernel has
+    several programs.
+    """
     from tribp.launch.layout import Launch
 
     forms: set[Form] = set()
     run = Launch.run
 
     def record(launch: Launch) -> object:
-        switches = {key: value for key, value in launch.named.items() if isinstance(value, bool)}
+        switches = {key: value for key, value in launch.settings.items() if isinstance(value, bool)}
+        for name, argument in zip(launch.kernel.arg_names, launch.arguments, strict=False):
+            if f"if {name} is not None" in launch.kernel.src:
+                switches[name] = argument is not None
         switches |= {f"program_id({axis}) > 0": length > 1 for axis, length in enumerate(launch.grid)}
         forms.update((_name(launch.kernel), key, value) for key, value in switches.items())
         return run(launch)

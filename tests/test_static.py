@@ -218,11 +218,8 @@ def plant() -> dict[str, Any]:
         return launches(Case(shape, dtype), "forward", ARCHS[target])[0]
 
     def changed(launch: Launch, warps: int = 0, stages: int = 0, **constants: object) -> Launch:
-        return launch._replace(
-            num_warps=warps or launch.num_warps,
-            num_stages=stages or launch.num_stages,
-            constants=dict(launch.constants) | constants,
-        )
+        launch = launch.with_settings(**constants)
+        return launch._replace(num_warps=warps or launch.num_warps, num_stages=stages or launch.num_stages)
 
     even, odd = (8192, 1024, 1024), (1000, 77, 333)
     sm_80, narrow = forward(even, torch.bfloat16, "sm_80"), forward(odd, torch.bfloat16, "sm_80")

@@ -1,7 +1,7 @@
 """From tensors to kernel launches: what every operation's Triton side shares. Imports triton."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -21,7 +21,10 @@ if common.INTERPRETED:
 
 
 class Launch(NamedTuple):
-    """One kernel launch, complete: `run` performs it, `bench static` compiles it for a GPU that is not there."""
+    """One kernel launch, complete: `run` performs it, `bench static` compiles it for a GPU that is not there.
+
+    constants: the kernel's `constexpr` parameters; of a layer's kernel CONFIG alone, a NamedTuple.
+    """
 
     kernel: "triton.JITFunction[Any]"
     grid: tuple[int, ...]
@@ -33,12 +36,26 @@ class Launch(NamedTuple):
 
     @property
     def named(self) -> dict[str, Any]:
-        """Arguments and constants by the names of the kernel's parameters, and the fields of those that have fields."""
-        named = dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | dict(self.constants)
-        for config in self.constants.values():
-            if isinstance(config, tuple) and hasattr(config, "_asdict"):
-                named |= config._asdict()
-        return named
+        """Arguments by the names of the kernel's parameters, and `settings`."""
+        return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.settings
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constants by name; in place of a config its fields, SRC_VEC for its SRC.VEC."""
+        settings: dict[str, Any] = {}
+        for name, value in self.constants.items():
+            settings |= _fields(value, "") if _is_config(value) else {name: value}
+        return settings
+
+    def with_settings(self, **changes: object) -> "Launch":
+        """The launch with other constants, or other fields of its CONFIG. Raises ValueError for a name it has not."""
+        constants = dict(self.constants)
+        for name, value in changes.items():
+            if name in constants:
+                constants[name] = value
+            else:
+                constants["CONFIG"] = cast(Any, constants.get("CONFIG", ()))._replace(**{name: value})
+        return self._replace(constants=constants)
 
     @property
     def options(self) -> dict[str, int]:
@@ -52,6 +69,18 @@ class Launch(NamedTuple):
     def run(self) -> object:
         """Returns the compiled kernel, or None where it was interpreted."""
         return self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+
+
+def _is_config(value: object) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def _fields(config: Any, prefix: str) -> dict[str, Any]:
+    """A config's fields by name, and those of a config within it."""
+    fields: dict[str, Any] = {}
+    for name, value in config._asdict().items():
+        fields |= _fields(value, f"{prefix}{name}_") if _is_config(value) else {prefix + name: value}
+    return fields
 
 
 class Operand(NamedTuple):
