@@ -25,7 +25,7 @@ from tribp.optim import torch_buckets
 from tribp.optim.adam import AdamRule
 
 from .optim_cases import CLASSES, LIVELY, NUMBERS, VARIANTS, Options, Twins, each_class, lively, ours, title, values
-from .test_optim_torchs_way import sparse_grad
+from .test_optim_torch_code import sparse_grad
 from .test_runtime import python
 
 TORCHS = ("SGD", "RMSprop", "Adagrad", "Adam", "AdamW")

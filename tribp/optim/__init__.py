@@ -13,6 +13,6 @@ from .sgd import SGD, Momentum
 
 RMSProp = RMSprop
 AdaGrad = Adagrad
-Beyond = ExtraOptions  # its name before; will be removed
+Beyond = ExtraOptions  # deprecated
 
 __all__ = ["SGD", "AdaGrad", "Adagrad", "Adam", "AdamW", "Beyond", "ExtraOptions", "Momentum", "RMSProp", "RMSprop"]

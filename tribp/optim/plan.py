@@ -46,13 +46,14 @@ class Plan:
         self.params: list[Tensor] = [groups[number]["params"][i] for number, i in positions]
         used = [self._used(optimizer, number, i) for number, i in positions]
         entangled = _entangled(self.params, used)
+        kinds = [  # of all, which may raise, before any state is made
+            self._kind(groups[number], p, used[index], index in entangled)
+            for index, (p, (number, _)) in enumerate(zip(self.params, positions, strict=True))
+        ]
         slots: dict[str, list[ParamSlot]] = {"triton": [], "fused": [], "reference": []}
         by_torch: dict[int, list[Tensor]] = {}  # by group
         in_turn: set[int] = set()  # groups whose parameters torch's own code updates one after the other
-        planned: list[bool] = []
-        for index, (p, (number, _)) in enumerate(zip(self.params, positions, strict=True)):
-            kind = self._kind(groups[number], p, used[index], index in entangled)
-            planned.append(kind is not None)
+        for index, (kind, p, (number, _)) in enumerate(zip(kinds, self.params, positions, strict=True)):
             if kind == "torch":
                 by_torch.setdefault(number, []).append(p)
                 if p.grad is not None and rule.has_state(groups[number]):
@@ -76,9 +77,7 @@ class Plan:
         self._only_kernels = len(self.buckets) == len(self._kernels)
         self.slots = [slot for kind in slots.values() for slot in kind]
         self._counts = {id(slot.count.owner): slot.count for slot in self.slots}
-        self.watch = Watch(
-            rule, optimizer, options, planned, self.buckets, held, by_torch=bool(by_torch), fused=bool(slots["fused"])
-        )
+        self.watch = Watch(rule, optimizer, options, self.buckets, kinds, held)
         for slot in self.slots:
             slot.grad = slot.param  # or a whole set of gradients would live as long as the plan
 

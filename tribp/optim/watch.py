@@ -126,22 +126,22 @@ class Watch:
     """What a plan rests on: options, parameters, gradients, states."""
 
     def __init__(
-        self, rule: Rule, optimizer: torch.optim.Optimizer, options: Options, planned: Sequence[bool],
-        buckets: Sequence[Bucket], held: bool, by_torch: bool, fused: bool,
+        self, rule: Rule, optimizer: torch.optim.Optimizer, options: Options, buckets: Sequence[Bucket],
+        kinds: Sequence[str | None], held: bool,
     ) -> None:  # fmt: skip
-        """planned: by parameter, whether a bucket updates it. held: whether others may hold states. by_torch, fused:
-        whether torch's own code, or a fused CPU kernel, updates some."""
+        """kinds: which code updates each parameter, as `Plan` calls it. held: whether others may hold states."""
         groups: list[Group] = optimizer.param_groups
-        self.options, self._buckets, self.held, self._by_torch = options, buckets, held, by_torch
-        options.remember_variants(groups, fused)
+        self.options, self._buckets, self.held = options, buckets, held
+        self._by_torch = "torch" in kinds
+        options.remember_variants(groups, "fused" in kinds)
         self._backend = dispatch.backend()
         lists = list(map(_PARAMS, groups))
         self._sizes = list(map(len, lists))
         self.params = list(chain.from_iterable(lists))
-        self._watch_params_and_gradients(planned)
+        self._watch_params_and_gradients(kinds)
         self._watch_states(rule, optimizer)
 
-    def _watch_params_and_gradients(self, planned: Sequence[bool]) -> None:
+    def _watch_params_and_gradients(self, kinds: Sequence[str | None]) -> None:
         self.sharded = any(layouts.is_dtensor(p) for p in self.params)
         self._watched: list[int] = []  # of the parameters
         self._unwatched: list[Tensor] = []  # with sparse gradients, say, that no kernel takes
@@ -153,7 +153,7 @@ class Watch:
                 self._unwatched.append(p)
                 continue
             self._watched.append(index)
-            if planned[index]:
+            if kinds[index] is not None:
                 self._expected[index] = look(grad)
                 self._overlapping |= layouts.overlaps_itself(grad)
         self._all = len(self._watched) == len(self.params)
