@@ -64,25 +64,26 @@ def round_stochastically(x, i, seed, step, stream):
 
 @triton.jit
 def update(
-    param, grad, state0, state1, state2, ema, i, at_param, at_grad, at_state, inside,
-    scale, clip, lr, eps, sign, decay, shrink, ema_decay, ema_first, s, seed, step, stream,
-    RULE: tl.constexpr, AMP: tl.constexpr, CLIP: tl.constexpr, CONFIG: tl.constexpr,
+    pointers, i, at_param, at_grad, at_state, inside, scale, clip, scalars, rule_scalars,
+    RULE: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """One block of one tensor: everything is read once, changed, and written once."""
+    """One block of one tensor, elements i: everything is read once, changed, and written once."""
+    param, grad, state0, state1, state2, ema = pointers
+    lr, eps, sign, decay, shrink, ema_decay, ema_first, seed, step, stream = scalars
     p = tl.load(param + at_param, mask=inside).to(CONFIG.ACC)
     g = tl.load(grad + at_grad, mask=inside).to(CONFIG.ACC)
     a = load_state(state0, at_state, inside, CONFIG.STATE0, CONFIG)
     b = load_state(state1, at_state, inside, CONFIG.STATE1, CONFIG)
     c = load_state(state2, at_state, inside, CONFIG.STATE2, CONFIG)
     e = load_state(ema, at_state, inside, CONFIG.EMA_TYPE, CONFIG)
-    if AMP:
+    if scale is not None:
         g = divide(g, scale)
         tl.store(grad + at_grad, round_to(g, grad.dtype.element_ty), mask=inside)
-    if CLIP:
+    if clip is not None:
         g *= clip
     g *= sign
     g = tl.where(decay != 0.0, g + decay * p, g)  # without decay an infinite parameter does not spoil its gradient
-    p, a, b, c = RULE(p * shrink, g, a, b, c, lr, eps, s, CONFIG)
+    p, a, b, c = RULE(p * shrink, g, a, b, c, lr, eps, rule_scalars, CONFIG)
     if CONFIG.STOCHASTIC:
         rounded = round_stochastically(p, i, seed, step, stream)
     else:
@@ -118,8 +119,6 @@ def multi_tensor_step(
     in memory, are divided by the scale and written back; nothing at all changes if found_inf is not 0. grad_norm: the
     float64 norm of all gradients (unscaled), or None: they are clipped to the group's max_grad_norm.
     """
-    AMP: tl.constexpr = grad_scale is not None
-    CLIP: tl.constexpr = grad_norm is not None
     BLOCK: tl.constexpr = CONFIG.BLOCK
     finite = True
     if found_inf is not None:
@@ -144,14 +143,14 @@ def multi_tensor_step(
             sign = hyper(h, HYPER.grad_sign, CONFIG).to(CONFIG.ACC)
             decay = hyper(h, HYPER.weight_decay, CONFIG).to(CONFIG.ACC)
             shrink = (1.0 - lr64 * hyper(h, HYPER.decoupled_decay, CONFIG)).to(CONFIG.ACC)
-            s = SCALARS(h, step, HYPER, CONFIG)
-            scale = lr
-            clip = lr
+            rule_scalars = SCALARS(h, step, HYPER, CONFIG)
+            scale = None
+            clip = None
             ema_decay = lr
             ema_first = True
-            if AMP:
+            if grad_scale is not None:
                 scale = tl.load(grad_scale).to(CONFIG.ACC)
-            if CLIP:
+            if grad_norm is not None:
                 # torch.nn.utils.clip_grad_norm_'s coefficient; a norm that is NaN makes all gradients NaN, as there.
                 fraction = hyper(h, HYPER.max_grad_norm, CONFIG) / (tl.load(grad_norm) + 1e-6)
                 clip = tl.where(fraction > 1.0, 1.0, fraction).to(CONFIG.ACC)
@@ -175,18 +174,18 @@ def multi_tensor_step(
             ema = ema_at.to(tl.pointer_type(CONFIG.PARAM_TYPE if CONFIG.EMA_TYPE is None else CONFIG.EMA_TYPE))
             aligned = ((param_at | grad_at | state0_at | state1_at | state2_at | ema_at) % 16 == 0) & (layout_at == 0)
 
+            pointers = (param, grad, state0, state1, state2, ema)
+            scalars = (lr, eps, sign, decay, shrink, ema_decay, ema_first, seed, random_step, stream)
             first_block = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * chunk_blocks
             for block in range(first_block, tl.minimum(first_block + chunk_blocks, tl.cdiv(numel, BLOCK))):
                 if aligned & ((block + 1) * BLOCK <= numel):
                     # 128-bit access needs both facts and no mask; without this branch every access is a scalar one.
                     whole = block * BLOCK + tl.arange(0, BLOCK)
-                    update(
+                    wide = (
                         tl.multiple_of(param, 16), tl.multiple_of(grad, 16), tl.multiple_of(state0, 16),
                         tl.multiple_of(state1, 16), tl.multiple_of(state2, 16), tl.multiple_of(ema, 16),
-                        whole, whole, whole, whole, True,
-                        scale, clip, lr, eps, sign, decay, shrink, ema_decay, ema_first, s, seed, random_step, stream,
-                        RULE, AMP, CLIP, CONFIG,
                     )  # fmt: skip
+                    update(wide, whole, whole, whole, whole, True, scale, clip, scalars, rule_scalars, RULE, CONFIG)
                 else:
                     # Two dimensions, for the compiler gives one layout to all accesses of one shape. Counted: in that
                     # of 128-bit accesses a warp's scalar ones would meet four times as many sectors.
@@ -204,9 +203,8 @@ def multi_tensor_step(
                             at_grad = strided(i, layout, 1)
                             at_state = strided(i, layout, 2)
                     update(
-                        param, grad, state0, state1, state2, ema, i, at_param, at_grad, at_state, inside,
-                        scale, clip, lr, eps, sign, decay, shrink, ema_decay, ema_first, s, seed, random_step, stream,
-                        RULE, AMP, CLIP, CONFIG,
+                        pointers, i, at_param, at_grad, at_state, inside, scale, clip, scalars, rule_scalars,
+                        RULE, CONFIG,
                     )  # fmt: skip
         # The counters may move only when every program has read them. The barrier keeps a slow warp of this program
         # from reading late; the last program to arrive moves them, and leaves `finished` at 0 for the next launch.
