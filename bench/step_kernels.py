@@ -96,7 +96,7 @@ def launches(
             optimizer.grad_scale = optimizer.found_inf = torch.empty((), device="meta")
         optimizer.step()
     if variant.everything:  # an lr on the device is one where its address can be read, which `meta` has none of
-        found = [x._replace(constants={k: v or k == "ON_DEVICE" for k, v in x.constants.items()}) for x in found]
+        found = [x.with_settings(ON_DEVICE=True) if "ON_DEVICE" in x.settings else x for x in found]
     return found
 
 

@@ -180,7 +180,7 @@ def fsdp(
     states = [{k: full(v) for k, v in optimizer.state[p].items()} for p in model.parameters()]
     found: dict[str, Any] = dict(parameters=full_parameters(model), norms=norms, states=states)
     found["shards"] = [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)]
-    found["launched"] = [type(part).__name__ for part in optimizer._plan.parts]
+    found["launched"] = [type(bucket).__name__ for bucket in optimizer._plan.buckets]
     if "ema_decay" in spec[1]:
         with optimizer.swap_ema():
             found["averages"] = full_parameters(model)

@@ -69,7 +69,7 @@ def test_fsdp(spec: Spec, world: int, processes: Processes, tmp_path: Path) -> N
         assert [list(state) for state in result["states"]] == [list(state) for state in states]
         close(result["states"], states)
         if spec in (ADAM, ADAGRAD):
-            assert result["launched"] == ["Fused"], "the local shards are plain memory"
+            assert result["launched"] == ["FusedBucket"], "the local shards are plain memory"
 
 
 @interpreted
@@ -77,7 +77,7 @@ def test_fsdp(spec: Spec, world: int, processes: Processes, tmp_path: Path) -> N
 def test_fsdp_by_the_kernels(spec: Spec, processes: Processes, tmp_path: Path) -> None:
     expected, optimizer, norms = alone(spec, range(3), tribp.optim)
     for result in processes.run(workers.fsdp, 2, tmp_path, spec, range(3), "triton"):
-        assert result["launched"] == ["Kernel"]
+        assert result["launched"] == ["TritonBucket"]
         close(result["parameters"], expected)
         close(result["norms"], norms)
         close(result["states"], list(optimizer.state_dict()["state"].values()))
@@ -118,7 +118,7 @@ def test_options_by_the_reference(processes: Processes, tmp_path: Path) -> None:
     spec: Spec = ("Adam", dict(lr=0.01, state_dtype=torch.float32, stochastic_rounding=True, seed=3))
     expected, _, _ = alone(("Adam", dict(lr=0.01)))
     for result in processes.run(workers.fsdp, 2, tmp_path, spec, STEPS, "torch", torch.bfloat16):
-        assert result["launched"] == ["Reference"]
+        assert result["launched"] == ["ReferenceBucket"]
         assert {state["exp_avg"].dtype for state in result["states"]} == {torch.float32}
         assert {p.dtype for p in result["parameters"]} == {torch.bfloat16}
         for p, exact in zip(result["parameters"], expected, strict=True):

@@ -88,7 +88,7 @@ def test_a_tensor_that_groups_share(name: str, device: str) -> None:
     for optimizer, _ in twins.both:
         optimizer.param_groups[0]["lr"].mul_(0.5)
     twins.step()
-    assert len(twins.ours._plan.parts) == 1, "one tensor is one rate: the groups share a call"
+    assert len(twins.ours._plan.buckets) == 1, "one tensor is one rate: the groups share a call"
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])

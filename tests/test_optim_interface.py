@@ -28,7 +28,7 @@ def test_arguments_are_torchs(kind: type[Optimizer], genuine: type[Optimizer]) -
     found, expected = (inspect.signature(c).parameters for c in (kind, genuine))
     own = [p for p in found.values() if p.name not in expected]
     assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in own)
-    assert {p.name for p in own} <= {"capturable", "fused", "beyond"}
+    assert {p.name for p in own} <= {"capturable", "fused", "extra"}
     assert [(p.name, p.kind, p.default) for p in found.values() if p.name in expected] == [
         (p.name, p.kind, p.default) for p in expected.values()
     ]

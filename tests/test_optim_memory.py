@@ -11,6 +11,8 @@ from torch import Tensor
 import tribp
 import tribp.optim
 from tribp.optim import layouts
+from tribp.optim.torch_buckets import TorchBucket
+from tribp.optim.watch import Watch
 
 from .optim_cases import CLASSES, LIVELY, Options, Twins, each_class, genuine, lively, ours, plain, transposed, values
 
@@ -282,13 +284,13 @@ def test_states_are_looked_at_only_while_somebody_holds_one(device: str, monkeyp
     twins.ours.step()
     plan = twins.ours._plan
     calls: list[object] = []
-    still = type(plan)._states_lie_still
+    still = Watch._states_lie_still
 
-    def counted(plan: Any) -> Any:
-        calls.append(plan)
-        return still(plan)
+    def counted(watch: Any) -> Any:
+        calls.append(watch)
+        return still(watch)
 
-    monkeypatch.setattr(type(plan), "_states_lie_still", counted)
+    monkeypatch.setattr(Watch, "_states_lie_still", counted)
 
     def looks() -> int:
         calls.clear()
@@ -457,11 +459,11 @@ def test_states_of_our_own_making_are_nobodys(name: str, device: str) -> None:
         for _ in range(2):
             twins.give(twins.grads())
             optimizer.step()
-        plan = optimizer._plan
-        return plan._held or bool(plan._looks)
+        watch = optimizer._plan.watch
+        return watch.held or bool(watch.looks)
 
     if held():
-        assert optimizer._plan.rest, "only torch's own code looks at every step"
+        assert isinstance(optimizer._plan.buckets[-1], TorchBucket), "only torch's own code looks at every step"
         return
     saved = optimizer.state_dict()
     assert held()

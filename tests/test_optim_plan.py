@@ -42,7 +42,7 @@ def test_guards_notice(check: Any, what: str) -> None:
 
 @pytest.mark.parametrize("dims", [MAX_DIMS, MAX_DIMS + 1])
 def test_as_many_dimensions_as_the_kernel_unrolls(dims: int, kernels: str, launched: list[str]) -> None:
-    """One more goes torch's way, with the same result."""
+    """One more is left to torch's own code, with the same result."""
     shape = (2,) * dims
     start = torch.arange(2.0 * 3**dims, device=kernels).resize_((3,) * dims).cos()
     params = [start[(slice(0, 2),) * dims].detach().clone(), start.clone()[(slice(0, 2),) * dims]]

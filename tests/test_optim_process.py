@@ -22,9 +22,10 @@ from torch.utils._device import _device_constructors
 import tribp
 import tribp.optim
 from tribp.optim import torch_buckets
+from tribp.optim.adam import AdamRule
 
 from .optim_cases import CLASSES, LIVELY, NUMBERS, VARIANTS, Options, Twins, each_class, lively, ours, title, values
-from .test_optim_torchs_way import sparse_grad
+from .test_optim_torch_code import sparse_grad
 from .test_runtime import python
 
 TORCHS = ("SGD", "RMSprop", "Adagrad", "Adam", "AdamW")
@@ -357,7 +358,7 @@ def test_one_thread_is_a_matter_of_the_thread_that_steps(monkeypatch: pytest.Mon
         if len(seen) > 2:
             raise ZeroDivisionError
 
-    monkeypatch.setattr(tribp.optim.Adam, "_fused_update", lambda *arguments: update(*arguments))
+    monkeypatch.setattr(AdamRule, "fused_update", lambda *arguments: update(*arguments))
     try:
         p = torch.ones(17)
         p.grad = torch.ones(17)

@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "_checkout": set(),
     "versions": set(),
-    "reference": set(),
     "launch.arch": set(),
     "kernels": {"launch.arch", "versions"},
     "dispatch": {"launch.arch", "kernels.common"},
@@ -25,7 +24,7 @@ FLOORS = {
     "functional": {"ops"},
     "nn": {"functional", "ops.conv3x3.checks"},
     "fusion": {"dispatch", "nn"},
-    "optim": {"dispatch", "kernels", "launch", "reference"},
+    "optim": {"dispatch", "kernels", "launch"},
     "demo": {"dispatch", "functional", "nn", "optim"},
 }
 PACKAGE_FILES = {"__init__", "__main__"}  # they gather the floors and import from any
@@ -96,6 +95,56 @@ def test_imports_run_downwards() -> None:
 def test_an_upward_import_would_be_seen(name: str, found: set[str]) -> None:
     with pytest.raises(AssertionError):
         check_imports(name, found)
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """The largest groups of modules that import each other, be it through others."""
+
+    def reached(name: str) -> set[str]:
+        found: set[str] = set()
+        waiting = [name]
+        while waiting:
+            new = graph[waiting.pop()] - found
+            found |= new
+            waiting += new
+        return found
+
+    below = {name: reached(name) for name in graph}
+    return {frozenset(m for m in below[name] if name in below[m]) for name in graph if name in below[name]}
+
+
+def module_of(imported: str, files: dict[str, Path]) -> str | None:
+    """The module of tribp's that `tribp.a.b.c` is, or that holds it."""
+    parts = imported.split(".")[1:]
+    for end in range(len(parts), -1, -1):
+        for name in (".".join(parts[:end]), ".".join([*parts[:end], "__init__"])):
+            if name in files:
+                return name
+    return None
+
+
+def import_graph() -> dict[str, set[str]]:
+    files = shipped()
+    graph = {}
+    for name, path in files.items():
+        within = {module for module in imports(name, path) if module.split(".")[0] == "tribp"}
+        graph[name] = {m for module in within if (m := module_of(module, files)) is not None} - {name}
+    return graph
+
+
+KNOWN_CIRCLES = {frozenset({"launch.calls", "launch.layout"})}  # calls repeat launches; layout asks for their scratch
+
+
+def test_no_modules_import_each_other() -> None:
+    """Also where only type checkers import: who reads one of them would have to read the others."""
+    graph = import_graph()
+    assert graph["optim.optimizer"] >= {"optim.plan", "optim.rule"}
+    assert circles(graph) <= KNOWN_CIRCLES
+
+
+def test_circles_would_be_seen() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a", "f"}, "f": {"e"}}
+    assert circles(graph) == {frozenset("bc"), frozenset("ef")}
 
 
 def test_required_top_level() -> None:

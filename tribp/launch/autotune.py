@@ -26,7 +26,8 @@ from torch.compiler import is_compiling
 from torch.cuda import is_current_stream_capturing
 from triton.runtime.cache import get_cache_manager
 
-from .. import dispatch, kernels
+from .. import dispatch
+from ..kernels import common
 from . import plan as plans
 from .neighbors import neighbors
 
@@ -246,7 +247,7 @@ def sources() -> str:
     """A digest of what decides how fast configs are and which are legal: kernels, heuristics, and plans."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for folder in (Path(kernels.__path__[0]), here, here.parent / "ops"):
+    for folder in (Path(common.__file__).parent, here, here.parent / "ops"):
         for file in sorted(folder.rglob("*.py")):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

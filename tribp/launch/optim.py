@@ -1,11 +1,38 @@
-"""The config of an optimizer's step."""
+"""The config of an optimizer's step, and what its kernels are compiled for."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .arch import Arch
 from .matmul import INTERPRETED
 from .neighbors import Steps, doubled
+
+
+class StepConfig(NamedTuple):
+    """What `multi_tensor_step` is compiled for. Types are Triton's; None: no tensor of the launch has that buffer."""
+
+    PARAM_TYPE: Any
+    GRAD_TYPE: Any
+    STATE0: Any
+    STATE1: Any
+    STATE2: Any
+    EMA_TYPE: Any
+    ACC: Any  # the type that updates are computed in
+    ON_DEVICE: bool  # some hyperparameters are tensors on the device
+    EPS_INSIDE: bool  # √(v + ε) in place of √v + ε
+    STOCHASTIC: bool  # round parameters at random
+    OPTIONAL: bool  # some tensors lack a buffer that others have
+    STRIDED: bool  # some tensor's parts differ in layout
+    BLOCK: int  # elements
+
+
+class NormConfig(NamedTuple):
+    """What `gradient_norm` is compiled for."""
+
+    GRAD_TYPE: Any
+    STRIDED: bool
+    BLOCK: int
+    LAST: bool  # the last launch of this norm: it adds up the partial results of all
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Adam and AdamW."""
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 from torch.optim.adam import Adam as TorchAdam
@@ -10,8 +8,49 @@ from torch.optim.adamw import AdamW as TorchAdamW
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .optimizer import Beyond, Group, Optimizer
-from .torch_buckets import Tensors, torchs_fused
+from . import reference
+from .optimizer import Optimizer
+from .options import ExtraOptions
+from .rule import Group, Number, Prepare, Rule, Tensors, init_group, takes_fused
+
+
+class AdamRule(Rule):
+    formula = staticmethod(reference.adam)
+    options = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+
+    def states(self, group: Group) -> tuple[str | None, ...]:
+        return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None
+
+    def hyper(self, group: Group) -> reference.AdamHyper:
+        return reference.AdamHyper(*group["betas"])
+
+    def decays(self, group: Group) -> tuple[Number, Number]:
+        decay = group["weight_decay"]
+        return (0.0, decay) if group.get("decoupled_weight_decay") else (decay, 0.0)
+
+    def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
+        return True
+
+    def fused_update(self, group: Group, t: Tensors) -> None:
+        run = torch._fused_adamw_ if group.get("decoupled_weight_decay") else torch._fused_adam_
+        beta1, beta2 = map(float, group["betas"])
+        run(
+            t.params, t.grads, t.states[0], t.states[1], t.states[2] if group["amsgrad"] else [], t.steps,
+            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+            amsgrad=group["amsgrad"], maximize=group["maximize"],
+        )  # fmt: skip
+
+    def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
+        has_complex, lists = init_group(optimizer, group, 6)
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
+        beta1, beta2 = group["betas"]
+        torch_adam(
+            params, prepare(grads), exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad=group["amsgrad"],
+            has_complex=has_complex, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+            eps=group["eps"], maximize=group["maximize"], foreach=group["foreach"], capturable=group["capturable"],
+            differentiable=group["differentiable"], decoupled_weight_decay=group["decoupled_weight_decay"],
+            fused=takes_fused(group, steps),
+        )  # fmt: skip
 
 
 class Adam(Optimizer, TorchAdam):
@@ -19,11 +58,10 @@ class Adam(Optimizer, TorchAdam):
 
     m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g², θ ← θ − lr·m̂/(√v̂ + ε) with m̂ = m/(1 − β₁ᵗ), v̂ = v/(1 − β₂ᵗ):
     Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015. Arguments, defaults and errors are torch's; for
-    the keyword arguments beyond them see `tribp.optim.Beyond`.
+    the keyword arguments beyond them see `tribp.optim.ExtraOptions`.
     """
 
-    _RULE = "adam"
-    _KEYS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+    _rule = AdamRule
 
     def __init__(
         self,
@@ -40,49 +78,14 @@ class Adam(Optimizer, TorchAdam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        **beyond: Unpack[Beyond],
+        **extra: Unpack[ExtraOptions],
     ) -> None:
-        self._switch_on(dict(beyond))
-        TorchAdam.__init__(
-            self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
-            capturable=capturable, differentiable=differentiable, fused=fused,
-            decoupled_weight_decay=decoupled_weight_decay,
-        )  # fmt: skip
-        self._switched_on()
-
-    def _names(self, group: Group) -> tuple[str | None, ...]:
-        return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None
-
-    def _own_values(self, group: Group) -> Sequence[float | Tensor]:
-        return tuple(group["betas"])
-
-    def _decays(self, group: Group) -> tuple[float | Tensor, float | Tensor]:
-        decay = group["weight_decay"]
-        return (0.0, decay) if group.get("decoupled_weight_decay") else (decay, 0.0)
-
-    def _fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
-        return True
-
-    def _fused_update(self, group: Group, t: Tensors) -> None:
-        run = torch._fused_adamw_ if group.get("decoupled_weight_decay") else torch._fused_adam_
-        beta1, beta2 = map(float, group["betas"])
-        run(
-            t.params, t.grads, t.states[0], t.states[1], t.states[2] if group["amsgrad"] else [], t.steps,
-            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
-            amsgrad=group["amsgrad"], maximize=group["maximize"],
-        )  # fmt: skip
-
-    def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
-        has_complex, lists = self._gathered(group, 6)
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
-        beta1, beta2 = group["betas"]
-        torch_adam(
-            params, prepare(grads), exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad=group["amsgrad"],
-            has_complex=has_complex, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-            eps=group["eps"], maximize=group["maximize"], foreach=group["foreach"], capturable=group["capturable"],
-            differentiable=group["differentiable"], decoupled_weight_decay=group["decoupled_weight_decay"],
-            fused=torchs_fused(group, steps),
-        )  # fmt: skip
+        with self._enabled(dict(extra)):
+            TorchAdam.__init__(
+                self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
+                capturable=capturable, differentiable=differentiable, fused=fused,
+                decoupled_weight_decay=decoupled_weight_decay,
+            )  # fmt: skip
 
 
 class AdamW(Adam, TorchAdamW):
@@ -105,11 +108,10 @@ class AdamW(Adam, TorchAdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **beyond: Unpack[Beyond],
+        **extra: Unpack[ExtraOptions],
     ) -> None:
-        self._switch_on(dict(beyond))
-        TorchAdamW.__init__(
-            self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach,
-            capturable=capturable, differentiable=differentiable, fused=fused,
-        )  # fmt: skip
-        self._switched_on()
+        with self._enabled(dict(extra)):
+            TorchAdamW.__init__(
+                self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach,
+                capturable=capturable, differentiable=differentiable, fused=fused,
+            )  # fmt: skip

@@ -1,32 +1,33 @@
-"""What a kernel is never given: a gradient or state that does not fit its parameter, a scalar that is none.
+"""Checks that gradients and states fit their parameter, and that scalars are scalars.
 
-Neither our kernels nor torch's fused ones look: another size would be memory read and written out of bounds.
+Neither our kernels nor torch's fused ones check: with another size they would access memory out of bounds.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import layouts
-
-if TYPE_CHECKING:
-    from .optimizer import Group, Optimizer
+from .rule import Group
 
 COUNTERS = ("step", "ema_step")
 
 
 def check_tensors(
-    optimizer: "Optimizer", group: int, position: int, p: Tensor, grad: Tensor | None, state: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer, number: int, position: int, grad: Tensor | None, state: Mapping[str, Any]
 ) -> None:
-    """Raise ValueError or TypeError if a gradient or an entry of `state` can't belong to the parameter.
+    """Raise ValueError or TypeError if a gradient or an entry of `state` can't belong to its parameter.
 
-    group, position: of the parameter, for the message. state: of what the update uses. None: there is none yet.
+    number, position: of the group, and of the parameter in it. state: of what the update uses. None: there is none yet.
     """
+    group = optimizer.param_groups[number]
+    p: Tensor = group["params"][position]
 
     def described(name: str) -> str:
-        return f"{name} of {_parameter(optimizer, group, position)}" if name else _parameter(optimizer, group, position)
+        parameter = _parameter(group, number, position)
+        return f"{name} of {parameter}" if name else parameter
 
     caller = type(optimizer).__name__
     for name, t in (("", p), ("gradient", grad), *state.items()):
@@ -67,8 +68,7 @@ def check_scalar(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} must hold one floating-point number, got {part.dtype} of shape {tuple(part.shape)}")
 
 
-def _parameter(optimizer: "Optimizer", number: int, position: int) -> str:
-    group: Group = optimizer.param_groups[number]
+def _parameter(group: Group, number: int, position: int) -> str:
     names = group.get("param_names")
     name = f" ({names[position]!r})" if names else ""
     return f"parameter {position} of group {number}{name}"

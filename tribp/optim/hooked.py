@@ -1,4 +1,4 @@
-"""What torch wraps an optimizer's `step` in, for hooks and profilers, at little cost where there are none."""
+"""Wraps `step` for hooks and profilers as torch does, at little cost where there are none."""
 
 import functools
 import itertools
@@ -20,20 +20,20 @@ def wrap(func: Callable[P, T]) -> Callable[P, T]:
     because `torch.autograd._profiler_enabled` knows neither of an `ExecutionTraceObserver` nor of a profiler of all
     threads.
     """
-    torchs = torch.optim.Optimizer.profile_hook_step(func)
+    torch_wrapped = torch.optim.Optimizer.profile_hook_step(func)
     try:
         enter: Callable[[str], Any] = torch.autograd._record_function_with_args_enter  # type: ignore[attr-defined]
         leave: Callable[[Any], None] = torch.autograd._record_function_with_args_exit  # type: ignore[attr-defined]
         from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
     except (AttributeError, ImportError):
-        return torchs  # they are no public interface
+        return torch_wrapped  # they are no public interface
 
     @functools.wraps(func)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         optimizer = cast(Any, args[0])
         before = _global_optimizer_pre_hooks or optimizer._optimizer_step_pre_hooks
         if before or torch.compiler.is_dynamo_compiling():
-            return torchs(*args, **kwargs)
+            return torch_wrapped(*args, **kwargs)
         shown = enter(f"Optimizer.step#{optimizer.__class__.__name__}.step")
         try:
             result = func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What the memory behind a tensor looks like: shards, pairs of reals, strides."""
+"""The memory behind a tensor: shards, pairs of reals, strides."""
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -47,7 +47,7 @@ def local_grads(params: Sequence[Tensor]) -> list[Tensor | None]:
 def local_parts(p: Tensor, *others: Tensor) -> list[Tensor] | None:
     """The local, plain memory of a parameter and of what belongs to it; None if that is not what they are.
 
-    Distributed tensors count where all are sharded alike: an update element by element is then one of the shards.
+    Distributed tensors count where all are sharded in one way: an update element by element is then one of the shards.
     """
     if is_dtensor(p):
         if any(not is_dtensor(t) or t.placements != p.placements or t.device_mesh != p.device_mesh for t in others):  # type: ignore[attr-defined]
@@ -121,20 +121,20 @@ def overlapping(owned: Iterable[tuple[int, Tensor]]) -> set[int]:
             start = t.data_ptr()
             stretches.append((str(t.device), start, start + length, owner))
     stretches.sort()
-    found: set[int] = set()
+    owners: set[int] = set()
     device, end, last = "", 0, 0  # of the stretch that reaches furthest so far
     for where, start, stop, owner in stretches:
         if where == device and start < end:
-            found |= {owner, last}
+            owners |= {owner, last}
         if where != device or stop > end:
             device, end, last = where, stop, owner
-    return found
+    return owners
 
 
 def coalesce(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
     """The same elements in as few dimensions as possible, in the order in which the first tensor lies in memory.
 
-    strides: of each tensor. Returns the sizes and each tensor's strides; `[n], [[1], [1], …]` if all are dense alike.
+    strides: of each tensor. Returns sizes and each tensor's strides: `[n], [[1], …]` if all are dense in one layout.
     """
     order = sorted((d for d, size in enumerate(shape) if size != 1), key=lambda d: -strides[0][d])
     sizes: list[int] = []
@@ -152,10 +152,10 @@ def coalesce(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[li
 
 
 def layout(tensors: Sequence[Tensor]) -> list[int] | None:
-    """How the kernel walks a parameter, its gradient and its states: [] if all lie alike and dense, else a table row.
+    """How the kernel walks a parameter, its gradient, its states: [] if all are dense in one layout, else a table row.
 
     The row: MAX_DIMS sizes, then MAX_DIMS strides each of the parameter, the gradient and the states, the innermost
-    last. None where that can't say it: states that lie unlike each other, too many dimensions, overlapping writes.
+    last. None where that can't say it: states of different layouts, too many dimensions, overlapping writes.
     """
     first, shape = tensors[0].stride(), tensors[0].shape
     if all(t.stride() == first for t in tensors) and (

@@ -1,7 +1,5 @@
 """RMSprop."""
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
@@ -9,91 +7,44 @@ from torch.optim.rmsprop import RMSprop as TorchRMSprop
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
 from typing_extensions import Unpack
 
+from . import reference
 from .layouts import as_reals
-from .optimizer import Beyond, Group, Optimizer
-from .torch_buckets import Tensors
+from .optimizer import Optimizer
+from .options import ExtraOptions
+from .rule import Group, Prepare, Rule, Tensors, init_group
 
 
-class RMSprop(Optimizer, TorchRMSprop):
-    """`torch.optim.RMSprop` in one kernel launch a step.
+class RMSpropRule(Rule):
+    formula = staticmethod(reference.rmsprop)
+    options = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
+    needs_scratch = True
 
-    v ← α·v + (1 − α)·g², θ ← θ − lr·g/(√v + ε): Hinton, lecture 6 of "Neural Networks for Machine Learning", 2012.
-    With `centered` v − ḡ² takes the place of v (Graves, "Generating Sequences With Recurrent Neural Networks", 2013),
-    with `momentum` b ← μ·b + g/(√v + ε) that of the fraction. Arguments, defaults and errors are torch's; `fused`
-    (True: GradScaler's unscaling within the step) is tribp's, and so are those in `tribp.optim.Beyond`.
-    """
+    def states(self, group: Group) -> tuple[str | None, ...]:
+        momentum, centered = group["momentum"] > 0, group["centered"]
+        return "square_avg", "momentum_buffer" if momentum else None, "grad_avg" if centered else None
 
-    _RULE = "rmsprop"
-    _KEYS = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
-    _SCRATCH = True
+    def hyper(self, group: Group) -> reference.RMSpropHyper:
+        return reference.RMSpropHyper(group["alpha"], group["momentum"], float(group["centered"]))
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        momentum: float = 0,
-        centered: bool = False,
-        capturable: bool = False,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        differentiable: bool = False,
-        *,
-        fused: bool | None = None,
-        **beyond: Unpack[Beyond],
-    ) -> None:
-        if fused and differentiable:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if fused and foreach:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        self._switch_on(dict(beyond, fused=fused))
-        TorchRMSprop.__init__(
-            self,
-            params,
-            lr,
-            alpha,
-            eps,
-            weight_decay,
-            momentum,
-            centered,
-            capturable,
-            foreach,
-            maximize,
-            differentiable,
-        )
-        self._switched_on()
-
-    def _names(self, group: Group) -> tuple[str | None, ...]:
-        return (
-            "square_avg",
-            "momentum_buffer" if group["momentum"] > 0 else None,
-            "grad_avg" if group["centered"] else None,
-        )
-
-    def _own_values(self, group: Group) -> Sequence[float | Tensor]:
-        return group["alpha"], group["momentum"], float(group["centered"])
-
-    def _fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
+    def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
         return (
             dtype in (torch.float32, torch.float64)
-            and self._names(group)[1:] == (None, None)
+            and self.states(group)[1:] == (None, None)
             and group["alpha"] < 1 - 4e-8
         )
 
-    def _fused_update(self, group: Group, t: Tensors) -> None:
+    def fused_update(self, group: Group, t: Tensors) -> None:
         """torch has no fused RMSprop, but plain RMSprop is Adam late in its life, with β₁ = 0."""
         torch._fused_adam_(
             t.params, t.grads, t.scratch, t.states[0], [], t.steps, lr=group["lr"], beta1=0.0, beta2=group["alpha"],
             weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=group["maximize"],
         )  # fmt: skip
 
-    def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
+    def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
         if group.get("fused"):
             for p in group["params"]:
                 _device_dtype_check_for_fused(p)  # what torch's classes that have `fused` ask
-        has_complex, lists = self._gathered(group, 6)
+        has_complex, lists = init_group(optimizer, group, 6)
         params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
         # Three times as fast on the CPU for many small tensors; large ones would double torch's memory.
         together = sum(p.numel() for p in params) <= 1 << 20 and len(set(map(id, params))) == len(params)
@@ -138,3 +89,42 @@ def _centered(
         torch._foreach_add_(params, buffers, alpha=-lr)
     else:
         torch._foreach_addcdiv_(params, grads, variances, value=-lr)
+
+
+class RMSprop(Optimizer, TorchRMSprop):
+    """`torch.optim.RMSprop` in one kernel launch a step.
+
+    v ← α·v + (1 − α)·g², θ ← θ − lr·g/(√v + ε): Hinton, lecture 6 of "Neural Networks for Machine Learning", 2012.
+    With `centered` v − ḡ² takes the place of v (Graves, "Generating Sequences With Recurrent Neural Networks", 2013),
+    with `momentum` b ← μ·b + g/(√v + ε) that of the fraction. Arguments, defaults and errors are torch's; `fused`
+    (True: GradScaler's unscaling within the step) is tribp's, and so are those in `tribp.optim.ExtraOptions`.
+    """
+
+    _rule = RMSpropRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        fused: bool | None = None,
+        **extra: Unpack[ExtraOptions],
+    ) -> None:
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        with self._enabled(dict(extra, fused=fused)):
+            TorchRMSprop.__init__(
+                self, params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize,
+                differentiable,
+            )  # fmt: skip

@@ -1,6 +1,5 @@
 """SGD, and Momentum, its form with a moving average of the gradients."""
 
-from collections.abc import Callable, Sequence
 from itertools import compress
 
 import torch
@@ -10,58 +9,28 @@ from torch.optim.sgd import SGD as TorchSGD  # noqa: N811 (a class)
 from torch.optim.sgd import sgd as torch_sgd
 from typing_extensions import Unpack
 
-from .optimizer import Beyond, Group, Optimizer
-from .torch_buckets import Tensors
+from . import reference
+from .optimizer import Optimizer
+from .options import ExtraOptions
+from .rule import Group, Prepare, Rule, Tensors, init_group
 
 
-class SGD(Optimizer, TorchSGD):
-    """`torch.optim.SGD` in one kernel launch a step.
+class SGDRule(Rule):
+    formula = staticmethod(reference.sgd)
+    options = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+    counts_steps = False
 
-    b ← μ·b + (1 − τ)·g (the first time b ← g), θ ← θ − lr·b, or Nesterov's θ ← θ − lr·(g + μ·b): Sutskever et al., "On
-    the importance of initialization and momentum in deep learning", 2013, in torch's form. Arguments, defaults and
-    errors are torch's; `capturable` (CUDA graphs) is tribp's, and so are those in `tribp.optim.Beyond`.
-    """
+    def states(self, group: Group) -> tuple[str | None, ...]:
+        return ("momentum_buffer" if group["momentum"] != 0 else None,)
 
-    _RULE = "sgd"
-    _KEYS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    _COUNTS = False
+    def hyper(self, group: Group) -> reference.SGDHyper:
+        return reference.SGDHyper(group["momentum"], group["dampening"], float(group["nesterov"]))
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | Tensor = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        capturable: bool = False,
-        **beyond: Unpack[Beyond],
-    ) -> None:
-        if beyond.get("eps_inside_sqrt"):
-            raise TypeError(f"{type(self).__name__} has no ε, so there is no eps_inside_sqrt")
-        self._switch_on(dict(beyond, capturable=capturable))
-        TorchSGD.__init__(
-            self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
-            differentiable=differentiable, fused=fused,
-        )  # fmt: skip
-        self._switched_on()
-
-    def _names(self, group: Group) -> tuple[str | None, ...]:
-        return "momentum_buffer" if group["momentum"] != 0 else None, None, None
-
-    def _own_values(self, group: Group) -> Sequence[float | Tensor]:
-        return group["momentum"], group["dampening"], float(group["nesterov"])
-
-    def _fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
+    def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
         # In 16 bits torch's kernel skips whole vectors (pytorch #191763).
         return dtype in (torch.float32, torch.float64)
 
-    def _fused_update(self, group: Group, t: Tensors) -> None:
+    def fused_update(self, group: Group, t: Tensors) -> None:
         lr, decay = group["lr"], float(group["weight_decay"])
         if len(t.params) == 1 and not t.states and not decay:
             # Measured on two cores, 1 to 16 M elements: faster than the fused kernel. For 1,000 tensors of 8 that one
@@ -86,8 +55,8 @@ class SGD(Optimizer, TorchSGD):
             update(t.fresh, True)
             update([not fresh for fresh in t.fresh], False)
 
-    def _torch_update(self, group: Group, prepare: Callable[[list[Tensor]], list[Tensor]]) -> None:
-        has_sparse_grad, (params, grads, buffers) = self._gathered(group, 3)
+    def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
+        has_sparse_grad, (params, grads, buffers) = init_group(optimizer, group, 3)
         torch_sgd(
             params, prepare(grads), buffers, has_sparse_grad=has_sparse_grad, foreach=group["foreach"],
             weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
@@ -95,7 +64,42 @@ class SGD(Optimizer, TorchSGD):
         )  # fmt: skip
         if group["momentum"] != 0:
             for p, buffer in zip(params, buffers, strict=True):
-                self.state[p]["momentum_buffer"] = buffer
+                optimizer.state[p]["momentum_buffer"] = buffer
+
+
+class SGD(Optimizer, TorchSGD):
+    """`torch.optim.SGD` in one kernel launch a step.
+
+    b ← μ·b + (1 − τ)·g (the first time b ← g), θ ← θ − lr·b, or Nesterov's θ ← θ − lr·(g + μ·b): Sutskever et al., "On
+    the importance of initialization and momentum in deep learning", 2013, in torch's form. Arguments, defaults and
+    errors are torch's; `capturable` (CUDA graphs) is tribp's, and so are those in `tribp.optim.ExtraOptions`.
+    """
+
+    _rule = SGDRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+        **extra: Unpack[ExtraOptions],
+    ) -> None:
+        if extra.get("eps_inside_sqrt"):
+            raise TypeError(f"{type(self).__name__} has no ε, so there is no eps_inside_sqrt")
+        with self._enabled(dict(extra, capturable=capturable)):
+            TorchSGD.__init__(
+                self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
+                differentiable=differentiable, fused=fused,
+            )  # fmt: skip
 
 
 class Momentum(SGD):
@@ -119,13 +123,13 @@ class Momentum(SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
-        **beyond: Unpack[Beyond],
+        **extra: Unpack[ExtraOptions],
     ) -> None:
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"beta must be in [0, 1), got {beta!r}")
         super().__init__(
             params, lr, beta, beta, weight_decay, maximize=maximize, foreach=foreach, differentiable=differentiable,
-            fused=fused, capturable=capturable, **beyond,
+            fused=fused, capturable=capturable, **extra,
         )  # fmt: skip
 
     def _before_step(self) -> None:

@@ -111,6 +111,17 @@ def test_sparse_gradients_and_options_beyond_torch(options: Options, device: str
     assert torch.equal(p, torch.ones_like(p))
 
 
+def test_what_is_refused_makes_no_state(device: str) -> None:
+    """Nor does the parameter before it, which could be updated: the next step begins anew."""
+    params = [torch.ones(shape, device=device) for shape in ((3,), (6, 3))]
+    optimizer = tribp.optim.SGD(params, momentum=0.9, state_dtype=torch.float64)
+    params[0].grad, params[1].grad = torch.ones(3, device=device), sparse_grad(6, 1).to(device, torch.float32)
+    with pytest.raises(RuntimeError, match="state_dtype"):
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(params[0], torch.ones_like(params[0]))
+
+
 def test_sparse_gradients_and_options_that_ask_nothing(device: str) -> None:
     """float64 is rounded to nearest and keeps its states in float64 anyway."""
     params = [torch.ones(6, 3, dtype=torch.float64, device=device) for _ in range(2)]

@@ -1,84 +1,90 @@
-"""The optimizers' mathematics in plain torch: the fallback where no kernel runs, and the tests' oracle."""
+"""The optimizers' formulas in plain torch: for tensors that no kernel takes, and as the kernels' documentation.
+
+A formula takes a parameter p (already decayed), its gradient g (scaled, clipped, signed, decayed), its states, None for
+one that is not used, lr, ε, the rule's own hyperparameters h, this step's number t, 1 for the first, and whether ε
+stands inside the root. It returns p and the states anew. All tensors have one type.
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# The optimizers. `values`: lr, ε, ±1 (−1 to maximize), the weight decay added to the gradient, the one that shrinks the
-# parameter, two that do not matter here, then the rule's own, as `kernels/optim.py` has them; t: this step's number, 1
-# for the first. All tensors have one type; a state that is not used is None. Nothing is changed in place.
 
-Moments = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+def _denominator(square: Tensor, eps: float, eps_inside: bool) -> Tensor:
+    return (square + eps).sqrt() if eps_inside else square.sqrt() + eps
 
 
-def _decayed(p: Tensor, g: Tensor, values: Sequence[float]) -> tuple[Tensor, Tensor]:
-    lr, _, sign, decay, shrinking = values[:5]
-    g = sign * g
-    return p * (1 - lr * shrinking), g + decay * p if decay else g
-
-
-def _denominator(square: Tensor, eps: float, inside: bool) -> Tensor:
-    return (square + eps).sqrt() if inside else square.sqrt() + eps
+class SGDHyper(NamedTuple):
+    momentum: float
+    dampening: float
+    nesterov: float  # 0 or 1
 
 
 def sgd(
-    p: Tensor, g: Tensor, buf: Tensor | None, _1: None, _2: None, values: Sequence[float], t: float, eps_inside: bool
-) -> Moments:
+    p: Tensor, g: Tensor, buf: Tensor | None, lr: float, eps: float, h: SGDHyper, t: float, eps_inside: bool
+) -> tuple[Tensor, Tensor | None]:
     """b ← μ·b + (1 − τ)·g, the first time b ← g; θ ← θ − η·b, with Nesterov's θ ← θ − η·(g + μ·b)."""
-    momentum, dampening, nesterov = values[7:10]
-    p, g = _decayed(p, g, values)
     if buf is None:
-        return p - values[0] * g, None, None, None
-    buf = g if t == 1 else momentum * buf + (1 - dampening) * g
-    return p - values[0] * (g + momentum * buf if nesterov else buf), buf, None, None
+        return p - lr * g, None
+    buf = g if t == 1 else h.momentum * buf + (1 - h.dampening) * g
+    return p - lr * (g + h.momentum * buf if h.nesterov else buf), buf
+
+
+class RMSpropHyper(NamedTuple):
+    alpha: float
+    momentum: float
+    centered: float  # 0 or 1
 
 
 def rmsprop(
     p: Tensor, g: Tensor, square_avg: Tensor, buf: Tensor | None, grad_avg: Tensor | None,
-    values: Sequence[float], t: float, eps_inside: bool,
-) -> Moments:  # fmt: skip
+    lr: float, eps: float, h: RMSpropHyper, t: float, eps_inside: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """v ← α·v + (1 − α)·g², ḡ ← α·ḡ + (1 − α)·g, b ← μ·b + g/(√(v − ḡ²) + ε), θ ← θ − η·b.
 
     v − ḡ² is a variance: where all gradients are alike rounding may make it negative, which counts as 0.
     """
-    alpha, momentum, _ = values[7:10]
-    p, g = _decayed(p, g, values)
-    square_avg = alpha * square_avg + (1 - alpha) * g * g
-    square = square_avg
+    square = square_avg = h.alpha * square_avg + (1 - h.alpha) * g * g
     if grad_avg is not None:
-        grad_avg = grad_avg + (1 - alpha) * (g - grad_avg)
+        grad_avg = grad_avg + (1 - h.alpha) * (g - grad_avg)
         square = (square_avg - grad_avg * grad_avg).clamp_min(0)  # leaves NaN as it is
-    update = g / _denominator(square, values[1], eps_inside)
+    update = g / _denominator(square, eps, eps_inside)
     if buf is not None:
-        update = buf = momentum * buf + update
-    return p - values[0] * update, square_avg, buf, grad_avg
+        update = buf = h.momentum * buf + update
+    return p - lr * update, square_avg, buf, grad_avg
+
+
+class AdagradHyper(NamedTuple):
+    lr_decay: float
 
 
 def adagrad(
-    p: Tensor, g: Tensor, state_sum: Tensor, _1: None, _2: None, values: Sequence[float], t: float, eps_inside: bool
-) -> Moments:
+    p: Tensor, g: Tensor, state_sum: Tensor, lr: float, eps: float, h: AdagradHyper, t: float, eps_inside: bool
+) -> tuple[Tensor, Tensor]:
     """G ← G + g², θ ← θ − η/(1 + (t − 1)·decay) · g/(√G + ε)."""
-    p, g = _decayed(p, g, values)
     state_sum = state_sum + g * g
-    lr = values[0] / (1 + (t - 1) * values[7])
-    return p - lr * g / _denominator(state_sum, values[1], eps_inside), state_sum, None, None
+    lr = lr / (1 + (t - 1) * h.lr_decay)
+    return p - lr * g / _denominator(state_sum, eps, eps_inside), state_sum
+
+
+class AdamHyper(NamedTuple):
+    beta1: float
+    beta2: float
 
 
 def adam(
     p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None,
-    values: Sequence[float], t: float, eps_inside: bool,
-) -> Moments:  # fmt: skip
+    lr: float, eps: float, h: AdamHyper, t: float, eps_inside: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g², θ ← θ − η·m̂/(√v̂ + ε), m̂ = m/(1 − β₁ᵗ), v̂ = v/(1 − β₂ᵗ)."""
-    beta1, beta2 = values[7:9]
-    p, g = _decayed(p, g, values)
-    exp_avg = exp_avg + (1 - beta1) * (g - exp_avg)
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g * g
-    square = exp_avg_sq
+    exp_avg = exp_avg + (1 - h.beta1) * (g - exp_avg)
+    square = exp_avg_sq = h.beta2 * exp_avg_sq + (1 - h.beta2) * g * g
     if max_exp_avg_sq is not None:
         square = max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
-    d = _denominator(square / (1 - beta2**t), values[1], eps_inside)
-    return p - values[0] / (1 - beta1**t) * exp_avg / d, exp_avg, exp_avg_sq, max_exp_avg_sq
+    d = _denominator(square / (1 - h.beta2**t), eps, eps_inside)
+    return p - lr / (1 - h.beta1**t) * exp_avg / d, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
 def round_stochastically(x: Tensor, like: Tensor, seed: int, step: int, stream: int) -> Tensor:

@@ -1,0 +1,91 @@
+"""Keyword arguments beyond torch's."""
+
+from typing import Any, TypedDict
+
+import torch
+
+Group = dict[str, Any]
+
+
+class ExtraOptions(TypedDict, total=False):
+    """Keyword arguments beyond torch's, off by default. All but the first two may also be set in one parameter group.
+
+    max_grad_norm: clip all gradients together to this L2 norm, as `torch.nn.utils.clip_grad_norm_` does, within the
+        step: the gradients are read once more and not written. The norm is then in `grad_norm`, a float64 tensor.
+    seed: of the random numbers of stochastic rounding. The numbers depend on it, the step, the parameter's place in
+        the optimizer and the element alone.
+    ema_decay: keep in `state[p]["ema"]` an exponential moving average of the parameters, in float32 at least:
+        v₁ = x₁, then v ← d·v + (1 − d)·x after every step. `swap_ema()` puts it in their place.
+    state_dtype: keep the moments of real parameters in this type; the default is the parameter's.
+    stochastic_rounding: round bfloat16 parameters up or down at random, right on average: updates that are too small
+        for the type are then not lost. Other types are rounded to nearest.
+    eps_inside_sqrt: √(v + ε) instead of √v + ε; not for SGD, which has neither.
+    """
+
+    max_grad_norm: float | None
+    seed: int
+    ema_decay: float | None
+    state_dtype: torch.dtype | None
+    stochastic_rounding: bool
+    eps_inside_sqrt: bool
+
+
+# Values that mean "off". What is off is in no group, so that a checkpoint has torch's keys and no others. The last two
+# are arguments of tribp's where the torch class lacks them.
+DEFAULTS: Group = dict(
+    max_grad_norm=None, seed=0, ema_decay=None, state_dtype=None, stochastic_rounding=False, eps_inside_sqrt=False,
+    capturable=False, fused=None,
+)  # fmt: skip
+
+# Options that decide how a group is updated, whatever the class; the others are numbers.
+SWITCHES = (
+    "differentiable", "fused", "foreach", "capturable", "state_dtype", "stochastic_rounding", "seed",
+    "eps_inside_sqrt", "max_grad_norm", "ema_decay",
+)  # fmt: skip
+
+
+def enable_options(extra: Group, caller: str) -> Group:
+    """Those that are on, checked. Raises TypeError for an unknown option, ValueError for a value out of range."""
+    for name in extra:
+        if name not in DEFAULTS:
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
+    return enabled_options(extra, caller)
+
+
+def enabled_options(group: Group, caller: str) -> Group:
+    """Those of a group's extra options that are on. Raises ValueError for a value out of range."""
+    options = {name: value for name, value in group.items() if name in DEFAULTS and value != DEFAULTS[name]}
+    decay, norm = options.get("ema_decay"), options.get("max_grad_norm")
+    if decay is not None and not 0.0 <= decay < 1.0:
+        raise ValueError(f"{caller}: ema_decay must be in [0, 1), got {decay!r}")
+    if norm is not None and not norm > 0.0:
+        raise ValueError(f"{caller}: max_grad_norm must be positive, got {norm!r}")
+    dtype = options.get("state_dtype")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2):
+        raise ValueError(f"{caller}: state_dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+    return options
+
+
+def common_max_grad_norm(groups: list[Group]) -> float | None:
+    """The groups' max_grad_norm. Raises ValueError if they differ."""
+    norms = {group.get("max_grad_norm") for group in groups}
+    if len(norms) > 1:
+        raise ValueError(
+            f"max_grad_norm is the norm of all gradients together and must be equal in all groups, got {norms}"
+        )
+    return norms.pop()
+
+
+def torch_lacks(group: Group, p: torch.Tensor) -> list[str]:
+    """The options that are on and that torch's code can't follow; not those that ask nothing of this parameter."""
+    state_dtype = group.get("state_dtype")
+    asked = {
+        "eps_inside_sqrt": group.get("eps_inside_sqrt"),
+        "stochastic_rounding": rounds_stochastically(group, p),
+        "state_dtype": state_dtype not in (None, p.dtype) and not p.is_complex(),
+    }
+    return [name for name, on in asked.items() if on]
+
+
+def rounds_stochastically(group: Group, p: torch.Tensor) -> bool:
+    return bool(group.get("stochastic_rounding")) and p.dtype == torch.bfloat16

@@ -1,0 +1,123 @@
+"""What an optimizer says of its update. The rest of this folder knows nothing else of it.
+
+A new optimizer is a pair of functions in `kernels/optim_rules.py`, a formula of the same name in `reference.py`, and a
+`Rule` beside its class.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layouts import PLAIN
+
+Group = dict[str, Any]
+Number = float | Tensor
+Prepare = Callable[[list[Tensor]], list[Tensor]]
+
+
+class CommonHyper(NamedTuple):
+    """The hyperparameters of a parameter group that every step takes, whatever the rule; 0 where one is off."""
+
+    lr: Number
+    eps: Number
+    grad_sign: float  # −1 where the objective is maximized
+    weight_decay: Number  # added to the gradient
+    decoupled_decay: Number  # shrinks the parameter (AdamW)
+    ema_decay: float
+    max_grad_norm: float
+
+
+class Tensors(NamedTuple):
+    """What a fused CPU kernel takes, one list entry a parameter."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[list[Tensor]]  # first all of the first kind
+    steps: list[Tensor]
+    scratch: list[Tensor]
+    fresh: list[bool] | None  # which momentum buffers begin with this step
+
+
+class Rule:
+    """A class's states, hyperparameters and variants; what it answers follows from a parameter group's options."""
+
+    formula: ClassVar[Callable[..., Any]]  # in `reference.py`; the kernel's functions have its name
+    options: ClassVar[tuple[str, ...]]  # of a group: everything the update depends on
+    counts_steps: ClassVar[bool] = True  # whether torch keeps a `step` for every parameter
+    needs_scratch: ClassVar[bool] = False  # whether the fused CPU kernel writes more than the update needs
+
+    def __init__(self, defaults: Group) -> None:
+        self.defaults = defaults  # the optimizer's
+
+    def states(self, group: Group) -> tuple[str | None, ...]:
+        """The names of up to three states in the formula's order; None for one that this group does not have."""
+        raise NotImplementedError
+
+    def hyper(self, group: Group) -> Any:
+        """The rule's own hyperparameters: a NamedTuple, by whose names kernel and formula know them."""
+        raise NotImplementedError
+
+    def decays(self, group: Group) -> tuple[Number, Number]:
+        """The weight decay that is added to the gradient, and the one that shrinks the parameter."""
+        return group["weight_decay"], 0.0
+
+    def new_state(self, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+    def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
+        """Whether one of torch's fused CPU kernels computes this group's update, and right."""
+        raise NotImplementedError
+
+    def fused_update(self, group: Group, t: Tensors) -> None:
+        """The update by that kernel."""
+        raise NotImplementedError
+
+    def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
+        """torch's own update of the group's parameters that have a gradient; `prepare` may scale the gradients."""
+        raise NotImplementedError
+
+    # What follows from these.
+
+    def common(self, group: Group) -> CommonHyper:
+        decay, decoupled = self.decays(group)
+        return CommonHyper(
+            group["lr"], group.get("eps", 0.0), -1.0 if group["maximize"] else 1.0, decay, decoupled,
+            group.get("ema_decay") or 0.0, group.get("max_grad_norm") or 0.0,
+        )  # fmt: skip
+
+    def has_state(self, group: Group) -> bool:
+        return any(self.states(group)) or any(group.get(k) for k in ("ema_decay", "stochastic_rounding"))
+
+    def entries(self, group: Group) -> list[str]:
+        """The keys of a parameter's state that the update may use."""
+        return list(dict.fromkeys(["step", *filter(None, self.states(group)), "ema", "ema_step"]))
+
+
+# For `torch_update`.
+
+
+def init_group(optimizer: torch.optim.Optimizer, group: Group, number: int) -> tuple[Any, list[list[Any]]]:
+    """What torch's `_init_group` returns, and the lists, so many, that it fills.
+
+    It makes the counters of new states on the default device, where reading one may cost a wait.
+    """
+    lists: list[list[Any]] = [[] for _ in range(number)]
+    new = any(not optimizer.state.get(p) for p in group["params"])
+    with torch.device("cpu") if new else contextlib.nullcontext():
+        return optimizer._init_group(group, *lists), lists  # type: ignore[attr-defined]
+
+
+def counter_dtype(fused: bool) -> torch.dtype:
+    """The type of torch's `step`."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 and not fused else torch.float32
+
+
+def takes_fused(group: Group, steps: list[Tensor]) -> bool | None:
+    """torch's argument `fused`: True only where counters are fake, for torch's other code reads their values.
+
+    Parameters with true counters get here for how they lie in memory, which torch's fused kernels do not look at.
+    """
+    return True if group["fused"] and any(type(step) not in PLAIN for step in steps) else None

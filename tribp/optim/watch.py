@@ -1,0 +1,264 @@
+"""Notices, every step, whether what a plan rests on is as it was.
+
+- the groups: the same parameter objects, the same objects as options. Hyperparameters may be replaced: they are
+  written again; those that can change in place, as tensors and lists do, are written at every step;
+- the gradients: the type, strides and kind of each (torch's own guards do it in C++), their memory, and which of them
+  are there;
+- how and where the parameters lie, for `p.data = …` and `module.to(…)` keep the object;
+- the states, which tell (`WatchedState`) of a tensor that was replaced, and that somebody was given one. From then on
+  and for as long as somebody holds one, how and where they lie is compared.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, compress
+from operator import eq, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from . import layouts
+from .buckets import Bucket
+from .footprint import Footprint, guard, holders, look, places, storage_sizes
+from .layouts import PLAIN, local
+from .options import SWITCHES
+from .rule import Group, Rule
+from .tracked_state import WatchedState, peek
+
+_PARAMS: Callable[[Group], list[Tensor]] = itemgetter("params")
+# Types of hyperparameters that can't change in place.
+_CONSTANT = {float, int, bool, type(None), torch.dtype, str}
+
+
+class Options:
+    """The groups' options as they were last read."""
+
+    def __init__(self, rule: Rule, groups: list[Group]) -> None:
+        self._rule = rule
+        self._keys = list(map(tuple, groups))
+        keys = [k for k in (*rule.options, *SWITCHES) if any(k in group for group in groups)]
+        complete = all(k in group for k in keys for group in groups)
+        self._read = itemgetter(*keys) if complete else lambda group: tuple(map(group.get, keys))
+        self._remember(groups)
+
+    def _remember(self, groups: list[Group]) -> None:
+        self._objects = list(chain.from_iterable(map(dict.values, groups)))
+        self.values: list[Any] = list(map(self._read, groups))
+        self._unsteady: list[int] = []  # groups with options that can change in place
+        self.comparable = self.values  # by group: equal where the options are, and as long as none is replaced
+        if not _steady(chain.from_iterable(self.values)):
+            self._unsteady = [number for number, values in enumerate(self.values) if not _steady(values)]
+            self.comparable = list(map(_identity, self.values))
+
+    def remember_variants(self, groups: list[Group], fused: bool) -> None:
+        """fused: whether some parameters are updated by a fused CPU kernel."""
+        self._fused = fused
+        self._variants = list(map(self._variant, groups))
+
+    def follow(self, groups: list[Group], buckets: Sequence[Bucket]) -> bool:
+        """Take over options that were replaced; False if the plan can't follow them."""
+        objects = list(chain.from_iterable(map(dict.values, groups)))
+        if len(objects) == len(self._objects) and all(map(is_, objects, self._objects)):
+            if not self._unsteady:
+                return True
+            self.values = list(self.values)
+            return all(self._variant(groups[number]) == self._variants[number] for number in self._unsteady)
+        if list(map(tuple, groups)) != self._keys:
+            return False
+        self._remember(groups)
+        same = self.comparable
+        return list(map(self._variant, groups)) == self._variants and all(
+            same[number] == same[bucket.groups[0]] for bucket in buckets for number in bucket.groups
+        )
+
+    def _variant(self, group: Group) -> object:
+        """What a group's options decide beyond numbers."""
+        fused = self._rule.fused_on_cpu(group, torch.float32) if self._fused else None
+        return fused, self._rule.states(group), bool(group.get("ema_decay")), *map(group.get, SWITCHES[:-1])
+
+
+def _steady(values: Iterable[Any]) -> bool:
+    """Whether none of these can change without being replaced."""
+    types = set(map(type, values))
+    if tuple in types:
+        types = types - {tuple} | set(map(type, chain.from_iterable(v for v in values if type(v) is tuple)))
+    return types <= _CONSTANT
+
+
+def _identity(values: Iterable[Any]) -> tuple[object, ...]:
+    """Constants by value, everything else by identity: two tensors are equal only as long as none is changed."""
+    return tuple(v if type(v) in _CONSTANT else _identity(v) if type(v) is tuple else (type(v), id(v)) for v in values)
+
+
+class GradMask:
+    """Which gradients there are, how they lie, and that their memory holds them.
+
+    Several live side by side: models that skip layers alternate.
+    """
+
+    def __init__(self, grads: Sequence[Tensor | None], planned: Sequence[bool]) -> None:
+        self._there = bytes(grad is not None for grad in grads)
+        self._missing = bytes(grad is None for grad in grads)
+        self._all = 1 not in self._missing
+        self.complete = all(there for there, needed in zip(self._there, planned, strict=True) if needed)
+        self._check = guard([grad for grad in grads if grad is not None])
+        self._sizes: list[int] = []  # of the storages that were seen to hold the gradients
+
+    def fits(self, grads: Sequence[Tensor | None]) -> bool:
+        present: Sequence[Any] = grads
+        if not self._all:
+            if any(grad is not None for grad in compress(grads, self._missing)):
+                return False
+            present = list(compress(grads, self._there))
+        return self._check(present) and self._are_held(present)
+
+    def _are_held(self, grads: Sequence[Tensor]) -> bool:
+        sizes = storage_sizes(grads)
+        if sizes != self._sizes:
+            if not all(map(layouts.is_held, grads)):
+                return False
+            self._sizes = sizes
+        return True
+
+
+class Watch:
+    """What a plan rests on: options, parameters, gradients, states."""
+
+    def __init__(
+        self, rule: Rule, optimizer: torch.optim.Optimizer, options: Options, buckets: Sequence[Bucket],
+        kinds: Sequence[str | None], held: bool,
+    ) -> None:  # fmt: skip
+        """kinds: which code updates each parameter, as `Plan` calls it. held: whether others may hold states."""
+        groups: list[Group] = optimizer.param_groups
+        self.options, self._buckets, self.held = options, buckets, held
+        self._by_torch = "torch" in kinds
+        options.remember_variants(groups, "fused" in kinds)
+        self._backend = dispatch.backend()
+        lists = list(map(_PARAMS, groups))
+        self._sizes = list(map(len, lists))
+        self.params = list(chain.from_iterable(lists))
+        self._watch_params_and_gradients(kinds)
+        self._watch_states(rule, optimizer)
+
+    def _watch_params_and_gradients(self, kinds: Sequence[str | None]) -> None:
+        self.sharded = any(layouts.is_dtensor(p) for p in self.params)
+        self._watched: list[int] = []  # of the parameters
+        self._unwatched: list[Tensor] = []  # with sparse gradients, say, that no kernel takes
+        self._expected: dict[int, tuple[object, ...]] = {}  # of their gradients, where one may come
+        self._overlapping = False  # whether one of them overlaps itself
+        for index, p in enumerate(self.params):
+            grad = local(p if p.grad is None else p.grad)
+            if not is_plain(grad):
+                self._unwatched.append(p)
+                continue
+            self._watched.append(index)
+            if kinds[index] is not None:
+                self._expected[index] = look(grad)
+                self._overlapping |= layouts.overlaps_itself(grad)
+        self._all = len(self._watched) == len(self.params)
+        self._masks: list[GradMask] = []
+        self.complete = False  # whether every parameter that the plan updates has a gradient
+        memory = self._memory(self.params)
+        self._alike, self._there = guard(memory), places(memory)
+
+    def _watch_states(self, rule: Rule, optimizer: torch.optim.Optimizer) -> None:
+        self._changes: list[object] = []  # told by states
+        self.looks: list[object] = []  # told by them too
+        states: dict[Any, Any] = optimizer.state
+        for p, state in states.items():
+            if type(state) is WatchedState:
+                state.changes, state.looks = self._changes, self.looks
+            elif isinstance(state, dict):
+                states[p] = WatchedState(state, self._changes, self.looks)
+        self._states = list(states.values())
+        self._used: list[Tensor] = []
+        for group in optimizer.param_groups:
+            entries = rule.entries(group)
+            for state in (states.get(p, {}) for p in group["params"]):
+                used = (peek(state, name) for name in entries)
+                self._used += [t for t in used if isinstance(t, Tensor) and is_plain(t)]
+        self._state_shards = not set(map(type, self._used)) <= set(PLAIN)
+        self._state_footprint = Footprint(self._state_tensors())
+        self._holders: list[object] | None = None  # of the states, when nobody but us has one
+
+    # Every step.
+
+    def gradients(self, optimizer: torch.optim.Optimizer) -> list[Tensor | None] | None:
+        """The gradients of all parameters (their local parts), or None if the plan no longer fits."""
+        if self._changes or dispatch.backend() != self._backend:
+            return None
+        if len(optimizer.state) != len(self._states) or not all(map(is_, optimizer.state.values(), self._states)):
+            return None
+        if (self.looks or self.held) and not self._states_lie_still():
+            return None
+        groups: list[Group] = optimizer.param_groups
+        lists = list(map(_PARAMS, groups))
+        params = lists[0] if len(lists) == 1 else list(chain.from_iterable(lists))
+        if list(map(len, lists)) != self._sizes or not all(map(is_, params, self.params)):
+            return None
+        if not self.options.follow(groups, self._buckets):
+            return None
+        memory = self._memory(params)
+        if not (self._there(memory) and self._alike(memory)):
+            return None
+        if self._unwatched and any(p.grad is not None and is_plain(p.grad) for p in self._unwatched):
+            return None
+        grads = layouts.local_grads(params) if self.sharded else list(map(layouts.GRAD, params))
+        return grads if self._fit(self._select(grads)) else None
+
+    def shares_memory(self, grads: list[Tensor | None]) -> bool:
+        """Whether two elements of these gradients are one in memory, which then can't be divided in place."""
+        addresses = [grad.data_ptr() for grad in self._select(grads) if grad is not None and grad.numel()]
+        return self._overlapping or len(set(addresses)) < len(addresses)
+
+    def after_step(self) -> None:
+        """Remember who holds the states, if nobody else does."""
+        if self._holders is None and not (self.held or self.looks):
+            self._holders = list(holders(self._state_tensors()))
+
+    def _states_lie_still(self) -> bool:
+        """Whether the states' memory is as it was, and whether anybody could change that unnoticed from now on."""
+        states = self._state_tensors()
+        if not self._state_footprint.fits(states):
+            return False
+        self.looks.clear()
+        if self._holders is not None and not self._by_torch:  # else torch's own code will look again anyway
+            self.held = not all(map(eq, holders(states), self._holders))
+        return True
+
+    def _fit(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether the watched gradients are such as the plan was made for; the mask that fitted last is tried first."""
+        for mask in self._masks:
+            if mask.fits(grads):
+                break
+        else:
+            for index, grad in zip(self._watched, grads, strict=True):
+                if grad is not None and look(grad) != self._expected.get(index):
+                    return False
+            mask = GradMask(grads, [index in self._expected for index in self._watched])
+            if not mask.fits(grads):
+                return False
+            self._masks = [mask, *self._masks[:7]]
+        if mask is not self._masks[0]:
+            self._masks.remove(mask)
+            self._masks.insert(0, mask)
+        self.complete = mask.complete
+        return True
+
+    def _state_tensors(self) -> list[Tensor]:
+        return layouts.local_all(self._used) if self._state_shards else self._used
+
+    def _select(self, items: list[Any]) -> list[Any]:
+        return items if self._all else [items[i] for i in self._watched]
+
+    def _memory(self, params: list[Tensor]) -> list[Tensor]:
+        """That of the watched ones."""
+        watched = self._select(params)
+        return layouts.local_all(watched) if self.sharded else watched
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is an ordinary tensor in this process, strided, whatever it is a shard of."""
+    tensor = local(tensor)
+    return type(tensor) in PLAIN and tensor.layout == torch.strided
