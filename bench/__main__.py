@@ -8,7 +8,7 @@ from pathlib import Path
 from tribp import dispatch
 from tribp.launch.arch import ARCHS
 
-from . import registry
+from . import operation
 
 DESCRIPTION = """\
 Measures tribp, from a checkout of its repository.
@@ -27,7 +27,6 @@ Measures tribp, from a checkout of its repository.
   python -m bench static --target sm_90 --dtype bfloat16 --json found.json
   python -m bench counts conv --target sm_80  cycles that each unit needs, counted where compiled code is executed
   python -m bench static --model linear       the time that a model of the GPU predicts from the machine code
-  python -m bench static --candidates         the same for other settings than the rules choose, the best first
 """
 
 
@@ -118,12 +117,12 @@ def parser() -> argparse.ArgumentParser:
     static.add_argument(
         "--model", action="store_true", help="predict the time of what `run` measures (default target: sm_90)"
     )
-    static.add_argument("--candidates", action="store_true", help="predict the time of other settings than the rules'")
     static.add_argument("--case", action="append", default=[], help="with --model: as in `run`")
-    static.add_argument(
-        "--measured", type=Path, metavar="FILE", help="with --model: results of `run` (default: bench/results/)"
-    )
     static.add_argument("--json", default="", metavar="FILE", help="write what was found")
+    static.add_argument(
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
+    )
+
     counts = commands.add_parser(
         "counts",
         help="execute some programs of every kernel, and count what they cost each unit; no GPU needed",
@@ -139,9 +138,6 @@ def parser() -> argparse.ArgumentParser:
     counts.add_argument("--programs", type=_count, default=4, help="executed of each launch (default: %(default)s)")
     counts.add_argument("--worst", type=int, default=0, help="list so many memory instructions that waste most")
     counts.add_argument("--json", default="", metavar="FILE", help="write what was found")
-    static.add_argument(
-        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
-    )
     return main
 
 
@@ -172,7 +168,7 @@ def _selection(command: argparse.ArgumentParser) -> None:
 
 
 def _operations(command: argparse.ArgumentParser) -> None:
-    names = ", ".join(registry.names())
+    names = ", ".join(operation.names())
     command.add_argument(
         "operation", nargs="*", metavar="OP", help=f"operations to measure, of: {names} (default: all)"
     )
@@ -181,81 +177,100 @@ def _operations(command: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
-        if given.command == "host":
-            from . import host
-
-            return host.main(given.case, rounds=given.rounds, smoke=given.smoke, file=given.json)
-        if given.command == "all":
-            from . import unattended
-
-            return unattended.main(unattended.Options(given.budget, given.out, given.only, given.smoke))
-        if given.command == "report":
-            from . import report
-
-            return report.main(given.folder)
-        if given.command == "sweep" and given.smoke:
-            os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
-        operations = registry.find(given.operation)
-        if given.command in ("counts", "static", "sweep") and not dispatch.has_triton():
-            raise ValueError(f"{given.command} needs triton, which is not installed: pip install triton")
-        if given.command == "counts":
-            return _counts(given)
-        if given.command == "static":
-            names = [operation.name for operation in operations]
-            if given.model or given.candidates:
-                return _model(given, names)
-            from . import static
-
-            return static.main(
-                names,
-                given.target or list(ARCHS),
-                given.dtype,
-                everything=given.all,
-                jobs=given.jobs,
-                file=given.json,
-            )
-        if given.command == "sweep":
-            from . import run, sweep
-
-            return sweep.main(
-                operations, run.Options(given.case, given.dtype, given.smoke, out=given.out), given.budget
-            )
-        from . import run
-
-        options = run.Options(
-            given.case, given.dtype, given.smoke, compile=not given.no_compile, first=given.first,
-            missing=given.missing, picture=not given.no_picture, out=given.out,
-        )  # fmt: skip
-        return run.main(operations, options)
+        return COMMANDS[given.command](given)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
 
 
+def _run(given: argparse.Namespace) -> int:
+    from . import run
+
+    options = run.Options(
+        given.case, given.dtype, given.smoke, compile=not given.no_compile, first=given.first,
+        missing=given.missing, picture=not given.no_picture, out=given.out,
+    )  # fmt: skip
+    return run.main(operation.find(given.operation), options)
+
+
+def _sweep(given: argparse.Namespace) -> int:
+    if given.smoke:
+        os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
+    operations = operation.find(given.operation)
+    _need_triton(given.command)
+    from . import run, tune
+
+    return tune.main(operations, run.Options(given.case, given.dtype, given.smoke, out=given.out), given.budget)
+
+
+def _all(given: argparse.Namespace) -> int:
+    from . import all
+
+    return all.main(all.Options(given.budget, given.out, given.only, given.smoke))
+
+
+def _report(given: argparse.Namespace) -> int:
+    from . import report
+
+    return report.main(given.folder)
+
+
+def _host(given: argparse.Namespace) -> int:
+    from . import host
+
+    return host.main(given.case, rounds=given.rounds, smoke=given.smoke, file=given.json)
+
+
+def _static(given: argparse.Namespace) -> int:
+    names = [found.name for found in operation.find(given.operation)]
+    _need_triton(given.command)
+    _need_compiler("static compiles, and under TRITON_INTERPRET=1 nothing can be")
+    if given.model:
+        return _model(given, names)
+    from . import compile
+
+    targets = given.target or list(ARCHS)
+    return compile.main(names, targets, given.dtype, everything=given.all, jobs=given.jobs, file=given.json)
+
+
+def _model(given: argparse.Namespace, names: list[str]) -> int:
+    from .model import predict
+    from .model.machines import MACHINES
+
+    for target in given.target or ["sm_90"]:
+        if target not in MACHINES:
+            raise ValueError(f"there is no model of {target}; there is one of {', '.join(MACHINES)}")
+        selection = predict.Selection(tuple(names), target, tuple(given.dtype), tuple(given.case))
+        if status := predict.main(selection, jobs=given.jobs, file=given.json):
+            return status
+    return 0
+
+
 def _counts(given: argparse.Namespace) -> int:
+    operation.find(given.operation)
+    _need_triton(given.command)
+    _need_compiler("counts executes compiled kernels, and under TRITON_INTERPRET=1 there are none")
     from . import counts
 
-    if dispatch.interpreting():
-        raise ValueError("counts executes compiled kernels, and under TRITON_INTERPRET=1 there are none: unset it")
     return counts.main(
         given.operation,
         counts.Options(given.target, given.case, given.direction, given.programs, given.worst, given.json),
     )
 
 
-def _model(given: argparse.Namespace, names: list[str]) -> int:
-    if dispatch.interpreting():
-        raise ValueError("the model reads compiled kernels, and under TRITON_INTERPRET=1 there are none: unset it")
-    from . import predict
-    from .machines import MACHINES
+def _need_triton(command: str) -> None:
+    if not dispatch.has_triton():
+        raise ValueError(f"{command} needs triton, which is not installed: pip install triton")
 
-    for target in given.target or ["sm_90"]:
-        if target not in MACHINES:
-            raise ValueError(f"there is no model of {target}; there is one of {', '.join(MACHINES)}")
-        selection = predict.Selection(tuple(names), target, tuple(given.dtype), tuple(given.case), given.candidates)
-        if status := predict.main(selection, jobs=given.jobs, file=given.json, measured=given.measured):
-            return status
-    return 0
+
+def _need_compiler(reason: str) -> None:
+    if dispatch.interpreting():
+        raise ValueError(f"{reason}: unset it")
+
+
+COMMANDS = {
+    "run": _run, "sweep": _sweep, "all": _all, "report": _report, "host": _host, "static": _static, "counts": _counts,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

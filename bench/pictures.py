@@ -58,8 +58,8 @@ class Point:
 def points(rows: Sequence[Row]) -> list[Point]:
     """What the roofline shows."""
     found = []
-    for r in shown([r for r in rows if r["contenders"]["tribp"].get("device_us")], MOST_POINTS):
-        us = r["contenders"]["tribp"]["device_us"]["median"]
+    for r in shown([r for r in rows if r["providers"]["tribp"].get("device_us")], MOST_POINTS):
+        us = r["providers"]["tribp"]["device_us"]["median"]
         name = f"{r['case']} {r['direction']}"
         found.append(Point(name, r["dtype"], r["operations"] / r["bytes"], 1e6 * r["operations"] / us))
     return found

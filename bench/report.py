@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import host, pictures, registry, results
-from .registry import Measured
-from .tables import markdown
+from . import host, operation, pictures, results
+from .operation import Operation
+from .results import Row, markdown
 
-Row = dict[str, Any]
 Stored = Mapping[str, dict[str, Any]]  # what each operation's JSON holds, by the operation's name
 MOST_MISSED = 20  # targets in the short form
 ORDER = ("missed", "unmeasured", "met")
@@ -50,7 +49,7 @@ def found(root: Path) -> list[Path]:
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    files = {name: folder / f"{name}.json" for name in (*registry.names(), "host")}
+    files = {name: folder / f"{name}.json" for name in (*operation.names(), "host")}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
@@ -59,7 +58,7 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 def goals(stored: Stored) -> list[Goal]:
     """All targets that were set, measured or not: the missed first, then what is unmeasured."""
-    everything = {operation.name: operation.unmeasured() for operation in registry.find([])}
+    everything = {entry.name: results.unmeasured(entry) for entry in operation.find()}
     everything["host"] = host.unmeasured()
     found = []
     for name, rows in everything.items():
@@ -79,7 +78,7 @@ def goal(operation: str, row: Row, target: Row, measured: Row | None, latest: st
     same = [t for t in measured["targets"] if sentence(t) == sentence(target)] if measured else []
     if not measured or not same:
         return Goal(operation, case, target["target"], "–", "unmeasured")
-    status = measured.get("contenders", {}).get("tribp", {}).get("status", "ok")
+    status = measured.get("providers", {}).get("tribp", {}).get("status", "ok")
     value = status if status in ("wrong", "failed") else figure(same[0])
     if measured.get("commit", latest) != latest:
         value += f" at {measured['commit']}"
@@ -132,9 +131,9 @@ def short(folder: Path) -> str:
 def page(folder: Path, stored: Stored) -> str:
     parts = [f"# {title(stored)}", "Made by `python -m bench report` from the JSON beside it.", "## Targets"]
     parts.append(targets(stored))
-    for operation in registry.find([]):
-        if operation.name in stored:
-            parts += section(folder, operation, stored[operation.name])
+    for entry in operation.find():
+        if entry.name in stored:
+            parts += section(folder, entry, stored[entry.name])
     if "host" in stored:
         parts += host_section(folder, stored["host"])
     return "\n\n".join([*parts, *steps_section(folder)])
@@ -152,13 +151,13 @@ def title(stored: Stored) -> str:
     return ("Smoke test, the times mean nothing: " if smoke else "") + (", ".join(gpus) or "No GPU")
 
 
-def section(folder: Path, operation: Measured, held: dict[str, Any]) -> list[str]:
+def section(folder: Path, entry: Operation, held: dict[str, Any]) -> list[str]:
     found = [
-        f"## {operation.name}: {operation.summary}",
-        f"{results.conditions(held)}\n\n{operation.legend}",
-        f"To reproduce: `python -m bench run {operation.name} --out {shown(folder)}`",
+        f"## {entry.name}: {entry.summary}",
+        f"{results.conditions(held)}\n\n{entry.legend}",
+        f"To reproduce: `python -m bench run {entry.name} --out {shown(folder)}`",
     ]
-    for picture in (folder / f"{operation.name}.png", folder / f"roofline-{operation.name}.png"):
+    for picture in (folder / f"{entry.name}.png", folder / f"roofline-{entry.name}.png"):
         if picture.exists():
             found.append(f"![{picture.stem}]({picture.name})")
     commits = sorted({row["commit"] for row in held["rows"]} - {held["commit"]})
@@ -166,7 +165,7 @@ def section(folder: Path, operation: Measured, held: dict[str, Any]) -> list[str
         cases = Counter(row["commit"] for row in held["rows"])
         others = ", ".join(f"{cases[commit]} at {commit}" for commit in commits)
         found.append(f"Of {len(held['rows'])} rows, not at {held['commit']} but earlier: {others}.")
-    return [*found, operation.table(held["rows"])]
+    return [*found, results.table(entry, held["rows"])]
 
 
 def host_section(folder: Path, held: dict[str, Any]) -> list[str]:
@@ -198,11 +197,8 @@ def steps_section(folder: Path) -> list[str]:
 
 def draw(folder: Path, stored: Stored) -> None:
     """Bars against the peers and a roofline of each operation; none without matplotlib."""
-    for operation in registry.find([]):
-        if operation.name not in stored:
-            continue
-        held = stored[operation.name]
-        heading = results.heading(held)
-        pictures.bars(folder / f"{operation.name}.png", heading, held["rows"], operation.peers)
-        ceilings = held["copy_bytes_per_second"], held["operations_per_second"]
-        pictures.roofline(folder / f"roofline-{operation.name}.png", heading, held["rows"], *ceilings)
+    for entry in operation.find():
+        if held := stored.get(entry.name):
+            heading, ceilings = results.heading(held), (held["copy_bytes_per_second"], held["operations_per_second"])
+            pictures.bars(folder / f"{entry.name}.png", heading, held["rows"], entry.drawn or entry.peers)
+            pictures.roofline(folder / f"roofline-{entry.name}.png", heading, held["rows"], *ceilings)

@@ -186,17 +186,17 @@ def test_variants_compute_what_the_rules_settings_do(name: str, kernels: str) ->
 
 def compiled() -> dict[str, list[str]]:
     """What the compiler says to some variants for every target. Runs in a process without the interpreter."""
-    import bench.conv_kernels
-    from bench import linear
-    from bench.compiled import compile_launches
-    from bench.conv_cases import ConvCase
-    from bench.registry import Case
+    from bench import conv3x3
+    from bench import linear_sigmoid as linear
+    from bench.compile import compile_launches
+    from bench.conv3x3 import ConvCase
+    from bench.operation import Case
 
     found: dict[str, list[str]] = {}
     for name, arch in ARCHS.items():
         calls: list[Callable[[Arch], Any]] = [
             lambda arch: linear.launches(Case((4096, 1024, 1024), torch.bfloat16), "forward", arch),
-            lambda arch: bench.conv_kernels.launches(ConvCase((64, 64, 64, 56, 56), torch.bfloat16), "forward", arch),
+            lambda arch: conv3x3.launches(ConvCase((64, 64, 64, 56, 56), torch.bfloat16), "forward", arch),
         ]
         for call in calls:
             question = question_of(lambda call=call, arch=arch: call(arch))  # type: ignore[misc]

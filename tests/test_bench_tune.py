@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import registry, sweep
+from bench import operation
+from bench import tune as sweep
 from bench.__main__ import main
-from bench.meters import CpuMeter, Times
-from bench.registry import Operation
 from bench.run import Options
+from bench.timing import CpuMeter, Times
 from tribp.launch.arch import INTERPRETER
 from tribp.launch.layout import Launch
 from tribp.launch.linear_sigmoid import choose_forward
@@ -52,8 +52,8 @@ def timed(every_launch: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the first direction: the others cost the interpreter seconds, and go the same way."""
-    of_function = sweep.of_function
-    monkeypatch.setattr(sweep, "of_function", lambda *given: itertools.islice(of_function(*given), 1))
+    subjects = sweep.subjects
+    monkeypatch.setattr(sweep, "subjects", lambda *given: itertools.islice(subjects(*given), 1))
 
 
 def read(folder: Path, name: str = "linear") -> dict[str, Any]:
@@ -166,7 +166,7 @@ def test_operations_share_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(time, "monotonic", lambda: now)
     monkeypatch.setattr(sweep.Sweep, "run", measured)
     options = Options(smoke=True, out=tmp_path)
-    assert sweep.main(registry.find(["linear", "conv", "optim"]), options, 0.5) == 0
+    assert sweep.main(operation.find(["linear", "conv", "optim"]), options, 0.5) == 0
     assert ends == [10.0, 12.0, 12.0]
 
 
@@ -243,13 +243,12 @@ def test_optimizers_and_convolutions_are_swept(tmp_path: Path, timed: list[str])
 
 def test_the_cases_with_targets_come_first() -> None:
     for name, first in (("linear", "4096x4096x4096 bfloat16"), ("optim", "Adam 1e8 float32")):
-        (operation,) = registry.find([name])
-        cases = operation.cases
-        ordered = sweep.valuable_first(operation, cases)
+        (found,) = operation.find([name])
+        cases = found.cases
+        ordered = sweep.valuable_first(found, cases)
         assert sorted(map(id, ordered)) == sorted(map(id, cases))
         assert ordered[0].name == first
-    (conv,) = registry.find(["conv"])
-    assert isinstance(conv, Operation)
+    (conv,) = operation.find(["conv"])
     wanted = [any(conv.targets(case, d) for d in conv.directions) for case in sweep.valuable_first(conv, conv.cases)]
     assert wanted == sorted(wanted, reverse=True)
     assert True in wanted
@@ -265,6 +264,6 @@ def test_backward_runs_on_the_thread_that_holds_the_trial(tmp_path: Path, monkey
         return []
 
     monkeypatch.setattr(sweep, "subjects", attempted)
-    assert sweep.main(registry.find(["linear"]), Options(smoke=True, out=tmp_path), None) == 0
+    assert sweep.main(operation.find(["linear"]), Options(smoke=True, out=tmp_path), None) == 0
     assert set(allowed) == {False}
     assert torch._C._is_multithreading_enabled()

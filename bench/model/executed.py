@@ -11,8 +11,8 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from .machine_code import MATRIX, Graph, Instruction, basic_blocks, loops_with
-from .wgmma import in_flight
+from ..sass import MATRIX, Graph, Instruction, basic_blocks, loops_with
+from ..wgmma import in_flight
 
 GLOBAL = {"LDG", "LDGSTS"}
 THROUGH_SHARED = {"LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDGSTS", "LDL", "STL"}

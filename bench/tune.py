@@ -22,10 +22,10 @@ from tribp.launch.tuning import Question, encode, hearing, rules_answer
 from tribp.launch.variants import variants
 
 from . import results
-from .meters import Action, CpuMeter, CudaMeter, Meter
-from .registry import Measured, Operation
-from .run import Options, errors, existing, precision, selected, too_far
-from .tables import markdown
+from .operation import Operation
+from .results import markdown
+from .run import Options, errors, precision, sentence
+from .timing import Call, CpuMeter, CudaMeter
 
 SMOKE_VARIANTS = 2  # of each rule: interpreted, one takes a second
 
@@ -36,21 +36,21 @@ class Subject:
     to be timed. The settings are those that the rules give while it runs."""
 
     name: str
-    attempt: Callable[[], tuple[str, Action]]
+    attempt: Callable[[], tuple[str, Call]]
 
 
-def main(operations: Sequence[Measured], options: Options, budget: float | None) -> int:
+def main(operations: Sequence[Operation], options: Options, budget: float | None) -> int:
     """0; 1 if a rule's own settings are wrong or fail; 2 without CUDA. budget: minutes, or None."""
     if not options.smoke and not torch.cuda.is_available():
         print("bench sweep needs CUDA, and torch finds no GPU here (--smoke walks through it)", file=sys.stderr)
         return 2
     if options.smoke and not dispatch.interpreting():
         raise ValueError("sweep --smoke needs triton, and TRITON_INTERPRET=1 before kernels are imported")
-    meter: Meter = CpuMeter() if options.smoke else CudaMeter()
+    meter = CpuMeter() if options.smoke else CudaMeter()
     folder = options.out
     if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="tribp-sweep-")) if options.smoke else results.ROOT / meter.slug
-    cases = {o.name: [case for case in existing(o, options) if selected(case, options)] for o in operations}
+    cases = {operation.name: options.cases_of(operation) for operation in operations}
     if not any(cases.values()):
         raise ValueError("there is no such case; `bench run` with the same words names those that are")
     end = time.monotonic() + (math.inf if budget is None else 60 * budget)
@@ -68,15 +68,12 @@ def main(operations: Sequence[Measured], options: Options, budget: float | None)
     return 0 if good else 1
 
 
-def valuable_first(operation: Measured, cases: Sequence[Any]) -> list[Any]:
+def valuable_first(operation: Operation, cases: Sequence[Any]) -> list[Any]:
     """Those with targets before the others; among themselves as they are."""
 
     def has_targets(case: Any) -> bool:
-        if isinstance(operation, Operation):
-            return any(operation.targets(case, direction) for direction in operation.directions)
-        from .optim import targets
-
-        return len(targets(case)) > 1  # the number of launches is every step's
+        targets = [target for direction in operation.directions for target in operation.targets(case, direction)]
+        return any(target.quantity != "launches" for target in targets)  # that is every step's
 
     return sorted(cases, key=lambda case: not has_targets(case))
 
@@ -88,7 +85,7 @@ class Sweep:
     """
 
     def __init__(
-        self, operation: Measured, options: Options, meter: Meter, folder: Path, over: Callable[[], bool]
+        self, operation: Operation, options: Options, meter: CpuMeter, folder: Path, over: Callable[[], bool]
     ) -> None:
         self.operation, self.options, self.meter, self.over = operation, options, meter, over
         self.good = True
@@ -121,7 +118,7 @@ class Sweep:
                     subject.attempt()
                 for question in heard.questions.values():
                     # Optimizers ask one rule about very different kernels; a layer's question says which it is.
-                    what = question.key if isinstance(self.operation, Operation) else subject.name
+                    what = subject.name if self.operation.name == "optim" else question.key
                     if what not in swept and not self.over():
                         swept.add(what)
                         self._question(subject, question)
@@ -159,7 +156,7 @@ class Sweep:
                     wrong, action = subject.attempt()
                     entry = {"wrong": wrong} if wrong else {"device_us": asdict(self.meter.device_times(action))}
                 except Exception as error:  # variants may not compile, or not fit
-                    entry = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+                    entry = {"failed": sentence(error)}
             self.entries[name] = entry
             self._write()
         time = self.entries[name].get("device_us")
@@ -196,42 +193,22 @@ def line(subject: Subject, question: Question, first: Any, found: Found[Any]) ->
     }
 
 
-def subjects(operation: Measured, case: Any, meter: Meter) -> Iterator[Subject]:
-    """A case's calls: each direction of a differentiable function, or an optimizer's step."""
-    return of_function(operation, case, meter) if isinstance(operation, Operation) else of_optimizer(case, meter)
-
-
-def of_function(operation: Operation, case: Any, meter: Meter) -> Iterator[Subject]:
+def subjects(operation: Operation, case: Any, meter: CpuMeter) -> Iterator[Subject]:
+    """A case's calls: each direction."""
     with precision(case.tf32):
         problem = operation.problem(case, meter.device)
         reference = problem.reference()
-        ours, eager = operation.contenders["tribp"], operation.contenders["eager"]
+        providers = operation.providers(case, "not swept")
+        ours, baseline = providers["tribp"], providers[operation.baseline]
         for direction in operation.directions:
             if direction == "both":
                 continue  # forward, then backward
-            yardstick = errors(problem.results(eager, direction), reference)
+            theirs = {} if isinstance(baseline, str) else errors(problem.results(baseline, direction), reference)
 
-            def attempt(direction: str = direction, yardstick: dict[str, float] = yardstick) -> tuple[str, Action]:
+            def attempt(direction: str = direction, theirs: dict[str, float] = theirs) -> tuple[str, Call]:
+                gc.collect()
+                meter.release()
                 found = errors(problem.results(ours, direction), reference)
-                return too_far(found, yardstick, problem, case), problem.action(ours, direction)
+                return problem.wrong(found, theirs), problem.action(ours, direction).call
 
-            yield Subject(f"{case.name} {direction}", attempt)
-
-
-def of_optimizer(case: Any, meter: Meter) -> Iterator[Subject]:
-    from .step_jobs import Job, Problem, contenders
-
-    make = contenders(case, "not swept")["tribp"]
-    assert not isinstance(make, str)
-    problem = Problem(case, meter.device)
-    reference = problem.reference()
-
-    def attempt() -> tuple[str, Action]:
-        gc.collect()
-        meter.release()
-        job = Job(case, "tribp", make, meter.device)
-        found = errors(problem.results(job, reference), reference)
-        job.gradients(0)
-        return problem.wrong(found, {}), job.step
-
-    yield Subject(case.name, attempt)
+            yield Subject(" ".join([case.name, direction]).removesuffix(" step"), attempt)
