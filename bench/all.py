@@ -67,9 +67,9 @@ def plan(out: Path, smoke: bool) -> list[Step]:
     environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if smoke else {}
     operations = find()
 
-    def step(name: str, command: Sequence[str], needs: float, limit: float, **more: Any) -> Step:
-        more["environment"] = environment | more.get("environment", {})
-        return Step(name, command, 1 if smoke else needs, limit, **more)
+    def step(name: str, command: Sequence[str], needs: float, limit: float, **options: Any) -> Step:
+        options["environment"] = environment | options.get("environment", {})
+        return Step(name, command, 1 if smoke else needs, limit, **options)
 
     def run(name: str, operation: str, options: str, limit: float = 4 * MINUTE) -> Step:
         chosen = ["--smoke", "--first", "1"] if smoke else options.split()  # smoke has cases of its own
@@ -84,9 +84,9 @@ def plan(out: Path, smoke: bool) -> list[Step]:
         checked = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND)]
         command = [*checked, *pytest(of.tests.smoke if smoke else of.tests.checked)]
         # Without torch's cache every tensor is an allocation of its own, whose edges memcheck sees.
-        more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        options = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         lacks = "" if program else "compute-sanitizer is not installed"
-        return step(f"{kind} {of.name}", command, 1.5 * MINUTE, 5 * MINUTE, environment=more, lacks=lacks)
+        return step(f"{kind} {of.name}", command, 1.5 * MINUTE, 5 * MINUTE, environment=options, lacks=lacks)
 
     def sweep(of: Operation) -> Step:
         minutes = 1 if smoke else 3
@@ -184,8 +184,8 @@ class Journal:
     def table(self, planned: Sequence[Step]) -> str:
         rows = []
         for step in planned:
-            found = self.entries.get(step.name, {"status": "left", "note": f"needs about {step.needs:.0f} s"})
-            rows.append([step.name, found["status"], f"{found.get('seconds', 0):.0f}", found["note"]])
+            entry = self.entries.get(step.name, {"status": "left", "note": f"needs about {step.needs:.0f} s"})
+            rows.append([step.name, entry["status"], f"{entry.get('seconds', 0):.0f}", entry["note"]])
         return markdown(["step", "status", "s", ""], rows)
 
 

@@ -53,8 +53,8 @@ def source_of(launch: Launch, arch: Arch) -> tuple[ASTSource, dict[str, Any]]:
     backend = make_backend(target_of(arch))
     options: dict[str, Any] = dict(launch.constants, **launch.options)
     bind = jit.create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-    bound, specialization, rest = bind(*launch.arguments, **options)
-    parsed, signature, constants, attributes = launch.kernel._pack_args(backend, options, bound, specialization, rest)
+    bound, specialization, excess = bind(*launch.arguments, **options)
+    parsed, signature, constants, attributes = launch.kernel._pack_args(backend, options, bound, specialization, excess)
     return ASTSource(launch.kernel, signature, constants, attributes), dict(parsed.__dict__)
 
 
@@ -77,14 +77,14 @@ def read_launches(launches: Sequence[Launch], arch: Arch) -> list[tuple[Compiled
         codes = iter(_disassemble([kernel.asm["cubin"] for kernel in built], arch) if built else [])
     else:
         codes = iter([sass.parse_amd(kernel.asm["amdgcn"]) for kernel in built])
-    found: list[tuple[Compiled, list[Instruction]]] = []
+    results: list[tuple[Compiled, list[Instruction]]] = []
     for launch, (kernel, said) in zip(launches, compiled, strict=True):
         if kernel is None:
-            found.append((Compiled(**_identity(launch, arch), error=said), []))
+            results.append((Compiled(**_identity(launch, arch), error=said), []))
         else:
             code = next(codes)
-            found.append((Compiled(**_identity(launch, arch), **_findings(launch, kernel, said, code, arch)), code))
-    return found
+            results.append((Compiled(**_identity(launch, arch), **_findings(launch, kernel, said, code, arch)), code))
+    return results
 
 
 def _compile(launch: Launch, arch: Arch) -> tuple[Any, str]:
@@ -177,8 +177,8 @@ def _cubin_tool(tool: str, content: bytes, *options: str) -> str:
 
 
 def _number(text: str, name: str) -> int:
-    found = re.search(name + r":\s*(\d+)", text)
-    return int(found[1]) if found else 0
+    match = re.search(name + r":\s*(\d+)", text)
+    return int(match[1]) if match else 0
 
 
 # -- every kernel -----------------------------------------------------------------------------------------------------

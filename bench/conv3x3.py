@@ -193,8 +193,8 @@ def problem(case: ConvCase, device: torch.device) -> DifferentiableProblem:
     output_grad = normal(*case.output_size)
     activation = "sigmoid" if case.sigmoid else None
     options = dict(stride=case.stride, padding=PADDING, groups=case.groups, activation=activation)
-    found = partial(scales, options=options)
-    return DifferentiableProblem(arguments, output_grad, eager, found, case.tf32, options, images_at_a_time(case))
+    terms, images = partial(scales, options=options), images_at_a_time(case)
+    return DifferentiableProblem(arguments, output_grad, eager, terms, case.tf32, options, images)
 
 
 def images_at_a_time(case: ConvCase) -> int:
@@ -222,16 +222,16 @@ def launches(case: ConvCase, direction: str, arch: Arch) -> "list[Launch]":
     window = Window((case.stride, case.stride), (PADDING, PADDING), case.groups)
     x, w, y = empty(*case.input_size), empty(*case.weight_size), empty(*case.output_size)
     b, activation = empty(y.shape[1]) if case.bias else None, "sigmoid" if case.sigmoid else None
-    found: list[Launch] = []
+    launched: list[Launch] = []
     if direction in ("forward", "both"):
-        found += plan.forward(x, w, b, y, window, activation, arch, case.tf32)
+        launched += plan.forward(x, w, b, y, window, activation, arch, case.tf32)
     if direction == "forward":
-        return found
+        return launched
     dx = None if direction == "wgrad" else empty(*x.shape)
     dw, db = (None, None) if direction == "dgrad" else (empty(*w.shape), None if b is None else empty(*b.shape))
     dy, kept = empty(*y.shape), y if case.sigmoid else None
     needed_x, needed_w = None if dw is None else x, None if dx is None else w
-    return [*found, *plan.backward(dy, needed_x, needed_w, kept, window, arch, case.tf32, dx, dw, db)]
+    return [*launched, *plan.backward(dy, needed_x, needed_w, kept, window, arch, case.tf32, dx, dw, db)]
 
 
 # What is compiled without a GPU: bf16 over all forms, the other types where their rules differ from it.
@@ -380,15 +380,15 @@ def product_work(
     step = products * pixels_of(given) * given["BLOCK_J"] * given["BLOCK_L"]
     read = (pixels + weights * given["BLOCK_J"]) * given["BLOCK_L"] * model.itemsize(given, operand)
     loops = (taps * turns, step) if given["FLAT"] else (turns, step, (taps,))
-    found = model.product(given, operand, *loops)
+    work = model.product(given, operand, *loops)
     written = rows * pixels_of(given) * given["BLOCK_J"] * model.itemsize(given, operand)
     programs = math.prod(grid)
-    return found | model.traffic(given, programs * taps * turns * read, programs * written, programs)
+    return work | model.traffic(given, programs * taps * turns * read, programs * written, programs)
 
 
 def forward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
-    found = product_work(given, grid, "y", size(given, "BUNDLE", "CG"), (1, 1))
-    return found | dict(chain=1 + given["HAS_BIAS"])
+    work = product_work(given, grid, "y", size(given, "BUNDLE", "CG"), (1, 1))
+    return work | dict(chain=1 + given["HAS_BIAS"])
 
 
 def dgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
@@ -397,11 +397,11 @@ def dgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]
 
 def wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
     taps, pixels, turns = given["TAPS"], pixels_of(given), given["boxes_per_split"]
-    found = model.product(given, "x", turns, taps * pixels * size(given, "BLOCK_O", "BLOCK_C"))
+    work = model.product(given, "x", turns, taps * pixels * size(given, "BLOCK_O", "BLOCK_C"))
     read = pixels * (given["BLOCK_O"] + taps * given["BLOCK_C"]) * model.itemsize(given, "x")
     written = taps * size(given, "BLOCK_O", "BLOCK_C") * model.itemsize(given, "dw")
     programs = math.prod(grid)
-    return found | model.traffic(given, programs * turns * read, programs * written, programs)
+    return work | model.traffic(given, programs * turns * read, programs * written, programs)
 
 
 def small_forward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:

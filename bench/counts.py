@@ -15,7 +15,7 @@ import torch
 
 from tribp.launch.arch import ARCHS
 
-from .operation import Operation, describe, find
+from .operation import Operation, describe
 from .results import markdown
 from .run import selected
 
@@ -38,10 +38,10 @@ class Options:
     file: str = ""
 
 
-def main(operations: Sequence[str], options: Options) -> int:
+def main(operations: Sequence[Operation], options: Options) -> int:
     """Print a table and, if there were any, the executor's problems; 1 then, 2 if no case has such a name."""
     rows, problems = [], []
-    for operation in find(operations):
+    for operation in operations:
         exact = [case for case in operation.cases if case.name in options.cases]
         for case in exact or [case for case in operation.cases if selected(case, options.cases, ())]:
             for direction in operation.directions:
@@ -114,13 +114,13 @@ def row(counts: "Counts") -> dict[str, Any]:
     """Of one launch: SM cycles that a program needs of each unit, and the traffic beside the least that would do."""
     from tests.executor.table import cycles
 
-    found = cycles(counts)
-    units = {name: found[name] for name in ("tensor", "shared", "issue", "L2")}
+    needed = cycles(counts)
+    units = {name: needed[name] for name in ("tensor", "shared", "issue", "L2")}
     binds = max(units, key=lambda name: units[name])
-    meant = found["tensor"] or found["ideal"]  # where memory bounds: what it would take at its best
+    meant = needed["tensor"] or needed["ideal"]  # where memory bounds: what it would take at its best
     return {
         "kernel": counts.kernel, "settings": counts.settings, "programs": counts.grid,
-        **{name: round(value) for name, value in found.items()},
+        **{name: round(value) for name, value in needed.items()},
         "binds": binds, "over": units[binds] / meant if meant else 0.0,
     }  # fmt: skip
 

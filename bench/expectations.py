@@ -116,10 +116,10 @@ def vectors(loads: int, stores: int, reason: str) -> Expectation:
     """At least so many loads and stores are 16 bytes wide, whatever else there is: another path may be narrow."""
 
     def check(code: Compiled) -> str | None:
-        found = [sum(code.counts.get(name, 0) for name in names) for names in (LOADS_128, STORES_128)]
-        if found[0] >= loads and found[1] >= stores:
+        seen = [sum(code.counts.get(name, 0) for name in names) for names in (LOADS_128, STORES_128)]
+        if seen[0] >= loads and seen[1] >= stores:
             return None
-        return f"{found[0]} loads and {found[1]} stores are 16 bytes wide, of {loads} and {stores}"
+        return f"{seen[0]} loads and {seen[1]} stores are 16 bytes wide, of {loads} and {stores}"
 
     return Expectation("vectors", check, reason)
 
@@ -131,7 +131,7 @@ def multiplies_with(*instructions: str, reason: str) -> Expectation:
     def check(code: Compiled) -> str | None:
         if not set(instructions) & code.counts.keys():
             return f"no {' or '.join(instructions)} instruction"
-        inside = any(found.matrix for found in code.loops)
+        inside = any(loop.matrix for loop in code.loops)
         return None if inside else "matrix instructions, but outside every loop"
 
     return Expectation("matrix instructions", check, reason)
@@ -205,8 +205,8 @@ def broken(code: Compiled, expectations: Iterable[Expectation]) -> list[str]:
     """One sentence for each expectation that does not hold, with its reason."""
     if code.error:
         return [f"does not compile: {code.error}"]
-    found = []
+    sentences = []
     for expectation in expectations:
         if (wrong := expectation.check(code)) is not None:
-            found.append(f"{expectation.name}: {wrong} ({expectation.reason})")
-    return found
+            sentences.append(f"{expectation.name}: {wrong} ({expectation.reason})")
+    return sentences

@@ -147,7 +147,7 @@ def plans(smoke: bool) -> list[Comparison]:
     torchs = Provider(lambda groups: torch.optim.Adam(groups, fused=True), without_kernels)
     whole = replace(torchs, conditions=contextlib.nullcontext)
     ours = Provider(lambda groups: optim.Adam(groups), launching_nothing)
-    found = [
+    comparisons = [
         Comparison(
             f"Adam plan, {tensors}x8",
             [8] * tensors,
@@ -166,7 +166,7 @@ def plans(smoke: bool) -> list[Comparison]:
             [Target("plan", "fused bookkeeping", 0.25), Target("plan", "plan, one group", 1.25)],
         ),
     ]
-    return found + after_backward(found)
+    return comparisons + after_backward(comparisons)
 
 
 def steps() -> list[Comparison]:
@@ -248,15 +248,15 @@ def shards(smoke: bool) -> list[Comparison]:
         return []
 
     sizes = [64, 8] * (2 if smoke else 200)
-    found = []
+    comparisons = []
     for name, (class_name, options, _) in CLASSES.items():
         modes = ["foreach"] + ["fused"] * (name == "Adam")  # to the others' fused kernels DTensors are unknown
         providers = {library: provider(module, class_name, **options) for library, module in LIBRARIES.items()}
         for mode in modes:
             providers[f"torch {mode}"] = provider(torch.optim, class_name, **options, **{mode: True})
         targets = [Target(f"torch {mode}", "tribp", 3, at_least=True) for mode in modes]
-        found.append(Comparison(f"{name}, {len(sizes)} DTensors", sizes, providers, targets, sharded=True))
-    return found
+        comparisons.append(Comparison(f"{name}, {len(sizes)} DTensors", sizes, providers, targets, sharded=True))
+    return comparisons
 
 
 # -- measuring and showing --------------------------------------------------------------------------------------------
@@ -268,14 +268,14 @@ def comparisons(smoke: bool) -> list[Any]:
     Each has a `name`, `targets`, and `start`, which yields its providers by name, each with a `sample` of the µs that a
     step or a call takes.
     """
-    found: list[Any] = []
+    comparisons: list[Any] = []
     if dispatch.has_triton():
-        found += plans(smoke)
+        comparisons += plans(smoke)
     if dispatch.has_triton() and not dispatch.interpreting():
         from . import host_layers
 
-        found += [*steps(), *host_layers.comparisons()]
-    return [*found, *fallbacks(smoke), *shards(smoke)]
+        comparisons += [*steps(), *host_layers.comparisons()]
+    return [*comparisons, *fallbacks(smoke), *shards(smoke)]
 
 
 def measure(comparison: Any, rounds: int) -> dict[str, Any]:
@@ -285,12 +285,12 @@ def measure(comparison: Any, rounds: int) -> dict[str, Any]:
         for _ in range(rounds):
             for name, one in running.items():  # in turns: a slow minute of the machine's is everybody's
                 times[name].append(one.sample())
-    medians = {name: summary(found) for name, found in times.items()}
+    medians = {name: summary(samples) for name, samples in times.items()}
     return {
         "case": comparison.name,
-        "host_us": {name: asdict(found) for name, found in medians.items()},
+        "host_us": {name: asdict(samples) for name, samples in medians.items()},
         "targets": [
-            judge(target, {name: found.median for name, found in medians.items()}) for target in comparison.targets
+            judge(target, {name: samples.median for name, samples in medians.items()}) for target in comparison.targets
         ],
     }
 
@@ -300,7 +300,7 @@ def judge(target: Target, medians: Mapping[str, float] | None) -> dict[str, Any]
     ratio = None if medians is None else medians[target.over] / medians[target.under]
     limit, at_least = target.limit, target.at_least
     judged = verdict(
-        f"{'≥' if at_least else '≤'} {limit:g}", ratio, lambda found: found >= limit if at_least else found <= limit
+        f"{'≥' if at_least else '≤'} {limit:g}", ratio, lambda value: value >= limit if at_least else value <= limit
     )
     return {"what": f"{target.over} / {target.under}"} | judged
 
@@ -316,7 +316,7 @@ def unmeasured() -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
-        times = ", ".join(f"{name} {found['median']:.4g}" for name, found in row["host_us"].items())
+        times = ", ".join(f"{name} {us['median']:.4g}" for name, us in row["host_us"].items())
         for target in row["targets"]:
             lines.append(
                 [row["case"], times, target["what"], f"{target['ratio']:.3g}", target["target"], target["verdict"]]

@@ -85,15 +85,15 @@ def work(case: Case, direction: str) -> Work:
 
 def targets(case: Case, direction: str) -> list[Target]:
     """What was set for an H100: ratios of torch's time to tribp's."""
-    found = [Target("eager", 1.0, "memory")] if direction == "both" else []
+    targets = [Target("eager", 1.0, "memory")] if direction == "both" else []
     if case.dtype == torch.bfloat16:
-        found.append(Target("compile", 1.0))  # never slower
+        targets.append(Target("compile", 1.0))  # never slower
         ratio = REACHABLE.get(case.shape, {"forward": 1.0}).get(direction)
-        found += [Target("eager", ratio)] if ratio else []
+        targets += [Target("eager", ratio)] if ratio else []
     named = case.shape in REACHABLE
     if case.dtype == torch.float32 and not case.tf32 and direction in ("forward", "backward") and named:
-        found.append(Target("eager", 1.5))
-    return found
+        targets.append(Target("eager", 1.5))
+    return targets
 
 
 def launches(case: Case, direction: str, arch: Arch) -> "list[Launch]":
@@ -113,7 +113,7 @@ def launches(case: Case, direction: str, arch: Arch) -> "list[Launch]":
     forward = list(plan.forward(x, w, b, y, arch, case.tf32)) if direction in ("forward", "both") else []
     if direction == "forward":
         return forward
-    wanted = {
+    gradients = {
         "backward": (dx, dw, db),
         "both": (dx, dw, db),
         "wgrad only": (None, dw, db),
@@ -121,7 +121,7 @@ def launches(case: Case, direction: str, arch: Arch) -> "list[Launch]":
         "bias only": (None, None, db),
         "without bias": (dx, dw, None),
     }[direction]
-    return forward + list(plan.backward(empty(m, n), x, w, y, arch, case.tf32, *wanted))
+    return forward + list(plan.backward(empty(m, n), x, w, y, arch, case.tf32, *gradients))
 
 
 # What is compiled without a GPU: bf16 over the whole grid, the others where their rules differ from it.
@@ -185,29 +185,29 @@ def forward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, An
     rows, cols = cdiv(m, given["BLOCK_M"]), cdiv(n, given["BLOCK_N"])
     outer = (cdiv(rows * cols, grid[0]),) if given["PERSISTENT"] else ()
     step = size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K")
-    found = model.product(given, "x", cdiv(k, given["BLOCK_K"]), step, outer)
-    found |= dict(turns=model.turns_of(given, k, "BLOCK_K"), chain=1 + given["HAS_BIAS"])
+    work = model.product(given, "x", cdiv(k, given["BLOCK_K"]), step, outer)
+    work |= dict(turns=model.turns_of(given, k, "BLOCK_K"), chain=1 + given["HAS_BIAS"])
     loaded = itemsize * (m * k * cols + n * k * rows)
-    return found | model.traffic(given, loaded, itemsize * m * n, grid[0])
+    return work | model.traffic(given, loaded, itemsize * m * n, grid[0])
 
 
 def dgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
     m, n, k, itemsize = given["M"], given["N"], given["K"], model.itemsize(given, "dx")
     rows, cols, read = cdiv(m, given["BLOCK_M"]), cdiv(k, given["BLOCK_K"]), 1 + given["FUSE_DZ"]
-    found = model.product(given, "dx", cdiv(n, given["BLOCK_N"]), size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    found |= dict(turns=model.turns_of(given, n, "BLOCK_N"))
+    work = model.product(given, "dx", cdiv(n, given["BLOCK_N"]), size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    work |= dict(turns=model.turns_of(given, n, "BLOCK_N"))
     loaded = itemsize * (read * m * n * cols + n * k * rows)
-    return found | model.traffic(given, loaded, itemsize * m * k, grid[0])
+    return work | model.traffic(given, loaded, itemsize * m * k, grid[0])
 
 
 def wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
     m, n, k, itemsize = given["M"], given["N"], given["K"], model.itemsize(given, "x")
     rows, cols, read = cdiv(n, given["BLOCK_N"]), cdiv(k, given["BLOCK_K"]), 1 + given["FUSE_DZ"]
     turns = cdiv(given["rows_per_split"], given["BLOCK_M"])
-    found = model.product(given, "x", turns, size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    work = model.product(given, "x", turns, size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
     loaded = itemsize * (read * m * n * cols + m * k * rows)
     stored = grid[1] * n * k * model.itemsize(given, "dw") + m * n * itemsize * given["WRITE_DZ"]
-    return found | model.traffic(given, loaded, stored, grid[0] * grid[1])
+    return work | model.traffic(given, loaded, stored, grid[0] * grid[1])
 
 
 def output_grad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:

@@ -119,30 +119,42 @@ class KernelTests:
 
 @dataclass(frozen=True)
 class Operation:
-    """`cases` and the shares of `run_first` have the most valuable first: a run may be cut off.
+    """An operation as data: what is measured, what its kernels are, how results are shown.
 
-    A case is a `Case`, or anything else with `name`, `dtype`, `dtype_name`, `tf32` and `small`.
+    A case is a `Case`, or anything else with `name`, `dtype`, `dtype_name`, `tf32` and `small`; cases come in order of
+    their value, for a run may be cut off. The defaults are those of a differentiable function.
     """
 
     name: str
     summary: str
+
+    # What is measured, of every case and direction.
     cases: Sequence[Any]
     smoke_cases: Sequence[Any]
     directions: Sequence[str]
-    providers: Callable[[Any, str], Mapping[str, Any]]  # case, why torch.compile is left out; left out: a sentence
+    # By name, of a case: what `problem` is given; a sentence in place of one that is left out. The second argument is
+    # why torch.compile is to be left out, or nothing.
+    providers: Callable[[Any, str], Mapping[str, Any]]
     problem: Callable[[Any, torch.device], Problem]
     work: Callable[[Any, str], Work]
     targets: Callable[[Any, str], Sequence[Target]]
-    launches: "Callable[[Any, str, Arch], Sequence[Launch]]"  # on tensors without memory
-    compiled: Callable[[Arch, bool], Iterable[tuple[str, Any, str]]]  # name, case, direction; True: all, no selection
-    expectations: "Callable[[Launch, Any, Arch], Iterable[Expectation]]"  # what the launch's machine code must show
-    # By kernel: parts of `LaunchWork`, of its arguments by name, its grid and the case.
+
+    # Its kernels.
+    launches: "Callable[[Any, str, Arch], Sequence[Launch]]"  # of a case and direction, on tensors without memory
+    # What `static` compiles: a name, a case, a direction. The second argument: all there is, or a selection.
+    compiled: Callable[[Arch, bool], Iterable[tuple[str, Any, str]]]
+    expectations: "Callable[[Launch, Any, Arch], Iterable[Expectation]]"  # what a launch's machine code must show
+    # By kernel, of a launch's arguments by name, its grid and the case: parts of `model.work.LaunchWork`.
     kernel_work: Mapping[str, Callable[[Given, tuple[int, ...], Any], dict[str, Any]]]
     tests: KernelTests
     run_first: Mapping[str, str]  # for `all`: shares of the cases that have targets, as options of `run`
     switches: Sequence[str]  # arguments and constants of kernels that settings show where they are on
+
+    # Whom it is compared with, and how that is shown.
     baseline: str = "eager"  # the provider whose errors are torch's own
     peers: Sequence[str] = ("eager", "compile")  # all providers but tribp
+    best_of: Mapping[str, Sequence[str]] = field(default_factory=dict)  # names for the fastest of several peers
+    drawn: Sequence[str] = ()  # the peers in the picture; none: all
     columns: Sequence[str] = (  # of the table: see `results.COLUMNS`
         "case", "direction", "tribp", "eager", "compile", "vs eager", "vs compile", "of floor", "graph", "host",
         "memory",
@@ -151,12 +163,12 @@ class Operation:
         "Times are medians in µs on the device, L2 flushed. Ratios are the other's time over tribp's. The floor is "
         "bytes over the copy's rate, or operations over the product's, whichever is more."
     )
-    drawn: Sequence[str] = ()  # peers in the picture; none: all
-    best_of: Mapping[str, Sequence[str]] = field(default_factory=dict)  # names for the fastest of several peers
-    small_clock: str = "device"  # of small cases; "wall": from the call until the device is done
+
+    # What sets an optimizer's step apart.
+    small_clock: str = "device"  # that small cases are judged by; "wall": from the call until the device is done
     products: bool = True  # whether its operations are matrix products, whose rate is a ceiling besides the copy's
     graph_calls: int = 20  # in one CUDA graph
-    call: Callable[[Any], object] | None = None  # on CPU tensors, where `launches` do not say what tables hold
+    call: Callable[[Any], object] | None = None  # the call on CPU tensors, where launches read tables on the device
 
 
 class StaticCase(NamedTuple):
@@ -168,6 +180,7 @@ class StaticCase(NamedTuple):
 
 
 def static_cases(operation: Operation, arch: Arch, everything: bool) -> Iterator[StaticCase]:
+    """The launches to compile for a target; `everything`: all there are, not a selection."""
     for name, case, direction in operation.compiled(arch, everything):
         for launch in operation.launches(case, direction, arch):
             yield StaticCase(name, launch, tuple(operation.expectations(launch, case, arch)))
@@ -215,20 +228,20 @@ def operations() -> dict[str, Operation]:
     """Every OPERATION of this folder's files, by name."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     modules = [file.stem for file in files if re.search(r"^OPERATION = ", file.read_text(), re.MULTILINE)]
-    found: list[Operation] = [importlib.import_module(f"{__package__}.{module}").OPERATION for module in modules]
-    return {operation.name: operation for operation in found}
+    entries: list[Operation] = [importlib.import_module(f"{__package__}.{module}").OPERATION for module in modules]
+    return {operation.name: operation for operation in entries}
 
 
 def names() -> list[str]:
     return list(operations())
 
 
-def find(wanted: Sequence[str] = ()) -> list[Operation]:
+def find(chosen: Sequence[str] = ()) -> list[Operation]:
     """The operations of these names, or all of them. Raises ValueError for a name that does not exist."""
-    for name in wanted:
+    for name in chosen:
         if name not in operations():
             raise ValueError(f"no operation is called {name!r}; there are: {', '.join(operations())}")
-    return [operations()[name] for name in wanted or operations()]
+    return [operations()[name] for name in chosen or operations()]
 
 
 def switches() -> list[str]:
@@ -305,12 +318,12 @@ class DifferentiableProblem:
     def results(self, function: Callable[..., Tensor], direction: str) -> Mapping[str, Tensor]:
         inputs = self._inputs(direction)
         output = function(*inputs.values(), **self.options)
-        found = {"output": output.detach()} if direction in ("forward", "both") else {}
+        results = {"output": output.detach()} if direction in ("forward", "both") else {}
         if direction != "forward":
-            wanted = {name: value for name, value in inputs.items() if value.requires_grad}
-            grads = torch.autograd.grad(output, list(wanted.values()), self.output_grad)
-            found |= {f"{name}.grad": grad for name, grad in zip(wanted, grads, strict=True)}
-        return found
+            leaves = {name: value for name, value in inputs.items() if value.requires_grad}
+            grads = torch.autograd.grad(output, list(leaves.values()), self.output_grad)
+            results |= {f"{name}.grad": grad for name, grad in zip(leaves, grads, strict=True)}
+        return results
 
     def action(self, function: Callable[..., Tensor], direction: str, *, captured: bool = False) -> Action:
         if direction == "both":
@@ -320,8 +333,8 @@ class DifferentiableProblem:
             # With the arguments requiring gradients, as in training: what is saved for backward is part of the cost.
             return Action(lambda: function(*inputs.values(), **self.options))
         output = function(*inputs.values(), **self.options)
-        wanted = [value for value in inputs.values() if value.requires_grad]
-        return Action(lambda: torch.autograd.grad(output, wanted, self.output_grad, retain_graph=True))
+        leaves = [value for value in inputs.values() if value.requires_grad]
+        return Action(lambda: torch.autograd.grad(output, leaves, self.output_grad, retain_graph=True))
 
     def wrong(self, errors: Mapping[str, float], baseline_errors: Mapping[str, float]) -> str:
         """The output must meet its type's tolerance and stay within twice torch's error.

@@ -68,10 +68,10 @@ class StepCase:
     def clip(self) -> float | None:
         return self.beyond.get("max_grad_norm")
 
-    def make(self, groups: "Groups", **more: Any) -> Any:
+    def make(self, groups: "Groups", **capture: Any) -> Any:
         """tribp's optimizer."""
         fixed = {"lr": LR, **self.options, **self.beyond} | ({"fused": True} if self.scaler else {})
-        return getattr(optim, self.optimizer)(groups, **fixed, **more)
+        return getattr(optim, self.optimizer)(groups, **fixed, **capture)
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------
@@ -174,16 +174,16 @@ def work(case: StepCase, direction: str) -> Work:
 
 def targets(case: StepCase, direction: str) -> list[Target]:
     """What was set for an H100."""
-    found = [Target("", 1 if case.clip is None else 2, "launches")]
+    targets = [Target("", 1 if case.clip is None else 2, "launches")]
     bare = case.dtype == torch.float32 and not case.beyond and not case.scaler
     ruled = case.options == ({"momentum": 0.9} if case.optimizer == "SGD" else {})  # Momentum is SGD with momentum
     if bare and ruled and case.shapes_name == "1e8":
         # torch has no fused RMSprop; what torch.compile makes of it stands beside, without a target.
         peer = Target("eager", 2.3) if case.optimizer == "RMSprop" else Target("fused", 1.0)
-        found += [Target("copy", 0.92, "bandwidth"), peer, Target("for-loop", 1.001, "held memory")]
+        targets += [Target("copy", 0.92, "bandwidth"), peer, Target("for-loop", 1.001, "held memory")]
     if bare and ruled and case.shapes_name.startswith("1000x") and case.optimizer != "RMSprop":
-        found.append(Target("fused", 5.0))
-    return found
+        targets.append(Target("fused", 5.0))
+    return targets
 
 
 # -- providers --------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ class Provider:
 
 def providers(case: StepCase, without_compile: str = "") -> dict[str, Provider | str]:
     """By name; in place of one that is left out, a sentence."""
-    found: dict[str, Provider | str] = {
+    there: dict[str, Provider | str] = {
         "tribp": Provider(case.make, unscales=True, clips=True),
         "for-loop": Provider(_torchs(case, foreach=False)),
         "foreach": Provider(_torchs(case, foreach=True)),
@@ -219,16 +219,16 @@ def providers(case: StepCase, without_compile: str = "") -> dict[str, Provider |
         "bitsandbytes": _bitsandbytes(case),
     }
     if case.optimizer == "RMSprop":
-        found["fused"] = "torch has no fused RMSprop"
+        there["fused"] = "torch has no fused RMSprop"
     if lacking := [key for key in ("state_dtype", "stochastic_rounding") if key in case.beyond]:
-        found |= dict.fromkeys(("for-loop", "foreach", "fused", "compile"), f"torch has no {' and no '.join(lacking)}")
-    return found
+        there |= dict.fromkeys(("for-loop", "foreach", "fused", "compile"), f"torch has no {' and no '.join(lacking)}")
+    return there
 
 
 def _torchs(case: StepCase, **how: bool) -> Callable[..., Any]:
     def make(groups: Groups, capturable: bool = False) -> Any:
-        more = {"capturable": True} if capturable and case.optimizer in ("Adam", "RMSprop") else {}
-        return getattr(torch.optim, case.optimizer)(groups, LR, **case.options, **how, **more)
+        capture = {"capturable": True} if capturable and case.optimizer in ("Adam", "RMSprop") else {}
+        return getattr(torch.optim, case.optimizer)(groups, LR, **case.options, **how, **capture)
 
     return make
 
@@ -256,8 +256,8 @@ def _of_library(
     knows_it = capturable
 
     def make(groups: Groups, capturable: bool = False) -> Any:
-        more = {"capturable": True} if capturable and knows_it else {}
-        return getattr(importlib.import_module(module), name)(groups, lr=LR, **options, **more)
+        capture = {"capturable": True} if capturable and knows_it else {}
+        return getattr(importlib.import_module(module), name)(groups, lr=LR, **options, **capture)
 
     return Provider(make)
 
@@ -265,7 +265,7 @@ def _of_library(
 class Job:
     """A provider with parameters and gradients of its own, the same for all providers."""
 
-    def __init__(self, case: StepCase, provider: Provider, device: torch.device, **more: bool) -> None:
+    def __init__(self, case: StepCase, provider: Provider, device: torch.device, **options: bool) -> None:
         self.case, self.device, self.provider = case, device, provider
         generator = torch.Generator(device).manual_seed(0)
         self.params = [
@@ -274,7 +274,7 @@ class Job:
         ]
         self.grads = [torch.empty_like(p.data) for p in self.params]
         groups = [{"params": self.params}] if case.grouped else [{"params": [p]} for p in self.params]
-        self.optimizer = provider.make(groups, **more)
+        self.optimizer = provider.make(groups, **options)
         self._scale, self._found_inf = torch.ones((), device=device), torch.zeros((), device=device)
         self._update = torch.compile(self.optimizer.step) if provider.compiled else self.optimizer.step
 
@@ -345,9 +345,9 @@ class Problem:
             if self.case.clip is not None:
                 torch.nn.utils.clip_grad_norm_([p], self.case.clip)
             exact.step()
-        found = {"param": p.detach()}
-        found |= {k: v for k, v in exact.state[p].items() if isinstance(v, Tensor) and v.shape == p.shape}
-        return {name: Reference(value, float(value.norm())) for name, value in found.items()}
+        tensors = {"param": p.detach()}
+        tensors |= {k: v for k, v in exact.state[p].items() if isinstance(v, Tensor) and v.shape == p.shape}
+        return {name: Reference(value, float(value.norm())) for name, value in tensors.items()}
 
     def reference(self) -> Mapping[str, Reference]:
         """By the genuine class in float64. Every update is one of single elements, so that a sample will do."""
@@ -358,8 +358,8 @@ class Problem:
         for step in range(STEPS):
             job.gradients(step, SCALE if self.case.scaler else 1.0)
             job.step()
-        found = {"param": self.sample(job.params)}
-        return found | {name: self.sample(value) for name, value in job.moments().items() if name in self.reference()}
+        tensors = {"param": self.sample(job.params)}
+        return tensors | {name: self.sample(value) for name, value in job.moments().items() if name in self.reference()}
 
     def action(self, provider: Provider, direction: str, *, captured: bool = False) -> Action:
         job = Job(self.case, provider, self.device, **{"capturable": True} if captured else {})
@@ -397,10 +397,10 @@ def launches(case: StepCase, direction: str, arch: Arch) -> "list[Launch]":
     """What one step launches on this GPU, on tensors without memory."""
     from tribp.launch.layout import Launch
 
-    found: list[Launch] = []
+    launched: list[Launch] = []
 
     def record(launch: Launch) -> None:
-        found.append(launch)
+        launched.append(launch)
 
     with (
         mock.patch.object(dispatch, "backend_of", return_value="triton"),
@@ -419,8 +419,8 @@ def launches(case: StepCase, direction: str, arch: Arch) -> "list[Launch]":
             optimizer.grad_scale = optimizer.found_inf = torch.empty((), device="meta")
         optimizer.step()
     if case.irregular:  # an lr on the device is one where its address can be read, which `meta` has none of
-        found = [x._replace(constants={k: v or k == "ON_DEVICE" for k, v in x.constants.items()}) for x in found]
-    return found
+        launched = [x._replace(constants={k: v or k == "ON_DEVICE" for k, v in x.constants.items()}) for x in launched]
+    return launched
 
 
 DTYPES = (FP32, BF16, FP16, FP64)
@@ -463,8 +463,8 @@ RARE: Selection = [  # for --all
 
 
 def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, StepCase, str]]:
-    more = [*MORE, *RARE] if everything else MORE if arch.name == THOROUGH else []
-    for name, case, dtypes in [*ALWAYS, *more]:
+    others = [*MORE, *RARE] if everything else MORE if arch.name == THOROUGH else []
+    for name, case, dtypes in [*ALWAYS, *others]:
         rule, _, switched_on = name.partition(" ")
         for dtype in DTYPES if everything and "stochastic_rounding" not in case.beyond else dtypes:
             yield f"{rule} {dtype_name(dtype)} {switched_on}".strip(), replace(case, dtype=dtype), "step"

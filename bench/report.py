@@ -3,9 +3,8 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import host, operation, pictures, results
 from .operation import Operation
@@ -17,9 +16,8 @@ ORDER = ("missed", "unmeasured", "met")
 CHECKOUT = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True)
-class Goal:
-    """A target of the issues, and what became of it."""
+class Goal(NamedTuple):
+    """A target, and what became of it: a line of the table."""
 
     operation: str
     case: str
@@ -33,17 +31,17 @@ def main(folders: Sequence[Path]) -> int:
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
-    for folder in folders or found(results.ROOT):
+    for folder in folders or result_folders(results.ROOT):
         stored = load(folder)
         draw(folder, stored)
         results.write(folder / "README.md", page(folder, stored))
         print(f"{folder / 'README.md'}\n{summary(goals(stored))}")
-    if not folders and not found(results.ROOT):
+    if not folders and not result_folders(results.ROOT):
         print(f"nothing is measured yet\n\n{targets({})}")
     return 0
 
 
-def found(root: Path) -> list[Path]:
+def result_folders(root: Path) -> list[Path]:
     """The folders in it that hold results."""
     return sorted(folder for folder in root.glob("*/") if load(folder))
 
@@ -60,13 +58,13 @@ def goals(stored: Stored) -> list[Goal]:
     """All targets that were set, measured or not: the missed first, then what is unmeasured."""
     everything = {entry.name: results.unmeasured(entry) for entry in operation.find()}
     everything["host"] = host.unmeasured()
-    found = []
+    judged = []
     for name, rows in everything.items():
         measured = {place(row): row for row in stored.get(name, {}).get("rows", [])}
         latest = stored.get(name, {}).get("commit")
         for row in rows:
-            found += [goal(name, row, target, measured.get(place(row)), latest) for target in row["targets"]]
-    return sorted(found, key=lambda goal: ORDER.index(goal.verdict))
+            judged += [goal(name, row, target, measured.get(place(row)), latest) for target in row["targets"]]
+    return sorted(judged, key=lambda goal: ORDER.index(goal.verdict))
 
 
 def place(row: Row) -> tuple[str, str]:
@@ -101,14 +99,8 @@ def figure(target: Row) -> str:
 
 def targets(stored: Stored) -> str:
     everything = goals(stored)
-    table = markdown(
-        ["operation", "case", "target", "measured", "verdict"],
-        [[g.operation, g.case, g.target, g.measured, g.verdict] for g in everything],
-    )
-    return (
-        f"{summary(everything)} Ratios are the other's time over tribp's, or memory, unless the case names its own.\n\n"
-        f"{table}"
-    )
+    legend = "Ratios are the other's time over tribp's, or memory, unless the case names its own."
+    return f"{summary(everything)} {legend}\n\n{markdown(Goal._fields, everything)}"
 
 
 def summary(everything: Sequence[Goal]) -> str:
@@ -121,8 +113,8 @@ def short(folder: Path) -> str:
     everything = goals(load(folder))
     missed = [goal for goal in everything if goal.verdict == "missed"]
     lines = [f"  missed: {g.operation} {g.case}: {g.target}, measured {g.measured}" for g in missed[:MOST_MISSED]]
-    more = [f"  and {len(missed) - MOST_MISSED} more"] if len(missed) > MOST_MISSED else []
-    return "\n".join([summary(everything), *lines, *more])
+    others = [f"  and {len(missed) - MOST_MISSED} more"] if len(missed) > MOST_MISSED else []
+    return "\n".join([summary(everything), *lines, *others])
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -152,27 +144,27 @@ def title(stored: Stored) -> str:
 
 
 def section(folder: Path, entry: Operation, held: dict[str, Any]) -> list[str]:
-    found = [
+    parts = [
         f"## {entry.name}: {entry.summary}",
         f"{results.conditions(held)}\n\n{entry.legend}",
         f"To reproduce: `python -m bench run {entry.name} --out {shown(folder)}`",
     ]
     for picture in (folder / f"{entry.name}.png", folder / f"roofline-{entry.name}.png"):
         if picture.exists():
-            found.append(f"![{picture.stem}]({picture.name})")
+            parts.append(f"![{picture.stem}]({picture.name})")
     commits = sorted({row["commit"] for row in held["rows"]} - {held["commit"]})
     if commits:
         cases = Counter(row["commit"] for row in held["rows"])
         others = ", ".join(f"{cases[commit]} at {commit}" for commit in commits)
-        found.append(f"Of {len(held['rows'])} rows, not at {held['commit']} but earlier: {others}.")
-    return [*found, results.table(entry, held["rows"])]
+        parts.append(f"Of {len(held['rows'])} rows, not at {held['commit']} but earlier: {others}.")
+    return [*parts, results.table(entry, held["rows"])]
 
 
 def host_section(folder: Path, held: dict[str, Any]) -> list[str]:
-    found = ", ".join(f"{name} {version}" for name, version in held["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in held["versions"].items())
     return [
         "## host: what an optimizer's step costs the host",
-        f"Commit {held['commit']}; {held['cpus']} CPUs, load average {held['load']:.1f}; {found}.",
+        f"Commit {held['commit']}; {held['cpus']} CPUs, load average {held['load']:.1f}; {versions}.",
         f"To reproduce: `python -m bench host --json {shown(folder)}/host.json`",
         host.table(held["rows"]),
     ]

@@ -35,7 +35,7 @@ def row(
     floor_us, bound_by = floor(work, bandwidth, rate)
     device_us = number(entries, "tribp", "device_us")
     clock = operation.small_clock if case.small else "device"
-    found: Row = {
+    row: Row = {
         "case": case.name,
         "dtype": case.dtype_name,
         "direction": direction,
@@ -50,10 +50,10 @@ def row(
         "settings": [],
         "providers": dict(entries),
     }
-    verdicts = [judge(target, found) for target in operation.targets(case, direction)]
+    verdicts = [judge(target, row) for target in operation.targets(case, direction)]
     if entries["tribp"].get("status") in ("wrong", "failed"):  # it meets no target
         verdicts = [verdict | {"ratio": None, "verdict": "missed"} for verdict in verdicts]
-    return found | {"targets": verdicts}
+    return row | {"targets": verdicts}
 
 
 def unmeasured(operation: Operation) -> list[Row]:
@@ -74,34 +74,34 @@ def over(a: float | None, b: float | None) -> float | None:
 def ratios(operation: Operation, entries: Mapping[str, Row], clock: str) -> dict[str, float | None]:
     """How many times as fast as each peer tribp is, None if unmeasured; and as the fastest of several."""
     ours = number(entries, "tribp", clock)
-    found = {peer: over(number(entries, peer, clock), ours) for peer in operation.peers}
+    ratios = {peer: over(number(entries, peer, clock), ours) for peer in operation.peers}
     for name, peers in operation.best_of.items():
-        found[name] = min((ratio for peer in peers if (ratio := found[peer]) is not None), default=None)
-    return found
+        ratios[name] = min((ratio for peer in peers if (ratio := ratios[peer]) is not None), default=None)
+    return ratios
 
 
 def judge(target: Target, row: Row) -> Row:
-    """The target as a sentence, what was found, and the verdict: "met", "missed", "unmeasured"."""
+    """The target as a sentence, what was value, and the verdict: "met", "missed", "unmeasured"."""
     entries, peer, limit = row["providers"], target.peer, target.ratio
     if target.quantity == "bandwidth":
-        return verdict(f"≥ {limit:.0%} of copy", row["copy_fraction"], lambda found: found >= limit)
+        return verdict(f"≥ {limit:.0%} of copy", row["copy_fraction"], lambda value: value >= limit)
     if target.quantity == "launches":  # none is not in a kernel
-        return verdict(f"{limit:g} launches", number(entries, "tribp", "launches"), lambda found: found == limit)
+        return verdict(f"{limit:g} launches", number(entries, "tribp", "launches"), lambda value: value == limit)
     if target.quantity == "held memory":
-        found = over(number(entries, "tribp", "held_bytes"), number(entries, peer, "held_bytes"))
-        return verdict(f"≤ {limit:g}x {peer} memory", found, lambda found: found <= limit)
+        value = over(number(entries, "tribp", "held_bytes"), number(entries, peer, "held_bytes"))
+        return verdict(f"≤ {limit:g}x {peer} memory", value, lambda value: value <= limit)
     if target.quantity == "memory":
-        return verdict(f"≥ {limit:.2f}x {peer} memory", memory_ratio(row, peer), lambda found: found >= limit)
-    return verdict(f"≥ {limit:.2f}x {peer}", row["ratios"][peer], lambda found: found >= limit)
+        return verdict(f"≥ {limit:.2f}x {peer} memory", memory_ratio(row, peer), lambda value: value >= limit)
+    return verdict(f"≥ {limit:.2f}x {peer}", row["ratios"][peer], lambda value: value >= limit)
 
 
 def memory_ratio(row: Row, peer: str) -> float | None:
     return over(number(row["providers"], peer, "peak_bytes"), number(row["providers"], "tribp", "peak_bytes"))
 
 
-def verdict(target: str, found: float | None, met: Callable[[float], bool]) -> Row:
-    judged = "unmeasured" if found is None else "met" if met(found) else "missed"
-    return {"target": target, "ratio": found, "verdict": judged}
+def verdict(target: str, value: float | None, met: Callable[[float], bool]) -> Row:
+    judged = "unmeasured" if value is None else "met" if met(value) else "missed"
+    return {"target": target, "ratio": value, "verdict": judged}
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -225,8 +225,8 @@ class Store:
         write(self.path.with_suffix(".md"), "\n\n".join([*parts, table(self.operation, self.rows)]))
 
     def rows_of(self, cases: Sequence[Any]) -> list[Row]:
-        wanted = {case.name for case in cases}
-        return [r for r in self.rows if r["case"] in wanted]
+        names = {case.name for case in cases}
+        return [r for r in self.rows if r["case"] in names]
 
     def plot(self) -> Path | None:
         peers = self.operation.drawn or self.operation.peers
@@ -240,11 +240,11 @@ def heading(head: Mapping[str, Any]) -> str:
 
 def conditions(head: Mapping[str, Any]) -> str:
     """When, with what and under which ceilings the results that carry this head were measured."""
-    found = [f"{name} {version}" for name, version in head["versions"].items()]
+    versions = [f"{name} {version}" for name, version in head["versions"].items()]
     rates = [f"{name} {rate / 1e12:.4g} TF/s" for name, rate in head["operations_per_second"].items()]
     products = f", products {', '.join(rates)}" if rates else ""
     return (
-        f"{head['date']}, commit {head['commit']}; {', '.join(found)}. Measured in the same run: copy "
+        f"{head['date']}, commit {head['commit']}; {', '.join(versions)}. Measured in the same run: copy "
         f"{head['copy_bytes_per_second'] / 1e12:.3g} TB/s{products}."
     )
 
@@ -261,18 +261,18 @@ def commit() -> str:
     changed = f"status --porcelain --untracked-files=no -- {' '.join(SOURCES)} :(exclude)bench/results"
     try:
         root = Path(__file__).parents[1]
-        found = [
+        answers = [
             subprocess.run(["git", *words.split()], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
             for words in ("rev-parse --short HEAD", changed)
         ]
     except (OSError, subprocess.CalledProcessError):
         return digest()
-    return f"{found[0]}+{digest()}" if found[1] else found[0]
+    return f"{answers[0]}+{digest()}" if answers[1] else answers[0]
 
 
 def digest(root: Path = Path(__file__).parents[1]) -> str:
     """Eight digits that tell one state of the sources from another; a commit of results changes none."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in sorted(file for folder in SOURCES for file in (root / folder).rglob("*.py")):
-        found.update(str(file.relative_to(root)).encode() + file.read_bytes())
-    return found.hexdigest()[:8]
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()[:8]

@@ -185,10 +185,10 @@ def attempt(
 ) -> Row:  # fmt: skip
     """One provider's results, checked, and its times if they are right. baseline: the errors of torch's own."""
     try:
-        found = errors(problem.results(provider, direction), problem.reference())
-        if wrong := problem.wrong(found, baseline):
-            return {"status": "wrong", "errors": found, "note": wrong}
-        return {"status": "ok", "errors": found, **timed(operation, case, direction, problem, provider, meter)}
+        results = errors(problem.results(provider, direction), problem.reference())
+        if wrong := problem.wrong(results, baseline):
+            return {"status": "wrong", "errors": results, "note": wrong}
+        return {"status": "ok", "errors": results, **timed(operation, case, direction, problem, provider, meter)}
     except torch.OutOfMemoryError:
         return {"status": "skipped", "note": "needs more memory than is free"}
     except Exception as error:  # a provider that fails must not take the others' numbers with it
@@ -202,11 +202,11 @@ def sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def errors(found: Mapping[str, Tensor], reference: Mapping[str, Reference]) -> dict[str, float]:
+def errors(results: Mapping[str, Tensor], reference: Mapping[str, Reference]) -> dict[str, float]:
     """The relative error of each result; NaN where there is one."""
     return {
         name: float((value.double() - reference[name].value).norm()) / max(reference[name].scale, 1e-300)
-        for name, value in found.items()
+        for name, value in results.items()
     }
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import json
-import math
 import platform
 import re
 import statistics
@@ -34,33 +33,25 @@ class Times:
 
 
 def summary(times: Sequence[float]) -> Times:
-    return Times(*(percentile(times, q) for q in (0.5, 0.2, 0.8)))
-
-
-def percentile(values: Sequence[float], q: float) -> float:
-    """The q-quantile, interpolated between neighbours."""
-    ordered = sorted(values)
-    at = q * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+    quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    return Times(*torch.tensor(times, dtype=torch.float64).quantile(quantiles).tolist())
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     try:
         import triton
 
-        found["triton"] = triton.__version__
+        versions["triton"] = triton.__version__
     except ImportError:
         pass
-    return found
+    return versions
 
 
 def kernels_of(trace: Mapping[str, Any]) -> tuple[int, float]:
     """The number of kernels in a trace as torch.profiler exports it, and their µs; copies and fills are none."""
-    found = [e["dur"] for e in trace["traceEvents"] if e.get("cat") == "kernel"]
-    return len(found), float(sum(found))
+    durations = [e["dur"] for e in trace["traceEvents"] if e.get("cat") == "kernel"]
+    return len(durations), float(sum(durations))
 
 
 def call_times(action: Action, wait: Call, rounds: int) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from bench.operation import Action, Case, Operation, Target, Work
 from bench.optim import LR, PEERS, Provider, StepCase
 from bench.results import markdown
 from bench.run import Ceilings, Options
-from bench.timing import CpuMeter, Times, call_times, kernels_of, percentile, summary
+from bench.timing import CpuMeter, Times, call_times, kernels_of, summary
 
 ROOT = Path(__file__).parent.parent
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
@@ -178,10 +178,10 @@ def test_help_teaches_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "python -m bench static" in text
 
 
-def test_percentiles() -> None:
-    assert summary([5, 1, 4, 2, 3]) == Times(median=3, p20=1.8, p80=4.2)
-    assert percentile([7.0], 0.2) == 7
-    assert percentile([1, 2], 0.5) == 1.5
+def test_percentiles_are_interpolated() -> None:
+    assert list(vars(summary([5, 1, 4, 2, 3])).values()) == pytest.approx([3, 1.8, 4.2])
+    assert summary([7.0]) == Times(median=7, p20=7, p80=7)
+    assert summary([1, 2]).median == 1.5
 
 
 def test_floor_is_the_larger_of_bytes_and_operations() -> None:

@@ -15,13 +15,11 @@ from torch.nn import functional as F
 import tribp
 from bench import conv3x3 as conv
 from bench import results, run
-from bench.__main__ import main
 from bench.conv3x3 import ConvCase, pairs
 from bench.operation import DifferentiableProblem, Operation, Target, Work
-from bench.run import Ceilings, Options
-from bench.timing import CpuMeter
+from bench.run import Options
 
-from .test_bench import NO_CUDA, smoke, with_provider
+from .test_bench import smoke, with_provider
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DIRECTIONS = ("forward", "dgrad", "wgrad", "both")
@@ -31,15 +29,6 @@ CPU = torch.device("cpu")
 def convolution(tribps: Callable[..., Tensor] | None = None) -> Operation:
     """The operation, tribp's provider replaced if one is given."""
     return with_provider("conv", tribps)
-
-
-@NO_CUDA
-def test_without_cuda_run_says_so_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "conv"]) == 2
-    said = capsys.readouterr()
-    assert "CUDA" in said.err
-    assert said.err.count("\n") == 1
-    assert not said.out
 
 
 def test_smoke_walks_through_all_kernels_and_directions(tmp_path: Path, launched: list[str]) -> None:
@@ -252,10 +241,6 @@ def test_work_counts_every_tensor_once() -> None:
     assert operation.work(narrow, "dgrad") == Work(4 * (y + y + w + x), product), "the derivative takes the output"
     assert operation.work(narrow, "wgrad") == Work(4 * (y + y + x + w), product)
     assert operation.work(narrow, "both") == Work(4 * ((x + w + y) + (2 * y + x + w) + (x + w)), 3 * product)
-
-
-def test_the_ceiling_of_float32_is_that_of_products() -> None:
-    assert Ceilings(CpuMeter()).rate(ConvCase((1, 1, 1, 3, 3), FP32)) > 0
 
 
 # -- the problem ------------------------------------------------------------------------------------------------------

@@ -155,16 +155,22 @@ def sum_table(entries: Sequence[Entry]) -> str:
     return markdown(header, rows)
 
 
-def main(selection: Selection, *, jobs: int, file: str) -> int:
-    """Predict, print the tables, write the JSON; 1 if a kernel does not compile."""
-    started = time.perf_counter()
-    entries = evaluate(selection, jobs)
-    seconds, machine = time.perf_counter() - started, MACHINES[selection.target].name
-    print(launch_table(entries), sum_table(entries), sep="\n\n")
-    print(f"\nPredicted for {machine} ({selection.target}), not measured; {len(entries)} entries in {seconds:.0f} s")
+def main(selections: Sequence[Selection], *, jobs: int, file: str) -> int:
+    """Predict, print the tables, write the JSON; 1 if a kernel does not compile. Raises ValueError without a model."""
+    for selection in selections:
+        if selection.target not in MACHINES:
+            raise ValueError(f"there is no model of {selection.target}; there is one of {', '.join(MACHINES)}")
+    rows: list[dict[str, Any]] = []
+    for selection in selections:
+        started = time.perf_counter()
+        entries = evaluate(selection, jobs)
+        seconds, machine = time.perf_counter() - started, f"{MACHINES[selection.target].name} ({selection.target})"
+        print(launch_table(entries), sum_table(entries), sep="\n\n")
+        print(f"\nPredicted for {machine}, not measured; {len(entries)} entries in {seconds:.0f} s")
+        rows += [{"target": selection.target, **as_row(e)} for e in entries]
     if file:
-        Path(file).write_text(json.dumps([as_row(e) for e in entries], indent=1) + "\n")
-    return int(any(e.error for e in entries))
+        Path(file).write_text(json.dumps(rows, indent=1) + "\n")
+    return int(any(row["error"] for row in rows))
 
 
 def as_row(e: Entry) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def work_of(operation: Operation, launch: "Launch", case: Any) -> LaunchWork:
 
 
 def _tensors(given: Given) -> dict[int, float]:
-    found = [tensor_of(value) for value in given.values()]
-    return {id(t): float(t.numel() * t.element_size()) for t in found if isinstance(t, Tensor)}
+    values = [tensor_of(value) for value in given.values()]
+    return {id(t): float(t.numel() * t.element_size()) for t in values if isinstance(t, Tensor)}
 
 
 def tensor_of(value: Any) -> Any:
