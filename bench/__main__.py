@@ -191,7 +191,7 @@ def _sweep(given: argparse.Namespace) -> int:
 def _all(given: argparse.Namespace) -> int:
     from . import all
 
-    return all.main(all.Options(given.budget, given.out, given.only, given.smoke))
+    return all.main(given.budget, given.out, given.only, given.smoke)
 
 
 def _report(given: argparse.Namespace) -> int:

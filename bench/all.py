@@ -139,14 +139,6 @@ def sanitizer() -> str | None:
 # -- the walk ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Options:
-    budget: float  # minutes
-    out: Path | None = None
-    only: Sequence[str] = ()
-    smoke: bool = False
-
-
 class Journal:
     """What became of the steps, in this call and in those before it."""
 
@@ -192,22 +184,22 @@ class Journal:
 Execute = Callable[[Step, float, Path], "int | None"]
 
 
-def main(options: Options) -> int:
-    """0; 1 if a step failed; 2 without CUDA; 130 after Ctrl-C."""
-    if not options.smoke and not torch.cuda.is_available():
+def main(budget: float, out: Path | None = None, only: Sequence[str] = (), smoke: bool = False) -> int:
+    """0; 1 if a step failed; 2 without CUDA; 130 after Ctrl-C. budget: minutes."""
+    if not smoke and not torch.cuda.is_available():
         print("bench all needs CUDA, and torch finds no GPU here (--smoke walks through it on a CPU)", file=sys.stderr)
         return 2
-    if options.out is None and not options.smoke:
+    if out is None and not smoke:
         raise ValueError("all needs --out DIR, the folder for its results; the same one again goes on with them")
-    folder = (options.out or Path(tempfile.mkdtemp(prefix="tribp-bench-"))).resolve()
-    everything = plan(folder, options.smoke)
-    planned = [s for s in everything if not options.only or any(part in s.name for part in options.only)]
+    folder = (out or Path(tempfile.mkdtemp(prefix="tribp-bench-"))).resolve()
+    everything = plan(folder, smoke)
+    planned = [s for s in everything if not only or any(part in s.name for part in only)]
     if not planned:
         raise ValueError(f"there is no such step; there are: {', '.join(step.name for step in everything)}")
-    journal, code = Journal(folder, options.smoke), 0
+    journal, code = Journal(folder, smoke), 0
     try:
         with terminated_as_interrupted():
-            walk(planned, journal, 60 * options.budget)
+            walk(planned, journal, 60 * budget)
             attempt(report(folder), journal, RESERVE)  # always: there is more to tell every time
     except KeyboardInterrupt:
         code = 130

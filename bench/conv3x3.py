@@ -239,35 +239,26 @@ MIDDLE, MANY = (256, 256, 256, 14, 14), (64, 512, 512, 7, 7)
 UNEVEN_TYPES = ((BF16, False), (FP16, False), (FP32, False), (FP32, True))
 NARROW = (64, 13, 11, 33, 29)  # channels that make no rows of whole 16 bytes
 UNEVEN, FEWER = (16, 128, 128, 13, 13), (16, 512, 512, 7, 7)  # no box divides them: wgrad by pointers
-ONE, APART = ("forward",), ("forward", "dgrad", "wgrad")
+APART = ("forward", "dgrad", "wgrad")
 
 
 def selection() -> Iterator[tuple[ConvCase, Sequence[str]]]:
     few, three, depthwise = ConvCase(FEW[0], BF16), ConvCase(THREE, BF16), ConvCase(DEPTHWISE, BF16, groups=384)
-    yield few, APART
-    yield ConvCase(MIDDLE, BF16), APART
-    yield three, APART
-    yield ConvCase(FIRST, BF16), APART
+    apart = [
+        few, ConvCase(MIDDLE, BF16), ConvCase(MANY, BF16), three, ConvCase(FIRST, BF16), depthwise,
+        ConvCase(STRIDED, BF16, stride=2), ConvCase(GROUPED, BF16, groups=32), ConvCase(NARROW, BF16),
+        *(replace(case, last=False) for case in (few, three, depthwise)),
+        *(replace(case, dtype=FP32, tf32=tf32) for case in (few, three) for tf32 in (False, True)),
+        *(replace(case, dtype=FP64) for case in (few, three, depthwise)),
+        *(replace(case, dtype=FP16) for case in (few, three)),
+        replace(depthwise, dtype=FP32),
+    ]  # fmt: skip
+    yield from ((case, APART) for case in apart)
     yield ConvCase(LENET, BF16), ("dgrad",)
-    yield depthwise, APART
-    yield ConvCase(STRIDED, BF16, stride=2), APART
-    yield ConvCase(GROUPED, BF16, groups=32), APART
-    yield ConvCase(NARROW, BF16), APART
-    yield replace(few, last=False), APART
-    yield replace(three, last=False), APART
-    yield replace(depthwise, last=False), APART
     yield replace(few, sigmoid=True), ("forward", "backward")
     yield replace(few, last=False, sigmoid=True), ("backward",)
     yield replace(three, sigmoid=True), ("forward", "wgrad")
-    yield ConvCase(MANY, BF16), APART
-    for dtype, tf32 in ((FP32, False), (FP32, True), (FP64, False)):
-        yield replace(few, dtype=dtype, tf32=tf32), APART
-        yield replace(three, dtype=dtype, tf32=tf32), APART
-    for dtype in (FP32, FP64):
-        yield replace(depthwise, dtype=dtype), APART
-    yield replace(few, dtype=FP16), APART
-    yield replace(three, dtype=FP16), APART
-    yield replace(depthwise, dtype=FP16), ONE
+    yield replace(depthwise, dtype=FP16), ("forward",)
     yield ConvCase(UNEVEN, BF16), ("wgrad",)
 
 

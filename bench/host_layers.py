@@ -3,8 +3,6 @@
 `python -m bench.host_layers "the demo's MLP"` is a first training step, forward and backward of one of STEPS, in a
 process of its own: Triton keeps what it has compiled, in the process and in a folder. Kernels are compiled for an H100,
 not launched.
-
-`python -m bench.host_layers batches` counts how many kernels training compiles whose batches have 43 sizes of 1 to 128.
 """
 
 import contextlib
@@ -28,10 +26,8 @@ import tribp
 from tribp.demo import models
 from tribp.launch.arch import ARCHS
 
-from . import conv3x3, linear_sigmoid
 from .conv3x3 import ConvCase
 from .no_gpu import pretending, pretending_h100
-from .operation import Case
 from .timing import Conditions, Repeated
 
 # -- calls, repeated --------------------------------------------------------------------------------------------------
@@ -105,7 +101,6 @@ def calls() -> list[Calls]:
 # -- the first training step ------------------------------------------------------------------------------------------
 
 BATCH = 64
-BATCHES = range(1, 129, 3)
 
 
 def resnet18(batch: int, dtype: torch.dtype, *, last: bool) -> list[ConvCase]:
@@ -198,28 +193,5 @@ def first_step(name: str) -> tuple[float, int]:
         return 1e6 * (processor_time() - started), len(launches)
 
 
-def kernels_of_batches() -> dict[str, int]:
-    """How many different kernels BATCHES take, of each model."""
-    from .compile import key_of
-
-    arch, float32 = ARCHS["sm_90"], torch.float32
-    before, hidden, after = models.SIZES
-    keys: dict[str, set[str]] = {}
-    for batch in BATCHES:
-        first, second = Case((batch, hidden, before), float32), Case((batch, after, hidden), float32)
-        mlp = [(first, "forward"), (first, "wgrad only"), (second, "forward"), (second, "backward")]
-        launches = {
-            "the demo's MLP": [x for case, direction in mlp for x in linear_sigmoid.launches(case, direction, arch)]
-        }
-        for name, last in (("channels_last", True), ("contiguous", False)):
-            layers = resnet18(batch, torch.bfloat16, last=last)
-            launches[f"ResNet-18's convolutions, {name}"] = [
-                x for case in layers for d in ("forward", "backward") for x in conv3x3.launches(case, d, arch)
-            ]
-        for name, found in launches.items():
-            keys.setdefault(name, set()).update(key_of(launch, arch) for launch in found)
-    return {name: len(found) for name, found in keys.items()}
-
-
 if __name__ == "__main__":
-    print(json.dumps(kernels_of_batches() if sys.argv[1] == "batches" else first_step(sys.argv[1])))
+    print(json.dumps(first_step(sys.argv[1])))

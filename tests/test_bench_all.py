@@ -18,7 +18,7 @@ import torch
 from bench import all as bench_all
 from bench import operation, results, run
 from bench.__main__ import main, parser
-from bench.all import Journal, Options, Step, walk
+from bench.all import Journal, Step, walk
 
 from .test_bench import NO_CUDA, ROOT, linear, smoke
 
@@ -308,7 +308,7 @@ def test_a_step_is_stopped_with_its_children(leader: str, tmp_path: Path, monkey
         python("after", "print('still here')"),
     )
     began = time.monotonic()
-    code = bench_all.main(Options(10, tmp_path, smoke=True))
+    code = bench_all.main(10, tmp_path, smoke=True)
     assert time.monotonic() - began < 15
     assert ended(int(file.read_text()))
     entries = Journal(tmp_path, smoke=True).entries
@@ -331,7 +331,7 @@ def test_a_failing_step_stops_no_other_and_shows_its_last_lines(
         python("unwell", "", lacks="not installed"),
     )
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # of the shell: a GPU's steps are not interpreted
-    assert bench_all.main(Options(10, tmp_path, smoke=True)) == 1
+    assert bench_all.main(10, tmp_path, smoke=True) == 1
     entries = Journal(tmp_path, smoke=True).entries
     assert {name: entry["status"] for name, entry in entries.items()} == {
         "first": "failed", "no such program": "failed", "killed": "failed", "last": "done", "unwell": "skipped",
@@ -366,7 +366,7 @@ def test_an_interrupt_stops_the_step_and_shows_what_there_is(
     interrupt = f"import os, signal, time; open({str(file)!r}, 'w').write(str(os.getpid())); "
     interrupt += f"os.kill(os.getppid(), signal.{name}); time.sleep(60)"
     given_plan(monkeypatch, python("done", ""), python("interrupted", interrupt), python("never", ""))
-    assert bench_all.main(Options(10, tmp_path, smoke=True)) == 130
+    assert bench_all.main(10, tmp_path, smoke=True) == 130
     assert ended(int(file.read_text()))
     entries = Journal(tmp_path, smoke=True).entries
     assert {name: entry["status"] for name, entry in entries.items()} == {"done": "done", "interrupted": "cut off"}
@@ -375,14 +375,14 @@ def test_an_interrupt_stops_the_step_and_shows_what_there_is(
     assert "| never       | left    |" in printed
     file.unlink()
     given_plan(monkeypatch, python("done", "1/0"), python("interrupted", ""), python("never", ""))
-    assert bench_all.main(Options(10, tmp_path, smoke=True)) == 0, "goes on, and does nothing twice"
+    assert bench_all.main(10, tmp_path, smoke=True) == 0, "goes on, and does nothing twice"
 
 
 def test_a_budget_that_is_spent_leaves_everything_and_is_no_mistake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given_plan(monkeypatch, python("long", "1/0", needs=100, limit=200))
-    assert bench_all.main(Options(1.5, tmp_path, smoke=True)) == 0
+    assert bench_all.main(1.5, tmp_path, smoke=True) == 0
     assert "| long   | left   | 0 | needs about 100 s |" in capsys.readouterr().out
 
 
