@@ -95,18 +95,18 @@ def plan(out: Path, smoke: bool) -> list[Step]:
         return step(f"{of.name}: sweep", command, minutes * MINUTE + 20, 2 * minutes * MINUTE)
 
     # Each operation's first share, then each one's second.
-    rounds = itertools.zip_longest(*([(o.name, *share) for share in o.run_first.items()] for o in operations))
-    first = [share for shares in rounds for share in shares if share]
+    shares = [[(o.name, *share) for share in o.run_first.items()] for o in operations]
+    in_turn = [share for one_each in itertools.zip_longest(*shares) for share in one_each if share]
     large = ["-m", "gpu", *(word for o in operations for word in o.tests.large)]
     kernels = [word for o in operations for word in o.tests.kernels]
     host = bench("host", *(["--smoke"] if smoke else []), "--json", str(out / "host.json"))
     return [
         *(tests(o.name, o, ["-m", "gpu", *o.tests.gpu]) for o in operations),
         # What has targets, beside eager torch. Every result is checked against float64 before it is timed.
-        *(run(share, name, f"{options} --no-compile") for name, share, options in first),
+        *(run(share, name, f"{options} --no-compile") for name, share, options in in_turn),
         *(sanitized(*tool, o) for tool in (("memcheck", "memory"), ("racecheck", "races")) for o in operations),
         # torch.compile takes minutes to tune a case, hence the shares.
-        *(run(f"{share}, compile", name, options, 10 * MINUTE) for name, share, options in first[: len(operations)]),
+        *(run(f"{share}, compile", name, options, 10 * MINUTE) for (name, share, options), *_ in filter(None, shares)),
         *(sweep(o) for o in operations),
         step("host", host, 2 * MINUTE, 6 * MINUTE),
         tests("large", operations[0], large, 5 * MINUTE),
