@@ -62,12 +62,14 @@ def unmeasured(operation: Operation) -> list[Row]:
 
 
 def number(entries: Mapping[str, Row], name: str, quantity: str) -> float | None:
+    """What was measured of a provider, the median of a time; None if nothing was."""
     value = entries.get(name, {}).get(quantity)
     value = value.get("median") if isinstance(value, dict) else value
     return None if value is None else float(value)
 
 
 def over(a: float | None, b: float | None) -> float | None:
+    """a / b, or None where one of them is unmeasured, or b nothing."""
     return None if a is None or not b else a / b
 
 
@@ -96,6 +98,7 @@ def judge(target: Target, row: Row) -> Row:
 
 
 def memory_ratio(row: Row, peer: str) -> float | None:
+    """The most memory that the peer's call allocates over that of tribp's."""
     return over(number(row["providers"], peer, "peak_bytes"), number(row["providers"], "tribp", "peak_bytes"))
 
 

@@ -146,10 +146,11 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter, 
     without_compile = "" if options.compile else "skipped: --no-compile"
     if options.smoke:
         without_compile = "skipped: torch.compile takes minutes to tune, on a GPU only"
-    # Anew for every case: dynamic shapes would be slower, and a cached one could be another case's. The backward pass
-    # is timed on a retained graph, which buffers donated to it would forbid.
-    torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False
+    if not without_compile:
+        # Anew for every case: dynamic shapes would be slower, and a cached one could be another case's. The backward
+        # pass is timed on a retained graph, which buffers donated to it would forbid.
+        torch._dynamo.reset()
+        torch._functorch.config.donated_buffer = False
     providers = operation.providers(case, without_compile)
     with precision(case.tf32), tuned():
         try:
@@ -211,6 +212,7 @@ def errors(results: Mapping[str, Tensor], reference: Mapping[str, Reference]) ->
 
 
 def timed(operation: Operation, case: Any, direction: str, problem: Problem, provider: Any, meter: CpuMeter) -> Row:
+    """Times in µs, memory, and of small cases also what the host and a CUDA graph take."""
     before = meter.allocated()
     action = problem.action(provider, direction)
     entry: Row = {"device_us": asdict(meter.device_times(action.call)), "peak_bytes": meter.peak_bytes(action.call)}
