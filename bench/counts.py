@@ -7,7 +7,7 @@ multiprocessor is given the cycles that one program needs of it alone: the large
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,14 @@ import torch
 
 from tribp.launch.arch import ARCHS
 
-from . import registry
-from .registry import Operation
-from .step_cases import StepCase
-from .tables import markdown
+from .operation import Operation, describe
+from .results import markdown
+from .run import selected
 
 if TYPE_CHECKING:
     from tests.executor.findings import Counts
     from tests.executor.run import Report
 
-LONGEST = 1 << 24  # elements of a tensor that an optimizer's step is counted on: longer ones are launched alike
 BALANCED = 1.25  # no unit needs so many times what the bounding one does
 
 Storages = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -40,12 +38,15 @@ class Options:
     file: str = ""
 
 
-def main(operations: Sequence[str], options: Options) -> int:
+def main(operations: Sequence[Operation], options: Options) -> int:
     """Print a table and, if there were any, the executor's problems; 1 then, 2 if no case has such a name."""
     rows, problems = [], []
-    for operation in registry.find(operations):
-        for case in _selected(operation.cases, options.cases):
-            for direction in _directions(operation, options.directions):
+    for operation in operations:
+        exact = [case for case in operation.cases if case.name in options.cases]
+        for case in exact or [case for case in operation.cases if selected(case, options.cases, ())]:
+            for direction in operation.directions:
+                if direction == "both" or (options.directions and direction not in options.directions):
+                    continue
                 report = _executed(operation, case, direction, options)
                 named = {"case": case.name, "direction": direction}
                 rows += [named | row(counts) for counts in report.launches]
@@ -61,31 +62,13 @@ def main(operations: Sequence[str], options: Options) -> int:
     return 1 if problems else 0
 
 
-def _selected(cases: Sequence[Any], parts: Sequence[str]) -> list[Any]:
-    """The cases of these names, else those whose names contain them."""
-    exact = [case for case in cases if case.name in parts]
-    return exact or [case for case in cases if not parts or any(part in case.name for part in parts)]
-
-
-def _directions(operation: Any, wanted: Sequence[str]) -> list[str]:
-    own = [d for d in operation.directions if d != "both"] if isinstance(operation, Operation) else ["step"]
-    return [direction for direction in own if not wanted or direction in wanted]
-
-
-def _executed(operation: Any, case: Any, direction: str, options: Options) -> "Report":
+def _executed(operation: Operation, case: Any, direction: str, options: Options) -> "Report":
     from tests.executor.machine import Options as Executing
     from tests.executor.run import Report, executed
 
-    if isinstance(case, StepCase):
-        from .step_jobs import Job, contenders
-
-        make = contenders(case)["tribp"]
-        assert not isinstance(make, str)
-        short = replace(case, shapes=[shape if len(shape) > 1 else (min(*shape, LONGEST),) for shape in case.shapes])
+    if operation.call:
         with executed(options.target, ctas=options.programs) as report:
-            job = Job(short, "tribp", make, torch.device("cpu"))
-            job.gradients(1)
-            job.step()
+            operation.call(case)
         return report
     report = Report(options.target, Executing(ctas=options.programs))
     _perform(operation.launches(case, direction, ARCHS[options.target]), ARCHS[options.target], report)
@@ -115,7 +98,7 @@ def _perform(launches: Sequence[Any], arch: Any, report: "Report") -> None:
     """Run the launches (of `tribp.launch.layout`), which may be of tensors without memory."""
     import triton
 
-    from .compiled import describe, source_of, target_of
+    from .compile import source_of, target_of
 
     storages: Storages = {}
     for launch in launches:
@@ -131,13 +114,13 @@ def row(counts: "Counts") -> dict[str, Any]:
     """Of one launch: SM cycles that a program needs of each unit, and the traffic beside the least that would do."""
     from tests.executor.table import cycles
 
-    found = cycles(counts)
-    units = {name: found[name] for name in ("tensor", "shared", "issue", "L2")}
+    needed = cycles(counts)
+    units = {name: needed[name] for name in ("tensor", "shared", "issue", "L2")}
     binds = max(units, key=lambda name: units[name])
-    meant = found["tensor"] or found["ideal"]  # where memory bounds: what it would take at its best
+    meant = needed["tensor"] or needed["ideal"]  # where memory bounds: what it would take at its best
     return {
         "kernel": counts.kernel, "settings": counts.settings, "programs": counts.grid,
-        **{name: round(value) for name, value in found.items()},
+        **{name: round(value) for name, value in needed.items()},
         "binds": binds, "over": units[binds] / meant if meant else 0.0,
     }  # fmt: skip
 

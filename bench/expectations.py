@@ -1,15 +1,39 @@
 """What machine code must show. A check looks at one compiled kernel and says what is wrong, or None."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from tribp.launch.arch import Arch
 
-from .compiled import Compiled
-from .machine_code import COPIES, MATRIX
+from .sass import COPIES, MATRIX, Loop
 from .wgmma import EXPECTED
+
+if TYPE_CHECKING:  # imports triton, which `bench run` can do without
+    from tribp.launch.plan import Launch
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the checks and the table need to know of one compiled kernel."""
+
+    target: str
+    kernel: str
+    settings: str
+    constants: Mapping[str, object]  # as strings and numbers, so that it can be stored
+    shared_limit: int
+    registers: int = 0
+    spilled: int = 0  # bytes a thread that go to local memory (NVIDIA: stores; AMD: scratch memory)
+    shared_memory: int = 0
+    instructions: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
+    loops: tuple[Loop, ...] = ()  # the innermost ones around matrix instructions
+    wgmma: Mapping[str, str] = field(default_factory=dict)  # what is wrong with asynchronous products: `wgmma.faults`
+    error: str = ""  # what the compiler said, if it gave up
 
 
 @dataclass(frozen=True)
@@ -92,10 +116,10 @@ def vectors(loads: int, stores: int, reason: str) -> Expectation:
     """At least so many loads and stores are 16 bytes wide, whatever else there is: another path may be narrow."""
 
     def check(code: Compiled) -> str | None:
-        found = [sum(code.counts.get(name, 0) for name in names) for names in (LOADS_128, STORES_128)]
-        if found[0] >= loads and found[1] >= stores:
+        seen = [sum(code.counts.get(name, 0) for name in names) for names in (LOADS_128, STORES_128)]
+        if seen[0] >= loads and seen[1] >= stores:
             return None
-        return f"{found[0]} loads and {found[1]} stores are 16 bytes wide, of {loads} and {stores}"
+        return f"{seen[0]} loads and {seen[1]} stores are 16 bytes wide, of {loads} and {stores}"
 
     return Expectation("vectors", check, reason)
 
@@ -107,10 +131,23 @@ def multiplies_with(*instructions: str, reason: str) -> Expectation:
     def check(code: Compiled) -> str | None:
         if not set(instructions) & code.counts.keys():
             return f"no {' or '.join(instructions)} instruction"
-        inside = any(found.matrix for found in code.loops)
+        inside = any(loop.matrix for loop in code.loops)
         return None if inside else "matrix instructions, but outside every loop"
 
     return Expectation("matrix instructions", check, reason)
+
+
+def product(rows: int, dtype: torch.dtype, launch: "Launch", arch: Arch) -> Iterator[Expectation]:
+    """A product's loop is on tensor cores. rows: of the first operand's tile."""
+    # Two warps go to mma.sync.
+    if matrix := matrix_instructions(rows if launch.num_warps >= 4 else 0, dtype, arch):
+        yield multiplies_with(*matrix[0], reason=matrix[1])
+
+
+def partial_sums(launch: "Launch") -> Iterator[Expectation]:
+    """Of `reduce_partials`."""
+    if all(row_bytes(launch, "partials", vec) == 16 for vec in ("VEC", "VEC2")):
+        yield wide("loads", 128, "rows of partial sums are multiples of 16 bytes")
 
 
 def matrix_instructions(rows: int, dtype: torch.dtype, arch: Arch) -> tuple[Sequence[str], str] | None:
@@ -129,23 +166,47 @@ def matrix_instructions(rows: int, dtype: torch.dtype, arch: Arch) -> tuple[Sequ
     return [own, "HMMA"], "a tile under 64 rows, or float32 operands that lie the wrong way round, go to mma.sync"
 
 
-def tile_stores(rows: int, share: int, dtype: torch.dtype, arch: Arch) -> Expectation | None:
+def tile_stores(rows: int, share: int, dtype: torch.dtype, arch: Arch) -> Iterator[Expectation]:
     """How wide a product has to store its tile, of which a thread holds `share` bytes, in rows of `rows` bytes."""
     if rows < 16 or share < 32:
-        return None  # rows that are no multiple of 16 bytes, or a tile too small to be worth rearranging
+        return  # rows that are no multiple of 16 bytes, or a tile too small to be worth rearranging
     if arch.backend == "cuda":
-        return wide("stores", 128, "rows are multiples of 16 bytes")
-    if dtype == torch.float64:
-        return None  # the matrix cores spread a row of float64 over the lanes, and Triton stores it as it lies
-    return wide("stores", 8 * min(16, 4 * dtype.itemsize), "the matrix cores leave four neighbours in a thread")
+        yield wide("stores", 128, "rows are multiples of 16 bytes")
+    elif (
+        dtype != torch.float64
+    ):  # the matrix cores spread a row of float64 over the lanes, and Triton stores it as it lies
+        yield wide("stores", 8 * min(16, 4 * dtype.itemsize), "the matrix cores leave four neighbours in a thread")
+
+
+# -- a launch's sizes -------------------------------------------------------------------------------------------------
+
+
+def size(given: Mapping[str, Any], *names: str) -> int:
+    return math.prod(given[name] for name in names)
+
+
+def threads(launch: "Launch", arch: Arch) -> int:
+    return launch.num_warps * (64 if arch.backend == "hip" else 32)
+
+
+def row_bytes(launch: "Launch", argument: str, vec: str) -> int:
+    """Bytes of so many elements of an argument as the constant `vec` says lie side by side."""
+    tensor = launch.named[argument]
+    assert isinstance(tensor, Tensor)
+    return int(launch.named[vec]) * tensor.element_size()
+
+
+def is_whole(given: Mapping[str, Any], dtype: torch.dtype, *names: str) -> bool:
+    """Whether each of these numbers of elements makes 16 bytes; one that a kernel has not does."""
+    return all(given[name] * dtype.itemsize == 16 for name in names if name in given)
 
 
 def broken(code: Compiled, expectations: Iterable[Expectation]) -> list[str]:
     """One sentence for each expectation that does not hold, with its reason."""
     if code.error:
         return [f"does not compile: {code.error}"]
-    found = []
+    sentences = []
     for expectation in expectations:
         if (wrong := expectation.check(code)) is not None:
-            found.append(f"{expectation.name}: {wrong} ({expectation.reason})")
-    return found
+            sentences.append(f"{expectation.name}: {wrong} ({expectation.reason})")
+    return sentences

@@ -3,20 +3,19 @@
 Three things are compared. What an optimizer's step on a GPU costs besides its kernels: tribp's plan, brought up to date
 and made into a launch that is not performed, beside torch's fused Adam with its kernels taken out. The step of CPU
 tensors, and of DTensors as FSDP2 makes them, where no kernel of tribp's runs, beside torch's as a user calls it by
-default and with `fused=True`; and what is left of it where nothing is looked at. And steps and calls of layers
-(`host_layers.py`) up to the driver of a GPU, the first ones too (`host_first.py`).
+default and with `fused=True`; and what is left of it where nothing is looked at. And steps and calls of layers up to
+the driver of a GPU, the first ones too (`host_layers.py`).
 """
 
 import contextlib
+import functools
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,17 +26,13 @@ import tribp
 from tribp import dispatch, optim
 from tribp.optim.layouts import GRAD
 
-from .meters import summary, versions
-from .no_gpu import always
-from .results import commit, verdict, write
-from .tables import markdown
-
-Conditions = Callable[[], contextlib.AbstractContextManager[object]]
-SAMPLE_US = 1e4  # steps that take less are repeated within a sample
+from .no_gpu import always, pretending_h100
+from .results import commit, markdown, verdict, write
+from .timing import Conditions, Repeated, summary, versions
 
 
 @dataclass(frozen=True)
-class Contender:
+class Provider:
     make: Callable[[list[dict[str, Any]]], Any]
     conditions: Conditions  # under which it is made and run; entering them is not timed
     grouped: bool = True  # False: every tensor in a parameter group of its own
@@ -55,7 +50,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Contenders that are timed in turns, each on tensors of its own.
+    """Providers that are timed in turns, each on tensors of its own.
 
     backward: gradients come from a backward pass before every step, so that Python has yet to make objects for them and
     caches hold other things, as in training. Otherwise two sets of gradients, which Python holds, take turns.
@@ -63,7 +58,7 @@ class Comparison:
 
     name: str
     sizes: Sequence[int]  # elements of each tensor
-    contenders: Mapping[str, Contender]
+    providers: Mapping[str, Provider]
     targets: Sequence[Target]
     backward: bool = False
     sharded: bool = False  # whether the tensors are DTensors
@@ -71,40 +66,22 @@ class Comparison:
     @contextlib.contextmanager
     def start(self) -> "Iterator[Mapping[str, Running]]":
         with one_rank() if self.sharded else contextlib.nullcontext(torch.randn) as make:
-            yield {name: Running(one, self.sizes, self.backward, make) for name, one in self.contenders.items()}
+            yield {name: Running(one, self.sizes, self.backward, make) for name, one in self.providers.items()}
 
 
-class Running:
-    """A contender at work."""
+class Running(Repeated):
+    """An optimizer at work: every step with other gradients than the one before it."""
 
     def __init__(
-        self, contender: Contender, sizes: Sequence[int], backward: bool, make: Callable[[int], Tensor] = torch.randn
+        self, provider: Provider, sizes: Sequence[int], backward: bool, make: Callable[[int], Tensor] = torch.randn
     ) -> None:
-        self._conditions, self._backward = contender.conditions, backward
+        self._backward = backward
         self._params = [Parameter(make(n)) for n in sizes]
         self._grads = [[make(n) for n in sizes] for _ in range(2)]
-        groups = [self._params] if contender.grouped else [[p] for p in self._params]
-        with contender.conditions():
-            self._optimizer = contender.make([{"params": group} for group in groups])
-        self._calls = 1
-        for _ in range(3):
-            once = self.sample()
-        self._calls = max(1, min(1000, int(SAMPLE_US / once)))
-
-    def sample(self) -> float:
-        """µs a step, every step with other gradients than the one before it: of processor time, if one thread works.
-
-        Long steps are interrupted by other processes more often than short ones.
-        """
-        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-        times = []
-        with self._conditions():
-            for _ in range(self._calls):
-                self._new_gradients()
-                started = clock()
-                self._optimizer.step()
-                times.append(clock() - started)
-        return 1e6 * statistics.median(times)
+        groups = [self._params] if provider.grouped else [[p] for p in self._params]
+        with provider.conditions():
+            self._optimizer = provider.make([{"params": group} for group in groups])
+        super().__init__(self._optimizer.step, provider.conditions, self._new_gradients)
 
     def _new_gradients(self) -> None:
         if self._backward:
@@ -168,10 +145,10 @@ def without_kernels() -> Any:
 def plans(smoke: bool) -> list[Comparison]:
     """tribp's plan beside the bookkeeping of torch's fused Adam."""
     tensors, groups = (5, 3) if smoke else (1000, 465)
-    torchs = Contender(lambda groups: torch.optim.Adam(groups, fused=True), without_kernels)
+    torchs = Provider(lambda groups: torch.optim.Adam(groups, fused=True), without_kernels)
     whole = replace(torchs, conditions=contextlib.nullcontext)
-    ours = Contender(lambda groups: optim.Adam(groups), launching_nothing)
-    found = [
+    ours = Provider(lambda groups: optim.Adam(groups), launching_nothing)
+    comparisons = [
         Comparison(
             f"Adam plan, {tensors}x8",
             [8] * tensors,
@@ -190,24 +167,24 @@ def plans(smoke: bool) -> list[Comparison]:
             [Target("plan", "fused bookkeeping", 0.25), Target("plan", "plan, one group", 1.25)],
         ),
     ]
-    return found + after_backward(found)
+    return comparisons + after_backward(comparisons)
 
 
 def steps() -> list[Comparison]:
     """A whole step on a GPU, up to the driver: its launch repeated, and as Triton performs a new one."""
     from tribp.launch import plan as plans
-    from tribp.launch.arch import ARCHS
-
-    from .no_gpu import pretending
 
     @contextlib.contextmanager
     def anew() -> Any:
-        with pretending(ARCHS["sm_90"]), mock.patch.object(plans, "planned", plans.planned.__wrapped__):
+        with (
+            pretending_h100(),
+            mock.patch.object(plans, "planned", functools.lru_cache(maxsize=0)(plans.planned.__wrapped__)),
+        ):
             yield
 
-    ours = Contender(lambda groups: optim.Adam(groups), lambda: pretending(ARCHS["sm_90"]))
-    contenders = {"tribp": ours, "tribp, a new launch": replace(ours, conditions=anew)}
-    return [Comparison(f"Adam step, {n}x8", [8] * n, contenders, []) for n in (1, 62)]
+    ours = Provider(lambda groups: optim.Adam(groups), pretending_h100)
+    providers = {"tribp": ours, "tribp, a new launch": replace(ours, conditions=anew)}
+    return [Comparison(f"Adam step, {n}x8", [8] * n, providers, []) for n in (1, 62)]
 
 
 def after_backward(comparisons: Sequence[Comparison]) -> list[Comparison]:
@@ -230,17 +207,15 @@ def fallbacks(smoke: bool) -> list[Comparison]:
 
     def comparison(name: str, sizes: Sequence[int], limit: float) -> Comparison:
         class_name, options, _ = CLASSES[name]
-        contenders = {library: contender(module, class_name, **options) for library, module in LIBRARIES.items()}
+        providers = {library: provider(module, class_name, **options) for library, module in LIBRARIES.items()}
         targets = [Target("torch", "tribp", limit, at_least=True)]
         if len(sizes) == 1:
-            return Comparison(f"{name}, {sizes[0]}", sizes, contenders, targets)
-        contenders["tribp, unchecked"] = Contender(
-            lambda groups: Unchecked(contenders["tribp"].make(groups)), unchanged
-        )
+            return Comparison(f"{name}, {sizes[0]}", sizes, providers, targets)
+        providers["tribp, unchecked"] = Provider(lambda groups: Unchecked(providers["tribp"].make(groups)), unchanged)
         if class_name != "RMSprop":
-            contenders["torch fused"] = contender(torch.optim, class_name, **options, fused=True)
+            providers["torch fused"] = provider(torch.optim, class_name, **options, fused=True)
             targets.append(Target("torch fused", "tribp", 1.2, at_least=True))
-        return Comparison(f"{name}, {len(sizes)}x{sizes[0]}", sizes, contenders, targets)
+        return Comparison(f"{name}, {len(sizes)}x{sizes[0]}", sizes, providers, targets)
 
     small = [comparison(name, [8] * (5 if smoke else 1000), limit) for name, (_, _, limit) in CLASSES.items()]
     single = [
@@ -267,8 +242,8 @@ class Unchecked:
                 plan.run(self._optimizer, list(map(GRAD, plan.params)), None, None, False)
 
 
-def contender(module: Any, class_name: str, **options: Any) -> Contender:
-    return Contender(lambda groups: getattr(module, class_name)(groups, **options), unchanged)
+def provider(module: Any, class_name: str, **options: Any) -> Provider:
+    return Provider(lambda groups: getattr(module, class_name)(groups, **options), unchanged)
 
 
 def shards(smoke: bool) -> list[Comparison]:
@@ -277,74 +252,61 @@ def shards(smoke: bool) -> list[Comparison]:
         return []
 
     sizes = [64, 8] * (2 if smoke else 200)
-    found = []
+    comparisons = []
     for name, (class_name, options, _) in CLASSES.items():
         modes = ["foreach"] + ["fused"] * (name == "Adam")  # to the others' fused kernels DTensors are unknown
-        contenders = {library: contender(module, class_name, **options) for library, module in LIBRARIES.items()}
+        providers = {library: provider(module, class_name, **options) for library, module in LIBRARIES.items()}
         for mode in modes:
-            contenders[f"torch {mode}"] = contender(torch.optim, class_name, **options, **{mode: True})
+            providers[f"torch {mode}"] = provider(torch.optim, class_name, **options, **{mode: True})
         targets = [Target(f"torch {mode}", "tribp", 3, at_least=True) for mode in modes]
-        found.append(Comparison(f"{name}, {len(sizes)} DTensors", sizes, contenders, targets, sharded=True))
-    return found
+        comparisons.append(Comparison(f"{name}, {len(sizes)} DTensors", sizes, providers, targets, sharded=True))
+    return comparisons
 
 
 # -- measuring and showing --------------------------------------------------------------------------------------------
 
 
-class Comparable(Protocol):
-    """Contenders that are timed in turns: `Comparison`, or calls of layers."""
+def comparisons(smoke: bool) -> list[Any]:
+    """All that can be compared here.
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def targets(self) -> Sequence[Any]: ...
-
-    def start(self) -> "contextlib.AbstractContextManager[Mapping[str, Sampled]]": ...
-
-
-class Sampled(Protocol):
-    def sample(self) -> float:
-        """µs a step, or a call."""
-
-
-def comparisons(smoke: bool) -> list[Comparable]:
-    """All that can be compared here."""
-    found: list[Comparable] = []
+    Each has a `name`, `targets`, and `start`, which yields its providers by name, each with a `sample` of the µs that a
+    step or a call takes.
+    """
+    comparisons: list[Any] = []
     if dispatch.has_triton():
-        found += plans(smoke)
+        comparisons += plans(smoke)
     if dispatch.has_triton() and not dispatch.interpreting():
-        from . import host_first, host_layers
+        from . import host_layers
 
-        found += [*steps(), *host_layers.comparisons()]
-        found += [host_first.FirstStep(of) for of in host_first.STEPS]
-    return [*found, *fallbacks(smoke), *shards(smoke)]
+        comparisons += [*steps(), *host_layers.comparisons()]
+    return [*comparisons, *fallbacks(smoke), *shards(smoke)]
 
 
-def measure(comparison: Comparable, rounds: int) -> dict[str, Any]:
-    """A row: the times of all contenders in µs, and what became of the targets."""
+def measure(comparison: Any, rounds: int) -> dict[str, Any]:
+    """A row: the times of all providers in µs, and what became of the targets."""
     with comparison.start() as running:
         times: dict[str, list[float]] = {name: [] for name in running}
         for _ in range(rounds):
             for name, one in running.items():  # in turns: a slow minute of the machine's is everybody's
                 times[name].append(one.sample())
-    medians = {name: summary(found) for name, found in times.items()}
+    medians = {name: summary(samples) for name, samples in times.items()}
     return {
         "case": comparison.name,
-        "host_us": {name: asdict(found) for name, found in medians.items()},
+        "host_us": {name: asdict(samples) for name, samples in medians.items()},
         "targets": [
-            judge(target, {name: found.median for name, found in medians.items()}) for target in comparison.targets
+            judge(target, {name: samples.median for name, samples in medians.items()}) for target in comparison.targets
         ],
     }
 
 
 def judge(target: Target, medians: Mapping[str, float] | None) -> dict[str, Any]:
-    """medians: None for what has not been measured."""
-    found = None if medians is None else medians[target.over] / medians[target.under]
-    met = found is not None and (found >= target.limit if target.at_least else found <= target.limit)
-    sign = "≥" if target.at_least else "≤"
-    what = f"{target.over} / {target.under}"
-    return {"what": what} | verdict(f"{sign} {target.limit:g}", found, met)
+    """Compare the ratio of two medians with its target. `medians` is None if nothing was measured."""
+    ratio = None if medians is None else medians[target.over] / medians[target.under]
+    limit, at_least = target.limit, target.at_least
+    judged = verdict(
+        f"{'≥' if at_least else '≤'} {limit:g}", ratio, lambda value: value >= limit if at_least else value <= limit
+    )
+    return {"what": f"{target.over} / {target.under}"} | judged
 
 
 def unmeasured() -> list[dict[str, Any]]:
@@ -358,7 +320,7 @@ def unmeasured() -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
-        times = ", ".join(f"{name} {found['median']:.4g}" for name, found in row["host_us"].items())
+        times = ", ".join(f"{name} {us['median']:.4g}" for name, us in row["host_us"].items())
         for target in row["targets"]:
             lines.append(
                 [row["case"], times, target["what"], f"{target['ratio']:.3g}", target["target"], target["verdict"]]

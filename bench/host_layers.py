@@ -1,31 +1,48 @@
-"""What a call of a layer's function costs the host: the part of `python -m bench host` that is about calls.
+"""What layers cost the host: the part of `python -m bench host` that is about calls, repeated ones and the first.
 
-tribp's calls go all the way to a driver that launches nothing (`no_gpu.py`), so what is left out is the driver's own
-part of a launch. torch has no such seam: beside them stand torch's operators on CPU tensors so small that they compute
-next to nothing. They show what dispatch and autograd cost torch, but not the launches of its CUDA kernels.
+`python -m bench.host_layers "the demo's MLP"` is a first training step, forward and backward of one of STEPS, in a
+process of its own: Triton keeps what it has compiled, in the process and in a folder. Kernels are compiled for an H100,
+not launched.
 """
 
 import contextlib
-import time
+import importlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import tribp
+from tribp.demo import models
 from tribp.launch.arch import ARCHS
 
-from .no_gpu import pretending
+from .conv3x3 import ConvCase
+from .no_gpu import pretending, pretending_h100
+from .timing import Conditions, Repeated
+
+# -- calls, repeated --------------------------------------------------------------------------------------------------
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
-SAMPLE_US = 1e4
 
 
 @dataclass(frozen=True)
 class Calls:
-    """One function of tribp's and one of torch's, on the same small tensors."""
+    """One function of tribp's and one of torch's, on the same small tensors.
+
+    tribp's calls go all the way to a driver that launches nothing (`no_gpu.py`), so what is left out is the driver's
+    own part of a launch. torch has no such seam: beside them stand torch's operators on CPU tensors so small that they
+    compute next to nothing. They show what dispatch and autograd cost torch, but not the launches of its CUDA kernels.
+    """
 
     name: str
     ours: Function
@@ -35,52 +52,34 @@ class Calls:
     targets: Sequence[object] = ()  # nobody set any
 
     @contextlib.contextmanager
-    def start(self) -> "Iterator[Mapping[str, Calling]]":
+    def start(self) -> Iterator[Mapping[str, Repeated]]:
         yield {
-            "tribp": Calling(self.ours, self, pretended=True),
-            "tribp, a first call": Calling(self.ours, self, pretended=True, anew=True),
-            "torch, on the CPU": Calling(self.theirs, self, pretended=False),
+            "tribp": self._repeated(self.ours, pretending_h100),
+            "tribp, a first call": self._repeated(self.ours, pretending_h100, anew=True),
+            "torch, on the CPU": self._repeated(self.theirs, contextlib.nullcontext),
         }
 
+    def _repeated(self, function: Function, conditions: Conditions, anew: bool = False) -> Repeated:
+        """anew: each call is worked out as if there had been none before."""
+        from tribp.launch.plan import forget
 
-class Calling:
-    """A function that is called again and again. anew: each call is worked out as if there had been none before."""
+        tensors = [torch.randn(size) for size in self.sizes]
+        tensors = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
+        for tensor in tensors:
+            tensor.requires_grad_(self.backward)
+        grad = torch.randn_like(self.theirs(*tensors), requires_grad=False) if self.backward else None
 
-    def __init__(self, function: Function, calls: Calls, *, pretended: bool, anew: bool = False) -> None:
-        self._function, self._pretended, self._anew = function, pretended, anew
-        self._tensors = [torch.randn(size) for size in calls.sizes]
-        if len(calls.sizes[0]) == 4:
-            self._tensors = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in self._tensors]
-        for tensor in self._tensors:
-            tensor.requires_grad_(calls.backward)
-        self._grad = torch.randn_like(calls.theirs(*self._tensors), requires_grad=False) if calls.backward else None
-        self._calls = 1
-        for _ in range(3):
-            once = self.sample()
-        self._calls = max(1, min(1000, int(SAMPLE_US / once)))
+        def call() -> None:
+            if anew:
+                forget()
+            y = function(*tensors)
+            if grad is not None:
+                torch.autograd.grad(y, tensors, grad)
 
-    def sample(self) -> float:
-        """µs a call."""
-        if not self._pretended:
-            return self._time()
-        with pretending(ARCHS["sm_90"]):
-            return self._time()
-
-    def _time(self) -> float:
-        from tribp.launch import plan as plans
-
-        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # as `host.Running` does
-        started = clock()
-        for _ in range(self._calls):
-            if self._anew:
-                plans.forget()
-            y = self._function(*self._tensors)
-            if self._grad is not None:
-                torch.autograd.grad(y, self._tensors, self._grad)
-        return 1e6 * (clock() - started) / self._calls
+        return Repeated(call, conditions)
 
 
-def comparisons() -> list[Calls]:
+def calls() -> list[Calls]:
     def linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return torch.sigmoid(F.linear(x, w, b))
 
@@ -97,3 +96,102 @@ def comparisons() -> list[Calls]:
         )
         for backward in (False, True)
     ]
+
+
+# -- the first training step ------------------------------------------------------------------------------------------
+
+BATCH = 64
+
+
+def resnet18(batch: int, dtype: torch.dtype, *, last: bool) -> list[ConvCase]:
+    """The 3×3 convolutions of a ResNet-18 for images of 224²: without bias, for a BatchNorm follows each."""
+    sizes = [(64, 56), (128, 28), (256, 14), (512, 7)]
+    layers = [ConvCase((batch, c, c, side, side), dtype, last=last, bias=False) for c, side in sizes]
+    steps = [
+        ConvCase((batch, c, o, side, side), dtype, last=last, bias=False, stride=2)
+        for (c, side), (o, _) in itertools.pairwise(sizes)
+    ]
+    stages = [[step, *3 * [layer]] for step, layer in zip(steps, layers[1:], strict=True)]
+    return [*4 * layers[:1], *itertools.chain.from_iterable(stages)]
+
+
+def step_of_model(name: str) -> Callable[[], object]:
+    layers = models.MODELS[name].layers()
+    images, grad = torch.rand(BATCH, models.SIZES[0]), torch.rand(BATCH, models.CLASSES)
+    return lambda: layers(images).backward(grad)
+
+
+def step_of_convolutions(dtype: torch.dtype, last: bool) -> Callable[[], object]:
+    def empty(case: ConvCase, *size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=case.dtype).to(memory_format=case.memory_format)
+
+    def step() -> None:
+        for case in resnet18(BATCH, dtype, last=last):
+            x, w = (empty(case, *size).requires_grad_() for size in (case.input_size, case.weight_size))
+            y = tribp.conv3x3(x, w, stride=case.stride, padding=1)
+            torch.autograd.grad(y, (x, w), empty(case, *case.output_size))
+
+    return step
+
+
+STEPS: Mapping[str, Callable[[], Callable[[], object]]] = {
+    "the demo's MLP": lambda: step_of_model("mlp"),
+    "the demo's CNN": lambda: step_of_model("cnn"),
+    "ResNet-18's convolutions": lambda: step_of_convolutions(torch.float32, False),
+    "ResNet-18's convolutions, bfloat16, channels_last": lambda: step_of_convolutions(torch.bfloat16, True),
+}
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    of: str  # one of STEPS
+    targets: Sequence[object] = ()  # nobody set any
+
+    @property
+    def name(self) -> str:
+        return f"first step, {self.of}"
+
+    @contextlib.contextmanager
+    def start(self) -> "Iterator[Mapping[str, Measured]]":
+        """Measured once: a sample takes seconds."""
+        with tempfile.TemporaryDirectory() as cache:
+            environment = os.environ | {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-m", "bench.host_layers", self.of]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            kernels = len(list(Path(cache).rglob("*.cubin")))
+        us, launches = json.loads(done.stdout)
+        yield {f"tribp, {launches} launches of {kernels} kernels": Measured(us)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    us: float
+
+    def sample(self) -> float:
+        return self.us
+
+
+def comparisons() -> list[Any]:
+    return [*calls(), *map(FirstStep, STEPS)]
+
+
+def processor_time() -> float:
+    """Seconds of this process and of the assembler it has called, on any core."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def first_step(name: str) -> tuple[float, int]:
+    """µs of processor time; launches."""
+    launches: list[Any] = []
+    step = STEPS[name]()
+    for operation in ("conv3x3", "linear_sigmoid"):  # what is imported with the first call is not compiled
+        importlib.import_module(f"tribp.ops.{operation}.plan")
+    with pretending(ARCHS["sm_90"], lambda metadata, grid, arguments: launches.append(grid)):
+        started = processor_time()
+        step()
+        return 1e6 * (processor_time() - started), len(launches)
+
+
+if __name__ == "__main__":
+    print(json.dumps(first_step(sys.argv[1])))

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from tribp import dispatch
-from tribp.launch.arch import Arch
+from tribp.launch.arch import ARCHS, Arch
 
 Performed = Callable[[Any, tuple[int, ...], tuple[object, ...]], object]  # compiled kernel's metadata, grid, arguments
 
@@ -36,6 +36,10 @@ def pretending(arch: Arch, performed: Performed = lambda metadata, grid, argumen
             yield
     finally:
         driver._active = before
+
+
+def pretending_h100() -> contextlib.AbstractContextManager[object]:
+    return pretending(ARCHS["sm_90"])
 
 
 def always(value: object) -> Callable[..., object]:

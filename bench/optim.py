@@ -1,263 +1,546 @@
-"""The entry of `tribp.optim`: a step of every optimizer, on parameters of many shapes and types, beside its peers."""
+"""`tribp.optim`: a step of every optimizer, on parameters of many shapes and types, beside other libraries'."""
 
-import gc
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import functools
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
-from tribp import dispatch
-from tribp.launch.arch import Arch
+from tribp import dispatch, optim
+from tribp.dispatch import dtype_name
+from tribp.launch.arch import Arch, cdiv
 
-from . import results
-from .meters import Meter
-from .registry import KernelTests, KernelWork, StaticCase, Target
-from .results import Row
-from .step_cases import StepCase, cases, smoke_cases
-from .step_jobs import Job, Make, Problem, contenders
-from .tables import markdown
+from .expectations import Expectation, threads, vectors
+from .operation import TOLERANCE, Action, Given, KernelTests, Operation, Reference, Target, Work
 
 if TYPE_CHECKING:
-    from .run import Ceilings, Options
+    from tribp.launch.plan import Launch
 
-PEERS = ("for-loop", "foreach", "fused", "compile", "apex", "bitsandbytes")
+Shapes = Sequence[tuple[int, ...]]
+
+# An element's additions, multiplications, divisions and roots, counted from the formulas without options (SGD: with
+# momentum): where the roofline shows the step. Memory bounds it wherever these numbers lie.
+OPERATIONS = {"Adam": 13, "RMSprop": 9, "Adagrad": 7, "SGD": 4, "Momentum": 4}
 
 
-def targets(case: StepCase) -> list[Target]:
+@dataclass(frozen=True)
+class StepCase:
+    """One optimizer on one set of parameters."""
+
+    optimizer: str  # tribp's class
+    shapes_name: str
+    shapes: Shapes
+    dtype: torch.dtype = torch.float32
+    options: Mapping[str, Any] = field(default_factory=dict)  # that torch has too
+    beyond: Mapping[str, Any] = field(default_factory=dict)  # that it has not
+    scaler: bool = False  # under a GradScaler
+    grouped: bool = True  # False: a parameter group for every tensor
+    small: bool = False  # bound by its launches: wall clock, time on the host, time in a CUDA graph
+    irregular: bool = False  # besides: a strided tensor, groups with and without a state, hyperparameters on the device
+    tf32 = False
+
+    @property
+    def dtype_name(self) -> str:
+        return dtype_name(self.dtype)
+
+    @property
+    def name(self) -> str:
+        on = [key if value is True else f"{key}={value}" for key, value in {**self.options, **self.beyond}.items()]
+        on = [word.replace("torch.", "") for word in on] + ["scaler"] * self.scaler
+        return " ".join([self.optimizer, *on, self.shapes_name, self.dtype_name])
+
+    @property
+    def lengths(self) -> list[int]:
+        return [math.prod(shape) for shape in self.shapes]
+
+    @property
+    def elements(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def clip(self) -> float | None:
+        return self.beyond.get("max_grad_norm")
+
+    def make(self, groups: "Groups", **capture: Any) -> Any:
+        """tribp's optimizer."""
+        fixed = {"lr": LR, **self.options, **self.beyond} | ({"fused": True} if self.scaler else {})
+        return getattr(optim, self.optimizer)(groups, **fixed, **capture)
+
+
+# -- cases ------------------------------------------------------------------------------------------------------------
+
+
+def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> Shapes:
+    """A GPT-2's parameters: 124 M of them by default, in 148 tensors."""
+    norm = [(width,), (width,)]
+
+    def linear(inputs: int, outputs: int) -> list[tuple[int, ...]]:
+        return [(inputs, outputs), (outputs,)]
+
+    attention = [*norm, *linear(width, 3 * width), *linear(width, width)]
+    block = [*attention, *norm, *linear(width, 4 * width), *linear(4 * width, width)]
+    return [(vocabulary, width), (context, width), *block * layers, *norm]
+
+
+def resnet50() -> Shapes:
+    """ResNet-50's parameters: 25.6 M in 161 tensors."""
+
+    def conv(outputs: int, inputs: int, size: int) -> list[tuple[int, ...]]:
+        return [(outputs, inputs, size, size), (outputs,), (outputs,)]  # and its batch normalization
+
+    shapes, inputs = conv(64, 3, 7), 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += [*conv(width, inputs, 1), *conv(width, width, 3), *conv(4 * width, width, 1)]
+            if block == 0:
+                shapes += conv(4 * width, inputs, 1)
+            inputs = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+MOMENTUM = {"momentum": 0.9}
+ALL = {"RMSprop": {}, "SGD": MOMENTUM, "Adagrad": {}}
+LARGE, HUGE = ("1e8", [(10**8,)]), ("1e9", [(10**9,)])
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+STOCHASTIC = {"state_dtype": FP32, "stochastic_rounding": True}
+
+
+def variants(shapes: tuple[str, Shapes]) -> Iterator[StepCase]:
+    """Types and options, on the same tensors."""
+    adam = StepCase("Adam", *shapes)
+    yield replace(adam, dtype=BF16)
+    yield replace(adam, dtype=BF16, beyond={"state_dtype": FP32})
+    yield replace(adam, dtype=BF16, beyond=STOCHASTIC)
+    yield replace(adam, options={"amsgrad": True})
+    yield StepCase("RMSprop", *shapes, options={"centered": True, **MOMENTUM})
+    yield replace(adam, scaler=True)
+    yield replace(adam, beyond={"max_grad_norm": 1.0})
+
+
+def cases() -> list[StepCase]:
+    """The most valuable first: a run may be cut off."""
+    tiny, *lengths = [(f"1000x{n}", [(n,)] * 1000) for n in (8, 64, 512, 4096)]
+    others = list(ALL.items())
+    return [
+        StepCase("Adam", *LARGE),
+        *(StepCase(name, *LARGE, options=options) for name, options in others),
+        StepCase("Adam", *tiny, small=True),
+        *(StepCase("Adam", *shapes, small=True) for shapes in lengths),
+        StepCase("Adam", "gpt2", gpt2()),
+        StepCase("Adam", "resnet50", resnet50(), small=True),
+        StepCase("Adam", "465 groups of 8", [(8,)] * 465, grouped=False, small=True),
+        *(StepCase(name, *tiny, options=options, small=True) for name, options in others),
+        *variants(LARGE),
+        StepCase("Adam", "gpt2", gpt2(), beyond={"max_grad_norm": 1.0}),
+        *(StepCase(name, *shapes, options=options, small=True) for shapes in lengths for name, options in others),
+        StepCase("SGD", *LARGE),
+        StepCase("Adam", *HUGE),
+        *(StepCase(name, *HUGE, options=options) for name, options in others),
+    ]
+
+
+def smoke_cases() -> list[StepCase]:
+    """Interpreted, a program of 128 elements costs 6 ms."""
+    two = ("70+9", [(70,), (3, 3)])
+    return [
+        StepCase("Adam", *two, small=True),
+        *(StepCase(name, *two, options=options) for name, options in ALL.items()),
+        StepCase("Adam", "3 groups of 8", [(8,)] * 3, grouped=False, small=True),
+        *variants(two),
+    ]
+
+
+def work(case: StepCase, direction: str) -> Work:
+    """All is read once, and what changes written once; clipping and unscaling read the gradients once more."""
+    on = case.options
+    states = {
+        "Adam": 2 + on.get("amsgrad", False),
+        "RMSprop": 1 + on.get("centered", False) + ("momentum" in on),
+        "Adagrad": 1,
+        "SGD": int("momentum" in on),
+    }[case.optimizer]
+    grads = 1 + case.scaler + (case.clip is not None)
+    state_size = case.beyond.get("state_dtype", case.dtype).itemsize
+    moved = (2 + grads) * case.dtype.itemsize + 2 * states * state_size
+    return Work(moved * case.elements, OPERATIONS[case.optimizer] * case.elements)
+
+
+def targets(case: StepCase, direction: str) -> list[Target]:
     """What was set for an H100."""
-    found = [Target("", 1 if case.clip is None else 2, "launches")]
+    targets = [Target("", 1 if case.clip is None else 2, "launches")]
     bare = case.dtype == torch.float32 and not case.beyond and not case.scaler
     ruled = case.options == ({"momentum": 0.9} if case.optimizer == "SGD" else {})  # Momentum is SGD with momentum
     if bare and ruled and case.shapes_name == "1e8":
         # torch has no fused RMSprop; what torch.compile makes of it stands beside, without a target.
         peer = Target("eager", 2.3) if case.optimizer == "RMSprop" else Target("fused", 1.0)
-        found += [Target("copy", 0.92, "bandwidth"), peer, Target("for-loop", 1.001, "held memory")]
+        targets += [Target("copy", 0.92, "bandwidth"), peer, Target("for-loop", 1.001, "held memory")]
     if bare and ruled and case.shapes_name.startswith("1000x") and case.optimizer != "RMSprop":
-        found.append(Target("fused", 5.0))
-    return found
+        targets.append(Target("fused", 5.0))
+    return targets
 
 
-def number(entries: Mapping[str, Row], name: str, small: bool) -> float | None:
-    """A contender's time in µs: on the wall where launches set it, else on the device. "eager": the best of torch's."""
-    if name == "eager":
-        found = [t for peer in ("for-loop", "foreach", "fused") if (t := number(entries, peer, small)) is not None]
-        return min(found, default=None)
-    entry = entries.get(name, {})
-    value = entry.get("wall_us") if small else entry.get("device_us", {}).get("median")
-    return None if value is None else float(value)
+# -- providers --------------------------------------------------------------------------------------------------------
 
+LR = 1e-2
+STEPS = 3  # that are checked
+SCALE = 1024.0  # a GradScaler's, in the check; 1 while timing, which unscales the same gradients again and again
+WHOLE = 1 << 27  # elements up to which all of them are checked; of larger tensors both ends and a spread
+PEERS = ("for-loop", "foreach", "fused", "compile", "apex", "bitsandbytes")
 
-def judge(target: Target, row: Row) -> Row:
-    """The target as a sentence, what was found, and the verdict."""
-    entries, ours = row["contenders"], row["contenders"]["tribp"]
-    found: float | None
-    if target.quantity == "launches":
-        found = ours.get("launches")
-        return results.verdict(f"{target.ratio:g} launches", found, found == target.ratio)  # none is not in a kernel
-    if target.quantity == "held memory":
-        held = [entries.get(name, {}).get("held_bytes") for name in ("tribp", target.peer)]
-        found = held[0] / held[1] if all(held) else None
-        what = f"≤ {target.ratio:g}x {target.peer} memory"
-        return results.verdict(what, found, found is not None and found <= target.ratio)
-    if target.quantity == "bandwidth":
-        return results.judge(target, entries, row["floor_fraction"])
-    found, what = row["ratios"].get(target.peer), f"≥ {target.ratio:.2f}x {target.peer}"
-    return results.verdict(what, found, found is not None and found >= target.ratio)
-
-
-TESTS = KernelTests(
-    ["tests/test_optim_gpu.py"],
-    ["tests/test_optim_gpu.py", "-k", "nothing_waits or gradscaler or other_backend"],
-    ["tests/test_optim_plan.py", "-k", "a_plan_is_kept"],
-)
+Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Optimizers:
-    name: str = "optim"
-    summary: str = "a step of tribp.optim beside torch.optim's and other libraries'"
-    peers: Sequence[str] = ("fused", "foreach", "compile")
-    legend: str = (
-        "Times are medians in µs: on the device with L2 flushed, or (wall) from the call until the device is done, "
-        "with new gradients each step. Ratios are the other's time over tribp's. Of copy: bytes a step must move over "
-        "the copy's rate, in parts of the time on the device."
-    )
+class Provider:
+    """An optimizer. `make` takes parameter groups, and `capturable` where a CUDA graph is to hold the step."""
 
-    tests: KernelTests = TESTS
-    switches: Sequence[str] = (
-        "grad_scale", "grad_norm", "EMA_TYPE", "ON_DEVICE", "EPS_INSIDE", "STOCHASTIC", "OPTIONAL", "STRIDED",
-    )  # fmt: skip
-
-    def kernel_work(self) -> KernelWork:
-        return {}  # the model knows a step's kernels by the lengths of its tensors: `work.work_of`
-
-    @property
-    def cases(self) -> Sequence[StepCase]:
-        return cases()
-
-    @property
-    def smoke_cases(self) -> Sequence[StepCase]:
-        return smoke_cases()
-
-    def unmeasured(self) -> list[Row]:
-        return [row(case, {"tribp": {}}, 1.0) for case in self.cases]
-
-    def static_cases(self, arch: Arch, everything: bool) -> Iterable[StaticCase]:
-        from .step_kernels import static_cases
-
-        return static_cases(arch, everything)
-
-    def measure(self, case: StepCase, options: "Options", meter: Meter, ceilings: "Ceilings") -> list[Row]:
-        compiled = "--no-compile" if not options.compile else "torch.compile takes minutes" if options.smoke else ""
-        entries = measure(case, contenders(case, compiled), meter)
-        return [row(case, entries, ceilings.bandwidth)]
-
-    def table(self, rows: Sequence[Row]) -> str:
-        header = ["case", "clock", "tribp", *PEERS, "vs fused", "of copy", "launches", "busy", "host", "graph",
-                  "extra MB", "target", "verdict"]  # fmt: skip
-        return markdown(header, [_line(r) for r in rows])
+    make: Callable[..., Any]
+    unscales: bool = False  # the step itself unscales gradients
+    clips: bool = False  # the step itself clips gradients
+    compiled: bool = False  # by torch.compile
 
 
-def measure(case: StepCase, makes: Mapping[str, Make | str], meter: Meter) -> dict[str, Row]:
-    """An entry for each contender, in the order in which they are shown."""
-    from .run import errors
-
-    problem = Problem(case, meter.device)
-    reference = None
-    yardstick: dict[str, float] = {}  # errors of torch's for-loop
-    entries: dict[str, Row] = {}
-    for name in sorted(makes, key=lambda name: name != "for-loop"):
-        make = makes[name]
-        if not isinstance(make, str):
-            make = lacking(case, name, meter) or make
-        if isinstance(make, str):
-            entries[name] = {"status": "skipped", "note": make}
-            continue
-        try:
-            reference = reference or problem.reference()
-            if name == "compile":
-                torch._dynamo.reset()
-            before = meter.allocated()
-            job = Job(case, name, make, meter.device)
-            found = errors(problem.results(job, reference), reference)
-            if name == "for-loop":
-                yardstick = found
-            entry: Row = {"status": "ok", "errors": found}
-            if wrong := problem.wrong(found, yardstick):
-                entry |= {"status": "wrong", "note": wrong}
-            else:
-                job.gradients(0)
-                entry |= timed(job, meter) | {"bytes": job.bytes()}
-                if name == "tribp" and dispatch.backend_of(job.params[0]) == "triton":
-                    entry["settings"] = settings(job)
-                if before is not None:
-                    entry["held_bytes"] = (meter.allocated() or 0) - before
-                if case.small:
-                    entry |= captured(case, name, make, meter)
-        except Exception as error:  # a contender that fails must not take the others' numbers with it
-            entry = {"status": "failed", "note": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        job = None  # type: ignore[assignment]
-        gc.collect()
-        meter.release()
-        entries[name] = entry
-    return {name: entries[name] for name in makes}
-
-
-def lacking(case: StepCase, name: str, meter: Meter) -> str:
-    """Why a contender has too little memory, or nothing."""
-    free = meter.free_bytes()
-    copies = 5 + (3 if name in ("for-loop", "foreach") else 0)  # parameters, gradients, states; torch's temporaries
-    needed = case.elements * case.dtype.itemsize * copies
-    if free is None or needed <= free:
-        return ""
-    return f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
-
-
-def timed(job: Job, meter: Meter) -> Row:
-    entry: Row = {"device_us": asdict(meter.device_times(job.step)), "peak_bytes": meter.peak_bytes(job.step)}
-    if (kernels := meter.kernels(job.step)) is not None:
-        entry |= {"launches": kernels.count, "busy_us": kernels.busy_us}
-    if job.case.small:
-        entry["host_us"], entry["wall_us"] = meter.call_times(job.step, job.renew)
-    return entry
-
-
-def captured(case: StepCase, name: str, make: Make, meter: Meter) -> Row:
-    """The step's time in a CUDA graph. One step a graph: that is how a training step is captured."""
-
-    def prepare() -> Any:
-        job = Job(case, name, make, meter.device, capturable=True)
-        job.gradients(0)
-        return job.step
-
-    try:
-        return {"graph_us": meter.graph_time(prepare, calls=1)}
-    except Exception as error:  # what cannot be captured still has its other times
-        return {"graph_note": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-
-
-def row(case: StepCase, entries: Mapping[str, Row], bandwidth: float) -> Row:
-    moved = entries["tribp"].get("bytes")
-    floor_us = None if moved is None else 1e6 * moved / bandwidth
-    device_us = number(entries, "tribp", False)
-    ours = number(entries, "tribp", case.small)
-    theirs = {peer: number(entries, peer, case.small) for peer in (*PEERS, "eager")}
-    found: Row = {
-        "case": case.name,
-        "direction": "step",
-        "dtype": case.dtype_name,
-        "elements": case.elements,
-        "operations": case.operations,
-        "clock": "wall" if case.small else "device",
-        "bytes": moved,
-        "floor_us": floor_us,
-        "floor_fraction": floor_us / device_us if floor_us and device_us else None,
-        "ratios": {peer: time / ours if ours and time is not None else None for peer, time in theirs.items()},
-        "settings": entries["tribp"].pop("settings", []),
-        "contenders": dict(entries),
+def providers(case: StepCase, without_compile: str = "") -> dict[str, Provider | str]:
+    """By name; in place of one that is left out, a sentence."""
+    there: dict[str, Provider | str] = {
+        "tribp": Provider(case.make, unscales=True, clips=True),
+        "for-loop": Provider(_torchs(case, foreach=False)),
+        "foreach": Provider(_torchs(case, foreach=True)),
+        "fused": Provider(_torchs(case, fused=True), unscales=True),
+        "compile": without_compile or Provider(_torchs(case), compiled=True),
+        "apex": _apex(case),
+        "bitsandbytes": _bitsandbytes(case),
     }
-    verdicts = [judge(target, found) for target in targets(case)]
-    return found | {"targets": results.settled(verdicts, entries["tribp"])}
+    if case.optimizer == "RMSprop":
+        there["fused"] = "torch has no fused RMSprop"
+    if lacking := [key for key in ("state_dtype", "stochastic_rounding") if key in case.beyond]:
+        there |= dict.fromkeys(("for-loop", "foreach", "fused", "compile"), f"torch has no {' and no '.join(lacking)}")
+    return there
 
 
-def settings(job: Job) -> list[str]:
-    """How tribp launches a step, which is done."""
-    from tribp.launch import plan as plans
+def _torchs(case: StepCase, **how: bool) -> Callable[..., Any]:
+    def make(groups: Groups, capturable: bool = False) -> Any:
+        capture = {"capturable": True} if capturable and case.optimizer in ("Adam", "RMSprop") else {}
+        return getattr(torch.optim, case.optimizer)(groups, LR, **case.options, **how, **capture)
+
+    return make
+
+
+def _apex(case: StepCase) -> Provider | str:
+    name = {"Adam": "FusedAdam", "SGD": "FusedSGD", "Adagrad": "FusedAdagrad"}.get(case.optimizer)
+    if name is None or case.scaler or set(case.options) - {"momentum"} or "stochastic_rounding" in case.beyond:
+        return "apex has no such optimizer"
+    options = dict(case.options) | ({"adam_w_mode": False} if name == "FusedAdam" else {})
+    return _of_library("apex", "apex.optimizers", name, options, capturable=name == "FusedAdam")
+
+
+def _bitsandbytes(case: StepCase) -> Provider | str:
+    if case.scaler or case.beyond or set(case.options) - {"momentum"} or (case.optimizer == "SGD" and not case.options):
+        return "bitsandbytes has no such optimizer"
+    return _of_library("bitsandbytes", "bitsandbytes.optim", f"{case.optimizer}32bit", case.options)
+
+
+def _of_library(
+    library: str, module: str, name: str, options: Mapping[str, Any], capturable: bool = False
+) -> Provider | str:
+    """capturable: whether its optimizer knows the option."""
+    if not importlib.util.find_spec(library):
+        return "not installed"
+    knows_it = capturable
+
+    def make(groups: Groups, capturable: bool = False) -> Any:
+        capture = {"capturable": True} if capturable and knows_it else {}
+        return getattr(importlib.import_module(module), name)(groups, lr=LR, **options, **capture)
+
+    return Provider(make)
+
+
+class Job:
+    """A provider with parameters and gradients of its own, the same for all providers."""
+
+    def __init__(self, case: StepCase, provider: Provider, device: torch.device, **options: bool) -> None:
+        self.case, self.device, self.provider = case, device, provider
+        generator = torch.Generator(device).manual_seed(0)
+        self.params = [
+            Parameter(torch.empty(shape, dtype=case.dtype, device=device).normal_(0, 0.1, generator=generator))
+            for shape in case.shapes
+        ]
+        self.grads = [torch.empty_like(p.data) for p in self.params]
+        groups = [{"params": self.params}] if case.grouped else [{"params": [p]} for p in self.params]
+        self.optimizer = provider.make(groups, **options)
+        self._scale, self._found_inf = torch.ones((), device=device), torch.zeros((), device=device)
+        self._update = torch.compile(self.optimizer.step) if provider.compiled else self.optimizer.step
+
+    def gradients(self, step: int, scale: float = 1.0) -> None:
+        """Those of a step, which are the same each time."""
+        generator = torch.Generator(self.device).manual_seed(step)
+        for p, grad in zip(self.params, self.grads, strict=True):
+            p.grad = grad.normal_(generator=generator).mul_(scale)
+        self._scale.fill_(scale)
+
+    def renew(self) -> None:
+        """Gradients as a backward pass leaves them: new tensors."""
+        for p in self.params:
+            p.grad = None
+        torch.autograd.backward(self.params, self.grads)
+
+    def step(self) -> None:
+        """All that a training loop does between the backward pass and the next forward one."""
+        if self.case.scaler:
+            if self.provider.unscales:
+                self.optimizer.grad_scale, self.optimizer.found_inf = self._scale, self._found_inf
+            else:
+                grads = [p.grad for p in self.params]
+                inverse = self._scale.reciprocal()
+                torch._amp_foreach_non_finite_check_and_unscale_(grads, self._found_inf, inverse)  # type: ignore[arg-type]
+                if self._found_inf.item():
+                    return
+        if self.case.clip is not None and not self.provider.clips:
+            torch.nn.utils.clip_grad_norm_(self.params, self.case.clip)
+        self._update()
+
+    def moments(self) -> dict[str, list[Tensor]]:
+        """The states that are as large as their parameters, by name."""
+        states = [self.optimizer.state[p] for p in self.params]
+        names = [
+            name
+            for name, value in states[0].items()
+            if isinstance(value, Tensor) and value.shape == self.params[0].shape
+        ]
+        return {name: [state[name] for state in states] for name in names}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The results of STEPS steps: the parameters, and every state by its name, of all tensors in a row."""
+
+    case: StepCase
+    device: torch.device
+
+    def sample(self, tensors: Sequence[Tensor]) -> Tensor:
+        """All elements, or of more than WHOLE those where a wrong offset would show."""
+        flat = (
+            torch.cat([t.detach().reshape(-1) for t in tensors]) if len(tensors) > 1 else tensors[0].detach().view(-1)
+        )
+        if len(flat) <= WHOLE:
+            return flat.clone()
+        return torch.cat([flat[: 1 << 20], flat[:: 997], flat[-(1 << 20) :]])  # fmt: skip
+
+    @functools.cached_property
+    def _reference(self) -> dict[str, Reference]:
+        job = Job(self.case, Provider(torch.optim.SGD), self.device)
+        p = Parameter(self.sample(job.params).double())
+        assert self.case.clip is None or self.case.elements <= WHOLE, "a norm of all gradients needs them all"
+        exact = _torchs(self.case, foreach=False)([{"params": [p]}])
+        for step in range(STEPS):
+            job.gradients(step)
+            p.grad = self.sample(job.grads).double()
+            if self.case.clip is not None:
+                torch.nn.utils.clip_grad_norm_([p], self.case.clip)
+            exact.step()
+        tensors = {"param": p.detach()}
+        tensors |= {k: v for k, v in exact.state[p].items() if isinstance(v, Tensor) and v.shape == p.shape}
+        return {name: Reference(value, float(value.norm())) for name, value in tensors.items()}
+
+    def reference(self) -> Mapping[str, Reference]:
+        """By the genuine class in float64. Every update is one of single elements, so that a sample will do."""
+        return self._reference
+
+    def results(self, provider: Provider, direction: str) -> dict[str, Tensor]:
+        job = Job(self.case, provider, self.device)
+        for step in range(STEPS):
+            job.gradients(step, SCALE if self.case.scaler else 1.0)
+            job.step()
+        tensors = {"param": self.sample(job.params)}
+        return tensors | {name: self.sample(value) for name, value in job.moments().items() if name in self.reference()}
+
+    def action(self, provider: Provider, direction: str, *, captured: bool = False) -> Action:
+        job = Job(self.case, provider, self.device, **{"capturable": True} if captured else {})
+        job.gradients(0)
+        return Action(job.step, job.renew)
+
+    def wrong(self, errors: Mapping[str, float], baseline_errors: Mapping[str, float]) -> str:
+        """One rounding of the type a step, or twice the error of torch's for-loop where that is a little more; not
+        where it is much more, for then the comparison is at fault. Rounding at random goes up to a whole unit in the
+        last place, not half.
+        """
+        state_dtype = self.case.beyond.get("state_dtype", self.case.dtype)
+        for name, error in errors.items():
+            limit = TOLERANCE[self.case.dtype if name == "param" else state_dtype]
+            if name == "param" and "stochastic_rounding" in self.case.beyond:
+                limit *= 2
+            bound = max(limit, min(2 * baseline_errors.get(name, 0.0), 4 * limit))
+            if not error <= bound:
+                return f"{name}: relative error {error:.2e}, allowed {bound:.2e}"
+        return ""
+
+
+def call(case: StepCase) -> None:
+    """A step on CPU tensors, of which those of one dimension are cut: longer ones are launched alike."""
+    short = replace(case, shapes=[shape if len(shape) > 1 else (min(*shape, 1 << 24),) for shape in case.shapes])
+    job = Job(short, Provider(short.make, unscales=True, clips=True), torch.device("cpu"))
+    job.gradients(1)
+    job.step()
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def launches(case: StepCase, direction: str, arch: Arch) -> "list[Launch]":
+    """What one step launches on this GPU, on tensors without memory."""
     from tribp.launch.plan import Launch
 
-    from .compiled import describe
+    launched: list[Launch] = []
 
-    launch, found = Launch.run, list[str]()
+    def record(launch: Launch) -> None:
+        launched.append(launch)
 
-    def record(launched: Launch) -> object:
-        found.append(f"{launched.kernel.__name__} {describe(launched)} {launched.grid[0]} programs")
-        return launch(launched)
-
-    plans.forget()
-    with mock.patch.object(Launch, "run", record):
-        job.step()
-    return found
-
-
-def _line(r: Row) -> list[str]:
-    ours, small = r["contenders"]["tribp"], r["clock"] == "wall"
-
-    def time(name: str) -> str:
-        entry = r["contenders"].get(name, {})
-        if entry.get("status") == "wrong":
-            return f"wrong ({entry['note']})"
-        return "failed" if entry.get("status") == "failed" else results.decimal(number(r["contenders"], name, small))
-
-    extra = ours.get("peak_bytes")
-    return [
-        r["case"], r["clock"], *map(time, ("tribp", *PEERS)), results.times(r["ratios"]["fused"]),
-        "–" if r["floor_fraction"] is None else f"{r['floor_fraction']:.0%}", str(ours.get("launches", "–")),
-        *(results.decimal(ours.get(key)) for key in ("busy_us", "host_us", "graph_us")),
-        "–" if extra is None else f"{extra / 1e6:.1f}",
-        ", ".join(t["target"] for t in r["targets"]), ", ".join(t["verdict"] for t in r["targets"]),
-    ]  # fmt: skip
+    with (
+        mock.patch.object(dispatch, "backend_of", return_value="triton"),
+        mock.patch.object(dispatch, "arch_of", return_value=arch),
+        mock.patch.object(Launch, "run", record),
+    ):
+        params = [Parameter(torch.empty(n, dtype=case.dtype, device="meta")) for n in case.lengths]
+        groups: Groups = [{"params": params}] if case.grouped else [{"params": [p]} for p in params]
+        if case.irregular:
+            strided = Parameter(torch.empty(64, 64, dtype=case.dtype, device="meta")[:, 1:])
+            groups.append({"params": [strided], "amsgrad": False})
+        for p in (p for group in groups for p in group["params"]):
+            p.grad = torch.empty_like(p)
+        optimizer = case.make(groups)
+        if case.scaler:
+            optimizer.grad_scale = optimizer.found_inf = torch.empty((), device="meta")
+        optimizer.step()
+    if case.irregular:  # an lr on the device is one where its address can be read, which `meta` has none of
+        launched = [x.with_settings(ON_DEVICE=True) if "ON_DEVICE" in x.settings else x for x in launched]
+    return launched
 
 
-OPERATION = Optimizers()
+DTYPES = (FP32, BF16, FP16, FP64)
+CLIP: dict[str, Any] = {"max_grad_norm": 1.0}
+ADAM = StepCase("Adam", "1000+4M", [(1000,), (1 << 22,)])
+EVERYTHING = replace(
+    ADAM, options={"amsgrad": True}, beyond={**CLIP, "ema_decay": 0.9, "eps_inside_sqrt": True}, scaler=True,
+    irregular=True,
+)  # fmt: skip
+
+# What is compiled without a GPU: a name that begins with the rule, a case, its types.
+Selection = list[tuple[str, StepCase, Sequence[torch.dtype]]]
+ALWAYS: Selection = [  # for every target
+    ("adam", ADAM, DTYPES),
+    ("sgd", replace(ADAM, optimizer="SGD"), (FP32,)),
+    ("momentum", replace(ADAM, optimizer="Momentum"), (FP32,)),
+    ("rmsprop", replace(ADAM, optimizer="RMSprop"), (FP32,)),
+    ("adagrad", replace(ADAM, optimizer="Adagrad"), (FP32,)),
+    ("adam clip", replace(ADAM, beyond=CLIP), (FP32,)),
+    ("adam wide states", replace(ADAM, beyond={"state_dtype": FP32}), (BF16,)),
+    ("adam everything", replace(EVERYTHING, beyond={**EVERYTHING.beyond, **STOCHASTIC}), (BF16,)),
+]
+THOROUGH = "sm_90"
+MORE: Selection = [  # for that one target, to save time: the machine code differs little between them
+    ("momentum", replace(ADAM, optimizer="Momentum"), (BF16,)),
+    ("rmsprop", replace(ADAM, optimizer="RMSprop"), (BF16,)),
+    ("adagrad", replace(ADAM, optimizer="Adagrad"), (BF16,)),
+    ("rmsprop centered momentum", replace(ADAM, optimizer="RMSprop", options={"centered": True, **MOMENTUM}), (FP32,)),
+    ("adam amsgrad", replace(ADAM, options={"amsgrad": True}), (FP32,)),
+    ("adam scaler", replace(ADAM, scaler=True), (FP32,)),
+    ("adam clip", replace(ADAM, beyond=CLIP), (FP64,)),
+]
+RARE: Selection = [  # for --all
+    ("adam clip", replace(ADAM, beyond=CLIP), (BF16,)),
+    ("adam ema", replace(ADAM, beyond={"ema_decay": 0.9}), (FP32,)),
+    ("adam stochastic", replace(ADAM, beyond={"stochastic_rounding": True}), (BF16,)),
+    ("adam wide states", replace(ADAM, beyond={"state_dtype": FP32}), (FP16,)),
+    ("adam everything", EVERYTHING, (FP32,)),
+]
+
+
+def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, StepCase, str]]:
+    others = [*MORE, *RARE] if everything else MORE if arch.name == THOROUGH else []
+    for name, case, dtypes in [*ALWAYS, *others]:
+        rule, _, switched_on = name.partition(" ")
+        for dtype in DTYPES if everything and "stochastic_rounding" not in case.beyond else dtypes:
+            yield f"{rule} {dtype_name(dtype)} {switched_on}".strip(), replace(case, dtype=dtype), "step"
+
+
+def expectations(launch: "Launch", case: StepCase, arch: Arch) -> Iterator[Expectation]:
+    """Every operand of a full, aligned block is read, and if it changes written, 16 bytes at a time."""
+    given = launch.named
+    least = 0 if given["STRIDED"] else 1  # the smaller block of strided tensors makes do with narrower ones
+
+    def count(*names: str) -> int:
+        """16-byte accesses a thread."""
+        kinds = [given[name] for name in names if given[name] is not None]
+        share = 128 * threads(launch, arch)
+        return sum(max(least, given["BLOCK"] * kind.primitive_bitwidth // share) for kind in kinds)
+
+    if launch.kernel.__name__ == "gradient_norm":
+        yield vectors(count("GRAD_TYPE"), 0, "a gradient is read in whole vectors")
+        return
+    written = count(*(name for name in TYPES if name != "GRAD_TYPE"))
+    scaled = count("GRAD_TYPE") if isinstance(given["grad_scale"], Tensor) else 0
+    yield vectors(count("GRAD_TYPE") + written, scaled + written, "full, aligned blocks go in whole vectors")
+
+
+TYPES = ("PARAM_TYPE", "GRAD_TYPE", "STATE0", "STATE1", "STATE2", "EMA_TYPE")
+
+
+def step_work(given: Given, grid: tuple[int, ...], case: StepCase) -> dict[str, Any]:
+    """An optimizer's step, or the norm before it. A program reads four tables before its first element (which chunk,
+    its tensor's row, the hyperparameters and the counter's address, the counter), and counts itself at the end."""
+    sizes = {name: given[name].primitive_bitwidth // 8 for name in TYPES if given.get(name) is not None}
+    moved = sizes["GRAD_TYPE"]
+    if "RULE" in given:
+        moved = 2 * sum(sizes.values()) - (0 if isinstance(given["grad_scale"], Tensor) else moved)
+    block, lengths = given["BLOCK"], case.lengths
+    return dict(
+        tensors={id(given["grads"]): float(case.elements * moved)},
+        turns=min(given["chunk_blocks"], max(cdiv(n, block) for n in lengths)),
+        step=block * sum(sizes.values()),
+        aligned=sum(n // block for n in lengths) / sum(cdiv(n, block) for n in lengths),
+        chain=5,
+    )
+
+
+OPERATION = Operation(
+    name="optim",
+    summary="a step of tribp.optim beside torch.optim's and other libraries'",
+    cases=cases(),
+    smoke_cases=smoke_cases(),
+    directions=("step",),
+    baseline="for-loop",
+    peers=PEERS,
+    best_of={"eager": ("for-loop", "foreach", "fused")},
+    drawn=("fused", "foreach", "compile"),
+    providers=providers,
+    problem=Problem,
+    work=work,
+    targets=targets,
+    launches=launches,
+    compiled=compiled,
+    expectations=expectations,
+    kernel_work={"multi_tensor_step": step_work, "gradient_norm": step_work},
+    call=call,
+    tests=KernelTests(
+        ["tests/test_optim_gpu.py"],
+        ["tests/test_optim_gpu.py", "-k", "nothing_waits or gradscaler or other_backend"],
+        ["tests/test_optim_plan.py", "-k", "a_plan_is_kept"],
+        kernels=["tests/test_optim.py"],
+    ),
+    run_first={"1e8": "--dtype float32 --first 4", "1000 tensors": "--case 1000x"},
+    switches=("grad_scale", "grad_norm", "EMA_TYPE", "ON_DEVICE", "EPS_INSIDE", "STOCHASTIC", "OPTIONAL", "STRIDED"),
+    columns=("case", "clock", "tribp", *PEERS, "vs fused", "of floor", "launches", "busy", "host", "graph", "extra MB"),
+    legend="Times are medians in µs: on the device with L2 flushed, or (wall) from the call until the device is done, "
+    "with new gradients each step. Ratios are the other's time over tribp's. The floor: bytes a step must move over "
+    "the copy's rate; of it, in parts of the time on the device.",
+    small_clock="wall",
+    products=False,
+    graph_calls=1,  # that is how a training step is captured
+)

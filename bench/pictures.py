@@ -57,24 +57,24 @@ class Point:
 
 def points(rows: Sequence[Row]) -> list[Point]:
     """What the roofline shows."""
-    found = []
-    for r in shown([r for r in rows if r["contenders"]["tribp"].get("device_us")], MOST_POINTS):
-        us = r["contenders"]["tribp"]["device_us"]["median"]
+    drawn = []
+    for r in shown([r for r in rows if r["providers"]["tribp"].get("device_us")], MOST_POINTS):
+        us = r["providers"]["tribp"]["device_us"]["median"]
         name = f"{r['case']} {r['direction']}"
-        found.append(Point(name, r["dtype"], r["operations"] / r["bytes"], 1e6 * r["operations"] / us))
-    return found
+        drawn.append(Point(name, r["dtype"], r["operations"] / r["bytes"], 1e6 * r["operations"] / us))
+    return drawn
 
 
 def roofline(path: Path, title: str, rows: Sequence[Row], bandwidth: float, rates: Mapping[str, float]) -> Path | None:
     """Every row as a numbered point of its type's color, under the ceilings that were measured: the copy's bytes a
     second, and every type's operations a second.
     """
-    plt, found = pyplot(), points(rows)
-    if plt is None or not found:
+    plt, drawn = pyplot(), points(rows)
+    if plt is None or not drawn:
         return None
-    figure, axes = plt.subplots(figsize=(11, max(5, 0.17 * len(found))), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, max(5, 0.17 * len(drawn))), layout="constrained")
     knees = {name: rate / bandwidth for name, rate in rates.items()}
-    at = [*(point.intensity for point in found), *knees.values()]
+    at = [*(point.intensity for point in drawn), *knees.values()]
     low, high = min(at) / 3, max(at) * 3
     colors = dict(zip(rates, COLORS, strict=False))
     for name, color in colors.items():
@@ -82,7 +82,7 @@ def roofline(path: Path, title: str, rows: Sequence[Row], bandwidth: float, rate
         axes.plot([low, knees[name], high], heights, color=color, linewidth=1, label=name)
     if not rates:
         axes.plot([low, high], [low * bandwidth, high * bandwidth], color=COLORS[0], linewidth=1, label="copy")
-    for n, point in enumerate(found, 1):
+    for n, point in enumerate(drawn, 1):
         color, place = colors.get(point.dtype, "black"), (point.intensity, point.rate)
         axes.plot(*place, ".", color=color, markersize=4)
         axes.annotate(str(n), place, fontsize=7, color=color, xytext=(2, 2), textcoords="offset points")

@@ -3,24 +3,21 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import host, pictures, registry, results
-from .registry import Measured
-from .tables import markdown
+from . import host, operation, pictures, results
+from .operation import Operation
+from .results import Row, markdown
 
-Row = dict[str, Any]
 Stored = Mapping[str, dict[str, Any]]  # what each operation's JSON holds, by the operation's name
 MOST_MISSED = 20  # targets in the short form
 ORDER = ("missed", "unmeasured", "met")
 CHECKOUT = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True)
-class Goal:
-    """A target of the issues, and what became of it."""
+class Goal(NamedTuple):
+    """A target, and what became of it: a line of the table."""
 
     operation: str
     case: str
@@ -34,23 +31,23 @@ def main(folders: Sequence[Path]) -> int:
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
-    for folder in folders or found(results.ROOT):
+    for folder in folders or result_folders(results.ROOT):
         stored = load(folder)
         draw(folder, stored)
         results.write(folder / "README.md", page(folder, stored))
         print(f"{folder / 'README.md'}\n{summary(goals(stored))}")
-    if not folders and not found(results.ROOT):
+    if not folders and not result_folders(results.ROOT):
         print(f"nothing is measured yet\n\n{targets({})}")
     return 0
 
 
-def found(root: Path) -> list[Path]:
+def result_folders(root: Path) -> list[Path]:
     """The folders in it that hold results."""
     return sorted(folder for folder in root.glob("*/") if load(folder))
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    files = {name: folder / f"{name}.json" for name in (*registry.names(), "host")}
+    files = {name: folder / f"{name}.json" for name in (*operation.names(), "host")}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
@@ -59,15 +56,15 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 def goals(stored: Stored) -> list[Goal]:
     """All targets that were set, measured or not: the missed first, then what is unmeasured."""
-    everything = {operation.name: operation.unmeasured() for operation in registry.find([])}
+    everything = {entry.name: results.unmeasured(entry) for entry in operation.find()}
     everything["host"] = host.unmeasured()
-    found = []
+    judged = []
     for name, rows in everything.items():
         measured = {place(row): row for row in stored.get(name, {}).get("rows", [])}
         latest = stored.get(name, {}).get("commit")
         for row in rows:
-            found += [goal(name, row, target, measured.get(place(row)), latest) for target in row["targets"]]
-    return sorted(found, key=lambda goal: ORDER.index(goal.verdict))
+            judged += [goal(name, row, target, measured.get(place(row)), latest) for target in row["targets"]]
+    return sorted(judged, key=lambda goal: ORDER.index(goal.verdict))
 
 
 def place(row: Row) -> tuple[str, str]:
@@ -79,7 +76,7 @@ def goal(operation: str, row: Row, target: Row, measured: Row | None, latest: st
     same = [t for t in measured["targets"] if sentence(t) == sentence(target)] if measured else []
     if not measured or not same:
         return Goal(operation, case, target["target"], "–", "unmeasured")
-    status = measured.get("contenders", {}).get("tribp", {}).get("status", "ok")
+    status = measured.get("providers", {}).get("tribp", {}).get("status", "ok")
     value = status if status in ("wrong", "failed") else figure(same[0])
     if measured.get("commit", latest) != latest:
         value += f" at {measured['commit']}"
@@ -102,14 +99,8 @@ def figure(target: Row) -> str:
 
 def targets(stored: Stored) -> str:
     everything = goals(stored)
-    table = markdown(
-        ["operation", "case", "target", "measured", "verdict"],
-        [[g.operation, g.case, g.target, g.measured, g.verdict] for g in everything],
-    )
-    return (
-        f"{summary(everything)} Ratios are the other's time over tribp's, or memory, unless the case names its own.\n\n"
-        f"{table}"
-    )
+    legend = "Ratios are the other's time over tribp's, or memory, unless the case names its own."
+    return f"{summary(everything)} {legend}\n\n{markdown(Goal._fields, everything)}"
 
 
 def summary(everything: Sequence[Goal]) -> str:
@@ -122,8 +113,8 @@ def short(folder: Path) -> str:
     everything = goals(load(folder))
     missed = [goal for goal in everything if goal.verdict == "missed"]
     lines = [f"  missed: {g.operation} {g.case}: {g.target}, measured {g.measured}" for g in missed[:MOST_MISSED]]
-    more = [f"  and {len(missed) - MOST_MISSED} more"] if len(missed) > MOST_MISSED else []
-    return "\n".join([summary(everything), *lines, *more])
+    others = [f"  and {len(missed) - MOST_MISSED} more"] if len(missed) > MOST_MISSED else []
+    return "\n".join([summary(everything), *lines, *others])
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -132,9 +123,9 @@ def short(folder: Path) -> str:
 def page(folder: Path, stored: Stored) -> str:
     parts = [f"# {title(stored)}", "Made by `python -m bench report` from the JSON beside it.", "## Targets"]
     parts.append(targets(stored))
-    for operation in registry.find([]):
-        if operation.name in stored:
-            parts += section(folder, operation, stored[operation.name])
+    for entry in operation.find():
+        if entry.name in stored:
+            parts += section(folder, entry, stored[entry.name])
     if "host" in stored:
         parts += host_section(folder, stored["host"])
     return "\n\n".join([*parts, *steps_section(folder)])
@@ -152,28 +143,28 @@ def title(stored: Stored) -> str:
     return ("Smoke test, the times mean nothing: " if smoke else "") + (", ".join(gpus) or "No GPU")
 
 
-def section(folder: Path, operation: Measured, held: dict[str, Any]) -> list[str]:
-    found = [
-        f"## {operation.name}: {operation.summary}",
-        f"{results.conditions(held)}\n\n{operation.legend}",
-        f"To reproduce: `python -m bench run {operation.name} --out {shown(folder)}`",
+def section(folder: Path, entry: Operation, held: dict[str, Any]) -> list[str]:
+    parts = [
+        f"## {entry.name}: {entry.summary}",
+        f"{results.conditions(held)}\n\n{entry.legend}",
+        f"To reproduce: `python -m bench run {entry.name} --out {shown(folder)}`",
     ]
-    for picture in (folder / f"{operation.name}.png", folder / f"roofline-{operation.name}.png"):
+    for picture in (folder / f"{entry.name}.png", folder / f"roofline-{entry.name}.png"):
         if picture.exists():
-            found.append(f"![{picture.stem}]({picture.name})")
+            parts.append(f"![{picture.stem}]({picture.name})")
     commits = sorted({row["commit"] for row in held["rows"]} - {held["commit"]})
     if commits:
         cases = Counter(row["commit"] for row in held["rows"])
         others = ", ".join(f"{cases[commit]} at {commit}" for commit in commits)
-        found.append(f"Of {len(held['rows'])} rows, not at {held['commit']} but earlier: {others}.")
-    return [*found, operation.table(held["rows"])]
+        parts.append(f"Of {len(held['rows'])} rows, not at {held['commit']} but earlier: {others}.")
+    return [*parts, results.table(entry, held["rows"])]
 
 
 def host_section(folder: Path, held: dict[str, Any]) -> list[str]:
-    found = ", ".join(f"{name} {version}" for name, version in held["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in held["versions"].items())
     return [
         "## host: what an optimizer's step costs the host",
-        f"Commit {held['commit']}; {held['cpus']} CPUs, load average {held['load']:.1f}; {found}.",
+        f"Commit {held['commit']}; {held['cpus']} CPUs, load average {held['load']:.1f}; {versions}.",
         f"To reproduce: `python -m bench host --json {shown(folder)}/host.json`",
         host.table(held["rows"]),
     ]
@@ -198,11 +189,8 @@ def steps_section(folder: Path) -> list[str]:
 
 def draw(folder: Path, stored: Stored) -> None:
     """Bars against the peers and a roofline of each operation; none without matplotlib."""
-    for operation in registry.find([]):
-        if operation.name not in stored:
-            continue
-        held = stored[operation.name]
-        heading = results.heading(held)
-        pictures.bars(folder / f"{operation.name}.png", heading, held["rows"], operation.peers)
-        ceilings = held["copy_bytes_per_second"], held["operations_per_second"]
-        pictures.roofline(folder / f"roofline-{operation.name}.png", heading, held["rows"], *ceilings)
+    for entry in operation.find():
+        if held := stored.get(entry.name):
+            heading, ceilings = results.heading(held), (held["copy_bytes_per_second"], held["operations_per_second"])
+            pictures.bars(folder / f"{entry.name}.png", heading, held["rows"], entry.drawn or entry.peers)
+            pictures.roofline(folder / f"roofline-{entry.name}.png", heading, held["rows"], *ceilings)

@@ -5,84 +5,184 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import pictures
-from .meters import Meter
-from .registry import Case, Measured, Named, Operation, Target, Work
-from .tables import markdown
+from .operation import Operation, Target, Work
+from .timing import CpuMeter
 
 ROOT = Path(__file__).parent / "results"
 SOURCES = ("kernels", "tribp", "bench")  # beside this folder: what a measurement depends on
 Row = dict[str, Any]
 
 
-def floor(work: Work, bandwidth: float, rate: float) -> tuple[float, str]:
-    """The least time in µs that the work can take, and what sets it: "bytes" or "operations"."""
-    by_bytes, by_operations = 1e6 * work.bytes / bandwidth, 1e6 * work.operations / rate
+# -- one case, one direction ------------------------------------------------------------------------------------------
+
+
+def floor(work: Work, bandwidth: float, rate: float | None) -> tuple[float, str]:
+    """The least time in µs that the work can take, and what sets it: "bytes" or "operations"; rate None: bytes."""
+    by_bytes, by_operations = 1e6 * work.bytes / bandwidth, 1e6 * work.operations / rate if rate else 0.0
     return (by_bytes, "bytes") if by_bytes > by_operations else (by_operations, "operations")
 
 
-def ratio(entries: Mapping[str, Row], peer: str, quantity: str = "time") -> float | None:
-    """How many times as fast as the peer tribp is, or how many times less memory it takes; None if unmeasured."""
-
-    def number(name: str) -> float | None:
-        entry = entries.get(name, {})
-        value = entry.get("device_us", {}).get("median") if quantity == "time" else entry.get("peak_bytes")
-        return None if value is None else float(value)
-
-    ours, theirs = number("tribp"), number(peer)
-    return None if ours is None or theirs is None or ours == 0 else theirs / ours
-
-
-def judge(target: Target, entries: Mapping[str, Row], copied: float | None = None) -> dict[str, Any]:
-    """The target as a sentence and the verdict: "met", "missed", "unmeasured". copied: the share of the copy's rate."""
-    if target.quantity == "bandwidth":
-        return verdict(f"≥ {target.ratio:.0%} of copy", copied, copied is not None and copied >= target.ratio)
-    found = ratio(entries, target.peer, target.quantity)
-    what = "" if target.quantity == "time" else f" {target.quantity}"
-    return verdict(f"≥ {target.ratio:.2f}x {target.peer}{what}", found, found is not None and found >= target.ratio)
-
-
-def verdict(target: str, found: float | None, met: bool) -> dict[str, Any]:
-    return {"target": target, "ratio": found, "verdict": "unmeasured" if found is None else "met" if met else "missed"}
-
-
-def settled(verdicts: Sequence[dict[str, Any]], ours: Row) -> list[dict[str, Any]]:
-    """The verdicts, given tribp's entry: what is wrong or fails meets no target."""
-    if ours.get("status") not in ("wrong", "failed"):
-        return list(verdicts)
-    return [found | {"ratio": None, "verdict": "missed"} for found in verdicts]
-
-
 def row(
-    operation: Operation, case: Case, direction: str, entries: Mapping[str, Row],
-    bandwidth: float, rate: float,
-) -> Row:  # fmt: skip
+    operation: Operation, case: Any, direction: str, entries: Mapping[str, Row], bandwidth: float, rate: float | None
+) -> Row:
+    """What was measured of each provider (`entries`), and what follows from it."""
     work = operation.work(case, direction)
     floor_us, bound_by = floor(work, bandwidth, rate)
-    ours = entries["tribp"].get("device_us", {}).get("median")
-    copied = 1e6 * work.bytes / bandwidth / ours if ours else None
-    return {
+    device_us = number(entries, "tribp", "device_us")
+    clock = operation.small_clock if case.small else "device"
+    row: Row = {
         "case": case.name,
-        "shape": list(case.shape),
         "dtype": case.dtype_name,
         "direction": direction,
         "bytes": work.bytes,
         "operations": work.operations,
         "floor_us": floor_us,
         "bound_by": bound_by,
-        "floor_fraction": floor_us / ours if ours else None,
-        "ratios": {peer: ratio(entries, peer) for peer in ("eager", "compile")},
-        "memory_ratio": ratio(entries, "eager", "memory"),
-        "targets": settled(
-            [judge(target, entries, copied) for target in operation.targets(case, direction)], entries["tribp"]
-        ),
+        "floor_fraction": floor_us / device_us if device_us else None,
+        "copy_fraction": 1e6 * work.bytes / bandwidth / device_us if device_us else None,
+        "clock": clock,
+        "ratios": ratios(operation, entries, f"{clock}_us"),
         "settings": [],
-        "contenders": dict(entries),
+        "providers": dict(entries),
     }
+    verdicts = [judge(target, row) for target in operation.targets(case, direction)]
+    if entries["tribp"].get("status") in ("wrong", "failed"):  # it meets no target
+        verdicts = [verdict | {"ratio": None, "verdict": "missed"} for verdict in verdicts]
+    return row | {"targets": verdicts}
+
+
+def unmeasured(operation: Operation) -> list[Row]:
+    """Rows of all cases and directions, with nothing in them measured."""
+    return [row(operation, case, d, {"tribp": {}}, 1.0, None) for case in operation.cases for d in operation.directions]
+
+
+def number(entries: Mapping[str, Row], name: str, quantity: str) -> float | None:
+    """What was measured of a provider, the median of a time; None if nothing was."""
+    value = entries.get(name, {}).get(quantity)
+    value = value.get("median") if isinstance(value, dict) else value
+    return None if value is None else float(value)
+
+
+def over(a: float | None, b: float | None) -> float | None:
+    """a / b, or None where one of them is unmeasured, or b nothing."""
+    return None if a is None or not b else a / b
+
+
+def ratios(operation: Operation, entries: Mapping[str, Row], clock: str) -> dict[str, float | None]:
+    """How many times as fast as each peer tribp is, None if unmeasured; and as the fastest of several."""
+    ours = number(entries, "tribp", clock)
+    ratios = {peer: over(number(entries, peer, clock), ours) for peer in operation.peers}
+    for name, peers in operation.best_of.items():
+        ratios[name] = min((ratio for peer in peers if (ratio := ratios[peer]) is not None), default=None)
+    return ratios
+
+
+def judge(target: Target, row: Row) -> Row:
+    """The target as a sentence, what was value, and the verdict: "met", "missed", "unmeasured"."""
+    entries, peer, limit = row["providers"], target.peer, target.ratio
+    if target.quantity == "bandwidth":
+        return verdict(f"≥ {limit:.0%} of copy", row["copy_fraction"], lambda value: value >= limit)
+    if target.quantity == "launches":  # none is not in a kernel
+        return verdict(f"{limit:g} launches", number(entries, "tribp", "launches"), lambda value: value == limit)
+    if target.quantity == "held memory":
+        value = over(number(entries, "tribp", "held_bytes"), number(entries, peer, "held_bytes"))
+        return verdict(f"≤ {limit:g}x {peer} memory", value, lambda value: value <= limit)
+    if target.quantity == "memory":
+        return verdict(f"≥ {limit:.2f}x {peer} memory", memory_ratio(row, peer), lambda value: value >= limit)
+    return verdict(f"≥ {limit:.2f}x {peer}", row["ratios"][peer], lambda value: value >= limit)
+
+
+def memory_ratio(row: Row, peer: str) -> float | None:
+    """The most memory that the peer's call allocates over that of tribp's."""
+    return over(number(row["providers"], peer, "peak_bytes"), number(row["providers"], "tribp", "peak_bytes"))
+
+
+def verdict(target: str, value: float | None, met: Callable[[float], bool]) -> Row:
+    judged = "unmeasured" if value is None else "met" if met(value) else "missed"
+    return {"target": target, "ratio": value, "verdict": judged}
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A padded Markdown table: the same characters on a terminal, in a log and in a results file.
+
+    Columns whose cells are all numbers, or empty, are set flush right.
+    """
+    cells = [[("" if value is None else str(value)).replace("|", "\\|") for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(values: Sequence[str]) -> str:
+        padded = (v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
+    return "\n".join([line(header), rule, *map(line, cells)])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.rstrip(" x%") or "0")
+    except ValueError:
+        return text in ("", "–")
+    return True
+
+
+def decimal(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}x"
+
+
+def _ours(quantity: str) -> Callable[[Row], str]:
+    return lambda row: decimal(number(row["providers"], "tribp", quantity))
+
+
+# The columns that an operation can name besides providers (their times) and "vs" one (its time over tribp's).
+COLUMNS: Mapping[str, Callable[[Row], object]] = {
+    "case": lambda row: row["case"],
+    "direction": lambda row: row["direction"],
+    "clock": lambda row: row["clock"],
+    "of floor": lambda row: "–" if row["floor_fraction"] is None else f"{row['floor_fraction']:.0%}",
+    "graph": _ours("graph_us"),
+    "host": _ours("host_us"),
+    "busy": _ours("busy_us"),
+    "launches": lambda row: row["providers"]["tribp"].get("launches", "–"),
+    "memory": lambda row: times(memory_ratio(row, "eager")),
+    "extra MB": lambda row: decimal(over(number(row["providers"], "tribp", "peak_bytes"), 1e6)),
+    "target": lambda row: ", ".join(target["target"] for target in row["targets"]),
+    "verdict": lambda row: ", ".join(target["verdict"] for target in row["targets"]),
+}
+
+
+def table(operation: Operation, rows: Sequence[Row]) -> str:
+    header = [*operation.columns, "target", "verdict"]
+    return markdown(header, [[_cell(row, column) for column in header] for row in rows])
+
+
+def _cell(row: Row, column: str) -> object:
+    if column in COLUMNS:
+        return COLUMNS[column](row)
+    if column.startswith("vs "):
+        return times(row["ratios"][column.removeprefix("vs ")])
+    entry = row["providers"].get(column, {})
+    if entry.get("status") == "wrong":
+        return f"wrong ({entry['note']})"
+    if entry.get("status") == "failed":
+        return "failed"
+    return decimal(number(row["providers"], column, f"{row['clock']}_us"))
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 class Store:
@@ -92,7 +192,7 @@ class Store:
     torch.compile was asked for.
     """
 
-    def __init__(self, folder: Path, operation: Measured, meter: Meter, *, smoke: bool) -> None:
+    def __init__(self, folder: Path, operation: Operation, meter: CpuMeter, *, smoke: bool) -> None:
         self.operation = operation
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{operation.name}.json"
@@ -108,7 +208,7 @@ class Store:
         self.stamp["sources"] = digest()
         self.rows: list[Row] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
 
-    def has(self, case: Named, *, compiled: bool) -> bool:
+    def has(self, case: Any, *, compiled: bool) -> bool:
         """Whether the case has been measured with the present code, and beside torch.compile if that is wanted."""
         rows = self.rows_of([case])
         return bool(rows) and all(
@@ -120,27 +220,20 @@ class Store:
         self.rows = [r for r in self.rows if (r["case"], r["direction"]) not in fresh]
         self.rows += [r | self.stamp | {"compiled": compiled} for r in rows]
         if self.smoke:
-            for verdict in (target for r in self.rows for target in r["targets"]):
-                verdict["verdict"] = "unmeasured"  # nothing follows from a CPU's clock
+            for target in (target for r in self.rows for target in r["targets"]):
+                target["verdict"] = "unmeasured"  # nothing follows from a CPU's clock
         self.head |= self.stamp | {"copy_bytes_per_second": bandwidth, "operations_per_second": dict(rates)}
         write(self.path, json.dumps(self.head | {"rows": self.rows}, indent=1))
-        write(
-            self.path.with_suffix(".md"),
-            f"# {self.heading()}\n\n{self.conditions()}\n\n{self.operation.table(self.rows)}",
-        )
+        parts = [f"# {heading(self.head)}", conditions(self.head), self.operation.legend]
+        write(self.path.with_suffix(".md"), "\n\n".join([*parts, table(self.operation, self.rows)]))
 
-    def rows_of(self, cases: Sequence[Named]) -> list[Row]:
-        wanted = {case.name for case in cases}
-        return [r for r in self.rows if r["case"] in wanted]
-
-    def heading(self) -> str:
-        return heading(self.head)
-
-    def conditions(self) -> str:
-        return f"{conditions(self.head)}\n\n{self.operation.legend}"
+    def rows_of(self, cases: Sequence[Any]) -> list[Row]:
+        names = {case.name for case in cases}
+        return [r for r in self.rows if r["case"] in names]
 
     def plot(self) -> Path | None:
-        return pictures.bars(self.path.with_suffix(".png"), self.heading(), self.rows, self.operation.peers)
+        peers = self.operation.drawn or self.operation.peers
+        return pictures.bars(self.path.with_suffix(".png"), heading(self.head), self.rows, peers)
 
 
 def heading(head: Mapping[str, Any]) -> str:
@@ -150,46 +243,13 @@ def heading(head: Mapping[str, Any]) -> str:
 
 def conditions(head: Mapping[str, Any]) -> str:
     """When, with what and under which ceilings the results that carry this head were measured."""
-    found = [f"{name} {version}" for name, version in head["versions"].items()]
+    versions = [f"{name} {version}" for name, version in head["versions"].items()]
     rates = [f"{name} {rate / 1e12:.4g} TF/s" for name, rate in head["operations_per_second"].items()]
     products = f", products {', '.join(rates)}" if rates else ""
     return (
-        f"{head['date']}, commit {head['commit']}; {', '.join(found)}. Measured in the same run: copy "
+        f"{head['date']}, commit {head['commit']}; {', '.join(versions)}. Measured in the same run: copy "
         f"{head['copy_bytes_per_second'] / 1e12:.3g} TB/s{products}."
     )
-
-
-def table(rows: Sequence[Row]) -> str:
-    header = ["case", "direction", "tribp", "eager", "compile", "vs eager", "vs compile", "of floor", "graph", "host",
-              "memory", "target", "verdict"]  # fmt: skip
-    return markdown(header, [_line(r) for r in rows])
-
-
-def _line(r: Row) -> list[str]:
-    ours = r["contenders"]["tribp"]
-    return [
-        r["case"], r["direction"], *(_time(r["contenders"].get(name, {})) for name in ("tribp", "eager", "compile")),
-        times(r["ratios"]["eager"]), times(r["ratios"]["compile"]),
-        "–" if r["floor_fraction"] is None else f"{r['floor_fraction']:.0%}",
-        decimal(ours.get("graph_us")), decimal(ours.get("host_us")), times(r["memory_ratio"]),
-        ", ".join(t["target"] for t in r["targets"]), ", ".join(t["verdict"] for t in r["targets"]),
-    ]  # fmt: skip
-
-
-def _time(entry: Row) -> str:
-    if entry.get("status") == "wrong":
-        return f"wrong ({entry['note']})"
-    if entry.get("status") == "failed":
-        return "failed"
-    return decimal(entry.get("device_us", {}).get("median"))
-
-
-def decimal(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def times(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}x"
 
 
 def write(path: Path, text: str) -> None:
@@ -204,18 +264,18 @@ def commit() -> str:
     changed = f"status --porcelain --untracked-files=no -- {' '.join(SOURCES)} :(exclude)bench/results"
     try:
         root = Path(__file__).parents[1]
-        found = [
+        answers = [
             subprocess.run(["git", *words.split()], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
             for words in ("rev-parse --short HEAD", changed)
         ]
     except (OSError, subprocess.CalledProcessError):
         return digest()
-    return f"{found[0]}+{digest()}" if found[1] else found[0]
+    return f"{answers[0]}+{digest()}" if answers[1] else answers[0]
 
 
 def digest(root: Path = Path(__file__).parents[1]) -> str:
     """Eight digits that tell one state of the sources from another; a commit of results changes none."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in sorted(file for folder in SOURCES for file in (root / folder).rglob("*.py")):
-        found.update(str(file.relative_to(root)).encode() + file.read_bytes())
-    return found.hexdigest()[:8]
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()[:8]

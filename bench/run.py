@@ -1,9 +1,10 @@
-"""`python -m bench run`: check each contender, time those that are right, and write it all down as it goes."""
+"""`python -m bench run`: check each provider, time those that are right, and write it all down as it goes."""
 
 import contextlib
+import gc
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,9 @@ import tribp
 from tribp import dispatch
 
 from . import results
-from .meters import CpuMeter, CudaMeter, Meter
-from .registry import Case, Measured, Named, Operation, Problem, Reference
-
-# torch.compile at its best, less its own CUDA graphs: they copy their inputs first and cannot repeat a backward pass,
-# and what a graph saves is measured in one of ours (`Meter.graph_time`), for every contender alike.
-COMPILE_MODE = "max-autotune-no-cudagraphs"
+from .operation import Case, Operation, Problem, Reference, describe
+from .results import Row
+from .timing import CpuMeter, CudaMeter
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,27 @@ class Options:
     picture: bool = True
     out: Path | None = None
 
+    def cases_of(self, operation: Operation) -> list[Any]:
+        there = operation.smoke_cases if self.smoke else operation.cases
+        return [case for case in there if selected(case, self.cases, self.dtypes)][: self.first]
 
-def main(operations: Sequence[Measured], options: Options) -> int:
+
+def selected(case: Any, parts: Sequence[str], dtypes: Sequence[str]) -> bool:
+    """Whether a case's name contains one of the parts, and its type is one of these; where there are any."""
+    return (not parts or any(part in case.name for part in parts)) and (not dtypes or case.dtype_name in dtypes)
+
+
+def main(operations: Sequence[Operation], options: Options) -> int:
     """0; 1 if a result was wrong or tribp failed; 2 without CUDA."""
     if not options.smoke and not torch.cuda.is_available():
         print("bench run needs CUDA, and torch finds no GPU here (--smoke walks through it on a CPU)", file=sys.stderr)
         return 2
-    cases = {operation.name: chosen(operation, options) for operation in operations}
+    cases = {operation.name: options.cases_of(operation) for operation in operations}
     if not any(cases.values()):
-        there = (f"{o.name}: {', '.join(case.name for case in existing(o, options))}" for o in operations)
-        raise ValueError(f"there is no such case; there are of {'; of '.join(there)}")
-    meter: Meter = CpuMeter() if options.smoke else CudaMeter()
+        there = {o.name: Options(smoke=options.smoke).cases_of(o) for o in operations}
+        names = (f"{name}: {', '.join(case.name for case in found)}" for name, found in there.items())
+        raise ValueError(f"there is no such case; there are of {'; of '.join(names)}")
+    meter = CpuMeter() if options.smoke else CudaMeter()
     folder = options.out
     if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="tribp-bench-")) if options.smoke else results.ROOT / meter.slug
@@ -61,12 +69,12 @@ def main(operations: Sequence[Measured], options: Options) -> int:
 class Ceilings:
     """The rates that floors are computed from, measured in this run, each when it is first asked for."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: CpuMeter) -> None:
         self._meter = meter
         self.bandwidth = meter.copy_bandwidth()
         self.rates: dict[str, float] = {}
 
-    def rate(self, case: Case) -> float:
+    def rate(self, case: Any) -> float:
         """Operations a second for products of the case's type and precision."""
         own = self._measured(case.dtype, case.tf32)
         if case.dtype == torch.float32 and not case.tf32:
@@ -84,7 +92,7 @@ class Ceilings:
 
 @contextlib.contextmanager
 def precision(tf32: bool) -> Iterator[None]:
-    """float32 products and convolutions of all contenders in TF32, or in full precision whatever the environment says.
+    """float32 products and convolutions of all providers in TF32, or in full precision whatever the environment says.
 
     torch's defaults differ between the two: convolutions are in TF32 unless they are told otherwise.
     """
@@ -110,134 +118,116 @@ def tuned() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def existing(operation: Measured, options: Options) -> Sequence[Any]:
-    return operation.smoke_cases if options.smoke else operation.cases
-
-
-def chosen(operation: Measured, options: Options) -> Sequence[Any]:
-    return [case for case in existing(operation, options) if selected(case, options)][: options.first]
-
-
 def run(
-    operation: Measured, cases: Sequence[Any], options: Options, meter: Meter, ceilings: Ceilings, folder: Path
+    operation: Operation, cases: Sequence[Any], options: Options, meter: CpuMeter, ceilings: Ceilings, folder: Path
 ) -> bool:
     """Measure these cases of one operation; whether all results were right."""
     store = results.Store(folder, operation, meter, smoke=options.smoke)
     todo = [case for case in cases if not (options.missing and store.has(case, compiled=options.compile))]
     for case in todo:
         print(f"{operation.name} {case.name}", flush=True)
-        rows = operation.measure(case, options, meter, ceilings)
+        rows = measure(operation, case, options, meter, ceilings)
         store.add(rows, bandwidth=ceilings.bandwidth, rates=ceilings.rates, compiled=options.compile)
     rows = store.rows_of(cases)
     if todo:
         if options.picture:
             store.plot()
-        print(f"\n{store.heading()}\n\n{store.conditions()}\n\n{operation.table(rows)}\n")
+        heading, conditions = results.heading(store.head), results.conditions(store.head)
+        table = results.table(operation, rows)
+        print(f"\n{heading}\n\n{conditions}\n\n{operation.legend}\n\n{table}\n")
     else:
         print(f"{operation.name}: nothing is missing")
-    wrong = any(entry["status"] == "wrong" for row in rows for entry in row["contenders"].values())
-    return not wrong and all(row["contenders"]["tribp"]["status"] == "ok" for row in rows)
+    wrong = any(entry["status"] == "wrong" for row in rows for entry in row["providers"].values())
+    return not wrong and all(row["providers"]["tribp"]["status"] == "ok" for row in rows)
 
 
-def selected(case: Named, options: Options) -> bool:
-    return (not options.cases or any(part in case.name for part in options.cases)) and (
-        not options.dtypes or case.dtype_name in options.dtypes
-    )
-
-
-def contenders(operation: Operation, options: Options) -> dict[str, Callable[..., Any] | str]:
-    """The functions to compare, by name; in place of one that is left out, a sentence that says why."""
-    found: dict[str, Callable[..., Any] | str] = dict(operation.contenders)
+def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter, ceilings: Ceilings) -> list[Row]:
+    """A row for each direction of one case."""
+    without_compile = "" if options.compile else "skipped: --no-compile"
     if options.smoke:
-        found["compile"] = "skipped: torch.compile takes minutes to tune, on a GPU only"
-    elif not options.compile:
-        found["compile"] = "skipped: --no-compile"
-    else:
+        without_compile = "skipped: torch.compile takes minutes to tune, on a GPU only"
+    if not without_compile:
         # Anew for every case: dynamic shapes would be slower, and a cached one could be another case's. The backward
         # pass is timed on a retained graph, which buffers donated to it would forbid.
         torch._dynamo.reset()
         torch._functorch.config.donated_buffer = False
-        found["compile"] = torch.compile(operation.contenders["eager"], mode=COMPILE_MODE, dynamic=False)
-    return found
-
-
-def measure(
-    operation: Operation, case: Case, options: Options, meter: Meter, ceilings: Ceilings
-) -> list[dict[str, Any]]:
-    """A row for each direction of one case."""
+    providers = operation.providers(case, without_compile)
     with precision(case.tf32), tuned():
-        return _measure(operation, case, options, meter, ceilings)
-
-
-def _measure(
-    operation: Operation, case: Case, options: Options, meter: Meter, ceilings: Ceilings
-) -> list[dict[str, Any]]:
-    functions = contenders(operation, options)
-    try:
-        problem = operation.problem(case, meter.device)
-        reference = problem.reference()
-    except torch.OutOfMemoryError:  # it must not end the run
-        note = "the inputs and their float64 results need more memory than the device has"
-        functions = dict.fromkeys(functions, note)
-        reference = {}
-    rows = []
-    for direction in operation.directions:
-        yardstick: dict[str, float] = {}  # torch's own errors
-        entries: dict[str, dict[str, Any]] = {}
-        for name in sorted(functions, key=lambda name: name != "eager"):
-            function = functions[name]
-            if isinstance(function, str):
-                entries[name] = {"status": "skipped", "note": function}
-                continue
-            try:
-                found = errors(problem.results(function, direction), reference)
-                if name == "eager":
-                    yardstick = found
-                entry: dict[str, Any] = {"status": "ok", "errors": found}
-                if wrong := too_far(found, yardstick, problem, case):
-                    entry |= {"status": "wrong", "note": wrong}
-                else:
-                    entry |= timed(function, problem, direction, case, meter)
-            except Exception as error:  # a contender that fails must not take the others' numbers with it
-                entry = {"status": "failed", "note": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-            entries[name] = entry
-        row = results.row(operation, case, direction, entries, ceilings.bandwidth, ceilings.rate(case))
-        if dispatch.has_triton():
-            row["settings"] = list(operation.settings(case, direction, dispatch.arch_of(meter.device.index)))
-        rows.append(row)
+        try:
+            problem = operation.problem(case, meter.device)
+            problem.reference()
+        except torch.OutOfMemoryError:  # it must not end the run
+            note = "the inputs and their float64 results need more memory than the device has"
+            providers = dict.fromkeys(providers, note)
+        rows = []
+        for direction in operation.directions:
+            entries: dict[str, Row] = {}
+            for name in sorted(providers, key=lambda name: name != operation.baseline):
+                baseline = entries.get(operation.baseline, {}).get("errors", {})
+                provider = providers[name]
+                entries[name] = (
+                    {"status": "skipped", "note": provider}
+                    if isinstance(provider, str)
+                    else attempt(operation, case, direction, problem, provider, baseline, meter)
+                )
+            entries = {name: entries[name] for name in providers}
+            rate = ceilings.rate(case) if operation.products else None
+            row = results.row(operation, case, direction, entries, ceilings.bandwidth, rate)
+            if dispatch.has_triton():
+                launches = operation.launches(case, direction, dispatch.arch_of(meter.device.index))
+                row["settings"] = [f"{x.kernel.__name__} {describe(x)}" for x in launches]
+            rows.append(row)
     return rows
 
 
-def errors(found: Mapping[str, Tensor], reference: Mapping[str, Reference]) -> dict[str, float]:
+def attempt(
+    operation: Operation, case: Any, direction: str, problem: Problem, provider: Any, baseline: Mapping[str, float],
+    meter: CpuMeter,
+) -> Row:  # fmt: skip
+    """One provider's results, checked, and its times if they are right. baseline: the errors of torch's own."""
+    try:
+        results = errors(problem.results(provider, direction), problem.reference())
+        if wrong := problem.wrong(results, baseline):
+            return {"status": "wrong", "errors": results, "note": wrong}
+        return {"status": "ok", "errors": results, **timed(operation, case, direction, problem, provider, meter)}
+    except torch.OutOfMemoryError:
+        return {"status": "skipped", "note": "needs more memory than is free"}
+    except Exception as error:  # a provider that fails must not take the others' numbers with it
+        return {"status": "failed", "note": sentence(error)}
+    finally:
+        gc.collect()
+        meter.release()
+
+
+def sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def errors(results: Mapping[str, Tensor], reference: Mapping[str, Reference]) -> dict[str, float]:
     """The relative error of each result; NaN where there is one."""
     return {
         name: float((value.double() - reference[name].value).norm()) / max(reference[name].scale, 1e-300)
-        for name, value in found.items()
+        for name, value in results.items()
     }
 
 
-def too_far(found: Mapping[str, float], yardstick: Mapping[str, float], problem: Problem, case: Case) -> str:
-    """What is wrong with results of these errors, or nothing."""
-    for name, error in found.items():
-        limit, both = problem.tolerance(name)
-        # Half a unit in the operands' last place on top: where torch happens to be exact, or (on a CPU) does not round
-        # to the TF32 that is allowed, twice its error is nothing.
-        twice = 2 * yardstick.get(name, 0.0) + (2**-10 if case.tf32 else torch.finfo(case.dtype).eps) / 2
-        bound = min(limit, twice) if both else max(limit, twice)
-        if not error <= bound:
-            return f"{name}: relative error {error:.2e}, allowed {bound:.2e}"
-    return ""
-
-
-def timed(function: Callable[..., Any], problem: Problem, direction: str, case: Case, meter: Meter) -> dict[str, Any]:
-    action = problem.action(function, direction)
-    entry: dict[str, Any] = {"device_us": asdict(meter.device_times(action))}
+def timed(operation: Operation, case: Any, direction: str, problem: Problem, provider: Any, meter: CpuMeter) -> Row:
+    """Times in µs, memory, and of small cases also what the host and a CUDA graph take."""
+    before = meter.allocated()
+    action = problem.action(provider, direction)
+    entry: Row = {"device_us": asdict(meter.device_times(action.call)), "peak_bytes": meter.peak_bytes(action.call)}
+    quantities = {target.quantity for target in operation.targets(case, direction)}
+    if "launches" in quantities and (kernels := meter.kernels(action.call)) is not None:
+        entry["launches"], entry["busy_us"] = kernels
     if case.small:
-        entry["host_us"] = meter.host_time(action)
+        entry["host_us"], entry["wall_us"] = meter.call_times(action)
+    if before is not None:
+        entry["held_bytes"] = (meter.allocated() or 0) - before
+    if case.small:
         try:
-            entry["graph_us"] = meter.graph_time(lambda: problem.action(function, direction))
-        except RuntimeError as error:  # what cannot be captured still has its other times
-            entry["graph_note"] = str(error).splitlines()[0]
-    if direction == "both":
-        entry["peak_bytes"] = meter.peak_bytes(action)
+            entry["graph_us"] = meter.graph_time(
+                lambda: problem.action(provider, direction, captured=True), operation.graph_calls
+            )
+        except Exception as error:  # what cannot be captured still has its other times
+            entry["graph_note"] = sentence(error)
     return entry

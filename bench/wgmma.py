@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .machine_code import Graph, Instruction, basic_blocks, loops_with, parse_ptx
+from .sass import Graph, Instruction, basic_blocks, loops_with, parse_ptx
 
 PRODUCT = "wgmma.mma_async"  # in PTX
 WARNING = re.compile(r"\((C75\d\d)\) (.*?)(?= in the function| in function| in around|$)", re.MULTILINE)

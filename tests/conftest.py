@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,7 +100,7 @@ def every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls are not remembered: for tests that watch `Launch.run`."""
     from tribp.launch import plan as plans
 
-    monkeypatch.setattr(plans, "planned", plans.planned.__wrapped__)
+    monkeypatch.setattr(plans, "planned", lru_cache(maxsize=0)(plans.planned.__wrapped__))
 
 
 @pytest.fixture

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import registry, results, run, steps, unattended
+from bench import all as bench_all
+from bench import operation, results, run
 from bench.__main__ import main, parser
-from bench.steps import Step
-from bench.unattended import Journal, Options, walk
+from bench.all import Journal, Step, walk
 
 from .test_bench import NO_CUDA, ROOT, linear, smoke
 
-PLAN = steps.plan(Path("DIR"), smoke=False)
+PLAN = bench_all.plan(Path("DIR"), smoke=False)
 
 
 def python(name: str, program: str, needs: float = 1, limit: float = 30, **more: Any) -> Step:
@@ -36,11 +36,7 @@ def chosen(step: Step) -> list[tuple[str, Any]]:
     """The operation and the cases that a step of `bench run` measures."""
     given = parser().parse_args(step.command[3:])
     options = run.Options(given.case, given.dtype, first=given.first)
-    return [
-        (operation.name, case)
-        for operation in registry.find(given.operation)
-        for case in run.chosen(operation, options)
-    ]
+    return [(found.name, case) for found in operation.find(given.operation) for case in options.cases_of(found)]
 
 
 def of_run(planned: Sequence[Step]) -> list[Step]:
@@ -53,13 +49,13 @@ def position(part: str, last: bool = False) -> int:
 
 
 def test_the_most_valuable_comes_first() -> None:
-    order = ["tests optim", "optim: 1e8", "memory", "compile", "sweep", "the rest"]
+    order = ["tests optim", "optim: 1e8", "memory", "compile", "tune", "the rest"]
     assert [position(part) for part in order] == sorted(position(part) for part in order)
     assert position("tests conv") < position("optim: 1e8")
     assert position("NCHW") < position("memory")
     assert position("races", last=True) < position("compile")
-    for name in registry.names():
-        assert f"{name}: sweep" in [step.name for step in PLAN]
+    for name in operation.names():
+        assert f"{name}: tune" in [step.name for step in PLAN]
         assert {f"memory {name}", f"races {name}", f"tests {name}"} <= {step.name for step in PLAN}
     assert len({step.name for step in PLAN}) == len(PLAN)
 
@@ -69,15 +65,15 @@ def test_what_has_targets_is_measured_before_anything_slow_and_all_else_at_last(
     the number of launches, which every case has.
     """
     early = {(name, case.name) for step in of_run(PLAN[: position("memory")]) for name, case in chosen(step)}
-    for operation in registry.find([]):
-        for row in operation.unmeasured():
+    for found in operation.find():
+        for row in results.unmeasured(found):
             wanted = [t for t in row["targets"] if not t["target"].endswith(("compile", "memory", "launches"))]
-            assert not wanted or (operation.name, row["case"]) in early, row["case"]
+            assert not wanted or (found.name, row["case"]) in early, row["case"]
     assert all("--no-compile" in step.command for step in of_run(PLAN[: position("memory")]))
     compiled = [step for step in of_run(PLAN) if "--no-compile" not in step.command]
     for some in (compiled, [step for step in of_run(PLAN) if step not in compiled]):
-        found = {(name, case.name) for step in some for name, case in chosen(step)}
-        assert found == {(operation.name, case.name) for operation in registry.find([]) for case in operation.cases}
+        planned = {(name, case.name) for step in some for name, case in chosen(step)}
+        assert planned == {(found.name, case.name) for found in operation.find() for case in found.cases}
     assert all(chosen(step) for step in of_run(PLAN))
 
 
@@ -109,9 +105,9 @@ print("\\n" + json.dumps(found))
 
 def test_the_tests_that_are_run_need_nothing_but_pytest() -> None:
     """On a GPU machine that has torch, triton, numpy and pytest; what else a test wants it skips without."""
-    words = [*steps.LARGE, *steps.KERNELS]
-    for operation in registry.find([]):
-        words += [*operation.tests.gpu, *operation.tests.checked, *operation.tests.smoke]
+    words = []
+    for found in operation.find():
+        words += [word for selection in vars(found.tests).values() for word in selection]
     files = {word for word in words if word.endswith(".py")}
     assert len(files) > 8
     for file in files:
@@ -122,18 +118,19 @@ def test_the_tests_that_are_run_need_nothing_but_pytest() -> None:
 
 def test_every_selection_of_tests_meets_the_kernels() -> None:
     pytest.importorskip("triton")
-    families = [operation.tests for operation in registry.find([])]
+    families = [found.tests for found in operation.find()]
+    every = {step.name: step.command[6:] for step in PLAN}  # behind `python -m pytest -q -p no:cacheprovider`
     words = (
         [["-m", "gpu", *f.gpu] for f in families] + [[*f.checked] for f in families] + [[*f.smoke] for f in families]
     )
-    words += [["-m", "gpu", *steps.LARGE], steps.KERNELS]
+    words += [[*every["tests large"]], [*every["tests kernels"]]]
     done = subprocess.run(
         [sys.executable, "-c", COLLECT, json.dumps(words)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     *found, large, kernels = json.loads(done.stdout.splitlines()[-1])
     names = [{name.split("::")[1].split("[")[0] for name in one} for one in found]
     assert all(found)
-    layers, conv, optim = names[3:6]
+    conv, layers, optim = names[3:6]
     assert {"test_nothing_waits_for_the_device", "test_gradscaler"} <= optim
     assert {"test_forward", "test_dgrad", "test_wgrad", "test_output_grad", "test_reduce_partials"} <= layers
     assert {"test_forward", "test_dgrad", "test_wgrad", "test_few_input_channels", "test_one_channel_a_group",
@@ -158,9 +155,9 @@ def test_the_sanitizer_is_found_beside_cuda_and_sees_every_tensors_edges(
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     if not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
-        assert {step.lacks for step in steps.plan(tmp_path, False)} == {"", "compute-sanitizer is not installed"}
+        assert {step.lacks for step in bench_all.plan(tmp_path, False)} == {"", "compute-sanitizer is not installed"}
     program = executable(tmp_path / "bin" / "compute-sanitizer", "")
-    planned = [step for step in steps.plan(tmp_path, False) if step.name.startswith(("memory", "races"))]
+    planned = [step for step in bench_all.plan(tmp_path, False) if step.name.startswith(("memory", "races"))]
     assert len(planned) == 6
     for step in planned:
         tool = "memcheck" if step.name.startswith("memory") else "racecheck"
@@ -202,7 +199,7 @@ class World:
     def walk(self, planned: Sequence[Step], seconds: float) -> tuple[list[str], dict[str, str]]:
         """What was begun, and what is known of every step."""
         self.begun = []
-        walk(planned, Journal(self.folder, smoke=True), seconds + unattended.RESERVE, self.execute, self.clock)
+        walk(planned, Journal(self.folder, smoke=True), seconds + bench_all.RESERVE, self.execute, self.clock)
         stored = json.loads((self.folder / "steps.json").read_text())["steps"]
         return self.begun, {name: entry["status"] for name, entry in stored.items()}
 
@@ -275,9 +272,9 @@ def test_a_call_that_is_killed_leaves_its_step_cut_off(tmp_path: Path) -> None:
 
 
 def given_plan(monkeypatch: pytest.MonkeyPatch, *planned: Step) -> None:
-    monkeypatch.setattr(steps, "plan", lambda folder, smoke: list(planned))
-    monkeypatch.setattr(steps, "report", lambda folder: python("report", "print('a report')"))
-    monkeypatch.setattr(unattended, "GRACE", 0.5)
+    monkeypatch.setattr(bench_all, "plan", lambda folder, smoke: list(planned))
+    monkeypatch.setattr(bench_all, "report", lambda folder: python("report", "print('a report')"))
+    monkeypatch.setattr(bench_all, "GRACE", 0.5)
 
 
 def ended(pid: int) -> bool:
@@ -311,7 +308,7 @@ def test_a_step_is_stopped_with_its_children(leader: str, tmp_path: Path, monkey
         python("after", "print('still here')"),
     )
     began = time.monotonic()
-    code = unattended.main(Options(10, tmp_path, smoke=True))
+    code = bench_all.main(10, tmp_path, smoke=True)
     assert time.monotonic() - began < 15
     assert ended(int(file.read_text()))
     entries = Journal(tmp_path, smoke=True).entries
@@ -334,7 +331,7 @@ def test_a_failing_step_stops_no_other_and_shows_its_last_lines(
         python("unwell", "", lacks="not installed"),
     )
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # of the shell: a GPU's steps are not interpreted
-    assert unattended.main(Options(10, tmp_path, smoke=True)) == 1
+    assert bench_all.main(10, tmp_path, smoke=True) == 1
     entries = Journal(tmp_path, smoke=True).entries
     assert {name: entry["status"] for name, entry in entries.items()} == {
         "first": "failed", "no such program": "failed", "killed": "failed", "last": "done", "unwell": "skipped",
@@ -369,7 +366,7 @@ def test_an_interrupt_stops_the_step_and_shows_what_there_is(
     interrupt = f"import os, signal, time; open({str(file)!r}, 'w').write(str(os.getpid())); "
     interrupt += f"os.kill(os.getppid(), signal.{name}); time.sleep(60)"
     given_plan(monkeypatch, python("done", ""), python("interrupted", interrupt), python("never", ""))
-    assert unattended.main(Options(10, tmp_path, smoke=True)) == 130
+    assert bench_all.main(10, tmp_path, smoke=True) == 130
     assert ended(int(file.read_text()))
     entries = Journal(tmp_path, smoke=True).entries
     assert {name: entry["status"] for name, entry in entries.items()} == {"done": "done", "interrupted": "cut off"}
@@ -378,14 +375,14 @@ def test_an_interrupt_stops_the_step_and_shows_what_there_is(
     assert "| never       | left    |" in printed
     file.unlink()
     given_plan(monkeypatch, python("done", "1/0"), python("interrupted", ""), python("never", ""))
-    assert unattended.main(Options(10, tmp_path, smoke=True)) == 0, "goes on, and does nothing twice"
+    assert bench_all.main(10, tmp_path, smoke=True) == 0, "goes on, and does nothing twice"
 
 
 def test_a_budget_that_is_spent_leaves_everything_and_is_no_mistake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given_plan(monkeypatch, python("long", "1/0", needs=100, limit=200))
-    assert unattended.main(Options(1.5, tmp_path, smoke=True)) == 0
+    assert bench_all.main(1.5, tmp_path, smoke=True) == 0
     assert "| long   | left   | 0 | needs about 100 s |" in capsys.readouterr().out
 
 
@@ -409,7 +406,7 @@ def test_what_is_asked_for_wrongly_is_said_in_a_line(
     assert main(["all"]) == 2
     assert capsys.readouterr().err.startswith("bench: all needs --out DIR")
     assert main(["all", "--out", str(tmp_path), "--only", "liner"]) == 2
-    assert capsys.readouterr().err.startswith("bench: there is no such step; there are: tests linear, ")
+    assert capsys.readouterr().err.startswith("bench: there is no such step; there are: tests conv, ")
     Journal(tmp_path, smoke=True).write(step("a", 1), "done")
     assert main(["all", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"bench: {tmp_path} holds results of a smoke test\n"

@@ -13,15 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tribp
-from bench import conv, registry, results, run
-from bench.__main__ import main
-from bench.autograd import DifferentiableProblem
-from bench.conv_cases import ConvCase, pairs
-from bench.meters import CpuMeter
-from bench.registry import Operation, Target, Work
-from bench.run import Ceilings, Options
+from bench import conv3x3 as conv
+from bench import results, run
+from bench.conv3x3 import ConvCase, pairs
+from bench.operation import DifferentiableProblem, Operation, Target, Work
+from bench.run import Options
 
-from .test_bench import NO_CUDA, smoke
+from .test_bench import smoke, with_provider
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DIRECTIONS = ("forward", "dgrad", "wgrad", "both")
@@ -29,20 +27,8 @@ CPU = torch.device("cpu")
 
 
 def convolution(tribps: Callable[..., Tensor] | None = None) -> Operation:
-    """The entry, tribp's contender replaced if one is given."""
-    (operation,) = registry.find(["conv"])
-    assert isinstance(operation, Operation)
-    contenders = dict(operation.contenders)
-    return dataclasses.replace(operation, contenders=contenders | ({"tribp": tribps} if tribps else {}))
-
-
-@NO_CUDA
-def test_without_cuda_run_says_so_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "conv"]) == 2
-    said = capsys.readouterr()
-    assert "CUDA" in said.err
-    assert said.err.count("\n") == 1
-    assert not said.out
+    """The operation, tribp's provider replaced if one is given."""
+    return with_provider("conv", tribps)
 
 
 def test_smoke_walks_through_all_kernels_and_directions(tmp_path: Path, launched: list[str]) -> None:
@@ -52,8 +38,8 @@ def test_smoke_walks_through_all_kernels_and_directions(tmp_path: Path, launched
     expected = [(case.name, direction) for case in operation.smoke_cases for direction in DIRECTIONS]
     assert [(row["case"], row["direction"]) for row in rows] == expected
     for row in rows:
-        assert row["contenders"]["tribp"]["status"] == "ok"
-        assert row["contenders"]["compile"]["status"] == "skipped"
+        assert row["providers"]["tribp"]["status"] == "ok"
+        assert row["providers"]["compile"]["status"] == "skipped"
         assert row["floor_us"] > 0
         assert {target["verdict"] for target in row["targets"]} <= {"unmeasured"}, "a CPU's clock meets no target"
         assert row["settings"]
@@ -103,7 +89,7 @@ def without_padding(*tensors: Tensor, **options: Any) -> Tensor:
 # Without AVX-512 torch's own bfloat16 convolution errs by half a per cent on the CPU, and a gradient may err by twice
 # as much: what is wrong by 1 % has to be seen in float32, where torch errs by a millionth.
 @pytest.mark.parametrize(
-    ("contender", "case", "directions"),
+    ("provider", "case", "directions"),
     [
         (one_percent_off, EXACT, {"forward", "dgrad", "wgrad", "both"}),
         (ten_percent_off, CASE, {"forward", "dgrad", "wgrad", "both"}),
@@ -114,12 +100,12 @@ def without_padding(*tensors: Tensor, **options: Any) -> Tensor:
     ],
 )
 def test_a_wrong_result_is_called_wrong_and_gets_no_time(
-    contender: Callable[..., Tensor], case: str, directions: set[str], tmp_path: Path
+    provider: Callable[..., Tensor], case: str, directions: set[str], tmp_path: Path
 ) -> None:
-    status, rows = smoke(convolution(contender), tmp_path, case)
+    status, rows = smoke(convolution(provider), tmp_path, case)
     assert status == 1
-    assert {row["direction"] for row in rows if row["contenders"]["tribp"]["status"] == "wrong"} == directions
-    assert all(("device_us" in row["contenders"]["tribp"]) == (row["direction"] not in directions) for row in rows)
+    assert {row["direction"] for row in rows if row["providers"]["tribp"]["status"] == "wrong"} == directions
+    assert all(("device_us" in row["providers"]["tribp"]) == (row["direction"] not in directions) for row in rows)
 
 
 def test_a_wrong_image_of_many_is_noticed(tmp_path: Path) -> None:
@@ -129,7 +115,7 @@ def test_a_wrong_image_of_many_is_noticed(tmp_path: Path) -> None:
 
     status, rows = smoke(convolution(last_image_off), tmp_path, CASE)
     assert status == 1
-    assert all(row["contenders"]["tribp"]["status"] == "wrong" for row in rows)
+    assert all(row["providers"]["tribp"]["status"] == "wrong" for row in rows)
 
 
 def test_precision_and_cudnns_benchmark_hold_while_measuring_and_are_given_back(tmp_path: Path) -> None:
@@ -226,7 +212,7 @@ def test_what_memory_bounds_is_judged_by_bytes_over_the_copys_rate() -> None:
         assert judged["≥ 80% of copy"]["verdict"] == verdict
         assert judged["≥ 80% of copy"]["ratio"] == pytest.approx(1 / time)
         assert judged["≥ 2.00x eager"]["verdict"] == "unmeasured"
-    unmeasured = results.judge(Target("copy", 0.8, "bandwidth"), {"tribp": {"status": "wrong"}}, None)
+    unmeasured = results.judge(Target("copy", 0.8, "bandwidth"), {"providers": {}, "copy_fraction": None})
     assert (unmeasured["ratio"], unmeasured["verdict"]) == (None, "unmeasured")
 
 
@@ -259,10 +245,6 @@ def test_work_counts_every_tensor_once() -> None:
     assert operation.work(narrow, "both") == Work(4 * ((x + w + y) + (2 * y + x + w) + (x + w)), 3 * product)
 
 
-def test_the_ceiling_of_float32_is_that_of_products() -> None:
-    assert Ceilings(CpuMeter()).rate(ConvCase((1, 1, 1, 3, 3), FP32)) > 0
-
-
 # -- the problem ------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +256,7 @@ def problem(case: ConvCase) -> DifferentiableProblem:
 def test_tensors_lie_as_the_case_says(last: bool) -> None:
     case = ConvCase((2, 4, 6, 5, 7), FP32, last=last, stride=2, bias=False)
     asked = problem(case)
-    function = convolution().contenders["eager"]
+    function = conv.eager
     tensors = [asked.arguments["input"], asked.arguments["weight"], asked.output_grad]
     tensors += asked.results(function, "both").values()
     assert [tuple(t.shape) for t in tensors[:3]] == [case.input_size, case.weight_size, case.output_size]
@@ -306,8 +288,8 @@ def test_directions_want_the_gradients_they_say() -> None:
         frozen = {"dgrad": [True, False, False], "wgrad": [False, True, True]}.get(direction, [True] * 3)
         assert needs == [frozen[: 2 + bias]]
         action = asked.action(conv.eager, direction)
-        action()
-        action()  # the graph is kept
+        action.call()
+        action.call()  # the graph is kept
 
 
 def test_results_are_checked_against_float64_in_parts_as_in_one() -> None:
@@ -357,7 +339,7 @@ def test_a_case_that_does_not_fit_leaves_the_others_theirs(tmp_path: Path) -> No
     status, rows = smoke(operation, tmp_path, "1x8-16x3x6/2", CASE)
     assert status == 1
     for row in rows:
-        entry = row["contenders"]["tribp"]
+        entry = row["providers"]["tribp"]
         assert (entry["status"] == "ok") == (row["case"] == CASE)
         if row["case"] != CASE:
             assert "more memory than the device has" in entry["note"]

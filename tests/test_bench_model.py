@@ -1,31 +1,32 @@
-"""`python -m bench static --model`: the arithmetic, what it is fed with, and how its error will be stated."""
+"""`python -m bench static --model`: the arithmetic, and what it is fed with."""
 
 import json
 import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import candidates, conv_cases, conv_kernels, linear, predict
+from bench import conv3x3, linear_sigmoid
 from bench.__main__ import main
-from bench.candidates import Candidate
-from bench.conv_cases import ConvCase
-from bench.executed import Profile, Tally, profile
-from bench.linear import SQUARE, SQUARISH, TALL
-from bench.machine_code import parse_sass
-from bench.machines import MACHINES, Occupancy, occupancy
-from bench.model import Prediction, executed
-from bench.model import predict as predicted
-from bench.predicted_and_measured import report
-from bench.registry import Case
-from bench.step_cases import StepCase
-from bench.work import LaunchWork, work_of
+from bench.conv3x3 import ConvCase
+from bench.linear_sigmoid import SQUARE, SQUARISH, TALL
+from bench.model import predict
+from bench.model import work as model_work
+from bench.model.executed import Profile, Tally, profile
+from bench.model.machines import MACHINES, Occupancy, occupancy
+from bench.model.time import Prediction, executed
+from bench.model.time import predict as predicted
+from bench.model.work import LaunchWork
+from bench.operation import Case, Operation, find
+from bench.optim import StepCase
+from bench.sass import parse_sass
 from tribp import versions
 from tribp.launch.arch import ARCHS
 from tribp.launch.plan import Launch
@@ -316,16 +317,21 @@ def test_what_does_not_fit_is_refused() -> None:
         of(LaunchWork(1, {}), CALM, shared=228 * KB)
 
 
-def name_of(case: Case | StepCase) -> str:
-    return "optim" if isinstance(case, StepCase) else "conv" if isinstance(case, ConvCase) else "linear"
+def operation_of(case: Case | StepCase) -> Operation:
+    name = "optim" if isinstance(case, StepCase) else "conv" if isinstance(case, ConvCase) else "linear"
+    return find([name])[0]
 
 
-def launches_of(case: Case | StepCase, direction: str) -> list[Launch]:
-    return predict.launches_of(name_of(case), case, direction, SM_90)
+def launches_of(case: Case | StepCase, direction: str) -> Sequence[Launch]:
+    return operation_of(case).launches(case, direction, SM_90)
+
+
+def work_of(launch: Launch, case: Case | StepCase) -> LaunchWork:
+    return model_work.work_of(operation_of(case), launch, case)
 
 
 def work(case: Case, direction: str, n: int = 0) -> LaunchWork:
-    return work_of(launches_of(case, direction)[n])
+    return work_of(launches_of(case, direction)[n], case)
 
 
 def test_work_of_a_product() -> None:
@@ -338,13 +344,14 @@ def test_work_of_a_product() -> None:
     found = work(Case(SQUARISH, FP32), "forward")
     assert (found.bits, found.macs) == (32, 3 * 32 * 128 * 1024)  # tf32x3 by mma.sync
     launches = launches_of(Case(TALL, BF16), "backward")
-    wgrad, dgrad = work_of(launches[0]), work_of(launches[-1])
+    wgrad, dgrad = work(Case(TALL, BF16), "backward", 0), work(Case(TALL, BF16), "backward", -1)
     rows = launches[0].named["rows_per_split"]
     assert wgrad.turns == math.ceil(rows / launches[0].named["BLOCK_M"])
     written = 2 * 65536 * 256 + 4 * launches[0].grid[1] * 256 * 784
     assert wgrad.l2 == 2 * (2 * 65536 * 256 * 4 + 65536 * 784 * 2) + written  # dy and y for each of four tile columns
     assert dgrad.turns == 4
-    assert set(wgrad.tensors) & set(dgrad.tensors), "dgrad reads the dz that wgrad wrote"
+    first, last = (work_of(launches[n], Case(TALL, BF16)) for n in (0, -1))
+    assert set(first.tensors) & set(last.tensors), "dgrad reads the dz that wgrad wrote"
 
 
 def test_work_of_a_convolution() -> None:
@@ -362,25 +369,23 @@ def test_work_of_a_convolution() -> None:
     launch = launches_of(case, "wgrad")[0]
     assert wgrad.programs == math.prod(launch.grid)
     assert wgrad.macs * wgrad.programs >= 9 * 128 * 256 * 64 * 14 * 14
-    depthwise = ConvCase(conv_cases.DEPTHWISE, BF16, groups=384)
+    depthwise = ConvCase(conv3x3.DEPTHWISE, BF16, groups=384)
     launch = launches_of(depthwise, "wgrad")[0]
-    assert work_of(launch).turns == launch.named["boxes_per_split"]
+    assert work_of(launch, depthwise).turns == launch.named["boxes_per_split"]
     assert work(depthwise, "forward").turns == work(depthwise, "dgrad").turns == (30 + 2) / 4  # rows, four at a time
 
 
-PRODUCTS: list[Case] = [c for c in [*conv_cases.BASE, *linear.cases()] if c.dtype in (BF16, FP32)]
+PRODUCTS: list[Case] = [c for c in [*conv3x3.BASE, *linear_sigmoid.cases()] if c.dtype in (BF16, FP32)]
 READ = {"output_grad": ("dy", "y"), "reduce_partials": ("partials",), "relayout": ("src", "y"), "pack": ("src", "src2")}
 
 
 @pytest.mark.parametrize("case", [c for c in PRODUCTS if not getattr(c, "depthwise", False)], ids=lambda c: c.name)
 def test_no_work_is_lost(case: Case) -> None:
     """Programs together multiply what must be multiplied, and no more than tiles, bundles and splits round up to."""
-    from bench.registry import find
-
-    (operation,) = find([name_of(case)])
-    for direction in operation.directions:  # type: ignore[attr-defined]
-        least = operation.work(case, direction)  # type: ignore[attr-defined]
-        works = [work_of(launch) for launch in launches_of(case, direction)]
+    operation = operation_of(case)
+    for direction in operation.directions:
+        least = operation.work(case, direction)
+        works = [work_of(launch, case) for launch in launches_of(case, direction)]
         products = 3 if case.dtype == FP32 and not case.tf32 else 1
         macs = sum(w.macs * w.programs for w in works) / products
         padding = 2 * macs / least.operations
@@ -397,8 +402,8 @@ def test_no_work_is_lost(case: Case) -> None:
         (Case(SQUARE, BF16), {"output_grad"}),
         (Case(SQUARISH, BF16), {"reduce_partials"}),
         (Case(TALL, FP32), {"output_grad", "reduce_partials"}),
-        (ConvCase(conv_cases.FEW[0], BF16, last=False, sigmoid=True), {"relayout", "pack", "reduce_partials"}),
-        (ConvCase(conv_kernels.MANY, BF16, last=False), {"pack", "reduce_partials"}),
+        (ConvCase(conv3x3.FEW[0], BF16, last=False, sigmoid=True), {"relayout", "pack", "reduce_partials"}),
+        (ConvCase(conv3x3.MANY, BF16, last=False), {"pack", "reduce_partials"}),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -406,7 +411,7 @@ def test_no_work_is_lost(case: Case) -> None:
 def test_passes_read_everything_once(case: Case, kernels: set[str]) -> None:
     found = set()
     for launch in launches_of(case, "backward"):
-        kernel, work = launch.kernel.__name__, work_of(launch)
+        kernel, work = launch.kernel.__name__, work_of(launch, case)
         if kernel in READ and work.bytes > 4e6:
             tensors = launch.named
             sources = {id(t): t for name in READ[kernel] if (t := tensors[name]) is not None}
@@ -433,10 +438,10 @@ def test_work_of_an_optimizers_step(
 ) -> None:
     shapes = [(1000,), (4096, 1024)]
     case = StepCase(optimizer, "two", shapes, options=options, beyond=beyond, scaler=scaler)
-    lengths = predict.lengths(case)
-    assert lengths == [1000, 1 << 22]
-    found = [work_of(launch, lengths) for launch in launches_of(case, "step")]
-    assert [w.bytes / sum(lengths) for w in found] == moved
+    assert case.lengths == [1000, 1 << 22]
+    found = [work_of(launch, case) for launch in launches_of(case, "step")]
+    assert [w.bytes / case.elements for w in found] == moved
+    assert operation_of(case).work(case, "step").bytes == sum(moved) * case.elements
     for w in found:
         assert w.aligned == 4096 / 4097  # the shorter one is no block of 1,024
         assert w.turns == 1
@@ -444,79 +449,12 @@ def test_work_of_an_optimizers_step(
 
 def test_an_optimizers_programs_take_turns() -> None:
     launch = launches_of(large := StepCase("Adam", "x", [(10**8,)]), "step")[0]
-    found = work_of(launch, [10**8])
+    found = work_of(launch, large)
     assert (found.turns, found.programs) == (8, math.ceil(large.elements / 8192))
     assert found.step == 4 * 4 * 1024  # a block of four operands is read
-    assert work_of(launch, [2048] * 10).turns == 2, "no tensor has more blocks"
+    assert work_of(launch, StepCase("Adam", "x", [(2048,)] * 10)).turns == 2, "no tensor has more blocks"
     small = StepCase("Adam", "x", [(8,)] * 10, grouped=False)
-    assert work_of(launches_of(small, "step")[0], [8] * 10).aligned == 0
-
-
-@pytest.mark.parametrize("name", dict.fromkeys(c.name for c in candidates.ALL))
-def test_every_candidate_changes_something(name: str) -> None:
-    by_rule: dict[tuple[str, str], object] = {}
-
-    def launched(c: Candidate) -> object:
-        found = launches_of(c.case, c.direction)
-        return [(x.kernel, x.grid, x.constants, x.options) for x in found]
-
-    mine = [c for c in candidates.ALL if c.name == name]
-    for c in mine:
-        rule = by_rule.get((c.case.name, c.direction)) or launched(c)
-        by_rule[c.case.name, c.direction] = rule
-        with c.changed():
-            same = c.direction == "wgrad" and not versions.keeps_shared_tiles()  # pointers, a split: all Triton 3.5 has
-            assert launched(c) != rule or c.constants or same, (c.case.name, c.variant)
-    assert launched(c) == rule, "and back again"
-
-
-@dataclass
-class Guess:
-    operation: str
-    case: Case
-    direction: str
-    us: float
-
-
-def test_the_models_error_is_computed_from_results(tmp_path: Path) -> None:
-    shapes = [(8, 8, 8), (16, 16, 16), (32, 32, 32)]
-    guesses = [Guess("linear", Case(shape, BF16), "forward", 10.0) for shape in shapes]
-    guesses.append(Guess("linear", Case((64, 64, 64), BF16), "forward", 10.0))
-    rows: list[dict[str, Any]] = [
-        {"case": g.case.name, "direction": "forward", "contenders": {"tribp": {"device_us": {"median": time}}}}
-        for g, time in zip(guesses, (10.0, 20.0, 40.0), strict=False)
-    ]
-    rows.append({"case": guesses[3].case.name, "direction": "forward", "contenders": {"tribp": {"status": "failed"}}})
-    rows.append({"case": guesses[3].case.name, "direction": "backward",
-                 "contenders": {"tribp": {"device_us": {"median": 1.0}}}})  # fmt: skip
-    file = tmp_path / "linear.json"
-    file.write_text(json.dumps({"rows": rows}))
-    # What `bench all` leaves beside it.
-    (tmp_path / "host.json").write_text(json.dumps({"rows": [{"case": "Adam plan, 1000x8", "host_us": {}}]}))
-    for name in ("steps", "sweep-linear"):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"smoke": False}))
-    for given in (file, tmp_path):
-        text = report(guesses, "H100 SXM", given)
-        spread = math.exp(math.sqrt(2 / 3) * math.log(2))
-        assert f"3 of 4: median 2.00, 1.00 to 4.00, spread ×{spread:.2f}" in text
-        assert "| 32x32x32 bfloat16 | forward   |         10.0 |        40.0 |                4.00x |" in text
-        assert "64x64x64" not in text
-    file.write_text(json.dumps({"rows": []}))
-    assert report(guesses, "H100 SXM", file) == ""
-
-
-def test_results_of_another_gpu_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench import results
-
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    guess = Guess("optim", Case((8, 8, 8), BF16), "step", 10.0)
-    row = {"case": guess.case.name, "contenders": {"tribp": {"device_us": {"median": 30.0}}}}
-    for gpu in ("NVIDIA-A100-SXM4-80GB", "nvidia-h100-80gb-hbm3"):
-        (tmp_path / gpu).mkdir()
-    (tmp_path / "NVIDIA-A100-SXM4-80GB" / "optim.json").write_text(json.dumps({"rows": [row]}))
-    assert report([guess], "H100 SXM") == ""
-    (tmp_path / "nvidia-h100-80gb-hbm3" / "optim.json").write_text(json.dumps({"rows": [row]}))
-    assert "1 of 1: median 3.00" in report([guess], "H100 SXM")  # an optimizer's rows have no direction
+    assert work_of(launches_of(small, "step")[0], small).aligned == 0
 
 
 def bench(*command: str) -> "subprocess.CompletedProcess[str]":
@@ -526,15 +464,11 @@ def bench(*command: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_the_command_predicts_what_run_measures(tmp_path: Path) -> None:
-    measured, file = tmp_path / "linear.json", tmp_path / "found.json"
-    name = Case(SQUARISH, BF16).name
-    row = {"case": name, "direction": "forward", "contenders": {"tribp": {"device_us": {"median": 30.0}}}}
-    measured.write_text(json.dumps({"rows": [row]}))
-    done = bench("linear", "--model", "--case", "8192x1024x1024", "--dtype", "bfloat16", "--json", str(file),
-                 "--measured", str(measured))  # fmt: skip
+    file, name = tmp_path / "found.json", Case(SQUARISH, BF16).name
+    done = bench("linear", "--model", "--case", "8192x1024x1024", "--dtype", "bfloat16", "--json", str(file))
     assert done.returncode == 0, done.stderr
     found = {(entry["case"], entry["direction"]): entry for entry in json.loads(file.read_text())}
-    assert set(found) == {(name, direction) for direction in ("forward", "backward", "frozen input")}
+    assert set(found) == {(name, direction) for direction in ("forward", "backward", "wgrad only")}
     for entry in found.values():
         assert entry["floor_us"] < entry["predicted_us"] < 10 * entry["floor_us"]
         least = (4 if entry["direction"] == "backward" else 2) * math.prod(SQUARISH)
@@ -549,30 +483,7 @@ def test_the_command_predicts_what_run_measures(tmp_path: Path) -> None:
     forward = found[name, "forward"]["launches"][0]
     assert forward["resident"] == 1, "one program of 128×256 resides"
     assert forward["waves"] == pytest.approx(256 / 132)
-    assert "Measured over predicted, 1 of 3: median" in done.stdout
     assert "not measured" in done.stdout
-
-
-def test_the_command_ranks_the_candidates(tmp_path: Path) -> None:
-    file = tmp_path / "found.json"
-    done = bench("linear", "--candidates", "--case", "65536x256x784", "--json", str(file))
-    assert done.returncode == 0, done.stderr
-    lines = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|")][2:]
-    expected = [c for c in candidates.ALL if c.case.name.startswith("65536x256x784")]
-    assert sorted(line[4].strip() for line in lines) == sorted(c.variant for c in expected)
-    gains = [float(line[7].strip(" %")) for line in lines]
-    assert gains == sorted(gains, reverse=True)
-    for line, gain in zip(lines, gains, strict=True):
-        assert gain == pytest.approx(100 * (float(line[5]) / float(line[6]) - 1), abs=0.3)
-    for unseen in candidates.UNSEEN:
-        assert unseen.name in done.stdout
-    rows = json.loads(file.read_text())
-    assert [row["candidate"] for row in rows].count("") == 3  # the rules' choice, once a direction
-    issue = {row["variant"]: row["launches"][0]["terms"]["issue"] for row in rows if row["direction"] == "forward"}
-    assert issue["1 / (1 + exp(−z))"] > 1.1 * issue[""], "a division takes twice the instructions of rcp"
-    fused = {row["variant"]: row["launches"] for row in rows if row["direction"] == "frozen input"}
-    assert fused[""][0]["kernel"] == "wgrad"
-    assert fused["a pass of its own"][0]["kernel"] == "output_grad"
 
 
 def test_what_has_no_model_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -585,18 +496,20 @@ def test_what_has_no_model_is_refused(capsys: pytest.CaptureFixture[str], monkey
 
 
 def test_the_shapes_that_are_predicted_have_targets() -> None:
-    case = ConvCase(conv_kernels.MIDDLE, BF16)
-    assert predict.directions("conv", case) == ["forward", "dgrad", "wgrad"]
-    assert predict.directions("conv", replace(case, sigmoid=True)) == []
-    assert predict.directions("linear", Case(SQUARE, BF16)) == ["forward", "backward", "frozen input"]
-    assert predict.directions("linear", Case(SQUARE, torch.float16)) == []
+    case = ConvCase(conv3x3.MIDDLE, BF16)
+    conv, linear, optim = find(["conv", "linear", "optim"])
+    assert predict.directions(conv, case) == ["forward", "dgrad", "wgrad"]
+    assert predict.directions(conv, replace(case, sigmoid=True)) == []
+    assert predict.directions(linear, Case(SQUARE, BF16)) == ["forward", "backward", "wgrad only"]
+    assert predict.directions(linear, Case(SQUARE, torch.float16)) == []
+    assert all(predict.directions(optim, case) == ["step"] for case in optim.cases)
 
 
 def test_the_floor_of_float32_is_three_products_of_tf32() -> None:
     """The project's ceilings: 2 · 4096³ at 798 TF/s of bf16, half of it of TF32, and a third of that of float32."""
 
     def floor_us(dtype: torch.dtype, tf32: bool = False) -> float:
-        return predict.floor_of("linear", Case(SQUARE, dtype, tf32), "forward", [], H100)[1]
+        return predict.floor_us(find(["linear"])[0], Case(SQUARE, dtype, tf32), "forward", H100)
 
     assert floor_us(BF16) == pytest.approx(172.2, rel=0.01)
     assert floor_us(FP32, tf32=True) == pytest.approx(2 * floor_us(BF16))

@@ -218,16 +218,16 @@ def test_configs_beside_the_heuristics_compute_the_same(name: str) -> None:
 
 def compiled() -> dict[str, list[str]]:
     """What the compiler says to some configs for every target. Runs in a process without the interpreter."""
-    from bench import conv, linear
-    from bench.compiled import compile_launches
-    from bench.conv_cases import ConvCase
-    from bench.registry import Case
+    from bench import conv3x3, linear_sigmoid
+    from bench.compile import compile_launches
+    from bench.conv3x3 import ConvCase
+    from bench.operation import Case
 
     found: dict[str, list[str]] = {}
     for name, arch in ARCHS.items():
         calls: list[Callable[[Arch], Any]] = [
-            lambda arch: linear.launches(Case((4096, 1024, 1024), torch.bfloat16), "forward", arch),
-            lambda arch: conv.launches(ConvCase((64, 64, 64, 56, 56), torch.bfloat16), "forward", arch),
+            lambda arch: linear_sigmoid.launches(Case((4096, 1024, 1024), torch.bfloat16), "forward", arch),
+            lambda arch: conv3x3.launches(ConvCase((64, 64, 64, 56, 56), torch.bfloat16), "forward", arch),
         ]
         for call in calls:
             with plans.using(Asked()) as asked:

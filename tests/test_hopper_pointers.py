@@ -28,10 +28,11 @@ PRECISIONS = [("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "tf32x3")]
 
 COMPILE = """
 import json, torch
-from bench import conv, linear
-from bench.compiled import source_of, target_of
-from bench.conv_cases import ConvCase
-from bench.registry import Case
+from bench import conv3x3 as conv
+from bench import linear_sigmoid as linear
+from bench.compile import source_of, target_of
+from bench.conv3x3 import ConvCase
+from bench.operation import Case
 from tribp.launch.matmul import ARCHS
 import triton
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from bench import machine_code, wgmma
-from bench.compiled import Compiled
-from bench.expectations import NO_SPILLS, PIPELINED, SHARED_MEMORY, broken, multiplies_with, vectors, wide
-from bench.machine_code import Loop
-from bench.step_kernels import THOROUGH
+from bench import sass as machine_code
+from bench import wgmma
+from bench.expectations import NO_SPILLS, PIPELINED, SHARED_MEMORY, Compiled, broken, multiplies_with, vectors, wide
+from bench.optim import THOROUGH
+from bench.sass import Loop
 from tribp.launch.arch import ARCHS
 from tribp.versions import keeps_shared_tiles, triton_version
 
@@ -209,9 +209,9 @@ def plant() -> dict[str, Any]:
     """Compile bad launches, and good ones beside them. Runs in a process of its own, without the interpreter."""
     import torch
 
-    from bench.compiled import compile_launches, source_of
-    from bench.linear import expectations, launches
-    from bench.registry import Case
+    from bench.compile import compile_launches, source_of
+    from bench.linear_sigmoid import expectations, launches
+    from bench.operation import Case
     from tribp.launch.plan import Launch, launches_of
 
     def forward(shape: tuple[int, int, int], dtype: torch.dtype, target: str) -> Launch:
@@ -246,15 +246,15 @@ def plant() -> dict[str, Any]:
         found[name] = broken(code, [NO_SPILLS, SHARED_MEMORY, *expected])
 
     # An optimizer's step: two elements a thread are no vector, 64 of them do not fit the registers.
-    from bench import step_kernels
+    from bench import optim
 
     for target in ("sm_80", "gfx942"):
         for name, block in (("good", None), ("narrow", 256), ("spilling", 8192)):
-            (step,) = step_kernels.launches(step_kernels.VARIANTS[0], torch.float32, ARCHS[target])
+            (step,) = optim.launches(optim.ADAM, "step", ARCHS[target])
             step = step if block is None else changed(step, warps=4, BLOCK=block)
             if block != 8192 or target == "sm_80":
                 (code,) = compile_launches([step], ARCHS[target])
-                expected = [NO_SPILLS, *step_kernels.expectations(step, ARCHS[target])]
+                expected = [NO_SPILLS, *optim.expectations(step, optim.ADAM, ARCHS[target])]
                 found[f"{name} step, {target}"] = broken(code, expected)
 
     from tests.test_static_conv import plant as plant_conv

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import conv_kernels
-from bench.compiled import Compiled, describe
-from bench.conv_cases import DEPTHWISE, FEW, ConvCase, cases
-from bench.conv_kernels import expectations, launches, row_accesses
-from bench.expectations import ALWAYS, broken, matrix_instructions, multiplies_with, tile_stores
-from bench.machine_code import Loop
+from bench.conv3x3 import DEPTHWISE, FEW, ConvCase, cases, compiled, expectations, launches, row_accesses
+from bench.expectations import ALWAYS, Compiled, broken, matrix_instructions, multiplies_with, tile_stores
+from bench.operation import describe
+from bench.sass import Loop
 from tribp.launch.arch import ARCHS
 from tribp.launch.plan import Launch
 
@@ -55,14 +53,14 @@ def changed(launch: Launch, changes: dict[str, Any]) -> Launch:
 
 def plant() -> dict[str, list[str]]:
     """What is wrong with each. Runs where the compiler does, in the process of `test_static.plant`."""
-    from bench.compiled import compile_launches
+    from bench.compile import compile_launches
 
     good = {name: (case, launches(case, direction, ARCH)[at]) for name, (case, direction, at) in GOOD.items()}
     single = launches(SINGLE, "forward", ARCH)[-1]
-    asked = {name: (launch, expectations(launch, case, ARCH)) for name, (case, launch) in good.items()}
+    asked = {name: (launch, [*expectations(launch, case, ARCH)]) for name, (case, launch) in good.items()}
     for name, (of, _, changes) in BAD.items():
         case, launch = (SINGLE, single) if "single" in changes else good[of]
-        asked[name] = changed(launch, changes), expectations(launch, case, ARCH)
+        asked[name] = changed(launch, changes), [*expectations(launch, case, ARCH)]
     codes = compile_launches([launch for launch, _ in asked.values()], ARCH)
     return {
         name: broken(code, [*ALWAYS, *expected])
@@ -119,8 +117,8 @@ def test_rows_of_a_depthwise_box_are_counted_by_hand() -> None:
 
 @pytest.mark.parametrize("target", ARCHS)
 def test_a_selection_holds_a_kernel_once_and_everything_holds_the_selection(target: str) -> None:
-    quick = [case.name for case in conv_kernels.static_cases(ARCHS[target], False)]
-    all_of_it = {case.name for case in conv_kernels.static_cases(ARCHS[target], True)}
+    quick = [name for name, _, _ in compiled(ARCHS[target], False)]
+    all_of_it = {name for name, _, _ in compiled(ARCHS[target], True)}
     assert set(quick) <= all_of_it
     assert len(all_of_it) > 3 * len(set(quick))
     assert not any("tf32" in name for name in all_of_it) or target != "gfx942"
@@ -184,8 +182,7 @@ def test_what_is_asked_of_a_products_tile() -> None:
 
     code = Compiled("sm_90", "forward", "", {}, 1000, counts={"STG": 2, "STG.64": 2, "store": 2, "store.64": 2})
     for arch, dtype, complaints in ((sm_80, BF16, 1), (amd, BF16, 0), (amd, FP32, 1)):
-        asked = tile_stores(16, 32, dtype, arch)
-        assert asked is not None
+        (asked,) = tile_stores(16, 32, dtype, arch)
         assert len(broken(code, [asked])) == complaints
-    assert tile_stores(8, 32, BF16, sm_80) is tile_stores(16, 16, BF16, sm_80) is None
-    assert tile_stores(16, 32, torch.float64, amd) is None
+    for too_small in ((8, 32, BF16, sm_80), (16, 16, BF16, sm_80), (16, 32, torch.float64, amd)):
+        assert not list(tile_stores(*too_small))

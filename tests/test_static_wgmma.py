@@ -12,9 +12,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import wgmma
-from bench.compiled import Compiled
-from bench.expectations import always, broken
-from bench.machine_code import Instruction, parse_ptx, parse_sass
+from bench.expectations import Compiled, always, broken
+from bench.sass import Instruction, parse_ptx, parse_sass
 from tribp.launch.arch import ARCHS
 
 # -- kernels that Triton or ptxas compiles badly ----------------------------------------------------------------------
@@ -46,7 +45,7 @@ def product(  # type: ignore[no-untyped-def]
 
 def plant() -> dict[str, Any]:
     """What is said of each. Runs where the compiler does, in a process of its own."""
-    from bench.compiled import read_launches
+    from bench.compile import read_launches
     from tribp.launch.plan import Launch
 
     k, step = 4096, 64

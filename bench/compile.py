@@ -1,46 +1,41 @@
-"""Kernel launches, compiled for a GPU that need not be there, and what their machine code says. Imports triton."""
+"""`python -m bench static`: every kernel compiled for every target, and its machine code checked. Needs no GPU."""
 
 import contextlib
+import dataclasses
+import functools
 import io
 import itertools
+import json
+import multiprocessing
 import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
-from tribp.launch.arch import Arch
+from tribp.launch.arch import ARCHS, Arch
 from tribp.launch.plan import Launch
 
-from . import machine_code, registry, wgmma
-from .machine_code import Instruction, Loop
+from . import operation, sass, wgmma
+from .expectations import Compiled, Expectation, always, broken
+from .operation import StaticCase, describe, static_cases
+from .results import markdown
+from .sass import MATRIX, Instruction
 
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
-@dataclass(frozen=True)
-class Compiled:
-    """What the checks and the table need to know of one compiled kernel."""
-
-    target: str
-    kernel: str
-    settings: str
-    constants: Mapping[str, object]  # as strings and numbers, so that it can be stored
-    shared_limit: int
-    registers: int = 0
-    spilled: int = 0  # bytes a thread that go to local memory (NVIDIA: stores; AMD: scratch memory)
-    shared_memory: int = 0
-    instructions: int = 0
-    counts: Mapping[str, int] = field(default_factory=dict)
-    loops: tuple[Loop, ...] = ()  # the innermost ones around matrix instructions
-    wgmma: Mapping[str, str] = field(default_factory=dict)  # what is wrong with asynchronous products: `wgmma.faults`
-    error: str = ""  # what the compiler said, if it gave up
+# -- a launch, compiled -----------------------------------------------------------------------------------------------
 
 
 def target_of(arch: Arch) -> GPUTarget:
@@ -58,8 +53,8 @@ def source_of(launch: Launch, arch: Arch) -> tuple[ASTSource, dict[str, Any]]:
     backend = make_backend(target_of(arch))
     options: dict[str, Any] = dict(launch.constants, **launch.options)
     bind = jit.create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-    bound, specialization, rest = bind(*launch.arguments, **options)
-    parsed, signature, constants, attributes = launch.kernel._pack_args(backend, options, bound, specialization, rest)
+    bound, specialization, excess = bind(*launch.arguments, **options)
+    parsed, signature, constants, attributes = launch.kernel._pack_args(backend, options, bound, specialization, excess)
     return ASTSource(launch.kernel, signature, constants, attributes), dict(parsed.__dict__)
 
 
@@ -67,41 +62,6 @@ def key_of(launch: Launch, arch: Arch) -> str:
     """Equal for launches that share one compiled kernel."""
     source, _ = source_of(launch, arch)
     return f"{arch.name} {launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
-
-
-def describe(launch: Launch) -> str:
-    """The settings in a few characters: an optimizer's rule and states, tile, warps, stages, what is switched on.
-
-    Of a convolution besides: its box of pixels, its steps where they are not 1, taps and groups that share a program,
-    and which way a relayout goes.
-    """
-    given = launch.named
-    sizes = [size for name, size in launch.settings.items() if name.startswith("BLOCK") and name[-1].isalpha()]
-    tile = "×".join(map(str, sizes))
-    rule = getattr(given.get("RULE"), "__name__", "")
-    states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
-    on = [name.lower() for name in registry.switches() if isinstance(given.get(name), torch.Tensor) or given.get(name)]
-    parts = [rule, ",".join(states), tile, f"w{launch.num_warps}", f"s{launch.num_stages}", *_window(given), *on]
-    return " ".join(part for part in parts if part)
-
-
-def _window(given: Mapping[str, Any]) -> Iterator[str]:
-    if "BOX_N" in given:
-        yield "box" + "×".join(str(given[f"BOX_{side}"]) for side in "NHW")
-    if max(steps := [given.get(f"STEP_{side}", given.get(f"step_{side.lower()}", 1)) for side in "HW"]) > 1:
-        yield "step{}×{}".format(*steps)
-    for name in ("TAPS", "GROUPS_PER_TILE", "ROWS"):
-        if given.get(name, 1) > 1:
-            yield f"{name.lower()}{given[name]}"
-    if "PIXELS" in given:
-        yield f"{_contiguous(given, '')}→channels"
-    if "SRC_PIXELS" in given:
-        yield "→".join(_contiguous(given, side) for side in ("SRC_", "DST_")[: 1 + (given["dst"] is not None)])
-        yield from ("y",) * (given["y"] is not None)
-
-
-def _contiguous(given: Mapping[str, Any], side: str) -> str:
-    return "pixels" if given[f"{side}PIXELS"] else "channels" if given[f"{side}CHANNELS"] else "neither"
 
 
 def compile_launches(launches: Sequence[Launch], arch: Arch) -> list[Compiled]:
@@ -116,15 +76,15 @@ def read_launches(launches: Sequence[Launch], arch: Arch) -> list[tuple[Compiled
     if arch.backend == "cuda":
         codes = iter(_disassemble([kernel.asm["cubin"] for kernel in built], arch) if built else [])
     else:
-        codes = iter([machine_code.parse_amd(kernel.asm["amdgcn"]) for kernel in built])
-    found: list[tuple[Compiled, list[Instruction]]] = []
+        codes = iter([sass.parse_amd(kernel.asm["amdgcn"]) for kernel in built])
+    results: list[tuple[Compiled, list[Instruction]]] = []
     for launch, (kernel, said) in zip(launches, compiled, strict=True):
         if kernel is None:
-            found.append((Compiled(**_identity(launch, arch), error=said), []))
+            results.append((Compiled(**_identity(launch, arch), error=said), []))
         else:
             code = next(codes)
-            found.append((Compiled(**_identity(launch, arch), **_findings(launch, kernel, said, code, arch)), code))
-    return found
+            results.append((Compiled(**_identity(launch, arch), **_findings(launch, kernel, said, code, arch)), code))
+    return results
 
 
 def _compile(launch: Launch, arch: Arch) -> tuple[Any, str]:
@@ -177,8 +137,8 @@ def _findings(launch: Launch, kernel: Any, said: str, code: Sequence[Instruction
         spilled=spilled,
         shared_memory=int(kernel.metadata.shared),
         instructions=len(code),
-        counts=machine_code.count(code),
-        loops=tuple(machine_code.matrix_loops(code)),
+        counts=sass.count(code),
+        loops=tuple(sass.matrix_loops(code)),
         wgmma=wgmma.faults(code, kernel.asm.get("ptx", ""), kernel.asm["ttgir"], said, as_loaded=as_loaded),
     )
 
@@ -190,7 +150,7 @@ def _disassemble(cubins: Sequence[bytes], arch: Arch) -> list[list[Instruction]]
     binary = b"".join(sections)
     text = _cubin_tool("nvdisasm", binary, "--binary", f"SM{arch.capability}{suffix}")
     ends = list(itertools.accumulate(len(section) for section in sections))
-    return machine_code.parse_sass(text, ends, binary)
+    return sass.parse_sass(text, ends, binary)
 
 
 def _text_section(cubin: bytes) -> bytes:
@@ -217,5 +177,121 @@ def _cubin_tool(tool: str, content: bytes, *options: str) -> str:
 
 
 def _number(text: str, name: str) -> int:
-    found = re.search(name + r":\s*(\d+)", text)
-    return int(found[1]) if found else 0
+    match = re.search(name + r":\s*(\d+)", text)
+    return int(match[1]) if match else 0
+
+
+# -- every kernel -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Kernel:
+    """A kernel that one or several cases launch, and everything that is expected of it."""
+
+    operation: str
+    arch: Arch
+    cases: list[StaticCase] = field(default_factory=list)
+
+    @property
+    def expectations(self) -> list[Expectation]:
+        named = {e.name: e for case in self.cases for e in case.expectations}
+        return [*always(self.arch), *named.values()]
+
+
+@functools.cache
+def collect(name: str, target: str, dtypes: tuple[str, ...], everything: bool) -> list[Kernel]:
+    """The different kernels of an operation on a target, in a fixed order: the processes of the pool count on it."""
+    arch = ARCHS[target]
+    kernels: dict[str, Kernel] = {}
+    for case in static_cases(operation.find([name])[0], arch, everything):
+        if not dtypes or case.name.split()[1] in dtypes:
+            kernels.setdefault(key_of(case.launch, arch), Kernel(name, arch)).cases.append(case)
+    return list(kernels.values())
+
+
+Part = tuple[str, str, tuple[str, ...], bool, int, int]  # the arguments of `collect`, first, step
+
+
+def _compile_part(job: Part) -> list[Compiled]:
+    """Every `step`-th kernel of a selection, from `first` on."""
+    *selection, first, step = job
+    kernels = collect(*selection)[first::step]
+    return compile_launches([kernel.cases[0].launch for kernel in kernels], ARCHS[job[1]])
+
+
+def spread(function: Callable[[Job], Result], todo: Sequence[Job], jobs: int) -> list[Result]:
+    """The function of each, in so many processes."""
+    if jobs == 1:
+        return [function(job) for job in todo]
+    # spawn: the compiler's threads do not survive a fork.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(function, todo))
+
+
+def measure(
+    operations: Sequence[str], targets: Sequence[str], dtypes: Sequence[str] = (), *, everything: bool, jobs: int
+) -> list[dict[str, Any]]:
+    """A row for each kernel and target: what the machine code holds, what was expected of it, what is broken."""
+    selections = [(name, target, tuple(dtypes), everything) for name in operations for target in targets]
+    todo: list[Part] = [(*selection, first, jobs) for selection in selections for first in range(jobs)]
+    done = spread(_compile_part, todo, jobs)
+    compiled = {job: iter(codes) for job, codes in zip(todo, done, strict=True)}
+    return [
+        row(kernel, next(compiled[(*selection, n % jobs, jobs)]))
+        for selection in selections
+        for n, kernel in enumerate(collect(*selection))
+    ]
+
+
+def row(kernel: Kernel, code: Compiled) -> dict[str, Any]:
+    expectations = kernel.expectations
+    return {
+        "operation": kernel.operation,
+        "cases": list(dict.fromkeys(case.name for case in kernel.cases)),
+        "dtype": kernel.cases[0].name.split()[1],
+        **dataclasses.asdict(code),
+        "expected": {e.name: e.reason for e in expectations},
+        "broken": broken(code, expectations),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    header = ["target", "kernel", "dtype", "settings", "regs", "spill", "shared KB", "matrix", "load", "16 B",
+              "async", "store", "16 B", "exp2", "instrs", "first case", "ok"]  # fmt: skip
+    return markdown(header, [_line(r) for r in rows])
+
+
+def _line(r: dict[str, Any]) -> list[object]:
+    counts, cases = r["counts"], r["cases"]
+
+    def count(*names: str) -> int:
+        return sum(counts.get(name, 0) for name in names)
+
+    matrix = " ".join(f"{counts[name]} {name}" for name in sorted(MATRIX & counts.keys()))
+    return [
+        r["target"], r["kernel"], r["dtype"], r["settings"], r["registers"], r["spilled"],
+        f"{r['shared_memory'] / 1024:.0f}", matrix, count("LDG", "load"), count("LDG.128", "load.128"),
+        count("UTMALDG", "LDGSTS", "load_lds"), count("STG", "store", "UTMASTG"), count("STG.128", "store.128"),
+        count("MUFU.EX2", "v_exp"), r["instructions"], f"{cases[0]}{f' +{len(cases) - 1}' if cases[1:] else ''}",
+        "no" if r["broken"] else "yes",
+    ]  # fmt: skip
+
+
+def main(
+    operations: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], *, everything: bool, jobs: int, file: str
+) -> int:
+    """Compile, print the table and what is broken, write the JSON; 1 if anything is broken."""
+    started = time.perf_counter()
+    rows = measure(operations, targets, dtypes, everything=everything, jobs=jobs)
+    print(table(rows))
+    failures = [(r, sentence) for r in rows for sentence in r["broken"]]
+    print(
+        f"\n{len(rows)} kernels compiled in {time.perf_counter() - started:.0f} s, {len(failures)} broken expectations"
+    )
+    for r, sentence in failures:
+        print(
+            f"- {r['target']} {r['kernel']} {r['settings']} [{r['cases'][0]}]: {r['registers']} registers; {sentence}"
+        )
+    if file:
+        Path(file).write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if failures else 0

@@ -46,11 +46,6 @@ class Prediction:
     waves: float  # programs over those that are resident on the whole GPU
     terms: dict[str, float]  # µs, before the launch's own
 
-    @property
-    def sm_us(self) -> float:
-        """What the SMs would take if memory and L2 were infinitely fast: it tells settings apart that those hide."""
-        return max(us for name, us in self.terms.items() if name not in ("memory", "L2"))
-
 
 def predict(
     machine: Machine, work: LaunchWork, profile: Profile, *, registers: int, shared: int, num_warps: int, stages: int,

@@ -11,8 +11,8 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from .machine_code import MATRIX, Graph, Instruction, basic_blocks, loops_with
-from .wgmma import in_flight
+from ..sass import MATRIX, Graph, Instruction, basic_blocks, loops_with
+from ..wgmma import in_flight
 
 GLOBAL = {"LDG", "LDGSTS"}
 THROUGH_SHARED = {"LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDGSTS", "LDL", "STL"}
@@ -58,9 +58,9 @@ def tally(code: Sequence[Instruction], numbers: Iterable[int], busy: Collection[
 
 def _one(i: Instruction, busy: bool) -> Tally:
     shared = 0.0
-    if found := WGMMA.match(i.opcode):
+    if match := WGMMA.match(i.opcode):
         # Four warps issue one together. Both operands come from shared memory: rows of 32 bytes, m + n of them.
-        shared = 32 * (int(found[1]) + int(found[2])) / 4
+        shared = 32 * (int(match[1]) + int(match[2])) / 4
     elif i.name in THROUGH_SHARED:
         shared = 32 * width(i)
     loaded = 32 * width(i) if i.name in GLOBAL else 0
@@ -103,12 +103,12 @@ def _widest(
     code: Sequence[Instruction], blocks: Sequence[range], loops: dict[int, frozenset[int]]
 ) -> list[frozenset[int]]:
     """The innermost loops whose loads are as wide as any loop's: what the last program adds up is narrower."""
-    found = []
+    widths = []
     for _, loop in loops_with(GLOBAL, code, blocks, loops):
         loads = [width(code[i]) for block in loop for i in blocks[block] if code[i].name in GLOBAL]
-        found.append((max(loads), loop))
-    widest = max((size for size, _ in found), default=0)
-    return [loop for size, loop in found if size == widest]
+        widths.append((max(loads), loop))
+    widest = max((size for size, _ in widths), default=0)
+    return [loop for size, loop in widths if size == widest]
 
 
 def _ways(

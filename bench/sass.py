@@ -164,13 +164,13 @@ def matrix_loops(code: Sequence[Instruction]) -> list[Loop]:
     graph = Graph(code, blocks)
     loops = graph.loops()
     matrix = loops_with(MATRIX, code, blocks, loops)
-    found = []
+    loops_found = []
     for head, loop in matrix or loops_with({"DFMA"}, code, blocks, loops):
         body = [code[i] for block in graph.in_order(head, loop) for i in blocks[block]]
         before = [code[i] for block in graph.leading_to(loop) for i in blocks[block]]
         multiplies = [n for n, i in enumerate(body) if i.name in (MATRIX if matrix else {"DFMA"})]
         loads = [n for n, i in enumerate(body) if i.name in COPIES | LOADS]
-        found.append(
+        loops_found.append(
             Loop(
                 matrix=len(multiplies) if matrix else 0,
                 loads=len(loads),
@@ -179,7 +179,7 @@ def matrix_loops(code: Sequence[Instruction]) -> list[Loop]:
                 spills=sum(i.name in SPILLS for i in body),
             )
         )
-    return found
+    return loops_found
 
 
 def loops_with(
@@ -276,12 +276,12 @@ class Graph:
     def leading_to(self, loop: frozenset[int]) -> set[int]:
         """The blocks outside `loop` on paths into it, not counting another turn of a loop around it."""
         back = set(self.back_edges)
-        found: set[int] = set()
+        before: set[int] = set()
         todo = list(loop)
         while todo:
             block = todo.pop()
             for p in self.predecessors[block]:
-                if (p, block) not in back and p not in loop and p not in found:
-                    found.add(p)
+                if (p, block) not in back and p not in loop and p not in before:
+                    before.add(p)
                     todo.append(p)
-        return found
+        return before

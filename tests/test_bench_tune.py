@@ -1,4 +1,4 @@
-"""`python -m bench sweep`: what is timed, in which order, what is kept, and that a wrong variant gets no time."""
+"""`python -m bench tune`: what is timed, in which order, what is kept, and that a wrong config gets no time."""
 
 import itertools
 import json
@@ -10,23 +10,23 @@ from typing import Any
 import pytest
 import torch
 
-from bench import registry, sweep
+from bench import operation, tune
 from bench.__main__ import main
-from bench.meters import CpuMeter, Times
-from bench.registry import Operation
 from bench.run import Options
+from bench.timing import CpuMeter, Times
+from tribp.launch import plan as plans
 from tribp.launch.arch import INTERPRETER
 from tribp.launch.plan import Launch
-from tribp.ops.linear_sigmoid.config import choose_forward
+from tribp.ops.linear_sigmoid.config import ForwardProblem
 
 from .test_bench import NO_CUDA
 
-SMOKE = ["sweep", "linear", "--smoke", "--case", "16x16x32"]
+SMOKE = ["tune", "linear", "--smoke", "--case", "16x16x32"]
 
 
 @pytest.fixture
 def timed(every_launch: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the meter is given to time: the settings of its launches. The more of the sum a step takes, the faster."""
+    """What the meter is given to time: the configs of its launches. The more of the sum a step takes, the faster."""
     found: list[str] = []
     steps: list[int] = []
     run = Launch.run
@@ -52,12 +52,12 @@ def timed(every_launch: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the first direction: the others cost the interpreter seconds, and go the same way."""
-    of_function = sweep.of_function
-    monkeypatch.setattr(sweep, "of_function", lambda *given: itertools.islice(of_function(*given), 1))
+    subjects = tune.subjects
+    monkeypatch.setattr(tune, "subjects", lambda *given: itertools.islice(subjects(*given), 1))
 
 
 def read(folder: Path, name: str = "linear") -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / f"sweep-{name}.json").read_text())
+    found: dict[str, Any] = json.loads((folder / f"tune-{name}.json").read_text())
     return found
 
 
@@ -66,34 +66,30 @@ def command(folder: Path, *more: str) -> int:
 
 
 @NO_CUDA
-def test_without_cuda_sweep_says_so_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", "linear"]) == 2
+def test_without_cuda_it_says_so_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "linear"]) == 2
     said = capsys.readouterr()
     assert "CUDA" in said.err
     assert said.err.count("\n") == 1
     assert not said.out
 
 
-def test_every_rule_that_a_case_asks_is_swept(
-    tmp_path: Path, timed: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_problem_of_a_case_is_tuned(tmp_path: Path, timed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert command(tmp_path) == 0
     content = read(tmp_path)
     assert content["smoke"] is True
     assert content["versions"]["torch"] == torch.__version__
-    assert [line["rule"] for line in content["found"]] == [
-        "choose_forward", "choose_wgrad", "choose_dgrad", "choose_wgrad",
-    ]  # fmt: skip
+    assert [line["kind"] for line in content["found"]] == ["Forward", "Wgrad", "Dgrad", "Wgrad"]
     forward = content["found"][0]
     assert forward["case"] == "16x16x32 float32 tf32 forward"
     assert forward["basis"] == "derived"
-    assert forward["rule_us"] == 1000 / 32
+    assert forward["first_us"] == 1000 / 32
     for line in content["found"]:
-        keys = [key for key in content["entries"] if f"{line['case']} | {line['question']} | " in key]
-        assert len(keys) >= 3, "the rule's choice and some around it"
+        keys = [key for key in content["entries"] if f"{line['case']} | {line['problem']} | " in key]
+        assert len(keys) >= 3, "the heuristic's choice and some beside it"
         assert all("device_us" in content["entries"][key] for key in keys)
     said = capsys.readouterr().out
-    assert said.count("| choose_") == len(content["found"])
+    assert all(f"| {line['kind']} " in said for line in content["found"])
     assert "times mean nothing" in said
     assert said.rstrip().endswith(f"written to {tmp_path}")
 
@@ -107,7 +103,7 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path: Path, timed: lis
     last = list(content["entries"])[-2:]
     for key in last:
         del content["entries"][key]
-    (tmp_path / "sweep-linear.json").write_text(json.dumps(content))
+    (tmp_path / "tune-linear.json").write_text(json.dumps(content))
     assert command(tmp_path) == 0
     assert len(timed) == 2 < measured
     assert read(tmp_path) == before
@@ -128,7 +124,7 @@ def test_every_time_is_written_as_soon_as_it_is_measured(
     with pytest.raises(KeyboardInterrupt):
         command(tmp_path)
     assert len(read(tmp_path)["entries"]) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["sweep-linear.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tune-linear.json"]
 
 
 @pytest.mark.usefixtures("forward")
@@ -137,25 +133,25 @@ def test_times_of_other_sources_are_put_aside(
 ) -> None:
     command(tmp_path)
     content = read(tmp_path) | {"sources": "others"}
-    (tmp_path / "sweep-linear.json").write_text(json.dumps(content))
+    (tmp_path / "tune-linear.json").write_text(json.dumps(content))
     timed.clear()
     command(tmp_path)
     assert timed
-    assert "sweep-linear.old.json" in capsys.readouterr().out
-    assert json.loads((tmp_path / "sweep-linear.old.json").read_text())["sources"] == "others"
+    assert "tune-linear.old.json" in capsys.readouterr().out
+    assert json.loads((tmp_path / "tune-linear.old.json").read_text())["sources"] == "others"
 
 
 def test_a_budget_ends_it(tmp_path: Path, timed: list[str]) -> None:
     assert command(tmp_path, "--budget", "1e-9") == 0
     assert not timed
-    assert not (tmp_path / "sweep-linear.json").exists()
+    assert not (tmp_path / "tune-linear.json").exists()
 
 
 def test_operations_share_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each asks the clock, which stands still, when its share is over; what is not used is left to the others."""
     now, ends = 1000.0, []
 
-    def measured(self: sweep.Sweep, cases: Any) -> None:
+    def measured(self: tune.Tuning, cases: Any) -> None:
         nonlocal now
         start = now
         while not self.over():
@@ -164,20 +160,20 @@ def test_operations_share_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         now = start + (6.0 if len(ends) == 1 else ends[-1])
 
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr(sweep.Sweep, "run", measured)
+    monkeypatch.setattr(tune.Tuning, "run", measured)
     options = Options(smoke=True, out=tmp_path)
-    assert sweep.main(registry.find(["linear", "conv", "optim"]), options, 0.5) == 0
+    assert tune.main(operation.find(["linear", "conv", "optim"]), options, 0.5) == 0
     assert ends == [10.0, 12.0, 12.0]
 
 
 def test_no_such_case_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", "linear", "--smoke", "--case", "nothing", "--out", str(tmp_path)]) == 2
+    assert main(["tune", "linear", "--smoke", "--case", "nothing", "--out", str(tmp_path)]) == 2
     assert "no such case" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["wrong", "fails"])
 @pytest.mark.usefixtures("forward")
-def test_a_variant_that_is_wrong_gets_no_time(
+def test_a_config_that_is_wrong_gets_no_time(
     how: str, tmp_path: Path, timed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of forward the first one, a step of half the length."""
@@ -200,7 +196,7 @@ def test_a_variant_that_is_wrong_gets_no_time(
 
 
 @pytest.mark.usefixtures("forward")
-def test_a_rule_that_is_wrong_ends_with_1(
+def test_a_heuristic_that_is_wrong_ends_with_1(
     tmp_path: Path, timed: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Launch.run
@@ -212,59 +208,44 @@ def test_a_rule_that_is_wrong_ends_with_1(
 
     monkeypatch.setattr(Launch, "run", spoiled)
     assert command(tmp_path) == 1
-    assert "the rule's own settings are wrong or fail: choose_forward" in capsys.readouterr().out
+    assert "the heuristic's own config is wrong or fails: ForwardProblem" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("forward")
-def test_what_was_faster_is_shown_and_no_rule_has_changed(
+def test_what_was_faster_is_shown_and_no_choice_has_changed(
     tmp_path: Path, timed: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sweep, "SMOKE_VARIANTS", 9)
-    facts: Any = dict(vec=8, tma=True)
-    rule = choose_forward(32, 16, 48, "bfloat16", "ieee", INTERPRETER, **facts)
-    assert main(["sweep", "linear", "--smoke", "--case", "32x16x48", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(tune, "SMOKE_NEIGHBORS", 9)
+    problem = ForwardProblem(32, 16, 48, "bfloat16", "ieee", INTERPRETER, vec=8, tma=True)
+    chosen = problem.choose()
+    assert main(["tune", "linear", "--smoke", "--case", "32x16x48", "--out", str(tmp_path)]) == 0
     forward = read(tmp_path)["found"][0]
     assert forward["changed"] == "block_l 32 → 64"
     assert forward["gain"] == 0.5
-    assert forward["settings"]["block_l"] == 64
-    assert "| choose_forward | derived   |          31.2 |    15.6 | 50.0% | block_l 32 → 64" in capsys.readouterr().out
-    assert choose_forward(32, 16, 48, "bfloat16", "ieee", INTERPRETER, **facts) == rule
+    assert forward["config"]["block_l"] == 64
+    assert "| Forward | derived   |          31.2 |    15.6 | 50.0% | block_l 32 → 64" in capsys.readouterr().out
+    assert plans.config_for(problem) == chosen
 
 
 @pytest.mark.usefixtures("forward")
-def test_optimizers_and_convolutions_are_swept(tmp_path: Path, timed: list[str]) -> None:
+def test_optimizers_and_convolutions_are_tuned(tmp_path: Path, timed: list[str]) -> None:
     out = ["--smoke", "--out", str(tmp_path)]
-    assert main(["sweep", "optim", "conv", "--case", "SGD", "--case", "1x8-8x3x5:8", *out]) == 0
+    assert main(["tune", "optim", "conv", "--case", "SGD", "--case", "1x8-8x3x5:8", *out]) == 0
     step, depthwise = read(tmp_path, "optim"), read(tmp_path, "conv")
-    assert [line["rule"] for line in step["found"]] == ["choose_step"]
+    assert [line["kind"] for line in step["found"]] == ["MultiTensor"]
     assert {json.loads(key.split(" | ")[2])["chunk_blocks"] for key in step["entries"]} == {1, 2, 4}
-    assert [line["rule"] for line in depthwise["found"]] == ["choose_depthwise"]
+    assert [line["kind"] for line in depthwise["found"]] == ["Depthwise"]
 
 
 def test_the_cases_with_targets_come_first() -> None:
     for name, first in (("linear", "4096x4096x4096 bfloat16"), ("optim", "Adam 1e8 float32")):
-        (operation,) = registry.find([name])
-        cases = operation.cases
-        ordered = sweep.valuable_first(operation, cases)
+        (found,) = operation.find([name])
+        cases = found.cases
+        ordered = tune.valuable_first(found, cases)
         assert sorted(map(id, ordered)) == sorted(map(id, cases))
         assert ordered[0].name == first
-    (conv,) = registry.find(["conv"])
-    assert isinstance(conv, Operation)
-    wanted = [any(conv.targets(case, d) for d in conv.directions) for case in sweep.valuable_first(conv, conv.cases)]
+    (conv,) = operation.find(["conv"])
+    wanted = [any(conv.targets(case, d) for d in conv.directions) for case in tune.valuable_first(conv, conv.cases)]
     assert wanted == sorted(wanted, reverse=True)
     assert True in wanted
     assert False in wanted
-
-
-def test_backward_runs_on_the_thread_that_holds_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU autograd has threads of its own, which know of no trial."""
-    allowed: list[bool] = []
-
-    def attempted(*_: object) -> list[Any]:
-        allowed.append(torch._C._is_multithreading_enabled())
-        return []
-
-    monkeypatch.setattr(sweep, "subjects", attempted)
-    assert sweep.main(registry.find(["linear"]), Options(smoke=True, out=tmp_path), None) == 0
-    assert set(allowed) == {False}
-    assert torch._C._is_multithreading_enabled()

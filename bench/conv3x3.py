@@ -1,0 +1,475 @@
+"""`conv3x3`: y = act(x ⋆ w + b), x (N, C, H, W), w (O, C / groups, 3, 3), padding 1."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tribp
+from tribp.launch.arch import Arch, cdiv
+from tribp.ops.conv3x3.reference import Window
+
+from .expectations import (
+    PIPELINED,
+    Expectation,
+    is_whole,
+    partial_sums,
+    product,
+    row_bytes,
+    size,
+    threads,
+    tile_stores,
+    vectors,
+    wide,
+)  # fmt: skip
+from .model import work as model
+from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
+
+if TYPE_CHECKING:
+    from tribp.launch.plan import Launch
+
+PADDING = 1
+
+
+@dataclass(frozen=True)
+class ConvCase(Case):
+    """shape: (N, C, O, H, W). Named 64x128-256x28x28/2 with a stride of 2, 64x384-384x56x56:384 with 384 groups."""
+
+    stride: int = 1
+    groups: int = 1
+    last: bool = True  # channels_last: input, weight, and what comes back from the layer above
+    bias: bool = True
+    sigmoid: bool = False
+
+    @property
+    def name(self) -> str:
+        n, c, o, h, w = self.shape
+        window = (f"/{self.stride}" if self.stride > 1 else "") + (f":{self.groups}" if self.groups > 1 else "")
+        on = ["NHWC" if self.last else "NCHW"] + ["bias"] * self.bias + ["sigmoid"] * self.sigmoid
+        return " ".join([f"{n}x{c}-{o}x{h}x{w}{window}", self.dtype_name, *on])
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.last else torch.contiguous_format
+
+    @property
+    def input_size(self) -> tuple[int, int, int, int]:
+        n, c, _, h, w = self.shape
+        return n, c, h, w
+
+    @property
+    def weight_size(self) -> tuple[int, int, int, int]:
+        _, c, o, _, _ = self.shape
+        return o, c // self.groups, 3, 3
+
+    @property
+    def output_size(self) -> tuple[int, int, int, int]:
+        n, _, o, h, w = self.shape
+        p, q = ((length + 2 * PADDING - 3) // self.stride + 1 for length in (h, w))
+        return n, o, p, q
+
+    @property
+    def depthwise(self) -> bool:
+        return 1 < self.groups == self.shape[1] == self.shape[2]
+
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+FIRST, THREE = (256, 1, 32, 28, 28), (256, 3, 64, 224, 224)  # few input channels
+FEW = [(n, 64, 64, 56, 56) for n in (64, 256)]
+RESNET = [*FEW, *((n, c, c, size, size) for c, size in ((128, 28), (256, 14), (512, 7)) for n in (64, 256))]
+STRIDED, GROUPED, DEPTHWISE = (64, 128, 256, 28, 28), (64, 128, 128, 28, 28), (64, 384, 384, 56, 56)
+LENET, ODD = (1, 1, 6, 32, 32), (3, 5, 7, 33, 29)
+SMALL = {FIRST, LENET, ODD}  # around 10 µs of work and less: a launch costs as much
+
+BASE = [ConvCase(shape, BF16, small=shape in SMALL) for shape in (FIRST, THREE, *RESNET)] + [
+    ConvCase(DEPTHWISE, BF16, groups=384),
+    ConvCase(STRIDED, BF16, stride=2),
+    ConvCase(GROUPED, BF16, groups=32),
+    ConvCase(ODD, BF16, small=True),
+]
+VARIANTS: list[dict[str, Any]] = [dict(bias=False), dict(sigmoid=True), dict(bias=False, sigmoid=True)]
+KINDS: list[dict[str, Any]] = [dict(last=False), dict(dtype=FP32), dict(dtype=FP32, tf32=True), dict(dtype=FP16)]
+VARIED = {FIRST, THREE, FEW[0], DEPTHWISE}  # shapes whose variants are measured in the other types and layouts too
+
+
+def cases() -> list[ConvCase]:
+    """The most valuable first: a run may be cut off."""
+    lenet = ConvCase(LENET, FP32, small=True)
+    nchw, *types = [[replace(case, **kind) for case in BASE] for kind in KINDS]
+    return [
+        *BASE,
+        *nchw,
+        lenet,
+        replace(lenet, tf32=True),
+        *(case for typed in types for case in typed),
+        *(replace(case, **variant) for variant in VARIANTS for case in [*BASE, lenet]),
+        *(replace(c, **variant) for kind in (nchw, *types) for variant in VARIANTS for c in kind if c.shape in VARIED),
+    ]
+
+
+def smoke_cases() -> list[ConvCase]:
+    """A program or two of every kernel; interpreted, one costs 50 ms, and a case runs its own ten times."""
+    return [
+        ConvCase((2, 16, 16, 4, 4), BF16, small=True),
+        ConvCase((1, 3, 8, 3, 5), BF16, sigmoid=True),
+        ConvCase((1, 8, 8, 3, 5), BF16, groups=8),
+        ConvCase((1, 8, 8, 3, 5), FP32, groups=2),
+        ConvCase((1, 8, 16, 3, 6), FP32, tf32=True, stride=2, bias=False),
+        ConvCase((1, 9, 8, 3, 5), FP16, last=False, sigmoid=True),
+    ]
+
+
+def pairs(length: int, stride: int) -> int:
+    """Of the pairs of a result's row and a tap's, those that meet a row of the image and not its padding."""
+    rows = (length + 2 * PADDING - 3) // stride + 1
+    return sum(PADDING <= row * stride + tap < length + PADDING for row in range(rows) for tap in range(3))
+
+
+def work(case: ConvCase, direction: str) -> Work:
+    """Each input read once, each output written once; "both" is forward, then backward with all gradients."""
+    n, c, o, height, width = case.shape
+    x, y = math.prod(case.input_size), math.prod(case.output_size)
+    w, b = 9 * o * c // case.groups, o if case.bias else 0
+    operations = 2 * n * o * (c // case.groups) * pairs(height, case.stride) * pairs(width, case.stride)
+    dz = y + (y if case.sigmoid else 0)  # dy, and the output for the sigmoid's derivative
+    elements = {
+        "forward": Work(x + w + b + y, operations),
+        "dgrad": Work(dz + w + x, operations),
+        "wgrad": Work(dz + x + w + b, operations),
+        "both": Work((x + w + b + y) + (dz + x + w) + (x + w + b), 3 * operations),
+    }[direction]
+    return replace(elements, bytes=elements.bytes * case.dtype.itemsize)
+
+
+def targets(case: ConvCase, direction: str) -> Sequence[Target]:
+    """Ratios of cuDNN's time, with its benchmark mode on, to tribp's; of depthwise also a share of the copy's rate."""
+    if case.dtype != BF16 or not case.bias or case.sigmoid:
+        return []
+    if not case.last:
+        return [Target("eager", 1.0)]
+    if direction == "both":
+        return []
+    if case.depthwise:
+        return [Target("copy", 0.8, "bandwidth"), Target("eager", 2.0)]
+    if direction == "dgrad":
+        return [Target("eager", 0.9)]
+    if direction == "wgrad":
+        return [Target("eager", 1.5 if case.shape in (FIRST, THREE, ODD) else 0.9)]
+    if case.shape in (FIRST, THREE):
+        return [Target("eager", 2.0)]
+    if case.shape in FEW:
+        return [Target("eager", 1.3)]
+    return [Target("eager", 1.0)] if case.shape in RESNET and case.groups == 1 else []
+
+
+# Elements of input and output that are convolved in float64 at a time. torch keeps some four copies of them for the
+# gradients, and cuDNN a workspace; the largest output, 256×64×224², would take 6.6 GB for each.
+AT_A_TIME = 1 << 26
+
+
+def eager(
+    x: Tensor, w: Tensor, b: Tensor | None = None, *, stride: int, padding: int, groups: int, activation: str | None
+) -> Tensor:
+    y = F.conv2d(x, w, b, stride, padding, 1, groups)
+    return torch.sigmoid(y) if activation else y
+
+
+def problem(case: ConvCase, device: torch.device) -> DifferentiableProblem:
+    """Fresh inputs, scaled as a trained layer's are: z has a standard deviation near 1, so σ does not saturate."""
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        layout = case.memory_format if len(shape) == 4 else torch.contiguous_format
+        return (scale * torch.randn(shape, device=device)).to(case.dtype, memory_format=layout)
+
+    o, c, *_ = case.weight_size
+    arguments = {"input": normal(*case.input_size), "weight": normal(o, c, 3, 3, scale=(9 * c) ** -0.5)}
+    if case.bias:
+        arguments["bias"] = normal(o)
+    output_grad = normal(*case.output_size)
+    activation = "sigmoid" if case.sigmoid else None
+    options = dict(stride=case.stride, padding=PADDING, groups=case.groups, activation=activation)
+    terms, images = partial(scales, options=options), images_at_a_time(case)
+    return DifferentiableProblem(arguments, output_grad, eager, terms, case.tf32, options, images)
+
+
+def images_at_a_time(case: ConvCase) -> int:
+    return max(1, AT_A_TIME // (math.prod(case.input_size[1:]) + math.prod(case.output_size[1:])))
+
+
+def scales(arguments: Mapping[str, Tensor], output_grad: Tensor, options: Mapping[str, object]) -> dict[str, float]:
+    """The bias's gradient sums pixels of either sign, and can be as small as it likes."""
+    if "bias" not in arguments:
+        return {}
+    if options["activation"]:
+        y = eager(*arguments.values(), **options)  # type: ignore[arg-type]
+        output_grad = output_grad * y * (1 - y)
+    return {"bias": float(output_grad.norm())}
+
+
+def launches(case: ConvCase, direction: str, arch: Arch) -> "list[Launch]":
+    """The launches of one direction. "backward" is dgrad and wgrad in one call."""
+    from tribp.launch.plan import launches_of
+    from tribp.ops.conv3x3 import plan
+
+    def empty(*size: int) -> Tensor:
+        layout = case.memory_format if len(size) == 4 else torch.contiguous_format
+        return torch.empty(size, device="meta", dtype=case.dtype, memory_format=layout)
+
+    window = Window((case.stride, case.stride), (PADDING, PADDING), case.groups)
+    x, w, y = empty(*case.input_size), empty(*case.weight_size), empty(*case.output_size)
+    b, activation = empty(y.shape[1]) if case.bias else None, "sigmoid" if case.sigmoid else None
+    facts = dict(window=window, tf32=case.tf32)
+    launched: list[Launch] = []
+    if direction in ("forward", "both"):
+        launched += launches_of(plan.forward, arch, (x, w, b, y), activation=activation, **facts)
+    if direction == "forward":
+        return launched
+    dx = None if direction == "wgrad" else empty(*x.shape)
+    dw, db = (None, None) if direction == "dgrad" else (empty(*w.shape), None if b is None else empty(*b.shape))
+    dy, kept = empty(*y.shape), y if case.sigmoid else None
+    needed_x, needed_w = None if dw is None else x, None if dx is None else w
+    return launched + launches_of(plan.backward, arch, (dy, needed_x, needed_w, kept, dx, dw, db), **facts)
+
+
+# What is compiled without a GPU: bf16 over all forms, the other types where their rules differ from it.
+MIDDLE, MANY = (256, 256, 256, 14, 14), (64, 512, 512, 7, 7)
+UNEVEN_TYPES = ((BF16, False), (FP16, False), (FP32, False), (FP32, True))
+NARROW = (64, 13, 11, 33, 29)  # channels that make no rows of whole 16 bytes
+UNEVEN, FEWER = (16, 128, 128, 13, 13), (16, 512, 512, 7, 7)  # no box divides them: wgrad by pointers
+APART = ("forward", "dgrad", "wgrad")
+
+
+def selection() -> Iterator[tuple[ConvCase, Sequence[str]]]:
+    few, three, depthwise = ConvCase(FEW[0], BF16), ConvCase(THREE, BF16), ConvCase(DEPTHWISE, BF16, groups=384)
+    apart = [
+        few, ConvCase(MIDDLE, BF16), ConvCase(MANY, BF16), three, ConvCase(FIRST, BF16), depthwise,
+        ConvCase(STRIDED, BF16, stride=2), ConvCase(GROUPED, BF16, groups=32), ConvCase(NARROW, BF16),
+        *(replace(case, last=False) for case in (few, three, depthwise)),
+        *(replace(case, dtype=FP32, tf32=tf32) for case in (few, three) for tf32 in (False, True)),
+        *(replace(case, dtype=FP64) for case in (few, three, depthwise)),
+        *(replace(case, dtype=FP16) for case in (few, three)),
+        replace(depthwise, dtype=FP32),
+    ]  # fmt: skip
+    yield from ((case, APART) for case in apart)
+    yield ConvCase(LENET, BF16), ("dgrad",)
+    yield replace(few, sigmoid=True), ("forward", "backward")
+    yield replace(few, last=False, sigmoid=True), ("backward",)
+    yield replace(three, sigmoid=True), ("forward", "wgrad")
+    yield replace(depthwise, dtype=FP16), ("forward",)
+    yield ConvCase(UNEVEN, BF16), ("wgrad",)
+
+
+def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, ConvCase, str]]:
+    chosen = list(selection())
+    if everything:  # all that is measured, and float64
+        measured = [*cases(), *(replace(case, dtype=FP64) for case in BASE)]
+        measured += [ConvCase(shape, dtype, tf32) for shape in (UNEVEN, FEWER) for dtype, tf32 in UNEVEN_TYPES]
+        chosen += [(case, (*APART, "backward")) for case in measured]
+    for case, directions in chosen:
+        if case.tf32 and arch.backend == "hip":
+            continue  # gfx942 has no TF32: the same code again
+        for direction in directions:
+            yield f"{case.name} {direction}", case, direction
+
+
+# -- what machine code must show --------------------------------------------------------------------------------------
+
+
+def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> Iterator[Expectation]:
+    kernel, given, dtype = launch.kernel.__name__, launch.named, case.dtype
+    if kernel in ("forward", "dgrad", "wgrad", "few_channels_forward", "few_channels_dgrad", "few_channels_wgrad"):
+        yield from product_expectations(launch, dtype, arch)
+    elif kernel == "relayout":
+        yield from relayout_expectations(launch, dtype, arch)
+    elif kernel == "pack":
+        share = size(given, "BLOCK_P", "BLOCK_C") * dtype.itemsize // (16 * threads(launch, arch))
+        inner = "VEC_C" if given["CHANNELS"] else "VEC_P" if given["PIXELS"] else ""
+        loads = share if inner and is_whole(given, dtype, "VEC", inner) else 0
+        stores = share if is_whole(given, dtype, "VEC_DST") else 0
+        if loads + stores:
+            yield vectors(loads, stores, "16 bytes a thread, of every tile of an image")
+    elif kernel.startswith("depthwise"):
+        loads, stores = row_accesses(given, kernel)
+        across = size(given, "BOX_N", "BOX_W", "BLOCK_C") * dtype.itemsize // (16 * threads(launch, arch))
+        # A row of channels is as wide under every tap; one of columns lies anywhere.
+        loads = loads if given["CHANNELS_LAST"] and is_whole(given, dtype, "VEC") else 0
+        stores = stores if given["CHANNELS_LAST"] and is_whole(given, dtype, "VEC_STORE") else 0
+        if across and loads + stores:
+            reason = "16 bytes a thread, of every row that is read and every row that is written"
+            yield vectors(across * loads, across * stores, reason)
+    elif kernel == "reduce_partials":
+        yield from partial_sums(launch)
+
+
+def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> Iterator[Expectation]:
+    kernel, given = launch.kernel.__name__, launch.named
+    sides: tuple[str, ...] = ("BLOCK_O", "BLOCK_C") if "wgrad" in kernel else ("BOX_N", "BOX_H", "BOX_W", "BLOCK_J")
+    if kernel in ("few_channels_forward", "few_channels_dgrad"):  # a row at a time
+        sides = ("BOX_N", "BOX_W", "BLOCK_J" if kernel == "few_channels_forward" else "BLOCK_L")
+    weights_first = kernel == "few_channels_forward" or (kernel in ("forward", "dgrad") and bool(given["TMA"]))
+    yield from product(size(given, *(sides[-1:] if weights_first else sides[:-1])), dtype, launch, arch)
+    if not kernel.startswith("few_channels") or (kernel == "few_channels_dgrad" and launch.num_stages > 1):
+        yield PIPELINED
+    if kernel in ("few_channels_dgrad", "few_channels_wgrad") or (
+        kernel == "wgrad" and (given.get("TAPS_LAST") or given["DIAGONAL"])
+    ):
+        return  # rows of few elements, elements nine apart, or a group's part of a row: nothing to write at once
+    if arch.backend == "hip" and not given.get("CHANNELS_LAST", True):
+        return  # side by side in a thread are channels; neighbouring columns are in neighbouring lanes, 64 bytes a row
+    out = {"dgrad": "dx", "wgrad": "dw"}.get(kernel, "y")
+    share = size(given, *sides) * given[out].element_size() // threads(launch, arch)
+    yield from tile_stores(row_bytes(launch, out, "VEC_STORE"), share, given[out].dtype, arch)
+
+
+def relayout_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> Iterator[Expectation]:
+    """Wide on both sides, where a thread has 16 bytes to move and what is contiguous is a multiple of them."""
+    given = launch.named
+    if size(given, "BLOCK_P", "BLOCK_C") * dtype.itemsize < 16 * threads(launch, arch):
+        return
+
+    def aligned(side: str, channels: str) -> bool:
+        inner = channels if given[f"{side}_CHANNELS"] else "VEC_P" if given[f"{side}_PIXELS"] else ""
+        return bool(inner) and is_whole(given, dtype, inner, f"{side}_VEC")
+
+    if aligned("SRC", "VEC_C") and (given["y"] is None or aligned("Y", "VEC_C")):
+        yield wide("loads", 128, "what is contiguous is a multiple of 16 bytes")
+    if given["dst"] is not None and aligned("DST", "VEC_DST"):
+        yield wide("stores", 128, "what is contiguous is a multiple of 16 bytes")
+
+
+def row_accesses(given: Given, kernel: str) -> tuple[int, int]:
+    """How many rows of a box's width a depthwise program loads and stores at once: an image row once for each tap."""
+    rows, step_h, step_w = (given[name] for name in ("BOX_H", "STEP_H", "STEP_W"))
+    if kernel == "depthwise_forward":
+        return 4 * 3, 4 // step_h
+    if kernel == "depthwise_wgrad":
+        return rows + 3 * ((rows - 1) * step_h + 3), 0
+    # A class of pixels meets every STEP-th tap from its own on, and all classes are in the code.
+    return 4 * 3 * step_h, 4 * step_h * step_w
+
+
+# -- what a launch does -----------------------------------------------------------------------------------------------
+
+
+def pixels_of(given: Given) -> int:
+    return size(given, "BOX_N", "BOX_H", "BOX_W")
+
+
+def product_work(
+    given: Given, grid: tuple[int, ...], operand: str, length: int, steps: tuple[int, int]
+) -> dict[str, Any]:
+    """forward and dgrad: taps × steps through the channels. A class of pixels meets 9 / (classes) taps on average."""
+    rows = given["ROWS"]
+    turns = cdiv(length, given["BLOCK_L"])
+    if rows > 1:  # a turn takes the taps of one column
+        taps, pixels, products, weights = 3.0, (rows + 2) * pixels_of(given), 3 * rows, 3
+    else:
+        taps, pixels, products, weights = 9 / math.prod(steps), pixels_of(given), 1, 1
+    step = products * pixels_of(given) * given["BLOCK_J"] * given["BLOCK_L"]
+    read = (pixels + weights * given["BLOCK_J"]) * given["BLOCK_L"] * model.itemsize(given, operand)
+    loops = (taps * turns, step) if given["FLAT"] else (turns, step, (taps,))
+    work = model.product(given, operand, *loops)
+    written = rows * pixels_of(given) * given["BLOCK_J"] * model.itemsize(given, operand)
+    programs = math.prod(grid)
+    return work | model.traffic(given, programs * taps * turns * read, programs * written, programs)
+
+
+def forward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    work = product_work(given, grid, "y", size(given, "GROUPS_PER_TILE", "CG"), (1, 1))
+    return work | dict(chain=1 + (given["b"] is not None))
+
+
+def dgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    return product_work(given, grid, "dx", size(given, "GROUPS_PER_TILE", "OG"), (given["step_h"], given["step_w"]))
+
+
+def wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    taps, pixels, turns = given["TAPS"], pixels_of(given), given["boxes_per_split"]
+    work = model.product(given, "x", turns, taps * pixels * size(given, "BLOCK_O", "BLOCK_C"))
+    read = pixels * (given["BLOCK_O"] + taps * given["BLOCK_C"]) * model.itemsize(given, "x")
+    written = taps * size(given, "BLOCK_O", "BLOCK_C") * model.itemsize(given, "dw")
+    programs = math.prod(grid)
+    return work | model.traffic(given, programs * turns * read, programs * written, programs)
+
+
+def few_channels_forward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    """A row of y a turn, three products."""
+    step = 3 * size(given, "BOX_N", "BOX_W", "BLOCK_J", "BLOCK_K")
+    return model.product(given, "y", given["BOX_H"], step) | dict(chain=1 + (given["b"] is not None))
+
+
+def few_channels_dgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    """A row of dz a turn. Boxes read two rows and two columns of their neighbours."""
+    rows, columns, itemsize = given["BOX_H"], given["BOX_W"], model.itemsize(given, "dx")
+    step = size(given, "BOX_N", "BOX_W", "BLOCK_L") * 64
+    read = size(given, "N", "P", "Q", "O") * (rows + 2) / rows * columns / (columns - 2)
+    return model.product(given, "dx", rows + 2, step) | dict(l2=itemsize * (read + size(given, "N", "H", "W", "C")))
+
+
+def few_channels_wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    step = pixels_of(given) * size(given, "BLOCK_O", "BLOCK_K")
+    return model.product(given, "x", given["boxes_per_split"], step)
+
+
+def depthwise_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    """Four rows a turn, of forward and dgrad."""
+    dgrad = "dx" in given
+    rows = given["BOX_H"] * (1 if dgrad else given["STEP_H"]) + 2
+    return dict(turns=rows / 4, paths=grid[1] if dgrad else 1)
+
+
+def depthwise_wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    return dict(turns=given["boxes_per_split"])
+
+
+def relayout_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    step = (1 + (given["y"] is not None)) * size(given, "BLOCK_P", "BLOCK_C") * model.itemsize(given, "src")
+    return dict(turns=given["tiles_per_program"], step=step, chain=0)
+
+
+def pack_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    """Of the images; a weight beside them is small."""
+    return dict(turns=given["tiles"], step=size(given, "BLOCK_P", "BLOCK_C") * model.itemsize(given, "src"), chain=0)
+
+
+OPERATION = Operation(
+    name="conv",
+    summary="tribp.conv3x3 against conv2d(…), and sigmoid(conv2d(…)), of cuDNN",
+    cases=cases(),
+    smoke_cases=smoke_cases(),
+    directions=("forward", "dgrad", "wgrad", "both"),
+    providers=functions(tribp.conv3x3, eager),
+    problem=problem,
+    work=work,
+    targets=targets,
+    launches=launches,
+    compiled=compiled,
+    expectations=expectations,
+    kernel_work={
+        "forward": forward_work, "dgrad": dgrad_work, "wgrad": wgrad_work, "spread_weight": lambda *_: {},
+        "few_channels_forward": few_channels_forward_work, "few_channels_dgrad": few_channels_dgrad_work,
+        "few_channels_wgrad": few_channels_wgrad_work,
+        "depthwise_forward": depthwise_work, "depthwise_dgrad": depthwise_work, "depthwise_wgrad": depthwise_wgrad_work,
+        "relayout": relayout_work, "pack": pack_work, "reduce_partials": model.reduce_partials,
+    },
+    tests=KernelTests(
+        ["tests/test_conv3x3_integration.py", "tests/test_conv3x3_module.py"],
+        ["tests/test_conv3x3_kernels.py", "-k",
+         "(bfloat16 or few_input or one_channel or relayout or nan or infinity) and not gpu"],
+        ["tests/test_conv3x3_kernels.py", "-k", "relayout and copy and NCHW"],
+        large=["tests/test_conv3x3_extremes.py"],
+        kernels=["tests/test_conv3x3_kernels.py"],
+    ),
+    run_first={
+        "bfloat16 NHWC": "--dtype bfloat16 --first 14", "bfloat16 NCHW": "--dtype bfloat16 --case NCHW --first 14",
+    },
+    switches=("TMA", "FUSE_DZ", "FLAT", "DIAGONAL", "CHANNELS_LAST", "TAPS_LAST", "SIGMOID", "src3"),
+    legend=f"Shapes are N×C-O×H×W, /stride, :groups; padding {PADDING}. dgrad is the input's gradient alone, wgrad the "
+    "weight's and the bias's, both: forward, and backward with all of them. Eager torch has cuDNN's benchmark mode on. "
+    f"{Operation.legend}",
+)  # fmt: skip

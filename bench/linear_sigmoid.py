@@ -1,0 +1,248 @@
+"""`linear_sigmoid`: y = σ(x·wᵀ + b), x (M, K), w (N, K)."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tribp
+from tribp.launch.arch import Arch, cdiv
+
+from .expectations import PIPELINED, Expectation, partial_sums, product, row_bytes, size, threads, tile_stores, wide
+from .model import work as model
+from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
+
+if TYPE_CHECKING:
+    from tribp.launch.plan import Launch
+
+SQUARE, SQUARISH, TALL = (4096, 4096, 4096), (8192, 1024, 1024), (65536, 256, 784)
+TINY, ODD = (64, 10, 128), (1000, 77, 333)
+SHAPES: list[tuple[int, ...]] = [SQUARE, TALL, SQUARISH, (65536, 1024, 256), (512, 128, 784), TINY, ODD]
+SMALL = {(512, 128, 784), TINY, ODD}  # under 10 µs of work: a launch costs as much
+PRECISIONS = [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True), (torch.float16, False)]
+
+# Of bfloat16, what the model leaves room for: eager torch's kernels at the same ceilings, over tribp's with one launch
+# for both sums of partial results. At 4096³ the products are nearly all, and take both as long.
+REACHABLE: dict[tuple[int, ...], dict[str, float]] = {
+    SQUARE: {"forward": 1.04, "backward": 0.98, "wgrad only": 1.0},
+    TALL: {"forward": 1.4, "backward": 1.12, "wgrad only": 1.45},
+    SQUARISH: {"forward": 1.2, "backward": 1.12, "wgrad only": 1.45},
+}
+
+
+def cases() -> list[Case]:
+    return [Case(shape, dtype, tf32, shape in SMALL) for dtype, tf32 in PRECISIONS for shape in SHAPES]
+
+
+def smoke_cases() -> list[Case]:
+    """A size that tiles evenly and an odd one; interpreted, a program costs 6 ms."""
+    return [
+        Case((32, 16, 48), torch.bfloat16, small=True),
+        Case((33, 7, 19), torch.float16),
+        Case((33, 7, 19), torch.float32),
+        Case((16, 16, 32), torch.float32, tf32=True),
+    ]
+
+
+def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w, b))
+
+
+def problem(case: Case, device: torch.device) -> DifferentiableProblem:
+    """Fresh inputs, scaled as a trained layer's are: z has a standard deviation near 1, so σ does not saturate."""
+    m, n, k = case.shape
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.float32).to(case.dtype)
+
+    arguments = {"input": normal(m, k), "weight": normal(n, k) * k**-0.5, "bias": normal(n)}
+    return DifferentiableProblem(arguments, normal(m, n), eager, scales, case.tf32)
+
+
+def scales(arguments: Mapping[str, Tensor], output_grad: Tensor) -> dict[str, float]:
+    """The bias's gradient sums rows of either sign, and can be as small as it likes."""
+    y = eager(*arguments.values())
+    return {"bias": float((output_grad * y * (1 - y)).norm(dim=0).norm())}
+
+
+def work(case: Case, direction: str) -> Work:
+    """Each input read once, each output written once; both directions are the two one after the other."""
+    m, n, k = case.shape
+    x, w, b, y = m * k, n * k, n, m * n
+    forward = Work(x + w + b + y, 2 * m * n * k)
+    backward = Work((y + y + x + w) + (x + w + b), 4 * m * n * k)
+    elements = {
+        "forward": forward,
+        "backward": backward,
+        "wgrad only": Work((y + y + x) + (w + b), 2 * m * n * k),
+        "both": Work(forward.bytes + backward.bytes, forward.operations + backward.operations),
+    }[direction]
+    return replace(elements, bytes=elements.bytes * case.dtype.itemsize)
+
+
+def targets(case: Case, direction: str) -> list[Target]:
+    """What was set for an H100: ratios of torch's time to tribp's."""
+    targets = [Target("eager", 1.0, "memory")] if direction == "both" else []
+    if case.dtype == torch.bfloat16:
+        targets.append(Target("compile", 1.0))  # never slower
+        ratio = REACHABLE.get(case.shape, {"forward": 1.0}).get(direction)
+        targets += [Target("eager", ratio)] if ratio else []
+    named = case.shape in REACHABLE
+    if case.dtype == torch.float32 and not case.tf32 and direction in ("forward", "backward") and named:
+        targets.append(Target("eager", 1.5))
+    return targets
+
+
+def launches(case: Case, direction: str, arch: Arch) -> "list[Launch]":
+    """The launches of one direction, on tensors without memory. A layout may follow: "forward, x transposed"."""
+    from tribp.launch.plan import launches_of
+    from tribp.ops.linear_sigmoid import plan
+
+    direction, _, layout = direction.partition(", ")
+
+    def empty(*shape: int, transposed: bool = False) -> Tensor:
+        tensor = torch.empty(shape[::-1] if transposed else shape, device="meta", dtype=case.dtype)
+        return tensor.t() if transposed else tensor
+
+    m, n, k = case.shape
+    x = empty(m, k, transposed=layout == "x transposed")
+    w = empty(n, k, transposed=layout == "w transposed")
+    b, y, dx, dw, db = empty(n), empty(m, n), empty(m, k), empty(n, k), empty(n)
+    launched: list[Launch] = []
+    if direction in ("forward", "both"):
+        launched += launches_of(plan.forward, arch, (x, w, b, y), tf32=case.tf32)
+    if direction == "forward":
+        return launched
+    gradients = {
+        "backward": (dx, dw, db),
+        "both": (dx, dw, db),
+        "wgrad only": (None, dw, db),
+        "dgrad only": (dx, None, None),
+        "bias only": (None, None, db),
+        "without bias": (dx, dw, None),
+    }[direction]
+    return launched + launches_of(plan.backward, arch, (empty(m, n), x, w, y, *gradients), tf32=case.tf32)
+
+
+# What is compiled without a GPU: bf16 over the whole grid, the others where their rules differ from it.
+EVEN = (1000, 78, 334)  # rows of an even length: 4-byte loads, the narrowest that pipeline
+APART = ("forward", "backward", "wgrad only", "dgrad only")
+COMPILED: list[tuple[torch.dtype, bool, list[tuple[int, ...]], tuple[str, ...]]] = [
+    (torch.bfloat16, False, SHAPES, APART),
+    (torch.bfloat16, False, [EVEN], ("forward", "backward")),
+    (torch.float32, False, [SQUARISH, TINY, ODD], APART),
+    (torch.float32, True, [SQUARISH], APART),
+    (torch.float16, False, [ODD], ("forward", "backward")),
+    (torch.float64, False, [SQUARISH, ODD], ("forward", "backward")),
+]
+
+
+def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, Case, str]]:
+    for dtype, tf32, shapes, directions in COMPILED:
+        if tf32 and arch.backend == "hip":
+            continue  # gfx942 has no TF32: the same code again
+        main = shapes is SHAPES
+        chosen = list[tuple[tuple[int, ...], str]]()
+        for shape in [*SHAPES, EVEN] if everything else shapes:
+            chosen += [(shape, direction) for direction in (APART if everything else directions)]
+            if everything or (main and shape == SQUARE):
+                chosen.append((shape, "bias only"))
+        if everything or main:
+            layouts = ("x transposed", "w transposed")
+            chosen += [(SQUARISH, f"{d}, {layout}") for layout in layouts for d in ("forward", "backward")]
+        for shape, direction in chosen:
+            case = Case(shape, dtype, tf32)
+            yield f"{case.name} {direction}", case, direction
+
+
+def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectation]:
+    given, kernel = launch.named, launch.kernel.__name__
+    if kernel in ("forward", "dgrad", "wgrad"):
+        yield PIPELINED
+        # Where dz is formed on load, it is the second operand.
+        rows = "BLOCK_K" if given.get("FUSE_DZ") else "BLOCK_N" if kernel == "wgrad" else "BLOCK_M"
+        yield from product(given[rows], case.dtype, launch, arch)
+        out, sides = {"forward": ("y", "MN"), "dgrad": ("dx", "MK"), "wgrad": ("dw", "NK")}[kernel]
+        if given.get("TMA_STORE"):
+            yield wide("stores", 128, "the descriptor's store writes whole lines")
+        else:
+            share = size(given, *(f"BLOCK_{side}" for side in sides)) // threads(launch, arch)
+            share_bytes = share * given[out].element_size()
+            yield from tile_stores(row_bytes(launch, out, "VEC_STORE"), share_bytes, given[out].dtype, arch)
+    elif kernel == "output_grad" and row_bytes(launch, "y", "VEC") == 16:
+        yield wide("loads", 128, "rows of dy and y are multiples of 16 bytes")
+        if given["dz"] is not None:
+            yield wide("stores", 128, "rows of dz are multiples of 16 bytes")
+    elif kernel == "reduce_partials":
+        yield from partial_sums(launch)
+
+
+# -- what a launch does -----------------------------------------------------------------------------------------------
+
+
+def forward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    m, n, k, itemsize = given["M"], given["N"], given["K"], model.itemsize(given, "x")
+    rows, cols = cdiv(m, given["BLOCK_M"]), cdiv(n, given["BLOCK_N"])
+    outer = (cdiv(rows * cols, grid[0]),) if given["PERSISTENT"] else ()
+    step = size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K")
+    work = model.product(given, "x", cdiv(k, given["BLOCK_K"]), step, outer)
+    work |= dict(turns=model.turns_of(given, k, "BLOCK_K"), chain=1 + (given["b"] is not None))
+    loaded = itemsize * (m * k * cols + n * k * rows)
+    return work | model.traffic(given, loaded, itemsize * m * n, grid[0])
+
+
+def dgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    m, n, k, itemsize = given["M"], given["N"], given["K"], model.itemsize(given, "dx")
+    rows, cols, read = cdiv(m, given["BLOCK_M"]), cdiv(k, given["BLOCK_K"]), 1 + given["FUSE_DZ"]
+    work = model.product(given, "dx", cdiv(n, given["BLOCK_N"]), size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    work |= dict(turns=model.turns_of(given, n, "BLOCK_N"))
+    loaded = itemsize * (read * m * n * cols + n * k * rows)
+    return work | model.traffic(given, loaded, itemsize * m * k, grid[0])
+
+
+def wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    m, n, k, itemsize = given["M"], given["N"], given["K"], model.itemsize(given, "x")
+    rows, cols, read = cdiv(n, given["BLOCK_N"]), cdiv(k, given["BLOCK_K"]), 1 + given["FUSE_DZ"]
+    turns = cdiv(given["rows_per_split"], given["BLOCK_M"])
+    work = model.product(given, "x", turns, size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    loaded = itemsize * (read * m * n * cols + m * k * rows)
+    stored = grid[1] * n * k * model.itemsize(given, "dw") + m * n * itemsize * (given["dz_out"] is not None)
+    return work | model.traffic(given, loaded, stored, grid[0] * grid[1])
+
+
+def output_grad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    turns = cdiv(given["rows_per_program"], given["BLOCK_M"])
+    return dict(turns=turns, step=2 * size(given, "BLOCK_M", "BLOCK_N") * model.itemsize(given, "y"), chain=0)
+
+
+OPERATION = Operation(
+    name="linear",
+    summary="tribp.linear_sigmoid against sigmoid(linear(…))",
+    cases=cases(),
+    smoke_cases=smoke_cases(),
+    directions=("forward", "backward", "wgrad only", "both"),
+    providers=functions(tribp.linear_sigmoid, eager),
+    problem=problem,
+    work=work,
+    targets=targets,
+    launches=launches,
+    compiled=compiled,
+    expectations=expectations,
+    kernel_work={
+        "forward": forward_work, "output_grad": output_grad_work, "dgrad": dgrad_work, "wgrad": wgrad_work,
+        "reduce_partials": model.reduce_partials,
+    },
+    tests=KernelTests(
+        ["tests/test_linear_kernels.py", "tests/test_linear_sigmoid.py", "tests/test_torch_integration.py",
+         "tests/test_plan.py", "tests/test_runtime.py", "-k", "not 31_elements"],
+        ["tests/test_linear_kernels.py", "-k", "bfloat16 and not gpu"],
+        ["tests/test_linear_kernels.py", "-k", "reduce_partials and bfloat16"],
+        large=["tests/test_linear_kernels.py"],
+        kernels=["tests/test_linear_kernels.py"],
+    ),
+    run_first={"bfloat16": "--dtype bfloat16", "float32": "--dtype float32 --first 3"},
+    switches=("TMA", "PREFETCH", "PERSISTENT", "FUSE_DZ", "X_TRANSPOSED", "W_TRANSPOSED"),
+)  # fmt: skip

@@ -1,0 +1,86 @@
+"""What a launch does, read off its grid and arguments: how often its loops turn, what it multiplies, what it moves.
+
+Only a kernel says what its loops run over: each operation has a function a kernel in `kernel_work`, built from these.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tribp.launch.arch import cdiv
+
+from ..expectations import size
+from ..operation import Given, Operation
+
+if TYPE_CHECKING:
+    from tribp.launch.plan import Launch
+
+
+@dataclass(frozen=True)
+class LaunchWork:
+    """Bytes are of all programs; what a program does is that of the busiest one."""
+
+    programs: int
+    tensors: Mapping[int, float]  # bytes that are read or written of each tensor
+    turns: float = 0  # of a program's main loop, one after the other: steps of a product, blocks, boxes
+    step: float = 0  # what a turn does: multiply-adds, or bytes that the threads load; 0: unknown
+    outer: tuple[float, ...] = ()  # turns of the loops around it, the outermost first
+    paths: int = 1  # ways through the code of which a program takes one
+    aligned: float = 1.0  # the part of the turns that meets whole, aligned data
+    chain: int = 1  # loads before and after the loop that wait for one another
+    macs: float = 0  # multiply-adds of a program
+    bits: int = 16  # of the multiplied numbers; 32 is TF32
+    l2: float = 0  # bytes that programs load and store; 0: as many as `tensors` have
+    copied: float = 0  # bytes that descriptors bring to the shared memory of a program
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.tensors.values())
+
+
+def work_of(operation: Operation, launch: "Launch", case: Any) -> LaunchWork:
+    """What a launch of the operation's does. Raises ValueError if the operation does not tell."""
+    given, kernel = launch.named, launch.kernel.__name__
+    if kernel not in operation.kernel_work:
+        raise ValueError(f"the kernel_work of {operation.name} does not tell what a launch of {kernel} does")
+    parts = operation.kernel_work[kernel](given, launch.grid, case)
+    return LaunchWork(math.prod(launch.grid), **dict(tensors=_tensors(given)) | parts)
+
+
+def _tensors(given: Given) -> dict[int, float]:
+    values = [tensor_of(value) for value in given.values()]
+    return {id(t): float(t.numel() * t.element_size()) for t in values if isinstance(t, Tensor)}
+
+
+def tensor_of(value: Any) -> Any:
+    """The tensor that a descriptor describes; any other argument as it is."""
+    return getattr(value, "base", value)
+
+
+def itemsize(given: Given, name: str) -> int:
+    return int(tensor_of(given[name]).element_size())
+
+
+def product(given: Given, operand: str, turns: float, step: int, outer: tuple[float, ...] = ()) -> dict[str, Any]:
+    """A product of `step` multiply-adds a turn; tf32x3 makes three of each."""
+    step *= 3 if given["PRECISION"] == "tf32x3" else 1
+    return dict(turns=turns, step=step, outer=outer, macs=turns * step * math.prod(outer),
+                bits=8 * itemsize(given, operand))  # fmt: skip
+
+
+def traffic(given: Given, loaded: float, stored: float, programs: int) -> dict[str, Any]:
+    """Bytes between L2 and all programs."""
+    return dict(l2=loaded + stored, copied=loaded / programs if given["TMA"] else 0.0)
+
+
+def turns_of(given: Given, length: int, block: str) -> int:
+    """Of a product's loop. Where it prefetches by hand, what is left of the sum comes before it."""
+    return length // given[block] if given["PREFETCH"] else cdiv(length, given[block])
+
+
+def reduce_partials(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    turns = cdiv(given["parts"], given["BLOCK_PARTS"])
+    return dict(turns=turns, step=size(given, "BLOCK_PARTS", "BLOCK") * itemsize(given, "partials"), chain=0)

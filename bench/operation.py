@@ -1,0 +1,362 @@
+"""What the bench knows of an operation. Every command iterates over the operations and reads this alone.
+
+To add one: a file in this folder that ends in `OPERATION = Operation(…)`. Nothing else names it.
+"""
+
+import functools
+import importlib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tribp.dispatch import dtype_name
+from tribp.launch.arch import Arch
+
+from .expectations import Expectation
+
+if TYPE_CHECKING:  # imports triton, which `run` can do without
+    from tribp.launch.plan import Launch
+
+Given = Mapping[str, Any]  # a launch's arguments and constants by name
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure: a shape (what its numbers mean is the operation's business), a type, a precision."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tf32: bool = False
+    small: bool = False  # a launch costs as much as the work: the host and a CUDA graph are timed as well
+
+    @property
+    def dtype_name(self) -> str:
+        name = dtype_name(self.dtype)
+        return f"{name} tf32" if self.tf32 else name
+
+    @property
+    def name(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.dtype_name}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that must be done: bytes read and written once, and operations of the case's type."""
+
+    bytes: float
+    operations: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A float64 result, and the size its error is measured against (the norm of a sum's terms, where it can cancel)."""
+
+    value: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """tribp is to be `ratio` times as fast as `peer`, or to keep the limit that another quantity sets.
+
+    memory: the peer's peak over tribp's. held memory: tribp's between calls over the peer's, at most. bandwidth: the
+    part of the copy's rate. launches: exactly so many.
+    """
+
+    peer: str
+    ratio: float
+    quantity: str = "time"
+
+
+class Action(NamedTuple):
+    """A call to be timed. `before` comes before each call that the host's clock times, and is not timed."""
+
+    call: Callable[[], object]
+    before: Callable[[], object] = lambda: None
+
+
+class Problem(Protocol):
+    """One case with inputs. A provider is what `Operation.providers` has for a name."""
+
+    def reference(self) -> Mapping[str, Reference]:
+        """The float64 results, by name."""
+
+    def results(self, provider: Any, direction: str) -> Mapping[str, Tensor]:
+        """What the provider computes in this direction, by the names of the reference."""
+
+    def action(self, provider: Any, direction: str, *, captured: bool = False) -> Action:
+        """The same as a call to be timed. Preparations (the forward pass of a backward) run now, on this stream.
+
+        captured: for a CUDA graph.
+        """
+
+    def wrong(self, errors: Mapping[str, float], baseline_errors: Mapping[str, float]) -> str:
+        """What is wrong with results of these relative errors beside the baseline's, or nothing."""
+
+
+@dataclass(frozen=True)
+class KernelTests:
+    """The tests of one operation's kernels: files, and pytest's -k.
+
+    compute-sanitizer slows kernels down 10 to 50 times and instruments each when it is loaded, so that a test costs a
+    second or two: some forty tests of bfloat16, in which every kernel and form is met, should take a minute
+    (unmeasured). Left out: what the profiler counts (both tools want the same interface), graphs (capture needs the
+    caching allocator), and what fills a GPU.
+    """
+
+    gpu: Sequence[str]  # the GPU's own tests, those of huge tensors and of many shapes aside
+    checked: Sequence[str]  # for compute-sanitizer
+    smoke: Sequence[str]
+    large: Sequence[str] = ()  # whose GPU tests have huge tensors, or many shapes
+    kernels: Sequence[str] = ()  # of all types and forms
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation as data: what is measured, what its kernels are, how results are shown.
+
+    A case is a `Case`, or anything else with `name`, `dtype`, `dtype_name`, `tf32` and `small`; cases come in order of
+    their value, for a run may be cut off. The defaults are those of a differentiable function.
+    """
+
+    name: str
+    summary: str
+
+    # What is measured, of every case and direction.
+    cases: Sequence[Any]
+    smoke_cases: Sequence[Any]
+    directions: Sequence[str]
+    # By name, of a case: what `problem` is given; a sentence in place of one that is left out. The second argument is
+    # why torch.compile is to be left out, or nothing.
+    providers: Callable[[Any, str], Mapping[str, Any]]
+    problem: Callable[[Any, torch.device], Problem]
+    work: Callable[[Any, str], Work]
+    targets: Callable[[Any, str], Sequence[Target]]
+
+    # Its kernels.
+    launches: "Callable[[Any, str, Arch], Sequence[Launch]]"  # of a case and direction, on tensors without memory
+    # What `static` compiles: a name, a case, a direction. The second argument: all there is, or a selection.
+    compiled: Callable[[Arch, bool], Iterable[tuple[str, Any, str]]]
+    expectations: "Callable[[Launch, Any, Arch], Iterable[Expectation]]"  # what a launch's machine code must show
+    # By kernel, of a launch's arguments by name, its grid and the case: parts of `model.work.LaunchWork`.
+    kernel_work: Mapping[str, Callable[[Given, tuple[int, ...], Any], dict[str, Any]]]
+    tests: KernelTests
+    run_first: Mapping[str, str]  # for `all`: shares of the cases that have targets, as options of `run`
+    switches: Sequence[str]  # arguments and constants of kernels that settings show where they are on
+
+    # Whom it is compared with, and how that is shown.
+    baseline: str = "eager"  # the provider whose errors are torch's own
+    peers: Sequence[str] = ("eager", "compile")  # all providers but tribp
+    best_of: Mapping[str, Sequence[str]] = field(default_factory=dict)  # names for the fastest of several peers
+    drawn: Sequence[str] = ()  # the peers in the picture; none: all
+    columns: Sequence[str] = (  # of the table: see `results.COLUMNS`
+        "case", "direction", "tribp", "eager", "compile", "vs eager", "vs compile", "of floor", "graph", "host",
+        "memory",
+    )  # fmt: skip
+    legend: str = (
+        "Times are medians in µs on the device, L2 flushed. Ratios are the other's time over tribp's. The floor is "
+        "bytes over the copy's rate, or operations over the product's, whichever is more."
+    )
+
+    # What sets an optimizer's step apart.
+    small_clock: str = "device"  # that small cases are judged by; "wall": from the call until the device is done
+    products: bool = True  # whether its operations are matrix products, whose rate is a ceiling besides the copy's
+    graph_calls: int = 20  # in one CUDA graph
+    call: Callable[[Any], object] | None = None  # the call on CPU tensors, where launches read tables on the device
+
+
+class StaticCase(NamedTuple):
+    """A launch to compile for a GPU that is not there, and what must be seen in its machine code."""
+
+    name: str
+    launch: "Launch"
+    expectations: Sequence[Expectation]
+
+
+def static_cases(operation: Operation, arch: Arch, everything: bool) -> Iterator[StaticCase]:
+    """The launches to compile for a target; `everything`: all there are, not a selection."""
+    for name, case, direction in operation.compiled(arch, everything):
+        for launch in operation.launches(case, direction, arch):
+            yield StaticCase(name, launch, tuple(operation.expectations(launch, case, arch)))
+
+
+def describe(launch: "Launch") -> str:
+    """The settings in a few characters: an optimizer's rule and states, tile, warps, stages, what is switched on.
+
+    Of a convolution besides: its box of pixels, its steps where they are not 1, taps and groups that share a program,
+    and which way a relayout goes.
+    """
+    given = launch.named
+    sizes = [size for name, size in launch.settings.items() if name.startswith("BLOCK") and name[-1].isalpha()]
+    tile = "×".join(map(str, sizes))
+    rule = getattr(given.get("RULE"), "__name__", "")
+    states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
+    on = [name.lower() for name in switches() if isinstance(given.get(name), Tensor) or given.get(name)]
+    parts = [rule, ",".join(states), tile, f"w{launch.num_warps}", f"s{launch.num_stages}", *_window(given), *on]
+    return " ".join(part for part in parts if part)
+
+
+def _window(given: Given) -> Iterator[str]:
+    if "BOX_N" in given:
+        yield "box" + "×".join(str(given[f"BOX_{side}"]) for side in "NHW")
+    if max(steps := [given.get(f"STEP_{side}", given.get(f"step_{side.lower()}", 1)) for side in "HW"]) > 1:
+        yield "step{}×{}".format(*steps)
+    for name in ("TAPS", "GROUPS_PER_TILE", "ROWS"):
+        if given.get(name, 1) > 1:
+            yield f"{name.lower()}{given[name]}"
+    if "PIXELS" in given:
+        yield f"{_contiguous(given, '')}→channels"
+    if "SRC_PIXELS" in given:
+        yield "→".join(_contiguous(given, side) for side in ("SRC_", "DST_")[: 1 + (given["dst"] is not None)])
+        yield from ("y",) * (given["y"] is not None)
+
+
+def _contiguous(given: Given, side: str) -> str:
+    return "pixels" if given[f"{side}PIXELS"] else "channels" if given[f"{side}CHANNELS"] else "neither"
+
+
+# -- the operations there are -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def operations() -> dict[str, Operation]:
+    """Every OPERATION of this folder's files, by name."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    modules = [file.stem for file in files if re.search(r"^OPERATION = ", file.read_text(), re.MULTILINE)]
+    entries: list[Operation] = [importlib.import_module(f"{__package__}.{module}").OPERATION for module in modules]
+    return {operation.name: operation for operation in entries}
+
+
+def names() -> list[str]:
+    return list(operations())
+
+
+def find(chosen: Sequence[str] = ()) -> list[Operation]:
+    """The operations of these names, or all of them. Raises ValueError for a name that does not exist."""
+    for name in chosen:
+        if name not in operations():
+            raise ValueError(f"no operation is called {name!r}; there are: {', '.join(operations())}")
+    return [operations()[name] for name in chosen or operations()]
+
+
+def switches() -> list[str]:
+    """Those of all operations, each once."""
+    return list(dict.fromkeys(switch for operation in find() for switch in operation.switches))
+
+
+# -- differentiable functions: an output, and gradients of all arguments or of some -----------------------------------
+
+# Relative Frobenius error against float64: one rounding to the type (half a unit in the last place: 6e-8, 5e-4, 4e-3)
+# with room for a second, not for a lost term. TF32 rounds every operand to 11 bits.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+TF32_TOLERANCE = 1e-3
+
+# torch.compile at its best, less its own CUDA graphs: they copy their inputs first and cannot repeat a backward pass,
+# and what a graph saves is measured in one of ours (`CudaMeter.graph_time`), for every provider alike.
+COMPILE_MODE = "max-autotune-no-cudagraphs"
+
+
+def functions(ours: Callable[..., Tensor], eager: Callable[..., Tensor]) -> Callable[[Any, str], Mapping[str, Any]]:
+    """The providers of a differentiable function."""
+
+    def providers(case: Any, without_compile: str) -> Mapping[str, Any]:
+        compiled = without_compile or torch.compile(eager, mode=COMPILE_MODE, dynamic=False)
+        return {"tribp": ours, "eager": eager, "compile": compiled}
+
+    return providers
+
+
+@dataclass(frozen=True)
+class DifferentiableProblem:
+    """`arguments` by name, the first being the input, and `output_grad`, what comes back from the layer above.
+
+    `exact` computes the output from float64 arguments. A gradient whose sum can cancel has the size of the sum's terms
+    in `scales(arguments, output gradient)`, by the argument's name. Every function is called with `options` besides.
+    """
+
+    arguments: Mapping[str, Tensor]
+    output_grad: Tensor
+    exact: Callable[..., Tensor]
+    scales: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, float]]
+    tf32: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rows: int | None = None  # of the input, that are computed at a time in float64; None: all
+
+    def reference(self) -> Mapping[str, Reference]:
+        """Rows of the output and of the input's gradient depend on that row of the input alone, and the gradients of
+        the other arguments are sums over rows: so they can be had in several parts, in the memory that one takes.
+        """
+        first, *others = self.arguments
+        rows = self.rows or len(self.output_grad)
+        output, input_grad = list[Tensor](), list[Tensor]()
+        sums, squares = dict[str, Tensor](), dict[str, float]()
+        parts = [torch.split(tensor, rows) for tensor in (self.arguments[first], self.output_grad)]
+        for some, output_grad in zip(*parts, strict=True):
+            exact = {name: value.detach().double() for name, value in {**self.arguments, first: some}.items()}
+            output_grad = output_grad.double()
+            for name, scale in self.scales(exact, output_grad).items():
+                squares[name] = squares.get(name, 0.0) + scale**2
+            leaves = [value.requires_grad_() for value in exact.values()]
+            output.append(self.exact(*leaves, **self.options))
+            grad, *grads = torch.autograd.grad(output[-1], leaves, output_grad)
+            output[-1] = output[-1].detach()
+            input_grad.append(grad)
+            for name, grad in zip(others, grads, strict=True):
+                sums[name] = sums[name] + grad if name in sums else grad
+        values = {"output": torch.cat(output), f"{first}.grad": torch.cat(input_grad)}
+        values |= {f"{name}.grad": grad for name, grad in sums.items()}
+        scales = {f"{name}.grad": math.sqrt(square) for name, square in squares.items()}
+        return {
+            name: Reference(value, max(float(value.norm()), scales.get(name, 0.0))) for name, value in values.items()
+        }
+
+    def results(self, function: Callable[..., Tensor], direction: str) -> Mapping[str, Tensor]:
+        inputs = self._inputs(direction)
+        output = function(*inputs.values(), **self.options)
+        results = {"output": output.detach()} if direction in ("forward", "both") else {}
+        if direction != "forward":
+            leaves = {name: value for name, value in inputs.items() if value.requires_grad}
+            grads = torch.autograd.grad(output, list(leaves.values()), self.output_grad)
+            results |= {f"{name}.grad": grad for name, grad in zip(leaves, grads, strict=True)}
+        return results
+
+    def action(self, function: Callable[..., Tensor], direction: str, *, captured: bool = False) -> Action:
+        if direction == "both":
+            return Action(lambda: self.results(function, direction))
+        inputs = self._inputs(direction)
+        if direction == "forward":
+            # With the arguments requiring gradients, as in training: what is saved for backward is part of the cost.
+            return Action(lambda: function(*inputs.values(), **self.options))
+        output = function(*inputs.values(), **self.options)
+        leaves = [value for value in inputs.values() if value.requires_grad]
+        return Action(lambda: torch.autograd.grad(output, leaves, self.output_grad, retain_graph=True))
+
+    def wrong(self, errors: Mapping[str, float], baseline_errors: Mapping[str, float]) -> str:
+        """The output must meet its type's tolerance and stay within twice torch's error.
+
+        A gradient must do one of the two: it is formed from the rounded output, by torch as well, and where the
+        sigmoid saturates 1 − y has lost the digits that the tolerance asks for.
+        """
+        dtype = self.output_grad.dtype
+        limit = TF32_TOLERANCE if self.tf32 else TOLERANCE[dtype]
+        for name, error in errors.items():
+            # Half a unit in the operands' last place on top: where torch happens to be exact, or (on a CPU) does not
+            # round to the TF32 that is allowed, twice its error is nothing.
+            twice = 2 * baseline_errors.get(name, 0.0) + (2**-10 if self.tf32 else torch.finfo(dtype).eps) / 2
+            bound = min(limit, twice) if name == "output" else max(limit, twice)
+            if not error <= bound:
+                return f"{name}: relative error {error:.2e}, allowed {bound:.2e}"
+        return ""
+
+    def _inputs(self, direction: str) -> dict[str, Tensor]:
+        """The arguments, of which those require gradients that the direction is about."""
+        inputs = {name: value.detach() for name, value in self.arguments.items()}
+        for n, value in enumerate(inputs.values()):
+            value.requires_grad_(not direction.startswith("wgrad") if n == 0 else direction != "dgrad")
+        return inputs

@@ -1,0 +1,227 @@
+"""How things are timed: on a CUDA GPU, and (only so that the bench can be walked through) on a CPU."""
+
+import contextlib
+import gc
+import json
+import platform
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .operation import Action
+
+Call = Callable[[], object]
+Conditions = Callable[[], contextlib.AbstractContextManager[object]]
+SAMPLE_US = 1e4  # calls that take less are repeated within a sample
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of repeated measurements, in µs."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def summary(times: Sequence[float]) -> Times:
+    quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    return Times(*torch.tensor(times, dtype=torch.float64).quantile(quantiles).tolist())
+
+
+def versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+
+        versions["triton"] = triton.__version__
+    except ImportError:
+        pass
+    return versions
+
+
+def kernels_of(trace: Mapping[str, Any]) -> tuple[int, float]:
+    """The number of kernels in a trace as torch.profiler exports it, and their µs; copies and fills are none."""
+    durations = [e["dur"] for e in trace["traceEvents"] if e.get("cat") == "kernel"]
+    return len(durations), float(sum(durations))
+
+
+def call_times(action: Action, wait: Call, rounds: int) -> tuple[float, float]:
+    """µs until a call returns, and until the device is done with it."""
+    returned, done = [], []
+    for _ in range(rounds):
+        action.before()
+        wait()
+        started = time.perf_counter()
+        action.call()
+        returned.append(time.perf_counter() - started)
+        wait()
+        done.append(time.perf_counter() - started)
+    return 1e6 * statistics.median(returned), 1e6 * statistics.median(done)
+
+
+class Repeated:
+    """A call that is made again and again. `before` comes before each, and is not timed."""
+
+    def __init__(self, call: Call, conditions: Conditions, before: Call | None = None) -> None:
+        self._call, self._conditions, self._before, self._calls = call, conditions, before, 1
+        for _ in range(3):
+            once = self.sample()
+        self._calls = max(1, min(1000, int(SAMPLE_US / once)))
+
+    def sample(self) -> float:
+        """µs a call: of processor time, if one thread works.
+
+        Long calls are interrupted by other processes more often than short ones.
+        """
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        times = []
+        with self._conditions():
+            if self._before is None:
+                started = clock()
+                for _ in range(self._calls):
+                    self._call()
+                return 1e6 * (clock() - started) / self._calls
+            for _ in range(self._calls):
+                self._before()
+                started = clock()
+                self._call()
+                times.append(clock() - started)
+        return 1e6 * statistics.median(times)
+
+
+class CpuMeter:
+    """A wall clock. Its numbers mean nothing, and are marked so."""
+
+    name = "CPU, smoke test"
+    slug = "smoke"
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def versions(self) -> dict[str, str]:
+        return versions()
+
+    def device_times(self, call: Call) -> Times:
+        """µs on the device, caches cold."""
+        started = time.perf_counter()
+        call()
+        return summary([1e6 * (time.perf_counter() - started)])
+
+    def graph_time(self, prepare: Callable[[], Action], calls: int) -> float | None:
+        """µs a call inside a replayed CUDA graph of so many. `prepare` runs on the stream that is captured."""
+        prepare()
+        return None
+
+    def call_times(self, action: Action) -> tuple[float, float]:
+        """µs until a call returns, and until the device is done with it."""
+        return call_times(action, lambda: None, rounds=1)
+
+    def kernels(self, call: Call) -> tuple[int, float] | None:
+        """How many kernels a call launches, and the µs they take together, caches warm."""
+        return None
+
+    def allocated(self) -> int | None:
+        """Bytes of tensors on the device."""
+        return None
+
+    def peak_bytes(self, call: Call) -> int | None:
+        """The most memory allocated during the call beyond what was before it."""
+        return None
+
+    def release(self) -> None:
+        """Give back memory that nothing uses."""
+
+    def copy_bandwidth(self, size: int = 1 << 20) -> float:
+        """Bytes a second, read plus written, of a large copy."""
+        source = torch.empty(size, dtype=torch.uint8, device=self.device).random_()
+        target = torch.empty_like(source)
+        return 2 * size / (1e-6 * self.device_times(lambda: target.copy_(source)).median)
+
+    def matrix_rate(self, dtype: torch.dtype, n: int = 64) -> float:
+        """Operations a second of torch's own large matrix product, at the current precision setting."""
+        a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+        return 2 * n**3 / (1e-6 * self.device_times(lambda: torch.mm(a, b)).median)
+
+
+class CudaMeter(CpuMeter):
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.name = torch.cuda.get_device_name(self.device)
+        self.slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    def versions(self) -> dict[str, str]:
+        runtime = torch.version.cuda or f"HIP {torch.version.hip}"
+        try:
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        except OSError:
+            driver = ""
+        return versions() | {"cuda": runtime, "driver": driver or "unknown"}
+
+    def device_times(self, call: Call) -> Times:
+        from triton.testing import do_bench
+
+        return summary([1e3 * ms for ms in do_bench(call, rep=150, return_mode="all")])
+
+    def graph_time(self, prepare: Callable[[], Action], calls: int) -> float | None:
+        # Not triton.testing.do_bench_cudagraph: it captures on another stream than the one it first calls on, and
+        # backward runs on the stream that its forward ran on.
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            action = prepare()
+            for _ in range(3):
+                action.call()
+            stream.synchronize()
+            with torch.cuda.graph(graph, stream=stream):
+                for _ in range(calls):
+                    action.call()
+        torch.cuda.synchronize()
+        return self.device_times(graph.replay).median / calls
+
+    def call_times(self, action: Action) -> tuple[float, float]:
+        return call_times(action, torch.cuda.synchronize, rounds=30)
+
+    def kernels(self, call: Call) -> tuple[int, float] | None:
+        call()
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            call()
+            torch.cuda.synchronize()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(file))
+            return kernels_of(json.loads(file.read_text()))
+
+    def allocated(self) -> int | None:
+        return torch.cuda.memory_allocated()
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
+    def peak_bytes(self, call: Call) -> int | None:
+        call()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def copy_bandwidth(self, size: int = 1 << 30) -> float:
+        return super().copy_bandwidth(size)
+
+    def matrix_rate(self, dtype: torch.dtype, n: int = 8192) -> float:
+        return super().matrix_rate(dtype, n)

@@ -1,0 +1,222 @@
+"""`python -m bench tune`: the heuristics' configs against those beside them, on the cases that are measured."""
+
+import gc
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tribp
+from tribp import dispatch
+from tribp.launch import plan as plans
+from tribp.launch.autotune import Found, conditions, search
+from tribp.launch.matmul import basis
+from tribp.launch.neighbors import neighbors
+
+from . import results
+from .operation import Operation
+from .results import markdown
+from .run import Options, errors, precision, sentence
+from .timing import Call, CpuMeter, CudaMeter
+
+SMOKE_NEIGHBORS = 2  # of each problem: interpreted, one takes a second
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A call whose configs are tuned. `attempt` makes it: what is wrong with its results, if anything; and the call,
+    to be timed. The configs are those that plans use while it runs."""
+
+    name: str
+    attempt: Callable[[], tuple[str, Call]]
+
+
+class Asked(dict[Any, Any]):
+    """No configs; and the problems for which one was asked."""
+
+    def __init__(self) -> None:
+        self.problems: dict[Any, None] = {}
+
+    def get(self, problem: Any, default: Any = None) -> Any:
+        self.problems[problem] = None
+        return default
+
+
+def main(operations: Sequence[Operation], options: Options, budget: float | None) -> int:
+    """0; 1 if a heuristic's own config is wrong or fails; 2 without CUDA. budget: minutes, or None."""
+    if not options.smoke and not torch.cuda.is_available():
+        print("bench tune needs CUDA, and torch finds no GPU here (--smoke walks through it)", file=sys.stderr)
+        return 2
+    if options.smoke and not dispatch.interpreting():
+        raise ValueError("tune --smoke needs triton, and TRITON_INTERPRET=1 before kernels are imported")
+    meter = CpuMeter() if options.smoke else CudaMeter()
+    folder = options.out
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="tribp-tune-")) if options.smoke else results.ROOT / meter.slug
+    cases = {operation.name: options.cases_of(operation) for operation in operations}
+    if not any(cases.values()):
+        raise ValueError("there is no such case; `bench run` with the same words names those that are")
+    end = time.monotonic() + (math.inf if budget is None else 60 * budget)
+    good = True
+    with tribp.use_backend("triton"):
+        for left, operation in zip(range(len(operations), 0, -1), operations, strict=True):
+            now = time.monotonic()
+            share = now + (end - now) / left  # what one leaves, the next ones have
+            tuning = Tuning(operation, options, meter, folder, lambda share=share: time.monotonic() >= share)  # type: ignore[misc]
+            tuning.run(valuable_first(operation, cases[operation.name]))
+            print(f"\n{tuning.table()}\n")
+            good &= tuning.good
+    print(f"written to {folder}")
+    return 0 if good else 1
+
+
+def valuable_first(operation: Operation, cases: Sequence[Any]) -> list[Any]:
+    """Those with targets before the others; among themselves as they are."""
+
+    def has_targets(case: Any) -> bool:
+        targets = [target for direction in operation.directions for target in operation.targets(case, direction)]
+        return any(target.quantity != "launches" for target in targets)  # that is every step's
+
+    return sorted(cases, key=lambda case: not has_targets(case))
+
+
+class Tuning:
+    """One operation's, kept in `<folder>/tune-<operation>.json`: every time as soon as it is measured.
+
+    Entries of an earlier run on the same GPU, versions and sources are not measured again.
+    """
+
+    def __init__(
+        self, operation: Operation, options: Options, meter: CpuMeter, folder: Path, over: Callable[[], bool]
+    ) -> None:
+        self.operation, self.options, self.meter, self.over = operation, options, meter, over
+        self.good = True
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"tune-{operation.name}.json"
+        self.head = {"operation": operation.name, "smoke": options.smoke, **conditions(meter.name)}
+        self.stamp = {"commit": results.commit(), "versions": meter.versions()}
+        self.entries: dict[str, dict[str, Any]] = {}  # by what is measured
+        self.found: list[dict[str, Any]] = []
+        self._resume()
+
+    def _resume(self) -> None:
+        if not self.path.exists():
+            return
+        before = json.loads(self.path.read_text())
+        if all(before.get(key) == value for key, value in self.head.items()):
+            self.entries = before["entries"]
+        else:
+            kept = self.path.with_suffix(".old.json")
+            self.path.replace(kept)
+            print(f"{self.path.name} is of another GPU, version or state of the sources; it is now {kept.name}")
+
+    def run(self, cases: Sequence[Any]) -> None:
+        tuned: set[str] = set()
+        for case in cases:
+            if self.over():
+                break
+            for subject in subjects(self.operation, case, self.meter):
+                with plans.using(Asked()) as asked:
+                    subject.attempt()
+                for problem in asked.problems:
+                    # Optimizers ask alike for very different kernels; a layer's problem says which it is.
+                    what = subject.name if self.operation.name == "optim" else repr(problem)
+                    if what not in tuned and not self.over():
+                        tuned.add(what)
+                        self._problem(subject, problem)
+            gc.collect()
+            self.meter.release()
+
+    def _problem(self, subject: Subject, problem: Any) -> None:
+        first = problem.choose()
+        found = search(
+            first,
+            lambda config: self._around(problem, config, first),
+            lambda config, repetition: self._time(subject, problem, config, repetition),
+            self.over,
+        )
+        if found is None:
+            self.good = False
+            print(f"{subject.name}: the heuristic's own config is wrong or fails: {problem}")
+        else:
+            self.found.append(line(subject, problem, first, found))
+        self._write()
+
+    def _around(self, problem: Any, config: Any, first: Any) -> list[Any]:
+        if self.options.smoke:
+            return neighbors(problem, config)[:SMOKE_NEIGHBORS] if config == first else []
+        return neighbors(problem, config)
+
+    def _time(self, subject: Subject, problem: Any, config: Any, repetition: int) -> float | None:
+        """The median in µs, from the file if it is there; None for what is wrong or fails."""
+        name = f"{subject.name} | {problem} | {json.dumps(asdict(config))} | {repetition}"
+        if name not in self.entries:
+            entry: dict[str, Any]
+            with plans.using({problem: config}):
+                try:
+                    wrong, call = subject.attempt()
+                    entry = {"wrong": wrong} if wrong else {"device_us": asdict(self.meter.device_times(call))}
+                except Exception as error:  # a config may not compile, or not fit
+                    entry = {"failed": sentence(error)}
+            self.entries[name] = entry
+            self._write()
+        time = self.entries[name].get("device_us")
+        return None if time is None else float(time["median"])
+
+    def _write(self) -> None:
+        content = self.head | self.stamp | {"found": self.found, "entries": self.entries}
+        results.write(self.path, json.dumps(content, indent=1, ensure_ascii=False))
+
+    def table(self) -> str:
+        mark = " (smoke: the times mean nothing)" if self.options.smoke else ""
+        header = ["case", "problem", "its basis", "its choice µs", "best µs", "gain", "what changed"]
+        rows = [
+            [f["case"], f["kind"], f["basis"], results.decimal(f["first_us"]), results.decimal(f["best_us"]),
+             f"{f['gain']:.1%}", f["changed"]]
+            for f in self.found
+        ]  # fmt: skip
+        return f"configs of {self.operation.name}, {self.meter.name}{mark}\n\n{markdown(header, rows)}"
+
+
+def line(subject: Subject, problem: Any, first: Any, found: Found[Any]) -> dict[str, Any]:
+    before, after = asdict(first), asdict(found.config)
+    changed = [f"{name} {before[name]} → {after[name]}" for name in before if before[name] != after[name]]
+    return {
+        "case": subject.name,
+        "kind": type(problem).__name__.removesuffix("Problem"),
+        "problem": repr(problem),
+        "basis": basis(first, problem.arch),
+        "first_us": found.first_time,
+        "best_us": found.time,
+        "gain": 1 - found.time / found.first_time if found.first_time else 0.0,
+        "changed": ", ".join(changed) or "nothing",
+        "config": after,
+    }
+
+
+def subjects(operation: Operation, case: Any, meter: CpuMeter) -> Iterator[Subject]:
+    """A case's calls: each direction."""
+    with precision(case.tf32):
+        problem = operation.problem(case, meter.device)
+        reference = problem.reference()
+        providers = operation.providers(case, "not tuned")
+        ours, baseline = providers["tribp"], providers[operation.baseline]
+        for direction in operation.directions:
+            if direction == "both":
+                continue  # forward, then backward
+            theirs = {} if isinstance(baseline, str) else errors(problem.results(baseline, direction), reference)
+
+            def attempt(direction: str = direction, theirs: dict[str, float] = theirs) -> tuple[str, Call]:
+                gc.collect()
+                meter.release()
+                found = errors(problem.results(ours, direction), reference)
+                return problem.wrong(found, theirs), problem.action(ours, direction).call
+
+            yield Subject(" ".join([case.name, direction]).removesuffix(" step"), attempt)
