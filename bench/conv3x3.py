@@ -458,12 +458,12 @@ OPERATION = Operation(
         "relayout": relayout_work, "pack": pack_work, "reduce_partials": model.reduce_partials,
     },
     tests=KernelTests(
-        ["tests/test_conv3x3_integration.py", "tests/test_conv3x3_module.py"],
-        ["tests/test_conv3x3_kernels.py", "-k",
+        ["tests/conv3x3/test_integration.py", "tests/conv3x3/test_module.py"],
+        ["tests/conv3x3/test_kernels.py", "-k",
          "(bfloat16 or few_input or one_channel or relayout or nan or infinity) and not gpu"],
-        ["tests/test_conv3x3_kernels.py", "-k", "relayout and copy and NCHW"],
-        large=["tests/test_conv3x3_extremes.py"],
-        kernels=["tests/test_conv3x3_kernels.py"],
+        ["tests/conv3x3/test_kernels.py", "-k", "relayout and copy and NCHW"],
+        large=["tests/conv3x3/test_extremes.py"],
+        kernels=["tests/conv3x3/test_kernels.py"],
     ),
     run_first={
         "bfloat16 NHWC": "--dtype bfloat16 --first 14", "bfloat16 NCHW": "--dtype bfloat16 --case NCHW --first 14",

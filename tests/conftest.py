@@ -21,11 +21,12 @@ HAS_GPU = torch.cuda.is_available()
 for variable in ("TRIBP_BACKEND", "TRIBP_AUTOTUNE"):
     os.environ.pop(variable, None)  # the tests choose
 
-NAMES = (
-    "autotune", "bench_model", "bench_registry", "bench_sweep", "calls", "conv3x3_addresses", "conv3x3_kernels",
-    "hopper_pointers", "linear_kernels", "linear_shapes", "static", "static_conv", "static_wgmma", "tf32", "tuning",
-)  # fmt: skip
-NEED_TRITON = [f"test_{name}.py" for name in NAMES]
+NEED_TRITON = [
+    "bench/test_model.py", "bench/test_operation.py", "bench/test_static.py", "bench/test_static_conv.py",
+    "bench/test_static_wgmma.py", "bench/test_tune.py", "conv3x3/test_addresses.py", "conv3x3/test_kernels.py",
+    "conv3x3/test_operands.py", "launch/test_autotune.py", "launch/test_configs.py", "launch/test_tf32.py",
+    "linear_sigmoid/test_kernels.py",
+]  # fmt: skip
 collect_ignore = [] if importlib.util.find_spec("triton") else NEED_TRITON
 
 

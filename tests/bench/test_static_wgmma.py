@@ -1,0 +1,385 @@
+"""Hopper's asynchronous products: what `python -m bench static` sees in made-up machine code, and in kernels that the
+compiler is known to get wrong.
+"""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bench import wgmma
+from bench.expectations import Compiled, always, broken
+from bench.sass import Instruction, parse_ptx, parse_sass
+from tribp.launch.arch import ARCHS
+
+# -- kernels that Triton or ptxas compiles badly ----------------------------------------------------------------------
+
+
+@triton.jit
+def product(  # type: ignore[no-untyped-def]
+    a, b, c, sums, K, RESHAPED: tl.constexpr, SUMMED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """c (BM, BN) = a·b. Tiles of a come by a descriptor and are RESHAPED, or by pointers and are SUMMED besides."""
+    rows, cols = tl.arange(0, BM), tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for k in range(0, K, BK):
+        if RESHAPED is None:
+            step = k + tl.arange(0, BK)
+            x = tl.load(a + step[:, None] * BM + rows[None, :])
+            if SUMMED:
+                total += tl.sum(x.to(tl.float32), 0)
+            acc = tl.dot(tl.trans(x), tl.load(b + step[:, None] * BN + cols[None, :]), acc)
+        elif RESHAPED:
+            acc = tl.dot(a.load([0, 0, k]).reshape(BM, BK), b.load([k, 0]), acc)
+        else:
+            acc = tl.dot(a.load([0, k]), b.load([k, 0]), acc)
+    tl.store(c + rows[:, None] * BN + cols[None, :], acc)
+    if SUMMED:
+        tl.store(sums + rows, total)
+
+
+def plant() -> dict[str, Any]:
+    """What is said of each. Runs where the compiler does, in a process of its own."""
+    from bench.compile import read_launches
+    from tribp.launch.plan import Launch
+
+    k, step = 4096, 64
+
+    def launch(rows: int, cols: int, reshaped: bool | None, summed: bool = False, **changed: Any) -> Launch:
+        a = torch.empty(k, rows, device="meta", dtype=torch.bfloat16)
+        b = a.new_empty(k, cols)
+        left: object = a
+        right: object = b
+        if reshaped is not None:
+            right = TensorDescriptor(b, [k, cols], [cols, 1], [step, cols])
+            left = TensorDescriptor(a, [rows, k], [k, 1], [rows, step])
+        if reshaped:
+            left = TensorDescriptor(a, [rows // 8, 8, k], [8 * k, k, 1], [rows // 8, 8, step])
+        c, sums = a.new_empty(rows, cols), a.new_empty(rows, dtype=torch.float32)
+        constants = dict(RESHAPED=reshaped, SUMMED=summed, BM=rows, BN=cols, BK=step)
+        return Launch(product, (1,), (left, right, c, sums, k), constants, **dict(num_warps=8, num_stages=3) | changed)
+
+    launches = {
+        "descriptors": launch(128, 128, False),
+        "one stage": launch(128, 128, False, num_stages=1),
+        "reshaped": launch(128, 128, True),
+        "reshaped, narrow": launch(64, 64, True, num_warps=4, num_stages=4),
+        "pointers": launch(64, 64, None, num_warps=4),
+        "summed": launch(64, 64, None, True, num_warps=4),
+    }
+    arch = ARCHS["sm_90"]
+    twice = [read_launches(list(launches.values()), arch) for _ in range(2)]  # the second time out of Triton's cache
+    said = [[broken(code, always(arch)) for code, _ in read] for read in twice]
+    return {"said": dict(zip(launches, said[0], strict=True)), "cached": dict(zip(launches, said[1], strict=True))}
+
+
+@pytest.fixture(scope="module")
+def planted() -> dict[str, dict[str, list[str]]]:
+    from .test_static import compiling
+
+    done = compiling("-c", "import json; from tests.bench.test_static_wgmma import plant; print(json.dumps(plant()))")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, list[str]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+FENCED = VERSION >= (3, 7)  # https://github.com/triton-lang/triton/pull/10537
+
+
+SERIALIZED = {"wgmma loop", "ptxas"}
+
+
+@pytest.mark.parametrize(
+    ("name", "possible"),
+    [
+        ("descriptors", [set()]),
+        ("one stage", [set()]),  # its wait for all groups is Triton's own
+        # Under Triton 3.9 the next turn's registers are others, and copied behind a wait.
+        ("reshaped", [{"wgmma registers"} if VERSION < (3, 9) else set()]),
+        ("reshaped, narrow", [SERIALIZED]),
+        pytest.param("pointers", [set()], marks=pytest.mark.skipif(not FENCED, reason="Triton puts no fence there")),
+        ("summed", [{"wgmma memory"}, {"wgmma memory", *SERIALIZED}]),
+    ],
+)
+def test_compiled_products(planted: dict[str, dict[str, list[str]]], name: str, possible: list[set[str]]) -> None:
+    said = planted["said"][name]
+    assert {sentence.split(":")[0] for sentence in said} - (set() if FENCED else {"wgmma fence"}) in possible, said
+    assert planted["cached"] == planted["said"]
+
+
+@pytest.mark.skipif(FENCED, reason="Triton has put a fence there since 3.7")
+def test_a_missing_fence_is_seen(planted: dict[str, dict[str, list[str]]]) -> None:
+    assert any(sentence.startswith("wgmma fence") for sentence in planted["said"]["pointers"])
+
+
+# -- SASS -------------------------------------------------------------------------------------------------------------
+
+
+def sass(*instructions: str) -> list[Instruction]:
+    """Instructions at addresses 0, 16, …, as nvdisasm prints them."""
+    lines = [f"        /*{16 * n:04x}*/                   {text} ;" for n, text in enumerate(instructions)]
+    (code,) = parse_sass("\n".join(lines), [16 * len(lines)])
+    return code
+
+
+LOAD, MORE = "LDSM.16.M88.4 R88, [R3]", "LDSM.16.M88.4 R92, [R3+0x20]"
+FIRST, LAST = (
+    "HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR4], R24",
+    "HGMMA.64x64x16.F32.BF16 R24, R92, gdesc[UR8], R24, gsb0",
+)
+KEEP, ALL = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+AGAIN = "@P0 BRA 0x0"
+
+
+def refills(*instructions: str) -> list[tuple[int, int]]:
+    return wgmma.refilled(sass(*instructions, "EXIT"))
+
+
+def test_the_next_turn_refills_registers_of_the_group_that_the_wait_leaves_running() -> None:
+    assert refills(LOAD, MORE, FIRST, LAST, KEEP, AGAIN) == [(2, 0), (3, 1)]
+    assert refills(LOAD, MORE, FIRST, LAST, ALL, AGAIN) == []
+    assert refills(LOAD, MORE, FIRST, LAST, KEEP, ALL, AGAIN) == []
+    assert refills(LOAD, MORE, FIRST, LAST, KEEP) == []  # no second turn
+
+
+def test_a_group_older_than_the_wait_leaves_running_has_been_read() -> None:
+    other = [text.replace("R88", "R96").replace("R92", "R100") for text in (LOAD, MORE, FIRST, LAST)]
+    assert refills(LOAD, MORE, FIRST, LAST, KEEP, *other, KEEP, AGAIN) == []
+    two = "WARPGROUP.DEPBAR.LE gsb0, 0x2"
+    assert refills(LOAD, MORE, FIRST, LAST, *other, two, AGAIN) == [(2, 0), (3, 1), (6, 4), (7, 5)]
+
+
+def test_a_group_is_in_flight_before_it_is_closed() -> None:
+    assert refills(LOAD, FIRST, ALL, LOAD, LAST, ALL) == [(1, 3)]
+
+
+def test_one_path_of_several_is_enough() -> None:
+    around = ["@P1 BRA 0x60", ALL, "BRA 0x70", "NOP"]  # 3 … 6: one side waits
+    assert refills(LOAD, MORE, LAST, *around, MORE, ALL) == [(2, 7)]
+    assert refills(LOAD, MORE, LAST, *around, ALL, MORE) == []
+    # Behind another group the first one is the older, and done; on the way past it, it still runs.
+    other = [LOAD, FIRST + ", gsb0"]
+    assert refills(MORE, LAST, "@P1 BRA 0x50", *other, KEEP, MORE) == [(1, 6)]
+    assert refills(MORE, LAST, *other, KEEP, MORE) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "registers"),
+    [
+        ("LDSM.16.M88.4 R88, [R3]", range(88, 92)),
+        ("LDSM.16.MT88.2 R88, [R3]", range(88, 90)),
+        ("LDSM.16.M88 R88, [R3]", range(88, 89)),
+        ("LDS.128 R88, [R3]", range(88, 92)),
+        ("LDG.E.64.CONSTANT R88, desc[UR4][R2.64]", range(88, 90)),
+        ("@!P1 LDG.E R88, desc[UR4][R2.64]", range(88, 89)),
+        ("IMAD.WIDE.U32 R88, R2, R3, R4", range(88, 90)),
+        ("IMAD.MOV.U32 R88, RZ, RZ, R3", range(88, 89)),
+        ("F2FP.BF16.F32.PACK_AB R88, R3, R2", range(88, 89)),
+        ("DFMA R88, R2, R4, R6", range(88, 90)),
+        ("F2F.F64.F32 R88, R2", range(88, 90)),
+        ("F2F.F32.F64 R88, R2", range(88, 89)),
+        ("CS2R R88, SRZ", range(88, 90)),
+        ("CS2R.32 R88, SR_CLOCKLO", range(88, 89)),
+        ("HMMA.16816.F32.BF16 R88, R4, R8, R12", range(88, 92)),
+        ("SHFL.BFLY PT, R88, R2, 0x1, 0x1f", range(88, 89)),
+        ("ATOMG.E.ADD.STRONG.GPU PT, R88, desc[UR4][R2.64], R5", range(88, 89)),
+        ("IADD3 R88, P1, R2, R3, RZ", range(88, 89)),
+        ("ISETP.GT.AND P1, PT, R88, UR4, P1", range(0)),
+        ("STS.128 [R3], R88", range(0)),
+        ("STG.E.128 desc[UR4][R2.64], R88", range(0)),
+        ("R2UR UR5, R88", range(0)),
+        ("BAR.SYNC.DEFER_BLOCKING R88, 0x80", range(0)),
+        ("LDGSTS.E.BYPASS.128 [R88], desc[UR4][R2.64]", range(0)),
+        ("EXIT", range(0)),
+    ],
+)
+def test_the_registers_that_an_instruction_writes(text: str, registers: range) -> None:
+    (instruction,) = sass(text)
+    assert wgmma.written(instruction) == registers
+
+
+def test_operand_a_lies_in_registers_or_in_shared_memory() -> None:
+    assert [wgmma.operand_registers(i) for i in sass(FIRST, LAST)] == [range(88, 92), range(92, 96)]
+    (shared,) = sass("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0")
+    assert not wgmma.operand_registers(shared)
+
+
+def test_a_loop_whose_groups_all_wait_for_one_another() -> None:
+    each = [FIRST + ", gsb0", ALL, LAST, ALL]
+    assert wgmma.waiting_loops(sass(*each, AGAIN, "EXIT")) == [2]
+    assert wgmma.waiting_loops(sass(FIRST, LAST, KEEP, AGAIN, "EXIT")) == []
+    assert wgmma.waiting_loops(sass(FIRST, LAST, ALL, AGAIN, "EXIT")) == [2]
+    assert wgmma.waiting_loops(sass(FIRST + ", gsb0", LAST, ALL, AGAIN, "EXIT")) == []  # two in the same turn
+    assert wgmma.waiting_loops(sass(*each, "EXIT")) == []  # no loop
+    # What ran before the loop runs beside its first product, and beside no other.
+    assert wgmma.waiting_loops(sass(LAST, *each, "@P0 BRA 0x10", "EXIT")) == [2]
+
+
+# -- PTX --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_that_keeps_a_group_running_has_to_show_one_and_every_one_that_loads_its_operands() -> None:
+    assert wgmma.keeps_running("wgmma.wait_group.sync.aligned 0;\n\twgmma.wait_group.sync.aligned \t1;")
+    assert not wgmma.keeps_running("wgmma.wait_group.sync.aligned 0;\n cp.async.wait_group 1;")
+    code, product = sass(FIRST, LAST, ALL, AGAIN, "EXIT"), "wgmma.mma_async.sync.aligned {%r1}, %rd1, %rd2;\n"
+    all_wait, one_runs = (f"{product}wgmma.wait_group.sync.aligned {n};" for n in (0, 1))
+    assert wgmma.faults(code, all_wait, "", "", as_loaded=False) == {}
+    for ptx, as_loaded in ((all_wait, True), (one_runs, False)):
+        assert list(wgmma.faults(code, ptx, "", "", as_loaded=as_loaded)) == ["wgmma loop"]
+
+
+PIPELINED = """
+.visible .entry kernel(.param .u64 .ptr .global .align 16 kernel_param_0)
+{
+	.reg .pred 	%p<3>;
+// %bb.0:
+	cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+	@%p1 bra 	$L__BB0_3;
+$L__BB0_2:                              // =>This Inner Loop
+	cp.async.wait_group 	2;
+	bar.sync 	0;
+	FENCE
+	wgmma.fence.sync.aligned;
+	{ wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r1,%r2}, %rd1, %rd2, 1, 1, 1, 0, 1; }
+	@%p2 bra 	$L__BB0_2;
+	bra.uni 	$L__BB0_3;
+$L__BB0_3:
+	cp.async.wait_group 	0;
+	ret;
+}
+"""
+
+
+def test_a_fence_has_to_stand_between_the_copies_and_the_product() -> None:
+    fence = "fence.proxy.async.shared::cta;"
+    assert not wgmma.unfenced(PIPELINED.replace("FENCE", fence))
+    assert wgmma.unfenced(PIPELINED.replace("FENCE", ""))
+    assert not wgmma.unfenced(
+        PIPELINED.replace("FENCE", "").replace("cp.async.wait_group 	2;", "")
+    )  # TMA's mbarriers
+    bulk = PIPELINED.replace("FENCE", "").replace("cp.async.wait_group 	2;", "cp.async.bulk.wait_group.read 0;")
+    assert not wgmma.unfenced(bulk)  # that is a store
+    before = PIPELINED.replace("FENCE", "").replace("$L__BB0_2: ", fence + "\n$L__BB0_2: ")
+    assert wgmma.unfenced(before)  # ahead of the wait it is of no use
+    one_side = PIPELINED.replace("FENCE", f"@%p1 bra $L__BB0_4;\n {fence}\n $L__BB0_4:")
+    assert wgmma.unfenced(one_side)
+
+
+def test_labels_that_inline_assembly_repeats() -> None:
+    loop = "{ waitLoop: mbarrier.try_wait.parity.shared.b64 complete, [%r1], %r2; @!complete bra.uni waitLoop; }"
+    code = parse_ptx(f"\n{loop}\n\tadd.s32 %r1, %r2, 1;\n{loop}\n\tret;")
+    assert [i.opcode.split(".")[0] for i in code] == ["mbarrier", "bra", "add", "mbarrier", "bra", "ret"]
+    assert [i.target for i in code] == [None, 0, None, None, 3, None]
+
+
+# -- TTGIR ------------------------------------------------------------------------------------------------------------
+
+RING = """
+module attributes {"ttg.num-warps" = 4 : i32} {
+  tt.func public @wgrad(%x: !tt.ptr<bf16> loc("x"(#loc))) attributes {noinline = false} {
+    %z = ttg.local_alloc : () -> !ttg.memdesc<PLACESx32x64xbf16, #shared, #smem, mutable> loc(#loc1)
+    %x_1 = ttg.local_alloc : () -> !ttg.memdesc<3x32x32xbf16, #shared1, #smem, mutable> loc(#loc1)
+    %0 = ttg.memdesc_index %z[%c0] : !ttg.memdesc<PLACESx32x64xbf16> -> !ttg.memdesc<32x64xbf16> loc(#loc1)
+    %1 = ttg.async_copy_global_to_local %p, %0 mask %m : tensor<32x64x!tt.ptr<bf16>> -> <32x64xbf16> loc(#loc1)
+    %2 = ttg.memdesc_index %z[%c1] : !ttg.memdesc<PLACESx32x64xbf16> -> !ttg.memdesc<32x64xbf16> loc(#loc1)
+    %3 = ttg.async_copy_global_to_local %p, %2 mask %m : tensor<32x64x!tt.ptr<bf16>> -> <32x64xbf16> loc(#loc1)
+    %4 = ttg.memdesc_index %x_1[%c0] : !ttg.memdesc<3x32x32xbf16> -> !ttg.memdesc<32x32xbf16> loc(#loc1)
+    %5 = ttng.async_tma_copy_global_to_local %d[%i, %j] %4, %bar, %true : !tt.tensordesc<32x32> loc(#loc1)
+    %6 = ttg.memdesc_index %x_1[%c1] : !ttg.memdesc<3x32x32xbf16> -> !ttg.memdesc<32x32xbf16> loc(#loc1)
+    %7 = ttng.async_tma_copy_global_to_local %d[%i, %j] %6, %bar, %true : !tt.tensordesc<32x32> loc(#loc1)
+    %8:2 = scf.for %n = %c0 to %c9 step %c1 iter_args(%acc = %cst, %at = %c0) -> (tensor<64x32xf32>, i32)  : i32 {
+      %9 = ttg.memdesc_index %z[%at] : !ttg.memdesc<PLACESx32x64xbf16> -> !ttg.memdesc<32x64xbf16> loc(#loc2)
+      %10 = ttg.memdesc_trans %9 {order = array<i32: 1, 0>} : !ttg.memdesc<32x64xbf16> -> !ttg.memdesc<64x32xbf16>
+      %11 = ttg.memdesc_index %x_1[%at] : !ttg.memdesc<3x32x32xbf16> -> !ttg.memdesc<32x32xbf16> loc(#loc2)
+      COPY_EARLY
+      %12 = ttng.warp_group_dot %10, %11, %acc {isAsync = true} : !ttg.memdesc<64x32xbf16> * !ttg.memdesc<32x32xbf16>
+      %13:3 = ttng.warp_group_dot_wait %12, %10, %11 {pendings = PENDING : i32} : tensor<64x32xf32>
+      COPY_LATE
+      %14 = scf.if %c -> (tensor<64xf32>) {
+        %18 = "tt.reduce"(%t) <{axis = 0 : i32}> ({
+        ^bb0(%a: f32 loc(callsite(#loc1 at #loc2)), %b: f32 loc(callsite(#loc1 at #loc2))):
+          tt.reduce.return %a : f32 loc(#loc9)
+        }) : (tensor<32x64xf32>) -> tensor<64xf32> loc(#loc9)
+        scf.yield %18 : tensor<64xf32> loc(#loc3)
+      } else {
+        scf.yield %t : tensor<64xf32> loc(#loc3)
+      } loc(#loc3)
+      scf.yield %13#0, %at : tensor<64x32xf32>, i32 loc(#loc3)
+    } loc(#loc2)
+    tt.return loc(#loc4)
+  } loc(#loc)
+} loc(#loc)
+"""
+COPY = """%15 = ttg.memdesc_index %z[%at] : !ttg.memdesc<PLACESx32x64xbf16> -> !ttg.memdesc<32x64xbf16> loc(#loc2)
+      %16 = ttg.async_copy_global_to_local %p, %15 mask %m : tensor<32x64x!tt.ptr<bf16>> -> <32x64xbf16> loc(#loc1)
+      %17 = ttng.async_tma_copy_global_to_local %d[%i, %j] %11, %bar, %true : !tt.tensordesc<32x32> loc(#loc1)"""
+
+
+def ring(places: int, pending: int, *, late: bool = True) -> list[str]:
+    text = RING.replace("COPY_LATE", COPY if late else "").replace("COPY_EARLY", "" if late else COPY)
+    return wgmma.overwritten(text.replace("PLACES", str(places)).replace("PENDING", str(pending)))
+
+
+def test_a_ring_needs_a_place_for_what_is_read_and_for_what_is_filled_ahead() -> None:
+    """Two places are filled ahead; a copy behind the wait meets this turn's product, one before it the last turn's."""
+    assert ring(3, 1) == []
+    assert ring(2, 1) == ["a tile of 32×64 has 2 places, 2 filled ahead of the one in use"]
+    assert ring(2, 0) == []  # nothing is running
+    assert len(ring(3, 2)) == 2  # the turn before is still running: x's ring is too short as well
+    assert len(ring(3, 1, late=False)) == 2
+    assert ring(3, 0, late=False) == []
+
+
+def test_memory_that_a_turn_makes_for_itself_is_filled_when_the_last_product_is_done() -> None:
+    one = RING.replace("%9 = ttg.memdesc_index %z[%at]", "%9 = ttg.local_alloc %computed").replace("COPY_LATE", "")
+    one = one.replace("COPY_EARLY", "").replace("PLACES", "3")
+    assert wgmma.overwritten(one.replace("PENDING", "0")) == []
+    assert len(wgmma.overwritten(one.replace("PENDING", "1"))) == 1
+
+
+def test_a_product_that_is_waited_for_at_once_leaves_nothing_running() -> None:
+    text = RING.replace("COPY_LATE", COPY).replace("COPY_EARLY", "").replace("PLACES", "2").replace("PENDING", "1")
+    assert wgmma.overwritten(text)
+    assert wgmma.overwritten(text.replace("{isAsync = true}", "")) == []
+
+
+def test_names_that_regions_repeat_mean_the_last_one() -> None:
+    loop = RING[RING.index("    %8:2") : RING.index("    tt.return")]
+    other = loop.replace("%8:2", "%19:2").replace("%z[", "%10[").replace("COPY_EARLY", "%10 = arith.addi %n, %n")
+    text = RING.replace("    tt.return", "    %10 = ttg.local_alloc : () -> !ttg.memdesc<3x32x64xbf16>\n" + other)
+    text = text.replace("COPY_EARLY", "").replace("COPY_LATE", COPY).replace("PLACES", "3").replace("PENDING", "1")
+    assert wgmma.overwritten(text) == []
+
+
+# -- what is expected, and of which target ----------------------------------------------------------------------------
+
+LOG = """ptxas info    : (C7519) warpgroup.arrive is injected in around line 1710 by compiler to allow use of registers
+ptxas info    : (C7519) warpgroup.arrive is injected in around line 1726 by compiler to allow use of registers
+ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized in the function 'f'
+ptxas info    : Used 90 registers, used 1 barriers
+"""
+
+
+def test_each_warning_of_ptxas_is_told_once() -> None:
+    code, ptx = sass("EXIT"), "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r1}, %rd1, %rd2;"
+    assert wgmma.faults(code, ptx, "", LOG, as_loaded=False) == {
+        "ptxas": "C7519 warpgroup.arrive is injected; "
+        "C7515 Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    }
+    assert wgmma.faults(code, ptx, "", LOG.splitlines()[-1], as_loaded=False) == {}
+    assert wgmma.faults(code, "", "", LOG, as_loaded=True) == {}  # no such product
+
+
+def test_every_fault_breaks_an_expectation_on_sm_90_and_nothing_is_expected_elsewhere() -> None:
+    bad = Compiled("sm_90", "forward", "", {}, 1000, wgmma=dict.fromkeys(wgmma.EXPECTED, "what"))
+    assert [s.split(":")[0] for s in broken(bad, always(ARCHS["sm_90"]))] == list(wgmma.EXPECTED)
+    good = Compiled("sm_90", "forward", "", {}, 1000)
+    assert broken(good, always(ARCHS["sm_90"])) == []
+    for target in ("sm_80", "sm_100", "gfx942"):
+        assert {e.name for e in always(ARCHS[target])} == {"spills", "shared memory"}

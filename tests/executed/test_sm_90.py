@@ -1,0 +1,13 @@
+"""What Triton compiles for sm_90, executed without a GPU: every kernel (`executed_tests.py`)."""
+
+from .tests import (  # noqa: F401
+    gpu,
+    test_case,
+    test_every_form_was_executed,
+    test_every_setting_that_tuning_tries,
+    test_other_events,
+    test_random_case,
+    test_slow_case,
+)
+
+TARGET = "sm_90"

@@ -1,0 +1,313 @@
+"""Configs: what the heuristics choose is legal, and what is beside it is legal too, and computes the same."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import tribp
+from tribp.launch import plan as plans
+from tribp.launch.arch import ARCHS, INTERPRETER, ITEMSIZE, Arch, cdiv
+from tribp.launch.matmul import MatmulConfig, ReduceProblem, basis
+from tribp.launch.neighbors import neighbors
+from tribp.launch.optim import MultiTensorProblem
+from tribp.ops.conv3x3.config import (
+    ConvProblem,
+    ConvWgradProblem,
+    DepthwiseProblem,
+    FewChannelsDgradProblem,
+    FewChannelsProblem,
+    RelayoutProblem,
+)
+from tribp.ops.linear_sigmoid.config import DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
+
+from ..conv3x3.cases import ieee as ieee
+from ..oracle import TOLERANCE, error
+from .config_cases import problems
+
+ROOT = Path(__file__).parents[2]
+MACHINES = {**ARCHS, "interpreter": INTERPRETER}
+SM_90 = ARCHS["sm_90"]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_what_heuristics_choose_is_legal_and_what_is_beside_it_holds(machine: str) -> None:
+    tried: dict[type, int] = {}
+    for at, problem in enumerate(problems(MACHINES[machine])):
+        first = problem.choose()
+        assert problem.is_legal(first), (problem, first)
+        assert problem.adjusted(first) == first, (problem, first)
+        around = neighbors(problem, first)
+        assert first not in around
+        assert len(set(around)) == len(around)
+        tried[type(problem)] = tried.get(type(problem), 0) + len(around)
+        # A search goes on from there; a step from one of them takes turns, for all would be ten thousands.
+        further = neighbors(problem, around[at % len(around)]) if around else []
+        for config in [first, *around, *further]:
+            check(problem, config)
+            assert config.reason == first.reason
+    assert min(tried.values()) > 0, tried
+
+
+def check(problem: Any, config: Any) -> None:
+    """What every kernel takes for granted, said apart from what a problem says is legal."""
+    arch: Arch = problem.arch
+    sides = [v for k, v in asdict(config).items() if k.startswith("block")]
+    assert all(side >= 1 and side & (side - 1) == 0 for side in sides), f"tl.arange takes powers of two: {config}"
+    assert config.num_warps * (64 if arch.backend == "hip" else 32) <= 1024
+    assert getattr(config, "max_registers", None) is None or arch.backend == "cuda", "no option elsewhere"
+    if getattr(config, "tma", False):
+        assert problem.tma
+        assert arch.has_tma
+        assert max(sides) <= 256, "a descriptor's most"
+    if hasattr(config, "box"):
+        boxes = config.boxes(problem.n, *problem[1:3])
+        each = cdiv(boxes, config.splits)
+        assert each * (config.splits - 1) < boxes <= each * config.splits, "a split without a box"
+    if isinstance(problem, (ConvProblem, ConvWgradProblem)):
+        assert prod(config.box) == (config.block_l if isinstance(problem, ConvWgradProblem) else config.block_i)
+    if isinstance(problem, ConvProblem):
+        assert config.tma or not config.flat or config.num_warps <= 4, "pytorch #173068"
+        assert not (config.tma and problem.whole and problem.l % config.block_l), "a step would read the next pixel"
+    if isinstance(problem, WgradProblem):
+        rows = cdiv(cdiv(problem.m, config.splits), config.block_l) * config.block_l
+        assert rows * (config.splits - 1) < problem.m <= rows * config.splits
+        share = problem.n * problem.k * max(4, ITEMSIZE[problem.dtype])
+        assert config.splits == 1 or config.splits * share <= problem.spare
+
+
+VARIED: dict[Any, set[str]] = {
+    ForwardProblem: {"block_i", "block_j", "block_l", "num_warps", "num_stages", "tma", "persistent", "group",
+                     "max_registers"},
+    DgradProblem: {"fuse_dz"},
+    WgradProblem: {"fuse_dz", "splits"},
+    ConvProblem: {"box", "flat", "block_i", "block_j", "block_l", "tma", "num_stages", "num_warps", "group", "rows"},
+    ConvWgradProblem: {"box", "taps", "splits", "block_i", "block_j", "block_l", "tma", "num_stages"},
+    FewChannelsProblem: {"box", "block_i", "block_j", "num_warps", "splits"},
+    FewChannelsDgradProblem: {"box", "num_warps", "num_stages"},
+    DepthwiseProblem: {"box", "block_i", "block_j", "num_warps", "splits"},
+    OutputGradProblem: {"block_m", "block_n", "rows", "num_warps"},
+    ReduceProblem: {"block_parts", "block", "num_warps"},
+    RelayoutProblem: {"block_p", "block_c", "tiles", "num_warps", "max_registers"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VARIED)
+def test_all_that_can_be_varied_is(kind: Any) -> None:
+    changed = set()
+    for problem in problems(SM_90):
+        if isinstance(problem, kind):
+            first = asdict(problem.choose())
+            for config in neighbors(problem, problem.choose()):
+                changed |= {name for name, value in asdict(config).items() if value != first[name]}
+    assert VARIED[kind] <= changed
+
+
+# -- other configs compute the same
+
+
+def linear(
+    dtype: torch.dtype, n: int = 16, k: int = 24, needs: str = "xwb"
+) -> tuple[Callable[[], Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    x, w, b, dy = (torch.randn(size, dtype=torch.float64).to(dtype) for size in ((40, k), (n, k), (n,), (40, n)))
+    w = w / 5
+    return differentiated(tribp.linear_sigmoid, lambda *t: torch.sigmoid(F.linear(*t)), (x, w, b), dy, needs)
+
+
+def convolution(
+    c: int, groups: int = 1, *, last: bool = True, activation: str | None = None, needs: str = "xwb"
+) -> tuple[Callable[[], Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, w = torch.randn(1, c, 5, 7).to(memory_format=layout), torch.randn(16 if groups == 1 else c, c // groups, 3, 3)
+    dy = torch.randn(1, len(w), 5, 7).to(memory_format=layout)
+
+    def exact(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        y = F.conv2d(x, w, b, 1, 1, 1, groups)
+        return torch.sigmoid(y) if activation else y
+
+    def ours(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return tribp.conv3x3(x, w, b, 1, 1, groups, activation)
+
+    return differentiated(ours, exact, (x, w / c, torch.randn(len(w))), dy, needs)
+
+
+def differentiated(
+    ours: Callable[..., Tensor],
+    exact: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    dy: Tensor,
+    needs: str = "xwb",
+) -> tuple[Callable[[], Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
+        given = {
+            name: t.detach().to(dtype).requires_grad_(name in needs) for name, t in zip("xwb", inputs, strict=True)
+        }
+        y = function(*given.values())
+        grads = torch.autograd.grad(y, [given[name] for name in needs], dy.to(dtype)) if needs else ()
+        return {"y": y.detach(), **dict(zip(needs, grads, strict=True))}
+
+    return lambda: results(ours, dy.dtype), results(exact, torch.float64)
+
+
+def step() -> tuple[Callable[[], Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    values, grads = torch.randn(500), torch.randn(500)
+
+    def results(optimizer: Any, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        p = torch.nn.Parameter(values.to(dtype, copy=True))
+        p.grad = grads.to(dtype)
+        optimizer([p], lr=0.1).step()
+        return {"p": p.detach()}
+
+    return lambda: results(tribp.optim.Adam, torch.float32), results(torch.optim.Adam, torch.float64)
+
+
+CALLS: dict[str, tuple[Callable[[], Any], set[type]]] = {
+    "linear, TMA": (lambda: linear(torch.float16), {WgradProblem, DgradProblem}),
+    "linear, float64": (lambda: linear(torch.float64, needs=""), {ForwardProblem}),
+    "linear, odd rows": (lambda: linear(torch.float16, 7, 19, "b"), {ForwardProblem, OutputGradProblem, ReduceProblem}),
+    "dense": (lambda: convolution(24, needs=""), {ConvProblem}),
+    "dense wgrad": (lambda: convolution(24, needs="w"), {ConvWgradProblem}),
+    "dense, NCHW": (lambda: convolution(9, last=False, activation="sigmoid", needs="b"), {RelayoutProblem}),
+    "few channels": (lambda: convolution(3), {FewChannelsProblem, FewChannelsDgradProblem}),
+    "depthwise": (lambda: convolution(6, 6), {DepthwiseProblem}),
+    "step": (step, {MultiTensorProblem}),
+}
+
+
+class Asked(dict[Any, Any]):
+    """Configs, none, which were asked for."""
+
+    def __init__(self) -> None:
+        self.problems: dict[Any, None] = {}
+
+    def get(self, problem: Any, default: Any = None) -> Any:
+        self.problems[problem] = None
+        return default
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.usefixtures("ieee", "kernels")
+def test_configs_beside_the_heuristics_compute_the_same(name: str) -> None:
+    make, kinds = CALLS[name]
+    call, exact = make()
+    with plans.using(Asked()) as asked:
+        call()
+    left = set(kinds)
+    for problem in asked.problems:
+        if type(problem) not in left:
+            continue
+        left.remove(type(problem))
+        for config in neighbors(problem, problem.choose()):
+            with plans.using({problem: config}):
+                found = call()
+            for result, value in found.items():
+                tolerance = 2 * TOLERANCE[value.dtype if name == "linear, float64" else found[result].dtype]
+                assert error(found[result], exact[result]) <= tolerance, (result, problem, config)
+    assert not left
+
+
+def compiled() -> dict[str, list[str]]:
+    """What the compiler says to some configs for every target. Runs in a process without the interpreter."""
+    from bench import conv3x3, linear_sigmoid
+    from bench.compile import compile_launches
+    from bench.conv3x3 import ConvCase
+    from bench.operation import Case
+
+    found: dict[str, list[str]] = {}
+    for name, arch in ARCHS.items():
+        calls: list[Callable[[Arch], Any]] = [
+            lambda arch: linear_sigmoid.launches(Case((4096, 1024, 1024), torch.bfloat16), "forward", arch),
+            lambda arch: conv3x3.launches(ConvCase((64, 64, 64, 56, 56), torch.bfloat16), "forward", arch),
+        ]
+        for call in calls:
+            with plans.using(Asked()) as asked:
+                call(arch)
+            (problem,) = asked.problems
+            around = neighbors(problem, problem.choose())
+            smallest = min(around, key=lambda s: (s.block_i * s.block_j * s.block_l, s.num_stages))
+            with plans.using({problem: smallest}):
+                codes = compile_launches(call(arch), arch)
+            found[f"{name} {type(problem).__name__}"] = [
+                f"{code.error} {code.shared_memory <= code.shared_limit}" for code in codes
+            ]
+    return found
+
+
+def test_configs_compile_for_every_target() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = "import json; from tests.launch.test_configs import compiled; print(json.dumps(compiled()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 2 * len(ARCHS)
+    assert {said for codes in found.values() for said in codes} == {" True"}, found
+
+
+def test_problems_and_neighbors_are_the_same_in_every_process() -> None:
+    """Under other seeds of Python's hashes sets have another order, and objects other addresses."""
+    code = (
+        "from tribp.launch.arch import ARCHS; from tribp.launch.neighbors import neighbors\n"
+        "from tribp.ops.linear_sigmoid.config import WgradProblem\n"
+        "problem = WgradProblem(80, 40, 48, 'float16', 'ieee', ARCHS['sm_90'], 8, True, True, 1 << 30)\n"
+        "print(problem, neighbors(problem, problem.choose()))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in "123"
+    }  # fmt: skip
+    assert len(said) == 1
+    assert "0x" not in said.pop()
+
+
+def test_a_config_replaces_the_choice_for_its_problem_and_no_other() -> None:
+    problem = ForwardProblem(8192, 1024, 1024, "bfloat16", "ieee", SM_90, 8, True)
+    config, other = neighbors(problem, problem.choose())[0], problem._replace(m=4096)
+    plan = plans.Plan(SM_90, [], {problem: config})
+    assert plan.config(problem) == config != problem.choose()
+    assert plan.config(other) == other.choose()
+    assert plan.configs == {problem: config, other: other.choose()}
+
+
+# -- what configs rest on
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_choice_says_what_it_rests_on(machine: str) -> None:
+    found = {basis(problem.choose(), MACHINES[machine]) for problem in problems(MACHINES[machine])}
+    assert "derived" in found
+    assert found <= {"derived", "compiled"}, "nothing has been measured yet"
+    assert ("compiled" in found) == (machine != "interpreter")
+
+
+@pytest.mark.parametrize(
+    ("reason", "sm_90", "sm_86"),
+    [
+        ("derived: 16 bytes", "derived", "derived"),
+        ("compiled: no spill", "compiled", "derived"),
+        ("measured on sm_80, sm_90: 5 µs", "measured", "derived"),
+        ("measured on sm_86: 5 µs", "derived", "measured"),
+    ],
+)
+def test_a_basis_holds_where_it_was_found(reason: str, sm_90: str, sm_86: str) -> None:
+    config = MatmulConfig(16, 16, 16, 4, 1, reason)
+    assert basis(config, SM_90) == sm_90
+    assert basis(config, Arch("cuda", 86, 84, 99 << 10, "sm_86")) == sm_86
+
+
+@pytest.mark.parametrize("reason", ["", "128×128", "measured: 5 µs", "derived on sm_90: 1", "guessed: 1", "derived"])
+def test_a_reason_must_say_so(reason: str) -> None:
+    with pytest.raises(ValueError, match="begins with"):
+        basis(MatmulConfig(16, 16, 16, 4, 1, reason), SM_90)

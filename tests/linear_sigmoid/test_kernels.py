@@ -1,0 +1,305 @@
+"""Each form of each kernel by itself, whatever the heuristics would choose: tiles, TMA, persistence, splits, fusion.
+
+Shapes leave a remainder in every dimension, every output starts as NaN, and every type can have descriptors (a pitch
+that is a multiple of 16 bytes).
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tribp import dispatch
+from tribp.kernels import common
+from tribp.launch.arch import ARCHS, cdiv
+from tribp.launch.layout import operand
+from tribp.launch.matmul import MatmulConfig
+from tribp.launch.plan import Buffer, Plan, layout_of
+from tribp.launch.reduce import Partials, reduce_partials
+from tribp.ops.linear_sigmoid import plan as ops
+from tribp.ops.linear_sigmoid.config import ForwardProblem, WgradProblem
+from tribp.versions import descriptor_unit
+
+from ..covering import DTYPES, cover, turn
+from ..launch.plans import plan_of, run
+from ..oracle import LinearSigmoid, assert_close, matrix
+
+M, N, K = 80, 48, 48
+BASE = MatmulConfig(32, 32, 32, num_warps=4, num_stages=2, reason="test", group=2)
+# Pairwise over the forms: (TMA, persistent programs, prefetch, splits).
+FORMS = {
+    "pointers": BASE,
+    "prefetch": replace(BASE, prefetch=True),
+    "persistent": replace(BASE, persistent=True),
+    "tma": replace(BASE, tma=True),
+    "tma persistent": replace(BASE, tma=True, persistent=True),
+    "deep and narrow": replace(BASE, block_i=16, block_j=64, block_l=16, group=8),
+}
+
+
+@triton.jit
+def round_to_bfloat16(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.arange(0, SIZE)
+    tl.store(y + i, common.round_to(tl.load(x + i), tl.bfloat16))
+
+
+def nan(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(
+    ("form", "transposed", "dtype"),
+    cover(
+        FORMS,
+        ["", "x", "w", "xw"],
+        DTYPES,
+        quick=lambda form, transposed, dtype: not transposed or dtype == turn(DTYPES, form, transposed),
+    ),
+)
+def test_forward(form: str, transposed: str, dtype: torch.dtype, kernels: str) -> None:
+    x, w = matrix(M, K, dtype, kernels, "x" in transposed), matrix(N, K, dtype, kernels, "w" in transposed) / K**0.5
+    b = matrix(1, N, dtype, kernels)[0] if form != "prefetch" else None
+    y = nan(M, N, dtype=dtype, device=kernels)
+    (launch,) = run(ops.forward, (x, w, b, y), {ForwardProblem: FORMS[form]}, tf32=False)
+    assert launch.named["PERSISTENT"] == FORMS[form].persistent
+    assert_close(y, LinearSigmoid(x, w, b).y)
+
+
+@pytest.mark.parametrize(
+    ("form", "transposed", "dtype"),
+    cover(
+        ["pointers", "prefetch", "tma", "fused", "fused tma"], [False, True], DTYPES,
+        quick=lambda form, transposed, dtype: not transposed or dtype == turn(DTYPES, form),
+    ),
+)  # fmt: skip
+def test_dgrad(form: str, transposed: bool, dtype: torch.dtype, kernels: str) -> None:
+    w = matrix(N, K, dtype, kernels, transposed)
+    dy, y = matrix(M, N, dtype, kernels), torch.sigmoid(matrix(M, N, torch.float32, kernels)).to(dtype)
+    dx = nan(M, K, dtype=dtype, device=kernels)
+    config = replace(BASE, tma="tma" in form, prefetch=form == "prefetch", fuse_dz="fused" in form)
+
+    def build(plan: Plan, dy: Buffer, y: Buffer, w: Buffer, dx: Buffer) -> None:
+        ys = operand(plan, y) if config.fuse_dz else None
+        ops.dgrad(plan, operand(plan, dy), ys, operand(plan, w), dx, config, "ieee")
+
+    run(build, (dy, y, w, dx))
+    dz = dy.double()
+    if config.fuse_dz:
+        # dz is rounded to the storage type on its way into the product, as torch's is on its way to memory.
+        dz = (dz * y.double() * (1 - y.double())).to(dtype).double()
+    assert_close(dx, (dz @ w.double()).cpu())
+
+
+@pytest.mark.parametrize(
+    ("form", "splits", "transposed", "dtype"),
+    cover(
+        ["pointers", "prefetch", "tma", "fused", "fused tma"], [1, 3], [False, True], DTYPES,
+        quick=lambda form, splits, transposed, dtype: not transposed or dtype == turn(DTYPES, form, splits),
+    ),
+)  # fmt: skip
+def test_wgrad(form: str, splits: int, transposed: bool, dtype: torch.dtype, kernels: str) -> None:
+    x = matrix(M, K, dtype, kernels, transposed)
+    dy, y = matrix(M, N, dtype, kernels), torch.sigmoid(matrix(M, N, torch.float32, kernels)).to(dtype)
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    dw = nan(splits, N, K, dtype=dtype if splits == 1 else accumulator, device=kernels)
+    db = nan(splits, N, dtype=dtype if splits == 1 else accumulator, device=kernels)
+    dz_out = nan(M, N, dtype=dtype, device=kernels)
+    config = replace(BASE, tma="tma" in form, prefetch=form == "prefetch", fuse_dz="fused" in form, splits=splits)
+
+    def build(
+        plan: Plan, dy: Buffer, y: Buffer, x: Buffer, dw: Buffer, dz_out: Buffer | None, db: Buffer | None
+    ) -> None:
+        ops.wgrad(
+            plan, operand(plan, dy), operand(plan, y), operand(plan, x), dw, dz_out, db, config, "ieee"
+        )  # fmt: skip
+
+    run(build, (dy, y, x, dw, *((dz_out, db) if config.fuse_dz else (None, None))))
+    if config.fuse_dz:
+        exact = dy.double() * y.double() * (1 - y.double())
+        assert_close(dz_out, exact.cpu())
+        dz = dz_out.double()
+        assert_close(db.double().sum(0).to(dtype), exact.sum(0).cpu(), scale=exact.norm(dim=0).cpu())
+    else:
+        dz = dy.double()
+    assert_close(dw.double().sum(0).to(dtype), (dz.t() @ x.double()).cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("write", ["dz", "db", "both"])
+def test_output_grad(write: str, dtype: torch.dtype, kernels: str) -> None:
+    dy, y = matrix(M, N, dtype, kernels), torch.sigmoid(matrix(M, N, torch.float32, kernels)).to(dtype)
+    exact = dy.double() * y.double() * (1 - y.double())
+    dz = nan(M, N, dtype=dtype, device=kernels) if write != "db" else None
+    db = nan(N, dtype=dtype, device=kernels) if write != "dz" else None
+
+    def build(plan: Plan, dy: Buffer, y: Buffer, dz: Buffer | None, db: Buffer | None) -> None:
+        reduce_partials(plan, ops.output_grad(plan, dy, y, dz, db))
+
+    run(build, (dy, y, dz, db))
+    if dz is not None:
+        assert_close(dz, exact.cpu(), torch.ops.aten.sigmoid_backward(dy, y))
+    if db is not None:
+        assert_close(db, exact.sum(0).cpu(), scale=exact.norm(dim=0).cpu())
+
+
+@pytest.mark.parametrize(
+    ("needs", "expanded", "dtype"),
+    cover(
+        ["x", "w", "b", "xw", "xb", "wb", "xwb"], [False, True], DTYPES,
+        quick=lambda needs, expanded, dtype: needs == "xwb" or dtype == turn(DTYPES, needs),
+    ),
+)  # fmt: skip
+def test_backward_as_a_whole(needs: str, expanded: bool, dtype: torch.dtype, kernels: str) -> None:
+    x, w, dy = matrix(M, K, dtype, kernels), matrix(N, K, dtype, kernels), matrix(M, N, dtype, kernels)
+    dy = dy[:1].expand(M, N) if expanded else dy  # as of a sum: there are no rows to form dz from on load
+    y = torch.sigmoid(matrix(M, N, torch.float32, kernels)).to(dtype)
+    dx = nan(M, K, dtype=dtype, device=kernels) if "x" in needs else None
+    dw = nan(N, K, dtype=dtype, device=kernels) if "w" in needs else None
+    db = nan(N, dtype=dtype, device=kernels) if "b" in needs else None
+    tensors = (dy, x if "w" in needs else None, w if "x" in needs else None, y, dx, dw, db)
+    fused = any(launch.named.get("FUSE_DZ", False) for launch in run(ops.backward, tensors, tf32=False))
+    # Somebody's product may carry it: not for db alone, nor for dx beside db. Whether it does, the heuristics say for
+    # the GPU; the interpreter's always do.
+    configs = plan_of(ops.backward, tensors, tf32=False).configs
+    may = any(getattr(problem, "may_fuse", False) for problem in configs)
+    assert may == (not expanded and ("w" in needs or needs == "x"))
+    assert fused == any(getattr(config, "fuse_dz", False) for config in configs.values())
+    assert fused == may or not common.INTERPRETED
+    exact_dx, exact_dw, exact_db, terms = LinearSigmoid(x, w, None).gradients(dy, y)
+    for result, exact in ((dx, exact_dx), (dw, exact_dw)):
+        if result is not None:
+            assert_close(result, exact)
+    if db is not None:
+        assert_close(db, exact_db, scale=terms)
+
+
+def test_operands_say_how_memory_lies() -> None:
+    def facts(matrix: Tensor) -> tuple[bool, int, int, bool]:
+        plan = Plan(ARCHS["sm_90"], [layout_of(matrix)])
+        (given,) = plan.given
+        assert given is not None
+        found = operand(plan, given)
+        assert found.tensor.shape == matrix.shape
+        assert (found.tensor is given) == (not plan.steps)
+        return found.transposed, found.ld, found.vec, found.tma
+
+    x = torch.zeros(24, 48, dtype=torch.float16)
+    assert facts(x) == (False, 48, 8, True)
+    assert facts(x.t()) == (True, 48, 8, True)
+    assert facts(x[:, :12]) == (False, 48, 4, True)  # pointers load 4 elements at a time; a descriptor masks the rest
+    assert facts(x[:, :13]) == (False, 48, 1, True)
+    assert facts(x[:, 1:33]) == (False, 48, 1, False)  # an address that is no multiple of 16 bytes
+    assert facts(x[:, 8:]) == (False, 48, 8, True)
+    assert facts(x[::2]) == (False, 96, 8, True)
+    assert facts(x[:, :40:2]) == (False, 20, 4, False)  # copied
+    assert facts(x[:1].expand(5, 48)) == (False, 0, 8, False)  # rows that overlap
+    assert facts(torch.zeros(24, 42, dtype=torch.float16)) == (False, 42, 2, False)
+    assert facts(torch.zeros(24, 33, dtype=torch.float16)) == (False, 33, 1, False)
+    assert facts(torch.zeros(24, 33, dtype=torch.float64)) == (False, 33, 1, False)
+    assert facts(torch.zeros(24, 34, dtype=torch.float64)) == (
+        False,
+        34,
+        2,
+        descriptor_unit(8, dispatch.interpreting()) == 2,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("parts", "length"), [(2, 1), (9, 40), (5, 1000), (70, 33)])
+def test_reduce_partials(parts: int, length: int, dtype: torch.dtype, kernels: str) -> None:
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    partials = torch.randn(parts, length, device=kernels, dtype=accumulator)
+    out = nan(length, dtype=dtype, device=kernels)
+    run(lambda plan, partials, out: reduce_partials(plan, Partials(partials, out)), (partials, out))
+    assert_close(
+        out, partials.double().sum(0).cpu(), partials.sum(0).to(dtype), scale=partials.double().norm(dim=0).cpu()
+    )
+
+
+@pytest.mark.parametrize(("parts", "size"), [(2, (3, 9, 5)), (7, (2, 9, 40)), (5, (1, 9, 64))])
+def test_reduce_partials_of_two_results(parts: int, size: tuple[int, int, int], kernels: str) -> None:
+    """Matrices whose transposes are wanted, and a shorter result of other parts, in one launch."""
+    partials, more = torch.randn(parts, *size, device=kernels), torch.randn(parts + 1, 13, device=kernels)
+    out, short = (nan(*s, dtype=torch.float32, device=kernels) for s in ((size[0], size[2], size[1]), (13,)))
+
+    def build(plan: Plan, partials: Buffer, out: Buffer, more: Buffer, short: Buffer) -> None:
+        reduce_partials(plan, Partials(partials, out, (size[1], size[2])), Partials(more, short))
+
+    (launch,) = run(build, (partials, out, more, short))
+    assert launch.kernel.__name__ == "reduce_partials"
+    torch.testing.assert_close(out, partials.sum(0).transpose(1, 2))
+    torch.testing.assert_close(short, more.sum(0))
+
+
+def test_splits_cover_the_rows_exactly() -> None:
+    for m in (1, 16, 17, 255, 1000, 4096, 5000, 65536, 200_000):
+        for n, k in ((16, 16), (10, 128), (256, 784), (4096, 4096)):
+            for spare in (0, 1 << 20, 1 << 40):
+                chosen = WgradProblem(m, n, k, "bfloat16", "ieee", ARCHS["sm_90"], 8, True, True, spare).choose()
+                rows = cdiv(cdiv(m, chosen.splits), chosen.block_l) * chosen.block_l
+                assert rows * (chosen.splits - 1) < m <= rows * chosen.splits
+                assert chosen.splits == 1 or chosen.splits * n * k * 4 <= spare
+
+
+VALUES = [0.0, -0.0, 1.0, -2.5, 3.0e38, -3.4e38, 1e-40, -1e-45, torch.inf, -torch.inf, 1.00390625, 1.01171875]
+
+
+def test_rounding_to_bfloat16(kernels: str) -> None:
+    """Ties, subnormals, overflow to infinity, and NaN with every payload stay what torch makes of them."""
+    patterns = [0x7F800001, 0x7FFFFFFF, -1, 0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF]
+    exact = torch.tensor(patterns, dtype=torch.int32).view(torch.float32)
+    x = torch.cat([torch.tensor(VALUES), exact, torch.randn(45)]).to(kernels)
+    y = nan(64, dtype=torch.bfloat16, device=kernels)
+    round_to_bfloat16[(1,)](x, y, SIZE=64)
+    torch.testing.assert_close(y, x.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+# ---- what only a GPU can show
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2048, 1024, 1280), (8192, 256, 784), (4096, 10, 128), (1000, 77, 333)], ids=str)
+def test_shapes_that_fill_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype, kernels: str) -> None:
+    """The heuristics' own configs: large tiles, persistence, splits and fusion as they are chosen on this machine."""
+    import tribp
+
+    m, n, k = shape
+    x, w, dy = matrix(m, k, dtype, kernels), matrix(n, k, dtype, kernels) / k**0.5, matrix(m, n, dtype, kernels)
+    b = matrix(1, n, dtype, kernels)[0]
+    inputs = [t.requires_grad_() for t in (x, w, b)]
+    runs = []
+    for _ in range(2):
+        y = tribp.linear_sigmoid(*inputs)
+        runs.append([y, *torch.autograd.grad(y, inputs, dy)])
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second), "two runs differ"
+    y, *found = runs[0]
+    exact = LinearSigmoid(x, w, b)
+    assert_close(y, exact.y, torch.sigmoid(torch.nn.functional.linear(x, w, b)))
+    *gradients, terms = exact.gradients(dy, y)
+    dz = torch.ops.aten.sigmoid_backward(dy, y)
+    for result, value, theirs in zip(found, gradients, (dz @ w, dz.t() @ x, dz.sum(0)), strict=True):
+        assert_close(result, value, theirs, scale=terms if value.dim() == 1 else None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_more_than_2_to_the_31_elements(transposed: bool, kernels: str) -> None:
+    import tribp
+
+    m, n, k = (1 << 26) + 40, 16, 33 if not transposed else 40
+    x = torch.empty((k, m) if transposed else (m, k), dtype=torch.float16, device=kernels).normal_()
+    x = x.t() if transposed else x
+    assert x.numel() > 1 << 31
+    w = matrix(n, k, torch.float16, kernels).requires_grad_()
+    y = tribp.linear_sigmoid(x, w)
+    for rows in (slice(0, 1000), slice(m - 1000, m)):
+        assert_close(y[rows], LinearSigmoid(x[rows], w, None).y)
+    dy = torch.zeros_like(y)
+    dy[-1000:] = matrix(1000, n, torch.float16, kernels)  # what is summed lies behind element 2³¹
+    (dw,) = torch.autograd.grad(y, w, dy)
+    assert_close(dw, LinearSigmoid(x[-1000:], w, None).gradients(dy[-1000:], y[-1000:])[1])

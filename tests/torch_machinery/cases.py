@@ -1,0 +1,75 @@
+"""What the tests of torch's machinery share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tribp
+
+from ..conv3x3.cases import Case
+
+Function = Callable[..., Tensor]
+
+
+class Operation(NamedTuple):
+    """One of ours beside torch's, as functions of (input, weight, bias), and float64 arguments for them."""
+
+    name: str
+    ours: Function
+    theirs: Function
+    make: Callable[[str], list[Tensor]]
+    options: tuple[object, ...] = ()  # what the operator takes besides
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def eager_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    return torch.sigmoid(torch.nn.functional.linear(x, w, b))
+
+
+def matrices(device: str) -> list[Tensor]:
+    return [torch.randn(*size, device=device, dtype=torch.float64) for size in ((6, 5), (4, 5), (4,))]
+
+
+CONV = Case((2, 4, 3, 4), 6, (2, 1), (1, 1), groups=2, activation="sigmoid")
+
+
+def images(device: str) -> list[Tensor]:
+    return [t for t in CONV.make(torch.float64, device) if t is not None]
+
+
+# The methods of a case are wrapped: jit.trace wants functions.
+OPERATIONS = [
+    Operation("linear_sigmoid", tribp.linear_sigmoid, eager_linear, matrices),
+    Operation(
+        "conv3x3",
+        lambda x, w, b=None: CONV.ours(x, w, b),
+        lambda x, w, b=None: CONV.theirs(x, w, b),
+        images,
+        ([2, 1], [1, 1], 2, "sigmoid"),
+    ),
+]
+
+
+def assert_same_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    torch.testing.assert_close(found, expected)
+    dy = torch.randn_like(expected)
+    grads = (torch.autograd.grad(y, inputs, dy) for y in (found, expected))
+    for ours, torchs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+class Seen(TorchDispatchMode):
+    """Records the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))

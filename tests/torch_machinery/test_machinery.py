@@ -1,0 +1,289 @@
+"""What torch builds around any operation: the compiler, torch.func, forward mode, tracing, dispatch modes, subclasses.
+
+What asks for an operation's own arguments is in test_torch_integration.py and test_conv3x3_integration.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._decomp import decomposition_table
+from torch._dynamo import compiled_autograd
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
+
+from ..conv3x3.cases import ieee as ieee
+from .cases import OPERATIONS, Function, Operation, Seen, assert_same_gradients
+
+pytestmark = pytest.mark.usefixtures("ieee", "one_thread")
+
+
+@pytest.fixture(params=OPERATIONS, ids=str)
+def operation(request: pytest.FixtureRequest) -> Operation:
+    torch.compiler.reset()
+    found: Operation = request.param
+    return found
+
+
+@pytest.fixture
+def tensors(operation: Operation, device: str) -> list[Tensor]:
+    return [t.requires_grad_() for t in operation.make(device)]
+
+
+@pytest.fixture
+def detached(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.detach() for t in tensors]
+
+
+# -- the compiler -----------------------------------------------------------------------------------------------------
+
+
+def test_compile_is_one_graph_of_our_operators(operation: Operation, tensors: list[Tensor]) -> None:
+    y = torch.compile(operation.ours, fullgraph=True, backend="aot_eager")(*tensors)
+    with Seen() as seen:
+        assert_same_gradients(y, operation.theirs(*tensors), tensors)
+    assert f"tribp.{operation.name}_backward.default" in seen.names
+
+
+def test_compiled_double_backward_raises(operation: Operation, tensors: list[Tensor]) -> None:
+    y = torch.compile(operation.ours, fullgraph=True, backend="aot_eager")(*tensors)
+    (grad,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(grad.sum(), tensors[1])
+
+
+def test_compiled_autograd_of_an_eager_forward(operation: Operation, tensors: list[Tensor]) -> None:
+    """The compiler looks on in the backward pass alone."""
+    y, expected = operation.ours(*tensors), operation.theirs(*tensors)
+    dy = torch.randn_like(y)
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, fullgraph=True, backend="aot_eager")):
+        y.backward(dy)
+    for tensor, torchs in zip(tensors, torch.autograd.grad(expected, tensors, dy), strict=True):
+        torch.testing.assert_close(tensor.grad, torchs)
+
+
+@pytest.mark.filterwarnings("ignore")  # jit.trace warns that it is deprecated, and of every shape it is shown
+def test_make_fx_and_jit_trace_record_the_computation(operation: Operation, detached: list[Tensor]) -> None:
+    others = [torch.randn_like(t) for t in detached]
+    for traced in (make_fx(operation.ours)(*detached), torch.jit.trace(operation.ours, tuple(detached))):
+        torch.testing.assert_close(traced(*others), operation.theirs(*others))
+
+
+def test_dispatch_modes_see_the_operators(operation: Operation, tensors: list[Tensor]) -> None:
+    with Seen() as seen:
+        operation.ours(*tensors).sum().backward()
+    assert {f"tribp.{operation.name}{kind}.default" for kind in ("", "_backward")} <= set(seen.names)
+
+
+# -- the operators as such, and graphs that hold them ------------------------------------------------------------------
+
+LINEAR, CONV = OPERATIONS
+NEEDS = [(True, True, True), (True, False, False), (False, True, False), (False, False, True), (False, True, True)]
+
+
+def bare(operation: Operation) -> Function:
+    """The operator, called as an exported graph does."""
+    operator = getattr(torch.ops.tribp, operation.name)
+    return lambda x, w, b: operator(x, w, b, *operation.options)
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+def test_operators_have_derivatives(needs: tuple[bool, ...], operation: Operation, detached: list[Tensor]) -> None:
+    tensors = [t.requires_grad_(need) for t, need in zip(detached, needs, strict=True)]
+    inputs = [t for t in tensors if t.requires_grad]
+    y, expected = bare(operation)(*tensors), operation.theirs(*tensors)
+    with Seen() as seen:
+        assert_same_gradients(y, expected, inputs)
+    assert f"tribp.{operation.name}_backward.default" in seen.names
+
+
+def test_operators_can_be_differentiated_twice(operation: Operation, tensors: list[Tensor]) -> None:
+    dy = torch.randn_like(operation.theirs(*tensors))
+    found = []
+    for f in (bare(operation), operation.theirs):
+        grads = torch.autograd.grad(f(*tensors), tensors, dy, create_graph=True)
+        found.append([*grads, *torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), tensors)])
+    for ours, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+def test_a_batch_of_gradients_of_an_operator(operation: Operation, tensors: list[Tensor]) -> None:
+    y, expected = bare(operation)(*tensors), operation.theirs(*tensors)
+    batch = torch.randn(3, *y.shape, device=y.device, dtype=y.dtype)
+    grads = (torch.autograd.grad(v, tensors, batch, is_grads_batched=True) for v in (y, expected))
+    for ours, torchs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+def test_autocast_does_not_change_an_operator(operation: Operation, tensors: list[Tensor]) -> None:
+    """The compiler and export were told that the result has the arguments' type."""
+    tensors = [t.detach().float().requires_grad_() for t in tensors]
+    with torch.autocast(tensors[0].device.type, torch.bfloat16):
+        y = bare(operation)(*tensors)
+        grads = torch.autograd.grad(y.sum(), tensors)
+    assert {t.dtype for t in (y, *grads)} == {torch.float32}
+    torch.testing.assert_close(y, operation.theirs(*tensors))
+
+
+class Net(torch.nn.Module):
+    def __init__(self, function: Function, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        self.weight, self.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.function(input, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_exported_modules_train(compiled: bool, operation: Operation, detached: list[Tensor]) -> None:
+    x, w, b = detached
+    net = Net(operation.ours, w, b)
+    program = torch.export.export(net, (x,))
+    assert f"tribp.{operation.name}.default" in {str(node.target) for node in program.graph.nodes}
+    module = program.module()
+    parameters = [dict(module.named_parameters())[name] for name in ("weight", "bias")]
+    y = torch.compile(module, backend="aot_eager")(x) if compiled else module(x)
+    dy = torch.randn_like(y)
+    grads = torch.autograd.grad(y, parameters, dy)
+    expected = torch.autograd.grad(operation.theirs(x, net.weight, net.bias), list(net.parameters()), dy)
+    for ours, torchs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+def test_exporters_find_torchs_operators_for_ours(operation: Operation, detached: list[Tensor]) -> None:
+    """ONNX's looks into torch's table of decompositions for operators that it cannot translate."""
+    x, w, b = detached
+    program = torch.export.export(Net(operation.ours, w, b), (x,))
+    table = {op: function for op, function in decomposition_table.items() if str(op).startswith("tribp.")}
+    plain = program.run_decompositions(table)
+    assert [node for node in plain.graph.nodes if "tribp" in str(node.target)] == []
+    torch.testing.assert_close(plain.module()(x), operation.theirs(x, w, b))
+
+
+def test_onnx(operation: Operation, detached: list[Tensor]) -> None:
+    pytest.importorskip("onnxscript")
+    x, w, b = (t.float() for t in detached)
+    program = torch.onnx.export(Net(operation.ours, w, b), (x,), dynamo=True, verbose=False)
+    assert program is not None
+    kinds = {node.op_type for node in program.model.graph}
+    assert "Sigmoid" in kinds
+    assert kinds & {"Conv", "Gemm", "MatMul"}
+
+
+def test_gradients_of_gradient_operators_raise(operation: Operation, tensors: list[Tensor]) -> None:
+    """They have no derivative, and must not seem to have one."""
+    x, w, b = tensors
+    y = operation.theirs(x, w, b).detach()
+    needs = [True, True, True]
+    if operation is LINEAR:
+        found = torch.ops.tribp.linear_sigmoid_backward(y, x, w, y, needs)
+    else:
+        options = operation.options[:3]
+        found = torch.ops.tribp.conv3x3_backward(y, x, w, y, list(x.shape), *options, needs, False, False)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        found[0].sum().backward()
+
+
+# -- transforms -------------------------------------------------------------------------------------------------------
+
+TRANSFORMS: dict[str, Callable[[Function], Function]] = {
+    "grad": lambda f: lambda x, w, b: torch.func.grad(lambda w: f(x, w, b).square().sum())(w),
+    "grad of grad": lambda f: (
+        lambda x, w, b: torch.func.grad(lambda x: torch.func.grad(lambda w: f(x, w, b).square().sum())(w).sum())(x)
+    ),
+    "vmap": lambda f: lambda x, w, b: torch.func.vmap(lambda x: f(x, w, b))(x),
+    "vmap of batches": lambda f: lambda x, w, b: torch.func.vmap(lambda x: f(x, w, b))(torch.stack([x, 2 * x])),
+    "vmap over weights": lambda f: lambda x, w, b: torch.func.vmap(lambda w: f(x, w, b))(torch.stack([w, 2 * w])),
+    "per-sample gradients": lambda f: (
+        lambda x, w, b: torch.func.vmap(torch.func.grad(lambda w, x: f(x, w, b).sum()), (None, 0))(w, x)
+    ),
+    "jvp": lambda f: lambda x, w, b: torch.func.jvp(lambda w: f(x, w, b), (w,), (w,))[1],
+    "jacrev": lambda f: lambda x, w, b: torch.func.jacrev(lambda b: f(x, w, b))(b),
+    "hessian": lambda f: lambda x, w, b: torch.func.hessian(lambda b: f(x, w, b).sum())(b),
+}
+
+
+WAYS = [(LINEAR, False), (LINEAR, True), (CONV, False), pytest.param(CONV, True, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("operation", "compiled"), WAYS, indirect=["operation"], ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_torch_func(transform: str, compiled: bool, operation: Operation, detached: list[Tensor]) -> None:
+    apply = TRANSFORMS[transform]
+    ours = apply(operation.ours)
+    if compiled:
+        ours = torch.compile(ours, backend="aot_eager")
+    torch.testing.assert_close(ours(*detached), apply(operation.theirs)(*detached))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode(requires_grad: bool, operation: Operation, detached: list[Tensor]) -> None:
+    x, w, b = (t.requires_grad_(requires_grad) for t in detached)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        ours, torchs = (forward_ad.unpack_dual(f(dual, w, b)).tangent for f in (operation.ours, operation.theirs))
+    assert ours is not None
+    torch.testing.assert_close(ours, torchs)
+
+
+def test_a_batch_of_gradients(operation: Operation, tensors: list[Tensor]) -> None:
+    """`is_grads_batched`, and `torch.autograd.functional.jacobian(vectorize=True)` on top of it."""
+    y, expected = operation.ours(*tensors), operation.theirs(*tensors)
+    batch = torch.randn(3, *y.shape, device=y.device, dtype=y.dtype)
+    for inputs in (tensors, tensors[:1], tensors[2:]):
+        grads = (torch.autograd.grad(v, inputs, batch, True, is_grads_batched=True) for v in (y, expected))
+        for ours, torchs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, torchs)
+    x, w, b = (t.detach() for t in tensors)
+    jacobians = (
+        torch.autograd.functional.jacobian(lambda b, f=f: f(x, w, b), b, vectorize=True)
+        for f in (operation.ours, operation.theirs)
+    )
+    torch.testing.assert_close(*jacobians)
+
+
+def test_checkpointing(operation: Operation, tensors: list[Tensor]) -> None:
+    y = checkpoint(operation.ours, *tensors, use_reentrant=False)
+    assert_same_gradients(y, operation.theirs(*tensors), tensors)
+
+
+# -- tensors that are no plain memory ---------------------------------------------------------------------------------
+
+
+def test_tensor_subclasses_are_not_read_as_memory(operation: Operation, detached: list[Tensor]) -> None:
+    class Doubled(torch.Tensor):
+        """Means twice what its memory says: a kernel that read the memory would be wrong."""
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            values = [2 * a.as_subclass(Tensor) if isinstance(a, Doubled) else a for a in args]
+            return func(*values, **(kwargs or {}))
+
+    x, w, b = detached
+    torch.testing.assert_close(operation.ours(x.as_subclass(Doubled), w, b), operation.theirs(2 * x, w, b))
+
+
+def test_wrapper_subclasses_go_through_torch(operation: Operation, detached: list[Tensor]) -> None:
+    x, w, b = detached
+    y = operation.ours(TwoTensor(x, 2 * x), w, b)
+    assert isinstance(y, TwoTensor)
+    torch.testing.assert_close(y.a, operation.theirs(x, w, b))
+    torch.testing.assert_close(y.b, operation.theirs(2 * x, w, b))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["input", "weight", "bias"])
+def test_negative_views_are_negative(place: int, operation: Operation, tensors: list[Tensor]) -> None:
+    """`z.conj().imag` is the imaginary part before its sign is turned, and a mark that says so."""
+    turned = [torch._neg_view(t) if n == place else t for n, t in enumerate(tensors)]
+    minus = [-t if n == place else t for n, t in enumerate(tensors)]
+    y, expected = operation.ours(*turned), operation.theirs(*minus)
+    assert_same_gradients(y, expected, tensors)
+    dy = torch.randn_like(expected)
+    grads = torch.autograd.grad(operation.ours(*tensors), tensors, torch._neg_view(dy))
+    for ours, torchs in zip(grads, torch.autograd.grad(operation.theirs(*tensors), tensors, -dy), strict=True):
+        torch.testing.assert_close(ours, torchs)
