@@ -18,7 +18,7 @@ from tribp.launch.arch import ARCHS
 from tribp.launch.matmul import MatmulConfig, candidates, needs_registers
 from tribp.launch.neighbors import neighbors
 from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, FewChannelsProblem
-from tribp.ops.linear_sigmoid.config import WgradProblem
+from tribp.ops.linear_sigmoid.config import ForwardProblem
 
 from .config_cases import problems
 
@@ -100,7 +100,8 @@ def uses_wgmma(config: MatmulConfig) -> bool:
 
 def test_which_products_go_to_wgmma(newer: bool) -> None:
     def first(dtype: str, precision: str, tma: bool, along: bool = True) -> bool:
-        return uses_wgmma(candidates(512, dtype, precision, H100, 16 if dtype == "float64" else 4, tma, along)[0])
+        vec = 16 if dtype == "float64" else 4
+        return uses_wgmma(candidates(ForwardProblem(0, 0, 512, dtype, precision, H100, vec, tma, along), 512)[0])
 
     assert first("bfloat16", "ieee", tma=True)
     assert first("bfloat16", "ieee", tma=True, along=False)
@@ -115,11 +116,9 @@ def test_no_legal_product_is_left_without_its_fence(newer: bool) -> None:
     for problem in problems(H100):
         if not hasattr(problem, "precision") or not hasattr(problem, "vec"):
             continue
-        # What the products lie along; wgrad sums over rows of both.
-        along = False if isinstance(problem, (WgradProblem, ConvWgradProblem)) else problem.along
         chosen = problem.choose()
         for config in [chosen, *neighbors(problem, chosen)]:
-            if needs_registers(problem.dtype, problem.precision, H100, tma=config.tma, along=along):
+            if needs_registers(problem, tma=config.tma):
                 assert config.prefetch or not uses_wgmma(config), (problem, config)
                 assert getattr(config, "taps", 1) == 1, f"two warps spill three results: {config}"
 

@@ -83,7 +83,31 @@ def fit(block: int, size: int) -> int:
     return max(16, min(block, power_of_2(size)))
 
 
-def needs_registers(dtype: str, precision: str, arch: Arch, *, tma: bool, along: bool) -> bool:
+class Product(Protocol):
+    """What a problem that is a matrix product says of its operands."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def precision(self) -> str:
+        """`arch.precision_of`."""
+
+    @property
+    def arch(self) -> Arch: ...
+    @property
+    def vec(self) -> int:
+        """Elements that every row pitch, contiguous length and base address is a multiple of (16 bytes at most)."""
+
+    @property
+    def tma(self) -> bool:
+        """Whether the operands can have tensor descriptors."""
+
+    @property
+    def along(self) -> bool:
+        """Whether both operands are contiguous along the summed index."""
+
+
+def needs_registers(of: Product, *, tma: bool) -> bool:
     """Whether a product must not go to wgmma, on a GPU that has it, but to mma.sync with operands in registers.
 
     wgmma reads its second operand from shared memory. What is formed in registers must be stored there, and the
@@ -94,10 +118,10 @@ def needs_registers(dtype: str, precision: str, arch: Arch, *, tma: bool, along:
 
     By pointers, 16 bits go wrong where Triton leaves out the fence between copy and product.
     """
-    if not arch.has_wgmma or dtype == "float64":
+    if not of.arch.has_wgmma or of.dtype == "float64":
         return False
-    if dtype == "float32":
-        return precision == "tf32x3" or not (tma and along and versions.descriptors_round_to_tf32())
+    if of.dtype == "float32":
+        return of.precision == "tf32x3" or not (tma and of.along and versions.descriptors_round_to_tf32())
     return not tma and not versions.fences_copies()
 
 
@@ -114,18 +138,15 @@ def by_mma_sync(config: M, precision: str) -> M:
     return replace(config, block_j=max(16, min(config.block_j, columns)), num_warps=2)
 
 
-def candidates(
-    l: int, dtype: str, precision: str, arch: Arch, vec: int, tma: bool, along: bool = True, short: int = 512
-) -> list[MatmulConfig]:
+def candidates(of: Product, l: int, *, short: int = 512) -> list[MatmulConfig]:
     """The tiles worth considering for a product summed over l, the largest first.
 
     short: sums up to which a tile's end takes so long that another program on the processor should hide it. By the
     model a sigmoid does, of sums up to 512, and a store alone never (8192×1024×1024: forward 33.0 → 29.8 µs, dgrad
     32.7 → 25.7).
-    vec: elements that every row pitch, contiguous length and base address is a multiple of (16 bytes at most).
-    tma: whether the operands can have tensor descriptors. along: whether both are contiguous along the summed index.
     """
-    tma = tma and arch.has_tma
+    dtype, precision, arch, vec = of.dtype, of.precision, of.arch, of.vec
+    tma = of.tma and arch.has_tma
     odd = vec * ITEMSIZE[dtype] < 4 and not tma
     if arch.backend == "interpreter":
         # Tiles just small enough that the tests' shapes take several.
@@ -141,7 +162,7 @@ def candidates(
         depth = {"float64": 16, "float32": 32}.get(dtype, 64)
         wide = MatmulConfig(128, 128, depth, 8, 2, "derived: MFMA; two stages fill 64 KB of LDS")
         return [wide, replace(wide, block_i=64, block_j=64, num_warps=4)]
-    if needs_registers(dtype, precision, arch, tma=tma, along=along):
+    if needs_registers(of, tma=tma):
         depth = 32 if dtype == "float32" else 64
         reason = "compiled: mma.sync: two warps a program, or 32 rows"
         wide = by_mma_sync(MatmulConfig(64, 128, depth, 2, 4, reason, tma=tma, max_registers=255), precision)
@@ -174,12 +195,12 @@ def candidates(
     return [big, *tiles] if l > (short if tma else 1024) else tiles
 
 
-def fitted(config: MatmulConfig, i: int, j: int, l: int, dtype: str, arch: Arch) -> MatmulConfig:
+def fitted(config: MatmulConfig, of: Product, i: int, j: int, l: int) -> MatmulConfig:
     """The config, no larger than an i × j result summed over l needs, with the stages that shared memory holds."""
     block_i, block_j, block_l = fit(config.block_i, i), fit(config.block_j, j), fit(config.block_l, l)
     warps = config.num_warps if block_i * block_j >= 64 * 64 else min(config.num_warps, 4)
     config = replace(config, block_i=block_i, block_j=block_j, block_l=block_l, num_warps=warps)
-    return replace(config, num_stages=stages_that_fit(config, ITEMSIZE[dtype], arch))
+    return replace(config, num_stages=stages_that_fit(config, ITEMSIZE[of.dtype], of.arch))
 
 
 def fills(programs: int, arch: Arch) -> bool:
@@ -192,12 +213,9 @@ def fills(programs: int, arch: Arch) -> bool:
     return 4 * programs >= 3 * arch.processors
 
 
-def choose_product(
-    i: int, j: int, l: int, dtype: str, precision: str, arch: Arch, *, vec: int, tma: bool, along: bool,
-    short: int = 512,
-) -> MatmulConfig:  # fmt: skip
+def choose_product(of: Product, i: int, j: int, l: int, *, short: int = 512) -> MatmulConfig:
     """The config for an i × j result summed over l: the largest tiles that fill the GPU."""
-    tiles = candidates(l, dtype, precision, arch, vec, tma, along, short)
+    tiles = candidates(of, l, short=short)
     big = tiles[0]
     if big.tma and big.block_j == 256:
         tall = replace(big, block_i=256, block_j=128, reason=big.reason.replace("128×256", "256×128"))
@@ -205,8 +223,8 @@ def choose_product(
             tiles[0] = tall
         if j <= 128:
             tiles = tiles[1:]
-    filling = [tile for tile in tiles if fills(tile.tiles(i, j), arch)]
-    return fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
+    filling = [tile for tile in tiles if fills(tile.tiles(i, j), of.arch)]
+    return fitted((filling or tiles[-1:])[0], of, i, j, l)
 
 
 def stages_that_fit(config: MatmulConfig, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:
@@ -259,20 +277,20 @@ def legal_threads(config: Any, arch: Arch, *, least: int = 2, most: int = 8) -> 
 
 
 def legal_product(
-    config: MatmulConfig, i: int, j: int, l: int, dtype: str, precision: str, arch: Arch,
-    *, vec: int, tma: bool, along: bool, extra: int = 0, output: int = 0,
-) -> bool:  # fmt: skip
+    config: MatmulConfig, of: Product, i: int, j: int, l: int, *, extra: int = 0, output: int = 0
+) -> bool:
     """Whether an i × j result summed over l is computed right, and nothing that was seen to spill is asked for.
 
-    Arguments as in `candidates`; extra and output as in `stages_that_fit`.
+    extra and output as in `stages_that_fit`.
     """
+    arch, itemsize = of.arch, ITEMSIZE[of.dtype]
     tile = config.block_i * config.block_j
-    by_registers = needs_registers(dtype, precision, arch, tma=config.tma, along=along)
+    by_registers = needs_registers(of, tma=config.tma)
     # A warpgroup's instructions need four warps.
     least = 4 if arch.has_tma and not by_registers else 2
     most = RESULT // 4 if config.prefetch else RESULT  # what is prefetched lies in registers as well
     deepest = 32 if config.prefetch else 128
-    stages = stages_in_memory(config, ITEMSIZE[dtype], arch, extra=extra, output=output)
+    stages = stages_in_memory(config, itemsize, arch, extra=extra, output=output)
     single = config.prefetch or arch.backend == "interpreter"  # one pipeline on top of another does not compile
     return (
         legal_threads(config, arch, least=least, most=8 if tile >= 64 * 64 else 4)
@@ -280,10 +298,10 @@ def legal_product(
         and 16 <= config.block_j <= fit(LONGEST, j)
         and 16 <= config.block_l <= fit(deepest, l)
         and 1 <= config.num_stages <= (1 if single else stages)
-        and registers(tile, dtype, config.num_warps, arch) <= most
-        and (not by_registers or config == by_mma_sync(config, precision))
+        and registers(tile, of.dtype, config.num_warps, arch) <= most
+        and (not by_registers or config == by_mma_sync(config, of.precision))
         # Narrower loads than four bytes are not pipelined.
-        and (tma and arch.has_tma if config.tma else (vec * ITEMSIZE[dtype] < 4) == config.prefetch)
+        and (of.tma and arch.has_tma if config.tma else (of.vec * itemsize < 4) == config.prefetch)
         and not (config.tma and config.prefetch)
         # A single row or column of tiles has one order.
         and 1 <= config.group <= 32
@@ -291,15 +309,13 @@ def legal_product(
     )
 
 
-def adjusted_product(
-    config: M, dtype: str, precision: str, arch: Arch, *, along: bool, extra: int = 0, output: int = 0
-) -> M:
+def adjusted_product(config: M, of: Product, *, extra: int = 0, output: int = 0) -> M:
     """The config with warps and stages as its tiles and the GPU's memory allow."""
-    if needs_registers(dtype, precision, arch, tma=config.tma, along=along):
-        config = by_mma_sync(config, precision)
+    if needs_registers(of, tma=config.tma):
+        config = by_mma_sync(config, of.precision)
     if config.block_i * config.block_j < 64 * 64:
         config = replace(config, num_warps=min(config.num_warps, 4))
-    stages = stages_in_memory(config, ITEMSIZE[dtype], arch, extra=extra, output=output)
+    stages = stages_in_memory(config, ITEMSIZE[of.dtype], of.arch, extra=extra, output=output)
     return replace(config, num_stages=min(config.num_stages, stages))
 
 

@@ -182,8 +182,8 @@ def convolution(product: MatmulConfig, **more: object) -> ConvConfig:
 class ConvProblem(NamedTuple):
     """Forward, or dgrad: n images of p × q pixels and j columns, summed over nine taps of l channels, for each bundle.
 
-    classes: of pixels that meet the same taps, each with p × q. along: as in `candidates`; in dgrad weights lie across
-    the sum. whole: a step must not run past the l channels, for behind them lie another bundle's, or the next pixel's.
+    classes: of pixels that meet the same taps, each with p × q. along: of dgrad false, unless the weights were turned.
+    whole: a step must not run past the l channels, for behind them lie another bundle's, or the next pixel's.
     wide: the result's columns are contiguous. stepped: with a stride of 2.
     """
 
@@ -209,9 +209,9 @@ class ConvProblem(NamedTuple):
         return {**STEPS, "box": beside, "flat": toggled, "rows": one_or_two}
 
     def choose(self) -> ConvConfig:
-        n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch, vec, tma, along, whole, wide, stepped = self
+        n, p, q, j, l, bundles, bundle, classes, dtype, _, arch, *_ = self
         i = n * p * q
-        tiles = candidates(9 * l, dtype, precision, arch, vec, tma, along)
+        tiles = candidates(self, 9 * l)
         if arch.has_tma and tiles[0].tma and ITEMSIZE[dtype] == 2 and arch.backend != "interpreter":
             big = tiles[0]
             tiles = [tile for tile in tiles if tile.block_j < 2 * j] or tiles[-1:]  # others would be cut, a kernel each
@@ -222,17 +222,17 @@ class ConvProblem(NamedTuple):
                 tiles.insert(0, replace(big, block_i=256, block_j=64, num_stages=4, reason=reason))
         # Compiled: beside a result of 256 columns the addresses of pointers spill (4 bytes on sm_80, 56 unrolled), and
         # those of a store of single columns (1,064 bytes on sm_90, 7×7 images).
-        tiles = [tile for tile in tiles if (tile.tma and not wide) or tile.block_j <= 128]
+        tiles = [tile for tile in tiles if (tile.tma and not self.wide) or tile.block_j <= 128]
         if arch.backend == "cuda" and not arch.has_tma:
             # Compiled: operands lie in registers beside those addresses; deeper, or larger in float32, they spill.
             most = 128 * 128 if ITEMSIZE[dtype] == 2 else 128 * 64 // classes
             small = [replace(t, block_l=min(t.block_l, 32)) for t in tiles if t.block_i * t.block_j <= most]
             tiles = small or tiles[-1:]
         filling = [tile for tile in tiles if fills(tile.tiles(i, j) * bundles * classes, arch)]
-        chosen = fitted((filling or tiles[-1:])[0], i, j, l, dtype, arch)
-        if needs_registers(dtype, precision, arch, tma=chosen.tma, along=along):
-            chosen = by_mma_sync(chosen, precision)
-        if chosen.tma and whole and l % chosen.block_l:
+        chosen = fitted((filling or tiles[-1:])[0], self, i, j, l)
+        if needs_registers(self, tma=chosen.tma):
+            chosen = by_mma_sync(chosen, self.precision)
+        if chosen.tma and self.whole and l % chosen.block_l:
             return self._replace(tma=False).choose()
         if not chosen.tma and ITEMSIZE[dtype] == 2 and chosen.block_i * chosen.block_j <= 128 * 64:
             chosen = replace(chosen, num_warps=min(chosen.num_warps, 4))
@@ -241,12 +241,12 @@ class ConvProblem(NamedTuple):
         limit = chosen.max_registers if chosen.tma and bundle == 1 else unrounded(arch)
         dense = convolution(
             replace(chosen, prefetch=False, max_registers=limit),
-            box=choose_box(chosen.block_i, n, p, q, wide=wide),
+            box=choose_box(chosen.block_i, n, p, q, wide=self.wide),
             bundle=bundle,
             flat=flat,
         )
-        if pairs_rows(dense, l, dtype, arch, whole=whole, stepped=stepped):
-            pair = two_rows(n, q, j, wide, arch)
+        if self._pairs_rows(dense):
+            pair = self._two_rows()
 
             def programs(s: ConvConfig) -> int:
                 return s.boxes(n, p, q) * s.columns(j, 1) * bundles
@@ -261,6 +261,34 @@ class ConvProblem(NamedTuple):
                 return pair
         return dense
 
+    def _pairs_rows(self, dense: ConvConfig) -> bool:
+        """Whether `_two_rows` can and should compute what this config would, but for what processors are left idle.
+
+        Derived: 128×256 tiles read as little by themselves. wgmma reads shared memory, where Triton must keep what
+        several products read; for tensor cores that take operands from registers nothing was counted.
+        """
+        past = self.whole and self.l % 32
+        able = dense.tma and ITEMSIZE[self.dtype] == 2 and dense.bundle == 1 and not (self.stepped or past)
+        small = dense.block_i * dense.block_j <= 128 * 128 and dense.block_j > 32
+        hopper = self.arch.has_wgmma and versions.keeps_shared_tiles() and small and self.l >= 32
+        return able and (hopper or self.arch.backend == "interpreter")
+
+    def _two_rows(self) -> ConvConfig:
+        """Two boxes of one row each, which share the rows of the source that both meet (`conv3x3.convolve_rows`).
+
+        By the model, 256 images: 64 channels of 56², 137 → 104 µs, 128 of 28², 107 → 93: L2 gives fewer bytes.
+        """
+        if self.arch.backend == "interpreter":
+            tile = MatmulConfig(16, 32, 32, 1, 1, INTERPRETED)
+        elif self.j <= 64:
+            reason = "derived: two rows of 128×64: of two programs a processor one computes while the other loads"
+            tile = MatmulConfig(128, 64, 32, 4, 2, reason)
+        else:
+            reason = "derived: two rows of 128×128: one warp group computes while the other waits for its product"
+            tile = MatmulConfig(128, 128, 32, 8, 3, reason)
+        box = choose_box(tile.block_i, self.n, 1, self.q, wide=self.wide, one_row=True)
+        return convolution(replace(tile, tma=True), box=box, flat=True, rows=2)
+
     def _beside_stages(self, config: ConvConfig) -> int:
         """Elements of a stage besides two operand tiles: of pairs, the rows and taps that a turn takes."""
         pair = config.rows > 1
@@ -271,14 +299,14 @@ class ConvProblem(NamedTuple):
         if not config.tma or self.bundle > 1:
             config = replace(config, max_registers=unrounded(arch))
         extra = self._beside_stages(config)
-        config = adjusted_product(config, self.dtype, self.precision, arch, along=self.along, extra=extra)
+        config = adjusted_product(config, self, extra=extra)
         if prod(config.box) != config.block_i or (config.rows > 1 and config.box[1] > 1):
             box = choose_box(config.block_i, n, p, q, wide=self.wide, one_row=config.rows > 1)
             config = replace(config, box=box)
         return replace(config, flat=config.flat and (config.tma or config.num_warps <= 4))
 
     def is_legal(self, config: ConvConfig) -> bool:
-        n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch, vec, tma, along, whole, wide, stepped = self
+        n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch, vec, tma, *_ = self
         size, tile = ITEMSIZE[dtype], config.block_i * config.block_j
         chosen = self.choose()
         bundled = bundle > 1 and arch.backend != "interpreter"  # a tile has a bundle's columns and sum, and no more
@@ -287,16 +315,16 @@ class ConvProblem(NamedTuple):
         largest = LONGEST * LONGEST
         if from_registers:
             largest = 128 * 128 if size == 2 else 128 * 64 // classes
-        by_registers = needs_registers(dtype, precision, arch, tma=config.tma, along=along)
+        by_registers = needs_registers(self, tma=config.tma)
         stages = stages_in_memory(config, size, arch, extra=self._beside_stages(config))
-        pairs = pairs_rows(config, l, dtype, arch, whole=whole, stepped=stepped) and config.box[1] == 1 and config.flat
+        pairs = self._pairs_rows(config) and config.box[1] == 1 and config.flat
         return (
             legal_threads(
                 config, arch, least=2 if by_registers or not arch.has_tma else 4, most=8 if tile >= 4096 else 4
             )
             and 16 <= config.block_i <= (chosen.block_i if bundled else fit(LONGEST, n * p * q))
             # Beside more than 128 columns the addresses of pointers, and of stores of single columns, spill.
-            and 16 <= config.block_j <= min(fit(LONGEST, j), LONGEST if config.tma and not wide else 128)
+            and 16 <= config.block_j <= min(fit(LONGEST, j), LONGEST if config.tma and not self.wide else 128)
             and (not bundled or config.block_j == chosen.block_j)
             and 16 <= config.block_l <= fit(deepest, l)
             and tile <= largest
@@ -305,7 +333,7 @@ class ConvProblem(NamedTuple):
             and (not by_registers or config == by_mma_sync(config, precision))
             and (tma and arch.has_tma if config.tma else vec * size >= 4 or not (tma and arch.has_tma))
             # A step would read the next pixel.
-            and not (config.tma and whole and l % config.block_l)
+            and not (config.tma and self.whole and l % config.block_l)
             # By pointers and with 8 warps, https://github.com/pytorch/pytorch/issues/173068: see `conv3x3.convolve`.
             and (config.tma or not config.flat or config.num_warps <= 4)
             and (config.rows == 1 or (config.rows == 2 and pairs))
@@ -315,35 +343,6 @@ class ConvProblem(NamedTuple):
             and (config.group == ConvConfig.group or j > config.block_j or bundles > 1)
             and (config.bundle, config.taps, config.splits) == (bundle, 1, 1)
         )
-
-
-def pairs_rows(dense: ConvConfig, l: int, dtype: str, arch: Arch, *, whole: bool, stepped: bool) -> bool:
-    """Whether `two_rows` can and should compute what these settings would, but for what processors are left idle.
-
-    Derived: 128×256 tiles read as little by themselves. wgmma reads shared memory, where Triton must keep what several
-    products read; for tensor cores that take operands from registers nothing was counted.
-    """
-    able = dense.tma and ITEMSIZE[dtype] == 2 and dense.bundle == 1 and not stepped and not (whole and l % 32)
-    small = dense.block_i * dense.block_j <= 128 * 128 and dense.block_j > 32
-    hopper = arch.has_wgmma and versions.keeps_shared_tiles() and small and l >= 32
-    return able and (hopper or arch.backend == "interpreter")
-
-
-def two_rows(n: int, q: int, j: int, wide: bool, arch: Arch) -> ConvConfig:
-    """Two boxes of one row each, which share the rows of the source that both meet (`conv3x3.convolve_rows`).
-
-    By the model, 256 images: 64 channels of 56², 137 → 104 µs, 128 of 28², 107 → 93: L2 gives fewer bytes.
-    """
-    if arch.backend == "interpreter":
-        tile = MatmulConfig(16, 32, 32, 1, 1, INTERPRETED)
-    elif j <= 64:
-        reason = "derived: two rows of 128×64: one of two programs a processor computes while the other's tiles come"
-        tile = MatmulConfig(128, 64, 32, 4, 2, reason)
-    else:
-        reason = "derived: two rows of 128×128: one warp group computes while the other waits for its product"
-        tile = MatmulConfig(128, 128, 32, 8, 3, reason)
-    box = choose_box(tile.block_i, n, 1, q, wide=wide, one_row=True)
-    return convolution(replace(tile, tma=True), box=box, flat=True, rows=2)
 
 
 class ConvWgradProblem(NamedTuple):
@@ -365,6 +364,11 @@ class ConvWgradProblem(NamedTuple):
     vec: int
     tma: bool
     spare: int
+
+    @property
+    def along(self) -> bool:
+        """Pixels of both lie across the sum."""
+        return False
 
     def steps(self) -> Steps:
         return {**STEPS, "box": beside, "splits": doubled, "taps": one_or_three}
@@ -388,7 +392,7 @@ class ConvWgradProblem(NamedTuple):
             tile, taps = MatmulConfig(32, 128, 32, 4, 3, f"compiled: {precision}: 32×128, one tap, by mma.sync"), 1
         elif size == 4:
             tile, taps = MatmulConfig(64, 64, 32, 8, 3, f"derived: {precision}: 64×64, one tap"), 1
-        elif needs_registers(dtype, precision, arch, tma=tma, along=False):
+        elif needs_registers(self, tma=tma):
             # Compiled: of three results two warps spill 1,196 bytes.
             tile, taps = MatmulConfig(64, 64, 32, 2, 3, "compiled: 64×64, one tap, by mma.sync"), 1
         elif arch.has_tma:
@@ -417,20 +421,20 @@ class ConvWgradProblem(NamedTuple):
 
     def adjusted(self, config: ConvConfig) -> ConvConfig:
         n, p, q, dtype, arch = self.n, self.p, self.q, self.dtype, self.arch
-        if needs_registers(dtype, self.precision, arch, tma=config.tma, along=False):
+        if needs_registers(self, tma=config.tma):
             config = replace(config, taps=1)
         config = replace(config, x_first=config.x_first and not config.tma)
         line = choose_line((config.block_l,), n, q, dtype, arch) if config.tma else None
         if line or prod(config.box) != config.block_l:
             config = replace(config, box=line or choose_box(config.block_l, n, p, q))
         more_columns = (config.taps - 1) * config.block_j * config.block_l
-        config = adjusted_product(config, dtype, self.precision, arch, along=False, extra=more_columns)
+        config = adjusted_product(config, self, extra=more_columns)
         return adjusted_splits(config, n, p, q)
 
     def is_legal(self, config: ConvConfig) -> bool:
         n, p, q, o, c, bundles, bundle, dtype, precision, arch, vec, tma, spare = self
         size, tile = ITEMSIZE[dtype], config.block_i * config.block_j
-        by_registers = needs_registers(dtype, precision, arch, tma=config.tma, along=False)
+        by_registers = needs_registers(self, tma=config.tma)
         stages = stages_in_memory(replace(config, block_j=config.taps * config.block_j), size, arch)
         # A descriptor's box is a line: it knows x's edges, but not dz's.
         line = not config.tma or config.box == choose_line((config.block_l,), n, q, dtype, arch)

@@ -39,7 +39,7 @@ class ElementwiseConfig:
 
 
 class ForwardProblem(NamedTuple):
-    """y (m × n) = σ(x·wᵀ + b), summed over k; vec, tma and along as in `candidates`."""
+    """y (m × n) = σ(x·wᵀ + b), summed over k. What says how operands lie: `tribp.launch.matmul.Product`."""
 
     m: int
     n: int
@@ -55,8 +55,8 @@ class ForwardProblem(NamedTuple):
         return {**STEPS, "persistent": toggled}
 
     def choose(self) -> MatmulConfig:
-        m, n, k, dtype, precision, arch, vec, tma, along = self
-        chosen = choose_product(m, n, k, dtype, precision, arch, vec=vec, tma=tma, along=along)
+        m, n, k, dtype, _, arch, *_ = self
+        chosen = choose_product(self, m, n, k)
         if chosen.tma and chosen.block_i * chosen.block_j > 128 * 128 and chosen.tiles(m, n) > 2 * arch.processors:
             # Published for Triton on an H100: 84–92 % of cuBLAS with persistent programs, 75–85 % with a program a
             # tile. Compiled: the next tile's loads start under the output's store, not under its sigmoid, and the
@@ -72,15 +72,13 @@ class ForwardProblem(NamedTuple):
 
     def adjusted(self, config: MatmulConfig) -> MatmulConfig:
         output = config.block_i * config.block_j if config.persistent else 0
-        config = adjusted_product(config, self.dtype, self.precision, self.arch, along=self.along, output=output)
+        config = adjusted_product(config, self, output=output)
         return replace(config, persistent=config.persistent and config.tma, prefetch=config.prefetch and not config.tma)
 
     def is_legal(self, config: MatmulConfig) -> bool:
         output = config.block_i * config.block_j if config.persistent else 0
         plain = config.splits == 1 and not config.fuse_dz and config.persistent <= config.tma
-        return plain and legal_product(
-            config, *self[:6], vec=self.vec, tma=self.tma, along=self.along, output=output
-        )  # fmt: skip
+        return plain and legal_product(config, self, self.m, self.n, self.k, output=output)
 
 
 class DgradProblem(NamedTuple):
@@ -101,20 +99,16 @@ class DgradProblem(NamedTuple):
         return {**STEPS, "fuse_dz": toggled}
 
     def choose(self) -> MatmulConfig:
-        m, n, k, dtype, precision, arch, vec, tma, may_fuse, along = self
-        chosen = choose_product(m, k, n, dtype, precision, arch, vec=vec, tma=tma, along=along, short=0)
-        may_fuse = may_fuse and not needs_registers(dtype, precision, arch, tma=tma, along=along)
-        return fuse_dz(chosen, k, dtype, arch) if may_fuse else chosen
+        chosen = choose_product(self, self.m, self.k, self.n, short=0)
+        may_fuse = self.may_fuse and not needs_registers(self, tma=self.tma)
+        return fuse_dz(chosen, self.k, self.dtype, self.arch) if may_fuse else chosen
 
     def adjusted(self, config: MatmulConfig) -> MatmulConfig:
-        return adjusted_fusion(config, self.dtype, self.precision, self.arch, along=self.along)
+        return adjusted_fusion(config, self)
 
     def is_legal(self, config: MatmulConfig) -> bool:
-        m, n, k, dtype, precision, arch, vec, tma, may_fuse, along = self
         plain = config.splits == 1 and not config.persistent
-        return plain and legal_fusion(
-            config, m, k, n, dtype, precision, arch, vec=vec, tma=tma, may_fuse=may_fuse, along=along
-        )  # fmt: skip
+        return plain and legal_fusion(config, self, self.m, self.k, self.n)
 
 
 class WgradProblem(NamedTuple):
@@ -138,37 +132,39 @@ class WgradProblem(NamedTuple):
         return {**STEPS, "fuse_dz": toggled, "splits": doubled}
 
     @property
+    def along(self) -> bool:
+        """Rows of both lie across the sum."""
+        return False
+
+    @property
     def most_splits(self) -> int:
         """That the partial results have room for."""
         return max(1, self.spare // ((8 if self.dtype == "float64" else 4) * self.n * self.k))
 
     def choose(self) -> MatmulConfig:
-        m, n, k, dtype, precision, arch, vec, tma, may_fuse, _ = self
+        m, n, k, dtype, _, arch, *_ = self
 
         def most_splits(tile: MatmulConfig) -> int:
             """Splits of under eight steps do little but write partial results."""
             return max(1, min(cdiv(m, 8 * tile.block_l), self.most_splits))
 
-        tiles = candidates(m, dtype, precision, arch, vec, tma, along=False)
+        tiles = candidates(self, m)
         filling = [tile for tile in tiles if fills(tile.tiles(n, k) * most_splits(tile), arch)]
-        chosen = fitted((filling or tiles[-1:])[0], n, k, m, dtype, arch)
-        if may_fuse and not needs_registers(dtype, precision, arch, tma=tma, along=False):
+        chosen = fitted((filling or tiles[-1:])[0], self, n, k, m)
+        if self.may_fuse and not needs_registers(self, tma=self.tma):
             chosen = fuse_dz(chosen, k, dtype, arch)
         resident = arch.processors if chosen.block_i * chosen.block_j > 128 * 128 else 2 * arch.processors
         splits = max(1, min(resident // chosen.tiles(n, k), most_splits(chosen)))
         return replace(chosen, splits=whole_splits(m, splits, chosen.block_l))
 
     def adjusted(self, config: MatmulConfig) -> MatmulConfig:
-        config = adjusted_fusion(config, self.dtype, self.precision, self.arch, along=False)
+        config = adjusted_fusion(config, self)
         splits = min(config.splits, cdiv(self.m, config.block_l))
         return replace(config, splits=whole_splits(self.m, splits, config.block_l))
 
     def is_legal(self, config: MatmulConfig) -> bool:
-        m, n, k, dtype, precision, arch, vec, tma, may_fuse, _ = self
         plain = config.splits <= self.most_splits and not config.persistent
-        return plain and legal_fusion(
-            config, n, k, m, dtype, precision, arch, vec=vec, tma=tma, may_fuse=may_fuse, along=False
-        )  # fmt: skip
+        return plain and legal_fusion(config, self, self.n, self.k, self.m)
 
 
 def fuse_dz(chosen: MatmulConfig, cols: int, dtype: str, arch: Arch) -> MatmulConfig:
@@ -194,24 +190,17 @@ def shallow(config: MatmulConfig) -> MatmulConfig:
     return replace(config, block_l=min(config.block_l, 32)) if large else config
 
 
-def adjusted_fusion(config: MatmulConfig, dtype: str, precision: str, arch: Arch, *, along: bool) -> MatmulConfig:
-    by_registers = needs_registers(dtype, precision, arch, tma=config.tma, along=along)
-    fuses = config.fuse_dz and config.tma and not by_registers
+def adjusted_fusion(config: MatmulConfig, of: DgradProblem | WgradProblem) -> MatmulConfig:
+    fuses = config.fuse_dz and config.tma and not needs_registers(of, tma=config.tma)
     config = shallow(replace(config, fuse_dz=fuses, prefetch=config.prefetch and not config.tma))
-    extra = config.block_i * config.block_l if fuses else 0
-    return adjusted_product(config, dtype, precision, arch, along=along, extra=extra)
+    return adjusted_product(config, of, extra=config.block_i * config.block_l if fuses else 0)
 
 
-def legal_fusion(
-    config: MatmulConfig, i: int, j: int, l: int, dtype: str, precision: str, arch: Arch,
-    *, vec: int, tma: bool, may_fuse: bool, along: bool,
-) -> bool:  # fmt: skip
-    by_registers = needs_registers(dtype, precision, arch, tma=config.tma, along=along)
-    fusable = may_fuse and config.tma and not by_registers and config == shallow(config)
+def legal_fusion(config: MatmulConfig, of: DgradProblem | WgradProblem, i: int, j: int, l: int) -> bool:
+    by_registers = needs_registers(of, tma=config.tma)
+    fusable = of.may_fuse and config.tma and not by_registers and config == shallow(config)
     extra = config.block_i * config.block_l if config.fuse_dz else 0
-    return (fusable or not config.fuse_dz) and legal_product(
-        config, i, j, l, dtype, precision, arch, vec=vec, tma=tma, along=along, extra=extra
-    )
+    return (fusable or not config.fuse_dz) and legal_product(config, of, i, j, l, extra=extra)
 
 
 class OutputGradProblem(NamedTuple):
