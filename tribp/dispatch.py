@@ -1,4 +1,4 @@
-"""Where a call goes: which backend runs a tensor, on what machine, and who looks on while torch runs.
+"""Where a call goes: which backend runs a tensor, on what machine, and what sees operators but no launches.
 
 `auto` (the default): Triton kernels for CUDA and ROCm tensors, plain torch for everything else. Set `TRIBP_BACKEND` to
 `auto`, `triton` or `torch`, or use `tribp.use_backend`. Importing this module asks no GPU anything.
@@ -132,26 +132,26 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
-# -- who looks on: the compiler, a transform, a dispatch mode, autocast
+# -- the compiler, transforms, dispatch modes, autocast
 
 compiler, dynamo_compiling = torch.compiler, torch.compiler.is_dynamo_compiling
 dispatch_modes = torch._C._len_torch_dispatch_stack
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def dispatching() -> bool:
+def needs_operator() -> bool:
     """Whether something looks on that sees operators but not kernel launches: the compiler, export, a dispatch mode."""
     # Not torch.compiler.is_compiling(): it asks for TorchScript too, and would double the time of a call of this.
     return dynamo_compiling() or compiler._is_compiling_flag or dispatch_modes() > 0
 
 
-def transformed(*tensors: Tensor | None) -> bool:
+def kernels_cannot_see(*tensors: Tensor | None) -> bool:
     """Whether torch must compute by itself: inside torch.func, in forward mode, under jit.trace, for tensor subclasses.
 
     A kernel would read the memory behind a wrapped tensor and return a result without its tangent, batch or trace; of
     a negative view (`z.conj().imag`) the numbers before their sign is turned.
     """
-    if _transforming():
+    if _any_transform():
         return True
     if torch.compiler.is_compiling():  # fake tensors are subclasses too, and the operators take them
         return False
@@ -161,9 +161,9 @@ def transformed(*tensors: Tensor | None) -> bool:
     return False
 
 
-def transforming(grad: Tensor) -> bool:
+def transform_active(grad: Tensor) -> bool:
     """Whether a transform runs, or the older vmap behind `is_grads_batched=True`, whose gradients are marked alone."""
-    return _transforming() or (not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad))
+    return _any_transform() or (not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad))
 
 
 def _constant_while_compiling(predicate: Callable[[], bool]) -> Callable[[], bool]:
@@ -173,7 +173,7 @@ def _constant_while_compiling(predicate: Callable[[], bool]) -> Callable[[], boo
 
 
 @_constant_while_compiling  # and guarded: Dynamo has guards of its own on all three
-def _transforming() -> bool:
+def _any_transform() -> bool:
     """Inside torch.func, in forward mode, or under jit.trace."""
     functorch, tracing = torch._C._are_functorch_transforms_active(), torch._C._get_tracing_state()
     return bool(functorch or tracing or forward_ad._current_level >= 0)
@@ -195,11 +195,12 @@ def autocast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
-def left_to_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch's operators compute this with nobody looking on, and will refuse what else is wrong.
+def plain_cpu_call(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are plain CPU tensors of one of our types, with no compiler, mode or override about.
 
-    Of the arguments' types and devices it says what they don't: they take a weight on the meta device, and some biases
-    of another type. Each question takes 40 ns, and a function for some of them 60 more.
+    Then torch's own operators compute the call, or raise, and the checks can be skipped. What those would not refuse
+    (a weight on the meta device, some biases of another type) is asked here. A question takes 40 ns, a function for
+    some of them 60 more.
     """
     return (
         not (has_torch_function_variadic(input, weight, bias) or dynamo_compiling() or dispatch_modes())
@@ -212,10 +213,10 @@ def left_to_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def torch_computes(grad: Tensor, operator: bool) -> bool:
+def backward_by_torch(grad: Tensor, operator: bool) -> bool:
     """Whether the gradients are left to torch's operations.
 
     For whoever differentiates them again (create_graph=True), where torch asks for many at once
     (is_grads_batched=True), and (operators see to it themselves) for gradients that are no plain memory.
     """
-    return torch.is_grad_enabled() or transforming(grad) or (not operator and transformed(grad))
+    return torch.is_grad_enabled() or transform_active(grad) or (not operator and kernels_cannot_see(grad))

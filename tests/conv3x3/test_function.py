@@ -227,7 +227,7 @@ def test_dimensions_too_long_for_a_tile_go_through_torch(
 ) -> None:
     from tribp.ops.conv3x3 import op as ops
 
-    monkeypatch.setattr(ops, "LONGEST", 16)
+    monkeypatch.setattr(ops, "MAX_SIZE", 16)
     for size, out in (
         ((17, 2, 3, 3), 4),
         ((1, 17, 3, 3), 4),

@@ -207,7 +207,9 @@ def test_sources_are_those_of_kernels_heuristics_and_plans(monkeypatch: pytest.M
     monkeypatch.setattr(Path, "read_bytes", recorded)
     autotune.sources.cache_clear()
     autotune.sources()
-    assert {"linear_sigmoid.py", "matmul.py", "config.py", "common.py", "layout.py", "plan.py"} <= set(read)
+    assert {"linear_sigmoid.py", "matmul.py", "config.py", "common.py", "layout.py", "plan.py", "versions.py"} <= set(
+        read
+    )
 
 
 # -- what is stored

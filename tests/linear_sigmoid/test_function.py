@@ -228,7 +228,7 @@ def test_dimensions_too_long_for_a_tile_go_through_torch(
 ) -> None:
     from tribp.ops.linear_sigmoid import op as ops
 
-    monkeypatch.setattr(ops, "LONGEST", 16)
+    monkeypatch.setattr(ops, "MAX_SIZE", 16)
     x, w, b = make(17, 4, 8, torch.float32, kernels)
     check(x, w, b, torch.randn(17, 4, device=kernels))
     assert not launched

@@ -1,11 +1,11 @@
-"""GPUs, types and limits, as launch settings and kernels know them. Imports nothing but the standard library."""
+"""GPUs, types and limits, as heuristics and kernels know them. Imports nothing but the standard library."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Arch:
-    """What the rules need to know of a GPU."""
+    """What heuristics need to know of a GPU."""
 
     backend: str  # "cuda", "hip" or "interpreter"
     capability: int  # 90 for sm_90, 942 for gfx942
@@ -26,10 +26,6 @@ class Arch:
     def has_wgmma(self) -> bool:
         """Whether tensor cores work beside the program, on tiles in shared memory: Hopper alone."""
         return self.backend == "cuda" and 90 <= self.capability < 100
-
-    def __hash__(self) -> int:
-        """Two numbers tell machines apart; to hash all fields would be a third of what an answered question costs."""
-        return self.capability << 16 ^ self.processors
 
 
 # The machines the static checks compile for; on a real one `tribp.dispatch.arch_of` reads the numbers off the device.

@@ -109,12 +109,13 @@ class Trial:
     ) -> None:  # fmt: skip
         self._tensors, self._device, self._timer = tensors, device, timer
         arch, layouts = dispatch.arch_of(device.index), [plans.layout_of(tensor) for tensor in tensors]
-        self.plan: Callable[[Mapping[Any, Any]], plans.Plan] = lambda configs: plans.made(
-            build, arch, layouts, facts, configs
-        )
+        self._call = build, arch, layouts, facts
         found = [tensors[number] for number in self.plan(plans.tuned).outputs]
         self.outputs = [output for output in found if output is not None]
         self._expected: list[Tensor] = []
+
+    def plan(self, configs: Mapping[Any, Any]) -> plans.Plan:
+        return plans.made(*self._call, configs)
 
     def problems(self) -> list[Any]:
         """Those of the call for which no config was found yet."""
@@ -217,7 +218,11 @@ class Tuner:
         self._seen.add(call)
 
     def _load(self, trial: Trial) -> None:
-        while stored := {p: config for p in trial.problems() if (config := load(p, self._gpu())) is not None}:
+        while True:  # a stored config may raise other problems
+            stored = {problem: load(problem, self._gpu()) for problem in trial.problems()}
+            stored = {problem: config for problem, config in stored.items() if config is not None}
+            if not stored:
+                break
             self._use(stored)
 
     def _search(self, trial: Trial) -> None:
@@ -246,10 +251,12 @@ FILE = "tribp_config.json"
 def sources() -> str:
     """A digest of what decides how fast configs are and which are legal: kernels, heuristics, and plans."""
     digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for folder in (Path(common.__file__).parent, here, here.parent / "ops"):
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    tribp = Path(__file__).parents[1]
+    files = [tribp / "versions.py", tribp / "dispatch.py"]
+    for folder in (Path(common.__file__).parent, tribp / "launch", tribp / "ops"):
+        files += sorted(folder.rglob("*.py"))
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from .arch import ARCHS, ITEMSIZE, Arch, cdiv, power_of_2
 from .neighbors import Steps, all_registers, doubled, one_more, toggled
 
 BASES = ("derived", "compiled", "measured")
-INTERPRETED = "derived: interpreted, a program takes 6 ms whatever its size"
+REASON_INTERPRETED = "derived: interpreted, a program takes 6 ms whatever its size"
 
 
 class Config(Protocol):
@@ -150,7 +150,7 @@ def candidates(of: Product, l: int, *, short: int = 512) -> list[MatmulConfig]:
     odd = vec * ITEMSIZE[dtype] < 4 and not tma
     if arch.backend == "interpreter":
         # Tiles just small enough that the tests' shapes take several.
-        return [MatmulConfig(32, 32, 32, 1, 1, INTERPRETED, tma=tma, prefetch=odd)]
+        return [MatmulConfig(32, 32, 32, 1, 1, REASON_INTERPRETED, tma=tma, prefetch=odd)]
     if odd:
         # Two-byte loads go through registers: 128×64×32 takes 128 of them, 128×128×32 twice as many, 64 deep spills.
         # One stage: the loop is its own pipeline, and a second one on top does not compile for sm_100 in Triton 3.5.
@@ -250,7 +250,7 @@ def whole_splits(m: int, splits: int, block: int) -> int:
 
 # -- what is legal
 
-LONGEST = 256  # of a tile's sides, and of a descriptor's
+MAX_TILE = 256  # of a tile's sides, and of a descriptor's
 WORKSPACE = 32 << 20  # bytes that partial results may always take; cuDNN's algorithms ask for as much and more
 RESULT = 128  # registers a thread may keep of a result: 128×256 in float32 with 8 warps
 
@@ -269,10 +269,15 @@ def registers(elements: int, dtype: str, num_warps: int, arch: Arch) -> int:
     return elements * (2 if dtype == "float64" else 1) // threads
 
 
-def legal_threads(config: Any, arch: Arch, *, least: int = 2, most: int = 8) -> bool:
-    """Whether warps and registers are as the GPU has them."""
+def legal_threads(config: Any, arch: Arch, *, wgmma: bool = True, tile: int = 0) -> bool:
+    """Whether warps and registers are as the GPU has them.
+
+    wgmma: whether tensor cores may be wgmma's, which need four warps. tile: elements of a product's result; a small one
+    is not worth more than four.
+    """
     if arch.backend == "interpreter":
         return bool(config.num_warps == 1 and config.max_registers is None)
+    least, most = 4 if arch.has_tma and wgmma else 2, 4 if 0 < tile < 64 * 64 else 8
     return least <= config.num_warps <= most and (config.max_registers is None or arch.backend == "cuda")
 
 
@@ -286,16 +291,14 @@ def legal_product(
     arch, itemsize = of.arch, ITEMSIZE[of.dtype]
     tile = config.block_i * config.block_j
     by_registers = needs_registers(of, tma=config.tma)
-    # A warpgroup's instructions need four warps.
-    least = 4 if arch.has_tma and not by_registers else 2
     most = RESULT // 4 if config.prefetch else RESULT  # what is prefetched lies in registers as well
     deepest = 32 if config.prefetch else 128
     stages = stages_in_memory(config, itemsize, arch, extra=extra, output=output)
     single = config.prefetch or arch.backend == "interpreter"  # one pipeline on top of another does not compile
     return (
-        legal_threads(config, arch, least=least, most=8 if tile >= 64 * 64 else 4)
-        and 16 <= config.block_i <= fit(LONGEST, i)
-        and 16 <= config.block_j <= fit(LONGEST, j)
+        legal_threads(config, arch, wgmma=not by_registers, tile=tile)
+        and 16 <= config.block_i <= fit(MAX_TILE, i)
+        and 16 <= config.block_j <= fit(MAX_TILE, j)
         and 16 <= config.block_l <= fit(deepest, l)
         and 1 <= config.num_stages <= (1 if single else stages)
         and registers(tile, of.dtype, config.num_warps, arch) <= most
@@ -334,7 +337,7 @@ class ReduceProblem(NamedTuple):
     def choose(self) -> ReduceConfig:
         parts, _, arch, rows, vec = self
         if arch.backend == "interpreter":
-            return ReduceConfig(4, 512, 1, INTERPRETED)
+            return ReduceConfig(4, 512, 1, REASON_INTERPRETED)
         # Derived: a sector of each row of a matrix, or a line of what is not transposed. Three forms are enough.
         least = 8 * power_of_2(rows) if rows > 1 else 32
         elements = 512 * vec

@@ -5,8 +5,7 @@ A *problem* is a record of what a config is chosen for: shapes, types and the GP
 - `choose()`: the heuristic's config;
 - `is_legal(config)`: whether kernels compute correctly with it, and what was seen to spill is left out;
 - `adjusted(config)`: the config with what follows from its other fields brought in line (stages that memory holds, the
-  box
-  that belongs to a tile, whole splits);
+  box that belongs to a tile, whole splits);
 - `steps()`: the fields to vary, and how.
 """
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .arch import Arch
-from .matmul import INTERPRETED
+from .matmul import REASON_INTERPRETED, legal_threads
 from .neighbors import Steps, doubled
 
 
@@ -64,7 +64,7 @@ class MultiTensorProblem(NamedTuple):
     def choose(self) -> MultiTensorConfig:
         elements, types, strided, arch = self
         if arch.backend == "interpreter":
-            return MultiTensorConfig(64, 2, 1, INTERPRETED)
+            return MultiTensorConfig(64, 2, 1, REASON_INTERPRETED)
         if "float64" in types:
             block, reason = 512, "derived: 4 elements a thread: two 16-byte accesses to each operand"
         elif arch.backend == "hip" and {"float16", "bfloat16"} & set(types):
@@ -89,10 +89,5 @@ class MultiTensorProblem(NamedTuple):
         return config
 
     def is_legal(self, config: MultiTensorConfig) -> bool:
-        interpreted = self.arch.backend == "interpreter"
-        least, most = (1, 1) if interpreted else (4 if self.arch.has_tma else 2, 8)
-        return (
-            1 <= config.chunk_blocks <= 32
-            and (32 if interpreted else 256) <= config.block <= 4096
-            and least <= config.num_warps <= most
-        )
+        least = 32 if self.arch.backend == "interpreter" else 256
+        return legal_threads(config, self.arch) and 1 <= config.chunk_blocks <= 32 and least <= config.block <= 4096

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from ... import versions
 from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
 from ...launch.matmul import (
-    INTERPRETED,
-    LONGEST,
+    MAX_TILE,
+    REASON_INTERPRETED,
     RESULT,
     STEPS,
     WORKSPACE,
@@ -133,14 +133,6 @@ def beside(box: Box) -> Iterator[Box]:
             yield from (_resized(box, {side: 1, other: 4}) for other in (2, 1, 0) if other != side)
 
 
-def one_or_two(rows: int) -> Iterator[int]:
-    yield 3 - rows
-
-
-def one_or_three(taps: int) -> Iterator[int]:
-    yield 4 - taps
-
-
 def _resized(box: Box, halves: dict[int, int]) -> Box:
     n, h, w = (length * halves.get(side, 2) // 2 for side, length in enumerate(box))
     return n, h, w
@@ -152,7 +144,7 @@ def sparing(config: ConvConfig, chosen: ConvConfig, n: int, p: int, q: int) -> b
     def covered(c: ConvConfig) -> int:
         return c.boxes(n, p, q) * prod(c.box) * c.rows
 
-    return max(config.box) <= LONGEST and 4 * covered(config) <= 5 * covered(chosen)
+    return max(config.box) <= MAX_TILE and 4 * covered(config) <= 5 * covered(chosen)
 
 
 def legal_splits(config: ConvConfig, n: int, p: int, q: int, share: int, spare: int = 0) -> bool:
@@ -206,7 +198,7 @@ class ConvProblem(NamedTuple):
     stepped: bool
 
     def steps(self) -> Steps:
-        return {**STEPS, "box": beside, "flat": toggled, "rows": one_or_two}
+        return {**STEPS, "box": beside, "flat": toggled, "rows": lambda rows: iter([3 - rows])}
 
     def choose(self) -> ConvConfig:
         n, p, q, j, l, bundles, bundle, classes, dtype, _, arch, *_ = self
@@ -279,7 +271,7 @@ class ConvProblem(NamedTuple):
         By the model, 256 images: 64 channels of 56², 137 → 104 µs, 128 of 28², 107 → 93: L2 gives fewer bytes.
         """
         if self.arch.backend == "interpreter":
-            tile = MatmulConfig(16, 32, 32, 1, 1, INTERPRETED)
+            tile = MatmulConfig(16, 32, 32, 1, 1, REASON_INTERPRETED)
         elif self.j <= 64:
             reason = "derived: two rows of 128×64: of two programs a processor one computes while the other loads"
             tile = MatmulConfig(128, 64, 32, 4, 2, reason)
@@ -312,19 +304,17 @@ class ConvProblem(NamedTuple):
         bundled = bundle > 1 and arch.backend != "interpreter"  # a tile has a bundle's columns and sum, and no more
         from_registers = arch.backend == "cuda" and not arch.has_tma
         deepest = 32 if from_registers else chosen.block_l if bundled else 128
-        largest = LONGEST * LONGEST
+        largest = MAX_TILE * MAX_TILE
         if from_registers:
             largest = 128 * 128 if size == 2 else 128 * 64 // classes
         by_registers = needs_registers(self, tma=config.tma)
         stages = stages_in_memory(config, size, arch, extra=self._beside_stages(config))
         pairs = self._pairs_rows(config) and config.box[1] == 1 and config.flat
         return (
-            legal_threads(
-                config, arch, least=2 if by_registers or not arch.has_tma else 4, most=8 if tile >= 4096 else 4
-            )
-            and 16 <= config.block_i <= (chosen.block_i if bundled else fit(LONGEST, n * p * q))
+            legal_threads(config, arch, wgmma=not by_registers, tile=tile)
+            and 16 <= config.block_i <= (chosen.block_i if bundled else fit(MAX_TILE, n * p * q))
             # Beside more than 128 columns the addresses of pointers, and of stores of single columns, spill.
-            and 16 <= config.block_j <= min(fit(LONGEST, j), LONGEST if config.tma and not self.wide else 128)
+            and 16 <= config.block_j <= min(fit(MAX_TILE, j), MAX_TILE if config.tma and not self.wide else 128)
             and (not bundled or config.block_j == chosen.block_j)
             and 16 <= config.block_l <= fit(deepest, l)
             and tile <= largest
@@ -348,7 +338,7 @@ class ConvProblem(NamedTuple):
 class ConvWgradProblem(NamedTuple):
     """dw (o × c of each bundle, nine taps), summed over n images of p × q pixels, and split between programs.
 
-    spare: bytes that partial results may take, as in `choose_wgrad`.
+    spare: bytes that partial results may take, as in `linear_sigmoid.config.WgradProblem`.
     """
 
     n: int
@@ -371,7 +361,7 @@ class ConvWgradProblem(NamedTuple):
         return False
 
     def steps(self) -> Steps:
-        return {**STEPS, "box": beside, "splits": doubled, "taps": one_or_three}
+        return {**STEPS, "box": beside, "splits": doubled, "taps": lambda taps: iter([4 - taps])}
 
     def choose(self) -> ConvConfig:
         n, p, q, o, c, bundles, bundle, dtype, precision, arch, vec, tma, spare = self
@@ -383,7 +373,7 @@ class ConvWgradProblem(NamedTuple):
         # which reads both operands from shared memory, and the addresses of 32 deep tiles, but not those of 4-byte
         # accesses; where operands lie in registers, three of 64×32 do.
         if arch.backend == "interpreter":
-            tile, taps = MatmulConfig(32, 32, 32, 1, 1, INTERPRETED), 3
+            tile, taps = MatmulConfig(32, 32, 32, 1, 1, REASON_INTERPRETED), 3
         elif size == 8:
             tile, taps = MatmulConfig(64, 64, 16, 8, 2, "derived: float64: 64×64, one tap"), 1
         elif size == 4 and arch.has_wgmma:
@@ -439,9 +429,7 @@ class ConvWgradProblem(NamedTuple):
         # A descriptor's box is a line: it knows x's edges, but not dz's.
         line = not config.tma or config.box == choose_line((config.block_l,), n, q, dtype, arch)
         return (
-            legal_threads(
-                config, arch, least=2 if by_registers or not arch.has_tma else 4, most=8 if tile >= 4096 else 4
-            )
+            legal_threads(config, arch, wgmma=not by_registers, tile=tile)
             and 16 <= config.block_i <= fit(128, o)
             and 16 <= config.block_j <= fit(128, c)
             and 16 <= config.block_l <= 128
@@ -464,8 +452,8 @@ def even_splits(boxes: int, splits: int) -> int:
     return cdiv(boxes, cdiv(boxes, splits))
 
 
-def small_stages(dtype: str, arch: Arch) -> int:
-    """The stages that `small_wgrad` may have.
+def few_channels_stages(dtype: str, arch: Arch) -> int:
+    """The stages that `few_channels_wgrad` may have.
 
     Compiled: with two, wgmma reads float32 tiles where `cp.async` brings the next ones, or registers that are refilled.
     """
@@ -514,7 +502,7 @@ class FewChannelsProblem(NamedTuple):
         n, p, q, o, c, dtype, arch, wgrad, fused = self
         k = max(16, power_of_2(9 * c))
         if arch.backend == "interpreter":
-            pixels, warps, reason = 32, 1, INTERPRETED
+            pixels, warps, reason = 32, 1, REASON_INTERPRETED
         elif ITEMSIZE[dtype] == 8:
             pixels, warps, reason = 16 if wgrad else 32, 4, "derived: float64: two registers an element"
         elif ITEMSIZE[dtype] == 4:
@@ -536,7 +524,7 @@ class FewChannelsProblem(NamedTuple):
             chosen = ConvConfig(pixels, channels, k, warps, 1, reason, max_registers=unrounded(arch))
             return with_rows(chosen, images, columns, n, p, q, cdiv(o, channels), arch)
         box = choose_box(pixels, n, p, q, wide=True)
-        stages = small_stages(dtype, arch)
+        stages = few_channels_stages(dtype, arch)
         chosen = ConvConfig(channels, k, pixels, warps, stages, reason, box=box, max_registers=unrounded(arch))
         boxes = chosen.boxes(n, p, q)
         # Derived: four programs a processor hide each other's gathers; splits of under four boxes mostly write results.
@@ -549,7 +537,9 @@ class FewChannelsProblem(NamedTuple):
         n, p, q = self.n, self.p, self.q
         if prod(config.box) != config.block_l:
             config = replace(config, box=choose_box(config.block_l, n, p, q, wide=True))
-        stages = min(small_stages(self.dtype, self.arch), stages_in_memory(config, ITEMSIZE[self.dtype], self.arch))
+        stages = min(
+            few_channels_stages(self.dtype, self.arch), stages_in_memory(config, ITEMSIZE[self.dtype], self.arch)
+        )
         return adjusted_splits(replace(config, num_stages=min(config.num_stages, stages)), n, p, q)
 
     def is_legal(self, config: ConvConfig) -> bool:
@@ -558,14 +548,14 @@ class FewChannelsProblem(NamedTuple):
         i, j, l = config.block_i, config.block_j, config.block_l
         largest = max(i * j, i * l, j * l) if wgrad else i * j
         return (
-            legal_threads(config, arch, least=4 if arch.has_tma else 2)
+            legal_threads(config, arch)
             and min(i, j, l) >= 16
             and (i if wgrad else j) <= fit(128, o)
             # All that a pixel meets is one step: of wgrad nine taps, else a row of three.
-            and (j == chosen.block_j and l <= LONGEST if wgrad else (i, l) == (chosen.block_i, chosen.block_l))
+            and (j == chosen.block_j and l <= MAX_TILE if wgrad else (i, l) == (chosen.block_i, chosen.block_l))
             and prod(config.box) == (l if wgrad else i * config.box[1])
             and registers(largest, dtype, config.num_warps, arch) <= RESULT
-            and 1 <= config.num_stages <= (small_stages(dtype, arch) if wgrad else 1)
+            and 1 <= config.num_stages <= (few_channels_stages(dtype, arch) if wgrad else 1)
             and sparing(config, chosen, n, p, q)
             and (legal_splits(config, n, p, q, max(ITEMSIZE[dtype], 4) * 9 * o * c) if wgrad else config.splits == 1)
         )
@@ -593,7 +583,7 @@ class FewChannelsDgradProblem(NamedTuple):
         n, h, w, o, dtype, _, arch, tma = self
         block_l = fit(128, o)
         if arch.backend == "interpreter":
-            pixels, warps, stages, reason = 32, 1, 1, INTERPRETED
+            pixels, warps, stages, reason = 32, 1, 1, REASON_INTERPRETED
         else:
             # Compiled: of longer rows a thread holds more weights, and spills beside the products of 128 pixels on
             # sm_80.
@@ -602,7 +592,7 @@ class FewChannelsDgradProblem(NamedTuple):
             stages = 2 if arch.backend == "hip" else 4
         tma = tma and arch.has_tma
         if not tma:
-            stages = stages if small_stages(dtype, arch) > 1 else 1
+            stages = stages if few_channels_stages(dtype, arch) > 1 else 1
         narrowest = min(64, pixels) if tma else 8
         widths = [k for k in (128, 64, 32, 16, 8) if narrowest <= k <= pixels]
         columns = min(widths, key=lambda columns: cdiv(w, columns - 2) * columns)
@@ -620,9 +610,9 @@ class FewChannelsDgradProblem(NamedTuple):
         # Weights, and what is exchanged, take 16 KB.
         copies = config.num_stages - (not self.arch.has_tma) if config.num_stages > 1 else 0
         return (
-            legal_threads(config, self.arch, least=4 if self.arch.has_tma else 2)
+            legal_threads(config, self.arch)
             and (images, columns) == (chosen.box[0], chosen.box[2])
-            and 1 <= rows <= LONGEST
+            and 1 <= rows <= MAX_TILE
             and (config.num_stages == 1 if chosen.num_stages == 1 else config.num_stages >= 1)
             and copies * config.block_i * config.block_l * size < self.arch.shared_memory - 16 * 1024
         )
@@ -646,7 +636,7 @@ class DepthwiseProblem(NamedTuple):
     def choose(self) -> ConvConfig:
         n, p, q, c, dtype, arch, last, wgrad = self
         if arch.backend == "interpreter":
-            elements, rows, warps, reason = 256, 2, 1, INTERPRETED
+            elements, rows, warps, reason = 256, 2, 1, REASON_INTERPRETED
         else:
             threads = 256 if arch.backend == "hip" else 128
             elements, rows, warps = threads * max(4, 16 // ITEMSIZE[dtype]), 4, 4
@@ -685,10 +675,10 @@ class DepthwiseProblem(NamedTuple):
             return s.boxes(n, p, q) * prod(s.box) * cdiv(c, s.block_j) * s.block_j
 
         return (
-            legal_threads(config, arch, least=4 if arch.has_tma else 2)
+            legal_threads(config, arch)
             and config.block_i == images * columns
             and 1 <= rows <= (8 if wgrad else 64)  # rows of wgrad are unrolled
-            and max(images, columns, channels) <= LONGEST
+            and max(images, columns, channels) <= MAX_TILE
             and 64 <= images * columns * channels <= 2048
             and 4 * covered(config) <= 5 * covered(chosen)
             and (legal_splits(config, n, p, q, max(ITEMSIZE[dtype], 4) * 9 * c) if wgrad else config.splits == 1)
@@ -710,7 +700,7 @@ class RelayoutProblem(NamedTuple):
     def choose(self) -> RelayoutConfig:
         n, p, c, dtype, arch = self
         if arch.backend == "interpreter":
-            return RelayoutConfig(32, 32, 2, 1, INTERPRETED)
+            return RelayoutConfig(32, 32, 2, 1, REASON_INTERPRETED)
         # Compiled: 64 channels of a weight take 72 registers, for its taps make no wide access; images beside it take
         # 56.
         block_c = min(64 if p > 9 else 32, max(8, power_of_2(c)))
@@ -733,7 +723,7 @@ class RelayoutProblem(NamedTuple):
 
         few = programs(config) * c * max(4, ITEMSIZE[dtype]) <= WORKSPACE or programs(config) <= programs(self.choose())
         return (
-            legal_threads(config, arch, least=4 if arch.has_tma else 2)
+            legal_threads(config, arch)
             and few
             and 1 <= config.block_p <= min(1024, max(16, power_of_2(p)))
             and 8 <= config.block_c <= min(256, max(32, power_of_2(c)))

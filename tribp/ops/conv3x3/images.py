@@ -165,10 +165,9 @@ class Packing:
 
     def _take(self, moves: list[Move]) -> Move | None:
         """The first of some of them, if there is one."""
-        for move in moves[:1]:
-            self._moves = [other for other in self._moves if other is not move]
-            return move
-        return None
+        first = next(iter(moves), None)
+        self._moves = [move for move in self._moves if move is not first]
+        return first
 
 
 def pack(plan: Plan, first: Move, second: Move | None, third: Move | None) -> None:

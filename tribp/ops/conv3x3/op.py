@@ -4,7 +4,6 @@ As in `linear_sigmoid/op.py`: eager mode goes to `forward` and `backward`; the r
 compiler, for export and for dispatch modes.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,16 +13,19 @@ from torch._decomp import register_decomposition
 from torch.nn import functional as F
 
 from ... import dispatch
-from ...dispatch import autocast, autocasting, dispatching, left_to_torch, torch_computes, transformed, without_autocast
-from ..autograd import REFUSALS, in_places, sigmoid_
+from ...dispatch import (
+    autocasting,
+    backward_by_torch,
+    kernels_cannot_see,
+    needs_operator,
+    plain_cpu_call,
+    without_autocast,
+)
 from ..checks import check_dtypes
+from ..shared import MAX_SIZE, REFUSALS, Grads, Needs, autocast_all, in_places, launching, sigmoid_, uses_tf32
 from . import reference
 from .checks import cached_window, check_conv3x3
 from .reference import Window, channels_last, conv3x3_format
-
-Needs = tuple[bool, bool, bool]
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
-LONGEST = 2**31 - 256  # a tile is at most 256 long
 
 
 class ChannelsLast(NamedTuple):
@@ -77,9 +79,10 @@ def conv3x3(
         TypeError: dtypes that differ or are not among the four; arguments of the wrong kind.
     """
     try:
-        if left_to_torch(input, weight, bias) and groups == 1 and (bias is None or bias.is_cpu):
+        if plain_cpu_call(input, weight, bias) and groups == 1 and (bias is None or bias.is_cpu):
             window = cached_window(stride, padding, groups, activation, dilation)
             _, channels, height, width = weight.shape
+            # What `reference` works around torch for has several groups, or is in bfloat16 with a stride of 2.
             if channels and height == width == 3 and (window.stride[1] == 1 or input.dtype != torch.bfloat16):
                 # As they were given: torch refuses True and 1.0, which the cache takes for 1.
                 output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -93,11 +96,7 @@ def conv3x3(
         )
     window = check_conv3x3(input, weight, bias, stride, padding, groups, activation, dilation)
     if autocasting(input.device.type):
-        input, weight, bias = (
-            autocast(input),
-            autocast(weight),
-            None if bias is None else autocast(bias),
-        )
+        input, weight, bias = autocast_all(input, weight, bias)
     check_dtypes("conv3x3", input, weight, bias)
     if input.dim() == 3:
         return _conv3x3(input.unsqueeze(0), weight, bias, window, activation).squeeze(0)
@@ -105,9 +104,9 @@ def conv3x3(
 
 
 def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None) -> Tensor:
-    if transformed(input, weight, bias) or not (dispatching() or dispatch.backend_of(input) == "triton"):
+    if kernels_cannot_see(input, weight, bias) or not (needs_operator() or dispatch.backend_of(input) == "triton"):
         return reference.conv3x3(input, weight, bias, window, activation)
-    if dispatching():
+    if needs_operator():
         output: Tensor = operator(input, weight, bias, *window, activation)
         return output
     needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -140,9 +139,9 @@ class _Conv3x3(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, output = ctx.saved_tensors
         needs, window, size = ctx.needs_input_grad[:3], ctx.window, ctx.input_size
-        operator = ctx.operator or dispatching()
+        operator = ctx.operator or needs_operator()
         with without_autocast(grad.device.type):
-            if torch_computes(grad, operator):
+            if backward_by_torch(grad, operator):
                 grads = reference.conv3x3_backward(grad, input, weight, output, size, window, needs)
             elif operator:
                 found = backward_operator(grad, input, weight, output, size, *window, needs, *ctx.formats)
@@ -159,12 +158,19 @@ def forward(
     layout = conv3x3_format(input, weight)
     if backend == "torch" or not _fits(input, weight):
         return reference.conv3x3(input, weight, bias, window, activation).contiguous(memory_format=layout)
-    perform, plan = _launching()
+    perform, plan = launching("conv3x3")
 
     output = _empty(_output_size(input, weight, window), input, layout)
     tensors = (input, weight, bias, output)
     with dispatch.on_device(input):
-        perform(plan.forward, tensors, input.device, window=window, activation=activation, tf32=_tf32(input))
+        perform(
+            plan.forward,
+            tensors,
+            input.device,
+            window=window,
+            activation=activation,
+            tf32=uses_tf32(input, convolution=True),
+        )
     return output
 
 
@@ -185,25 +191,12 @@ def backward(
             if empty is not None and value is not None:
                 empty.copy_(value)
         return dx, dw, db
-    perform, plan = _launching()
+    perform, plan = launching("conv3x3")
 
     tensors = (grad, input, weight, output, dx, dw, db)
     with dispatch.on_device(grad):
-        perform(plan.backward, tensors, grad.device, window=window, tf32=_tf32(grad))
+        perform(plan.backward, tensors, grad.device, window=window, tf32=uses_tf32(grad, convolution=True))
     return dx, dw, db
-
-
-@functools.cache
-def _launching() -> tuple[Any, Any]:
-    """What imports triton, imported where kernels are to run: once, for an import statement takes 0.5 µs each time."""
-    from ...launch.autotune import perform
-    from . import plan
-
-    return perform, plan
-
-
-def _tf32(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and dispatch.tf32_allowed(convolution=True)
 
 
 def _output_size(input: Tensor, weight: Tensor, window: Window) -> tuple[int, ...]:
@@ -226,9 +219,9 @@ def _empty(size: Sequence[int], like: Tensor, layout: torch.memory_format) -> Te
 def _fits(*tensors: Tensor | None) -> bool:
     """Whether kernels can take these: none of them empty, and no dimension too long for the int32 start of a tile."""
     for t in tensors:
-        if t is None or 0 < t.numel() <= LONGEST:  # then no dimension is longer
+        if t is None or 0 < t.numel() <= MAX_SIZE:  # then no dimension is longer
             continue
-        if t.numel() == 0 or max(t.shape) > LONGEST:
+        if t.numel() == 0 or max(t.shape) > MAX_SIZE:
             return False
     return True
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ...launch.arch import ITEMSIZE, Arch, cdiv
 from ...launch.matmul import (
-    INTERPRETED,
+    REASON_INTERPRETED,
     STEPS,
     WORKSPACE,
     MatmulConfig,
@@ -19,6 +19,7 @@ from ...launch.matmul import (
     fit,
     fitted,
     legal_product,
+    legal_threads,
     needs_registers,
     stages_that_fit,
     whole_splits,
@@ -204,7 +205,7 @@ def legal_fusion(config: MatmulConfig, of: DgradProblem | WgradProblem, i: int, 
 
 
 class OutputGradProblem(NamedTuple):
-    """The pass that writes dz and partial sums of db. vec: elements that divide a row."""
+    """The pass that writes dz and partial sums of db."""
 
     m: int
     n: int
@@ -217,7 +218,7 @@ class OutputGradProblem(NamedTuple):
     def choose(self) -> ElementwiseConfig:
         m, n, dtype, arch = self
         if arch.backend == "interpreter":
-            return ElementwiseConfig(16, 32, 32, 1, INTERPRETED)
+            return ElementwiseConfig(16, 32, 32, 1, REASON_INTERPRETED)
         block_n = fit(128, n)
         block_m = max(1, 4096 // block_n if ITEMSIZE[dtype] <= 4 else 2048 // block_n)
         blocks = cdiv(m, block_m)
@@ -234,12 +235,11 @@ class OutputGradProblem(NamedTuple):
         parts, chosen = cdiv(m, config.rows), self.choose()
         # The grid's second axis ends at 65,535.
         few = parts <= 65_535 and parts * n * max(4, ITEMSIZE[dtype]) <= WORKSPACE
-        least = 1 if arch.backend == "interpreter" else 4 if arch.has_tma else 2
         return (
-            (few or config.rows >= chosen.rows)
+            legal_threads(config, arch)
+            and (few or config.rows >= chosen.rows)
             and config.rows % config.block_m == 0
             and config.block_m >= 1
             and 16 <= config.block_n <= fit(1024, max(n, 32))
             and config.block_m * config.block_n <= 8192
-            and least <= config.num_warps <= (1 if arch.backend == "interpreter" else 8)
         )

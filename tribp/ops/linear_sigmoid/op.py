@@ -5,7 +5,6 @@ wrap these for the compiler, for export and for dispatch modes, where a bare ker
 20 µs more a call, so eager mode avoids them.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,16 +14,18 @@ from torch._decomp import register_decomposition
 from torch.nn import functional as F
 
 from ... import dispatch
-from ...dispatch import autocast, autocasting, dispatching, left_to_torch, torch_computes, transformed, without_autocast
-from ..autograd import REFUSALS, in_places, sigmoid_
+from ...dispatch import (
+    autocasting,
+    backward_by_torch,
+    kernels_cannot_see,
+    needs_operator,
+    plain_cpu_call,
+    without_autocast,
+)
 from ..checks import check_devices, check_dtypes, check_tensors
+from ..shared import MAX_SIZE, REFUSALS, Grads, Needs, autocast_all, in_places, launching, sigmoid_, uses_tf32
 from . import reference
 from .reference import as_matrix
-
-Needs = tuple[bool, bool, bool]
-LONGEST = 2**31 - 256  # a tile is at most 256 long
-
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,7 +51,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         TypeError: dtypes that differ or are not among the four; arguments that are no tensors.
     """
     try:
-        if left_to_torch(input, weight, bias) and weight.ndim == 2 and (bias is None or bias.ndim < 2):
+        if plain_cpu_call(input, weight, bias) and weight.ndim == 2 and (bias is None or bias.ndim < 2):
             return sigmoid_(F.linear(input, weight, bias))
     except REFUSALS:
         pass  # the checks know a better sentence
@@ -59,17 +60,13 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         return torch.overrides.handle_torch_function(linear_sigmoid, arguments, *arguments)
     check_linear(input, weight, bias)
     if autocasting(input.device.type):
-        input, weight, bias = (
-            autocast(input),
-            autocast(weight),
-            None if bias is None else autocast(bias),
-        )
+        input, weight, bias = autocast_all(input, weight, bias)
     if bias is not None and bias.shape != weight.shape[:1]:
         bias = bias.expand(weight.shape[0])
     check_dtypes("linear_sigmoid", input, weight, bias)
-    if transformed(input, weight, bias) or not (dispatching() or dispatch.backend_of(input) == "triton"):
+    if kernels_cannot_see(input, weight, bias) or not (needs_operator() or dispatch.backend_of(input) == "triton"):
         return reference.linear_sigmoid(input, weight, bias)
-    if dispatching():
+    if needs_operator():
         output: Tensor = operator(input, weight, bias)
         return output
     needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -99,10 +96,10 @@ class _LinearSigmoid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, output = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        operator = ctx.operator or dispatching()
+        operator = ctx.operator or needs_operator()
         # Backward under autocast, which torch advises against, would cast the operands of float32 products.
         with without_autocast(grad.device.type):
-            if torch_computes(grad, operator):
+            if backward_by_torch(grad, operator):
                 return reference.linear_sigmoid_backward(grad, input, weight, output, needs)
             if operator:
                 return in_places(needs, backward_operator(grad, input, weight, output, needs))
@@ -133,12 +130,12 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) ->
     n = weight.shape[0]
     if backend == "torch" or not _fits(input, weight):
         return reference.linear_sigmoid(input, weight, bias)
-    perform, plan = _launching()
+    perform, plan = launching("linear_sigmoid")
 
     output = torch.empty((*input.shape[:-1], n), dtype=input.dtype, device=input.device)
     tensors = (as_matrix(input), weight, bias, as_matrix(output))
     with dispatch.on_device(input):
-        perform(plan.forward, tensors, input.device, tf32=_tf32(input))
+        perform(plan.forward, tensors, input.device, tf32=uses_tf32(input))
     return output
 
 
@@ -151,7 +148,7 @@ def backward(
     """
     if backend == "torch" or not _fits(output, input, weight):
         return reference.linear_sigmoid_backward(grad, input, weight, output, needs)
-    perform, plan = _launching()
+    perform, plan = launching("linear_sigmoid")
 
     n = output.shape[-1]
     x = as_matrix(input) if input is not None else None
@@ -167,29 +164,16 @@ def backward(
     y, flat_dx = as_matrix(output.contiguous()), as_matrix(dx) if dx is not None else None
     with dispatch.on_device(output):
         tensors = (as_matrix(grad), x, weight, y, flat_dx, dw, db)
-        perform(plan.backward, tensors, output.device, tf32=_tf32(output))
+        perform(plan.backward, tensors, output.device, tf32=uses_tf32(output))
     return dx, dw, db
-
-
-@functools.cache
-def _launching() -> tuple[Any, Any]:
-    """What imports triton, imported where kernels are to run: once, for an import statement takes 0.5 µs each time."""
-    from ...launch.autotune import perform
-    from . import plan
-
-    return perform, plan
-
-
-def _tf32(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and dispatch.tf32_allowed()
 
 
 def _fits(*tensors: Tensor | None) -> bool:
     """Whether kernels can take these: none of them empty, and no dimension too long for the int32 start of a tile."""
     for t in tensors:
-        if t is None or 0 < (numel := t.numel()) <= LONGEST:  # then no dimension is longer
+        if t is None or 0 < (numel := t.numel()) <= MAX_SIZE:  # then no dimension is longer
             continue
-        if numel == 0 or max(numel // t.shape[-1], t.shape[-1]) > LONGEST:
+        if numel == 0 or max(numel // t.shape[-1], t.shape[-1]) > MAX_SIZE:
             return False
     return True
 

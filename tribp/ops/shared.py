@@ -1,0 +1,50 @@
+"""What the operations' functions and derivatives share."""
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+
+Needs = tuple[bool, bool, bool]  # of input, weight and bias
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+MAX_SIZE = 2**31 - 256  # of a dimension: the start of a tile, which is at most 256 long, is an int32
+# What comes of wrong arguments. Other exceptions end a computation that is to end: torch.utils.checkpoint's do.
+REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)
+
+
+def sigmoid_(z: Tensor) -> Tensor:
+    """σ of a tensor that nobody else has: in its place, except where autograd would make a copy of a view of it."""
+    return torch.sigmoid(z) if z.requires_grad else torch.sigmoid_(z)
+
+
+def in_places(needs: Sequence[bool], grads: Sequence[Tensor]) -> Grads:
+    """The gradients that an operator returned, each in its place."""
+    found = iter(grads)
+    dx, dw, db = (next(found) if need else None for need in needs)
+    return dx, dw, db
+
+
+def autocast_all(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as autocast would hand them to torch's own operator; None stays None."""
+    return tuple(None if tensor is None else dispatch.autocast(tensor) for tensor in tensors)
+
+
+def uses_tf32(tensor: Tensor, convolution: bool = False) -> bool:
+    return tensor.dtype == torch.float32 and dispatch.tf32_allowed(convolution)
+
+
+@functools.cache
+def launching(operation: str) -> tuple[Any, Any]:
+    """`perform` and the operation's plan.py, which import triton, imported where kernels are to run.
+
+    Once: an import statement takes 0.5 µs each time.
+    """
+    from ..launch.autotune import perform
+
+    return perform, importlib.import_module(f".{operation}.plan", __package__)
