@@ -319,9 +319,9 @@ def test_states_are_looked_at_only_while_somebody_holds_one(device: str, monkeyp
         lambda s: [*s.values()], lambda s: [*s.items()], lambda s: s.copy(), lambda s: s.setdefault("step"),
     ]  # fmt: skip
     for way in ways:
-        state.looks.clear()
+        state.accesses.clear()
         way(state)
-        assert state.looks, "unnoticed"
+        assert state.accesses, "unnoticed"
 
 
 # ---- what is listed twice, or shares memory
@@ -460,7 +460,7 @@ def test_states_of_our_own_making_are_nobodys(name: str, device: str) -> None:
             twins.give(twins.grads())
             optimizer.step()
         watch = optimizer._plan.watch
-        return watch.held or bool(watch.looks)
+        return watch.shared or bool(watch.accesses)
 
     if held():
         assert isinstance(optimizer._plan.buckets[-1], TorchBucket), "only torch's own code looks at every step"

@@ -95,7 +95,7 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             for p, number in zip(group["params"], packed["params"], strict=True):
                 source = loaded["state"].get(number)
                 if source:
-                    _restore(p, group, optimizer.state[p], source)
+                    _restore(group, optimizer.state[p], source)
                     optimizer.state[p] = WatchedState(optimizer.state[p])  # nobody has been given one yet
 
     handles = [
@@ -109,7 +109,7 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             handle.remove()
 
 
-def _restore(p: Tensor, group: State, state: State, source: State) -> None:
+def _restore(group: State, state: State, source: State) -> None:
     for key, value in source.items():
         if not isinstance(value, Tensor) or not isinstance(state.get(key), Tensor):
             continue

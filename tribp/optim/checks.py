@@ -53,7 +53,7 @@ def check_tensors(
         elif (t.is_complex(), t.is_floating_point()) != (p.is_complex(), p.is_floating_point()):
             raise TypeError(f"{caller}: {described(name)} must be {_kind(p)}, as the parameter is, got {t.dtype}")
         part = layouts.local(t)
-        if type(part) in layouts.PLAIN and part.layout == torch.strided and not layouts.is_held(part):
+        if type(part) in layouts.PLAIN and part.layout == torch.strided and not layouts.fits_storage(part):
             raise ValueError(
                 f"{caller}: {described(name)} has shape {tuple(part.shape)}, strides {part.stride()} and offset "
                 f"{part.storage_offset()} in {part.dtype}, but its memory was cut to "
@@ -64,7 +64,7 @@ def check_tensors(
 def check_scalar(name: str, t: Tensor) -> None:
     """Raise ValueError if a tensor that stands for a number, as a GradScaler's do, does not hold just one."""
     part = layouts.local(t)
-    if part.numel() != 1 or not part.is_floating_point() or not layouts.is_held(part):
+    if part.numel() != 1 or not part.is_floating_point() or not layouts.fits_storage(part):
         raise ValueError(f"{name} must hold one floating-point number, got {part.dtype} of shape {tuple(part.shape)}")
 
 

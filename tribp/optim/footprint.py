@@ -11,7 +11,7 @@ _ADDRESS = Tensor.data_ptr
 _STORAGE = Tensor.untyped_storage
 
 
-def look(t: Tensor) -> tuple[object, ...]:
+def signature(t: Tensor) -> tuple[object, ...]:
     """What a guard compares."""
     strides = t.stride() if t.layout == torch.strided else None
     return type(t), t.dtype, t.device, t.shape, t.layout, strides, t.is_conj(), t.is_neg()
@@ -33,8 +33,8 @@ def guard(examples: Sequence[Tensor]) -> Callable[[Sequence[Any]], bool]:
             return lambda tensors: bool(guards.check(*tensors))
     except (ImportError, TypeError, RuntimeError, SystemError):
         pass
-    expected = [look(t) for t in examples]
-    return lambda tensors: all(t is not None and look(t) == e for t, e in zip(tensors, expected, strict=True))
+    expected = [signature(t) for t in examples]
+    return lambda tensors: all(t is not None and signature(t) == e for t, e in zip(tensors, expected, strict=True))
 
 
 def storage_sizes(tensors: Sequence[Tensor]) -> list[int]:

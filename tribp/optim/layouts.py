@@ -73,7 +73,7 @@ def extent(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def is_held(tensor: Tensor) -> bool:
+def fits_storage(tensor: Tensor) -> bool:
     """Whether a tensor's storage holds all its elements; it does not after `storage.resize_(0)`, which frees them."""
     needed = extent(tensor)
     return not needed or (tensor.storage_offset() * tensor.element_size() + needed <= tensor.untyped_storage().nbytes())
@@ -104,7 +104,7 @@ def separate_gradients(params: Iterable[Tensor]) -> bool:
         if p.grad is None:
             continue
         grad = local(p.grad)
-        if type(grad) not in PLAIN or grad.layout != torch.strided or not (grad.numel() and is_held(grad)):
+        if type(grad) not in PLAIN or grad.layout != torch.strided or not (grad.numel() and fits_storage(grad)):
             continue
         if overlaps_itself(grad) or (grad.data_ptr() in begun and not grad.is_meta):
             p.grad = p.grad.clone()

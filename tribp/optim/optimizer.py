@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checkpoint, hooked
 from .layouts import local, separate_gradients
 from .options import enable_options, enabled_options
-from .plan import Plan
+from .plan import UpdatePlan
 from .rule import Group, Rule
 
 T = TypeVar("T")
@@ -41,15 +41,15 @@ class Shared(Generic[T]):
 class Optimizer(torch.optim.Optimizer):
     """The base of every class here, mixed in before its torch counterpart.
 
-    A class's `_rule` says what its update is; `Plan` finds out which tensors can be updated how.
+    A class's `_rule` says what its update is; `UpdatePlan` finds out which tensors can be updated how.
     """
 
     _rule: ClassVar[type[Rule]]
 
     _options: Group  # those beyond torch's that are on
     _shared: dict[str, Any]
-    _captured: list[Plan]
-    _plan = Shared[Plan | None](None)
+    _captured: list[UpdatePlan]
+    _plan = Shared[UpdatePlan | None](None)
     _in_swap = Shared(False)
     grad_norm = Shared[Tensor | None](None)  # of the last step, where max_grad_norm is on
 
@@ -101,16 +101,9 @@ class Optimizer(torch.optim.Optimizer):
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # what torch.no_grad() does; its object costs 1 of a small step's 16 µs
         try:
-            plan, grads, uncounted = self._plan, None, False
+            plan, uncounted = self._plan, False
             grad_scale = getattr(self, "grad_scale", None)
-            if plan is not None:
-                grads = plan.watch.gradients(self)
-            if (
-                grad_scale is not None
-                and (plan is None or grads is None or plan.watch.shares_memory(grads))
-                and separate_gradients(p for group in self.param_groups for p in group["params"])
-            ):
-                grads = None if plan is None else plan.watch.gradients(self)
+            grads = self._planned_gradients(plan, scaled=grad_scale is not None)
             capturing = self._capturing()
             if plan is None or grads is None:
                 if capturing:
@@ -119,8 +112,8 @@ class Optimizer(torch.optim.Optimizer):
                         "graph: the first step makes the states and tables"
                     )
                 uncounted = plan is None and _only_makes_states(self)
-                plan = self._plan = Plan(self._rule(self.defaults), self, plan)
-                grads = plan.watch.gradients(self)
+                plan = self._plan = UpdatePlan(self._rule(self.defaults), self, plan)
+                grads = plan.watch.checked_gradients(self)
                 assert grads is not None, "a new plan fits what it was made from"
             if capturing and plan not in self._captured:
                 self._captured.append(plan)  # the graph reads this plan's tables as long as it lives
@@ -133,6 +126,17 @@ class Optimizer(torch.optim.Optimizer):
                         state["ema_step"].zero_()
         finally:
             torch._C._set_grad_enabled(grad_enabled)
+
+    def _planned_gradients(self, plan: UpdatePlan | None, scaled: bool) -> list[Tensor | None] | None:
+        """The gradients, if there is a plan that fits them.
+
+        scaled: a GradScaler's scale is to be divided out of them, in place: each needs memory of its own first.
+        """
+        grads = None if plan is None else plan.watch.checked_gradients(self)
+        may_share = scaled and (plan is None or grads is None or plan.watch.shares_memory(grads))
+        if may_share and separate_gradients(p for group in self.param_groups for p in group["params"]):
+            grads = None if plan is None else plan.watch.checked_gradients(self)
+        return grads
 
     def _capturing(self) -> bool:
         """Whether a CUDA graph is being captured. Raises RuntimeError, as torch does, if that was not announced."""

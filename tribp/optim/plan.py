@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 KERNEL_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
-class Plan:
-    """How every parameter of an optimizer is updated; valid while `watch.gradients` returns them."""
+class UpdatePlan:
+    """How every parameter of an optimizer is updated; valid while `watch.checked_gradients` returns them."""
 
     slots: list[ParamSlot]
     watch: Watch
 
-    def __init__(self, rule: Rule, optimizer: torch.optim.Optimizer, before: "Plan | None") -> None:
+    def __init__(self, rule: Rule, optimizer: torch.optim.Optimizer, before: "UpdatePlan | None") -> None:
         """before: the optimizer's last plan, which no longer holds."""
         groups: list[Group] = optimizer.param_groups
         self._rule, self._optimizer_name = rule, type(optimizer).__name__
@@ -39,8 +39,8 @@ class Plan:
         self._counts: dict[int, UpdateCount] = {}  # by owner
         for slot in before.slots if before is not None else ():
             self._counts[id(slot.count.owner)] = UpdateCount(slot.count.owner, slot.count.value)
-        held = (before is not None and before.watch.held) or any(
-            type(state) is not WatchedState or bool(state.looks) for state in optimizer.state.values()
+        shared = (before is not None and before.watch.shared) or any(
+            type(state) is not WatchedState or bool(state.accesses) for state in optimizer.state.values()
         )
         positions = [(number, i) for number, group in enumerate(groups) for i in range(len(group["params"]))]
         self.params: list[Tensor] = [groups[number]["params"][i] for number, i in positions]
@@ -77,7 +77,7 @@ class Plan:
         self._only_kernels = len(self.buckets) == len(self._kernels)
         self.slots = [slot for kind in slots.values() for slot in kind]
         self._counts = {id(slot.count.owner): slot.count for slot in self.slots}
-        self.watch = Watch(rule, optimizer, options, self.buckets, kinds, held)
+        self.watch = Watch(rule, optimizer, options, self.buckets, kinds, shared)
         for slot in self.slots:
             slot.grad = slot.param  # or a whole set of gradients would live as long as the plan
 

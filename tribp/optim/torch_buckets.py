@@ -143,7 +143,7 @@ class FusedBucket:
             self._steps = [slot.state["step"].detach() for slot in slots]
         # A list that C++ takes costs a fifth less where C++ holds its tensors already: the first reference from there
         # counts in Python's object too. Aliases, for `torch.utils.swap_tensors` wants no reference to the states.
-        self._held = [torch.ScriptList(some) for some in (*self._states, self._steps) if some]
+        self._script_lists = [torch.ScriptList(some) for some in (*self._states, self._steps) if some]
         self._zeros: Tensor | None = None  # the memory of `_scratch`
         self._scratch: list[Tensor] = []
         self._begun = False  # whether every momentum buffer is known to have begun
@@ -163,7 +163,7 @@ class FusedBucket:
             self._zeros = torch.zeros(sum(p.numel() for p in self._params), dtype=self._params[0].dtype, device="cpu")
             pieces: Sequence[Tensor] = torch.split(self._zeros, [p.numel() for p in self._params])
             self._scratch = [x.as_strided(p.shape, p.stride()) for x, p in zip(pieces, self._params, strict=True)]
-            self._held.append(torch.ScriptList(self._scratch))
+            self._script_lists.append(torch.ScriptList(self._scratch))
         self._zeros.zero_()  # 0·∞ from an earlier gradient would stay NaN
         return self._scratch
 

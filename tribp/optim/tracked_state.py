@@ -17,17 +17,17 @@ class WatchedState(dict[str, Any]):
     Looking through the states of 1,000 parameters at every step would cost 0.12 ms, and 0.5 at all that can change
     about their memory; being told costs nothing. Its copies are plain dicts.
 
-    changes, looks: lists that all states of an optimizer share. `peek` is for those who change no memory.
+    changes, accesses: lists that all states of an optimizer share. `peek` is for those who change no memory.
     """
 
-    __slots__ = ("changes", "looks")
+    __slots__ = ("accesses", "changes")
 
     def __init__(
-        self, state: Iterable[Any] = (), changes: list[object] | None = None, looks: list[object] | None = None
+        self, state: Iterable[Any] = (), changes: list[object] | None = None, accesses: list[object] | None = None
     ) -> None:
         super().__init__(state)
         self.changes = [] if changes is None else changes
-        self.looks = [] if looks is None else looks
+        self.accesses = [] if accesses is None else accesses
 
     def __setitem__(self, key: str, value: Any) -> None:
         if peek(self, key, self) is not value:
@@ -36,8 +36,8 @@ class WatchedState(dict[str, Any]):
             super().__setitem__(key, value)
 
     def _look(self) -> None:
-        if not self.looks:
-            self.looks.append(True)
+        if not self.accesses:
+            self.accesses.append(True)
 
     def copy(self) -> dict[str, Any]:
         return dict(self)

@@ -281,7 +281,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _scalar_address(value: Tensor, device: torch.device) -> int:
     """Where a hyperparameter lies on the device; the lowest bit says that it is float64."""
-    if value.numel() != 1 or not layouts.is_held(value):
+    if value.numel() != 1 or not layouts.fits_storage(value):
         raise ValueError(f"a hyperparameter that is a tensor must hold one number, got shape {tuple(value.shape)}")
     if value.dtype not in (torch.float32, torch.float64) or value.device != device:
         raise TypeError(

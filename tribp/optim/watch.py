@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import dispatch
 from . import layouts
 from .buckets import Bucket
-from .footprint import Footprint, guard, holders, look, places, storage_sizes
+from .footprint import Footprint, guard, holders, places, signature, storage_sizes
 from .layouts import PLAIN, local
 from .options import SWITCHES
 from .rule import Group, Rule
@@ -111,12 +111,12 @@ class GradMask:
             if any(grad is not None for grad in compress(grads, self._missing)):
                 return False
             present = list(compress(grads, self._there))
-        return self._check(present) and self._are_held(present)
+        return self._check(present) and self._fit_storages(present)
 
-    def _are_held(self, grads: Sequence[Tensor]) -> bool:
+    def _fit_storages(self, grads: Sequence[Tensor]) -> bool:
         sizes = storage_sizes(grads)
         if sizes != self._sizes:
-            if not all(map(layouts.is_held, grads)):
+            if not all(map(layouts.fits_storage, grads)):
                 return False
             self._sizes = sizes
         return True
@@ -127,11 +127,11 @@ class Watch:
 
     def __init__(
         self, rule: Rule, optimizer: torch.optim.Optimizer, options: Options, buckets: Sequence[Bucket],
-        kinds: Sequence[str | None], held: bool,
+        kinds: Sequence[str | None], shared: bool,
     ) -> None:  # fmt: skip
-        """kinds: which code updates each parameter, as `Plan` calls it. held: whether others may hold states."""
+        """kinds: which code updates each parameter, in `UpdatePlan`'s words. shared: whether others may hold states."""
         groups: list[Group] = optimizer.param_groups
-        self.options, self._buckets, self.held = options, buckets, held
+        self.options, self._buckets, self.shared = options, buckets, shared
         self._by_torch = "torch" in kinds
         options.remember_variants(groups, "fused" in kinds)
         self._backend = dispatch.backend()
@@ -154,7 +154,7 @@ class Watch:
                 continue
             self._watched.append(index)
             if kinds[index] is not None:
-                self._expected[index] = look(grad)
+                self._expected[index] = signature(grad)
                 self._overlapping |= layouts.overlaps_itself(grad)
         self._all = len(self._watched) == len(self.params)
         self._masks: list[GradMask] = []
@@ -164,13 +164,13 @@ class Watch:
 
     def _watch_states(self, rule: Rule, optimizer: torch.optim.Optimizer) -> None:
         self._changes: list[object] = []  # told by states
-        self.looks: list[object] = []  # told by them too
+        self.accesses: list[object] = []  # told by them too
         states: dict[Any, Any] = optimizer.state
         for p, state in states.items():
             if type(state) is WatchedState:
-                state.changes, state.looks = self._changes, self.looks
+                state.changes, state.accesses = self._changes, self.accesses
             elif isinstance(state, dict):
-                states[p] = WatchedState(state, self._changes, self.looks)
+                states[p] = WatchedState(state, self._changes, self.accesses)
         self._states = list(states.values())
         self._used: list[Tensor] = []
         for group in optimizer.param_groups:
@@ -184,13 +184,13 @@ class Watch:
 
     # Every step.
 
-    def gradients(self, optimizer: torch.optim.Optimizer) -> list[Tensor | None] | None:
+    def checked_gradients(self, optimizer: torch.optim.Optimizer) -> list[Tensor | None] | None:
         """The gradients of all parameters (their local parts), or None if the plan no longer fits."""
         if self._changes or dispatch.backend() != self._backend:
             return None
         if len(optimizer.state) != len(self._states) or not all(map(is_, optimizer.state.values(), self._states)):
             return None
-        if (self.looks or self.held) and not self._states_lie_still():
+        if (self.accesses or self.shared) and not self._states_lie_still():
             return None
         groups: list[Group] = optimizer.param_groups
         lists = list(map(_PARAMS, groups))
@@ -214,7 +214,7 @@ class Watch:
 
     def after_step(self) -> None:
         """Remember who holds the states, if nobody else does."""
-        if self._holders is None and not (self.held or self.looks):
+        if self._holders is None and not (self.shared or self.accesses):
             self._holders = list(holders(self._state_tensors()))
 
     def _states_lie_still(self) -> bool:
@@ -222,9 +222,9 @@ class Watch:
         states = self._state_tensors()
         if not self._state_footprint.fits(states):
             return False
-        self.looks.clear()
+        self.accesses.clear()
         if self._holders is not None and not self._by_torch:  # else torch's own code will look again anyway
-            self.held = not all(map(eq, holders(states), self._holders))
+            self.shared = not all(map(eq, holders(states), self._holders))
         return True
 
     def _fit(self, grads: Sequence[Tensor | None]) -> bool:
@@ -234,7 +234,7 @@ class Watch:
                 break
         else:
             for index, grad in zip(self._watched, grads, strict=True):
-                if grad is not None and look(grad) != self._expected.get(index):
+                if grad is not None and signature(grad) != self._expected.get(index):
                     return False
             mask = GradMask(grads, [index in self._expected for index in self._watched])
             if not mask.fits(grads):
