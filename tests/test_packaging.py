@@ -157,7 +157,7 @@ def test_required_top_level() -> None:
 def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What is installed, as git checks it out: with symbolic links, or (its default on Windows) with files for them."""
     folder = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "tribp", "kernels"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "tribp", "kernels"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))

@@ -12,6 +12,7 @@ import pytest
 
 from tribp import versions
 
+from ..optim.executed_cases import Beyond, Rule
 from .cases import QUICK, RANDOM, SLOW
 from .process import Executor
 
@@ -91,6 +92,6 @@ def test_random_case(family: str, seed: int, gpu: Executor) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in QUICK if name.startswith(("linear", "conv"))])
+@pytest.mark.parametrize("name", [name for name, case in QUICK.items() if not isinstance(case, (Rule, Beyond))])
 def test_every_setting_that_tuning_tries(name: str, gpu: Executor) -> None:
     report(gpu.problems_of_variants(QUICK[name]))

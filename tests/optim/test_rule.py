@@ -1,4 +1,4 @@
-"""A new optimizer, made of what the README asks for and nothing else: it runs on kernels and by its formula."""
+"""A new optimizer, of what docs/write-an-optimizer.md asks for and nothing else: by kernels and by its formula."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

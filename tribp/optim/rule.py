@@ -76,10 +76,16 @@ class Rule:
         raise NotImplementedError
 
     def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
-        """torch's own update of the group's parameters that have a gradient; `prepare` may scale the gradients."""
-        raise NotImplementedError
+        """torch's own update of the group's parameters that have a gradient; `prepare` may scale the gradients.
+
+        A class that torch does not have leaves it as it is: what no kernel takes goes by the formula.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no update for sparse gradients or differentiable=True")
 
     # What follows from these.
+
+    def has_torch_update(self) -> bool:
+        return type(self).torch_update is not Rule.torch_update
 
     def common(self, group: Group) -> CommonHyper:
         decay, decoupled = self.decays(group)

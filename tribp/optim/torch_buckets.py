@@ -29,7 +29,7 @@ def kind_of(rule: Rule, group: Group, tensors: Sequence[Tensor]) -> str:
     """
     p = tensors[0]
     dtypes = {t.dtype for t in tensors[: 2 + sum(name is not None for name in rule.states(group))]}
-    if torch_lacks(group, p) or len(dtypes) > 1:
+    if torch_lacks(group, p) or len(dtypes) > 1 or not rule.has_torch_update():
         return "reference"
     on_cpu = p.device.type == "cpu"
     if on_cpu and p.is_floating_point() and rule.fused_on_cpu(group, p.dtype) and layouts.layout(tensors) == []:

@@ -15,7 +15,7 @@ def check_conv3x3(
     dilation: int | Sequence[int],
 ) -> Window:  # fmt: skip
     """The window, once everything fits; sizes are `(*, channels, height, width)`."""
-    check_tensors("conv3x3", input, weight, bias)
+    check_tensors("conv3x3", "bias", input=input, weight=weight, bias=bias)
     window = window_of("conv3x3", stride, padding, groups, dilation)
     check_activation("conv3x3", activation)
     if input.dim() not in (3, 4):
@@ -41,7 +41,7 @@ def check_conv3x3(
             f"conv3x3: bias must have shape ({n},), (out_channels,), for a weight of shape {tuple(weight.shape)}, "
             f"got {tuple(bias.shape)}"
         )
-    check_devices("conv3x3", input, weight, bias)
+    check_devices("conv3x3", input, weight=weight, bias=bias)
     if min(channels, height, width, *window.output_size(height, width)) < 1:
         raise ValueError(
             f"conv3x3: input must have channels and pixels, and be at least 3 high and wide with its padding, got "

@@ -97,7 +97,7 @@ def conv3x3(
     window = check_conv3x3(input, weight, bias, stride, padding, groups, activation, dilation)
     if autocasting(input.device.type):
         input, weight, bias = autocast_all(input, weight, bias)
-    check_dtypes("conv3x3", input, weight, bias)
+    check_dtypes("conv3x3", input, weight=weight, bias=bias)
     if input.dim() == 3:
         return _conv3x3(input.unsqueeze(0), weight, bias, window, activation).squeeze(0)
     return _conv3x3(input, weight, bias, window, activation)

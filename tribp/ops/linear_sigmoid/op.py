@@ -63,7 +63,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         input, weight, bias = autocast_all(input, weight, bias)
     if bias is not None and bias.shape != weight.shape[:1]:
         bias = bias.expand(weight.shape[0])
-    check_dtypes("linear_sigmoid", input, weight, bias)
+    check_dtypes("linear_sigmoid", input, weight=weight, bias=bias)
     if kernels_cannot_see(input, weight, bias) or not (needs_operator() or dispatch.backend_of(input) == "triton"):
         return reference.linear_sigmoid(input, weight, bias)
     if needs_operator():
@@ -107,7 +107,7 @@ class _LinearSigmoid(torch.autograd.Function):
 
 
 def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_tensors("linear_sigmoid", input, weight, bias)
+    check_tensors("linear_sigmoid", "bias", input=input, weight=weight, bias=bias)
     if input.dim() == 0:
         raise ValueError("linear_sigmoid: input must have shape (*, in_features), got ()")
     k, n = input.shape[-1], weight.shape[0] if weight.dim() else 1
@@ -122,7 +122,7 @@ def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"linear_sigmoid: bias must have shape ({n},), (out_features,), for a weight of shape "
             f"{tuple(weight.shape)}, got {tuple(bias.shape)}"
         )
-    check_devices("linear_sigmoid", input, weight, bias)
+    check_devices("linear_sigmoid", input, weight=weight, bias=bias)
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:

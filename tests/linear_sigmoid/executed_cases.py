@@ -1,0 +1,135 @@
+"""`linear_sigmoid` where compiled code is executed: cases, and how far off their results may be."""
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import tribp
+
+from ..executed.checks import (
+    BRAIN,
+    DOUBLE,
+    HALF,
+    SINGLE,
+    Case,
+    Gradients,
+    Layout,
+    Rounding,
+    differences,
+    gradients,
+    require_gradients,
+    sigmoid_bound,
+)
+from ..optim import cases as lies
+from ..oracle import LinearSigmoid
+
+
+def expanded(t: Tensor) -> Tensor:
+    """As `y.sum().backward()` leaves a gradient."""
+    return t.detach().flatten()[:1].reshape(1, 1).expand(t.shape)
+
+
+def shifted_columns(t: Tensor) -> Tensor:
+    return lies.shifted(t.t()).t()
+
+
+class Linear(NamedTuple):
+    size: tuple[int, int, int]  # M, N, K
+    dtype: torch.dtype = BRAIN
+    x: Layout = lies.plain
+    w: Layout = lies.plain
+    dy: Layout = lies.plain
+    needs: str = "xwb"  # whose gradients
+    bias: bool = True
+    tf32: bool = False
+    processors: int = 2
+
+    def wrong(self) -> list[str]:
+        m, n, k = self.size
+        # A cut operand is too small: the errors of terms that are all positive do not cancel.
+        draw = torch.rand if self.tf32 else torch.randn
+        x = self.x(draw(m, k, dtype=DOUBLE).to(self.dtype))
+        w = self.w((draw(n, k, dtype=DOUBLE) / (k if self.tf32 else k**0.5)).to(self.dtype))
+        b = draw(n, dtype=DOUBLE).to(self.dtype) if self.bias else None
+        dy = self.dy(draw(m, n, dtype=DOUBLE).to(self.dtype))
+        inputs = require_gradients(self.needs, x, w, b)
+        torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        y = tribp.linear_sigmoid(x, w, b)
+        found = gradients(y, inputs, dy)
+
+        rounding = Rounding(self.dtype, self.tf32)
+        oracle = LinearSigmoid(x, w, b)
+        size = oracle.x.square() @ oracle.w.square().t()
+        size = (size if b is None else size + b.detach().double().square()).sqrt()
+        wrong = differences("y", y, oracle.y, sigmoid_bound(rounding, oracle.y, rounding.sum_of(k) * size))
+        dx, dw, db, terms = oracle.gradients(dy, y)
+        dz = (dy.double() * y.detach().double() * (1 - y.detach().double())).square()
+        exact = Gradients(
+            (dx, rounding.sum_of(n, rounded=True) * (dz @ oracle.w.square()).sqrt()),
+            (dw, rounding.sum_of(m, rounded=True) * (dz.t() @ oracle.x.square()).sqrt()),
+            (db, Rounding(self.dtype).sum_of(m) * terms),
+        )
+        return wrong + exact.differences(found, rounding)
+
+
+QUICK: dict[str, Case] = {
+    "linear, whole tiles": Linear((136, 264, 200)),
+    "linear, columns": Linear((136, 72, 136), HALF, lies.transposed, lies.transposed),
+    "linear, persistent": Linear((136, 264, 1032), needs="", processors=1),
+    "linear, odd pitch": Linear((70, 77, 65), x=lies.transposed),
+    "linear, even pitch": Linear((72, 42, 78), HALF, w=lies.transposed),
+    "linear, misaligned": Linear((40, 24, 72), x=lies.shifted, w=shifted_columns, dy=lies.gaps, bias=False),
+    "linear, float32": Linear((136, 72, 104), SINGLE),
+    "linear, tf32": Linear((72, 72, 136), SINGLE, tf32=True),
+    "linear, float64": Linear((72, 40, 56), DOUBLE),
+    "linear, frozen weight": Linear((72, 136, 72), needs="xb", dy=expanded),
+    "linear, split sum": Linear((1100, 40, 72), HALF, needs="wb"),
+    "linear, dx alone": Linear((136, 72, 72), needs="x"),
+    "linear, wide dx": Linear((136, 72, 200), needs="x", processors=1),
+    "linear, tall dx": Linear((250, 72, 360), needs="x", processors=1),
+    "linear, db alone": Linear((136, 72, 24), needs="b"),
+}
+
+DTYPES = (HALF, BRAIN, SINGLE, DOUBLE)
+SLOW: dict[str, Case] = {
+    "linear, tf32 columns": Linear((72, 136, 72), SINGLE, lies.transposed, lies.transposed, tf32=True),
+    "linear, one row": Linear((1, 40, 72)),
+    "linear, one column": Linear((72, 1, 72), HALF),
+    "linear, one term": Linear((33, 17, 1), SINGLE),
+    "linear, many rows": Linear((4099, 10, 40)),
+    "linear, long sum": Linear((136, 136, 2056), needs="xw"),
+    **{
+        f"linear, {str(dtype)[6:]}, x {x.__name__}, w {w.__name__}, dy {dy.__name__}": Linear(
+            (136, 72, 88), dtype, x, w, dy
+        )
+        for dtype, (x, w, dy) in itertools.product(
+            DTYPES,
+            [
+                (lies.plain, lies.transposed, lies.transposed),
+                (lies.transposed, lies.plain, lies.shifted),
+                (lies.gaps, shifted_columns, lies.plain),
+            ],
+        )
+    },
+}  # fmt: skip
+
+
+def random_linear(chance: random.Random) -> Case:
+    m, n, k = (chance.choice([1, 2, 7, 16, 31, 40, 64, 72, 100, 129, 200]) for _ in range(3))
+    return Linear(
+        (m, n, k),
+        chance.choice(DTYPES),
+        x=chance.choice([lies.plain, lies.transposed, lies.gaps, lies.shifted]),
+        w=chance.choice([lies.plain, lies.transposed, lies.gaps, lies.shifted]),
+        dy=chance.choice([lies.plain, lies.transposed, lies.shifted, expanded]),
+        needs="".join(letter for letter in "xwb" if chance.random() < 0.8),
+        bias=chance.random() < 0.7,
+        processors=chance.choice([1, 2, 8, 108]),
+    )
+
+
+RANDOM: dict[str, Callable[[random.Random], Case]] = {"linear": random_linear}

@@ -1,0 +1,176 @@
+"""The documentation, run: the examples for users, the two pages that add something, and what the README must say."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILE = re.compile(r"^`([\w./-]+)`( \(append\))?:\n\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+# The pages for users
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/layers.md", "docs/optimizers.md", "docs/tuning.md"])
+def test_examples(page: str) -> None:
+    """Each block of Python runs after those above it."""
+    if page == "docs/tuning.md":
+        pytest.importorskip("triton")
+    blocks = [body for language, body in BLOCK.findall((ROOT / page).read_text()) if language == "python"]
+    assert blocks
+    names: dict[str, object] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for block in blocks:
+            exec(compile(block, page, "exec"), names)
+
+
+def test_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    for command in ("pip install -e '.[demo]' && python -m tribp\n", "pip install -e '.[test]' && python -m pytest\n"):
+        assert f"```sh\n{command}```" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page: Path) -> None:
+    """They lead to files and to headings that exist."""
+    for target in re.findall(r"\]\(([^)]+)\)", re.sub(r"(?ms)^```.*?^```$", "", page.read_text())):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name) if name else page
+        assert linked.exists(), f"{page.name} leads to {target}"
+        headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"`((?:tribp|kernels|tests|bench|docs)/[\w./-]+\.\w+)`", page.read_text())
+    new = {path for path, _, _ in FILE.findall(page.read_text())}
+    missing = [name for name in named if name not in new and not (ROOT / name).exists()]
+    assert not missing, f"{page.name} names {missing}"
+
+
+# The pages that add something, in a copy of the tree
+
+NAMES = ("bench", "kernels", "tests", "tribp", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+
+
+def files(page: str) -> list[tuple[str, str, str]]:
+    """The page's files: path, whether to append to it, text."""
+    found = FILE.findall((ROOT / "docs" / page).read_text())
+    assert found
+    return found
+
+
+def copy(page: str, folder: Path) -> Path:
+    """A copy of the tree, with the page's files in it. No file that was there is replaced, unless to append to it."""
+    ignored = shutil.ignore_patterns("__pycache__", "results", "static")
+    for name in NAMES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(source, folder / name)
+    for name, append, body in files(page):
+        path = folder / name
+        assert path.exists() == bool(append), name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write("\n\n" * bool(append) + body)
+    return folder
+
+
+def run(tree: Path, *command: str) -> str:
+    """What a command of Python prints in the tree. Fails if the command does."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "TRIBP_", "PYTEST_"))}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tree, env=environment | {"PYTHONPATH": str(tree)}, text=True, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout[-5000:]}"
+    return done.stdout
+
+
+def commands(page: str) -> list[list[str]]:
+    """Those of the page that begin with `python`."""
+    lines = [line for language, body in BLOCK.findall((ROOT / "docs" / page).read_text()) if language == "sh"
+             for line in body.splitlines()]  # fmt: skip
+    return [line.partition("#")[0].split()[1:] for line in lines if line.startswith("python ")]
+
+
+OPERATION, OPTIMIZER = "write-an-operation.md", "write-an-optimizer.md"
+
+
+@pytest.fixture(scope="module")
+def operation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("triton")
+    return copy(OPERATION, tmp_path_factory.mktemp("operation"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=pytest.mark.slow if "tune" in c else (), id=" ".join(c)) for c in commands(OPERATION)],
+)
+def test_an_operation(command: list[str], operation: Path) -> None:
+    """Every command of the page, with no file changed that was there before (`copy` sees to it).
+
+    These run its tests, by the fallback, by the interpreter and with the tuner; the cases that are executed; the bench.
+    """
+    run(operation, *command)
+
+
+@pytest.mark.slow
+def test_an_operation_is_shipped(operation: Path) -> None:
+    run(operation, "-m", "pytest", "-q", "tests/test_packaging.py", "-k", "wheel_holds_the_tree or downwards")
+
+
+@pytest.mark.parametrize("page", [OPERATION, OPTIMIZER])
+def test_style(page: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec("ruff") is None:
+        pytest.skip("ruff is not installed")
+    copy(page, tmp_path)
+    for command in (["check"], ["format", "--check"]):
+        run(tmp_path, "-m", "ruff", *command, *(name for name, _, _ in files(page)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [OPERATION, OPTIMIZER])
+def test_types(page: str, tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    run(copy(page, tmp_path), "-m", "mypy")
+
+
+def planted() -> list[str]:
+    return re.findall(r"^sed -i '(s/.*?/.*?/)' kernels/bias_relu.py", (ROOT / "docs" / OPERATION).read_text(), re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", planted())
+def test_planted_mistakes_are_seen(mistake: str, operation: Path) -> None:
+    kernel = operation / "kernels" / "bias_relu.py"
+    source = kernel.read_text()
+    _, before, after, _ = mistake.split("/")
+    try:
+        assert source.count(before) == 1 or before == "first + rows_per_program, M"
+        kernel.write_text(source.replace(before, after))
+        with pytest.raises(AssertionError, match=r"\d failed"):
+            run(operation, "-m", "pytest", "-q", "tests/bias_relu")
+    finally:
+        kernel.write_text(source)
+
+
+def test_an_optimizer(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    assert "passed" in run(copy(OPTIMIZER, tmp_path), "-m", "pytest", "-q", "-n", "0", "tests/optim/test_lion.py")
