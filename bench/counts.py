@@ -5,7 +5,6 @@ multiprocessor is given the cycles that one program needs of it alone: the large
 (sm_80) and H100 (sm_90).
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from tribp.launch.arch import ARCHS
 
 from .operation import Operation, describe
-from .results import markdown
+from .results import markdown, write_json
 from .run import selected
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def main(operations: Sequence[Operation], options: Options) -> int:
     for problem in problems:
         print("PROBLEM", problem)
     if options.file:
-        Path(options.file).write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(Path(options.file), rows)
     return 1 if problems else 0
 
 

@@ -171,21 +171,6 @@ class Operation:
     call: Callable[[Any], object] | None = None  # the call on CPU tensors, where launches read tables on the device
 
 
-class StaticCase(NamedTuple):
-    """A launch to compile for a GPU that is not there, and what must be seen in its machine code."""
-
-    name: str
-    launch: "Launch"
-    expectations: Sequence[Expectation]
-
-
-def static_cases(operation: Operation, arch: Arch, everything: bool) -> Iterator[StaticCase]:
-    """The launches to compile for a target; `everything`: all there are, not a selection."""
-    for name, case, direction in operation.compiled(arch, everything):
-        for launch in operation.launches(case, direction, arch):
-            yield StaticCase(name, launch, tuple(operation.expectations(launch, case, arch)))
-
-
 def describe(launch: "Launch") -> str:
     """The settings in a few characters: an optimizer's rule and states, tile, warps, stages, what is switched on.
 

@@ -75,7 +75,7 @@ def test_its_tests_and_measurements_are_planned(third: None) -> None:
     assert {"third: few", "third: few, compile", "third: tune", "third: the rest", "third: the rest, compile"} <= set(
         plan
     )
-    assert list(plan["third: few"].command[-8:-3]) == ["third", "--first", "3", "--no-compile", "--missing"]
+    assert list(plan["third: few"].command[-7:-2]) == ["third", "--first", "3", "--no-compile", "--missing"]
     smoke = {step.name: step for step in bench_all.plan(Path("DIR"), smoke=True)}
     assert smoke["tests third"].command[-1] == smoke["races third"].command[-1] == "one"
 
