@@ -1,7 +1,7 @@
 """`linear_sigmoid`: y = σ(x·wᵀ + b), x (M, K), w (N, K)."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from tribp.launch.arch import Arch, cdiv
 
 from .expectations import PIPELINED, Expectation, partial_sums, product, row_bytes, size, threads, tile_stores, wide
 from .model import work as model
-from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
+from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions, named
 
 if TYPE_CHECKING:
     from tribp.launch.plan import Launch
@@ -122,6 +122,7 @@ def launches(case: Case, direction: str, arch: Arch) -> "list[Launch]":
 # What is compiled without a GPU: bf16 over the whole grid, the others where their rules differ from it.
 EVEN = (1000, 78, 334)  # rows of an even length: 4-byte loads, the narrowest that pipeline
 APART = ("forward", "backward", "wgrad only", "dgrad only")
+LAYOUTS = [f"{direction}, {side} transposed" for side in "xw" for direction in ("forward", "backward")]
 COMPILED: list[tuple[torch.dtype, bool, list[tuple[int, ...]], tuple[str, ...]]] = [
     (torch.bfloat16, False, SHAPES, APART),
     (torch.bfloat16, False, [EVEN], ("forward", "backward")),
@@ -133,21 +134,17 @@ COMPILED: list[tuple[torch.dtype, bool, list[tuple[int, ...]], tuple[str, ...]]]
 
 
 def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, Case, str]]:
+    return named(arch, selection(everything))
+
+
+def selection(everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
     for dtype, tf32, shapes, directions in COMPILED:
-        if tf32 and arch.backend == "hip":
-            continue  # gfx942 has no TF32: the same code again
         main = shapes is SHAPES
-        chosen = list[tuple[tuple[int, ...], str]]()
         for shape in [*SHAPES, EVEN] if everything else shapes:
-            chosen += [(shape, direction) for direction in (APART if everything else directions)]
-            if everything or (main and shape == SQUARE):
-                chosen.append((shape, "bias only"))
+            bias_only = ["bias only"] if everything or (main and shape == SQUARE) else []
+            yield Case(shape, dtype, tf32), [*(APART if everything else directions), *bias_only]
         if everything or main:
-            layouts = ("x transposed", "w transposed")
-            chosen += [(SQUARISH, f"{d}, {layout}") for layout in layouts for d in ("forward", "backward")]
-        for shape, direction in chosen:
-            case = Case(shape, dtype, tf32)
-            yield f"{case.name} {direction}", case, direction
+            yield Case(SQUARISH, dtype, tf32), LAYOUTS
 
 
 def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectation]:

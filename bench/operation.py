@@ -257,6 +257,13 @@ def functions(ours: Callable[..., Tensor], eager: Callable[..., Tensor]) -> Call
     return providers
 
 
+def named(arch: Arch, cases: Iterable[tuple[Any, Sequence[str]]]) -> Iterator[tuple[str, Any, str]]:
+    """What `static` compiles of cases, each in some directions."""
+    for case, directions in cases:
+        if not (case.tf32 and arch.backend == "hip"):  # gfx942 has no TF32: the same code again
+            yield from ((f"{case.name} {direction}", case, direction) for direction in directions)
+
+
 @dataclass(frozen=True)
 class DifferentiableProblem:
     """`arguments` by name, the first being the input, and `output_grad`, what comes back from the layer above.

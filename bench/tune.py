@@ -58,21 +58,11 @@ def main(operations: Sequence[Operation], options: Options, budget: float | None
             now = time.monotonic()
             share = now + (end - now) / left  # what one leaves, the next ones have
             tuning = Tuning(operation, options, meter, folder, lambda share=share: time.monotonic() >= share)  # type: ignore[misc]
-            tuning.run(valuable_first(operation, cases))
+            tuning.run(cases)
             print(f"\n{tuning.table()}\n")
             good &= tuning.good
     print(f"written to {folder}")
     return 0 if good else 1
-
-
-def valuable_first(operation: Operation, cases: Sequence[Any]) -> list[Any]:
-    """Those with targets before the others; among themselves as they are."""
-
-    def has_targets(case: Any) -> bool:
-        targets = [target for direction in operation.directions for target in operation.targets(case, direction)]
-        return any(target.quantity != "launches" for target in targets)  # that is every step's
-
-    return sorted(cases, key=lambda case: not has_targets(case))
 
 
 class Tuning:

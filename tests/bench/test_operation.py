@@ -60,6 +60,17 @@ def test_a_file_of_the_folder_is_enough() -> None:
         assert not named or file.name == "host_layers.py", f"{file.name} knows of {named}"
 
 
+def test_the_cases_with_targets_come_first() -> None:
+    """Whatever is measured or tuned may be cut off. Every step has a target of launches, every layer one of memory."""
+    for entry in operation.find():
+        judged = [
+            any(t.quantity not in ("launches", "memory") for d in entry.directions for t in entry.targets(case, d))
+            for case in entry.cases
+        ]
+        assert any(judged), entry.name
+        assert judged == sorted(judged, reverse=True), entry.name
+
+
 def test_it_is_predicted_as_itself(third: None) -> None:
     assert predict.directions(THIRD, CASE) == ["around"]
     assert predict.floor_us(THIRD, CASE, "around", MACHINES["sm_90"]) == pytest.approx(1e15 / MACHINES["sm_90"].dram)
