@@ -250,13 +250,11 @@ class Graph:
 
     def loops(self) -> dict[int, frozenset[int]]:
         """The natural loops, by their heads."""
-        tails: dict[int, list[int]] = {}
-        for tail, head in sorted(self.back_edges, key=lambda edge: edge[1]):
-            tails.setdefault(head, []).append(tail)
-        return {
-            head: frozenset({head} | reach(ends, lambda n, head=head: self.predecessors[n] if n != head else ()))  # type: ignore[misc]
-            for head, ends in tails.items()
-        }
+        bodies: dict[int, frozenset[int]] = {}
+        for tail, head in self.back_edges:
+            above = [*self.predecessors[:head], set(), *self.predecessors[head + 1 :]]  # the way up ends at the head
+            bodies[head] = bodies.get(head, frozenset({head})) | reach([tail], above.__getitem__)
+        return dict(sorted(bodies.items()))
 
     def in_order(self, head: int, loop: frozenset[int]) -> list[int]:
         """The blocks of a loop as they run, from its head on. Compilers like to lay a loop out from its middle."""
