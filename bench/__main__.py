@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
             parsers[name].add_argument(word, help=help, **how)
 
     several: dict[str, Any] = dict(action="append", default=[])
-    there = f"of: {', '.join(operation.names())} (default: all)"
+    there = f"of: {', '.join(operation.operations())} (default: all)"
     option("run tune static counts", "operation", there, nargs="*", metavar="OP")
     option("report", "folder", "default: every folder in bench/results", nargs="*", type=Path, metavar="DIR")
     option("run tune host counts", "--case", "only cases whose name contains this; repeatable", **several)

@@ -179,8 +179,8 @@ def product_work(given: Given, grid: tuple[int, ...], operand: str, out: str, si
     outer = (cdiv(rows * cols, grid[0]),) if given.get("PERSISTENT") else ()
     steps = cdiv(given["rows_per_split"] if wgrad else length, given[block])
     work = model.product(given, operand, steps, size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"), outer)
-    if not wgrad:
-        work |= dict(turns=model.turns_of(given, length, block))
+    if not wgrad and given["PREFETCH"]:  # by hand: what is left of the sum comes before the loop
+        work |= dict(turns=length // given[block])
     read = 1 + given.get("FUSE_DZ", False)  # dy and y, or one tensor
     loaded = itemsize * length * (read * height * cols + width * rows)
     stored = math.prod(grid[1:]) * height * width * model.itemsize(given, out)

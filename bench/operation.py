@@ -182,7 +182,8 @@ def describe(launch: "Launch") -> str:
     tile = "×".join(map(str, sizes))
     rule = getattr(given.get("RULE"), "__name__", "")
     states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
-    on = [name.lower() for name in switches() if isinstance(given.get(name), Tensor) or given.get(name)]
+    switches = dict.fromkeys(switch for operation in find() for switch in operation.switches)
+    on = [name.lower() for name in switches if isinstance(given.get(name), Tensor) or given.get(name)]
     parts = [rule, ",".join(states), tile, f"w{launch.num_warps}", f"s{launch.num_stages}", *_window(given), *on]
     return " ".join(part for part in parts if part)
 
@@ -218,21 +219,12 @@ def operations() -> dict[str, Operation]:
     return {operation.name: operation for operation in entries}
 
 
-def names() -> list[str]:
-    return list(operations())
-
-
 def find(chosen: Sequence[str] = ()) -> list[Operation]:
     """The operations of these names, or all of them. Raises ValueError for a name that does not exist."""
     for name in chosen:
         if name not in operations():
             raise ValueError(f"no operation is called {name!r}; there are: {', '.join(operations())}")
     return [operations()[name] for name in chosen or operations()]
-
-
-def switches() -> list[str]:
-    """Those of all operations, each once."""
-    return list(dict.fromkeys(switch for operation in find() for switch in operation.switches))
 
 
 # -- differentiable functions: an output, and gradients of all arguments or of some -----------------------------------

@@ -147,6 +147,7 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter, 
         torch._functorch.config.donated_buffer = False
     providers = operation.providers(case, without_compile)
     with precision(case.tf32):
+        torch.manual_seed(0)  # the same inputs in every run: of some, torch too is wrong in bfloat16
         try:
             problem = operation.problem(case, meter.device)
             problem.reference()

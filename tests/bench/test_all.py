@@ -54,7 +54,7 @@ def test_the_most_valuable_comes_first() -> None:
     assert position("tests conv") < position("optim: 1e8")
     assert position("NCHW") < position("memory")
     assert position("races", last=True) < position("compile")
-    for name in operation.names():
+    for name in operation.operations():
         assert f"{name}: tune" in [step.name for step in PLAN]
         assert {f"memory {name}", f"races {name}", f"tests {name}"} <= {step.name for step in PLAN}
     assert len({step.name for step in PLAN}) == len(PLAN)
