@@ -75,14 +75,10 @@ def read_launches(launches: Sequence[Launch], arch: Arch) -> list[tuple[Compiled
         codes = iter(_disassemble([kernel.asm["cubin"] for kernel in built], arch) if built else [])
     else:
         codes = iter([sass.parse_amd(kernel.asm["amdgcn"]) for kernel in built])
-    results: list[tuple[Compiled, list[Instruction]]] = []
-    for launch, (kernel, said) in zip(launches, compiled, strict=True):
-        if kernel is None:
-            results.append((Compiled(**_identity(launch, arch), error=said), []))
-        else:
-            code = next(codes)
-            results.append((Compiled(**_identity(launch, arch), **_findings(launch, kernel, said, code, arch)), code))
-    return results
+    return [
+        _read(launch, arch, kernel, said, next(codes) if kernel is not None else [])
+        for launch, (kernel, said) in zip(launches, compiled, strict=True)
+    ]
 
 
 def _compile(launch: Launch, arch: Arch) -> tuple[Any, str]:
@@ -108,19 +104,20 @@ def _compile(launch: Launch, arch: Arch) -> tuple[Any, str]:
         return None, f"{type(cause).__name__}: {' '.join(str(cause).split())[-300:]}"
 
 
-def _identity(launch: Launch, arch: Arch) -> dict[str, Any]:
-    return dict(
+def _read(
+    launch: Launch, arch: Arch, kernel: Any, said: str, code: list[Instruction]
+) -> tuple[Compiled, list[Instruction]]:
+    identity: dict[str, Any] = dict(
         target=arch.name,
         kernel=launch.kernel.__name__,
         settings=describe(launch),
         constants={k: v if isinstance(v, (bool, int, str)) else str(v) for k, v in launch.settings.items()},
         shared_limit=arch.shared_memory,
     )
-
-
-def _findings(launch: Launch, kernel: Any, said: str, code: Sequence[Instruction], arch: Arch) -> dict[str, Any]:
+    if kernel is None:
+        return Compiled(**identity, error=said), code
     formed = any(launch.named.get(switch) for switch in ("FUSE_DZ", "DIAGONAL", "PREFETCH"))  # operands
-    as_loaded = launch.kernel.__name__ in ("forward", "dgrad", "wgrad") and not formed
+    as_loaded = identity["kernel"] in ("forward", "dgrad", "wgrad") and not formed
     if arch.backend == "cuda":
         usage = _cubin_tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
         registers = _number(usage, "REG")
@@ -130,15 +127,11 @@ def _findings(launch: Launch, kernel: Any, said: str, code: Sequence[Instruction
         registers = _number(text, r"\.vgpr_count") + _number(text, r"\.agpr_count")
         # Bytes of scratch memory. Scalar registers that are spilled go to lanes of vector registers: no memory.
         spilled = _number(text, r"\.private_segment_fixed_size")
-    return dict(
-        registers=registers,
-        spilled=spilled,
-        shared_memory=int(kernel.metadata.shared),
-        instructions=len(code),
-        counts=sass.count(code),
-        loops=tuple(sass.matrix_loops(code)),
-        wgmma=wgmma.faults(code, kernel.asm.get("ptx", ""), kernel.asm["ttgir"], said, as_loaded=as_loaded),
-    )
+    faults = wgmma.faults(code, kernel.asm.get("ptx", ""), kernel.asm["ttgir"], said, as_loaded=as_loaded)
+    return Compiled(
+        **identity, registers=registers, spilled=spilled, shared_memory=int(kernel.metadata.shared),
+        instructions=len(code), counts=sass.count(code), loops=tuple(sass.matrix_loops(code)), wgmma=faults,
+    ), code  # fmt: skip
 
 
 def _disassemble(cubins: Sequence[bytes], arch: Arch) -> list[list[Instruction]]:
