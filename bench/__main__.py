@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tribp import dispatch
 from tribp.launch.arch import ARCHS
 
@@ -30,13 +32,51 @@ Measures tribp, from a checkout of its repository.
   python -m bench static --model linear       the time that a model of the GPU predicts from the machine code
 """
 
-
-EACH: dict[str, dict[str, Any]] = {  # what an option means in every command that has it
-    "--case": dict(action="append", default=[], help="only cases whose name contains this; repeatable"),
-    "--dtype": dict(action="append", default=[], help="only this type, such as bfloat16 or 'float32 tf32'; repeatable"),
-    "--smoke": dict(action="store_true", help="walk through on a CPU with tiny shapes"),
-    "--out": dict(type=Path, metavar="DIR", help="folder for the results (smoke: a temporary one)"),
-    "--json": dict(default="", metavar="FILE", help="write what was found"),
+COMMANDS = {  # what each is in a line, and what it does
+    "run": (
+        "check and time operations on a CUDA GPU",
+        "Checks every result against float64, times what is right, and writes bench/results/<gpu>/<op>.json after each "
+        "case; `report` makes pages and pictures of it. Exits with 1 if a result is wrong, with 2 without CUDA.",
+    ),
+    "tune": (
+        "time the configs beside every heuristic's choice on a CUDA GPU",
+        "Of every problem in a case: times the heuristic's config and those one step away, goes on from the fastest, "
+        "and checks every result against float64. Writes bench/results/<gpu>/tune-<op>.json after every config; a "
+        "second run goes on where the first stopped. Exits with 1 if a heuristic's choice is wrong, with 2 without "
+        "CUDA.",
+    ),
+    "all": (
+        "everything a GPU is wanted for, unattended, within a budget of time",
+        "GPU tests, measurements, compute-sanitizer where it is installed, torch.compile beside them, tuning of launch "
+        "configs, and the long tail of cases: the most valuable first, each step in a process of its own. What was "
+        "found is in DIR at once: steps.json, log.txt, <op>.json. With the same DIR it goes on: what is done is not "
+        "done again, what failed only with other code. Writes the report and a table of the steps last. Exits with 1 "
+        "if a step failed, with 2 without CUDA.",
+    ),
+    "report": (
+        "the page and the pictures of stored results; no GPU needed",
+        "Writes DIR/README.md (every target with what was measured, the missed first; the tables) and, with "
+        "matplotlib, pictures, from the JSON in DIR alone. Without any results it prints the targets.",
+    ),
+    "host": (
+        "what an optimizer's step costs the host; no GPU needed",
+        "Times tribp's launch plan without the launch beside the bookkeeping of torch's fused Adam, and the step of "
+        "CPU tensors beside torch's default one, in turns. Load on the machine falsifies it.",
+    ),
+    "static": (
+        "compile every kernel for every target and check the machine code; no GPU needed",
+        "Prints registers, spills, shared memory and instruction counts of every kernel, and what breaks an "
+        "expectation: spills, missing matrix instructions, loads that are not pipelined, narrow stores, and on sm_90 "
+        "products whose operands are overwritten while they run, or that wait for one another. Exits with 1 if "
+        "anything does.",
+    ),
+    "counts": (
+        "execute some programs of every kernel, and count what they cost each unit; no GPU needed",
+        "Prints, for every launch of a case, the cycles of a multiprocessor that one program needs of its tensor "
+        "cores, of shared memory, of its schedulers and of L2, beside the least that L2 could take; what binds, and "
+        "how many times what tensor cores (or memory at its best) need. Exits with 1 if a kernel does what no order "
+        "of events may do.",
+    ),
 }
 
 
@@ -45,102 +85,38 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {name: commands.add_parser(name, help=line, description=text) for name, (line, text) in COMMANDS.items()}
 
-    def command(name: str, help: str, description: str, *options: str, operations: bool = True) -> Any:
-        added = commands.add_parser(name, help=help, description=description)
-        if operations:
-            names = ", ".join(operation.names())
-            added.add_argument("operation", nargs="*", metavar="OP", help=f"of: {names} (default: all)")
-        for option in options:
-            added.add_argument(option, **EACH[option])
-        return added.add_argument
+    def option(names: str, word: str, help: str, **how: Any) -> None:
+        for name in names.split():
+            parsers[name].add_argument(word, help=help, **how)
 
-    option = command(
-        "run",
-        "check and time operations on a CUDA GPU",
-        "Checks every result against float64, times what is right, and writes bench/results/<gpu>/<op>.json and .md "
-        "after each case, and with matplotlib a .png. Exits with 1 if a result is wrong, with 2 without CUDA.",
-        "--case", "--dtype", "--smoke", "--out",
-    )  # fmt: skip
-    option("--first", type=_count, metavar="N", help="only the first N of these, the most valuable")
-    option("--missing", action="store_true", help="only what the results lack of the present code")
-    option("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
-    option("--no-picture", action="store_true", help="leave the picture to `report`")
-
-    option = command(
-        "tune",
-        "time the configs beside every heuristic's choice on a CUDA GPU",
-        "Of every problem in a case: times the heuristic's config and those one step away, goes on from the fastest, "
-        "and checks every result against float64. Writes bench/results/<gpu>/tune-<op>.json after every config; a "
-        "second run goes on where the first stopped. Exits with 1 if a heuristic's choice is wrong, with 2 without "
-        "CUDA.",
-        "--case", "--dtype", "--smoke", "--out",
-    )  # fmt: skip
+    several: dict[str, Any] = dict(action="append", default=[])
+    there = f"of: {', '.join(operation.operations())} (default: all)"
+    option("run tune static counts", "operation", there, nargs="*", metavar="OP")
+    option("report", "folder", "default: every folder in bench/results", nargs="*", type=Path, metavar="DIR")
+    option("run tune host counts", "--case", "only cases whose name contains this; repeatable", **several)
+    option("static", "--case", "with --model: as in `run`", **several)
+    option("run tune static", "--dtype", "only this type, such as bfloat16 or 'float32 tf32'; repeatable", **several)
+    option("run tune all host", "--smoke", "walk through on a CPU with tiny shapes", action="store_true")
+    option("run tune all", "--out", "folder for the results (smoke: a temporary one)", type=Path, metavar="DIR")
+    option("host static counts", "--json", "write what was found", default="", metavar="FILE")
+    option("run", "--first", "only the first N of these, the most valuable", type=_count, metavar="N")
+    option("run", "--missing", "only what the results lack of the present code", action="store_true")
+    option("run", "--no-compile", "leave torch.compile out: it takes most of the time", action="store_true")
     budget = "stop after so long, in equal shares of the operations (default: when all is done)"
-    option("--budget", type=_minutes, metavar="MINUTES", help=budget)
-
-    option = command(
-        "all",
-        "everything a GPU is wanted for, unattended, within a budget of time",
-        "GPU tests, measurements, compute-sanitizer where it is installed, torch.compile beside them, tuning of launch "
-        "configs, and the long tail of cases: the most valuable first, each step in a process of its own. What was "
-        "found is in DIR at once: steps.json, log.txt, <op>.json. With the same DIR it goes on: what is done is not "
-        "done again, what failed only with other code. Writes the report and a table of the steps last. Exits with 1 "
-        "if a step failed, with 2 without CUDA.",
-        "--out", "--smoke",
-        operations=False,
-    )  # fmt: skip
-    option("--budget", type=_minutes, default=60.0, metavar="MINUTES", help="it ends within (default: %(default)g)")
-    only = "only steps whose name contains this; repeatable"
-    option("--only", action="append", default=[], metavar="STEP", help=only)
-
-    option = command(
-        "report",
-        "the page and the pictures of stored results; no GPU needed",
-        "Writes DIR/README.md (every target with what was measured, the missed first; the tables) and, with "
-        "matplotlib, pictures, from the JSON in DIR alone. Without any results it prints the targets.",
-        operations=False,
-    )
-    option("folder", nargs="*", type=Path, metavar="DIR", help="default: every folder in bench/results")
-
-    option = command(
-        "host",
-        "what an optimizer's step costs the host; no GPU needed",
-        "Times tribp's launch plan without the launch beside the bookkeeping of torch's fused Adam, and the step of "
-        "CPU tensors beside torch's default one, in turns. Load on the machine falsifies it.",
-        "--case", "--smoke", "--json",
-        operations=False,
-    )  # fmt: skip
-    option("--rounds", type=int, default=15, help="samples of each provider (default: %(default)s)")
-
-    option = command(
-        "static",
-        "compile every kernel for every target and check the machine code; no GPU needed",
-        "Prints registers, spills, shared memory and instruction counts of every kernel, and what breaks an "
-        "expectation: spills, missing matrix instructions, loads that are not pipelined, narrow stores, and on sm_90 "
-        "products whose operands are overwritten while they run, or that wait for one another. Exits with 1 if "
-        "anything does.",
-        "--dtype", "--json",
-    )  # fmt: skip
-    option("--target", action="append", choices=list(ARCHS), default=[], help="only this GPU; repeatable")
-    option("--all", action="store_true", help="every type at every shape; several minutes")
-    option("--model", action="store_true", help="predict the time of what `run` measures (default target: sm_90)")
-    option("--case", action="append", default=[], help="with --model: as in `run`")
-    option("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)")
-
-    option = command(
-        "counts",
-        "execute some programs of every kernel, and count what they cost each unit; no GPU needed",
-        "Prints, for every launch of a case, the cycles of a multiprocessor that one program needs of its tensor "
-        "cores, of shared memory, of its schedulers and of L2, beside the least that L2 could take; what binds, and "
-        "how many times what tensor cores (or memory at its best) need. Exits with 1 if a kernel does what no order "
-        "of events may do.",
-        "--case", "--json",
-    )  # fmt: skip
-    option("--target", default="sm_90", choices=["sm_80", "sm_90"])
-    option("--direction", action="append", default=[], help="only this one; repeatable")
-    option("--programs", type=_count, default=4, help="executed of each launch (default: %(default)s)")
-    option("--worst", type=int, default=0, help="list so many memory instructions that waste most")
+    option("tune", "--budget", budget, type=_minutes, metavar="MINUTES")
+    option("all", "--budget", "it ends within (default: %(default)g)", type=_minutes, default=60.0, metavar="MINUTES")
+    option("all", "--only", "only steps whose name contains this; repeatable", **several, metavar="STEP")
+    option("static", "--target", "only this GPU; repeatable", **several, choices=list(ARCHS))
+    option("static", "--all", "every type at every shape; several minutes", action="store_true")
+    model = "predict the time of what `run` measures (default target: sm_90)"
+    option("static", "--model", model, action="store_true")
+    option("static", "--jobs", "processes (default: %(default)s)", type=int, default=min(2, os.cpu_count() or 1))
+    option("counts", "--target", "the GPU (default: %(default)s)", default="sm_90", choices=["sm_80", "sm_90"])
+    option("counts", "--direction", "only this one; repeatable", **several)
+    option("counts", "--programs", "executed of each launch (default: %(default)s)", type=_count, default=4)
+    option("counts", "--worst", "list so many memory instructions that waste most", type=int, default=0)
     return main
 
 
@@ -163,84 +139,63 @@ def _minutes(text: str) -> float:
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
-        return COMMANDS[given.command](given)
+        return _perform(given)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
 
 
-def _run(given: argparse.Namespace) -> int:
-    from . import run
-
-    options = run.Options(
-        given.case, given.dtype, given.smoke, compile=not given.no_compile, first=given.first,
-        missing=given.missing, picture=not given.no_picture, out=given.out,
-    )  # fmt: skip
-    return run.main(operation.find(given.operation), options)
-
-
-def _tune(given: argparse.Namespace) -> int:
-    if given.smoke:
+def _perform(given: argparse.Namespace) -> int:
+    """What each command needs is asked for before its modules are imported."""
+    name, operations = given.command, operation.find(getattr(given, "operation", ()))
+    if name in ("run", "tune", "all") and not given.smoke and not torch.cuda.is_available():
+        raise ValueError(f"{name} needs CUDA, and torch finds no GPU here (--smoke walks through it on a CPU)")
+    if name == "tune" and given.smoke:
         os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
-    _need_triton(given)
-    from . import run, tune
+    if name in ("tune", "static", "counts") and not dispatch.has_triton():
+        raise ValueError(f"{name} needs triton, which is not installed: pip install triton")
+    if name in ("static", "counts") and dispatch.interpreting():
+        raise ValueError(f"{name} compiles, and under TRITON_INTERPRET=1 nothing can be: unset it")
 
-    options = run.Options(given.case, given.dtype, given.smoke, out=given.out)
-    return tune.main(operation.find(given.operation), options, given.budget)
+    if name == "run":
+        from . import run
 
+        options = run.Options(
+            given.case, given.dtype, given.smoke, not given.no_compile, given.first, given.missing, given.out
+        )
+        return run.main(operations, options)
+    if name == "tune":
+        from . import run, tune
 
-def _all(given: argparse.Namespace) -> int:
-    from . import all
+        return tune.main(operations, run.Options(given.case, given.dtype, given.smoke, out=given.out), given.budget)
+    if name == "all":
+        from . import all
 
-    return all.main(given.budget, given.out, given.only, given.smoke)
+        return all.main(given.budget, given.out, given.only, given.smoke)
+    if name == "report":
+        from . import report
 
+        return report.main(given.folder)
+    if name == "host":
+        from . import host
 
-def _report(given: argparse.Namespace) -> int:
-    from . import report
+        return host.main(given.case, smoke=given.smoke, file=given.json)
+    if name == "counts":
+        from . import counts
 
-    return report.main(given.folder)
-
-
-def _host(given: argparse.Namespace) -> int:
-    from . import host
-
-    return host.main(given.case, rounds=given.rounds, smoke=given.smoke, file=given.json)
-
-
-def _static(given: argparse.Namespace) -> int:
-    names = [chosen.name for chosen in operation.find(given.operation)]
-    _need_triton(given, compiler=True)
+        wanted = given.target, given.case, given.direction, given.programs, given.worst, given.json
+        return counts.main(operations, counts.Options(*wanted))
+    names = tuple(chosen.name for chosen in operations)
     if given.model:
         from .model import predict
 
         targets = given.target or ["sm_90"]
-        selections = [predict.Selection(tuple(names), t, tuple(given.dtype), tuple(given.case)) for t in targets]
+        selections = [predict.Selection(names, target, tuple(given.dtype), tuple(given.case)) for target in targets]
         return predict.main(selections, jobs=given.jobs, file=given.json)
     from . import compile
 
     targets = given.target or list(ARCHS)
     return compile.main(names, targets, given.dtype, everything=given.all, jobs=given.jobs, file=given.json)
-
-
-def _counts(given: argparse.Namespace) -> int:
-    operations = operation.find(given.operation)
-    _need_triton(given, compiler=True)
-    from . import counts
-
-    options = counts.Options(given.target, given.case, given.direction, given.programs, given.worst, given.json)
-    return counts.main(operations, options)
-
-
-def _need_triton(given: argparse.Namespace, compiler: bool = False) -> None:
-    if not dispatch.has_triton():
-        raise ValueError(f"{given.command} needs triton, which is not installed: pip install triton")
-    if compiler and dispatch.interpreting():
-        raise ValueError(f"{given.command} compiles, and under TRITON_INTERPRET=1 nothing can be: unset it")
-
-
-COMMANDS = {
-    "run": _run, "tune": _tune, "all": _all, "report": _report, "host": _host, "static": _static, "counts": _counts,
-}  # fmt: skip
 
 
 if __name__ == "__main__":

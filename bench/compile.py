@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import io
 import itertools
-import json
 import multiprocessing
 import re
 import struct
@@ -26,13 +25,12 @@ from triton.runtime import jit
 from tribp.launch.arch import ARCHS, Arch
 from tribp.launch.plan import Launch
 
-from . import operation, sass, wgmma
+from . import sass, wgmma
 from .expectations import Compiled, Expectation, always, broken
-from .operation import StaticCase, describe, static_cases
-from .results import markdown
+from .operation import describe, find
+from .results import markdown, write_json
 from .sass import MATRIX, Instruction
 
-Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 # -- a launch, compiled -----------------------------------------------------------------------------------------------
@@ -77,14 +75,10 @@ def read_launches(launches: Sequence[Launch], arch: Arch) -> list[tuple[Compiled
         codes = iter(_disassemble([kernel.asm["cubin"] for kernel in built], arch) if built else [])
     else:
         codes = iter([sass.parse_amd(kernel.asm["amdgcn"]) for kernel in built])
-    results: list[tuple[Compiled, list[Instruction]]] = []
-    for launch, (kernel, said) in zip(launches, compiled, strict=True):
-        if kernel is None:
-            results.append((Compiled(**_identity(launch, arch), error=said), []))
-        else:
-            code = next(codes)
-            results.append((Compiled(**_identity(launch, arch), **_findings(launch, kernel, said, code, arch)), code))
-    return results
+    return [
+        _read(launch, arch, kernel, said, next(codes) if kernel is not None else [])
+        for launch, (kernel, said) in zip(launches, compiled, strict=True)
+    ]
 
 
 def _compile(launch: Launch, arch: Arch) -> tuple[Any, str]:
@@ -110,19 +104,20 @@ def _compile(launch: Launch, arch: Arch) -> tuple[Any, str]:
         return None, f"{type(cause).__name__}: {' '.join(str(cause).split())[-300:]}"
 
 
-def _identity(launch: Launch, arch: Arch) -> dict[str, Any]:
-    return dict(
+def _read(
+    launch: Launch, arch: Arch, kernel: Any, said: str, code: list[Instruction]
+) -> tuple[Compiled, list[Instruction]]:
+    identity: dict[str, Any] = dict(
         target=arch.name,
         kernel=launch.kernel.__name__,
         settings=describe(launch),
         constants={k: v if isinstance(v, (bool, int, str)) else str(v) for k, v in launch.settings.items()},
         shared_limit=arch.shared_memory,
     )
-
-
-def _findings(launch: Launch, kernel: Any, said: str, code: Sequence[Instruction], arch: Arch) -> dict[str, Any]:
+    if kernel is None:
+        return Compiled(**identity, error=said), code
     formed = any(launch.named.get(switch) for switch in ("FUSE_DZ", "DIAGONAL", "PREFETCH"))  # operands
-    as_loaded = launch.kernel.__name__ in ("forward", "dgrad", "wgrad") and not formed
+    as_loaded = identity["kernel"] in ("forward", "dgrad", "wgrad") and not formed
     if arch.backend == "cuda":
         usage = _cubin_tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
         registers = _number(usage, "REG")
@@ -132,15 +127,11 @@ def _findings(launch: Launch, kernel: Any, said: str, code: Sequence[Instruction
         registers = _number(text, r"\.vgpr_count") + _number(text, r"\.agpr_count")
         # Bytes of scratch memory. Scalar registers that are spilled go to lanes of vector registers: no memory.
         spilled = _number(text, r"\.private_segment_fixed_size")
-    return dict(
-        registers=registers,
-        spilled=spilled,
-        shared_memory=int(kernel.metadata.shared),
-        instructions=len(code),
-        counts=sass.count(code),
-        loops=tuple(sass.matrix_loops(code)),
-        wgmma=wgmma.faults(code, kernel.asm.get("ptx", ""), kernel.asm["ttgir"], said, as_loaded=as_loaded),
-    )
+    faults = wgmma.faults(code, kernel.asm.get("ptx", ""), kernel.asm["ttgir"], said, as_loaded=as_loaded)
+    return Compiled(
+        **identity, registers=registers, spilled=spilled, shared_memory=int(kernel.metadata.shared),
+        instructions=len(code), counts=sass.count(code), loops=tuple(sass.matrix_loops(code)), wgmma=faults,
+    ), code  # fmt: skip
 
 
 def _disassemble(cubins: Sequence[bytes], arch: Arch) -> list[list[Instruction]]:
@@ -190,68 +181,67 @@ class Kernel:
 
     operation: str
     arch: Arch
-    cases: list[StaticCase] = field(default_factory=list)
-
-    @property
-    def expectations(self) -> list[Expectation]:
-        named = {e.name: e for case in self.cases for e in case.expectations}
-        return [*always(self.arch), *named.values()]
+    launch: Launch  # the first case's
+    expectations: dict[str, Expectation]
+    cases: list[str] = field(default_factory=list)
 
 
 @functools.cache
-def collect(name: str, target: str, dtypes: tuple[str, ...], everything: bool) -> list[Kernel]:
-    """The different kernels of an operation on a target, in a fixed order: the processes of the pool count on it."""
-    arch = ARCHS[target]
-    kernels: dict[str, Kernel] = {}
-    for case in static_cases(operation.find([name])[0], arch, everything):
-        if not dtypes or case.name.split()[1] in dtypes:
-            kernels.setdefault(key_of(case.launch, arch), Kernel(name, arch)).cases.append(case)
+def collect(operations: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], everything: bool) -> list[Kernel]:
+    """The different kernels of operations on targets, in the same order in every process. The arguments are tuples."""
+    kernels: dict[tuple[str, str], Kernel] = {}
+    for operation, arch in itertools.product(find(operations), map(ARCHS.__getitem__, targets)):
+        for name, case, direction in operation.compiled(arch, everything):
+            if dtypes and name.split()[1] not in dtypes:
+                continue
+            for launch in operation.launches(case, direction, arch):
+                new = Kernel(operation.name, arch, launch, {e.name: e for e in always(arch)})
+                kernel = kernels.setdefault((operation.name, key_of(launch, arch)), new)
+                kernel.cases.append(name)
+                kernel.expectations |= {e.name: e for e in operation.expectations(launch, case, arch)}
     return list(kernels.values())
 
 
-Part = tuple[str, str, tuple[str, ...], bool, int, int]  # the arguments of `collect`, first, step
+def _compile_part(selection: tuple[Any, ...], part: slice) -> list[Compiled]:
+    codes: list[Compiled] = []
+    for arch, kernels in itertools.groupby(collect(*selection)[part], lambda kernel: kernel.arch):
+        codes += compile_launches([kernel.launch for kernel in kernels], arch)
+    return codes
 
 
-def _compile_part(job: Part) -> list[Compiled]:
-    """Every `step`-th kernel of a selection, from `first` on."""
-    *selection, first, step = job
-    kernels = collect(*selection)[first::step]
-    return compile_launches([kernel.cases[0].launch for kernel in kernels], ARCHS[job[1]])
-
-
-def spread(function: Callable[[Job], Result], todo: Sequence[Job], jobs: int) -> list[Result]:
-    """The function of each, in so many processes."""
+def spread(function: Callable[[Any, slice], list[Result]], selection: Any, jobs: int) -> list[Result]:
+    """What the function makes of each item of a selection, in order. Each of the processes does every jobs-th item."""
     if jobs == 1:
-        return [function(job) for job in todo]
+        return function(selection, slice(None))
+    parts = [slice(first, None, jobs) for first in range(jobs)]
     # spawn: the compiler's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(function, todo))
+        done = list(pool.map(function, itertools.repeat(selection), parts))
+    results: list[Any] = [None] * sum(map(len, done))
+    for part, some in zip(parts, done, strict=True):
+        results[part] = some
+    return results
 
 
 def measure(
     operations: Sequence[str], targets: Sequence[str], dtypes: Sequence[str] = (), *, everything: bool, jobs: int
 ) -> list[dict[str, Any]]:
     """A row for each kernel and target: what the machine code holds, what was expected of it, what is broken."""
-    selections = [(name, target, tuple(dtypes), everything) for name in operations for target in targets]
-    todo: list[Part] = [(*selection, first, jobs) for selection in selections for first in range(jobs)]
-    done = spread(_compile_part, todo, jobs)
-    compiled = {job: iter(codes) for job, codes in zip(todo, done, strict=True)}
+    selection = (tuple(operations), tuple(targets), tuple(dtypes), everything)
     return [
-        row(kernel, next(compiled[(*selection, n % jobs, jobs)]))
-        for selection in selections
-        for n, kernel in enumerate(collect(*selection))
+        row(kernel, code)
+        for kernel, code in zip(collect(*selection), spread(_compile_part, selection, jobs), strict=True)
     ]
 
 
 def row(kernel: Kernel, code: Compiled) -> dict[str, Any]:
-    expectations = kernel.expectations
     return {
         "operation": kernel.operation,
-        "cases": list(dict.fromkeys(case.name for case in kernel.cases)),
-        "dtype": kernel.cases[0].name.split()[1],
+        "cases": list(dict.fromkeys(kernel.cases)),
+        "dtype": kernel.cases[0].split()[1],
         **dataclasses.asdict(code),
-        "expected": {e.name: e.reason for e in expectations},
-        "broken": broken(code, expectations),
+        "expected": {e.name: e.reason for e in kernel.expectations.values()},
+        "broken": broken(code, kernel.expectations.values()),
     }
 
 
@@ -293,5 +283,5 @@ def main(
             f"- {r['target']} {r['kernel']} {r['settings']} [{r['cases'][0]}]: {r['registers']} registers; {sentence}"
         )
     if file:
-        Path(file).write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(Path(file), rows)
     return 1 if failures else 0

@@ -28,7 +28,7 @@ from .expectations import (
     wide,
 )  # fmt: skip
 from .model import work as model
-from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
+from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions, named
 
 if TYPE_CHECKING:
     from tribp.launch.plan import Launch
@@ -270,11 +270,7 @@ def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, ConvCase, str]
         measured = [*cases(), *(replace(case, dtype=FP64) for case in BASE)]
         measured += [ConvCase(shape, dtype, tf32) for shape in (UNEVEN, FEWER) for dtype, tf32 in UNEVEN_TYPES]
         chosen += [(case, (*APART, "backward")) for case in measured]
-    for case, directions in chosen:
-        if case.tf32 and arch.backend == "hip":
-            continue  # gfx942 has no TF32: the same code again
-        for direction in directions:
-            yield f"{case.name} {direction}", case, direction
+    return named(arch, chosen)
 
 
 # -- what machine code must show --------------------------------------------------------------------------------------

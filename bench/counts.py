@@ -5,8 +5,7 @@ multiprocessor is given the cycles that one program needs of it alone: the large
 (sm_80) and H100 (sm_90).
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import torch
 from tribp.launch.arch import ARCHS
 
 from .operation import Operation, describe
-from .results import markdown
+from .results import markdown, write_json
 from .run import selected
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def main(operations: Sequence[Operation], options: Options) -> int:
     for problem in problems:
         print("PROBLEM", problem)
     if options.file:
-        Path(options.file).write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(Path(options.file), rows)
     return 1 if problems else 0
 
 
@@ -126,13 +125,10 @@ def row(counts: "Counts") -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    names = ("case", "direction", "kernel", "settings", "programs", "tensor", "shared", "issue", "L2", "ideal")
-    return markdown([*names, "binds", "balanced"], [[*(row[name] for name in names), *_verdict(row)] for row in rows])
-
-
-def _verdict(row: dict[str, Any]) -> Iterator[str]:
-    yield row["binds"]
-    yield "yes" if row["over"] <= BALANCED else f"{row['over']:.2f}×"
+    names = ("case", "direction", "kernel", "settings", "programs", "tensor", "shared", "issue", "L2", "ideal", "binds")
+    balanced = ["yes" if row["over"] <= BALANCED else f"{row['over']:.2f}×" for row in rows]
+    lines = [[*(row[name] for name in names), verdict] for row, verdict in zip(rows, balanced, strict=True)]
+    return markdown([*names, "balanced"], lines)
 
 
 def _print_details(case: Any, direction: str, report: "Report", worst: int) -> None:

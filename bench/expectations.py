@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tribp.launch.arch import Arch
 
-from .sass import COPIES, MATRIX, Loop
+from .sass import COPIES, LOADS, MATRIX, STORES, Loop
 from .wgmma import EXPECTED
 
 if TYPE_CHECKING:  # imports triton, which `bench run` can do without
@@ -74,15 +74,11 @@ def _pipelined(code: Compiled) -> str | None:
     return None
 
 
-def _share(code: Compiled, kind: str, bits: int) -> float:
-    """The share of loads or stores ("LDG" and "load", "STG" and "store") that are at least `bits` wide."""
-    names = {"loads": ("LDG", "load"), "stores": ("STG", "store")}[kind]
-    widths = [f".{width}" for width in (64, 128) if width >= bits]
-    every = sum(code.counts.get(name, 0) for name in names)
-    return sum(code.counts.get(name + width, 0) for name in names for width in widths) / every if every else 0.0
+def accesses(code: Compiled, kind: str, *widths: str) -> int:
+    """How many "loads" or "stores" are of these widths: ".128" is 16 bytes, "" any."""
+    names = {"loads": LOADS, "stores": STORES}[kind]
+    return sum(code.counts.get(name + width, 0) for name in names for width in widths)
 
-
-LOADS_128, STORES_128 = ("LDG.128", "load.128"), ("STG.128", "store.128")
 
 NO_SPILLS = Expectation("spills", _spills, "a spilled register costs a trip through memory in the loop")
 SHARED_MEMORY = Expectation("shared memory", _shared_memory, "a launch that needs more is refused")
@@ -106,7 +102,7 @@ def wide(kind: str, bits: int, reason: str) -> Expectation:
     def check(code: Compiled) -> str | None:
         if kind == "stores" and code.counts.get("UTMASTG"):
             return None
-        share = _share(code, kind, bits)
+        share = accesses(code, kind, *(f".{n}" for n in (64, 128) if n >= bits)) / max(1, accesses(code, kind, ""))
         return None if share >= 0.5 else f"{share:.0%} of the {kind} are {bits // 8} bytes wide"
 
     return Expectation(f"wide {kind}", check, reason)
@@ -116,7 +112,7 @@ def vectors(loads: int, stores: int, reason: str) -> Expectation:
     """At least so many loads and stores are 16 bytes wide, whatever else there is: another path may be narrow."""
 
     def check(code: Compiled) -> str | None:
-        seen = [sum(code.counts.get(name, 0) for name in names) for names in (LOADS_128, STORES_128)]
+        seen = accesses(code, "loads", ".128"), accesses(code, "stores", ".128")
         if seen[0] >= loads and seen[1] >= stores:
             return None
         return f"{seen[0]} loads and {seen[1]} stores are 16 bytes wide, of {loads} and {stores}"

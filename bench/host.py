@@ -9,7 +9,6 @@ the driver of a GPU, the first ones too (`host_layers.py`).
 
 import contextlib
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from tribp import dispatch, optim
 from tribp.optim.layouts import GRAD
 
 from .no_gpu import always, pretending_h100
-from .results import commit, markdown, verdict, write
+from .results import commit, markdown, verdict, write_json
 from .timing import Conditions, Repeated, summary, versions
 
 
@@ -64,9 +63,9 @@ class Comparison:
     sharded: bool = False  # whether the tensors are DTensors
 
     @contextlib.contextmanager
-    def start(self) -> "Iterator[Mapping[str, Running]]":
+    def start(self) -> Iterator[Mapping[str, Callable[[], float]]]:
         with one_rank() if self.sharded else contextlib.nullcontext(torch.randn) as make:
-            yield {name: Running(one, self.sizes, self.backward, make) for name, one in self.providers.items()}
+            yield {name: Running(one, self.sizes, self.backward, make).sample for name, one in self.providers.items()}
 
 
 class Running(Repeated):
@@ -199,6 +198,7 @@ CLASSES: dict[str, tuple[str, dict[str, Any], float]] = {  # and how many times 
     "SGD": ("SGD", {}, 1),
 }
 LIBRARIES: dict[str, Any] = {"tribp": optim, "torch": torch.optim}
+ROUNDS = 15  # samples of each provider
 SIZES = (1, 100, 10_000, 1_000_000, 16_000_000)
 
 
@@ -267,11 +267,7 @@ def shards(smoke: bool) -> list[Comparison]:
 
 
 def comparisons(smoke: bool) -> list[Any]:
-    """All that can be compared here.
-
-    Each has a `name`, `targets`, and `start`, which yields its providers by name, each with a `sample` of the µs that a
-    step or a call takes.
-    """
+    """All that can be compared here: those of this file, and of `host_layers`."""
     comparisons: list[Any] = []
     if dispatch.has_triton():
         comparisons += plans(smoke)
@@ -284,18 +280,17 @@ def comparisons(smoke: bool) -> list[Any]:
 
 def measure(comparison: Any, rounds: int) -> dict[str, Any]:
     """A row: the times of all providers in µs, and what became of the targets."""
-    with comparison.start() as running:
-        times: dict[str, list[float]] = {name: [] for name in running}
+    with comparison.start() as samples:
+        times: dict[str, list[float]] = {name: [] for name in samples}
         for _ in range(rounds):
-            for name, one in running.items():  # in turns: a slow minute of the machine's is everybody's
-                times[name].append(one.sample())
-    medians = {name: summary(samples) for name, samples in times.items()}
+            for name, sample in samples.items():  # in turns: a slow minute of the machine's is everybody's
+                times[name].append(sample())
+    summaries = {name: summary(us) for name, us in times.items()}
+    medians = {name: us.median for name, us in summaries.items()}
     return {
         "case": comparison.name,
-        "host_us": {name: asdict(samples) for name, samples in medians.items()},
-        "targets": [
-            judge(target, {name: samples.median for name, samples in medians.items()}) for target in comparison.targets
-        ],
+        "host_us": {name: asdict(us) for name, us in summaries.items()},
+        "targets": [judge(target, medians) for target in comparison.targets],
     }
 
 
@@ -331,7 +326,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(["case", "µs a step or a call", "ratio of", "ratio", "target", "verdict"], lines)
 
 
-def main(cases: Sequence[str], *, rounds: int, smoke: bool, file: str) -> int:
+def main(cases: Sequence[str], *, smoke: bool, file: str) -> int:
     """Measure, print and write; 0 whatever the verdicts: a noisy machine is no mistake."""
     if not dispatch.has_triton():
         print("left out is what a GPU would be given, the plan's part and the calls': it needs triton")
@@ -343,7 +338,7 @@ def main(cases: Sequence[str], *, rounds: int, smoke: bool, file: str) -> int:
         raise ValueError(f"there is no such case; there are: {', '.join(c.name for c in there)}")
     rows = []
     for comparison in chosen:
-        rows.append(measure(comparison, 2 if smoke else rounds))
+        rows.append(measure(comparison, 2 if smoke else ROUNDS))
         if smoke:
             for target in rows[-1]["targets"]:
                 target["verdict"] = "unmeasured"
@@ -354,5 +349,5 @@ def main(cases: Sequence[str], *, rounds: int, smoke: bool, file: str) -> int:
     mark = "smoke: the times mean nothing; " if smoke else ""
     print(f"host ({mark}{os.cpu_count()} CPUs, load average {load:.1f}, of which this is about 1)\n\n{table(rows)}")
     if file:
-        write(Path(file), json.dumps(head | {"rows": rows}, indent=1))
+        write_json(Path(file), head | {"rows": rows})
     return 0

@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,72 +31,66 @@ from .conv3x3 import ConvCase
 from .no_gpu import pretending, pretending_h100
 from .timing import Conditions, Repeated
 
+Started = AbstractContextManager[Mapping[str, Callable[[], float]]]
+
+
+class Comparison(NamedTuple):
+    """`start` yields, by the providers' names, functions that return the µs of a step or a call."""
+
+    name: str
+    start: Callable[[], Started]
+    targets: Sequence[Any] = ()  # nobody set any
+
+
 # -- calls, repeated --------------------------------------------------------------------------------------------------
 
-Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+Function = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
-class Calls:
-    """One function of tribp's and one of torch's, on the same small tensors.
+def calls(ours: Function, theirs: Function, sizes: Sequence[tuple[int, ...]], backward: bool) -> Started:
+    """One function of tribp's and one of torch's, on the same small tensors. backward: and all gradients.
 
     tribp's calls go all the way to a driver that launches nothing (`no_gpu.py`), so what is left out is the driver's
     own part of a launch. torch has no such seam: beside them stand torch's operators on CPU tensors so small that they
     compute next to nothing. They show what dispatch and autograd cost torch, but not the launches of its CUDA kernels.
     """
+    from tribp.launch.plan import forget
 
-    name: str
-    ours: Function
-    theirs: Function
-    sizes: Sequence[tuple[int, ...]]
-    backward: bool  # and all gradients
-    targets: Sequence[object] = ()  # nobody set any
-
-    @contextlib.contextmanager
-    def start(self) -> Iterator[Mapping[str, Repeated]]:
-        yield {
-            "tribp": self._repeated(self.ours, pretending_h100),
-            "tribp, a first call": self._repeated(self.ours, pretending_h100, anew=True),
-            "torch, on the CPU": self._repeated(self.theirs, contextlib.nullcontext),
-        }
-
-    def _repeated(self, function: Function, conditions: Conditions, anew: bool = False) -> Repeated:
-        """anew: each call is worked out as if there had been none before."""
-        from tribp.launch.plan import forget
-
-        tensors = [torch.randn(size) for size in self.sizes]
+    def repeated(function: Function, conditions: Conditions, before: Callable[[], object] = lambda: None) -> Repeated:
+        tensors = [torch.randn(size) for size in sizes]
         tensors = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
         for tensor in tensors:
-            tensor.requires_grad_(self.backward)
-        grad = torch.randn_like(self.theirs(*tensors), requires_grad=False) if self.backward else None
+            tensor.requires_grad_(backward)
+        grad = torch.randn_like(theirs(*tensors), requires_grad=False) if backward else None
 
         def call() -> None:
-            if anew:
-                forget()
+            before()
             y = function(*tensors)
             if grad is not None:
                 torch.autograd.grad(y, tensors, grad)
 
         return Repeated(call, conditions)
 
+    providers = {
+        "tribp": repeated(ours, pretending_h100),
+        "tribp, a first call": repeated(ours, pretending_h100, forget),  # worked out as if there had been none
+        "torch, on the CPU": repeated(theirs, contextlib.nullcontext),
+    }
+    return contextlib.nullcontext({name: provider.sample for name, provider in providers.items()})
 
-def calls() -> list[Calls]:
-    def linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return torch.sigmoid(F.linear(x, w, b))
 
-    def conv(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return F.conv2d(x, w, b, padding=1)
+def linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w, b))
 
-    matrices = [(16, 16), (16, 16), (16,)]
-    images = [(1, 16, 4, 4), (16, 16, 3, 3), (16,)]
-    return [
-        Calls(f"{name}, {'with gradients' if backward else 'forward'}", ours, theirs, sizes, backward)
-        for name, ours, theirs, sizes in (
-            ("linear_sigmoid", tribp.linear_sigmoid, linear, matrices),
-            ("conv3x3", lambda x, w, b: tribp.conv3x3(x, w, b, padding=1), conv, images),
-        )
-        for backward in (False, True)
-    ]
+
+FUNCTIONS: dict[str, tuple[Function, Function, Sequence[tuple[int, ...]]]] = {
+    "linear_sigmoid": (tribp.linear_sigmoid, linear, [(16, 16), (16, 16), (16,)]),
+    "conv3x3": (
+        partial(tribp.conv3x3, padding=1),
+        partial(F.conv2d, padding=1),
+        [(1, 16, 4, 4), (16, 16, 3, 3), (16,)],
+    ),
+}
 
 
 # -- the first training step ------------------------------------------------------------------------------------------
@@ -142,37 +137,24 @@ STEPS: Mapping[str, Callable[[], Callable[[], object]]] = {
 }
 
 
-@dataclass(frozen=True)
-class FirstStep:
-    of: str  # one of STEPS
-    targets: Sequence[object] = ()  # nobody set any
-
-    @property
-    def name(self) -> str:
-        return f"first step, {self.of}"
-
-    @contextlib.contextmanager
-    def start(self) -> "Iterator[Mapping[str, Measured]]":
-        """Measured once: a sample takes seconds."""
-        with tempfile.TemporaryDirectory() as cache:
-            environment = os.environ | {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "bench.host_layers", self.of]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            kernels = len(list(Path(cache).rglob("*.cubin")))
-        us, launches = json.loads(done.stdout)
-        yield {f"tribp, {launches} launches of {kernels} kernels": Measured(us)}
+@contextlib.contextmanager
+def first_step(of: str) -> Iterator[Mapping[str, Callable[[], float]]]:
+    """Measured once, for a sample takes seconds. of: one of STEPS."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "bench.host_layers", of]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        kernels = len(list(Path(cache).rglob("*.cubin")))
+    us, launches = json.loads(done.stdout)
+    yield {f"tribp, {launches} launches of {kernels} kernels": lambda: us}
 
 
-@dataclass(frozen=True)
-class Measured:
-    us: float
-
-    def sample(self) -> float:
-        return self.us
-
-
-def comparisons() -> list[Any]:
-    return [*calls(), *map(FirstStep, STEPS)]
+def comparisons() -> list[Comparison]:
+    return [
+        Comparison(f"{name}, {'with gradients' if backward else 'forward'}", partial(calls, *functions, backward))
+        for name, functions in FUNCTIONS.items()
+        for backward in (False, True)
+    ] + [Comparison(f"first step, {of}", partial(first_step, of)) for of in STEPS]
 
 
 def processor_time() -> float:
@@ -181,7 +163,7 @@ def processor_time() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def first_step(name: str) -> tuple[float, int]:
+def time_step(name: str) -> tuple[float, int]:
     """µs of processor time; launches."""
     launches: list[Any] = []
     step = STEPS[name]()
@@ -194,4 +176,4 @@ def first_step(name: str) -> tuple[float, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(first_step(sys.argv[1])))
+    print(json.dumps(time_step(sys.argv[1])))

@@ -1,7 +1,7 @@
 """`linear_sigmoid`: y = σ(x·wᵀ + b), x (M, K), w (N, K)."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from tribp.launch.arch import Arch, cdiv
 
 from .expectations import PIPELINED, Expectation, partial_sums, product, row_bytes, size, threads, tile_stores, wide
 from .model import work as model
-from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
+from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions, named
 
 if TYPE_CHECKING:
     from tribp.launch.plan import Launch
@@ -71,16 +71,14 @@ def scales(arguments: Mapping[str, Tensor], output_grad: Tensor) -> dict[str, fl
 def work(case: Case, direction: str) -> Work:
     """Each input read once, each output written once; both directions are the two one after the other."""
     m, n, k = case.shape
-    x, w, b, y = m * k, n * k, n, m * n
-    forward = Work(x + w + b + y, 2 * m * n * k)
-    backward = Work((y + y + x + w) + (x + w + b), 4 * m * n * k)
-    elements = {
-        "forward": forward,
-        "backward": backward,
-        "wgrad only": Work((y + y + x) + (w + b), 2 * m * n * k),
-        "both": Work(forward.bytes + backward.bytes, forward.operations + backward.operations),
+    x, w, b, y, product = m * k, n * k, n, m * n, 2 * m * n * k
+    elements, products = {
+        "forward": (x + w + b + y, 1),
+        "backward": ((y + y + x + w) + (x + w + b), 2),
+        "wgrad only": ((y + y + x) + (w + b), 1),
+        "both": ((x + w + b + y) + (y + y + x + w) + (x + w + b), 3),
     }[direction]
-    return replace(elements, bytes=elements.bytes * case.dtype.itemsize)
+    return Work(elements * case.dtype.itemsize, products * product)
 
 
 def targets(case: Case, direction: str) -> list[Target]:
@@ -110,26 +108,21 @@ def launches(case: Case, direction: str, arch: Arch) -> "list[Launch]":
     m, n, k = case.shape
     x = empty(m, k, transposed=layout == "x transposed")
     w = empty(n, k, transposed=layout == "w transposed")
-    b, y, dx, dw, db = empty(n), empty(m, n), empty(m, k), empty(n, k), empty(n)
-    launched: list[Launch] = []
-    if direction in ("forward", "both"):
-        launched += launches_of(plan.forward, arch, (x, w, b, y), tf32=case.tf32)
+    b, y = empty(n), empty(m, n)
+    forward = launches_of(plan.forward, arch, (x, w, b, y), tf32=case.tf32) if direction in ("forward", "both") else []
     if direction == "forward":
-        return launched
+        return forward
+    dx, dw, db = empty(m, k), empty(n, k), empty(n)
     gradients = {
-        "backward": (dx, dw, db),
-        "both": (dx, dw, db),
-        "wgrad only": (None, dw, db),
-        "dgrad only": (dx, None, None),
-        "bias only": (None, None, db),
-        "without bias": (dx, dw, None),
-    }[direction]
-    return launched + launches_of(plan.backward, arch, (empty(m, n), x, w, y, *gradients), tf32=case.tf32)
+        "wgrad only": (None, dw, db), "dgrad only": (dx, None, None), "bias only": (None, None, db)
+    }.get(direction, (dx, dw, db))  # fmt: skip
+    return forward + launches_of(plan.backward, arch, (empty(m, n), x, w, y, *gradients), tf32=case.tf32)
 
 
 # What is compiled without a GPU: bf16 over the whole grid, the others where their rules differ from it.
 EVEN = (1000, 78, 334)  # rows of an even length: 4-byte loads, the narrowest that pipeline
 APART = ("forward", "backward", "wgrad only", "dgrad only")
+LAYOUTS = [f"{direction}, {side} transposed" for side in "xw" for direction in ("forward", "backward")]
 COMPILED: list[tuple[torch.dtype, bool, list[tuple[int, ...]], tuple[str, ...]]] = [
     (torch.bfloat16, False, SHAPES, APART),
     (torch.bfloat16, False, [EVEN], ("forward", "backward")),
@@ -141,21 +134,17 @@ COMPILED: list[tuple[torch.dtype, bool, list[tuple[int, ...]], tuple[str, ...]]]
 
 
 def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, Case, str]]:
+    return named(arch, selection(everything))
+
+
+def selection(everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
     for dtype, tf32, shapes, directions in COMPILED:
-        if tf32 and arch.backend == "hip":
-            continue  # gfx942 has no TF32: the same code again
         main = shapes is SHAPES
-        chosen = list[tuple[tuple[int, ...], str]]()
         for shape in [*SHAPES, EVEN] if everything else shapes:
-            chosen += [(shape, direction) for direction in (APART if everything else directions)]
-            if everything or (main and shape == SQUARE):
-                chosen.append((shape, "bias only"))
+            bias_only = ["bias only"] if everything or (main and shape == SQUARE) else []
+            yield Case(shape, dtype, tf32), [*(APART if everything else directions), *bias_only]
         if everything or main:
-            layouts = ("x transposed", "w transposed")
-            chosen += [(SQUARISH, f"{d}, {layout}") for layout in layouts for d in ("forward", "backward")]
-        for shape, direction in chosen:
-            case = Case(shape, dtype, tf32)
-            yield f"{case.name} {direction}", case, direction
+            yield Case(SQUARISH, dtype, tf32), LAYOUTS
 
 
 def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectation]:
@@ -183,34 +172,38 @@ def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectati
 # -- what a launch does -----------------------------------------------------------------------------------------------
 
 
+def product_work(given: Given, grid: tuple[int, ...], operand: str, out: str, sides: str) -> dict[str, Any]:
+    """Of a product whose result has tiles of the first two sides, and whose sum runs over the third."""
+    (height, rows), (width, cols), (length, _) = (_tiles(given, side) for side in sides)
+    block, itemsize, wgrad = f"BLOCK_{sides[2]}", model.itemsize(given, operand), out == "dw"
+    outer = (cdiv(rows * cols, grid[0]),) if given.get("PERSISTENT") else ()
+    steps = cdiv(given["rows_per_split"] if wgrad else length, given[block])
+    work = model.product(given, operand, steps, size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"), outer)
+    if not wgrad and given["PREFETCH"]:  # by hand: what is left of the sum comes before the loop
+        work |= dict(turns=length // given[block])
+    read = 1 + given.get("FUSE_DZ", False)  # dy and y, or one tensor
+    loaded = itemsize * length * (read * height * cols + width * rows)
+    stored = math.prod(grid[1:]) * height * width * model.itemsize(given, out)
+    if given.get("dz_out") is not None:
+        stored += length * height * itemsize
+    return work | model.traffic(given, loaded, stored, math.prod(grid))
+
+
+def _tiles(given: Given, side: str) -> tuple[int, int]:
+    """A side's length, and how many tiles it has."""
+    return given[side], cdiv(given[side], given[f"BLOCK_{side}"])
+
+
 def forward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
-    m, n, k, itemsize = given["M"], given["N"], given["K"], model.itemsize(given, "x")
-    rows, cols = cdiv(m, given["BLOCK_M"]), cdiv(n, given["BLOCK_N"])
-    outer = (cdiv(rows * cols, grid[0]),) if given["PERSISTENT"] else ()
-    step = size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K")
-    work = model.product(given, "x", cdiv(k, given["BLOCK_K"]), step, outer)
-    work |= dict(turns=model.turns_of(given, k, "BLOCK_K"), chain=1 + (given["b"] is not None))
-    loaded = itemsize * (m * k * cols + n * k * rows)
-    return work | model.traffic(given, loaded, itemsize * m * n, grid[0])
+    return product_work(given, grid, "x", "y", "MNK") | dict(chain=1 + (given["b"] is not None))
 
 
 def dgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
-    m, n, k, itemsize = given["M"], given["N"], given["K"], model.itemsize(given, "dx")
-    rows, cols, read = cdiv(m, given["BLOCK_M"]), cdiv(k, given["BLOCK_K"]), 1 + given["FUSE_DZ"]
-    work = model.product(given, "dx", cdiv(n, given["BLOCK_N"]), size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    work |= dict(turns=model.turns_of(given, n, "BLOCK_N"))
-    loaded = itemsize * (read * m * n * cols + n * k * rows)
-    return work | model.traffic(given, loaded, itemsize * m * k, grid[0])
+    return product_work(given, grid, "dx", "dx", "MKN")
 
 
 def wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
-    m, n, k, itemsize = given["M"], given["N"], given["K"], model.itemsize(given, "x")
-    rows, cols, read = cdiv(n, given["BLOCK_N"]), cdiv(k, given["BLOCK_K"]), 1 + given["FUSE_DZ"]
-    turns = cdiv(given["rows_per_split"], given["BLOCK_M"])
-    work = model.product(given, "x", turns, size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    loaded = itemsize * (read * m * n * cols + m * k * rows)
-    stored = grid[1] * n * k * model.itemsize(given, "dw") + m * n * itemsize * (given["dz_out"] is not None)
-    return work | model.traffic(given, loaded, stored, grid[0] * grid[1])
+    return product_work(given, grid, "x", "dw", "NKM")
 
 
 def output_grad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:

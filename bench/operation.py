@@ -171,21 +171,6 @@ class Operation:
     call: Callable[[Any], object] | None = None  # the call on CPU tensors, where launches read tables on the device
 
 
-class StaticCase(NamedTuple):
-    """A launch to compile for a GPU that is not there, and what must be seen in its machine code."""
-
-    name: str
-    launch: "Launch"
-    expectations: Sequence[Expectation]
-
-
-def static_cases(operation: Operation, arch: Arch, everything: bool) -> Iterator[StaticCase]:
-    """The launches to compile for a target; `everything`: all there are, not a selection."""
-    for name, case, direction in operation.compiled(arch, everything):
-        for launch in operation.launches(case, direction, arch):
-            yield StaticCase(name, launch, tuple(operation.expectations(launch, case, arch)))
-
-
 def describe(launch: "Launch") -> str:
     """The settings in a few characters: an optimizer's rule and states, tile, warps, stages, what is switched on.
 
@@ -197,7 +182,8 @@ def describe(launch: "Launch") -> str:
     tile = "×".join(map(str, sizes))
     rule = getattr(given.get("RULE"), "__name__", "")
     states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
-    on = [name.lower() for name in switches() if isinstance(given.get(name), Tensor) or given.get(name)]
+    switches = dict.fromkeys(switch for operation in find() for switch in operation.switches)
+    on = [name.lower() for name in switches if isinstance(given.get(name), Tensor) or given.get(name)]
     parts = [rule, ",".join(states), tile, f"w{launch.num_warps}", f"s{launch.num_stages}", *_window(given), *on]
     return " ".join(part for part in parts if part)
 
@@ -233,21 +219,12 @@ def operations() -> dict[str, Operation]:
     return {operation.name: operation for operation in entries}
 
 
-def names() -> list[str]:
-    return list(operations())
-
-
 def find(chosen: Sequence[str] = ()) -> list[Operation]:
     """The operations of these names, or all of them. Raises ValueError for a name that does not exist."""
     for name in chosen:
         if name not in operations():
             raise ValueError(f"no operation is called {name!r}; there are: {', '.join(operations())}")
     return [operations()[name] for name in chosen or operations()]
-
-
-def switches() -> list[str]:
-    """Those of all operations, each once."""
-    return list(dict.fromkeys(switch for operation in find() for switch in operation.switches))
 
 
 # -- differentiable functions: an output, and gradients of all arguments or of some -----------------------------------
@@ -270,6 +247,13 @@ def functions(ours: Callable[..., Tensor], eager: Callable[..., Tensor]) -> Call
         return {"tribp": ours, "eager": eager, "compile": compiled}
 
     return providers
+
+
+def named(arch: Arch, cases: Iterable[tuple[Any, Sequence[str]]]) -> Iterator[tuple[str, Any, str]]:
+    """What `static` compiles of cases, each in some directions."""
+    for case, directions in cases:
+        if not (case.tf32 and arch.backend == "hip"):  # gfx942 has no TF32: the same code again
+            yield from ((f"{case.name} {direction}", case, direction) for direction in directions)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def result_folders(root: Path) -> list[Path]:
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    files = {name: folder / f"{name}.json" for name in (*operation.names(), "host")}
+    files = {name: folder / f"{name}.json" for name in (*operation.operations(), "host")}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 

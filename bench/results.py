@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import pictures
 from .operation import Operation, Target, Work
 from .timing import CpuMeter
 
@@ -186,7 +185,7 @@ def _cell(row: Row, column: str) -> object:
 
 
 class Store:
-    """`<folder>/<operation>.{json,md,png}`, written anew after every case: a run that is cut off loses one at most.
+    """`<folder>/<operation>.json`, written anew after every case: a run that is cut off loses one at most.
 
     Rows of earlier runs stay until their case is measured again; each carries its date, commit and sources, and whether
     torch.compile was asked for.
@@ -196,16 +195,12 @@ class Store:
         self.operation = operation
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{operation.name}.json"
-        self.smoke = smoke
         self.head: dict[str, Any] = {
-            "operation": operation.name,
-            "summary": operation.summary,
-            "gpu": meter.name,
-            "smoke": smoke,
+            "operation": operation.name, "summary": operation.summary, "gpu": meter.name, "smoke": smoke,
             "versions": meter.versions(),
-        }
-        self.stamp = {"date": datetime.datetime.now().isoformat(timespec="minutes"), "commit": commit()}
-        self.stamp["sources"] = digest()
+        }  # fmt: skip
+        date = datetime.datetime.now().isoformat(timespec="minutes")
+        self.stamp = {"date": date, "commit": commit(), "sources": digest()}
         self.rows: list[Row] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
 
     def has(self, case: Any, *, compiled: bool) -> bool:
@@ -219,21 +214,15 @@ class Store:
         fresh = {(r["case"], r["direction"]) for r in rows}
         self.rows = [r for r in self.rows if (r["case"], r["direction"]) not in fresh]
         self.rows += [r | self.stamp | {"compiled": compiled} for r in rows]
-        if self.smoke:
+        if self.head["smoke"]:
             for target in (target for r in self.rows for target in r["targets"]):
                 target["verdict"] = "unmeasured"  # nothing follows from a CPU's clock
         self.head |= self.stamp | {"copy_bytes_per_second": bandwidth, "operations_per_second": dict(rates)}
-        write(self.path, json.dumps(self.head | {"rows": self.rows}, indent=1))
-        parts = [f"# {heading(self.head)}", conditions(self.head), self.operation.legend]
-        write(self.path.with_suffix(".md"), "\n\n".join([*parts, table(self.operation, self.rows)]))
+        write_json(self.path, self.head | {"rows": self.rows})
 
     def rows_of(self, cases: Sequence[Any]) -> list[Row]:
         names = {case.name for case in cases}
         return [r for r in self.rows if r["case"] in names]
-
-    def plot(self) -> Path | None:
-        peers = self.operation.drawn or self.operation.peers
-        return pictures.bars(self.path.with_suffix(".png"), heading(self.head), self.rows, peers)
 
 
 def heading(head: Mapping[str, Any]) -> str:
@@ -257,6 +246,10 @@ def write(path: Path, text: str) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(text + "\n")
     os.replace(new, path)
+
+
+def write_json(path: Path, content: object) -> None:
+    write(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def commit() -> str:

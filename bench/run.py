@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,12 +28,27 @@ class Options:
     compile: bool = True
     first: int | None = None  # of each operation, only so many of these cases
     missing: bool = False  # leave out what the results hold already, measured with the present code
-    picture: bool = True
     out: Path | None = None
 
     def cases_of(self, operation: Operation) -> list[Any]:
         there = operation.smoke_cases if self.smoke else operation.cases
         return [case for case in there if selected(case, self.cases, self.dtypes)][: self.first]
+
+    def cases_of_each(self, operations: Sequence[Operation]) -> list[tuple[Operation, list[Any]]]:
+        """The operations that have such cases, with them. Raises ValueError if there is none."""
+        each = [(operation, cases) for operation in operations if (cases := self.cases_of(operation))]
+        if not each:
+            there = Options(smoke=self.smoke)
+            names = (f"{o.name}: {', '.join(case.name for case in there.cases_of(o))}" for o in operations)
+            raise ValueError(f"there is no such case; there are of {'; of '.join(names)}")
+        return each
+
+    def meter_and_folder(self) -> tuple[CpuMeter, Path]:
+        """What measures, and where its results go."""
+        if self.smoke:
+            return CpuMeter(), self.out or Path(tempfile.mkdtemp(prefix="tribp-bench-"))
+        meter = CudaMeter()
+        return meter, self.out or results.ROOT / meter.slug
 
 
 def selected(case: Any, parts: Sequence[str], dtypes: Sequence[str]) -> bool:
@@ -43,25 +57,14 @@ def selected(case: Any, parts: Sequence[str], dtypes: Sequence[str]) -> bool:
 
 
 def main(operations: Sequence[Operation], options: Options) -> int:
-    """0; 1 if a result was wrong or tribp failed; 2 without CUDA."""
-    if not options.smoke and not torch.cuda.is_available():
-        print("bench run needs CUDA, and torch finds no GPU here (--smoke walks through it on a CPU)", file=sys.stderr)
-        return 2
-    cases = {operation.name: options.cases_of(operation) for operation in operations}
-    if not any(cases.values()):
-        there = {o.name: Options(smoke=options.smoke).cases_of(o) for o in operations}
-        names = (f"{name}: {', '.join(case.name for case in found)}" for name, found in there.items())
-        raise ValueError(f"there is no such case; there are of {'; of '.join(names)}")
-    meter = CpuMeter() if options.smoke else CudaMeter()
-    folder = options.out
-    if folder is None:
-        folder = Path(tempfile.mkdtemp(prefix="tribp-bench-")) if options.smoke else results.ROOT / meter.slug
+    """0; 1 if a result was wrong or tribp failed."""
+    each = options.cases_of_each(operations)
+    meter, folder = options.meter_and_folder()
     good = True
     with tribp.use_backend("triton" if dispatch.interpreting() else "auto"):
         ceilings = Ceilings(meter)
-        for operation in operations:
-            if cases[operation.name]:
-                good &= run(operation, cases[operation.name], options, meter, ceilings, folder)
+        for operation, cases in each:
+            good &= run(operation, cases, options, meter, ceilings, folder)
     print(f"written to {folder}")
     return 0 if good else 1
 
@@ -94,28 +97,21 @@ class Ceilings:
 def precision(tf32: bool) -> Iterator[None]:
     """float32 products and convolutions of all providers in TF32, or in full precision whatever the environment says.
 
-    torch's defaults differ between the two: convolutions are in TF32 unless they are told otherwise.
+    torch's defaults differ between the two: convolutions are in TF32 unless they are told otherwise. cuDNN times its
+    algorithms at the first call of every shape, and takes the fastest: torch at its best.
     """
-    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = "tf32" if tf32 else "ieee"
+    products: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    name = "tf32" if tf32 else "ieee"
+    settings: list[tuple[Any, str, object]] = [(product, "fp32_precision", name) for product in products]
+    settings.append((torch.backends.cudnn, "benchmark", True))
+    before = [getattr(module, name) for module, name, _ in settings]
+    for module, name, value in settings:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
-
-
-@contextlib.contextmanager
-def tuned() -> Iterator[None]:
-    """cuDNN times its algorithms at the first call of every shape, and takes the fastest: torch at its best."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+        for (module, name, _), value in zip(settings, before, strict=True):
+            setattr(module, name, value)
 
 
 def run(
@@ -130,8 +126,6 @@ def run(
         store.add(rows, bandwidth=ceilings.bandwidth, rates=ceilings.rates, compiled=options.compile)
     rows = store.rows_of(cases)
     if todo:
-        if options.picture:
-            store.plot()
         heading, conditions = results.heading(store.head), results.conditions(store.head)
         table = results.table(operation, rows)
         print(f"\n{heading}\n\n{conditions}\n\n{operation.legend}\n\n{table}\n")
@@ -152,7 +146,8 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter, 
         torch._dynamo.reset()
         torch._functorch.config.donated_buffer = False
     providers = operation.providers(case, without_compile)
-    with precision(case.tf32), tuned():
+    with precision(case.tf32):
+        torch.manual_seed(0)  # the same inputs in every run: of some, torch too is wrong in bfloat16
         try:
             problem = operation.problem(case, meter.device)
             problem.reference()

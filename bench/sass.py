@@ -8,7 +8,7 @@ import bisect
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 # UTCHMMA is tcgen05.mma as disassembled; HGMMA is wgmma, HMMA and DMMA are mma.sync.
@@ -65,32 +65,24 @@ def parse_sass(text: str, ends: Sequence[int], binary: bytes = b"") -> list[list
 
     binary: what was disassembled; without it every instruction has one cycle.
     """
-    lines = [match for line in text.splitlines() if (match := SASS.match(line))]
+    lines = [(int(match[1], 16), match) for line in text.splitlines() if (match := SASS.match(line))]
     kernels = []
-    first = 0
-    for end in ends:
-        last = bisect.bisect_left(lines, end, key=lambda match: int(match[1], 16))
-        kernels.append(_sass_kernel(lines[first:last], binary))
-        first = last
-    return kernels
-
-
-def _sass_kernel(lines: Sequence[re.Match[str]], binary: bytes) -> list[Instruction]:
-    at = {int(match[1], 16): n for n, match in enumerate(lines)}
-    code = []
-    for match in lines:
-        predicated, opcode, operands = match[2] is not None, match[3], match[4].strip()
-        name, cycles = _name(opcode), _cycles(binary, int(match[1], 16))
-        if name == "BRA":
-            target = SASS_TARGET.search(operands)
-            # `BRA.U UP0, 0x1d0` is conditional as well as `@P0 BRA 0x1d0`.
-            always = not predicated and operands.startswith("0x")
-            goal = at.get(int(target[1], 16)) if target else None
-            code.append(Instruction(name, opcode, goal, not always, operands, cycles))
-        else:
+    for _, group in itertools.groupby(lines, lambda line: bisect.bisect_right(ends, line[0])):
+        mine = list(group)
+        at = {address: n for n, (address, _) in enumerate(mine)}
+        code = []
+        for address, match in mine:
+            predicated, opcode, operands = match[2] is not None, match[3], match[4].strip()
+            name, goal = _name(opcode), None
             goes_on = predicated or name not in ("EXIT", "RET", "BRX")
-            code.append(Instruction(name, opcode, None, goes_on, operands, cycles))
-    return code
+            if name == "BRA":
+                target = SASS_TARGET.search(operands)
+                goal = at.get(int(target[1], 16)) if target else None
+                # `BRA.U UP0, 0x1d0` is conditional as well as `@P0 BRA 0x1d0`.
+                goes_on = predicated or not operands.startswith("0x")
+            code.append(Instruction(name, opcode, goal, goes_on, operands, _cycles(binary, address)))
+        kernels.append(code)
+    return kernels
 
 
 def _cycles(binary: bytes, address: int) -> int:
@@ -100,19 +92,13 @@ def _cycles(binary: bytes, address: int) -> int:
 
 def parse_ptx(text: str) -> list[Instruction]:
     """The instructions of the one kernel in PTX, directives aside; their names are whole opcodes."""
-    lines: list[re.Match[str]] = []
-    labels: dict[str, list[int]] = {}  # one that inline assembly repeats has a place in each of its braces
-    for statement in re.split(r"[;\n]\s*[{}]?", text):
-        if label := PTX_LABEL.match(statement):
-            labels.setdefault(label[1], []).append(len(lines))
-            statement = statement[label.end() :]
-        if match := PTX.match(statement):
-            lines.append(match)
+    lines, labels = _statements(re.split(r"[;\n]\s*[{}]?", text), PTX_LABEL, PTX)
     code = []
     for n, match in enumerate(lines):
-        opcode, operands, target = match[2], match[3].strip(), None
-        if opcode.startswith("bra") and (places := labels.get(operands)):
-            target = max((place for place in places if place <= n), default=places[0])
+        opcode, operands = match[2], match[3].strip()
+        # A label that inline assembly repeats has a place in each of its braces: the last one above is meant.
+        places = labels.get(operands, []) if opcode.startswith("bra") else []
+        target = max((place for place in places if place <= n), default=places[0] if places else None)
         goes_on = bool(match[1]) or opcode.split(".")[0] not in ("bra", "ret", "exit")
         code.append(Instruction(opcode, opcode, target, goes_on, operands))
     return code
@@ -120,19 +106,29 @@ def parse_ptx(text: str) -> list[Instruction]:
 
 def parse_amd(text: str) -> list[Instruction]:
     """The instructions of the one kernel in LLVM's assembly for AMD's GPUs."""
-    lines: list[re.Match[str]] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := AMD_LABEL.match(line):
-            labels[label[1]] = len(lines)
-        elif match := AMD.match(line):
-            lines.append(match)
+    lines, labels = _statements(text.splitlines(), AMD_LABEL, AMD)
     code = []
     for match in lines:
         opcode = match[1]
-        target = labels.get((match[2] or "").strip()) if opcode.startswith(("s_branch", "s_cbranch")) else None
-        code.append(Instruction(_name(opcode), opcode, target, opcode not in ("s_branch", "s_endpgm")))
+        places = labels.get((match[2] or "").strip()) if opcode.startswith(("s_branch", "s_cbranch")) else None
+        goes_on = opcode not in ("s_branch", "s_endpgm")
+        code.append(Instruction(_name(opcode), opcode, places[-1] if places else None, goes_on))
     return code
+
+
+def _statements(
+    statements: Iterable[str], label: re.Pattern[str], instruction: re.Pattern[str]
+) -> tuple[list[re.Match[str]], dict[str, list[int]]]:
+    """The instructions, and the numbers of those that a label stands before."""
+    lines: list[re.Match[str]] = []
+    labels: dict[str, list[int]] = {}
+    for statement in statements:
+        if named := label.match(statement):
+            labels.setdefault(named[1], []).append(len(lines))
+            statement = statement[named.end() :]
+        if match := instruction.match(statement):
+            lines.append(match)
+    return lines, labels
 
 
 def _name(opcode: str) -> str:
@@ -200,6 +196,17 @@ def basic_blocks(code: Sequence[Instruction]) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise(edges)]
 
 
+def reach(blocks: Iterable[int], edges: Callable[[int], Iterable[int]]) -> set[int]:
+    """These blocks, and all that edges lead to from them."""
+    seen: set[int] = set()
+    todo = list(blocks)
+    while todo:
+        if (block := todo.pop()) not in seen:
+            seen.add(block)
+            todo.extend(edges(block))
+    return seen
+
+
 class Graph:
     """The control flow between basic blocks, and its natural loops."""
 
@@ -228,11 +235,7 @@ class Graph:
 
     def _dominators(self) -> list[set[int]]:
         """For each block those that every path from the start passes; empty for unreachable blocks."""
-        reachable, todo = {0}, [0]
-        while todo:
-            for successor in self.successors[todo.pop()] - reachable:
-                reachable.add(successor)
-                todo.append(successor)
+        reachable = reach([0], self.successors.__getitem__)
         dominators = [set(reachable) if n in reachable else set() for n in range(len(self.successors))]
         dominators[0] = {0}
         changed = True
@@ -247,16 +250,11 @@ class Graph:
 
     def loops(self) -> dict[int, frozenset[int]]:
         """The natural loops, by their heads."""
-        bodies: dict[int, set[int]] = {}
+        bodies: dict[int, frozenset[int]] = {}
         for tail, head in self.back_edges:
-            body = bodies.setdefault(head, {head})
-            todo = [tail]
-            while todo:
-                block = todo.pop()
-                if block not in body:
-                    body.add(block)
-                    todo.extend(self.predecessors[block])
-        return {head: frozenset(body) for head, body in sorted(bodies.items())}
+            above = [*self.predecessors[:head], set(), *self.predecessors[head + 1 :]]  # the way up ends at the head
+            bodies[head] = bodies.get(head, frozenset({head})) | reach([tail], above.__getitem__)
+        return dict(sorted(bodies.items()))
 
     def in_order(self, head: int, loop: frozenset[int]) -> list[int]:
         """The blocks of a loop as they run, from its head on. Compilers like to lay a loop out from its middle."""
@@ -276,12 +274,4 @@ class Graph:
     def leading_to(self, loop: frozenset[int]) -> set[int]:
         """The blocks outside `loop` on paths into it, not counting another turn of a loop around it."""
         back = set(self.back_edges)
-        before: set[int] = set()
-        todo = list(loop)
-        while todo:
-            block = todo.pop()
-            for p in self.predecessors[block]:
-                if (p, block) not in back and p not in loop and p not in before:
-                    before.add(p)
-                    todo.append(p)
-        return before
+        return reach(loop, lambda n: [p for p in self.predecessors[n] if (p, n) not in back]) - loop

@@ -3,15 +3,11 @@
 import gc
 import json
 import math
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import tribp
 from tribp import dispatch
@@ -24,7 +20,7 @@ from . import results
 from .operation import Operation
 from .results import markdown
 from .run import Options, errors, precision, sentence
-from .timing import Call, CpuMeter, CudaMeter
+from .timing import Call, CpuMeter
 
 SMOKE_NEIGHBORS = 2  # of each problem: interpreted, one takes a second
 
@@ -50,41 +46,23 @@ class Asked(dict[Any, Any]):
 
 
 def main(operations: Sequence[Operation], options: Options, budget: float | None) -> int:
-    """0; 1 if a heuristic's own config is wrong or fails; 2 without CUDA. budget: minutes, or None."""
-    if not options.smoke and not torch.cuda.is_available():
-        print("bench tune needs CUDA, and torch finds no GPU here (--smoke walks through it)", file=sys.stderr)
-        return 2
+    """0; 1 if a heuristic's own config is wrong or fails. budget: minutes, or None."""
     if options.smoke and not dispatch.interpreting():
         raise ValueError("tune --smoke needs triton, and TRITON_INTERPRET=1 before kernels are imported")
-    meter = CpuMeter() if options.smoke else CudaMeter()
-    folder = options.out
-    if folder is None:
-        folder = Path(tempfile.mkdtemp(prefix="tribp-tune-")) if options.smoke else results.ROOT / meter.slug
-    cases = {operation.name: options.cases_of(operation) for operation in operations}
-    if not any(cases.values()):
-        raise ValueError("there is no such case; `bench run` with the same words names those that are")
+    each = options.cases_of_each(operations)
+    meter, folder = options.meter_and_folder()
     end = time.monotonic() + (math.inf if budget is None else 60 * budget)
     good = True
     with tribp.use_backend("triton"):
-        for left, operation in zip(range(len(operations), 0, -1), operations, strict=True):
+        for left, (operation, cases) in zip(range(len(each), 0, -1), each, strict=True):
             now = time.monotonic()
             share = now + (end - now) / left  # what one leaves, the next ones have
             tuning = Tuning(operation, options, meter, folder, lambda share=share: time.monotonic() >= share)  # type: ignore[misc]
-            tuning.run(valuable_first(operation, cases[operation.name]))
+            tuning.run(cases)
             print(f"\n{tuning.table()}\n")
             good &= tuning.good
     print(f"written to {folder}")
     return 0 if good else 1
-
-
-def valuable_first(operation: Operation, cases: Sequence[Any]) -> list[Any]:
-    """Those with targets before the others; among themselves as they are."""
-
-    def has_targets(case: Any) -> bool:
-        targets = [target for direction in operation.directions for target in operation.targets(case, direction)]
-        return any(target.quantity != "launches" for target in targets)  # that is every step's
-
-    return sorted(cases, key=lambda case: not has_targets(case))
 
 
 class Tuning:
@@ -171,8 +149,7 @@ class Tuning:
         return None if time is None else float(time["median"])
 
     def _write(self) -> None:
-        content = self.head | self.stamp | {"found": self.found, "entries": self.entries}
-        results.write(self.path, json.dumps(content, indent=1, ensure_ascii=False))
+        results.write_json(self.path, self.head | self.stamp | {"found": self.found, "entries": self.entries})
 
     def table(self) -> str:
         mark = " (smoke: the times mean nothing)" if self.options.smoke else ""

@@ -120,8 +120,8 @@ def refilled(code: Sequence[Instruction]) -> list[tuple[int, int]]:
     """Pairs of numbers: an HGMMA, and an instruction that may write registers of its operand A while it runs."""
     pairs = set()
     for n, running in in_flight(code):
-        if registers := written(code[n]):
-            pairs |= {(h, n) for h in running if _overlap(operand_registers(code[h]), registers)}
+        registers = set(written(code[n]))
+        pairs |= {(h, n) for h in running if registers.intersection(operand_registers(code[h]))}
     return sorted(pairs)
 
 
@@ -147,10 +147,6 @@ def _width(i: Instruction) -> int:
     wide = i.name in ("DADD", "DFMA", "DMUL") or (i.name == "CS2R" and "32" not in words)
     wide |= i.name in ("F2F", "F2I", "I2F") and words[1] in ("F64", "S64", "U64")
     return 2 if wide or {"64", "WIDE"} & set(words) else 1
-
-
-def _overlap(a: range, b: range) -> bool:
-    return max(a.start, b.start) < min(a.stop, b.stop)
 
 
 def waiting_loops(code: Sequence[Instruction]) -> list[int]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tribp.launch.arch import cdiv
+
 WARP = 32
 RESERVED_SHARED = 1024  # bytes of shared memory that CUDA keeps for each program (CUDA programming guide, 8.x on)
 
@@ -69,17 +71,13 @@ def occupancy(machine: Machine, registers: int, shared: int, num_warps: int) -> 
     As in NVIDIA's occupancy calculator: a warp's registers come in units of 256, each of the four schedulers has a
     quarter of the registers for its own warps, and shared memory comes in units of 128 bytes.
     """
-    of_warp = round_up(max(registers, 1) * WARP, 256)
+    of_warp = 256 * cdiv(max(registers, 1) * WARP, 256)
     warps = 4 * (machine.registers // 4 // of_warp)
     limits = {
         "registers": warps // num_warps,
-        "shared memory": machine.shared // round_up(shared + RESERVED_SHARED, 128),
+        "shared memory": machine.shared // (128 * cdiv(shared + RESERVED_SHARED, 128)),
         "warps": machine.warps // num_warps,
         "programs": machine.programs,
     }
     limit = min(limits, key=lambda name: limits[name])
     return Occupancy(limits[limit], limit)
-
-
-def round_up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit

@@ -1,8 +1,7 @@
 """`python -m bench static --model`: the time that the model predicts for what `bench run` measures. Needs no GPU."""
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,16 @@ from tribp.launch.arch import ARCHS, Arch
 from tribp.launch.plan import Launch
 
 from ..compile import key_of, read_launches, spread
+from ..expectations import Compiled
 from ..operation import Operation, Work, describe, find
-from ..results import floor, markdown
+from ..results import floor, markdown, write_json
 from ..run import selected
 from .executed import Profile, profile
 from .machines import MACHINES, Machine
 from .time import Prediction, predict
 from .work import work_of
+
+Code = tuple[Compiled, Profile | None]  # no profile of what does not compile
 
 
 @dataclass
@@ -79,48 +81,38 @@ def floor_us(operation: Operation, case: Any, direction: str, machine: Machine) 
     return floor(operation.work(case, direction), machine.dram, rate if operation.products else None)[0]
 
 
-@dataclass(frozen=True)
-class Code:
-    """What the model needs of a compiled kernel."""
-
-    profile: Profile
-    registers: int
-    shared: int
-
-
-def _compile(job: tuple[Selection, int, int]) -> dict[str, Code | str]:
-    """Every `step`-th of a selection's kernels, from `first` on; what the compiler said where it gave up."""
-    selection, first, step = job
+def _compile(selection: Selection, part: slice) -> list[tuple[str, Code]]:
     arch = ARCHS[selection.target]
-    kernels = {key_of(x, arch): x for entry in selection.entries() for x in entry.launches}
-    mine = dict(list(kernels.items())[first::step])
-    return {
-        key: compiled.error or Code(profile(code), compiled.registers, compiled.shared_memory)
-        for key, (compiled, code) in zip(mine, read_launches(list(mine.values()), arch), strict=True)
-    }
+    kernels = list({key_of(x, arch): x for entry in selection.entries() for x in entry.launches}.items())[part]
+    codes = read_launches([launch for _, launch in kernels], arch)
+    return [
+        (key, (compiled, profile(code) if code else None))
+        for (key, _), (compiled, code) in zip(kernels, codes, strict=True)
+    ]
 
 
 def evaluate(selection: Selection, jobs: int) -> list[Entry]:
     """The selection's entries, with a prediction for each launch, or the reason why there is none."""
-    done = spread(_compile, [(selection, first, jobs) for first in range(jobs)], jobs)
-    codes = {key: code for part in done for key, code in part.items()}
+    codes = dict(spread(_compile, selection, jobs))
     entries = selection.entries()
     for entry in entries:
         _predict(entry, codes, ARCHS[selection.target], MACHINES[selection.target])
     return entries
 
 
-def _predict(entry: Entry, codes: dict[str, Code | str], arch: Arch, machine: Machine) -> None:
+def _predict(entry: Entry, codes: Mapping[str, Code], arch: Arch, machine: Machine) -> None:
     touched: set[int] = set()
     (operation,) = find([entry.operation])
     for launch in entry.launches:
-        code, work = codes[key_of(launch, arch)], work_of(operation, launch, entry.case)
-        if isinstance(code, str):
-            entry.error = code
+        work, (code, executed) = work_of(operation, launch, entry.case), codes[key_of(launch, arch)]
+        entry.error = code.error
+        if executed is None:
             return
-        how = dict(registers=code.registers, shared=code.shared, num_warps=launch.num_warps, stages=launch.num_stages)
+        how = dict(
+            registers=code.registers, shared=code.shared_memory, num_warps=launch.num_warps, stages=launch.num_stages
+        )
         try:
-            entry.predictions.append(predict(machine, work, code.profile, **how, cached=frozenset(touched)))
+            entry.predictions.append(predict(machine, work, executed, **how, cached=frozenset(touched)))
         except ValueError as error:  # larger than an SM
             entry.error = str(error)
             return
@@ -169,7 +161,7 @@ def main(selections: Sequence[Selection], *, jobs: int, file: str) -> int:
         print(f"\nPredicted for {machine}, not measured; {len(entries)} entries in {seconds:.0f} s")
         rows += [{"target": selection.target, **as_row(e)} for e in entries]
     if file:
-        Path(file).write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(Path(file), rows)
     return int(any(row["error"] for row in rows))
 
 

@@ -76,11 +76,6 @@ def traffic(given: Given, loaded: float, stored: float, programs: int) -> dict[s
     return dict(l2=loaded + stored, copied=loaded / programs if given["TMA"] else 0.0)
 
 
-def turns_of(given: Given, length: int, block: str) -> int:
-    """Of a product's loop. Where it prefetches by hand, what is left of the sum comes before it."""
-    return length // given[block] if given["PREFETCH"] else cdiv(length, given[block])
-
-
 def reduce_partials(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
     turns = cdiv(given["parts"], given["BLOCK_PARTS"])
     return dict(turns=turns, step=size(given, "BLOCK_PARTS", "BLOCK") * itemsize(given, "partials"), chain=0)

@@ -50,7 +50,7 @@ def third(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_of_the_folder_is_enough() -> None:
-    assert operation.names() == ["conv", "linear", "optim"]
+    assert list(operation.operations()) == ["conv", "linear", "optim"]
     folder = Path(operation.__file__).parent
     others = [file for file in folder.rglob("*.py") if "\nOPERATION = " not in file.read_text()]
     assert len(others) > 15
@@ -58,6 +58,17 @@ def test_a_file_of_the_folder_is_enough() -> None:
         text = file.read_text()
         named = [name for name in ("linear_sigmoid", "conv3x3", "optim") if f"from .{name} import" in text]
         assert not named or file.name == "host_layers.py", f"{file.name} knows of {named}"
+
+
+def test_the_cases_with_targets_come_first() -> None:
+    """Whatever is measured or tuned may be cut off. Every step has a target of launches, every layer one of memory."""
+    for entry in operation.find():
+        judged = [
+            any(t.quantity not in ("launches", "memory") for d in entry.directions for t in entry.targets(case, d))
+            for case in entry.cases
+        ]
+        assert any(judged), entry.name
+        assert judged == sorted(judged, reverse=True), entry.name
 
 
 def test_it_is_predicted_as_itself(third: None) -> None:
@@ -75,7 +86,7 @@ def test_its_tests_and_measurements_are_planned(third: None) -> None:
     assert {"third: few", "third: few, compile", "third: tune", "third: the rest", "third: the rest, compile"} <= set(
         plan
     )
-    assert list(plan["third: few"].command[-8:-3]) == ["third", "--first", "3", "--no-compile", "--missing"]
+    assert list(plan["third: few"].command[-7:-2]) == ["third", "--first", "3", "--no-compile", "--missing"]
     smoke = {step.name: step for step in bench_all.plan(Path("DIR"), smoke=True)}
     assert smoke["tests third"].command[-1] == smoke["races third"].command[-1] == "one"
 

@@ -235,17 +235,3 @@ def test_optimizers_and_convolutions_are_tuned(tmp_path: Path, timed: list[str])
     assert [line["kind"] for line in step["found"]] == ["MultiTensor"]
     assert {json.loads(key.split(" | ")[2])["chunk_blocks"] for key in step["entries"]} == {1, 2, 4}
     assert [line["kind"] for line in depthwise["found"]] == ["Depthwise"]
-
-
-def test_the_cases_with_targets_come_first() -> None:
-    for name, first in (("linear", "4096x4096x4096 bfloat16"), ("optim", "Adam 1e8 float32")):
-        (found,) = operation.find([name])
-        cases = found.cases
-        ordered = tune.valuable_first(found, cases)
-        assert sorted(map(id, ordered)) == sorted(map(id, cases))
-        assert ordered[0].name == first
-    (conv,) = operation.find(["conv"])
-    wanted = [any(conv.targets(case, d) for d in conv.directions) for case in tune.valuable_first(conv, conv.cases)]
-    assert wanted == sorted(wanted, reverse=True)
-    assert True in wanted
-    assert False in wanted
