@@ -132,8 +132,12 @@ def test_an_operation(command: list[str], operation: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_operation_is_shipped(operation: Path) -> None:
+def test_an_operation_is_shipped_and_planned(operation: Path) -> None:
+    """Tests of the wheel, of imports and of the bench hold with one operation more."""
     run(operation, "-m", "pytest", "-q", "tests/test_packaging.py", "-k", "wheel_holds_the_tree or downwards")
+    files = [f"tests/bench/test_{name}.py" for name in ("all", "operation", "report", "run")]
+    some = "every_selection or sanitizer or failing_step or asked_for or folder or missed or there_is"
+    run(operation, "-m", "pytest", "-q", "-n", "0", *files, "-k", some)
 
 
 @pytest.mark.parametrize("page", [OPERATION, OPTIMIZER])

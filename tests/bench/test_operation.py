@@ -50,7 +50,7 @@ def third(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_of_the_folder_is_enough() -> None:
-    assert list(operation.operations()) == ["conv", "linear", "optim"]
+    assert {"conv", "linear", "optim"} <= set(operation.operations())
     folder = Path(operation.__file__).parent
     others = [file for file in folder.rglob("*.py") if "\nOPERATION = " not in file.read_text()]
     assert len(others) > 15
