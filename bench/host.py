@@ -125,7 +125,7 @@ def launching_nothing() -> Any:
         mock.patch.object(dispatch, "interpreting", always(True)),
         tribp.use_backend("triton"),
         mock.patch.object(Launch, "run", always(None)),
-        mock.patch.object(plans.Repeated, "__call__", always(None)),  # what is repeated
+        mock.patch.object(plans.CachedLaunch, "__call__", always(None)),  # what is repeated
     ):
         yield
 

@@ -121,7 +121,7 @@ def tf32_allowed(convolution: bool = False) -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """torch.float32 → "float32": as launch rules and error messages write it."""
+    """torch.float32 → "float32": as heuristics and error messages write it."""
     return str(dtype).removeprefix("torch.")
 
 

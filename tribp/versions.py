@@ -1,6 +1,6 @@
 """The versions of torch and triton that the tests were run with, and what the library does differently among them.
 
-Importing this module imports neither: launch rules do without torch, and the fallback without triton.
+Importing this module imports neither: heuristics do without torch, and the fallback without triton.
 """
 
 import functools

@@ -131,7 +131,7 @@ def test_every_selection_of_tests_meets_the_kernels() -> None:
     names = [{name.split("::")[1].split("[")[0] for name in one} for one in found]
     assert all(found)
     count = len(families)
-    checked = dict(zip(operation.names(), names[count : 2 * count], strict=True))
+    checked = dict(zip(operation.operations(), names[count : 2 * count], strict=True))
     conv, layers, optim = (checked[name] for name in ("conv", "linear", "optim"))
     assert {"test_nothing_waits_for_the_device", "test_gradscaler"} <= optim
     assert {"test_forward", "test_dgrad", "test_wgrad", "test_output_grad", "test_reduce_partials"} <= layers

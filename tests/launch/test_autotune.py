@@ -42,15 +42,15 @@ class Machine:
         self.spoil: Callable[[Launch], bool] = lambda launch: False  # whether not to run it
         self.timed: list[list[Mapping[str, Any]]] = []
         self._running: list[Mapping[str, Any]] = []
-        run = plans.Repeated.__call__
+        run = plans.CachedLaunch.__call__
 
-        def watched(repeated: plans.Repeated, memory: Any) -> None:
+        def watched(repeated: plans.CachedLaunch, memory: Any) -> None:
             launch = repeated.on(memory)
             self._running.append(launch.settings)
             if not self.spoil(launch):
                 run(repeated, memory)
 
-        monkeypatch.setattr(plans.Repeated, "__call__", watched)
+        monkeypatch.setattr(plans.CachedLaunch, "__call__", watched)
 
     def __call__(self, action: Callable[[], object]) -> float:
         self._running = []

@@ -1,1 +1,1 @@
-"""How kernels are launched: settings and their reasons, tensors as kernels read them, repeated calls, tuning."""
+"""How kernels are launched: configs and heuristics, plans of launches, tuning."""

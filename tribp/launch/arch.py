@@ -18,7 +18,7 @@ class Arch:
         """Whether descriptors feed tensor cores that read shared memory: Hopper and data-centre Blackwell.
 
         sm_120 has descriptors too, but multiplies from registers as sm_80 does, with 99 KB of shared memory. Compiled:
-        with descriptors it spills and takes 131 KB; with sm_80's settings neither.
+        with descriptors it spills and takes 131 KB; with sm_80's configs neither.
         """
         return self.backend == "interpreter" or (self.backend == "cuda" and 90 <= self.capability < 120)
 

@@ -115,7 +115,7 @@ class Trial:
         self._expected: list[Tensor] = []
 
     def plan(self, configs: Mapping[Any, Any]) -> plans.Plan:
-        return plans.made(*self._call, configs)
+        return plans.build_plan(*self._call, configs)
 
     def problems(self) -> list[Any]:
         """Those of the call for which no config was found yet."""

@@ -11,7 +11,7 @@ function works that out on `Buffer`s, which have a layout but no memory:
         plan.writes(y)
 
 `perform` builds the plan of a call, or finds the one of an earlier call, and runs it on the call's tensors. To work a
-plan out, and to let Triton look at every argument again, is most of what a call costs the host (`python -m bench
+plan out, and to let Triton inspect every argument again, is most of what a call costs the host (`python -m bench
 host`). What is set for Triton later (TRITON_DEBUG, instrumentation) holds for plans that are built after it.
 """
 
@@ -242,11 +242,11 @@ class Plan:
 
     def launch(
         self, kernel: "triton.JITFunction[Any]", grid: tuple[int, ...], arguments: tuple[object, ...],
-        compiled: NamedTuple, config: Any, *, max_registers: int | None = None,
+        constants: NamedTuple, config: Any, *, max_registers: int | None = None,
     ) -> None:  # fmt: skip
-        """Launch a kernel. compiled: its CONFIG, all that is fixed at compile time. config: with warps and stages."""
+        """Launch a kernel. constants: its CONFIG, all that is fixed at compile time. config: with warps and stages."""
         stages, registers = getattr(config, "num_stages", 1), max_registers or getattr(config, "max_registers", None)
-        self.add(Launch(kernel, grid, arguments, {"CONFIG": compiled}, config.num_warps, stages, registers))
+        self.add(Launch(kernel, grid, arguments, {"CONFIG": constants}, config.num_warps, stages, registers))
 
     def add(self, launch: Launch) -> None:
         self.steps.append(launch)
@@ -266,7 +266,7 @@ class Plan:
         """The launches on tensors that have the plan's layouts, with scratch memory for all of them at once."""
         device = next(tensor.device for tensor in tensors if tensor is not None)
         memory = [*tensors, *(scratch.allocate(device) for scratch in self._scratch)]
-        return [Repeated(launch).on(memory) for launch in self.launches]
+        return [CachedLaunch(launch).on(memory) for launch in self.launches]
 
     def run(self, tensors: Sequence[Tensor | None], device: torch.device) -> None:
         """Perform the steps on tensors that have the plan's layouts. Scratch lives from its first use to its last."""
@@ -291,7 +291,7 @@ class Plan:
             own = [number for number in numbers if number >= given]
             first = [(number, self._scratch[number - given]) for number in own if uses[number][0] == n]
             last = [number for number in own if uses[number][-1] == n]
-            yield _Ready(partial(_copy, step) if isinstance(step, Copy) else Repeated(step), first, last)
+            yield _Ready(partial(_copy, step) if isinstance(step, Copy) else CachedLaunch(step), first, last)
 
 
 class _Ready(NamedTuple):
@@ -320,8 +320,8 @@ def _view(memory: Sequence[Tensor | None], buffer: Buffer) -> Tensor:
     return tensor.as_strided(buffer.shape, buffer.stride())
 
 
-class Repeated:
-    """A launch that is performed on other memory each time, and after the first time without Triton's look at it."""
+class CachedLaunch:
+    """A launch for any memory. After the first time Triton no longer inspects its arguments."""
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
@@ -332,7 +332,7 @@ class Repeated:
                 self._tensors.append((at, argument.number))
             elif isinstance(argument, TensorDescriptor):
                 self._descriptors.append((at, argument.base.number, {**vars(argument), "base": None}))
-        # All arguments but those, and what takes them; None until Triton has looked at them once.
+        # All arguments but those, and what takes them; None until Triton has inspected them once.
         self._call: tuple[list[object], Callable[..., object] | None] = list(launch.arguments), None
 
     def on(self, memory: Sequence[Tensor | None]) -> Launch:
@@ -355,7 +355,7 @@ class Repeated:
         launch = self.on(memory)
         compiled = launch.run()
         if isinstance(compiled, CompiledKernel):
-            # It is what Triton would find again by its own look at all arguments; it wants the constants in their
+            # It is what Triton would find again by inspecting all arguments; it wants the constants in their
             # places, and a grid of three axes.
             constants = [launch.constants[name] for name in launch.kernel.arg_names[len(template) :]]
             self._call = template + constants, compiled[(*launch.grid, 1, 1)[:3]]
@@ -374,10 +374,10 @@ def perform(build: Build, tensors: Sequence[Tensor | None], device: torch.device
 @lru_cache(maxsize=REMEMBERED)
 def planned(build: Build, device: torch.device, *layouts: tuple[Any, ...] | None, **facts: object) -> Plan:
     """The plan of all calls with these layouts and facts."""
-    return made(build, dispatch.arch_of(device.index), layouts, facts, tuned)
+    return build_plan(build, dispatch.arch_of(device.index), layouts, facts, tuned)
 
 
-def made(
+def build_plan(
     build: Build, arch: Arch, layouts: Sequence[tuple[Any, ...] | None], facts: Mapping[str, object],
     configs: Mapping[Any, Any] | None = None,
 ) -> Plan:  # fmt: skip
@@ -389,7 +389,7 @@ def made(
 
 def launches_of(build: Build, arch: Arch, tensors: Sequence[Tensor | None], **facts: object) -> list[Launch]:
     """What a call with these tensors would launch on a machine that need not be there; they may be `meta` tensors."""
-    return made(build, arch, [layout_of(tensor) for tensor in tensors], facts, tuned).bound(tensors)
+    return build_plan(build, arch, [layout_of(tensor) for tensor in tensors], facts, tuned).bound(tensors)
 
 
 def layout_of(tensor: Tensor | None) -> tuple[Any, ...] | None:

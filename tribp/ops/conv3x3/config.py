@@ -462,18 +462,18 @@ def few_channels_stages(dtype: str, arch: Arch) -> int:
 
 
 def with_rows(
-    settings: ConvConfig, images: int, columns: int, n: int, p: int, q: int, tiles: int, arch: Arch, *, rim: int = 0,
+    config: ConvConfig, images: int, columns: int, n: int, p: int, q: int, tiles: int, arch: Arch, *, rim: int = 0,
     choices: tuple[int, ...] = (32, 16, 8, 4),
 ) -> ConvConfig:  # fmt: skip
-    """The settings, with boxes of as many rows as leave four programs a processor.
+    """The config, with boxes of as many rows as leave four programs a processor.
 
     Derived: of two rows each neighbours read both, which is a sixteenth then. tiles: of channels; rim: as in `boxes`.
     """
     for rows in choices:
-        settings = replace(settings, box=(images, rows, columns))
-        if settings.boxes(n, p, q, rim) * tiles >= 4 * arch.processors:
+        config = replace(config, box=(images, rows, columns))
+        if config.boxes(n, p, q, rim) * tiles >= 4 * arch.processors:
             break
-    return settings
+    return config
 
 
 class FewChannelsProblem(NamedTuple):
