@@ -6,9 +6,9 @@ pointer or as a tensor descriptor (TMA).
 
 A kernel has one `constexpr`, CONFIG: a NamedTuple of plain values that holds all that is fixed when it is compiled,
 besides the types of its arguments and which of them are None. Its sizes and strides are scalars, for Triton would
-specialize the numbers of a tuple. Within the kernel, values that belong together are a NamedTuple (`Matrix`).
+specialize the numbers of a tuple. Within the kernel, values that belong together are a namedtuple (`Matrix`).
 
-Fields of a CONFIG, where several kernels have them:
+Fields of a CONFIG, where several kernels have them; one that a kernel has no use for is None:
 
     BLOCK_*     sides of a tile; powers of 2
     VEC, VEC_*  elements that divide the strides, the contiguous length and the address of what is read or written
@@ -22,6 +22,7 @@ Fields of a CONFIG, where several kernels have them:
     PTX         the target takes PTX; AMD's do not
 """
 
+from collections import namedtuple
 from typing import NamedTuple
 
 import triton
@@ -35,16 +36,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-class Matrix(NamedTuple):
-    """A matrix of rows × cols that one tensor holds, with `ld` elements from line to line.
-
-    Lines are rows, or columns where `load_tile` is told that it lies transposed. A tensor descriptor knows the rest.
-    """
-
-    data: tl.tensor
-    rows: tl.tensor
-    cols: tl.tensor
-    ld: tl.tensor
+# A matrix of rows × cols that one tensor holds, with `ld` elements from line to line. Lines are rows, or columns where
+# `load_tile` is told that it lies transposed. A tensor descriptor knows the rest.
+Matrix = namedtuple("Matrix", "data rows cols ld")
 
 
 class Reduce(NamedTuple):
@@ -175,6 +169,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DTYPE: tl.constexpr):
+    """A tuple of tiles of zeros."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((ROWS, COLS), DTYPE),)
+    return tiles
+
+
+@triton.jit
 def tile_of(tile, tile_rows, tile_cols, GROUP: tl.constexpr):
     """(row, column) of a tile, GROUP tile rows at a time, so that programs that run together share operands in L2."""
     per_group = GROUP * tile_cols
@@ -260,10 +263,13 @@ def store_tile(matrix, tile, row, col, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.co
 
 
 @triton.jit
-def product(a, b, row, col, first, TRANSPOSED, BLOCK, CONFIG: tl.constexpr):
+def product(
+    a, b, row, col, first, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, CONFIG: tl.constexpr,
+):  # fmt: skip
     """Σₗ a[i, l]·b[l, j] over l from `first` to the last column of a, for the tile at (row, col) of the result.
 
-    BLOCK: the lengths of i, j and l in a tile; TRANSPOSED: how a and b lie (`load_tile`).
+    TRANSPOSED: how a and b lie (`load_tile`).
 
     The compiler overlaps loads with multiplication (`num_stages`) if an access is at least four bytes wide. Rows of
     16-bit numbers with an odd pitch never are; for them PREFETCH keeps the next tiles' loads in flight by hand. What is
@@ -273,11 +279,6 @@ def product(a, b, row, col, first, TRANSPOSED, BLOCK, CONFIG: tl.constexpr):
     No sum is empty, which the loop's end tells the compiler. Compiled: for a loop of no turn Triton 3.6 sets the result
     to zero on a way past it, which ptxas sees between products and the wait for them, and serializes them (C7515).
     """
-    BLOCK_I: tl.constexpr = BLOCK[0]
-    BLOCK_J: tl.constexpr = BLOCK[1]
-    BLOCK_L: tl.constexpr = BLOCK[2]
-    A_TRANSPOSED: tl.constexpr = TRANSPOSED[0]
-    B_TRANSPOSED: tl.constexpr = TRANSPOSED[1]
     VEC: tl.constexpr = CONFIG.VEC
     PRECISION: tl.constexpr = CONFIG.PRECISION
     acc = tl.zeros((BLOCK_I, BLOCK_J), accumulator(a.data.dtype))
@@ -307,17 +308,6 @@ def product(a, b, row, col, first, TRANSPOSED, BLOCK, CONFIG: tl.constexpr):
     return acc
 
 
-class PartialSum(NamedTuple):
-    """`parts` partial results to add up, of `matrices` of rows × cols each."""
-
-    partials: tl.tensor
-    out: tl.tensor
-    parts: tl.tensor
-    matrices: tl.tensor
-    rows: tl.tensor
-    cols: tl.tensor
-
-
 @triton.jit(do_not_specialize=["parts", "matrices", "rows", "cols", "parts2", "length2"])
 def reduce_partials(partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2, CONFIG: tl.constexpr):
     """Up to two sums of partial results, each always in the same order: out[i] = Σₛ partials[s, i], and out2 likewise.
@@ -327,21 +317,19 @@ def reduce_partials(partials, out, parts, matrices, rows, cols, partials2, out2,
     program = tl.program_id(0)
     programs = matrices * tl.cdiv(cols, CONFIG.BLOCK // CONFIG.BLOCK_ROWS)
     if program < programs:
-        result = PartialSum(partials, out, parts, matrices, rows, cols)
-        add_up(result, program, CONFIG.BLOCK, CONFIG.BLOCK_PARTS, CONFIG.BLOCK_ROWS, CONFIG.VEC)
+        add_up(partials, out, parts, matrices, rows, cols, program, CONFIG.BLOCK_ROWS, CONFIG.VEC, CONFIG)
     elif partials2 is not None:
-        result = PartialSum(partials2, out2, parts2, 1, 1, length2)
-        add_up(result, program - programs, CONFIG.BLOCK, CONFIG.BLOCK_PARTS, 1, CONFIG.VEC2)
+        add_up(partials2, out2, parts2, 1, 1, length2, program - programs, 1, CONFIG.VEC2, CONFIG)
 
 
 @triton.jit
 def add_up(
-    result, program, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, VEC: tl.constexpr
-):
-    """BLOCK elements of a `PartialSum`: of one matrix all rows, which are at most BLOCK_ROWS, and some columns."""
+    partials, out, parts, matrices, rows, cols, program, BLOCK_ROWS: tl.constexpr, VEC: tl.constexpr,
+    CONFIG: tl.constexpr,
+):  # fmt: skip
+    """BLOCK elements of `out`: of one matrix all rows, which are at most BLOCK_ROWS, and some columns."""
+    BLOCK: tl.constexpr = CONFIG.BLOCK
     COLS: tl.constexpr = BLOCK // BLOCK_ROWS
-    rows = result.rows
-    cols = result.cols
     k = tl.arange(0, BLOCK)
     matrix = program // tl.cdiv(cols, COLS)
     first_col = program % tl.cdiv(cols, COLS) * COLS
@@ -350,14 +338,14 @@ def add_up(
     pitch = (cols // VEC).to(tl.int64) * VEC
     i = tl.where(inside, (matrix * rows + row) * pitch + col, 0)
     i = tl.max_contiguous(tl.multiple_of(i, VEC), VEC)
-    total = tl.zeros((BLOCK,), result.partials.dtype.element_ty)
-    for first in range(0, result.parts, BLOCK_PARTS):
-        part, exists = masked_range(first, result.parts, BLOCK_PARTS, 1)
-        at = result.partials + (part[:, None] * (result.matrices * rows * pitch) + i[None, :])
+    total = tl.zeros((BLOCK,), partials.dtype.element_ty)
+    for first in range(0, parts, CONFIG.BLOCK_PARTS):
+        part, exists = masked_range(first, parts, CONFIG.BLOCK_PARTS, 1)
+        at = partials + (part[:, None] * (matrices * rows * pitch) + i[None, :])
         total += tl.sum(tl.load(at, mask=exists[:, None] & inside[None, :], other=0.0), 0)
     if BLOCK_ROWS > 1:
         total = tl.reshape(tl.trans(tl.reshape(total, (BLOCK_ROWS, COLS))), (BLOCK,))
         row, col = k % BLOCK_ROWS, first_col + k // BLOCK_ROWS
         inside = (row < rows) & (col < cols)
         i = tl.where(inside, (matrix * pitch + col) * rows + row, 0)
-    tl.store(result.out + i, round_to(total, result.out.dtype.element_ty), mask=inside)
+    tl.store(out + i, round_to(total, out.dtype.element_ty), mask=inside)
