@@ -288,8 +288,8 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> Iterator[Expec
         yield from relayout_expectations(launch, dtype, arch)
     elif kernel == "pack":
         share = size(given, "BLOCK_P", "BLOCK_C") * dtype.itemsize // (16 * threads(launch, arch))
-        inner = "VEC_C" if given["CHANNELS"] else "VEC_P" if given["PIXELS"] else ""
-        loads = share if inner and is_whole(given, dtype, "VEC", inner) else 0
+        inner = "VEC_C" if given["SRC_CHANNELS"] else "VEC_P" if given["SRC_PIXELS"] else ""
+        loads = share if inner and is_whole(given, dtype, "SRC_VEC", inner) else 0
         stores = share if is_whole(given, dtype, "VEC_DST") else 0
         if loads + stores:
             yield vectors(loads, stores, "16 bytes a thread, of every tile of an image")

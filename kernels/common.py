@@ -6,7 +6,8 @@ pointer or as a tensor descriptor (TMA).
 
 A kernel has one `constexpr`, CONFIG: a NamedTuple of plain values that holds all that is fixed when it is compiled,
 besides the types of its arguments and which of them are None. Its sizes and strides are scalars, for Triton would
-specialize the numbers of a tuple. Within the kernel, values that belong together are a namedtuple (`Matrix`).
+specialize the numbers of a tuple. Within the kernel, values that belong together are a namedtuple (`Matrix`). Fields of
+CONFIG have a local name where they are read often, stand in a shape or (Triton 3.5) are strings or tuples themselves.
 
 Fields of a CONFIG, where several kernels have them; one that a kernel has no use for is None:
 
@@ -65,23 +66,21 @@ def accumulator(dtype):
 
 
 @triton.jit
+def ptx(INSTRUCTION: tl.constexpr, REGISTERS: tl.constexpr, x):
+    """One instruction from float32 to float32, of each element."""
+    return tl.inline_asm_elementwise(INSTRUCTION, REGISTERS, [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def exp2_approx(x):
     """2ˣ by the special-function unit: within 2 units in the last place, results below 2⁻¹²⁶ flushed to 0."""
-    if INTERPRETED:
-        y = tl.exp2(x)
-    else:
-        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return y
+    return tl.exp2(x) if INTERPRETED else ptx("ex2.approx.ftz.f32 $0, $1;", "=f,f", x)
 
 
 @triton.jit
 def reciprocal_approx(x):
     """1/x by the special-function unit: within 1 unit in the last place."""
-    if INTERPRETED:
-        y = 1.0 / x
-    else:
-        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return y
+    return 1.0 / x if INTERPRETED else ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", x)
 
 
 @triton.jit
@@ -135,9 +134,7 @@ def round_to_tf32(x):
         finite = (bits & 0x7F800000) != 0x7F800000  # a carry would make -0 of a NaN whose bits are all set
         rounded = tl.where(finite, (bits + 0x1000) & 0xFFFFE000, bits).to(tl.float32, bitcast=True)
     else:
-        rounded = tl.inline_asm_elementwise(
-            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        rounded = ptx("cvt.rna.tf32.f32 $0, $1;", "=r,r", x)
     return rounded
 
 
@@ -211,21 +208,13 @@ def load_tile(
     contiguous one. VEC divides `ld` and the length of the contiguous dimension.
     """
     if not matrix.data.dtype.is_ptr():
-        if TRANSPOSED:
-            tile = tl.trans(matrix.data.load([col, row]))
-        else:
-            tile = matrix.data.load([row, col])
+        tile = tl.trans(matrix.data.load([col, row])) if TRANSPOSED else matrix.data.load([row, col])
     else:
         pitch = (matrix.ld // VEC).to(tl.int64) * VEC
-        if TRANSPOSED:
-            r, r_inside = masked_range(row, matrix.rows, BLOCK_ROW, VEC)
-            c, c_inside = masked_range(col, matrix.cols, BLOCK_COL, 1)
-            at = matrix.data + (r[:, None] + c[None, :] * pitch)
-        else:
-            r, r_inside = masked_range(row, matrix.rows, BLOCK_ROW, 1)
-            c, c_inside = masked_range(col, matrix.cols, BLOCK_COL, VEC)
-            at = matrix.data + (r[:, None] * pitch + c[None, :])
-        tile = tl.load(at, mask=r_inside[:, None] & c_inside[None, :], other=0.0)
+        r, r_inside = masked_range(row, matrix.rows, BLOCK_ROW, VEC if TRANSPOSED else 1)
+        c, c_inside = masked_range(col, matrix.cols, BLOCK_COL, 1 if TRANSPOSED else VEC)
+        at = r[:, None] + c[None, :] * pitch if TRANSPOSED else r[:, None] * pitch + c[None, :]
+        tile = tl.load(matrix.data + at, mask=r_inside[:, None] & c_inside[None, :], other=0.0)
     return tile
 
 
@@ -239,15 +228,10 @@ def whole_tile(matrix, row, l, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, BL
     i = tl.max_contiguous(tl.minimum(tl.arange(0, BLOCK), matrix.rows - 1 - row), BLOCK)
     k = tl.arange(0, BLOCK_L)
     ld = matrix.ld
-    if TRANSPOSED:
-        first = matrix.data + (l * ld.to(tl.int64) + row)
-        offsets = i[:, None] + k[None, :] * ld
-        step = ld.to(tl.int64) * BLOCK_L
-    else:
-        first = matrix.data + (row * ld.to(tl.int64) + l)
-        offsets = i[:, None] * ld + k[None, :]
-        step = BLOCK_L
-    return first, offsets, step
+    first = l * ld.to(tl.int64) + row if TRANSPOSED else row * ld.to(tl.int64) + l
+    offsets = i[:, None] + k[None, :] * ld if TRANSPOSED else i[:, None] * ld + k[None, :]
+    step = ld.to(tl.int64) * BLOCK_L if TRANSPOSED else BLOCK_L
+    return matrix.data + first, offsets, step
 
 
 @triton.jit

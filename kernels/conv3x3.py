@@ -187,12 +187,9 @@ def load_box(
         if WITHIN is not None:
             inside = inside & (m.h < WITHIN[0]) & (m.w < WITHIN[1])
         c, c_inside = masked_range(channel, image.C, BLOCK, VEC)
-        if TRANSPOSED:
-            mask = inside[None, :] & c_inside[:, None]
-            tile = tl.load(image.data + (at[None, :] + c[:, None]), mask=mask, other=0.0)
-        else:
-            mask = inside[:, None] & c_inside[None, :]
-            tile = tl.load(image.data + (at[:, None] + c[None, :]), mask=mask, other=0.0)
+        mask = inside[None, :] & c_inside[:, None] if TRANSPOSED else inside[:, None] & c_inside[None, :]
+        at = at[None, :] + c[:, None] if TRANSPOSED else at[:, None] + c[None, :]
+        tile = tl.load(image.data + at, mask=mask, other=0.0)
     return tile
 
 
@@ -243,10 +240,8 @@ def load_weight(w, tap, l, col, first, DGRAD: tl.constexpr, CONFIG: tl.constexpr
     else:
         pitch = w.cols // VEC * VEC
         at_tap = w.data + (first.to(tl.int64) * 9 + tap) * pitch
-        if DGRAD:
-            tile = load_tile(Matrix(at_tap, w.rows, w.cols, 9 * pitch), l, col, BLOCK_L, BLOCK_J, False, VEC)
-        else:
-            tile = load_tile(Matrix(at_tap, w.cols, w.rows, 9 * pitch), l, col, BLOCK_L, BLOCK_J, True, VEC)
+        rows, cols = (w.rows, w.cols) if DGRAD else (w.cols, w.rows)
+        tile = load_tile(Matrix(at_tap, rows, cols, 9 * pitch), l, col, BLOCK_L, BLOCK_J, not DGRAD, VEC)
     return tile
 
 
@@ -276,6 +271,7 @@ def convolve_by_group(image, w, box, window, taps, groups, DGRAD: tl.constexpr, 
     Compiled: all columns at once need an address for each element, and spill up to 7,064 bytes.
     """
     BOX: tl.constexpr = CONFIG.BOX
+    PIXELS: tl.constexpr = BOX.N * BOX.H * BOX.W
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
     ACC: tl.constexpr = accumulator(image.data.dtype)
     SIGN: tl.constexpr = -1 if DGRAD else 1
@@ -286,9 +282,9 @@ def convolve_by_group(image, w, box, window, taps, groups, DGRAD: tl.constexpr, 
     first = tile * CONFIG.GROUPS_PER_TILE * OG
     taps_h = taps_from(taps.row, taps.step_h)
     taps_w = taps_from(taps.column, taps.step_w)
-    acc = tl.zeros((BOX.N * BOX.H * BOX.W, BLOCK_J), ACC)
+    acc = tl.zeros((PIXELS, BLOCK_J), ACC)
     for column in range(col, tl.minimum(col + BLOCK_J, here * JG)):
-        total = tl.zeros((BOX.N * BOX.H * BOX.W,), ACC)
+        total = tl.zeros((PIXELS,), ACC)
         for t in range(0, taps_h * taps_w):
             t_h, t_w = tap_at(t, taps_w)
             tap = (taps.row + t_h * taps.step_h) * 3 + taps.column + t_w * taps.step_w
@@ -337,7 +333,7 @@ def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, C
     length = here * LG
     origin = tile * (GROUPS_PER_TILE * LG // VEC * VEC)  # the groups' first channel in the image
     first = tile * GROUPS_PER_TILE * OG
-    start = origin if CONFIG.TMA else 0
+    start = origin if CONFIG.TMA else 0  # in `source`: a descriptor begins with the first channel of all
     source = image.data if CONFIG.TMA else image.data + origin
     src = Image(source, image.N, image.H, image.W, start + length, image.stride_n, 1, image.stride_h, image.stride_w)
     acc = tl.zeros((BLOCK_J, PIXELS) if WEIGHTS_FIRST else (PIXELS, BLOCK_J), accumulator(source.dtype))
@@ -358,10 +354,7 @@ def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, C
             else:
                 of_groups = Matrix(w, here * OG, GROUPS_PER_TILE * CG, 1)
                 b = load_weight(of_groups, tap, l, col, first, DGRAD, CONFIG)
-            if WEIGHTS_FIRST:
-                acc = dot(tl.trans(b), tl.trans(a), acc, PRECISION)
-            else:
-                acc = dot(a, b, acc, PRECISION)
+            acc = dot(tl.trans(b), tl.trans(a), acc, PRECISION) if WEIGHTS_FIRST else dot(a, b, acc, PRECISION)
             l += BLOCK_L
             if FLAT:
                 t += (l >= length).to(tl.int32)
@@ -562,7 +555,7 @@ def wgrad(
     boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H) * tl.cdiv(Q, BOX.W)
     origin_o = group_tile * (GROUPS_PER_TILE * OZ // CONFIG.VEC_O * CONFIG.VEC_O)
     origin_c = group_tile * (GROUPS_PER_TILE * CX // CONFIG.VEC_C * CONFIG.VEC_C)
-    start_o = origin_o if TMA else 0
+    start_o = origin_o if TMA else 0  # as in `convolve`
     start_c = origin_c if TMA else 0
     dz = dz if TMA else dz + origin_o
     x = x if TMA else x + origin_c
@@ -589,10 +582,8 @@ def wgrad(
             # Where dz does not exist its zero must meet a zero: an infinity of x would make it NaN.
             window = Window(step_h, step_w, r - pad_h, s + t - pad_w)
             x_tile = load_box(image, box, window, start_c + col_c, BOX, BLOCK_C, CONFIG.VEC_C, X_FIRST, WITHIN=(P, Q))
-            if X_FIRST:
-                added = added + (dot(x_tile, z_tile, acc[t], PRECISION),)
-            else:
-                added = added + (dot(z_tile if O_FIRST else tl.trans(z_tile), x_tile, acc[t], PRECISION),)
+            a, b = (x_tile, z_tile) if X_FIRST else (z_tile if O_FIRST else tl.trans(z_tile), x_tile)
+            added = added + (dot(a, b, acc[t], PRECISION),)
         acc = added
     first = group_tile * GROUPS_PER_TILE * OG
     o, o_inside = masked_range(col_o, here * OG, BLOCK_O, 1)

@@ -36,14 +36,14 @@ class Depthwise(NamedTuple):
 
 
 @triton.jit
-def load_row(image, pixels, c, c_inside, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr):
+def load_row(image, pixels, c, c_inside, VEC: tl.constexpr, CONFIG: tl.constexpr):
     """Pixels × channels of an image in the accumulator's type, zeros outside. VEC as in `conv3x3.offsets`.
 
     Where columns are contiguous they come last here: a warp's threads then take neighbouring ones, one each. Counted:
     of 8 columns a thread, which only a store can have at once, a load under a tap met 20 sectors for 2.
     """
-    at, mask = offsets(image, pixels, c, c_inside, CHANNELS_LAST, VEC, 1)
-    if CHANNELS_LAST:
+    at, mask = offsets(image, pixels, c, c_inside, CONFIG.CHANNELS_LAST, VEC, 1)
+    if CONFIG.CHANNELS_LAST:
         row = tl.load(image.data + at, mask=mask, other=0.0)
     else:
         row = tl.trans(tl.load(image.data + tl.trans(at), mask=tl.trans(mask), other=0.0))
@@ -51,11 +51,11 @@ def load_row(image, pixels, c, c_inside, CHANNELS_LAST: tl.constexpr, VEC: tl.co
 
 
 @triton.jit
-def store_row(image, tile, pixels, c, c_inside, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr):
-    """Write pixels × channels of an image, rounded to its type; likewise."""
-    at, mask = offsets(image, pixels, c, c_inside, CHANNELS_LAST, VEC, 1)
+def store_row(image, tile, pixels, c, c_inside, CONFIG: tl.constexpr):
+    """Write pixels × channels of an image, rounded to its type; likewise, with VEC_STORE."""
+    at, mask = offsets(image, pixels, c, c_inside, CONFIG.CHANNELS_LAST, CONFIG.VEC_STORE, 1)
     tile = round_to(tile, image.data.dtype.element_ty)
-    if CHANNELS_LAST:
+    if CONFIG.CHANNELS_LAST:
         tl.store(image.data + at, tile, mask=mask)
     else:
         tl.store(image.data + tl.trans(at), tl.trans(tile), mask=tl.trans(mask))
@@ -72,9 +72,7 @@ def load_taps(w, c, c_inside):
 
 
 @triton.jit
-def load_rows(
-    image, first, c, c_inside, STEP: tl.constexpr, TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr
-):
+def load_rows(image, first, c, c_inside, STEP: tl.constexpr, TAPS: tl.constexpr, CONFIG: tl.constexpr):
     """Four rows from the pixels `first` on, each under TAPS taps, STEP columns apart. All are asked for before one is
     used.
     """
@@ -83,7 +81,7 @@ def load_rows(
     for u in tl.static_range(4):
         row = ()
         for t in tl.static_range(TAPS):
-            row = row + (load_row(image, Pixels(n, h + u, v + t * STEP), c, c_inside, CHANNELS_LAST, VEC),)
+            row = row + (load_row(image, Pixels(n, h + u, v + t * STEP), c, c_inside, CONFIG.VEC, CONFIG),)
         rows = rows + (row,)
     return rows
 
@@ -106,14 +104,14 @@ def depthwise_forward(
     A row of x is read once and added to the rows of y that it meets: the one it completes, and those begun with it.
     """
     BOX: tl.constexpr = CONFIG.BOX
+    PIXELS: tl.constexpr = BOX.N * BOX.W  # of a row
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     STEP_H: tl.constexpr = CONFIG.STEP_H
-    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
-    VEC: tl.constexpr = CONFIG.VEC
     columns = tl.cdiv(C, BLOCK_C)
-    c, c_inside = masked_range(tl.program_id(0) % columns * BLOCK_C, C, BLOCK_C, VEC if CHANNELS_LAST else 1)
+    col = tl.program_id(0) % columns * BLOCK_C
+    c, c_inside = masked_range(col, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
     taps = load_taps(w, c, c_inside)
-    none = tl.zeros((BOX.N * BOX.W, BLOCK_C), accumulator(x.dtype))
+    none = tl.zeros((PIXELS, BLOCK_C), accumulator(x.dtype))
     if b is not None:
         bias = tl.load(b + c, mask=c_inside, other=0.0).to(none.dtype)[None, :]
     x = Image(x, N, H, W, C, stride_n, stride_c, stride_h, stride_w)
@@ -126,7 +124,7 @@ def depthwise_forward(
     height = tl.minimum(BOX.H, P - first)
     for t in range(0, (height - 1) * STEP_H + 3, 4):
         met = Pixels(n, first * STEP_H + (t - pad_h), j * CONFIG.STEP_W - pad_w)
-        rows = load_rows(x, met, c, c_inside, 1, 3, CHANNELS_LAST, VEC)
+        rows = load_rows(x, met, c, c_inside, 1, 3, CONFIG)
         for u in tl.static_range(4):
             if u % STEP_H == 0:
                 result = add_taps(complete, rows[u], taps, 6, 1, 3)
@@ -141,7 +139,7 @@ def depthwise_forward(
                     result = sigmoid(result, y.data.dtype.element_ty, CONFIG.PTX)
                 i = (t + u - 2) // STEP_H
                 h = tl.where((t + u >= 2) & (i < height), first + i, -1)
-                store_row(y, result, Pixels(n, h, j), c, c_inside, CHANNELS_LAST, CONFIG.VEC_STORE)
+                store_row(y, result, Pixels(n, h, j), c, c_inside, CONFIG)
             else:
                 complete = add_taps(complete, rows[u], taps, 3, 1, 3)
 
@@ -156,15 +154,15 @@ def depthwise_dgrad(
     With a stride of 2, pixels that meet the same taps make a class, program_id(1), as in `conv3x3.dgrad`.
     """
     BOX: tl.constexpr = CONFIG.BOX
+    PIXELS: tl.constexpr = BOX.N * BOX.W  # of a row
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     STEP_H: tl.constexpr = CONFIG.STEP_H
     STEP_W: tl.constexpr = CONFIG.STEP_W
-    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
-    VEC: tl.constexpr = CONFIG.VEC
     columns = tl.cdiv(C, BLOCK_C)
-    c, c_inside = masked_range(tl.program_id(0) % columns * BLOCK_C, C, BLOCK_C, VEC if CHANNELS_LAST else 1)
+    col = tl.program_id(0) % columns * BLOCK_C
+    c, c_inside = masked_range(col, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
     taps = load_taps(w, c, c_inside)
-    none = tl.zeros((BOX.N * BOX.W, BLOCK_C), accumulator(dz.dtype))
+    none = tl.zeros((PIXELS, BLOCK_C), accumulator(dz.dtype))
     dz = Image(dz, N, P, Q, C, stride_n, stride_c, stride_h, stride_w)
     dx = Image(dx, N, H, W, C, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
     for class_h in tl.static_range(STEP_H):
@@ -185,7 +183,7 @@ def depthwise_dgrad(
                 begun = none
                 for t in range(1 - TAPS_H, end - first, 4):
                     met = Pixels(n, first + t + first_h, j + first_w)
-                    rows = load_rows(dz, met, c, c_inside, -1, TAPS_W, CHANNELS_LAST, VEC)
+                    rows = load_rows(dz, met, c, c_inside, -1, TAPS_W, CONFIG)
                     for u in tl.static_range(4):
                         result = add_taps(complete, rows[u], taps, TAP, STEP_W, TAPS_W)
                         if TAPS_H == 3:
@@ -196,7 +194,7 @@ def depthwise_dgrad(
                         i = first + t + u
                         h = row_of_class(i, first_h, pad_h, class_h, STEP_H)
                         h = tl.where((t + u >= 0) & (i < end), h, -1)
-                        store_row(dx, result, Pixels(n, h, v), c, c_inside, CHANNELS_LAST, CONFIG.VEC_STORE)
+                        store_row(dx, result, Pixels(n, h, v), c, c_inside, CONFIG)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
@@ -209,33 +207,33 @@ def depthwise_wgrad(
     Where dz does not exist its zero must meet a zero, for an infinity of x would make it NaN.
     """
     BOX: tl.constexpr = CONFIG.BOX
+    PIXELS: tl.constexpr = BOX.N * BOX.W  # of a row
+    ROWS: tl.constexpr = BOX.H
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     STEP_H: tl.constexpr = CONFIG.STEP_H
-    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
-    VEC: tl.constexpr = CONFIG.VEC
     ACC: tl.constexpr = accumulator(dz.dtype)
     split = tl.program_id(1)
-    c, c_inside = masked_range(tl.program_id(0) * BLOCK_C, C, BLOCK_C, VEC if CHANNELS_LAST else 1)
+    c, c_inside = masked_range(tl.program_id(0) * BLOCK_C, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
     boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H) * tl.cdiv(Q, BOX.W)
     dz = Image(dz, N, P, Q, C, z_stride_n, z_stride_c, z_stride_h, z_stride_w)
     x = Image(x, N, H, W, C, stride_n, stride_c, stride_h, stride_w)
-    acc = zeros(9, BOX.N * BOX.W, BLOCK_C, ACC)
-    sums = tl.zeros((BOX.N * BOX.W, BLOCK_C), ACC)
+    acc = zeros(9, PIXELS, BLOCK_C, ACC)
+    sums = tl.zeros((PIXELS, BLOCK_C), ACC)
     for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
         box = box_at(index, P, Q, BOX)
         i = box.h
         n, _, j = pixels_of(box, Box(BOX.N, 1, BOX.W))
         z = ()
-        for a in tl.static_range(BOX.H):
-            z_row = load_row(dz, Pixels(n, i + a, j), c, c_inside, CHANNELS_LAST, CONFIG.VEC_Z)
+        for a in tl.static_range(ROWS):
+            z_row = load_row(dz, Pixels(n, i + a, j), c, c_inside, CONFIG.VEC_Z, CONFIG)
             z = z + (z_row,)
             if db is not None:
                 sums += z_row
-        for t in tl.static_range((BOX.H - 1) * STEP_H + 3):
+        for t in tl.static_range((ROWS - 1) * STEP_H + 3):
             for s in tl.static_range(3):
                 v = tl.where(j < Q, j * CONFIG.STEP_W + (s - pad_w), -1)
-                row = load_row(x, Pixels(n, i * STEP_H + (t - pad_h), v), c, c_inside, CHANNELS_LAST, VEC)
-                for a in tl.static_range(BOX.H):
+                row = load_row(x, Pixels(n, i * STEP_H + (t - pad_h), v), c, c_inside, CONFIG.VEC, CONFIG)
+                for a in tl.static_range(ROWS):
                     if t - a * STEP_H >= 0 and t - a * STEP_H <= 2:
                         met = row
                         if not CONFIG.WHOLE:
@@ -254,8 +252,5 @@ def replaced(tiles, INDEX: tl.constexpr, tile):
     """`tiles` with another one at INDEX."""
     result = ()
     for k in tl.static_range(9):
-        if k == INDEX:
-            result = result + (tile,)
-        else:
-            result = result + (tiles[k],)
+        result = result + (tile if k == INDEX else tiles[k],)
     return result

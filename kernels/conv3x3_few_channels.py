@@ -52,9 +52,10 @@ def gather(image, pixels, P, Q, padding, ONES: tl.constexpr, CONFIG: tl.constexp
     and not one for each element. Within an image of under 2³¹ elements 32 bits hold an offset.
     """
     C: tl.constexpr = CONFIG.C
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     n, i, j = pixels
     pad_h, pad_w = padding
-    k = tl.arange(0, CONFIG.BLOCK_K)[:, None]
+    k = tl.arange(0, BLOCK_K)[:, None]
     c = k // 9 if CONFIG.TAPS_LAST else k % C
     tap = k % 9 if CONFIG.TAPS_LAST else k // C
     h = (i * CONFIG.STEP_H)[None, :] + (tap // 3 - pad_h)
@@ -67,7 +68,7 @@ def gather(image, pixels, P, Q, padding, ONES: tl.constexpr, CONFIG: tl.constexp
     at += tl.where(k < 9 * C, c, 0) * image.stride_c
     g = tl.load(at, mask=h_inside & v_inside & (k < 9 * C), other=0.0)
     if ONES:
-        g = tl.where(k == 9 * C, round_to(tl.full((CONFIG.BLOCK_K, 1), 1.0, tl.float32), g.dtype), g)
+        g = tl.where(k == 9 * C, round_to(tl.full((BLOCK_K, 1), 1.0, tl.float32), g.dtype), g)
     return g
 
 
@@ -106,6 +107,7 @@ def few_channels_forward(
     Row by row: what is gathered of a row of x serves the rows of y that it meets.
     """
     BOX: tl.constexpr = CONFIG.BOX
+    PIXELS: tl.constexpr = BOX.N * BOX.W
     BLOCK_O: tl.constexpr = CONFIG.BLOCK_O
     STEP_H: tl.constexpr = CONFIG.STEP_H
     PRECISION: tl.constexpr = CONFIG.PRECISION
@@ -131,7 +133,7 @@ def few_channels_forward(
         g2 = gather_row(x, n, h + 2, j, pad_w, CONFIG)
         # Weights first, as in `conv3x3.convolve`. Compiled: Triton else starts the product from the bias, and ptxas
         # puts waits of its own between its instructions.
-        z = dot(w0, g0, tl.zeros((BLOCK_O, BOX.N * BOX.W), ACC), PRECISION)
+        z = dot(w0, g0, tl.zeros((BLOCK_O, PIXELS), ACC), PRECISION)
         z = tl.trans(dot(w2, g2, dot(w1, g1, z, PRECISION), PRECISION))
         if b is not None:
             z += bias[None, :]
@@ -172,12 +174,9 @@ def few_channels_dgrad(
     Only neighbours meet through shared memory.
     """
     BOX: tl.constexpr = CONFIG.BOX
-    BLOCK_O: tl.constexpr = CONFIG.BLOCK_O
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     C: tl.constexpr = CONFIG.C
-    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
     VEC: tl.constexpr = CONFIG.VEC
-    VEC_STORE: tl.constexpr = CONFIG.VEC_STORE
     PRECISION: tl.constexpr = CONFIG.PRECISION
     PIXELS: tl.constexpr = BOX.N * BOX.W
     ACC: tl.constexpr = accumulator(dx.dtype)
@@ -185,14 +184,14 @@ def few_channels_dgrad(
     k = tl.arange(0, BLOCK_K)[None, :]
     r, s, c = k // 16, k // 8 % 2 * 2 + k % 2, k // 2 % 4
     at = c * 9 + r * 3 + s if CONFIG.TAPS_LAST else (r * 3 + s) * C + c
-    o, o_inside = masked_range(0, O, BLOCK_O, 1)
+    o, o_inside = masked_range(0, O, CONFIG.BLOCK_O, 1)
     inside = o_inside[:, None] & (r < 3) & (s < 3) & (c < C)
     taps = tl.load(w + tl.where(inside, o[:, None] * (9 * C) + at, 0), mask=inside, other=0.0)
     taps = round_operand(taps, taps.dtype, PRECISION)
 
     m_n, _, column = pixels_of(Pixels(n, 0, 0), Box(BOX.N, 1, BOX.W))
     v = tl.where(column < BOX.W - 2, left + column, -1)
-    c, c_inside = masked_range(0, C, 4, VEC_STORE if CHANNELS_LAST else 1)
+    c, c_inside = masked_range(0, C, 4, CONFIG.VEC_STORE if CONFIG.CHANNELS_LAST else 1)
     m = tl.broadcast_to(tl.arange(0, PIXELS)[:, None], (PIXELS, 4))
     dx = Image(dx, N, H, W, C, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
     # What the last two rows of dz gave the row of dx that the next one completes, and the row after that.
@@ -202,7 +201,7 @@ def few_channels_dgrad(
         box = Pixels(n, first + t, left)
         window = Window(1, 1, pad_h - 2, pad_w - 2)
         image = Image(dz, N, P, Q, tl.cdiv(O, VEC) * VEC, stride_n, 1, stride_h, stride_w)
-        z = load_box(image, box, window, 0, Box(BOX.N, 1, BOX.W), BLOCK_O, VEC)
+        z = load_box(image, box, window, 0, Box(BOX.N, 1, BOX.W), CONFIG.BLOCK_O, VEC)
         p = dot(z, taps, tl.zeros((PIXELS, BLOCK_K), ACC), PRECISION)
         p0, p1, p2 = three_of_four(tl.permute(tl.reshape(p, (PIXELS, 2, 2, 16)), (0, 3, 1, 2)))
         q0, q1, q2 = three_of_four(tl.permute(tl.reshape(complete + p0, (PIXELS, 2, 4, 2)), (0, 2, 1, 3)))
@@ -211,7 +210,7 @@ def few_channels_dgrad(
         q0 = tl.gather(q0, tl.minimum(m + 2, PIXELS - 1), 0)
         total = q2 + q1 + q0
         pixels = Pixels(m_n, tl.where(t < 2, -1, first + t - 2), v)
-        store_row(dx, total, pixels, c, c_inside, CHANNELS_LAST, VEC_STORE)
+        store_row(dx, total, pixels, c, c_inside, CONFIG)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
@@ -225,11 +224,13 @@ def few_channels_wgrad(
     With FUSE_DZ the argument `dz` holds dy, and dz = dy·y·(1 − y) is formed on the way in: nobody else needs it.
     """
     BOX: tl.constexpr = CONFIG.BOX
+    PIXELS: tl.constexpr = BOX.N * BOX.H * BOX.W
     BLOCK_O: tl.constexpr = CONFIG.BLOCK_O
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     C: tl.constexpr = CONFIG.C
     CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
     VEC: tl.constexpr = CONFIG.VEC
+    PRECISION: tl.constexpr = CONFIG.PRECISION
     RUN: tl.constexpr = VEC if VEC < BOX.W else BOX.W
     # Counted: a tile that is multiplied and summed lies in shared memory so that eight threads at a time read one bank.
     # 16-bit numbers are summed by the product itself, exactly, in a column that it has free.
@@ -243,7 +244,7 @@ def few_channels_wgrad(
     x = Image(x, N, H, W, C, stride_n, stride_c, stride_h, stride_w)
     dz = Image(dz, N, P, Q, O, z_stride_n, z_stride_c, z_stride_h, z_stride_w)
     acc = tl.zeros((BLOCK_O, BLOCK_K), ACC)
-    sums = tl.zeros((BOX.N * BOX.H * BOX.W, BLOCK_O), ACC)
+    sums = tl.zeros((PIXELS, BLOCK_O), ACC)
     for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
         pixels = pixels_of(box_at(index, P, Q, BOX), BOX)
         at, mask = offsets(dz, pixels, o, o_inside, CHANNELS_LAST, VEC, RUN)
@@ -255,7 +256,7 @@ def few_channels_wgrad(
         if db is not None and not ONES:
             sums += z.to(ACC)
         g = gather(x, pixels, P, Q, (pad_h, pad_w), ONES, CONFIG)
-        acc = dot(tl.trans(round_to(z, g.dtype)), tl.trans(g), acc, CONFIG.PRECISION)
+        acc = dot(tl.trans(round_to(z, g.dtype)), tl.trans(g), acc, PRECISION)
     row = split.to(tl.int64) * O + o
     k, k_inside = masked_range(0, 9 * C, BLOCK_K, 1)
     if db is not None:
