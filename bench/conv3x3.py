@@ -284,8 +284,8 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> Iterator[Expec
         yield from relayout_expectations(launch, dtype, arch)
     elif kernel == "pack":
         share = size(given, "BLOCK_P", "BLOCK_C") * dtype.itemsize // (16 * threads(launch, arch))
-        inner = "VEC_C" if given["CHANNELS"] else "VEC_P" if given["PIXELS"] else ""
-        loads = share if inner and is_whole(given, dtype, "VEC", inner) else 0
+        inner = "VEC_C" if given["SRC_CHANNELS"] else "VEC_P" if given["SRC_PIXELS"] else ""
+        loads = share if inner and is_whole(given, dtype, "SRC_VEC", inner) else 0
         stores = share if is_whole(given, dtype, "VEC_DST") else 0
         if loads + stores:
             yield vectors(loads, stores, "16 bytes a thread, of every tile of an image")
@@ -306,7 +306,7 @@ def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> It
     kernel, given = launch.kernel.__name__, launch.named
     sides: tuple[str, ...] = ("BLOCK_O", "BLOCK_C") if "wgrad" in kernel else ("BOX_N", "BOX_H", "BOX_W", "BLOCK_J")
     if kernel in ("few_channels_forward", "few_channels_dgrad"):  # a row at a time
-        sides = ("BOX_N", "BOX_W", "BLOCK_J" if kernel == "few_channels_forward" else "BLOCK_L")
+        sides = ("BOX_N", "BOX_W", "BLOCK_O")
     weights_first = kernel == "few_channels_forward" or (kernel in ("forward", "dgrad") and bool(given["TMA"]))
     yield from product(size(given, *(sides[-1:] if weights_first else sides[:-1])), dtype, launch, arch)
     if not kernel.startswith("few_channels") or (kernel == "few_channels_dgrad" and launch.num_stages > 1):
@@ -395,14 +395,14 @@ def wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]
 
 def few_channels_forward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
     """A row of y a turn, three products."""
-    step = 3 * size(given, "BOX_N", "BOX_W", "BLOCK_J", "BLOCK_K")
+    step = 3 * size(given, "BOX_N", "BOX_W", "BLOCK_O", "BLOCK_K")
     return model.product(given, "y", given["BOX_H"], step) | dict(chain=1 + (given["b"] is not None))
 
 
 def few_channels_dgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
     """A row of dz a turn. Boxes read two rows and two columns of their neighbours."""
     rows, columns, itemsize = given["BOX_H"], given["BOX_W"], model.itemsize(given, "dx")
-    step = size(given, "BOX_N", "BOX_W", "BLOCK_L") * 64
+    step = size(given, "BOX_N", "BOX_W", "BLOCK_O", "BLOCK_K")
     read = size(given, "N", "P", "Q", "O") * (rows + 2) / rows * columns / (columns - 2)
     return model.product(given, "dx", rows + 2, step) | dict(l2=itemsize * (read + size(given, "N", "H", "W", "C")))
 

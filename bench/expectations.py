@@ -194,7 +194,7 @@ def row_bytes(launch: "Launch", argument: str, vec: str) -> int:
 
 def is_whole(given: Mapping[str, Any], dtype: torch.dtype, *names: str) -> bool:
     """Whether each of these numbers of elements makes 16 bytes; one that a kernel has not does."""
-    return all(given[name] * dtype.itemsize == 16 for name in names if name in given)
+    return all(given[name] * dtype.itemsize == 16 for name in names if given.get(name) is not None)
 
 
 def broken(code: Compiled, expectations: Iterable[Expectation]) -> list[str]:

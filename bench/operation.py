@@ -196,11 +196,11 @@ def _window(given: Given) -> Iterator[str]:
     for name in ("TAPS", "GROUPS_PER_TILE", "ROWS"):
         if given.get(name, 1) > 1:
             yield f"{name.lower()}{given[name]}"
-    if "PIXELS" in given:
-        yield f"{_contiguous(given, '')}→channels"
-    if "SRC_PIXELS" in given:
+    if "DST_PIXELS" in given:  # relayout
         yield "→".join(_contiguous(given, side) for side in ("SRC_", "DST_")[: 1 + (given["dst"] is not None)])
         yield from ("y",) * (given["y"] is not None)
+    elif "SRC_PIXELS" in given:  # pack
+        yield f"{_contiguous(given, 'SRC_')}→channels"
 
 
 def _contiguous(given: Given, side: str) -> str:

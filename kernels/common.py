@@ -6,9 +6,10 @@ pointer or as a tensor descriptor (TMA).
 
 A kernel has one `constexpr`, CONFIG: a NamedTuple of plain values that holds all that is fixed when it is compiled,
 besides the types of its arguments and which of them are None. Its sizes and strides are scalars, for Triton would
-specialize the numbers of a tuple. Within the kernel, values that belong together are a NamedTuple (`Matrix`).
+specialize the numbers of a tuple. Within the kernel, values that belong together are a namedtuple (`Matrix`). Fields of
+CONFIG have a local name where they are read often, stand in a shape or (Triton 3.5) are strings or tuples themselves.
 
-Fields of a CONFIG, where several kernels have them:
+Fields of a CONFIG, where several kernels have them; one that a kernel has no use for is None:
 
     BLOCK_*     sides of a tile; powers of 2
     VEC, VEC_*  elements that divide the strides, the contiguous length and the address of what is read or written
@@ -22,6 +23,7 @@ Fields of a CONFIG, where several kernels have them:
     PTX         the target takes PTX; AMD's do not
 """
 
+from collections import namedtuple
 from typing import NamedTuple
 
 import triton
@@ -35,16 +37,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-class Matrix(NamedTuple):
-    """A matrix of rows × cols that one tensor holds, with `ld` elements from line to line.
-
-    Lines are rows, or columns where `load_tile` is told that it lies transposed. A tensor descriptor knows the rest.
-    """
-
-    data: tl.tensor
-    rows: tl.tensor
-    cols: tl.tensor
-    ld: tl.tensor
+# A matrix of rows × cols that one tensor holds, with `ld` elements from line to line. Lines are rows, or columns where
+# `load_tile` is told that it lies transposed. A tensor descriptor knows the rest.
+Matrix = namedtuple("Matrix", "data rows cols ld")
 
 
 class Reduce(NamedTuple):
@@ -71,23 +66,21 @@ def accumulator(dtype):
 
 
 @triton.jit
+def ptx(INSTRUCTION: tl.constexpr, REGISTERS: tl.constexpr, x):
+    """One instruction from float32 to float32, of each element."""
+    return tl.inline_asm_elementwise(INSTRUCTION, REGISTERS, [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def exp2_approx(x):
     """2ˣ by the special-function unit: within 2 units in the last place, results below 2⁻¹²⁶ flushed to 0."""
-    if INTERPRETED:
-        y = tl.exp2(x)
-    else:
-        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return y
+    return tl.exp2(x) if INTERPRETED else ptx("ex2.approx.ftz.f32 $0, $1;", "=f,f", x)
 
 
 @triton.jit
 def reciprocal_approx(x):
     """1/x by the special-function unit: within 1 unit in the last place."""
-    if INTERPRETED:
-        y = 1.0 / x
-    else:
-        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return y
+    return 1.0 / x if INTERPRETED else ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", x)
 
 
 @triton.jit
@@ -141,9 +134,7 @@ def round_to_tf32(x):
         finite = (bits & 0x7F800000) != 0x7F800000  # a carry would make -0 of a NaN whose bits are all set
         rounded = tl.where(finite, (bits + 0x1000) & 0xFFFFE000, bits).to(tl.float32, bitcast=True)
     else:
-        rounded = tl.inline_asm_elementwise(
-            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        rounded = ptx("cvt.rna.tf32.f32 $0, $1;", "=r,r", x)
     return rounded
 
 
@@ -172,6 +163,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         b = round_to_tf32(b)
     FORM: tl.constexpr = "tf32" if PRECISION == "tf32_rounded" else PRECISION
     return tl.dot(a, b, acc, input_precision=FORM, out_dtype=acc.dtype)
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DTYPE: tl.constexpr):
+    """A tuple of tiles of zeros."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((ROWS, COLS), DTYPE),)
+    return tiles
 
 
 @triton.jit
@@ -208,21 +208,13 @@ def load_tile(
     contiguous one. VEC divides `ld` and the length of the contiguous dimension.
     """
     if not matrix.data.dtype.is_ptr():
-        if TRANSPOSED:
-            tile = tl.trans(matrix.data.load([col, row]))
-        else:
-            tile = matrix.data.load([row, col])
+        tile = tl.trans(matrix.data.load([col, row])) if TRANSPOSED else matrix.data.load([row, col])
     else:
         pitch = (matrix.ld // VEC).to(tl.int64) * VEC
-        if TRANSPOSED:
-            r, r_inside = masked_range(row, matrix.rows, BLOCK_ROW, VEC)
-            c, c_inside = masked_range(col, matrix.cols, BLOCK_COL, 1)
-            at = matrix.data + (r[:, None] + c[None, :] * pitch)
-        else:
-            r, r_inside = masked_range(row, matrix.rows, BLOCK_ROW, 1)
-            c, c_inside = masked_range(col, matrix.cols, BLOCK_COL, VEC)
-            at = matrix.data + (r[:, None] * pitch + c[None, :])
-        tile = tl.load(at, mask=r_inside[:, None] & c_inside[None, :], other=0.0)
+        r, r_inside = masked_range(row, matrix.rows, BLOCK_ROW, VEC if TRANSPOSED else 1)
+        c, c_inside = masked_range(col, matrix.cols, BLOCK_COL, 1 if TRANSPOSED else VEC)
+        at = r[:, None] + c[None, :] * pitch if TRANSPOSED else r[:, None] * pitch + c[None, :]
+        tile = tl.load(matrix.data + at, mask=r_inside[:, None] & c_inside[None, :], other=0.0)
     return tile
 
 
@@ -236,15 +228,10 @@ def whole_tile(matrix, row, l, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, BL
     i = tl.max_contiguous(tl.minimum(tl.arange(0, BLOCK), matrix.rows - 1 - row), BLOCK)
     k = tl.arange(0, BLOCK_L)
     ld = matrix.ld
-    if TRANSPOSED:
-        first = matrix.data + (l * ld.to(tl.int64) + row)
-        offsets = i[:, None] + k[None, :] * ld
-        step = ld.to(tl.int64) * BLOCK_L
-    else:
-        first = matrix.data + (row * ld.to(tl.int64) + l)
-        offsets = i[:, None] * ld + k[None, :]
-        step = BLOCK_L
-    return first, offsets, step
+    first = l * ld.to(tl.int64) + row if TRANSPOSED else row * ld.to(tl.int64) + l
+    offsets = i[:, None] + k[None, :] * ld if TRANSPOSED else i[:, None] * ld + k[None, :]
+    step = ld.to(tl.int64) * BLOCK_L if TRANSPOSED else BLOCK_L
+    return matrix.data + first, offsets, step
 
 
 @triton.jit
@@ -260,10 +247,13 @@ def store_tile(matrix, tile, row, col, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.co
 
 
 @triton.jit
-def product(a, b, row, col, first, TRANSPOSED, BLOCK, CONFIG: tl.constexpr):
+def product(
+    a, b, row, col, first, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, CONFIG: tl.constexpr,
+):  # fmt: skip
     """Σₗ a[i, l]·b[l, j] over l from `first` to the last column of a, for the tile at (row, col) of the result.
 
-    BLOCK: the lengths of i, j and l in a tile; TRANSPOSED: how a and b lie (`load_tile`).
+    TRANSPOSED: how a and b lie (`load_tile`).
 
     The compiler overlaps loads with multiplication (`num_stages`) if an access is at least four bytes wide. Rows of
     16-bit numbers with an odd pitch never are; for them PREFETCH keeps the next tiles' loads in flight by hand. What is
@@ -273,11 +263,6 @@ def product(a, b, row, col, first, TRANSPOSED, BLOCK, CONFIG: tl.constexpr):
     No sum is empty, which the loop's end tells the compiler. Compiled: for a loop of no turn Triton 3.6 sets the result
     to zero on a way past it, which ptxas sees between products and the wait for them, and serializes them (C7515).
     """
-    BLOCK_I: tl.constexpr = BLOCK[0]
-    BLOCK_J: tl.constexpr = BLOCK[1]
-    BLOCK_L: tl.constexpr = BLOCK[2]
-    A_TRANSPOSED: tl.constexpr = TRANSPOSED[0]
-    B_TRANSPOSED: tl.constexpr = TRANSPOSED[1]
     VEC: tl.constexpr = CONFIG.VEC
     PRECISION: tl.constexpr = CONFIG.PRECISION
     acc = tl.zeros((BLOCK_I, BLOCK_J), accumulator(a.data.dtype))
@@ -307,17 +292,6 @@ def product(a, b, row, col, first, TRANSPOSED, BLOCK, CONFIG: tl.constexpr):
     return acc
 
 
-class PartialSum(NamedTuple):
-    """`parts` partial results to add up, of `matrices` of rows × cols each."""
-
-    partials: tl.tensor
-    out: tl.tensor
-    parts: tl.tensor
-    matrices: tl.tensor
-    rows: tl.tensor
-    cols: tl.tensor
-
-
 @triton.jit(do_not_specialize=["parts", "matrices", "rows", "cols", "parts2", "length2"])
 def reduce_partials(partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2, CONFIG: tl.constexpr):
     """Up to two sums of partial results, each always in the same order: out[i] = Σₛ partials[s, i], and out2 likewise.
@@ -327,21 +301,19 @@ def reduce_partials(partials, out, parts, matrices, rows, cols, partials2, out2,
     program = tl.program_id(0)
     programs = matrices * tl.cdiv(cols, CONFIG.BLOCK // CONFIG.BLOCK_ROWS)
     if program < programs:
-        result = PartialSum(partials, out, parts, matrices, rows, cols)
-        add_up(result, program, CONFIG.BLOCK, CONFIG.BLOCK_PARTS, CONFIG.BLOCK_ROWS, CONFIG.VEC)
+        add_up(partials, out, parts, matrices, rows, cols, program, CONFIG.BLOCK_ROWS, CONFIG.VEC, CONFIG)
     elif partials2 is not None:
-        result = PartialSum(partials2, out2, parts2, 1, 1, length2)
-        add_up(result, program - programs, CONFIG.BLOCK, CONFIG.BLOCK_PARTS, 1, CONFIG.VEC2)
+        add_up(partials2, out2, parts2, 1, 1, length2, program - programs, 1, CONFIG.VEC2, CONFIG)
 
 
 @triton.jit
 def add_up(
-    result, program, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, VEC: tl.constexpr
-):
-    """BLOCK elements of a `PartialSum`: of one matrix all rows, which are at most BLOCK_ROWS, and some columns."""
+    partials, out, parts, matrices, rows, cols, program, BLOCK_ROWS: tl.constexpr, VEC: tl.constexpr,
+    CONFIG: tl.constexpr,
+):  # fmt: skip
+    """BLOCK elements of `out`: of one matrix all rows, which are at most BLOCK_ROWS, and some columns."""
+    BLOCK: tl.constexpr = CONFIG.BLOCK
     COLS: tl.constexpr = BLOCK // BLOCK_ROWS
-    rows = result.rows
-    cols = result.cols
     k = tl.arange(0, BLOCK)
     matrix = program // tl.cdiv(cols, COLS)
     first_col = program % tl.cdiv(cols, COLS) * COLS
@@ -350,14 +322,14 @@ def add_up(
     pitch = (cols // VEC).to(tl.int64) * VEC
     i = tl.where(inside, (matrix * rows + row) * pitch + col, 0)
     i = tl.max_contiguous(tl.multiple_of(i, VEC), VEC)
-    total = tl.zeros((BLOCK,), result.partials.dtype.element_ty)
-    for first in range(0, result.parts, BLOCK_PARTS):
-        part, exists = masked_range(first, result.parts, BLOCK_PARTS, 1)
-        at = result.partials + (part[:, None] * (result.matrices * rows * pitch) + i[None, :])
+    total = tl.zeros((BLOCK,), partials.dtype.element_ty)
+    for first in range(0, parts, CONFIG.BLOCK_PARTS):
+        part, exists = masked_range(first, parts, CONFIG.BLOCK_PARTS, 1)
+        at = partials + (part[:, None] * (matrices * rows * pitch) + i[None, :])
         total += tl.sum(tl.load(at, mask=exists[:, None] & inside[None, :], other=0.0), 0)
     if BLOCK_ROWS > 1:
         total = tl.reshape(tl.trans(tl.reshape(total, (BLOCK_ROWS, COLS))), (BLOCK,))
         row, col = k % BLOCK_ROWS, first_col + k // BLOCK_ROWS
         inside = (row < rows) & (col < cols)
         i = tl.where(inside, (matrix * pitch + col) * rows + row, 0)
-    tl.store(result.out + i, round_to(total, result.out.dtype.element_ty), mask=inside)
+    tl.store(out + i, round_to(total, out.dtype.element_ty), mask=inside)

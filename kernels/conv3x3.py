@@ -6,8 +6,8 @@
     dgrad      dx[n, h, v] = Σ_rs dz[n, (h + pad_h − r)/SH, (v + pad_w − s)/SW]·w[rs],    where the divisions are exact
     wgrad      dw[rs]      = Σ_npq dz[n, p, q]ᵀ·x[n, p·SH + r − pad_h, q·SW + s − pad_w],    db = Σ_npq dz[n, p, q]
 
-Each is a matrix product whose rows (of wgrad: whose sum) are pixels. A tile takes a *box* of them, BOX_N images × BOX_H
-rows × BOX_W columns, so that a tap is the same box elsewhere: for descriptors an offset, with zeros outside the image
+Each is a matrix product whose rows (of wgrad: whose sum) are pixels. A tile takes a *box* of them, BOX.N images × BOX.H
+rows × BOX.W columns, so that a tap is the same box elsewhere: for descriptors an offset, with zeros outside the image
 for free; for pointers nine additions to one vector of addresses, and no division by a size.
 
 Groups come in *tiles* of as many as fill a tile's columns, GROUPS_PER_TILE. Of several groups w is a block-diagonal
@@ -16,26 +16,33 @@ beside this one hold what is no such product: `conv3x3_few_channels.py` few inpu
 channel a group, `relayout.py` the way from one layout to another.
 """
 
+from collections import namedtuple
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .common import Matrix, accumulator, dot, element_type, load_tile, masked_range, round_to, sigmoid, tile_of
+from .common import Matrix, accumulator, dot, element_type, load_tile, masked_range, round_to, sigmoid, tile_of, zeros
 
 # Not specialized: no recompile for a batch of 1, a stride of 2 or pixels of another pitch; what divides them, VEC says.
 SIZES = "N H W P Q groups OG CG OZ CX pad_h pad_w step_h step_w".split()
 STRIDES = ["stride_n", "stride_h", "stride_w"]
 
 
-class Forward(NamedTuple):
-    """What is fixed when `forward` is compiled; other fields as in `common`."""
+class Box(NamedTuple):
+    """The size of a box of pixels."""
+
+    N: int  # images
+    H: int  # rows
+    W: int  # columns
+
+
+class Product(NamedTuple):
+    """What is fixed when `forward` or `dgrad` is compiled; other fields as in `common`."""
 
     BLOCK_J: int  # channels of the result
     BLOCK_L: int  # channels of the sum
-    BOX_N: int  # pixels: images, rows and columns
-    BOX_H: int
-    BOX_W: int
+    BOX: Box
     ROWS: int  # boxes of one row each that a program takes (`convolve_rows`), or 1
     GROUP: int
     GROUPS_PER_TILE: int
@@ -47,40 +54,17 @@ class Forward(NamedTuple):
     VEC: int
     VEC_W: int
     VEC_STORE: int
-    SIGMOID: bool  # act is the sigmoid
-    PTX: bool
-
-
-class Dgrad(NamedTuple):
-    """What is fixed when `dgrad` is compiled; fields as in `Forward`."""
-
-    BLOCK_J: int
-    BLOCK_L: int
-    BOX_N: int
-    BOX_H: int
-    BOX_W: int
-    ROWS: int
-    GROUP: int
-    GROUPS_PER_TILE: int
-    DIAGONAL: bool
-    FLAT: bool
-    TMA: bool
-    PRECISION: str
-    CHANNELS_LAST: bool
-    VEC: int
-    VEC_W: int
-    VEC_STORE: int
-    W_TRANSPOSED: bool  # w is (C, 9, O), of a single group
+    W_TRANSPOSED: bool | None = None  # of dgrad: w is (C, 9, O), of a single group
+    SIGMOID: bool | None = None  # of forward: act is the sigmoid
+    PTX: bool | None = None
 
 
 class Wgrad(NamedTuple):
-    """What is fixed when `wgrad` is compiled; other fields as in `common`."""
+    """What is fixed when `wgrad` is compiled; other fields as in `common` and `Product`."""
 
     BLOCK_O: int
     BLOCK_C: int
-    BOX_N: int
-    BOX_H: int
-    BOX_W: int
+    BOX: Box
     TAPS: int  # that a program takes: 1, or the 3 of a row
     GROUPS_PER_TILE: int
     DIAGONAL: bool
@@ -100,75 +84,36 @@ class SpreadWeight(NamedTuple):
     BLOCK: int
 
 
-class Image(NamedTuple):
-    """Images (N, H, W) of channels up to C in memory. data: a pointer or a tensor descriptor."""
-
-    data: tl.tensor
-    N: tl.tensor
-    H: tl.tensor
-    W: tl.tensor
-    C: tl.tensor
-    stride_n: tl.tensor
-    stride_c: tl.tensor
-    stride_h: tl.tensor
-    stride_w: tl.tensor
-
-
-class Pixels(NamedTuple):
-    """One pixel or several: image, row, column."""
-
-    n: tl.tensor
-    h: tl.tensor
-    w: tl.tensor
-
-
-class Window(NamedTuple):
-    """Which pixels a box meets in an image: row h of the box the row h·step_h + shift_h; columns likewise."""
-
-    step_h: tl.tensor
-    step_w: tl.tensor
-    shift_h: tl.tensor
-    shift_w: tl.tensor
-
-
-class Taps(NamedTuple):
-    """Every step-th tap from a row and a column on: all nine, or in dgrad those that a class of pixels meets.
-
-    From each to the next the window moves by one pixel: forward, or in dgrad, which looks back, backward.
-    """
-
-    row: tl.tensor
-    column: tl.tensor
-    step_h: tl.tensor
-    step_w: tl.tensor
-
-
-class Groups(NamedTuple):
-    """The groups of a tile, and the first of their channels that a program computes."""
-
-    tile: tl.tensor  # which tile
-    here: tl.tensor  # how many groups it has
-    OG: tl.tensor  # output channels of each
-    CG: tl.tensor  # input channels of each
-    col: tl.tensor
+# Images (N, H, W) of channels up to C in memory. data: a pointer or a tensor descriptor.
+Image = namedtuple("Image", "data N H W C stride_n stride_c stride_h stride_w")
+# One pixel or several: image, row, column.
+Pixels = namedtuple("Pixels", "n h w")
+# Which pixels a box meets in an image: row h of the box the row h·step_h + shift_h; columns likewise.
+Window = namedtuple("Window", "step_h step_w shift_h shift_w")
+# Every step-th tap from a row and a column on: all nine, or in dgrad those that a class of pixels meets. From each to
+# the next the window moves by one pixel: forward, or in dgrad, which looks back, backward.
+Taps = namedtuple("Taps", "row column step_h step_w")
+# The groups of a tile: which tile, how many groups it has, the output and the input channels of each, and the first of
+# their channels that a program computes.
+Groups = namedtuple("Groups", "tile here OG CG col")
 
 
 @triton.jit
-def box_at(index, rows, cols, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
+def box_at(index, rows, cols, BOX: tl.constexpr):
     """The first pixel of a box, of all those that cover images of rows × cols.
 
     With a stride of 2 and one row or column, a class of dx's pixels has none: then all that is asked for lies outside.
     """
-    across = tl.maximum(tl.cdiv(cols, BOX_W), 1)
-    down = tl.maximum(tl.cdiv(rows, BOX_H), 1)
-    return Pixels(index // across // down * BOX_N, index // across % down * BOX_H, index % across * BOX_W)
+    across = tl.maximum(tl.cdiv(cols, BOX.W), 1)
+    down = tl.maximum(tl.cdiv(rows, BOX.H), 1)
+    return Pixels(index // across // down * BOX.N, index // across % down * BOX.H, index % across * BOX.W)
 
 
 @triton.jit
-def pixels_of(box, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
+def pixels_of(box, BOX: tl.constexpr):
     """All pixels of the box whose first pixel is `box`."""
-    m = tl.arange(0, BOX_N * BOX_H * BOX_W)
-    return Pixels(box.n + m // (BOX_H * BOX_W), box.h + m // BOX_W % BOX_H, box.w + m % BOX_W)
+    m = tl.arange(0, BOX.N * BOX.H * BOX.W)
+    return Pixels(box.n + m // (BOX.H * BOX.W), box.h + m // BOX.W % BOX.H, box.w + m % BOX.W)
 
 
 @triton.jit
@@ -213,10 +158,11 @@ def tap_at(t, taps_w):
 
 
 @triton.jit
-def load_box(image, box, window, channel, TILE, VEC: tl.constexpr, TRANSPOSED: tl.constexpr = False, WITHIN=None):
+def load_box(
+    image, box, window, channel, BOX: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False, WITHIN=None,
+):  # fmt: skip
     """The pixels of an image that a box meets through a window, from a channel on: (pixels, BLOCK), zeros outside.
-
-    TILE: (BOX_N, BOX_H, BOX_W, BLOCK).
 
     TRANSPOSED, of pointers alone: (BLOCK, pixels). Compiled: where tensor cores take operands from registers, Triton
     does not pipeline a load behind which `tl.trans` stands.
@@ -225,38 +171,31 @@ def load_box(image, box, window, channel, TILE, VEC: tl.constexpr, TRANSPOSED: t
     If boxes are of images alone, N stands behind W / step_w: then the reshape drops leading ones alone (`convolve`).
     WITHIN: (rows, columns), from which on pixels of the box are zeros too; a descriptor's box must not have any.
     """
-    BOX_N: tl.constexpr = TILE[0]
-    BOX_H: tl.constexpr = TILE[1]
-    BOX_W: tl.constexpr = TILE[2]
-    BLOCK: tl.constexpr = TILE[3]
     step_h, step_w, shift_h, shift_w = window
     if not image.data.dtype.is_ptr():
         tl.static_assert(not TRANSPOSED)
         h = box.h + (shift_h >> (step_h - 1))  # step is 1 or 2; a shift rounds down where a division rounds to zero
         w = box.w + (shift_w >> (step_w - 1))
         c = (shift_w & (step_w - 1)) * (image.stride_w // VEC * VEC) + channel
-        if BOX_H * BOX_W == 1:
-            tile = image.data.load([h, shift_h & (step_h - 1), w, box.n, c]).reshape(BOX_N, BLOCK)
+        if BOX.H * BOX.W == 1:
+            tile = image.data.load([h, shift_h & (step_h - 1), w, box.n, c]).reshape(BOX.N, BLOCK)
         else:
-            tile = image.data.load([box.n, h, shift_h & (step_h - 1), w, c]).reshape(BOX_N * BOX_H * BOX_W, BLOCK)
+            tile = image.data.load([box.n, h, shift_h & (step_h - 1), w, c]).reshape(BOX.N * BOX.H * BOX.W, BLOCK)
     else:
-        m = pixels_of(box, BOX_N, BOX_H, BOX_W)
+        m = pixels_of(box, BOX)
         at, inside = pixel_offsets(image, Pixels(m.n, m.h * step_h + shift_h, m.w * step_w + shift_w), VEC)
         if WITHIN is not None:
             inside = inside & (m.h < WITHIN[0]) & (m.w < WITHIN[1])
         c, c_inside = masked_range(channel, image.C, BLOCK, VEC)
-        if TRANSPOSED:
-            mask = inside[None, :] & c_inside[:, None]
-            tile = tl.load(image.data + (at[None, :] + c[:, None]), mask=mask, other=0.0)
-        else:
-            mask = inside[:, None] & c_inside[None, :]
-            tile = tl.load(image.data + (at[:, None] + c[None, :]), mask=mask, other=0.0)
+        mask = inside[None, :] & c_inside[:, None] if TRANSPOSED else inside[:, None] & c_inside[None, :]
+        at = at[None, :] + c[:, None] if TRANSPOSED else at[:, None] + c[None, :]
+        tile = tl.load(image.data + at, mask=mask, other=0.0)
     return tile
 
 
 @triton.jit
-def offsets(image, pixels, c, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr):
-    """Offsets of pixels × channels, and which of the pixels exist.
+def offsets(image, pixels, c, c_inside, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, RUN: tl.constexpr):
+    """Offsets of pixels × channels, and which of them exist.
 
     Contiguous are the channels (CHANNELS_LAST) or the columns of the image. VEC divides the other strides, and in the
     second case W; RUN pixels then follow each other from a multiple of RUN on, all inside together or all outside.
@@ -270,18 +209,16 @@ def offsets(image, pixels, c, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, RU
         at = n.to(tl.int64) * (image.stride_n // VEC * VEC) + h.to(tl.int64) * (image.stride_h // VEC * VEC) + w
         at = tl.max_contiguous(tl.multiple_of(tl.where(inside, at, 0), RUN), RUN)
         at = at[:, None] + c[None, :] * (image.stride_c // VEC * VEC)
-    return at, inside
+    return at, inside[:, None] & c_inside[None, :]
 
 
 @triton.jit
-def store_box(
-    image, tile, pixels, channel, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, BOX_W: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write the pixels of a box from a channel on, rounded to the type of the image. VEC as in `offsets`."""
-    c, c_inside = masked_range(channel, image.C, BLOCK, VEC if CHANNELS_LAST else 1)
-    at, inside = offsets(image, pixels, c, CHANNELS_LAST, VEC, VEC if VEC < BOX_W else BOX_W)
-    mask = inside[:, None] & c_inside[None, :]
+def store_box(image, tile, pixels, channel, BLOCK: tl.constexpr, CONFIG: tl.constexpr):
+    """Write the pixels of a box from a channel on, rounded to the type of the image. VEC_STORE as in `offsets`."""
+    BOX: tl.constexpr = CONFIG.BOX
+    VEC: tl.constexpr = CONFIG.VEC_STORE
+    c, c_inside = masked_range(channel, image.C, BLOCK, VEC if CONFIG.CHANNELS_LAST else 1)
+    at, mask = offsets(image, pixels, c, c_inside, CONFIG.CHANNELS_LAST, VEC, VEC if VEC < BOX.W else BOX.W)
     tl.store(image.data + at, round_to(tile, image.data.dtype.element_ty), mask=mask)
 
 
@@ -303,10 +240,8 @@ def load_weight(w, tap, l, col, first, DGRAD: tl.constexpr, CONFIG: tl.constexpr
     else:
         pitch = w.cols // VEC * VEC
         at_tap = w.data + (first.to(tl.int64) * 9 + tap) * pitch
-        if DGRAD:
-            tile = load_tile(Matrix(at_tap, w.rows, w.cols, 9 * pitch), l, col, BLOCK_L, BLOCK_J, False, VEC)
-        else:
-            tile = load_tile(Matrix(at_tap, w.cols, w.rows, 9 * pitch), l, col, BLOCK_L, BLOCK_J, True, VEC)
+        rows, cols = (w.rows, w.cols) if DGRAD else (w.cols, w.rows)
+        tile = load_tile(Matrix(at_tap, rows, cols, 9 * pitch), l, col, BLOCK_L, BLOCK_J, not DGRAD, VEC)
     return tile
 
 
@@ -315,16 +250,15 @@ def spread_weight(w, out, OG, CG, stride_o, stride_c, stride_r, stride_s, CONFIG
     """out (O, 9, GROUPS_PER_TILE·CG) = a block-diagonal matrix for each tile of groups and tap: w's rows in their
     groups' columns.
     """
-    GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
     o = tl.program_id(0)
     i = tl.arange(0, CONFIG.BLOCK)
-    width = GROUPS_PER_TILE * CG
+    width = CONFIG.GROUPS_PER_TILE * CG
     tap = i // width
-    c = i % width - o // OG % GROUPS_PER_TILE * CG
-    inside = (i < 9 * width) & (c >= 0) & (c < CG)
+    c = i % width - o // OG % CONFIG.GROUPS_PER_TILE * CG
+    within = i < 9 * width
+    inside = within & (c >= 0) & (c < CG)
     at = tl.where(inside, c * stride_c + tap // 3 * stride_r + tap % 3 * stride_s, 0)
     row = tl.load(w + o.to(tl.int64) * stride_o + at, mask=inside, other=0.0)
-    within = i < 9 * width
     tl.store(out + (o.to(tl.int64) * (9 * width) + tl.where(within, i, 0)), row, mask=within)
 
 
@@ -336,29 +270,21 @@ def convolve_by_group(image, w, box, window, taps, groups, DGRAD: tl.constexpr, 
 
     Compiled: all columns at once need an address for each element, and spill up to 7,064 bytes.
     """
-    BOX_N: tl.constexpr = CONFIG.BOX_N
-    BOX_H: tl.constexpr = CONFIG.BOX_H
-    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BOX: tl.constexpr = CONFIG.BOX
+    PIXELS: tl.constexpr = BOX.N * BOX.H * BOX.W
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
-    GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
     ACC: tl.constexpr = accumulator(image.data.dtype)
     SIGN: tl.constexpr = -1 if DGRAD else 1
-    n, i, j = pixels_of(box, BOX_N, BOX_H, BOX_W)
-    OG = groups.OG
-    CG = groups.CG
-    col = groups.col
-    if DGRAD:
-        LG = OG
-        JG = CG
-    else:
-        LG = CG
-        JG = OG
-    first = groups.tile * GROUPS_PER_TILE * OG
+    n, i, j = pixels_of(box, BOX)
+    tile, here, OG, CG, col = groups
+    LG = OG if DGRAD else CG
+    JG = CG if DGRAD else OG
+    first = tile * CONFIG.GROUPS_PER_TILE * OG
     taps_h = taps_from(taps.row, taps.step_h)
     taps_w = taps_from(taps.column, taps.step_w)
-    acc = tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_J), ACC)
-    for column in range(col, tl.minimum(col + BLOCK_J, groups.here * JG)):
-        total = tl.zeros((BOX_N * BOX_H * BOX_W,), ACC)
+    acc = tl.zeros((PIXELS, BLOCK_J), ACC)
+    for column in range(col, tl.minimum(col + BLOCK_J, here * JG)):
+        total = tl.zeros((PIXELS,), ACC)
         for t in range(0, taps_h * taps_w):
             t_h, t_w = tap_at(t, taps_w)
             tap = (taps.row + t_h * taps.step_h) * 3 + taps.column + t_w * taps.step_w
@@ -367,10 +293,8 @@ def convolve_by_group(image, w, box, window, taps, groups, DGRAD: tl.constexpr, 
             at, inside = pixel_offsets(image, Pixels(n, h, v), CONFIG.VEC)
             for channel in range(column // JG * LG, (column // JG + 1) * LG):
                 value = tl.load(image.data + (at + channel), mask=inside, other=0.0)
-                if DGRAD:
-                    at_w = ((first + channel).to(tl.int64) * 9 + tap) * (GROUPS_PER_TILE * CG) + column
-                else:
-                    at_w = ((first + column).to(tl.int64) * 9 + tap) * (GROUPS_PER_TILE * CG) + channel
+                o, c = (channel, column) if DGRAD else (column, channel)
+                at_w = ((first + o).to(tl.int64) * 9 + tap) * (CONFIG.GROUPS_PER_TILE * CG) + c
                 total += value.to(ACC) * tl.load(w + at_w).to(ACC)
         acc = tl.where((col + tl.arange(0, BLOCK_J) == column)[None, :], total[:, None], acc)
     return acc
@@ -392,37 +316,25 @@ def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, C
     (https://github.com/triton-lang/triton/issues/9433), or ptxas makes each product wait. Not so with tf32x3: it makes
     its operands in registers anyway, and waits; there weights come second, for the second is written back to memory.
     """
-    BOX_N: tl.constexpr = CONFIG.BOX_N
-    BOX_H: tl.constexpr = CONFIG.BOX_H
-    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BOX: tl.constexpr = CONFIG.BOX
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
     BLOCK_L: tl.constexpr = CONFIG.BLOCK_L
     FLAT: tl.constexpr = CONFIG.FLAT
     VEC: tl.constexpr = CONFIG.VEC
     PRECISION: tl.constexpr = CONFIG.PRECISION
     GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
-    PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
+    PIXELS: tl.constexpr = BOX.N * BOX.H * BOX.W
     WEIGHTS_FIRST: tl.constexpr = CONFIG.TMA and PRECISION != "tf32x3"
     SIGN: tl.constexpr = -1 if DGRAD else 1
-    W_TRANSPOSED: tl.constexpr = CONFIG.W_TRANSPOSED if DGRAD else False
     taps_h = taps_from(taps.row, taps.step_h)
     taps_w = taps_from(taps.column, taps.step_w)
-    OG = groups.OG
-    CG = groups.CG
-    col = groups.col
-    if DGRAD:
-        LG = OG
-    else:
-        LG = CG
-    length = groups.here * LG
-    origin = groups.tile * (GROUPS_PER_TILE * LG // VEC * VEC)  # the groups' first channel in the image
-    first = groups.tile * GROUPS_PER_TILE * OG
-    if CONFIG.TMA:
-        start = origin
-        source = image.data
-    else:
-        start = 0
-        source = image.data + origin
+    tile, here, OG, CG, col = groups
+    LG = OG if DGRAD else CG
+    length = here * LG
+    origin = tile * (GROUPS_PER_TILE * LG // VEC * VEC)  # the groups' first channel in the image
+    first = tile * GROUPS_PER_TILE * OG
+    start = origin if CONFIG.TMA else 0  # in `source`: a descriptor begins with the first channel of all
+    source = image.data if CONFIG.TMA else image.data + origin
     src = Image(source, image.N, image.H, image.W, start + length, image.stride_n, 1, image.stride_h, image.stride_w)
     acc = tl.zeros((BLOCK_J, PIXELS) if WEIGHTS_FIRST else (PIXELS, BLOCK_J), accumulator(source.dtype))
     steps = tl.cdiv(length, BLOCK_L)
@@ -436,16 +348,13 @@ def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, C
             t_h, t_w = tap_at(t, taps_w)
             tap = (taps.row + t_h * taps.step_h) * 3 + taps.column + t_w * taps.step_w
             shifted = Window(window.step_h, window.step_w, window.shift_h + SIGN * t_h, window.shift_w + SIGN * t_w)
-            a = load_box(src, box, shifted, start + l, (BOX_N, BOX_H, BOX_W, BLOCK_L), VEC)
-            if W_TRANSPOSED:
+            a = load_box(src, box, shifted, start + l, BOX, BLOCK_L, VEC)
+            if CONFIG.W_TRANSPOSED:
                 b = load_weight(Matrix(w, CG, OG, 1), tap, l, col, first, False, CONFIG)
             else:
-                of_groups = Matrix(w, groups.here * OG, GROUPS_PER_TILE * CG, 1)
+                of_groups = Matrix(w, here * OG, GROUPS_PER_TILE * CG, 1)
                 b = load_weight(of_groups, tap, l, col, first, DGRAD, CONFIG)
-            if WEIGHTS_FIRST:
-                acc = dot(tl.trans(b), tl.trans(a), acc, PRECISION)
-            else:
-                acc = dot(a, b, acc, PRECISION)
+            acc = dot(tl.trans(b), tl.trans(a), acc, PRECISION) if WEIGHTS_FIRST else dot(a, b, acc, PRECISION)
             l += BLOCK_L
             if FLAT:
                 t += (l >= length).to(tl.int32)
@@ -471,22 +380,15 @@ def convolve_rows(image, w, box, window, groups, DGRAD: tl.constexpr, CONFIG: tl
     A turn takes the taps of one column. Each of ROWS + 2 rows of the image, read once, meets up to three of them: with
     two rows, the image is read six times, not nine.
     """
+    BOX: tl.constexpr = CONFIG.BOX
     ROWS: tl.constexpr = CONFIG.ROWS
-    BOX_N: tl.constexpr = CONFIG.BOX_N
-    BOX_W: tl.constexpr = CONFIG.BOX_W
-    BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
     BLOCK_L: tl.constexpr = CONFIG.BLOCK_L
     PRECISION: tl.constexpr = CONFIG.PRECISION
-    first_h = window.shift_h
-    if DGRAD:
-        length = groups.OG
-        first_h -= 2  # the row above: looking back, it meets the last tap
-    else:
-        length = groups.CG
+    # Looking back, the row above meets the last tap.
+    first_h = window.shift_h - 2 if DGRAD else window.shift_h
+    length = groups.OG if DGRAD else groups.CG
     steps = tl.cdiv(length, BLOCK_L)
-    acc = ()
-    for _ in tl.static_range(ROWS):
-        acc = acc + (tl.zeros((BLOCK_J, BOX_N * BOX_W), accumulator(image.data.dtype)),)
+    acc = zeros(ROWS, CONFIG.BLOCK_J, BOX.N * BOX.W, accumulator(image.data.dtype))
     for turn in range(0, tl.maximum(3 * steps, 1)):
         t_w = turn // steps
         l = turn % steps * BLOCK_L
@@ -499,7 +401,7 @@ def convolve_rows(image, w, box, window, groups, DGRAD: tl.constexpr, CONFIG: tl
         at_w = window.shift_w - t_w if DGRAD else window.shift_w + t_w
         for q in tl.static_range(ROWS + 2):
             shifted = Window(1, 1, first_h + q, at_w)
-            a = load_box(image, box, shifted, groups.tile * length + l, (BOX_N, 1, BOX_W, BLOCK_L), 1)
+            a = load_box(image, box, shifted, groups.tile * length + l, Box(BOX.N, 1, BOX.W), BLOCK_L, 1)
             added = ()
             for row in tl.static_range(ROWS):
                 if row <= q and q < row + 3:
@@ -522,18 +424,15 @@ def forward(
 
     Or ROWS boxes of one row each (`convolve_rows`).
     """
-    BOX_N: tl.constexpr = CONFIG.BOX_N
-    BOX_H: tl.constexpr = CONFIG.BOX_H
-    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BOX: tl.constexpr = CONFIG.BOX
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
     ROWS: tl.constexpr = CONFIG.ROWS
     GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
-    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
-    VEC_STORE: tl.constexpr = CONFIG.VEC_STORE
+    VEC: tl.constexpr = CONFIG.VEC_STORE
     columns = tl.cdiv(GROUPS_PER_TILE * OG, BLOCK_J)
-    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H * ROWS) * tl.cdiv(Q, BOX_W)
+    boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H * ROWS) * tl.cdiv(Q, BOX.W)
     index, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, GROUPS_PER_TILE), CONFIG.GROUP)
-    box = box_at(index, P, Q, BOX_N, BOX_H * ROWS, BOX_W)
+    box = box_at(index, P, Q, Box(BOX.N, BOX.H * ROWS, BOX.W))
     tile = column // columns
     col = column % columns * BLOCK_J
     here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
@@ -546,10 +445,7 @@ def forward(
         taps = Taps(0, 0, 1, 1)
         tiles = (convolve(image, w, (x_memory, w_memory), box, window, taps, of_tile, False, CONFIG),)
     first = tile * (GROUPS_PER_TILE * OG)
-    if CHANNELS_LAST:
-        y += first // VEC_STORE * VEC_STORE
-    else:
-        y += first.to(tl.int64) * (y_stride_c // VEC_STORE * VEC_STORE)
+    y += first // VEC * VEC if CONFIG.CHANNELS_LAST else first.to(tl.int64) * (y_stride_c // VEC * VEC)
     y = Image(y, N, P, Q, here * OG, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
     for row in tl.static_range(ROWS):
         z = tiles[row]
@@ -558,8 +454,7 @@ def forward(
             z += tl.load(b + first + o, mask=inside, other=0.0).to(z.dtype)[None, :]
         if CONFIG.SIGMOID:
             z = sigmoid(z, y.data.dtype.element_ty, CONFIG.PTX)
-        pixels = pixels_of(Pixels(box.n, box.h + row, box.w), BOX_N, BOX_H, BOX_W)
-        store_box(y, z, pixels, col, CHANNELS_LAST, VEC_STORE, BOX_W, BLOCK_J)
+        store_box(y, z, pixels_of(Pixels(box.n, box.h + row, box.w), BOX), col, BLOCK_J, CONFIG)
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES, *(f"x_{stride}" for stride in STRIDES), "x_stride_c"])
@@ -574,32 +469,26 @@ def dgrad(
     With a stride of 2 the rows of dx fall into two classes, program_id(1): those that meet the taps 0 and 2, and those
     that meet tap 1; the columns likewise. Each class is a convolution of its own with the taps that it meets.
     """
-    BOX_N: tl.constexpr = CONFIG.BOX_N
-    BOX_H: tl.constexpr = CONFIG.BOX_H
-    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BOX: tl.constexpr = CONFIG.BOX
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
     ROWS: tl.constexpr = CONFIG.ROWS
     GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
-    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
-    VEC_STORE: tl.constexpr = CONFIG.VEC_STORE
+    VEC: tl.constexpr = CONFIG.VEC_STORE
     class_h = tl.program_id(1) >> (step_w - 1)
     class_w = tl.program_id(1) & (step_w - 1)
     columns = tl.cdiv(GROUPS_PER_TILE * CG, BLOCK_J)
-    tl.static_assert(ROWS == 1 or BOX_H == 1)  # and step_h and step_w are 1
-    down = tl.cdiv((H + step_h - 1) >> (step_h - 1), BOX_H * ROWS)
-    boxes = tl.cdiv(N, BOX_N) * down * tl.cdiv((W + step_w - 1) >> (step_w - 1), BOX_W)
+    tl.static_assert(ROWS == 1 or BOX.H == 1)  # and step_h and step_w are 1
+    down = tl.cdiv((H + step_h - 1) >> (step_h - 1), BOX.H * ROWS)
+    boxes = tl.cdiv(N, BOX.N) * down * tl.cdiv((W + step_w - 1) >> (step_w - 1), BOX.W)
     index, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, GROUPS_PER_TILE), CONFIG.GROUP)
     tile = column // columns
     col = column % columns * BLOCK_J
     here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
     first = tile * (GROUPS_PER_TILE * CX)
-    if CHANNELS_LAST:
-        dx += first // VEC_STORE * VEC_STORE
-    else:
-        dx += first.to(tl.int64) * (x_stride_c // VEC_STORE * VEC_STORE)
+    dx += first // VEC * VEC if CONFIG.CHANNELS_LAST else first.to(tl.int64) * (x_stride_c // VEC * VEC)
     rows, first_h = rows_of_class(H, pad_h, class_h, step_h)
     cols, first_w = rows_of_class(W, pad_w, class_w, step_w)
-    box = box_at(index, rows, cols, BOX_N, BOX_H * ROWS, BOX_W)
+    box = box_at(index, rows, cols, Box(BOX.N, BOX.H * ROWS, BOX.W))
     of_tile = Groups(tile, here, OG, CG, col)
     image = Image(dz, N, P, Q, OG, stride_n, 1, stride_h, stride_w)
     window = Window(1, 1, first_h, first_w)
@@ -609,14 +498,13 @@ def dgrad(
         taps = Taps(class_h, class_w, step_h, step_w)
         tiles = (convolve(image, w, (dz_memory, w_memory), box, window, taps, of_tile, True, CONFIG),)
     for row in tl.static_range(ROWS):
-        n, i, j = pixels_of(Pixels(box.n, box.h + row, box.w), BOX_N, BOX_H, BOX_W)
+        n, i, j = pixels_of(Pixels(box.n, box.h + row, box.w), BOX)
         h = row_of_class(i, first_h, pad_h, class_h, step_h)
-        if CHANNELS_LAST or VEC_STORE == 1:
+        v = j  # step_w is 1; the compiler sees columns side by side
+        if CONFIG.CHANNELS_LAST or VEC == 1:
             v = row_of_class(j, first_w, pad_w, class_w, step_w)
-        else:
-            v = j  # step_w is 1; the compiler sees columns side by side
         out = Image(dx, N, H, W, here * CX, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
-        store_box(out, tiles[row], Pixels(n, h, v), col, CHANNELS_LAST, VEC_STORE, BOX_W, BLOCK_J)
+        store_box(out, tiles[row], Pixels(n, h, v), col, BLOCK_J, CONFIG)
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES, *(f"z_{stride}" for stride in STRIDES), "boxes_per_split"])
@@ -639,9 +527,7 @@ def wgrad(
     it would take three times the shared memory's time. It comes first, for the last product in a loop decides how the
     warps share them all. All programs form db: a branch in the loop makes every wgmma wait.
     """
-    BOX_N: tl.constexpr = CONFIG.BOX_N
-    BOX_H: tl.constexpr = CONFIG.BOX_H
-    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BOX: tl.constexpr = CONFIG.BOX
     BLOCK_O: tl.constexpr = CONFIG.BLOCK_O
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     TAPS: tl.constexpr = CONFIG.TAPS
@@ -649,9 +535,12 @@ def wgrad(
     TMA: tl.constexpr = CONFIG.TMA
     X_FIRST: tl.constexpr = CONFIG.X_FIRST
     PRECISION: tl.constexpr = CONFIG.PRECISION
-    VEC_O: tl.constexpr = CONFIG.VEC_O
-    VEC_C: tl.constexpr = CONFIG.VEC_C
-    VEC_STORE: tl.constexpr = CONFIG.VEC_STORE
+    PIXELS: tl.constexpr = BOX.N * BOX.H * BOX.W
+    DTYPE: tl.constexpr = element_type(dz.dtype)
+    ACC: tl.constexpr = accumulator(dz.dtype)
+    BY_PRODUCT: tl.constexpr = DTYPE.primitive_bitwidth == 16
+    O_FIRST: tl.constexpr = not (TMA or X_FIRST)  # z_tile is loaded as (BLOCK_O, PIXELS)
+    tl.static_assert(not TMA or BOX.N == PIXELS or BOX.W == PIXELS, "the box of a descriptor must be a line")
     columns_o = tl.cdiv(GROUPS_PER_TILE * OG, BLOCK_O)
     columns_c = tl.cdiv(GROUPS_PER_TILE * CG, BLOCK_C)
     taps = tl.program_id(0) % (9 // TAPS)
@@ -660,47 +549,27 @@ def wgrad(
     col_o = tile // columns_c % columns_o * BLOCK_O
     group_tile = tile // columns_c // columns_o
     here = tl.minimum(GROUPS_PER_TILE, groups - group_tile * GROUPS_PER_TILE)
-    if TAPS == 3:
-        r = taps
-        s = 0
-    else:
-        r = taps // 3
-        s = taps % 3
+    r = taps if TAPS == 3 else taps // 3
+    s = 0 if TAPS == 3 else taps % 3
     split = tl.program_id(1)
-    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H) * tl.cdiv(Q, BOX_W)
-    length_o = here * OZ
-    length_c = here * CX
-    origin_o = group_tile * (GROUPS_PER_TILE * OZ // VEC_O * VEC_O)
-    origin_c = group_tile * (GROUPS_PER_TILE * CX // VEC_C * VEC_C)
-    start_o = col_o
-    start_c = col_c
-    if TMA:
-        start_o += origin_o
-        start_c += origin_c
-        length_o += origin_o
-        length_c += origin_c
-    else:
-        dz += origin_o
-        x += origin_c
-    DTYPE: tl.constexpr = element_type(dz.dtype)
-    ACC: tl.constexpr = accumulator(dz.dtype)
-    acc = ()
-    for _ in tl.static_range(TAPS):
-        acc = acc + (tl.zeros((BLOCK_C, BLOCK_O) if X_FIRST else (BLOCK_O, BLOCK_C), ACC),)
-    image = Image(x, N, H, W, length_c, stride_n, 1, stride_h, stride_w)
-    dz = Image(dz, N, P, Q, length_o, z_stride_n, 1, z_stride_h, z_stride_w)
-    PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
-    tl.static_assert(not TMA or BOX_N == PIXELS or BOX_W == PIXELS, "the box of a descriptor must be a line")
-    BY_PRODUCT: tl.constexpr = DTYPE.primitive_bitwidth == 16
-    O_FIRST: tl.constexpr = not (TMA or X_FIRST)  # z_tile is loaded as (BLOCK_O, PIXELS)
+    boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H) * tl.cdiv(Q, BOX.W)
+    origin_o = group_tile * (GROUPS_PER_TILE * OZ // CONFIG.VEC_O * CONFIG.VEC_O)
+    origin_c = group_tile * (GROUPS_PER_TILE * CX // CONFIG.VEC_C * CONFIG.VEC_C)
+    start_o = origin_o if TMA else 0  # as in `convolve`
+    start_c = origin_c if TMA else 0
+    dz = dz if TMA else dz + origin_o
+    x = x if TMA else x + origin_c
+    image = Image(x, N, H, W, start_c + here * CX, stride_n, 1, stride_h, stride_w)
+    dz = Image(dz, N, P, Q, start_o + here * OZ, z_stride_n, 1, z_stride_h, z_stride_w)
+    acc = zeros(TAPS, BLOCK_C if X_FIRST else BLOCK_O, BLOCK_O if X_FIRST else BLOCK_C, ACC)
     ones = round_to(tl.full((16, PIXELS) if X_FIRST else (PIXELS, 16), 1.0, ACC), DTYPE)
     if BY_PRODUCT:
         sums = tl.zeros((16, BLOCK_O) if X_FIRST else (BLOCK_O, 16), ACC)
     else:
         sums = tl.zeros((PIXELS, BLOCK_O), ACC)
     for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
-        box = box_at(index, P, Q, BOX_N, BOX_H, BOX_W)
-        z_tile = load_box(dz, box, Window(1, 1, 0, 0), start_o, (BOX_N, BOX_H, BOX_W, BLOCK_O), VEC_O, O_FIRST)
+        box = box_at(index, P, Q, BOX)
+        z_tile = load_box(dz, box, Window(1, 1, 0, 0), start_o + col_o, BOX, BLOCK_O, CONFIG.VEC_O, O_FIRST)
         if db is not None:
             if BY_PRODUCT and X_FIRST:
                 sums = dot(ones, z_tile, sums, PRECISION)
@@ -712,17 +581,13 @@ def wgrad(
         for t in tl.static_range(TAPS):
             # Where dz does not exist its zero must meet a zero: an infinity of x would make it NaN.
             window = Window(step_h, step_w, r - pad_h, s + t - pad_w)
-            x_tile = load_box(
-                image, box, window, start_c, (BOX_N, BOX_H, BOX_W, BLOCK_C), VEC_C, X_FIRST, WITHIN=(P, Q)
-            )
-            if X_FIRST:
-                added = added + (dot(x_tile, z_tile, acc[t], PRECISION),)
-            else:
-                added = added + (dot(z_tile if O_FIRST else tl.trans(z_tile), x_tile, acc[t], PRECISION),)
+            x_tile = load_box(image, box, window, start_c + col_c, BOX, BLOCK_C, CONFIG.VEC_C, X_FIRST, WITHIN=(P, Q))
+            a, b = (x_tile, z_tile) if X_FIRST else (z_tile if O_FIRST else tl.trans(z_tile), x_tile)
+            added = added + (dot(a, b, acc[t], PRECISION),)
         acc = added
     first = group_tile * GROUPS_PER_TILE * OG
     o, o_inside = masked_range(col_o, here * OG, BLOCK_O, 1)
-    c, c_inside = masked_range(col_c, here * CG, BLOCK_C, VEC_STORE)
+    c, c_inside = masked_range(col_c, here * CG, BLOCK_C, CONFIG.VEC_STORE)
     if db is not None:
         # The product has 16 equal rows or columns.
         total = tl.max(sums, 0 if X_FIRST else 1) if BY_PRODUCT else tl.sum(sums, 0)
@@ -732,15 +597,11 @@ def wgrad(
     if CONFIG.DIAGONAL:
         inside = inside & ((o // OG)[:, None] == (c // CG)[None, :])
         c = c % CG
-    pitch = CG // VEC_STORE * VEC_STORE
+    pitch = CG // CONFIG.VEC_STORE * CONFIG.VEC_STORE
     dw += split.to(tl.int64) * groups * OG * (9 * pitch)
     at = (first + o.to(tl.int32)) * (9 * pitch)  # of one weight, which has less than 2³¹ elements: registers are scarce
-    c = c.to(tl.int32)
-    if CONFIG.TAPS_LAST:
-        step = 1
-        c *= 9
-    else:
-        step = pitch
+    c = c.to(tl.int32) * (9 if CONFIG.TAPS_LAST else 1)
+    step = 1 if CONFIG.TAPS_LAST else pitch
     to = at[:, None] + c[None, :]  # for all taps: compiled, an offset for each spilled with Triton 3.5 and 3.6
     dw += (r * 3 + s) * step
     for t in tl.static_range(TAPS):

@@ -2,7 +2,7 @@
 
     y[n, p, q, c] = act(b[c] + Σ_rs x[n, p·SH + r − pad_h, q·SW + s − pad_w, c]·w[c, rs])    and its gradients
 
-A program takes BOX_H rows of a tile of columns (of BOX_N images) × channels, wide in whichever is contiguous: either
+A program takes BOX.H rows of a tile of columns (of BOX.N images) × channels, wide in whichever is contiguous: either
 layout is read where it lies. A row that is read, three times for its three taps, serves all the rows of the result that
 it meets, four rows at a time. (Compiled for sm_90, bfloat16: a load for each tap of each row took 58 instructions a
 result, and memory leaves time for 38.)
@@ -13,67 +13,37 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .common import accumulator, masked_range, round_to, sigmoid
-from .conv3x3 import Image, Pixels, box_at, offsets, pixels_of, row_of_class, rows_of_class
+from .common import accumulator, masked_range, round_to, sigmoid, zeros
+from .conv3x3 import Box, Image, Pixels, box_at, offsets, pixels_of, row_of_class, rows_of_class
 
 SIZES = ["N", "H", "W", "P", "Q", "C", "pad_h", "pad_w"]
 
 
-class Forward(NamedTuple):
-    """What is fixed when `depthwise_forward` is compiled."""
+class Depthwise(NamedTuple):
+    """What is fixed when a kernel of this file is compiled; PTX as in `common`."""
 
     BLOCK_C: int  # channels a program
-    BOX_N: int  # images, rows and columns of the result, a program
-    BOX_H: int
-    BOX_W: int
+    BOX: Box  # pixels of the result, a program; in wgrad of dz
     STEP_H: int  # the stride
     STEP_W: int
     CHANNELS_LAST: bool  # in memory; else columns are contiguous
-    VEC: int  # as in `conv3x3.offsets`, of what is read
-    VEC_STORE: int  # of what is written
-    SIGMOID: bool  # act is the sigmoid
-    PTX: bool  # `common`
-
-
-class Dgrad(NamedTuple):
-    """What is fixed when `depthwise_dgrad` is compiled; fields as in `Forward`."""
-
-    BLOCK_C: int
-    BOX_N: int
-    BOX_H: int
-    BOX_W: int
-    STEP_H: int
-    STEP_W: int
-    CHANNELS_LAST: bool
-    VEC: int
-    VEC_STORE: int
-
-
-class Wgrad(NamedTuple):
-    """What is fixed when `depthwise_wgrad` is compiled; other fields as in `Forward`."""
-
-    BLOCK_C: int
-    BOX_N: int
-    BOX_H: int
-    BOX_W: int
-    STEP_H: int
-    STEP_W: int
-    WHOLE: bool  # all rows of every box exist
-    CHANNELS_LAST: bool
-    VEC: int  # of x
-    VEC_Z: int  # of dz
+    VEC: int  # as in `conv3x3.offsets`, of what is read; in wgrad of x
+    VEC_STORE: int | None = None  # of what is written
+    VEC_Z: int | None = None  # of dz, in wgrad
+    WHOLE: bool | None = None  # of wgrad: all rows of every box exist
+    SIGMOID: bool | None = None  # act is the sigmoid
+    PTX: bool | None = None
 
 
 @triton.jit
-def load_row(image, pixels, c, c_inside, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr):
+def load_row(image, pixels, c, c_inside, VEC: tl.constexpr, CONFIG: tl.constexpr):
     """Pixels × channels of an image in the accumulator's type, zeros outside. VEC as in `conv3x3.offsets`.
 
     Where columns are contiguous they come last here: a warp's threads then take neighbouring ones, one each. Counted:
     of 8 columns a thread, which only a store can have at once, a load under a tap met 20 sectors for 2.
     """
-    at, inside = offsets(image, pixels, c, CHANNELS_LAST, VEC, 1)
-    mask = inside[:, None] & c_inside[None, :]
-    if CHANNELS_LAST:
+    at, mask = offsets(image, pixels, c, c_inside, CONFIG.CHANNELS_LAST, VEC, 1)
+    if CONFIG.CHANNELS_LAST:
         row = tl.load(image.data + at, mask=mask, other=0.0)
     else:
         row = tl.trans(tl.load(image.data + tl.trans(at), mask=tl.trans(mask), other=0.0))
@@ -81,12 +51,11 @@ def load_row(image, pixels, c, c_inside, CHANNELS_LAST: tl.constexpr, VEC: tl.co
 
 
 @triton.jit
-def store_row(image, tile, pixels, c, c_inside, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr):
-    """Write pixels × channels of an image, rounded to its type; likewise."""
-    at, inside = offsets(image, pixels, c, CHANNELS_LAST, VEC, 1)
-    mask = inside[:, None] & c_inside[None, :]
+def store_row(image, tile, pixels, c, c_inside, CONFIG: tl.constexpr):
+    """Write pixels × channels of an image, rounded to its type; likewise, with VEC_STORE."""
+    at, mask = offsets(image, pixels, c, c_inside, CONFIG.CHANNELS_LAST, CONFIG.VEC_STORE, 1)
     tile = round_to(tile, image.data.dtype.element_ty)
-    if CHANNELS_LAST:
+    if CONFIG.CHANNELS_LAST:
         tl.store(image.data + at, tile, mask=mask)
     else:
         tl.store(image.data + tl.trans(at), tl.trans(tile), mask=tl.trans(mask))
@@ -103,17 +72,7 @@ def load_taps(w, c, c_inside):
 
 
 @triton.jit
-def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DTYPE: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros((ROWS, COLS), DTYPE),)
-    return tiles
-
-
-@triton.jit
-def load_rows(
-    image, first, c, c_inside, STEP: tl.constexpr, TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr
-):
+def load_rows(image, first, c, c_inside, STEP: tl.constexpr, TAPS: tl.constexpr, CONFIG: tl.constexpr):
     """Four rows from the pixels `first` on, each under TAPS taps, STEP columns apart. All are asked for before one is
     used.
     """
@@ -122,7 +81,7 @@ def load_rows(
     for u in tl.static_range(4):
         row = ()
         for t in tl.static_range(TAPS):
-            row = row + (load_row(image, Pixels(n, h + u, v + t * STEP), c, c_inside, CHANNELS_LAST, VEC),)
+            row = row + (load_row(image, Pixels(n, h + u, v + t * STEP), c, c_inside, CONFIG.VEC, CONFIG),)
         rows = rows + (row,)
     return rows
 
@@ -140,34 +99,32 @@ def depthwise_forward(
     x, w, b, y, N, H, W, P, Q, C, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
     y_stride_n, y_stride_c, y_stride_h, y_stride_w, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """y = act(x ⋆ w + b): BOX_H rows of BOX_W columns of BOX_N images, BLOCK_C channels a program.
+    """y = act(x ⋆ w + b): BOX.H rows of BOX.W columns of BOX.N images, BLOCK_C channels a program.
 
     A row of x is read once and added to the rows of y that it meets: the one it completes, and those begun with it.
     """
-    BOX_N: tl.constexpr = CONFIG.BOX_N
-    BOX_H: tl.constexpr = CONFIG.BOX_H
-    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BOX: tl.constexpr = CONFIG.BOX
+    PIXELS: tl.constexpr = BOX.N * BOX.W  # of a row
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     STEP_H: tl.constexpr = CONFIG.STEP_H
-    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
-    VEC: tl.constexpr = CONFIG.VEC
     columns = tl.cdiv(C, BLOCK_C)
-    c, c_inside = masked_range(tl.program_id(0) % columns * BLOCK_C, C, BLOCK_C, VEC if CHANNELS_LAST else 1)
+    col = tl.program_id(0) % columns * BLOCK_C
+    c, c_inside = masked_range(col, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
     taps = load_taps(w, c, c_inside)
-    none = tl.zeros((BOX_N * BOX_W, BLOCK_C), accumulator(x.dtype))
+    none = tl.zeros((PIXELS, BLOCK_C), accumulator(x.dtype))
     if b is not None:
         bias = tl.load(b + c, mask=c_inside, other=0.0).to(none.dtype)[None, :]
     x = Image(x, N, H, W, C, stride_n, stride_c, stride_h, stride_w)
     y = Image(y, N, P, Q, C, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
-    box = box_at(tl.program_id(0) // columns, P, Q, BOX_N, BOX_H, BOX_W)
+    box = box_at(tl.program_id(0) // columns, P, Q, BOX)
     first = box.h
-    n, _, j = pixels_of(box, BOX_N, 1, BOX_W)
+    n, _, j = pixels_of(box, Box(BOX.N, 1, BOX.W))
     complete = none
     begun = none
-    height = tl.minimum(BOX_H, P - first)
+    height = tl.minimum(BOX.H, P - first)
     for t in range(0, (height - 1) * STEP_H + 3, 4):
         met = Pixels(n, first * STEP_H + (t - pad_h), j * CONFIG.STEP_W - pad_w)
-        rows = load_rows(x, met, c, c_inside, 1, 3, CHANNELS_LAST, VEC)
+        rows = load_rows(x, met, c, c_inside, 1, 3, CONFIG)
         for u in tl.static_range(4):
             if u % STEP_H == 0:
                 result = add_taps(complete, rows[u], taps, 6, 1, 3)
@@ -182,7 +139,7 @@ def depthwise_forward(
                     result = sigmoid(result, y.data.dtype.element_ty, CONFIG.PTX)
                 i = (t + u - 2) // STEP_H
                 h = tl.where((t + u >= 2) & (i < height), first + i, -1)
-                store_row(y, result, Pixels(n, h, j), c, c_inside, CHANNELS_LAST, CONFIG.VEC_STORE)
+                store_row(y, result, Pixels(n, h, j), c, c_inside, CONFIG)
             else:
                 complete = add_taps(complete, rows[u], taps, 3, 1, 3)
 
@@ -192,22 +149,20 @@ def depthwise_dgrad(
     dz, w, dx, N, H, W, P, Q, C, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """dx from dz: BOX_H rows of BOX_W columns of BOX_N images, BLOCK_C channels a program, row by row as forward.
+    """dx from dz: BOX.H rows of BOX.W columns of BOX.N images, BLOCK_C channels a program, row by row as forward.
 
     With a stride of 2, pixels that meet the same taps make a class, program_id(1), as in `conv3x3.dgrad`.
     """
-    BOX_N: tl.constexpr = CONFIG.BOX_N
-    BOX_H: tl.constexpr = CONFIG.BOX_H
-    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BOX: tl.constexpr = CONFIG.BOX
+    PIXELS: tl.constexpr = BOX.N * BOX.W  # of a row
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     STEP_H: tl.constexpr = CONFIG.STEP_H
     STEP_W: tl.constexpr = CONFIG.STEP_W
-    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
-    VEC: tl.constexpr = CONFIG.VEC
     columns = tl.cdiv(C, BLOCK_C)
-    c, c_inside = masked_range(tl.program_id(0) % columns * BLOCK_C, C, BLOCK_C, VEC if CHANNELS_LAST else 1)
+    col = tl.program_id(0) % columns * BLOCK_C
+    c, c_inside = masked_range(col, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
     taps = load_taps(w, c, c_inside)
-    none = tl.zeros((BOX_N * BOX_W, BLOCK_C), accumulator(dz.dtype))
+    none = tl.zeros((PIXELS, BLOCK_C), accumulator(dz.dtype))
     dz = Image(dz, N, P, Q, C, stride_n, stride_c, stride_h, stride_w)
     dx = Image(dx, N, H, W, C, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
     for class_h in tl.static_range(STEP_H):
@@ -219,16 +174,16 @@ def depthwise_dgrad(
                 TAPS_W: tl.constexpr = (2 - class_w) // STEP_W + 1
                 ROW: tl.constexpr = 3 * STEP_H  # from one tap of a column to the next
                 TAP: tl.constexpr = class_h * 3 + class_w
-                box = box_at(tl.program_id(0) // columns, height, width, BOX_N, BOX_H, BOX_W)
+                box = box_at(tl.program_id(0) // columns, height, width, BOX)
                 first = box.h
-                n, _, j = pixels_of(box, BOX_N, 1, BOX_W)
+                n, _, j = pixels_of(box, Box(BOX.N, 1, BOX.W))
                 v = row_of_class(j, first_w, pad_w, class_w, STEP_W)
-                end = tl.minimum(first + BOX_H, height)
+                end = tl.minimum(first + BOX.H, height)
                 complete = none
                 begun = none
                 for t in range(1 - TAPS_H, end - first, 4):
                     met = Pixels(n, first + t + first_h, j + first_w)
-                    rows = load_rows(dz, met, c, c_inside, -1, TAPS_W, CHANNELS_LAST, VEC)
+                    rows = load_rows(dz, met, c, c_inside, -1, TAPS_W, CONFIG)
                     for u in tl.static_range(4):
                         result = add_taps(complete, rows[u], taps, TAP, STEP_W, TAPS_W)
                         if TAPS_H == 3:
@@ -239,7 +194,7 @@ def depthwise_dgrad(
                         i = first + t + u
                         h = row_of_class(i, first_h, pad_h, class_h, STEP_H)
                         h = tl.where((t + u >= 0) & (i < end), h, -1)
-                        store_row(dx, result, Pixels(n, h, v), c, c_inside, CHANNELS_LAST, CONFIG.VEC_STORE)
+                        store_row(dx, result, Pixels(n, h, v), c, c_inside, CONFIG)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
@@ -251,36 +206,34 @@ def depthwise_wgrad(
 
     Where dz does not exist its zero must meet a zero, for an infinity of x would make it NaN.
     """
-    BOX_N: tl.constexpr = CONFIG.BOX_N
-    BOX_H: tl.constexpr = CONFIG.BOX_H
-    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BOX: tl.constexpr = CONFIG.BOX
+    PIXELS: tl.constexpr = BOX.N * BOX.W  # of a row
+    ROWS: tl.constexpr = BOX.H
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     STEP_H: tl.constexpr = CONFIG.STEP_H
-    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
-    VEC: tl.constexpr = CONFIG.VEC
     ACC: tl.constexpr = accumulator(dz.dtype)
     split = tl.program_id(1)
-    c, c_inside = masked_range(tl.program_id(0) * BLOCK_C, C, BLOCK_C, VEC if CHANNELS_LAST else 1)
-    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H) * tl.cdiv(Q, BOX_W)
+    c, c_inside = masked_range(tl.program_id(0) * BLOCK_C, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
+    boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H) * tl.cdiv(Q, BOX.W)
     dz = Image(dz, N, P, Q, C, z_stride_n, z_stride_c, z_stride_h, z_stride_w)
     x = Image(x, N, H, W, C, stride_n, stride_c, stride_h, stride_w)
-    acc = zeros(9, BOX_N * BOX_W, BLOCK_C, ACC)
-    sums = tl.zeros((BOX_N * BOX_W, BLOCK_C), ACC)
+    acc = zeros(9, PIXELS, BLOCK_C, ACC)
+    sums = tl.zeros((PIXELS, BLOCK_C), ACC)
     for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
-        box = box_at(index, P, Q, BOX_N, BOX_H, BOX_W)
+        box = box_at(index, P, Q, BOX)
         i = box.h
-        n, _, j = pixels_of(box, BOX_N, 1, BOX_W)
+        n, _, j = pixels_of(box, Box(BOX.N, 1, BOX.W))
         z = ()
-        for a in tl.static_range(BOX_H):
-            z_row = load_row(dz, Pixels(n, i + a, j), c, c_inside, CHANNELS_LAST, CONFIG.VEC_Z)
+        for a in tl.static_range(ROWS):
+            z_row = load_row(dz, Pixels(n, i + a, j), c, c_inside, CONFIG.VEC_Z, CONFIG)
             z = z + (z_row,)
             if db is not None:
                 sums += z_row
-        for t in tl.static_range((BOX_H - 1) * STEP_H + 3):
+        for t in tl.static_range((ROWS - 1) * STEP_H + 3):
             for s in tl.static_range(3):
                 v = tl.where(j < Q, j * CONFIG.STEP_W + (s - pad_w), -1)
-                row = load_row(x, Pixels(n, i * STEP_H + (t - pad_h), v), c, c_inside, CHANNELS_LAST, VEC)
-                for a in tl.static_range(BOX_H):
+                row = load_row(x, Pixels(n, i * STEP_H + (t - pad_h), v), c, c_inside, CONFIG.VEC, CONFIG)
+                for a in tl.static_range(ROWS):
                     if t - a * STEP_H >= 0 and t - a * STEP_H <= 2:
                         met = row
                         if not CONFIG.WHOLE:
@@ -299,8 +252,5 @@ def replaced(tiles, INDEX: tl.constexpr, tile):
     """`tiles` with another one at INDEX."""
     result = ()
     for k in tl.static_range(9):
-        if k == INDEX:
-            result = result + (tile,)
-        else:
-            result = result + (tiles[k],)
+        result = result + (tile if k == INDEX else tiles[k],)
     return result

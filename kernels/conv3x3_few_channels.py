@@ -16,63 +16,30 @@ import triton
 import triton.language as tl
 
 from .common import accumulator, dot, masked_range, round_operand, round_to, sigmoid, sigmoid_backward
-from .conv3x3 import Image, Pixels, Window, box_at, load_box, offsets, pixels_of, store_box
+from .conv3x3 import Box, Image, Pixels, Window, box_at, load_box, offsets, pixels_of, store_box
 from .conv3x3_depthwise import store_row
 
 SIZES = ["N", "H", "W", "P", "Q", "O", "pad_h", "pad_w"]
 
 
-class Forward(NamedTuple):
-    """What is fixed when `few_channels_forward` is compiled; other fields as in `common`."""
+class FewChannels(NamedTuple):
+    """What is fixed when a kernel of this file is compiled; other fields as in `common`."""
 
-    BLOCK_J: int  # output channels a program
-    BLOCK_K: int  # a power of 2 that holds three taps of C channels
-    BOX_N: int  # images, rows and columns of the result, a program
-    BOX_H: int
-    BOX_W: int
+    BLOCK_O: int  # output channels a program; in dgrad a power of 2 that holds them all
+    BLOCK_K: int  # a power of 2 that holds three taps of C channels; in wgrad all taps, and one column more
+    BOX: Box  # pixels of the result, a program; in wgrad of dz
     C: int  # input channels
-    STEP_H: int  # the stride
-    STEP_W: int
-    TAPS_LAST: bool  # in w; else channels
+    TAPS_LAST: bool  # in w and dw; else channels
     PRECISION: str
-    CHANNELS_LAST: bool  # in the result; else its columns are contiguous
-    VEC_STORE: int
-    SIGMOID: bool  # act is the sigmoid
-    PTX: bool
-
-
-class Dgrad(NamedTuple):
-    """What is fixed when `few_channels_dgrad` is compiled; other fields as in `Forward`."""
-
-    BLOCK_L: int  # a power of 2 that holds the output channels
-    BOX_N: int
-    BOX_H: int
-    BOX_W: int
-    C: int
-    TAPS_LAST: bool
-    TMA: bool
-    PRECISION: str
-    CHANNELS_LAST: bool
-    VEC: int
-    VEC_STORE: int
-
-
-class Wgrad(NamedTuple):
-    """What is fixed when `few_channels_wgrad` is compiled; other fields as in `Forward`."""
-
-    BLOCK_O: int  # output channels a program
-    BLOCK_K: int  # a power of 2 that holds all taps of C channels, and one column more
-    BOX_N: int  # pixels of dz: images, rows and columns
-    BOX_H: int
-    BOX_W: int
-    C: int
-    STEP_H: int
-    STEP_W: int
-    TAPS_LAST: bool  # in dw
-    FUSE_DZ: bool
-    PRECISION: str
-    CHANNELS_LAST: bool  # in dz and y
-    VEC: int
+    CHANNELS_LAST: bool  # in the result, and in wgrad in dz and y; else their columns are contiguous
+    STEP_H: int = 1  # the stride
+    STEP_W: int = 1
+    VEC: int | None = None
+    VEC_STORE: int | None = None
+    TMA: bool | None = None
+    FUSE_DZ: bool | None = None
+    SIGMOID: bool | None = None  # act is the sigmoid
+    PTX: bool | None = None
 
 
 @triton.jit
@@ -89,12 +56,8 @@ def gather(image, pixels, P, Q, padding, ONES: tl.constexpr, CONFIG: tl.constexp
     n, i, j = pixels
     pad_h, pad_w = padding
     k = tl.arange(0, BLOCK_K)[:, None]
-    if CONFIG.TAPS_LAST:
-        c = k // 9
-        tap = k % 9
-    else:
-        c = k % C
-        tap = k // C
+    c = k // 9 if CONFIG.TAPS_LAST else k % C
+    tap = k % 9 if CONFIG.TAPS_LAST else k // C
     h = (i * CONFIG.STEP_H)[None, :] + (tap // 3 - pad_h)
     v = (j * CONFIG.STEP_W)[None, :] + (tap % 3 - pad_w)
     # A negative number is a large one.
@@ -129,10 +92,7 @@ def load_taps(w, r, o, o_inside, CONFIG: tl.constexpr):
     """w[o, r, k] for k = (s, c): (outputs, BLOCK_K)."""
     C: tl.constexpr = CONFIG.C
     k = tl.arange(0, CONFIG.BLOCK_K)[None, :]
-    if CONFIG.TAPS_LAST:
-        at = k % C * 9 + r * 3 + k // C
-    else:
-        at = r * (3 * C) + k
+    at = k % C * 9 + r * 3 + k // C if CONFIG.TAPS_LAST else r * (3 * C) + k
     inside = o_inside[:, None] & (k < 3 * C)
     return tl.load(w + tl.where(inside, o[:, None] * (9 * C) + at, 0), mask=inside, other=0.0)
 
@@ -142,23 +102,22 @@ def few_channels_forward(
     x, w, b, y, N, H, W, P, Q, O, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
     y_stride_n, y_stride_c, y_stride_h, y_stride_w, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """y = act(x ⋆ w + b): BOX_H rows of BOX_W columns of BOX_N images, BLOCK_J output channels a program. w: (O, 9·C).
+    """y = act(x ⋆ w + b): BOX.H rows of BOX.W columns of BOX.N images, BLOCK_O output channels a program. w: (O, 9·C).
 
     Row by row: what is gathered of a row of x serves the rows of y that it meets.
     """
-    BOX_N: tl.constexpr = CONFIG.BOX_N
-    BOX_H: tl.constexpr = CONFIG.BOX_H
-    BOX_W: tl.constexpr = CONFIG.BOX_W
-    BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
+    BOX: tl.constexpr = CONFIG.BOX
+    PIXELS: tl.constexpr = BOX.N * BOX.W
+    BLOCK_O: tl.constexpr = CONFIG.BLOCK_O
     STEP_H: tl.constexpr = CONFIG.STEP_H
     PRECISION: tl.constexpr = CONFIG.PRECISION
     ACC: tl.constexpr = accumulator(x.dtype)
-    columns = tl.cdiv(O, BLOCK_J)
-    box = box_at(tl.program_id(0) // columns, P, Q, BOX_N, BOX_H, BOX_W)
+    columns = tl.cdiv(O, BLOCK_O)
+    box = box_at(tl.program_id(0) // columns, P, Q, BOX)
     first = box.h
-    n, _, j = pixels_of(box, BOX_N, 1, BOX_W)
-    col = tl.program_id(0) % columns * BLOCK_J
-    o, o_inside = masked_range(col, O, BLOCK_J, 1)
+    n, _, j = pixels_of(box, Box(BOX.N, 1, BOX.W))
+    col = tl.program_id(0) % columns * BLOCK_O
+    o, o_inside = masked_range(col, O, BLOCK_O, 1)
     w0 = load_taps(w, 0, o, o_inside, CONFIG)
     w1 = load_taps(w, 1, o, o_inside, CONFIG)
     w2 = load_taps(w, 2, o, o_inside, CONFIG)
@@ -169,18 +128,18 @@ def few_channels_forward(
     h = first * STEP_H - pad_h
     g0 = gather_row(x, n, h, j, pad_w, CONFIG)
     g1 = gather_row(x, n, h + 1, j, pad_w, CONFIG)
-    for t in range(0, tl.minimum(BOX_H, P - first)):
+    for t in range(0, tl.minimum(BOX.H, P - first)):
         h = (first + t) * STEP_H - pad_h
         g2 = gather_row(x, n, h + 2, j, pad_w, CONFIG)
         # Weights first, as in `conv3x3.convolve`. Compiled: Triton else starts the product from the bias, and ptxas
         # puts waits of its own between its instructions.
-        z = dot(w0, g0, tl.zeros((BLOCK_J, BOX_N * BOX_W), ACC), PRECISION)
+        z = dot(w0, g0, tl.zeros((BLOCK_O, PIXELS), ACC), PRECISION)
         z = tl.trans(dot(w2, g2, dot(w1, g1, z, PRECISION), PRECISION))
         if b is not None:
             z += bias[None, :]
         if CONFIG.SIGMOID:
             z = sigmoid(z, y.data.dtype.element_ty, CONFIG.PTX)
-        store_box(y, z, Pixels(n, first + t, j), col, CONFIG.CHANNELS_LAST, CONFIG.VEC_STORE, BOX_W, BLOCK_J)
+        store_box(y, z, Pixels(n, first + t, j), col, BLOCK_O, CONFIG)
         if STEP_H == 1:
             g0, g1 = g1, g2
         else:
@@ -202,55 +161,48 @@ def few_channels_dgrad(
     dz, w, dx, N, H, W, P, Q, O, pad_h, pad_w, stride_n, stride_h, stride_w,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """dx of up to four channels, with a stride of 1: BOX_H rows of BOX_W − 2 columns of BOX_N images a program.
+    """dx of up to four channels, with a stride of 1: BOX.H rows of BOX.W − 2 columns of BOX.N images a program.
 
         dx[n, h, v, c] = Σ_rs p[n, h + pad_h − r, v + pad_w − s, k]      p[n, i, j, k] = Σₒ dz[n, i, j, o]·w[o, k]
 
-    with k = (r, s, c). Row by row, BOX_W pixels of dz are read once and multiplied with all taps. Each row of dx is the
+    with k = (r, s, c). Row by row, BOX.W pixels of dz are read once and multiplied with all taps. Each row of dx is the
     sum of three rows of products, and each pixel that of three neighbours in it; a box's last two miss some, and are
     the next box's.
 
-    k has the bits r r s c c s. Compiled: of a product a thread has columns that differ in the first three and the last
-    bit, and four lanes share the others, so rows are added and taps taken apart within a thread. Only neighbours meet
-    through shared memory.
+    k has the bits r r s c c s: BLOCK_K is 64. Compiled: of a product a thread has columns that differ in the first
+    three and the last bit, and four lanes share the others, so rows are added and taps taken apart within a thread.
+    Only neighbours meet through shared memory.
     """
-    BOX_N: tl.constexpr = CONFIG.BOX_N
-    BOX_H: tl.constexpr = CONFIG.BOX_H
-    BOX_W: tl.constexpr = CONFIG.BOX_W
-    BLOCK_L: tl.constexpr = CONFIG.BLOCK_L
+    BOX: tl.constexpr = CONFIG.BOX
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     C: tl.constexpr = CONFIG.C
-    CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
     VEC: tl.constexpr = CONFIG.VEC
-    VEC_STORE: tl.constexpr = CONFIG.VEC_STORE
     PRECISION: tl.constexpr = CONFIG.PRECISION
-    PIXELS: tl.constexpr = BOX_N * BOX_W
+    PIXELS: tl.constexpr = BOX.N * BOX.W
     ACC: tl.constexpr = accumulator(dx.dtype)
-    n, first, left = box_at(tl.program_id(0), H, W, BOX_N, BOX_H, BOX_W - 2)
-    k = tl.arange(0, 64)[None, :]
+    n, first, left = box_at(tl.program_id(0), H, W, Box(BOX.N, BOX.H, BOX.W - 2))
+    k = tl.arange(0, BLOCK_K)[None, :]
     r, s, c = k // 16, k // 8 % 2 * 2 + k % 2, k // 2 % 4
-    if CONFIG.TAPS_LAST:
-        at = c * 9 + r * 3 + s
-    else:
-        at = (r * 3 + s) * C + c
-    o, o_inside = masked_range(0, O, BLOCK_L, 1)
+    at = c * 9 + r * 3 + s if CONFIG.TAPS_LAST else (r * 3 + s) * C + c
+    o, o_inside = masked_range(0, O, CONFIG.BLOCK_O, 1)
     inside = o_inside[:, None] & (r < 3) & (s < 3) & (c < C)
     taps = tl.load(w + tl.where(inside, o[:, None] * (9 * C) + at, 0), mask=inside, other=0.0)
     taps = round_operand(taps, taps.dtype, PRECISION)
 
-    m_n, _, column = pixels_of(Pixels(n, 0, 0), BOX_N, 1, BOX_W)
-    v = tl.where(column < BOX_W - 2, left + column, -1)
-    c, c_inside = masked_range(0, C, 4, VEC_STORE if CHANNELS_LAST else 1)
+    m_n, _, column = pixels_of(Pixels(n, 0, 0), Box(BOX.N, 1, BOX.W))
+    v = tl.where(column < BOX.W - 2, left + column, -1)
+    c, c_inside = masked_range(0, C, 4, CONFIG.VEC_STORE if CONFIG.CHANNELS_LAST else 1)
     m = tl.broadcast_to(tl.arange(0, PIXELS)[:, None], (PIXELS, 4))
     dx = Image(dx, N, H, W, C, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
     # What the last two rows of dz gave the row of dx that the next one completes, and the row after that.
     complete = tl.zeros((PIXELS, 16), ACC)
     begun = tl.zeros((PIXELS, 16), ACC)
-    for t in range(0, tl.minimum(BOX_H, H - first) + 2):
+    for t in range(0, tl.minimum(BOX.H, H - first) + 2):
         box = Pixels(n, first + t, left)
         window = Window(1, 1, pad_h - 2, pad_w - 2)
         image = Image(dz, N, P, Q, tl.cdiv(O, VEC) * VEC, stride_n, 1, stride_h, stride_w)
-        z = load_box(image, box, window, 0, (BOX_N, 1, BOX_W, BLOCK_L), VEC)
-        p = dot(z, taps, tl.zeros((PIXELS, 64), ACC), PRECISION)
+        z = load_box(image, box, window, 0, Box(BOX.N, 1, BOX.W), CONFIG.BLOCK_O, VEC)
+        p = dot(z, taps, tl.zeros((PIXELS, BLOCK_K), ACC), PRECISION)
         p0, p1, p2 = three_of_four(tl.permute(tl.reshape(p, (PIXELS, 2, 2, 16)), (0, 3, 1, 2)))
         q0, q1, q2 = three_of_four(tl.permute(tl.reshape(complete + p0, (PIXELS, 2, 4, 2)), (0, 2, 1, 3)))
         complete, begun = begun + p1, p2
@@ -258,7 +210,7 @@ def few_channels_dgrad(
         q0 = tl.gather(q0, tl.minimum(m + 2, PIXELS - 1), 0)
         total = q2 + q1 + q0
         pixels = Pixels(m_n, tl.where(t < 2, -1, first + t - 2), v)
-        store_row(dx, total, pixels, c, c_inside, CHANNELS_LAST, VEC_STORE)
+        store_row(dx, total, pixels, c, c_inside, CONFIG)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
@@ -271,16 +223,15 @@ def few_channels_wgrad(
 
     With FUSE_DZ the argument `dz` holds dy, and dz = dy·y·(1 − y) is formed on the way in: nobody else needs it.
     """
-    BOX_N: tl.constexpr = CONFIG.BOX_N
-    BOX_H: tl.constexpr = CONFIG.BOX_H
-    BOX_W: tl.constexpr = CONFIG.BOX_W
+    BOX: tl.constexpr = CONFIG.BOX
+    PIXELS: tl.constexpr = BOX.N * BOX.H * BOX.W
     BLOCK_O: tl.constexpr = CONFIG.BLOCK_O
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     C: tl.constexpr = CONFIG.C
     CHANNELS_LAST: tl.constexpr = CONFIG.CHANNELS_LAST
     VEC: tl.constexpr = CONFIG.VEC
     PRECISION: tl.constexpr = CONFIG.PRECISION
-    RUN: tl.constexpr = VEC if VEC < BOX_W else BOX_W
+    RUN: tl.constexpr = VEC if VEC < BOX.W else BOX.W
     # Counted: a tile that is multiplied and summed lies in shared memory so that eight threads at a time read one bank.
     # 16-bit numbers are summed by the product itself, exactly, in a column that it has free.
     HALF: tl.constexpr = dz.dtype.element_ty.primitive_bitwidth == 16
@@ -288,20 +239,19 @@ def few_channels_wgrad(
     ACC: tl.constexpr = accumulator(dz.dtype)
     col = tl.program_id(0) * BLOCK_O
     split = tl.program_id(1)
-    boxes = tl.cdiv(N, BOX_N) * tl.cdiv(P, BOX_H) * tl.cdiv(Q, BOX_W)
+    boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H) * tl.cdiv(Q, BOX.W)
     o, o_inside = masked_range(col, O, BLOCK_O, VEC if CHANNELS_LAST else 1)
     x = Image(x, N, H, W, C, stride_n, stride_c, stride_h, stride_w)
     dz = Image(dz, N, P, Q, O, z_stride_n, z_stride_c, z_stride_h, z_stride_w)
     acc = tl.zeros((BLOCK_O, BLOCK_K), ACC)
-    sums = tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_O), ACC)
+    sums = tl.zeros((PIXELS, BLOCK_O), ACC)
     for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
-        pixels = pixels_of(box_at(index, P, Q, BOX_N, BOX_H, BOX_W), BOX_N, BOX_H, BOX_W)
-        at, inside = offsets(dz, pixels, o, CHANNELS_LAST, VEC, RUN)
-        mask = inside[:, None] & o_inside[None, :]
+        pixels = pixels_of(box_at(index, P, Q, BOX), BOX)
+        at, mask = offsets(dz, pixels, o, o_inside, CHANNELS_LAST, VEC, RUN)
         z = tl.load(dz.data + at, mask=mask, other=0.0)
         if CONFIG.FUSE_DZ:
             output = Image(y, N, P, Q, O, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
-            at, _ = offsets(output, pixels, o, CHANNELS_LAST, VEC, RUN)
+            at, _ = offsets(output, pixels, o, o_inside, CHANNELS_LAST, VEC, RUN)
             z = sigmoid_backward(z, tl.load(y + at, mask=mask, other=0.0))
         if db is not None and not ONES:
             sums += z.to(ACC)

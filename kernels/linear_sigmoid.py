@@ -37,8 +37,8 @@ from .common import (
 # Sizes are not specialized: no recompile when a batch is 1 or a multiple of 16; what alignment there is, VEC says.
 
 
-class Forward(NamedTuple):
-    """What is fixed when `forward` is compiled; fields as in `common`."""
+class Product(NamedTuple):
+    """What is fixed when `forward`, `dgrad` or `wgrad` is compiled; fields as in `common`."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -46,14 +46,16 @@ class Forward(NamedTuple):
     GROUP: int
     PRECISION: str
     TMA: bool
-    TMA_STORE: bool
-    X_TRANSPOSED: bool  # x lies column by column
-    W_TRANSPOSED: bool
     PREFETCH: bool
-    PERSISTENT: bool  # a program takes several tiles of y
     VEC: int
     VEC_STORE: int
-    PTX: bool
+    TMA_STORE: bool | None = None
+    X_TRANSPOSED: bool | None = None  # x lies column by column
+    W_TRANSPOSED: bool | None = None
+    PERSISTENT: bool | None = None  # a program takes several tiles of y
+    FUSE_DZ: bool | None = None
+    STAGES: int | None = None
+    PTX: bool | None = None
 
 
 class OutputGrad(NamedTuple):
@@ -65,53 +67,16 @@ class OutputGrad(NamedTuple):
     VEC_DY: int  # divides dy's distance from row to row
 
 
-class Dgrad(NamedTuple):
-    """What is fixed when `dgrad` is compiled; fields as in `common`."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    GROUP: int
-    STAGES: int
-    PRECISION: str
-    FUSE_DZ: bool
-    TMA: bool
-    TMA_STORE: bool
-    W_TRANSPOSED: bool
-    PREFETCH: bool
-    VEC: int
-    VEC_STORE: int
-
-
-class Wgrad(NamedTuple):
-    """What is fixed when `wgrad` is compiled; fields as in `common`."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    GROUP: int
-    STAGES: int
-    PRECISION: str
-    FUSE_DZ: bool
-    TMA: bool
-    X_TRANSPOSED: bool
-    PREFETCH: bool
-    VEC: int
-    VEC_STORE: int
-
-
 @triton.jit
 def forward_tile(x, w, b, y, tile, CONFIG: tl.constexpr):
     """One tile of y = σ(x·wᵀ + b). x, w and y are a `Matrix` each."""
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
-    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
-    X_TRANSPOSED: tl.constexpr = CONFIG.X_TRANSPOSED
     W_TRANSPOSED: tl.constexpr = CONFIG.W_TRANSPOSED
     row, col = tile_of(tile, tl.cdiv(y.rows, BLOCK_M), tl.cdiv(y.cols, BLOCK_N), CONFIG.GROUP)
     m = row * BLOCK_M
     n = col * BLOCK_N
-    z = product(x, w, m, n, 0, (X_TRANSPOSED, not W_TRANSPOSED), (BLOCK_M, BLOCK_N, BLOCK_K), CONFIG)
+    z = product(x, w, m, n, 0, CONFIG.X_TRANSPOSED, not W_TRANSPOSED, BLOCK_M, BLOCK_N, CONFIG.BLOCK_K, CONFIG)
     if b is not None:
         j, inside = masked_range(n, y.cols, BLOCK_N, 1)
         z += tl.load(b + j, mask=inside, other=0.0).to(z.dtype)[None, :]
@@ -142,7 +107,6 @@ def output_grad(dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program, C
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     VEC: tl.constexpr = CONFIG.VEC
-    VEC_DY: tl.constexpr = CONFIG.VEC_DY
     n = tl.program_id(0) * BLOCK_N
     j, j_inside = masked_range(n, N, BLOCK_N, VEC)
     first = tl.program_id(1) * rows_per_program
@@ -152,7 +116,7 @@ def output_grad(dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program, C
         i, i_inside = masked_range(m, M, BLOCK_M, 1)
         inside = i_inside[:, None] & j_inside[None, :]
         y_tile = tl.load(y + (i[:, None] * (N // VEC * VEC) + j[None, :]), mask=inside, other=0.0)
-        at = dy + (i[:, None] * (stride_dym // VEC_DY * VEC_DY) + j[None, :] * stride_dyn)
+        at = dy + (i[:, None] * (stride_dym // CONFIG.VEC_DY * CONFIG.VEC_DY) + j[None, :] * stride_dyn)
         dz_tile = sigmoid_backward(tl.load(at, mask=inside, other=0.0), y_tile)
         if dz is not None:
             store_tile(Matrix(dz, M, N, N), dz_tile, m, n, BLOCK_M, BLOCK_N, VEC)
@@ -166,10 +130,8 @@ def output_grad(dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program, C
 @triton.jit
 def load_dy_and_y(dy, y, m, n, CONFIG: tl.constexpr):
     """The tiles of dy and y, a `Matrix` each, at (m, n)."""
-    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
-    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
-    dy_tile = load_tile(dy, m, n, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
-    y_tile = load_tile(y, m, n, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
+    dy_tile = load_tile(dy, m, n, CONFIG.BLOCK_M, CONFIG.BLOCK_N, False, CONFIG.VEC)
+    y_tile = load_tile(y, m, n, CONFIG.BLOCK_M, CONFIG.BLOCK_N, False, CONFIG.VEC)
     return dy_tile, y_tile
 
 
@@ -179,7 +141,6 @@ def dgrad(dz, y, w, dx, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
-    W_TRANSPOSED: tl.constexpr = CONFIG.W_TRANSPOSED
     PRECISION: tl.constexpr = CONFIG.PRECISION
     row, col = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), CONFIG.GROUP)
     m = row * BLOCK_M
@@ -193,14 +154,14 @@ def dgrad(dz, y, w, dx, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
         dy_tile, y_tile = load_dy_and_y(dy, y, m, 0, CONFIG)
         dz_tile = sigmoid_backward(dy_tile, y_tile)
         for n in tl.range(0, N, BLOCK_N, num_stages=CONFIG.STAGES):  # as in wgrad
-            w_tile = load_tile(w, n, k, BLOCK_N, BLOCK_K, W_TRANSPOSED, CONFIG.VEC)
+            w_tile = load_tile(w, n, k, BLOCK_N, BLOCK_K, CONFIG.W_TRANSPOSED, CONFIG.VEC)
             rounded = round_operand(dz_tile, w_tile.dtype, PRECISION)
             dy_tile, y_tile = load_dy_and_y(dy, y, m, n + BLOCK_N, CONFIG)
             acc = dot(tl.trans(w_tile), tl.trans(rounded), acc, PRECISION)
             dz_tile = sigmoid_backward(dy_tile, y_tile)
         acc = tl.trans(acc)
     else:
-        acc = product(dz, w, m, k, 0, (False, W_TRANSPOSED), (BLOCK_M, BLOCK_K, BLOCK_N), CONFIG)
+        acc = product(dz, w, m, k, 0, False, CONFIG.W_TRANSPOSED, BLOCK_M, BLOCK_K, BLOCK_N, CONFIG)
     store_tile(Matrix(dx, M, K, K), acc, m, k, BLOCK_M, BLOCK_K, CONFIG.VEC_STORE)
 
 
@@ -218,7 +179,6 @@ def wgrad(dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split, CONFIG: t
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
-    X_TRANSPOSED: tl.constexpr = CONFIG.X_TRANSPOSED
     PRECISION: tl.constexpr = CONFIG.PRECISION
     VEC: tl.constexpr = CONFIG.VEC
     VEC_STORE: tl.constexpr = CONFIG.VEC_STORE
@@ -238,7 +198,7 @@ def wgrad(dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split, CONFIG: t
         dy_tile, y_tile = load_dy_and_y(dy, y, first, n, CONFIG)
         dz_tile = sigmoid_backward(dy_tile, y_tile)
         for m in tl.range(first, last, BLOCK_M, num_stages=CONFIG.STAGES):
-            x_tile = load_tile(x, m, k, BLOCK_M, BLOCK_K, X_TRANSPOSED, VEC)
+            x_tile = load_tile(x, m, k, BLOCK_M, BLOCK_K, CONFIG.X_TRANSPOSED, VEC)
             rounded = round_operand(dz_tile, x_tile.dtype, PRECISION)
             if db is not None:
                 sums += dz_tile
@@ -257,6 +217,6 @@ def wgrad(dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split, CONFIG: t
             tl.store(db + split * N + j, round_to(tl.sum(sums, 0), db.dtype.element_ty), mask=j_inside)
     else:
         dz = Matrix(dz, N, last, ldy)  # transposed
-        acc = product(dz, x, n, k, first, (True, X_TRANSPOSED), (BLOCK_N, BLOCK_K, BLOCK_M), CONFIG)
+        acc = product(dz, x, n, k, first, True, CONFIG.X_TRANSPOSED, BLOCK_N, BLOCK_K, BLOCK_M, CONFIG)
     dw = Matrix(dw + split * N * (K // VEC_STORE * VEC_STORE), N, K, K)
     store_tile(dw, acc, n, k, BLOCK_N, BLOCK_K, VEC_STORE)

@@ -7,6 +7,7 @@ once; read in place, every element would be loaded nine times, two bytes at a ti
 nothing else, but for three tensors in one launch, for a launch takes as long as 7 MB.
 """
 
+from collections import namedtuple
 from typing import NamedTuple
 
 import triton
@@ -24,7 +25,7 @@ class Layout(NamedTuple):
 
 
 class Relayout(NamedTuple):
-    """What is fixed when `relayout` is compiled."""
+    """What is fixed when `relayout` or `pack` is compiled."""
 
     BLOCK_P: int  # pixels of a tile
     BLOCK_C: int  # channels of a tile
@@ -32,52 +33,20 @@ class Relayout(NamedTuple):
     VEC_C: int  # divides C
     VEC_DST: int  # divides dst_c
     SRC: Layout
-    Y: Layout
-    DST: Layout
+    Y: Layout | None = None
+    DST: Layout | None = None
+    THIRD: "Relayout | None" = None  # of pack's third tensor, which has a layout of its own
 
 
-class Pack(NamedTuple):
-    """What is fixed when `pack` is compiled; fields as in `Layout` and `Relayout`."""
-
-    PIXELS: bool
-    CHANNELS: bool
-    VEC: int
-    VEC_P: int
-    VEC_C: int
-    VEC_DST: int
-    BLOCK_P: int
-    BLOCK_C: int
-    THIRD: "Pack | None"  # of the third tensor, which has a layout of its own
-
-
-class Planes(NamedTuple):
-    """A tensor (N, P, C) in memory."""
-
-    data: tl.tensor
-    stride_n: tl.tensor
-    stride_p: tl.tensor
-    stride_c: tl.tensor
-
-
-class Move(NamedTuple):
-    """A tensor src (N, P, C) that is packed into dst (N, P, dst_c) by `programs` for each BLOCK_C channels."""
-
-    src: tl.tensor
-    dst: tl.tensor
-    programs: tl.tensor
-    tiles_per_program: tl.tensor
-    N: tl.tensor
-    P: tl.tensor
-    C: tl.tensor
-    dst_c: tl.tensor
-    stride_n: tl.tensor
-    stride_p: tl.tensor
-    stride_c: tl.tensor
+# A tensor (N, P, C) in memory.
+Planes = namedtuple("Planes", "data stride_n stride_p stride_c")
+# A tensor src (N, P, C) that is packed into dst (N, P, dst_c) by `programs` for each BLOCK_C channels.
+Move = namedtuple("Move", "src dst programs tiles_per_program N P C dst_c stride_n stride_p stride_c")
 
 
 @triton.jit
 def addresses(planes, n, p, c, LAYOUT: tl.constexpr):
-    """Of pixels × channels of image n. LAYOUT: a `Layout`, or what has its fields."""
+    """Of pixels × channels of image n. LAYOUT: a `Layout`."""
     at = n.to(tl.int64) * (planes.stride_n // LAYOUT.VEC * LAYOUT.VEC)
     if LAYOUT.CHANNELS:
         at += p[:, None] * (planes.stride_p // LAYOUT.VEC * LAYOUT.VEC) + c[None, :]
@@ -131,20 +100,19 @@ def relayout(
 def pack_tiles(move, program, CONFIG: tl.constexpr):
     """dst = src, and zeros behind its C channels: the tiles of one program of a `Move`."""
     BLOCK_P: tl.constexpr = CONFIG.BLOCK_P
-    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     VEC_DST: tl.constexpr = CONFIG.VEC_DST
+    SRC: tl.constexpr = CONFIG.SRC
     src = Planes(move.src, move.stride_n, move.stride_p, move.stride_c)
-    col = program // move.programs * BLOCK_C
-    c, c_inside = masked_range(col, move.C, BLOCK_C, CONFIG.VEC_C)
-    c_dst, c_dst_inside = masked_range(col, move.dst_c, BLOCK_C, VEC_DST)
+    col = program // move.programs * CONFIG.BLOCK_C
+    c, c_inside = masked_range(col, move.C, CONFIG.BLOCK_C, CONFIG.VEC_C)
+    c_dst, c_dst_inside = masked_range(col, move.dst_c, CONFIG.BLOCK_C, VEC_DST)
     tiles_p = tl.cdiv(move.P, BLOCK_P)
     pitch = move.dst_c // VEC_DST * VEC_DST
     first = program % move.programs * move.tiles_per_program
     for tile in range(first, tl.minimum(first + move.tiles_per_program, move.N * tiles_p)):
         n = tile // tiles_p
         p, p_inside = masked_range(tile % tiles_p * BLOCK_P, move.P, BLOCK_P, CONFIG.VEC_P)
-        at = addresses(src, n, p, c, CONFIG)
-        value = tl.load(at, mask=p_inside[:, None] & c_inside[None, :], other=0.0)
+        value = tl.load(addresses(src, n, p, c, SRC), mask=p_inside[:, None] & c_inside[None, :], other=0.0)
         at = (n.to(tl.int64) * move.P + p[:, None]) * pitch + c_dst[None, :]
         tl.store(move.dst + at, value, mask=p_inside[:, None] & c_dst_inside[None, :])
 
@@ -163,10 +131,9 @@ def pack(
 
     Images have the same layout, so they share the code; one that is not there has no programs.
     """
-    BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     program = tl.program_id(0)
-    program2 = program - programs * tl.cdiv(dst_c, BLOCK_C)
-    program3 = program2 - programs2 * tl.cdiv(dst_c2, BLOCK_C)
+    program2 = program - programs * tl.cdiv(dst_c, CONFIG.BLOCK_C)
+    program3 = program2 - programs2 * tl.cdiv(dst_c2, CONFIG.BLOCK_C)
     if program3 < 0:
         second = program2 >= 0
         program = tl.where(second, program2, program)
@@ -180,5 +147,5 @@ def pack(
         pack_tiles(move, program, CONFIG)
     elif src3 is not None:
         THIRD: tl.constexpr = CONFIG.THIRD
-        move3 = Move(src3, dst3, programs3, tiles3, N3, P3, C3, dst_c3, stride_n3, stride_p3, stride_c3)
-        pack_tiles(move3, program3, THIRD)
+        move = Move(src3, dst3, programs3, tiles3, N3, P3, C3, dst_c3, stride_n3, stride_p3, stride_c3)
+        pack_tiles(move, program3, THIRD)

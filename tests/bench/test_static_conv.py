@@ -12,6 +12,7 @@ from bench.conv3x3 import DEPTHWISE, FEW, ConvCase, cases, compiled, expectation
 from bench.expectations import ALWAYS, Compiled, broken, matrix_instructions, multiplies_with, tile_stores
 from bench.operation import describe
 from bench.sass import Loop
+from tribp.kernels.conv3x3 import Box
 from tribp.launch.arch import ARCHS
 from tribp.launch.plan import Launch
 
@@ -31,7 +32,7 @@ GOOD = {
 BAD: dict[str, tuple[str, str, dict[str, Any]]] = {  # the good one it spoils, the complaint, the changes
     "conv, four warps": ("good conv", "spills", dict(BLOCK_J=256, warps=4)),
     "conv, one stage": ("good conv", "pipelined", dict(stages=1)),
-    "conv, sixteen stages": ("good conv", "shared memory", dict(stages=16, BOX_N=64)),
+    "conv, sixteen stages": ("good conv", "shared memory", dict(stages=16, BOX=Box(64, 1, 8))),
     "conv, narrow store": ("good conv", "wide stores", dict(VEC_STORE=1)),
     "conv, float32 without TF32": ("good conv", "matrix instructions", dict(PRECISION="ieee", single=True)),
     "few channels without TF32": ("good few channels", "matrix instructions", dict(PRECISION="ieee")),

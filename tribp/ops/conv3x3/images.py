@@ -102,12 +102,10 @@ class Move(NamedTuple):
     def arguments(self, programs: int) -> tuple[object, ...]:
         return self.src.tensor, self.dst, programs, *self.sizes
 
-    def compiled(self, vecs: tuple[int, ...], third: kernels.Pack | None = None) -> kernels.Pack:
+    def compiled(self, vecs: tuple[int, ...], third: kernels.Relayout | None = None) -> kernels.Relayout:
         vec, vec_p, vec_c, vec_dst = vecs
-        s = self.config
-        return kernels.Pack(
-            self.src.pixels, self.src.channels, vec, vec_p, vec_c, vec_dst, s.block_p, s.block_c, THIRD=third
-        )
+        layout = kernels.Layout(self.src.pixels, self.src.channels, vec)
+        return kernels.Relayout(self.config.block_p, self.config.block_c, vec_p, vec_c, vec_dst, layout, THIRD=third)
 
     @property
     def form(self) -> tuple[object, ...]:
@@ -232,7 +230,7 @@ def relayout(plan: Plan, src: Buffer, y: Buffer | None, dst: Buffer | None, db: 
     sums = partials_of(plan, db, programs, accumulator(src.dtype))
     tensors = [planes(plan, t) for t in (src, y, dst)]
     vec_p, vec_c, vec_dst = (vector_length(src.element_size(), length) for length in (pixels, c, channels))
-    layouts = [kernels.Layout(plane.pixels, plane.channels, plane.vec) for plane in tensors]
+    of_src, of_y, of_dst = (kernels.Layout(plane.pixels, plane.channels, plane.vec) for plane in tensors)
     plan.launch(
         kernels.relayout,
         (programs, cdiv(channels, s.block_c)),
@@ -240,7 +238,7 @@ def relayout(plan: Plan, src: Buffer, y: Buffer | None, dst: Buffer | None, db: 
             *(plane.tensor for plane in tensors), sums, n, pixels, c, channels, s.tiles,
             *(stride for plane in tensors for stride in plane.strides),
         ),
-        kernels.Relayout(s.block_p, s.block_c, vec_p, vec_c, vec_dst, *layouts),
+        kernels.Relayout(s.block_p, s.block_c, vec_p, vec_c, vec_dst, of_src, of_y, of_dst),
         s,
     )  # fmt: skip
     return Partials(sums, db)

@@ -66,8 +66,8 @@ def _depthwise_forward(
     arguments = (
         xs.tensor, w, b, y.tensor, n, *x.shape[2:], p, q, c, *window.padding, *xs.strides, *y.strides,
     )  # fmt: skip
-    config = conv3x3_depthwise.Forward(
-        s.block_j, *s.box, *window.stride, CHANNELS_LAST=y.channels_last, VEC=xs.vec, VEC_STORE=y.vec,
+    config = conv3x3_depthwise.Depthwise(
+        s.block_j, conv3x3.Box(*s.box), *window.stride, CHANNELS_LAST=y.channels_last, VEC=xs.vec, VEC_STORE=y.vec,
         SIGMOID=sigmoid, PTX=plan.arch.backend != "hip",
     )  # fmt: skip
     return _launch(conv3x3_depthwise.depthwise_forward, (s.boxes(n, p, q) * cdiv(c, s.block_j),), arguments, config, s)
@@ -81,10 +81,10 @@ def _few_channels_forward(
     w = _either_order(plan, w)
     s = plan.config(FewChannelsProblem(n, p, q, o, c, dtype, plan.arch, wgrad=False))
     arguments = (x, w, b, y.tensor, n, *x.shape[2:], p, q, o, *window.padding, *x.stride(), *y.strides)
-    config = conv3x3_few_channels.Forward(
-        s.block_j, s.block_l, *s.box, c, *window.stride, TAPS_LAST=w.is_contiguous(),
-        PRECISION=precision_of(dtype, tf32, plan.arch), CHANNELS_LAST=y.channels_last, VEC_STORE=y.vec,
-        SIGMOID=sigmoid, PTX=plan.arch.backend != "hip",
+    config = conv3x3_few_channels.FewChannels(
+        s.block_j, s.block_l, conv3x3.Box(*s.box), c, TAPS_LAST=w.is_contiguous(),
+        PRECISION=precision_of(dtype, tf32, plan.arch), CHANNELS_LAST=y.channels_last, STEP_H=window.stride[0],
+        STEP_W=window.stride[1], VEC_STORE=y.vec, SIGMOID=sigmoid, PTX=plan.arch.backend != "hip",
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * cdiv(o, s.block_j),)
     return _launch(conv3x3_few_channels.few_channels_forward, grid, arguments, config, s)
@@ -116,7 +116,7 @@ def _dense_forward(
         *((xs.tensor, ws.tensor) if per_tile > 1 else (None, None)), b, y.tensor,
         n, *x.shape[2:], p, q, groups, og, cg, *window.padding, *window.stride, *_without_channels(xs), *y.strides,
     )  # fmt: skip
-    config = conv3x3.Forward(
+    config = conv3x3.Product(
         **_dense_config(s, precision, y), VEC=vec, VEC_W=ws.vec, VEC_STORE=_tile_vec(y, groups, per_tile),
         SIGMOID=sigmoid, PTX=arch.backend != "hip",
     )  # fmt: skip
@@ -215,7 +215,7 @@ def _dense_dgrad(plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer,
         n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding, sh, sw,
         *_without_channels(dz), *out.strides,
     )  # fmt: skip
-    config = conv3x3.Dgrad(
+    config = conv3x3.Product(
         **_dense_config(s, precision, out), VEC=vec, VEC_W=ws.vec,
         VEC_STORE=1 if sw == 2 and not out.channels_last else _tile_vec(out, groups, per_tile), W_TRANSPOSED=along,
     )  # fmt: skip
@@ -251,8 +251,8 @@ def _dense_wgrad(
         cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
     config = conv3x3.Wgrad(
-        s.block_i, s.block_j, *s.box, s.taps, per_tile, DIAGONAL=per_tile > 1, TMA=s.tma, X_FIRST=s.x_first,
-        TAPS_LAST=s.splits == 1 and not in_order, PRECISION=precision, VEC_O=vec_o, VEC_C=vec_c,
+        s.block_i, s.block_j, conv3x3.Box(*s.box), s.taps, per_tile, DIAGONAL=per_tile > 1, TMA=s.tma,
+        X_FIRST=s.x_first, TAPS_LAST=s.splits == 1 and not in_order, PRECISION=precision, VEC_O=vec_o, VEC_C=vec_c,
         VEC_STORE=vector_length(shares.element_size(), cg),
     )  # fmt: skip
     grid = (s.tiles(per_tile * og, per_tile * cg) * tiles * (9 // s.taps), s.splits)
@@ -277,9 +277,10 @@ def _few_channels_wgrad(
     vec = dz.vec if ys is None else min(dz.vec, ys.vec)
     if dz.channels_last:
         vec = min(vec, vector_length(x.element_size(), o))
-    config = conv3x3_few_channels.Wgrad(
-        s.block_i, s.block_j, *s.box, c, *window.stride, TAPS_LAST=dw.is_contiguous(), FUSE_DZ=ys is not None,
-        PRECISION=precision_of(dtype, tf32, arch), CHANNELS_LAST=dz.channels_last, VEC=vec,
+    config = conv3x3_few_channels.FewChannels(
+        s.block_i, s.block_j, conv3x3.Box(*s.box), c, TAPS_LAST=dw.is_contiguous(),
+        PRECISION=precision_of(dtype, tf32, arch), CHANNELS_LAST=dz.channels_last, STEP_H=window.stride[0],
+        STEP_W=window.stride[1], VEC=vec, FUSE_DZ=ys is not None,
     )  # fmt: skip
     plan.add(_launch(conv3x3_few_channels.few_channels_wgrad, (cdiv(o, s.block_i), s.splits), arguments, config, s))
     return Partials(shares, dw), Partials(sums, db)
@@ -305,9 +306,9 @@ def _few_channels_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Wi
         dz.argument(s.tma, (s.box[0], 1, s.box[2]), s.block_l, precision), w, dx,
         n, height, width, *dz.tensor.shape[2:], o, *window.padding, *_without_channels(dz), *out.strides,
     )  # fmt: skip
-    config = conv3x3_few_channels.Dgrad(
-        s.block_l, *s.box, c, TAPS_LAST=w.is_contiguous(), TMA=s.tma, PRECISION=precision,
-        CHANNELS_LAST=out.channels_last, VEC=dz.vec, VEC_STORE=out.vec if out.channels_last else 1,
+    config = conv3x3_few_channels.FewChannels(
+        s.block_l, 64, conv3x3.Box(*s.box), c, TAPS_LAST=w.is_contiguous(), PRECISION=precision,
+        CHANNELS_LAST=out.channels_last, VEC=dz.vec, VEC_STORE=out.vec if out.channels_last else 1, TMA=s.tma,
     )  # fmt: skip
     grid = (s.boxes(n, height, width, rim=2),)
     return _launch(conv3x3_few_channels.few_channels_dgrad, grid, arguments, config, s)
@@ -323,9 +324,9 @@ def _depthwise_wgrad(plan: Plan, dz: Image, x: Buffer, dw: Buffer, db: Buffer | 
         dz.tensor, xs.tensor, shares, sums, n, *x.shape[2:], p, q, c, *window.padding, *dz.strides, *xs.strides,
         cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
-    config = conv3x3_depthwise.Wgrad(
-        s.block_j, *s.box, *window.stride, WHOLE=p % s.box[1] == 0, CHANNELS_LAST=dz.channels_last, VEC=xs.vec,
-        VEC_Z=dz.vec,
+    config = conv3x3_depthwise.Depthwise(
+        s.block_j, conv3x3.Box(*s.box), *window.stride, CHANNELS_LAST=dz.channels_last, VEC=xs.vec, VEC_Z=dz.vec,
+        WHOLE=p % s.box[1] == 0,
     )  # fmt: skip
     plan.add(_launch(conv3x3_depthwise.depthwise_wgrad, (cdiv(c, s.block_j), s.splits), arguments, config, s))
     return Partials(shares, dw), Partials(sums, db)
@@ -341,8 +342,8 @@ def _depthwise_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Windo
         dz.tensor, plan.contiguous(w), dx, n, height, width, *dz.tensor.shape[2:], c, *window.padding,
         *dz.strides, *out.strides,
     )  # fmt: skip
-    config = conv3x3_depthwise.Dgrad(
-        s.block_j, *s.box, sh, sw, CHANNELS_LAST=out.channels_last, VEC=dz.vec,
+    config = conv3x3_depthwise.Depthwise(
+        s.block_j, conv3x3.Box(*s.box), sh, sw, CHANNELS_LAST=out.channels_last, VEC=dz.vec,
         VEC_STORE=1 if sw == 2 and not out.channels_last else out.vec,
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * cdiv(c, s.block_j), sh * sw)
@@ -358,7 +359,7 @@ def _launch(
 def _dense_config(s: ConvConfig, precision: str, out: Image) -> dict[str, Any]:
     """The fields that `forward` and `dgrad` share, but for the lengths of vectors."""
     return dict(
-        BLOCK_J=s.block_j, BLOCK_L=s.block_l, BOX_N=s.box[0], BOX_H=s.box[1], BOX_W=s.box[2], ROWS=s.rows,
+        BLOCK_J=s.block_j, BLOCK_L=s.block_l, BOX=conv3x3.Box(*s.box), ROWS=s.rows,
         GROUP=s.group, GROUPS_PER_TILE=s.bundle, DIAGONAL=s.bundle > 1, FLAT=s.flat, TMA=s.tma, PRECISION=precision,
         CHANNELS_LAST=out.channels_last,
     )  # fmt: skip

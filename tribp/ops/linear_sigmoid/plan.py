@@ -33,7 +33,7 @@ def forward(plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Buffer, *, tf
             ys.argument(store_tma, s.block_i, s.block_j),
             m, n, k, xs.ld, ws.ld,
         ),
-        kernels.Forward(
+        kernels.Product(
             BLOCK_M=s.block_i, BLOCK_N=s.block_j, BLOCK_K=s.block_l, GROUP=s.group, PRECISION=precision,
             TMA=s.tma, TMA_STORE=store_tma, X_TRANSPOSED=xs.transposed, W_TRANSPOSED=ws.transposed,
             PREFETCH=prefetched(s, xs, ws), PERSISTENT=s.persistent, VEC=vec, VEC_STORE=ys.vec,
@@ -150,7 +150,7 @@ def dgrad(plan: Plan, dz: Operand, y: Operand | None, w: Operand, dx: Buffer, s:
             out.argument(store_tma, s.block_i, s.block_j),
             m, n, k, dz.ld, w.ld,
         ),
-        kernels.Dgrad(
+        kernels.Product(
             BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
             PRECISION=precision, FUSE_DZ=s.fuse_dz, TMA=s.tma, TMA_STORE=store_tma, W_TRANSPOSED=w.transposed,
             PREFETCH=prefetched(s, dz, w), VEC=min(t.vec for t in (dz, w, y) if t is not None), VEC_STORE=out.vec,
@@ -180,7 +180,7 @@ def wgrad(
             dw, dz_out, db, m, n, k, dz.ld, x.ld,
             cdiv(cdiv(m, s.splits), s.block_l) * s.block_l,
         ),
-        kernels.Wgrad(
+        kernels.Product(
             BLOCK_M=s.block_l, BLOCK_N=s.block_i, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
             PRECISION=precision, FUSE_DZ=s.fuse_dz, TMA=s.tma, X_TRANSPOSED=x.transposed,
             PREFETCH=prefetched(s, dz, x), VEC=min(dz.vec, x.vec), VEC_STORE=vector_length(dw.element_size(), k),
