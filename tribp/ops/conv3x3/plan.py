@@ -66,11 +66,13 @@ def _depthwise_forward(
     arguments = (
         xs.tensor, w, b, y.tensor, n, *x.shape[2:], p, q, c, *window.padding, *xs.strides, *y.strides,
     )  # fmt: skip
-    config = conv3x3_depthwise.Depthwise(
+    constants = conv3x3_depthwise.Depthwise(
         s.block_j, conv3x3.Box(*s.box), *window.stride, CHANNELS_LAST=y.channels_last, VEC=xs.vec, VEC_STORE=y.vec,
         SIGMOID=sigmoid, PTX=plan.arch.backend != "hip",
     )  # fmt: skip
-    return _launch(conv3x3_depthwise.depthwise_forward, (s.boxes(n, p, q) * cdiv(c, s.block_j),), arguments, config, s)
+    return _launch(
+        conv3x3_depthwise.depthwise_forward, (s.boxes(n, p, q) * cdiv(c, s.block_j),), arguments, constants, s
+    )
 
 
 def _few_channels_forward(
@@ -81,13 +83,13 @@ def _few_channels_forward(
     w = _either_order(plan, w)
     s = plan.config(FewChannelsProblem(n, p, q, o, c, dtype, plan.arch, wgrad=False))
     arguments = (x, w, b, y.tensor, n, *x.shape[2:], p, q, o, *window.padding, *x.stride(), *y.strides)
-    config = conv3x3_few_channels.FewChannels(
+    constants = conv3x3_few_channels.FewChannels(
         s.block_j, s.block_l, conv3x3.Box(*s.box), c, TAPS_LAST=w.is_contiguous(),
         PRECISION=precision_of(dtype, tf32, plan.arch), CHANNELS_LAST=y.channels_last, STEP_H=window.stride[0],
         STEP_W=window.stride[1], VEC_STORE=y.vec, SIGMOID=sigmoid, PTX=plan.arch.backend != "hip",
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * cdiv(o, s.block_j),)
-    return _launch(conv3x3_few_channels.few_channels_forward, grid, arguments, config, s)
+    return _launch(conv3x3_few_channels.few_channels_forward, grid, arguments, constants, s)
 
 
 def _dense_forward(
@@ -99,28 +101,28 @@ def _dense_forward(
     packing = Packing(plan)
     xs = packing.image(x, groups)
     og, cg = o // groups, xs.tensor.shape[1] // groups
-    per_tile = bundle_of(groups, cg, og, 64 if arch.has_tma else 32)
-    ws = _packed_weight(plan, packing, w, o, cg, per_tile, groups)
+    bundle = bundle_of(groups, cg, og, 64 if arch.has_tma else 32)
+    ws = _packed_weight(plan, packing, w, o, cg, bundle, groups)
     packing.launch()
-    tiles = cdiv(groups, per_tile)
-    vec = _tile_vec(xs, groups, per_tile)
+    bundles = cdiv(groups, bundle)
+    vec = _tile_vec(xs, groups, bundle)
     s = plan.config(ConvProblem(
-        n, p, q, per_tile * og, per_tile * cg, tiles, per_tile, 1, dtype, precision, arch,
+        n, p, q, bundle * og, bundle * cg, bundles, bundle, 1, dtype, precision, arch,
         vec=vec, tma=xs.tma and ws.tma and _steppable(x, window), along=True,
-        whole=tiles > 1 or window.stride[1] == 2, wide=not y.channels_last, stepped=max(window.stride) > 1,
+        whole=bundles > 1 or window.stride[1] == 2, wide=not y.channels_last, stepped=max(window.stride) > 1,
     ))  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
         xs.argument(s.tma, s.box, s.block_l, precision, window.stride),
         _weight_argument(ws, s.tma, s.block_j, s.block_l, precision),
-        *((xs.tensor, ws.tensor) if per_tile > 1 else (None, None)), b, y.tensor,
+        *((xs.tensor, ws.tensor) if bundle > 1 else (None, None)), b, y.tensor,
         n, *x.shape[2:], p, q, groups, og, cg, *window.padding, *window.stride, *_without_channels(xs), *y.strides,
     )  # fmt: skip
-    config = conv3x3.Product(
-        **_dense_config(s, precision, y), VEC=vec, VEC_W=ws.vec, VEC_STORE=_tile_vec(y, groups, per_tile),
+    constants = conv3x3.Product(
+        **_dense_config(s, precision, y), VEC=vec, VEC_W=ws.vec, VEC_STORE=_tile_vec(y, groups, bundle),
         SIGMOID=sigmoid, PTX=arch.backend != "hip",
     )  # fmt: skip
-    return _launch(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, config, s)
+    return _launch(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, constants, s)
 
 
 def backward(
@@ -193,34 +195,34 @@ def _dense_dgrad(plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer,
     out = dense_image(dx)
     og = dz.tensor.shape[1] // groups  # with padding
     cg = padded(c, dx.element_size()) if groups == 1 else c // groups
-    per_tile = bundle_of(groups, cg, og, 64 if arch.has_tma else 32)
+    bundle = bundle_of(groups, cg, og, 64 if arch.has_tma else 32)
     # wgmma takes TF32 from rows that lie along the sum.
     along = precision == "tf32" and groups == 1 and (arch.has_wgmma or arch.backend == "interpreter")
     if along:
-        ws = _packed_weight(plan, packing, w, cg, og, per_tile, groups, swapped=True)
+        ws = _packed_weight(plan, packing, w, cg, og, bundle, groups, swapped=True)
     else:
-        ws = _packed_weight(plan, packing, w, og * groups, cg, per_tile, groups)
-    tiles = cdiv(groups, per_tile)
-    vec = _tile_vec(dz, groups, per_tile)
+        ws = _packed_weight(plan, packing, w, og * groups, cg, bundle, groups)
+    bundles = cdiv(groups, bundle)
+    vec = _tile_vec(dz, groups, bundle)
     p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
     s = plan.config(ConvProblem(
-        n, p, q, per_tile * (c // groups), per_tile * og, tiles, per_tile, sh * sw, dtype, precision, arch,
-        vec=vec, tma=dz.tma and ws.tma, along=along, whole=tiles > 1, wide=not out.channels_last, stepped=sh * sw > 1,
+        n, p, q, bundle * (c // groups), bundle * og, bundles, bundle, sh * sw, dtype, precision, arch,
+        vec=vec, tma=dz.tma and ws.tma, along=along, whole=bundles > 1, wide=not out.channels_last, stepped=sh * sw > 1,
     ))  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
         dz.argument(s.tma, s.box, s.block_l, precision),
         _weight_argument(ws, s.tma, *((s.block_j, s.block_l) if along else (s.block_l, s.block_j)), precision),
-        *((dz.tensor, ws.tensor) if per_tile > 1 else (None, None)), dx,
+        *((dz.tensor, ws.tensor) if bundle > 1 else (None, None)), dx,
         n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding, sh, sw,
         *_without_channels(dz), *out.strides,
     )  # fmt: skip
-    config = conv3x3.Product(
+    constants = conv3x3.Product(
         **_dense_config(s, precision, out), VEC=vec, VEC_W=ws.vec,
-        VEC_STORE=1 if sw == 2 and not out.channels_last else _tile_vec(out, groups, per_tile), W_TRANSPOSED=along,
+        VEC_STORE=1 if sw == 2 and not out.channels_last else _tile_vec(out, groups, bundle), W_TRANSPOSED=along,
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * s.columns(c // groups, groups), sh * sw)
-    return _launch(conv3x3.dgrad, grid, arguments, config, s)
+    return _launch(conv3x3.dgrad, grid, arguments, constants, s)
 
 
 def _dense_wgrad(
@@ -232,11 +234,11 @@ def _dense_wgrad(
     dtype, partial = dtype_name(x.dtype), accumulator(x.dtype)
     precision = precision_of(dtype, tf32, arch)
     og = o // groups
-    per_tile = bundle_of(groups, cg, og, 32)
-    tiles = cdiv(groups, per_tile)
-    vec_o, vec_c = _tile_vec(dz, groups, per_tile), _tile_vec(xs, groups, per_tile)
+    bundle = bundle_of(groups, cg, og, 32)
+    bundles = cdiv(groups, bundle)
+    vec_o, vec_c = _tile_vec(dz, groups, bundle), _tile_vec(xs, groups, bundle)
     s = plan.config(ConvWgradProblem(
-        n, p, q, per_tile * og, per_tile * cg, tiles, per_tile, dtype, precision, arch,
+        n, p, q, bundle * og, bundle * cg, bundles, bundle, dtype, precision, arch,
         vec=min(vec_o, vec_c), tma=dz.tma and xs.tma and _steppable(x, window), spare=spare,
     ))  # fmt: skip
     shares, sums = partials_of(plan, dw, s.splits, partial, (o, 9, cg)), partials_of(plan, db, s.splits, partial)
@@ -250,13 +252,13 @@ def _dense_wgrad(
         *window.padding, *window.stride, *_without_channels(dz), *_without_channels(xs),
         cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
-    config = conv3x3.Wgrad(
-        s.block_i, s.block_j, conv3x3.Box(*s.box), s.taps, per_tile, DIAGONAL=per_tile > 1, TMA=s.tma,
+    constants = conv3x3.Wgrad(
+        s.block_i, s.block_j, conv3x3.Box(*s.box), s.taps, bundle, DIAGONAL=bundle > 1, TMA=s.tma,
         X_FIRST=s.x_first, TAPS_LAST=s.splits == 1 and not in_order, PRECISION=precision, VEC_O=vec_o, VEC_C=vec_c,
         VEC_STORE=vector_length(shares.element_size(), cg),
     )  # fmt: skip
-    grid = (s.tiles(per_tile * og, per_tile * cg) * tiles * (9 // s.taps), s.splits)
-    plan.add(_launch(conv3x3.wgrad, grid, arguments, config, s))
+    grid = (s.tiles(bundle * og, bundle * cg) * bundles * (9 // s.taps), s.splits)
+    plan.add(_launch(conv3x3.wgrad, grid, arguments, constants, s))
     return Partials(shares, dw, None if in_order else (9, cg)), Partials(sums, db)
 
 
@@ -277,12 +279,12 @@ def _few_channels_wgrad(
     vec = dz.vec if ys is None else min(dz.vec, ys.vec)
     if dz.channels_last:
         vec = min(vec, vector_length(x.element_size(), o))
-    config = conv3x3_few_channels.FewChannels(
+    constants = conv3x3_few_channels.FewChannels(
         s.block_i, s.block_j, conv3x3.Box(*s.box), c, TAPS_LAST=dw.is_contiguous(),
         PRECISION=precision_of(dtype, tf32, arch), CHANNELS_LAST=dz.channels_last, STEP_H=window.stride[0],
         STEP_W=window.stride[1], VEC=vec, FUSE_DZ=ys is not None,
     )  # fmt: skip
-    plan.add(_launch(conv3x3_few_channels.few_channels_wgrad, (cdiv(o, s.block_i), s.splits), arguments, config, s))
+    plan.add(_launch(conv3x3_few_channels.few_channels_wgrad, (cdiv(o, s.block_i), s.splits), arguments, constants, s))
     return Partials(shares, dw), Partials(sums, db)
 
 
@@ -306,12 +308,12 @@ def _few_channels_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Wi
         dz.argument(s.tma, (s.box[0], 1, s.box[2]), s.block_l, precision), w, dx,
         n, height, width, *dz.tensor.shape[2:], o, *window.padding, *_without_channels(dz), *out.strides,
     )  # fmt: skip
-    config = conv3x3_few_channels.FewChannels(
+    constants = conv3x3_few_channels.FewChannels(
         s.block_l, 64, conv3x3.Box(*s.box), c, TAPS_LAST=w.is_contiguous(), PRECISION=precision,
         CHANNELS_LAST=out.channels_last, VEC=dz.vec, VEC_STORE=out.vec if out.channels_last else 1, TMA=s.tma,
     )  # fmt: skip
     grid = (s.boxes(n, height, width, rim=2),)
-    return _launch(conv3x3_few_channels.few_channels_dgrad, grid, arguments, config, s)
+    return _launch(conv3x3_few_channels.few_channels_dgrad, grid, arguments, constants, s)
 
 
 def _depthwise_wgrad(plan: Plan, dz: Image, x: Buffer, dw: Buffer, db: Buffer | None, window: Window) -> Sums:
@@ -324,11 +326,11 @@ def _depthwise_wgrad(plan: Plan, dz: Image, x: Buffer, dw: Buffer, db: Buffer | 
         dz.tensor, xs.tensor, shares, sums, n, *x.shape[2:], p, q, c, *window.padding, *dz.strides, *xs.strides,
         cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
-    config = conv3x3_depthwise.Depthwise(
+    constants = conv3x3_depthwise.Depthwise(
         s.block_j, conv3x3.Box(*s.box), *window.stride, CHANNELS_LAST=dz.channels_last, VEC=xs.vec, VEC_Z=dz.vec,
         WHOLE=p % s.box[1] == 0,
     )  # fmt: skip
-    plan.add(_launch(conv3x3_depthwise.depthwise_wgrad, (cdiv(c, s.block_j), s.splits), arguments, config, s))
+    plan.add(_launch(conv3x3_depthwise.depthwise_wgrad, (cdiv(c, s.block_j), s.splits), arguments, constants, s))
     return Partials(shares, dw), Partials(sums, db)
 
 
@@ -342,18 +344,18 @@ def _depthwise_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Windo
         dz.tensor, plan.contiguous(w), dx, n, height, width, *dz.tensor.shape[2:], c, *window.padding,
         *dz.strides, *out.strides,
     )  # fmt: skip
-    config = conv3x3_depthwise.Depthwise(
+    constants = conv3x3_depthwise.Depthwise(
         s.block_j, conv3x3.Box(*s.box), sh, sw, CHANNELS_LAST=out.channels_last, VEC=dz.vec,
         VEC_STORE=1 if sw == 2 and not out.channels_last else out.vec,
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * cdiv(c, s.block_j), sh * sw)
-    return _launch(conv3x3_depthwise.depthwise_dgrad, grid, arguments, config, s)
+    return _launch(conv3x3_depthwise.depthwise_dgrad, grid, arguments, constants, s)
 
 
 def _launch(
-    kernel: Any, grid: tuple[int, ...], arguments: tuple[object, ...], compiled: NamedTuple, s: ConvConfig
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[object, ...], constants: NamedTuple, s: ConvConfig
 ) -> Launch:
-    return Launch(kernel, grid, arguments, dict(CONFIG=compiled), s.num_warps, s.num_stages, s.max_registers)
+    return Launch(kernel, grid, arguments, dict(CONFIG=constants), s.num_warps, s.num_stages, s.max_registers)
 
 
 def _dense_config(s: ConvConfig, precision: str, out: Image) -> dict[str, Any]:
@@ -376,14 +378,14 @@ def _steppable(x: Buffer, window: Window) -> bool:
     return all(length % step == 0 for length, step in zip(x.shape[2:], window.stride, strict=True))
 
 
-def _tile_vec(image: Image, groups: int, per_tile: int) -> int:
+def _tile_vec(image: Image, groups: int, bundle: int) -> int:
     """Elements that divide all that `image.vec` does, and the channels of a tile's groups; so they divide a shorter
     last tile's.
     """
     if groups == 1 or not image.channels_last:
         return image.vec
     channels = image.tensor.shape[1] // groups
-    return min(image.vec, vector_length(image.tensor.element_size(), per_tile * channels))
+    return min(image.vec, vector_length(image.tensor.element_size(), bundle * channels))
 
 
 def _without_channels(image: Image) -> tuple[int, int, int]:
@@ -399,17 +401,17 @@ def _weight_argument(w: Image, use_tma: bool, rows: int, cols: int, precision: s
 
 
 def _packed_weight(
-    plan: Plan, packing: Packing, w: Buffer, rows: int, cols: int, per_tile: int, groups: int, swapped: bool = False
+    plan: Plan, packing: Packing, w: Buffer, rows: int, cols: int, bundle: int, groups: int, swapped: bool = False
 ) -> Image:
     """w as (rows, 9, cols) in memory, with zeros where it has no such output or input channel.
 
-    Of several groups a tile, their cols stand side by side: (rows, 9, per_tile · cols). swapped: rows are input
+    Of several groups a tile, their cols stand side by side: (rows, 9, bundle · cols). swapped: rows are input
     channels.
     """
-    if per_tile > 1:
-        out = channels_last_scratch(plan, w, per_tile * cols)
+    if bundle > 1:
+        out = channels_last_scratch(plan, w, bundle * cols)
         arguments = (w, out, rows // groups, cols, *w.stride())
-        config = conv3x3.SpreadWeight(per_tile, power_of_2(9 * per_tile * cols))
+        config = conv3x3.SpreadWeight(bundle, power_of_2(9 * bundle * cols))
         packing.others.append(Launch(conv3x3.spread_weight, (rows,), arguments, dict(CONFIG=config), 4))
         return image(out, True)
     if not swapped and w.shape[:2] == (rows, cols) and w.is_contiguous(memory_format=torch.channels_last):
