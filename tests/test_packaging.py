@@ -22,7 +22,7 @@ FLOORS = {
     "launch": {"dispatch", "kernels", "versions"},
     "ops": {"dispatch", "kernels", "launch", "versions"},
     "functional": {"ops"},
-    "nn": {"functional", "ops.conv3x3.checks"},
+    "nn": {"ops"},
     "fusion": {"dispatch", "nn"},
     "optim": {"dispatch", "kernels", "launch"},
     "demo": {"dispatch", "functional", "nn", "optim"},

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .functional import conv3x3, linear_sigmoid
 from .ops.conv3x3.checks import check_activation, window_of
+from .ops.conv3x3.op import conv3x3
+from .ops.linear_sigmoid.op import linear_sigmoid
 
 __all__ = ["Conv3x3", "LinearSigmoid"]
 
