@@ -181,7 +181,7 @@ def product_work(given: Given, grid: tuple[int, ...], operand: str, out: str, si
     work = model.product(given, operand, steps, size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"), outer)
     if not wgrad and given["PREFETCH"]:  # by hand: what is left of the sum comes before the loop
         work |= dict(turns=length // given[block])
-    read = 1 + given.get("FUSE_DZ", False)  # dy and y, or one tensor
+    read = 2 if given.get("FUSE_DZ") else 1  # dy and y, or one tensor
     loaded = itemsize * length * (read * height * cols + width * rows)
     stored = math.prod(grid[1:]) * height * width * model.itemsize(given, out)
     if given.get("dz_out") is not None:
