@@ -290,7 +290,7 @@ def legal_product(
     """
     arch, itemsize = of.arch, ITEMSIZE[of.dtype]
     tile = config.block_i * config.block_j
-    by_registers = needs_registers(of, tma=config.tma)
+    by_registers = needs_registers(of, tma=config.tma) and not config.prefetch  # which copies nothing asynchronously
     most = RESULT // 4 if config.prefetch else RESULT  # what is prefetched lies in registers as well
     deepest = 32 if config.prefetch else 128
     stages = stages_in_memory(config, itemsize, arch, extra=extra, output=output)
@@ -314,7 +314,7 @@ def legal_product(
 
 def adjusted_product(config: M, of: Product, *, extra: int = 0, output: int = 0) -> M:
     """The config with warps and stages as its tiles and the GPU's memory allow."""
-    if needs_registers(of, tma=config.tma):
+    if needs_registers(of, tma=config.tma) and not config.prefetch:
         config = by_mma_sync(config, of.precision)
     if config.block_i * config.block_j < 64 * 64:
         config = replace(config, num_warps=min(config.num_warps, 4))
