@@ -22,12 +22,11 @@ from tribp.ops.conv3x3.config import (
     ConvConfig,
     ConvProblem,
     ConvWgradProblem,
-    DepthwiseProblem,
-    FewChannelsDgradProblem,
     bundle_of,
     choose_box,
     even_splits,
 )
+from tribp.ops.conv3x3.config_few_channels import DepthwiseProblem, FewChannelsDgradProblem
 from tribp.ops.conv3x3.images import Packing, relayout
 from tribp.ops.conv3x3.reference import Window, conv3x3_backward
 

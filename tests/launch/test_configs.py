@@ -21,14 +21,8 @@ from tribp.launch.arch import ARCHS, INTERPRETER, ITEMSIZE, Arch, cdiv
 from tribp.launch.matmul import MatmulConfig, ReduceProblem, basis
 from tribp.launch.neighbors import neighbors
 from tribp.launch.optim import MultiTensorProblem
-from tribp.ops.conv3x3.config import (
-    ConvProblem,
-    ConvWgradProblem,
-    DepthwiseProblem,
-    FewChannelsDgradProblem,
-    FewChannelsProblem,
-    RelayoutProblem,
-)
+from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, RelayoutProblem
+from tribp.ops.conv3x3.config_few_channels import DepthwiseProblem, FewChannelsDgradProblem, FewChannelsProblem
 from tribp.ops.linear_sigmoid.config import DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
 
 from ..conv3x3.cases import ieee as ieee

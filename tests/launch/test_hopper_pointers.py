@@ -17,7 +17,8 @@ from tribp import versions
 from tribp.launch.arch import ARCHS
 from tribp.launch.matmul import MatmulConfig, candidates, needs_registers
 from tribp.launch.neighbors import neighbors
-from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, FewChannelsProblem
+from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem
+from tribp.ops.conv3x3.config_few_channels import FewChannelsProblem
 from tribp.ops.linear_sigmoid.config import ForwardProblem
 
 from .config_cases import problems

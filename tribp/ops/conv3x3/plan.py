@@ -16,15 +16,12 @@ from ...launch.layout import accumulator, descriptor, precision_in_kernel, vecto
 from ...launch.plan import Buffer, Launch, Plan
 from ...launch.reduce import Partials, partials_of, reduce_partials
 from .config import (
-    FEW_CHANNELS,
     ConvConfig,
     ConvProblem,
     ConvWgradProblem,
-    DepthwiseProblem,
-    FewChannelsDgradProblem,
-    FewChannelsProblem,
     bundle_of,
 )
+from .config_few_channels import FEW_CHANNELS, DepthwiseProblem, FewChannelsDgradProblem, FewChannelsProblem
 from .images import (
     Image,
     Packing,

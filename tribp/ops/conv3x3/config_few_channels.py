@@ -1,0 +1,255 @@
+"""Configs of convolutions of few channels: up to seven input channels, or each channel by itself."""
+
+from dataclasses import replace
+from math import prod
+from typing import NamedTuple
+
+from ... import versions
+from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
+from ...launch.matmul import MAX_TILE, REASON_INTERPRETED, RESULT, fit, legal_threads, registers, stages_in_memory
+from ...launch.neighbors import Steps, all_registers, doubled, one_more
+from .config import (
+    ConvConfig,
+    adjusted_splits,
+    beside,
+    choose_box,
+    even_splits,
+    legal_splits,
+    sparing,
+    unrounded,
+)
+
+FEW_CHANNELS = 7  # input channels up to which nine taps of them fit the 64 summed elements of one product
+
+
+def few_channels_stages(dtype: str, arch: Arch) -> int:
+    """The stages that `few_channels_wgrad` may have.
+
+    Compiled: with two, wgmma reads float32 tiles where `cp.async` brings the next ones, or registers that are refilled.
+    """
+    early = arch.has_wgmma and (ITEMSIZE[dtype] == 4 or not versions.fences_copies())
+    return 1 if early or arch.backend == "interpreter" else 2
+
+
+def with_rows(
+    config: ConvConfig, images: int, columns: int, n: int, p: int, q: int, tiles: int, arch: Arch, *, rim: int = 0,
+    choices: tuple[int, ...] = (32, 16, 8, 4),
+) -> ConvConfig:  # fmt: skip
+    """The config, with boxes of as many rows as leave four programs a processor.
+
+    Derived: of two rows each neighbours read both, which is a sixteenth then. tiles: of channels; rim: as in `boxes`.
+    """
+    for rows in choices:
+        config = replace(config, box=(images, rows, columns))
+        if config.boxes(n, p, q, rim) * tiles >= 4 * arch.processors:
+            break
+    return config
+
+
+class FewChannelsProblem(NamedTuple):
+    """Few input channels. Forward: rows of pixels, and three products of 3·c summed elements for each of them.
+
+    wgrad: one of 9·c columns for a box of pixels. fused: it forms dz on load.
+    """
+
+    n: int
+    p: int
+    q: int
+    o: int
+    c: int
+    dtype: str
+    arch: Arch
+    wgrad: bool
+    fused: bool = False
+
+    def steps(self) -> Steps:
+        return dict(
+            box=beside, num_warps=doubled, num_stages=one_more, block_i=doubled, block_j=doubled, block_l=doubled,
+            splits=doubled, max_registers=all_registers,
+        )  # fmt: skip
+
+    def choose(self) -> ConvConfig:
+        n, p, q, o, c, dtype, arch, wgrad, fused = self
+        k = max(16, power_of_2(9 * c))
+        if arch.backend == "interpreter":
+            pixels, warps, reason = 32, 1, REASON_INTERPRETED
+        elif ITEMSIZE[dtype] == 8:
+            pixels, warps, reason = 16 if wgrad else 32, 4, "derived: float64: two registers an element"
+        elif ITEMSIZE[dtype] == 4:
+            pixels, warps, reason = 32 if wgrad else 64, 4, "derived: float32: both halves of tf32x3 in registers"
+        else:
+            # Counted: by mma.sync four warps of wgrad read a tile of x four times from shared memory, two read it
+            # twice.
+            warps = 2 if wgrad and not fused and arch.backend == "cuda" and not arch.has_tma else 4
+            pixels, reason = 32 * warps, "derived: a pixel a thread, which knows its taps when it is compiled"
+            if fused:
+                pixels, reason = 64, "compiled: dz and its sums fit registers"
+        channels = fit(64 if ITEMSIZE[dtype] <= 4 and arch.backend != "interpreter" else 32, o)
+        if not wgrad:
+            k = max(16, power_of_2(3 * c))
+            if arch.backend == "cuda" and not arch.has_tma:
+                # Compiled: weights lie in registers; beside twice the pixels they spill, up to 668 bytes.
+                pixels >>= (ITEMSIZE[dtype] == 4) + (k > 16)
+            images, _, columns = choose_box(pixels, n, 1, q, wide=True)
+            chosen = ConvConfig(pixels, channels, k, warps, 1, reason, max_registers=unrounded(arch))
+            return with_rows(chosen, images, columns, n, p, q, cdiv(o, channels), arch)
+        box = choose_box(pixels, n, p, q, wide=True)
+        stages = few_channels_stages(dtype, arch)
+        chosen = ConvConfig(channels, k, pixels, warps, stages, reason, box=box, max_registers=unrounded(arch))
+        boxes = chosen.boxes(n, p, q)
+        # Derived: four programs a processor hide each other's gathers; splits of under four boxes mostly write results.
+        splits = max(1, min(4 * arch.processors // cdiv(o, channels), cdiv(boxes, 4)))
+        return replace(chosen, splits=even_splits(boxes, splits))
+
+    def adjusted(self, config: ConvConfig) -> ConvConfig:
+        if not self.wgrad:
+            return replace(config, block_i=config.box[0] * config.box[2])
+        n, p, q = self.n, self.p, self.q
+        if prod(config.box) != config.block_l:
+            config = replace(config, box=choose_box(config.block_l, n, p, q, wide=True))
+        stages = min(
+            few_channels_stages(self.dtype, self.arch), stages_in_memory(config, ITEMSIZE[self.dtype], self.arch)
+        )
+        return adjusted_splits(replace(config, num_stages=min(config.num_stages, stages)), n, p, q)
+
+    def is_legal(self, config: ConvConfig) -> bool:
+        n, p, q, o, c, dtype, arch, wgrad, _ = self
+        chosen = self.choose()
+        i, j, l = config.block_i, config.block_j, config.block_l
+        largest = max(i * j, i * l, j * l) if wgrad else i * j
+        return (
+            legal_threads(config, arch)
+            and min(i, j, l) >= 16
+            and (i if wgrad else j) <= fit(128, o)
+            # All that a pixel meets is one step: of wgrad nine taps, else a row of three.
+            and (j == chosen.block_j and l <= MAX_TILE if wgrad else (i, l) == (chosen.block_i, chosen.block_l))
+            and prod(config.box) == (l if wgrad else i * config.box[1])
+            and registers(largest, dtype, config.num_warps, arch) <= RESULT
+            and 1 <= config.num_stages <= (few_channels_stages(dtype, arch) if wgrad else 1)
+            and sparing(config, chosen, n, p, q)
+            and (legal_splits(config, n, p, q, max(ITEMSIZE[dtype], 4) * 9 * o * c) if wgrad else config.splits == 1)
+        )
+
+
+class FewChannelsDgradProblem(NamedTuple):
+    """dx of few input channels, n images of h × w: rows of dz, one after the other, times nine taps of four channels.
+
+    A descriptor's box is a line of columns: of others a reshape would send dz through registers (`conv3x3.convolve`).
+    """
+
+    n: int
+    h: int
+    w: int
+    o: int
+    dtype: str
+    precision: str
+    arch: Arch
+    tma: bool
+
+    def steps(self) -> Steps:
+        return dict(box=beside, num_warps=doubled, num_stages=one_more, max_registers=all_registers)
+
+    def choose(self) -> ConvConfig:
+        n, h, w, o, dtype, _, arch, tma = self
+        block_l = fit(128, o)
+        if arch.backend == "interpreter":
+            pixels, warps, stages, reason = 32, 1, 1, REASON_INTERPRETED
+        else:
+            # Compiled: of longer rows a thread holds more weights, and spills beside the products of 128 pixels on
+            # sm_80.
+            pixels = 128 if block_l * ITEMSIZE[dtype] <= 128 else 64
+            warps, reason = 4, "derived: 16 KB a stage: three in flight, of each of two programs a processor or more"
+            stages = 2 if arch.backend == "hip" else 4
+        tma = tma and arch.has_tma
+        if not tma:
+            stages = stages if few_channels_stages(dtype, arch) > 1 else 1
+        narrowest = min(64, pixels) if tma else 8
+        widths = [k for k in (128, 64, 32, 16, 8) if narrowest <= k <= pixels]
+        columns = min(widths, key=lambda columns: cdiv(w, columns - 2) * columns)
+        images = 1 if tma else pixels // columns
+        pixels = images * columns
+        chosen = ConvConfig(pixels, 64, block_l, warps, stages, reason, tma=tma, max_registers=unrounded(arch))
+        return with_rows(chosen, images, columns, n, h, w, 1, arch, rim=2)
+
+    def adjusted(self, config: ConvConfig) -> ConvConfig:
+        return config
+
+    def is_legal(self, config: ConvConfig) -> bool:
+        chosen, size = self.choose(), ITEMSIZE[self.dtype]
+        images, rows, columns = config.box
+        # Weights, and what is exchanged, take 16 KB.
+        copies = config.num_stages - (not self.arch.has_tma) if config.num_stages > 1 else 0
+        return (
+            legal_threads(config, self.arch)
+            and (images, columns) == (chosen.box[0], chosen.box[2])
+            and 1 <= rows <= MAX_TILE
+            and (config.num_stages == 1 if chosen.num_stages == 1 else config.num_stages >= 1)
+            and copies * config.block_i * config.block_l * size < self.arch.shared_memory - 16 * 1024
+        )
+
+
+class DepthwiseProblem(NamedTuple):
+    """Each channel by itself: a few rows of pixels × channels, wide in what is contiguous."""
+
+    n: int
+    p: int
+    q: int
+    c: int
+    dtype: str
+    arch: Arch
+    last: bool
+    wgrad: bool
+
+    def steps(self) -> Steps:
+        return dict(num_warps=doubled, max_registers=all_registers, box=beside, block_j=doubled, splits=doubled)
+
+    def choose(self) -> ConvConfig:
+        n, p, q, c, dtype, arch, last, wgrad = self
+        if arch.backend == "interpreter":
+            elements, rows, warps, reason = 256, 2, 1, REASON_INTERPRETED
+        else:
+            threads = 256 if arch.backend == "hip" else 128
+            elements, rows, warps = threads * max(4, 16 // ITEMSIZE[dtype]), 4, 4
+            reason = "compiled: 16 bytes a thread to a row; rows share what they read"
+            if not last or (wgrad and ITEMSIZE[dtype] == 8) or c % (16 // ITEMSIZE[dtype]):
+                # Compiled: nine weights of each of 8 channels a thread, or sums of two registers, or rows of single
+                # elements spill.
+                elements //= 2
+        if last:
+            channels = min(power_of_2(c), 64)
+            images, _, columns = choose_box(elements // channels, n, 1, q)
+        else:
+            columns = min(power_of_2(q), 128)
+            channels = min(power_of_2(c), elements // columns)
+            images = elements // columns // channels
+        box = (images, min(rows, power_of_2(p)), columns)
+        chosen = ConvConfig(images * columns, channels, 1, warps, 1, reason, box=box, max_registers=unrounded(arch))
+        if not wgrad:
+            # What begins and ends a box's rows makes fours of them.
+            return with_rows(chosen, images, columns, n, p, q, cdiv(c, channels), arch, choices=(30, 14, 6))
+        boxes = chosen.boxes(n, p, q)
+        # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results.
+        splits = max(1, min(4 * arch.processors // cdiv(c, channels), cdiv(boxes, 4)))
+        return replace(chosen, splits=even_splits(boxes, splits))
+
+    def adjusted(self, config: ConvConfig) -> ConvConfig:
+        config = replace(config, block_i=config.box[0] * config.box[2])
+        return adjusted_splits(config, self.n, self.p, self.q) if self.wgrad else config
+
+    def is_legal(self, config: ConvConfig) -> bool:
+        n, p, q, c, dtype, arch, _, wgrad = self
+        images, rows, columns = config.box
+        chosen, channels = self.choose(), config.block_j
+
+        def covered(s: ConvConfig) -> int:
+            return s.boxes(n, p, q) * prod(s.box) * cdiv(c, s.block_j) * s.block_j
+
+        return (
+            legal_threads(config, arch)
+            and config.block_i == images * columns
+            and 1 <= rows <= (8 if wgrad else 64)  # rows of wgrad are unrolled
+            and max(images, columns, channels) <= MAX_TILE
+            and 64 <= images * columns * channels <= 2048
+            and 4 * covered(config) <= 5 * covered(chosen)
+            and (legal_splits(config, n, p, q, max(ITEMSIZE[dtype], 4) * 9 * c) if wgrad else config.splits == 1)
+        )
