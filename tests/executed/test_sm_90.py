@@ -1,4 +1,4 @@
-"""What Triton compiles for sm_90, executed without a GPU: every kernel (`executed_tests.py`)."""
+"""What Triton compiles for sm_90, executed without a GPU: every kernel (`tests.py`)."""
 
 from .tests import (  # noqa: F401
     gpu,
