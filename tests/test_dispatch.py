@@ -127,7 +127,7 @@ def test_importing_queries_no_gpu() -> None:
                      "get_device_capability", "get_device_name"):
             setattr(torch.cuda, name, refuse)
         torch._C._cuda_getDeviceCount = refuse
-        import tribp, tribp.nn, tribp.functional, tribp.ops.linear_sigmoid.op
+        import tribp, tribp.nn, tribp.functional, tribp.ops.linear.op
         tribp.nn.LinearSigmoid(3, 4)(torch.ones(2, 3))
         assert "tribp.kernels.common" not in sys.modules
         """

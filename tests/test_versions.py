@@ -47,7 +47,7 @@ def test_ci_runs_the_newest_that_is_called_tested() -> None:
 KERNELS = """
 import torch, triton
 torch.__version__, triton.__version__ = {!r}, {!r}
-import tribp, tribp.ops.linear_sigmoid.plan, tribp.ops.conv3x3.plan, tribp.optim.triton_bucket
+import tribp, tribp.ops.linear.plan, tribp.ops.conv3x3.plan, tribp.optim.triton_bucket
 """
 
 

@@ -2,7 +2,7 @@
 
 from .ops import flops
 from .ops.conv3x3.op import conv3x3
-from .ops.linear_sigmoid.op import linear_sigmoid
+from .ops.linear.op import linear_sigmoid
 
 __all__ = ["conv3x3", "linear_sigmoid"]
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from .ops.conv3x3.checks import check_activation, window_of
 from .ops.conv3x3.op import conv3x3
-from .ops.linear_sigmoid.op import linear_sigmoid
+from .ops.linear.op import linear_sigmoid
 
 __all__ = ["Conv3x3", "LinearSigmoid"]
 

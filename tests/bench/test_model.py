@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import conv3x3, linear_sigmoid
+from bench import conv3x3, linear
 from bench.__main__ import main
 from bench.conv3x3 import ConvCase
-from bench.linear_sigmoid import SQUARE, SQUARISH, TALL
+from bench.linear import SQUARE, SQUARISH, TALL
 from bench.model import predict
 from bench.model import work as model_work
 from bench.model.executed import Profile, Tally, profile
@@ -375,7 +375,7 @@ def test_work_of_a_convolution() -> None:
     assert work(depthwise, "forward").turns == work(depthwise, "dgrad").turns == (30 + 2) / 4  # rows, four at a time
 
 
-PRODUCTS: list[Case] = [c for c in [*conv3x3.BASE, *linear_sigmoid.cases()] if c.dtype in (BF16, FP32)]
+PRODUCTS: list[Case] = [c for c in [*conv3x3.BASE, *linear.cases()] if c.dtype in (BF16, FP32)]
 READ = {"output_grad": ("dy", "y"), "reduce_partials": ("partials",), "relayout": ("src", "y"), "pack": ("src", "src2")}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import all as bench_all
-from bench import linear_sigmoid, operation, results
+from bench import linear, operation, results
 from bench.model import predict
 from bench.model.machines import MACHINES
 from bench.model.work import work_of
@@ -30,7 +30,7 @@ def launch() -> Launch:
 
 
 THIRD: Operation = replace(
-    linear_sigmoid.OPERATION,
+    linear.OPERATION,
     name="third",
     cases=[CASE],
     directions=("around", "both"),
@@ -56,7 +56,7 @@ def test_a_file_of_the_folder_is_enough() -> None:
     assert len(others) > 15
     for file in others:
         text = file.read_text()
-        named = [name for name in ("linear_sigmoid", "conv3x3", "optim") if f"from .{name} import" in text]
+        named = [name for name in ("linear", "conv3x3", "optim") if f"from .{name} import" in text]
         assert not named or file.name == "host_layers.py", f"{file.name} knows of {named}"
 
 
@@ -105,7 +105,7 @@ def test_the_model_knows_its_kernels() -> None:
 
 def test_a_kernel_that_nobody_knows_is_named() -> None:
     with pytest.raises(ValueError, match="the kernel_work of linear does not tell what a launch of turn does"):
-        work_of(linear_sigmoid.OPERATION, launch(), CASE)
+        work_of(linear.OPERATION, launch(), CASE)
 
 
 def test_its_settings_show_what_is_switched_on(third: None) -> None:

@@ -211,7 +211,7 @@ def plant() -> dict[str, Any]:
     import torch
 
     from bench.compile import compile_launches, source_of
-    from bench.linear_sigmoid import expectations, launches
+    from bench.linear import expectations, launches
     from bench.operation import Case
     from tribp.launch.plan import Launch, launches_of
 
@@ -263,7 +263,7 @@ def plant() -> dict[str, Any]:
     found |= plant_conv()
 
     x = torch.empty(1 << 20, 16, device="meta", dtype=torch.bfloat16)
-    from tribp.ops.linear_sigmoid.plan import output_grad
+    from tribp.ops.linear.plan import output_grad
 
     def pass_over(*tensors: torch.Tensor | None) -> Launch:
         build: Any = output_grad

@@ -17,7 +17,7 @@ from bench.timing import CpuMeter, Times
 from tribp.launch import plan as plans
 from tribp.launch.arch import INTERPRETER
 from tribp.launch.plan import Launch
-from tribp.ops.linear_sigmoid.config import ForwardProblem
+from tribp.ops.linear.config import ForwardProblem
 
 from .test_run import NO_CUDA
 

@@ -25,10 +25,10 @@ ONE_VALUE = {"PTX"}  # switches that have one value on every NVIDIA GPU
 ONE_VALUE_BEFORE_HOPPER = {
     "conv3x3.dgrad.TMA", "conv3x3.dgrad.W_TRANSPOSED", "conv3x3.forward.TMA", "conv3x3.wgrad.TMA",
     "conv3x3_few_channels.few_channels_dgrad.TMA",
-    "linear_sigmoid.dgrad.FUSE_DZ", "linear_sigmoid.dgrad.TMA", "linear_sigmoid.dgrad.TMA_STORE",
-    "linear_sigmoid.forward.PERSISTENT", "linear_sigmoid.forward.TMA", "linear_sigmoid.forward.TMA_STORE",
-    "linear_sigmoid.wgrad.FUSE_DZ", "linear_sigmoid.wgrad.TMA", "linear_sigmoid.wgrad.db",
-    "linear_sigmoid.wgrad.dz_out",
+    "linear.dgrad.FUSE_DZ", "linear.dgrad.TMA", "linear.dgrad.TMA_STORE",
+    "linear.forward.PERSISTENT", "linear.forward.TMA", "linear.forward.TMA_STORE",
+    "linear.wgrad.FUSE_DZ", "linear.wgrad.TMA", "linear.wgrad.db",
+    "linear.wgrad.dz_out",
 }  # fmt: skip
 
 

@@ -22,8 +22,8 @@ from tribp.launch.arch import ARCHS, INTERPRETER
 from tribp.launch.autotune import FILE, GAIN, Tuner, agrees, decode, load, search, store
 from tribp.launch.matmul import MatmulConfig, ReduceProblem, basis
 from tribp.launch.plan import Buffer, Launch, Plan
-from tribp.ops.linear_sigmoid import plan as linear_plan
-from tribp.ops.linear_sigmoid.config import ForwardProblem
+from tribp.ops.linear import plan as linear_plan
+from tribp.ops.linear.config import ForwardProblem
 
 from ..oracle import LinearSigmoid, assert_close
 from .config_cases import problems
@@ -207,9 +207,7 @@ def test_sources_are_those_of_kernels_heuristics_and_plans(monkeypatch: pytest.M
     monkeypatch.setattr(Path, "read_bytes", recorded)
     autotune.sources.cache_clear()
     autotune.sources()
-    assert {"linear_sigmoid.py", "matmul.py", "config.py", "common.py", "layout.py", "plan.py", "versions.py"} <= set(
-        read
-    )
+    assert {"linear.py", "matmul.py", "config.py", "common.py", "layout.py", "plan.py", "versions.py"} <= set(read)
 
 
 # -- what is stored

@@ -24,7 +24,7 @@ from tribp.launch.neighbors import neighbors
 from tribp.launch.optim import MultiTensorProblem
 from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, RelayoutProblem
 from tribp.ops.conv3x3.config_few_channels import DepthwiseProblem, FewChannelsDgradProblem, FewChannelsProblem
-from tribp.ops.linear_sigmoid.config import DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
+from tribp.ops.linear.config import DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
 
 from ..conv3x3.cases import ieee as ieee
 from ..oracle import TOLERANCE, error
@@ -214,7 +214,7 @@ def test_configs_beside_the_heuristics_compute_the_same(name: str) -> None:
 
 def compiled() -> dict[str, list[str]]:
     """What the compiler says to some configs for every target. Runs in a process without the interpreter."""
-    from bench import conv3x3, linear_sigmoid
+    from bench import conv3x3, linear
     from bench.compile import compile_launches
     from bench.conv3x3 import ConvCase
     from bench.operation import Case
@@ -222,7 +222,7 @@ def compiled() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, arch in ARCHS.items():
         calls: list[Callable[[Arch], Any]] = [
-            lambda arch: linear_sigmoid.launches(Case((4096, 1024, 1024), torch.bfloat16), "forward", arch),
+            lambda arch: linear.launches(Case((4096, 1024, 1024), torch.bfloat16), "forward", arch),
             lambda arch: conv3x3.launches(ConvCase((64, 64, 64, 56, 56), torch.bfloat16), "forward", arch),
         ]
         for call in calls:
@@ -253,7 +253,7 @@ def test_problems_and_neighbors_are_the_same_in_every_process() -> None:
     """Under other seeds of Python's hashes sets have another order, and objects other addresses."""
     code = (
         "from tribp.launch.arch import ARCHS; from tribp.launch.neighbors import neighbors\n"
-        "from tribp.ops.linear_sigmoid.config import WgradProblem\n"
+        "from tribp.ops.linear.config import WgradProblem\n"
         "problem = WgradProblem(80, 40, 48, 'float16', 'ieee', ARCHS['sm_90'], 8, True, True, 1 << 30)\n"
         "print(problem, neighbors(problem, problem.choose()))"
     )

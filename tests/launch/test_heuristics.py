@@ -8,7 +8,7 @@ from tribp import versions
 from tribp.launch.arch import ARCHS, Arch
 from tribp.launch.matmul import fills
 from tribp.ops.conv3x3.config import ConvProblem
-from tribp.ops.linear_sigmoid.config import DgradProblem, ForwardProblem, WgradProblem
+from tribp.ops.linear.config import DgradProblem, ForwardProblem, WgradProblem
 
 H100 = ARCHS["sm_90"]
 

@@ -19,7 +19,7 @@ from tribp.launch.matmul import MatmulConfig, candidates, needs_registers
 from tribp.launch.neighbors import neighbors
 from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem
 from tribp.ops.conv3x3.config_few_channels import FewChannelsProblem
-from tribp.ops.linear_sigmoid.config import ForwardProblem
+from tribp.ops.linear.config import ForwardProblem
 
 from .config_cases import problems
 
@@ -30,7 +30,7 @@ PRECISIONS = [("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "tf32x3")]
 COMPILE = """
 import json, torch
 from bench import conv3x3 as conv
-from bench import linear_sigmoid as linear
+from bench import linear
 from bench.compile import source_of, target_of
 from bench.conv3x3 import ConvCase
 from bench.operation import Case

@@ -25,7 +25,7 @@ pytest.importorskip("triton")
 from tribp.launch import plan as plans
 from tribp.launch.arch import INTERPRETER
 from tribp.launch.plan import Buffer, Launch, Plan
-from tribp.ops.linear_sigmoid import plan as linear_plan
+from tribp.ops.linear import plan as linear_plan
 
 Make = Callable[[str], list[Tensor | None]]
 Compute = Callable[..., list[Tensor]]

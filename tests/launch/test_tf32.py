@@ -19,8 +19,8 @@ from tribp.kernels import common
 from tribp.launch.layout import operand
 from tribp.launch.matmul import MatmulConfig
 from tribp.launch.plan import Buffer, Plan
-from tribp.ops.linear_sigmoid import plan as linear
-from tribp.ops.linear_sigmoid.config import ForwardProblem
+from tribp.ops.linear import plan as linear
+from tribp.ops.linear.config import ForwardProblem
 
 from ..conv3x3.cases import Case, Layout, contiguous, last
 from ..oracle import Conv3x3, assert_close

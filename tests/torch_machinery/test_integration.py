@@ -60,7 +60,7 @@ def test_export(device: str) -> None:
 @pytest.mark.parametrize("grad", ["no gradients", "gradients"])
 def test_opcheck(grad: str, tensors: list[Tensor]) -> None:
     """All that torch checks of an operator: schema, autograd's registration, fake tensors, the compiler's graphs."""
-    from tribp.ops.linear_sigmoid import op as ops
+    from tribp.ops.linear import op as ops
 
     x, w, b = (t.detach().requires_grad_(grad == "gradients") for t in tensors)
     forward: list[tuple[object, ...]] = [

@@ -337,7 +337,7 @@ class ConvProblem(NamedTuple):
 class ConvWgradProblem(NamedTuple):
     """dw (o × c of each bundle, nine taps), summed over n images of p × q pixels, and split between programs.
 
-    spare: bytes that partial results may take, as in `linear_sigmoid.config.WgradProblem`.
+    spare: bytes that partial results may take, as in `linear.config.WgradProblem`.
     """
 
     n: int

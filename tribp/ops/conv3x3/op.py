@@ -1,6 +1,6 @@
 """act(x ⋆ w + b): the function, its derivative, and the operators `tribp::conv3x3` and `tribp::conv3x3_backward`.
 
-As in `linear_sigmoid/op.py`: eager mode goes to `forward` and `backward`; the registered operators are for the
+As in `linear/op.py`: eager mode goes to `forward` and `backward`; the registered operators are for the
 compiler, for export and for dispatch modes.
 """
 

@@ -1,7 +1,7 @@
 """Linear + sigmoid on the Triton kernels: which launches make up each direction. Matrices only; imports triton."""
 
 from ...dispatch import dtype_name
-from ...kernels import linear_sigmoid as kernels
+from ...kernels import linear as kernels
 from ...launch.arch import cdiv, precision_of
 from ...launch.layout import Operand, accumulator, operand, precision_in_kernel, vector_length
 from ...launch.matmul import MatmulConfig

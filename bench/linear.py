@@ -97,7 +97,7 @@ def targets(case: Case, direction: str) -> list[Target]:
 def launches(case: Case, direction: str, arch: Arch) -> "list[Launch]":
     """The launches of one direction, on tensors without memory. A layout may follow: "forward, x transposed"."""
     from tribp.launch.plan import launches_of
-    from tribp.ops.linear_sigmoid import plan
+    from tribp.ops.linear import plan
 
     direction, _, layout = direction.partition(", ")
 
@@ -229,13 +229,13 @@ OPERATION = Operation(
         "reduce_partials": model.reduce_partials,
     },
     tests=KernelTests(
-        ["tests/linear_sigmoid/test_kernels.py", "tests/linear_sigmoid/test_function.py",
+        ["tests/linear/test_kernels.py", "tests/linear/test_function.py",
          "tests/torch_machinery/test_integration.py", "tests/launch/test_plan.py", "tests/test_dispatch.py",
          "-k", "not 31_elements"],
-        ["tests/linear_sigmoid/test_kernels.py", "-k", "bfloat16 and not gpu"],
-        ["tests/linear_sigmoid/test_kernels.py", "-k", "reduce_partials and bfloat16"],
-        large=["tests/linear_sigmoid/test_kernels.py"],
-        kernels=["tests/linear_sigmoid/test_kernels.py"],
+        ["tests/linear/test_kernels.py", "-k", "bfloat16 and not gpu"],
+        ["tests/linear/test_kernels.py", "-k", "reduce_partials and bfloat16"],
+        large=["tests/linear/test_kernels.py"],
+        kernels=["tests/linear/test_kernels.py"],
     ),
     run_first={"bfloat16": "--dtype bfloat16", "float32": "--dtype float32 --first 3"},
     switches=("TMA", "PREFETCH", "PERSISTENT", "FUSE_DZ", "X_TRANSPOSED", "W_TRANSPOSED"),

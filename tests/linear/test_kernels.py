@@ -19,8 +19,8 @@ from tribp.launch.layout import operand
 from tribp.launch.matmul import MatmulConfig
 from tribp.launch.plan import Buffer, Plan, layout_of
 from tribp.launch.reduce import Partials, reduce_partials
-from tribp.ops.linear_sigmoid import plan as ops
-from tribp.ops.linear_sigmoid.config import ForwardProblem, WgradProblem
+from tribp.ops.linear import plan as ops
+from tribp.ops.linear.config import ForwardProblem, WgradProblem
 from tribp.versions import descriptor_unit
 
 from ..covering import DTYPES, cover, turn

@@ -130,7 +130,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) ->
     n = weight.shape[0]
     if backend == "torch" or not _fits(input, weight):
         return reference.linear_sigmoid(input, weight, bias)
-    perform, plan = launching("linear_sigmoid")
+    perform, plan = launching("linear")
 
     output = torch.empty((*input.shape[:-1], n), dtype=input.dtype, device=input.device)
     tensors = (as_matrix(input), weight, bias, as_matrix(output))
@@ -148,7 +148,7 @@ def backward(
     """
     if backend == "torch" or not _fits(output, input, weight):
         return reference.linear_sigmoid_backward(grad, input, weight, output, needs)
-    perform, plan = launching("linear_sigmoid")
+    perform, plan = launching("linear")
 
     n = output.shape[-1]
     x = as_matrix(input) if input is not None else None

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tribp
-from bench.linear_sigmoid import launches
+from bench.linear import launches
 from bench.operation import Case
 from tribp.launch.arch import ARCHS
 
