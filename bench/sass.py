@@ -8,8 +8,10 @@ import bisect
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import networkx as nx
 
 # UTCHMMA is tcgen05.mma as disassembled; HGMMA is wgmma, HMMA and DMMA are mma.sync.
 MATRIX = {"HGMMA", "HMMA", "DMMA", "UTCHMMA", "v_mfma"}
@@ -156,122 +158,74 @@ def matrix_loops(code: Sequence[Instruction]) -> list[Loop]:
     Where there are no such instructions at all, those with float64 multiplications: the form a product takes on a
     target whose tensor cores have no float64.
     """
-    blocks = basic_blocks(code)
-    graph = Graph(code, blocks)
-    loops = graph.loops()
-    matrix = loops_with(MATRIX, code, blocks, loops)
-    loops_found = []
-    for head, loop in matrix or loops_with({"DFMA"}, code, blocks, loops):
-        body = [code[i] for block in graph.in_order(head, loop) for i in blocks[block]]
-        before = [code[i] for block in graph.leading_to(loop) for i in blocks[block]]
-        multiplies = [n for n, i in enumerate(body) if i.name in (MATRIX if matrix else {"DFMA"})]
+    flow = Flow(code)
+    names = MATRIX if any(i.name in MATRIX for i in code) else {"DFMA"}
+    found = []
+    for head, loop in flow.loops_with(names).items():
+        # As it runs: compilers like to lay a loop out from its middle.
+        body = flow.instructions(sorted(loop, key=lambda block: (block.start < head.start, block.start)))
+        multiplies = [n for n, i in enumerate(body) if i.name in names]
         loads = [n for n, i in enumerate(body) if i.name in COPIES | LOADS]
-        loops_found.append(
+        found.append(
             Loop(
-                matrix=len(multiplies) if matrix else 0,
+                matrix=len(multiplies) if names is MATRIX else 0,
                 loads=len(loads),
-                loads_before=sum(i.name in COPIES | LOADS for i in before),
+                loads_before=sum(i.name in COPIES | LOADS for i in flow.instructions(flow.leading_to(head))),
                 loads_early=bool(loads) and loads[0] < multiplies[-1],
                 spills=sum(i.name in SPILLS for i in body),
             )
         )
-    return loops_found
+    return found
 
 
-def loops_with(
-    names: set[str], code: Sequence[Instruction], blocks: Sequence[range], loops: dict[int, frozenset[int]]
-) -> list[tuple[int, frozenset[int]]]:
-    """The innermost of the loops that hold such an instruction, by their heads."""
-    holding = {
-        head: loop for head, loop in loops.items() if any(code[i].name in names for b in loop for i in blocks[b])
-    }
-    return [(head, loop) for head, loop in holding.items() if not any(other < loop for other in holding.values())]
+class Flow:
+    """The control flow between basic blocks, which are ranges of instruction numbers, and its natural loops."""
 
-
-def basic_blocks(code: Sequence[Instruction]) -> list[range]:
-    """Basic blocks as ranges of instruction numbers."""
-    starts = {0} | {i.target for i in code if i.target is not None}
-    starts |= {n + 1 for n, i in enumerate(code) if i.target is not None or not i.falls_through}
-    edges = [*sorted(s for s in starts if s < len(code)), len(code)]
-    return [range(a, b) for a, b in itertools.pairwise(edges)]
-
-
-def reach(blocks: Iterable[int], edges: Callable[[int], Iterable[int]]) -> set[int]:
-    """These blocks, and all that edges lead to from them."""
-    seen: set[int] = set()
-    todo = list(blocks)
-    while todo:
-        if (block := todo.pop()) not in seen:
-            seen.add(block)
-            todo.extend(edges(block))
-    return seen
-
-
-class Graph:
-    """The control flow between basic blocks, and its natural loops."""
-
-    def __init__(self, code: Sequence[Instruction], blocks: Sequence[range]) -> None:
-        at = {block.start: n for n, block in enumerate(blocks)}
-        self.successors: list[set[int]] = []
-        for block in blocks:
+    def __init__(self, code: Sequence[Instruction]) -> None:
+        self.code = code
+        starts = {0} | {i.target for i in code if i.target is not None}
+        starts |= {n + 1 for n, i in enumerate(code) if i.target is not None or not i.falls_through}
+        edges = [*sorted(s for s in starts if s < len(code)), len(code)]
+        at = {a: range(a, b) for a, b in itertools.pairwise(edges)}
+        self.graph = nx.DiGraph()
+        self.graph.add_nodes_from(at.values())
+        for block in at.values():
             last = code[block[-1]]
-            nexts = set() if last.target is None or last.target not in at else {at[last.target]}
-            if last.falls_through and block.stop in at:
-                nexts.add(at[block.stop])
-            self.successors.append(nexts)
+            nexts = [last.target, block.stop if last.falls_through else None]
+            self.graph.add_edges_from((block, at[n]) for n in nexts if n in at)
         # A jump through a table (BRX), which is not in the code: it leads to whatever nothing else leads to.
-        reached = set().union({0}, *self.successors)
-        for block, nexts in zip(blocks, self.successors, strict=True):
+        unreached = [block for block in at.values() if block.start and not self.graph.in_degree(block)]
+        for block in at.values():
             if code[block[-1]].name == "BRX":
-                nexts |= set(range(len(blocks))) - reached
-        self.predecessors: list[set[int]] = [set() for _ in blocks]
-        for n, nexts in enumerate(self.successors):
-            for successor in nexts:
-                self.predecessors[successor].add(n)
-        self.dominators = self._dominators()
-        self.back_edges = [
-            (n, head) for n, nexts in enumerate(self.successors) for head in nexts if head in self.dominators[n]
-        ]
+                self.graph.add_edges_from((block, other) for other in unreached)
+        self.entry = at[0]
+        above = nx.immediate_dominators(self.graph, self.entry)
+        self._dominators = nx.DiGraph((over, block) for block, over in above.items() if block != self.entry)
+        self._dominators.add_node(self.entry)
+        reached = self._dominators.nodes
+        self._back_edges = [(a, b) for a, b in self.graph.edges if b in reached and a in self.dominated(b)]
 
-    def _dominators(self) -> list[set[int]]:
-        """For each block those that every path from the start passes; empty for unreachable blocks."""
-        reachable = reach([0], self.successors.__getitem__)
-        dominators = [set(reachable) if n in reachable else set() for n in range(len(self.successors))]
-        dominators[0] = {0}
-        changed = True
-        while changed:
-            changed = False
-            for n in sorted(reachable - {0}):
-                above = [dominators[p] for p in self.predecessors[n] if p in reachable]
-                new = set.intersection(*above) | {n}
-                if new != dominators[n]:
-                    dominators[n], changed = new, True
-        return dominators
+    def dominated(self, block: range) -> set[range]:
+        """The block, and those that every path from the start reaches through it."""
+        return {block, *nx.descendants(self._dominators, block)}
 
-    def loops(self) -> dict[int, frozenset[int]]:
+    def loops(self) -> dict[range, frozenset[range]]:
         """The natural loops, by their heads."""
-        bodies: dict[int, frozenset[int]] = {}
-        for tail, head in self.back_edges:
-            above = [*self.predecessors[:head], set(), *self.predecessors[head + 1 :]]  # the way up ends at the head
-            bodies[head] = bodies.get(head, frozenset({head})) | reach([tail], above.__getitem__)
-        return dict(sorted(bodies.items()))
+        bodies: dict[range, frozenset[range]] = {}
+        for tail, head in self._back_edges:
+            inside = nx.restricted_view(self.graph, [], list(self.graph.in_edges(head)))  # the way up ends at the head
+            bodies[head] = bodies.get(head, frozenset()) | {head, tail} | nx.ancestors(inside, tail)
+        return dict(sorted(bodies.items(), key=lambda item: item[0].start))
 
-    def in_order(self, head: int, loop: frozenset[int]) -> list[int]:
-        """The blocks of a loop as they run, from its head on. Compilers like to lay a loop out from its middle."""
-        order: list[int] = []
-        seen: set[int] = set()
-        todo = [(head, False)]
-        while todo:
-            block, left = todo.pop()
-            if left:
-                order.append(block)
-            elif block not in seen:
-                seen.add(block)
-                todo.append((block, True))
-                todo.extend((n, False) for n in sorted(self.successors[block] & loop - {head}))
-        return order[::-1]
+    def loops_with(self, names: set[str]) -> dict[range, frozenset[range]]:
+        """The innermost of the loops that hold such an instruction, by their heads."""
+        holding = {h: loop for h, loop in self.loops().items() if any(i.name in names for i in self.instructions(loop))}
+        return {h: loop for h, loop in holding.items() if not any(other < loop for other in holding.values())}
 
-    def leading_to(self, loop: frozenset[int]) -> set[int]:
-        """The blocks outside `loop` on paths into it, not counting another turn of a loop around it."""
-        back = set(self.back_edges)
-        return reach(loop, lambda n: [p for p in self.predecessors[n] if (p, n) not in back]) - loop
+    def instructions(self, blocks: Iterable[range]) -> list[Instruction]:
+        return [self.code[n] for block in blocks for n in block]
+
+    def leading_to(self, head: range) -> set[range]:
+        """The blocks on paths to a loop's head, not counting another turn of this or a loop around it."""
+        above: set[range] = nx.ancestors(nx.restricted_view(self.graph, [], self._back_edges), head)
+        return above

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .sass import Graph, Instruction, basic_blocks, loops_with, parse_ptx
+from .sass import Flow, Instruction, parse_ptx
 
 PRODUCT = "wgmma.mma_async"  # in PTX
 WARNING = re.compile(r"\((C75\d\d)\) (.*?)(?= in the function| in function| in around|$)", re.MULTILINE)
@@ -57,7 +57,7 @@ def faults(code: Sequence[Instruction], ptx: str, ttgir: str, log: str, *, as_lo
     return sentences
 
 
-def flow(
+def states_of(
     code: Sequence[Instruction],
     entry: State,
     after: Callable[[int, State], State],
@@ -67,22 +67,21 @@ def flow(
 
     after: the state behind an instruction, from its number and the state before it. join: of two paths that meet.
     """
-    blocks = basic_blocks(code)
-    graph = Graph(code, blocks)
-    states = {0: entry}
-    todo = [0]
+    flow = Flow(code)
+    states = {flow.entry: entry}
+    todo = [flow.entry]
     while todo:
         block = todo.pop()
         state = states[block]
-        for n in blocks[block]:
+        for n in block:
             state = after(n, state)
-        for successor in graph.successors[block]:
+        for successor in flow.graph.successors(block):
             joined = join(states[successor], state) if successor in states else state
             if successor not in states or joined != states[successor]:
                 states[successor] = joined
                 todo.append(successor)
     for block, state in states.items():
-        for n in blocks[block]:
+        for n in block:
             yield n, state
             state = after(n, state)
 
@@ -113,7 +112,7 @@ def in_flight(code: Sequence[Instruction]) -> Iterator[tuple[int, Flight]]:
     def join(a: Flight, b: Flight) -> Flight:
         return {h: min(closed[h] for closed in (a, b) if h in closed) for h in a | b}
 
-    return flow(code, {}, after, join)
+    return states_of(code, {}, after, join)
 
 
 def refilled(code: Sequence[Instruction]) -> list[tuple[int, int]]:
@@ -151,10 +150,9 @@ def _width(i: Instruction) -> int:
 
 def waiting_loops(code: Sequence[Instruction]) -> list[int]:
     """How many HGMMAs the innermost loops hold in which none is issued while a closed group of the loop is running."""
-    blocks = basic_blocks(code)
     loops = [
-        {n for block in loop for n in blocks[block] if code[n].name == "HGMMA"}
-        for _, loop in loops_with({"HGMMA"}, code, blocks, Graph(code, blocks).loops())
+        {n for block in loop for n in block if code[n].name == "HGMMA"}
+        for loop in Flow(code).loops_with({"HGMMA"}).values()
     ]
     beside = [
         (n, h) for n, running in in_flight(code) if code[n].name == "HGMMA" for h, closed in running.items() if closed
@@ -187,7 +185,7 @@ def unfenced(ptx: str) -> bool:
         opcode = code[n].opcode
         return (waited or opcode.startswith("cp.async.wait_")) and not opcode.startswith("fence.proxy.async")
 
-    paths = flow(code, False, after, lambda a, b: a or b)
+    paths = states_of(code, False, after, lambda a, b: a or b)
     return any(waited and code[n].opcode.startswith(PRODUCT) for n, waited in paths)
 
 

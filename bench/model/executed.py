@@ -7,11 +7,12 @@ the code, but follows from the launch (`work.py`). Other loops count as one turn
 exceptional way, or are the last program's alone.
 """
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from ..sass import MATRIX, Graph, Instruction, basic_blocks, loops_with
+from ..sass import MATRIX, Flow, Instruction
 from ..wgmma import in_flight
 
 GLOBAL = {"LDG", "LDGSTS"}
@@ -68,72 +69,57 @@ def _one(i: Instruction, busy: bool) -> Tally:
 
 
 def profile(code: Sequence[Instruction]) -> Profile:
-    blocks = basic_blocks(code)
-    graph = Graph(code, blocks)
-    loops = graph.loops()
-    main = [loop for _, loop in loops_with(MATRIX, code, blocks, loops)]
-    multiplies = [i for i in code if i.name in MATRIX]
-    if not multiplies:
-        main = _widest(code, blocks, loops)
+    flow = Flow(code)
+    loops = flow.loops()
+    matrix = next((i.name for i in code if i.name in MATRIX), "")
+    main = list(flow.loops_with(MATRIX).values()) if matrix else _widest(flow)
+    wide, narrow = (set(), set()) if matrix else _ways(flow, main)
 
-    around = [{head for head, loop in loops.items() if block in loop} for block in range(len(blocks))]
+    around = {block: {head for head, loop in loops.items() if block in loop} for block in flow.graph}
     of_main = {head for head, loop in loops.items() if any(inner <= loop for inner in main)}
-    depth = max((len(around[min(loop)] & of_main) for loop in main), default=0)
+    depth = max((len(around[next(iter(loop))] & of_main) for loop in main), default=0)
     levels: list[list[int]] = [[] for _ in range(depth + 1)]
-    wide, narrow = _ways(code, blocks, graph, main) if main and not multiplies else (set(), set())
     exceptional: list[int] = []
-    for n, block in enumerate(blocks):
-        if any(n in loop for loop in main):
-            if n not in narrow:
-                levels[0] += block
-            if n not in wide:
-                exceptional += block
-        else:
-            levels[depth - min(len(around[n] & of_main), max(depth - 1, 0))] += block
-    name = multiplies[0].name if multiplies else ""
-    busy = (
-        {n for n, running in in_flight(code) if running or code[n].name == "HGMMA"}
-        if name == "HGMMA"
-        else range(len(code))
+    for block in flow.graph:
+        if not any(block in loop for loop in main):
+            levels[depth - min(len(around[block] & of_main), max(depth - 1, 0))] += block
+            continue
+        if block not in narrow:
+            levels[0] += block
+        if block not in wide:
+            exceptional += block
+    busy: Collection[int] = range(len(code))
+    if matrix == "HGMMA":
+        busy = {n for n, running in in_flight(code) if running or code[n].name == "HGMMA"}
+    return Profile(
+        tuple(tally(code, level, busy) for level in levels), tally(code, exceptional, busy), len(main), matrix
     )
-    return Profile(tuple(tally(code, level, busy) for level in levels), tally(code, exceptional, busy), len(main), name)
 
 
-def _widest(
-    code: Sequence[Instruction], blocks: Sequence[range], loops: dict[int, frozenset[int]]
-) -> list[frozenset[int]]:
+def _loads(flow: Flow, blocks: Iterable[range]) -> set[int]:
+    """How wide the loads from global memory are."""
+    return {width(i) for i in flow.instructions(blocks) if i.name in GLOBAL}
+
+
+def _widest(flow: Flow) -> list[frozenset[range]]:
     """The innermost loops whose loads are as wide as any loop's: what the last program adds up is narrower."""
-    widths = []
-    for _, loop in loops_with(GLOBAL, code, blocks, loops):
-        loads = [width(code[i]) for block in loop for i in blocks[block] if code[i].name in GLOBAL]
-        widths.append((max(loads), loop))
-    widest = max((size for size, _ in widths), default=0)
-    return [loop for size, loop in widths if size == widest]
+    loops = list(flow.loops_with(GLOBAL).values())
+    widths = [max(_loads(flow, loop)) for loop in loops]
+    return [loop for loop, size in zip(loops, widths, strict=True) if size == max(widths)]
 
 
-def _ways(
-    code: Sequence[Instruction], blocks: Sequence[range], graph: Graph, main: Sequence[frozenset[int]]
-) -> tuple[set[int], set[int]]:
+def _ways(flow: Flow, main: Sequence[frozenset[range]]) -> tuple[set[range], set[range]]:
     """The blocks of main loops that only aligned data takes, with 16-byte loads, and those that only other data does.
 
     Ways part at a branch of which one side has wide loads and the other narrow ones; a side is what it dominates.
     """
-
-    def loads(region: set[int]) -> set[int]:
-        return {width(code[i]) for block in region for i in blocks[block] if code[i].name in GLOBAL}
-
-    wide: set[int] = set()
-    narrow: set[int] = set()
+    wide: set[range] = set()
+    narrow: set[range] = set()
     for loop in main:
-        for block in sorted(loop):
-            sides = [
-                {n for n in loop if side in graph.dominators[n]}
-                for side in graph.successors[block] & loop
-                if len(graph.predecessors[side]) == 1
-            ]
-            for side in sides:
-                others = [other for other in sides if other is not side]
-                if 16 in loads(side) and any(loads(o) and max(loads(o)) < 16 for o in others):
-                    wide |= side
-                    narrow |= set().union(*others)
+        for block in loop:
+            nexts = [n for n in flow.graph.successors(block) if n in loop and flow.graph.in_degree(n) == 1]
+            for a, b in itertools.permutations([flow.dominated(side) & loop for side in nexts], 2):
+                if 16 in _loads(flow, a) and max(_loads(flow, b), default=16) < 16:
+                    wide |= a
+                    narrow |= b
     return wide, narrow
