@@ -1,6 +1,7 @@
 """The command line: `python -m bench`."""
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from tribp import dispatch
 from tribp.launch.arch import ARCHS
 
 from . import operation
+from .options import Options
 
 DESCRIPTION = """\
 Measures tribp, from a checkout of its repository.
@@ -80,44 +82,50 @@ COMMANDS = {  # what each is in a line, and what it does
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parse(arguments: list[str] | None = None) -> Options:
+    """Defaults are those of the class, where none is given here."""
     main = argparse.ArgumentParser(
         prog="python -m bench", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parsers = {name: commands.add_parser(name, help=line, description=text) for name, (line, text) in COMMANDS.items()}
+    parsers = {
+        name: commands.add_parser(name, help=line, description=text, argument_default=argparse.SUPPRESS)
+        for name, (line, text) in COMMANDS.items()
+    }
 
     def option(names: str, word: str, help: str, **how: Any) -> None:
         for name in names.split():
             parsers[name].add_argument(word, help=help, **how)
 
-    several: dict[str, Any] = dict(action="append", default=[])
     there = f"of: {', '.join(operation.operations())} (default: all)"
     option("run tune static counts", "operation", there, nargs="*", metavar="OP")
     option("report", "folder", "default: every folder in bench/results", nargs="*", type=Path, metavar="DIR")
-    option("run tune host counts", "--case", "only cases whose name contains this; repeatable", **several)
-    option("static", "--case", "with --model: as in `run`", **several)
-    option("run tune static", "--dtype", "only this type, such as bfloat16 or 'float32 tf32'; repeatable", **several)
+    option("run tune host counts", "--case", "only cases whose name contains this; repeatable", action="append")
+    option("static", "--case", "with --model: as in `run`", action="append")
+    only = "only this type, such as bfloat16 or 'float32 tf32'; repeatable"
+    option("run tune static", "--dtype", only, action="append")
     option("run tune all host", "--smoke", "walk through on a CPU with tiny shapes", action="store_true")
     option("run tune all", "--out", "folder for the results (smoke: a temporary one)", type=Path, metavar="DIR")
-    option("host static counts", "--json", "write what was found", default="", metavar="FILE")
+    option("host static counts", "--json", "write what was found", type=Path, metavar="FILE")
     option("run", "--first", "only the first N of these, the most valuable", type=_count, metavar="N")
     option("run", "--missing", "only what the results lack of the present code", action="store_true")
-    option("run", "--no-compile", "leave torch.compile out: it takes most of the time", action="store_true")
+    without = "leave torch.compile out: it takes most of the time"
+    option("run", "--no-compile", without, action="store_false", dest="compile")
     budget = "stop after so long, in equal shares of the operations (default: when all is done)"
     option("tune", "--budget", budget, type=_minutes, metavar="MINUTES")
     option("all", "--budget", "it ends within (default: %(default)g)", type=_minutes, default=60.0, metavar="MINUTES")
-    option("all", "--only", "only steps whose name contains this; repeatable", **several, metavar="STEP")
-    option("static", "--target", "only this GPU; repeatable", **several, choices=list(ARCHS))
+    option("all", "--only", "only steps whose name contains this; repeatable", action="append", metavar="STEP")
+    option("static", "--target", "only this GPU; repeatable", action="append", choices=list(ARCHS))
     option("static", "--all", "every type at every shape; several minutes", action="store_true")
     model = "predict the time of what `run` measures (default target: sm_90)"
     option("static", "--model", model, action="store_true")
-    option("static", "--jobs", "processes (default: %(default)s)", type=int, default=min(2, os.cpu_count() or 1))
-    option("counts", "--target", "the GPU (default: %(default)s)", default="sm_90", choices=["sm_80", "sm_90"])
-    option("counts", "--direction", "only this one; repeatable", **several)
-    option("counts", "--programs", "executed of each launch (default: %(default)s)", type=_count, default=4)
-    option("counts", "--worst", "list so many memory instructions that waste most", type=int, default=0)
-    return main
+    option("static", "--jobs", f"processes (default: {Options.jobs})", type=_count)
+    target = "the GPU (default: sm_90)"
+    option("counts", "--target", target, nargs=1, default=["sm_90"], choices=["sm_80", "sm_90"])
+    option("counts", "--direction", "only this one; repeatable", action="append")
+    option("counts", "--programs", f"executed of each launch (default: {Options.programs})", type=_count)
+    option("counts", "--worst", "list so many memory instructions that waste most", type=int)
+    return main.parse_args(arguments, Options())
 
 
 def _count(text: str) -> int:
@@ -137,65 +145,28 @@ def _minutes(text: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = parser().parse_args(arguments)
+    options = parse(arguments)
     try:
-        return _perform(given)
+        return _perform(options)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
 
 
-def _perform(given: argparse.Namespace) -> int:
-    """What each command needs is asked for before its modules are imported."""
-    name, operations = given.command, operation.find(getattr(given, "operation", ()))
-    if name in ("run", "tune", "all") and not given.smoke and not torch.cuda.is_available():
+def _perform(options: Options) -> int:
+    """What each command needs is asked for before its module is imported."""
+    name = options.command
+    operation.find(options.operation)
+    if name in ("run", "tune", "all") and not options.smoke and not torch.cuda.is_available():
         raise ValueError(f"{name} needs CUDA, and torch finds no GPU here (--smoke walks through it on a CPU)")
-    if name == "tune" and given.smoke:
+    if name == "tune" and options.smoke:
         os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
     if name in ("tune", "static", "counts") and not dispatch.has_triton():
         raise ValueError(f"{name} needs triton, which is not installed: pip install triton")
     if name in ("static", "counts") and dispatch.interpreting():
         raise ValueError(f"{name} compiles, and under TRITON_INTERPRET=1 nothing can be: unset it")
-
-    if name == "run":
-        from . import run
-
-        options = run.Options(
-            given.case, given.dtype, given.smoke, not given.no_compile, given.first, given.missing, given.out
-        )
-        return run.main(operations, options)
-    if name == "tune":
-        from . import run, tune
-
-        return tune.main(operations, run.Options(given.case, given.dtype, given.smoke, out=given.out), given.budget)
-    if name == "all":
-        from . import all
-
-        return all.main(given.budget, given.out, given.only, given.smoke)
-    if name == "report":
-        from . import report
-
-        return report.main(given.folder)
-    if name == "host":
-        from . import host
-
-        return host.main(given.case, smoke=given.smoke, file=given.json)
-    if name == "counts":
-        from . import counts
-
-        wanted = given.target, given.case, given.direction, given.programs, given.worst, given.json
-        return counts.main(operations, counts.Options(*wanted))
-    names = tuple(chosen.name for chosen in operations)
-    if given.model:
-        from .model import predict
-
-        targets = given.target or ["sm_90"]
-        selections = [predict.Selection(names, target, tuple(given.dtype), tuple(given.case)) for target in targets]
-        return predict.main(selections, jobs=given.jobs, file=given.json)
-    from . import compile
-
-    targets = given.target or list(ARCHS)
-    return compile.main(names, targets, given.dtype, everything=given.all, jobs=given.jobs, file=given.json)
+    module = {"static": "model.predict" if options.model else "compile"}.get(name, name)
+    return int(importlib.import_module(f".{module}", __package__).main(options))
 
 
 if __name__ == "__main__":

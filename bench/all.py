@@ -24,6 +24,7 @@ from typing import Any
 from . import report as pages
 from . import results
 from .operation import Operation, find
+from .options import Options
 from .results import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -182,11 +183,12 @@ class Journal:
 Execute = Callable[[Step, float, Path], "int | None"]
 
 
-def main(budget: float, out: Path | None = None, only: Sequence[str] = (), smoke: bool = False) -> int:
-    """0; 1 if a step failed; 130 after Ctrl-C. budget: minutes."""
-    if out is None and not smoke:
+def main(options: Options) -> int:
+    """0; 1 if a step failed; 130 after Ctrl-C."""
+    smoke, only = options.smoke, options.only
+    if options.out is None and not smoke:
         raise ValueError("all needs --out DIR, the folder for its results; the same one again goes on with them")
-    folder = (out or Path(tempfile.mkdtemp(prefix="tribp-bench-"))).resolve()
+    folder = (options.out or Path(tempfile.mkdtemp(prefix="tribp-bench-"))).resolve()
     everything = plan(folder, smoke)
     planned = [s for s in everything if not only or any(part in s.name for part in only)]
     if not planned:
@@ -194,7 +196,7 @@ def main(budget: float, out: Path | None = None, only: Sequence[str] = (), smoke
     journal, code = Journal(folder, smoke), 0
     try:
         with terminated_as_interrupted():
-            walk(planned, journal, 60 * budget)
+            walk(planned, journal, 60 * (options.budget or 60))
             attempt(report(folder), journal, RESERVE)  # always: there is more to tell every time
     except KeyboardInterrupt:
         code = 130

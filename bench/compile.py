@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 import itertools
 import multiprocessing
@@ -14,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import triton
@@ -27,7 +25,8 @@ from tribp.launch.plan import Launch
 
 from . import sass, wgmma
 from .expectations import Compiled, Expectation, always, broken
-from .operation import describe, find
+from .operation import describe
+from .options import Options
 from .results import markdown, write_json
 from .sass import MATRIX, Instruction
 
@@ -182,56 +181,54 @@ class Kernel:
     operation: str
     arch: Arch
     launch: Launch  # the first case's
-    expectations: dict[str, Expectation]
+    expectations: dict[str, Expectation] = field(default_factory=dict)
     cases: list[str] = field(default_factory=list)
 
 
-@functools.cache
-def collect(operations: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], everything: bool) -> list[Kernel]:
-    """The different kernels of operations on targets, in the same order in every process. The arguments are tuples."""
-    kernels: dict[tuple[str, str], Kernel] = {}
-    for operation, arch in itertools.product(find(operations), map(ARCHS.__getitem__, targets)):
-        for name, case, direction in operation.compiled(arch, everything):
-            if dtypes and name.split()[1] not in dtypes:
-                continue
-            for launch in operation.launches(case, direction, arch):
-                new = Kernel(operation.name, arch, launch, {e.name: e for e in always(arch)})
-                kernel = kernels.setdefault((operation.name, key_of(launch, arch)), new)
-                kernel.cases.append(name)
-                kernel.expectations |= {e.name: e for e in operation.expectations(launch, case, arch)}
-    return list(kernels.values())
+Kernels = dict[str, Kernel]
+Collect = Callable[[Options], Kernels]  # in the same order in every process
+Read = Callable[[Compiled, list[Instruction]], Result]
 
 
-def _compile_part(selection: tuple[Any, ...], part: slice) -> list[Compiled]:
-    codes: list[Compiled] = []
-    for arch, kernels in itertools.groupby(collect(*selection)[part], lambda kernel: kernel.arch):
-        codes += compile_launches([kernel.launch for kernel in kernels], arch)
-    return codes
-
-
-def spread(function: Callable[[Any, slice], list[Result]], selection: Any, jobs: int) -> list[Result]:
-    """What the function makes of each item of a selection, in order. Each of the processes does every jobs-th item."""
-    if jobs == 1:
-        return function(selection, slice(None))
-    parts = [slice(first, None, jobs) for first in range(jobs)]
+def read_all(collect: Collect, read: Read[Result], options: Options) -> tuple[Kernels, dict[str, Result]]:
+    """Every kernel that `collect` finds, and what `read` makes of it. Each process compiles every jobs-th."""
+    if options.jobs == 1:
+        kernels = collect(options)
+        return kernels, _read_some(kernels, read)
     # spawn: the compiler's threads do not survive a fork.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        done = list(pool.map(function, itertools.repeat(selection), parts))
-    results: list[Any] = [None] * sum(map(len, done))
-    for part, some in zip(parts, done, strict=True):
-        results[part] = some
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        shares = [pool.submit(_share, collect, read, options, first) for first in range(options.jobs)]
+        kernels = collect(options)
+        return kernels, dict(itertools.chain.from_iterable(share.result().items() for share in shares))
+
+
+def _share(collect: Collect, read: Read[Result], options: Options, first: int) -> dict[str, Result]:
+    return _read_some(dict(itertools.islice(collect(options).items(), first, None, options.jobs)), read)
+
+
+def _read_some(kernels: Kernels, read: Read[Result]) -> dict[str, Result]:
+    results: dict[str, Result] = {}
+    for arch, some in itertools.groupby(kernels, lambda key: kernels[key].arch):
+        keys = list(some)
+        codes = read_launches([kernels[key].launch for key in keys], arch)
+        results |= zip(keys, itertools.starmap(read, codes), strict=True)
     return results
 
 
-def measure(
-    operations: Sequence[str], targets: Sequence[str], dtypes: Sequence[str] = (), *, everything: bool, jobs: int
-) -> list[dict[str, Any]]:
-    """A row for each kernel and target: what the machine code holds, what was expected of it, what is broken."""
-    selection = (tuple(operations), tuple(targets), tuple(dtypes), everything)
-    return [
-        row(kernel, code)
-        for kernel, code in zip(collect(*selection), spread(_compile_part, selection, jobs), strict=True)
-    ]
+def collect(options: Options) -> Kernels:
+    """The different kernels of the operations on each target."""
+    kernels: Kernels = {}
+    for operation, target in itertools.product(options.operations, options.target or ARCHS):
+        arch = ARCHS[target]
+        for name, case, direction in operation.compiled(arch, options.all):
+            if options.dtype and name.split()[1] not in options.dtype:
+                continue
+            for launch in operation.launches(case, direction, arch):
+                new = Kernel(operation.name, arch, launch, {e.name: e for e in always(arch)})
+                kernel = kernels.setdefault(f"{operation.name} {key_of(launch, arch)}", new)
+                kernel.cases.append(name)
+                kernel.expectations |= {e.name: e for e in operation.expectations(launch, case, arch)}
+    return kernels
 
 
 def row(kernel: Kernel, code: Compiled) -> dict[str, Any]:
@@ -267,21 +264,22 @@ def _line(r: dict[str, Any]) -> list[object]:
     ]  # fmt: skip
 
 
-def main(
-    operations: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], *, everything: bool, jobs: int, file: str
-) -> int:
+def only_findings(compiled: Compiled, code: list[Instruction]) -> Compiled:
+    return compiled
+
+
+def main(options: Options) -> int:
     """Compile, print the table and what is broken, write the JSON; 1 if anything is broken."""
     started = time.perf_counter()
-    rows = measure(operations, targets, dtypes, everything=everything, jobs=jobs)
+    kernels, codes = read_all(collect, only_findings, options)
+    rows = [row(kernel, codes[key]) for key, kernel in kernels.items()]
     print(table(rows))
     failures = [(r, sentence) for r in rows for sentence in r["broken"]]
-    print(
-        f"\n{len(rows)} kernels compiled in {time.perf_counter() - started:.0f} s, {len(failures)} broken expectations"
-    )
+    seconds = time.perf_counter() - started
+    print(f"\n{len(rows)} kernels compiled in {seconds:.0f} s, {len(failures)} broken expectations")
     for r, sentence in failures:
-        print(
-            f"- {r['target']} {r['kernel']} {r['settings']} [{r['cases'][0]}]: {r['registers']} registers; {sentence}"
-        )
-    if file:
-        write_json(Path(file), rows)
-    return 1 if failures else 0
+        place = f"{r['target']} {r['kernel']} {r['settings']} [{r['cases'][0]}]"
+        print(f"- {place}: {r['registers']} registers; {sentence}")
+    if options.json:
+        write_json(options.json, rows)
+    return int(bool(failures))

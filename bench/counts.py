@@ -5,9 +5,8 @@ multiprocessor is given the cycles that one program needs of it alone: the large
 (sm_80) and H100 (sm_90).
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +14,8 @@ import torch
 from tribp.launch.arch import ARCHS
 
 from .operation import Operation, describe
+from .options import Options
 from .results import markdown, write_json
-from .run import selected
 
 if TYPE_CHECKING:
     from tests.executor.findings import Counts
@@ -27,50 +26,45 @@ BALANCED = 1.25  # no unit needs so many times what the bounding one does
 Storages = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class Options:
-    target: str
-    cases: Sequence[str] = ()  # parts of their names, or all of one
-    directions: Sequence[str] = ()
-    programs: int = 4  # of each launch
-    worst: int = 0  # memory instructions that are listed
-    file: str = ""
+def main(options: Options) -> int:
+    """Print a table and, if there were any, the executor's problems; 1 then. Raises ValueError where no case is."""
+    from tests.executor.table import details
 
-
-def main(operations: Sequence[Operation], options: Options) -> int:
-    """Print a table and, if there were any, the executor's problems; 1 then, 2 if no case has such a name."""
     rows, problems = [], []
-    for operation in operations:
-        exact = [case for case in operation.cases if case.name in options.cases]
-        for case in exact or [case for case in operation.cases if selected(case, options.cases, ())]:
-            for direction in operation.directions:
-                if direction == "both" or (options.directions and direction not in options.directions):
-                    continue
-                report = _executed(operation, case, direction, options)
-                named = {"case": case.name, "direction": direction}
-                rows += [named | row(counts) for counts in report.launches]
-                problems += [f"{case.name} {direction}: {problem}" for problem in report.problems]
-                _print_details(case, direction, report, options.worst)
+    for operation in options.operations:
+        # A whole name means this case alone, where others' names contain it.
+        cases = [case for case in operation.cases if case.name in options.case] or options.cases_of(operation)
+        for case, direction in itertools.product(cases, operation.directions):
+            if direction == "both" or (options.direction and direction not in options.direction):
+                continue
+            report = _executed(operation, case, direction, options)
+            rows += [{"case": case.name, "direction": direction} | row(counts) for counts in report.launches]
+            problems += [f"{case.name} {direction}: {problem}" for problem in report.problems]
+            if options.worst:
+                print(f"== {case.name} {direction}")
+                for counts in report.launches:
+                    print(details(counts, options.worst), flush=True)
     if not rows:
         raise ValueError("no case has such a name and direction")
     print(table(rows))
     for problem in problems:
         print("PROBLEM", problem)
-    if options.file:
-        write_json(Path(options.file), rows)
-    return 1 if problems else 0
+    if options.json:
+        write_json(options.json, rows)
+    return int(bool(problems))
 
 
 def _executed(operation: Operation, case: Any, direction: str, options: Options) -> "Report":
     from tests.executor.machine import Options as Executing
     from tests.executor.run import Report, executed
 
+    (target,) = options.target
     if operation.call:
-        with executed(options.target, ctas=options.programs) as report:
+        with executed(target, ctas=options.programs) as report:
             operation.call(case)
         return report
-    report = Report(options.target, Executing(ctas=options.programs))
-    _perform(operation.launches(case, direction, ARCHS[options.target]), ARCHS[options.target], report)
+    report = Report(target, Executing(ctas=options.programs))
+    _perform(operation.launches(case, direction, ARCHS[target]), ARCHS[target], report)
     return report
 
 
@@ -129,12 +123,3 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     balanced = ["yes" if row["over"] <= BALANCED else f"{row['over']:.2f}×" for row in rows]
     lines = [[*(row[name] for name in names), verdict] for row, verdict in zip(rows, balanced, strict=True)]
     return markdown([*names, "balanced"], lines)
-
-
-def _print_details(case: Any, direction: str, report: "Report", worst: int) -> None:
-    from tests.executor.table import details
-
-    if worst:
-        print(f"== {case.name} {direction}")
-        for counts in report.launches:
-            print(details(counts, worst), flush=True)

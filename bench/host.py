@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,6 +25,7 @@ from tribp import dispatch, optim
 from tribp.optim.layouts import GRAD
 
 from .no_gpu import always, pretending_h100
+from .options import Options
 from .results import commit, markdown, verdict, write_json
 from .timing import Conditions, Repeated, summary, versions
 
@@ -326,14 +326,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(["case", "µs a step or a call", "ratio of", "ratio", "target", "verdict"], lines)
 
 
-def main(cases: Sequence[str], *, smoke: bool, file: str) -> int:
+def main(options: Options) -> int:
     """Measure, print and write; 0 whatever the verdicts: a noisy machine is no mistake."""
     if not dispatch.has_triton():
         print("left out is what a GPU would be given, the plan's part and the calls': it needs triton")
     elif dispatch.interpreting():
         print("calls of layers are left out: under TRITON_INTERPRET=1 Triton compiles nothing")
+    smoke = options.smoke
     there = comparisons(smoke)
-    chosen = [c for c in there if not cases or any(part in c.name for part in cases)]
+    chosen = [c for c in there if not options.case or any(part in c.name for part in options.case)]
     if not chosen:
         raise ValueError(f"there is no such case; there are: {', '.join(c.name for c in there)}")
     rows = []
@@ -348,6 +349,6 @@ def main(cases: Sequence[str], *, smoke: bool, file: str) -> int:
     head = {"smoke": smoke, "commit": commit(), "cpus": os.cpu_count(), "load": load, "versions": versions()}
     mark = "smoke: the times mean nothing; " if smoke else ""
     print(f"host ({mark}{os.cpu_count()} CPUs, load average {load:.1f}, of which this is about 1)\n\n{table(rows)}")
-    if file:
-        write_json(Path(file), head | {"rows": rows})
+    if options.json:
+        write_json(options.json, head | {"rows": rows})
     return 0

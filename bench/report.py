@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from . import host, operation, pictures, results
 from .operation import Operation
+from .options import Options
 from .results import Row, markdown
 
 Stored = Mapping[str, dict[str, Any]]  # what each operation's JSON holds, by the operation's name
@@ -26,17 +27,17 @@ class Goal(NamedTuple):
     verdict: str
 
 
-def main(folders: Sequence[Path]) -> int:
+def main(options: Options) -> int:
     """Write the page of every folder; without any folder, print the page of no results. 0."""
-    for folder in folders:
+    for folder in options.folder:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
-    for folder in folders or result_folders(results.ROOT):
+    for folder in options.folder or result_folders(results.ROOT):
         stored = load(folder)
         draw(folder, stored)
         results.write(folder / "README.md", page(folder, stored))
         print(f"{folder / 'README.md'}\n{summary(goals(stored))}")
-    if not folders and not result_folders(results.ROOT):
+    if not options.folder and not result_folders(results.ROOT):
         print(f"nothing is measured yet\n\n{targets({})}")
     return 0
 

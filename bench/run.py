@@ -4,7 +4,7 @@ import contextlib
 import gc
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +16,28 @@ from tribp import dispatch
 
 from . import results
 from .operation import Case, Operation, Problem, Reference, describe
+from .options import Options
 from .results import Row
 from .timing import CpuMeter, CudaMeter
 
 
-@dataclass(frozen=True)
-class Options:
-    cases: Sequence[str] = ()  # parts of case names; none: all
-    dtypes: Sequence[str] = ()
-    smoke: bool = False
-    compile: bool = True
-    first: int | None = None  # of each operation, only so many of these cases
-    missing: bool = False  # leave out what the results hold already, measured with the present code
-    out: Path | None = None
-
-    def cases_of(self, operation: Operation) -> list[Any]:
-        there = operation.smoke_cases if self.smoke else operation.cases
-        return [case for case in there if selected(case, self.cases, self.dtypes)][: self.first]
-
-    def cases_of_each(self, operations: Sequence[Operation]) -> list[tuple[Operation, list[Any]]]:
-        """The operations that have such cases, with them. Raises ValueError if there is none."""
-        each = [(operation, cases) for operation in operations if (cases := self.cases_of(operation))]
-        if not each:
-            there = Options(smoke=self.smoke)
-            names = (f"{o.name}: {', '.join(case.name for case in there.cases_of(o))}" for o in operations)
-            raise ValueError(f"there is no such case; there are of {'; of '.join(names)}")
-        return each
-
-    def meter_and_folder(self) -> tuple[CpuMeter, Path]:
-        """What measures, and where its results go."""
-        if self.smoke:
-            return CpuMeter(), self.out or Path(tempfile.mkdtemp(prefix="tribp-bench-"))
-        meter = CudaMeter()
-        return meter, self.out or results.ROOT / meter.slug
-
-
-def selected(case: Any, parts: Sequence[str], dtypes: Sequence[str]) -> bool:
-    """Whether a case's name contains one of the parts, and its type is one of these; where there are any."""
-    return (not parts or any(part in case.name for part in parts)) and (not dtypes or case.dtype_name in dtypes)
-
-
-def main(operations: Sequence[Operation], options: Options) -> int:
+def main(options: Options) -> int:
     """0; 1 if a result was wrong or tribp failed."""
-    each = options.cases_of_each(operations)
-    meter, folder = options.meter_and_folder()
-    good = True
+    each = options.cases_of_each()
+    meter, folder = meter_and_folder(options)
     with tribp.use_backend("triton" if dispatch.interpreting() else "auto"):
         ceilings = Ceilings(meter)
-        for operation, cases in each:
-            good &= run(operation, cases, options, meter, ceilings, folder)
+        good = [run(operation, cases, options, meter, ceilings, folder) for operation, cases in each]
     print(f"written to {folder}")
-    return 0 if good else 1
+    return int(not all(good))
+
+
+def meter_and_folder(options: Options) -> tuple[CpuMeter, Path]:
+    """What measures, and where its results go."""
+    if options.smoke:
+        return CpuMeter(), options.out or Path(tempfile.mkdtemp(prefix="tribp-bench-"))
+    meter = CudaMeter()
+    return meter, options.out or results.ROOT / meter.slug
 
 
 class Ceilings:

@@ -18,8 +18,9 @@ from tribp.launch.neighbors import neighbors
 
 from . import results
 from .operation import Operation
+from .options import Options
 from .results import markdown
-from .run import Options, errors, precision, sentence
+from .run import errors, meter_and_folder, precision, sentence
 from .timing import Call, CpuMeter
 
 SMOKE_NEIGHBORS = 2  # of each problem: interpreted, one takes a second
@@ -45,13 +46,13 @@ class Asked(dict[Any, Any]):
         return default
 
 
-def main(operations: Sequence[Operation], options: Options, budget: float | None) -> int:
-    """0; 1 if a heuristic's own config is wrong or fails. budget: minutes, or None."""
+def main(options: Options) -> int:
+    """0; 1 if a heuristic's own config is wrong or fails."""
     if options.smoke and not dispatch.interpreting():
         raise ValueError("tune --smoke needs triton, and TRITON_INTERPRET=1 before kernels are imported")
-    each = options.cases_of_each(operations)
-    meter, folder = options.meter_and_folder()
-    end = time.monotonic() + (math.inf if budget is None else 60 * budget)
+    each = options.cases_of_each()
+    meter, folder = meter_and_folder(options)
+    end = time.monotonic() + (math.inf if options.budget is None else 60 * options.budget)
     good = True
     with tribp.use_backend("triton"):
         for left, (operation, cases) in zip(range(len(each), 0, -1), each, strict=True):

@@ -1,66 +1,32 @@
 """`python -m bench static --model`: the time that the model predicts for what `bench run` measures. Needs no GPU."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from tribp.launch.arch import ARCHS, Arch
-from tribp.launch.plan import Launch
 
-from ..compile import key_of, read_launches, spread
+from ..compile import Kernel, Kernels, key_of, read_all
 from ..expectations import Compiled
-from ..operation import Operation, Work, describe, find
-from ..results import floor, markdown, write_json
-from ..run import selected
+from ..operation import Operation, describe
+from ..options import Options
+from ..results import Row, floor, markdown, write_json
+from ..sass import Instruction
 from .executed import Profile, profile
 from .machines import MACHINES, Machine
-from .time import Prediction, predict
+from .time import predict
 from .work import work_of
 
 Code = tuple[Compiled, Profile | None]  # no profile of what does not compile
 
 
-@dataclass
-class Entry:
-    """One direction of one case."""
-
-    operation: str
-    case: Any
-    direction: str
-    launches: Sequence[Launch]
-    work: Work
-    floor_us: float
-    predictions: list[Prediction] = field(default_factory=list)
-    error: str = ""
-
-    @property
-    def us(self) -> float:
-        return sum(p.us for p in self.predictions)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What to predict. The processes of a pool make the same entries of it, in the same order."""
-
-    operations: tuple[str, ...]
-    target: str
-    dtypes: tuple[str, ...] = ()
-    cases: tuple[str, ...] = ()  # only those whose name contains one of these
-
-    def entries(self) -> list[Entry]:
-        arch, machine = ARCHS[self.target], MACHINES[self.target]
-        return [
-            Entry(
-                operation.name, case, direction, operation.launches(case, direction, arch),
-                operation.work(case, direction), floor_us(operation, case, direction, machine),
-            )
-            for operation in find(self.operations)
-            for case in operation.cases
-            if selected(case, self.cases, self.dtypes)
-            for direction in directions(operation, case)
-        ]  # fmt: skip
+def selected(options: Options) -> Iterator[tuple[Arch, Operation, Any, str]]:
+    """What to predict: every target, operation, case and direction."""
+    for target in options.target or ["sm_90"]:
+        for operation in options.operations:
+            for case in options.cases_of(operation):
+                yield from ((ARCHS[target], operation, case, direction) for direction in directions(operation, case))
 
 
 def directions(operation: Operation, case: Any) -> list[str]:
@@ -81,102 +47,88 @@ def floor_us(operation: Operation, case: Any, direction: str, machine: Machine) 
     return floor(operation.work(case, direction), machine.dram, rate if operation.products else None)[0]
 
 
-def _compile(selection: Selection, part: slice) -> list[tuple[str, Code]]:
-    arch = ARCHS[selection.target]
-    kernels = list({key_of(x, arch): x for entry in selection.entries() for x in entry.launches}.items())[part]
-    codes = read_launches([launch for _, launch in kernels], arch)
-    return [
-        (key, (compiled, profile(code) if code else None))
-        for (key, _), (compiled, code) in zip(kernels, codes, strict=True)
-    ]
+def collect(options: Options) -> Kernels:
+    kernels: Kernels = {}
+    for arch, operation, case, direction in selected(options):
+        for launch in operation.launches(case, direction, arch):
+            kernels.setdefault(key_of(launch, arch), Kernel(operation.name, arch, launch))
+    return kernels
 
 
-def evaluate(selection: Selection, jobs: int) -> list[Entry]:
-    """The selection's entries, with a prediction for each launch, or the reason why there is none."""
-    codes = dict(spread(_compile, selection, jobs))
-    entries = selection.entries()
-    for entry in entries:
-        _predict(entry, codes, ARCHS[selection.target], MACHINES[selection.target])
-    return entries
+def with_profile(compiled: Compiled, code: list[Instruction]) -> Code:
+    return compiled, profile(code) if code else None
 
 
-def _predict(entry: Entry, codes: Mapping[str, Code], arch: Arch, machine: Machine) -> None:
+def predicted(arch: Arch, operation: Operation, case: Any, direction: str, codes: Mapping[str, Code]) -> Row:
+    """A direction of a case, with a prediction for each of its launches, or the reason why there is none."""
+    machine, least = MACHINES[arch.name], operation.work(case, direction)
+    launches: list[Row] = []
+    error = ""
     touched: set[int] = set()
-    (operation,) = find([entry.operation])
-    for launch in entry.launches:
-        work, (code, executed) = work_of(operation, launch, entry.case), codes[key_of(launch, arch)]
-        entry.error = code.error
+    for launch in operation.launches(case, direction, arch):
+        work, (code, executed) = work_of(operation, launch, case), codes[key_of(launch, arch)]
+        error = code.error
         if executed is None:
-            return
-        how = dict(
-            registers=code.registers, shared=code.shared_memory, num_warps=launch.num_warps, stages=launch.num_stages
-        )
+            break
         try:
-            entry.predictions.append(predict(machine, work, executed, **how, cached=frozenset(touched)))
-        except ValueError as error:  # larger than an SM
-            entry.error = str(error)
-            return
+            found = predict(
+                machine, work, executed, registers=code.registers, shared=code.shared_memory,
+                num_warps=launch.num_warps, stages=launch.num_stages, cached=frozenset(touched),
+            )  # fmt: skip
+        except ValueError as too_large:
+            error = str(too_large)
+            break
+        launches.append({"kernel": launch.kernel.__name__, "settings": describe(launch), **asdict(found)})
         touched |= {tensor for tensor, size in work.tensors.items() if size <= machine.l2_size / 2}
+    return {
+        "target": arch.name, "operation": operation.name, "case": case.name, "direction": direction,
+        "bytes": least.bytes, "operations": least.operations,
+        "floor_us": floor_us(operation, case, direction, machine),
+        "predicted_us": sum(x["us"] for x in launches), "error": error, "launches": launches,
+    }  # fmt: skip
 
 
-def launch_table(entries: Sequence[Entry]) -> str:
+def launch_table(rows: Sequence[Row]) -> str:
     header = ["case", "direction", "kernel", "settings", "floor µs", "predicted µs", "limited by", "programs an SM",
               "waves"]  # fmt: skip
-    return markdown(
-        header,
-        [
-            [e.case.name, e.direction, x.kernel.__name__, describe(x), f"{p.floor_us:.1f}", f"{p.us:.1f}",
-             p.limited_by, f"{p.resident} ({p.resident_limit})", f"{p.waves:.2f}"]
-            for e in entries if not e.error for x, p in zip(e.launches, e.predictions, strict=True)
-        ],
-    )  # fmt: skip
+    lines = [
+        [r["case"], r["direction"], x["kernel"], x["settings"], f"{x['floor_us']:.1f}", f"{x['us']:.1f}",
+         x["limited_by"], f"{x['resident']} ({x['resident_limit']})", f"{x['waves']:.2f}"]
+        for r in rows if not r["error"] for x in r["launches"]
+    ]  # fmt: skip
+    return markdown(header, lines)
 
 
-def sum_table(entries: Sequence[Entry]) -> str:
+def sum_table(rows: Sequence[Row]) -> str:
     header = ["case", "direction", "MB", "GFLOP", "launches", "floor µs", "predicted µs", "floor of it",
               "mostly limited by"]  # fmt: skip
-    rows: list[list[object]] = []
-    for e in entries:
-        work = f"{e.work.bytes / 1e6:.1f}", f"{e.work.operations / 1e9:.1f}"
-        start = [e.case.name, e.direction, *work, len(e.launches), f"{e.floor_us:.1f}"]
-        if e.error:
-            rows.append([*start, "", "", e.error])
-            continue
-        longest = max(e.predictions, key=lambda p: p.us)
-        rows.append([*start, f"{e.us:.1f}", f"{e.floor_us / e.us:.0%}", longest.limited_by])
-    return markdown(header, rows)
+    lines = []
+    for r in rows:
+        last = ["", "", r["error"]]
+        if not r["error"]:
+            longest = max(r["launches"], key=lambda x: x["us"])
+            last = [f"{r['predicted_us']:.1f}", f"{r['floor_us'] / r['predicted_us']:.0%}", longest["limited_by"]]
+        lines.append(
+            [r["case"], r["direction"], f"{r['bytes'] / 1e6:.1f}", f"{r['operations'] / 1e9:.1f}", len(r["launches"]),
+             f"{r['floor_us']:.1f}", *last]
+        )  # fmt: skip
+    return markdown(header, lines)
 
 
-def main(selections: Sequence[Selection], *, jobs: int, file: str) -> int:
+def main(options: Options) -> int:
     """Predict, print the tables, write the JSON; 1 if a kernel does not compile. Raises ValueError without a model."""
-    for selection in selections:
-        if selection.target not in MACHINES:
-            raise ValueError(f"there is no model of {selection.target}; there is one of {', '.join(MACHINES)}")
-    rows: list[dict[str, Any]] = []
-    for selection in selections:
-        started = time.perf_counter()
-        entries = evaluate(selection, jobs)
-        seconds, machine = time.perf_counter() - started, f"{MACHINES[selection.target].name} ({selection.target})"
-        print(launch_table(entries), sum_table(entries), sep="\n\n")
-        print(f"\nPredicted for {machine}, not measured; {len(entries)} entries in {seconds:.0f} s")
-        rows += [{"target": selection.target, **as_row(e)} for e in entries]
-    if file:
-        write_json(Path(file), rows)
+    targets = options.target or ["sm_90"]
+    for target in targets:
+        if target not in MACHINES:
+            raise ValueError(f"there is no model of {target}; there is one of {', '.join(MACHINES)}")
+    started = time.perf_counter()
+    _, codes = read_all(collect, with_profile, options)
+    rows = [predicted(*each, codes) for each in selected(options)]
+    for target in targets:
+        own = [row for row in rows if row["target"] == target]
+        print(launch_table(own), sum_table(own), sep="\n\n")
+        seconds, machine = time.perf_counter() - started, f"{MACHINES[target].name} ({target})"
+        print(f"\nPredicted for {machine}, not measured; {len(own)} entries in {seconds:.0f} s")
+    if options.json:
+        write_json(options.json, rows)
     return int(any(row["error"] for row in rows))
-
-
-def as_row(e: Entry) -> dict[str, Any]:
-    return {
-        "operation": e.operation,
-        "case": e.case.name,
-        "direction": e.direction,
-        "bytes": e.work.bytes,
-        "operations": e.work.operations,
-        "floor_us": e.floor_us,
-        "predicted_us": e.us,
-        "error": e.error,
-        "launches": [
-            {"kernel": x.kernel.__name__, "settings": describe(x), **asdict(p)}
-            for x, p in zip(e.launches, e.predictions, strict=False)
-        ],
-    }

@@ -17,10 +17,11 @@ import torch
 
 from bench import all as bench_all
 from bench import operation, results, run
-from bench.__main__ import main, parser
+from bench.__main__ import main, parse
 from bench.all import Journal, Step, walk
+from bench.options import Options
 
-from .test_run import NO_CUDA, ROOT, linear, smoke
+from .test_run import NO_CUDA, ROOT, linear, run_with, smoke
 
 PLAN = bench_all.plan(Path("DIR"), smoke=False)
 
@@ -34,9 +35,8 @@ def python(name: str, program: str, needs: float = 1, limit: float = 30, **more:
 
 def chosen(step: Step) -> list[tuple[str, Any]]:
     """The operation and the cases that a step of `bench run` measures."""
-    given = parser().parse_args(step.command[3:])
-    options = run.Options(given.case, given.dtype, first=given.first)
-    return [(found.name, case) for found in operation.find(given.operation) for case in options.cases_of(found)]
+    options = parse([*step.command[3:]])
+    return [(found.name, case) for found in options.operations for case in options.cases_of(found)]
 
 
 def of_run(planned: Sequence[Step]) -> list[Step]:
@@ -310,7 +310,7 @@ def test_a_step_is_stopped_with_its_children(leader: str, tmp_path: Path, monkey
         python("after", "print('still here')"),
     )
     began = time.monotonic()
-    code = bench_all.main(10, tmp_path, smoke=True)
+    code = bench_all.main(Options(budget=10, out=tmp_path, smoke=True))
     assert time.monotonic() - began < 15
     assert ended(int(file.read_text()))
     entries = Journal(tmp_path, smoke=True).entries
@@ -333,7 +333,7 @@ def test_a_failing_step_stops_no_other_and_shows_its_last_lines(
         python("unwell", "", lacks="not installed"),
     )
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # of the shell: a GPU's steps are not interpreted
-    assert bench_all.main(10, tmp_path, smoke=True) == 1
+    assert bench_all.main(Options(budget=10, out=tmp_path, smoke=True)) == 1
     entries = Journal(tmp_path, smoke=True).entries
     assert {name: entry["status"] for name, entry in entries.items()} == {
         "first": "failed", "no such program": "failed", "killed": "failed", "last": "done", "unwell": "skipped",
@@ -368,7 +368,7 @@ def test_an_interrupt_stops_the_step_and_shows_what_there_is(
     interrupt = f"import os, signal, time; open({str(file)!r}, 'w').write(str(os.getpid())); "
     interrupt += f"os.kill(os.getppid(), signal.{name}); time.sleep(60)"
     given_plan(monkeypatch, python("done", ""), python("interrupted", interrupt), python("never", ""))
-    assert bench_all.main(10, tmp_path, smoke=True) == 130
+    assert bench_all.main(Options(budget=10, out=tmp_path, smoke=True)) == 130
     assert ended(int(file.read_text()))
     entries = Journal(tmp_path, smoke=True).entries
     assert {name: entry["status"] for name, entry in entries.items()} == {"done": "done", "interrupted": "cut off"}
@@ -377,14 +377,14 @@ def test_an_interrupt_stops_the_step_and_shows_what_there_is(
     assert "| never       | left    |" in printed
     file.unlink()
     given_plan(monkeypatch, python("done", "1/0"), python("interrupted", ""), python("never", ""))
-    assert bench_all.main(10, tmp_path, smoke=True) == 0, "goes on, and does nothing twice"
+    assert bench_all.main(Options(budget=10, out=tmp_path, smoke=True)) == 0, "goes on, and does nothing twice"
 
 
 def test_a_budget_that_is_spent_leaves_everything_and_is_no_mistake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given_plan(monkeypatch, python("long", "1/0", needs=100, limit=200))
-    assert bench_all.main(1.5, tmp_path, smoke=True) == 0
+    assert bench_all.main(Options(budget=1.5, out=tmp_path, smoke=True)) == 0
     assert "| long   | left   | 0 | needs about 100 s |" in capsys.readouterr().out
 
 
@@ -483,7 +483,7 @@ def test_missing_measures_what_the_results_lack(tmp_path: Path, monkeypatch: pyt
 
     def again(**options: Any) -> list[str]:
         measured.clear()
-        assert run.main([linear()], run.Options(smoke=True, out=tmp_path, **options)) == 0
+        assert run.main(Options(operation=["linear"], smoke=True, out=tmp_path, **options)) == 0
         return list(measured)
 
     everything = [case.name for case in linear().smoke_cases]
@@ -508,8 +508,7 @@ def test_what_is_wrong_stays_wrong_when_it_is_not_missing(tmp_path: Path) -> Non
     status, rows = smoke(linear(lambda x, w, b: torch.sigmoid(x @ w.t()) * 1.01), tmp_path, "16x16x32")
     assert status == 1
     assert {t["verdict"] for row in rows for t in row["targets"]} == {"unmeasured"}
-    options = run.Options(cases=["16x16x32"], smoke=True, missing=True, out=tmp_path)
-    assert run.main([linear()], options) == 1
+    assert run_with(linear(), case=["16x16x32"], smoke=True, missing=True, out=tmp_path) == 1
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

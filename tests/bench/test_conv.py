@@ -13,12 +13,11 @@ from torch.nn import functional as F
 
 import tribp
 from bench import conv3x3 as conv
-from bench import results, run
+from bench import results
 from bench.conv3x3 import ConvCase, pairs
 from bench.operation import DifferentiableProblem, Operation, Target, Work
-from bench.run import Options
 
-from .test_run import smoke, with_provider
+from .test_run import run_with, smoke, with_provider
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DIRECTIONS = ("forward", "dgrad", "wgrad", "both")
@@ -145,7 +144,7 @@ def test_precision_and_cudnns_benchmark_hold_while_measuring_and_are_given_back(
 @pytest.mark.gpu
 def test_run_on_a_gpu(tmp_path: Path) -> None:
     cases = ["3x5-7x33x29", "64x384-384x56x56:384 bfloat16 NHWC bias", "64x128-256x28x28/2 bfloat16 NCHW bias"]
-    assert run.main([convolution()], Options(cases=cases, compile=False, out=tmp_path)) == 0
+    assert run_with(convolution(), case=cases, compile=False, out=tmp_path) == 0
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------

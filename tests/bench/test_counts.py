@@ -11,7 +11,7 @@ import pytest
 
 from bench import counts
 from bench.__main__ import main
-from bench.operation import find
+from bench.options import Options
 
 from ..executor.findings import Counts, Traffic
 
@@ -83,4 +83,4 @@ def test_launches_are_counted(words: list[str], kernels: list[str], tmp_path: Pa
 
 def test_a_name_that_no_case_has(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no case"):
-        counts.main(find(["linear"]), counts.Options("sm_90", ["no such case"]))
+        counts.main(Options(operation=["linear"], target=["sm_90"], case=["no such case"]))

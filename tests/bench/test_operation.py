@@ -13,6 +13,8 @@ from bench.model import predict
 from bench.model.machines import MACHINES
 from bench.model.work import work_of
 from bench.operation import Case, KernelTests, Operation, Target, Work, describe
+from bench.options import Options
+from tribp.launch.arch import ARCHS
 from tribp.launch.plan import Launch
 
 CASE = Case((8, 8, 8), torch.bfloat16)
@@ -74,8 +76,8 @@ def test_the_cases_with_targets_come_first() -> None:
 def test_it_is_predicted_as_itself(third: None) -> None:
     assert predict.directions(THIRD, CASE) == ["around"]
     assert predict.floor_us(THIRD, CASE, "around", MACHINES["sm_90"]) == pytest.approx(1e15 / MACHINES["sm_90"].dram)
-    (entry,) = predict.Selection(("third",), "sm_90").entries()
-    assert (entry.operation, entry.launches[0].kernel.__name__, entry.work.bytes) == ("third", "turn", 1e9)
+    (found,) = predict.selected(Options(operation=["third"]))
+    assert found == (ARCHS["sm_90"], THIRD, CASE, "around")
 
 
 def test_its_tests_and_measurements_are_planned(third: None) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import operation, tune
+from bench import tune
 from bench.__main__ import main
-from bench.run import Options
+from bench.options import Options
 from bench.timing import CpuMeter, Times
 from tribp.launch import plan as plans
 from tribp.launch.arch import INTERPRETER
@@ -161,8 +161,8 @@ def test_operations_share_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(time, "monotonic", lambda: now)
     monkeypatch.setattr(tune.Tuning, "run", measured)
-    options = Options(smoke=True, out=tmp_path)
-    assert tune.main(operation.find(["linear", "conv", "optim"]), options, 0.5) == 0
+    options = Options(operation=["linear", "conv", "optim"], smoke=True, out=tmp_path, budget=0.5)
+    assert tune.main(options) == 0
     assert ends == [10.0, 12.0, 12.0]
 
 
