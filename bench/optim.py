@@ -77,16 +77,13 @@ class StepCase:
 # -- cases ------------------------------------------------------------------------------------------------------------
 
 
-def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> Shapes:
-    """A GPT-2's parameters: 124 M of them by default, in 148 tensors."""
-    norm = [(width,), (width,)]
-
-    def linear(inputs: int, outputs: int) -> list[tuple[int, ...]]:
-        return [(inputs, outputs), (outputs,)]
-
-    attention = [*norm, *linear(width, 3 * width), *linear(width, width)]
-    block = [*attention, *norm, *linear(width, 4 * width), *linear(4 * width, width)]
-    return [(vocabulary, width), (context, width), *block * layers, *norm]
+def gpt2() -> Shapes:
+    """GPT-2's parameters: 124 M in 148 tensors."""
+    n = 768
+    norm = [(n,), (n,)]
+    attention = [(n, 3 * n), (3 * n,), (n, n), (n,)]
+    perceptron = [(n, 4 * n), (4 * n,), (4 * n, n), (n,)]
+    return [(50257, n), (1024, n), *12 * [*norm, *attention, *norm, *perceptron], *norm]
 
 
 def resnet50() -> Shapes:
@@ -204,54 +201,47 @@ class Provider:
 
 def providers(case: StepCase, without_compile: str = "") -> dict[str, Provider | str]:
     """By name; in place of one that is left out, a sentence."""
+    options, beyond = case.options, case.beyond.keys()
+    capturable = case.optimizer in ("Adam", "RMSprop")
+
+    def torchs(**how: bool) -> Callable[..., Any]:
+        return _maker("torch.optim", case.optimizer, {**options, **how}, capturable)
+
     there: dict[str, Provider | str] = {
         "tribp": Provider(case.make, unscales=True, clips=True),
-        "for-loop": Provider(_torchs(case, foreach=False)),
-        "foreach": Provider(_torchs(case, foreach=True)),
-        "fused": Provider(_torchs(case, fused=True), unscales=True),
-        "compile": without_compile or Provider(_torchs(case), compiled=True),
-        "apex": _apex(case),
-        "bitsandbytes": _bitsandbytes(case),
+        "for-loop": Provider(torchs(foreach=False)),
+        "foreach": Provider(torchs(foreach=True)),
+        "fused": Provider(torchs(fused=True), unscales=True),
+        "compile": without_compile or Provider(torchs(), compiled=True),
+        "apex": "apex has no such optimizer",
+        "bitsandbytes": "bitsandbytes has no such optimizer",
     }
     if case.optimizer == "RMSprop":
         there["fused"] = "torch has no fused RMSprop"
-    if lacking := [key for key in ("state_dtype", "stochastic_rounding") if key in case.beyond]:
+    if lacking := [key for key in ("state_dtype", "stochastic_rounding") if key in beyond]:
         there |= dict.fromkeys(("for-loop", "foreach", "fused", "compile"), f"torch has no {' and no '.join(lacking)}")
+    if not case.scaler and not set(options) - {"momentum"}:
+        if case.optimizer != "RMSprop" and "stochastic_rounding" not in beyond:
+            adam = case.optimizer == "Adam"
+            decays = {"adam_w_mode": False} if adam else {}
+            there["apex"] = _installed("apex.optimizers", f"Fused{case.optimizer}", {**options, **decays}, adam)
+        if not beyond and (case.optimizer != "SGD" or options):
+            there["bitsandbytes"] = _installed("bitsandbytes.optim", f"{case.optimizer}32bit", options, False)
     return there
 
 
-def _torchs(case: StepCase, **how: bool) -> Callable[..., Any]:
-    def make(groups: Groups, capturable: bool = False) -> Any:
-        capture = {"capturable": True} if capturable and case.optimizer in ("Adam", "RMSprop") else {}
-        return getattr(torch.optim, case.optimizer)(groups, LR, **case.options, **how, **capture)
-
-    return make
-
-
-def _apex(case: StepCase) -> Provider | str:
-    name = {"Adam": "FusedAdam", "SGD": "FusedSGD", "Adagrad": "FusedAdagrad"}.get(case.optimizer)
-    if name is None or case.scaler or set(case.options) - {"momentum"} or "stochastic_rounding" in case.beyond:
-        return "apex has no such optimizer"
-    adam = name == "FusedAdam"
-    return _of_library("apex.optimizers", name, {**case.options, **({"adam_w_mode": False} if adam else {})}, adam)
-
-
-def _bitsandbytes(case: StepCase) -> Provider | str:
-    if case.scaler or case.beyond or set(case.options) - {"momentum"} or (case.optimizer == "SGD" and not case.options):
-        return "bitsandbytes has no such optimizer"
-    return _of_library("bitsandbytes.optim", f"{case.optimizer}32bit", case.options)
-
-
-def _of_library(module: str, name: str, options: Mapping[str, Any], can_capture: bool = False) -> Provider | str:
-    """can_capture: whether its optimizer knows `capturable`."""
-    if not importlib.util.find_spec(module.partition(".")[0]):
-        return "not installed"
+def _maker(module: str, name: str, options: Mapping[str, Any], can_capture: bool) -> Callable[..., Any]:
+    """can_capture: whether the optimizer knows `capturable`."""
 
     def make(groups: Groups, capturable: bool = False) -> Any:
         capture = {"capturable": True} if capturable and can_capture else {}
         return getattr(importlib.import_module(module), name)(groups, lr=LR, **options, **capture)
 
-    return Provider(make)
+    return make
+
+
+def _installed(module: str, *how: Any) -> Provider | str:
+    return Provider(_maker(module, *how)) if importlib.util.find_spec(module.split(".")[0]) else "not installed"
 
 
 class Job:
@@ -300,13 +290,11 @@ class Job:
 
     def moments(self) -> dict[str, list[Tensor]]:
         """The states that are as large as their parameters, by name."""
-        states = [self.optimizer.state[p] for p in self.params]
-        names = [
-            name
-            for name, value in states[0].items()
+        return {
+            name: [self.optimizer.state[p][name] for p in self.params]
+            for name, value in self.optimizer.state[self.params[0]].items()
             if isinstance(value, Tensor) and value.shape == self.params[0].shape
-        ]
-        return {name: [state[name] for state in states] for name in names}
+        }
 
 
 @dataclass(frozen=True)
@@ -318,19 +306,19 @@ class Problem:
 
     def sample(self, tensors: Sequence[Tensor]) -> Tensor:
         """All elements, or of more than WHOLE those where a wrong offset would show."""
-        flat = (
-            torch.cat([t.detach().reshape(-1) for t in tensors]) if len(tensors) > 1 else tensors[0].detach().view(-1)
-        )
+        flat = tensors[0].detach().view(-1)
+        if len(tensors) > 1:
+            flat = torch.cat([t.detach().reshape(-1) for t in tensors])
         if len(flat) <= WHOLE:
             return flat.clone()
-        return torch.cat([flat[: 1 << 20], flat[:: 997], flat[-(1 << 20) :]])  # fmt: skip
+        return torch.cat([flat[: 1 << 20], flat[::997], flat[-(1 << 20) :]])
 
     @functools.cached_property
     def _reference(self) -> dict[str, Reference]:
         job = Job(self.case, Provider(torch.optim.SGD), self.device)
         p = Parameter(self.sample(job.params).double())
         assert self.case.clip is None or self.case.elements <= WHOLE, "a norm of all gradients needs them all"
-        exact = _torchs(self.case, foreach=False)([{"params": [p]}])
+        exact = getattr(torch.optim, self.case.optimizer)([p], LR, **self.case.options, foreach=False)
         for step in range(STEPS):
             job.gradients(step)
             p.grad = self.sample(job.grads).double()
@@ -389,15 +377,10 @@ def launches(case: StepCase, direction: str, arch: Arch) -> "list[Launch]":
     """What one step launches on this GPU, on tensors without memory."""
     from tribp.launch.plan import Launch
 
-    launched: list[Launch] = []
-
-    def record(launch: Launch) -> None:
-        launched.append(launch)
-
     with (
         mock.patch.object(dispatch, "backend_of", return_value="triton"),
         mock.patch.object(dispatch, "arch_of", return_value=arch),
-        mock.patch.object(Launch, "run", record),
+        mock.patch.object(Launch, "run", autospec=True) as run,
     ):
         params = [Parameter(torch.empty(n, dtype=case.dtype, device="meta")) for n in case.lengths]
         groups: Groups = [{"params": params}] if case.grouped else [{"params": [p]} for p in params]
@@ -410,6 +393,7 @@ def launches(case: StepCase, direction: str, arch: Arch) -> "list[Launch]":
         if case.scaler:
             optimizer.grad_scale = optimizer.found_inf = torch.empty((), device="meta")
         optimizer.step()
+    launched: list[Launch] = [given.args[0] for given in run.call_args_list]
     if case.irregular:  # an lr on the device is one where its address can be read, which `meta` has none of
         launched = [x.with_settings(ON_DEVICE=True) if "ON_DEVICE" in x.settings else x for x in launched]
     return launched
@@ -423,42 +407,38 @@ EVERYTHING = replace(
     irregular=True,
 )  # fmt: skip
 
-# What is compiled without a GPU: a name that begins with the rule, a case, its types.
-Selection = list[tuple[str, StepCase, Sequence[torch.dtype]]]
-ALWAYS: Selection = [  # for every target
-    ("adam", ADAM, DTYPES),
-    ("sgd", replace(ADAM, optimizer="SGD"), (FP32,)),
-    ("momentum", replace(ADAM, optimizer="Momentum"), (FP32,)),
-    ("rmsprop", replace(ADAM, optimizer="RMSprop"), (FP32,)),
-    ("adagrad", replace(ADAM, optimizer="Adagrad"), (FP32,)),
-    ("adam clip", replace(ADAM, beyond=CLIP), (FP32,)),
-    ("adam wide states", replace(ADAM, beyond={"state_dtype": FP32}), (BF16,)),
-    ("adam everything", replace(EVERYTHING, beyond={**EVERYTHING.beyond, **STOCHASTIC}), (BF16,)),
-]
+# What is compiled without a GPU: a name that begins with the rule, a case, its types; and further types for one target,
+# to save time: the machine code differs little between them. --all compiles every type of every case.
 THOROUGH = "sm_90"
-MORE: Selection = [  # for that one target, to save time: the machine code differs little between them
-    ("momentum", replace(ADAM, optimizer="Momentum"), (BF16,)),
-    ("rmsprop", replace(ADAM, optimizer="RMSprop"), (BF16,)),
-    ("adagrad", replace(ADAM, optimizer="Adagrad"), (BF16,)),
-    ("rmsprop centered momentum", replace(ADAM, optimizer="RMSprop", options={"centered": True, **MOMENTUM}), (FP32,)),
-    ("adam amsgrad", replace(ADAM, options={"amsgrad": True}), (FP32,)),
-    ("adam scaler", replace(ADAM, scaler=True), (FP32,)),
-    ("adam clip", replace(ADAM, beyond=CLIP), (FP64,)),
-]
-RARE: Selection = [  # for --all
-    ("adam clip", replace(ADAM, beyond=CLIP), (BF16,)),
-    ("adam ema", replace(ADAM, beyond={"ema_decay": 0.9}), (FP32,)),
-    ("adam stochastic", replace(ADAM, beyond={"stochastic_rounding": True}), (BF16,)),
-    ("adam wide states", replace(ADAM, beyond={"state_dtype": FP32}), (FP16,)),
-    ("adam everything", EVERYTHING, (FP32,)),
+SELECTION: list[tuple[str, StepCase, Sequence[torch.dtype], Sequence[torch.dtype]]] = [
+    ("adam", ADAM, DTYPES, ()),
+    ("sgd", replace(ADAM, optimizer="SGD"), (FP32,), ()),
+    ("momentum", replace(ADAM, optimizer="Momentum"), (FP32,), (BF16,)),
+    ("rmsprop", replace(ADAM, optimizer="RMSprop"), (FP32,), (BF16,)),
+    (
+        "rmsprop centered momentum",
+        replace(ADAM, optimizer="RMSprop", options={"centered": True, **MOMENTUM}),
+        (),
+        (FP32,),
+    ),
+    ("adagrad", replace(ADAM, optimizer="Adagrad"), (FP32,), (BF16,)),
+    ("adam clip", replace(ADAM, beyond=CLIP), (FP32,), (FP64,)),
+    ("adam amsgrad", replace(ADAM, options={"amsgrad": True}), (), (FP32,)),
+    ("adam scaler", replace(ADAM, scaler=True), (), (FP32,)),
+    ("adam ema", replace(ADAM, beyond={"ema_decay": 0.9}), (), ()),
+    ("adam wide states", replace(ADAM, beyond={"state_dtype": FP32}), (BF16,), ()),
+    ("adam stochastic", replace(ADAM, beyond={"stochastic_rounding": True}), (), ()),
+    ("adam everything", EVERYTHING, (), ()),
+    ("adam everything", replace(EVERYTHING, beyond={**EVERYTHING.beyond, **STOCHASTIC}), (BF16,), ()),
 ]
 
 
 def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, StepCase, str]]:
-    others = [*MORE, *RARE] if everything else MORE if arch.name == THOROUGH else []
-    for name, case, dtypes in [*ALWAYS, *others]:
+    for name, case, dtypes, others in SELECTION:
         rule, _, switched_on = name.partition(" ")
-        for dtype in DTYPES if everything and "stochastic_rounding" not in case.beyond else dtypes:
+        if everything:
+            dtypes, others = DTYPES if "stochastic_rounding" not in case.beyond else (BF16,), ()
+        for dtype in [*dtypes, *(others if arch.name == THOROUGH else ())]:
             yield f"{rule} {dtype_name(dtype)} {switched_on}".strip(), replace(case, dtype=dtype), "step"
 
 
