@@ -12,7 +12,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -286,10 +286,10 @@ def measure(comparison: Any, rounds: int) -> dict[str, Any]:
             for name, sample in samples.items():  # in turns: a slow minute of the machine's is everybody's
                 times[name].append(sample())
     summaries = {name: summary(us) for name, us in times.items()}
-    medians = {name: us.median for name, us in summaries.items()}
+    medians = {name: us["median"] for name, us in summaries.items()}
     return {
         "case": comparison.name,
-        "host_us": {name: asdict(us) for name, us in summaries.items()},
+        "host_us": summaries,
         "targets": [judge(target, medians) for target in comparison.targets],
     }
 

@@ -1,9 +1,8 @@
 """What a table of results looks like: bars against each peer, and a roofline. Nothing is drawn without matplotlib."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 MOST_BARS, MOST_POINTS = 80, 40  # of what can still be read; the tables have the rest
@@ -47,8 +46,7 @@ def bars(path: Path, title: str, rows: Sequence[Row], peers: Sequence[str]) -> P
     return saved(plt, figure, path)
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     name: str
     dtype: str
     intensity: float  # operations a byte

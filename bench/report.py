@@ -57,31 +57,27 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 def goals(stored: Stored) -> list[Goal]:
     """All targets that were set, measured or not: the missed first, then what is unmeasured."""
-    everything = {entry.name: results.unmeasured(entry) for entry in operation.find()}
-    everything["host"] = host.unmeasured()
+    everything = {entry.name: results.unmeasured(entry) for entry in operation.find()} | {"host": host.unmeasured()}
     judged = []
     for name, rows in everything.items():
-        measured = {place(row): row for row in stored.get(name, {}).get("rows", [])}
-        latest = stored.get(name, {}).get("commit")
+        held = stored.get(name, {"rows": [], "commit": ""})
+        measured = {(place(row), sentence(target)): (row, target) for row in held["rows"] for target in row["targets"]}
         for row in rows:
-            judged += [goal(name, row, target, measured.get(place(row)), latest) for target in row["targets"]]
+            for target in row["targets"]:
+                case = " ".join([*place(row), *([f"({target['what']})"] if "what" in target else [])])
+                value = "–"
+                if found := measured.get((place(row), sentence(target))):
+                    measurement, target = found
+                    status = measurement.get("providers", {}).get("tribp", {}).get("status")
+                    value = status if status in ("wrong", "failed") else figure(target)
+                    if (commit := measurement.get("commit", held["commit"])) != held["commit"]:
+                        value += f" at {commit}"
+                judged.append(Goal(name, case, target["target"], value, target["verdict"]))
     return sorted(judged, key=lambda goal: ORDER.index(goal.verdict))
 
 
-def place(row: Row) -> tuple[str, str]:
-    return row["case"], row.get("direction", "")
-
-
-def goal(operation: str, row: Row, target: Row, measured: Row | None, latest: str | None) -> Goal:
-    case = " ".join(filter(None, [*place(row), f"({target['what']})" if "what" in target else ""]))
-    same = [t for t in measured["targets"] if sentence(t) == sentence(target)] if measured else []
-    if not measured or not same:
-        return Goal(operation, case, target["target"], "–", "unmeasured")
-    status = measured.get("providers", {}).get("tribp", {}).get("status", "ok")
-    value = status if status in ("wrong", "failed") else figure(same[0])
-    if measured.get("commit", latest) != latest:
-        value += f" at {measured['commit']}"
-    return Goal(operation, case, target["target"], value, same[0]["verdict"])
+def place(row: Row) -> tuple[str, ...]:
+    return (row["case"], row["direction"]) if "direction" in row else (row["case"],)
 
 
 def sentence(target: Row) -> tuple[str, str]:

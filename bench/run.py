@@ -4,7 +4,6 @@ import contextlib
 import gc
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +180,7 @@ def timed(operation: Operation, case: Any, direction: str, problem: Problem, pro
     """Times in µs, memory, and of small cases also what the host and a CUDA graph take."""
     before = meter.allocated()
     action = problem.action(provider, direction)
-    entry: Row = {"device_us": asdict(meter.device_times(action.call)), "peak_bytes": meter.peak_bytes(action.call)}
+    entry: Row = {"device_us": meter.device_times(action.call), "peak_bytes": meter.peak_bytes(action.call)}
     quantities = {target.quantity for target in operation.targets(case, direction)}
     if "launches" in quantities and (kernels := meter.kernels(action.call)) is not None:
         entry["launches"], entry["busy_us"] = kernels

@@ -10,11 +10,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tribp import dispatch
 
 from .operation import Action
 
@@ -23,28 +24,21 @@ Conditions = Callable[[], contextlib.AbstractContextManager[object]]
 SAMPLE_US = 1e4  # calls that take less are repeated within a sample
 
 
-@dataclass(frozen=True)
-class Times:
-    """Of repeated measurements, in µs."""
-
-    median: float
-    p20: float
-    p80: float
+Times = dict[str, float]  # of repeated measurements, in µs: "median", "p20", "p80"
 
 
 def summary(times: Sequence[float]) -> Times:
-    quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-    return Times(*torch.tensor(times, dtype=torch.float64).quantile(quantiles).tolist())
+    quantiles = {"median": 0.5, "p20": 0.2, "p80": 0.8}
+    found = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([*quantiles.values()], dtype=torch.float64))
+    return dict(zip(quantiles, found.tolist(), strict=True))
 
 
 def versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
+    if dispatch.has_triton():
         import triton
 
         versions["triton"] = triton.__version__
-    except ImportError:
-        pass
     return versions
 
 
@@ -52,20 +46,6 @@ def kernels_of(trace: Mapping[str, Any]) -> tuple[int, float]:
     """The number of kernels in a trace as torch.profiler exports it, and their µs; copies and fills are none."""
     durations = [e["dur"] for e in trace["traceEvents"] if e.get("cat") == "kernel"]
     return len(durations), float(sum(durations))
-
-
-def call_times(action: Action, wait: Call, rounds: int) -> tuple[float, float]:
-    """µs until a call returns, and until the device is done with it."""
-    returned, done = [], []
-    for _ in range(rounds):
-        action.before()
-        wait()
-        started = time.perf_counter()
-        action.call()
-        returned.append(time.perf_counter() - started)
-        wait()
-        done.append(time.perf_counter() - started)
-    return 1e6 * statistics.median(returned), 1e6 * statistics.median(done)
 
 
 class Repeated:
@@ -103,6 +83,9 @@ class CpuMeter:
 
     name = "CPU, smoke test"
     slug = "smoke"
+    rounds = 1  # of calls whose return is timed
+    copied = 1 << 20  # bytes, for the copy's rate
+    side = 64  # of the matrices whose product's rate is measured
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -121,9 +104,21 @@ class CpuMeter:
         prepare()
         return None
 
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
+
     def call_times(self, action: Action) -> tuple[float, float]:
         """µs until a call returns, and until the device is done with it."""
-        return call_times(action, lambda: None, rounds=1)
+        returned, done = [], []
+        for _ in range(self.rounds):
+            action.before()
+            self.wait()
+            started = time.perf_counter()
+            action.call()
+            returned.append(time.perf_counter() - started)
+            self.wait()
+            done.append(time.perf_counter() - started)
+        return 1e6 * statistics.median(returned), 1e6 * statistics.median(done)
 
     def kernels(self, call: Call) -> tuple[int, float] | None:
         """How many kernels a call launches, and the µs they take together, caches warm."""
@@ -140,19 +135,21 @@ class CpuMeter:
     def release(self) -> None:
         """Give back memory that nothing uses."""
 
-    def copy_bandwidth(self, size: int = 1 << 20) -> float:
+    def copy_bandwidth(self) -> float:
         """Bytes a second, read plus written, of a large copy."""
-        source = torch.empty(size, dtype=torch.uint8, device=self.device).random_()
+        source = torch.empty(self.copied, dtype=torch.uint8, device=self.device).random_()
         target = torch.empty_like(source)
-        return 2 * size / (1e-6 * self.device_times(lambda: target.copy_(source)).median)
+        return 2 * self.copied / (1e-6 * self.device_times(lambda: target.copy_(source))["median"])
 
-    def matrix_rate(self, dtype: torch.dtype, n: int = 64) -> float:
+    def matrix_rate(self, dtype: torch.dtype) -> float:
         """Operations a second of torch's own large matrix product, at the current precision setting."""
-        a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
-        return 2 * n**3 / (1e-6 * self.device_times(lambda: torch.mm(a, b)).median)
+        a, b = (torch.randn(self.side, self.side, device=self.device).to(dtype) for _ in range(2))
+        return 2 * self.side**3 / (1e-6 * self.device_times(lambda: torch.mm(a, b))["median"])
 
 
 class CudaMeter(CpuMeter):
+    rounds, copied, side = 30, 1 << 30, 8192
+
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self.device)
@@ -187,10 +184,10 @@ class CudaMeter(CpuMeter):
                 for _ in range(calls):
                     action.call()
         torch.cuda.synchronize()
-        return self.device_times(graph.replay).median / calls
+        return self.device_times(graph.replay)["median"] / calls
 
-    def call_times(self, action: Action) -> tuple[float, float]:
-        return call_times(action, torch.cuda.synchronize, rounds=30)
+    def wait(self) -> None:
+        torch.cuda.synchronize()
 
     def kernels(self, call: Call) -> tuple[int, float] | None:
         call()
@@ -219,9 +216,3 @@ class CudaMeter(CpuMeter):
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-
-    def copy_bandwidth(self, size: int = 1 << 30) -> float:
-        return super().copy_bandwidth(size)
-
-    def matrix_rate(self, dtype: torch.dtype, n: int = 8192) -> float:
-        return super().matrix_rate(dtype, n)

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,7 @@ from .timing import Call, CpuMeter
 SMOKE_NEIGHBORS = 2  # of each problem: interpreted, one takes a second
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A call whose configs are tuned. `attempt` makes it: what is wrong with its results, if anything; and the call,
-    to be timed. The configs are those that plans use while it runs."""
-
-    name: str
-    attempt: Callable[[], tuple[str, Call]]
+Attempt = Callable[[], tuple[str, Call]]  # what is wrong with its results, if anything; and the call, to be timed
 
 
 class Asked(dict[Any, Any]):
@@ -81,17 +75,11 @@ class Tuning:
         self.path = folder / f"tune-{operation.name}.json"
         self.head = {"operation": operation.name, "smoke": options.smoke, **conditions(meter.name)}
         self.stamp = {"commit": results.commit(), "versions": meter.versions()}
-        self.entries: dict[str, dict[str, Any]] = {}  # by what is measured
         self.found: list[dict[str, Any]] = []
-        self._resume()
-
-    def _resume(self) -> None:
-        if not self.path.exists():
-            return
-        before = json.loads(self.path.read_text())
-        if all(before.get(key) == value for key, value in self.head.items()):
-            self.entries = before["entries"]
-        else:
+        before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        mine = all(before.get(key) == value for key, value in self.head.items())
+        self.entries: dict[str, dict[str, Any]] = before["entries"] if mine else {}  # by what is measured
+        if before and not mine:
             kept = self.path.with_suffix(".old.json")
             self.path.replace(kept)
             print(f"{self.path.name} is of another GPU, version or state of the sources; it is now {kept.name}")
@@ -101,53 +89,52 @@ class Tuning:
         for case in cases:
             if self.over():
                 break
-            for subject in subjects(self.operation, case, self.meter):
+            for name, attempt in subjects(self.operation, case, self.meter):
                 with plans.using(Asked()) as asked:
-                    subject.attempt()
+                    attempt()
                 for problem in asked.problems:
                     # Optimizers ask alike for very different kernels; a layer's problem says which it is.
-                    what = subject.name if self.operation.name == "optim" else repr(problem)
+                    what = name if self.operation.name == "optim" else repr(problem)
                     if what not in tuned and not self.over():
                         tuned.add(what)
-                        self._problem(subject, problem)
+                        self._problem(name, attempt, problem)
             gc.collect()
             self.meter.release()
 
-    def _problem(self, subject: Subject, problem: Any) -> None:
+    def _problem(self, name: str, attempt: Attempt, problem: Any) -> None:
         first = problem.choose()
-        found = search(
-            first,
-            lambda config: self._around(problem, config, first),
-            lambda config, repetition: self._time(subject, problem, config, repetition),
-            self.over,
-        )
+
+        def around(config: Any) -> list[Any]:
+            most = None if not self.options.smoke else SMOKE_NEIGHBORS if config == first else 0
+            return neighbors(problem, config)[:most]
+
+        def measured(config: Any, repetition: int) -> float | None:
+            return self._time(
+                f"{name} | {problem} | {json.dumps(asdict(config))} | {repetition}", attempt, problem, config
+            )
+
+        found = search(first, around, measured, self.over)
         if found is None:
             self.good = False
-            print(f"{subject.name}: the heuristic's own config is wrong or fails: {problem}")
+            print(f"{name}: the heuristic's own config is wrong or fails: {problem}")
         else:
-            self.found.append(line(subject, problem, first, found))
+            self.found.append(line(name, problem, first, found))
         self._write()
 
-    def _around(self, problem: Any, config: Any, first: Any) -> list[Any]:
-        if self.options.smoke:
-            return neighbors(problem, config)[:SMOKE_NEIGHBORS] if config == first else []
-        return neighbors(problem, config)
-
-    def _time(self, subject: Subject, problem: Any, config: Any, repetition: int) -> float | None:
+    def _time(self, key: str, attempt: Attempt, problem: Any, config: Any) -> float | None:
         """The median in µs, from the file if it is there; None for what is wrong or fails."""
-        name = f"{subject.name} | {problem} | {json.dumps(asdict(config))} | {repetition}"
-        if name not in self.entries:
+        if key not in self.entries:
             entry: dict[str, Any]
             with plans.using({problem: config}):
                 try:
-                    wrong, call = subject.attempt()
-                    entry = {"wrong": wrong} if wrong else {"device_us": asdict(self.meter.device_times(call))}
+                    wrong, call = attempt()
+                    entry = {"wrong": wrong} if wrong else {"device_us": self.meter.device_times(call)}
                 except Exception as error:  # a config may not compile, or not fit
                     entry = {"failed": sentence(error)}
-            self.entries[name] = entry
+            self.entries[key] = entry
             self._write()
-        time = self.entries[name].get("device_us")
-        return None if time is None else float(time["median"])
+        time: float | None = self.entries[key].get("device_us", {}).get("median")
+        return time
 
     def _write(self) -> None:
         results.write_json(self.path, self.head | self.stamp | {"found": self.found, "entries": self.entries})
@@ -163,11 +150,11 @@ class Tuning:
         return f"configs of {self.operation.name}, {self.meter.name}{mark}\n\n{markdown(header, rows)}"
 
 
-def line(subject: Subject, problem: Any, first: Any, found: Found[Any]) -> dict[str, Any]:
+def line(case: str, problem: Any, first: Any, found: Found[Any]) -> dict[str, Any]:
     before, after = asdict(first), asdict(found.config)
     changed = [f"{name} {before[name]} → {after[name]}" for name in before if before[name] != after[name]]
     return {
-        "case": subject.name,
+        "case": case,
         "kind": type(problem).__name__.removesuffix("Problem"),
         "problem": repr(problem),
         "basis": basis(first, problem.arch),
@@ -179,8 +166,8 @@ def line(subject: Subject, problem: Any, first: Any, found: Found[Any]) -> dict[
     }
 
 
-def subjects(operation: Operation, case: Any, meter: CpuMeter) -> Iterator[Subject]:
-    """A case's calls: each direction."""
+def subjects(operation: Operation, case: Any, meter: CpuMeter) -> Iterator[tuple[str, Attempt]]:
+    """A case's calls by name, one a direction. The configs are those that plans use while it runs."""
     with precision(case.tf32):
         problem = operation.problem(case, meter.device)
         reference = problem.reference()
@@ -197,4 +184,4 @@ def subjects(operation: Operation, case: Any, meter: CpuMeter) -> Iterator[Subje
                 found = errors(problem.results(ours, direction), reference)
                 return problem.wrong(found, theirs), problem.action(ours, direction).call
 
-            yield Subject(" ".join([case.name, direction]).removesuffix(" step"), attempt)
+            yield f"{case.name} {direction}".removesuffix(" step"), attempt

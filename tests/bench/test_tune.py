@@ -42,7 +42,7 @@ def timed(every_launch: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         steps.clear()
         action()
         time = 1000.0 / sum(steps)
-        return Times(time, time, time)
+        return dict(median=time, p20=time, p80=time)
 
     monkeypatch.setattr(Launch, "run", watched)
     monkeypatch.setattr(CpuMeter, "device_times", device_times)
