@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,7 @@ class Compiled:
     error: str = ""  # what the compiler said, if it gave up
 
 
-@dataclass(frozen=True)
-class Expectation:
+class Expectation(NamedTuple):
     """A check, and why this kernel has to pass it."""
 
     name: str
@@ -76,7 +75,7 @@ def _pipelined(code: Compiled) -> str | None:
 
 def accesses(code: Compiled, kind: str, *widths: str) -> int:
     """How many "loads" or "stores" are of these widths: ".128" is 16 bytes, "" any."""
-    names = {"loads": LOADS, "stores": STORES}[kind]
+    names = LOADS if kind == "loads" else STORES
     return sum(code.counts.get(name + width, 0) for name in names for width in widths)
 
 
@@ -92,8 +91,7 @@ PIPELINED = Expectation("pipelined", _pipelined, "otherwise every step waits for
 
 def always(arch: Arch) -> Sequence[Expectation]:
     """What every kernel has to keep on this target."""
-    has_wgmma = arch.backend == "cuda" and arch.capability == 90
-    return (*ALWAYS, *ASYNCHRONOUS) if has_wgmma else ALWAYS
+    return (*ALWAYS, *ASYNCHRONOUS) if arch.has_wgmma else ALWAYS
 
 
 def wide(kind: str, bits: int, reason: str) -> Expectation:
@@ -201,8 +199,4 @@ def broken(code: Compiled, expectations: Iterable[Expectation]) -> list[str]:
     """One sentence for each expectation that does not hold, with its reason."""
     if code.error:
         return [f"does not compile: {code.error}"]
-    sentences = []
-    for expectation in expectations:
-        if (wrong := expectation.check(code)) is not None:
-            sentences.append(f"{expectation.name}: {wrong} ({expectation.reason})")
-    return sentences
+    return [f"{name}: {wrong} ({reason})" for name, check, reason in expectations if (wrong := check(code)) is not None]

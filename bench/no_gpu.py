@@ -6,6 +6,7 @@ GPU that is pretended; results are never written.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -48,37 +49,24 @@ def always(value: object) -> Callable[..., object]:
 
 
 def _driver(arch: Arch, performed: Performed) -> Any:
-    from triton.backends.compiler import GPUTarget
+    from .compile import target_of
 
-    target: Any = arch.capability if arch.backend == "cuda" else arch.name
-
-    class Launcher:
-        def __init__(self, source: object, metadata: object) -> None:
-            self._metadata = metadata
-
-        def __call__(self, x: int, y: int, z: int, stream: int, function: object, packed: object, *rest: Any) -> None:
+    def launcher(source: object, metadata: object) -> Callable[..., None]:
+        def launch(x: int, y: int, z: int, stream: int, function: object, packed: object, *rest: Any) -> None:
             _launch_metadata, _enter_hook, _exit_hook, *arguments = rest
-            performed(self._metadata, (x, y, z), tuple(arguments))
+            performed(metadata, (x, y, z), tuple(arguments))
 
-    class Utils:
-        def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[None, int, int, int, int]:
-            # Module (none: Triton 3.9 would unload it), function, registers, spills, threads a program may have.
-            return None, 0, 0, 0, 1024
+        return launch
 
-        def get_device_properties(self, device: int) -> dict[str, int]:
-            return {"max_shared_mem": arch.shared_memory, "multiprocessor_count": arch.processors}
-
-    class Driver:
-        launcher_cls = Launcher
-        utils = Utils()
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def get_current_target(self) -> Any:
-            return GPUTarget(arch.backend, target, 64 if arch.backend == "hip" else 32)
-
-    return Driver()
+    utils = SimpleNamespace(
+        # Module (none: Triton 3.9 would unload it), function, registers, spills, threads a program may have.
+        load_binary=always((None, 0, 0, 0, 1024)),
+        get_device_properties=always({"max_shared_mem": arch.shared_memory, "multiprocessor_count": arch.processors}),
+    )
+    return SimpleNamespace(
+        launcher_cls=launcher,
+        utils=utils,
+        get_current_device=always(0),
+        get_current_stream=always(0),
+        get_current_target=always(target_of(arch)),
+    )

@@ -96,8 +96,8 @@ class Problem(Protocol):
         captured: for a CUDA graph.
         """
 
-    def wrong(self, errors: Mapping[str, float], baseline_errors: Mapping[str, float]) -> str:
-        """What is wrong with results of these relative errors beside the baseline's, or nothing."""
+    def allowed(self, name: str, baseline: float) -> float:
+        """The largest relative error of this result. baseline: the error of torch's own."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ class DifferentiableProblem:
         leaves = [value for value in inputs.values() if value.requires_grad]
         return Action(lambda: torch.autograd.grad(output, leaves, self.output_grad, retain_graph=True))
 
-    def wrong(self, errors: Mapping[str, float], baseline_errors: Mapping[str, float]) -> str:
+    def allowed(self, name: str, baseline: float) -> float:
         """The output must meet its type's tolerance and stay within twice torch's error.
 
         A gradient must do one of the two: it is formed from the rounded output, by torch as well, and where the
@@ -329,14 +329,10 @@ class DifferentiableProblem:
         """
         dtype = self.output_grad.dtype
         limit = TF32_TOLERANCE if self.tf32 else TOLERANCE[dtype]
-        for name, error in errors.items():
-            # Half a unit in the operands' last place on top: where torch happens to be exact, or (on a CPU) does not
-            # round to the TF32 that is allowed, twice its error is nothing.
-            twice = 2 * baseline_errors.get(name, 0.0) + (2**-10 if self.tf32 else torch.finfo(dtype).eps) / 2
-            bound = min(limit, twice) if name == "output" else max(limit, twice)
-            if not error <= bound:
-                return f"{name}: relative error {error:.2e}, allowed {bound:.2e}"
-        return ""
+        # Half a unit in the operands' last place on top: where torch happens to be exact, or (on a CPU) does not
+        # round to the TF32 that is allowed, twice its error is nothing.
+        twice = 2 * baseline + (2**-10 if self.tf32 else torch.finfo(dtype).eps) / 2
+        return min(limit, twice) if name == "output" else max(limit, twice)
 
     def _inputs(self, direction: str) -> dict[str, Tensor]:
         """The arguments, of which those require gradients that the direction is about."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import tribp
 from tribp import dispatch
@@ -151,10 +150,10 @@ def attempt(
 ) -> Row:  # fmt: skip
     """One provider's results, checked, and its times if they are right. baseline: the errors of torch's own."""
     try:
-        results = errors(problem.results(provider, direction), problem.reference())
-        if wrong := problem.wrong(results, baseline):
-            return {"status": "wrong", "errors": results, "note": wrong}
-        return {"status": "ok", "errors": results, **timed(operation, case, direction, problem, provider, meter)}
+        errors, wrong = check(problem, provider, direction, problem.reference(), baseline)
+        if wrong:
+            return {"status": "wrong", "errors": errors, "note": wrong}
+        return {"status": "ok", "errors": errors, **timed(operation, case, direction, problem, provider, meter)}
     except torch.OutOfMemoryError:
         return {"status": "skipped", "note": "needs more memory than is free"}
     except Exception as error:  # a provider that fails must not take the others' numbers with it
@@ -168,12 +167,18 @@ def sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def errors(results: Mapping[str, Tensor], reference: Mapping[str, Reference]) -> dict[str, float]:
-    """The relative error of each result; NaN where there is one."""
-    return {
-        name: float((value.double() - reference[name].value).norm()) / max(reference[name].scale, 1e-300)
-        for name, value in results.items()
-    }
+def check(
+    problem: Problem, provider: Any, direction: str, reference: Mapping[str, Reference], baseline: Mapping[str, float]
+) -> tuple[dict[str, float], str]:
+    """The relative error of each result (NaN where there is one), and what is wrong with them, or nothing."""
+    errors = {}
+    for name, value in problem.results(provider, direction).items():
+        exact = reference[name]
+        errors[name] = float((value.double() - exact.value).norm()) / max(exact.scale, 1e-300)
+    for name, error in errors.items():
+        if not error <= (allowed := problem.allowed(name, baseline.get(name, 0.0))):
+            return errors, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
+    return errors, ""
 
 
 def timed(operation: Operation, case: Any, direction: str, problem: Problem, provider: Any, meter: CpuMeter) -> Row:

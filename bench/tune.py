@@ -20,7 +20,7 @@ from . import results
 from .operation import Operation
 from .options import Options
 from .results import markdown
-from .run import errors, meter_and_folder, precision, sentence
+from .run import check, meter_and_folder, precision, sentence
 from .timing import Call, CpuMeter
 
 SMOKE_NEIGHBORS = 2  # of each problem: interpreted, one takes a second
@@ -176,12 +176,12 @@ def subjects(operation: Operation, case: Any, meter: CpuMeter) -> Iterator[tuple
         for direction in operation.directions:
             if direction == "both":
                 continue  # forward, then backward
-            theirs = {} if isinstance(baseline, str) else errors(problem.results(baseline, direction), reference)
+            theirs = {} if isinstance(baseline, str) else check(problem, baseline, direction, reference, {})[0]
 
             def attempt(direction: str = direction, theirs: dict[str, float] = theirs) -> tuple[str, Call]:
                 gc.collect()
                 meter.release()
-                found = errors(problem.results(ours, direction), reference)
-                return problem.wrong(found, theirs), problem.action(ours, direction).call
+                _, wrong = check(problem, ours, direction, reference, theirs)
+                return wrong, problem.action(ours, direction).call
 
             yield f"{case.name} {direction}".removesuffix(" step"), attempt
