@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from .operation import Operation, find
 from .options import Options
 from .results import markdown
 
-ROOT = Path(__file__).parents[1]
+BENCH = (sys.executable, "-m", "bench")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 RESERVE = 30.0  # seconds of the budget that are kept for the report
 GRACE = 5.0  # seconds in which a step may end by itself when it is told to
 TAIL = 12  # lines of a failed step's output that are shown
@@ -72,16 +73,16 @@ def plan(out: Path, smoke: bool) -> list[Step]:
 
     def run(name: str, operation: str, options: str, limit: float = 4 * MINUTE) -> Step:
         chosen = ["--smoke", "--first", "1"] if smoke else options.split()  # smoke has cases of its own
-        command = bench("run", operation, *chosen, "--missing", "--out", str(out))
+        command = [*BENCH, "run", operation, *chosen, "--missing", "--out", str(out)]
         return step(f"{operation}: {name}", command, CASES, limit, resumes=True)
 
     def tests(name: str, of: Operation, selection: Sequence[str], needs: float = MINUTE) -> Step:
-        return step(f"tests {name}", pytest(of.tests.smoke if smoke else selection), needs, 3 * needs)
+        return step(f"tests {name}", [*PYTEST, *(of.tests.smoke if smoke else selection)], needs, 3 * needs)
 
     def sanitized(tool: str, kind: str, of: Operation) -> Step:
         program = sanitizer()
         checked = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND)]
-        command = [*checked, *pytest(of.tests.smoke if smoke else of.tests.checked)]
+        command = [*checked, *PYTEST, *(of.tests.smoke if smoke else of.tests.checked)]
         # Without torch's cache every tensor is an allocation of its own, whose edges memcheck sees.
         options = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         lacks = "" if program else "compute-sanitizer is not installed"
@@ -90,7 +91,7 @@ def plan(out: Path, smoke: bool) -> list[Step]:
     def tune(of: Operation) -> Step:
         minutes = 1 if smoke else 3
         chosen = ["--smoke"] if smoke else ["--dtype", of.cases[0].dtype_name]
-        command = bench("tune", of.name, *chosen, "--budget", str(minutes), "--out", str(out))
+        command = [*BENCH, "tune", of.name, *chosen, "--budget", str(minutes), "--out", str(out)]
         return step(f"{of.name}: tune", command, minutes * MINUTE + 20, 2 * minutes * MINUTE)
 
     # Each operation's first share, then each one's second.
@@ -98,7 +99,7 @@ def plan(out: Path, smoke: bool) -> list[Step]:
     in_turn = [share for one_each in itertools.zip_longest(*shares) for share in one_each if share]
     large = ["-m", "gpu", *(word for o in operations for word in o.tests.large)]
     kernels = [word for o in operations for word in o.tests.kernels]
-    host = bench("host", *(["--smoke"] if smoke else []), "--json", str(out / "host.json"))
+    host = [*BENCH, "host", *["--smoke"] * smoke, "--json", str(out / "host.json")]
     return [
         *(tests(o.name, o, ["-m", "gpu", *o.tests.gpu]) for o in operations),
         # What has targets, beside eager torch. Every result is checked against float64 before it is timed.
@@ -117,15 +118,7 @@ def plan(out: Path, smoke: bool) -> list[Step]:
 
 def report(out: Path) -> Step:
     """The last of every call, out of a reserve: the pages and pictures of what there is."""
-    return Step("report", bench("report", str(out)), 0, 30)
-
-
-def bench(*words: str) -> list[str]:
-    return [sys.executable, "-m", "bench", *words]
-
-
-def pytest(selection: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
+    return Step("report", [*BENCH, "report", str(out)], 0, 30)
 
 
 def sanitizer() -> str | None:
@@ -194,12 +187,14 @@ def main(options: Options) -> int:
     if not planned:
         raise ValueError(f"there is no such step; there are: {', '.join(step.name for step in everything)}")
     journal, code = Journal(folder, smoke), 0
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `timeout` sends it
     try:
-        with terminated_as_interrupted():
-            walk(planned, journal, 60 * (options.budget or 60))
-            attempt(report(folder), journal, RESERVE)  # always: there is more to tell every time
+        walk(planned, journal, 60 * (options.budget or 60))
+        attempt(report(folder), journal, RESERVE)  # always: there is more to tell every time
     except KeyboardInterrupt:
         code = 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     planned.append(report(folder))
     journal.say(f"\n{journal.table(planned)}\n\n{pages.short(folder)}\nwritten to {folder}")
     failed = any(journal.entries.get(step.name, {}).get("status") == "failed" for step in planned)
@@ -214,8 +209,8 @@ def execute(step: Step, seconds: float, log: Path) -> int | None:
         # A process group of its own, so that all it starts can be stopped, and no session of its own, which a machine
         # that ends this one would leave running.
         process = subprocess.Popen(
-            step.command, cwd=ROOT, env={**inherited, "PYTHONUNBUFFERED": "1", **step.environment}, stdout=output,
-            stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp,
+            step.command, cwd=results.CHECKOUT, env={**inherited, "PYTHONUNBUFFERED": "1", **step.environment},
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp,
         )  # fmt: skip
         try:
             return process.wait(seconds)
@@ -289,17 +284,3 @@ def outcome(step: Step, left: float, code: int | None) -> tuple[str, str]:
     if code == FOUND and "--error-exitcode" in step.command:
         return "failed", "compute-sanitizer found errors"
     return "failed", f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-
-
-@contextlib.contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM stops the step too, like Ctrl-C: `timeout` sends it."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

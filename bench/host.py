@@ -130,14 +130,15 @@ def launching_nothing() -> Any:
         yield
 
 
+def nothing(*arguments: object, **options: object) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def without_kernels() -> Any:
     """torch's fused Adam without its kernels: the update, and the counting of steps."""
 
-    def nothing(*arguments: object, **options: object) -> None:
-        pass
-
-    with mock.patch.object(torch, "_fused_adam_", nothing), mock.patch.object(torch, "_foreach_add_", nothing):
+    with mock.patch.multiple(torch, _fused_adam_=nothing, _foreach_add_=nothing):
         yield
 
 

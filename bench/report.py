@@ -14,7 +14,6 @@ from .results import Row, markdown
 Stored = Mapping[str, dict[str, Any]]  # what each operation's JSON holds, by the operation's name
 MOST_MISSED = 20  # targets in the short form
 ORDER = ("missed", "unmeasured", "met")
-CHECKOUT = Path(__file__).parents[1]
 
 
 class Goal(NamedTuple):
@@ -131,7 +130,7 @@ def page(folder: Path, stored: Stored) -> str:
 def shown(folder: Path) -> str:
     """The folder as a command in the checkout names it, or elsewhere by its name alone."""
     folder = folder.resolve()
-    return str(folder.relative_to(CHECKOUT)) if folder.is_relative_to(CHECKOUT) else folder.name
+    return str(folder.relative_to(results.CHECKOUT)) if folder.is_relative_to(results.CHECKOUT) else folder.name
 
 
 def title(stored: Stored) -> str:

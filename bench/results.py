@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 from .operation import Operation, Target, Work
 from .timing import CpuMeter
 
-ROOT = Path(__file__).parent / "results"
+CHECKOUT = Path(__file__).parents[1]
+ROOT = CHECKOUT / "bench" / "results"
 SOURCES = ("kernels", "tribp", "bench")  # beside this folder: what a measurement depends on
 Row = dict[str, Any]
 
@@ -109,6 +111,9 @@ def verdict(target: str, value: float | None, met: Callable[[float], bool]) -> R
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
+NUMBER = re.compile(r"–|([-+]?\d[\d.]*(e[-+]?\d+)?|nan|inf)?[ x%]*")  # or nothing
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A padded Markdown table: the same characters on a terminal, in a log and in a results file.
 
@@ -116,7 +121,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """
     cells = [[("" if value is None else str(value)).replace("|", "\\|") for value in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
-    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(header))]
+    right = [bool(cells) and all(NUMBER.fullmatch(row[i]) for row in cells) for i in range(len(header))]
 
     def line(values: Sequence[str]) -> str:
         padded = (v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True))
@@ -124,14 +129,6 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
     rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
     return "\n".join([line(header), rule, *map(line, cells)])
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.rstrip(" x%") or "0")
-    except ValueError:
-        return text in ("", "–")
-    return True
 
 
 def decimal(value: float | None) -> str:
@@ -254,19 +251,18 @@ def write_json(path: Path, content: object) -> None:
 
 def commit() -> str:
     """The checkout's commit; where sources differ from it, or git does not know it, with a digest of them."""
-    changed = f"status --porcelain --untracked-files=no -- {' '.join(SOURCES)} :(exclude)bench/results"
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        root = Path(__file__).parents[1]
-        answers = [
-            subprocess.run(["git", *words.split()], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for words in ("rev-parse --short HEAD", changed)
-        ]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *SOURCES, ":(exclude)bench/results")
+        return git("rev-parse", "--short", "HEAD") + (f"+{digest()}" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return digest()
-    return f"{answers[0]}+{digest()}" if answers[1] else answers[0]
 
 
-def digest(root: Path = Path(__file__).parents[1]) -> str:
+def digest(root: Path = CHECKOUT) -> str:
     """Eight digits that tell one state of the sources from another; a commit of results changes none."""
     digest = hashlib.sha256()
     for file in sorted(file for folder in SOURCES for file in (root / folder).rglob("*.py")):

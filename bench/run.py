@@ -73,14 +73,11 @@ def precision(tf32: bool) -> Iterator[None]:
     name = "tf32" if tf32 else "ieee"
     settings: list[tuple[Any, str, object]] = [(product, "fp32_precision", name) for product in products]
     settings.append((torch.backends.cudnn, "benchmark", True))
-    before = [getattr(module, name) for module, name, _ in settings]
-    for module, name, value in settings:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for (module, name, _), value in zip(settings, before, strict=True):
+    with contextlib.ExitStack() as stack:
+        for module, name, value in settings:
+            stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)
+        yield
 
 
 def run(
