@@ -61,13 +61,11 @@ def key_of(launch: Launch, arch: Arch) -> str:
     return f"{arch.name} {launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
 
 
-def compile_launches(launches: Sequence[Launch], arch: Arch) -> list[Compiled]:
-    """Compile each kernel as its launch would, and read them. Triton's cache makes the second time fast."""
-    return [compiled for compiled, _ in read_launches(launches, arch)]
-
-
 def read_launches(launches: Sequence[Launch], arch: Arch) -> list[tuple[Compiled, list[Instruction]]]:
-    """The same, with their instructions; none if the compiler gave up."""
+    """Compile each kernel as its launch would, and read it; no instructions if the compiler gave up.
+
+    Triton's cache makes the second time fast.
+    """
     compiled = [_compile(launch, arch) for launch in launches]
     built = [kernel for kernel, _ in compiled if kernel is not None]
     if arch.backend == "cuda":

@@ -55,16 +55,25 @@ def main(options: Options) -> int:
 
 
 def _executed(operation: Operation, case: Any, direction: str, options: Options) -> "Report":
+    import triton
+
     from tests.executor.machine import Options as Executing
     from tests.executor.run import Report, executed
+
+    from .compile import source_of, target_of
 
     (target,) = options.target
     if operation.call:
         with executed(target, ctas=options.programs) as report:
             operation.call(case)
         return report
-    report = Report(target, Executing(ctas=options.programs))
-    _perform(operation.launches(case, direction, ARCHS[target]), ARCHS[target], report)
+    report, arch, storages = Report(target, Executing(ctas=options.programs)), ARCHS[target], Storages()
+    for launch in operation.launches(case, direction, arch):
+        source, how = source_of(launch, arch)
+        compiled = triton.compile(source, target=target_of(arch), options=how)
+        given = launch.named
+        report.perform(compiled, launch.grid, tuple(_materialized(given.get(x), storages) for x in source.signature))
+        report.launches[-1].settings = describe(launch)
     return report
 
 
@@ -85,22 +94,6 @@ def _materialized(value: Any, storages: Storages) -> Any:
         storages[storage._cdata] = (room[at : at + storage.nbytes()], value)  # the value keeps the storage, and its key
     flat = storages[storage._cdata][0].view(value.dtype)
     return flat.as_strided(value.shape, value.stride(), value.storage_offset() + flat.storage_offset())
-
-
-def _perform(launches: Sequence[Any], arch: Any, report: "Report") -> None:
-    """Run the launches (of `tribp.launch.layout`), which may be of tensors without memory."""
-    import triton
-
-    from .compile import source_of, target_of
-
-    storages: Storages = {}
-    for launch in launches:
-        source, options = source_of(launch, arch)
-        compiled = triton.compile(source, target=target_of(arch), options=options)
-        given = launch.named
-        arguments = tuple(_materialized(given.get(name), storages) for name in source.signature)
-        report.perform(compiled, launch.grid, arguments)
-        report.launches[-1].settings = describe(launch)
 
 
 def row(counts: "Counts") -> dict[str, Any]:

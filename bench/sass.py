@@ -82,14 +82,11 @@ def parse_sass(text: str, ends: Sequence[int], binary: bytes = b"") -> list[list
                 goal = at.get(int(target[1], 16)) if target else None
                 # `BRA.U UP0, 0x1d0` is conditional as well as `@P0 BRA 0x1d0`.
                 goes_on = predicated or not operands.startswith("0x")
-            code.append(Instruction(name, opcode, goal, goes_on, operands, _cycles(binary, address)))
+            # The stall count: bits 105 to 108 of an instruction's 128, since Volta (arXiv 1804.06826).
+            cycles = max(1, int.from_bytes(binary[address : address + 16], "little") >> 105 & 15)
+            code.append(Instruction(name, opcode, goal, goes_on, operands, cycles))
         kernels.append(code)
     return kernels
-
-
-def _cycles(binary: bytes, address: int) -> int:
-    """The stall count of the instruction at an address: bits 105 to 108 of its 128, since Volta (arXiv 1804.06826)."""
-    return max(1, int.from_bytes(binary[address : address + 16], "little") >> 105 & 15)
 
 
 def parse_ptx(text: str) -> list[Instruction]:

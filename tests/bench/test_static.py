@@ -210,7 +210,7 @@ def plant() -> dict[str, Any]:
     """Compile bad launches, and good ones beside them. Runs in a process of its own, without the interpreter."""
     import torch
 
-    from bench.compile import compile_launches, source_of
+    from bench.compile import read_launches, source_of
     from bench.linear import expectations, launches
     from bench.operation import Case
     from tribp.launch.plan import Launch, launches_of
@@ -243,7 +243,7 @@ def plant() -> dict[str, Any]:
     for name, (target, dtype, launch) in plants.items():
         good = launch if name.startswith("good") else plants["good odd" if name == "no prefetch" else "good"][2]
         expected = list(expectations(good if name == "narrow store" else launch, Case(even, dtype), ARCHS[target]))
-        (code,) = compile_launches([launch], ARCHS[target])
+        ((code, _),) = read_launches([launch], ARCHS[target])
         found[name] = broken(code, [NO_SPILLS, SHARED_MEMORY, *expected])
 
     # An optimizer's step: two elements a thread are no vector, 64 of them do not fit the registers.
@@ -254,7 +254,7 @@ def plant() -> dict[str, Any]:
             (step,) = optim.launches(optim.ADAM, "step", ARCHS[target])
             step = step if block is None else changed(step, warps=4, BLOCK=block)
             if block != 8192 or target == "sm_80":
-                (code,) = compile_launches([step], ARCHS[target])
+                ((code, _),) = read_launches([step], ARCHS[target])
                 expected = [NO_SPILLS, *optim.expectations(step, optim.ADAM, ARCHS[target])]
                 found[f"{name} step, {target}"] = broken(code, expected)
 

@@ -54,7 +54,7 @@ def changed(launch: Launch, changes: dict[str, Any]) -> Launch:
 
 def plant() -> dict[str, list[str]]:
     """What is wrong with each. Runs where the compiler does, in the process of `test_static.plant`."""
-    from bench.compile import compile_launches
+    from bench.compile import read_launches
 
     good = {name: (case, launches(case, direction, ARCH)[at]) for name, (case, direction, at) in GOOD.items()}
     single = launches(SINGLE, "forward", ARCH)[-1]
@@ -62,7 +62,7 @@ def plant() -> dict[str, list[str]]:
     for name, (of, _, changes) in BAD.items():
         case, launch = (SINGLE, single) if "single" in changes else good[of]
         asked[name] = changed(launch, changes), [*expectations(launch, case, ARCH)]
-    codes = compile_launches([launch for launch, _ in asked.values()], ARCH)
+    codes = [code for code, _ in read_launches([launch for launch, _ in asked.values()], ARCH)]
     return {
         name: broken(code, [*ALWAYS, *expected])
         for (name, (_, expected)), code in zip(asked.items(), codes, strict=True)

@@ -215,7 +215,7 @@ def test_configs_beside_the_heuristics_compute_the_same(name: str) -> None:
 def compiled() -> dict[str, list[str]]:
     """What the compiler says to some configs for every target. Runs in a process without the interpreter."""
     from bench import conv3x3, linear
-    from bench.compile import compile_launches
+    from bench.compile import read_launches
     from bench.conv3x3 import ConvCase
     from bench.operation import Case
 
@@ -232,7 +232,7 @@ def compiled() -> dict[str, list[str]]:
             around = neighbors(problem, problem.choose())
             smallest = min(around, key=lambda s: (s.block_i * s.block_j * s.block_l, s.num_stages))
             with plans.using({problem: smallest}):
-                codes = compile_launches(call(arch), arch)
+                codes = [code for code, _ in read_launches(call(arch), arch)]
             found[f"{name} {type(problem).__name__}"] = [
                 f"{code.error} {code.shared_memory <= code.shared_limit}" for code in codes
             ]
