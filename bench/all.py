@@ -15,10 +15,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from . import report as pages
@@ -173,9 +173,6 @@ class Journal:
         return markdown(["step", "status", "s", ""], rows)
 
 
-Execute = Callable[[Step, float, Path], "int | None"]
-
-
 def main(options: Options) -> int:
     """0; 1 if a step failed; 130 after Ctrl-C."""
     smoke, only = options.smoke, options.only
@@ -231,14 +228,11 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def walk(
-    planned: Sequence[Step], journal: Journal, seconds: float, execute: Execute = execute,
-    clock: Callable[[], float] = time.monotonic,
-) -> None:  # fmt: skip
+def walk(planned: Sequence[Step], journal: Journal, seconds: float) -> None:
     """Every step that is not finished and for which there is time, in order."""
-    end = clock() + seconds - RESERVE
+    end = monotonic() + seconds - RESERVE
     for n, step in enumerate(planned, 1):
-        left = end - clock()
+        left = end - monotonic()
         place = f"[{n}/{len(planned)}] {step.name}"
         if journal.is_finished(step):
             continue
@@ -248,24 +242,22 @@ def walk(
             journal.say(f"{place}: left, it needs about {step.needs:.0f} s")
         else:
             journal.say(f"{place}: {' '.join(step.command)}")
-            attempt(step, journal, left, execute, clock)
+            attempt(step, journal, left)
 
 
-def attempt(
-    step: Step, journal: Journal, left: float, execute: Execute = execute, clock: Callable[[], float] = time.monotonic
-) -> None:
+def attempt(step: Step, journal: Journal, left: float) -> None:
     """One step, of which something is written before it begins and whatever happens."""
     journal.write(step, "cut off")  # so it was, should nothing else be written
     offset = journal.log.stat().st_size if journal.log.exists() else 0
-    started = clock()
+    started = monotonic()
     try:
         status, note = outcome(step, left, execute(step, min(step.limit, left), journal.log))
     except KeyboardInterrupt:
-        journal.write(step, "cut off", clock() - started, "interrupted")
+        journal.write(step, "cut off", monotonic() - started, "interrupted")
         raise
     except OSError as error:
         status, note = "failed", str(error)
-    seconds = clock() - started
+    seconds = monotonic() - started
     journal.write(step, status, seconds, note)
     if status == "failed":
         tail = journal.log.read_bytes()[offset:].decode(errors="replace").splitlines()[-TAIL:]

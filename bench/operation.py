@@ -278,24 +278,21 @@ class DifferentiableProblem:
         """
         first, *others = self.arguments
         rows = self.rows or len(self.output_grad)
-        output, input_grad = list[Tensor](), list[Tensor]()
-        sums, squares = dict[str, Tensor](), dict[str, float]()
-        parts = [torch.split(tensor, rows) for tensor in (self.arguments[first], self.output_grad)]
-        for some, output_grad in zip(*parts, strict=True):
+        outputs, grads, terms = list[Tensor](), list[tuple[Tensor, ...]](), list[Mapping[str, float]]()
+        for some, dy in zip(
+            *(torch.split(tensor, rows) for tensor in (self.arguments[first], self.output_grad)), strict=True
+        ):
             exact = {name: value.detach().double() for name, value in {**self.arguments, first: some}.items()}
-            output_grad = output_grad.double()
-            for name, scale in self.scales(exact, output_grad).items():
-                squares[name] = squares.get(name, 0.0) + scale**2
+            dy = dy.double()
+            terms.append(self.scales(exact, dy))
             leaves = [value.requires_grad_() for value in exact.values()]
-            output.append(self.exact(*leaves, **self.options))
-            grad, *grads = torch.autograd.grad(output[-1], leaves, output_grad)
-            output[-1] = output[-1].detach()
-            input_grad.append(grad)
-            for name, grad in zip(others, grads, strict=True):
-                sums[name] = sums[name] + grad if name in sums else grad
-        values = {"output": torch.cat(output), f"{first}.grad": torch.cat(input_grad)}
-        values |= {f"{name}.grad": grad for name, grad in sums.items()}
-        scales = {f"{name}.grad": math.sqrt(square) for name, square in squares.items()}
+            output = self.exact(*leaves, **self.options)
+            grads.append(torch.autograd.grad(output, leaves, dy))
+            outputs.append(output.detach())
+        input_grads, *sums = zip(*grads, strict=True)
+        values = {"output": torch.cat(outputs), f"{first}.grad": torch.cat(input_grads)}
+        values |= {f"{name}.grad": functools.reduce(torch.add, parts) for name, parts in zip(others, sums, strict=True)}
+        scales = {f"{name}.grad": math.hypot(*(part[name] for part in terms)) for name in terms[0]}
         return {
             name: Reference(value, max(float(value.norm()), scales.get(name, 0.0))) for name, value in values.items()
         }

@@ -26,12 +26,12 @@ def shown(rows: Sequence[Row], most: int) -> list[Row]:
     return ([r for r in rows if r["targets"]] or list(rows))[:most]
 
 
-def bars(path: Path, title: str, rows: Sequence[Row], peers: Sequence[str]) -> Path | None:
+def bars(path: Path, title: str, rows: Sequence[Row], peers: Sequence[str]) -> None:
     """The ratio of each peer's time to tribp's."""
     plt = pyplot()
     rows = shown([r for r in rows if any(r["ratios"].get(peer) is not None for peer in peers)], MOST_BARS)[::-1]
     if plt is None or not rows:
-        return None
+        return
     width = 0.8 / len(peers)
     figure, axes = plt.subplots(figsize=(9, 1.5 + 0.28 * len(rows)), layout="constrained")
     for n, (peer, color) in enumerate(zip(peers, COLORS, strict=False)):
@@ -43,7 +43,7 @@ def bars(path: Path, title: str, rows: Sequence[Row], peers: Sequence[str]) -> P
     axes.set_xlabel("time of torch / time of tribp: more is better")
     axes.set_title(title.replace(" (", "\n(", 1), fontsize=8, loc="left")
     axes.legend()
-    return saved(plt, figure, path)
+    saved(plt, figure, path)
 
 
 class Point(NamedTuple):
@@ -63,13 +63,13 @@ def points(rows: Sequence[Row]) -> list[Point]:
     return drawn
 
 
-def roofline(path: Path, title: str, rows: Sequence[Row], bandwidth: float, rates: Mapping[str, float]) -> Path | None:
+def roofline(path: Path, title: str, rows: Sequence[Row], bandwidth: float, rates: Mapping[str, float]) -> None:
     """Every row as a numbered point of its type's color, under the ceilings that were measured: the copy's bytes a
     second, and every type's operations a second.
     """
     plt, drawn = pyplot(), points(rows)
     if plt is None or not drawn:
-        return None
+        return
     figure, axes = plt.subplots(figsize=(11, max(5, 0.17 * len(drawn))), layout="constrained")
     knees = {name: rate / bandwidth for name, rate in rates.items()}
     at = [*(point.intensity for point in drawn), *knees.values()]
@@ -88,10 +88,9 @@ def roofline(path: Path, title: str, rows: Sequence[Row], bandwidth: float, rate
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second")
     axes.set_title(title.replace(" (", "\n(", 1), fontsize=8, loc="left")
     figure.legend(loc="outside right upper", fontsize=6, handlelength=1.2)
-    return saved(plt, figure, path)
+    saved(plt, figure, path)
 
 
-def saved(plt: Any, figure: Any, path: Path) -> Path:
+def saved(plt: Any, figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return path

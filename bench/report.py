@@ -31,12 +31,13 @@ def main(options: Options) -> int:
     for folder in options.folder:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
-    for folder in options.folder or result_folders(results.ROOT):
+    folders = options.folder or result_folders(results.ROOT)
+    for folder in folders:
         stored = load(folder)
         draw(folder, stored)
         results.write(folder / "README.md", page(folder, stored))
         print(f"{folder / 'README.md'}\n{summary(goals(stored))}")
-    if not options.folder and not result_folders(results.ROOT):
+    if not folders:
         print(f"nothing is measured yet\n\n{targets({})}")
     return 0
 

@@ -108,33 +108,27 @@ class Tuning:
             most = None if not self.options.smoke else SMOKE_NEIGHBORS if config == first else 0
             return neighbors(problem, config)[:most]
 
-        def measured(config: Any, repetition: int) -> float | None:
-            return self._time(
-                f"{name} | {problem} | {json.dumps(asdict(config))} | {repetition}", attempt, problem, config
-            )
+        def measure(config: Any, repetition: int) -> float | None:
+            """The median in µs, from the file if it is there; None for what is wrong or fails."""
+            key = f"{name} | {problem} | {json.dumps(asdict(config))} | {repetition}"
+            if key not in self.entries:
+                with plans.using({problem: config}):
+                    try:
+                        wrong, call = attempt()
+                        self.entries[key] = {"wrong": wrong} if wrong else {"device_us": self.meter.device_times(call)}
+                    except Exception as error:  # a config may not compile, or not fit
+                        self.entries[key] = {"failed": sentence(error)}
+                self._write()
+            time: float | None = self.entries[key].get("device_us", {}).get("median")
+            return time
 
-        found = search(first, around, measured, self.over)
+        found = search(first, around, measure, self.over)
         if found is None:
             self.good = False
             print(f"{name}: the heuristic's own config is wrong or fails: {problem}")
         else:
             self.found.append(line(name, problem, first, found))
         self._write()
-
-    def _time(self, key: str, attempt: Attempt, problem: Any, config: Any) -> float | None:
-        """The median in µs, from the file if it is there; None for what is wrong or fails."""
-        if key not in self.entries:
-            entry: dict[str, Any]
-            with plans.using({problem: config}):
-                try:
-                    wrong, call = attempt()
-                    entry = {"wrong": wrong} if wrong else {"device_us": self.meter.device_times(call)}
-                except Exception as error:  # a config may not compile, or not fit
-                    entry = {"failed": sentence(error)}
-            self.entries[key] = entry
-            self._write()
-        time: float | None = self.entries[key].get("device_us", {}).get("median")
-        return time
 
     def _write(self) -> None:
         results.write_json(self.path, self.head | self.stamp | {"found": self.found, "entries": self.entries})

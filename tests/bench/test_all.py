@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -201,7 +202,8 @@ class World:
     def walk(self, planned: Sequence[Step], seconds: float) -> tuple[list[str], dict[str, str]]:
         """What was begun, and what is known of every step."""
         self.begun = []
-        walk(planned, Journal(self.folder, smoke=True), seconds + bench_all.RESERVE, self.execute, self.clock)
+        with mock.patch.multiple(bench_all, execute=self.execute, monotonic=self.clock):
+            walk(planned, Journal(self.folder, smoke=True), seconds + bench_all.RESERVE)
         stored = json.loads((self.folder / "steps.json").read_text())["steps"]
         return self.begun, {name: entry["status"] for name, entry in stored.items()}
 
@@ -265,8 +267,8 @@ def test_a_call_that_is_killed_leaves_its_step_cut_off(tmp_path: Path) -> None:
         assert stored["a"]["status"] == "cut off"
         raise Killed
 
-    with pytest.raises(Killed):
-        walk([step("a", 10)], Journal(tmp_path, smoke=True), 100, execute)
+    with pytest.raises(Killed), mock.patch.object(bench_all, "execute", execute):
+        walk([step("a", 10)], Journal(tmp_path, smoke=True), 100)
     assert World(tmp_path, a=10).walk([step("a", 10)], 100) == (["a"], {"a": "done"})
 
 
