@@ -134,12 +134,9 @@ def nothing(*arguments: object, **options: object) -> None:
     pass
 
 
-@contextlib.contextmanager
-def without_kernels() -> Any:
+def without_kernels() -> contextlib.AbstractContextManager[object]:
     """torch's fused Adam without its kernels: the update, and the counting of steps."""
-
-    with mock.patch.multiple(torch, _fused_adam_=nothing, _foreach_add_=nothing):
-        yield
+    return mock.patch.multiple(torch, _fused_adam_=nothing, _foreach_add_=nothing)
 
 
 def plans(smoke: bool) -> list[Comparison]:
