@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import multiprocessing
+import operator
 import re
 import struct
 import subprocess
@@ -61,7 +62,10 @@ def key_of(launch: Launch, arch: Arch) -> str:
     return f"{arch.name} {launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
 
 
-def read_launches(launches: Sequence[Launch], arch: Arch) -> list[tuple[Compiled, list[Instruction]]]:
+Code = tuple[Compiled, list[Instruction]]
+
+
+def read_launches(launches: Sequence[Launch], arch: Arch) -> list[Code]:
     """Compile each kernel as its launch would, and read it; no instructions if the compiler gave up.
 
     Triton's cache makes the second time fast.
@@ -101,9 +105,7 @@ def _compile(launch: Launch, arch: Arch) -> tuple[Any, str]:
         return None, f"{type(cause).__name__}: {' '.join(str(cause).split())[-300:]}"
 
 
-def _read(
-    launch: Launch, arch: Arch, kernel: Any, said: str, code: list[Instruction]
-) -> tuple[Compiled, list[Instruction]]:
+def _read(launch: Launch, arch: Arch, kernel: Any, said: str, code: list[Instruction]) -> Code:
     identity: dict[str, Any] = dict(
         target=arch.name,
         kernel=launch.kernel.__name__,
@@ -185,7 +187,7 @@ class Kernel:
 
 Kernels = dict[str, Kernel]
 Collect = Callable[[Options], Kernels]  # in the same order in every process
-Read = Callable[[Compiled, list[Instruction]], Result]
+Read = Callable[[Code], Result]
 
 
 def read_all(collect: Collect, read: Read[Result], options: Options) -> tuple[Kernels, dict[str, Result]]:
@@ -209,7 +211,7 @@ def _read_some(kernels: Kernels, read: Read[Result]) -> dict[str, Result]:
     for arch, some in itertools.groupby(kernels, lambda key: kernels[key].arch):
         keys = list(some)
         codes = read_launches([kernels[key].launch for key in keys], arch)
-        results |= zip(keys, itertools.starmap(read, codes), strict=True)
+        results |= zip(keys, map(read, codes), strict=True)
     return results
 
 
@@ -262,14 +264,10 @@ def _line(r: dict[str, Any]) -> list[object]:
     ]  # fmt: skip
 
 
-def only_findings(compiled: Compiled, code: list[Instruction]) -> Compiled:
-    return compiled
-
-
 def main(options: Options) -> int:
     """Compile, print the table and what is broken, write the JSON; 1 if anything is broken."""
     started = time.perf_counter()
-    kernels, codes = read_all(collect, only_findings, options)
+    kernels, codes = read_all(collect, operator.itemgetter(0), options)
     rows = [row(kernel, codes[key]) for key, kernel in kernels.items()]
     print(table(rows))
     failures = [(r, sentence) for r in rows for sentence in r["broken"]]

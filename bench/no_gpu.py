@@ -5,6 +5,7 @@ GPU that is pretended; results are never written.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -39,8 +40,7 @@ def pretending(arch: Arch, performed: Performed = lambda metadata, grid, argumen
         driver._active = before
 
 
-def pretending_h100() -> contextlib.AbstractContextManager[object]:
-    return pretending(ARCHS["sm_90"])
+pretending_h100 = functools.partial(pretending, ARCHS["sm_90"])
 
 
 def always(value: object) -> Callable[..., object]:

@@ -31,7 +31,7 @@ def main(options: Options) -> int:
     for folder in options.folder:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
-    folders = options.folder or result_folders(results.ROOT)
+    folders = options.folder or [folder for folder in sorted(results.ROOT.glob("*/")) if load(folder)]
     for folder in folders:
         stored = load(folder)
         draw(folder, stored)
@@ -40,11 +40,6 @@ def main(options: Options) -> int:
     if not folders:
         print(f"nothing is measured yet\n\n{targets({})}")
     return 0
-
-
-def result_folders(root: Path) -> list[Path]:
-    """The folders in it that hold results."""
-    return sorted(folder for folder in root.glob("*/") if load(folder))
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:

@@ -7,18 +7,17 @@ from typing import Any
 
 from tribp.launch.arch import ARCHS, Arch
 
-from ..compile import Kernel, Kernels, key_of, read_all
+from ..compile import Code, Kernel, Kernels, key_of, read_all
 from ..expectations import Compiled
 from ..operation import Operation, describe
 from ..options import Options
 from ..results import Row, floor, markdown, write_json
-from ..sass import Instruction
 from .executed import Profile, profile
 from .machines import MACHINES, Machine
 from .time import predict
 from .work import work_of
 
-Code = tuple[Compiled, Profile | None]  # no profile of what does not compile
+Profiled = tuple[Compiled, Profile | None]  # no profile of what does not compile
 
 
 def selected(options: Options) -> Iterator[tuple[Arch, Operation, Any, str]]:
@@ -55,11 +54,12 @@ def collect(options: Options) -> Kernels:
     return kernels
 
 
-def with_profile(compiled: Compiled, code: list[Instruction]) -> Code:
+def with_profile(read: Code) -> Profiled:
+    compiled, code = read
     return compiled, profile(code) if code else None
 
 
-def predicted(arch: Arch, operation: Operation, case: Any, direction: str, codes: Mapping[str, Code]) -> Row:
+def predicted(arch: Arch, operation: Operation, case: Any, direction: str, codes: Mapping[str, Profiled]) -> Row:
     """A direction of a case, with a prediction for each of its launches, or the reason why there is none."""
     machine, least = MACHINES[arch.name], operation.work(case, direction)
     launches: list[Row] = []

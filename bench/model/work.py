@@ -46,13 +46,9 @@ def work_of(operation: Operation, launch: "Launch", case: Any) -> LaunchWork:
     given, kernel = launch.named, launch.kernel.__name__
     if kernel not in operation.kernel_work:
         raise ValueError(f"the kernel_work of {operation.name} does not tell what a launch of {kernel} does")
-    parts = operation.kernel_work[kernel](given, launch.grid, case)
-    return LaunchWork(math.prod(launch.grid), **dict(tensors=_tensors(given)) | parts)
-
-
-def _tensors(given: Given) -> dict[int, float]:
-    values = [tensor_of(value) for value in given.values()]
-    return {id(t): float(t.numel() * t.element_size()) for t in values if isinstance(t, Tensor)}
+    tensors = [tensor for value in given.values() if isinstance(tensor := tensor_of(value), Tensor)]
+    parts = dict(tensors={id(t): float(t.numel() * t.element_size()) for t in tensors})
+    return LaunchWork(math.prod(launch.grid), **parts | operation.kernel_work[kernel](given, launch.grid, case))
 
 
 def tensor_of(value: Any) -> Any:
