@@ -9,16 +9,13 @@ MOST_BARS, MOST_POINTS = 80, 40  # of what can still be read; the tables have th
 COLORS = ("#4477aa", "#ccbb44", "#aa3377", "#228833", "#66ccee", "#ee6677")
 
 
-def pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files; None where it is not installed."""
+def figure_of(width: float, height: float) -> Any:
+    """A figure that draws into files alone; None where matplotlib is not installed."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
         return None
-    return plt
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def shown(rows: Sequence[Row], most: int) -> list[Row]:
@@ -28,12 +25,11 @@ def shown(rows: Sequence[Row], most: int) -> list[Row]:
 
 def bars(path: Path, title: str, rows: Sequence[Row], peers: Sequence[str]) -> None:
     """The ratio of each peer's time to tribp's."""
-    plt = pyplot()
     rows = shown([r for r in rows if any(r["ratios"].get(peer) is not None for peer in peers)], MOST_BARS)[::-1]
-    if plt is None or not rows:
+    figure = figure_of(9, 1.5 + 0.28 * len(rows))
+    if figure is None or not rows:
         return
-    width = 0.8 / len(peers)
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.28 * len(rows)), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(peers)
     for n, (peer, color) in enumerate(zip(peers, COLORS, strict=False)):
         heights = [r["ratios"].get(peer) or 0.0 for r in rows]
         at = [i + 0.4 - (n + 0.5) * width for i in range(len(rows))]
@@ -43,7 +39,7 @@ def bars(path: Path, title: str, rows: Sequence[Row], peers: Sequence[str]) -> N
     axes.set_xlabel("time of torch / time of tribp: more is better")
     axes.set_title(title.replace(" (", "\n(", 1), fontsize=8, loc="left")
     axes.legend()
-    saved(plt, figure, path)
+    figure.savefig(path, dpi=110)
 
 
 class Point(NamedTuple):
@@ -67,10 +63,11 @@ def roofline(path: Path, title: str, rows: Sequence[Row], bandwidth: float, rate
     """Every row as a numbered point of its type's color, under the ceilings that were measured: the copy's bytes a
     second, and every type's operations a second.
     """
-    plt, drawn = pyplot(), points(rows)
-    if plt is None or not drawn:
+    drawn = points(rows)
+    figure = figure_of(11, max(5, 0.17 * len(drawn)))
+    if figure is None or not drawn:
         return
-    figure, axes = plt.subplots(figsize=(11, max(5, 0.17 * len(drawn))), layout="constrained")
+    axes = figure.subplots()
     knees = {name: rate / bandwidth for name, rate in rates.items()}
     at = [*(point.intensity for point in drawn), *knees.values()]
     low, high = min(at) / 3, max(at) * 3
@@ -88,9 +85,4 @@ def roofline(path: Path, title: str, rows: Sequence[Row], bandwidth: float, rate
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second")
     axes.set_title(title.replace(" (", "\n(", 1), fontsize=8, loc="left")
     figure.legend(loc="outside right upper", fontsize=6, handlelength=1.2)
-    saved(plt, figure, path)
-
-
-def saved(plt: Any, figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=110)
-    plt.close(figure)
