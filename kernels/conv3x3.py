@@ -22,7 +22,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .common import Matrix, accumulator, dot, element_type, load_tile, masked_range, round_to, sigmoid, tile_of, zeros
+from .activations import Act, activate
+from .common import Matrix, accumulator, dot, element_type, load_tile, masked_range, round_to, tile_of, zeros
 
 # Not specialized: no recompile for a batch of 1, a stride of 2 or pixels of another pitch; what divides them, VEC says.
 SIZES = "N H W P Q groups OG CG OZ CX pad_h pad_w step_h step_w".split()
@@ -55,7 +56,7 @@ class Product(NamedTuple):
     VEC_W: int
     VEC_STORE: int
     W_TRANSPOSED: bool | None = None  # of dgrad: w is (C, 9, O), of a single group
-    SIGMOID: bool | None = None  # of forward: act is the sigmoid
+    ACT: Act | None = None  # of forward
     PTX: bool | None = None
 
 
@@ -452,8 +453,7 @@ def forward(
         if b is not None:
             o, inside = masked_range(col, here * OG, BLOCK_J, 1)
             z += tl.load(b + first + o, mask=inside, other=0.0).to(z.dtype)[None, :]
-        if CONFIG.SIGMOID:
-            z = sigmoid(z, y.data.dtype.element_ty, CONFIG.PTX)
+        z = activate(z, CONFIG.ACT, y.data.dtype.element_ty, CONFIG.PTX)
         store_box(y, z, pixels_of(Pixels(box.n, box.h + row, box.w), BOX), col, BLOCK_J, CONFIG)
 
 

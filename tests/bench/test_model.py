@@ -402,7 +402,7 @@ def test_no_work_is_lost(case: Case) -> None:
         (Case(SQUARE, BF16), {"output_grad"}),
         (Case(SQUARISH, BF16), {"reduce_partials"}),
         (Case(TALL, FP32), {"output_grad", "reduce_partials"}),
-        (ConvCase(conv3x3.FEW[0], BF16, last=False, sigmoid=True), {"relayout", "pack", "reduce_partials"}),
+        (ConvCase(conv3x3.FEW[0], BF16, last=False, activation="sigmoid"), {"relayout", "pack", "reduce_partials"}),
         (ConvCase(conv3x3.MANY, BF16, last=False), {"pack", "reduce_partials"}),
     ],
     ids=lambda value: getattr(value, "name", ""),
@@ -499,7 +499,7 @@ def test_the_shapes_that_are_predicted_have_targets() -> None:
     case = ConvCase(conv3x3.MIDDLE, BF16)
     conv, linear, optim = find(["conv", "linear", "optim"])
     assert predict.directions(conv, case) == ["forward", "dgrad", "wgrad"]
-    assert predict.directions(conv, replace(case, sigmoid=True)) == []
+    assert predict.directions(conv, replace(case, activation="sigmoid")) == []
     assert predict.directions(linear, Case(SQUARE, BF16)) == ["forward", "backward", "wgrad only"]
     assert predict.directions(linear, Case(SQUARE, torch.float16)) == []
     assert all(predict.directions(optim, case) == ["step"] for case in optim.cases)

@@ -87,7 +87,7 @@ NEEDS = [(True, True, True), (True, False, False), (False, True, False), (False,
 
 def bare(operation: Operation) -> Function:
     """The operator, called as an exported graph does."""
-    operator = getattr(torch.ops.tribp, operation.name)
+    operator = getattr(torch.ops.tribp, operation.operator)
     return lambda x, w, b: operator(x, w, b, *operation.options)
 
 
@@ -181,10 +181,12 @@ def test_gradients_of_gradient_operators_raise(operation: Operation, tensors: li
     y = operation.theirs(x, w, b).detach()
     needs = [True, True, True]
     if operation is LINEAR:
-        found = torch.ops.tribp.linear_sigmoid_backward(y, x, w, y, needs)
+        found = torch.ops.tribp.linear_backward(y, x, w, y, "sigmoid", 0.0, 0.0, needs)
     else:
         options = operation.options[:3]
-        found = torch.ops.tribp.conv3x3_backward(y, x, w, y, list(x.shape), *options, needs, False, False)
+        found = torch.ops.tribp.conv3x3_backward(
+            y, x, w, y, list(x.shape), *options, "sigmoid", 0.0, 0.0, needs, False, False
+        )
     with pytest.raises(RuntimeError, match="no autograd formula"):
         found[0].sum().backward()
 
