@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from .ops.activations import ActivationLike, activate, activation_of
 from .ops.conv3x3.checks import window_of
 from .ops.conv3x3.op import conv3x3
-from .ops.linear.op import linear, linear_sigmoid
+from .ops.linear.op import linear
 
 __all__ = ["Conv3x3", "Linear", "LinearSigmoid"]
 
@@ -91,15 +91,6 @@ class LinearSigmoid(Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype, activation="sigmoid")
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return torch.sigmoid(F.linear(input, self.weight, self.bias))
-        else:
-            return linear_sigmoid(input, self.weight, self.bias)
 
 
 class Conv3x3(nn.Module):

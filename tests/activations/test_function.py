@@ -59,8 +59,7 @@ def draw(sizes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -> list[
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-def test_matches_float64(activation: Activation, layer: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_matches_float64(activation: Activation, layer: str, device: str) -> None:
     dtype = turn(DTYPES, str(activation), layer)
     ours, theirs, sizes = LAYERS[layer](activation)
     inputs = draw(sizes, dtype, device)

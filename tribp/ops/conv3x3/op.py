@@ -233,7 +233,8 @@ def _small_enough(o: int, c: int) -> bool:
 @torch.library.custom_op("tribp::conv3x3", mutates_args=())
 def operator(
     input: Tensor, weight: Tensor, bias: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], groups: int, activation: str | None, a: float, b: float,
+    stride: Sequence[int], padding: Sequence[int], groups: int,
+    activation: str | None = None, a: float = 0.0, b: float = 0.0,
 ) -> Tensor:  # fmt: skip
     with without_autocast(input.device.type):  # as for linear_sigmoid
         act = Activation(activation, a, b)
@@ -243,7 +244,8 @@ def operator(
 @operator.register_fake
 def _(
     input: Tensor, weight: Tensor, bias: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], groups: int, activation: str | None, a: float, b: float,
+    stride: Sequence[int], padding: Sequence[int], groups: int,
+    activation: str | None = None, a: float = 0.0, b: float = 0.0,
 ) -> Tensor:  # fmt: skip
     size = _output_size(input, weight, as_window(stride, padding, groups))
     return _empty(size, input, conv3x3_format(input, weight))
@@ -252,7 +254,8 @@ def _(
 @register_decomposition(torch.ops.tribp.conv3x3.default)
 def _(
     input: Tensor, weight: Tensor, bias: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], groups: int, activation: str | None, a: float, b: float,
+    stride: Sequence[int], padding: Sequence[int], groups: int,
+    activation: str | None = None, a: float = 0.0, b: float = 0.0,
 ) -> Tensor:  # fmt: skip
     return forward(input, weight, bias, as_window(stride, padding, groups), Activation(activation, a, b), "torch")
 

@@ -218,18 +218,24 @@ def _fits(*tensors: Tensor | None) -> bool:
 
 
 @torch.library.custom_op("tribp::linear", mutates_args=())
-def operator(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, a: float, b: float) -> Tensor:
+def operator(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None, a: float = 0.0, b: float = 0.0
+) -> Tensor:
     with without_autocast(input.device.type):  # the result has the type of the arguments, as the compiler was told
         return forward(input, weight, bias, Activation(activation, a, b), dispatch.backend_of(input))
 
 
 @operator.register_fake
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, a: float, b: float) -> Tensor:
+def _(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None, a: float = 0.0, b: float = 0.0
+) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
 @register_decomposition(torch.ops.tribp.linear.default)
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, a: float, b: float) -> Tensor:
+def _(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None, a: float = 0.0, b: float = 0.0
+) -> Tensor:
     """For ONNX and other exporters, which know torch's operators alone and look for this."""
     return reference.linear(input, weight, bias, Activation(activation, a, b))
 
