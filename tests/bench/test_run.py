@@ -476,7 +476,8 @@ def test_host_smoke_shows_all_ratios(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["host", "--smoke", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
     plans = host.plans(True) if importlib.util.find_spec("triton") else []
-    assert [row["case"] for row in rows] == [c.name for c in plans + host.fallbacks(True) + host.shards(True)]
+    comparisons: list[Any] = [*plans, *host.fallbacks(True), host.Questions(5), *host.shards(True)]
+    assert [row["case"] for row in rows] == [c.name for c in comparisons]
     assert {target["verdict"] for row in rows for target in row["targets"]} == {"unmeasured"}
     assert all(times["median"] > 0 for row in rows for times in row["host_us"].values())
     printed = capsys.readouterr().out
