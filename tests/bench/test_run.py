@@ -572,6 +572,8 @@ def test_a_resnets_convolutions_take_few_launches(dtype: str, last: bool, most: 
 def test_host_times_calls_of_layers_where_triton_compiles(tmp_path: Path) -> None:
     """What was worked out before costs less than working it out."""
     rows = host_rows("linear_sigmoid", tmp_path)
+    on_cpu = rows.pop("linear_sigmoid on the CPU, 1x10x128")
+    assert list(on_cpu) == ["tribp", "torch", "torch, asked first"]
     assert list(rows) == ["linear_sigmoid, forward", "linear_sigmoid, with gradients"]
     for times in rows.values():
         assert list(times) == ["tribp", "tribp, a first call", "torch, on the CPU"]
