@@ -167,6 +167,8 @@ def selection(everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
             yield Case(shape, dtype, tf32), [*(APART if everything else directions), *bias_only]
         if everything or main:
             yield Case(SQUARISH, dtype, tf32), LAYOUTS
+            for activation in ("relu", "tanh", "elu", "softplus"):  # none, and those of most instructions
+                yield LinearCase(SQUARISH, dtype, tf32, activation=activation), ("forward", "backward")
 
 
 def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectation]:
