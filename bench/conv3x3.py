@@ -316,6 +316,8 @@ def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> It
         kernel == "wgrad" and (given.get("TAPS_LAST") or given["DIAGONAL"])
     ):
         return  # rows of few elements, elements nine apart, or a group's part of a row: nothing to write at once
+    if given.get("SUMS_BLOCK_ROWS", 1) > 1:
+        return  # sums that are transposed are written element by element; dgrad alone has none
     if arch.backend == "hip" and given.get("CHANNELS_LAST") is False:
         return  # side by side in a thread are channels; neighbouring columns are in neighbouring lanes, 64 bytes a row
     out = {"dgrad": "dx", "wgrad": "dw"}.get(kernel, "y")

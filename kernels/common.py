@@ -18,6 +18,7 @@ Fields of a CONFIG, where several kernels have them; one that a kernel has no us
     PRECISION   how float32 operands reach the tensor cores (`dot`)
     GROUP       tile rows that programs take at a time (`tile_of`)
     PREFETCH    the next tiles' loads are kept in flight by hand (`product`)
+    SUMS        of what the programs behind the result's add up (`add_appended`), or None
     STAGES      `num_stages`, for a loop that the compiler would not pipeline by itself
     ACT         the activation, as in `activations`
     FUSE_DZ     dz = dy·act′ is formed on load, from dy, which the argument `dz` holds, and y
@@ -256,7 +257,29 @@ def reduce_partials(partials, out, parts, matrices, rows, cols, partials2, out2,
 
     With BLOCK_ROWS a partial result consists of `matrices` of rows × cols, and `out` of the transpose of each.
     """
-    program = tl.program_id(0)
+    add_both(
+        partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2, tl.program_id(0), CONFIG
+    )  # fmt: skip
+
+
+@triton.jit
+def add_appended(sums, program, CONFIG: tl.constexpr):
+    """What a program of `reduce_partials` does, in a kernel that has its arguments as one tuple.
+
+    A number n in it is 2n + 3: in a tuple Triton specializes multiples of 16 and 1.
+    """
+    partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2 = sums
+    add_both(
+        partials, out, parts // 2 - 1, matrices // 2 - 1, rows // 2 - 1, cols // 2 - 1,
+        partials2, out2, parts2 // 2 - 1, length2 // 2 - 1, program, CONFIG,
+    )  # fmt: skip
+
+
+@triton.jit
+def add_both(
+    partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2, program, CONFIG: tl.constexpr
+):
+    """What a program of `reduce_partials` does."""
     programs = matrices * tl.cdiv(cols, CONFIG.BLOCK // CONFIG.BLOCK_ROWS)
     if program < programs:
         add_up(partials, out, parts, matrices, rows, cols, program, CONFIG.BLOCK_ROWS, CONFIG.VEC, CONFIG)

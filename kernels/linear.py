@@ -22,7 +22,9 @@ import triton.language as tl
 from .activations import Act, activate, gradient
 from .common import (
     Matrix,
+    Reduce,
     accumulator,
+    add_appended,
     dot,
     element_type,
     load_tile,
@@ -55,6 +57,7 @@ class Product(NamedTuple):
     W_TRANSPOSED: bool | None = None
     PERSISTENT: bool | None = None  # a program takes several tiles of y
     FUSE_DZ: bool | None = None
+    SUMS: Reduce | None = None
     STAGES: int | None = None
     PTX: bool | None = None
 
@@ -140,12 +143,20 @@ def load_dy_and_y(dy, y, m, n, CONFIG: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "ldy", "ldw"])
-def dgrad(dz, y, w, dx, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
-    """dx = dz·w. With FUSE_DZ the argument `dz` holds dy, and dz = dy·act′ is formed tile by tile."""
+def dgrad(dz, y, w, dx, sums, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
+    """dx = dz·w. With FUSE_DZ the argument `dz` holds dy, and dz = dy·act′ is formed tile by tile.
+
+    The programs behind those of dx add up wgrad's partial results.
+    """
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     PRECISION: tl.constexpr = CONFIG.PRECISION
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_K)
+    if sums is not None:
+        if tl.program_id(0) >= tiles:
+            add_appended(sums, tl.program_id(0) - tiles, CONFIG.SUMS)
+            return
     row, col = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), CONFIG.GROUP)
     m = row * BLOCK_M
     k = col * BLOCK_K

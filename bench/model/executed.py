@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from ..sass import MATRIX, Graph, Instruction, basic_blocks, loops_with
+from ..sass import MATRIX, Graph, Instruction, basic_blocks, loops_with, reach
 from ..wgmma import in_flight
 
 GLOBAL = {"LDG", "LDGSTS"}
@@ -43,6 +43,7 @@ class Profile:
     narrow: Tally  # in place of the first, where a main loop has a way of its own for data that is not aligned
     main_loops: int
     matrix: str = ""  # the matrix instruction: HGMMA, HMMA …
+    beside: Tally = Tally()  # what a program runs that multiplies nothing, beside others that do
 
 
 def width(instruction: Instruction) -> int:
@@ -80,10 +81,15 @@ def profile(code: Sequence[Instruction]) -> Profile:
     of_main = {head for head, loop in loops.items() if any(inner <= loop for inner in main)}
     depth = max((len(around[min(loop)] & of_main) for loop in main), default=0)
     levels: list[list[int]] = [[] for _ in range(depth + 1)]
+    heads = [min(loop) for loop in main]
+    with_main = reach(heads, graph.successors.__getitem__) | reach(heads, graph.predecessors.__getitem__)
+    beside: list[int] = []
     wide, narrow = _ways(code, blocks, graph, main) if main and not multiplies else (set(), set())
     exceptional: list[int] = []
     for n, block in enumerate(blocks):
-        if any(n in loop for loop in main):
+        if multiplies and main and n not in with_main:
+            beside += block
+        elif any(n in loop for loop in main):
             if n not in narrow:
                 levels[0] += block
             if n not in wide:
@@ -96,7 +102,8 @@ def profile(code: Sequence[Instruction]) -> Profile:
         if name == "HGMMA"
         else range(len(code))
     )
-    return Profile(tuple(tally(code, level, busy) for level in levels), tally(code, exceptional, busy), len(main), name)
+    tallies = tuple(tally(code, level, busy) for level in levels)
+    return Profile(tallies, tally(code, exceptional, busy), len(main), name, tally(code, beside, busy))
 
 
 def _widest(

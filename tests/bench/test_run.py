@@ -550,15 +550,15 @@ def test_batches_of_many_sizes_take_few_kernels() -> None:
     done = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, timeout=300)
     counts = json.loads(done.splitlines()[-1])
     assert 4 <= counts["MLP"] <= 14
-    assert 9 <= counts["channels_last"] <= 47
-    assert 9 <= counts["contiguous"] <= 89
+    assert 9 <= counts["channels_last"] <= 44
+    assert 9 <= counts["contiguous"] <= 87
 
 
 @pytest.mark.parametrize(
-    ("dtype", "last", "most"), [("float32", False, 90), ("bfloat16", False, 96), ("bfloat16", True, 64)]
+    ("dtype", "last", "most"), [("float32", False, 80), ("bfloat16", False, 80), ("bfloat16", True, 48)]
 )
 def test_a_resnets_convolutions_take_few_launches(dtype: str, last: bool, most: int) -> None:
-    """Forward and backward, each with one launch that packs whatever has to be packed."""
+    """Forward and backward, each with one launch that packs whatever has to be packed; dgrad's adds up wgrad's sums."""
     pytest.importorskip("triton")
     from bench import conv3x3, host_layers
 

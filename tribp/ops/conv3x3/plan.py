@@ -14,7 +14,7 @@ from ...kernels import conv3x3, conv3x3_depthwise, conv3x3_few_channels
 from ...launch.arch import cdiv, power_of_2, precision_of
 from ...launch.layout import accumulator, descriptor, precision_in_kernel, vector_length
 from ...launch.plan import Buffer, Launch, Plan
-from ...launch.reduce import Partials, partials_of, reduce_partials
+from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
 from ..activations import NONE, Activation, as_stored
 from .config import (
     ConvConfig,
@@ -170,6 +170,10 @@ def backward(
             assert xs is not None
             spare = (x.numel() if dx is not None else dy.numel()) * x.element_size()
             pending = _dense_wgrad(plan, dz, xs, *rest, tf32, spare)
+    if dgrad is not None and dgrad.kernel is conv3x3.dgrad:
+        plan.add(dgrad)
+        append_sums(plan, *pending, sums)
+        return
     reduce_partials(plan, *pending, sums)
     if dgrad is not None:
         plan.add(dgrad)
@@ -213,7 +217,7 @@ def _dense_dgrad(plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer,
     arguments = (
         dz.argument(s.tma, s.box, s.block_l, precision),
         _weight_argument(ws, s.tma, *((s.block_j, s.block_l) if along else (s.block_l, s.block_j)), precision),
-        *((dz.tensor, ws.tensor) if bundle > 1 else (None, None)), dx,
+        *((dz.tensor, ws.tensor) if bundle > 1 else (None, None)), dx, None,
         n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding, sh, sw,
         *_without_channels(dz), *out.strides,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from ...launch.arch import cdiv, precision_of
 from ...launch.layout import Operand, accumulator, operand, precision_in_kernel, vector_length
 from ...launch.matmul import MatmulConfig
 from ...launch.plan import Buffer, Plan
-from ...launch.reduce import Partials, partials_of, reduce_partials
+from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
 from ..activations import Activation, as_stored
 from .config import DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
 
@@ -61,13 +61,16 @@ def backward(
     fusable = readable and ys is not None
     dz = dys if readable and ys is None else None
     sums = Partials(None, None)
+    pending: tuple[Partials, ...] = ()
+    if y is None and dz is None and not (dx is None and dw is None):
+        dz, sums = output_grad(plan, dy, None, activation, None, db)
+        pending, db = (sums,), None
 
     if dw is not None:
         assert x is not None
         xs = operand(plan, x)
         k = x.shape[1]
-        # A dz of its own lies as y does.
-        read = [t for t in (dys if readable else ys, ys, xs) if t is not None]
+        read = [t for t in (dz, dys if fusable else None, ys, xs) if t is not None]  # a dz of its own lies as y does
         s = plan.config(
             WgradProblem(
                 m, n, k, dtype, precision, plan.arch, vec=min(t.vec for t in read), tma=all(t.tma for t in read),
@@ -82,10 +85,10 @@ def backward(
             wgrad(plan, dys, ys, xs, shares, out, sums.partials, s, activation, precision)
             dz = None if out is None else operand(plan, out)
         else:
-            dz, sums = output_grad(plan, dy, y, activation, dz, db)
+            if dz is None or db is not None:
+                dz, sums = output_grad(plan, dy, y, activation, dz, db)
             wgrad(plan, dz, None, xs, shares, None, None, s, activation, precision)
-        reduce_partials(plan, Partials(shares, dw), sums)
-        db = None
+        pending, db = (Partials(shares, dw), sums), None
 
     if dx is not None:
         assert w is not None
@@ -97,20 +100,22 @@ def backward(
                 return
         if dz is None or db is not None:
             dz, sums = output_grad(plan, dy, y, activation, dz, db)
-            reduce_partials(plan, sums)
-            db = None
+            pending, db = (sums,), None
         dgrad(plan, dz, None, ws, dx, dgrad_config(plan, dz, None, ws, precision), activation, precision)
+        append_sums(plan, *pending)
+        return
 
     if db is not None:
-        reduce_partials(plan, sum_rows(plan, dy, y, activation, None, db))
+        pending = (sum_rows(plan, dy, y, activation, None, db),)
+    reduce_partials(plan, *pending)
 
 
 def output_grad(
     plan: Plan, dy: Buffer, y: Buffer | None, activation: Activation, dz: Operand | None, db: Buffer | None
 ) -> tuple[Operand, Partials]:
-    """dz = dy·act′, unless it is there already, and db's partial sums, in one pass over memory if any."""
+    """dz = dy·act′, unless it is there already, and db's partial sums, in one pass over memory."""
     out = plan.scratch(dy.shape, dy.dtype) if dz is None else None
-    sums = sum_rows(plan, dy, y, activation, out, db) if out is not None or db is not None else Partials(None, None)
+    sums = sum_rows(plan, dy, y, activation, out, db)
     if dz is None:
         assert out is not None
         dz = operand(plan, out)
@@ -168,7 +173,7 @@ def dgrad(
             y.argument(s.tma, s.block_i, s.block_l) if s.fuse_dz and y is not None else None,
             w.argument(s.tma, s.block_l, s.block_j, precision),
             out.argument(store_tma, s.block_i, s.block_j),
-            m, n, k, dz.ld, w.ld,
+            None, m, n, k, dz.ld, w.ld,
         ),
         kernels.Product(
             BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
