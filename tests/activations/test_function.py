@@ -215,3 +215,21 @@ def test_compiled_graphs(activation: Activation, device: str) -> None:
     dy = torch.randn_like(y)
     for one, other in zip(grads(y, inputs, dy), grads(ours(*inputs), inputs, dy), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("needs", ["x", "w", "b", "xw", "xb", "wb", "xwb"])
+@pytest.mark.parametrize("dy", ["rows", "columns", "expanded", "one number", "odd"])
+def test_gradients_without_activation(dy: str, needs: str, kernels: str) -> None:
+    """dz is dy, where kernels can read it; else it is written first, and then lies as no y does."""
+    n = 7 if dy in ("odd", "expanded") else 8
+    x, w, b = draw([(33, 16), (n, 16), (n,)], torch.float32, kernels)
+    shapes: dict[str, Callable[[], Tensor]] = {
+        "columns": lambda: torch.randn(n, 33).t(),
+        "expanded": lambda: torch.randn(1, n).expand(33, n),
+        "one number": lambda: torch.randn(1, 1).expand(33, n),
+    }
+    grad = shapes.get(dy, lambda: torch.randn(33, n))().to(kernels)
+    inputs = [t for name, t in (("x", x), ("w", w), ("b", b)) if name in needs]
+    ours, theirs = tribp.linear(x, w, b), F.linear(x, w, b)
+    for result, expected in zip(grads(ours, inputs, grad), grads(theirs, inputs, grad), strict=True):
+        torch.testing.assert_close(result, expected)

@@ -496,7 +496,7 @@ def test_the_command_predicts_what_run_measures(tmp_path: Path) -> None:
     done = bench("linear", "--model", "--case", "8192x1024x1024", "--dtype", "bfloat16", "--json", str(file))
     assert done.returncode == 0, done.stderr
     found = {(entry["case"], entry["direction"]): entry for entry in json.loads(file.read_text())}
-    assert set(found) == {(name, direction) for direction in ("forward", "backward", "wgrad only")}
+    assert set(found) == {(of, d) for of in (name, f"{name} relu") for d in ("forward", "backward", "wgrad only")}
     for entry in found.values():
         assert entry["floor_us"] < entry["predicted_us"] < 10 * entry["floor_us"]
         least = (4 if entry["direction"] == "backward" else 2) * math.prod(SQUARISH)

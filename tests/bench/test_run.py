@@ -88,17 +88,17 @@ def test_smoke_runs_the_kernels_under_the_interpreter(tmp_path: Path, launched: 
     assert {"forward", "dgrad", "wgrad"} <= set(launched)
 
 
-def one_percent_off(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return tribp.linear_sigmoid(x, w, b) * 1.01
+def one_percent_off(x: Tensor, w: Tensor, b: Tensor, activation: str) -> Tensor:
+    return tribp.linear(x, w, b, activation) * 1.01
 
 
-def not_a_number(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return tribp.linear_sigmoid(x, w, b) + math.nan
+def not_a_number(x: Tensor, w: Tensor, b: Tensor, activation: str) -> Tensor:
+    return tribp.linear(x, w, b, activation) + math.nan
 
 
-def wrong_gradient(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+def wrong_gradient(x: Tensor, w: Tensor, b: Tensor, activation: str) -> Tensor:
     """Right forward, and a bias gradient that is off."""
-    return tribp.linear_sigmoid(x, w, b) + (0.1 * b - 0.1 * b.detach())
+    return tribp.linear(x, w, b, activation) + (0.1 * b - 0.1 * b.detach())
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_wrong_result_is_called_wrong_and_gets_no_time(
 
 
 def test_a_contender_that_raises_leaves_the_others_their_times(tmp_path: Path) -> None:
-    def broken(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    def broken(x: Tensor, w: Tensor, b: Tensor, activation: str) -> Tensor:
         raise RuntimeError("no such kernel")
 
     status, rows = smoke(linear(broken), tmp_path, "16x16x32")
@@ -273,7 +273,7 @@ def test_precision_holds_inside_and_is_given_back() -> None:
 def test_directions_want_the_gradients_they_say() -> None:
     operation = linear()
     problem = operation.problem(Case((3, 4, 5), torch.float32), torch.device("cpu"))
-    found = {direction: set(problem.results(tribp.linear_sigmoid, direction)) for direction in operation.directions}
+    found = {direction: set(problem.results(tribp.linear, direction)) for direction in operation.directions}
     grads = {"weight.grad", "bias.grad"}
     assert found == {
         "forward": {"output"},
@@ -282,7 +282,7 @@ def test_directions_want_the_gradients_they_say() -> None:
         "both": {"output", "input.grad", *grads},
     }
     for direction in operation.directions:
-        action = problem.action(tribp.linear_sigmoid, direction)
+        action = problem.action(tribp.linear, direction)
         action.call()
         action.call()  # the graph is kept
 
