@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tribp
 from tribp.launch.arch import Arch, cdiv
+from tribp.ops.activations import activate, activation_of, gradient
 from tribp.ops.conv3x3.reference import Window
 
 from .expectations import (
@@ -44,13 +45,13 @@ class ConvCase(Case):
     groups: int = 1
     last: bool = True  # channels_last: input, weight, and what comes back from the layer above
     bias: bool = True
-    sigmoid: bool = False
+    activation: str | None = None
 
     @property
     def name(self) -> str:
         n, c, o, h, w = self.shape
         window = (f"/{self.stride}" if self.stride > 1 else "") + (f":{self.groups}" if self.groups > 1 else "")
-        on = ["NHWC" if self.last else "NCHW"] + ["bias"] * self.bias + ["sigmoid"] * self.sigmoid
+        on = ["NHWC" if self.last else "NCHW"] + ["bias"] * self.bias + ([self.activation] if self.activation else [])
         return " ".join([f"{n}x{c}-{o}x{h}x{w}{window}", self.dtype_name, *on])
 
     @property
@@ -84,6 +85,7 @@ FEW = [(n, 64, 64, 56, 56) for n in (64, 256)]
 RESNET = [*FEW, *((n, c, c, size, size) for c, size in ((128, 28), (256, 14), (512, 7)) for n in (64, 256))]
 STRIDED, GROUPED, DEPTHWISE = (64, 128, 256, 28, 28), (64, 128, 128, 28, 28), (64, 384, 384, 56, 56)
 LENET, ODD = (1, 1, 6, 32, 32), (3, 5, 7, 33, 29)
+VGG = [(64, c, c, side, side) for c, side in ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14))]
 SMALL = {FIRST, LENET, ODD}  # around 10 µs of work and less: a launch costs as much
 
 BASE = [ConvCase(shape, BF16, small=shape in SMALL) for shape in (FIRST, THREE, *RESNET)] + [
@@ -92,7 +94,7 @@ BASE = [ConvCase(shape, BF16, small=shape in SMALL) for shape in (FIRST, THREE, 
     ConvCase(GROUPED, BF16, groups=32),
     ConvCase(ODD, BF16, small=True),
 ]
-VARIANTS: list[dict[str, Any]] = [dict(bias=False), dict(sigmoid=True), dict(bias=False, sigmoid=True)]
+VARIANTS: list[dict[str, Any]] = [dict(bias=False), dict(activation="sigmoid"), dict(bias=False, activation="sigmoid")]
 KINDS: list[dict[str, Any]] = [dict(last=False), dict(dtype=FP32), dict(dtype=FP32, tf32=True), dict(dtype=FP16)]
 VARIED = {FIRST, THREE, FEW[0], DEPTHWISE}  # shapes whose variants are measured in the other types and layouts too
 
@@ -109,6 +111,7 @@ def cases() -> list[ConvCase]:
         *(case for typed in types for case in typed),
         *(replace(case, **variant) for variant in VARIANTS for case in [*BASE, lenet]),
         *(replace(c, **variant) for kind in (nchw, *types) for variant in VARIANTS for c in kind if c.shape in VARIED),
+        *(ConvCase(shape, BF16, activation="relu") for shape in VGG),
     ]
 
 
@@ -116,11 +119,11 @@ def smoke_cases() -> list[ConvCase]:
     """A program or two of every kernel; interpreted, one costs 50 ms, and a case runs its own ten times."""
     return [
         ConvCase((2, 16, 16, 4, 4), BF16, small=True),
-        ConvCase((1, 3, 8, 3, 5), BF16, sigmoid=True),
+        ConvCase((1, 3, 8, 3, 5), BF16, activation="sigmoid"),
         ConvCase((1, 8, 8, 3, 5), BF16, groups=8),
         ConvCase((1, 8, 8, 3, 5), FP32, groups=2),
         ConvCase((1, 8, 16, 3, 6), FP32, tf32=True, stride=2, bias=False),
-        ConvCase((1, 9, 8, 3, 5), FP16, last=False, sigmoid=True),
+        ConvCase((1, 9, 8, 3, 5), FP16, last=False, activation="sigmoid"),
     ]
 
 
@@ -136,7 +139,7 @@ def work(case: ConvCase, direction: str) -> Work:
     x, y = math.prod(case.input_size), math.prod(case.output_size)
     w, b = 9 * o * c // case.groups, o if case.bias else 0
     operations = 2 * n * o * (c // case.groups) * pairs(height, case.stride) * pairs(width, case.stride)
-    dz = y + (y if case.sigmoid else 0)  # dy, and the output for the sigmoid's derivative
+    dz = y + (y if case.activation else 0)  # dy, and the output for the activation's derivative
     elements = {
         "forward": Work(x + w + b + y, operations),
         "dgrad": Work(dz + w + x, operations),
@@ -148,7 +151,7 @@ def work(case: ConvCase, direction: str) -> Work:
 
 def targets(case: ConvCase, direction: str) -> Sequence[Target]:
     """Ratios of cuDNN's time, with its benchmark mode on, to tribp's; of depthwise also a share of the copy's rate."""
-    if case.dtype != BF16 or not case.bias or case.sigmoid:
+    if case.dtype != BF16 or not case.bias or case.activation:
         return []
     if not case.last:
         return [Target("eager", 1.0)]
@@ -175,8 +178,7 @@ AT_A_TIME = 1 << 26
 def eager(
     x: Tensor, w: Tensor, b: Tensor | None = None, *, stride: int, padding: int, groups: int, activation: str | None
 ) -> Tensor:
-    y = F.conv2d(x, w, b, stride, padding, 1, groups)
-    return torch.sigmoid(y) if activation else y
+    return activate(F.conv2d(x, w, b, stride, padding, 1, groups), *activation_of("bench", activation))
 
 
 def problem(case: ConvCase, device: torch.device) -> DifferentiableProblem:
@@ -191,8 +193,7 @@ def problem(case: ConvCase, device: torch.device) -> DifferentiableProblem:
     if case.bias:
         arguments["bias"] = normal(o)
     output_grad = normal(*case.output_size)
-    activation = "sigmoid" if case.sigmoid else None
-    options = dict(stride=case.stride, padding=PADDING, groups=case.groups, activation=activation)
+    options = dict(stride=case.stride, padding=PADDING, groups=case.groups, activation=case.activation)
     terms, images = partial(scales, options=options), images_at_a_time(case)
     return DifferentiableProblem(arguments, output_grad, eager, terms, case.tf32, options, images)
 
@@ -207,7 +208,7 @@ def scales(arguments: Mapping[str, Tensor], output_grad: Tensor, options: Mappin
         return {}
     if options["activation"]:
         y = eager(*arguments.values(), **options)  # type: ignore[arg-type]
-        output_grad = output_grad * y * (1 - y)
+        output_grad = gradient(output_grad, y, activation_of("bench", options["activation"]))  # type: ignore[arg-type]
     return {"bias": float(output_grad.norm())}
 
 
@@ -222,16 +223,16 @@ def launches(case: ConvCase, direction: str, arch: Arch) -> "list[Launch]":
 
     window = Window((case.stride, case.stride), (PADDING, PADDING), case.groups)
     x, w, y = empty(*case.input_size), empty(*case.weight_size), empty(*case.output_size)
-    b, activation = empty(y.shape[1]) if case.bias else None, "sigmoid" if case.sigmoid else None
-    facts = dict(window=window, tf32=case.tf32)
+    b = empty(y.shape[1]) if case.bias else None
+    facts = dict(window=window, activation=activation_of("bench", case.activation), tf32=case.tf32)
     launched: list[Launch] = []
     if direction in ("forward", "both"):
-        launched += launches_of(plan.forward, arch, (x, w, b, y), activation=activation, **facts)
+        launched += launches_of(plan.forward, arch, (x, w, b, y), **facts)
     if direction == "forward":
         return launched
     dx = None if direction == "wgrad" else empty(*x.shape)
     dw, db = (None, None) if direction == "dgrad" else (empty(*w.shape), None if b is None else empty(*b.shape))
-    dy, kept = empty(*y.shape), y if case.sigmoid else None
+    dy, kept = empty(*y.shape), y if case.activation else None
     needed_x, needed_w = None if dw is None else x, None if dx is None else w
     return launched + launches_of(plan.backward, arch, (dy, needed_x, needed_w, kept, dx, dw, db), **facts)
 
@@ -257,9 +258,9 @@ def selection() -> Iterator[tuple[ConvCase, Sequence[str]]]:
     ]  # fmt: skip
     yield from ((case, APART) for case in apart)
     yield ConvCase(LENET, BF16), ("dgrad",)
-    yield replace(few, sigmoid=True), ("forward", "backward")
-    yield replace(few, last=False, sigmoid=True), ("backward",)
-    yield replace(three, sigmoid=True), ("forward", "wgrad")
+    yield replace(few, activation="sigmoid"), ("forward", "backward")
+    yield replace(few, last=False, activation="sigmoid"), ("backward",)
+    yield replace(three, activation="sigmoid"), ("forward", "wgrad")
     yield replace(depthwise, dtype=FP16), ("forward",)
     yield ConvCase(UNEVEN, BF16), ("wgrad",)
 
@@ -315,6 +316,8 @@ def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> It
         kernel == "wgrad" and (given.get("TAPS_LAST") or given["DIAGONAL"])
     ):
         return  # rows of few elements, elements nine apart, or a group's part of a row: nothing to write at once
+    if given.get("SUMS_BLOCK_ROWS", 1) > 1:
+        return  # sums that are transposed are written element by element; dgrad alone has none
     if arch.backend == "hip" and given.get("CHANNELS_LAST") is False:
         return  # side by side in a thread are channels; neighbouring columns are in neighbouring lanes, 64 bytes a row
     out = {"dgrad": "dx", "wgrad": "dw"}.get(kernel, "y")
@@ -435,7 +438,7 @@ def pack_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
 
 OPERATION = Operation(
     name="conv",
-    summary="tribp.conv3x3 against conv2d(…), and sigmoid(conv2d(…)), of cuDNN",
+    summary="tribp.conv3x3 against conv2d(…), and act(conv2d(…)), of cuDNN",
     cases=cases(),
     smoke_cases=smoke_cases(),
     directions=("forward", "dgrad", "wgrad", "both"),
@@ -464,7 +467,7 @@ OPERATION = Operation(
     run_first={
         "bfloat16 NHWC": "--dtype bfloat16 --first 14", "bfloat16 NCHW": "--dtype bfloat16 --case NCHW --first 14",
     },
-    switches=("TMA", "FUSE_DZ", "FLAT", "DIAGONAL", "CHANNELS_LAST", "TAPS_LAST", "SIGMOID", "src3"),
+    switches=("TMA", "FUSE_DZ", "FLAT", "DIAGONAL", "CHANNELS_LAST", "TAPS_LAST", "ACT_name", "src3"),
     legend=f"Shapes are N×C-O×H×W, /stride, :groups; padding {PADDING}. dgrad is the input's gradient alone, wgrad the "
     "weight's and the bias's, both: forward, and backward with all of them. Eager torch has cuDNN's benchmark mode on. "
     f"{Operation.legend}",

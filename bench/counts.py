@@ -78,9 +78,11 @@ def _executed(operation: Operation, case: Any, direction: str, options: Options)
 
 
 def _materialized(value: Any, storages: Storages) -> Any:
-    """A tensor without memory as one of zeros; a descriptor of such."""
+    """A tensor without memory as one of zeros; a descriptor or a tuple of such."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    if isinstance(value, tuple):
+        return tuple(_materialized(item, storages) for item in value)
     if isinstance(value, TensorDescriptor):
         new = object.__new__(TensorDescriptor)
         new.__dict__.update(vars(value), base=_materialized(value.base, storages))

@@ -3,8 +3,8 @@
 Three things are compared. What an optimizer's step on a GPU costs besides its kernels: tribp's plan, brought up to date
 and made into a launch that is not performed, beside torch's fused Adam with its kernels taken out. The step of CPU
 tensors, and of DTensors as FSDP2 makes them, where no kernel of tribp's runs, beside torch's as a user calls it by
-default and with `fused=True`; and what is left of it where nothing is looked at. And steps and calls of layers up to
-the driver of a GPU, the first ones too (`host_layers.py`).
+default and with `fused=True`; what is left of it where nothing is looked at, and what each look takes. And steps and
+calls of layers up to the driver of a GPU, the first ones too (`host_layers.py`).
 """
 
 import contextlib
@@ -13,7 +13,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from operator import is_
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -22,7 +23,8 @@ from torch.nn import Parameter
 
 import tribp
 from tribp import dispatch, optim
-from tribp.optim.layouts import GRAD
+from tribp.optim.footprint import guard, places, storage_sizes
+from tribp.optim.layouts import GRAD, local_grads
 
 from .no_gpu import always, pretending_h100
 from .options import Options
@@ -53,6 +55,7 @@ class Comparison:
 
     backward: gradients come from a backward pass before every step, so that Python has yet to make objects for them and
     caches hold other things, as in training. Otherwise two sets of gradients, which Python holds, take turns.
+    cold: before every step torch's default Adam updates the same tensors, which leaves none of them in the caches.
     """
 
     name: str
@@ -61,22 +64,26 @@ class Comparison:
     targets: Sequence[Target]
     backward: bool = False
     sharded: bool = False  # whether the tensors are DTensors
+    cold: bool = False
 
     @contextlib.contextmanager
     def start(self) -> Iterator[Mapping[str, Callable[[], float]]]:
         with one_rank() if self.sharded else contextlib.nullcontext(torch.randn) as make:
-            yield {name: Running(one, self.sizes, self.backward, make).sample for name, one in self.providers.items()}
+            fixed = self.sizes, self.backward, make, self.cold
+            yield {name: Running(one, *fixed).sample for name, one in self.providers.items()}
 
 
 class Running(Repeated):
     """An optimizer at work: every step with other gradients than the one before it."""
 
     def __init__(
-        self, provider: Provider, sizes: Sequence[int], backward: bool, make: Callable[[int], Tensor] = torch.randn
-    ) -> None:
+        self, provider: Provider, sizes: Sequence[int], backward: bool, make: Callable[[int], Tensor] = torch.randn,
+        cold: bool = False,
+    ) -> None:  # fmt: skip
         self._backward = backward
         self._params = [Parameter(make(n)) for n in sizes]
         self._grads = [[make(n) for n in sizes] for _ in range(2)]
+        self._displace = torch.optim.Adam(self._params).step if cold else None
         groups = [self._params] if provider.grouped else [[p] for p in self._params]
         with provider.conditions():
             self._optimizer = provider.make([{"params": group} for group in groups])
@@ -90,6 +97,34 @@ class Running(Repeated):
             self._grads.reverse()
             for p, grad in zip(self._params, self._grads[0], strict=True):
                 p.grad = grad
+        if self._displace is not None:
+            self._displace()
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a step asks about so many tensors: the first question of states too, the second one of gradients too."""
+
+    tensors: int
+    targets: ClassVar[Sequence[Target]] = ()
+
+    @property
+    def name(self) -> str:
+        return f"questions, {self.tensors}x8"
+
+    def start(self) -> contextlib.AbstractContextManager[Mapping[str, Callable[[], float]]]:
+        params = [Parameter(torch.randn(8)) for _ in range(self.tensors)]
+        for p in params:
+            p.grad = torch.randn(8)
+        same, grads, alike, there = list(params), list(map(GRAD, params)), guard(params), places(params)
+        questions: dict[str, Callable[[], object]] = {
+            "same objects": lambda: all(map(is_, params, same)),
+            "types, shapes, strides": lambda: alike(params),
+            "addresses": lambda: there(params),
+            "gradients": lambda: list(map(GRAD, params)),
+            "storages' sizes": lambda: storage_sizes(grads),  # type: ignore[arg-type]
+        }
+        return contextlib.nullcontext({name: Repeated(ask, unchanged).sample for name, ask in questions.items()})
 
 
 # -- what is compared -------------------------------------------------------------------------------------------------
@@ -208,7 +243,7 @@ def fallbacks(smoke: bool) -> list[Comparison]:
         targets = [Target("torch", "tribp", limit, at_least=True)]
         if len(sizes) == 1:
             return Comparison(f"{name}, {sizes[0]}", sizes, providers, targets)
-        providers["tribp, unchecked"] = Provider(lambda groups: Unchecked(providers["tribp"].make(groups)), unchanged)
+        providers["tribp, unchecked"] = unchecked(providers["tribp"])
         if class_name != "RMSprop":
             providers["torch fused"] = provider(torch.optim, class_name, **options, fused=True)
             targets.append(Target("torch fused", "tribp", 1.2, at_least=True))
@@ -236,7 +271,12 @@ class Unchecked:
             self._optimizer.step()
         else:
             with torch.no_grad():
-                plan.run(self._optimizer, list(map(GRAD, plan.params)), None, None, False)
+                grads = local_grads(plan.params) if plan.watch.sharded else list(map(GRAD, plan.params))
+                plan.run(self._optimizer, grads, None, None, False)
+
+
+def unchecked(provider: Provider) -> Provider:
+    return replace(provider, make=lambda groups: Unchecked(provider.make(groups)))
 
 
 def provider(module: Any, class_name: str, **options: Any) -> Provider:
@@ -257,7 +297,10 @@ def shards(smoke: bool) -> list[Comparison]:
             providers[f"torch {mode}"] = provider(torch.optim, class_name, **options, **{mode: True})
         targets = [Target(f"torch {mode}", "tribp", 3, at_least=True) for mode in modes]
         comparisons.append(Comparison(f"{name}, {len(sizes)} DTensors", sizes, providers, targets, sharded=True))
-    return comparisons
+    ours = provider(optim, "Adam")
+    providers = {"tribp": ours, "tribp, unchecked": unchecked(ours)}
+    name = f"Adam, {len(sizes)} DTensors, in no cache"
+    return [*comparisons, Comparison(name, sizes, providers, [], sharded=True, cold=True)]
 
 
 # -- measuring and showing --------------------------------------------------------------------------------------------
@@ -272,7 +315,7 @@ def comparisons(smoke: bool) -> list[Any]:
         from . import host_layers
 
         comparisons += [*steps(), *host_layers.comparisons()]
-    return [*comparisons, *fallbacks(smoke), *shards(smoke)]
+    return [*comparisons, *fallbacks(smoke), Questions(5 if smoke else 1000), *shards(smoke)]
 
 
 def measure(comparison: Any, rounds: int) -> dict[str, Any]:

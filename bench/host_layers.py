@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 import tribp
 from tribp.demo import models
+from tribp.dispatch import plain_cpu_call
 from tribp.launch.arch import ARCHS
 
 from .conv3x3 import ConvCase
@@ -93,6 +94,22 @@ FUNCTIONS: dict[str, tuple[Function, Function, Sequence[tuple[int, ...]]]] = {
 }
 
 
+def linear_on_cpu() -> Started:
+    x, w, b = torch.randn(1, 128), torch.randn(10, 128), torch.randn(10)
+    return on_cpu(lambda: tribp.linear_sigmoid(x, w, b), lambda: torch.sigmoid(F.linear(x, w, b)), (x, w, b))
+
+
+def conv3x3_on_cpu() -> Started:
+    x, w, b = torch.randn(1, 1, 32, 32), torch.randn(6, 1, 3, 3), torch.randn(6)
+    return on_cpu(lambda: tribp.conv3x3(x, w, b, padding=1), lambda: F.conv2d(x, w, b, padding=1), (x, w, b))
+
+
+def on_cpu(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], tensors: tuple[Tensor, Tensor, Tensor]) -> Started:
+    """A small call on the CPU, without gradients: torch's operators compute it, once they are known to be able to."""
+    calls = {"tribp": ours, "torch": theirs, "torch, asked first": lambda: plain_cpu_call(*tensors) and theirs()}
+    return contextlib.nullcontext({name: Repeated(call, contextlib.nullcontext).sample for name, call in calls.items()})
+
+
 # -- the first training step ------------------------------------------------------------------------------------------
 
 BATCH = 64
@@ -150,11 +167,16 @@ def first_step(of: str) -> Iterator[Mapping[str, Callable[[], float]]]:
 
 
 def comparisons() -> list[Comparison]:
-    return [
+    repeated = [
         Comparison(f"{name}, {'with gradients' if backward else 'forward'}", partial(calls, *functions, backward))
         for name, functions in FUNCTIONS.items()
         for backward in (False, True)
-    ] + [Comparison(f"first step, {of}", partial(first_step, of)) for of in STEPS]
+    ]
+    on_the_cpu = [
+        Comparison("linear_sigmoid on the CPU, 1x10x128", linear_on_cpu),
+        Comparison("conv3x3 on the CPU, 1 to 6 channels, 32²", conv3x3_on_cpu),
+    ]
+    return [*repeated, *on_the_cpu, *(Comparison(f"first step, {of}", partial(first_step, of)) for of in STEPS)]
 
 
 def time_step(name: str) -> tuple[float, int]:

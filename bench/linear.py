@@ -1,7 +1,9 @@
-"""`linear_sigmoid`: y = σ(x·wᵀ + b), x (M, K), w (N, K)."""
+"""`linear`: y = act(x·wᵀ + b), x (M, K), w (N, K)."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 import tribp
 from tribp.launch.arch import Arch, cdiv
+from tribp.ops.activations import activate, activation_of, gradient
 
 from .expectations import PIPELINED, Expectation, partial_sums, product, row_bytes, size, threads, tile_stores, wide
 from .model import work as model
@@ -33,8 +36,25 @@ REACHABLE: dict[tuple[int, ...], dict[str, float]] = {
 }
 
 
+@dataclass(frozen=True)
+class LinearCase(Case):
+    """With another activation than the sigmoid, which a plain `Case` is of."""
+
+    activation: str | None = "relu"
+
+    @property
+    def name(self) -> str:
+        return f"{super().name} {self.activation}"
+
+
+def options(case: Case) -> dict[str, str | None]:
+    return {"activation": case.activation if isinstance(case, LinearCase) else "sigmoid"}
+
+
 def cases() -> list[Case]:
-    return [Case(shape, dtype, tf32, shape in SMALL) for dtype, tf32 in PRECISIONS for shape in SHAPES]
+    """And ReLU: cuBLASLt has it as an epilogue, which is what eager torch has nearest to a fused layer."""
+    sigmoid = [Case(shape, dtype, tf32, shape in SMALL) for dtype, tf32 in PRECISIONS for shape in SHAPES]
+    return sigmoid + [LinearCase(shape, torch.bfloat16, small=shape in SMALL) for shape in SHAPES]
 
 
 def smoke_cases() -> list[Case]:
@@ -47,8 +67,8 @@ def smoke_cases() -> list[Case]:
     ]
 
 
-def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return torch.sigmoid(F.linear(x, w, b))
+def eager(x: Tensor, w: Tensor, b: Tensor, *, activation: str | None) -> Tensor:
+    return activate(F.linear(x, w, b), *activation_of("bench", activation))
 
 
 def problem(case: Case, device: torch.device) -> DifferentiableProblem:
@@ -59,13 +79,14 @@ def problem(case: Case, device: torch.device) -> DifferentiableProblem:
         return torch.randn(shape, device=device, dtype=torch.float32).to(case.dtype)
 
     arguments = {"input": normal(m, k), "weight": normal(n, k) * k**-0.5, "bias": normal(n)}
-    return DifferentiableProblem(arguments, normal(m, n), eager, scales, case.tf32)
+    terms = partial(scales, options=options(case))
+    return DifferentiableProblem(arguments, normal(m, n), eager, terms, case.tf32, options(case))
 
 
-def scales(arguments: Mapping[str, Tensor], output_grad: Tensor) -> dict[str, float]:
+def scales(arguments: Mapping[str, Tensor], output_grad: Tensor, options: Mapping[str, Any]) -> dict[str, float]:
     """The bias's gradient sums rows of either sign, and can be as small as it likes."""
-    y = eager(*arguments.values())
-    return {"bias": float((output_grad * y * (1 - y)).norm(dim=0).norm())}
+    y = eager(*arguments.values(), **options)
+    return {"bias": float(gradient(output_grad, y, activation_of("bench", **options)).norm(dim=0).norm())}
 
 
 def work(case: Case, direction: str) -> Work:
@@ -109,14 +130,15 @@ def launches(case: Case, direction: str, arch: Arch) -> "list[Launch]":
     x = empty(m, k, transposed=layout == "x transposed")
     w = empty(n, k, transposed=layout == "w transposed")
     b, y = empty(n), empty(m, n)
-    forward = launches_of(plan.forward, arch, (x, w, b, y), tf32=case.tf32) if direction in ("forward", "both") else []
+    facts = dict(activation=activation_of("bench", **options(case)), tf32=case.tf32)
+    forward = launches_of(plan.forward, arch, (x, w, b, y), **facts) if direction in ("forward", "both") else []
     if direction == "forward":
         return forward
     dx, dw, db = empty(m, k), empty(n, k), empty(n)
     gradients = {
         "wgrad only": (None, dw, db), "dgrad only": (dx, None, None), "bias only": (None, None, db)
     }.get(direction, (dx, dw, db))  # fmt: skip
-    return forward + launches_of(plan.backward, arch, (empty(m, n), x, w, y, *gradients), tf32=case.tf32)
+    return forward + launches_of(plan.backward, arch, (empty(m, n), x, w, y, *gradients), **facts)
 
 
 # What is compiled without a GPU: bf16 over the whole grid, the others where their rules differ from it.
@@ -145,6 +167,8 @@ def selection(everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
             yield Case(shape, dtype, tf32), [*(APART if everything else directions), *bias_only]
         if everything or main:
             yield Case(SQUARISH, dtype, tf32), LAYOUTS
+            for activation in ("relu", "tanh", "elu", "softplus"):  # none, and those of most instructions
+                yield LinearCase(SQUARISH, dtype, tf32, activation=activation), ("forward", "backward")
 
 
 def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectation]:
@@ -213,11 +237,11 @@ def output_grad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str
 
 OPERATION = Operation(
     name="linear",
-    summary="tribp.linear_sigmoid against sigmoid(linear(…))",
+    summary="tribp.linear against act(linear(…))",
     cases=cases(),
     smoke_cases=smoke_cases(),
     directions=("forward", "backward", "wgrad only", "both"),
-    providers=functions(tribp.linear_sigmoid, eager),
+    providers=functions(tribp.linear, eager),
     problem=problem,
     work=work,
     targets=targets,

@@ -1,4 +1,4 @@
-"""Device helpers that every kernel shares: sigmoid, rounding, tile order, tiles in and out, and the product loop.
+"""Device helpers that every kernel shares: rounding, tile order, tiles in and out, and the product loop.
 
 Conventions, here and in the other kernel files: lower-case names are run-time values. UPPER-CASE names are sizes, or
 `constexpr` where a signature says so. A tensor is named as in the mathematics (`x`, `w`, `dy`) whether it arrives as a
@@ -18,8 +18,10 @@ Fields of a CONFIG, where several kernels have them; one that a kernel has no us
     PRECISION   how float32 operands reach the tensor cores (`dot`)
     GROUP       tile rows that programs take at a time (`tile_of`)
     PREFETCH    the next tiles' loads are kept in flight by hand (`product`)
+    SUMS        of what the programs behind the result's add up (`add_appended`), or None
     STAGES      `num_stages`, for a loop that the compiler would not pipeline by itself
-    FUSE_DZ     dz = dy·y·(1 − y) is formed on load: the argument `dz` holds dy
+    ACT         the activation, as in `activations`
+    FUSE_DZ     dz = dy·act′ is formed on load, from dy, which the argument `dz` holds, and y
     PTX         the target takes PTX; AMD's do not
 """
 
@@ -32,9 +34,6 @@ import triton.language as tl
 # Triton's interpreter is not the compiler with another back end: it has no inline assembly, computes bfloat16 on the
 # raw bits and truncates where a GPU rounds. The few helpers that must know read this; `@triton.jit` reads that knob.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 # A matrix of rows × cols that one tensor holds, with `ld` elements from line to line. Lines are rows, or columns where
@@ -69,46 +68,6 @@ def accumulator(dtype):
 def ptx(INSTRUCTION: tl.constexpr, REGISTERS: tl.constexpr, x):
     """One instruction from float32 to float32, of each element."""
     return tl.inline_asm_elementwise(INSTRUCTION, REGISTERS, [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def exp2_approx(x):
-    """2ˣ by the special-function unit: within 2 units in the last place, results below 2⁻¹²⁶ flushed to 0."""
-    return tl.exp2(x) if INTERPRETED else ptx("ex2.approx.ftz.f32 $0, $1;", "=f,f", x)
-
-
-@triton.jit
-def reciprocal_approx(x):
-    """1/x by the special-function unit: within 1 unit in the last place."""
-    return 1.0 / x if INTERPRETED else ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", x)
-
-
-@triton.jit
-def sigmoid(z, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """σ(z) = 1 / (1 + e⁻ᶻ), to be rounded to DTYPE.
-
-    With PTX a float32 `z` costs four instructions; `1 / (1 + exp(-z))` costs twelve, for its division is IEEE's. Both
-    round the product z·log₂e, and e⁻ᶻ is then wrong by that error times |z|: nothing to a 16-bit result, but 5e-6 of a
-    float32 one at z = −80, for which the low half of the product is carried along.
-    """
-    if PTX and z.dtype == tl.float32:
-        t = z * -LOG2_E
-        e = exp2_approx(t)
-        if DTYPE == tl.float32:
-            low = tl.fma(z, -LOG2_E, -t) - z * 1.9259629911266175e-8  # log₂e = float32(log₂e) + 1.93e-8
-            e = tl.where(tl.abs(t) < 126.0, tl.fma(e, low * LN_2, e), e)  # outside, e is 0 or ∞ and low may be NaN
-        s = reciprocal_approx(1.0 + e)
-    else:
-        s = 1.0 / (1.0 + tl.exp(-z))
-    return s
-
-
-@triton.jit
-def sigmoid_backward(dy, y):
-    """dz = dy · y · (1 − y), in the accumulator's type. 1 − y is exact for y ≥ ½; y − y² would cancel there."""
-    ACC: tl.constexpr = accumulator(y.dtype)
-    y = y.to(ACC)
-    return dy.to(ACC) * ((1.0 - y) * y)
 
 
 @triton.jit
@@ -298,7 +257,29 @@ def reduce_partials(partials, out, parts, matrices, rows, cols, partials2, out2,
 
     With BLOCK_ROWS a partial result consists of `matrices` of rows × cols, and `out` of the transpose of each.
     """
-    program = tl.program_id(0)
+    add_both(
+        partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2, tl.program_id(0), CONFIG
+    )  # fmt: skip
+
+
+@triton.jit
+def add_appended(sums, program, CONFIG: tl.constexpr):
+    """What a program of `reduce_partials` does, in a kernel that has its arguments as one tuple.
+
+    A number n in it is 2n + 3: in a tuple Triton specializes multiples of 16 and 1.
+    """
+    partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2 = sums
+    add_both(
+        partials, out, parts // 2 - 1, matrices // 2 - 1, rows // 2 - 1, cols // 2 - 1,
+        partials2, out2, parts2 // 2 - 1, length2 // 2 - 1, program, CONFIG,
+    )  # fmt: skip
+
+
+@triton.jit
+def add_both(
+    partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2, program, CONFIG: tl.constexpr
+):
+    """What a program of `reduce_partials` does."""
     programs = matrices * tl.cdiv(cols, CONFIG.BLOCK // CONFIG.BLOCK_ROWS)
     if program < programs:
         add_up(partials, out, parts, matrices, rows, cols, program, CONFIG.BLOCK_ROWS, CONFIG.VEC, CONFIG)

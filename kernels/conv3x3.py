@@ -22,7 +22,20 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .common import Matrix, accumulator, dot, element_type, load_tile, masked_range, round_to, sigmoid, tile_of, zeros
+from .activations import Act, activate
+from .common import (
+    Matrix,
+    Reduce,
+    accumulator,
+    add_appended,
+    dot,
+    element_type,
+    load_tile,
+    masked_range,
+    round_to,
+    tile_of,
+    zeros,
+)
 
 # Not specialized: no recompile for a batch of 1, a stride of 2 or pixels of another pitch; what divides them, VEC says.
 SIZES = "N H W P Q groups OG CG OZ CX pad_h pad_w step_h step_w".split()
@@ -54,8 +67,9 @@ class Product(NamedTuple):
     VEC: int
     VEC_W: int
     VEC_STORE: int
+    SUMS: Reduce | None = None
     W_TRANSPOSED: bool | None = None  # of dgrad: w is (C, 9, O), of a single group
-    SIGMOID: bool | None = None  # of forward: act is the sigmoid
+    ACT: Act | None = None  # of forward
     PTX: bool | None = None
 
 
@@ -452,14 +466,13 @@ def forward(
         if b is not None:
             o, inside = masked_range(col, here * OG, BLOCK_J, 1)
             z += tl.load(b + first + o, mask=inside, other=0.0).to(z.dtype)[None, :]
-        if CONFIG.SIGMOID:
-            z = sigmoid(z, y.data.dtype.element_ty, CONFIG.PTX)
+        z = activate(z, CONFIG.ACT, y.data.dtype.element_ty, CONFIG.PTX)
         store_box(y, z, pixels_of(Pixels(box.n, box.h + row, box.w), BOX), col, BLOCK_J, CONFIG)
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES, *(f"x_{stride}" for stride in STRIDES), "x_stride_c"])
 def dgrad(
-    dz, w, dz_memory, w_memory, dx, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w, step_h, step_w,
+    dz, w, dz_memory, w_memory, dx, sums, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w, step_h, step_w,
     stride_n, stride_h, stride_w, x_stride_n, x_stride_c, x_stride_h, x_stride_w, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """dx from dz: a box of dx's pixels and BLOCK_J of a tile's groups' input channels, of CX a group, a program.
@@ -468,6 +481,8 @@ def dgrad(
 
     With a stride of 2 the rows of dx fall into two classes, program_id(1): those that meet the taps 0 and 2, and those
     that meet tap 1; the columns likewise. Each class is a convolution of its own with the taps that it meets.
+
+    The programs behind those of dx add up wgrad's partial results.
     """
     BOX: tl.constexpr = CONFIG.BOX
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
@@ -480,6 +495,11 @@ def dgrad(
     tl.static_assert(ROWS == 1 or BOX.H == 1)  # and step_h and step_w are 1
     down = tl.cdiv((H + step_h - 1) >> (step_h - 1), BOX.H * ROWS)
     boxes = tl.cdiv(N, BOX.N) * down * tl.cdiv((W + step_w - 1) >> (step_w - 1), BOX.W)
+    if sums is not None:
+        behind = tl.program_id(0) - boxes * columns * tl.cdiv(groups, GROUPS_PER_TILE)
+        if behind >= 0:
+            add_appended(sums, behind * tl.num_programs(1) + tl.program_id(1), CONFIG.SUMS)
+            return
     index, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, GROUPS_PER_TILE), CONFIG.GROUP)
     tile = column // columns
     col = column % columns * BLOCK_J

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .common import accumulator, masked_range, round_to, sigmoid, zeros
+from .activations import Act, activate
+from .common import accumulator, masked_range, round_to, zeros
 from .conv3x3 import Box, Image, Pixels, box_at, offsets, pixels_of, row_of_class, rows_of_class
 
 SIZES = ["N", "H", "W", "P", "Q", "C", "pad_h", "pad_w"]
@@ -31,7 +32,7 @@ class Depthwise(NamedTuple):
     VEC_STORE: int | None = None  # of what is written
     VEC_Z: int | None = None  # of dz, in wgrad
     WHOLE: bool | None = None  # of wgrad: all rows of every box exist
-    SIGMOID: bool | None = None  # act is the sigmoid
+    ACT: Act | None = None  # of forward
     PTX: bool | None = None
 
 
@@ -135,8 +136,7 @@ def depthwise_forward(
                     complete = add_taps(none, rows[u], taps, 0, 1, 3)
                 if b is not None:
                     result += bias
-                if CONFIG.SIGMOID:
-                    result = sigmoid(result, y.data.dtype.element_ty, CONFIG.PTX)
+                result = activate(result, CONFIG.ACT, y.data.dtype.element_ty, CONFIG.PTX)
                 i = (t + u - 2) // STEP_H
                 h = tl.where((t + u >= 2) & (i < height), first + i, -1)
                 store_row(y, result, Pixels(n, h, j), c, c_inside, CONFIG)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .common import accumulator, dot, masked_range, round_operand, round_to, sigmoid, sigmoid_backward
+from .activations import Act, activate, gradient
+from .common import accumulator, dot, masked_range, round_operand, round_to
 from .conv3x3 import Box, Image, Pixels, Window, box_at, load_box, offsets, pixels_of, store_box
 from .conv3x3_depthwise import store_row
 
@@ -38,7 +39,7 @@ class FewChannels(NamedTuple):
     VEC_STORE: int | None = None
     TMA: bool | None = None
     FUSE_DZ: bool | None = None
-    SIGMOID: bool | None = None  # act is the sigmoid
+    ACT: Act | None = None  # of forward, and with FUSE_DZ
     PTX: bool | None = None
 
 
@@ -137,8 +138,7 @@ def few_channels_forward(
         z = tl.trans(dot(w2, g2, dot(w1, g1, z, PRECISION), PRECISION))
         if b is not None:
             z += bias[None, :]
-        if CONFIG.SIGMOID:
-            z = sigmoid(z, y.data.dtype.element_ty, CONFIG.PTX)
+        z = activate(z, CONFIG.ACT, y.data.dtype.element_ty, CONFIG.PTX)
         store_box(y, z, Pixels(n, first + t, j), col, BLOCK_O, CONFIG)
         if STEP_H == 1:
             g0, g1 = g1, g2
@@ -221,7 +221,7 @@ def few_channels_wgrad(
 ):  # fmt: skip
     """dw[split] (O, 9·C) and db[split] (O,), or None, of the boxes of split = program_id(1).
 
-    With FUSE_DZ the argument `dz` holds dy, and dz = dy·y·(1 − y) is formed on the way in: nobody else needs it.
+    With FUSE_DZ the argument `dz` holds dy, and dz = dy·act′ is formed on the way in: nobody else needs it.
     """
     BOX: tl.constexpr = CONFIG.BOX
     PIXELS: tl.constexpr = BOX.N * BOX.H * BOX.W
@@ -252,7 +252,7 @@ def few_channels_wgrad(
         if CONFIG.FUSE_DZ:
             output = Image(y, N, P, Q, O, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
             at, _ = offsets(output, pixels, o, o_inside, CHANNELS_LAST, VEC, RUN)
-            z = sigmoid_backward(z, tl.load(y + at, mask=mask, other=0.0))
+            z = gradient(z, tl.load(y + at, mask=mask, other=0.0), CONFIG.ACT)
         if db is not None and not ONES:
             sums += z.to(ACC)
         g = gather(x, pixels, P, Q, (pad_h, pad_w), ONES, CONFIG)

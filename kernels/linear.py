@@ -1,16 +1,17 @@
-"""y = σ(x·wᵀ + b) and its gradients.
+"""y = act(x·wᵀ + b) and its gradients.
 
     x: (M, K)    w: (N, K)    b: (N,)    y, dy, dz: (M, N)
 
-    forward       y  = σ(x·wᵀ + b)
-    output_grad   dz = dy·y·(1 − y),   db = Σ_rows dz
+    forward       y  = act(x·wᵀ + b)
+    output_grad   dz = dy·act′,   db = Σ_rows dz
     dgrad         dx = dz·w
     wgrad         dw = dzᵀ·x
 
-Backward needs the output y, never z. It comes in two shapes. Either `output_grad` writes dz and the two products read
-it; or a product forms dz from dy and y while it loads its operand (FUSE_DZ), and wgrad hands dz on to dgrad and sums db
-as it goes: a pass over memory less, for more instructions in the loop. Sums over rows that several programs share leave
-partial results, one a program, which `reduce_partials` adds in a fixed order: no atomics, the same bits every time.
+Backward needs the output y, never z (`activations`); without an activation not even that, for dz is dy. It comes in two
+shapes. Either `output_grad` writes dz and the two products read it; or a product forms dz from dy and y while it loads
+its operand (FUSE_DZ), and wgrad hands dz on to dgrad and sums db as it goes: a pass over memory less, for more
+instructions in the loop. Sums over rows that several programs share leave partial results, one a program, which
+`reduce_partials` adds in a fixed order: no atomics, the same bits every time.
 """
 
 from typing import NamedTuple
@@ -18,9 +19,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .activations import Act, activate, gradient
 from .common import (
     Matrix,
+    Reduce,
     accumulator,
+    add_appended,
     dot,
     element_type,
     load_tile,
@@ -28,8 +32,6 @@ from .common import (
     product,
     round_operand,
     round_to,
-    sigmoid,
-    sigmoid_backward,
     store_tile,
     tile_of,
 )
@@ -49,11 +51,13 @@ class Product(NamedTuple):
     PREFETCH: bool
     VEC: int
     VEC_STORE: int
+    ACT: Act | None = None  # of forward, and with FUSE_DZ
     TMA_STORE: bool | None = None
     X_TRANSPOSED: bool | None = None  # x lies column by column
     W_TRANSPOSED: bool | None = None
     PERSISTENT: bool | None = None  # a program takes several tiles of y
     FUSE_DZ: bool | None = None
+    SUMS: Reduce | None = None
     STAGES: int | None = None
     PTX: bool | None = None
 
@@ -63,13 +67,14 @@ class OutputGrad(NamedTuple):
 
     BLOCK_M: int
     BLOCK_N: int
+    ACT: Act
     VEC: int
     VEC_DY: int  # divides dy's distance from row to row
 
 
 @triton.jit
 def forward_tile(x, w, b, y, tile, CONFIG: tl.constexpr):
-    """One tile of y = σ(x·wᵀ + b). x, w and y are a `Matrix` each."""
+    """One tile of y = act(x·wᵀ + b). x, w and y are a `Matrix` each."""
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     W_TRANSPOSED: tl.constexpr = CONFIG.W_TRANSPOSED
@@ -80,13 +85,13 @@ def forward_tile(x, w, b, y, tile, CONFIG: tl.constexpr):
     if b is not None:
         j, inside = masked_range(n, y.cols, BLOCK_N, 1)
         z += tl.load(b + j, mask=inside, other=0.0).to(z.dtype)[None, :]
-    y_tile = sigmoid(z, element_type(y.data.dtype), CONFIG.PTX)
+    y_tile = activate(z, CONFIG.ACT, element_type(y.data.dtype), CONFIG.PTX)
     store_tile(y, y_tile, m, n, BLOCK_M, BLOCK_N, CONFIG.VEC_STORE)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "ldx", "ldw"])
 def forward(x, w, b, y, M, N, K, ldx, ldw, CONFIG: tl.constexpr):
-    """y = σ(x·wᵀ + b). One tile of y a program, or (PERSISTENT) every num_programs-th."""
+    """y = act(x·wᵀ + b). One tile of y a program, or (PERSISTENT) every num_programs-th."""
     x = Matrix(x, M, K, ldx)
     w = Matrix(w, K, N, ldw)
     y = Matrix(y, M, N, N)
@@ -100,9 +105,9 @@ def forward(x, w, b, y, M, N, K, ldx, ldw, CONFIG: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "rows_per_program"])
 def output_grad(dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program, CONFIG: tl.constexpr):
-    """dz = dy·y·(1 − y), and db[p] = Σ dz over the rows of block p. dy has any strides: an expanded scalar's too.
+    """dz = dy·act′, and db[p] = Σ dz over the rows of block p. dy has any strides: an expanded scalar's too.
 
-    dz or db may be None.
+    dz or db may be None, and y if there is no activation.
     """
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
@@ -111,17 +116,19 @@ def output_grad(dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program, C
     j, j_inside = masked_range(n, N, BLOCK_N, VEC)
     first = tl.program_id(1) * rows_per_program
     # Of every BLOCK_M-th row: adding up across threads can wait until the end.
-    sums = tl.zeros((BLOCK_M, BLOCK_N), accumulator(y.dtype))
+    sums = tl.zeros((BLOCK_M, BLOCK_N), accumulator(dy.dtype))
     for m in range(first, tl.minimum(first + rows_per_program, M), BLOCK_M):
         i, i_inside = masked_range(m, M, BLOCK_M, 1)
         inside = i_inside[:, None] & j_inside[None, :]
-        y_tile = tl.load(y + (i[:, None] * (N // VEC * VEC) + j[None, :]), mask=inside, other=0.0)
         at = dy + (i[:, None] * (stride_dym // CONFIG.VEC_DY * CONFIG.VEC_DY) + j[None, :] * stride_dyn)
-        dz_tile = sigmoid_backward(tl.load(at, mask=inside, other=0.0), y_tile)
+        dz_tile = tl.load(at, mask=inside, other=0.0)
+        if y is not None:
+            y_tile = tl.load(y + (i[:, None] * (N // VEC * VEC) + j[None, :]), mask=inside, other=0.0)
+            dz_tile = gradient(dz_tile, y_tile, CONFIG.ACT)
         if dz is not None:
             store_tile(Matrix(dz, M, N, N), dz_tile, m, n, BLOCK_M, BLOCK_N, VEC)
         if db is not None:
-            sums += dz_tile
+            sums += dz_tile.to(sums.dtype)
     if db is not None:
         total = round_to(tl.sum(sums, 0), db.dtype.element_ty)
         tl.store(db + tl.program_id(1).to(tl.int64) * N + j, total, mask=j_inside)
@@ -136,12 +143,20 @@ def load_dy_and_y(dy, y, m, n, CONFIG: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "ldy", "ldw"])
-def dgrad(dz, y, w, dx, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
-    """dx = dz·w. With FUSE_DZ the argument `dz` holds dy, and dz = dy·y·(1 − y) is formed tile by tile."""
+def dgrad(dz, y, w, dx, sums, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
+    """dx = dz·w. With FUSE_DZ the argument `dz` holds dy, and dz = dy·act′ is formed tile by tile.
+
+    The programs behind those of dx add up wgrad's partial results.
+    """
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     PRECISION: tl.constexpr = CONFIG.PRECISION
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_K)
+    if sums is not None:
+        if tl.program_id(0) >= tiles:
+            add_appended(sums, tl.program_id(0) - tiles, CONFIG.SUMS)
+            return
     row, col = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), CONFIG.GROUP)
     m = row * BLOCK_M
     k = col * BLOCK_K
@@ -152,13 +167,13 @@ def dgrad(dz, y, w, dx, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
         y = Matrix(y, M, N, N)
         acc = tl.zeros((BLOCK_K, BLOCK_M), accumulator(dy.data.dtype))
         dy_tile, y_tile = load_dy_and_y(dy, y, m, 0, CONFIG)
-        dz_tile = sigmoid_backward(dy_tile, y_tile)
+        dz_tile = gradient(dy_tile, y_tile, CONFIG.ACT)
         for n in tl.range(0, N, BLOCK_N, num_stages=CONFIG.STAGES):  # as in wgrad
             w_tile = load_tile(w, n, k, BLOCK_N, BLOCK_K, CONFIG.W_TRANSPOSED, CONFIG.VEC)
             rounded = round_operand(dz_tile, w_tile.dtype, PRECISION)
             dy_tile, y_tile = load_dy_and_y(dy, y, m, n + BLOCK_N, CONFIG)
             acc = dot(tl.trans(w_tile), tl.trans(rounded), acc, PRECISION)
-            dz_tile = sigmoid_backward(dy_tile, y_tile)
+            dz_tile = gradient(dy_tile, y_tile, CONFIG.ACT)
         acc = tl.trans(acc)
     else:
         acc = product(dz, w, m, k, 0, False, CONFIG.W_TRANSPOSED, BLOCK_M, BLOCK_K, BLOCK_N, CONFIG)
@@ -196,7 +211,7 @@ def wgrad(dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split, CONFIG: t
         sums = tl.zeros((BLOCK_M, BLOCK_N), acc.dtype)
         mine = N * (col == 0).to(tl.int32)  # only the first tile column writes dz and db: elsewhere 0 masks every store
         dy_tile, y_tile = load_dy_and_y(dy, y, first, n, CONFIG)
-        dz_tile = sigmoid_backward(dy_tile, y_tile)
+        dz_tile = gradient(dy_tile, y_tile, CONFIG.ACT)
         for m in tl.range(first, last, BLOCK_M, num_stages=CONFIG.STAGES):
             x_tile = load_tile(x, m, k, BLOCK_M, BLOCK_K, CONFIG.X_TRANSPOSED, VEC)
             rounded = round_operand(dz_tile, x_tile.dtype, PRECISION)
@@ -210,7 +225,7 @@ def wgrad(dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split, CONFIG: t
             dy_tile, y_tile = load_dy_and_y(dy, y, m + BLOCK_M, n, CONFIG)
             # Compiled: as wgmma's first operand dz would stay in registers, and each product wait for the one before.
             acc = dot(tl.trans(x_tile), rounded, acc, PRECISION)
-            dz_tile = sigmoid_backward(dy_tile, y_tile)  # the next turn's, while this one's product runs
+            dz_tile = gradient(dy_tile, y_tile, CONFIG.ACT)  # the next turn's, while this one's product runs
         acc = tl.trans(acc)
         if db is not None:
             j, j_inside = masked_range(n, mine, BLOCK_N, 1)

@@ -1,6 +1,6 @@
-"""From one layout to another, and the sigmoid's derivative on the way: (N, P, C), where P are the pixels of an image.
+"""From one layout to another, with the activation's derivative on the way: (N, P, C), P the pixels of an image.
 
-    dst[n, p, c] = src[n, p, c],  or  src·y·(1 − y);  0 for the channels that only `dst` has;  db[c] = Σ_np dst[n, p, c]
+    dst[n, p, c] = src[n, p, c],  or  src·act′(y);  0 for the channels that only `dst` has;  db[c] = Σ_np dst[n, p, c]
 
 Tensor cores want channels side by side, in rows that are multiples of 16 bytes. What does not lie so goes through here
 once; read in place, every element would be loaded nine times, two bytes at a time and not asynchronously. `pack` does
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .common import accumulator, masked_range, round_to, sigmoid_backward
+from .activations import Act, gradient
+from .common import accumulator, masked_range, round_to
 
 
 class Layout(NamedTuple):
@@ -35,6 +36,7 @@ class Relayout(NamedTuple):
     SRC: Layout
     Y: Layout | None = None
     DST: Layout | None = None
+    ACT: Act | None = None  # of y
     THIRD: "Relayout | None" = None  # of pack's third tensor, which has a layout of its own
 
 
@@ -85,7 +87,7 @@ def relayout(
         value = tl.load(addresses(source, n, p, c, SRC), mask=inside, other=0.0)
         if y is not None:
             output = Planes(y, y_stride_n, y_stride_p, y_stride_c)
-            value = sigmoid_backward(value, tl.load(addresses(output, n, p, c, Y), mask=inside, other=0.0))
+            value = gradient(value, tl.load(addresses(output, n, p, c, Y), mask=inside, other=0.0), CONFIG.ACT)
         if db is not None:
             sums += value.to(sums.dtype)
         if dst is not None:

@@ -1,6 +1,7 @@
 """float64 results to compare with, and how far from them a result may be."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,20 +47,70 @@ def assert_close(
         assert ours <= allowed, f"error {ours:.2e} is over twice torch's: {allowed:.2e}"
 
 
-class LinearSigmoid:
-    """y = σ(x·wᵀ + b) and its gradients in float64, each from the inputs the library's own kernel has."""
+Activation = str | tuple[Any, ...] | None
+# As users give them, with torch's numbers and with others; bounds that bfloat16 rounds up and down.
+ACTIVATIONS: list[Activation] = [
+    None, "sigmoid", "tanh", "relu", "leaky_relu", ("leaky_relu", 0.3), "elu", ("elu", 0.7), "softplus",
+    ("softplus", 2.5, 18), "hardsigmoid", "hardtanh", ("hardtanh", -0.3, 0.1), "relu6",
+]  # fmt: skip
 
-    def __init__(self, x: Tensor, w: Tensor, b: Tensor | None) -> None:
+
+def activated(z: Tensor, activation: Activation) -> Tensor:
+    """torch's function of that name."""
+    name, *numbers = activation if isinstance(activation, tuple) else (activation,)
+    return z if name is None else getattr(torch if name in ("sigmoid", "tanh", "relu") else F, name)(z, *numbers)
+
+
+def exactly(z: Tensor, activation: Activation) -> Tensor:
+    """The same in float64, where torch's hardsigmoid multiplies by float32's ⅙."""
+    return (z + 3).clamp(0, 6) / 6 if activation == "hardsigmoid" else activated(z, activation)
+
+
+def derivative(y: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
+    """act′ in float64 from outputs that were stored as `dtype`."""
+    name, *given = activation if isinstance(activation, tuple) else (activation,)
+    a, b = (
+        *given,
+        *{"leaky_relu": (0.01,), "elu": (1,), "softplus": (1, 20), "hardtanh": (-1, 1)}.get(name, ()),
+        0,
+        0,
+    )[:2]
+    if name in ("hardtanh", "relu6"):
+        bounds = torch.tensor([0, 6] if name == "relu6" else [a, b], dtype=torch.float64).to(dtype).double()
+        return torch.logical_and(y > bounds[0], y < bounds[1]).double()
+    one = torch.ones_like(y)
+    forms: dict[str | None, Callable[[], Tensor]] = {
+        None: lambda: one,
+        "sigmoid": lambda: y * (1 - y),
+        "tanh": lambda: (1 - y) * (1 + y),
+        "relu": lambda: (y > 0).double(),
+        "leaky_relu": lambda: torch.where(y > 0, one, a * one),
+        "elu": lambda: torch.where(y > 0, one, y + a),
+        "softplus": lambda: torch.where(y * a > b, one, -torch.expm1(-a * y)),
+        "hardsigmoid": lambda: ((y > 0) & (y < 1)).double() / 6,
+    }
+    return forms[name]()
+
+
+class Linear:
+    """y = act(x·wᵀ + b) and its gradients in float64, each from the inputs the library's own kernel has."""
+
+    def __init__(self, x: Tensor, w: Tensor, b: Tensor | None, activation: Activation = None) -> None:
+        self.activation = activation
         self.x, self.w = x.detach().double().cpu(), w.detach().double().cpu()
         z = self.x @ self.w.t()
-        self.y = torch.sigmoid(z if b is None else z + b.detach().double().cpu())
+        self.y = exactly(z if b is None else z + b.detach().double().cpu(), activation)
 
     def gradients(self, dy: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dx, dw, db and the size of db's terms, for the output `y` as it was rounded: backward has no other."""
-        y = y.detach().double().cpu()
-        dz = dy.detach().double().cpu() * y * (1 - y)
+        dz = dy.detach().double().cpu() * derivative(y.detach().double().cpu(), self.activation, y.dtype)
         rows = dz.reshape(-1, dz.shape[-1])
         return dz @ self.w, rows.t() @ self.x.reshape(-1, self.x.shape[-1]), rows.sum(0), rows.norm(dim=0)
+
+
+class LinearSigmoid(Linear):
+    def __init__(self, x: Tensor, w: Tensor, b: Tensor | None) -> None:
+        super().__init__(x, w, b, "sigmoid")
 
 
 class Conv3x3:
@@ -67,7 +118,7 @@ class Conv3x3:
 
     def __init__(
         self, x: Tensor, w: Tensor, b: Tensor | None = None, stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0), groups: int = 1, activation: str | None = None,
+        padding: tuple[int, int] = (0, 0), groups: int = 1, activation: Activation = None,
     ) -> None:  # fmt: skip
         x, w = x.detach().double().cpu(), w.detach().double().cpu()
         self.stride, self.padding, self.groups, self.activation = stride, padding, groups, activation
@@ -77,7 +128,7 @@ class Conv3x3:
         assert isinstance(z, Tensor)
         z = z.flatten(1, 2)
         z = z if b is None else z + b.detach().double().cpu()[:, None, None]
-        self.y = torch.sigmoid(z) if activation == "sigmoid" else z
+        self.y = exactly(z, activation)
 
     def taps(self, padded: Tensor) -> Iterator[Tensor]:
         """Of every tap what it sees of the padded image: views as large as the output."""
@@ -86,8 +137,7 @@ class Conv3x3:
 
     def gradients(self, dy: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dx, dw, db and the size of db's terms, for the output `y` as it was rounded: backward has no other."""
-        dz, y = dy.detach().double().cpu(), y.detach().double().cpu()
-        dz = dz * y * (1 - y) if self.activation == "sigmoid" else dz
+        dz = dy.detach().double().cpu() * derivative(y.detach().double().cpu(), self.activation, y.dtype)
         by_group = dz.unflatten(1, (self.groups, dz.shape[1] // self.groups))
         dx, dw = torch.zeros_like(self.x), []
         for seen, target, w in zip(self.taps(self.x), self.taps(dx), self.w, strict=True):

@@ -10,15 +10,29 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .dispatch import FLOATS
-from .nn import Conv3x3, LinearSigmoid
+from .nn import Conv3x3, Linear, LinearSigmoid
+from .ops.activations import DEFAULTS, ActivationLike, activation_of
 
-__all__ = ["FusedSigmoid", "Left", "Replaced", "Report", "fuse", "unfuse"]
+__all__ = ["FusedActivation", "FusedSigmoid", "Left", "Replaced", "Report", "fuse", "unfuse"]
 
 MODULE = frozenset(vars(nn.Module()))  # the attributes of every module
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 PARAMETERS = {"weight", "bias"}
+LAYERS = (nn.Linear, nn.Conv2d, LinearSigmoid, Linear, Conv3x3)  # a subclass before its base
 FSDP = {"FSDPModule", "FullyShardedDataParallel"}  # by name: to import them takes long, and a torch with distributed
 WORDS = {"same": (1, 1), "valid": (0, 0)}  # paddings
+# torch's activations: what tribp calls them, and the attributes that are their numbers. A subclass before its base.
+ACTIVATIONS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Sigmoid: ("sigmoid",),
+    nn.Tanh: ("tanh",),
+    nn.ReLU: ("relu",),
+    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
+    nn.ELU: ("elu", "alpha"),
+    nn.Softplus: ("softplus", "beta", "threshold"),
+    nn.Hardsigmoid: ("hardsigmoid",),
+    nn.ReLU6: ("relu6",),
+    nn.Hardtanh: ("hardtanh", "min_val", "max_val"),
+}
 WORD = "_padding_word"  # attribute of a Conv3x3 made of a Conv2d whose padding was "same" or "valid"
 
 
@@ -59,113 +73,120 @@ class Report:
         return "\n".join(map(str, lines))
 
 
-class FusedSigmoid(nn.Identity):
-    """Stands where an `nn.Sigmoid` stood that the module before it computes now, and keeps it for `unfuse`.
+class FusedActivation(nn.Identity):
+    """Stands where an activation stood that the module before it computes now, and keeps it for `unfuse`.
 
     So no other module of the Sequential changes its index, and with it its keys in the state_dict.
     """
 
-    sigmoid: nn.Sigmoid
-    __jit_ignored_attributes__ = ("sigmoid",)  # torch.jit.script knows no module that is no child
+    original: nn.Module
+    __jit_ignored_attributes__ = ("original",)  # torch.jit.script knows no module that is no child
 
-    def __init__(self, sigmoid: nn.Sigmoid) -> None:
+    def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        vars(self)["sigmoid"] = sigmoid  # not as a child: whoever looks for the model's sigmoids must not find it
-        self.training = sigmoid.training
+        vars(self)["original"] = original  # not as a child: whoever looks for the model's sigmoids must not find it
+        self.training = original.training
 
     def extra_repr(self) -> str:
-        return "computed by the module before"
+        return f"{type(self.original).__name__} computed by the module before"
+
+
+FusedSigmoid = FusedActivation  # its name when it stood for sigmoids alone
 
 
 def fuse(model: nn.Module) -> Report:
     """Put tribp's modules where torch's stand in `model`, in place; the report tells what was replaced, what left, why.
 
-    - `nn.Linear` with the `nn.Sigmoid` directly behind it in an `nn.Sequential` becomes a `LinearSigmoid`;
-    - every 3×3 `nn.Conv2d` that `Conv3x3` takes becomes one, with the `nn.Sigmoid` directly behind it in an
-      `nn.Sequential`; a `Conv3x3` takes that in, too.
+    - `nn.Linear` with an activation directly behind it in an `nn.Sequential` becomes a `Linear` with that activation,
+      or a `LinearSigmoid`. Activations are `nn.Sigmoid`, `Tanh`, `ReLU`, `LeakyReLU`, `ELU`, `Softplus`,
+      `Hardsigmoid`, `Hardtanh` and `ReLU6`, in place or not, with numbers that `tribp.linear` takes;
+    - every 3×3 `nn.Conv2d` that `Conv3x3` takes becomes one, with the activation directly behind it in an
+      `nn.Sequential`; a `Conv3x3` or a tribp `Linear` without one takes that in, too.
 
     The Parameters are the same objects, so that an optimizer built before goes on; mode, device, dtype, attributes that
-    were set on a module, and the state_dict's keys are the same: a `FusedSigmoid`, which does nothing, keeps the
-    Sigmoid's place. What stands at several places stands there again as one module; its sigmoid is taken in only if one
-    follows at each of them. Left are modules with hooks, parametrizations or more parameters, subclasses, lazy and
-    scripted modules, and what FSDP holds.
+    were set on a module, and the state_dict's keys are the same: a `FusedActivation`, which does nothing, keeps the
+    activation's place. What stands at several places stands there again as one module; its activation is taken in only
+    if the same follows at each of them. Left are modules with hooks, parametrizations or more parameters, subclasses,
+    lazy and scripted modules, and what FSDP holds.
 
-    Not seen is code that takes a Sequential apart: `self.layers[0](x)` now has the sigmoid applied.
+    Not seen is code that takes a Sequential apart: `self.layers[0](x)` now has the activation applied.
 
     Raises:
         TypeError: model is no module.
     """
     plan = _Plan("fuse", model)
     for module, places in plan.modules:
-        pairs = [place for place in places if isinstance(place.behind, nn.Sigmoid)]
-        if isinstance(module, nn.Linear):
-            if pairs:
-                reason = plan.obstacle(module, nn.Linear) or _unreadable(module, 2) or _unpaired(places, nn.Sigmoid)
-                if reason:
-                    plan.leave(pairs, reason)
-                else:
-                    plan.replace(places, _linear_sigmoid(module), "Linear + Sigmoid", "LinearSigmoid")
-        elif isinstance(module, nn.Conv2d):
-            alone = _unpaired(places, nn.Sigmoid)
-            made = plan.obstacle(module, nn.Conv2d) or _unreadable(module, 4) or _conv3x3(module, sigmoid=not alone)
-            if isinstance(made, str):
-                plan.leave(places, made)
-            else:
-                plan.replace(places, made, "Conv2d" if alone else "Conv2d + Sigmoid", "Conv3x3", not alone)
-                if alone:
-                    plan.leave_sigmoids(pairs, alone)
-        elif isinstance(module, Conv3x3) and module.activation is None:
-            alone = _unpaired(places, nn.Sigmoid)
-            made = plan.obstacle(module, Conv3x3) or alone or _conv3x3(_conv2d(module), sigmoid=True)
-            if not isinstance(made, str):
-                plan.replace(places, made, "Conv3x3 + Sigmoid", "Conv3x3")
-            elif made == alone:
-                plan.leave_sigmoids(pairs, alone)
-            else:
-                plan.leave(pairs, made)
+        done = isinstance(module, (Linear, Conv3x3)) and module.activation is not None
+        if isinstance(module, LAYERS) and not done:
+            _fuse_layer(plan, module, places)
         elif _looks_like_conv3x3(module):
             plan.leave(places, f"it is a {_full_name(module)}, no torch.nn.Conv2d")
         elif isinstance(module, torch.jit.ScriptModule):
             plan.leave(places, "it is compiled by TorchScript")
-    return plan.carry_out(_fused_sigmoid)
+    return plan.carry_out(FusedActivation)
+
+
+def _fuse_layer(plan: "_Plan", module: nn.Module, places: Sequence["_Place"]) -> None:
+    """A convolution of torch's is replaced also without an activation, other layers with one alone."""
+    kind = _kind(module)
+    pairs = [place for place in places if _activation_kind(place.behind)]
+    if not pairs and kind is not nn.Conv2d:
+        return
+    alone = _unpaired(places)
+    activation = None if alone else _activation(places[0].behind)
+    reason = plan.obstacle(module, kind)
+    if not reason and kind in (nn.Linear, nn.Conv2d):
+        reason = _unreadable(module, 2 if kind is nn.Linear else 4)
+    if not reason and kind is not nn.Conv2d:
+        reason = alone
+    made = reason or _fused(module, activation)
+    if isinstance(made, str):
+        if kind in (Linear, Conv3x3) and made == alone:
+            plan.leave_activations(pairs, alone)
+        else:
+            plan.leave(places if kind is nn.Conv2d else pairs, made)
+        return
+    was = kind.__name__ if alone else f"{kind.__name__} + {type(places[0].behind).__name__}"
+    plan.replace(places, made, was, _name(made), not alone)
+    if alone:
+        plan.leave_activations(pairs, alone)
 
 
 def unfuse(model: nn.Module) -> Report:
     """Put torch's modules where tribp's stand in `model`, in place: what `fuse` did is undone.
 
-    Modules that a user wrote into the model become torch's too. One that computes a sigmoid and has no `FusedSigmoid`
-    behind it becomes an `nn.Sequential` of two in its place: its keys in the state_dict then have a "0." more, as the
-    report says. Everything else that `fuse` keeps is kept. Left are those that `fuse` would leave for hooks,
-    parametrizations, more parameters, subclasses, and FSDP.
+    Modules that a user wrote into the model become torch's too. One that computes an activation and has no
+    `FusedActivation` behind it becomes an `nn.Sequential` of two in its place: its keys in the state_dict then have a
+    "0." more, as the report says. Everything else that `fuse` keeps is kept. Left are those that `fuse` would leave for
+    hooks, parametrizations, more parameters, subclasses, and FSDP.
 
     Raises:
         TypeError: model is no module.
     """
     plan = _Plan("unfuse", model)
     for module, places in plan.modules:
-        if isinstance(module, (LinearSigmoid, Conv3x3)):
-            pair = any(isinstance(place.behind, FusedSigmoid) for place in places)
-            reason = plan.obstacle(module, LinearSigmoid if isinstance(module, LinearSigmoid) else Conv3x3)
-            if _computes_sigmoid(module) and pair:
-                reason = reason or _unpaired(places, FusedSigmoid)
+        if isinstance(module, (Linear, Conv3x3)):
+            pair = any(_computes(module, place.behind) for place in places)
+            reason = plan.obstacle(module, _kind(module)) or (_not_behind(module, places) if pair else "")
             if reason:
                 plan.leave(places, reason)
                 continue
-            made: nn.Module = _linear(module) if isinstance(module, LinearSigmoid) else _conv2d(module)
-            now = type(made).__name__
-            if not _computes_sigmoid(module):
-                plan.replace(places, made, type(module).__name__, now, pair=False)
+            made: nn.Module = _conv2d(module) if isinstance(module, Conv3x3) else _linear(module)
+            now = f"torch.nn.{type(made).__name__}" if isinstance(module, Linear) else type(made).__name__
+            if module.activation is None:
+                plan.replace(places, made, _name(module), now, pair=False)
             elif pair:
-                plan.replace(places, made, type(module).__name__, f"{now} + Sigmoid")
+                behind = next(b for b in (place.behind for place in places) if isinstance(b, FusedActivation))
+                plan.replace(places, made, _name(module), f"{type(made).__name__} + {type(behind.original).__name__}")
             else:
-                both = nn.Sequential(made, nn.Sigmoid()).train(module.training)
-                plan.replace(
-                    places, both, type(module).__name__, f"Sequential({now}, Sigmoid), keys with 0.", pair=False
-                )
-        elif isinstance(module, FusedSigmoid):
-            orphans = [place for place in places if not _computes_sigmoid(place.before)]
-            plan.leave(orphans, "no module that computes the sigmoid is before it")
-    return plan.carry_out(_sigmoid_of)
+                second = _torch_activation(module.activation)
+                both = nn.Sequential(made, second).train(module.training)
+                now = f"Sequential({type(made).__name__}, {type(second).__name__}), keys with 0."
+                plan.replace(places, both, _name(module), now, pair=False)
+        elif isinstance(module, FusedActivation):
+            orphans = [place for place in places if not _computes(place.before, module)]
+            plan.leave(orphans, f"no module that computes the {type(module.original).__name__} is before it")
+    return plan.carry_out(_original)
 
 
 class _Place(NamedTuple):
@@ -237,8 +258,8 @@ class _Plan:
     def leave(self, places: Sequence[_Place], reason: str) -> None:
         self.left += [Left(place.name, type(place.module).__name__, reason) for place in places]
 
-    def leave_sigmoids(self, places: Sequence[_Place], reason: str) -> None:
-        """Report the Sigmoids behind modules that are replaced without them."""
+    def leave_activations(self, places: Sequence[_Place], reason: str) -> None:
+        """Report the activations behind modules that are replaced without them."""
         self.left += [Left(place.behind_name, type(place.behind).__name__, reason) for place in places]
 
     def carry_out(self, stand_in: Callable[[nn.Module], nn.Module]) -> Report:
@@ -269,7 +290,7 @@ def _obstacle(subject: str, module: nn.Module, kind: type[nn.Module]) -> str:
     for name, value in vars(module).items():
         if name not in MODULE and value is not getattr(kind, name, value):
             return f"{subject} has a {name} of its own"  # forward, say; or what Module.compile leaves
-    expected: set[str] = set() if issubclass(kind, (nn.Sigmoid, FusedSigmoid)) else PARAMETERS
+    expected = PARAMETERS if kind in LAYERS else set()
     present = {*module._parameters, *module._buffers, *module._modules}
     for verb, names in (
         ("lacks the parameter", expected - present),
@@ -280,12 +301,76 @@ def _obstacle(subject: str, module: nn.Module, kind: type[nn.Module]) -> str:
     return ""
 
 
-def _unpaired(places: Sequence[_Place], kind: type[nn.Module]) -> str:
-    """Why what stands at `places` does not, at each of them, run right before a module of this kind."""
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Of which kind of layer a module is, itself or as a subclass."""
+    return next(kind for kind in LAYERS if isinstance(module, kind))
+
+
+def _name(made: nn.Module) -> str:
+    """The class, in a way that tells tribp's from torch's."""
+    return "tribp.nn.Linear" if type(made) is Linear else type(made).__name__
+
+
+def _activation_kind(module: nn.Module | None) -> type[nn.Module] | None:
+    return next((kind for kind in ACTIVATIONS if isinstance(module, kind)), None)
+
+
+def _activation(module: nn.Module | None) -> ActivationLike:
+    """What tribp calls an activation of torch's."""
+    kind = _activation_kind(module)
+    assert kind is not None
+    name, *attributes = ACTIVATIONS[kind]
+    numbers = tuple(float(getattr(module, attribute)) for attribute in attributes)
+    return name if numbers == tuple(DEFAULTS[name].values()) else (name, *numbers)
+
+
+def _refused(subject: str, module: nn.Module) -> str:
+    """Why tribp does not take an activation's numbers; nothing if it does."""
+    try:
+        activation_of(subject, _activation(module))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _torch_activation(activation: ActivationLike) -> nn.Module:
+    """The module of torch's that computes it."""
+    name, *numbers = activation if isinstance(activation, tuple) else (activation,)
+    kind = next(kind for kind, (known, *_) in ACTIVATIONS.items() if known == name)
+    return kind(*numbers)
+
+
+def _unpaired(places: Sequence[_Place]) -> str:
+    """Why what stands at `places` does not, at each of them, run right before the same activation."""
+    first = places[0]
     for place in places:
-        if not isinstance(place.behind, kind):
-            return f"no {'Sigmoid' if kind is nn.Sigmoid else 'place for a Sigmoid'} is behind {place.name}"
-        reason = _obstacle(f"the {kind.__name__} at {place.behind_name}", place.behind, kind)
+        kind = _activation_kind(place.behind)
+        if place.behind is None or kind is None:
+            return f"no activation is behind {place.name}"
+        subject = f"the {kind.__name__} at {place.behind_name}"
+        reason = _obstacle(subject, place.behind, kind) or _refused(subject, place.behind)
+        if reason:
+            return reason
+        if _activation(place.behind) != _activation(first.behind):
+            return f"one activation is behind {first.name}, another behind {place.name}"
+        if not _runs_in_order(place.parent):
+            return f"the {type(place.parent).__name__} around {place.name} need not run its modules in their order"
+    return ""
+
+
+def _computes(module: nn.Module | None, behind: nn.Module | None) -> bool:
+    """Whether `behind` stands for an activation that `module` computes."""
+    if not isinstance(module, (Linear, Conv3x3)) or not isinstance(behind, FusedActivation) or not module.activation:
+        return False
+    return activation_of("", module.activation) == activation_of("", _activation(behind.original))
+
+
+def _not_behind(module: nn.Module, places: Sequence[_Place]) -> str:
+    """Why what stands at `places` does not, at each of them, run right before what stands for its activation."""
+    for place in places:
+        if place.behind is None or not _computes(module, place.behind):
+            return f"no place for its activation is behind {place.name}"
+        reason = _obstacle(f"the FusedActivation at {place.behind_name}", place.behind, FusedActivation)
         if reason:
             return reason
         if not _runs_in_order(place.parent):
@@ -321,27 +406,35 @@ def _unreadable(module: nn.Module, dimensions: int) -> str:
     return ""
 
 
-def _linear_sigmoid(linear: nn.Linear) -> LinearSigmoid:
+def _fused(module: nn.Module, activation: ActivationLike) -> nn.Module | str:
+    """tribp's module that computes a layer and an activation, or why there is none."""
+    if isinstance(module, (nn.Conv2d, Conv3x3)):
+        return _conv3x3(_conv2d(module) if isinstance(module, Conv3x3) else module, activation)
+    assert isinstance(module, (nn.Linear, Linear))
     # On meta, here and below, a constructor allocates nothing and draws no random numbers.
-    made = LinearSigmoid(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-    _hand_over(linear, made)
+    sizes = (module.in_features, module.out_features, module.bias is not None)
+    made = (
+        LinearSigmoid(*sizes, device="meta") if activation == "sigmoid"
+        else Linear(*sizes, device="meta", activation=activation)
+    )  # fmt: skip
+    _hand_over(module, made)
     return made
 
 
-def _linear(fused: LinearSigmoid) -> nn.Linear:
+def _linear(fused: Linear) -> nn.Linear:
     made = nn.Linear(fused.in_features, fused.out_features, fused.bias is not None, device="meta")
-    _hand_over(fused, made)
+    _hand_over(fused, made, without={"activation", "_act"})
     return made
 
 
-def _conv3x3(conv: nn.Conv2d, sigmoid: bool) -> Conv3x3 | str:
+def _conv3x3(conv: nn.Conv2d, activation: ActivationLike) -> Conv3x3 | str:
     """The module that computes what `conv` does, or why there is none."""
     if "activation" in vars(conv):
         return "it has an activation of its own"
     try:
         made = Conv3x3(
             conv.in_channels, conv.out_channels, conv.stride, conv.padding, conv.groups, conv.bias is not None,
-            "sigmoid" if sigmoid else None, conv.padding_mode, device="meta", dilation=conv.dilation,
+            activation, conv.padding_mode, device="meta", dilation=conv.dilation,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         return str(error).removeprefix("Conv3x3: ").partition(";")[0]
@@ -363,7 +456,7 @@ def _conv2d(fused: Conv3x3) -> nn.Conv2d:
         fused.in_channels, fused.out_channels, 3, fused.stride, padding, 1, fused.groups, fused.bias is not None,
         fused.padding_mode, device="meta",  # type: ignore[arg-type]
     )  # fmt: skip
-    _hand_over(fused, made, without={"activation", WORD})
+    _hand_over(fused, made, without={"activation", "_act", WORD})
     return made
 
 
@@ -374,18 +467,9 @@ def _hand_over(old: nn.Module, new: nn.Module, without: Set[str] = frozenset()) 
     vars(new).update({name: value for name, value in vars(old).items() if name not in without | vars(new).keys()})
 
 
-def _fused_sigmoid(sigmoid: nn.Module) -> nn.Module:
-    assert isinstance(sigmoid, nn.Sigmoid)
-    return FusedSigmoid(sigmoid)
-
-
-def _sigmoid_of(fused: nn.Module) -> nn.Module:
-    assert isinstance(fused, FusedSigmoid)
-    return fused.sigmoid.train(fused.training)
-
-
-def _computes_sigmoid(module: nn.Module | None) -> bool:
-    return isinstance(module, LinearSigmoid) or (isinstance(module, Conv3x3) and module.activation == "sigmoid")
+def _original(fused: nn.Module) -> nn.Module:
+    assert isinstance(fused, FusedActivation)
+    return fused.original.train(fused.training)
 
 
 def _looks_like_conv3x3(module: nn.Module) -> bool:

@@ -6,32 +6,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops.conv3x3.checks import check_activation, window_of
+from .ops.activations import ActivationLike, activate, activation_of
+from .ops.conv3x3.checks import window_of
 from .ops.conv3x3.op import conv3x3
-from .ops.linear.op import linear_sigmoid
+from .ops.linear.op import linear
 
-__all__ = ["Conv3x3", "LinearSigmoid"]
+__all__ = ["Conv3x3", "Linear", "LinearSigmoid"]
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # torch.nn's
 
 
-class LinearSigmoid(nn.Module):
-    """`nn.Linear` followed by `nn.Sigmoid` as one kernel: y = σ(x · weightᵀ + bias).
+class Linear(nn.Module):
+    """`nn.Linear` and the activation that may follow it, as one kernel: y = act(x · weightᵀ + bias).
 
     Parameters, their initialization, the random numbers it draws, and the state_dict are those of `nn.Linear`, so that
-    checkpoints load both ways. It is no subclass of `nn.Linear`: tools that replace those would lose the sigmoid.
+    checkpoints load both ways. It is no subclass of `nn.Linear`: tools that replace those would lose the activation.
 
     Args:
         in_features: size of the last dimension of the input.
         out_features: size of the last dimension of the output.
         bias: whether to add a learned bias of shape `(out_features,)`.
         device, dtype: of the parameters, as for `nn.Linear`; float16, bfloat16, float32 or float64.
+        activation: as for `tribp.linear`.
 
-    Shape: `(*, in_features)` to `(*, out_features)`. Errors: those of `tribp.linear_sigmoid`.
+    Shape: `(*, in_features)` to `(*, out_features)`. Errors: those of `tribp.linear`.
     """
 
+    __jit_ignored_attributes__ = ("activation",)  # to TorchScript `_act` is a tuple of plain values
     in_features: int
     out_features: int
+    activation: ActivationLike
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -42,10 +46,14 @@ class LinearSigmoid(nn.Module):
         bias: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: ActivationLike = None,
     ) -> None:
         super().__init__()
+        self._act = activation_of(type(self).__name__, activation)
         self.in_features = in_features
         self.out_features = out_features
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
@@ -58,18 +66,35 @@ class LinearSigmoid(nn.Module):
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        activation = "" if self.activation is None else f", activation={self.activation!r}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return sizes + activation
 
     def forward(self, input: Tensor) -> Tensor:
         # torch.jit.script, like torch.jit.trace, keeps torch's own operations.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return torch.sigmoid(F.linear(input, self.weight, self.bias))
+            name, a, b = self._act
+            return activate(F.linear(input, self.weight, self.bias), name, a, b)
         else:  # TorchScript would compile what stands behind the branch
-            return linear_sigmoid(input, self.weight, self.bias)
+            return linear(input, self.weight, self.bias, self.activation)
+
+
+class LinearSigmoid(Linear):
+    """`Linear` with the activation "sigmoid": y = σ(x · weightᵀ + bias). Arguments are those of `nn.Linear`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype, activation="sigmoid")
 
 
 class Conv3x3(nn.Module):
-    """`nn.Conv2d` with a 3×3 kernel, and with the sigmoid that may follow it, as one kernel.
+    """`nn.Conv2d` with a 3×3 kernel, and the activation that may follow it, as one kernel.
 
     Parameters, their initialization, the random numbers it draws, and the state_dict are those of
     `nn.Conv2d(…, kernel_size=3)`, so that checkpoints load both ways. It is no subclass of `nn.Conv2d`: tools that
@@ -81,7 +106,7 @@ class Conv3x3(nn.Module):
         padding: added on all four sides, a number or a pair; "same" (1, for stride 1) or "valid" (0).
         groups: into which the channels are divided.
         bias: whether to add a learned bias of shape `(out_channels,)`.
-        activation: None or "sigmoid".
+        activation: as for `tribp.linear`.
         padding_mode: what is added: "zeros", "reflect", "replicate" or "circular" (the latter three by `F.pad`).
         device, dtype: of the parameters, as for `nn.Conv2d`; float16, bfloat16, float32 or float64.
         dilation: 1.
@@ -90,12 +115,13 @@ class Conv3x3(nn.Module):
     Errors: those of `tribp.conv3x3`.
     """
 
+    __jit_ignored_attributes__ = ("activation",)  # as for Linear
     in_channels: int
     out_channels: int
     stride: tuple[int, int]
     padding: tuple[int, int]
     groups: int
-    activation: str | None
+    activation: ActivationLike
     padding_mode: str
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -108,7 +134,7 @@ class Conv3x3(nn.Module):
         padding: str | int | Sequence[int] = 0,
         groups: int = 1,
         bias: bool = True,
-        activation: str | None = None,
+        activation: ActivationLike = None,
         padding_mode: str = "zeros",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -117,7 +143,7 @@ class Conv3x3(nn.Module):
     ) -> None:
         super().__init__()
         window = window_of("Conv3x3", stride, padding, groups, dilation)
-        check_activation("Conv3x3", activation)
+        self._act = activation_of("Conv3x3", activation)
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"Conv3x3: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
@@ -151,9 +177,9 @@ class Conv3x3(nn.Module):
             vertical, horizontal = padding
             padding = (0, 0)
             input = F.pad(input, (horizontal, horizontal, vertical, vertical), mode=self.padding_mode)
-        # As for LinearSigmoid.
+        # As for Linear.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            output = F.conv2d(input, self.weight, self.bias, self.stride, padding, 1, self.groups)
-            return output if self.activation is None else torch.sigmoid(output)
+            name, a, b = self._act
+            return activate(F.conv2d(input, self.weight, self.bias, self.stride, padding, 1, self.groups), name, a, b)
         else:
             return conv3x3(input, self.weight, self.bias, self.stride, padding, self.groups, self.activation)

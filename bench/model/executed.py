@@ -12,6 +12,8 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
+import networkx as nx
+
 from ..sass import MATRIX, Flow, Instruction
 from ..wgmma import in_flight
 
@@ -44,6 +46,7 @@ class Profile:
     narrow: Tally  # in place of the first, where a main loop has a way of its own for data that is not aligned
     main_loops: int
     matrix: str = ""  # the matrix instruction: HGMMA, HMMA …
+    beside: Tally = Tally()  # what a program runs that multiplies nothing, beside others that do
 
 
 def width(instruction: Instruction) -> int:
@@ -79,21 +82,25 @@ def profile(code: Sequence[Instruction]) -> Profile:
     of_main = {head for head, loop in loops.items() if any(inner <= loop for inner in main)}
     depth = max((len(around[next(iter(loop))] & of_main) for loop in main), default=0)
     levels: list[list[int]] = [[] for _ in range(depth + 1)]
+    heads = [min(loop, key=lambda block: block.start) for loop in main]
+    with_main = set(heads).union(*(nx.ancestors(flow.graph, h) | nx.descendants(flow.graph, h) for h in heads))
+    beside: list[int] = []
     exceptional: list[int] = []
     for block in flow.graph:
-        if not any(block in loop for loop in main):
+        if matrix and main and block not in with_main:
+            beside += block
+        elif any(block in loop for loop in main):
+            if block not in narrow:
+                levels[0] += block
+            if block not in wide:
+                exceptional += block
+        else:
             levels[depth - min(len(around[block] & of_main), max(depth - 1, 0))] += block
-            continue
-        if block not in narrow:
-            levels[0] += block
-        if block not in wide:
-            exceptional += block
     busy: Collection[int] = range(len(code))
     if matrix == "HGMMA":
         busy = {n for n, running in in_flight(code) if running or code[n].name == "HGMMA"}
-    return Profile(
-        tuple(tally(code, level, busy) for level in levels), tally(code, exceptional, busy), len(main), matrix
-    )
+    tallies = tuple(tally(code, level, busy) for level in levels)
+    return Profile(tallies, tally(code, exceptional, busy), len(main), matrix, tally(code, beside, busy))
 
 
 def _loads(flow: Flow, blocks: Iterable[range]) -> set[int]:

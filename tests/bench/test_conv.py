@@ -234,7 +234,7 @@ def test_work_counts_every_tensor_once() -> None:
     assert operation.work(case, "wgrad") == Work(2 * (y + x + w + b), product)
     assert operation.work(case, "both") == Work(2 * ((x + w + b + y) + (y + x + w) + (x + w + b)), 3 * product)
 
-    narrow = ConvCase((2, 6, 4, 4, 5), FP32, stride=2, groups=2, bias=False, sigmoid=True)
+    narrow = ConvCase((2, 6, 4, 4, 5), FP32, stride=2, groups=2, bias=False, activation="sigmoid")
     w, y, product = 4 * 3 * 9, 2 * 4 * 2 * 3, 2 * (2 * 4 * 3) * (5 * 7)
     assert operation.work(narrow, "forward") == Work(4 * (x + w + y), product)
     assert operation.work(narrow, "dgrad") == Work(4 * (y + y + w + x), product), "the derivative takes the output"
@@ -265,7 +265,7 @@ def test_tensors_lie_as_the_case_says(last: bool) -> None:
 
 def test_directions_want_the_gradients_they_say() -> None:
     for bias, direction in itertools.product((True, False), DIRECTIONS):
-        asked = problem(ConvCase((1, 2, 3, 4, 4), FP32, bias=bias, sigmoid=True))
+        asked = problem(ConvCase((1, 2, 3, 4, 4), FP32, bias=bias, activation="sigmoid"))
         of_weight = {"weight.grad", "bias.grad"} if bias else {"weight.grad"}
         needs: list[list[bool]] = []
 
@@ -291,8 +291,8 @@ def test_directions_want_the_gradients_they_say() -> None:
 
 def test_results_are_checked_against_float64_in_parts_as_in_one() -> None:
     """The largest outputs take more memory in float64, with all that a gradient keeps, than a GPU may have."""
-    for sigmoid in (True, False):
-        whole = problem(ConvCase((5, 3, 4, 6, 5), FP32, sigmoid=sigmoid))
+    for activation in ("sigmoid", None):
+        whole = problem(ConvCase((5, 3, 4, 6, 5), FP32, activation=activation))
         assert whole.rows is not None
         assert whole.rows >= 5
         one = whole.reference()
@@ -304,9 +304,9 @@ def test_results_are_checked_against_float64_in_parts_as_in_one() -> None:
             assert parts[name].scale == pytest.approx(exact.scale, rel=1e-12)
         x, w, b = (value.double() for value in whole.arguments.values())
         y = F.conv2d(x, w, b, padding=1)
-        y = torch.sigmoid(y) if sigmoid else y
+        y = torch.sigmoid(y) if activation else y
         torch.testing.assert_close(one["output"].value, y)
-        dz = whole.output_grad.double() * (y * (1 - y) if sigmoid else 1)
+        dz = whole.output_grad.double() * (y * (1 - y) if activation else 1)
         torch.testing.assert_close(one["bias.grad"].value, dz.sum((0, 2, 3)))
         assert one["bias.grad"].scale == pytest.approx(max(float(dz.norm()), float(dz.sum((0, 2, 3)).norm())))
 

@@ -277,6 +277,18 @@ def test_an_epilogue_hides_behind_a_loop_only_if_two_programs_reside() -> None:
     assert one.limited_by == "phases"
 
 
+def test_programs_behind_start_where_others_leave_room() -> None:
+    code = Profile((Tally(), Tally(cycles=1000)), Tally(), 1, "HGMMA", Tally(cycles=21))
+    work = LaunchWork(100, {}, chain=0, turns_behind=1)  # 500 cycles each, with latency
+
+    def cycles(behind: int) -> float:
+        return of(replace(work, behind=behind), code, shared=200 * KB).terms["alone"] * 1.83e3
+
+    assert cycles(0) == cycles(2 * 32) == pytest.approx(1000)
+    assert cycles(2 * 32 + 1) == cycles(2 * 32 + 132) == pytest.approx(1500)
+    assert cycles(2 * 32 + 133) == pytest.approx(2000)
+
+
 def test_latency_is_hidden_by_stages_and_by_other_programs() -> None:
     body = Tally(1)
     code, cycle = Profile((body, Tally()), body, 1, "HGMMA"), 1 / 1.83e3
@@ -397,20 +409,20 @@ def test_no_work_is_lost(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "kernels"),
+    ("case", "direction", "kernels"),
     [
-        (Case(SQUARE, BF16), {"output_grad"}),
-        (Case(SQUARISH, BF16), {"reduce_partials"}),
-        (Case(TALL, FP32), {"output_grad", "reduce_partials"}),
-        (ConvCase(conv3x3.FEW[0], BF16, last=False, sigmoid=True), {"relayout", "pack", "reduce_partials"}),
-        (ConvCase(conv3x3.MANY, BF16, last=False), {"pack", "reduce_partials"}),
+        (Case(SQUARE, BF16), "backward", {"output_grad"}),
+        (Case(SQUARISH, BF16), "wgrad only", {"reduce_partials"}),
+        (Case(TALL, FP32), "wgrad only", {"output_grad", "reduce_partials"}),
+        (ConvCase(conv3x3.FEW[0], BF16, last=False, activation="sigmoid"), "backward", {"relayout", "pack"}),
+        (ConvCase(conv3x3.MANY, BF16, last=False), "wgrad", {"pack", "reduce_partials"}),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
 @pytest.mark.skipif(not versions.keeps_shared_tiles(), reason="Triton 3.5 multiplies with other settings on sm_90")
-def test_passes_read_everything_once(case: Case, kernels: set[str]) -> None:
+def test_passes_read_everything_once(case: Case, direction: str, kernels: set[str]) -> None:
     found = set()
-    for launch in launches_of(case, "backward"):
+    for launch in launches_of(case, direction):
         kernel, work = launch.kernel.__name__, work_of(launch, case)
         if kernel in READ and work.bytes > 4e6:
             tensors = launch.named
@@ -419,6 +431,22 @@ def test_passes_read_everything_once(case: Case, kernels: set[str]) -> None:
             assert read <= work.programs * work.turns * work.step < 2 * read, kernel
             found.add(kernel)
     assert found == kernels
+
+
+@pytest.mark.parametrize(
+    "case", [Case(SQUARISH, BF16), ConvCase(conv3x3.MANY, BF16, last=False)], ids=lambda case: case.name
+)
+def test_appended_sums_are_programs_of_their_own(case: Case) -> None:
+    """dgrad's programs are as many as without them, and those behind read every partial result once."""
+    *_, launch = launches_of(case, "backward")
+    (alone,) = [
+        one for one in launches_of(case, f"dgrad{' only' * (type(case) is Case)}") if one.kernel is launch.kernel
+    ]
+    work, given = work_of(launch, case), launch.named
+    assert work.programs == work_of(alone, case).programs == math.prod(alone.grid)
+    assert 0 <= math.prod(launch.grid) - work.programs - work.behind < math.prod(launch.grid[1:])
+    partials = given["sums"][0].numel()
+    assert partials <= work.behind * work.turns_behind * given["SUMS_BLOCK"] * given["SUMS_BLOCK_PARTS"] < 8 * partials
 
 
 @pytest.mark.parametrize(
@@ -468,7 +496,7 @@ def test_the_command_predicts_what_run_measures(tmp_path: Path) -> None:
     done = bench("linear", "--model", "--case", "8192x1024x1024", "--dtype", "bfloat16", "--json", str(file))
     assert done.returncode == 0, done.stderr
     found = {(entry["case"], entry["direction"]): entry for entry in json.loads(file.read_text())}
-    assert set(found) == {(name, direction) for direction in ("forward", "backward", "wgrad only")}
+    assert set(found) == {(of, d) for of in (name, f"{name} relu") for d in ("forward", "backward", "wgrad only")}
     for entry in found.values():
         assert entry["floor_us"] < entry["predicted_us"] < 10 * entry["floor_us"]
         least = (4 if entry["direction"] == "backward" else 2) * math.prod(SQUARISH)
@@ -479,7 +507,8 @@ def test_the_command_predicts_what_run_measures(tmp_path: Path) -> None:
     *_, dgrad = found[name, "backward"]["launches"]
     w_and_dx = 2 * (1024 * 1024 + 8192 * 1024)
     latency = 479 / 1.83e3
-    assert dgrad["terms"]["memory"] == pytest.approx(w_and_dx / 3e6 + latency), "dz is in L2"
+    dw_and_db = 2 * (1024 * 1024 + 1024)
+    assert dgrad["terms"]["memory"] == pytest.approx((w_and_dx + dw_and_db) / 3e6 + latency), "dz, partials are in L2"
     forward = found[name, "forward"]["launches"][0]
     assert forward["resident"] == 1, "one program of 128×256 resides"
     assert forward["waves"] == pytest.approx(256 / 132)
@@ -499,7 +528,7 @@ def test_the_shapes_that_are_predicted_have_targets() -> None:
     case = ConvCase(conv3x3.MIDDLE, BF16)
     conv, linear, optim = find(["conv", "linear", "optim"])
     assert predict.directions(conv, case) == ["forward", "dgrad", "wgrad"]
-    assert predict.directions(conv, replace(case, sigmoid=True)) == []
+    assert predict.directions(conv, replace(case, activation="sigmoid")) == []
     assert predict.directions(linear, Case(SQUARE, BF16)) == ["forward", "backward", "wgrad only"]
     assert predict.directions(linear, Case(SQUARE, torch.float16)) == []
     assert all(predict.directions(optim, case) == ["step"] for case in optim.cases)

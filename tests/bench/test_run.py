@@ -96,17 +96,17 @@ def test_smoke_runs_the_kernels_under_the_interpreter(tmp_path: Path, launched: 
     assert {"forward", "dgrad", "wgrad"} <= set(launched)
 
 
-def one_percent_off(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return tribp.linear_sigmoid(x, w, b) * 1.01
+def one_percent_off(x: Tensor, w: Tensor, b: Tensor, activation: str) -> Tensor:
+    return tribp.linear(x, w, b, activation) * 1.01
 
 
-def not_a_number(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return tribp.linear_sigmoid(x, w, b) + math.nan
+def not_a_number(x: Tensor, w: Tensor, b: Tensor, activation: str) -> Tensor:
+    return tribp.linear(x, w, b, activation) + math.nan
 
 
-def wrong_gradient(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+def wrong_gradient(x: Tensor, w: Tensor, b: Tensor, activation: str) -> Tensor:
     """Right forward, and a bias gradient that is off."""
-    return tribp.linear_sigmoid(x, w, b) + (0.1 * b - 0.1 * b.detach())
+    return tribp.linear(x, w, b, activation) + (0.1 * b - 0.1 * b.detach())
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_wrong_result_is_called_wrong_and_gets_no_time(
 
 
 def test_a_contender_that_raises_leaves_the_others_their_times(tmp_path: Path) -> None:
-    def broken(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    def broken(x: Tensor, w: Tensor, b: Tensor, activation: str) -> Tensor:
         raise RuntimeError("no such kernel")
 
     status, rows = smoke(linear(broken), tmp_path, "16x16x32")
@@ -281,7 +281,7 @@ def test_precision_holds_inside_and_is_given_back() -> None:
 def test_directions_want_the_gradients_they_say() -> None:
     operation = linear()
     problem = operation.problem(Case((3, 4, 5), torch.float32), torch.device("cpu"))
-    found = {direction: set(problem.results(tribp.linear_sigmoid, direction)) for direction in operation.directions}
+    found = {direction: set(problem.results(tribp.linear, direction)) for direction in operation.directions}
     grads = {"weight.grad", "bias.grad"}
     assert found == {
         "forward": {"output"},
@@ -290,7 +290,7 @@ def test_directions_want_the_gradients_they_say() -> None:
         "both": {"output", "input.grad", *grads},
     }
     for direction in operation.directions:
-        action = problem.action(tribp.linear_sigmoid, direction)
+        action = problem.action(tribp.linear, direction)
         action.call()
         action.call()  # the graph is kept
 
@@ -490,7 +490,8 @@ def test_host_smoke_shows_all_ratios(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["host", "--smoke", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
     plans = host.plans(True) if importlib.util.find_spec("triton") else []
-    assert [row["case"] for row in rows] == [c.name for c in plans + host.fallbacks(True) + host.shards(True)]
+    comparisons: list[Any] = [*plans, *host.fallbacks(True), host.Questions(5), *host.shards(True)]
+    assert [row["case"] for row in rows] == [c.name for c in comparisons]
     assert {target["verdict"] for row in rows for target in row["targets"]} == {"unmeasured"}
     assert all(times["median"] > 0 for row in rows for times in row["host_us"].values())
     printed = capsys.readouterr().out
@@ -563,15 +564,15 @@ def test_batches_of_many_sizes_take_few_kernels() -> None:
     done = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, timeout=300)
     counts = json.loads(done.splitlines()[-1])
     assert 4 <= counts["MLP"] <= 14
-    assert 9 <= counts["channels_last"] <= 47
-    assert 9 <= counts["contiguous"] <= 89
+    assert 9 <= counts["channels_last"] <= 44
+    assert 9 <= counts["contiguous"] <= 87
 
 
 @pytest.mark.parametrize(
-    ("dtype", "last", "most"), [("float32", False, 90), ("bfloat16", False, 96), ("bfloat16", True, 64)]
+    ("dtype", "last", "most"), [("float32", False, 80), ("bfloat16", False, 80), ("bfloat16", True, 48)]
 )
 def test_a_resnets_convolutions_take_few_launches(dtype: str, last: bool, most: int) -> None:
-    """Forward and backward, each with one launch that packs whatever has to be packed."""
+    """Forward and backward, each with one launch that packs whatever has to be packed; dgrad's adds up wgrad's sums."""
     pytest.importorskip("triton")
     from bench import conv3x3, host_layers
 
@@ -585,6 +586,8 @@ def test_a_resnets_convolutions_take_few_launches(dtype: str, last: bool, most: 
 def test_host_times_calls_of_layers_where_triton_compiles(tmp_path: Path) -> None:
     """What was worked out before costs less than working it out."""
     rows = host_rows("linear_sigmoid", tmp_path)
+    on_cpu = rows.pop("linear_sigmoid on the CPU, 1x10x128")
+    assert list(on_cpu) == ["tribp", "torch", "torch, asked first"]
     assert list(rows) == ["linear_sigmoid, forward", "linear_sigmoid, with gradients"]
     for times in rows.values():
         assert list(times) == ["tribp", "tribp, a first call", "torch, on the CPU"]

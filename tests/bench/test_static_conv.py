@@ -26,7 +26,7 @@ GOOD = {
     "good conv": (DENSE, "forward", -1),
     "good depthwise": (CHANNELS, "forward", -1),
     "good pack": (LAST_COLUMNS, "forward", 0),
-    "good relayout": (replace(LAST_COLUMNS, sigmoid=True), "backward", 0),
+    "good relayout": (replace(LAST_COLUMNS, activation="sigmoid"), "backward", 0),
     "good few channels": (SMALL, "forward", -1),
 }
 BAD: dict[str, tuple[str, str, dict[str, Any]]] = {  # the good one it spoils, the complaint, the changes
@@ -87,7 +87,7 @@ def test_products_have_to_be_on_tensor_cores_pipelined_and_written_in_whole_vect
     columns = whole - ({"wide stores"} if target == "gfx942" else set())
     assert names(LAST_COLUMNS, "forward", target)[0] == ("pack", {"vectors"})
     relayout = ("relayout", {"wide loads", "wide stores"})
-    assert names(replace(LAST_COLUMNS, sigmoid=True), "backward", target)[0] == relayout
+    assert names(replace(LAST_COLUMNS, activation="sigmoid"), "backward", target)[0] == relayout
     assert names(LAST_COLUMNS, "forward", target)[-1] == ("forward", columns)
     few = ConvCase((256, 3, 64, 224, 224), BF16)
     assert names(few, "forward", target) == [("few_channels_forward", {"matrix instructions", "wide stores"})]
@@ -131,7 +131,7 @@ def test_settings_are_shown_in_words() -> None:
     def shown(case: ConvCase, direction: str, at: int = 0) -> list[str]:
         return describe(launches(case, direction, ARCH)[at]).split()
 
-    (strided,) = launches(ConvCase((64, 128, 256, 28, 28), BF16, stride=2, sigmoid=True), "forward", ARCH)
+    (strided,) = launches(ConvCase((64, 128, 256, 28, 28), BF16, stride=2, activation="sigmoid"), "forward", ARCH)
     box = "box" + "×".join(str(strided.named[name]) for name in ("BOX_N", "BOX_H", "BOX_W"))
     assert {box, "step2×2", "channels_last", "sigmoid"} <= set(describe(strided).split())
     assert not {"step2×2", "sigmoid", "diagonal"} & set(shown(DENSE, "forward"))
@@ -140,11 +140,11 @@ def test_settings_are_shown_in_words() -> None:
     taps = launches(DENSE, "wgrad", ARCH)[0].named["TAPS"]
     assert (f"taps{taps}" in shown(DENSE, "wgrad")) == (taps != 1)
     assert {"pixels→channels", "src3"} <= set(shown(LAST_COLUMNS, "forward"))
-    assert {"y", "channels→channels"} <= set(shown(ConvCase(FEW[0], BF16, sigmoid=True), "dgrad"))
+    assert {"y", "channels→channels"} <= set(shown(ConvCase(FEW[0], BF16, activation="sigmoid"), "dgrad"))
 
 
 def test_settings_are_found_and_changed_by_name() -> None:
-    launch = launches(ConvCase(FEW[0], BF16, sigmoid=True), "dgrad", ARCH)[0]
+    launch = launches(ConvCase(FEW[0], BF16, activation="sigmoid"), "dgrad", ARCH)[0]
     config: Any = launch.constants["CONFIG"]
     assert launch.kernel.__name__ == "relayout"
     assert launch.named["BLOCK_P"] == config.BLOCK_P

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import tribp
 
-from ..oracle import Conv3x3
+from ..oracle import Activation, Conv3x3, activated
 
 
 class Case(NamedTuple):
@@ -19,7 +19,7 @@ class Case(NamedTuple):
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     groups: int = 1
-    activation: str | None = None
+    activation: Activation = None
     bias: bool = True
 
     def ours(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
     def theirs(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         y = F.conv2d(x, w, b, self.stride, self.padding, 1, self.groups)
-        return torch.sigmoid(y) if self.activation else y
+        return activated(y, self.activation)
 
     def make(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, weight and bias, whose outputs are of size 1."""

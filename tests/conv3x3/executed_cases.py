@@ -20,9 +20,10 @@ from ..executed.checks import (
     Rounding,
     differences,
     gradients,
+    output_bound,
     require_gradients,
-    sigmoid_bound,
 )
+from ..oracle import ACTIVATIONS, Activation, derivative
 from . import cases as images
 
 
@@ -57,12 +58,8 @@ class Conv(NamedTuple):
         squares = [None if t is None else t.detach().double().square() for t in (x, w, b)]
         square = case._replace(activation=None).exact(*squares)  # type: ignore[arg-type]
         error = rounding.sum_of(terms_of_y) * square.y.sqrt()
-        dz = dy.double()
-        if case.activation:
-            wrong = differences("y", y, oracle.y, sigmoid_bound(rounding, oracle.y, error))
-            dz = dz * y.detach().double() * (1 - y.detach().double())
-        else:
-            wrong = differences("y", y, oracle.y, rounding.unit * oracle.y.abs() + error)
+        wrong = differences("y", y, oracle.y, output_bound(rounding, oracle.y, error, case.activation))
+        dz = dy.double() * derivative(y.detach().double(), case.activation, self.dtype)
         dx, dw, db, terms = oracle.gradients(dy, y)
         dx_size, dw_size, *_ = square.gradients(dz.square(), square.y)
         pixels, rounded = dz.numel() // dz.shape[1], case.activation is not None
@@ -102,11 +99,11 @@ class Apart(NamedTuple):
 
 def conv(
     size: tuple[int, int, int, int], out: int, *, stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 1, groups: int = 1, sigmoid: bool = False, bias: bool = True, **more: Any,
+    padding: int | tuple[int, int] = 1, groups: int = 1, activation: Activation = None, bias: bool = True, **more: Any,
 ) -> Conv:  # fmt: skip
     """A case from the size of x and the number of output channels."""
     strides, paddings = (pair if isinstance(pair, tuple) else (pair, pair) for pair in (stride, padding))
-    return Conv(images.Case(size, out, strides, paddings, groups, "sigmoid" if sigmoid else None, bias), **more)
+    return Conv(images.Case(size, out, strides, paddings, groups, activation, bias), **more)
 
 
 QUICK: dict[str, Case] = {
@@ -117,20 +114,20 @@ QUICK: dict[str, Case] = {
     "conv, two rows and rest, NCHW": conv(
         (15, 40, 5, 8), 40, padding=(0, 1), x=images.contiguous, needs="x", processors=1
     ),
-    "conv, two rows of 128 columns": conv((15, 40, 4, 8), 136, sigmoid=True, needs="", processors=1),
+    "conv, two rows of 128 columns": conv((15, 40, 4, 8), 136, activation="sigmoid", needs="", processors=1),
     "conv, box and rest": conv((4, 32, 7, 7), 40),
-    "conv, box and rest, sigmoid": conv((3, 24, 13, 11), 40, sigmoid=True),
+    "conv, box and rest, sigmoid": conv((3, 24, 13, 11), 40, activation="sigmoid"),
     "conv, lines of images": conv((32, 24, 3, 2), 72, needs="wb"),
     "conv, lines of columns": conv((1, 24, 3, 32), 72, needs="wb", stride=(2, 1)),
-    "conv, NCHW": conv((4, 32, 8, 16), 40, x=images.contiguous, w=images.contiguous, sigmoid=True),
+    "conv, NCHW": conv((4, 32, 8, 16), 40, x=images.contiguous, w=images.contiguous, activation="sigmoid"),
     "conv, split sum": conv((4, 32, 16, 16), 32, groups=2, w=images.contiguous, needs="wb", processors=18),
     "conv, padded channels": conv((2, 13, 9, 7), 11, x=images.contiguous, dtype=HALF),
     "conv, stride 2": conv((2, 64, 16, 16), 72, stride=2),
     "conv, stride 2, odd": conv((2, 72, 11, 9), 24, stride=(1, 2), x=images.cropped_last, bias=False),
     "conv, groups": conv((2, 64, 8, 8), 144, groups=2),
-    "conv, bundles": conv((2, 40, 6, 7), 20, groups=5, sigmoid=True),
+    "conv, bundles": conv((2, 40, 6, 7), 20, groups=5, activation="sigmoid"),
     "conv, groups taken apart": Apart(64, 16),
-    "conv, image": conv((2, 3, 16, 12), 72, sigmoid=True, needs="wb"),
+    "conv, image": conv((2, 3, 16, 12), 72, activation="sigmoid", needs="wb"),
     "conv, image, no activation": conv((2, 3, 9, 12), 40, needs="wb", dtype=HALF),
     "conv, dx of an image": conv((2, 3, 9, 140), 40, needs="x"),
     "conv, dx of an image, even pitch": conv((2, 2, 5, 9), 6, needs="x"),
@@ -140,7 +137,7 @@ QUICK: dict[str, Case] = {
     ),
     "conv, depthwise": conv((6, 72, 17, 11), 72, groups=72, stride=(2, 1), processors=108),  # boxes below each other
     "conv, NCHW depthwise, float32": conv(
-        (2, 8, 8, 16), 8, groups=8, x=images.contiguous, stride=(1, 2), sigmoid=True, bias=False, dtype=SINGLE
+        (2, 8, 8, 16), 8, groups=8, x=images.contiguous, stride=(1, 2), activation="sigmoid", bias=False, dtype=SINGLE
     ),
     "conv, float32": conv((1, 32, 8, 8), 32, dtype=SINGLE),
     "conv, tf32": conv((1, 64, 8, 8), 64, dtype=SINGLE, tf32=True),
@@ -150,7 +147,11 @@ QUICK: dict[str, Case] = {
 
 DTYPES = (HALF, BRAIN, SINGLE, DOUBLE)
 SLOW: dict[str, Case] = {
-    "conv, 3 columns": conv((2, 24, 9, 10), 3, sigmoid=True),
+    "conv, relu": conv((3, 24, 13, 11), 40, activation="relu"),
+    "conv, NCHW, tanh": conv((2, 24, 7, 9), 40, x=images.contiguous, activation="tanh", dtype=SINGLE),
+    "conv, image, hardtanh": conv((2, 3, 16, 12), 24, activation=("hardtanh", -0.3, 0.1), needs="wb"),
+    "conv, depthwise, elu": conv((2, 16, 9, 8), 16, groups=16, activation="elu"),
+    "conv, 3 columns": conv((2, 24, 9, 10), 3, activation="sigmoid"),
     "conv, dx of an image, stride 2": conv((2, 3, 9, 12), 24, stride=2),
     "conv, dx of an image, float32": conv((2, 3, 40, 70), 24, needs="x", dtype=SINGLE),
     "conv, dx of an image, tf32": conv((1, 1, 9, 70), 64, needs="x", dtype=SINGLE, tf32=True),
@@ -178,11 +179,11 @@ SLOW: dict[str, Case] = {
         f"conv, {str(dtype)[6:]}, {way}": case._replace(dtype=dtype)
         for dtype in DTYPES
         for way, case in {
-            "dense": conv((2, 40, 9, 10), 24, sigmoid=True),
+            "dense": conv((2, 40, 9, 10), 24, activation="sigmoid"),
             "stride 2": conv((2, 16, 10, 12), 24, stride=2, x=images.contiguous),
             "groups": conv((2, 32, 5, 6), 48, groups=2, stride=(2, 1)),
             "bundles": conv((1, 24, 7, 7), 48, groups=6),
-            "image": conv((2, 4, 10, 9), 12, sigmoid=True, x=images.transposed),
+            "image": conv((2, 4, 10, 9), 12, activation="sigmoid", x=images.transposed),
             "depthwise": conv((2, 12, 7, 9), 12, groups=12, stride=2, x=images.cropped),
         }.items()
     },
@@ -203,7 +204,7 @@ def random_conv(chance: random.Random) -> Case:
     return conv(
         (chance.choice([1, 2, 5]), c, chance.randint(3, 17), chance.randint(3, 17)), o,
         stride=chance.choice(STRIDES), padding=chance.choice(PADDINGS), groups=groups,
-        sigmoid=chance.random() < 0.5, bias=chance.random() < 0.7, dtype=chance.choice(DTYPES),
+        activation=chance.choice(ACTIVATIONS), bias=chance.random() < 0.7, dtype=chance.choice(DTYPES),
         x=chance.choice([images.contiguous, images.last, images.every_other, images.cropped, images.sliced_last]),
         w=chance.choice([images.contiguous, images.last]), needs=chance.choice(["xwb", "xw", "wb", "w", "x"]),
         processors=chance.choice([1, 2, 8, 108]),

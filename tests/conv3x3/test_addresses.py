@@ -39,7 +39,8 @@ class Watch:
         self.descriptors = 0  # in one of theirs: they clamp by themselves
 
     def allow(self, arguments: tuple[object, ...]) -> None:
-        tensors = [getattr(a, "base", a) for a in arguments]  # a descriptor's tensor
+        single = [item for a in arguments for item in (a if isinstance(a, tuple) else [a])]
+        tensors = [getattr(a, "base", a) for a in single]  # a descriptor's tensor
         self.memory = []
         for t in tensors:
             if isinstance(t, Tensor):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import tribp
+from tribp.ops.activations import NONE, Activation, activation_of
 
 from ..torch_machinery.cases import CONV, Function, assert_same_gradients, images
 from .cases import WAYS, Case, last, one_pixel, sliced_last
@@ -107,6 +108,7 @@ def test_opcheck(way: str, grad: str, device: str) -> None:
     assert x is not None
     assert w is not None
     rest = (list(case.stride), list(case.padding), case.groups)
+    act = activation_of("test", case.activation)
     cases: list[tuple[Any, tuple[object, ...]]] = [(ops.operator, (last(x), w, b, *rest, case.activation))]
     thorough = device == "cuda" or way == "small"
     if thorough:
@@ -119,12 +121,15 @@ def test_opcheck(way: str, grad: str, device: str) -> None:
     if grad == "no gradients":
         y = ops.operator(x, w, b, *rest, case.activation)
         saved, size = y if case.activation else None, list(x.shape)
-        cases += [(ops.backward_operator, (y, x, w, saved, size, *rest, [True, True, True], False, True))]
+        cases += [(ops.backward_operator, (y, x, w, saved, size, *rest, *act, [True, True, True], False, True))]
         if thorough:
             cases += [
-                (ops.backward_operator, (one_pixel(y), None, w, y, size, *rest, [True, False, False], True, False)),
-                (ops.backward_operator, (y, x, None, None, size, *rest, [False, True, True], False, False)),
-                (ops.backward_operator, (y, None, None, None, size, *rest, [False, False, True], False, False)),
+                (
+                    ops.backward_operator,
+                    (one_pixel(y), None, w, y, size, *rest, *Activation("sigmoid"), [True, False, False], True, False),
+                ),
+                (ops.backward_operator, (y, x, None, None, size, *rest, *NONE, [False, True, True], False, False)),
+                (ops.backward_operator, (y, None, None, None, size, *rest, *NONE, [False, False, True], False, False)),
             ]
     for op, arguments in cases:
         torch.library.opcheck(op, arguments)

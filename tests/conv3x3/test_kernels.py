@@ -17,6 +17,7 @@ import tribp
 from tribp.launch.arch import ARCHS, cdiv
 from tribp.launch.plan import Buffer, Launch, Plan, launches_of
 from tribp.launch.reduce import reduce_partials
+from tribp.ops.activations import NONE, Activation
 from tribp.ops.conv3x3 import plan as ops
 from tribp.ops.conv3x3.config import (
     ConvConfig,
@@ -34,6 +35,7 @@ from ..covering import DTYPES, cover, turn
 from ..launch.plans import run
 from ..oracle import assert_close
 
+SIGMOID = Activation("sigmoid")
 BASE = ConvConfig(32, 16, 16, num_warps=4, num_stages=2, reason="test", group=2, box=(2, 4, 4))
 FORMS = {
     "pointers": BASE,
@@ -78,7 +80,7 @@ def backward(
     tensors: tuple[Tensor | None, ...], window: Window, configs: dict[Any, ConvConfig] | None = None
 ) -> list[Launch]:
     """tensors: dy, x, w, y, dx, dw, db."""
-    return run(ops.backward, tensors, configs, window=window, tf32=False)
+    return run(ops.backward, tensors, configs, window=window, activation=SIGMOID, tf32=False)
 
 
 class Case:
@@ -98,7 +100,7 @@ class Case:
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         dy, x, w = (t.double().cpu() for t in (self.dy, self.x, self.w))
-        dx, dw, db = conv3x3_backward(dy, x, w, None, x.shape, self.window, (True, True, True))
+        dx, dw, db = conv3x3_backward(dy, x, w, None, x.shape, self.window, NONE, (True, True, True))
         assert dx is not None
         assert dw is not None
         assert db is not None
@@ -142,7 +144,7 @@ def test_forward(window: str, form: str, dtype: torch.dtype, kernels: str, bundl
     bundles(case)
     config = case.fitted(FORMS[form])
     tensors = (case.x, case.w, case.b, case.y)
-    launches = run(ops.forward, tensors, {ConvProblem: config}, window=case.window, activation=None, tf32=False)
+    launches = run(ops.forward, tensors, {ConvProblem: config}, window=case.window, activation=NONE, tf32=False)
     (launch,) = [launch for launch in launches if launch.kernel.__name__ == "forward"]
     assert launch.named["TMA"] == config.tma
     assert launch.named["DIAGONAL"] == (case.window.groups > 2)
@@ -203,14 +205,16 @@ def test_few_input_channels(c: int, last: bool, kernels: str) -> None:
     b = tensor((1, 20, 1, 1), dtype, kernels, False).flatten()
     z = F.conv2d(x.double(), w.double(), b.double(), window.stride, window.padding)
     y = nan_like(tensor(tuple(z.shape), dtype, kernels, last))
-    (launch,) = run(ops.forward, (x, w, b, y), window=window, activation="sigmoid", tf32=False)
+    (launch,) = run(ops.forward, (x, w, b, y), window=window, activation=SIGMOID, tf32=False)
     assert launch.kernel.__name__ == "few_channels_forward"
     assert_close(y, torch.sigmoid(z).cpu())
     dy, dw, db = tensor(tuple(z.shape), dtype, kernels, c == 5), nan_like(w), nan_like(b)
     done = backward((dy, x, None, y, None, dw, db), window)
     assert [launch.named.get("FUSE_DZ") for launch in done if launch.kernel.__name__ == "few_channels_wgrad"] == [True]
     dz = dy.double() * y.double() * (1 - y.double())
-    _, exact, sums = conv3x3_backward(dz.cpu(), x.double().cpu(), None, None, x.shape, window, (False, True, True))
+    _, exact, sums = conv3x3_backward(
+        dz.cpu(), x.double().cpu(), None, None, x.shape, window, NONE, (False, True, True)
+    )
     assert exact is not None
     assert sums is not None
     assert_close(dw, exact, tolerance=None if dtype.itemsize > 2 else 6e-3)  # dz is rounded on its way in
@@ -231,7 +235,7 @@ def test_dx_of_few_input_channels(c: int, tma: bool, kernels: str) -> None:
     *_, launch = backward((dy, None, w, None, dx, None, None), window, {FewChannelsDgradProblem: s})
     assert launch.kernel.__name__ == "few_channels_dgrad"
     exact, _, _ = conv3x3_backward(
-        dy.double().cpu(), None, w.double().cpu(), None, dx.shape, window, (True, False, False)
+        dy.double().cpu(), None, w.double().cpu(), None, dx.shape, window, NONE, (True, False, False)
     )
     assert exact is not None
     assert (~exact.isfinite()).sum() == 9 * c
@@ -255,14 +259,14 @@ def test_one_channel_a_group(rows: int, last: bool, stride: tuple[int, int], ker
     z = F.conv2d(x.double(), w.double(), b.double(), window.stride, window.padding, 1, 12).cpu()
     y, dx, dw, db = nan_like(tensor(tuple(z.shape), dtype, kernels, last)), nan_like(x), nan_like(w), nan_like(b)
     config = ConvConfig(8, 8, 1, 4, 1, "test", box=(2, rows, 4))
-    run(ops.forward, (x, w, b, y), {DepthwiseProblem: config}, window=window, activation=None, tf32=False)
+    run(ops.forward, (x, w, b, y), {DepthwiseProblem: config}, window=window, activation=NONE, tf32=False)
     assert_close(y, z)
     dy = tensor(tuple(z.shape), dtype, kernels, last)
     backward((dy, None, w, None, dx, None, None), window, {DepthwiseProblem: config})
     wgrad = replace(config, splits=even_splits(config.boxes(2, *z.shape[2:]), 3))
     backward((dy, x, None, None, None, dw, db), window, {DepthwiseProblem: wgrad})
     exact = conv3x3_backward(
-        dy.double().cpu(), x.double().cpu(), w.double().cpu(), None, x.shape, window, (True, True, True)
+        dy.double().cpu(), x.double().cpu(), w.double().cpu(), None, x.shape, window, NONE, (True, True, True)
     )
     for result, value in zip((dx, dw, db), exact, strict=True):
         assert value is not None
@@ -296,7 +300,7 @@ def test_relayout(with_y: bool, padded: int, layout: str, kernels: str) -> None:
     db = db.to(kernels)
 
     def build(plan: Plan, src: Buffer, y: Buffer | None, dst: Buffer, db: Buffer) -> None:
-        reduce_partials(plan, relayout(plan, src, y, dst, db))
+        reduce_partials(plan, relayout(plan, src, y, SIGMOID, dst, db))
 
     run(build, (src, y, dst, db))
     assert_close(dst[:, :7], exact.cpu())
@@ -357,14 +361,14 @@ def test_a_nan_of_one_group_stays_in_it(kernels: str) -> None:
     window = Window((1, 1), (1, 1), 4)
     assert bundle_of(4, 3, 6, 64) > 1
     y = torch.empty(1, 24, 6, 7, device=kernels)
-    run(ops.forward, (x, w, None, y), window=window, activation=None, tf32=False)
+    run(ops.forward, (x, w, None, y), window=window, activation=NONE, tf32=False)
     exact = F.conv2d(x, w, None, 1, 1, 1, 4)
     torch.testing.assert_close(y, exact, equal_nan=True, rtol=1e-5, atol=1e-5)
     dy = torch.randn(1, 24, 6, 7, device=kernels)
     dy[0, 5, 1, 1] = -torch.inf
     dx = torch.empty_like(x)
     backward((dy, None, w, None, dx, None, None), window)
-    theirs = conv3x3_backward(dy, None, w, None, x.shape, window, (True, False, False))[0]
+    theirs = conv3x3_backward(dy, None, w, None, x.shape, window, NONE, (True, False, False))[0]
     torch.testing.assert_close(dx, theirs, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
@@ -380,7 +384,7 @@ def test_an_infinity_at_the_edge_reaches_its_taps_alone(c: int, groups: int, las
     dy[:, :, 3:], dy[:, :, :, 5:] = 0, 0
     window, dw = Window((1, 1), (1, 1), groups), nan_like(w)
     backward((dy, x, None, None, None, dw, None), window)
-    exact = conv3x3_backward(dy.cpu(), x.cpu(), None, None, x.shape, window, (False, True, False))[1]
+    exact = conv3x3_backward(dy.cpu(), x.cpu(), None, None, x.shape, window, NONE, (False, True, False))[1]
     assert exact is not None
     torch.testing.assert_close(dw.cpu(), exact, equal_nan=True, rtol=1e-5, atol=1e-5)
     assert exact[:, :, 0, 0].isfinite().all(), "the tap that looks back meets no infinity but beyond the edge"
@@ -395,7 +399,7 @@ def test_a_class_without_pixels(size: tuple[int, int], groups: int, kernels: str
     w, dx = tensor((8, 8 // groups, 3, 3), torch.float32, kernels, True), torch.full((1, 8, *size), torch.nan)
     dy, dx = tensor((1, 8, *window.output_size(*size)), torch.float32, kernels, True), dx.to(kernels)
     backward((dy, None, w, None, dx, None, None), window)
-    exact = conv3x3_backward(dy.double(), None, w.double(), None, dx.shape, window, (True, False, False))[0]
+    exact = conv3x3_backward(dy.double(), None, w.double(), None, dx.shape, window, NONE, (True, False, False))[0]
     assert exact is not None
     assert_close(dx, exact.cpu())
 
@@ -407,7 +411,7 @@ def test_every_second_column_is_stored_by_itself() -> None:
         window = Window(stride, (1, 1))
         grad = dy.new_empty((2, 16, 16 // stride[0], 16 // stride[1]))
         tensors = (grad, None, w, None, dx, None, None)
-        *_, launch = launches_of(ops.backward, ARCHS["sm_90"], tensors, window=window, tf32=False)
+        *_, launch = launches_of(ops.backward, ARCHS["sm_90"], tensors, window=window, activation=NONE, tf32=False)
         assert launch.named["VEC_STORE"] == vec
 
 
@@ -431,13 +435,13 @@ def test_a_descriptor_does_not_run_into_the_next_pixel(kernels: str) -> None:
     x, w = tensor((1, 48, 4, 4), torch.float32, kernels, True), tensor((8, 48, 3, 3), torch.float32, kernels, True)
     window = Window((2, 2), (1, 1))
     y = nan_like(tensor((1, 8, 2, 2), torch.float32, kernels, True))
-    run(ops.forward, (x, w, None, y), window=window, activation=None, tf32=False)
+    run(ops.forward, (x, w, None, y), window=window, activation=NONE, tf32=False)
     assert_close(y, F.conv2d(x.double(), w.double(), None, 2, 1).cpu())
     # What it read there would meet the zeros behind the weights: only an infinity would tell.
     x = tensor((1, 48, 4, 6), torch.float32, kernels, True)
     x[..., 3] = torch.inf
     y = nan_like(tensor((1, 8, 1, 2), torch.float32, kernels, True))
-    run(ops.forward, (x, w, None, y), window=Window((2, 2)), activation=None, tf32=False)
+    run(ops.forward, (x, w, None, y), window=Window((2, 2)), activation=NONE, tf32=False)
     assert y[..., 0].isfinite().all()
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..oracle import Activation
+
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Layout = Callable[[Tensor], Tensor]
 
@@ -99,7 +101,9 @@ def gradients(y: Tensor, inputs: dict[str, Tensor], dy: Tensor) -> dict[str, Ten
     return dict(zip(inputs, found, strict=True))
 
 
-def sigmoid_bound(rounding: Rounding, y: Tensor, error: Tensor) -> Tensor:
-    """Of y = σ(z), where z has the error; the slope is ¼ at most, and σ itself takes a few operations."""
-    operations = 2.0**-50 if rounding.dtype == DOUBLE else 2.0**-21
-    return rounding.unit * y.abs() + error / 4 + operations
+def output_bound(rounding: Rounding, y: Tensor, error: Tensor, activation: Activation) -> Tensor:
+    """Of y = act(z), where z has the error. act's slope is 1 at most, σ's ¼; some take a few operations."""
+    smooth = isinstance(activation, str) and activation in ("sigmoid", "tanh", "elu", "softplus")
+    smooth = smooth or (isinstance(activation, tuple) and activation[0] in ("elu", "softplus"))
+    operations = smooth * (2.0**-50 if rounding.dtype == DOUBLE else 2.0**-21)
+    return rounding.unit * y.abs() + error * (0.25 if activation == "sigmoid" else 1) + operations

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
 import tribp
-from tribp.fusion import FusedSigmoid, Left, Replaced, Report
+from tribp.fusion import FusedActivation, Left, Replaced, Report
 from tribp.nn import Conv3x3, LinearSigmoid
 
 from .cases import changed, hooked, kinds, reasons, sigmoid_after
@@ -159,9 +159,9 @@ def test_linears_that_are_left(make: Callable[[], nn.Module], reason: str) -> No
 
 def test_what_is_not_of_interest() -> None:
     model = nn.Sequential(
-        nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Identity(), nn.Sigmoid(), nn.BatchNorm1d(2), nn.Conv1d(2, 2, 3),
+        nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2), nn.Identity(), nn.Sigmoid(), nn.BatchNorm1d(2), nn.Conv1d(2, 2, 3),
         nn.MaxPool2d(3), nn.MaxPool2d((3, 3)), nn.Conv3d(2, 2, 3), nn.Linear(2, 2), nn.Dropout(), nn.Sigmoid(),
-        nn.Sigmoid(), nn.Sequential(nn.Linear(2, 2)), nn.Sigmoid(), nn.Linear(2, 2), nn.Hardsigmoid(), nn.Linear(2, 2),
+        nn.Sigmoid(), nn.Sequential(nn.Linear(2, 2)), nn.Sigmoid(), nn.Linear(2, 2), nn.Hardswish(), nn.Linear(2, 2),
     )  # fmt: skip
     before = list(model.modules())
     assert tribp.fuse(model) == Report()
@@ -228,7 +228,7 @@ def test_containers_in_another_order(container: Callable[..., nn.Module]) -> Non
     assert report.replaced == (Replaced("0", "Conv2d", "Conv3x3"),)
     assert [(left.name, left.module) for left in report.left] == [("1", "Sigmoid")]
     assert kinds(model) == ["Conv3x3", "Sigmoid"]
-    model = container(LinearSigmoid(2, 2), FusedSigmoid(nn.Sigmoid()))
+    model = container(LinearSigmoid(2, 2), FusedActivation(nn.Sigmoid()))
     assert "need not run" in reasons(tribp.unfuse(model))["0"]
     model = container(Conv3x3(2, 2), nn.Sigmoid())
     assert tribp.unfuse(model).replaced == (Replaced("0", "Conv3x3", "Conv2d"),)
@@ -238,7 +238,7 @@ def test_a_sequential_subclass_in_order() -> None:
     model = Ordered(nn.Linear(2, 2), nn.Sigmoid())
     hooked(model)
     assert len(tribp.fuse(model).replaced) == 1
-    assert kinds(model) == ["LinearSigmoid", "FusedSigmoid"]
+    assert kinds(model) == ["LinearSigmoid", "FusedActivation"]
 
 
 def test_a_layer_in_several_places() -> None:
@@ -246,12 +246,12 @@ def test_a_layer_in_several_places() -> None:
     linear, act = nn.Linear(2, 2), nn.Sigmoid()
     model: Any = nn.Sequential(linear, nn.Sequential(linear, act), linear, act)
     report = tribp.fuse(model)
-    assert report == Report((), tuple(Left(n, "Linear", "no Sigmoid is behind 0") for n in ("1.0", "2")))
+    assert report == Report((), tuple(Left(n, "Linear", "no activation is behind 0") for n in ("1.0", "2")))
     model = nn.Sequential(linear, act, nn.Sequential(linear, hooked(nn.Sigmoid())))
     expected = "the Sigmoid at 2.1 has forward hooks"
     assert reasons(tribp.fuse(model)) == {"0": expected, "2.0": expected}
     model = nn.Sequential(linear, act, nn.ModuleDict({"head": linear}))
-    assert reasons(tribp.fuse(model)) == {"0": "no Sigmoid is behind 2.head"}
+    assert reasons(tribp.fuse(model)) == {"0": "no activation is behind 2.head"}
     model = nn.Sequential(linear, act, nn.Sequential(linear, act, nn.Sigmoid()), linear, nn.Sigmoid())
     x = torch.randn(3, 2)
     y = model(x)
@@ -336,16 +336,16 @@ def test_unfuse_leaves_what_fuse_would() -> None:
         pass
 
     model = nn.Sequential(
-        hooked(LinearSigmoid(2, 2)), FusedSigmoid(nn.Sigmoid()),
-        parametrizations.weight_norm(LinearSigmoid(2, 2)), FusedSigmoid(nn.Sigmoid()),
-        LinearSigmoid(2, 2), hooked(FusedSigmoid(nn.Sigmoid())),
+        hooked(LinearSigmoid(2, 2)), FusedActivation(nn.Sigmoid()),
+        parametrizations.weight_norm(LinearSigmoid(2, 2)), FusedActivation(nn.Sigmoid()),
+        LinearSigmoid(2, 2), hooked(FusedActivation(nn.Sigmoid())),
         buffered(Conv3x3(2, 2)), Mine(2, 2),
     )  # fmt: skip
     before = list(model.modules())
     report = tribp.unfuse(model)
     assert report.replaced == ()
     assert [reasons(report)[name][:25] for name in ("0", "2", "4", "6", "7")] == [
-        "it has forward hooks", "it is parametrized", "the FusedSigmoid at 5 has", "it has more than its para",
+        "it has forward hooks", "it is parametrized", "the FusedActivation at 5 ", "it has more than its para",
         "it is a subclass of Conv3",
     ]  # fmt: skip
     assert list(model.modules()) == before
@@ -357,12 +357,12 @@ def test_a_fused_model_that_was_taken_apart() -> None:
     models: list[Any] = [nn.Sequential(*list(copy.deepcopy(model))[part]) for part in (slice(3), slice(3, 6), slice(6))]
     models[2][0].activation = None
     left = [reasons(tribp.unfuse(part)) for part in models]
-    nothing_before = "no module that computes the sigmoid is before it"
+    nothing_before = "no module that computes the Sigmoid is before it"
     assert left == [{}, {"0": nothing_before}, {"1": nothing_before}]
     assert list(map(kinds, models)) == [
         ["Conv2d", "Sigmoid", "Sequential"],
-        ["FusedSigmoid", "Conv2d", "Sigmoid"],
-        ["Conv2d", "FusedSigmoid", "Linear", "Sigmoid", "Conv2d", "Sigmoid"],
+        ["FusedActivation", "Conv2d", "Sigmoid"],
+        ["Conv2d", "FusedActivation", "Linear", "Sigmoid", "Conv2d", "Sigmoid"],
     ]
 
 
@@ -380,7 +380,7 @@ def test_a_sigmoid_behind_conv3x3() -> None:
     ]
     sigmoid._forward_hooks.clear()
     assert tribp.fuse(model) == Report((Replaced("2", "Conv3x3 + Sigmoid", "Conv3x3"),))
-    assert kinds(model) == ["Conv3x3", "FusedSigmoid"] * 2
+    assert kinds(model) == ["Conv3x3", "FusedActivation"] * 2
     assert model[0].tag == 1
     assert torch.equal(model(x), y)
     assert tribp.unfuse(model).left == ()
@@ -407,3 +407,71 @@ def test_fsdp_and_wrappers_that_hold_a_module() -> None:
         **dict.fromkeys(("0.body.0", "0.body.2", "1"), "FSDP holds its parameters"),
         "3._orig_mod": "torch.compile has it, whatever stands in its place",
     }
+
+
+ACTIVATIONS: list[Callable[[], nn.Module]] = [
+    nn.Sigmoid, nn.Tanh, nn.ReLU, lambda: nn.ReLU(inplace=True), nn.LeakyReLU, lambda: nn.LeakyReLU(0.3, True), nn.ELU,
+    lambda: nn.ELU(0.5), nn.Softplus, lambda: nn.Softplus(2, 18), nn.Hardsigmoid, nn.Hardtanh,
+    lambda: nn.Hardtanh(-2, 0.1, True), nn.ReLU6,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", ACTIVATIONS, ids=lambda make: str(make()))
+def test_every_activation(make: Callable[[], nn.Module]) -> None:
+    """Behind a layer of torch's and behind one of tribp's; in and out again, and where a user built the module."""
+    act = make()
+    layers = [conv(padding=1), Conv3x3(2, 2, padding=1), nn.Linear(4, 4), tribp.nn.Linear(4, 4)]
+    model = nn.Sequential(*(module for layer in layers for module in (layer, act)))
+    x = torch.randn(2, 2, 4, 4)
+    y = model(x)
+    report = tribp.fuse(model)
+    assert report.left == ()
+    assert [entry.name for entry in report.replaced] == ["0", "2", "4", "6"]
+    assert all(type(m) is FusedActivation for m in list(model)[1::2])
+    assert model[1] is model[3] is model[5] is model[7]
+    torch.testing.assert_close(model(x), y)
+    assert tribp.fuse(model) == Report()
+    copied = copy.deepcopy(model)
+    assert tribp.unfuse(copied).left == ()
+    torch.testing.assert_close(copied(x), y)
+    assert tribp.unfuse(model).left == ()
+    assert model[1] is act
+    assert [type(m).__name__ for m in model][::2] == ["Conv2d", "Conv2d", "Linear", "Linear"]
+    torch.testing.assert_close(model(x), y)
+    alone = nn.Sequential(tribp.nn.Linear(4, 3, activation=tribp.fusion._activation(act)))
+    y = alone(x)
+    assert [entry.was for entry in tribp.unfuse(alone).replaced] == ["tribp.nn.Linear"]
+    assert isinstance(alone[0], nn.Sequential)
+    torch.testing.assert_close(alone(x), y)
+
+
+def test_numbers_that_are_not_taken() -> None:
+    model = nn.Sequential(conv(padding=1), nn.LeakyReLU(-0.1), nn.Linear(4, 4), nn.Softplus(1, 3))
+    x = torch.randn(2, 2, 4, 4)
+    y = model(x)
+    report = tribp.fuse(model)
+    assert report.replaced == (Replaced("0", "Conv2d", "Conv3x3"),)
+    assert [(left.name, left.module) for left in report.left] == [("1", "LeakyReLU"), ("2", "Linear")]
+    assert report.left[0].reason.startswith("the LeakyReLU at 1: negative_slope of leaky_relu must be at least 0")
+    assert report.left[1].reason.startswith("the Softplus at 3: beta of softplus must be above 0 and its threshold")
+    torch.testing.assert_close(model(x), y)
+
+
+def test_a_layer_before_two_activations() -> None:
+    linear = nn.Linear(2, 2)
+    model = nn.Sequential(linear, nn.ReLU(), linear, nn.Tanh())
+    expected = "one activation is behind 0, another behind 2"
+    assert reasons(tribp.fuse(model)) == {"0": expected, "2": expected}
+
+
+def test_an_activation_that_was_changed_after_fuse() -> None:
+    """What stands behind no longer stands for it: unfuse keeps what the layer computes."""
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    tribp.fuse(model)
+    model[0].activation = "tanh"
+    x = torch.randn(3, 2)
+    y = model(x)
+    report = tribp.unfuse(model)
+    assert reasons(report) == {"1": "no module that computes the ReLU is before it"}
+    assert kinds(model) == ["Sequential", "FusedActivation"]
+    torch.testing.assert_close(model(x), y)

@@ -63,6 +63,8 @@ class Seen:
                 self._kept.append(argument)
             number = [t.data_ptr() for t in self._kept].index(argument.data_ptr())
             return "tensor", number, argument.dtype
+        if isinstance(argument, tuple):
+            return tuple(map(self._comparable, argument))
         if hasattr(argument, "block_shape"):
             rest = {name: value for name, value in vars(argument).items() if name != "base"}
             return "descriptor", self._comparable(argument.base), rest

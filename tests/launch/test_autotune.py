@@ -22,6 +22,7 @@ from tribp.launch.arch import ARCHS, INTERPRETER
 from tribp.launch.autotune import FILE, GAIN, Tuner, agrees, decode, load, search, store
 from tribp.launch.matmul import MatmulConfig, ReduceProblem, basis
 from tribp.launch.plan import Buffer, Launch, Plan
+from tribp.ops.activations import Activation
 from tribp.ops.linear import plan as linear_plan
 from tribp.ops.linear.config import ForwardProblem
 
@@ -300,7 +301,7 @@ def test_a_config_that_computes_something_else_is_not_kept(spoil: Callable[[Laun
 
 def made_up(plan: Plan, given: Buffer, matrix: Buffer, out: Buffer, *, declared: bool) -> None:
     """An operation whose tensors have names of its own."""
-    linear_plan.forward(plan, given, matrix, None, out, tf32=False)
+    linear_plan.forward(plan, given, matrix, None, out, activation=Activation("sigmoid"), tf32=False)
     if not declared:
         plan.outputs.clear()
 
@@ -459,7 +460,7 @@ def test_the_call_is_made_after_the_search(machine: Machine) -> None:
     """The search leaves the outputs to the call: NaN if nobody wrote them."""
     x, w = inputs()
     y = torch.full((20, 16), torch.nan)
-    autotune.perform(linear_plan.forward, (x, w, None, y), CPU, tf32=False)
+    autotune.perform(linear_plan.forward, (x, w, None, y), CPU, activation=Activation("sigmoid"), tf32=False)
     assert_close(y, LinearSigmoid(x, w, None).y)
 
 

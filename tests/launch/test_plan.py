@@ -25,6 +25,7 @@ pytest.importorskip("triton")
 from tribp.launch import plan as plans
 from tribp.launch.arch import INTERPRETER
 from tribp.launch.plan import Buffer, Launch, Plan
+from tribp.ops.activations import Activation
 from tribp.ops.linear import plan as linear_plan
 
 Make = Callable[[str], list[Tensor | None]]
@@ -191,12 +192,14 @@ def test_other_configs_are_another_plan(kernels: str, built: list[str]) -> None:
     x, w = torch.randn(40, 64, device=kernels), torch.randn(16, 64, device=kernels)
     expected = tribp.linear_sigmoid(x, w)
     layouts = [plans.layout_of(t) for t in (x, w, None, expected)]
-    ((problem, config),) = plans.planned(linear_plan.forward, x.device, *layouts, tf32=False).configs.items()
+    ((problem, config),) = plans.planned(
+        linear_plan.forward, x.device, *layouts, activation=Activation("sigmoid"), tf32=False
+    ).configs.items()
     with plans.using({problem: replace(config, block_j=16)}):
         built.clear()
         torch.testing.assert_close(tribp.linear_sigmoid(x, w), expected)
         assert built == ["forward"]
-        plan = plans.planned(linear_plan.forward, x.device, *layouts, tf32=False)
+        plan = plans.planned(linear_plan.forward, x.device, *layouts, activation=Activation("sigmoid"), tf32=False)
         assert [launch.named["BLOCK_N"] for launch in plan.launches] == [16]
 
 

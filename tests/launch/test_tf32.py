@@ -19,6 +19,7 @@ from tribp.kernels import common
 from tribp.launch.layout import operand
 from tribp.launch.matmul import MatmulConfig
 from tribp.launch.plan import Buffer, Plan
+from tribp.ops.activations import Activation
 from tribp.ops.linear import plan as linear
 from tribp.ops.linear.config import ForwardProblem
 
@@ -73,6 +74,7 @@ def test_rounding(kernels: str) -> None:
     )
 
 
+SIGMOID = Activation("sigmoid")
 M, N, K = 112, 48, 80  # multiples of 16: strides of descriptors in the interpreter of Triton 3.5
 BASE = MatmulConfig(64, 32, 32, num_warps=4, num_stages=3, reason="test", group=2)
 FORMS = {"pointers": BASE, "prefetch": replace(BASE, prefetch=True, num_stages=1), "tma": replace(BASE, tma=True)}
@@ -80,7 +82,7 @@ FORMS = {"pointers": BASE, "prefetch": replace(BASE, prefetch=True, num_stages=1
 
 def dgrad(plan: Plan, dz: Buffer, y: Buffer | None, w: Buffer, dx: Buffer, *, config: MatmulConfig) -> None:
     ys = None if y is None else operand(plan, y)
-    linear.dgrad(plan, operand(plan, dz), ys, operand(plan, w), dx, config, "tf32")
+    linear.dgrad(plan, operand(plan, dz), ys, operand(plan, w), dx, config, SIGMOID, "tf32")
 
 
 def wgrad(
@@ -88,7 +90,7 @@ def wgrad(
     *, config: MatmulConfig,
 ) -> None:  # fmt: skip
     dzs, ys, xs = (operand(plan, t) for t in (dz, y, x))
-    linear.wgrad(plan, dzs, ys, xs, dw, dz_out, db, config, "tf32")
+    linear.wgrad(plan, dzs, ys, xs, dw, dz_out, db, config, SIGMOID, "tf32")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -100,7 +102,7 @@ def test_each_form_of_linear(form: str, transposed: bool, kernels: str) -> None:
     x, w = lying(M, K), lying(N, K) / (4 * K)
     dz = positive(M, N, device=kernels)
     y, dx, dw = torch.empty_like(dz), positive(M, K, device=kernels), positive(1, N, K, device=kernels)
-    run(linear.forward, (x, w, None, y), {ForwardProblem: FORMS[form]}, tf32=True)
+    run(linear.forward, (x, w, None, y), {ForwardProblem: FORMS[form]}, activation=SIGMOID, tf32=True)
     assert_close(y, torch.sigmoid(rounded(x) @ rounded(w).t()), tolerance=2e-6)
     run(dgrad, (dz, None, w, dx), config=FORMS[form])
     assert_close(dx, rounded(dz) @ rounded(w), tolerance=WITHIN)

@@ -1,4 +1,4 @@
-"""`linear_sigmoid` where compiled code is executed: cases, and how far off their results may be."""
+"""`linear` where compiled code is executed: cases, and how far off their results may be."""
 
 import itertools
 import random
@@ -21,11 +21,12 @@ from ..executed.checks import (
     Rounding,
     differences,
     gradients,
+    output_bound,
     require_gradients,
-    sigmoid_bound,
 )
 from ..optim import cases as lies
-from ..oracle import LinearSigmoid
+from ..oracle import ACTIVATIONS, Activation, derivative
+from ..oracle import Linear as Oracle
 
 
 def expanded(t: Tensor) -> Tensor:
@@ -45,6 +46,7 @@ class Linear(NamedTuple):
     dy: Layout = lies.plain
     needs: str = "xwb"  # whose gradients
     bias: bool = True
+    activation: Activation = "sigmoid"
     tf32: bool = False
     processors: int = 2
 
@@ -58,16 +60,17 @@ class Linear(NamedTuple):
         dy = self.dy(draw(m, n, dtype=DOUBLE).to(self.dtype))
         inputs = require_gradients(self.needs, x, w, b)
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
-        y = tribp.linear_sigmoid(x, w, b)
+        y = tribp.linear(x, w, b, self.activation)
         found = gradients(y, inputs, dy)
 
         rounding = Rounding(self.dtype, self.tf32)
-        oracle = LinearSigmoid(x, w, b)
+        oracle = Oracle(x, w, b, self.activation)
         size = oracle.x.square() @ oracle.w.square().t()
         size = (size if b is None else size + b.detach().double().square()).sqrt()
-        wrong = differences("y", y, oracle.y, sigmoid_bound(rounding, oracle.y, rounding.sum_of(k) * size))
+        error = rounding.sum_of(k) * size
+        wrong = differences("y", y, oracle.y, output_bound(rounding, oracle.y, error, self.activation))
         dx, dw, db, terms = oracle.gradients(dy, y)
-        dz = (dy.double() * y.detach().double() * (1 - y.detach().double())).square()
+        dz = (dy.double() * derivative(y.detach().double(), self.activation, self.dtype)).square()
         exact = Gradients(
             (dx, rounding.sum_of(n, rounded=True) * (dz @ oracle.w.square()).sqrt()),
             (dw, rounding.sum_of(m, rounded=True) * (dz.t() @ oracle.x.square()).sqrt()),
@@ -92,6 +95,13 @@ QUICK: dict[str, Case] = {
     "linear, wide dx": Linear((136, 72, 200), needs="x", processors=1),
     "linear, tall dx": Linear((250, 72, 360), needs="x", processors=1),
     "linear, db alone": Linear((136, 72, 24), needs="b"),
+    "linear, no activation": Linear((136, 72, 72), activation=None),
+    "linear, no activation, dy expanded": Linear((70, 40, 72), activation=None, dy=expanded),
+    "linear, no activation, db alone": Linear((70, 40, 72), HALF, needs="b", activation=None),
+    **{
+        f"linear, {activation} {str(dtype)[6:]}": Linear((40, 24, 72), dtype, activation=activation)
+        for activation, dtype in zip(ACTIVATIONS[2:], itertools.cycle((SINGLE, BRAIN, HALF)), strict=False)
+    },
 }
 
 DTYPES = (HALF, BRAIN, SINGLE, DOUBLE)
@@ -102,6 +112,10 @@ SLOW: dict[str, Case] = {
     "linear, one term": Linear((33, 17, 1), SINGLE),
     "linear, many rows": Linear((4099, 10, 40)),
     "linear, long sum": Linear((136, 136, 2056), needs="xw"),
+    **{
+        f"linear, {activation}, {str(dtype)[6:]}": Linear((72, 136, 104), dtype, activation=activation)
+        for activation, dtype in itertools.product(ACTIVATIONS, DTYPES)
+    },
     **{
         f"linear, {str(dtype)[6:]}, x {x.__name__}, w {w.__name__}, dy {dy.__name__}": Linear(
             (136, 72, 88), dtype, x, w, dy
@@ -128,6 +142,7 @@ def random_linear(chance: random.Random) -> Case:
         dy=chance.choice([lies.plain, lies.transposed, lies.shifted, expanded]),
         needs="".join(letter for letter in "xwb" if chance.random() < 0.8),
         bias=chance.random() < 0.7,
+        activation=chance.choice(ACTIVATIONS),
         processors=chance.choice([1, 2, 8, 108]),
     )
 

@@ -412,7 +412,7 @@ def test_module_starts_as_linear_does(bias: bool) -> None:
     assert (ours.bias is None) == (theirs.bias is None)
     if ours.bias is not None:
         assert torch.equal(ours.bias, theirs.bias)
-    assert repr(ours) == repr(theirs).replace("Linear", "LinearSigmoid")
+    assert repr(ours) == repr(theirs).replace("Linear", "LinearSigmoid").replace(")", ", activation='sigmoid')")
 
 
 def test_module_on_meta_device() -> None:

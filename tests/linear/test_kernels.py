@@ -19,6 +19,7 @@ from tribp.launch.layout import operand
 from tribp.launch.matmul import MatmulConfig
 from tribp.launch.plan import Buffer, Plan, layout_of
 from tribp.launch.reduce import Partials, reduce_partials
+from tribp.ops.activations import Activation
 from tribp.ops.linear import plan as ops
 from tribp.ops.linear.config import ForwardProblem, WgradProblem
 from tribp.versions import descriptor_unit
@@ -27,6 +28,7 @@ from ..covering import DTYPES, cover, turn
 from ..launch.plans import plan_of, run
 from ..oracle import LinearSigmoid, assert_close, matrix
 
+SIGMOID = Activation("sigmoid")
 M, N, K = 80, 48, 48
 BASE = MatmulConfig(32, 32, 32, num_warps=4, num_stages=2, reason="test", group=2)
 # Pairwise over the forms: (TMA, persistent programs, prefetch, splits).
@@ -63,7 +65,7 @@ def test_forward(form: str, transposed: str, dtype: torch.dtype, kernels: str) -
     x, w = matrix(M, K, dtype, kernels, "x" in transposed), matrix(N, K, dtype, kernels, "w" in transposed) / K**0.5
     b = matrix(1, N, dtype, kernels)[0] if form != "prefetch" else None
     y = nan(M, N, dtype=dtype, device=kernels)
-    (launch,) = run(ops.forward, (x, w, b, y), {ForwardProblem: FORMS[form]}, tf32=False)
+    (launch,) = run(ops.forward, (x, w, b, y), {ForwardProblem: FORMS[form]}, activation=SIGMOID, tf32=False)
     assert launch.named["PERSISTENT"] == FORMS[form].persistent
     assert_close(y, LinearSigmoid(x, w, b).y)
 
@@ -83,7 +85,7 @@ def test_dgrad(form: str, transposed: bool, dtype: torch.dtype, kernels: str) ->
 
     def build(plan: Plan, dy: Buffer, y: Buffer, w: Buffer, dx: Buffer) -> None:
         ys = operand(plan, y) if config.fuse_dz else None
-        ops.dgrad(plan, operand(plan, dy), ys, operand(plan, w), dx, config, "ieee")
+        ops.dgrad(plan, operand(plan, dy), ys, operand(plan, w), dx, config, SIGMOID, "ieee")
 
     run(build, (dy, y, w, dx))
     dz = dy.double()
@@ -113,7 +115,7 @@ def test_wgrad(form: str, splits: int, transposed: bool, dtype: torch.dtype, ker
         plan: Plan, dy: Buffer, y: Buffer, x: Buffer, dw: Buffer, dz_out: Buffer | None, db: Buffer | None
     ) -> None:
         ops.wgrad(
-            plan, operand(plan, dy), operand(plan, y), operand(plan, x), dw, dz_out, db, config, "ieee"
+            plan, operand(plan, dy), operand(plan, y), operand(plan, x), dw, dz_out, db, config, SIGMOID, "ieee"
         )  # fmt: skip
 
     run(build, (dy, y, x, dw, *((dz_out, db) if config.fuse_dz else (None, None))))
@@ -136,7 +138,7 @@ def test_output_grad(write: str, dtype: torch.dtype, kernels: str) -> None:
     db = nan(N, dtype=dtype, device=kernels) if write != "dz" else None
 
     def build(plan: Plan, dy: Buffer, y: Buffer, dz: Buffer | None, db: Buffer | None) -> None:
-        reduce_partials(plan, ops.output_grad(plan, dy, y, dz, db))
+        reduce_partials(plan, ops.sum_rows(plan, dy, y, SIGMOID, dz, db))
 
     run(build, (dy, y, dz, db))
     if dz is not None:
@@ -160,10 +162,12 @@ def test_backward_as_a_whole(needs: str, expanded: bool, dtype: torch.dtype, ker
     dw = nan(N, K, dtype=dtype, device=kernels) if "w" in needs else None
     db = nan(N, dtype=dtype, device=kernels) if "b" in needs else None
     tensors = (dy, x if "w" in needs else None, w if "x" in needs else None, y, dx, dw, db)
-    fused = any(launch.named.get("FUSE_DZ", False) for launch in run(ops.backward, tensors, tf32=False))
+    fused = any(
+        launch.named.get("FUSE_DZ", False) for launch in run(ops.backward, tensors, activation=SIGMOID, tf32=False)
+    )
     # Somebody's product may carry it: not for db alone, nor for dx beside db. Whether it does, the heuristics say for
     # the GPU; the interpreter's always do.
-    configs = plan_of(ops.backward, tensors, tf32=False).configs
+    configs = plan_of(ops.backward, tensors, activation=SIGMOID, tf32=False).configs
     may = any(getattr(problem, "may_fuse", False) for problem in configs)
     assert may == (not expanded and ("w" in needs or needs == "x"))
     assert fused == any(getattr(config, "fuse_dz", False) for config in configs.values())

@@ -21,7 +21,8 @@ class Operation(NamedTuple):
     ours: Function
     theirs: Function
     make: Callable[[str], list[Tensor]]
-    options: tuple[object, ...] = ()  # what the operator takes besides
+    operator: str
+    options: tuple[object, ...]  # what it takes besides
 
     def __str__(self) -> str:
         return self.name
@@ -44,12 +45,13 @@ def images(device: str) -> list[Tensor]:
 
 # The methods of a case are wrapped: jit.trace wants functions.
 OPERATIONS = [
-    Operation("linear_sigmoid", tribp.linear_sigmoid, eager_linear, matrices),
+    Operation("linear_sigmoid", tribp.linear_sigmoid, eager_linear, matrices, "linear", ("sigmoid",)),
     Operation(
         "conv3x3",
         lambda x, w, b=None: CONV.ours(x, w, b),
         lambda x, w, b=None: CONV.theirs(x, w, b),
         images,
+        "conv3x3",
         ([2, 1], [1, 1], 2, "sigmoid"),
     ),
 ]

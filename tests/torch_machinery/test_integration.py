@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import tribp
+from tribp.ops.activations import NONE, Activation
 
 from .cases import eager_linear as theirs
 from .cases import matrices
@@ -52,7 +53,7 @@ def test_export(device: str) -> None:
     layer = tribp.nn.LinearSigmoid(5, 4, device=device)
     batch = torch.export.Dim("batch")
     program = torch.export.export(layer, (torch.randn(6, 5, device=device),), dynamic_shapes=({0: batch},))
-    assert "tribp.linear_sigmoid.default" in {str(node.target) for node in program.graph.nodes}
+    assert "tribp.linear.default" in {str(node.target) for node in program.graph.nodes}
     x = torch.randn(9, 5, device=device)
     torch.testing.assert_close(program.module()(x), layer(x))
 
@@ -64,22 +65,22 @@ def test_opcheck(grad: str, tensors: list[Tensor]) -> None:
 
     x, w, b = (t.detach().requires_grad_(grad == "gradients") for t in tensors)
     forward: list[tuple[object, ...]] = [
-        (x, w, b),
+        (x, w, b, "sigmoid", 0.0, 0.0),
         (x.detach(), w, b),
-        (x, w.detach(), None),
-        (x.detach().t().contiguous().t(), w, None),
-        (torch.stack([x, x]).transpose(0, 1), w, b),
-        (x[:0], w, b),
+        (x, w.detach(), None, "elu", 2.0, 0.0),
+        (x.detach().t().contiguous().t(), w, None, "sigmoid"),
+        (torch.stack([x, x]).transpose(0, 1), w, b, "relu"),
+        (x[:0], w, b, "sigmoid"),
     ]
     for arguments in forward:
         torch.library.opcheck(ops.operator, arguments)
     x, w, b = (t.detach() for t in tensors)
-    y = ops.operator(x, w, b)
+    y, act = ops.operator(x, w, b, "sigmoid"), Activation("sigmoid")
     backward: list[tuple[object, ...]] = [
-        (y, x, w, y, [True, True, True]),
-        (y[:, :1].expand_as(y), None, w, y, [True, False, False]),
-        (y, x, None, y, [False, True, True]),
-        (y, None, None, y, [False, False, True]),
+        (y, x, w, y, *act, [True, True, True]),
+        (y[:, :1].expand_as(y), None, w, y, *act, [True, False, False]),
+        (y, x, None, None, *NONE, [False, True, True]),
+        (y, None, None, y, *act, [False, False, True]),
     ]
     if grad == "no gradients":
         for arguments in backward:
@@ -88,7 +89,7 @@ def test_opcheck(grad: str, tensors: list[Tensor]) -> None:
 
 def test_symbolic_trace_keeps_the_function() -> None:
     module = torch.fx.symbolic_trace(torch.nn.Sequential(tribp.nn.LinearSigmoid(5, 4)))
-    assert tribp.linear_sigmoid in {node.target for node in module.graph.nodes}
+    assert tribp.linear in {node.target for node in module.graph.nodes}
 
 
 def test_functional_call(tensors: list[Tensor]) -> None:

@@ -46,7 +46,7 @@ def test_compile_is_one_graph_of_our_operators(operation: Operation, tensors: li
     y = torch.compile(operation.ours, fullgraph=True, backend="aot_eager")(*tensors)
     with Seen() as seen:
         assert_same_gradients(y, operation.theirs(*tensors), tensors)
-    assert f"tribp.{operation.name}_backward.default" in seen.names
+    assert f"tribp.{operation.operator}_backward.default" in seen.names
 
 
 def test_compiled_double_backward_raises(operation: Operation, tensors: list[Tensor]) -> None:
@@ -76,7 +76,7 @@ def test_make_fx_and_jit_trace_record_the_computation(operation: Operation, deta
 def test_dispatch_modes_see_the_operators(operation: Operation, tensors: list[Tensor]) -> None:
     with Seen() as seen:
         operation.ours(*tensors).sum().backward()
-    assert {f"tribp.{operation.name}{kind}.default" for kind in ("", "_backward")} <= set(seen.names)
+    assert {f"tribp.{operation.operator}{kind}.default" for kind in ("", "_backward")} <= set(seen.names)
 
 
 # -- the operators as such, and graphs that hold them ------------------------------------------------------------------
@@ -87,7 +87,7 @@ NEEDS = [(True, True, True), (True, False, False), (False, True, False), (False,
 
 def bare(operation: Operation) -> Function:
     """The operator, called as an exported graph does."""
-    operator = getattr(torch.ops.tribp, operation.name)
+    operator = getattr(torch.ops.tribp, operation.operator)
     return lambda x, w, b: operator(x, w, b, *operation.options)
 
 
@@ -98,7 +98,7 @@ def test_operators_have_derivatives(needs: tuple[bool, ...], operation: Operatio
     y, expected = bare(operation)(*tensors), operation.theirs(*tensors)
     with Seen() as seen:
         assert_same_gradients(y, expected, inputs)
-    assert f"tribp.{operation.name}_backward.default" in seen.names
+    assert f"tribp.{operation.operator}_backward.default" in seen.names
 
 
 def test_operators_can_be_differentiated_twice(operation: Operation, tensors: list[Tensor]) -> None:
@@ -144,7 +144,7 @@ def test_exported_modules_train(compiled: bool, operation: Operation, detached: 
     x, w, b = detached
     net = Net(operation.ours, w, b)
     program = torch.export.export(net, (x,))
-    assert f"tribp.{operation.name}.default" in {str(node.target) for node in program.graph.nodes}
+    assert f"tribp.{operation.operator}.default" in {str(node.target) for node in program.graph.nodes}
     module = program.module()
     parameters = [dict(module.named_parameters())[name] for name in ("weight", "bias")]
     y = torch.compile(module, backend="aot_eager")(x) if compiled else module(x)
@@ -181,10 +181,12 @@ def test_gradients_of_gradient_operators_raise(operation: Operation, tensors: li
     y = operation.theirs(x, w, b).detach()
     needs = [True, True, True]
     if operation is LINEAR:
-        found = torch.ops.tribp.linear_sigmoid_backward(y, x, w, y, needs)
+        found = torch.ops.tribp.linear_backward(y, x, w, y, "sigmoid", 0.0, 0.0, needs)
     else:
         options = operation.options[:3]
-        found = torch.ops.tribp.conv3x3_backward(y, x, w, y, list(x.shape), *options, needs, False, False)
+        found = torch.ops.tribp.conv3x3_backward(
+            y, x, w, y, list(x.shape), *options, "sigmoid", 0.0, 0.0, needs, False, False
+        )
     with pytest.raises(RuntimeError, match="no autograd formula"):
         found[0].sum().backward()
 

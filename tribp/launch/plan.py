@@ -304,7 +304,9 @@ class _Ready(NamedTuple):
 
 def _buffers(step: Launch | Copy) -> list[int]:
     """The numbers of the buffers that a step uses, each once."""
-    arguments = step if isinstance(step, Copy) else step.arguments
+    arguments: list[object] = []
+    for argument in step if isinstance(step, Copy) else step.arguments:
+        arguments += argument if type(argument) is tuple else [argument]
     bases = [argument.base if isinstance(argument, TensorDescriptor) else argument for argument in arguments]
     return list(dict.fromkeys(base.number for base in bases if isinstance(base, Buffer)))
 
@@ -327,11 +329,15 @@ class CachedLaunch:
         self._launch = launch
         self._tensors: list[tuple[int, int]] = []  # the number of the argument, the number of the buffer
         self._descriptors: list[tuple[int, int, Mapping[str, object]]] = []  # the same, and what it says besides
+        self._tuples: list[tuple[int, list[tuple[int, int]]]] = []  # the same of the buffers in a tuple
         for at, argument in enumerate(launch.arguments):
             if isinstance(argument, Buffer):
                 self._tensors.append((at, argument.number))
             elif isinstance(argument, TensorDescriptor):
                 self._descriptors.append((at, argument.base.number, {**vars(argument), "base": None}))
+            elif type(argument) is tuple:
+                inner = [(n, item.number) for n, item in enumerate(argument) if isinstance(item, Buffer)]
+                self._tuples.append((at, inner))
         # All arguments but those, and what takes them; None until Triton has inspected them once.
         self._call: tuple[list[object], Callable[..., object] | None] = list(launch.arguments), None
 
@@ -345,6 +351,11 @@ class CachedLaunch:
             # Its own constructor would check the shapes and strides again: 3 µs.
             descriptor = arguments[at] = object.__new__(TensorDescriptor)
             descriptor.__dict__.update(rest, base=memory[number])
+        for at, inner in self._tuples:
+            items: list[object] = list(cast(tuple[object, ...], arguments[at]))
+            for n, number in inner:
+                items[n] = memory[number]
+            arguments[at] = tuple(items)
         return arguments
 
     def __call__(self, memory: Sequence[Tensor | None]) -> None:

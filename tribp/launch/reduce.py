@@ -1,14 +1,16 @@
-"""Sums that several programs share: each leaves a partial result, and one more launch adds them in a fixed order."""
+"""Sums that several programs share: each leaves a partial result, which a later launch adds up in a fixed order."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from ..kernels import common
 from .arch import cdiv, power_of_2
-from .layout import vector_length
-from .matmul import ReduceProblem
-from .plan import Buffer, Plan
+from .layout import accumulator, vector_length
+from .matmul import ReduceConfig, ReduceProblem, appended_sums
+from .plan import Buffer, Launch, Plan
 
 
 class Partials(NamedTuple):
@@ -32,35 +34,88 @@ def partials_of(
     return plan.scratch((parts, *(shape or out.shape)), dtype)
 
 
-def reduce_partials(plan: Plan, *results: Partials) -> None:
-    """Launch the sums of those of two partial results that are not `out` themselves, in one launch.
+class Sums(NamedTuple):
+    """Up to two results: the arguments of `common.reduce_partials`."""
 
-    out = partials.sum(0), in a fixed order. partials: (parts, …), contiguous, in the accumulator's type, which two
-    results share. The first one is the longer, and only it may be transposed.
-    """
+    partials: Buffer
+    out: Buffer
+    parts: int
+    matrices: int
+    rows: int
+    cols: int
+    partials2: Buffer | None
+    out2: Buffer | None
+    parts2: int
+    length2: int
+
+    @property
+    def vecs(self) -> tuple[int, int]:
+        size = self.partials.element_size()
+        return vector_length(size, self.cols), vector_length(size, self.length2)
+
+    def programs(self, config: ReduceConfig) -> int:
+        return self.matrices * cdiv(self.cols, config.block // power_of_2(self.rows)) + cdiv(self.length2, config.block)
+
+    def compiled(self, config: ReduceConfig) -> common.Reduce:
+        return common.Reduce(config.block, config.block_parts, power_of_2(self.rows), *self.vecs)
+
+
+def sums_of(results: Sequence[Partials]) -> Sums | None:
+    """Of those of two partial results that are not `out` themselves. The first is the longer; only it is transposed."""
     pending = [result for result in results if result.pending]
     if not pending:
-        return
+        return None
     (partials, out, transposed), (partials2, out2, _) = (*pending, Partials(None, None))[:2]
     assert partials is not None
     assert out is not None
-    parts, length = partials.shape[0], out.numel()
-    rows, cols = transposed or (1, length)
-    matrices = length // (rows * cols)
-    size, length2 = partials.element_size(), 0 if out2 is None else out2.numel()
-    vec, vec2 = vector_length(size, cols), vector_length(size, length2)
-    config = plan.config(ReduceProblem(parts, length, plan.arch, rows, min(vec, vec2)))
-    block_rows = power_of_2(rows)
-    programs = matrices * cdiv(cols, config.block // block_rows) + cdiv(length2, config.block)
+    rows, cols = transposed or (1, out.numel())
+    parts2, length2 = (0, 0) if partials2 is None or out2 is None else (partials2.shape[0], out2.numel())
+    matrices = out.numel() // (rows * cols) if partials.shape[0] else 0
+    return Sums(partials, out, partials.shape[0], matrices, rows, cols, partials2, out2, parts2, length2)
+
+
+def reduce_partials(plan: Plan, *results: Partials) -> None:
+    """Launch the sums of partial results, in one launch.
+
+    out = partials.sum(0), in a fixed order. partials: (parts, …), contiguous, in the accumulator's type, which two
+    results share.
+    """
+    sums = sums_of(results)
+    if sums is None:
+        return
+    config = plan.config(ReduceProblem(sums.parts, sums.out.numel(), plan.arch, sums.rows, min(sums.vecs)))
     plan.launch(
         common.reduce_partials,
-        (programs,),
-        (
-            partials, out, parts, matrices, rows, cols,
-            partials2, out2, 0 if partials2 is None else partials2.shape[0], length2,
-        ),
-        common.Reduce(config.block, config.block_parts, block_rows, vec, vec2),
+        (sums.programs(config),),
+        tuple(sums),
+        sums.compiled(config),
         config,
         # Compiled: rounded down to a step of occupancy, float64 of odd length spills 8 bytes with Triton 3.5 and 3.6.
         max_registers=255 if plan.arch.backend == "cuda" else None,
-    )  # fmt: skip
+    )
+
+
+def append_sums(plan: Plan, *results: Partials) -> None:
+    """Let the last launch, of a kernel with an argument `sums`, add up what `reduce_partials` would, behind its own."""
+    launch, whole = plan.steps[-1], results[0] if results else Partials(None, None)
+    assert isinstance(launch, Launch)
+    constants: Any = launch.constants["CONFIG"]
+    if getattr(constants, "PREFETCH", False):
+        # Compiled: with a way past its loop ptxas gives that kernel 255 registers in place of 168, and spills on sm_80.
+        reduce_partials(plan, *results)
+        return
+    sums = sums_of(results)
+    if sums is None and whole.out is not None:
+        # No program adds up a result that is whole already: 0 parts, and the kernel is the same.
+        sums = sums_of([whole._replace(partials=plan.scratch((0,), accumulator(whole.out.dtype)))])
+    if sums is None:
+        return
+    config = appended_sums(plan.arch, launch.num_warps, sums.rows, min(sums.vecs))
+    first, *others = launch.grid
+    at = launch.kernel.arg_names.index("sums")
+    numbers = tuple(2 * n + 3 if isinstance(n, int) else n for n in sums)  # `common.add_appended`
+    plan.steps[-1] = launch._replace(
+        grid=(first + cdiv(sums.programs(config), math.prod(others)), *others),
+        arguments=(*launch.arguments[:at], numbers, *launch.arguments[at + 1 :]),
+        constants={"CONFIG": constants._replace(SUMS=sums.compiled(config))},
+    )

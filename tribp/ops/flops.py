@@ -19,15 +19,16 @@ COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
 
-def linear_sigmoid(input: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+def linear(input: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(input) * weight[0]
 
 
-def linear_sigmoid_backward(
-    grad: Shape, input: Shape | None, weight: Shape | None, output: Shape, needs: Sequence[bool], **_: Any
-) -> int:
+def linear_backward(
+    grad: Shape, input: Shape | None, weight: Shape | None, output: Shape | None,
+    activation: str | None, a: float, b: float, needs: Sequence[bool], **_: Any,
+) -> int:  # fmt: skip
     features = (input or weight or [0])[-1]
-    return 2 * prod(output) * features * (needs[0] + needs[1])
+    return 2 * prod(grad) * features * (needs[0] + needs[1])
 
 
 def conv3x3(input: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
@@ -36,12 +37,13 @@ def conv3x3(input: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -
 
 def conv3x3_backward(
     grad: Shape, input: Shape | None, weight: Shape | None, output: Shape | None, input_size: Shape,
-    stride: Shape, padding: Shape, groups: int, needs: Sequence[bool], *_: Any, **__: Any,
+    stride: Shape, padding: Shape, groups: int, activation: str | None, a: float, b: float, needs: Sequence[bool],
+    *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     return 2 * prod(grad) * 9 * input_size[1] // groups * (needs[0] + needs[1])
 
 
-FORMULAS: list[Callable[..., int]] = [linear_sigmoid, linear_sigmoid_backward, conv3x3, conv3x3_backward]
+FORMULAS: list[Callable[..., int]] = [linear, linear_backward, conv3x3, conv3x3_backward]
 
 
 def register(counter: ModuleType) -> None:

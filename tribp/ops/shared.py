@@ -18,11 +18,6 @@ MAX_SIZE = 2**31 - 256  # of a dimension: the start of a tile, which is at most 
 REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)
 
 
-def sigmoid_(z: Tensor) -> Tensor:
-    """σ of a tensor that nobody else has: in its place, except where autograd would make a copy of a view of it."""
-    return torch.sigmoid(z) if z.requires_grad else torch.sigmoid_(z)
-
-
 def in_places(needs: Sequence[bool], grads: Sequence[Tensor]) -> Grads:
     """The gradients that an operator returned, each in its place."""
     found = iter(grads)

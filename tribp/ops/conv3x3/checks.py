@@ -11,13 +11,11 @@ from .reference import Window
 
 def check_conv3x3(
     input: Tensor, weight: Tensor, bias: Tensor | None,
-    stride: int | Sequence[int], padding: str | int | Sequence[int], groups: int, activation: str | None,
-    dilation: int | Sequence[int],
+    stride: int | Sequence[int], padding: str | int | Sequence[int], groups: int, dilation: int | Sequence[int],
 ) -> Window:  # fmt: skip
     """The window, once everything fits; sizes are `(*, channels, height, width)`."""
     check_tensors("conv3x3", "bias", input=input, weight=weight, bias=bias)
     window = window_of("conv3x3", stride, padding, groups, dilation)
-    check_activation("conv3x3", activation)
     if input.dim() not in (3, 4):
         raise ValueError(f"conv3x3: input must have shape (N, C, H, W) or (C, H, W), got {tuple(input.shape)}")
     channels, height, width = input.shape[-3:]
@@ -85,17 +83,10 @@ def cached_window(
     stride: int | tuple[int, ...],
     padding: str | int | tuple[int, ...],
     groups: int,
-    activation: str | None,
     dilation: int | tuple[int, ...],
 ) -> Window:
-    """What `window_of` said of equal arguments; the activation was checked too."""
-    check_activation("conv3x3", activation)
+    """What `window_of` said of equal arguments."""
     return window_of("conv3x3", stride, padding, groups, dilation)
-
-
-def check_activation(caller: str, activation: str | None) -> None:
-    if activation not in (None, "sigmoid"):
-        raise ValueError(f"{caller}: activation must be None or 'sigmoid', got {activation!r}")
 
 
 def _pair(caller: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from ...launch.layout import accumulator, descriptor, vector_length
 from ...launch.plan import Buffer, Launch, Plan
 from ...launch.reduce import Partials, partials_of
 from ...versions import descriptor_unit
+from ..activations import Activation
 from .config import Box, RelayoutConfig, RelayoutProblem
 
 
@@ -193,10 +194,10 @@ def fits_dense(tensor: Buffer) -> bool:
 
 
 def output_grad(
-    plan: Plan, dy: Buffer, y: Buffer | None, db: Buffer | None, needed: bool, dense: bool, groups: int,
-    packing: Packing,
+    plan: Plan, dy: Buffer, y: Buffer | None, activation: Activation, db: Buffer | None, needed: bool, dense: bool,
+    groups: int, packing: Packing,
 ) -> tuple[Image | None, Partials]:  # fmt: skip
-    """dz, which is dy or dy·y·(1 − y), in the layout that its readers want, and the partial sums of a db."""
+    """dz, which is dy or dy·act′(y), in the layout that its readers want, and the partial sums of a db."""
     if dense and needed and y is None and db is None:
         return packing.image(dy, groups), Partials(None, None)
     last = dense or is_channels_last(dy if y is None else y)
@@ -210,7 +211,7 @@ def output_grad(
         dz = image(out, last)
     sums = Partials(None, None)
     if out is not None or db is not None:
-        sums = relayout(plan, dy, y, out, db)
+        sums = relayout(plan, dy, y, activation, out, db)
     return dz, sums
 
 
@@ -219,8 +220,10 @@ def channels_last_scratch(plan: Plan, like: Buffer, channels: int) -> Buffer:
     return plan.scratch((like.shape[0], channels, *like.shape[2:]), like.dtype, torch.channels_last)
 
 
-def relayout(plan: Plan, src: Buffer, y: Buffer | None, dst: Buffer | None, db: Buffer | None) -> Partials:
-    """dst = src, or src·y·(1 − y), with zeros in the channels dst has more. Returns the partial sums of db: those of
+def relayout(
+    plan: Plan, src: Buffer, y: Buffer | None, activation: Activation, dst: Buffer | None, db: Buffer | None
+) -> Partials:
+    """dst = src, or src·act′(y), with zeros in the channels dst has more. Returns the partial sums of db: those of
     dst over images and pixels.
     """
     n, c, height, width = src.shape
@@ -238,7 +241,7 @@ def relayout(plan: Plan, src: Buffer, y: Buffer | None, dst: Buffer | None, db: 
             *(plane.tensor for plane in tensors), sums, n, pixels, c, channels, s.tiles,
             *(stride for plane in tensors for stride in plane.strides),
         ),
-        kernels.Relayout(s.block_p, s.block_c, vec_p, vec_c, vec_dst, of_src, of_y, of_dst),
+        kernels.Relayout(s.block_p, s.block_c, vec_p, vec_c, vec_dst, of_src, of_y, of_dst, activation),
         s,
     )  # fmt: skip
     return Partials(sums, db)

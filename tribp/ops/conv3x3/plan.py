@@ -14,7 +14,8 @@ from ...kernels import conv3x3, conv3x3_depthwise, conv3x3_few_channels
 from ...launch.arch import cdiv, power_of_2, precision_of
 from ...launch.layout import accumulator, descriptor, precision_in_kernel, vector_length
 from ...launch.plan import Buffer, Launch, Plan
-from ...launch.reduce import Partials, partials_of, reduce_partials
+from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
+from ..activations import NONE, Activation, as_stored
 from .config import (
     ConvConfig,
     ConvProblem,
@@ -40,22 +41,22 @@ Sums = tuple[Partials, Partials]  # what is left to add up of dw and db
 
 def forward(
     plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Buffer,
-    *, window: Window, activation: str | None, tf32: bool,
+    *, window: Window, activation: Activation, tf32: bool,
 ) -> None:  # fmt: skip
     """y = act(x ⋆ w + b)."""
     plan.writes(y)
     algorithm = algorithm_for(x.shape[1], y.shape[1], window.groups, x)
-    b, ys, sigmoid = None if b is None else plan.contiguous(b), dense_image(y), activation == "sigmoid"
+    b, ys = None if b is None else plan.contiguous(b), dense_image(y)
     if algorithm == "depthwise":
-        plan.add(_depthwise_forward(plan, x, w, b, ys, window, sigmoid))
+        plan.add(_depthwise_forward(plan, x, w, b, ys, window, activation))
     elif algorithm == "few_channels":
-        plan.add(_few_channels_forward(plan, x, w, b, ys, window, sigmoid, tf32))
+        plan.add(_few_channels_forward(plan, x, w, b, ys, window, activation, tf32))
     else:
-        plan.add(_dense_forward(plan, x, w, b, ys, window, sigmoid, tf32))
+        plan.add(_dense_forward(plan, x, w, b, ys, window, activation, tf32))
 
 
 def _depthwise_forward(
-    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, sigmoid: bool
+    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, activation: Activation
 ) -> Launch:
     n, c, p, q = y.tensor.shape
     xs, w = with_unit_stride(plan, x, y.channels_last), plan.contiguous(w)
@@ -65,7 +66,7 @@ def _depthwise_forward(
     )  # fmt: skip
     constants = conv3x3_depthwise.Depthwise(
         s.block_j, conv3x3.Box(*s.box), *window.stride, CHANNELS_LAST=y.channels_last, VEC=xs.vec, VEC_STORE=y.vec,
-        SIGMOID=sigmoid, PTX=plan.arch.backend != "hip",
+        ACT=activation, PTX=plan.arch.backend != "hip",
     )  # fmt: skip
     return _launch(
         conv3x3_depthwise.depthwise_forward, (s.boxes(n, p, q) * cdiv(c, s.block_j),), arguments, constants, s
@@ -73,7 +74,7 @@ def _depthwise_forward(
 
 
 def _few_channels_forward(
-    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, sigmoid: bool, tf32: bool
+    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, activation: Activation, tf32: bool
 ) -> Launch:
     (n, o, p, q), c = y.tensor.shape, x.shape[1]
     dtype = dtype_name(x.dtype)
@@ -83,14 +84,14 @@ def _few_channels_forward(
     constants = conv3x3_few_channels.FewChannels(
         s.block_j, s.block_l, conv3x3.Box(*s.box), c, TAPS_LAST=w.is_contiguous(),
         PRECISION=precision_of(dtype, tf32, plan.arch), CHANNELS_LAST=y.channels_last, STEP_H=window.stride[0],
-        STEP_W=window.stride[1], VEC_STORE=y.vec, SIGMOID=sigmoid, PTX=plan.arch.backend != "hip",
+        STEP_W=window.stride[1], VEC_STORE=y.vec, ACT=activation, PTX=plan.arch.backend != "hip",
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * cdiv(o, s.block_j),)
     return _launch(conv3x3_few_channels.few_channels_forward, grid, arguments, constants, s)
 
 
 def _dense_forward(
-    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, sigmoid: bool, tf32: bool
+    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, activation: Activation, tf32: bool
 ) -> Launch:
     (n, o, p, q), groups, arch = y.tensor.shape, window.groups, plan.arch
     dtype = dtype_name(x.dtype)
@@ -117,31 +118,33 @@ def _dense_forward(
     )  # fmt: skip
     constants = conv3x3.Product(
         **_dense_config(s, precision, y), VEC=vec, VEC_W=ws.vec, VEC_STORE=_tile_vec(y, groups, bundle),
-        SIGMOID=sigmoid, PTX=arch.backend != "hip",
+        ACT=activation, PTX=arch.backend != "hip",
     )  # fmt: skip
     return _launch(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, constants, s)
 
 
 def backward(
     plan: Plan, dy: Buffer, x: Buffer | None, w: Buffer | None, y: Buffer | None,
-    dx: Buffer | None, dw: Buffer | None, db: Buffer | None, *, window: Window, tf32: bool,
+    dx: Buffer | None, dw: Buffer | None, db: Buffer | None,
+    *, window: Window, activation: Activation, tf32: bool,
 ) -> None:  # fmt: skip
-    """Those of dx, dw and db that are given. y is given if the activation is a sigmoid; x for dw, w for dx."""
+    """Those of dx, dw and db that are given. y is given if there is an activation; x for dw, w for dx."""
     plan.writes(dx, dw, db)
+    activation = as_stored(activation, dy.dtype)
     image_like = dx if dx is not None else x
     c = image_like.shape[1] if image_like is not None else 0
     algorithm = algorithm_for(c, dy.shape[1], window.groups, x)
     if algorithm == "few_channels" and dw is not None and dx is None:
         assert x is not None
         last = is_channels_last(dy if y is None else y)
-        pending = _few_channels_wgrad(plan, with_unit_stride(plan, dy, last), y, x, dw, db, window, tf32)
+        pending = _few_channels_wgrad(plan, with_unit_stride(plan, dy, last), y, x, dw, db, window, activation, tf32)
         reduce_partials(plan, *pending)
         return
     summed = y is not None or dw is None  # db: on the way to dz, else wgrad has it for nothing
     needed = dx is not None or dw is not None
     packing = Packing(plan)
     dense = algorithm != "depthwise"
-    dz, sums = output_grad(plan, dy, y, db if summed else None, needed, dense, window.groups, packing)
+    dz, sums = output_grad(plan, dy, y, activation, db if summed else None, needed, dense, window.groups, packing)
     xs = packing.image(x, window.groups) if algorithm == "dense" and x is not None and dw is not None else None
     dgrad = None
     if dx is not None:
@@ -162,11 +165,15 @@ def backward(
         if algorithm == "depthwise":
             pending = _depthwise_wgrad(plan, dz, *rest)
         elif algorithm == "few_channels":
-            pending = _few_channels_wgrad(plan, dz, None, *rest, tf32)
+            pending = _few_channels_wgrad(plan, dz, None, *rest, NONE, tf32)
         else:
             assert xs is not None
             spare = (x.numel() if dx is not None else dy.numel()) * x.element_size()
             pending = _dense_wgrad(plan, dz, xs, *rest, tf32, spare)
+    if dgrad is not None and dgrad.kernel is conv3x3.dgrad:
+        plan.add(dgrad)
+        append_sums(plan, *pending, sums)
+        return
     reduce_partials(plan, *pending, sums)
     if dgrad is not None:
         plan.add(dgrad)
@@ -210,7 +217,7 @@ def _dense_dgrad(plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer,
     arguments = (
         dz.argument(s.tma, s.box, s.block_l, precision),
         _weight_argument(ws, s.tma, *((s.block_j, s.block_l) if along else (s.block_l, s.block_j)), precision),
-        *((dz.tensor, ws.tensor) if bundle > 1 else (None, None)), dx,
+        *((dz.tensor, ws.tensor) if bundle > 1 else (None, None)), dx, None,
         n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding, sh, sw,
         *_without_channels(dz), *out.strides,
     )  # fmt: skip
@@ -260,8 +267,9 @@ def _dense_wgrad(
 
 
 def _few_channels_wgrad(
-    plan: Plan, dz: Image, y: Buffer | None, x: Buffer, dw: Buffer, db: Buffer | None, window: Window, tf32: bool
-) -> Sums:
+    plan: Plan, dz: Image, y: Buffer | None, x: Buffer, dw: Buffer, db: Buffer | None, window: Window,
+    activation: Activation, tf32: bool,
+) -> Sums:  # fmt: skip
     """With y, `dz` holds dy."""
     arch = plan.arch
     (n, c, *_), o, (p, q) = x.shape, dw.shape[0], dz.tensor.shape[2:]
@@ -279,7 +287,7 @@ def _few_channels_wgrad(
     constants = conv3x3_few_channels.FewChannels(
         s.block_i, s.block_j, conv3x3.Box(*s.box), c, TAPS_LAST=dw.is_contiguous(),
         PRECISION=precision_of(dtype, tf32, arch), CHANNELS_LAST=dz.channels_last, STEP_H=window.stride[0],
-        STEP_W=window.stride[1], VEC=vec, FUSE_DZ=ys is not None,
+        STEP_W=window.stride[1], VEC=vec, FUSE_DZ=ys is not None, ACT=activation,
     )  # fmt: skip
     plan.add(_launch(conv3x3_few_channels.few_channels_wgrad, (cdiv(o, s.block_i), s.splits), arguments, constants, s))
     return Partials(shares, dw), Partials(sums, db)

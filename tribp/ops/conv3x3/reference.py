@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..activations import Activation, activate, gradient
+
 
 class Window(NamedTuple):
     """How the 3×3 window of a convolution moves: (height, width) pairs, and how many groups the channels fall into."""
@@ -21,15 +23,16 @@ class Window(NamedTuple):
         return (height + 2 * ph - 3) // sh + 1, (width + 2 * pw - 3) // sw + 1
 
 
-def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: str | None) -> Tensor:
-    """input ⋆ weight + bias, then σ where `activation` is "sigmoid". input: (N, C, H, W)."""
+def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: Activation) -> Tensor:
+    """act(input ⋆ weight + bias). input: (N, C, H, W)."""
     if _onednn_errs(input, input.shape, window):
         x, w, b = map(_widened, (input, weight, bias))
         with torch.autocast("cpu", enabled=False):
             return conv3x3(x, w, b, window, activation).to(input.dtype)
     stride, padding, groups = window
-    output = F.conv2d(_regular(input, weight, groups), weight, bias, stride, padding, groups=groups)
-    return torch.sigmoid(output) if activation == "sigmoid" else output
+    return activate(
+        F.conv2d(_regular(input, weight, groups), weight, bias, stride, padding, groups=groups), *activation
+    )
 
 
 def channels_last(tensor: Tensor) -> bool:
@@ -87,20 +90,20 @@ def conv3x3_format(input: Tensor, weight: Tensor) -> torch.memory_format:
 
 def conv3x3_backward(
     grad: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor | None,
-    input_size: Sequence[int], window: Window, needs: tuple[bool, bool, bool],
+    input_size: Sequence[int], window: Window, activation: Activation, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of input, weight and bias, each where `needs` says so; differentiable again.
 
-    `output`, given if the activation is a sigmoid, is all that dz = dy·y·(1 − y) takes. `input` is needed for the
-    weight's gradient only, `weight` for the input's only.
+    `output` is needed for an activation's derivative only, `input` for the weight's gradient only, `weight` for the
+    input's only.
     """
     if _onednn_errs(grad, input_size, window):
         dy, x, w, y = map(_widened, (grad, input, weight, output))
-        grads = conv3x3_backward(dy, x, w, y, input_size, window, needs)
+        grads = conv3x3_backward(dy, x, w, y, input_size, window, activation, needs)
         dx, dw, db = (None if t is None else t.to(grad.dtype) for t in grads)
         return dx, dw, db
     stride, padding, groups = window
-    dz = grad if output is None else torch.ops.aten.sigmoid_backward(grad, output)
+    dz = grad if output is None else gradient(grad, output, activation)
     n, c = dz.shape[1], input_size[1] // groups
     dx = dw = db = None
     if needs[0] or needs[1]:

@@ -1,1 +1,1 @@
-"""The linear layer with a sigmoid: `op.py` the registered operators, `plan.py` their launches."""
+"""The linear layer with an activation: `op.py` the registered operators, `plan.py` their launches."""

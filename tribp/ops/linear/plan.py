@@ -1,4 +1,4 @@
-"""Linear + sigmoid on the Triton kernels: which launches make up each direction. Matrices only; imports triton."""
+"""Linear + activation on the Triton kernels: which launches make up each direction. Matrices only; imports triton."""
 
 from ...dispatch import dtype_name
 from ...kernels import linear as kernels
@@ -6,12 +6,15 @@ from ...launch.arch import cdiv, precision_of
 from ...launch.layout import Operand, accumulator, operand, precision_in_kernel, vector_length
 from ...launch.matmul import MatmulConfig
 from ...launch.plan import Buffer, Plan
-from ...launch.reduce import Partials, partials_of, reduce_partials
+from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
+from ..activations import Activation, as_stored
 from .config import DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
 
 
-def forward(plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Buffer, *, tf32: bool) -> None:
-    """y = σ(x·wᵀ + b), one launch. x: (M, K), w: (N, K), b: (N,) or None, y: (M, N) contiguous."""
+def forward(
+    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Buffer, *, activation: Activation, tf32: bool
+) -> None:
+    """y = act(x·wᵀ + b), one launch. x: (M, K), w: (N, K), b: (N,) or None, y: (M, N) contiguous."""
     plan.writes(y)
     (m, k), n = x.shape, w.shape[0]
     dtype = dtype_name(x.dtype)
@@ -36,7 +39,7 @@ def forward(plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Buffer, *, tf
         kernels.Product(
             BLOCK_M=s.block_i, BLOCK_N=s.block_j, BLOCK_K=s.block_l, GROUP=s.group, PRECISION=precision,
             TMA=s.tma, TMA_STORE=store_tma, X_TRANSPOSED=xs.transposed, W_TRANSPOSED=ws.transposed,
-            PREFETCH=prefetched(s, xs, ws), PERSISTENT=s.persistent, VEC=vec, VEC_STORE=ys.vec,
+            PREFETCH=prefetched(s, xs, ws), PERSISTENT=s.persistent, VEC=vec, VEC_STORE=ys.vec, ACT=activation,
             PTX=plan.arch.backend != "hip",
         ),
         s,
@@ -44,44 +47,48 @@ def forward(plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Buffer, *, tf
 
 
 def backward(
-    plan: Plan, dy: Buffer, x: Buffer | None, w: Buffer | None, y: Buffer,
-    dx: Buffer | None, dw: Buffer | None, db: Buffer | None, *, tf32: bool,
+    plan: Plan, dy: Buffer, x: Buffer | None, w: Buffer | None, y: Buffer | None,
+    dx: Buffer | None, dw: Buffer | None, db: Buffer | None, *, activation: Activation, tf32: bool,
 ) -> None:  # fmt: skip
-    """Those of dx, dw and db that are given. x is needed for dw, w for dx."""
+    """Those of dx, dw and db that are given. y is given if there is an activation; x for dw, w for dx."""
     plan.writes(dx, dw, db)
-    (m, n), dtype = y.shape, dtype_name(y.dtype)
+    (m, n), dtype = dy.shape, dtype_name(dy.dtype)
+    activation = as_stored(activation, dy.dtype)
     precision = precision_of(dtype, tf32, plan.arch)
-    partial = accumulator(y.dtype)
-    dys, ys = operand(plan, dy), operand(plan, y)
-    fusable = not dys.transposed and dys.ld >= n  # an expanded dy has no rows to load tiles of
-    dz: Buffer | None = None
+    partial = accumulator(dy.dtype)
+    dys, ys = operand(plan, dy), None if y is None else operand(plan, y)
+    readable = not dys.transposed and dys.ld >= n  # an expanded dy has no rows to load tiles of
+    fusable = readable and ys is not None
+    dz = dys if readable and ys is None else None
+    sums = Partials(None, None)
+    pending: tuple[Partials, ...] = ()
+    if y is None and dz is None and not (dx is None and dw is None):
+        dz, sums = output_grad(plan, dy, None, activation, None, db)
+        pending, db = (sums,), None
 
     if dw is not None:
         assert x is not None
         xs = operand(plan, x)
         k = x.shape[1]
+        read = [t for t in (dz, dys if fusable else None, ys, xs) if t is not None]  # a dz of its own lies as y does
         s = plan.config(
             WgradProblem(
-                m, n, k, dtype, precision, plan.arch,
-                vec=min(dys.vec if fusable else ys.vec, ys.vec, xs.vec),  # a dz of its own lies as y does
-                tma=xs.tma and ys.tma and (dys.tma or not fusable),
-                may_fuse=fusable,
-                spare=(x if dx is not None else y).numel() * y.element_size(),
+                m, n, k, dtype, precision, plan.arch, vec=min(t.vec for t in read), tma=all(t.tma for t in read),
+                may_fuse=fusable, spare=(x if dx is not None else dy).numel() * dy.element_size(),
             )
         )  # fmt: skip
-        if s.fuse_dz:
-            dz = plan.scratch((m, n), y.dtype) if dx is not None else None
-            sums = Partials(partials_of(plan, db, s.splits, partial), db)
-            source, written = dys, (dz, sums.partials)
-        else:
-            dz = plan.scratch((m, n), y.dtype)
-            sums = output_grad(plan, dy, y, dz, db)
-            source, written = operand(plan, dz), (None, None)
         shares = partials_of(plan, dw, s.splits, partial)
         assert shares is not None
-        wgrad(plan, source, ys, xs, shares, *written, s, precision)
-        reduce_partials(plan, Partials(shares, dw), sums)
-        db = None
+        if s.fuse_dz:
+            out = plan.scratch((m, n), dy.dtype) if dx is not None else None
+            sums = Partials(partials_of(plan, db, s.splits, partial), db)
+            wgrad(plan, dys, ys, xs, shares, out, sums.partials, s, activation, precision)
+            dz = None if out is None else operand(plan, out)
+        else:
+            if dz is None or db is not None:
+                dz, sums = output_grad(plan, dy, y, activation, dz, db)
+            wgrad(plan, dz, None, xs, shares, None, None, s, activation, precision)
+        pending, db = (Partials(shares, dw), sums), None
 
     if dx is not None:
         assert w is not None
@@ -89,32 +96,47 @@ def backward(
         if dz is None and fusable and db is None:
             s = dgrad_config(plan, dys, ys, ws, precision)
             if s.fuse_dz:
-                dgrad(plan, dys, ys, ws, dx, s, precision)
+                dgrad(plan, dys, ys, ws, dx, s, activation, precision)
                 return
-        if dz is None:
-            dz = plan.scratch((m, n), y.dtype)
-            reduce_partials(plan, output_grad(plan, dy, y, dz, db))
-            db = None
-        dzs = operand(plan, dz)
-        dgrad(plan, dzs, None, ws, dx, dgrad_config(plan, dzs, None, ws, precision), precision)
+        if dz is None or db is not None:
+            dz, sums = output_grad(plan, dy, y, activation, dz, db)
+            pending, db = (sums,), None
+        dgrad(plan, dz, None, ws, dx, dgrad_config(plan, dz, None, ws, precision), activation, precision)
+        append_sums(plan, *pending)
+        return
 
     if db is not None:
-        reduce_partials(plan, output_grad(plan, dy, y, None, db))
+        pending = (sum_rows(plan, dy, y, activation, None, db),)
+    reduce_partials(plan, *pending)
 
 
-def output_grad(plan: Plan, dy: Buffer, y: Buffer, dz: Buffer | None, db: Buffer | None) -> Partials:
-    """dz = dy·y·(1 − y), and partial sums of db, which are returned: those of dz over so many rows each."""
-    m, n = y.shape
-    s, vec = plan.config(OutputGradProblem(m, n, dtype_name(y.dtype), plan.arch)), vector_length(y.element_size(), n)
+def output_grad(
+    plan: Plan, dy: Buffer, y: Buffer | None, activation: Activation, dz: Operand | None, db: Buffer | None
+) -> tuple[Operand, Partials]:
+    """dz = dy·act′, unless it is there already, and db's partial sums, in one pass over memory."""
+    out = plan.scratch(dy.shape, dy.dtype) if dz is None else None
+    sums = sum_rows(plan, dy, y, activation, out, db)
+    if dz is None:
+        assert out is not None
+        dz = operand(plan, out)
+    return dz, sums
+
+
+def sum_rows(
+    plan: Plan, dy: Buffer, y: Buffer | None, activation: Activation, dz: Buffer | None, db: Buffer | None
+) -> Partials:
+    """dz = dy·act′, and partial sums of db, which are returned: those of dz over so many rows each."""
+    m, n = dy.shape
+    s, vec = plan.config(OutputGradProblem(m, n, dtype_name(dy.dtype), plan.arch)), vector_length(dy.element_size(), n)
     blocks = cdiv(m, s.rows)
-    sums = partials_of(plan, db, blocks, accumulator(y.dtype))
+    sums = partials_of(plan, db, blocks, accumulator(dy.dtype))
     # Compiled: each float64 of an odd row has an address. ptxas stays at 80 registers, and with Triton 3.9 spills.
-    unrounded = plan.arch.backend == "cuda" and y.element_size() == 8 and vec == 1
+    unrounded = plan.arch.backend == "cuda" and dy.element_size() == 8 and vec == 1
     plan.launch(
         kernels.output_grad,
         (cdiv(n, s.block_n), blocks),  # the second axis ends at 65,535, and n can be larger
         (dy, y, dz, sums, m, n, dy.stride(0), dy.stride(1), s.rows),
-        kernels.OutputGrad(s.block_m, s.block_n, VEC=vec, VEC_DY=vector_length(dy.element_size(), dy.stride(0))),
+        kernels.OutputGrad(s.block_m, s.block_n, activation, vec, vector_length(dy.element_size(), dy.stride(0))),
         s,
         max_registers=255 if unrounded else None,
     )
@@ -134,7 +156,10 @@ def dgrad_config(plan: Plan, dz: Operand, y: Operand | None, w: Operand, precisi
     )  # fmt: skip
 
 
-def dgrad(plan: Plan, dz: Operand, y: Operand | None, w: Operand, dx: Buffer, s: MatmulConfig, precision: str) -> None:
+def dgrad(
+    plan: Plan, dz: Operand, y: Operand | None, w: Operand, dx: Buffer, s: MatmulConfig, activation: Activation,
+    precision: str,
+) -> None:  # fmt: skip
     """dx = dz·w. With `s.fuse_dz`, `dz` is dy."""
     (m, n), k = dz.tensor.shape, w.tensor.shape[1]
     out = operand(plan, dx)
@@ -148,11 +173,12 @@ def dgrad(plan: Plan, dz: Operand, y: Operand | None, w: Operand, dx: Buffer, s:
             y.argument(s.tma, s.block_i, s.block_l) if s.fuse_dz and y is not None else None,
             w.argument(s.tma, s.block_l, s.block_j, precision),
             out.argument(store_tma, s.block_i, s.block_j),
-            m, n, k, dz.ld, w.ld,
+            None, m, n, k, dz.ld, w.ld,
         ),
         kernels.Product(
             BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
-            PRECISION=precision, FUSE_DZ=s.fuse_dz, TMA=s.tma, TMA_STORE=store_tma, W_TRANSPOSED=w.transposed,
+            PRECISION=precision, FUSE_DZ=s.fuse_dz, ACT=activation if s.fuse_dz else None, TMA=s.tma,
+            TMA_STORE=store_tma, W_TRANSPOSED=w.transposed,
             PREFETCH=prefetched(s, dz, w), VEC=min(t.vec for t in (dz, w, y) if t is not None), VEC_STORE=out.vec,
         ),
         s,
@@ -160,8 +186,8 @@ def dgrad(plan: Plan, dz: Operand, y: Operand | None, w: Operand, dx: Buffer, s:
 
 
 def wgrad(
-    plan: Plan, dz: Operand, y: Operand, x: Operand, dw: Buffer, dz_out: Buffer | None, db: Buffer | None,
-    s: MatmulConfig, precision: str,
+    plan: Plan, dz: Operand, y: Operand | None, x: Operand, dw: Buffer, dz_out: Buffer | None, db: Buffer | None,
+    s: MatmulConfig, activation: Activation, precision: str,
 ) -> None:  # fmt: skip
     """dw = dzᵀ·x, or with splits each split's share of it. dw: (N, K), or (splits, N, K).
 
@@ -175,14 +201,15 @@ def wgrad(
         (s.tiles(n, k), s.splits),
         (
             dz.argument(s.tma, s.block_l, s.block_i, "ieee" if s.fuse_dz else precision),
-            y.argument(s.tma, s.block_l, s.block_i) if s.fuse_dz else None,
+            y.argument(s.tma, s.block_l, s.block_i) if s.fuse_dz and y is not None else None,
             x.argument(s.tma, s.block_l, s.block_j, precision),
             dw, dz_out, db, m, n, k, dz.ld, x.ld,
             cdiv(cdiv(m, s.splits), s.block_l) * s.block_l,
         ),
         kernels.Product(
             BLOCK_M=s.block_l, BLOCK_N=s.block_i, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
-            PRECISION=precision, FUSE_DZ=s.fuse_dz, TMA=s.tma, X_TRANSPOSED=x.transposed,
+            PRECISION=precision, FUSE_DZ=s.fuse_dz, ACT=activation if s.fuse_dz else None, TMA=s.tma,
+            X_TRANSPOSED=x.transposed,
             PREFETCH=prefetched(s, dz, x), VEC=min(dz.vec, x.vec), VEC_STORE=vector_length(dw.element_size(), k),
         ),
         s,

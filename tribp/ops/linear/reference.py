@@ -1,15 +1,16 @@
-"""Linear + sigmoid in plain torch: the fallback where no kernel runs, and the tests' oracle."""
+"""Linear + activation in plain torch: the fallback where no kernel runs, and the tests' oracle."""
 
 import math
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..activations import Activation, activate, gradient
 
-def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """σ(input · weightᵀ + bias)."""
-    return torch.sigmoid(F.linear(input, weight, bias))
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    """act(input · weightᵀ + bias)."""
+    return activate(F.linear(input, weight, bias), *activation)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -17,14 +18,16 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def linear_sigmoid_backward(
-    grad: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight and bias, each where `needs` says so, from the output alone; differentiable again.
+def linear_backward(
+    grad: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor | None, activation: Activation,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of input, weight and bias, each where `needs` says so; differentiable again.
 
-    dz = dy·y·(1 − y), dx = dz·W, dW = dzᵀ·x, db = Σ_rows dz. `input` is needed for dW only, `weight` for dx only.
+    dz = dy·act′, dx = dz·W, dW = dzᵀ·x, db = Σ_rows dz. `output` is needed for an activation's derivative only, `input`
+    for dW only, `weight` for dx only.
     """
-    dz = torch.ops.aten.sigmoid_backward(grad, output)
+    dz = grad if output is None else gradient(grad, output, activation)
     rows = as_matrix(dz)
     dx = dw = db = None
     if needs[0]:

@@ -1,0 +1,1 @@
+"""Activations: their values and derivatives, in every layer that has them."""

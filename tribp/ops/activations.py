@@ -1,0 +1,144 @@
+"""Activations as torch computes them; `tribp/kernels/activations.py` has the kernels' side.
+
+Those are taken whose derivative follows from the output y, so that y is all that backward keeps.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Activation(NamedTuple):
+    """One activation with its numbers, both of which are 0 where it has none."""
+
+    name: str | None  # None: there is no activation
+    a: float = 0.0  # the slope of leaky_relu, α of elu, β of softplus, the lower bound of hardtanh
+    b: float = 0.0  # the threshold of softplus, the upper bound of hardtanh
+
+
+NONE = Activation(None)
+# By what users call them: what torch's function takes besides its input, with torch's defaults.
+DEFAULTS: dict[str, dict[str, float]] = {
+    "sigmoid": {},
+    "tanh": {},
+    "relu": {},
+    "leaky_relu": {"negative_slope": 0.01},
+    "elu": {"alpha": 1.0},
+    "softplus": {"beta": 1.0, "threshold": 20.0},
+    "hardsigmoid": {},
+    "hardtanh": {"min_val": -1.0, "max_val": 1.0},
+    "relu6": {},
+}
+NAMED = {name: Activation(name, *numbers.values()) for name, numbers in DEFAULTS.items()}
+NAMED["relu6"] = Activation("hardtanh", 0.0, 6.0)
+ActivationLike = str | tuple[str | float, ...] | None  # as users give one
+
+
+def activation_of(caller: str, activation: ActivationLike) -> Activation:
+    """What `activation` means: None, a name, or a tuple of a name and numbers, in the order of torch's function.
+
+    Raises ValueError, in the name of `caller`, for what is not known.
+    """
+    if activation is None:
+        return NONE
+    name, *numbers = activation if isinstance(activation, (tuple, list)) and activation else (activation,)
+    if not isinstance(name, str) or name not in NAMED:
+        known = f"None, one of {', '.join(map(repr, NAMED))}, or a tuple of a name and its numbers"
+        raise ValueError(f"{caller}: activation must be {known}, got {activation!r}")
+    return _with_numbers(caller, name, numbers) if numbers else NAMED[name]
+
+
+def _with_numbers(caller: str, name: str, numbers: Sequence[object]) -> Activation:
+    values = DEFAULTS[name].copy()
+    if len(numbers) > len(values) or not all(type(number) in (int, float) for number in numbers):
+        takes = ", ".join(values) or "no numbers"
+        raise ValueError(f"{caller}: {name} takes {takes}, got {', '.join(map(repr, numbers))}")
+    values |= {key: float(number) for key, number in zip(values, numbers, strict=False)}  # type: ignore[arg-type]
+    a, b = (*values.values(), 0.0)[:2]
+    if name in ("leaky_relu", "elu") and not a >= 0:
+        first = next(iter(values))
+        raise ValueError(f"{caller}: {first} of {name} must be at least 0, else two z have one output, got {a}")
+    if name == "softplus" and not (a > 0 and b >= 17):
+        # Beyond the threshold softplus is z itself, and between it and log(1 + e^threshold) y comes of two z: the
+        # derivative is wrong there by e^-threshold, which from 17 on is nothing to a float32.
+        raise ValueError(f"{caller}: beta of softplus must be above 0 and its threshold at least 17, got {a} and {b}")
+    if name == "hardtanh" and not a <= b:
+        raise ValueError(f"{caller}: min_val of hardtanh must not be above max_val, got {a} and {b}")
+    return Activation(name, *values.values())
+
+
+def as_stored(activation: Activation, dtype: torch.dtype) -> Activation:
+    """The activation with bounds as an output of this dtype holds them, for backward to find it at its bounds."""
+    name, *bounds = activation
+    return Activation(name, *(_rounded(x, dtype) for x in bounds)) if name == "hardtanh" else activation
+
+
+def _rounded(x: float, dtype: torch.dtype) -> float:
+    """x as the nearest number of a dtype, ties to even. Not by torch, which may be tracing."""
+    if not math.isfinite(x):
+        return x
+    mantissa, exponent = math.frexp(x)
+    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    return math.ldexp(round(math.ldexp(mantissa, digits)), exponent - digits)
+
+
+def activate(z: Tensor, name: str | None, a: float, b: float) -> Tensor:
+    """act(z) of an `Activation`'s parts; TorchScript compiles it, too."""
+    if name is None:
+        return z
+    if name == "sigmoid":
+        z = torch.sigmoid(z)
+    elif name == "tanh":
+        z = torch.tanh(z)
+    elif name == "relu":
+        z = torch.relu(z)
+    elif name == "leaky_relu":
+        z = F.leaky_relu(z, a)
+    elif name == "elu":
+        z = F.elu(z, a)
+    elif name == "softplus":
+        z = F.softplus(z, a, b)
+    elif name == "hardsigmoid":
+        z = F.hardsigmoid(z)
+    elif name == "hardtanh":
+        z = F.hardtanh(z, a, b)
+    return z
+
+
+IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid_, "tanh": torch.tanh_, "relu": torch.relu_
+}  # fmt: skip
+
+
+def activate_(z: Tensor, activation: Activation) -> Tensor:
+    """act(z) of a tensor that nobody else has: in its place, except where autograd would copy a view of it first."""
+    if z.requires_grad or activation.name not in IN_PLACE:
+        return activate(z, *activation)
+    return IN_PLACE[activation.name](z)
+
+
+def gradient(dy: Tensor, y: Tensor, activation: Activation) -> Tensor:
+    """dz = dy·act′ from y = act(z); differentiable again."""
+    name, a, b = as_stored(activation, y.dtype)
+    aten = torch.ops.aten
+    if name == "sigmoid":
+        dy = aten.sigmoid_backward(dy, y)
+    elif name == "tanh":
+        dy = aten.tanh_backward(dy, y)
+    elif name == "relu":
+        dy = aten.threshold_backward(dy, y, 0)
+    elif name == "leaky_relu":
+        dy = aten.leaky_relu_backward(dy, y, a, True)
+    elif name == "elu":
+        dy = aten.elu_backward(dy, a, 1, 1, True, y)
+    elif name == "softplus":  # dy·σ(β·z), and y = log(1 + eᵝᶻ) / β
+        dy = torch.where(y * a > b, dy, -dy * torch.expm1(-a * y))
+    elif name == "hardsigmoid":
+        dy = torch.where((y > 0) & (y < 1), dy / 6, 0)
+    elif name == "hardtanh":
+        dy = aten.hardtanh_backward(dy, y, a, b)
+    return dy
