@@ -1,5 +1,6 @@
 """`linear`: y = act(x·wᵀ + b), x (M, K), w (N, K)."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,9 @@ def options(case: Case) -> dict[str, str | None]:
 
 def cases() -> list[Case]:
     """And ReLU: cuBLASLt has it as an epilogue, which is what eager torch has nearest to a fused layer."""
-    sigmoid = [Case(shape, dtype, tf32, shape in SMALL) for dtype, tf32 in PRECISIONS for shape in SHAPES]
-    return sigmoid + [LinearCase(shape, torch.bfloat16, small=shape in SMALL) for shape in SHAPES]
+    first, *others = [[Case(shape, dtype, tf32, shape in SMALL) for shape in SHAPES] for dtype, tf32 in PRECISIONS]
+    relu: list[Case] = [LinearCase(shape, torch.bfloat16, small=shape in SMALL) for shape in SHAPES]
+    return [*first, *relu, *itertools.chain(*others)]
 
 
 def smoke_cases() -> list[Case]:

@@ -184,6 +184,7 @@ def describe(launch: "Launch") -> str:
     states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
     switches = dict.fromkeys(switch for operation in find() for switch in operation.switches)
     on = [name.lower() for name in switches if isinstance(given.get(name), Tensor) or given.get(name)]
+    on += [given["ACT_name"]] if given.get("ACT_name") else []
     parts = [rule, ",".join(states), tile, f"w{launch.num_warps}", f"s{launch.num_stages}", *_window(given), *on]
     return " ".join(part for part in parts if part)
 

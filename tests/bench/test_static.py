@@ -263,11 +263,14 @@ def plant() -> dict[str, Any]:
     found |= plant_conv()
 
     x = torch.empty(1 << 20, 16, device="meta", dtype=torch.bfloat16)
-    from tribp.ops.linear.plan import output_grad
+    from tribp.ops.activations import Activation
+    from tribp.ops.linear.plan import sum_rows
 
-    def pass_over(*tensors: torch.Tensor | None) -> Launch:
-        build: Any = output_grad
-        return launches_of(build, ARCHS["sm_90"], tensors)[0]
+    def pass_over(dy: torch.Tensor, y: torch.Tensor, dz: torch.Tensor | None, db: torch.Tensor | None) -> Launch:
+        def build(plan: Any, dy: Any, y: Any, dz: Any, db: Any) -> None:
+            sum_rows(plan, dy, y, Activation("sigmoid"), dz, db)
+
+        return launches_of(build, ARCHS["sm_90"], (dy, y, dz, db))[0]
 
     column = pass_over(x.t()[:16, :4096].t(), x[:4096], None, x.new_empty(16))
     transposed = pass_over(x.new_empty(16, 4096).t(), x[:4096], x[:4096], None)
