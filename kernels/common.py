@@ -279,12 +279,13 @@ def add_appended(sums, program, CONFIG: tl.constexpr):
 def add_both(
     partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2, program, CONFIG: tl.constexpr
 ):
-    """What a program of `reduce_partials` does."""
+    """What a program of `reduce_partials` does, and those behind the last one do not."""
     programs = matrices * tl.cdiv(cols, CONFIG.BLOCK // CONFIG.BLOCK_ROWS)
     if program < programs:
         add_up(partials, out, parts, matrices, rows, cols, program, CONFIG.BLOCK_ROWS, CONFIG.VEC, CONFIG)
     elif partials2 is not None:
-        add_up(partials2, out2, parts2, 1, 1, length2, program - programs, 1, CONFIG.VEC2, CONFIG)
+        if program - programs < tl.cdiv(length2, CONFIG.BLOCK):
+            add_up(partials2, out2, parts2, 1, 1, length2, program - programs, 1, CONFIG.VEC2, CONFIG)
 
 
 @triton.jit

@@ -121,6 +121,7 @@ QUICK: dict[str, Case] = {
     "conv, lines of columns": conv((1, 24, 3, 32), 72, needs="wb", stride=(2, 1)),
     "conv, NCHW": conv((4, 32, 8, 16), 40, x=images.contiguous, w=images.contiguous, activation="sigmoid"),
     "conv, split sum": conv((4, 32, 16, 16), 32, groups=2, w=images.contiguous, needs="wb", processors=18),
+    "conv, split sum behind dx": conv((8, 32, 16, 16), 72, stride=2, w=images.contiguous, processors=18),
     "conv, padded channels": conv((2, 13, 9, 7), 11, x=images.contiguous, dtype=HALF),
     "conv, stride 2": conv((2, 64, 16, 16), 72, stride=2),
     "conv, stride 2, odd": conv((2, 72, 11, 9), 24, stride=(1, 2), x=images.cropped_last, bias=False),

@@ -91,6 +91,7 @@ QUICK: dict[str, Case] = {
     "linear, float64": Linear((72, 40, 56), DOUBLE),
     "linear, frozen weight": Linear((72, 136, 72), needs="xb", dy=expanded),
     "linear, split sum": Linear((1100, 40, 72), HALF, needs="wb"),
+    "linear, split sum behind dx": Linear((1100, 40, 72), HALF),
     "linear, dx alone": Linear((136, 72, 72), needs="x"),
     "linear, wide dx": Linear((136, 72, 200), needs="x", processors=1),
     "linear, tall dx": Linear((250, 72, 360), needs="x", processors=1),
