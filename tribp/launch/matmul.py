@@ -157,7 +157,7 @@ def candidates(of: Product, l: int, *, short: int = 512) -> list[MatmulConfig]:
         wide = MatmulConfig(128, 64, 32, 8, 1, "compiled: odd pitch: two-byte loads, prefetched by hand", prefetch=True)
         if arch.backend == "cuda":
             wide = replace(wide, max_registers=255)  # compiled: ptxas would hold it to 96 on sm_89, and spill 232 bytes
-        return [wide, replace(wide, block_i=64, num_warps=4)]
+        return [wide]
     if arch.backend == "hip":
         depth = {"float64": 16, "float32": 32}.get(dtype, 64)
         wide = MatmulConfig(128, 128, depth, 8, 2, "derived: MFMA; two stages fill 64 KB of LDS")
