@@ -118,4 +118,6 @@ def append_sums(plan: Plan, *results: Partials) -> None:
         grid=(first + cdiv(sums.programs(config), math.prod(others)), *others),
         arguments=(*launch.arguments[:at], numbers, *launch.arguments[at + 1 :]),
         constants={"CONFIG": constants._replace(SUMS=sums.compiled(config))},
+        # Compiled: as above, dgrads of 48 registers spill 4 bytes on sm_100.
+        max_registers=launch.max_registers or (255 if plan.arch.backend == "cuda" else None),
     )
