@@ -438,6 +438,7 @@ def forward(
 
     Or ROWS boxes of one row each (`convolve_rows`).
     """
+    ACT: tl.constexpr = CONFIG.ACT
     BOX: tl.constexpr = CONFIG.BOX
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
     ROWS: tl.constexpr = CONFIG.ROWS
@@ -466,7 +467,7 @@ def forward(
         if b is not None:
             o, inside = masked_range(col, here * OG, BLOCK_J, 1)
             z += tl.load(b + first + o, mask=inside, other=0.0).to(z.dtype)[None, :]
-        z = activate(z, CONFIG.ACT, y.data.dtype.element_ty, CONFIG.PTX)
+        z = activate(z, ACT, y.data.dtype.element_ty, CONFIG.PTX)
         store_box(y, z, pixels_of(Pixels(box.n, box.h + row, box.w), BOX), col, BLOCK_J, CONFIG)
 
 
@@ -484,6 +485,7 @@ def dgrad(
 
     The programs behind those of dx add up wgrad's partial results.
     """
+    SUMS: tl.constexpr = CONFIG.SUMS
     BOX: tl.constexpr = CONFIG.BOX
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
     ROWS: tl.constexpr = CONFIG.ROWS
@@ -495,10 +497,10 @@ def dgrad(
     tl.static_assert(ROWS == 1 or BOX.H == 1)  # and step_h and step_w are 1
     down = tl.cdiv((H + step_h - 1) >> (step_h - 1), BOX.H * ROWS)
     boxes = tl.cdiv(N, BOX.N) * down * tl.cdiv((W + step_w - 1) >> (step_w - 1), BOX.W)
-    if sums is not None:
+    if SUMS is not None:
         behind = tl.program_id(0) - boxes * columns * tl.cdiv(groups, GROUPS_PER_TILE)
         if behind >= 0:
-            add_appended(sums, behind * tl.num_programs(1) + tl.program_id(1), CONFIG.SUMS)
+            add_appended(sums, behind * tl.num_programs(1) + tl.program_id(1), SUMS)
             return
     index, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, GROUPS_PER_TILE), CONFIG.GROUP)
     tile = column // columns

@@ -104,6 +104,7 @@ def depthwise_forward(
 
     A row of x is read once and added to the rows of y that it meets: the one it completes, and those begun with it.
     """
+    ACT: tl.constexpr = CONFIG.ACT
     BOX: tl.constexpr = CONFIG.BOX
     PIXELS: tl.constexpr = BOX.N * BOX.W  # of a row
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
@@ -136,7 +137,7 @@ def depthwise_forward(
                     complete = add_taps(none, rows[u], taps, 0, 1, 3)
                 if b is not None:
                     result += bias
-                result = activate(result, CONFIG.ACT, y.data.dtype.element_ty, CONFIG.PTX)
+                result = activate(result, ACT, y.data.dtype.element_ty, CONFIG.PTX)
                 i = (t + u - 2) // STEP_H
                 h = tl.where((t + u >= 2) & (i < height), first + i, -1)
                 store_row(y, result, Pixels(n, h, j), c, c_inside, CONFIG)

@@ -107,6 +107,7 @@ def few_channels_forward(
 
     Row by row: what is gathered of a row of x serves the rows of y that it meets.
     """
+    ACT: tl.constexpr = CONFIG.ACT
     BOX: tl.constexpr = CONFIG.BOX
     PIXELS: tl.constexpr = BOX.N * BOX.W
     BLOCK_O: tl.constexpr = CONFIG.BLOCK_O
@@ -138,7 +139,7 @@ def few_channels_forward(
         z = tl.trans(dot(w2, g2, dot(w1, g1, z, PRECISION), PRECISION))
         if b is not None:
             z += bias[None, :]
-        z = activate(z, CONFIG.ACT, y.data.dtype.element_ty, CONFIG.PTX)
+        z = activate(z, ACT, y.data.dtype.element_ty, CONFIG.PTX)
         store_box(y, z, Pixels(n, first + t, j), col, BLOCK_O, CONFIG)
         if STEP_H == 1:
             g0, g1 = g1, g2
@@ -223,6 +224,7 @@ def few_channels_wgrad(
 
     With FUSE_DZ the argument `dz` holds dy, and dz = dy·act′ is formed on the way in: nobody else needs it.
     """
+    ACT: tl.constexpr = CONFIG.ACT
     BOX: tl.constexpr = CONFIG.BOX
     PIXELS: tl.constexpr = BOX.N * BOX.H * BOX.W
     BLOCK_O: tl.constexpr = CONFIG.BLOCK_O
@@ -252,7 +254,7 @@ def few_channels_wgrad(
         if CONFIG.FUSE_DZ:
             output = Image(y, N, P, Q, O, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
             at, _ = offsets(output, pixels, o, o_inside, CHANNELS_LAST, VEC, RUN)
-            z = gradient(z, tl.load(y + at, mask=mask, other=0.0), CONFIG.ACT)
+            z = gradient(z, tl.load(y + at, mask=mask, other=0.0), ACT)
         if db is not None and not ONES:
             sums += z.to(ACC)
         g = gather(x, pixels, P, Q, (pad_h, pad_w), ONES, CONFIG)

@@ -75,6 +75,7 @@ class OutputGrad(NamedTuple):
 @triton.jit
 def forward_tile(x, w, b, y, tile, CONFIG: tl.constexpr):
     """One tile of y = act(x·wᵀ + b). x, w and y are a `Matrix` each."""
+    ACT: tl.constexpr = CONFIG.ACT
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     W_TRANSPOSED: tl.constexpr = CONFIG.W_TRANSPOSED
@@ -85,7 +86,7 @@ def forward_tile(x, w, b, y, tile, CONFIG: tl.constexpr):
     if b is not None:
         j, inside = masked_range(n, y.cols, BLOCK_N, 1)
         z += tl.load(b + j, mask=inside, other=0.0).to(z.dtype)[None, :]
-    y_tile = activate(z, CONFIG.ACT, element_type(y.data.dtype), CONFIG.PTX)
+    y_tile = activate(z, ACT, element_type(y.data.dtype), CONFIG.PTX)
     store_tile(y, y_tile, m, n, BLOCK_M, BLOCK_N, CONFIG.VEC_STORE)
 
 
@@ -109,6 +110,7 @@ def output_grad(dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program, C
 
     dz or db may be None, and y if there is no activation.
     """
+    ACT: tl.constexpr = CONFIG.ACT
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     VEC: tl.constexpr = CONFIG.VEC
@@ -124,7 +126,7 @@ def output_grad(dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program, C
         dz_tile = tl.load(at, mask=inside, other=0.0)
         if y is not None:
             y_tile = tl.load(y + (i[:, None] * (N // VEC * VEC) + j[None, :]), mask=inside, other=0.0)
-            dz_tile = gradient(dz_tile, y_tile, CONFIG.ACT)
+            dz_tile = gradient(dz_tile, y_tile, ACT)
         if dz is not None:
             store_tile(Matrix(dz, M, N, N), dz_tile, m, n, BLOCK_M, BLOCK_N, VEC)
         if db is not None:
@@ -148,14 +150,16 @@ def dgrad(dz, y, w, dx, sums, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
 
     The programs behind those of dx add up wgrad's partial results.
     """
+    SUMS: tl.constexpr = CONFIG.SUMS
+    ACT: tl.constexpr = CONFIG.ACT
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     PRECISION: tl.constexpr = CONFIG.PRECISION
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_K)
-    if sums is not None:
+    if SUMS is not None:
         if tl.program_id(0) >= tiles:
-            add_appended(sums, tl.program_id(0) - tiles, CONFIG.SUMS)
+            add_appended(sums, tl.program_id(0) - tiles, SUMS)
             return
     row, col = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), CONFIG.GROUP)
     m = row * BLOCK_M
@@ -167,13 +171,13 @@ def dgrad(dz, y, w, dx, sums, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
         y = Matrix(y, M, N, N)
         acc = tl.zeros((BLOCK_K, BLOCK_M), accumulator(dy.data.dtype))
         dy_tile, y_tile = load_dy_and_y(dy, y, m, 0, CONFIG)
-        dz_tile = gradient(dy_tile, y_tile, CONFIG.ACT)
+        dz_tile = gradient(dy_tile, y_tile, ACT)
         for n in tl.range(0, N, BLOCK_N, num_stages=CONFIG.STAGES):  # as in wgrad
             w_tile = load_tile(w, n, k, BLOCK_N, BLOCK_K, CONFIG.W_TRANSPOSED, CONFIG.VEC)
             rounded = round_operand(dz_tile, w_tile.dtype, PRECISION)
             dy_tile, y_tile = load_dy_and_y(dy, y, m, n + BLOCK_N, CONFIG)
             acc = dot(tl.trans(w_tile), tl.trans(rounded), acc, PRECISION)
-            dz_tile = gradient(dy_tile, y_tile, CONFIG.ACT)
+            dz_tile = gradient(dy_tile, y_tile, ACT)
         acc = tl.trans(acc)
     else:
         acc = product(dz, w, m, k, 0, False, CONFIG.W_TRANSPOSED, BLOCK_M, BLOCK_K, BLOCK_N, CONFIG)
@@ -191,6 +195,7 @@ def wgrad(dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split, CONFIG: t
     itself wrote to shared memory, but ptxas puts arithmetic between the product and the wait: 88 of a turn's 260
     instructions. STAGES, `num_stages` again: without it loads for the next turn's dz would not run ahead.
     """
+    ACT: tl.constexpr = CONFIG.ACT
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
@@ -211,7 +216,7 @@ def wgrad(dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split, CONFIG: t
         sums = tl.zeros((BLOCK_M, BLOCK_N), acc.dtype)
         mine = N * (col == 0).to(tl.int32)  # only the first tile column writes dz and db: elsewhere 0 masks every store
         dy_tile, y_tile = load_dy_and_y(dy, y, first, n, CONFIG)
-        dz_tile = gradient(dy_tile, y_tile, CONFIG.ACT)
+        dz_tile = gradient(dy_tile, y_tile, ACT)
         for m in tl.range(first, last, BLOCK_M, num_stages=CONFIG.STAGES):
             x_tile = load_tile(x, m, k, BLOCK_M, BLOCK_K, CONFIG.X_TRANSPOSED, VEC)
             rounded = round_operand(dz_tile, x_tile.dtype, PRECISION)
@@ -225,7 +230,7 @@ def wgrad(dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split, CONFIG: t
             dy_tile, y_tile = load_dy_and_y(dy, y, m + BLOCK_M, n, CONFIG)
             # Compiled: as wgmma's first operand dz would stay in registers, and each product wait for the one before.
             acc = dot(tl.trans(x_tile), rounded, acc, PRECISION)
-            dz_tile = gradient(dy_tile, y_tile, CONFIG.ACT)  # the next turn's, while this one's product runs
+            dz_tile = gradient(dy_tile, y_tile, ACT)  # the next turn's, while this one's product runs
         acc = tl.trans(acc)
         if db is not None:
             j, j_inside = masked_range(n, mine, BLOCK_N, 1)

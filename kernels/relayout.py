@@ -69,6 +69,7 @@ def relayout(
 
     y, and dst or db, may be None.
     """
+    ACT: tl.constexpr = CONFIG.ACT
     BLOCK_P: tl.constexpr = CONFIG.BLOCK_P
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     SRC: tl.constexpr = CONFIG.SRC
@@ -87,7 +88,7 @@ def relayout(
         value = tl.load(addresses(source, n, p, c, SRC), mask=inside, other=0.0)
         if y is not None:
             output = Planes(y, y_stride_n, y_stride_p, y_stride_c)
-            value = gradient(value, tl.load(addresses(output, n, p, c, Y), mask=inside, other=0.0), CONFIG.ACT)
+            value = gradient(value, tl.load(addresses(output, n, p, c, Y), mask=inside, other=0.0), ACT)
         if db is not None:
             sums += value.to(sums.dtype)
         if dst is not None:
