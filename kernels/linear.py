@@ -52,6 +52,8 @@ class Product(NamedTuple):
     VEC: int
     VEC_STORE: int
     ACT: Act | None = None  # of forward, and with FUSE_DZ
+    BELOW: Act | None = None  # of dgrad: the activation of the layer below, whose dz it writes
+    VEC_BELOW: int | None = None  # divides the rows of `below` and its address
     TMA_STORE: bool | None = None
     X_TRANSPOSED: bool | None = None  # x lies column by column
     W_TRANSPOSED: bool | None = None
@@ -145,13 +147,17 @@ def load_dy_and_y(dy, y, m, n, CONFIG: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "ldy", "ldw"])
-def dgrad(dz, y, w, dx, sums, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
+def dgrad(dz, y, w, dx, below, db, sums, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
     """dx = dz·w. With FUSE_DZ the argument `dz` holds dy, and dz = dy·act′ is formed tile by tile.
+
+    With BELOW, `dx` is the dz of the layer below, whose output is `below` (M, K): dx = (dz·w)·act′. Each tile then also
+    leaves the sums of its rows, partial results of that layer's db, in `db` (rows of tiles, K), unless it is None.
 
     The programs behind those of dx add up wgrad's partial results.
     """
     SUMS: tl.constexpr = CONFIG.SUMS
     ACT: tl.constexpr = CONFIG.ACT
+    BELOW: tl.constexpr = CONFIG.BELOW
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
@@ -181,6 +187,15 @@ def dgrad(dz, y, w, dx, sums, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
         acc = tl.trans(acc)
     else:
         acc = product(dz, w, m, k, 0, False, CONFIG.W_TRANSPOSED, BLOCK_M, BLOCK_K, BLOCK_N, CONFIG)
+    if BELOW is not None:
+        i, i_inside = masked_range(m, M, BLOCK_M, 1)
+        j, j_inside = masked_range(k, K, BLOCK_K, CONFIG.VEC_BELOW)
+        at = below + (i[:, None] * (K // CONFIG.VEC_BELOW * CONFIG.VEC_BELOW) + j[None, :])
+        tile = tl.load(at, mask=i_inside[:, None] & j_inside[None, :], other=0.0)
+        acc = gradient(acc, tile, BELOW)
+        if db is not None:
+            total = tl.sum(tl.where(i_inside[:, None], acc, 0.0), 0)  # other rows are of anything (`product`)
+            tl.store(db + row.to(tl.int64) * K + j, round_to(total, db.dtype.element_ty), mask=j_inside)
     store_tile(Matrix(dx, M, K, K), acc, m, k, BLOCK_M, BLOCK_K, CONFIG.VEC_STORE)
 
 

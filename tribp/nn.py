@@ -1,5 +1,6 @@
 """Modules, with torch.nn's parameter names, shapes, initialization and state_dict."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,9 @@ from .ops.activations import ActivationLike, activate, activation_of
 from .ops.conv3x3.checks import window_of
 from .ops.conv3x3.op import conv3x3
 from .ops.linear.op import linear
+from .ops.mlp.op import mlp
 
-__all__ = ["Conv3x3", "Linear", "LinearSigmoid"]
+__all__ = ["MLP", "Conv3x3", "Linear", "LinearSigmoid"]
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # torch.nn's
 
@@ -91,6 +93,67 @@ class LinearSigmoid(Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype, activation="sigmoid")
+
+
+class MLP(nn.Module):
+    """Linear layers with activations, whose backward pass crosses them: `tribp.mlp`.
+
+    The state_dict is that of the `nn.Sequential(nn.Linear, activation, nn.Linear, …)` it stands for: weight and bias of
+    layer l are `2l.weight` and `2l.bias`, in modules that hold them and are not called themselves (so hooks on these do
+    not run). Their initialization and the random numbers it draws are `nn.Linear`'s, in this order.
+
+    Args:
+        sizes: of the input, of each layer's output: at least two.
+        activation: of all layers but the last, as for `tribp.linear`.
+        output_activation: of the last layer.
+        bias: whether to add learned biases.
+        device, dtype: of the parameters, as for `nn.Linear`.
+
+    Shape: `(*, sizes[0])` to `(*, sizes[-1])`. Errors: those of `tribp.mlp`. TorchScript can trace it, not compile it.
+    """
+
+    sizes: tuple[int, ...]
+    activation: ActivationLike
+    output_activation: ActivationLike
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: ActivationLike = "sigmoid",
+        output_activation: ActivationLike = None,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if len(sizes) < 2:
+            raise ValueError(f"MLP: sizes must be at least two, of the input and of each layer, got {tuple(sizes)}")
+        for given in (activation, output_activation):
+            activation_of("MLP", given)
+        self.sizes = tuple(sizes)
+        self.activation = activation
+        self.output_activation = output_activation
+        for n, (before, after) in enumerate(itertools.pairwise(self.sizes)):
+            self.add_module(str(2 * n), Linear(before, after, bias, device, dtype))
+
+    @property
+    def layers(self) -> list[Linear]:
+        """What holds the parameters of each layer."""
+        return [layer for layer in self.children() if isinstance(layer, Linear)]
+
+    def reset_parameters(self) -> None:
+        """Initialize all layers again, from the first to the last."""
+        for layer in self.layers:
+            layer.reset_parameters()
+
+    def extra_repr(self) -> str:
+        names = f"activation={self.activation!r}, output_activation={self.output_activation!r}"
+        return f"sizes={self.sizes}, {names}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        layers = self.layers
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        return mlp(input, weights, biases, self.activation, self.output_activation)
 
 
 class Conv3x3(nn.Module):

@@ -68,7 +68,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     if torch.overrides.has_torch_function((input, weight, bias)):
         tensors = (input, weight, bias)
         return torch.overrides.handle_torch_function(linear, tensors, *tensors, activation)
-    return _linear("linear", input, weight, bias, activation_of("linear", activation))
+    return activated_linear("linear", input, weight, bias, activation_of("linear", activation))
 
 
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -81,10 +81,13 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     if torch.overrides.has_torch_function((input, weight, bias)):
         tensors = (input, weight, bias)
         return torch.overrides.handle_torch_function(linear_sigmoid, tensors, *tensors)
-    return _linear("linear_sigmoid", input, weight, bias, SIGMOID)
+    return activated_linear("linear_sigmoid", input, weight, bias, SIGMOID)
 
 
-def _linear(function: str, input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+def activated_linear(
+    function: str, input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
+) -> Tensor:
+    """What no quick way takes. function: the name that errors bear."""
     check_linear(function, input, weight, bias)
     if autocasting(input.device.type):
         input, weight, bias = autocast_all(input, weight, bias)
@@ -160,7 +163,7 @@ def check_linear(function: str, input: Tensor, weight: Tensor, bias: Tensor | No
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, backend: str) -> Tensor:
     """act(input·weightᵀ + bias), contiguous. input: (*, K), weight: (N, K), bias: (N,); all of one dtype and device."""
     n = weight.shape[0]
-    if backend == "torch" or not _fits(input, weight):
+    if backend == "torch" or not fits(input, weight):
         return reference.linear(input, weight, bias, activation)
     perform, plan = launching("linear")
 
@@ -180,7 +183,7 @@ def backward(
     `input` is read only for the weight's gradient, `weight` only for the input's, `output` only for the activation's;
     each may be None otherwise.
     """
-    if backend == "torch" or not _fits(grad, input, weight):
+    if backend == "torch" or not fits(grad, input, weight):
         return reference.linear_backward(grad, input, weight, output, activation, needs)
     perform, plan = launching("linear")
 
@@ -207,7 +210,7 @@ def _empty_grads(grad: Tensor, input: Tensor | None, weight: Tensor | None, need
     return dx, dw, db
 
 
-def _fits(*tensors: Tensor | None) -> bool:
+def fits(*tensors: Tensor | None) -> bool:
     """Whether kernels can take these: none of them empty, and no dimension too long for the int32 start of a tile."""
     for t in tensors:
         if t is None or 0 < (numel := t.numel()) <= MAX_SIZE:  # then no dimension is longer

@@ -158,9 +158,13 @@ def dgrad_config(plan: Plan, dz: Operand, y: Operand | None, w: Operand, precisi
 
 def dgrad(
     plan: Plan, dz: Operand, y: Operand | None, w: Operand, dx: Buffer, s: MatmulConfig, activation: Activation,
-    precision: str,
+    precision: str, below: Buffer | None = None, db: Buffer | None = None,
 ) -> None:  # fmt: skip
-    """dx = dz·w. With `s.fuse_dz`, `dz` is dy."""
+    """dx = dz·w. With `s.fuse_dz`, `dz` is dy.
+
+    below: the output of the layer below, whose dz `dx` then is; `activation` is that layer's, and `db` gets the sums of
+    the rows of each tile, (rows of tiles, K), or of all in its own shape if there is one row of tiles.
+    """
     (m, n), k = dz.tensor.shape, w.tensor.shape[1]
     out = operand(plan, dx)
     store_tma = s.tma and out.tma
@@ -173,12 +177,13 @@ def dgrad(
             y.argument(s.tma, s.block_i, s.block_l) if s.fuse_dz and y is not None else None,
             w.argument(s.tma, s.block_l, s.block_j, precision),
             out.argument(store_tma, s.block_i, s.block_j),
-            None, m, n, k, dz.ld, w.ld,
+            below, db, None, m, n, k, dz.ld, w.ld,
         ),
         kernels.Product(
             BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
             PRECISION=precision, FUSE_DZ=s.fuse_dz, ACT=activation if s.fuse_dz else None, TMA=s.tma,
-            TMA_STORE=store_tma, W_TRANSPOSED=w.transposed,
+            TMA_STORE=store_tma, W_TRANSPOSED=w.transposed, BELOW=None if below is None else activation,
+            VEC_BELOW=None if below is None else operand(plan, below).vec,
             PREFETCH=prefetched(s, dz, w), VEC=min(t.vec for t in (dz, w, y) if t is not None), VEC_STORE=out.vec,
         ),
         s,

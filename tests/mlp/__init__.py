@@ -1,0 +1,1 @@
+"""A multi-layer perceptron whose backward pass crosses its layers."""

@@ -1,0 +1,213 @@
+"""`tribp.mlp` and `tribp.nn.MLP` against layers of torch's, on the fallback and on the kernels."""
+
+import copy
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import tribp
+
+from ..covering import DTYPES, turn
+from ..oracle import ACTIVATIONS, Activation, assert_close, exactly
+
+SIZES = [(17, 33, 9), (16, 32, 8, 24), (33, 7), (8, 40, 40, 40, 3), (5, 1, 64)]
+
+
+def draw(sizes: Sequence[int], rows: int, dtype: torch.dtype, device: str, bias: bool = True) -> list[Tensor]:
+    """x, and weight (and bias) of each layer."""
+    tensors = [torch.randn(rows, sizes[0], dtype=torch.float64)]
+    for k, n in itertools.pairwise(sizes):
+        tensors += [torch.randn(n, k, dtype=torch.float64) / k**0.5, *[torch.randn(n, dtype=torch.float64)] * bias]
+    return [t.to(device, dtype).requires_grad_() for t in tensors]
+
+
+def ours(activation: Activation, last: Activation, x: Tensor, *layers: Tensor) -> Tensor:
+    biases = [t for t in layers if t.dim() == 1]
+    return tribp.mlp(x, [t for t in layers if t.dim() == 2], biases or None, activation, last)
+
+
+def theirs(activation: Activation, last: Activation, x: Tensor, *layers: Tensor) -> Tensor:
+    weights, biases = ([t for t in layers if t.dim() == d] for d in (2, 1))
+    for n, w in enumerate(weights):
+        x = exactly(F.linear(x, w, biases[n] if biases else None), activation if n + 1 < len(weights) else last)
+    return x
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_matches_torch(activation: Activation, sizes: tuple[int, ...], device: str) -> None:
+    """Within twice the error of torch's layers against float64; kinks are met at the same z only in float64."""
+    kinked = isinstance(activation, (str, tuple)) and any(name in str(activation) for name in ("hard", "relu"))
+    dtype = torch.float64 if kinked else turn(DTYPES, str(activation), str(sizes))
+    last = turn([None, "tanh", "sigmoid"], str(sizes), str(activation))
+    inputs = draw(sizes, 37, dtype, device, bias=activation != "tanh")
+    exact = [t.detach().double().cpu().requires_grad_() for t in inputs]
+    y, expected, true = (f(activation, last, *t) for f, t in ((ours, inputs), (theirs, inputs), (theirs, exact)))
+    assert y.is_contiguous()
+    dy = torch.randn(y.shape, dtype=torch.float64).to(device, dtype)
+    sixth = 1e-7 * (activation == "hardsigmoid")  # torch's ⅙ is a float32
+    assert_close(y, true.detach(), expected, tolerance=2 * len(sizes) * torch.finfo(dtype).eps + 2e-14 + sixth)
+    pairs = ((y, inputs, dy), (expected, inputs, dy), (true, exact, dy.double().cpu()))
+    grads = [torch.autograd.grad(output, tensors, gradient) for output, tensors, gradient in pairs]
+    for found, torchs, value in zip(*grads, strict=True):
+        scale = value.abs().max() * torch.ones_like(value)
+        tolerance = 40 * torch.finfo(dtype).eps + sixth
+        # elu's derivative is y + α, which has the error of a rounded y: where a layer is one feature, all of it.
+        assert_close(found, value, None if "elu" in str(activation) else torchs, scale, tolerance)
+
+
+@pytest.mark.parametrize("wanted", ["x", "0", "1", "2", "x0", "02", "x12", "b", "xb", "x012b"])
+def test_every_combination_of_required_gradients(wanted: str, device: str) -> None:
+    """x: the input's; a digit: a layer's weight's; b: the biases'."""
+    inputs = draw((8, 24, 16, 5), 30, torch.float64, device)
+    names = ["x", "0", "b", "1", "b", "2", "b"]
+    for tensor, name in zip(inputs, names, strict=True):
+        tensor.requires_grad_(name in wanted)
+    needed = [t for t in inputs if t.requires_grad]
+    y, expected = ours("sigmoid", "tanh", *inputs), theirs("sigmoid", "tanh", *inputs)
+    dy = torch.randn_like(y)
+    for found, value in zip(torch.autograd.grad(y, needed, dy), torch.autograd.grad(expected, needed, dy), strict=True):
+        torch.testing.assert_close(found, value)
+
+
+def test_no_pass_over_memory_but_the_last_layers(kernels: str, launched: list[str]) -> None:
+    """A product and a product a layer; sums go with the product that hands the gradient down."""
+    x, *layers = draw((16, 32, 32, 8), 70, torch.float32, kernels)
+    x.requires_grad_(False)
+    y = ours("sigmoid", "sigmoid", x, *layers)
+    assert launched == ["forward"] * 3
+    launched.clear()
+    torch.autograd.grad(y, layers, torch.randn_like(y))
+    assert launched == ["output_grad", "wgrad", "dgrad", "wgrad", "dgrad", "wgrad", "reduce_partials"]
+    weights = [t for t in layers if t.dim() == 2]
+    y = ours("relu", None, x, *(t if t.dim() == 2 else t.detach() for t in layers))
+    launched.clear()
+    torch.autograd.grad(y, weights, torch.randn_like(y))
+    assert "output_grad" not in launched
+    y = ours("relu", None, x, *(t.detach() for t in layers[:-1]), layers[-1])
+    launched.clear()
+    torch.autograd.grad(y, layers[-1], torch.randn_like(y))
+    assert set(launched) <= {"output_grad", "reduce_partials"}, "nothing below is asked for"
+
+
+@pytest.mark.parametrize("rows", [1, 0, 129])
+def test_rows(rows: int, device: str) -> None:
+    inputs = draw((6, 5, 4), rows, torch.float64, device)
+    y, expected = ours("elu", None, *inputs), theirs("elu", None, *inputs)
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(*(torch.autograd.grad(t.sum(), inputs) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_leading_dimensions_and_layouts(device: str) -> None:
+    x, *layers = draw((6, 8, 4), 24, torch.float64, device)
+    leading = x.detach().reshape(2, 3, 4, 6).transpose(0, 2).requires_grad_()
+    layers[0] = layers[0].detach().t().contiguous().t().requires_grad_()
+    y, expected = ours("tanh", "relu", leading, *layers), theirs("tanh", "relu", leading, *layers)
+    assert y.shape == (4, 3, 2, 4)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y).transpose(0, 1).contiguous().transpose(0, 1)
+    for a, b in zip(*(torch.autograd.grad(t, [leading, *layers], dy) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradcheck(device: str) -> None:
+    inputs = draw((3, 5, 4, 2), 4, torch.float64, device)
+    torch.autograd.gradcheck(lambda *t: ours("sigmoid", "tanh", *t), inputs, fast_mode=True)
+    torch.autograd.gradgradcheck(lambda *t: ours("sigmoid", "tanh", *t), inputs, fast_mode=True)
+
+
+def test_batched_gradients(device: str) -> None:
+    inputs = draw((3, 5, 4), 6, torch.float64, device)
+    y, expected = ours("tanh", None, *inputs), theirs("tanh", None, *inputs)
+    dy = torch.randn(5, *y.shape, device=device, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(t, inputs, dy, is_grads_batched=True) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_repeat_runs_are_equal_to_the_bit(device: str) -> None:
+    inputs = draw((16, 40, 24), 200, torch.float16, device)
+
+    def once() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(ours("sigmoid", None, *inputs).float().square().sum(), inputs)
+
+    first, second = once(), once()
+    assert all(map(torch.equal, first, second))
+
+
+def test_checkpoint_and_autocast(device: str) -> None:
+    inputs = draw((8, 16, 4), 12, torch.float32, device)
+    with torch.autocast(device.split(":")[0], torch.bfloat16):
+        y = ours("sigmoid", None, *inputs)
+        again = checkpoint(lambda *t: ours("sigmoid", None, *t), *inputs, use_reentrant=False)
+    assert y.dtype == torch.bfloat16
+    dy = torch.randn_like(y)
+    for a, b in zip(*(torch.autograd.grad(t, inputs, dy) for t in (y, again)), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_sees_operators_alone(device: str) -> None:
+    layer, x = tribp.nn.MLP((5, 4, 3), "relu", "tanh").to(device), torch.randn(6, 5, device=device)
+    expected = layer(x)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+    program = torch.export.export(layer, (x,))
+    assert "tribp.linear.default" in {str(node.target) for node in program.graph.nodes}
+    torch.testing.assert_close(program.module()(x), expected)
+    torch.testing.assert_close(torch.jit.trace(layer, x)(x), expected)
+    one = torch.func.vmap(layer)(x)
+    torch.testing.assert_close(one, expected)
+
+
+def test_module_is_the_sequential_it_stands_for(device: str) -> None:
+    torch.manual_seed(1)
+    theirs = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.Softplus()).to(
+        device
+    )
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    ours = tribp.nn.MLP([5, 4, 6, 3], "tanh", "softplus").to(device)
+    assert torch.equal(torch.rand(1), after), "the same random numbers are drawn"
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    other = tribp.nn.MLP([5, 4, 6, 3], "tanh", "softplus").to(device)
+    other.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 7, 5, device=device)
+    for layer in (ours, other, copy.deepcopy(ours)):
+        torch.testing.assert_close(layer(x), theirs(x))
+    optimizer = tribp.optim.SGD(ours.parameters(), 0.1)
+    before = ours(x).square().sum()
+    before.backward()
+    optimizer.step()
+    assert float(ours(x).square().sum()) < float(before)
+    assert "sizes=(5, 4, 6, 3), activation='tanh', output_activation='softplus'" in str(ours)
+    assert not any(p.requires_grad for p in tribp.nn.MLP([2, 1], bias=False).requires_grad_(False).parameters())
+    assert tribp.fuse(nn.Sequential(ours)).replaced == ()
+
+
+def test_errors(device: str) -> None:
+    x, w0, b0, w1, _ = draw((5, 4, 3), 2, torch.float32, device)
+    cases: list[tuple[type[Exception], str, list[object]]] = [
+        (ValueError, "biases must be one for each of at least 1 weights, got 1 and 2", [x, [w0, w1], [b0]]),
+        (ValueError, "biases must be one for each of at least 1 weights, got 0 and 0", [x, []]),
+        (ValueError, r"layer 1: weight must have shape \(4, 4\)", [x, [w0, w0]]),
+        (ValueError, r"layer 1: bias must have shape \(3,\)", [x, [w0, w1], [b0, b0]]),
+        (TypeError, r"weights\[1\] must be a tensor, got int", [x, [w0, 3]]),
+        (TypeError, "layer 1: weight must have input's dtype float32, got float64", [x, [w0, w1.double()]]),
+        (ValueError, "activation must be None, one of", [x, [w0], None, "swish"]),
+        (ValueError, "input must have shape", [x[0, 0], [w0]]),
+    ]
+    for kind, words, arguments in cases:
+        with pytest.raises(kind, match=f"^mlp.*{words}"):
+            tribp.mlp(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^MLP: sizes must be at least two"):
+        tribp.nn.MLP([3])
+    with pytest.raises(ValueError, match=r"^MLP: activation must be"):
+        tribp.nn.MLP([3, 4], "swish")
