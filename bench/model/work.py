@@ -66,9 +66,10 @@ def _sums(given: Given) -> dict[str, Any]:
         return {}
     parts, matrices, _, cols, parts2, length2 = ((n - 3) // 2 for n in given["sums"] if isinstance(n, int))
     block = given["SUMS_BLOCK"]
-    programs = matrices * cdiv(cols, block // given["SUMS_BLOCK_ROWS"]) + cdiv(length2, block)
-    turns = cdiv(max(parts, parts2), given["SUMS_BLOCK_PARTS"])
-    return dict(behind=programs, turns_behind=turns, paths_behind=2 if length2 else 1)
+    first, second = matrices * cdiv(cols, block // given["SUMS_BLOCK_ROWS"]), cdiv(length2, block)
+    turns = first * cdiv(parts, given["SUMS_BLOCK_PARTS"]) + second * cdiv(parts2, given["SUMS_BLOCK_PARTS"])
+    mean = turns / max(first + second, 1)
+    return dict(behind=first + second, turns_behind=mean, paths_behind=2 if length2 else 1)
 
 
 def _tensors(given: Given) -> dict[int, float]:

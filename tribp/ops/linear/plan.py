@@ -1,5 +1,7 @@
 """Linear + activation on the Triton kernels: which launches make up each direction. Matrices only; imports triton."""
 
+from typing import NamedTuple
+
 from ...dispatch import dtype_name
 from ...kernels import linear as kernels
 from ...launch.arch import cdiv, precision_of
@@ -46,12 +48,34 @@ def forward(
     )  # fmt: skip
 
 
+NO_SUMS = Partials(None, None)
+
+
+class Below(NamedTuple):
+    """The layer below, whose output is this layer's x: its dz is wanted in place of dx."""
+
+    activation: Activation
+    db: Buffer | None
+
+
 def backward(
     plan: Plan, dy: Buffer, x: Buffer | None, w: Buffer | None, y: Buffer | None,
     dx: Buffer | None, dw: Buffer | None, db: Buffer | None, *, activation: Activation, tf32: bool,
 ) -> None:  # fmt: skip
     """Those of dx, dw and db that are given. y is given if there is an activation; x for dw, w for dx."""
     plan.writes(dx, dw, db)
+    backward_layer(plan, dy, x, w, y, dx, dw, db, activation=activation, tf32=tf32)
+
+
+def backward_layer(
+    plan: Plan, dy: Buffer, x: Buffer | None, w: Buffer | None, y: Buffer | None,
+    dx: Buffer | None, dw: Buffer | None, db: Buffer | None,
+    *, activation: Activation, tf32: bool, below: Below | None = None, sums: Partials = NO_SUMS,
+) -> Partials:  # fmt: skip
+    """As `backward`. With `below`, `dx` gets that layer's dz, and partial sums of its db are returned.
+
+    sums: what is left to add up of this layer's own db, where the layer above has left it.
+    """
     (m, n), dtype = dy.shape, dtype_name(dy.dtype)
     activation = as_stored(activation, dy.dtype)
     precision = precision_of(dtype, tf32, plan.arch)
@@ -60,8 +84,7 @@ def backward(
     readable = not dys.transposed and dys.ld >= n  # an expanded dy has no rows to load tiles of
     fusable = readable and ys is not None
     dz = dys if readable and ys is None else None
-    sums = Partials(None, None)
-    pending: tuple[Partials, ...] = ()
+    pending: tuple[Partials, ...] = (sums,)
     if y is None and dz is None and not (dx is None and dw is None):
         dz, sums = output_grad(plan, dy, None, activation, None, db)
         pending, db = (sums,), None
@@ -93,21 +116,30 @@ def backward(
     if dx is not None:
         assert w is not None
         ws = operand(plan, w)
-        if dz is None and fusable and db is None:
+        fused = dz is None and fusable and db is None
+        if fused:
             s = dgrad_config(plan, dys, ys, ws, precision)
-            if s.fuse_dz:
-                dgrad(plan, dys, ys, ws, dx, s, activation, precision)
-                return
-        if dz is None or db is not None:
-            dz, sums = output_grad(plan, dy, y, activation, dz, db)
-            pending, db = (sums,), None
-        dgrad(plan, dz, None, ws, dx, dgrad_config(plan, dz, None, ws, precision), activation, precision)
+            fused = s.fuse_dz
+        if not fused:
+            if dz is None or db is not None:
+                dz, sums = output_grad(plan, dy, y, activation, dz, db)
+                pending = (sums,)
+            s = dgrad_config(plan, dz, None, ws, precision)
+        below_db = None if below is None else partials_of(plan, below.db, cdiv(m, s.block_i), partial)
+        source, output = (dys, ys) if fused else (dz, None)
+        assert source is not None
+        lower = None
+        if below is not None:
+            assert x is not None
+            lower = x, as_stored(below.activation, dy.dtype), below_db
+        dgrad(plan, source, output, ws, dx, s, activation, precision, lower)
         append_sums(plan, *pending)
-        return
+        return Partials(below_db, None if below is None else below.db)
 
     if db is not None:
         pending = (sum_rows(plan, dy, y, activation, None, db),)
     reduce_partials(plan, *pending)
+    return NO_SUMS
 
 
 def output_grad(
@@ -158,17 +190,18 @@ def dgrad_config(plan: Plan, dz: Operand, y: Operand | None, w: Operand, precisi
 
 def dgrad(
     plan: Plan, dz: Operand, y: Operand | None, w: Operand, dx: Buffer, s: MatmulConfig, activation: Activation,
-    precision: str, below: Buffer | None = None, db: Buffer | None = None,
+    precision: str, below: tuple[Buffer, Activation, Buffer | None] | None = None,
 ) -> None:  # fmt: skip
     """dx = dz·w. With `s.fuse_dz`, `dz` is dy.
 
-    below: the output of the layer below, whose dz `dx` then is; `activation` is that layer's, and `db` gets the sums of
-    the rows of each tile, (rows of tiles, K), or of all in its own shape if there is one row of tiles.
+    below: the layer below's output and activation; `dx` is then its dz. Also where to leave the sums of each tile's
+    rows, partial results of its db: (rows of tiles, K), or that db itself if there is one row of tiles.
     """
     (m, n), k = dz.tensor.shape, w.tensor.shape[1]
     out = operand(plan, dx)
     store_tma = s.tma and out.tma
     precision = precision_in_kernel(precision, s.tma)
+    lower, act, db = below or (None, None, None)
     plan.launch(
         kernels.dgrad,
         (s.tiles(m, k),),
@@ -177,13 +210,13 @@ def dgrad(
             y.argument(s.tma, s.block_i, s.block_l) if s.fuse_dz and y is not None else None,
             w.argument(s.tma, s.block_l, s.block_j, precision),
             out.argument(store_tma, s.block_i, s.block_j),
-            below, db, None, m, n, k, dz.ld, w.ld,
+            lower, db, None, m, n, k, dz.ld, w.ld,
         ),
         kernels.Product(
             BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
             PRECISION=precision, FUSE_DZ=s.fuse_dz, ACT=activation if s.fuse_dz else None, TMA=s.tma,
-            TMA_STORE=store_tma, W_TRANSPOSED=w.transposed, BELOW=None if below is None else activation,
-            VEC_BELOW=None if below is None else operand(plan, below).vec,
+            TMA_STORE=store_tma, W_TRANSPOSED=w.transposed, BELOW=act,
+            VEC_BELOW=None if lower is None else operand(plan, lower).vec,
             PREFETCH=prefetched(s, dz, w), VEC=min(t.vec for t in (dz, w, y) if t is not None), VEC_STORE=out.vec,
         ),
         s,

@@ -3,14 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ...dispatch import dtype_name
-from ...launch.arch import cdiv, precision_of
-from ...launch.layout import Operand, accumulator, operand
 from ...launch.plan import Buffer, Plan
-from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
-from ..activations import NONE, Activation, as_stored
-from ..linear.config import WgradProblem
-from ..linear.plan import dgrad, dgrad_config, output_grad, wgrad
+from ...launch.reduce import Partials
+from ..activations import NONE, Activation
+from ..linear.plan import Below, backward_layer
 from ..linear.plan import forward as linear
 
 
@@ -44,55 +40,17 @@ def backward(
     """
     every = [Layer(*layers[4 * n : 4 * n + 4]) for n in range(len(activations))]  # type: ignore[arg-type]
     plan.writes(dx, *(t for layer in every for t in layer[2:]))
-    acts = [as_stored(activation, dy.dtype) for activation in activations]
-    precision = precision_of(dtype_name(dy.dtype), tf32, plan.arch)
-    m = dy.shape[0]
-
-    dz, sums = _last_dz(plan, dy, every[-1], acts[-1])
-    for n, layer in reversed([*enumerate(every)]):
-        source = every[n - 1].y if n else x
-        pending: tuple[Partials, ...] = (sums,)
-        if layer.dw is not None:
-            pending = (_wgrad(plan, dz, operand(plan, source), layer.dw, tf32, (dx or source).numel()), sums)
+    last, sums = len(every) - 1, Partials(None, None)
+    for n, (w, y, dw, db) in reversed([*enumerate(every)]):
         lower = every[:n]
-        if n and (dx is not None or any(t is not None for below in lower for t in below[2:])):
-            ws = operand(plan, layer.w)
-            s = dgrad_config(plan, dz, None, ws, precision)
-            out = plan.scratch(source.shape, source.dtype)
-            parts = partials_of(plan, lower[-1].db, cdiv(m, s.block_i), accumulator(dy.dtype))
-            dgrad(plan, dz, None, ws, out, s, acts[n - 1], precision, source, parts)
-            append_sums(plan, *pending)
-            dz, sums = operand(plan, out), Partials(parts, lower[-1].db)
-        elif n == 0 and dx is not None:
-            ws = operand(plan, layer.w)
-            dgrad(plan, dz, None, ws, dx, dgrad_config(plan, dz, None, ws, precision), NONE, precision)
-            append_sums(plan, *pending)
-        else:
-            reduce_partials(plan, *pending)
+        source = lower[-1].y if lower else x
+        wanted = dx is not None or any(t is not None for below in lower for t in below[2:])
+        out = (plan.scratch(source.shape, source.dtype) if wanted else None) if lower else dx
+        sums = backward_layer(
+            plan, dy, source, w, y if n == last and activations[n].name else None, out, dw, db if n == last else None,
+            activation=activations[n] if n == last else NONE, tf32=tf32, sums=sums,
+            below=Below(activations[n - 1], lower[-1].db) if lower else None,
+        )  # fmt: skip
+        if out is None:
             return
-
-
-def _last_dz(plan: Plan, dy: Buffer, layer: Layer, activation: Activation) -> tuple[Operand, Partials]:
-    """dz of the last layer: dy where that is what a product can read, else written here; and db's partial sums."""
-    dys = operand(plan, dy)
-    as_it_is = activation.name is None and not dys.transposed and dys.ld >= dy.shape[1]
-    if as_it_is and layer.db is None:
-        return dys, Partials(None, None)
-    return output_grad(plan, dy, layer.y if activation.name else None, activation, dys if as_it_is else None, layer.db)
-
-
-def _wgrad(plan: Plan, dz: Operand, x: Operand, dw: Buffer, tf32: bool, spare: int) -> Partials:
-    """dw, or partial results of it. spare: elements that those may take."""
-    (m, n), k = dz.tensor.shape, x.tensor.shape[1]
-    dtype = dtype_name(dw.dtype)
-    precision = precision_of(dtype, tf32, plan.arch)
-    s = plan.config(
-        WgradProblem(
-            m, n, k, dtype, precision, plan.arch, vec=min(dz.vec, x.vec), tma=dz.tma and x.tma, may_fuse=False,
-            spare=spare * dw.element_size(),
-        )
-    )  # fmt: skip
-    shares = partials_of(plan, dw, s.splits, accumulator(dw.dtype))
-    assert shares is not None
-    wgrad(plan, dz, None, x, shares, None, None, s, NONE, precision)
-    return Partials(shares, dw)
+        dy = out

@@ -1,0 +1,129 @@
+"""`mlp`: layers of y = act(x·wᵀ + b). A shape is (rows, features of the input, of each layer's output)."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tribp
+from tribp.launch.arch import Arch
+from tribp.ops.activations import activate, activation_of
+
+from . import linear
+from .operation import Case, DifferentiableProblem, KernelTests, Operation, Target, Work, functions, named
+
+if TYPE_CHECKING:
+    from tribp.launch.plan import Launch
+
+TALL, DEEP, DIGITS = (65536, 784, 256, 10), (8192, 1024, 1024, 1024, 1024), (128, 784, 256, 64, 10)
+BF16, FP32 = torch.bfloat16, torch.float32
+OPTIONS: dict[str, Any] = dict(activation="sigmoid", last="sigmoid")
+
+
+def cases() -> list[Case]:
+    return [Case(shape, dtype, small=shape == DIGITS) for dtype in (BF16, FP32) for shape in (TALL, DEEP, DIGITS)]
+
+
+def ours(x: Tensor, *layers: Tensor, activation: str, last: str) -> Tensor:
+    return tribp.mlp(x, layers[::2], layers[1::2], activation, last)
+
+
+def eager(x: Tensor, *layers: Tensor, activation: str, last: str) -> Tensor:
+    for n, (w, b) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
+        act = activation_of("bench", activation if 2 * n + 2 < len(layers) else last)
+        x = activate(F.linear(x, w, b), *act)
+    return x
+
+
+def problem(case: Case, device: torch.device) -> DifferentiableProblem:
+    """Fresh inputs, scaled as trained layers' are."""
+    rows, *sizes = case.shape
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.float32).to(case.dtype)
+
+    arguments = {"input": normal(rows, sizes[0])}
+    for n, (before, after) in enumerate(itertools.pairwise(sizes)):
+        arguments |= {f"weight{n}": normal(after, before) * before**-0.5, f"bias{n}": normal(after)}
+    return DifferentiableProblem(arguments, normal(rows, sizes[-1]), eager, scales, case.tf32, OPTIONS)
+
+
+def scales(arguments: Mapping[str, Tensor], output_grad: Tensor) -> dict[str, float]:
+    """A bias's gradient sums rows of either sign, and can be as small as it likes."""
+    x, *layers = arguments.values()
+    rows = [b.expand(len(x), -1).clone().requires_grad_() for b in layers[1::2]]
+    y = eager(x, *itertools.chain.from_iterable(zip(layers[::2], rows, strict=True)), **OPTIONS)
+    found = torch.autograd.grad(y, rows, output_grad)
+    return {f"bias{n}": float(dz.norm(dim=0).norm()) for n, dz in enumerate(found)}
+
+
+def work(case: Case, direction: str) -> Work:
+    """Each input read once, each output written once; what passes from layer to layer once each way."""
+    rows, *sizes = case.shape
+    weights = sum(k * n for k, n in itertools.pairwise(sizes))
+    parameters = weights + sum(sizes[1:])
+    hidden = rows * sum(sizes[1:-1])
+    x, y = rows * sizes[0], rows * sizes[-1]
+    elements, products = {
+        "forward": (x + parameters + hidden + y, 1.0),
+        "backward": (2 * y + hidden + 2 * hidden + x + x + 2 * parameters, 2.0),
+        "wgrad only": (2 * y + hidden + 2 * hidden + x + 2 * parameters, 2 - sizes[0] * sizes[1] / weights),
+    }[direction]
+    return Work(elements * case.dtype.itemsize, products * 2 * rows * weights)
+
+
+def targets(case: Case, direction: str) -> list[Target]:
+    """Never slower than layers of torch's, compiled or not."""
+    return [Target("eager", 1.0), Target("compile", 1.0)] if case.dtype == BF16 else []
+
+
+def launches(case: Case, direction: str, arch: Arch) -> "list[Launch]":
+    """The launches of one direction, on tensors without memory."""
+    from tribp.launch.plan import launches_of
+    from tribp.ops.mlp import plan
+
+    rows, *sizes = case.shape
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta", dtype=case.dtype)
+
+    facts = dict(activations=(activation_of("bench", "sigmoid"),) * (len(sizes) - 1), tf32=case.tf32)
+    x, shapes = empty(rows, sizes[0]), [*itertools.pairwise(sizes)]
+    if direction == "forward":
+        layers = [t for k, n in shapes for t in (empty(n, k), empty(n), empty(rows, n))]
+        return launches_of(plan.forward, arch, (x, *layers), **facts)
+    layers = [t for k, n in shapes for t in (empty(n, k), empty(rows, n), empty(n, k), empty(n))]
+    dx = empty(rows, sizes[0]) if direction == "backward" else None
+    return launches_of(plan.backward, arch, (empty(rows, sizes[-1]), x, dx, *layers), **facts)
+
+
+def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, Case, str]]:
+    """What the linear layer's own cases have not: a dgrad that goes on to the layer below."""
+    odd = (1000, 333, 77, 10)
+    some = [Case(TALL, BF16), Case(DEEP, BF16), Case(odd, BF16), Case(DEEP, FP32), Case(odd, torch.float64)]
+    return named(arch, ((case, ["backward"]) for case in [*some, *(cases() if everything else [])]))
+
+
+OPERATION = Operation(
+    name="mlp",
+    summary="tribp.mlp against layers of torch's",
+    cases=cases(),
+    smoke_cases=[Case((33, 16, 24, 8), BF16, small=True), Case((20, 7, 19, 5), FP32)],
+    directions=("forward", "backward", "wgrad only"),
+    providers=functions(ours, eager),
+    problem=problem,
+    work=work,
+    targets=targets,
+    launches=launches,
+    compiled=compiled,
+    expectations=linear.expectations,
+    kernel_work=linear.OPERATION.kernel_work,
+    tests=KernelTests(
+        ["tests/mlp"], ["tests/mlp", "-k", "matches_torch and (sigmoid or relu)"], ["tests/mlp", "-k", "rows"]
+    ),
+    run_first={"bfloat16": "--dtype bfloat16"},
+    switches=("TMA", "FUSE_DZ", "below"),
+)
