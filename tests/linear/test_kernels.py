@@ -238,6 +238,19 @@ def test_reduce_partials_of_two_results(parts: int, size: tuple[int, int, int], 
     torch.testing.assert_close(short, more.sum(0))
 
 
+def test_a_sum_of_many_parts_beside_one_of_few_has_a_launch_of_its_own(kernels: str) -> None:
+    """It would take as many parts at a time as suit the other one."""
+    partials, more = torch.randn(2, 600, device=kernels), torch.randn(700, 13, device=kernels)
+    out, short = (nan(length, dtype=torch.float32, device=kernels) for length in (600, 13))
+
+    def build(plan: Plan, partials: Buffer, out: Buffer, more: Buffer, short: Buffer) -> None:
+        reduce_partials(plan, Partials(partials, out), Partials(more, short))
+
+    assert len(run(build, (partials, out, more, short))) == 2
+    torch.testing.assert_close(out, partials.sum(0))
+    torch.testing.assert_close(short, more.sum(0))
+
+
 def test_splits_cover_the_rows_exactly() -> None:
     for m in (1, 16, 17, 255, 1000, 4096, 5000, 65536, 200_000):
         for n, k in ((16, 16), (10, 128), (256, 784), (4096, 4096)):
