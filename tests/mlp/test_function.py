@@ -211,3 +211,24 @@ def test_errors(device: str) -> None:
         tribp.nn.MLP([3])
     with pytest.raises(ValueError, match=r"^MLP: activation must be"):
         tribp.nn.MLP([3, 4], "swish")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_large_network_in_a_graph(dtype: torch.dtype, kernels: str) -> None:
+    """Splits, many rows of tiles and persistent programs; captured, and replayed with other numbers."""
+    inputs = draw((784, 256, 136, 10), 20_000, dtype, kernels)
+    dy = torch.randn(20_000, 10, device=kernels, dtype=dtype)
+    torch.autograd.grad(ours("sigmoid", "tanh", *inputs), inputs, dy)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ours("sigmoid", "tanh", *inputs)
+        found = torch.autograd.grad(y, inputs, dy)
+    with torch.no_grad():
+        inputs[0].copy_(torch.randn_like(inputs[0]))
+    graph.replay()
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    true = theirs("sigmoid", "tanh", *exact)
+    torchs = torch.autograd.grad(theirs("sigmoid", "tanh", *inputs), inputs, dy)
+    for one, other, value in zip(found, torchs, torch.autograd.grad(true, exact, dy.double()), strict=True):
+        assert_close(one, value.cpu(), other, tolerance=40 * torch.finfo(dtype).eps)

@@ -360,6 +360,9 @@ class ReduceProblem(NamedTuple):
         )
 
 
+APPENDED_PARTS = 8  # partial results that programs of another kernel's launch read at once
+
+
 def appended_sums(arch: Arch, num_warps: int, rows: int, vec: int) -> ReduceConfig:
     """Of sums in another kernel's launch, of so many warps.
 
@@ -369,5 +372,5 @@ def appended_sums(arch: Arch, num_warps: int, rows: int, vec: int) -> ReduceConf
     if arch.backend == "interpreter":
         return ReduceConfig(4, 512, num_warps, REASON_INTERPRETED)
     elements = 512 * vec * num_warps
-    block = max(8 * power_of_2(rows), elements // 8)
+    block = max(8 * power_of_2(rows), elements // APPENDED_PARTS)
     return ReduceConfig(elements // block, block, num_warps, "derived: 16 loads in flight a thread")

@@ -9,7 +9,7 @@ import torch
 from ..kernels import common
 from .arch import cdiv, power_of_2
 from .layout import accumulator, vector_length
-from .matmul import ReduceConfig, ReduceProblem, appended_sums
+from .matmul import APPENDED_PARTS, ReduceConfig, ReduceProblem, appended_sums
 from .plan import Buffer, Launch, Plan
 
 # Turns of a loop. By the model: 512 parts, 8 at once, take 42 µs behind another kernel; 64 at once, 7 in a launch of
@@ -105,27 +105,28 @@ def reduce_partials(plan: Plan, *results: Partials) -> None:
 
 def append_sums(plan: Plan, *results: Partials) -> None:
     """Let the last launch, of a kernel with an argument `sums`, add up what `reduce_partials` would, behind its own."""
-    launch, whole = plan.steps[-1], results[0] if results else Partials(None, None)
+    step, whole = len(plan.steps) - 1, results[0] if results else Partials(None, None)
+    launch = plan.steps[step]
     assert isinstance(launch, Launch)
     constants: Any = launch.constants["CONFIG"]
     if getattr(constants, "PREFETCH", False):
         # Compiled: with a way past its loop ptxas gives that kernel 255 registers in place of 168, and spills on sm_80.
         reduce_partials(plan, *results)
         return
-    sums = sums_of(results)
+    many = [r for r in results if r.partials is not None and r.pending and r.partials.shape[0] > MANY * APPENDED_PARTS]
+    for result in many:
+        reduce_partials(plan, result)
+    sums = sums_of([result for result in results if result not in many])
     if sums is None and whole.out is not None:
         # No program adds up a result that is whole already: 0 parts, and the kernel is the same.
         sums = sums_of([whole._replace(partials=plan.scratch((0,), accumulator(whole.out.dtype)))])
     if sums is None:
         return
     config = appended_sums(plan.arch, launch.num_warps, sums.rows, min(sums.vecs))
-    if max(sums.parts, sums.parts2) > MANY * config.block_parts:
-        reduce_partials(plan, *results)
-        return
     first, *others = launch.grid
     at = launch.kernel.arg_names.index("sums")
     numbers = tuple(2 * n + 3 if isinstance(n, int) else n for n in sums)  # `common.add_appended`
-    plan.steps[-1] = launch._replace(
+    plan.steps[step] = launch._replace(
         grid=(first + cdiv(sums.programs(config), math.prod(others)), *others),
         arguments=(*launch.arguments[:at], numbers, *launch.arguments[at + 1 :]),
         constants={"CONFIG": constants._replace(SUMS=sums.compiled(config))},
