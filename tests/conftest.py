@@ -23,9 +23,9 @@ for variable in ("TRIBP_BACKEND", "TRIBP_AUTOTUNE"):
 
 NEED_TRITON = [
     "activations/test_kernels.py", "bench/test_model.py", "bench/test_operation.py", "bench/test_static.py",
-    "bench/test_static_conv.py", "bench/test_static_wgmma.py", "bench/test_tune.py", "conv3x3/test_addresses.py", "conv3x3/test_kernels.py",
-    "conv3x3/test_operands.py", "launch/test_autotune.py", "launch/test_configs.py", "launch/test_tf32.py",
-    "linear/test_kernels.py",
+    "bench/test_static_conv.py", "bench/test_static_wgmma.py", "bench/test_tune.py", "conv3x3/test_addresses.py",
+    "conv3x3/test_kernels.py", "conv3x3/test_operands.py", "launch/test_autotune.py", "launch/test_configs.py",
+    "launch/test_tf32.py", "linear/test_kernels.py",
 ]  # fmt: skip
 collect_ignore = [] if importlib.util.find_spec("triton") else NEED_TRITON
 
