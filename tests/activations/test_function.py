@@ -233,3 +233,23 @@ def test_gradients_without_activation(dy: str, needs: str, kernels: str) -> None
     ours, theirs = tribp.linear(x, w, b), F.linear(x, w, b)
     for result, expected in zip(grads(ours, inputs, grad), grads(theirs, inputs, grad), strict=True):
         torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", [*LAYERS, "mlp"])
+def test_nothing_passes_where_an_output_is_at_a_rounded_bound(layer: str, dtype: torch.dtype, kernels: str) -> None:
+    """0.1 and 0.3 lie on either side of what float16 and bfloat16 make of them."""
+    for bounds in ((-0.3, 0.1), (-0.1, 0.3)):
+        activation = ("hardtanh", *bounds)
+        if layer == "mlp":
+            x, w, b = draw([(20, 8), (16, 8), (16,)], dtype, kernels)
+            y = tribp.mlp(x, [w, torch.eye(16, dtype=dtype, device=kernels)], [b, None], activation)
+        else:
+            ours, _, sizes = LAYERS[layer](activation)
+            x, w, b = draw(sizes, dtype, kernels)
+            y = ours(x, w, b)
+        stored = torch.tensor(bounds, dtype=torch.float64).to(dtype).double()
+        inside = (y.double() > stored[0]) & (y.double() < stored[1])
+        (db,) = torch.autograd.grad(y, b, torch.ones_like(y))
+        assert 0 < int(inside.sum()) < inside.numel()
+        assert torch.equal(db.double(), inside.double().sum([d for d in range(y.dim()) if d != 1]))

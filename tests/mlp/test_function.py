@@ -232,3 +232,18 @@ def test_a_large_network_in_a_graph(dtype: torch.dtype, kernels: str) -> None:
     torchs = torch.autograd.grad(theirs("sigmoid", "tanh", *inputs), inputs, dy)
     for one, other, value in zip(found, torchs, torch.autograd.grad(true, exact, dy.double()), strict=True):
         assert_close(one, value.cpu(), other, tolerance=40 * torch.finfo(dtype).eps)
+
+
+def test_sums_of_many_rows_of_tiles_have_a_launch_of_their_own() -> None:
+    """db of the layer below has one part for each of 512 rows of tiles; what is left over goes with a dgrad."""
+    pytest.importorskip("triton")
+    from bench import mlp
+    from bench.operation import Case
+    from tribp.launch.arch import ARCHS
+
+    def names(shape: tuple[int, ...]) -> list[str]:
+        return [x.kernel.__name__ for x in mlp.launches(Case(shape, torch.bfloat16), "backward", ARCHS["sm_90"])]
+
+    products = ["wgrad", "dgrad", "wgrad", "dgrad"]
+    assert names((65536, 784, 256, 10)) == ["output_grad", *products, "reduce_partials"]
+    assert names((8192, 1024, 1024, 1024)) == products
