@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..nn import Conv3x3, Linear
+from .forward import unread_forward
 from .modules import (
     LAYERS,
     FusedActivation,
@@ -24,26 +25,32 @@ from .modules import (
     torch_linear,
     unreadable,
 )
-from .plan import Place, Plan, runs_in_order
+from .plan import Place, Plan
 from .report import Report
 
 
 def fuse(model: nn.Module) -> Report:
     """Put tribp's modules where torch's stand in `model`, in place; the report tells what was replaced, what left, why.
 
-    - `nn.Linear` with an activation directly behind it in an `nn.Sequential` becomes a `Linear` with that activation,
-      or a `LinearSigmoid`. Activations are `nn.Sigmoid`, `Tanh`, `ReLU`, `LeakyReLU`, `ELU`, `Softplus`,
-      `Hardsigmoid`, `Hardtanh` and `ReLU6`, in place or not, with numbers that `tribp.linear` takes;
-    - every 3×3 `nn.Conv2d` that `Conv3x3` takes becomes one, with the activation directly behind it in an
-      `nn.Sequential`; a `Conv3x3` or a tribp `Linear` without one takes that in, too.
+    - `nn.Linear` with an activation directly behind it becomes a `Linear` with that activation, or a `LinearSigmoid`.
+      Activations are `nn.Sigmoid`, `Tanh`, `ReLU`, `LeakyReLU`, `ELU`, `Softplus`, `Hardsigmoid`, `Hardtanh` and
+      `ReLU6`, in place or not, with numbers that `tribp.linear` takes, and torch's functions and methods of those;
+    - every 3×3 `nn.Conv2d` that `Conv3x3` takes becomes one, with the activation directly behind it; a `Conv3x3` or a
+      tribp `Linear` without one takes that in, too.
+
+    An activation is behind a layer in an `nn.Sequential`, or in the source of the `forward` of the module that holds
+    the layer: `self.act(self.conv(x))`, `F.relu(self.conv(x))`, `self.conv(x).relu()`, or in the line after
+    `y = self.conv(x)` where nothing else reads that y. In a Sequential, a `FusedActivation`, which does nothing, keeps
+    the activation's place. A module with another `forward` gets a class derived from its own, whose `forward` is the
+    same code without those calls; nothing is traced, so that flags, modes and branches go on to mean what they do.
 
     The Parameters are the same objects, so that an optimizer built before goes on; mode, device, dtype, attributes that
-    were set on a module, and the state_dict's keys are the same: a `FusedActivation`, which does nothing, keeps the
-    activation's place. What stands at several places stands there again as one module; its activation is taken in only
-    if the same follows at each of them. Left are modules with hooks, parametrizations or more parameters, subclasses,
-    lazy and scripted modules, and what FSDP holds.
+    were set on a module, and the state_dict's keys are the same. What stands at several places, or is called several
+    times, becomes one module again; its activation is taken in only if the same follows each time. Left are modules
+    with hooks, parametrizations or more parameters, subclasses, lazy and scripted modules, and what FSDP holds.
 
-    Not seen is code that takes a Sequential apart: `self.layers[0](x)` now has the activation applied.
+    Not seen is code outside the model that takes it apart: `model.layers[0](x)` and `model.conv(x)` now have the
+    activation applied. Nor is what changes after fuse: a class's `forward`, or the module in an activation's place.
 
     Raises:
         TypeError: model is no module.
@@ -57,6 +64,8 @@ def fuse(model: nn.Module) -> Report:
             plan.leave(places, f"it is a {full_name(module)}, no torch.nn.Conv2d")
         elif isinstance(module, torch.jit.ScriptModule):
             plan.leave(places, "it is compiled by TorchScript")
+        else:
+            plan.leave(places, unread_forward(module))
     return plan.carry_out(FusedActivation)
 
 
@@ -122,6 +131,9 @@ def unfuse(model: nn.Module) -> Report:
         elif isinstance(module, FusedActivation):
             orphans = [place for place in places if not computes(place.before, module)]
             plan.leave(orphans, f"no module that computes the {type(module.original).__name__} is before it")
+        for place in places:
+            if place.site and isinstance(place.behind, FusedActivation) and not computes(module, place.behind):
+                plan.leave([place], f"it does not compute the {type(place.behind.original).__name__} behind it")
     return plan.carry_out(_original)
 
 
@@ -138,8 +150,8 @@ def _unpaired(places: Sequence[Place]) -> str:
             return reason
         if activation_like(place.behind) != activation_like(first.behind):
             return f"one activation is behind {first.name}, another behind {place.name}"
-        if not runs_in_order(place.parent):
-            return f"the {type(place.parent).__name__} around {place.name} need not run its modules in their order"
+        if place.doubt:
+            return place.doubt
     return ""
 
 
@@ -151,8 +163,8 @@ def _not_behind(module: nn.Module, places: Sequence[Place]) -> str:
         reason = obstacle(f"the FusedActivation at {place.behind_name}", place.behind, FusedActivation)
         if reason:
             return reason
-        if not runs_in_order(place.parent):
-            return f"the {type(place.parent).__name__} around {place.name} need not run its modules in their order"
+        if place.doubt:
+            return place.doubt
     return ""
 
 

@@ -1,19 +1,22 @@
 """Where modules stand, and what will be put in their places."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .modules import obstacle
+from .forward import Behind, Site, behind_calls, class_with_changed_sites, reached_from_outside
+from .modules import LAYERS, obstacle
 from .report import Left, Replaced, Report
 
 FSDP = {"FSDPModule", "FullyShardedDataParallel"}  # by name: to import them takes long, and a torch with distributed
 
+_ANY_ORDER = "the {} around {} need not run its modules in their order"
+
 
 class Place(NamedTuple):
-    """Where a module stands; in a Sequential or ModuleList also between which others."""
+    """Where a module stands, and between which others it runs; once for each call by its parent's own forward."""
 
     parent: nn.Module | None
     key: str
@@ -23,9 +26,11 @@ class Place(NamedTuple):
     behind: nn.Module | None = None
     behind_key: str = ""
     behind_name: str = ""
+    site: Site = ()  # in the parent's forward
+    doubt: str = ""  # why `behind` need not be what happens to each output
 
 
-def places_below(parent: nn.Module, prefix: str, seen: set[int]) -> Iterator[Place]:
+def places_below(parent: nn.Module, prefix: str, seen: set[int], reached: Mapping[str, str]) -> Iterator[Place]:
     """All places below `parent`, in the order of `named_modules`, but each place of a module that has several."""
     if id(parent) in seen or isinstance(parent, torch.jit.ScriptModule):
         return
@@ -33,9 +38,17 @@ def places_below(parent: nn.Module, prefix: str, seen: set[int]) -> Iterator[Pla
     children = [(key, child) for key, child in parent._modules.items() if child is not None]
     row = [("", None), *children, ("", None)] if isinstance(parent, (nn.Sequential, nn.ModuleList)) else []
     for i, (key, child) in enumerate(children):
-        (_, before), _, (behind_key, behind) = row[i : i + 3] or [("", None)] * 3
-        yield Place(parent, key, prefix + key, child, before, behind, behind_key, prefix + behind_key)
-        yield from places_below(child, f"{prefix}{key}.", seen)
+        name = prefix + key
+        if row:
+            (_, before), _, (behind_key, behind) = row[i : i + 3]
+            doubt = "" if _runs_in_order(parent) else _ANY_ORDER.format(type(parent).__name__, name)
+            yield Place(parent, key, name, child, before, behind, behind_key, prefix + behind_key, doubt=doubt)
+        else:
+            calls = (behind_calls(parent, key, reached) if isinstance(child, LAYERS) else []) or [Behind()]
+            for behind, behind_key, site, doubt in calls:
+                behind_name = prefix + behind_key if behind_key else name
+                yield Place(parent, key, name, child, None, behind, behind_key, behind_name, site, doubt)
+        yield from places_below(child, f"{name}.", seen, reached)
 
 
 class _Replacement(NamedTuple):
@@ -51,7 +64,7 @@ class Plan:
     def __init__(self, caller: str, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
-        places = [Place(None, "", "", model), *places_below(model, "", set())]
+        places = [Place(None, "", "", model), *places_below(model, "", set(), reached_from_outside(model))]
         self.order = {place.name: i for i, place in enumerate(places)}
         grouped: dict[int, list[Place]] = {}
         for place in places:
@@ -79,6 +92,9 @@ class Plan:
         self.replacements += [_Replacement(place, made, pair, Replaced(place.name, was, now)) for place in places]
 
     def leave(self, places: Sequence[Place], reason: str) -> None:
+        """Report what stands at `places` as left; nothing if there is no reason."""
+        if not reason:
+            return
         self.left += [Left(place.name, type(place.module).__name__, reason) for place in places]
 
     def leave_activations(self, places: Sequence[Place], reason: str) -> None:
@@ -86,20 +102,30 @@ class Plan:
         self.left += [Left(place.behind_name, type(place.behind).__name__, reason) for place in places]
 
     def carry_out(self, stand_in: Callable[[nn.Module], nn.Module]) -> Report:
+        classes: dict[int, tuple[nn.Module, set[Site]]] = {}
+        for place, _, pair, _ in self.replacements:
+            if pair and place.site and place.parent is not None:
+                classes.setdefault(id(place.parent), (place.parent, set()))[1].add(place.site)
+        new_classes = [(parent, class_with_changed_sites(parent, sites)) for parent, sites in classes.values()]
         stand_ins: dict[int, nn.Module] = {}  # what stands behind several places stays one module too
         for place, made, pair, _ in self.replacements:
             assert place.parent is not None
             place.parent._modules[place.key] = made  # setattr may mean something else to the parent
-            if pair:
+            if pair and not place.site:
                 assert place.behind is not None
                 if id(place.behind) not in stand_ins:
                     stand_ins[id(place.behind)] = stand_in(place.behind)
                 place.parent._modules[place.behind_key] = stand_ins[id(place.behind)]
-        replaced = sorted((entry for *_, entry in self.replacements), key=lambda entry: self.order[entry.name])
-        return Report(tuple(replaced), tuple(sorted(self.left, key=lambda entry: self.order[entry.name])))
+        for parent, kind in new_classes:
+            parent.__class__ = kind
+        replaced = dict.fromkeys(entry for *_, entry in self.replacements)  # once for several calls
+        return Report(tuple(sorted(replaced, key=self._rank)), tuple(sorted(dict.fromkeys(self.left), key=self._rank)))
+
+    def _rank(self, entry: Replaced | Left) -> int:
+        return self.order[entry.name]
 
 
-def runs_in_order(parent: nn.Module | None) -> bool:
+def _runs_in_order(parent: nn.Module | None) -> bool:
     if not isinstance(parent, nn.Sequential) or "forward" in vars(parent):
         return False
     kind = type(parent)
