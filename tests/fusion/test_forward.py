@@ -210,6 +210,10 @@ ALONE = {
         "y = self.conv(x)\nz = F.relu(y)\ndef f():\n    return y\nreturn z + f()",
         "Net.forward may do something",
     ),
+    "a closure": (
+        "f = lambda: x\nx = self.conv(x)\nx = F.relu(x) + f()\nreturn x",
+        "Net.forward may do something else",
+    ),
     "a number in a variable": (
         "return F.leaky_relu(self.conv(x), self.slope)",
         "the arguments of F.leaky_relu(_, self",
