@@ -18,7 +18,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from ..ops.activations import DEFAULTS
-from .modules import ACTIVATIONS, LAYERS, PARAMETERS, FusedActivation, activation_kind
+from .modules import ACTIVATIONS, BATCH_NORMS, LAYERS, PARAMETERS, FoldedBatchNorm, FusedActivation, activation_kind
 from .source import Source, Use, names_in
 
 Site = tuple[str, ...]  # the attribute that is a layer, and what is applied to its output, as `Use.text`
@@ -48,14 +48,14 @@ FUNCTIONS = {
 class Behind(NamedTuple):
     """What takes the output of one call of a layer."""
 
-    module: nn.Module | None = None  # an activation; for a function, the module that computes the same
+    module: nn.Module | None = None  # an activation, for a function the module that computes the same; or a batch norm
     key: str = ""  # the module's name among the children; nothing for a function
     site: Site = ()
     doubt: str = ""  # why the call need not be all that happens to the layer's output
 
 
-def behind_calls(module: nn.Module, key: str, reached: Mapping[str, str]) -> list[Behind]:
-    """What takes the output at each call of the child `key` in the module's forward; nothing where no activation does.
+def behind_calls(module: nn.Module, key: str, reached: Mapping[str, str], harmless: frozenset[str]) -> list[Behind]:
+    """What takes the output at each call of the child `key` in the module's forward; nothing where that is not known.
 
     `reached` is what `reached_from_outside` says of the whole model.
     """
@@ -67,11 +67,20 @@ def behind_calls(module: nn.Module, key: str, reached: Mapping[str, str]) -> lis
     calls = [_behind(source, module, key, call) for call in source.calls(key)]
     if not any(behind.module for behind in calls):
         return []
-    doubt = _doubt(source, module, kind, key)
-    if not doubt and key in reached:
-        doubt = f"{reached[key]} takes a {key} from another module"
+    doubt = doubt_about(module, key, reached, harmless)
     calls = [behind._replace(doubt=behind.doubt or doubt) for behind in calls]
     return [b._replace(module=FusedActivation(b.module)) if b.module and b.site in sites else b for b in calls]
+
+
+def doubt_about(module: nn.Module, key: str, reached: Mapping[str, str], harmless: frozenset[str]) -> str:
+    """Why something else may happen to the child `key` than its calls in forward; nothing if nothing else can."""
+    kind, _ = class_and_sites(module)
+    outside = f"{reached[key]} takes a {key} from another module" if key in reached else ""
+    return _doubt(read_forward(kind), module, kind, key, harmless) or outside
+
+
+def calls_once(module: nn.Module, key: str) -> bool:
+    return len(read_forward(class_and_sites(module)[0]).calls(key)) == 1
 
 
 def unread_forward(module: nn.Module) -> str:
@@ -107,21 +116,26 @@ def _read(function: FunctionType) -> Source | str:
 
 def _behind(source: Source, module: nn.Module, key: str, call: ast.Call) -> Behind:
     use = source.use(call)
+    site: Site = (key,)
+    while use and isinstance(_child(module, source.own_attribute(use.call.func)), FoldedBatchNorm):
+        site = (*site, use.text)
+        use = source.use(use.call)
     if use:
-        return _activation(source, module, key, use)
-    others = (_activation(source, module, key, use) for use in source.other_uses(call))
+        return _activation(source, module, site, use)
+    others = (_activation(source, module, site, use) for use in source.other_uses(call))
     doubt = f"{type(module).__name__}.forward may do something else with what {key} returns"
     return next((behind._replace(doubt=doubt) for behind in others if behind.module), Behind())
 
 
-def _activation(source: Source, module: nn.Module, key: str, use: Use) -> Behind:
-    """What a call is that takes the layer's output, if it is an activation."""
-    site = (key, use.text)
+def _activation(source: Source, module: nn.Module, site: Site, use: Use) -> Behind:
+    """What a call is that takes the layer's output, if it is an activation or a batch norm."""
+    site = (*site, use.text)
     child = source.own_attribute(use.call.func)
     if child:
         activation = _child(module, child)
         alone = len(use.call.args) == 1 and not use.call.keywords
-        return Behind(activation, child, site) if alone and activation_kind(activation) else Behind()
+        known = activation_kind(activation) or isinstance(activation, BATCH_NORMS)
+        return Behind(activation, child, site) if alone and known else Behind()
     name = _function(source, use)
     if name is None:
         return Behind()
@@ -167,7 +181,7 @@ def _child(module: nn.Module, key: str) -> nn.Module | None:
     return None if key in vars(module) or hasattr(type(module), key) else module._modules.get(key)
 
 
-def _doubt(source: Source, module: nn.Module, kind: type[nn.Module], key: str) -> str:
+def _doubt(source: Source, module: nn.Module, kind: type[nn.Module], key: str, harmless: frozenset[str]) -> str:
     """Why something else than its calls in forward may happen to a layer, or why forward cannot be another."""
     name = kind.__name__
     if "forward" in vars(module):
@@ -179,7 +193,7 @@ def _doubt(source: Source, module: nn.Module, kind: type[nn.Module], key: str) -
         return f"{name} has a {min(own, default='metaclass')} of its own"
     if parametrize.is_parametrized(module) or isinstance(module, LazyModuleMixin):
         return f"the {name} around it is parametrized or lazy, and may change its class"
-    if not source.only_calls(key, HARMLESS):
+    if not source.only_calls(key, harmless):
         return f"{name}.forward does something else with {key}, too"
     if source.indirect():
         return f"{name}.forward uses {source.indirect()}, which may reach {key}"
@@ -187,25 +201,25 @@ def _doubt(source: Source, module: nn.Module, kind: type[nn.Module], key: str) -
         if function is source.function or function.__name__ == "__init__" or key not in names_in(function.__code__):
             continue
         other = _read(function)
-        if isinstance(other, str) or other.calls(key) or not other.only_calls(key, HARMLESS):
+        if isinstance(other, str) or other.calls(key) or not other.only_calls(key, harmless):
             return f"{function.__qualname__} mentions {key}, too"
     return ""
 
 
-def reached_from_outside(model: nn.Module) -> dict[str, str]:
+def reached_from_outside(model: nn.Module, harmless: frozenset[str]) -> dict[str, str]:
     """Attributes that methods of the model's classes take from other objects than self, and a method for each."""
     reached: dict[str, str] = {}
     for module in model.modules():
-        reached |= _reaches(class_and_sites(module)[0])  # type: ignore[arg-type]
+        reached |= _reaches(class_and_sites(module)[0], harmless)  # type: ignore[arg-type]
     return reached
 
 
 @functools.cache
-def _reaches(kind: type[nn.Module]) -> dict[str, str]:
+def _reaches(kind: type[nn.Module], harmless: frozenset[str]) -> dict[str, str]:
     reached: dict[str, str] = {}
     for function in () if kind.__module__.startswith("torch.") else _functions(kind):
         source = _read(function)
-        names = names_in(function.__code__) if isinstance(source, str) else source.foreign_attributes(HARMLESS)
+        names = names_in(function.__code__) if isinstance(source, str) else source.foreign_attributes(harmless)
         if function.__name__ != "__init__":
             reached |= {str(name): function.__qualname__ for name in names}
     return reached
@@ -253,10 +267,13 @@ def _derived(kind: type[nn.Module], forward: FunctionType, sites: tuple[Site, ..
     for key in sorted({site[0] for site in sites}):
         for call in source.calls(key):
             use = source.use(call)
-            if use is None or (key, use.text) not in sites:
+            site: Site = (key,)
+            while use and (site := (*site, use.text)) not in sites:
+                use = source.use(use.call) if any(s[: len(site)] == site for s in sites) else None
+            if use is None:
                 raise ValueError(f"{kind.__qualname__}.forward has another call of {key} than {sites}")
             uses[use.call] = use.input
-            seen.add((key, use.text))
+            seen.add(site)
     if seen != set(sites):
         raise ValueError(f"{kind.__qualname__}.forward lacks some of {sites}")
     space = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}

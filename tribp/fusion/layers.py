@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..nn import Conv3x3, Linear
+from .folding import fold_batchnorms, unfold_batchnorms
 from .forward import unread_forward
 from .modules import (
     LAYERS,
@@ -29,7 +30,7 @@ from .plan import Place, Plan
 from .report import Report
 
 
-def fuse(model: nn.Module) -> Report:
+def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
     """Put tribp's modules where torch's stand in `model`, in place; the report tells what was replaced, what left, why.
 
     - `nn.Linear` with an activation directly behind it becomes a `Linear` with that activation, or a `LinearSigmoid`.
@@ -52,10 +53,21 @@ def fuse(model: nn.Module) -> Report:
     Not seen is code outside the model that takes it apart: `model.layers[0](x)` and `model.conv(x)` now have the
     activation applied. Nor is what changes after fuse: a class's `forward`, or the module in an activation's place.
 
+    Args:
+        fold_batchnorm: whether to fold each `BatchNorm2d` directly behind a convolution, of any size, and each
+            `BatchNorm1d` directly behind a linear layer, into that layer first, for inference. An activation behind the
+            batch norm is then behind the layer. The layer gets new parameters without gradients, and its state_dict a
+            bias; a `FoldedBatchNorm`, which has no keys in the state_dict, keeps the batch norm's place and raises in
+            training mode. Outputs are equal but for rounding. `unfuse` brings the same Parameters and buffers back, as
+            they were when they were folded. Left are batch norms without running statistics, and what is shared.
+
     Raises:
         TypeError: model is no module.
+        ValueError: fold_batchnorm is True and the model, or a batch norm in it, is in training mode.
     """
     plan = Plan("fuse", model)
+    if fold_batchnorm:
+        return fold_batchnorms(model) + fuse(model)
     for module, places in plan.modules:
         done = isinstance(module, (Linear, Conv3x3)) and module.activation is not None
         if isinstance(module, LAYERS) and not done:
@@ -134,7 +146,7 @@ def unfuse(model: nn.Module) -> Report:
         for place in places:
             if place.site and isinstance(place.behind, FusedActivation) and not computes(module, place.behind):
                 plan.leave([place], f"it does not compute the {type(place.behind.original).__name__} behind it")
-    return plan.carry_out(_original)
+    return plan.carry_out(_original) + unfold_batchnorms(model)
 
 
 def _unpaired(places: Sequence[Place]) -> str:

@@ -1,9 +1,11 @@
 """Layers and activations: torch's modules, tribp's, and what makes one of the other."""
 
 from collections.abc import Set
+from typing import Any
 
 import torch
-from torch import nn
+import torch.fx
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
@@ -14,6 +16,8 @@ from ..ops.activations import DEFAULTS, ActivationLike, activation_of
 MODULE = frozenset(vars(nn.Module()))  # the attributes of every module
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 PARAMETERS = {"weight", "bias"}
+STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 LAYERS = (nn.Linear, nn.Conv2d, LinearSigmoid, Linear, Conv3x3)  # a subclass before its base
 WORDS = {"same": (1, 1), "valid": (0, 0)}  # paddings
 # torch's activations: what tribp calls them, and the attributes that are their numbers. A subclass before its base.
@@ -52,6 +56,52 @@ class FusedActivation(nn.Identity):
 FusedSigmoid = FusedActivation  # its name when it stood for sigmoids alone
 
 
+@torch.fx.wrap  # which symbolic tracing then calls, for it cannot look at dimensions
+def check_dimensions(input: Tensor, dimensions: int) -> Tensor:
+    if input.dim() != dimensions:
+        raise RuntimeError(f"a folded batch norm takes {dimensions} dimensions, got {input.dim()}")
+    return input
+
+
+class FoldedBatchNorm(nn.Identity):
+    """Stands where a batch norm stood that the layer before it computes now, and keeps it for `unfuse`.
+
+    Raises:
+        RuntimeError: it is in training mode, or the input has dimensions for which the layer does not compute it.
+    """
+
+    original: nn.Module
+    layer: nn.Module
+    __jit_ignored_attributes__ = ("original", "layer", "folded")
+
+    def __init__(self, original: nn.Module, layer: nn.Module, folded: object) -> None:
+        """`layer` has the parameters that the layer had, `folded` is the weight that it has now."""
+        super().__init__()
+        kept = nn.Module()
+        vars(kept)["_parameters"] = layer._parameters.copy()
+        vars(self).update(original=original, layer=kept, folded=folded)  # not as children or parameters
+        self.dimensions = 4 if isinstance(original, nn.BatchNorm2d) else 2
+        self.training = original.training
+
+    def is_behind(self, layer: nn.Module) -> bool:
+        """Whether this is the layer that the batch norm was folded into."""
+        return isinstance(layer, LAYERS) and layer._parameters.get("weight") is vars(self)["folded"]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError("a folded batch norm cannot train: call tribp.unfuse(model) before model.train()")
+        return check_dimensions(input, self.dimensions)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FoldedBatchNorm":
+        """What `unfuse` brings back moves and changes its type along with the model."""
+        for module in (self.original, self.layer):
+            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self  # which has no tensors itself
+
+    def extra_repr(self) -> str:
+        return f"{type(self.original).__name__} folded into the layer before"
+
+
 def obstacle(subject: str, module: nn.Module, kind: type[nn.Module]) -> str:
     """Why `module` is more than a module of this kind with its parameters and attributes; nothing if it is not."""
     if parametrize.is_parametrized(module):
@@ -66,7 +116,7 @@ def obstacle(subject: str, module: nn.Module, kind: type[nn.Module]) -> str:
     for name, value in vars(module).items():
         if name not in MODULE and value is not getattr(kind, name, value):
             return f"{subject} has a {name} of its own"  # forward, say; or what Module.compile leaves
-    expected = PARAMETERS if kind in LAYERS else set()
+    expected = PARAMETERS if kind in LAYERS else PARAMETERS | STATISTICS if kind in BATCH_NORMS else set()
     present = {*module._parameters, *module._buffers, *module._modules}
     for verb, names in (
         ("lacks the parameter", expected - present),
@@ -83,18 +133,27 @@ def unreadable(module: nn.Module, dimensions: int) -> str:
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None and name == "bias":
             continue
-        if type(parameter) is not nn.Parameter:  # of a tensor subclass, a Parameter has the subclass's type
-            return f"its {name} is a {type(parameter).__name__}"
-        if parameter.layout != torch.strided:
-            return f"its {name} is {str(parameter.layout).removeprefix('torch.')}"
-        if parameter.dtype not in FLOATS:
-            return f"its {name} is {str(parameter.dtype).removeprefix('torch.')}"
+        reason = unusual(f"its {name}", parameter)
+        if reason:
+            return reason
     assert weight is not None
     if weight.dim() != dimensions or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = " and ".join(str(tuple(p.shape)) for p in (weight, bias) if p is not None)
         return f"its parameters have the shapes {shapes}"
     if dimensions == 4 and weight.shape[2:] != (3, 3):
         return f"its kernel size is {tuple(weight.shape[2:])}"
+    return ""
+
+
+def unusual(subject: str, tensor: Tensor | None) -> str:
+    """Why a tensor is none that a kernel takes; nothing if it is one."""
+    if type(tensor) not in (nn.Parameter, Tensor):  # of a tensor subclass, a Parameter has the subclass's type
+        return f"{subject} is a {type(tensor).__name__}"
+    assert tensor is not None
+    if tensor.layout != torch.strided:
+        return f"{subject} is {str(tensor.layout).removeprefix('torch.')}"
+    if tensor.dtype not in FLOATS:
+        return f"{subject} is {str(tensor.dtype).removeprefix('torch.')}"
     return ""
 
 
@@ -195,6 +254,14 @@ def torch_conv2d(fused: Conv3x3) -> nn.Conv2d:
         fused.padding_mode, device="meta",  # type: ignore[arg-type]
     )  # fmt: skip
     _hand_over(fused, made, without={"activation", "_act", WORD})
+    return made
+
+
+def copy_layer(layer: nn.Module) -> nn.Module:
+    """Another module of the same class with the same parameters and attributes, for some of them to change."""
+    made = type(layer).__new__(type(layer))
+    nn.Module.__init__(made)
+    _hand_over(layer, made)
     return made
 
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .forward import Behind, Site, behind_calls, class_with_changed_sites, reached_from_outside
-from .modules import LAYERS, obstacle
+from .forward import HARMLESS, Behind, Site, behind_calls, class_with_changed_sites, reached_from_outside
+from .modules import LAYERS, FoldedBatchNorm, obstacle
 from .report import Left, Replaced, Report
 
 FSDP = {"FSDPModule", "FullyShardedDataParallel"}  # by name: to import them takes long, and a torch with distributed
@@ -30,25 +30,29 @@ class Place(NamedTuple):
     doubt: str = ""  # why `behind` need not be what happens to each output
 
 
-def places_below(parent: nn.Module, prefix: str, seen: set[int], reached: Mapping[str, str]) -> Iterator[Place]:
+def places_below(
+    parent: nn.Module, prefix: str, seen: set[int], reached: Mapping[str, str], harmless: frozenset[str]
+) -> Iterator[Place]:
     """All places below `parent`, in the order of `named_modules`, but each place of a module that has several."""
     if id(parent) in seen or isinstance(parent, torch.jit.ScriptModule):
         return
     seen.add(id(parent))
     children = [(key, child) for key, child in parent._modules.items() if child is not None]
-    row = [("", None), *children, ("", None)] if isinstance(parent, (nn.Sequential, nn.ModuleList)) else []
+    row = isinstance(parent, (nn.Sequential, nn.ModuleList))
+    nothing: tuple[str, nn.Module | None] = ("", None)
     for i, (key, child) in enumerate(children):
         name = prefix + key
         if row:
-            (_, before), _, (behind_key, behind) = row[i : i + 3]
+            _, before = next((c for c in reversed(children[:i]) if not isinstance(c[1], FoldedBatchNorm)), nothing)
+            behind_key, behind = next((c for c in children[i + 1 :] if not isinstance(c[1], FoldedBatchNorm)), nothing)
             doubt = "" if _runs_in_order(parent) else _ANY_ORDER.format(type(parent).__name__, name)
             yield Place(parent, key, name, child, before, behind, behind_key, prefix + behind_key, doubt=doubt)
         else:
-            calls = (behind_calls(parent, key, reached) if isinstance(child, LAYERS) else []) or [Behind()]
+            calls = (behind_calls(parent, key, reached, harmless) if isinstance(child, LAYERS) else []) or [Behind()]
             for behind, behind_key, site, doubt in calls:
                 behind_name = prefix + behind_key if behind_key else name
                 yield Place(parent, key, name, child, None, behind, behind_key, behind_name, site, doubt)
-        yield from places_below(child, f"{name}.", seen, reached)
+        yield from places_below(child, f"{name}.", seen, reached, harmless)
 
 
 class _Replacement(NamedTuple):
@@ -61,10 +65,12 @@ class _Replacement(NamedTuple):
 class Plan:
     """What will be replaced: everything is decided and built before anything is changed."""
 
-    def __init__(self, caller: str, model: nn.Module) -> None:
+    def __init__(self, caller: str, model: nn.Module, harmless: frozenset[str] = HARMLESS) -> None:
+        """`harmless` is what any code of the model may read of a layer that shall change."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
-        places = [Place(None, "", "", model), *places_below(model, "", set(), reached_from_outside(model))]
+        self.harmless, self.reached = harmless, reached_from_outside(model, harmless)
+        places = [Place(None, "", "", model), *places_below(model, "", set(), self.reached, self.harmless)]
         self.order = {place.name: i for i, place in enumerate(places)}
         grouped: dict[int, list[Place]] = {}
         for place in places:

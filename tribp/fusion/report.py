@@ -36,6 +36,9 @@ class Report:
     replaced: tuple[Replaced, ...] = ()
     left: tuple[Left, ...] = ()
 
+    def __add__(self, other: "Report") -> "Report":
+        return Report(self.replaced + other.replaced, self.left + other.left)
+
     def __str__(self) -> str:
         lines: list[object] = [f"{len(self.replaced)} replaced, {len(self.left)} left", *self.replaced, *self.left]
         return "\n".join(map(str, lines))
