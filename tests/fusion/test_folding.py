@@ -345,6 +345,14 @@ def test_unfuse_of_what_was_changed_after_folding() -> None:
     assert torch.equal(model(x), y)
     model = make()
     y = model(x)
+    hooked(model[2])
+    assert reasons(tribp.unfuse(model)) == {
+        "0": "the FusedActivation at 2 has forward hooks",
+        "1": "the layer at 0 computes an activation",
+    }
+    assert torch.equal(model(x), y)
+    model = make()
+    y = model(x)
     model[2] = nn.Identity()
     report = tribp.unfuse(model)
     assert reasons(report) == {"1": "the layer that it was folded into is not beside it"}

@@ -269,7 +269,7 @@ def _derived(kind: type[nn.Module], forward: FunctionType, sites: tuple[Site, ..
             use = source.use(call)
             site: Site = (key,)
             while use and (site := (*site, use.text)) not in sites:
-                use = source.use(use.call) if any(s[: len(site)] == site for s in sites) else None
+                use = source.use(use.call)
             if use is None:
                 raise ValueError(f"{kind.__qualname__}.forward has another call of {key} than {sites}")
             uses[use.call] = use.input
