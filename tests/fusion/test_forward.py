@@ -29,6 +29,7 @@ from .cases import FunctionalLeNet, TorchvisionBlock, changed, hooked, image, re
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEAD = """
+import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -272,6 +273,15 @@ BESIDE = {
     "names": ("def other(self, x):\n    return getattr(self, 'conv')(x)", "Net.other mentions conv, too"),
     "property": ("@property\ndef first(self):\n    return self.conv", "Net.first mentions conv, too"),
     "decorated": ("@torch.no_grad()\ndef other(self, x):\n    return self.conv(x)", "Net.other mentions conv, too"),
+    "cached property": (
+        "@functools.cached_property\ndef first(self):\n    return self.conv",
+        "Net.first mentions conv, too",
+    ),
+    "function of init": (
+        "def __init__(self):\n    Base.__init__(self)\n"
+        "    self.conv = nn.Conv2d(2, 2, 3)\n    self.later = lambda: self.conv",
+        "Net.__init__ mentions conv, too",
+    ),
     "getattribute": (
         "def __getattr__(self, name):\n    return super().__getattr__(name)",
         "Net has a __getattr__ of its",
@@ -314,6 +324,7 @@ INSTANCES: list[tuple[Callable[[Any], object], str, str]] = [
     (lambda m: hooked(m.conv), "conv", "it has forward hooks"),
     (lambda m: changed(m, conv=nn.utils.parametrizations.weight_norm(m.conv)), "conv", "it is parametrized"),
     (lambda m: changed(m, forward=type(m).forward.__get__(m)), "act", "the Net around it has a forward of its own"),
+    (lambda m: changed(m, impl=m.forward), "act", "the Net around it holds its forward in an attribute"),
     (lambda m: changed(m, act=type("Mine", (nn.Sigmoid,), {})()), "act", "the Sigmoid at act is a subclass of Sigmoid"),
     (lambda m: vars(m).update(conv=m.conv), "act", "Net has another attribute conv"),
     (lambda m: changed(m, again=m.conv), "act", "no activation is behind again"),

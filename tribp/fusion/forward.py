@@ -8,7 +8,7 @@ import ast
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Set
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +25,7 @@ Site = tuple[str, ...]  # the attribute that is a layer, and what is applied to 
 SITES = "_tribp_sites"  # of a class that was made here: the class it was made of, and its sites
 HARMLESS = frozenset(PARAMETERS)  # to read of a layer
 # What a class may define that need not work in a class derived from it.
-OWN = {
-    "__reduce__",
-    "__reduce_ex__",
-    "__deepcopy__",
-    "__copy__",
+OWN = {"__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__"} | {
     "__getattr__",
     "__getattribute__",
     "__init_subclass__",
@@ -197,8 +193,10 @@ def _doubt(source: Source, module: nn.Module, kind: type[nn.Module], key: str, h
         return f"{name}.forward does something else with {key}, too"
     if source.indirect():
         return f"{name}.forward uses {source.indirect()}, which may reach {key}"
+    if any(getattr(value, "__func__", None) is source.function for value in vars(module).values()):
+        return f"the {name} around it holds its forward in an attribute"
     for function in _functions(kind):
-        if function is source.function or function.__name__ == "__init__" or key not in names_in(function.__code__):
+        if function is source.function or key not in _names_later(function):
             continue
         other = _read(function)
         if isinstance(other, str) or other.calls(key) or not other.only_calls(key, harmless):
@@ -218,11 +216,19 @@ def reached_from_outside(model: nn.Module, harmless: frozenset[str]) -> dict[str
 def _reaches(kind: type[nn.Module], harmless: frozenset[str]) -> dict[str, str]:
     reached: dict[str, str] = {}
     for function in () if kind.__module__.startswith("torch.") else _functions(kind):
-        source = _read(function)
-        names = names_in(function.__code__) if isinstance(source, str) else source.foreign_attributes(harmless)
-        if function.__name__ != "__init__":
-            reached |= {str(name): function.__qualname__ for name in names}
+        source, names = _read(function), _names_later(function)
+        if isinstance(source, Source):
+            names = names & source.foreign_attributes(harmless)
+        reached |= {str(name): function.__qualname__ for name in names}
     return reached
+
+
+def _names_later(function: FunctionType) -> set[object]:
+    """What a method mentions that may run after the module was made: of __init__, the functions in it."""
+    codes = [function.__code__]
+    if function.__name__ == "__init__":
+        codes = [constant for constant in function.__code__.co_consts if isinstance(constant, CodeType)]
+    return set().union(*map(names_in, codes))
 
 
 def _bases(kind: type) -> Iterator[type]:
@@ -233,7 +239,8 @@ def _functions(kind: type) -> Iterator[FunctionType]:
     """All functions that a class and its bases define, as they were before decorators."""
     for base in _bases(kind):
         for value in vars(base).values():
-            value = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
+            wrapped = (getattr(value, name, None) for name in ("fget", "func", "__func__"))  # properties and the like
+            value = inspect.unwrap(next((function for function in wrapped if function is not None), value))
             if isinstance(value, FunctionType):
                 yield value
 
@@ -256,7 +263,8 @@ def _class_without(kind: type[nn.Module], sites: Set[Site]) -> type[nn.Module]:
     Raises:
         ValueError: its forward has no such sites, or has others.
     """
-    return _derived(kind, inspect.getattr_static(kind, "forward"), tuple(sorted(sites))) if sites else kind  # type: ignore[arg-type]
+    forward: Any = inspect.getattr_static(kind, "forward")
+    return _derived(kind, forward, tuple(sorted(sites))) if sites else kind  # type: ignore[arg-type]
 
 
 @functools.cache  # so that modules of one class stay modules of one class
