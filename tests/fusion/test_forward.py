@@ -429,6 +429,17 @@ def test_source_that_cannot_be_read(net: Callable[..., Any]) -> None:
     assert reasons(tribp.fuse(model)) == {"": unknown + "forward is no Python function"}
 
 
+@pytest.mark.parametrize("unparse", [lambda tree: "def f(): ...", lambda tree: "def"])
+def test_source_that_cannot_be_written(
+    net: Callable[..., Any], unparse: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = net("return F.relu(self.conv(x))")
+    monkeypatch.setattr("ast.unparse", unparse)
+    assert reasons(tribp.fuse(model)) == {
+        "": "what its forward applies to its layers is not known: its source cannot be written again"
+    }
+
+
 def test_a_program_that_has_another_forward(net: Callable[..., Any]) -> None:
     """A pickle does not load where forward no longer does what was taken."""
     model = net("return F.relu(self.conv(x))")

@@ -25,11 +25,16 @@ Site = tuple[str, ...]  # the attribute that is a layer, and what is applied to 
 SITES = "_tribp_sites"  # of a class that was made here: the class it was made of, and its sites
 HARMLESS = frozenset(PARAMETERS)  # to read of a layer
 # What a class may define that need not work in a class derived from it.
-OWN = {"__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__"} | {
+OWN = {
+    "__reduce__",
+    "__reduce_ex__",
+    "__getnewargs_ex__",
+    "__deepcopy__",
+    "__copy__",
     "__getattr__",
     "__getattribute__",
-    "__init_subclass__",
 }
+OWN |= {"__init_subclass__"}
 KINDS = {name: kind for kind, (name, *_) in ACTIVATIONS.items()}
 METHODS = {ending: name for name in DEFAULTS for ending in (name, name + "_") if hasattr(Tensor, ending)}
 FUNCTIONS = {

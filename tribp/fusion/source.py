@@ -50,6 +50,8 @@ class Source:
         tree = nodes.get((code.co_name, code.co_firstlineno))
         if tree is None:
             raise ValueError("its source is no def of its own")
+        if not _can_be_written(tree):
+            raise ValueError("its source cannot be written again")
         self.function, self.tree = function, tree
         self.nodes = list(ast.walk(tree))
         self.parent = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
@@ -208,6 +210,14 @@ class _Replace(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         return self.by.get(node, node)
+
+
+def _can_be_written(tree: ast.FunctionDef) -> bool:
+    """Whether unparse gives the same definition, which some f-strings keep it from in Python 3.11 and older."""
+    try:
+        return ast.dump(ast.parse(ast.unparse(tree)).body[0]) == ast.dump(tree)
+    except (SyntaxError, ValueError):
+        return False
 
 
 def _variable(line: ast.AST) -> str:
