@@ -23,7 +23,7 @@ FLOORS = {
     "ops": {"dispatch", "kernels", "launch", "versions"},
     "functional": {"ops"},
     "nn": {"ops"},
-    "fusion": {"dispatch", "nn"},
+    "fusion": {"dispatch", "nn", "ops"},
     "optim": {"dispatch", "kernels", "launch"},
     "demo": {"dispatch", "functional", "nn", "optim"},
 }

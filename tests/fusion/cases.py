@@ -90,7 +90,129 @@ def lenet() -> nn.Module:
     )  # fmt: skip
 
 
-MODELS = {"lenet": lenet, "resnet": ResNet, "nested": Nested}
+def vgg() -> nn.Module:
+    """torchvision's VGG-16: all of it in Sequentials, under a forward that has no layer of its own."""
+    features: list[nn.Module] = []
+    channels = 2
+    for out in (2, 2, "M", 4, 4, "M", 4, 4, 4, "M", 8, 8, 8, 8, 8, 8):
+        if isinstance(out, int):
+            features += [nn.Conv2d(channels, out, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = out
+        else:
+            features.append(nn.MaxPool2d(2, 2))
+    return VGG(features)
+
+
+class VGG(nn.Module):
+    def __init__(self, features: list[nn.Module]) -> None:
+        super().__init__()
+        self.features = nn.Sequential(*features)
+        self.avgpool = nn.AdaptiveAvgPool2d((2, 2))
+        self.classifier = nn.Sequential(
+            nn.Linear(32, 16), nn.ReLU(True), nn.Dropout(0.0), nn.Linear(16, 16), nn.ReLU(True), nn.Linear(16, 3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        x = self.avgpool(x)
+        return self.classifier(torch.flatten(x, 1))  # type: ignore[no-any-return]
+
+
+class TorchvisionBlock(nn.Module):
+    """ResNet's as torchvision writes it: one ReLU for two places."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.downsample: nn.Module | None = None
+        if stride != 1:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+
+        out = self.conv2(out)
+        out = self.bn2(out)
+
+        if self.downsample is not None:
+            identity = self.downsample(x)
+
+        out += identity
+        out = self.relu(out)
+
+        return out  # type: ignore[no-any-return]
+
+
+class ResNet18(ResNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer1 = nn.Sequential(TorchvisionBlock(4, 4, 1), TorchvisionBlock(4, 4, 1))
+        self.layer2 = nn.Sequential(TorchvisionBlock(4, 8, 2), TorchvisionBlock(8, 8, 1))
+
+
+class FunctionalLeNet(nn.Module):
+    """The activations are functions in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 4, 3)
+        self.drop = nn.Dropout(0.0)
+        self.fc1 = nn.Linear(16, 8)
+        self.fc2 = nn.Linear(8, 8, bias=False)
+        self.fc3 = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = self.conv2(x)
+        x = F.max_pool2d(torch.tanh(x), 2)
+        x = F.leaky_relu(self.fc1(x.flatten(1)), 0.2, inplace=True)
+        x = F.dropout(self.drop(x), 0.0, training=self.training)
+        x = self.fc2(x).sigmoid()
+        return self.fc3(x)  # type: ignore[no-any-return]
+
+
+class DoubleConv(nn.Module):
+    """UNet's: one module and one function, and batch norm behind the activation."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.norm = nn.BatchNorm2d(out)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.act(self.conv2(F.relu6(self.conv1(x)))))  # type: ignore[no-any-return]
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inc, self.down, self.up2 = DoubleConv(2, 4), DoubleConv(4, 8), DoubleConv(8, 4)
+        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
+        self.outc = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.inc(x)
+        x = self.up(self.down(F.max_pool2d(skip, 2)))
+        dy, dx = skip.size(2) - x.size(2), skip.size(3) - x.size(3)
+        x = F.pad(x, [dx // 2, dx - dx // 2, dy // 2, dy - dy // 2])
+        return self.outc(self.up2(torch.cat([skip, x], dim=1)))  # type: ignore[no-any-return]
+
+
+MODELS = {
+    "lenet": lenet, "resnet": ResNet, "nested": Nested,
+    "vgg": vgg, "resnet18": ResNet18, "functional_lenet": FunctionalLeNet, "unet": UNet,
+}  # fmt: skip
 
 
 def image() -> Tensor:

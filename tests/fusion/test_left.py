@@ -12,6 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import tribp
 from tribp.fusion import FusedActivation, Left, Replaced, Report
+from tribp.fusion.modules import activation_like
 from tribp.nn import Conv3x3, LinearSigmoid
 
 from .cases import changed, hooked, kinds, reasons, sigmoid_after
@@ -438,7 +439,7 @@ def test_every_activation(make: Callable[[], nn.Module]) -> None:
     assert model[1] is act
     assert [type(m).__name__ for m in model][::2] == ["Conv2d", "Conv2d", "Linear", "Linear"]
     torch.testing.assert_close(model(x), y)
-    alone = nn.Sequential(tribp.nn.Linear(4, 3, activation=tribp.fusion._activation(act)))
+    alone = nn.Sequential(tribp.nn.Linear(4, 3, activation=activation_like(act)))
     y = alone(x)
     assert [entry.was for entry in tribp.unfuse(alone).replaced] == ["tribp.nn.Linear"]
     assert isinstance(alone[0], nn.Sequential)

@@ -1,0 +1,559 @@
+"""Layers and activations that a module's own forward calls: what is taken and what is left, and that all else stays.
+
+Each forward is written into a file of its own, since it is its source that `fuse` reads.
+"""
+
+import copy
+import importlib.util
+import inspect
+import io
+import itertools
+import linecache
+import pickle
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tribp
+from tribp.fusion import Left, Replaced, Report
+from tribp.nn import Conv3x3
+
+from .cases import FunctionalLeNet, TorchvisionBlock, changed, hooked, image, reasons
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HEAD = """
+import functools
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.functional import leaky_relu, relu as rectify
+from torch.utils.checkpoint import checkpoint
+
+ACT = F.relu
+
+class Base(nn.Module):
+    pass
+
+class Net(Base):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+        self.fc = nn.Linear(6, 6)
+        self.act = nn.Sigmoid()
+        self.gelu = nn.GELU()
+        self.fn = F.relu
+        self.flag = True
+        self.calls = 0
+        self.slope = 0.2
+"""
+numbers = itertools.count()
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    names = []
+
+    def make(forward: str, more: str = "") -> Any:
+        """A Net whose forward has these lines, or is this whole definition; `more` stands behind it in the class."""
+        names.append(f"fused_net_{next(numbers)}")
+        if "def forward" not in forward:
+            forward = "def forward(self, x):\n" + textwrap.indent(textwrap.dedent(forward).strip(), "    ")
+        path = tmp_path / f"{names[-1]}.py"
+        path.write_text(HEAD + textwrap.indent(forward, "    ") + "\n" + textwrap.indent(textwrap.dedent(more), "    "))
+        spec = importlib.util.spec_from_file_location(names[-1], path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[names[-1]] = module
+        spec.loader.exec_module(module)
+        return module.Net()
+
+    yield make
+    for name in names:
+        del sys.modules[name]
+
+
+def run(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output and gradients in both modes, with flags set and not."""
+    values: list[Tensor] = []
+    for training, flag in itertools.product((True, False), repeat=2):
+        changed(model.train(training), flag=flag)
+        torch.manual_seed(0)
+        y = model(x)
+        y = y[-1] if isinstance(y, tuple) else y
+        values += [y, *torch.autograd.grad(y.square().sum(), list(model.parameters()), allow_unused=True)]
+    return [torch.zeros(()) if value is None else value for value in values]
+
+
+def check(model: Any, x: Tensor | None = None) -> Report:
+    """Fuse and unfuse change nothing that can be seen; returns fuse's report."""
+    x = torch.randn(3, 2, 6, 6) if x is None else x
+    expected, kind, keys = run(model, x), type(model), list(model.state_dict())
+    modules, state = dict(model.named_modules()), torch.get_rng_state()
+    report = tribp.fuse(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(model.state_dict()) == keys
+    assert isinstance(model, kind)
+    assert (type(model).__name__, type(model).__module__) == (kind.__name__, kind.__module__)
+    replaced = {entry.name for entry in report.replaced}
+    assert all(module is modules[name] for name, module in model.named_modules() if name not in replaced)
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is type(model)
+        assert all(map(torch.equal, run(other, x), expected))
+    assert tribp.fuse(model).replaced == ()
+    tribp.unfuse(model)
+    assert type(model) is kind
+    assert all(map(torch.equal, run(model, x), expected))
+    assert tribp.unfuse(model) == Report()
+    return report
+
+
+# What forward does, and which layers are taken with an activation.
+TAKEN = {
+    "module": ("return self.act(self.conv(x))", "conv"),
+    "function": ("return F.relu(self.conv(x))", "conv"),
+    "torch's": ("return torch.sigmoid(self.conv(x))", "conv"),
+    "whole name": ("return torch.nn.functional.relu6(self.conv(x))", "conv"),
+    "imported": ("return leaky_relu(self.conv(x))", "conv"),
+    "method": ("return self.conv(x).relu()", "conv"),
+    "method in place": ("return self.conv(x).tanh_()", "conv"),
+    "function in place": ("return F.relu_(self.conv(x))", "conv"),
+    "in place": ("return F.relu(self.conv(x), inplace=True)", "conv"),
+    "numbers": ("return F.leaky_relu(self.fc(x), 0.2, True)", "fc"),
+    "named numbers": ("return F.hardtanh(self.fc(x), max_val=0.3, min_val=-0.25)", "fc"),
+    "two": ("return self.act(self.fc(self.act(self.conv(x))))", "conv fc"),
+    "lines": ("x = self.conv(x)\nx = F.relu(x)\nreturn x", "conv"),
+    "lines with another name": ("y = self.conv(x)\nz = F.relu(y)\nreturn z + x", "conv"),
+    "lines to return": ("x = self.conv(x)\nreturn self.act(x)", "conv"),
+    "lines, inside": ("x = self.conv(x)\nx = x.relu() + 1\nreturn x", "conv"),
+    "branch": ("if self.flag:\n    return F.relu(self.conv(x))\nreturn x * self.fc.weight.sum()", "conv"),
+    "branch on data": (
+        "x = torch.tanh(self.fc(x))\nif x.sum() > 0:\n    x = -x\nreturn self.act(self.conv(x))",
+        "fc conv",
+    ),
+    "counter": ("self.calls += 1\nreturn self.act(self.conv(x)) * self.calls.bit_length().__class__(2)", "conv"),
+    "mode": ("x = F.dropout(F.relu(self.conv(x)), 0.5, self.training)\nreturn x * self.slope", "conv"),
+    "loop": ("for _ in range(3):\n    x = self.act(self.conv(x))\nreturn x", "conv"),
+    "twice": ("return F.relu(self.conv(F.relu(self.conv(x))))", "conv"),
+    "twice, with two forms": ("y = self.act(self.conv(x))\nx = self.conv(x)\nreturn torch.sigmoid(x) + y", "conv"),
+    "also used alone": ("x = self.act(self.conv(x))\nreturn self.act(x * 2)", "conv"),
+    "the weight is read": ("x = x.to(self.conv.weight.dtype)\nreturn self.act(self.conv(x))", "conv"),
+    "arguments": ("def forward(this, x, *more, scale=2.0, **others):\n    return scale * F.relu(this.conv(x))", "conv"),
+    "super": ("y = super().extra_repr()\nreturn self.act(self.conv(x)) * len(__class__.__name__ + y)", "conv"),
+    "private": ("self.__n = 2\nreturn self.act(self.conv(x)) * self.__n", "conv"),
+    "inner function": (
+        "def inner(x):\n    return F.relu(self.conv(x))\nreturn checkpoint(inner, x, use_reentrant=False)",
+        "conv",
+    ),
+    "annotated": (
+        "def forward(self, x: 'Missing') -> 'Missing':\n    '''Say.'''\n    return F.relu(self.conv(x))",
+        "conv",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_what_is_taken(net: Callable[..., Any], case: str) -> None:
+    forward, layers = TAKEN[case]
+    report = check(net(forward))
+    assert report.left == ()
+    assert [entry.name for entry in report.replaced if " + " in entry.was] == sorted(layers.split(), key="conv fc".find)
+
+
+# What forward does, and why the convolution is taken alone; None where no activation is behind it.
+ALONE = {
+    "another module": ("return self.gelu(self.conv(x))", None),
+    "nothing": ("return self.act(self.gelu(self.conv(x)))", None),
+    "an attribute": ("return self.fn(self.conv(x))", None),
+    "a setting": ("return ACT(self.conv(x))", None),
+    "renamed": ("return rectify(self.conv(x))", None),
+    "a local": ("F = torch\nreturn F.relu(self.conv(x))", None),
+    "an import": ("import torch as F\nreturn F.relu(self.conv(x))", None),
+    "in a with": (
+        "with torch.no_grad():\n    y = self.conv(x)\nreturn F.relu(y) + self.conv(x)",
+        "Net.forward may do something else",
+    ),
+    "used after": (
+        "y = self.conv(x)\nreturn F.relu(y) + y",
+        "Net.forward may do something else with what conv returns",
+    ),
+    "used later": ("y = self.conv(x)\nz = F.relu(y)\nreturn y + z", "Net.forward may do something else with what"),
+    "used before": ("y = self.conv(x)\nz = y * 2\nz = z + F.relu(y)\nreturn z", "Net.forward may do something else"),
+    "in place": ("y = self.conv(x)\nself.act(y)\nreturn F.relu_(y)", "Net.forward may do something else with"),
+    "on one path": (
+        "y = self.conv(x)\nif self.flag:\n    y = F.relu(y)\nreturn y",
+        "Net.forward may do something else",
+    ),
+    "one of two": ("return F.relu(self.conv(x)) + self.conv(x)", "no activation is behind conv"),
+    "two activations": (
+        "return F.relu(self.conv(x)) + self.act(self.conv(x))",
+        "one activation is behind conv, another",
+    ),
+    "two numbers": ("return F.leaky_relu(self.conv(x)) + F.leaky_relu(self.conv(x), 0.2)", "one activation is behind"),
+    "a lambda later": (
+        "x = self.conv(x)\nf = lambda: F.relu(x)\nx = x + 1\nreturn f()",
+        "Net.forward may do something",
+    ),
+    "its own x": (
+        "y = self.conv(x)\nf = lambda y: F.relu(y)\nreturn f(x * self.conv.weight.sum())",
+        "Net.forward may do",
+    ),
+    "a comprehension": ("y = self.conv(x)\ny = [F.relu(y) for _ in '12']\nreturn y[0] + y[1]", "Net.forward may do"),
+    "try": ("try:\n    y = self.conv(x)\n    return F.relu(y)\nfinally:\n    y = None", "Net.forward may do something"),
+    "nonlocal": (
+        "y = self.conv(x)\nz = F.relu(y)\ndef f():\n    return y\nreturn z + f()",
+        "Net.forward may do something",
+    ),
+    "a closure": (
+        "f = lambda: x\nx = self.conv(x)\nx = F.relu(x) + f()\nreturn x",
+        "Net.forward may do something else",
+    ),
+    "a number in a variable": (
+        "return F.leaky_relu(self.conv(x), self.slope)",
+        "the arguments of F.leaky_relu(_, self",
+    ),
+    "in place by a flag": ("return F.relu(self.conv(x), self.flag)", "the arguments of F.relu(_, self.flag) are not"),
+    "a negative slope": (
+        "return F.leaky_relu(self.conv(x), -0.2)",
+        "the LeakyReLU at conv: negative_slope of leaky_relu",
+    ),
+    "a low threshold": ("return F.softplus(self.conv(x), 1, 5)", "the Softplus at conv: beta of softplus must be"),
+    "bounds": ("return F.hardtanh(self.conv(x), 1, 1)", "F.hardtanh(_, 1, 1) has bounds in the wrong order"),
+    "another name": (
+        "y = F.relu(self.conv(x))\nself_ = self\nreturn y + self_.conv(x)",
+        "Net.forward does something else",
+    ),
+    "passed on": (
+        "y = F.relu(self.conv(x))\nreturn y + checkpoint(self.conv, x, use_reentrant=False)",
+        "Net.forward does",
+    ),
+    "forward of it": (
+        "return F.relu(self.conv(x)) + self.conv.forward(x)",
+        "Net.forward does something else with conv",
+    ),
+    "global": ("global y\ny = self.conv(x)\nz = F.relu(y)\nreturn z", "Net.forward may do something else"),
+    "getattr": (
+        "return F.relu(self.conv(x)) + getattr(self, 'conv')(x)",
+        "Net.forward does something else with conv, too",
+    ),
+    "getattr of parts": (
+        "return F.relu(self.conv(x)) + getattr(self, 'co' + 'nv')(x)",
+        "Net.forward uses getattr, which",
+    ),
+    "children": (
+        "return F.relu(self.conv(x)) + next(self.children())(x)",
+        "Net.forward uses children, which may reach",
+    ),
+    "_modules": ("return F.relu(self.conv(x)) + self._modules['co' + 'nv'](x)", "Net.forward uses _modules, which may"),
+    "self is another": ("y = self\nself = y\nreturn F.relu(self.conv(x))", "Net.forward does something else with conv"),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_what_is_left(net: Callable[..., Any], case: str) -> None:
+    forward, reason = ALONE[case]
+    report = check(net(forward))
+    assert report.replaced == (Replaced("conv", "Conv2d", "Conv3x3"),)
+    for left in report.left:
+        assert reason
+        assert left.reason.startswith(reason)
+    assert len(report.left) == (reason is not None) * (2 if case.startswith("two a") else 1)
+
+
+# Methods beside forward, whose line is `return F.relu(self.conv(x))`.
+BESIDE = {
+    "calls": ("def other(self, x):\n    return self.conv(x)", "Net.other mentions conv, too"),
+    "names": ("def other(self, x):\n    return getattr(self, 'conv')(x)", "Net.other mentions conv, too"),
+    "property": ("@property\ndef first(self):\n    return self.conv", "Net.first mentions conv, too"),
+    "decorated": ("@torch.no_grad()\ndef other(self, x):\n    return self.conv(x)", "Net.other mentions conv, too"),
+    "cached property": (
+        "@functools.cached_property\ndef first(self):\n    return self.conv",
+        "Net.first mentions conv, too",
+    ),
+    "function of init": (
+        "def __init__(self):\n    Base.__init__(self)\n"
+        "    self.conv = nn.Conv2d(2, 2, 3)\n    self.later = lambda: self.conv",
+        "Net.__init__ mentions conv, too",
+    ),
+    "getattribute": (
+        "def __getattr__(self, name):\n    return super().__getattr__(name)",
+        "Net has a __getattr__ of its",
+    ),
+    "reduce": ("def __reduce__(self):\n    return super().__reduce__()", "Net has a __reduce__ of its own"),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_other_methods(net: Callable[..., Any], case: str) -> None:
+    method, reason = BESIDE[case]
+    model = net("return F.relu(self.conv(x))", method)
+    report = tribp.fuse(model)
+    assert report.replaced == (Replaced("conv", "Conv2d", "Conv3x3"),)
+    assert [(left.name, left.module) for left in report.left] == [("conv", "ReLU")]
+    assert report.left[0].reason.startswith(reason)
+
+
+def test_methods_that_do_no_harm(net: Callable[..., Any]) -> None:
+    more = "def reset(self):\n    nn.init.zeros_(self.conv.weight)\n    self.conv.bias.data.zero_()\n"
+    assert check(net("return F.relu(self.conv(x))", more)).left == ()
+    more = "def __init__(self):\n    Base.__init__(self)\n    self.conv = nn.Conv2d(2, 2, 3)\n    repr(self.conv)"
+    assert check(net("return F.relu(self.conv(x))", more)).left == ()
+
+
+def test_a_base_whose_forward_is_called(net: Callable[..., Any]) -> None:
+    base = type(net("return F.relu(self.conv(x))"))
+
+    class Derived(base):  # type: ignore[misc, valid-type]
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) + self.act(self.conv(x))
+
+    model = Derived()
+    assert reasons(tribp.fuse(model)) == {"act": "Net.forward mentions conv, too"}
+
+
+INSTANCES: list[tuple[Callable[[Any], object], str, str]] = [
+    (lambda m: hooked(m.act), "act", "the Sigmoid at act has forward hooks"),
+    (lambda m: hooked(m.act, "full_backward_hook"), "act", "the Sigmoid at act has backward hooks"),
+    (lambda m: hooked(m.conv), "conv", "it has forward hooks"),
+    (lambda m: changed(m, conv=nn.utils.parametrizations.weight_norm(m.conv)), "conv", "it is parametrized"),
+    (lambda m: changed(m, forward=type(m).forward.__get__(m)), "act", "the Net around it has a forward of its own"),
+    (lambda m: changed(m, impl=m.forward), "act", "the Net around it holds its forward in an attribute"),
+    (lambda m: changed(m, act=type("Mine", (nn.Sigmoid,), {})()), "act", "the Sigmoid at act is a subclass of Sigmoid"),
+    (lambda m: vars(m).update(conv=m.conv), "act", "Net has another attribute conv"),
+    (lambda m: changed(m, again=m.conv), "act", "no activation is behind again"),
+]
+
+
+@pytest.mark.parametrize(("change", "name", "reason"), INSTANCES, ids=[reason for *_, reason in INSTANCES])
+def test_instances_that_are_left(
+    net: Callable[..., Any], change: Callable[[Any], object], name: str, reason: str
+) -> None:
+    model, x = net("return self.act(self.conv(x))"), torch.randn(2, 2, 5, 5)
+    change(model)
+    y, kind = model(x), type(model)
+    left = reasons(tribp.fuse(model))
+    assert list(left) == [name]
+    assert left[name].startswith(reason)
+    assert type(model) is kind
+    assert torch.equal(model(x), y)
+
+
+def test_a_layer_in_forward_and_in_a_sequential(net: Callable[..., Any]) -> None:
+    """It is taken with its activation if the same is behind it at each place."""
+    model: Any = nn.ModuleDict({"a": net("return F.relu(self.conv(x))")})
+    model["b"] = nn.Sequential(model["a"].conv, nn.ReLU())
+    x = torch.randn(2, 2, 5, 5)
+    expected = model["a"](x), model["b"](x)
+    assert [entry.name for entry in tribp.fuse(model).replaced] == ["a.conv", "b.0"]
+    assert model["a"].conv is model["b"][0]
+    assert all(map(torch.equal, (model["a"](x), model["b"](x)), expected))
+    assert tribp.unfuse(model).left == ()
+    assert all(map(torch.equal, (model["a"](x), model["b"](x)), expected))
+    model["b"][1] = nn.Tanh()
+    assert reasons(tribp.fuse(model)) == {
+        "a.conv": "one activation is behind a.conv, another behind b.0",
+        "b.1": "one activation is behind a.conv, another behind b.0",
+    }
+
+
+def test_a_module_whose_layer_another_calls(net: Callable[..., Any]) -> None:
+    """A decoder that runs its encoder's layers by hand, say."""
+    model = net("x = self.inner.conv(x)\nx = F.linear(x, self.fc.weight)\nreturn self.inner.act(x)")
+    model.inner = net("return self.act(self.fc(self.act(self.conv(x))))")
+    report = tribp.fuse(model)
+    assert report.replaced == (
+        Replaced("conv", "Conv2d", "Conv3x3"),
+        Replaced("inner.conv", "Conv2d", "Conv3x3"),
+        Replaced("inner.fc", "Linear + Sigmoid", "LinearSigmoid"),
+    )
+    assert reasons(report) == {"inner.act": "Net.forward takes a conv from another module"}
+
+
+def test_two_of_one_class(net: Callable[..., Any]) -> None:
+    """They stay of one class where the same was taken, and each has its own where not."""
+    first = net("return self.act(self.conv(x))")
+    second, third = copy.deepcopy(first), copy.deepcopy(first)
+    hooked(third.conv)
+    model, x = nn.Sequential(first, second, third), torch.randn(2, 2, 5, 5)
+    y = model(x)
+    tribp.fuse(model)
+    assert type(first) is type(second) is not type(third)
+    assert torch.equal(model(x), y)
+
+
+def test_what_is_set_later_counts(net: Callable[..., Any]) -> None:
+    """Nothing of forward is fixed but the activations that are taken."""
+    model = net(
+        """
+        x = self.act(self.conv(x))
+        if self.flag:
+            x = F.dropout(x, self.slope, self.training)
+        return self.gelu(x)
+        """
+    )
+    plain = copy.deepcopy(model)
+    tribp.fuse(model)
+    x = torch.randn(2, 2, 5, 5)
+    changes = {"flag": False, "slope": 0.7, "gelu": nn.Tanh(), "training": False}
+    for name, value in [("flag", True), *changes.items()]:
+        values = []
+        for m in (model, plain):
+            torch.manual_seed(0)
+            values.append(changed(m, **{name: value})(x))
+        assert torch.equal(*values)
+
+
+def test_source_that_cannot_be_read(net: Callable[..., Any]) -> None:
+    space: dict[str, Any] = {"nn": nn}
+    exec("class Net(nn.Module):\n def forward(self, x):\n  return self.fc(x).relu()", space)
+    model = space["Net"]()
+    model.fc = nn.Linear(2, 2)
+    unknown = "what its forward applies to its layers is not known: "
+    assert tribp.fuse(model) == Report((), (Left("", "Net", unknown + "its source cannot be read"),))
+    model = net("return F.relu(self.conv(x))")
+    path = inspect.getfile(type(model))
+    Path(path).write_text(Path(path).read_text().replace("F.relu(self.conv(x))", "self.conv(x).relu()  # edited"))
+    linecache.checkcache(path)
+    report = tribp.fuse(model)
+    assert report.left == (Left("", "Net", unknown + "its source is not what runs"),)
+    assert report.replaced == (Replaced("conv", "Conv2d", "Conv3x3"),)
+    model = net("return self.conv(x)")
+    type(model).forward = staticmethod(lambda x: x)
+    assert reasons(tribp.fuse(model)) == {"": unknown + "forward is no Python function"}
+
+
+@pytest.mark.parametrize("unparse", [lambda tree: "def f(): ...", lambda tree: "def"])
+def test_source_that_cannot_be_written(
+    net: Callable[..., Any], unparse: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = net("return F.relu(self.conv(x))")
+    monkeypatch.setattr("ast.unparse", unparse)
+    assert reasons(tribp.fuse(model)) == {
+        "": "what its forward applies to its layers is not known: its source cannot be written again"
+    }
+
+
+def test_a_program_that_has_another_forward(net: Callable[..., Any]) -> None:
+    """A pickle does not load where forward no longer does what was taken."""
+    model = net("return F.relu(self.conv(x))")
+    tribp.fuse(model)
+    data = pickle.dumps(model)
+    kind: Any = type(model).__mro__[1]
+    kind.forward = type(net("return torch.tanh(self.conv(x))")).forward
+    with pytest.raises(ValueError, match=r"Net.forward has another call of conv than \(\('conv', 'F.relu\(_\)'\),\)"):
+        pickle.loads(data)
+    kind.forward = type(net("return x")).forward
+    with pytest.raises(ValueError, match=r"Net.forward lacks some of \(\('conv', 'F.relu\(_\)'\),\)"):
+        pickle.loads(data)
+
+
+def test_unfuse_of_what_was_changed_after_fuse(net: Callable[..., Any]) -> None:
+    model, x = net("return self.act(self.fc(self.act(self.conv(x))))"), torch.randn(3, 2, 6, 6)
+    kind = type(model)
+    tribp.fuse(model)
+    model.conv.activation = "tanh"
+    hooked(model.fc)
+    y = model(x)
+    report = tribp.unfuse(model)
+    assert reasons(report) == {"conv": "it does not compute the Sigmoid behind it", "fc": "it has forward hooks"}
+    assert torch.equal(model(x), y)
+    model.fc._forward_hooks.clear()
+    assert [entry.name for entry in tribp.unfuse(model).replaced] == ["fc"]
+    assert torch.equal(model(x), y)
+    assert type(model) is not kind  # which would apply the sigmoid to what the tanh returns
+    assert [type(m) for m in model.conv] == [nn.Conv2d, nn.Tanh]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["fx", "script", "trace", "export", "compile"])
+def test_torch_around_a_fused_forward(how: str) -> None:
+    """None of them reads the forward that applies the activations a second time: those of a sigmoid would be seen."""
+    torch.compiler.reset()
+    model, x = FunctionalLeNet().eval().requires_grad_(False), image()
+    y = model(x)
+    assert len(tribp.fuse(model).replaced) == 4
+    ways: dict[str, Callable[[], Any]] = {
+        "fx": lambda: torch.fx.symbolic_trace(model),
+        "script": lambda: torch.jit.script(model),
+        "trace": lambda: torch.jit.trace(model, x),
+        "export": lambda: torch.export.export(model, (x,)).module(),
+        "compile": lambda: torch.compile(model, fullgraph=True, backend="aot_eager"),
+    }
+    torch.testing.assert_close(ways[how]()(x), y)
+
+
+def test_compiled_before_fuse() -> None:
+    """The wrapper notices, and compiles again."""
+    torch.compiler.reset()
+    model, x = FunctionalLeNet().eval().requires_grad_(False), image()
+    wrapped: Any = torch.compile(model, backend="eager")
+    y = wrapped(x)
+    for change in (tribp.fuse, tribp.unfuse):
+        assert len(change(wrapped).replaced) == 4
+        torch.testing.assert_close(wrapped(x), y)
+
+
+def test_saved_and_loaded_whole() -> None:
+    model, x, file = TorchvisionNet().eval(), torch.randn(2, 2, 5, 5), io.BytesIO()
+    y = model(x)
+    assert [str(entry) for entry in tribp.fuse(model).replaced] == ["conv: Conv2d + ReLU → Conv3x3"]
+    torch.save(model, file)
+    file.seek(0)
+    other = torch.load(file, weights_only=False)
+    assert type(other) is type(model)
+    assert torch.equal(other(x), y)
+    tribp.unfuse(other)
+    assert type(other) is TorchvisionNet
+    assert torch.equal(other(x), y)
+
+
+class TorchvisionNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.conv(x))  # type: ignore[no-any-return]
+
+
+def test_every_protocol_of_pickle() -> None:
+    model, x = TorchvisionNet(), torch.randn(2, 2, 5, 5)
+    y = model(x)
+    tribp.fuse(model)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert torch.equal(pickle.loads(pickle.dumps(model, protocol))(x), y)
+
+
+def test_traceback_and_help() -> None:
+    model = TorchvisionNet()
+    tribp.fuse(model)
+    assert "return self.conv(x)" in inspect.getsource(model.forward)
+    with pytest.raises(ValueError, match="weight must have shape") as error:
+        model(torch.randn(2, 3, 5, 5))
+    assert any("return self.conv(x)" in str(entry.statement) for entry in error.traceback)
+
+
+def test_replicas_of_data_parallel() -> None:
+    """A replica has the class of its module."""
+    model: Any = TorchvisionNet()
+    x = torch.randn(2, 2, 5, 5)
+    y = model(x)
+    tribp.fuse(model)
+    replica = model._replicate_for_data_parallel()
+    assert type(replica) is type(model)
+    assert isinstance(model.conv, Conv3x3)
+    assert torch.equal(model(x), y)
+
+
+def test_batch_norm_between() -> None:
+    model = TorchvisionBlock(2, 2, 1).eval()
+    assert tribp.fuse(model) == Report(tuple(Replaced(f"conv{i}", "Conv2d", "Conv3x3") for i in (1, 2)))
+    assert type(model) is TorchvisionBlock

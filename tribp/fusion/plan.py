@@ -1,0 +1,142 @@
+"""Where modules stand, and what will be put in their places."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .forward import HARMLESS, Behind, Site, behind_calls, class_with_changed_sites, reached_from_outside
+from .modules import LAYERS, FoldedBatchNorm, obstacle
+from .report import Left, Replaced, Report
+
+FSDP = {"FSDPModule", "FullyShardedDataParallel"}  # by name: to import them takes long, and a torch with distributed
+
+_ANY_ORDER = "the {} around {} need not run its modules in their order"
+
+
+class Place(NamedTuple):
+    """Where a module stands, and between which others it runs; once for each call by its parent's own forward."""
+
+    parent: nn.Module | None
+    key: str
+    name: str
+    module: nn.Module
+    before: nn.Module | None = None
+    behind: nn.Module | None = None
+    behind_key: str = ""
+    behind_name: str = ""
+    site: Site = ()  # in the parent's forward
+    doubt: str = ""  # why `behind` need not be what happens to each output
+
+
+def places_below(
+    parent: nn.Module, prefix: str, seen: set[int], reached: Mapping[str, str], harmless: frozenset[str]
+) -> Iterator[Place]:
+    """All places below `parent`, in the order of `named_modules`, but each place of a module that has several."""
+    if id(parent) in seen or isinstance(parent, torch.jit.ScriptModule):
+        return
+    seen.add(id(parent))
+    children = [(key, child) for key, child in parent._modules.items() if child is not None]
+    row = isinstance(parent, (nn.Sequential, nn.ModuleList))
+    nothing: tuple[str, nn.Module | None] = ("", None)
+    for i, (key, child) in enumerate(children):
+        name = prefix + key
+        if row:
+            _, before = next((c for c in reversed(children[:i]) if not isinstance(c[1], FoldedBatchNorm)), nothing)
+            behind_key, behind = next((c for c in children[i + 1 :] if not isinstance(c[1], FoldedBatchNorm)), nothing)
+            doubt = "" if _runs_in_order(parent) else _ANY_ORDER.format(type(parent).__name__, name)
+            yield Place(parent, key, name, child, before, behind, behind_key, prefix + behind_key, doubt=doubt)
+        else:
+            calls = (behind_calls(parent, key, reached, harmless) if isinstance(child, LAYERS) else []) or [Behind()]
+            for behind, behind_key, site, doubt in calls:
+                behind_name = prefix + behind_key if behind_key else name
+                yield Place(parent, key, name, child, None, behind, behind_key, behind_name, site, doubt)
+        yield from places_below(child, f"{name}.", seen, reached, harmless)
+
+
+class _Replacement(NamedTuple):
+    place: Place
+    made: nn.Module
+    pair: bool
+    entry: Replaced
+
+
+class Plan:
+    """What will be replaced: everything is decided and built before anything is changed."""
+
+    def __init__(self, caller: str, model: nn.Module, harmless: frozenset[str] = HARMLESS) -> None:
+        """`harmless` is what any code of the model may read of a layer that shall change."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+        self.harmless, self.reached = harmless, reached_from_outside(model, harmless)
+        places = [Place(None, "", "", model), *places_below(model, "", set(), self.reached, self.harmless)]
+        self.order = {place.name: i for i, place in enumerate(places)}
+        grouped: dict[int, list[Place]] = {}
+        for place in places:
+            grouped.setdefault(id(place.module), []).append(place)
+        self.modules = [(group[0].module, group) for group in grouped.values()]
+        modules = [module for module, _ in self.modules]
+        self.sharded = {id(m) for top in modules if FSDP & class_names(top) for m in top.modules()}
+        self.compiled = {id(m._modules.get("_orig_mod")) for m in modules if "OptimizedModule" in class_names(m)}
+        self.root = model
+        self.replacements: list[_Replacement] = []
+        self.left: list[Left] = []
+
+    def obstacle(self, module: nn.Module, kind: type[nn.Module]) -> str:
+        """Why `module` cannot be replaced as one of exactly this kind; nothing if it can."""
+        if module is self.root:
+            return "it is the model itself: no module that could hold another is around it"
+        if id(module) in self.sharded:
+            return "FSDP holds its parameters"
+        if id(module) in self.compiled:
+            return "torch.compile has it, whatever stands in its place"
+        return obstacle("it", module, kind)
+
+    def replace(self, places: Sequence[Place], made: nn.Module, was: str, now: str, pair: bool = True) -> None:
+        """A pair's second module, behind each place, gets a stand-in."""
+        self.replacements += [_Replacement(place, made, pair, Replaced(place.name, was, now)) for place in places]
+
+    def leave(self, places: Sequence[Place], reason: str) -> None:
+        """Report what stands at `places` as left; nothing if there is no reason."""
+        if not reason:
+            return
+        self.left += [Left(place.name, type(place.module).__name__, reason) for place in places]
+
+    def leave_activations(self, places: Sequence[Place], reason: str) -> None:
+        """Report the activations behind modules that are replaced without them."""
+        self.left += [Left(place.behind_name, type(place.behind).__name__, reason) for place in places]
+
+    def carry_out(self, stand_in: Callable[[nn.Module], nn.Module]) -> Report:
+        classes: dict[int, tuple[nn.Module, set[Site]]] = {}
+        for place, _, pair, _ in self.replacements:
+            if pair and place.site and place.parent is not None:
+                classes.setdefault(id(place.parent), (place.parent, set()))[1].add(place.site)
+        new_classes = [(parent, class_with_changed_sites(parent, sites)) for parent, sites in classes.values()]
+        stand_ins: dict[int, nn.Module] = {}  # what stands behind several places stays one module too
+        for place, made, pair, _ in self.replacements:
+            assert place.parent is not None
+            place.parent._modules[place.key] = made  # setattr may mean something else to the parent
+            if pair and not place.site:
+                assert place.behind is not None
+                if id(place.behind) not in stand_ins:
+                    stand_ins[id(place.behind)] = stand_in(place.behind)
+                place.parent._modules[place.behind_key] = stand_ins[id(place.behind)]
+        for parent, kind in new_classes:
+            parent.__class__ = kind
+        replaced = dict.fromkeys(entry for *_, entry in self.replacements)  # once for several calls
+        return Report(tuple(sorted(replaced, key=self._rank)), tuple(sorted(dict.fromkeys(self.left), key=self._rank)))
+
+    def _rank(self, entry: Replaced | Left) -> int:
+        return self.order[entry.name]
+
+
+def _runs_in_order(parent: nn.Module | None) -> bool:
+    if not isinstance(parent, nn.Sequential) or "forward" in vars(parent):
+        return False
+    kind = type(parent)
+    return kind.forward is nn.Sequential.forward and kind.__iter__ is nn.Sequential.__iter__
+
+
+def class_names(module: nn.Module) -> set[str]:
+    return {base.__name__ for base in type(module).__mro__}

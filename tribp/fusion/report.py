@@ -1,0 +1,44 @@
+"""What `fuse` and `unfuse` say they did."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Replaced(NamedTuple):
+    """What stood at a place of the model, and what stands there now."""
+
+    name: str
+    was: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.was} → {self.now}"
+
+
+class Left(NamedTuple):
+    """What was left at a place of the model, and why."""
+
+    name: str
+    module: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name or '(the model)'}: {self.module} left: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `fuse` or `unfuse` did, in the order of `named_modules`; a module with several names stands under each.
+
+    Names below a container that has several names itself are given once, by its first.
+    """
+
+    replaced: tuple[Replaced, ...] = ()
+    left: tuple[Left, ...] = ()
+
+    def __add__(self, other: "Report") -> "Report":
+        return Report(self.replaced + other.replaced, self.left + other.left)
+
+    def __str__(self) -> str:
+        lines: list[object] = [f"{len(self.replaced)} replaced, {len(self.left)} left", *self.replaced, *self.left]
+        return "\n".join(map(str, lines))
