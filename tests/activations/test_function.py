@@ -192,6 +192,7 @@ def test_modules(activation: Activation, device: str) -> None:
     torch.testing.assert_close(ours(x), expected)
     torch.testing.assert_close(copy.deepcopy(ours)(x), expected)
     torch.testing.assert_close(torch.jit.script(ours)(x), expected)
+    torch.testing.assert_close(torch.jit.trace(ours, x)(x), expected)
     assert ("activation" in str(ours)) == (activation is not None)
     images = torch.randn(1, 2, 4, 4, device=device)
     layer = tribp.nn.Conv3x3(2, 3, activation=activation).to(device)
