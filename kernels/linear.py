@@ -7,8 +7,9 @@
     dgrad         dx = dz·w
     wgrad         dw = dzᵀ·x
 
-Backward needs the output y, never z (`activations`); without an activation not even that, for dz is dy. It comes in two
-shapes. Either `output_grad` writes dz and the two products read it; or a product forms dz from dy and y while it loads
+Backward needs the output y, never z (`activations`); without an activation not even that, for dz is dy. It comes in
+three shapes. A layer below another has its dz from that one's dgrad, which multiplies by its derivative (BELOW). Else
+either `output_grad` writes dz and the two products read it; or a product forms dz from dy and y while it loads
 its operand (FUSE_DZ), and wgrad hands dz on to dgrad and sums db as it goes: a pass over memory less, for more
 instructions in the loop. Sums over rows that several programs share leave partial results, one a program, which
 `reduce_partials` adds in a fixed order: no atomics, the same bits every time.

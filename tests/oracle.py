@@ -75,6 +75,8 @@ def derivative(y: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
         0,
         0,
     )[:2]
+    if name == "elu":  # an output at −α is −α rounded
+        a = float(torch.tensor(float(a), dtype=torch.float64).to(dtype))
     if name in ("hardtanh", "relu6"):
         bounds = torch.tensor([0, 6] if name == "relu6" else [a, b], dtype=torch.float64).to(dtype).double()
         return torch.logical_and(y > bounds[0], y < bounds[1]).double()

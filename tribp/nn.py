@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,19 @@ __all__ = ["MLP", "Conv3x3", "Linear", "LinearSigmoid"]
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # torch.nn's
 
 
-class Linear(nn.Module):
+class _Activated(nn.Module):
+    """A layer with an activation, as users give it and, for TorchScript, as a tuple of plain values."""
+
+    __jit_ignored_attributes__ = ("activation",)
+    activation: ActivationLike
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation":
+            self._act = activation_of(type(self).__name__, value)
+        super().__setattr__(name, value)
+
+
+class Linear(_Activated):
     """`nn.Linear` and the activation that may follow it, as one kernel: y = act(x · weightᵀ + bias).
 
     Parameters, their initialization, the random numbers it draws, and the state_dict are those of `nn.Linear`, so that
@@ -34,10 +47,8 @@ class Linear(nn.Module):
     Shape: `(*, in_features)` to `(*, out_features)`. Errors: those of `tribp.linear`.
     """
 
-    __jit_ignored_attributes__ = ("activation",)  # to TorchScript `_act` is a tuple of plain values
     in_features: int
     out_features: int
-    activation: ActivationLike
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -52,7 +63,6 @@ class Linear(nn.Module):
         activation: ActivationLike = None,
     ) -> None:
         super().__init__()
-        self._act = activation_of(type(self).__name__, activation)
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
@@ -95,12 +105,16 @@ class LinearSigmoid(Linear):
         super().__init__(in_features, out_features, bias, device, dtype, activation="sigmoid")
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return any(value for name, value in vars(module).items() if name.endswith("_hooks") and "state_dict" not in name)
+
+
 class MLP(nn.Module):
     """Linear layers with activations, whose backward pass crosses them: `tribp.mlp`.
 
     The state_dict is that of the `nn.Sequential(nn.Linear, activation, nn.Linear, …)` it stands for: weight and bias of
-    layer l are `2l.weight` and `2l.bias`, in modules that hold them and are not called themselves (so hooks on these do
-    not run). Their initialization and the random numbers it draws are `nn.Linear`'s, in this order.
+    layer l are `2l.weight` and `2l.bias`. Their initialization and the random numbers it draws are `nn.Linear`'s, in
+    this order. Where a layer was replaced or has hooks, it and the others are called one after the other.
 
     Args:
         sizes: of the input, of each layer's output: at least two.
@@ -137,14 +151,9 @@ class MLP(nn.Module):
             self.add_module(str(2 * n), Linear(before, after, bias, device, dtype))
 
     @property
-    def layers(self) -> list[Linear]:
-        """What holds the parameters of each layer."""
-        return [layer for layer in self.children() if isinstance(layer, Linear)]
-
-    def reset_parameters(self) -> None:
-        """Initialize all layers again, from the first to the last."""
-        for layer in self.layers:
-            layer.reset_parameters()
+    def layers(self) -> list[nn.Module]:
+        """The layers, without their activations: a `Linear` each, unless somebody replaced it."""
+        return [self.get_submodule(str(2 * n)) for n in range(len(self.sizes) - 1)]
 
     def extra_repr(self) -> str:
         names = f"activation={self.activation!r}, output_activation={self.output_activation!r}"
@@ -152,11 +161,17 @@ class MLP(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         layers = self.layers
-        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        return mlp(input, weights, biases, self.activation, self.output_activation)
+        plain = [layer for layer in layers if type(layer) is Linear and layer.activation is None]
+        if len(plain) == len(layers) and not any(map(_has_hooks, layers)):
+            weights, biases = [layer.weight for layer in plain], [layer.bias for layer in plain]
+            return mlp(input, weights, biases, self.activation, self.output_activation)
+        for n, layer in enumerate(layers, 1):
+            activation = self.output_activation if n == len(layers) else self.activation
+            input = activate(layer(input), *activation_of("MLP", activation))
+        return input
 
 
-class Conv3x3(nn.Module):
+class Conv3x3(_Activated):
     """`nn.Conv2d` with a 3×3 kernel, and the activation that may follow it, as one kernel.
 
     Parameters, their initialization, the random numbers it draws, and the state_dict are those of
@@ -178,13 +193,11 @@ class Conv3x3(nn.Module):
     Errors: those of `tribp.conv3x3`.
     """
 
-    __jit_ignored_attributes__ = ("activation",)  # as for Linear
     in_channels: int
     out_channels: int
     stride: tuple[int, int]
     padding: tuple[int, int]
     groups: int
-    activation: ActivationLike
     padding_mode: str
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -206,7 +219,6 @@ class Conv3x3(nn.Module):
     ) -> None:
         super().__init__()
         window = window_of("Conv3x3", stride, padding, groups, dilation)
-        self._act = activation_of("Conv3x3", activation)
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"Conv3x3: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):

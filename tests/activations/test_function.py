@@ -1,6 +1,7 @@
 """Activations behind `linear` and `conv3x3`, on the fallback and on the kernels, against torch's layers."""
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -124,7 +125,14 @@ def test_bounds_are_found_as_they_are_stored() -> None:
         _, *bounds = as_stored(Known("hardtanh", -0.3, 0.1), dtype)
         assert bounds == torch.tensor([-0.3, 0.1], dtype=torch.float64).to(dtype).tolist()
     assert as_stored(Known("hardtanh", float("-inf"), 3.0), torch.bfloat16) == Known("hardtanh", float("-inf"), 3.0)
-    assert as_stored(Known("elu", 0.1), torch.bfloat16).a == 0.1
+    assert as_stored(Known("elu", 0.7), torch.bfloat16).a == float(torch.tensor(0.7, dtype=torch.bfloat16))
+    assert as_stored(Known("leaky_relu", 0.1), torch.bfloat16).a == 0.1
+    numbers = [1e-6, 1e-9, 3e-41, 65519.0, 65520.0, 1e39, -1e39, 1 + 2**-11 + 2**-40, 2.0**-133, 3.3895e38, math.inf]
+    for dtype in DTYPES:
+        for number in numbers:
+            by_torch = torch.tensor(number, dtype=torch.float64)
+            by_torch = by_torch.float().to(dtype) if dtype != torch.float64 else by_torch
+            assert as_stored(Known("hardtanh", -number, number), dtype)[1:] == (-float(by_torch), float(by_torch))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -155,10 +163,12 @@ WRONG: list[tuple[object, list[str]]] = [
     (nn.ReLU(), ["None, one of 'sigmoid'", "ReLU()"]),
     ((), ["None, one of", "got ()"]),
     (("relu", 1.0), ["relu takes no numbers, got 1.0"]),
-    (("leaky_relu", "steep"), ["leaky_relu takes negative_slope, got 'steep'"]),
-    (["elu", 1.0, 2.0], ["elu takes alpha, got 1.0, 2.0"]),
+    (("leaky_relu", "steep"), ["leaky_relu takes negative_slope, each a Python int or float, got 'steep'"]),
+    (("elu", 1.0, 2.0), ["elu takes alpha, each a Python int or float, got 1.0, 2.0"]),
     (("leaky_relu", -0.1), ["negative_slope of leaky_relu must be at least 0", "-0.1"]),
     (("elu", float("nan")), ["alpha of elu must be at least 0", "nan"]),
+    (["elu", 0.5], ["or a tuple of a name and its numbers", "got ['elu', 0.5]"]),
+    (("elu", 10**400), ["elu takes alpha, each a Python int or float, got 1000"]),
     (("softplus", 0), ["beta of softplus must be above 0", "got 0.0 and 20.0"]),
     (("softplus", 1, 3), ["threshold at least 17, got 1.0 and 3.0"]),
     (("hardtanh", 2, 1), ["min_val of hardtanh must not be above max_val", "got 2.0 and 1.0"]),
@@ -201,10 +211,24 @@ def test_modules(activation: Activation, device: str) -> None:
     torch.testing.assert_close(torch.jit.script(layer)(images), expected)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_an_activation_that_is_changed_later_counts() -> None:
     layer, x = tribp.nn.Linear(5, 3), torch.randn(4, 5)
     layer.activation = "relu"
-    assert torch.equal(layer(x), torch.relu(F.linear(x, layer.weight, layer.bias)))
+    expected = torch.relu(F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(torch.jit.script(layer)(x), expected)
+    with pytest.raises(ValueError, match=r"^Linear: activation must be .* got ReLU\(\)"):
+        layer.activation = nn.ReLU()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_elu_is_flat_where_it_is_flat(dtype: torch.dtype, device: str) -> None:
+    """α is no number of float16's or bfloat16's, and y there is α as it is stored."""
+    x = torch.tensor([[-800.0], [-1e4], [1.0]], device=device, dtype=dtype, requires_grad=True)
+    one = torch.ones(1, 1, device=device, dtype=dtype)
+    (dx,) = torch.autograd.grad(tribp.linear(x, one, None, ("elu", 0.7)).sum(), x)
+    assert dx.flatten().tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("activation", ["relu", ("softplus", 2.0), None], ids=str)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import tribp
@@ -247,3 +248,138 @@ def test_sums_of_many_rows_of_tiles_have_a_launch_of_their_own() -> None:
     layer = ["wgrad", "dgrad"]
     assert names((65536, 784, 256, 10)) == ["output_grad", *layer, "reduce_partials", *layer, "reduce_partials"]
     assert names((8192, 1024, 1024, 1024)) == [*layer, *layer]
+
+
+def test_saved_tensors_may_come_back_in_any_layout(device: str) -> None:
+    """Hooks on saved tensors (offloading, compression) return what they like."""
+    inputs = draw((8, 24, 16, 5), 30, torch.float64, device)
+
+    def turned(t: Tensor) -> Tensor:
+        return t.t().contiguous() if t.dim() == 2 else t
+
+    with torch.autograd.graph.saved_tensors_hooks(turned, lambda t: t.t() if t.dim() == 2 else t):
+        y = ours("tanh", "tanh", *inputs)
+    expected = theirs("tanh", "tanh", *inputs)
+    dy = torch.randn_like(y)
+    for a, b in zip(*(torch.autograd.grad(t, inputs, dy) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_keeps_what_backward_reads_and_no_more(kernels: str) -> None:
+    x, w0, b0, w1, b1, w2, b2 = draw((8, 24, 16, 5), 30, torch.float32, kernels)
+    kept: list[tuple[int, ...]] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(tuple(t.shape))
+        return t
+
+    def call(*frozen: Tensor, last: Activation = None) -> list[tuple[int, ...]]:
+        kept.clear()
+        layers = [t.detach() if any(t is f for f in frozen) else t for t in (x, w0, b0, w1, b1, w2, b2)]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            ours("tanh", last, *layers)
+        return sorted(kept)
+
+    assert call() == sorted([(30, 8), (30, 24), (30, 16), (24, 8), (16, 24), (5, 16)])
+    assert call(last="relu") == sorted([(30, 8), (30, 24), (30, 16), (30, 5), (24, 8), (16, 24), (5, 16)])
+    assert call(x) == sorted([(30, 8), (30, 24), (30, 16), (16, 24), (5, 16)]), "no weight of the lowest layer"
+    assert call(x, w0, b0, w1, b1) == [(30, 16)], "of a head alone its input"
+    assert call(x, w0) == sorted([(30, 24), (30, 16), (16, 24), (5, 16)]), "of a bias alone no input"
+
+
+def test_what_may_be_changed_before_backward(device: str) -> None:
+    """As in torch: an output without activation, biases; not what backward reads."""
+    inputs = draw((8, 16, 4), 12, torch.float64, device)
+    y, expected = ours("tanh", None, *inputs), theirs("tanh", None, *inputs)
+    y.mul_(2)
+    grads = torch.autograd.grad(expected.mul(2).square().sum(), inputs)
+    with torch.no_grad():
+        inputs[2].add_(1)
+    for a, b in zip(torch.autograd.grad(y.square().sum(), inputs), grads, strict=True):
+        torch.testing.assert_close(a, b)
+    y = ours("tanh", "tanh", *inputs)
+    with torch.no_grad():
+        inputs[3].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = ours("tanh", None, *inputs)
+    with torch.no_grad():
+        inputs[2].add_(1)  # which a second derivative would read
+    if tribp.dispatch.backend_of(y) == "triton":
+        with pytest.raises(RuntimeError, match="changed in place"):
+            torch.autograd.grad(y.sum(), inputs, create_graph=True)
+
+
+def test_frozen_layers_and_second_derivatives(device: str) -> None:
+    inputs = draw((5, 6, 4, 3), 4, torch.float64, device)
+    for frozen in ([0], [0, 1, 2], [0, 1, 2, 3, 4], [1, 3], [0, 1]):
+        tensors = [t.detach().requires_grad_(n not in frozen) for n, t in enumerate(inputs)]
+        needed = [t for t in tensors if t.requires_grad]
+        found = []
+        for function in (ours, theirs):
+            (first, *_) = torch.autograd.grad(
+                function("tanh", "sigmoid", *tensors).square().sum(), needed, create_graph=True
+            )
+            found.append(torch.autograd.grad(first.square().sum(), needed, allow_unused=True))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_modes_around_backward_see_operators(kernels: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ..torch_machinery.cases import Seen
+
+    inputs = draw((8, 16, 4), 12, torch.float64, kernels)
+    counted = []
+    for function in (ours, theirs):
+        y = function("tanh", None, *inputs)
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
+    y = ours("tanh", None, *inputs)
+    with Seen() as seen:
+        grads = torch.autograd.grad(y.sum(), inputs)
+    assert seen.names.count("tribp.linear_backward.default") == 2
+    expected = torch.autograd.grad(theirs("tanh", None, *inputs).sum(), inputs)
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_layers_that_were_replaced_tied_or_hooked(device: str) -> None:
+    """They are called then, as a Sequential would."""
+    x = torch.randn(6, 8, device=device)
+
+    def same(module: tribp.nn.MLP) -> bool:
+        y = x
+        for n, layer in enumerate(module.layers):
+            y = torch.tanh(F.linear(y, layer.weight, layer.bias)) if n < 2 else F.linear(y, layer.weight, layer.bias)  # type: ignore[arg-type]
+        return torch.allclose(module(x), y, atol=1e-6)
+
+    module = tribp.nn.MLP([8, 8, 8, 8], "tanh").to(device)
+    setattr(module, "4", getattr(module, "2"))
+    assert len(module.layers) == 3
+    assert same(module)
+    setattr(module, "2", nn.Linear(8, 8).to(device))
+    assert same(module)
+    calls: list[nn.Module] = []
+    handle = module.layers[0].register_forward_hook(lambda m, i, o: calls.append(m))
+    assert same(module)
+    assert calls == [module.layers[0]]
+    handle.remove()
+    prune.l1_unstructured(module.layers[0], "weight", 0.5)
+    for _ in range(2):
+        module(x).sum().backward()
+    assert same(module)
+    model = nn.Sequential(tribp.nn.MLP([8, 5, 3], "relu").to(device))
+    y = model(x)
+    assert len(tribp.unfuse(model).replaced) == 2
+    torch.testing.assert_close(model(x), y)
+
+    class WithMore(tribp.nn.MLP):
+        def __init__(self) -> None:
+            super().__init__([8, 4], "relu")
+            self.aux = tribp.nn.Linear(3, 3)
+
+    assert WithMore().to(device)(x).shape == (6, 4)

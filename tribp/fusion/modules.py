@@ -208,6 +208,8 @@ def fused_layer(module: nn.Module, activation: ActivationLike) -> nn.Module | st
     if isinstance(module, (nn.Conv2d, Conv3x3)):
         return _conv3x3(torch_conv2d(module) if isinstance(module, Conv3x3) else module, activation)
     assert isinstance(module, (nn.Linear, Linear))
+    if isinstance(module, nn.Linear) and "activation" in vars(module):
+        return "it has an activation of its own"
     # On meta, here and below, a constructor allocates nothing and draws no random numbers.
     sizes = (module.in_features, module.out_features, module.bias is not None)
     made = (

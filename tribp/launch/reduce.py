@@ -67,6 +67,7 @@ class Sums(NamedTuple):
 def sums_of(results: Sequence[Partials]) -> Sums | None:
     """Of those of two partial results that are not `out` themselves. The first is the longer; only it is transposed."""
     pending = [result for result in results if result.pending]
+    assert len(pending) <= 2
     if not pending:
         return None
     (partials, out, transposed), (partials2, out2, _) = (*pending, Partials(None, None))[:2]

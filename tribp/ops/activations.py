@@ -4,6 +4,7 @@ Those are taken whose derivative follows from the output y, so that y is all tha
 """
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ def activation_of(caller: str, activation: ActivationLike) -> Activation:
     """
     if activation is None:
         return NONE
-    name, *numbers = activation if isinstance(activation, (tuple, list)) and activation else (activation,)
+    name, *numbers = activation if isinstance(activation, tuple) and activation else (activation,)
     if not isinstance(name, str) or name not in NAMED:
         known = f"None, one of {', '.join(map(repr, NAMED))}, or a tuple of a name and its numbers"
         raise ValueError(f"{caller}: activation must be {known}, got {activation!r}")
@@ -54,8 +55,9 @@ def activation_of(caller: str, activation: ActivationLike) -> Activation:
 
 def _with_numbers(caller: str, name: str, numbers: Sequence[object]) -> Activation:
     values = DEFAULTS[name].copy()
-    if len(numbers) > len(values) or not all(type(number) in (int, float) for number in numbers):
-        takes = ", ".join(values) or "no numbers"
+    plain = all(type(number) is float or (type(number) is int and abs(number) < 2**1000) for number in numbers)
+    if len(numbers) > len(values) or not plain:
+        takes = " and ".join(values) + ", each a Python int or float" if values else "no numbers"
         raise ValueError(f"{caller}: {name} takes {takes}, got {', '.join(map(repr, numbers))}")
     values |= {key: float(number) for key, number in zip(values, numbers, strict=False)}  # type: ignore[arg-type]
     a, b = (*values.values(), 0.0)[:2]
@@ -72,18 +74,28 @@ def _with_numbers(caller: str, name: str, numbers: Sequence[object]) -> Activati
 
 
 def as_stored(activation: Activation, dtype: torch.dtype) -> Activation:
-    """The activation with bounds as an output of this dtype holds them, for backward to find it at its bounds."""
-    name, *bounds = activation
-    return Activation(name, *(_rounded(x, dtype) for x in bounds)) if name == "hardtanh" else activation
+    """The activation with the numbers that outputs of this dtype reach, for backward to find an output at its end.
+
+    Those are the bounds of hardtanh, and −α of elu.
+    """
+    name, *numbers = activation
+    return Activation(name, *(_stored(x, dtype) for x in numbers)) if name in ("hardtanh", "elu") else activation
 
 
-def _rounded(x: float, dtype: torch.dtype) -> float:
-    """x as the nearest number of a dtype, ties to even. Not by torch, which may be tracing."""
-    if not math.isfinite(x):
+def _stored(x: float, dtype: torch.dtype) -> float:
+    """What a kernel stores of x: rounded to float32, then to the dtype. Not by torch, which may be tracing."""
+    if dtype == torch.float64:
         return x
-    mantissa, exponent = math.frexp(x)
-    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
-    return math.ldexp(round(math.ldexp(mantissa, digits)), exponent - digits)
+    try:
+        (x,) = struct.unpack("f", struct.pack("f", x))
+        if dtype == torch.float16:
+            (x,) = struct.unpack("e", struct.pack("e", x))
+    except OverflowError:
+        return math.copysign(math.inf, x)
+    if dtype == torch.bfloat16 and math.isfinite(x):
+        (bits,) = struct.unpack("I", struct.pack("f", x))
+        (x,) = struct.unpack("f", struct.pack("I", min(bits + 0x7FFF + (bits >> 16 & 1), 2**32 - 1) & 0xFFFF0000))
+    return float(x)
 
 
 def activate(z: Tensor, name: str | None, a: float, b: float) -> Tensor:

@@ -236,7 +236,7 @@ def operator(
     stride: Sequence[int], padding: Sequence[int], groups: int,
     activation: str | None = None, a: float = 0.0, b: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    with without_autocast(input.device.type):  # as for linear_sigmoid
+    with without_autocast(input.device.type):  # as for linear
         act = Activation(activation, a, b)
         return forward(input, weight, bias, as_window(stride, padding, groups), act, dispatch.backend_of(input))
 

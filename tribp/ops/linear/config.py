@@ -95,6 +95,7 @@ class DgradProblem(NamedTuple):
     tma: bool
     may_fuse: bool  # nobody else needs dz, so it may be formed on the way in
     along: bool = False
+    below: bool = False  # dx becomes the dz of the layer below, whose output is read, too
 
     def steps(self) -> Steps:
         return {**STEPS, "fuse_dz": toggled}

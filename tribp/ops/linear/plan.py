@@ -118,13 +118,13 @@ def backward_layer(
         ws = operand(plan, w)
         fused = dz is None and fusable and db is None
         if fused:
-            s = dgrad_config(plan, dys, ys, ws, precision)
+            s = dgrad_config(plan, dys, ys, ws, precision, below is not None)
             fused = s.fuse_dz
         if not fused:
             if dz is None or db is not None:
                 dz, sums = output_grad(plan, dy, y, activation, dz, db)
                 pending = (sums,)
-            s = dgrad_config(plan, dz, None, ws, precision)
+            s = dgrad_config(plan, dz, None, ws, precision, below is not None)
         below_db = None if below is None else partials_of(plan, below.db, cdiv(m, s.block_i), partial)
         source, output = (dys, ys) if fused else (dz, None)
         assert source is not None
@@ -175,7 +175,7 @@ def sum_rows(
     return Partials(sums, db)
 
 
-def dgrad_config(plan: Plan, dz: Operand, y: Operand | None, w: Operand, precision: str) -> MatmulConfig:
+def dgrad_config(plan: Plan, dz: Operand, y: Operand | None, w: Operand, precision: str, below: bool) -> MatmulConfig:
     """With `y`, which allows the fused form, `dz` is dy."""
     (m, n), k = dz.tensor.shape, w.tensor.shape[1]
     operands = [t for t in (dz, w, y) if t is not None]
@@ -183,7 +183,7 @@ def dgrad_config(plan: Plan, dz: Operand, y: Operand | None, w: Operand, precisi
         DgradProblem(
             m, n, k, dtype_name(dz.tensor.dtype), precision, plan.arch,
             vec=min(t.vec for t in operands), tma=all(t.tma for t in operands),
-            may_fuse=y is not None, along=w.transposed,
+            may_fuse=y is not None, along=w.transposed, below=below,
         )
     )  # fmt: skip
 

@@ -13,44 +13,44 @@ from ..linear.plan import forward as linear
 class Layer(NamedTuple):
     """One layer's tensors in backward; dw and db where they are wanted."""
 
-    w: Buffer
-    y: Buffer
+    w: Buffer | None  # of the first layer, if dx is not wanted
+    y: Buffer | None  # of the last layer, if it has no activation
     dw: Buffer | None
     db: Buffer | None
 
 
 def forward(plan: Plan, x: Buffer, *layers: Buffer | None, activations: Sequence[Activation], tf32: bool) -> None:
-    """y = act(x·wᵀ + b), each layer's y the next one's x. layers: w, b and y of each."""
+    """y = act(x·wᵀ + b), each layer's y the next one's x. layers: w, b and y of each; a y that is None is not kept."""
     for n, activation in enumerate(activations):
         w, b, y = layers[3 * n : 3 * n + 3]
         assert w is not None
-        assert y is not None
+        y = plan.scratch((x.shape[0], w.shape[0]), x.dtype) if y is None else y
         linear(plan, x, w, b, y, activation=activation, tf32=tf32)
         x = y
 
 
 def backward(
-    plan: Plan, dy: Buffer, x: Buffer, dx: Buffer | None, *layers: Buffer | None,
+    plan: Plan, dy: Buffer, x: Buffer | None, dx: Buffer | None, *layers: Buffer | None,
     activations: Sequence[Activation], tf32: bool,
 ) -> None:  # fmt: skip
-    """Those of dx and each layer's dw and db that are given. layers: w, y, dw and db of each; a last y may be None.
+    """Those of dx and each layer's dw and db that are given. layers: w, y, dw and db of each. x is needed for dw.
 
     A layer's dgrad multiplies what it writes by the derivative of the layer below, and leaves partial sums of its db:
     a dz is written once, and only the last one is formed by a pass over memory.
     """
-    every = [Layer(*layers[4 * n : 4 * n + 4]) for n in range(len(activations))]  # type: ignore[arg-type]
+    every = [Layer(*layers[4 * n : 4 * n + 4]) for n in range(len(activations))]
     plan.writes(dx, *(t for layer in every for t in layer[2:]))
     last, sums = len(every) - 1, Partials(None, None)
     for n, (w, y, dw, db) in reversed([*enumerate(every)]):
         lower = every[:n]
         source = lower[-1].y if lower else x
-        wanted = dx is not None or any(t is not None for below in lower for t in below[2:])
-        out = (plan.scratch(source.shape, source.dtype) if wanted else None) if lower else dx
+        out = dx
+        if lower:
+            assert source is not None
+            out = plan.scratch(source.shape, source.dtype)
         sums = backward_layer(
             plan, dy, source, w, y if n == last and activations[n].name else None, out, dw, db if n == last else None,
             activation=activations[n] if n == last else NONE, tf32=tf32, sums=sums,
             below=Below(activations[n - 1], lower[-1].db) if lower else None,
         )  # fmt: skip
-        if out is None:
-            return
-        dy = out
+        dy = dy if out is None else out
