@@ -363,6 +363,7 @@ def test_layers_that_were_replaced_tied_or_hooked(device: str) -> None:
     assert same(module)
     setattr(module, "2", nn.Linear(8, 8).to(device))
     assert same(module)
+    module = tribp.nn.MLP([8, 8, 8, 8], "tanh").to(device)
     calls: list[nn.Module] = []
     handle = module.layers[0].register_forward_hook(lambda m, i, o: calls.append(m))
     assert same(module)
