@@ -106,7 +106,8 @@ class LinearSigmoid(Linear):
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(value for name, value in vars(module).items() if name.endswith("_hooks") and "state_dict" not in name)
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return any(len(kind) > 0 for kind in hooks)
 
 
 class MLP(nn.Module):

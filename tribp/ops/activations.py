@@ -6,7 +6,7 @@ Those are taken whose derivative follows from the output y, so that y is all tha
 import math
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,24 +53,23 @@ def activation_of(caller: str, activation: ActivationLike) -> Activation:
     return _with_numbers(caller, name, numbers) if numbers else NAMED[name]
 
 
-def _with_numbers(caller: str, name: str, numbers: Sequence[object]) -> Activation:
-    values = DEFAULTS[name].copy()
+def _with_numbers(caller: str, name: str, numbers: Sequence[Any]) -> Activation:
+    names, usual = list(DEFAULTS[name]), list(DEFAULTS[name].values())
     plain = all(type(number) is float or (type(number) is int and abs(number) < 2**1000) for number in numbers)
-    if len(numbers) > len(values) or not plain:
-        takes = " and ".join(values) + ", each a Python int or float" if values else "no numbers"
+    if len(numbers) > len(names) or not plain:
+        takes = " and ".join(names) + ", each a Python int or float" if names else "no numbers"
         raise ValueError(f"{caller}: {name} takes {takes}, got {', '.join(map(repr, numbers))}")
-    values |= {key: float(number) for key, number in zip(values, numbers, strict=False)}  # type: ignore[arg-type]
-    a, b = (*values.values(), 0.0)[:2]
+    values = [float(number) for number in numbers] + usual[len(numbers) :]
+    a, b = [*values, 0.0][:2]
     if name in ("leaky_relu", "elu") and not a >= 0:
-        first = next(iter(values))
-        raise ValueError(f"{caller}: {first} of {name} must be at least 0, else two z have one output, got {a}")
+        raise ValueError(f"{caller}: {names[0]} of {name} must be at least 0, else two z have one output, got {a}")
     if name == "softplus" and not (a > 0 and b >= 17):
         # Beyond the threshold softplus is z itself, and between it and log(1 + e^threshold) y comes of two z: the
         # derivative is wrong there by e^-threshold, which from 17 on is nothing to a float32.
         raise ValueError(f"{caller}: beta of softplus must be above 0 and its threshold at least 17, got {a} and {b}")
     if name == "hardtanh" and not a <= b:
         raise ValueError(f"{caller}: min_val of hardtanh must not be above max_val, got {a} and {b}")
-    return Activation(name, *values.values())
+    return Activation(name, a, b)
 
 
 def as_stored(activation: Activation, dtype: torch.dtype) -> Activation:
