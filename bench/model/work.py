@@ -36,7 +36,7 @@ class LaunchWork:
     l2: float = 0  # bytes that programs load and store; 0: as many as `tensors` have
     copied: float = 0  # bytes that descriptors bring to the shared memory of a program
     behind: int = 0  # programs besides that add up partial results
-    turns_behind: int = 0  # of each
+    turns_behind: float = 0  # of each, on average
     paths_behind: int = 1  # ways through their code
 
     @property
