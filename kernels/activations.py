@@ -98,11 +98,19 @@ def sigmoid_gradient(dy, y):
 
 
 @triton.jit
-def tanh(z, PTX: tl.constexpr):
-    """tanh z = ±(1 − e⁻²ᵃ) / (1 + e⁻²ᵃ), a = |z|."""
-    m = expm1_negative(-2.0 * tl.abs(z), PTX)
-    negative = m * reciprocal(2.0 + m, PTX)
-    return tl.where(z < 0.0, negative, negative * -1.0)
+def tanh(z, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """tanh z = ±(1 − e⁻²ᵃ) / (1 + e⁻²ᵃ), a = |z|. For 16 bits 2·σ(2z) − 1, and near 0 z − z³/3.
+
+    Compiled: the longer way takes 18 instructions more.
+    """
+    if DTYPE == tl.float16 or DTYPE == tl.bfloat16:
+        near = z * (1.0 - z * z * (1.0 / 3.0))
+        result = tl.where(tl.abs(z) < 0.0625, near, 2.0 * sigmoid(2.0 * z, DTYPE, PTX) - 1.0)
+    else:
+        m = expm1_negative(-2.0 * tl.abs(z), PTX)
+        negative = m * reciprocal(2.0 + m, PTX)
+        result = tl.where(z < 0.0, negative, negative * -1.0)
+    return result
 
 
 @triton.jit
@@ -192,7 +200,7 @@ def activate(z, ACT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
     if NAME == "sigmoid":
         z = sigmoid(z, DTYPE, PTX)
     elif NAME == "tanh":
-        z = tanh(z, PTX)
+        z = tanh(z, DTYPE, PTX)
     elif NAME == "relu":
         z = relu(z)
     elif NAME == "leaky_relu":

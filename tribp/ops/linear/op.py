@@ -264,3 +264,28 @@ def _(
 
 
 operator.register_autograd(_Linear.backward, setup_context=_Linear.save)
+
+
+# What the operator was called when it had the sigmoid alone, for a release: exported graphs hold it.
+
+
+@torch.library.custom_op("tribp::linear_sigmoid", mutates_args=())
+def sigmoid_operator(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with without_autocast(input.device.type):
+        return forward(input, weight, bias, SIGMOID, dispatch.backend_of(input))
+
+
+@sigmoid_operator.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+@register_decomposition(torch.ops.tribp.linear_sigmoid.default)
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return reference.linear(input, weight, bias, SIGMOID)
+
+
+sigmoid_operator.register_autograd(
+    lambda ctx, grad: _Linear.backward(ctx, grad)[:3],
+    setup_context=lambda ctx, inputs, output: _Linear.save(ctx, (*inputs, *SIGMOID), output),
+)

@@ -24,7 +24,9 @@ def forward(
     xs, ws, ys = operand(plan, x), operand(plan, w), operand(plan, y)
     vec = min(xs.vec, ws.vec)
     along = not (xs.transposed or ws.transposed)
-    s = plan.config(ForwardProblem(m, n, k, dtype, precision, plan.arch, vec, xs.tma and ws.tma, along))
+    s = plan.config(
+        ForwardProblem(m, n, k, dtype, precision, plan.arch, vec, xs.tma and ws.tma, along, activation.name == "tanh")
+    )
     store_tma = s.tma and ys.tma
     precision = precision_in_kernel(precision, s.tma)
     tiles = s.tiles(m, n)
