@@ -242,6 +242,7 @@ MIDDLE, MANY = (256, 256, 256, 14, 14), (64, 512, 512, 7, 7)
 UNEVEN_TYPES = ((BF16, False), (FP16, False), (FP32, False), (FP32, True))
 NARROW = (64, 13, 11, 33, 29)  # channels that make no rows of whole 16 bytes
 UNEVEN, FEWER = (16, 128, 128, 13, 13), (16, 512, 512, 7, 7)  # no box divides them: wgrad by pointers
+WIDE = (256, 512, 512, 7, 7)  # in NCHW: boxes of images, stored column by column
 APART = ("forward", "dgrad", "wgrad")
 
 
@@ -261,7 +262,10 @@ def selection() -> Iterator[tuple[ConvCase, Sequence[str]]]:
     yield replace(few, activation="sigmoid"), ("forward", "backward")
     yield replace(few, last=False, activation="sigmoid"), ("backward",)
     yield replace(three, activation="sigmoid"), ("forward", "wgrad")
+    for activation in ("tanh", "elu", "softplus"):  # those that take most registers
+        yield from ((replace(case, activation=activation), ("forward",)) for case in (few, depthwise))
     yield replace(depthwise, dtype=FP16), ("forward",)
+    yield ConvCase(WIDE, FP32, last=False, activation="tanh"), ("forward",)
     yield ConvCase(UNEVEN, BF16), ("wgrad",)
 
 

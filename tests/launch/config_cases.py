@@ -35,9 +35,11 @@ def _problems(arch: Arch) -> Iterator[Any]:
 def _products(dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -> Iterator[Any]:
     for m, n, k in PRODUCTS:
         facts = (m, n, k, dtype, precision, arch, vec, tma)
-        yield ForwardProblem(*facts)
+        for costly in (False, True):
+            yield ForwardProblem(*facts, costly=costly)
         for may_fuse in (False, True):
-            yield DgradProblem(*facts, may_fuse)
+            for below in (False, True):
+                yield DgradProblem(*facts, may_fuse, below=below)
             for spare in (0, 1 << 40):
                 yield WgradProblem(*facts, may_fuse, spare)
 

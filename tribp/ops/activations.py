@@ -20,6 +20,11 @@ class Activation(NamedTuple):
     a: float = 0.0  # the slope of leaky_relu, α of elu, β of softplus, the lower bound of hardtanh
     b: float = 0.0  # the threshold of softplus, the upper bound of hardtanh
 
+    @property
+    def costly(self) -> bool:
+        """Whether its value takes more registers than a sigmoid's."""
+        return self.name in ("tanh", "elu", "softplus")
+
 
 NONE = Activation(None)
 # By what users call them: what torch's function takes besides its input, with torch's defaults.

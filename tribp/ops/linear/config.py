@@ -39,8 +39,16 @@ class ElementwiseConfig:
     max_registers: int | None = None
 
 
+def has_room(config: MatmulConfig, arch: Arch) -> bool:
+    """Whether an epilogue that takes registers has them beside the result.
+
+    Compiled, on sm_100: beside 128×256 a tanh spills 24 bytes, a tile of the layer below's output 4.
+    """
+    return arch.has_wgmma or config.block_i * config.block_j <= 128 * 128
+
+
 class ForwardProblem(NamedTuple):
-    """y (m × n) = σ(x·wᵀ + b), summed over k. What says how operands lie: `tribp.launch.matmul.Product`."""
+    """y (m × n) = act(x·wᵀ + b), summed over k. What says how operands lie: `tribp.launch.matmul.Product`."""
 
     m: int
     n: int
@@ -51,7 +59,7 @@ class ForwardProblem(NamedTuple):
     vec: int
     tma: bool
     along: bool = True
-    tanh: bool = False  # the activation
+    costly: bool = False  # the activation
 
     def steps(self) -> Steps:
         return {**STEPS, "persistent": toggled}
@@ -59,8 +67,7 @@ class ForwardProblem(NamedTuple):
     def choose(self) -> MatmulConfig:
         m, n, k, dtype, _, arch, *_ = self
         chosen = choose_product(self, m, n, k)
-        if self.tanh and not arch.has_wgmma and chosen.block_i * chosen.block_j > 128 * 128:
-            # Compiled: beside z, of which it is made twice, 128×256 spills 24 bytes on sm_100.
+        if self.costly and not has_room(chosen, arch):
             chosen = self.adjusted(replace(chosen, block_j=chosen.block_j // 2))
         if chosen.tma and chosen.block_i * chosen.block_j > 128 * 128 and chosen.tiles(m, n) > 2 * arch.processors:
             # Published for Triton on an H100: 84–92 % of cuBLAS with persistent programs, 75–85 % with a program a
@@ -83,6 +90,7 @@ class ForwardProblem(NamedTuple):
     def is_legal(self, config: MatmulConfig) -> bool:
         output = config.block_i * config.block_j if config.persistent else 0
         plain = config.splits == 1 and not config.fuse_dz and config.persistent <= config.tma
+        plain = plain and (has_room(config, self.arch) or not self.costly)
         return plain and legal_product(config, self, self.m, self.n, self.k, output=output)
 
 
@@ -106,8 +114,7 @@ class DgradProblem(NamedTuple):
 
     def choose(self) -> MatmulConfig:
         chosen = choose_product(self, self.m, self.k, self.n, short=0)
-        if self.below and not self.arch.has_wgmma and chosen.block_i * chosen.block_j > 128 * 128:
-            # Compiled: beside a tile of the layer below's output 128×256 spills 4 bytes on sm_100.
+        if self.below and not has_room(chosen, self.arch):
             chosen = self.adjusted(replace(chosen, block_j=chosen.block_j // 2))
         may_fuse = self.may_fuse and not needs_registers(self, tma=self.tma)
         return fuse_dz(chosen, self.k, self.dtype, self.arch) if may_fuse else chosen
@@ -116,7 +123,7 @@ class DgradProblem(NamedTuple):
         return adjusted_fusion(config, self)
 
     def is_legal(self, config: MatmulConfig) -> bool:
-        plain = config.splits == 1 and not config.persistent
+        plain = config.splits == 1 and not config.persistent and (has_room(config, self.arch) or not self.below)
         return plain and legal_fusion(config, self, self.m, self.k, self.n)
 
 

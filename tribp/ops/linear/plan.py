@@ -25,7 +25,7 @@ def forward(
     vec = min(xs.vec, ws.vec)
     along = not (xs.transposed or ws.transposed)
     s = plan.config(
-        ForwardProblem(m, n, k, dtype, precision, plan.arch, vec, xs.tma and ws.tma, along, activation.name == "tanh")
+        ForwardProblem(m, n, k, dtype, precision, plan.arch, vec, xs.tma and ws.tma, along, activation.costly)
     )
     store_tma = s.tma and ys.tma
     precision = precision_in_kernel(precision, s.tma)
