@@ -146,7 +146,9 @@ def needs_operator() -> bool:
 
 
 def kernels_cannot_see(*tensors: Tensor | None) -> bool:
-    """Whether torch must compute by itself: inside torch.func, in forward mode, under jit.trace, for tensor subclasses.
+    """Whether torch must compute by itself: inside torch.func, in forward mode, for tensor subclasses, while traced.
+
+    Traced: by `torch.jit.trace` and by ONNX's exporter, which knows no operators but torch's.
 
     A kernel would read the memory behind a wrapped tensor and return a result without its tangent, batch or trace; of
     a negative view (`z.conj().imag`) the numbers before their sign is turned.
@@ -154,7 +156,7 @@ def kernels_cannot_see(*tensors: Tensor | None) -> bool:
     if _any_transform():
         return True
     if torch.compiler.is_compiling():  # fake tensors are subclasses too, and the operators take them
-        return False
+        return torch.onnx.is_in_onnx_export()
     for t in tensors:  # noqa: SIM110 (a generator takes 0.3 µs more)
         if t is not None and (type(t) not in _PLAIN or t.is_neg()):
             return True

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
 from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
+
+import tribp
 
 from ..conv3x3.cases import ieee as ieee
 from .cases import OPERATIONS, Function, Operation, Seen, assert_same_gradients
@@ -155,20 +156,36 @@ def test_exported_modules_train(compiled: bool, operation: Operation, detached: 
         torch.testing.assert_close(ours, torchs)
 
 
-def test_exporters_find_torchs_operators_for_ours(operation: Operation, detached: list[Tensor]) -> None:
-    """ONNX's looks into torch's table of decompositions for operators that it cannot translate."""
+def test_exported_programs_decompose(operation: Operation, detached: list[Tensor]) -> None:
     x, w, b = detached
     program = torch.export.export(Net(operation.ours, w, b), (x,))
-    table = {op: function for op, function in decomposition_table.items() if str(op).startswith("tribp.")}
-    plain = program.run_decompositions(table)
+    plain = program.run_decompositions(tribp.decompositions())
     assert [node for node in plain.graph.nodes if "tribp" in str(node.target)] == []
     torch.testing.assert_close(plain.module()(x), operation.theirs(x, w, b))
 
 
-def test_onnx(operation: Operation, detached: list[Tensor]) -> None:
+def test_all_operators_with_a_forward_decompose() -> None:
+    named = {str(operator) for operator in tribp.decompositions()}
+    operators = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tribp::")}
+    assert named == {name.replace("::", ".") + ".default" for name in operators if not name.endswith("_backward")}
+
+
+def test_ci_compiles_our_operators(
+    operation: Operation, detached: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There Inductor refuses operators that torch's table of decompositions knows."""
+    monkeypatch.setenv("CI", "1")
+    compiled = torch.compile(operation.ours, fullgraph=True)
+    torch.testing.assert_close(compiled(*detached), operation.theirs(*detached))
+
+
+@pytest.mark.parametrize("exported", [False, True], ids=["", "exported"])
+def test_onnx(exported: bool, operation: Operation, detached: list[Tensor]) -> None:
     pytest.importorskip("onnxscript")
     x, w, b = (t.float() for t in detached)
-    program = torch.onnx.export(Net(operation.ours, w, b), (x,), dynamo=True, verbose=False)
+    net = Net(operation.ours, w, b)
+    model = torch.export.export(net, (x,)).run_decompositions(tribp.decompositions()) if exported else net
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
     assert program is not None
     kinds = {node.op_type for node in program.model.graph}
     assert "Sigmoid" in kinds

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 from torch.nn import functional as F
 
 from ... import dispatch
@@ -251,8 +250,7 @@ def _(
     return _empty(size, input, conv3x3_format(input, weight))
 
 
-@register_decomposition(torch.ops.tribp.conv3x3.default)
-def _(
+def decomposed(
     input: Tensor, weight: Tensor, bias: Tensor | None,
     stride: Sequence[int], padding: Sequence[int], groups: int,
     activation: str | None = None, a: float = 0.0, b: float = 0.0,

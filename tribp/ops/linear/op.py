@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 from torch.nn import functional as F
 
 from ... import dispatch
@@ -235,11 +234,9 @@ def _(
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
-@register_decomposition(torch.ops.tribp.linear.default)
-def _(
+def decomposed(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None, a: float = 0.0, b: float = 0.0
 ) -> Tensor:
-    """For ONNX and other exporters, which know torch's operators alone and look for this."""
     return reference.linear(input, weight, bias, Activation(activation, a, b))
 
 
@@ -278,11 +275,6 @@ def sigmoid_operator(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 @sigmoid_operator.register_fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
-
-
-@register_decomposition(torch.ops.tribp.linear_sigmoid.default)
-def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return reference.linear(input, weight, bias, SIGMOID)
 
 
 sigmoid_operator.register_autograd(

@@ -1,0 +1,24 @@
+"""What exported programs need of tribp: torch's operations for its registered operators."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from .ops.conv3x3 import op as conv3x3
+from .ops.linear import op as linear
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Tensor]]:
+    """torch's operations for each of tribp's operators: a table for `torch.export.ExportedProgram.run_decompositions`.
+
+    The program then runs, and is exported further, where tribp is not installed. It is not in torch's own table of
+    decompositions: with one there, `torch.compile` refuses to call an operator where the variable CI is set.
+    """
+    operators = torch.ops.tribp
+    return {
+        operators.linear.default: linear.decomposed,
+        operators.linear_sigmoid.default: lambda input, weight, bias: linear.decomposed(input, weight, bias, "sigmoid"),
+        operators.conv3x3.default: conv3x3.decomposed,
+    }
