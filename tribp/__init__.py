@@ -8,6 +8,7 @@ from .dispatch import use_backend
 from .export import decompositions
 from .functional import conv3x3, linear, linear_sigmoid, mlp
 from .fusion import fuse, unfuse
+from .training import train_step
 
 try:
     __version__ = version("tribp")
@@ -24,6 +25,7 @@ __all__ = [
     "mlp",
     "nn",
     "optim",
+    "train_step",
     "unfuse",
     "use_backend",
 ]

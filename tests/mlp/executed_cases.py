@@ -1,5 +1,6 @@
 """`mlp` where compiled code is executed: a dgrad that writes the dz of the layer below, and sums it."""
 
+import copy
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -48,7 +49,51 @@ class MLP(NamedTuple):
         return wrong
 
 
+class Train(NamedTuple):
+    """Loss and gradients of `train_step`."""
+
+    sizes: tuple[int, ...]
+    rows: int
+    loss: str = "cross_entropy"
+    reduction: str = "mean"
+    dtype: torch.dtype = BRAIN
+    activation: Activation = "sigmoid"
+    last: Activation = None
+    bias: bool = True
+    processors: int = 2
+
+    def wrong(self) -> list[str]:
+        """As `MLP`; the loss by its own size."""
+        model = tribp.nn.MLP(self.sizes, self.activation, self.last, self.bias, dtype=self.dtype)
+        exact = copy.deepcopy(model).double()
+        x = torch.randn(self.rows, self.sizes[0], dtype=DOUBLE).to(self.dtype)
+        target = torch.rand(self.rows, self.sizes[-1], dtype=DOUBLE).to(self.dtype)
+        if self.loss == "cross_entropy":
+            target = torch.randint(self.sizes[-1], (self.rows,))
+            target[self.rows // 2] = -100
+        step, separate = (
+            tribp.train_step(m, torch.optim.SGD(m.parameters(), lr=0.0), self.loss, self.reduction)
+            for m in (model, exact)
+        )
+        value = step(x, target)
+        with tribp.use_backend("torch"):
+            true = separate(x.double(), target.double() if target.is_floating_point() else target)
+        unit = 8 * len(self.sizes) * float(torch.finfo(self.dtype).eps)
+        wrong = [f"it went the ordinary way: {step.reason}"] if step.reason else []
+        wrong += differences("loss", value, true, unit * (1 + true.abs()))
+        for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            size = q.grad.abs() + q.grad.square().mean().sqrt()
+            wrong += differences(name, p.grad, q.grad, unit * size)
+        return wrong
+
+
 QUICK: dict[str, Case] = {
+    "train, bf16, three layers": Train((40, 72, 24, 10), 37),
+    "train, float32, odd": Train((77, 45, 7), 19, "binary_cross_entropy", "batchmean", SINGLE, "tanh", "sigmoid"),
+    "train, half, no bias": Train((33, 130, 9), 21, "half_squared_error", "sum", HALF, "elu", "tanh", bias=False),
+    "train, float64, one layer": Train((16, 5), 33, "mse_loss", "mean", DOUBLE, last="softplus"),
     "mlp, bf16": MLP((72, 136, 10), 300),
     "mlp, three layers": MLP((40, 72, 64, 24), 200, HALF, "tanh", "sigmoid", input=True),
     "mlp, float32, odd": MLP((33, 77, 45, 10), 70, SINGLE, "elu", bias=False),
@@ -59,6 +104,10 @@ SLOW: dict[str, Case] = {
     f"mlp, {str(dtype)[6:]}, {rows}": MLP((72, 264, 77, 10), rows, dtype, "tanh", "sigmoid", input=True)
     for dtype in (HALF, BRAIN, SINGLE, DOUBLE)
     for rows in (1, 129, 1000)
+} | {
+    f"train, {str(dtype)[6:]}, {rows}": Train((784, 128, 10), rows, dtype=dtype)
+    for dtype in (HALF, BRAIN, SINGLE, DOUBLE)
+    for rows in (1, 128)
 }
 
 
@@ -71,4 +120,14 @@ def random_mlp(chance: random.Random) -> Case:
     )  # fmt: skip
 
 
-RANDOM: dict[str, Callable[[random.Random], Case]] = {"mlp": random_mlp}
+def random_train(chance: random.Random) -> Case:
+    loss = chance.choice(["half_squared_error", "mse_loss", "cross_entropy", "binary_cross_entropy"])
+    return Train(
+        tuple(chance.choice([1, 2, 7, 16, 33, 72, 136]) for _ in range(chance.choice([2, 3, 4]))),
+        chance.choice([2, 9, 64, 200]), loss, chance.choice(["mean", "sum", "batchmean"]),
+        chance.choice([HALF, BRAIN, SINGLE, DOUBLE]), chance.choice([None, "sigmoid", "tanh", "elu", "softplus"]),
+        "sigmoid" if loss == "binary_cross_entropy" else None, chance.random() < 0.7,
+    )  # fmt: skip
+
+
+RANDOM: dict[str, Callable[[random.Random], Case]] = {"mlp": random_mlp, "train": random_train}

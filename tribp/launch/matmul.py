@@ -261,6 +261,11 @@ STEPS: Steps = dict(
 )  # fmt: skip
 
 
+def unrounded(arch: Arch) -> int | None:
+    """The limit that makes ptxas take what it needs; compiled, it rounds down to a step of occupancy, and spills."""
+    return 255 if arch.backend == "cuda" else None
+
+
 def registers(elements: int, dtype: str, num_warps: int, arch: Arch) -> int:
     """Registers a thread, for a result of so many elements in the accumulator's type; the interpreter has no end."""
     if arch.backend == "interpreter":

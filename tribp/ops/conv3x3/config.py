@@ -29,6 +29,7 @@ from ...launch.matmul import (
     registers,
     stages_in_memory,
     stages_that_fit,
+    unrounded,
 )
 from ...launch.neighbors import Steps, all_registers, doubled, toggled
 
@@ -70,11 +71,6 @@ class RelayoutConfig:
     num_warps: int
     reason: str
     max_registers: int | None = None
-
-
-def unrounded(arch: Arch) -> int | None:
-    """The limit that makes ptxas take what it needs; compiled, it rounds down to a step of occupancy, and spills."""
-    return 255 if arch.backend == "cuda" else None
 
 
 @lru_cache(maxsize=4096)

@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 from ... import versions
 from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
-from ...launch.matmul import MAX_TILE, REASON_INTERPRETED, RESULT, fit, legal_threads, registers, stages_in_memory
-from ...launch.neighbors import Steps, all_registers, doubled, one_more
-from .config import (
-    ConvConfig,
-    adjusted_splits,
-    beside,
-    choose_box,
-    even_splits,
-    legal_splits,
-    sparing,
+from ...launch.matmul import (
+    MAX_TILE,
+    REASON_INTERPRETED,
+    RESULT,
+    fit,
+    legal_threads,
+    registers,
+    stages_in_memory,
     unrounded,
 )
+from ...launch.neighbors import Steps, all_registers, doubled, one_more
+from .config import ConvConfig, adjusted_splits, beside, choose_box, even_splits, legal_splits, sparing
 
 FEW_CHANNELS = 7  # input channels up to which nine taps of them fit the 64 summed elements of one product
 

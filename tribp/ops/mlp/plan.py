@@ -3,11 +3,16 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ...dispatch import dtype_name
+from ...kernels import mlp as kernels
+from ...launch.arch import cdiv, precision_of
+from ...launch.layout import accumulator
 from ...launch.plan import Buffer, Plan
 from ...launch.reduce import Partials
 from ..activations import NONE, Activation
 from ..linear.plan import Below, backward_layer
 from ..linear.plan import forward as linear
+from .config import TrainProblem
 
 
 class Layer(NamedTuple):
@@ -54,3 +59,31 @@ def backward(
             below=Below(activations[n - 1], lower[-1].db) if lower else None,
         )  # fmt: skip
         dy = dy if out is None else out
+
+
+def train(
+    plan: Plan, x: Buffer, target: Buffer, loss: Buffer, *layers: Buffer | None,
+    activations: Sequence[Activation], kind: str, reduction: str, tf32: bool,
+) -> None:  # fmt: skip
+    """The loss, and those of each layer's dw and db that are given: two launches.
+
+    layers: w, b, dw and db of each, contiguous.
+    """
+    weights, biases, dws, dbs = (layers[n::4] for n in range(4))
+    m, k = x.shape
+    sizes = (k, *(w.shape[0] for w in weights if w is not None))
+    problem = TrainProblem(m, sizes, dtype_name(x.dtype), plan.arch)
+    s = problem.choose()
+    programs = cdiv(m, s.block_m)
+    config = kernels.Train(
+        SIZES=sizes, ACTS=tuple(activations), LOSS=kind, REDUCTION=reduction, BLOCK_M=s.block_m, BLOCK_N=s.block_n,
+        BLOCK_K=s.block_k, BLOCK_L=s.block_l, PRECISION=precision_of(dtype_name(x.dtype), tf32, plan.arch),
+        PTX=plan.arch.backend != "hip",
+    )  # fmt: skip
+    x, target = plan.contiguous(x), plan.contiguous(target)
+    losses = plan.scratch((programs,), accumulator(x.dtype))
+    dzs = tuple(plan.scratch((m, n), x.dtype) for n in sizes[1:])
+    ys = (*(plan.scratch((m, n), x.dtype) for n in sizes[1:-1]), None)
+    plan.launch(kernels.train_rows, (programs,), (x, target, losses, weights, biases, ys, dzs, m), config, s)
+    arguments = (x, losses, loss, ys, dzs, dws, dbs, m, programs)
+    plan.launch(kernels.train_weights, (problem.programs(s),), arguments, config, s)

@@ -1,0 +1,255 @@
+"""`tribp.train_step` against the separate steps by torch, on the fallback and on the kernels."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tribp
+from tribp import dispatch
+from tribp.training import LOSSES, REDUCTIONS, TrainStep
+
+from ..covering import DTYPES, turn
+from ..oracle import ACTIVATIONS, Activation, assert_close
+
+SIZES = [(33, 77, 45, 7), (784, 128, 10), (2, 2, 1), (16, 5), (40, 256, 16, 3)]
+
+
+def network(sizes: tuple[int, ...], activation: Activation, last: Activation, bias: bool = True) -> nn.Module:
+    return tribp.nn.MLP(sizes, activation, last, bias, dtype=torch.float64)
+
+
+def draw(sizes: tuple[int, ...], rows: int, loss: str) -> tuple[Tensor, Tensor]:
+    x = torch.randn(rows, sizes[0], dtype=torch.float64)
+    if loss != "cross_entropy":
+        return x, torch.rand(rows, sizes[-1], dtype=torch.float64)
+    target = torch.randint(0, sizes[-1], (rows,))
+    target[rows // 2] = -100  # ignored
+    return x, target
+
+
+def grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def step_of(model: nn.Module, loss: str, reduction: str = "mean", optimizer: Any = torch.optim.SGD) -> TrainStep:
+    return tribp.train_step(model, optimizer(model.parameters(), lr=0.1), loss, reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_matches_torch(loss: str, reduction: str, sizes: tuple[int, ...], kernels: str) -> None:
+    """Loss and gradients: against float64, within a few times the error of torch's separate steps."""
+    activation: Activation = turn(ACTIVATIONS, loss, reduction, str(sizes))
+    kinked = any(name in str(activation) for name in ("hard", "relu"))
+    dtype = torch.float64 if kinked else turn(DTYPES, loss, reduction, str(sizes))
+    last: Activation = (
+        "sigmoid" if loss == "binary_cross_entropy" else turn([None, "tanh"], str(activation), str(sizes))
+    )
+    true = network(sizes, activation, last, bias=reduction != "sum")
+    ours, theirs = (copy.deepcopy(true).to(kernels, dtype) for _ in range(2))
+    true.load_state_dict(ours.state_dict())  # of the rounded weights
+    x, target = draw(sizes, 37, loss)
+    x = x.to(dtype)
+    rounded = target.to(dtype) if target.is_floating_point() else target
+    exact = rounded.double() if target.is_floating_point() else target
+    step = step_of(ours, loss, reduction)
+    value = step(x.to(kernels), rounded.to(kernels))
+    assert step.reason is None
+    with tribp.use_backend("torch"):
+        theirs_value = step_of(theirs, loss, reduction)(x.to(kernels), rounded.to(kernels))
+        true_value = step_of(true, loss, reduction)(x.double(), exact)
+    unit = torch.finfo(dtype).eps
+    assert value.dtype == dtype
+    assert_close(value, true_value, theirs_value, tolerance=8 * unit * (1 + abs(float(true_value))))
+    for p, q, r in zip(ours.parameters(), theirs.parameters(), true.parameters(), strict=True):
+        scale = grad(r).abs().max() * torch.ones_like(r)
+        sixth = 1e-7 * (activation == "hardsigmoid")  # torch's ⅙ is a float32
+        assert_close(grad(p), grad(r), grad(q), scale=scale, tolerance=len(sizes) * 20 * unit + sixth)
+
+
+def test_spec(kernels: str) -> None:
+    """The worked network 2-2-1."""
+    hidden, out = tribp.nn.LinearSigmoid(2, 2, dtype=torch.float64), nn.Linear(2, 1).double()
+    model = nn.Sequential(hidden, out, nn.Sigmoid())
+    with torch.no_grad():
+        for p, start in zip(model.parameters(), ([[1, 2], [0, 1]], [0, 0], [[3, 3]], [0]), strict=True):
+            p.copy_(torch.tensor(start, dtype=p.dtype))
+    model = model.to(kernels)
+    step = tribp.train_step(model, tribp.optim.SGD(model.parameters(), lr=0.01), "half_squared_error", "sum")
+    x, target = (torch.tensor(t, dtype=torch.float64, device=kernels) for t in ([[0.1, 0.8]], [[0.5]]))
+    loss = step(x, target)
+    assert step.reason is None
+    assert float(loss) == pytest.approx(0.120105, rel=1e-5)
+    for weight, value in zip(
+        (hidden.weight, out.weight),
+        ([[0.000187999, 0.00150399], [0.000307910, 0.00246328]], [[0.00405699, 0.00331059]]),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad(weight).cpu(), torch.tensor(value, dtype=torch.float64), rtol=1e-5, atol=0)
+        assert not torch.equal(weight, weight.round())  # it was updated
+
+
+@pytest.mark.parametrize(
+    "optimizer", [tribp.optim.Adam, tribp.optim.SGD, torch.optim.RMSprop], ids=lambda o: str(o)[8:-2]
+)
+def test_trains_as_separate_steps_do(optimizer: Any, device: str) -> None:
+    """Over batches of two sizes, with a schedule and a hook on the step."""
+    model = network((12, 20, 4), "tanh", None).to(device)
+    twin = copy.deepcopy(model)
+    ours, theirs = (optimizer(m.parameters(), lr=0.05) for m in (model, twin))
+    called: list[int] = []
+    ours.register_step_post_hook(lambda *_: called.append(1))
+    schedules = [torch.optim.lr_scheduler.StepLR(o, 2) for o in (ours, theirs)]
+    step = tribp.train_step(model, ours, "cross_entropy")
+    for n in range(5):
+        x, target = (t.to(device) for t in draw((12, 20, 4), 24 - 7 * (n % 2), "cross_entropy"))
+        loss = step(x, target)
+        theirs.zero_grad()
+        expected = F.cross_entropy(twin(x), target)
+        expected.backward()
+        theirs.step()
+        torch.testing.assert_close(loss, expected.detach())
+        for schedule in schedules:
+            schedule.step()
+    assert len(called) == 5
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_that_count_nowhere(kernels: str) -> None:
+    """All ignored: the mean of nothing, without a gradient. No class: NaN, where torch stops the program."""
+    model = network((8, 6, 3), "relu", None).to(kernels)
+    step = step_of(model, "cross_entropy")
+    x = torch.randn(5, 8, dtype=torch.float64, device=kernels)
+    assert step(x, torch.full((5,), -100, device=kernels)).isnan()
+    assert step.reason is None
+    for p in model.parameters():
+        assert torch.equal(grad(p), torch.zeros_like(p))
+    assert step(x, torch.tensor([0, 1, 3, 2, 0], device=kernels)).isnan()
+    assert step(x, torch.tensor([0, 1, -1, 2, 0], device=kernels)).isnan()
+
+
+def test_gradients_are_what_backward_leaves(kernels: str) -> None:
+    """In the tensors of the last step; none for what is frozen, and none left on what is not in the model."""
+    model, other = network((8, 6, 3), "relu", None).to(kernels), nn.Parameter(torch.ones(2, device=kernels))
+    step = tribp.train_step(model, torch.optim.SGD([*model.parameters(), other], lr=0.1), "mse_loss")
+    x, target = (t.to(kernels) for t in draw((8, 6, 3), 9, "mse_loss"))
+    frozen = next(model.parameters()).requires_grad_(False)
+    other.grad, before = torch.ones_like(other), frozen.clone()
+    step(x, target)
+    assert step.reason is None
+    assert [p.grad is None for p in (other, frozen)] == [True, True]
+    assert torch.equal(frozen, before)
+    trained = [p for p in model.parameters() if p is not frozen]
+    grads = [p.grad for p in trained]
+    assert None not in grads
+    step(x, target)
+    assert all(p.grad is grad for p, grad in zip(trained, grads, strict=True))
+
+
+def hooked(model: Any) -> Any:
+    model.layers[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+LARGE = ((8, 256), (256, 256), (256, 256), (256, 8))
+REASONS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "hooks": (hooked, "hooks"),
+    "subclass": (lambda m: nn.Sequential(m, type("Mine", (nn.Linear,), {})(3, 3).double()), "Mine"),
+    "dropout": (lambda m: nn.Sequential(m, nn.Dropout(0.0)), "Dropout"),
+    "activation first": (lambda m: nn.Sequential(nn.Tanh(), m), "behind no linear layer"),
+    "shared": (lambda m: nn.Sequential(nn.Linear(8, 8).double(), *[nn.Linear(8, 8).double()] * 2, m), "share"),
+    "wide": (lambda m: nn.Sequential(nn.Linear(8, 300).double(), nn.Linear(300, 8).double(), m), "300 outputs"),
+    "deep": (lambda m: nn.Sequential(*(nn.Linear(8, 8).double() for _ in range(8)), m), "layers, more than 8"),
+    "large": (
+        lambda m: nn.Sequential(
+            *(nn.Linear(a, b).double() for a, b in ((8, 256), (256, 256), (256, 256), (256, 8))), m
+        ),
+        "bytes",
+    ),
+    "none": (lambda m: nn.Sequential(), "no linear layer"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_says_why_and_takes_the_ordinary_way(name: str, kernels: str) -> None:
+    change, words = REASONS[name]
+    model = change(network((8, 6, 3), "tanh", None)).to(kernels)
+    if name == "none":
+        model = nn.Sequential(nn.Flatten())
+        x = torch.randn(4, 3, dtype=torch.float64, device=kernels)
+        step = tribp.train_step(model, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), "mse_loss")
+        with pytest.raises(RuntimeError, match="grad"):
+            step(x, x)
+        assert "no linear layer" in str(step.reason) or "Flatten" in str(step.reason)
+        return
+    twin = copy.deepcopy(model)
+    x, target = (t.to(kernels) for t in draw((8, 3), 6, "mse_loss"))
+    step = step_of(model, "mse_loss")
+    loss = step(x, target)
+    assert words in str(step.reason)
+    assert words in repr(step)
+    expected = F.mse_loss(twin(x), target)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_tensors_that_kernels_do_not_take(kernels: str) -> None:
+    model = network((8, 6, 3), "tanh", None).to(kernels)
+    x, target = (t.to(kernels) for t in draw((8, 3), 6, "mse_loss"))
+    step = step_of(model, "mse_loss")
+    with pytest.warns(UserWarning, match="target size"):
+        step(x, target[:1])
+    assert "shape" in str(step.reason)
+    step(x.unflatten(0, (2, 3)), target.unflatten(0, (2, 3)))
+    assert "two dimensions" in str(step.reason)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        step(x, target)
+    assert "autocast" in str(step.reason)
+    with pytest.raises(ValueError, match=r"weight must have shape \(6, 5\)"):
+        step(x[:, :5], target)
+    with pytest.raises(TypeError, match="float32"):
+        step(x.float(), target)
+    step = tribp.train_step(model, step.optimizer, lambda y, t: (y - t).square().mean())
+    step(x, target)
+    assert "function" in str(step.reason)
+
+
+def test_refuses() -> None:
+    model = network((8, 3), None, None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="model must be"):
+        tribp.train_step(None, optimizer, "mse_loss")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="optimizer must be"):
+        tribp.train_step(model, None, "mse_loss")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mse_loss"):
+        tribp.train_step(model, optimizer, "l1")
+    with pytest.raises(ValueError, match="batchmean"):
+        tribp.train_step(model, optimizer, "mse_loss", "none")
+
+
+def test_launches(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tribp.launch import plan
+
+    names: list[str] = []
+    run = plan.CachedLaunch.__call__
+
+    def recorded(self: Any, memory: Any) -> None:
+        names.append(self._launch.kernel.__name__)
+        run(self, memory)
+
+    monkeypatch.setattr(plan.CachedLaunch, "__call__", recorded)
+    model = network((8, 6, 3), "tanh", None).to(kernels)
+    step = step_of(model, "mse_loss", optimizer=tribp.optim.Adam)
+    step(*(t.to(kernels) for t in draw((8, 3), 6, "mse_loss")))
+    assert dispatch.backend() == "triton"
+    assert names == ["train_rows", "train_weights", "multi_tensor_step"]

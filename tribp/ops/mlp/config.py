@@ -1,0 +1,58 @@
+"""Which networks `kernels.mlp` trains in two launches, and in which tiles."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ...launch.arch import ITEMSIZE, Arch, cdiv
+from ...launch.matmul import unrounded
+
+WIDEST = 256  # outputs of a layer: one tile holds them beside 16 rows
+DEEPEST = 8  # layers: the code is as long
+# Of all weights: each program reads them. By arithmetic, 64 bytes a clock: 1 MB takes a processor 9 µs.
+LARGEST = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Tiles: of rows, and of a weight's gradient; what a step of a product sums over."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_l: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+
+
+class TrainProblem(NamedTuple):
+    """m rows, and the sizes of the input and of each layer's output."""
+
+    m: int
+    sizes: tuple[int, ...]
+    dtype: str
+    arch: Arch
+
+    def obstacle(self) -> str | None:
+        """Why separate launches are to train this network."""
+        layers, widest = len(self.sizes) - 1, max(self.sizes[1:])
+        bytes = ITEMSIZE[self.dtype] * sum(n * k for k, n in zip(self.sizes, self.sizes[1:], strict=False))
+        if layers > DEEPEST:
+            return f"it has {layers} layers, more than {DEEPEST}"
+        if widest > WIDEST:
+            return f"a layer has {widest} outputs, more than {WIDEST}"
+        if bytes > LARGEST:
+            return f"its weights take {bytes} bytes, more than {LARGEST}, which each program reads"
+        return None
+
+    def choose(self) -> TrainConfig:
+        if self.arch.backend == "interpreter":
+            return TrainConfig(16, 32, 64, 32, 1, 1, None)
+        size = ITEMSIZE[self.dtype]
+        deep = 64 if size == 2 else 32 if size == 4 else 16
+        return TrainConfig(16, 32, deep, deep, 4, 3, unrounded(self.arch))
+
+    def programs(self, config: TrainConfig) -> int:
+        """Of the second launch."""
+        pairs = zip(self.sizes, self.sizes[1:], strict=False)
+        return sum(cdiv(n, config.block_n) * cdiv(k, config.block_k) for k, n in pairs)

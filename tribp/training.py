@@ -1,0 +1,229 @@
+"""A training step as one call: forward, loss, backward, update. A small perceptron's takes few launches."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import dispatch
+from .fusion.modules import ACTIVATIONS, HOOKS, FusedActivation, activation_like, full_name, refused
+from .nn import MLP, Linear, LinearSigmoid
+from .ops.activations import ActivationLike, activation_of
+from .ops.mlp.config import TrainProblem
+from .ops.mlp.op import Layer
+from .ops.shared import launching, uses_tf32
+
+__all__ = ["TrainStep", "train_step"]
+
+Loss = Callable[..., Tensor]
+REDUCTIONS = ("mean", "sum", "batchmean")
+
+
+def half_squared_error(output: Tensor, target: Tensor, reduction: str = "sum") -> Tensor:
+    """½ (output − target)², summed or averaged over all elements."""
+    return 0.5 * F.mse_loss(output, target, reduction=reduction)
+
+
+# By their names; those of torch are called as `torch.nn.functional` calls them.
+LOSSES: dict[str, Loss] = {
+    "half_squared_error": half_squared_error,
+    "mse_loss": F.mse_loss,
+    "cross_entropy": F.cross_entropy,
+    "binary_cross_entropy": F.binary_cross_entropy,
+}
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: str | Loss, reduction: str = "mean"
+) -> "TrainStep":
+    """A function that trains `model` on one batch: `step(input, target)` returns the loss before the update.
+
+        step = tribp.train_step(model, optimizer, "cross_entropy")
+        for input, target in batches:
+            loss = step(input, target)
+
+    It computes what `optimizer.zero_grad(); loss(model(input), target).backward(); optimizer.step()` computes, to
+    rounding. Where Triton's kernels run and the model is a small perceptron, forward and backward are two launches, and
+    the update is the optimizer's one. Gradients are there afterwards, written into the tensors of the step before.
+
+    Args:
+        model: for the two launches an `MLP`, or an `nn.Sequential` of linear layers (torch's, tribp's) and activations
+            that `tribp.linear` knows: up to 8 layers of up to 256 outputs, whose weights take up to 1 MiB. Any other
+            takes the ordinary way.
+        optimizer: torch's or tribp's; its hooks and schedulers work.
+        loss: "half_squared_error" (½ Σ (output − target)²), "mse_loss", "cross_entropy" (of classes, int64 `(N,)`) or
+            "binary_cross_entropy" (of outputs between 0 and 1), with torch's values; or a function of output and
+            target, for which the model takes the ordinary way.
+        reduction: of a loss that is a name: "mean" of all elements (of cross_entropy: of rows whose target is not
+            −100), their "sum", or "batchmean", the sum divided by the number of rows (of cross_entropy: the mean).
+
+    Raises:
+        TypeError: model is no module, optimizer no optimizer.
+        ValueError: a name that is not known.
+    """
+    return TrainStep(model, optimizer, loss, reduction)
+
+
+class TrainStep:
+    """What `train_step` returns. `reason` says why the last call took the ordinary way; None if it did not."""
+
+    reason: str | None = None
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: str | Loss, reduction: str = "mean"
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"train_step: model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"train_step: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if not callable(loss) and loss not in LOSSES:
+            raise ValueError(f"train_step: loss must be a function or one of {', '.join(LOSSES)}, got {loss!r}")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"train_step: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        self.model, self.optimizer, self.loss, self.reduction = model, optimizer, loss, reduction
+
+    def __repr__(self) -> str:
+        ways = "not called yet" if self.reason is None else f"the ordinary way, for {self.reason}"
+        return f"train_step({type(self.model).__name__}, {type(self.optimizer).__name__}, {self.loss!r}): {ways}"
+
+    def __call__(self, input: Tensor, target: Tensor) -> Tensor:
+        layers = self._layers(input, target)
+        self.reason = layers if isinstance(layers, str) else None
+        if isinstance(layers, str):
+            return self._ordinary(input, target)
+        value = self._by_kernels(input, target, layers)
+        self.optimizer.step()
+        return value
+
+    def _ordinary(self, input: Tensor, target: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        value = self._value(self.model(input), target)
+        value.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return value.detach()
+
+    def _value(self, output: Tensor, target: Tensor) -> Tensor:
+        if callable(self.loss):
+            return self.loss(output, target)
+        loss = LOSSES[self.loss]
+        if self.reduction != "batchmean":
+            return loss(output, target, reduction=self.reduction)
+        if self.loss == "cross_entropy":
+            return loss(output, target, reduction="mean")
+        return loss(output, target, reduction="sum") / len(output)
+
+    def _layers(self, input: Tensor, target: Tensor) -> list[Layer] | str:
+        """The model's layers, or why these tensors, or this model, take the ordinary way."""
+        if callable(self.loss):
+            return "the loss is a function"
+        if any(not isinstance(t, Tensor) for t in (input, target)):
+            return "input and target must be tensors"
+        if dispatch.needs_operator() or dispatch.kernels_cannot_see(input, target):
+            return "something looks on that does not see kernels"
+        if dispatch.backend_of(input) != "triton":
+            return "Triton's kernels do not run here"
+        if dispatch.autocasting(input.device.type):
+            return "autocast is on"
+        if not torch.is_grad_enabled() or input.requires_grad or target.requires_grad:
+            return "gradients are off, or wanted of the input or target"
+        layers = _layers_of(self.model)
+        return layers if isinstance(layers, str) else self._misfit(input, target, layers) or layers
+
+    def _misfit(self, input: Tensor, target: Tensor, layers: list[Layer]) -> str | None:
+        """Why the kernels don't take these tensors. What is wrong with them torch says, in the ordinary way."""
+        parameters = [t for layer in layers for t in layer[:2] if t is not None]
+        if len({id(p) for p in parameters}) != len(parameters):
+            return "layers share parameters"
+        if any(dispatch.kernels_cannot_see(p) or _has_hooks(p) for p in parameters):
+            return "a parameter is no plain tensor, or has hooks"
+        if not all(p.is_contiguous() and p.is_leaf for p in parameters):
+            return "a parameter has gaps, or is computed from others"
+        sizes = [input.shape[-1] if input.dim() else 0]
+        for layer in layers:
+            n, k = layer.weight.shape
+            if k != sizes[-1] or (layer.bias is not None and layer.bias.shape != (n,)):
+                return "shapes of layers do not fit together"
+            sizes.append(n)
+        if input.dim() != 2 or 0 in (*input.shape, *sizes):
+            return "the input has not two dimensions, or something is empty"
+        classes = self.loss == "cross_entropy"
+        if target.shape != (input.shape[:1] if classes else (len(input), sizes[-1])):
+            return "the target has another shape"
+        kinds = {p.dtype for p in parameters} | ({input.dtype} if classes else {input.dtype, target.dtype})
+        if kinds != {input.dtype} or (classes and target.dtype != torch.int64):
+            return "types differ"
+        if input.dtype not in dispatch.FLOATS or {t.device for t in (target, *parameters)} != {input.device}:
+            return "a type that kernels do not take, or several devices"
+        if max(input.numel(), len(input) * max(sizes)) >= 2**31:
+            return "the batch is large"
+        arch = dispatch.arch_of(input.device.index)
+        return TrainProblem(len(input), tuple(sizes), dispatch.dtype_name(input.dtype), arch).obstacle()
+
+    def _by_kernels(self, input: Tensor, target: Tensor, layers: list[Layer]) -> Tensor:
+        """The loss; leaves the gradients where `backward` would."""
+        perform, plan = launching("mlp")
+
+        own = {id(t) for layer in layers for t in layer[:2]}
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if id(p) not in own:
+                    p.grad = None
+        value = torch.empty((), dtype=input.dtype, device=input.device)
+        tensors: list[Tensor | None] = [input.detach(), target.detach(), value]
+        for w, b, _ in layers:
+            tensors += [w, b, _grad_of(w), _grad_of(b)]
+        acts = tuple(layer.activation for layer in layers)
+        facts = dict(activations=acts, kind=self.loss, reduction=self.reduction, tf32=uses_tf32(input))
+        with dispatch.on_device(input), torch.no_grad():
+            perform(plan.train, tensors, input.device, **facts)
+        return value
+
+
+def _grad_of(p: Tensor | None) -> Tensor | None:
+    """Where a parameter's gradient goes: what the last step left is written anew."""
+    if p is None or not p.requires_grad:
+        return None
+    grad = p.grad
+    if grad is None or grad.dtype != p.dtype or not grad.is_contiguous() or dispatch.kernels_cannot_see(grad):
+        grad = p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
+    return grad
+
+
+def _has_hooks(p: Tensor) -> bool:
+    return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, ActivationLike]]:
+    """A model's modules in the order in which it calls them, each with the activation that its container gives it."""
+    yield model, None
+    if type(model) is nn.Sequential:
+        for module in model:
+            yield from _modules(module)
+    elif type(model) is MLP:
+        layers = model.layers
+        for n, module in enumerate(layers, 1):
+            yield module, model.output_activation if n == len(layers) else model.activation
+
+
+def _layers_of(model: nn.Module) -> list[Layer] | str:
+    """The layers of a perceptron in their order, or why it is none."""
+    layers: list[Layer] = []
+    for module, follows in _modules(model):
+        kind = type(module)
+        if any(getattr(module, name) for name in HOOKS) or "forward" in vars(module):
+            return f"a {kind.__name__} has hooks, or a forward of its own"
+        if isinstance(module, nn.Linear | Linear) and kind in (nn.Linear, Linear, LinearSigmoid):
+            own = getattr(module, "activation", None)
+            if own is not None and follows is not None:
+                return "two activations follow on one layer"
+            layers.append(Layer(module.weight, module.bias, activation_of("train_step", own or follows)))
+        elif kind in ACTIVATIONS:
+            if not layers or layers[-1].activation.name is not None:
+                return f"a {kind.__name__} stands behind no linear layer"
+            if reason := refused(f"the {kind.__name__}", module):
+                return reason
+            layers[-1] = layers[-1]._replace(activation=activation_of("train_step", activation_like(module)))
+        elif kind not in (nn.Sequential, MLP, FusedActivation, nn.Identity):
+            return f"it has a {full_name(module)}"
+    return layers or "it has no linear layer"
