@@ -96,6 +96,8 @@ def _options(argv: Sequence[str] | None) -> dict[str, Any]:
             if name in given:
                 option = "--" + name.replace("_", "-")
                 parser.error(f"argument {option}: not allowed with --compare, where every method has its own")
+        if "fused_step" in given:
+            parser.error("argument --fused-step: not allowed with --compare, whose times are of separate steps")
         if given["model"] != "mlp":
             parser.error("argument --model: only mlp is allowed with --compare, whose learning rates are for it")
     model = MODELS[given["model"]]
@@ -136,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"train once with each of {len(COMPARED)} methods, the optimizers and batch, stochastic and mini-batch "
         "gradient descent, and draw their losses in one picture; without plain torch",
+    )
+    add(
+        "--fused-step",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="train by tribp.train_step: an MLP's forward and backward in two launches, where Triton's kernels run",
     )
     add(
         "--batch-size",

@@ -202,6 +202,7 @@ def test_help_teaches_and_imports_no_extra() -> None:
         ["--lr", "0.01", "--compare"],
         ["--model", "cnn", "--compare"],
         ["--model", "mlp3", "--compare"],
+        ["--fused-step", "--compare"],
         *(["--model", value] for value in ("CNN", "rnn", "")),
         ["--compare=all"],
         ["--unknown"],

@@ -1,5 +1,6 @@
 """`python -m tribp --model mlp3`: three linear layers, as one `MLP`."""
 
+import copy
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ from torch import Tensor
 import tribp
 from tribp import __main__ as program
 from tribp.demo import checks
+from tribp.demo.models import MODELS, Model
+from tribp.demo.training import Learner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,14 +24,33 @@ def test_three_layers_learn(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(demo.digits, "mnist_data", lambda: mnist)
-    options = ["--model", "mlp3", "--device", "cpu", "--epochs", "3", "--output", str(tmp_path / "p.png")]
+    options = ["--model", "mlp3", "--fused-step", "--device", "cpu", "--epochs", "3"]
+    options += ["--output", str(tmp_path / "p.png")]
     assert program.main(options) == 0
     printed = capsys.readouterr().out
     assert "✗" not in printed
     assert "three layers that one backward pass crosses" in printed
+    assert "The step is not fused: Triton's kernels do not run here." in printed
     accuracy = re.search(r"held-out accuracy: ([\d.]+) %", printed)
     assert accuracy is not None
     assert float(accuracy[1]) > 85
+
+
+@pytest.mark.parametrize("model", [MODELS["mlp"], MODELS["mlp3"]], ids=lambda model: model.name)
+def test_fused_steps_learn_the_same(model: Model, kernels: str) -> None:
+    layers = model.network(model.epsilon, torch.Generator().manual_seed(0)).to(kernels)
+    learners = [
+        Learner(own, tribp.optim.SGD(own.parameters(), lr=1.0), model.loss, 10, fused)
+        for own, fused in ((layers, True), (copy.deepcopy(layers), False))
+    ]
+    for _ in range(2):
+        images, targets = (torch.rand(16, n, device=kernels) for n in (784, 10))
+        found, expected = (learner.step(images, targets) for learner in learners)
+        torch.testing.assert_close(found, expected)
+    assert learners[0].fused is not None
+    assert learners[0].fused.reason is None
+    for p, q in zip(layers.parameters(), learners[1].layers.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ class Loss:
     formula: str
     name: str
     function: Callable[[Tensor, Tensor], Tensor]
+    kind: str  # what `tribp.train_step` calls it, with the reduction "batchmean"
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         return self.function(output, target)
@@ -30,6 +31,6 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy(output, target, reduction="sum") / len(output)
 
 
-HALF_SQUARED_ERROR = Loss("½ Σ (output − target)²", "half squared error", half_squared_error)
+HALF_SQUARED_ERROR = Loss("½ Σ (output − target)²", "half squared error", half_squared_error, "half_squared_error")
 # Its gradient by an output unit's sum z is y − t, without the σ′(z) that lets a unit that is surely wrong learn slowly.
-CROSS_ENTROPY = Loss("−Σ (t ln y + (1 − t) ln(1 − y))", "binary cross-entropy", cross_entropy)
+CROSS_ENTROPY = Loss("−Σ (t ln y + (1 − t) ln(1 − y))", "binary cross-entropy", cross_entropy, "binary_cross_entropy")

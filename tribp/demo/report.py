@@ -65,14 +65,16 @@ def training(
     epsilon: float,
     seed: int,
     output: Path,
+    fused_step: bool = False,
 ) -> None:
     """Train, print how it went, and draw it. Ctrl-C raises a KeyboardInterrupt that says how far it came."""
     generator = torch.Generator().manual_seed(seed)
     data = digits.load(device, generator)
     network, method = MODELS[model], METHODS[optimizer]
     run = Training(
-        data, generator, model=network, method=method, batch_size=batch_size, epochs=epochs, lr=lr, epsilon=epsilon
-    )
+        data, generator, model=network, method=method, batch_size=batch_size, epochs=epochs, lr=lr, epsilon=epsilon,
+        fused_step=fused_step,
+    )  # fmt: skip
     _introduce(data, network, epsilon, seed)
     print(f"  optimizer  {method}, learning rate {lr:g}, falling linearly to 0")
     print(f"             beside it, with plain torch: {method.twin}")
@@ -85,6 +87,8 @@ def training(
     steps = len(run.plain.seconds)
     table = _table("", "tribp", "plain torch")
     table.add_row("backend", _backend(run.parameter), "torch")
+    if run.tribp.fused is not None:
+        table.add_row("step", "the fused step" if run.tribp.fused.reason is None else "the ordinary way", "")
     table.add_row("device", *2 * [_device(run.parameter.device)])
     table.add_row("time per step", *(f"{1e3 * learner.median_step:.3f} ms" for learner in (run.tribp, run.plain)))
     table.add_row("largest difference of a parameter", f"{run.difference:.1e}", "")
@@ -94,6 +98,8 @@ def training(
         f"Time: median of {steps:,} steps, the two networks in turn on the same batches; difference: after epoch 1,\n"
         "grown from the rounding of float32."
     )
+    if run.tribp.fused is not None and run.tribp.fused.reason is not None:
+        print(f"The step is not fused: {run.tribp.fused.reason}.")
 
     settings = f"{network.parameters:,} parameters, {method}, learning rate {lr:g}, ε = {epsilon:g}"
     picture.draw(run, f"tribp: {network.name} on MNIST\n{network}\n{settings}", output)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..training import train_step
 from .digits import Digits
 from .losses import Loss
 from .methods import Method
@@ -19,8 +20,11 @@ COMPARED_STEPS = 20  # plain torch stops after the first epoch that ends with as
 class Learner:
     """A network with its optimizer, and the time each compared step took."""
 
-    def __init__(self, layers: nn.Sequential, optimizer: torch.optim.Optimizer, loss: Loss, steps: int) -> None:
+    def __init__(
+        self, layers: nn.Sequential, optimizer: torch.optim.Optimizer, loss: Loss, steps: int, fused: bool = False
+    ) -> None:
         self.layers, self.optimizer, self.loss = layers, optimizer, loss
+        self.fused = train_step(layers, optimizer, loss.kind, "batchmean") if fused else None
         self.schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         self.seconds: list[float] = []
 
@@ -33,6 +37,8 @@ class Learner:
 
     def step(self, images: Tensor, targets: Tensor) -> Tensor:
         """Forward, backward, update; returns the loss before the update."""
+        if self.fused is not None:
+            return self.fused(images, targets)
         loss = self.gradients(images, targets)
         self.optimizer.step()
         return loss
@@ -46,7 +52,8 @@ class Learner:
 class Training:
     """Call `epoch` as often as `epochs` says; the lists grow by what it measured.
 
-    batch_size: None for all digits at once. compared_steps: 0 to leave plain torch out.
+    batch_size: None for all digits at once. compared_steps: 0 to leave plain torch out. fused_step: whether tribp's
+    network takes its steps by `tribp.train_step`.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class Training:
         lr: float,
         epsilon: float,
         compared_steps: int = COMPARED_STEPS,
+        fused_step: bool = False,
     ) -> None:
         self.digits, self.generator, self.model, self.compared_steps = digits, generator, model, compared_steps
         self.device = digits.images.device
@@ -72,7 +80,7 @@ class Training:
         twin = in_plain_torch(layers).to(self.device)
         self.plain = Learner(twin, method.their_optimizer(twin.parameters(), lr), model.loss, self.steps)
         layers.to(self.device)
-        self.tribp = Learner(layers, method.optimizer(layers.parameters(), lr), model.loss, self.steps)
+        self.tribp = Learner(layers, method.optimizer(layers.parameters(), lr), model.loss, self.steps, fused_step)
         self.losses: list[float] = []  # of every step
         self.accuracies: list[float] = []  # percent on the training digits, after every epoch
         self.held_out_accuracies: list[float] = []
