@@ -36,7 +36,7 @@ def test_three_layers_learn(
     assert float(accuracy[1]) > 85
 
 
-@pytest.mark.parametrize("model", [MODELS["mlp"], MODELS["mlp3"]], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [MODELS["mlp"]], ids=lambda model: model.name)
 def test_fused_steps_learn_the_same(model: Model, kernels: str) -> None:
     layers = model.network(model.epsilon, torch.Generator().manual_seed(0)).to(kernels)
     learners = [

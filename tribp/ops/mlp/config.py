@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ...launch.arch import ITEMSIZE, Arch, cdiv
 from ...launch.matmul import unrounded
 
-WIDEST = 256  # outputs of a layer: one tile holds them beside 16 rows
+WIDEST = 256  # outputs of a layer, which are one tile beside 16 rows; of float64 half as many
 DEEPEST = 8  # layers: the code is as long
 # Of all weights: each program reads them. By arithmetic, 64 bytes a clock: 1 MB takes a processor 9 µs.
 LARGEST = 1 << 20  # bytes
@@ -39,8 +39,9 @@ class TrainProblem(NamedTuple):
         bytes = ITEMSIZE[self.dtype] * sum(n * k for k, n in zip(self.sizes, self.sizes[1:], strict=False))
         if layers > DEEPEST:
             return f"it has {layers} layers, more than {DEEPEST}"
-        if widest > WIDEST:
-            return f"a layer has {widest} outputs, more than {WIDEST}"
+        most = WIDEST if ITEMSIZE[self.dtype] < 8 else WIDEST // 2
+        if widest > most:
+            return f"a layer has {widest} {self.dtype} outputs, more than {most}"
         if bytes > LARGEST:
             return f"its weights take {bytes} bytes, more than {LARGEST}, which each program reads"
         return None
@@ -50,7 +51,10 @@ class TrainProblem(NamedTuple):
             return TrainConfig(16, 32, 64, 32, 1, 1, None)
         size = ITEMSIZE[self.dtype]
         deep = 64 if size == 2 else 32 if size == 4 else 16
-        return TrainConfig(16, 32, deep, deep, 4, 3, unrounded(self.arch))
+        # Compiled: beside 256 columns of float32, steps of 32 spill 32 bytes on sm_80, and do not fit gfx942's memory.
+        step = deep // 2 if max(self.sizes[1:]) > 128 else deep
+        warps = 4 if size < 8 else 8  # float64's result and operands spill 4 bytes on sm_100, else
+        return TrainConfig(16, 32, deep, max(step, 16), warps, 3, unrounded(self.arch))
 
     def programs(self, config: TrainConfig) -> int:
         """Of the second launch."""

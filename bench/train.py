@@ -1,0 +1,211 @@
+"""`tribp.train_step`: forward, loss, backward and update of a small perceptron. A shape is as that of `mlp`."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tribp
+from tribp.launch.arch import Arch
+from tribp.ops.activations import activation_of
+from tribp.training import train_step
+
+from .expectations import PIPELINED, Expectation
+from .operation import TOLERANCE, Action, Case, Given, KernelTests, Operation, Reference, Target, Work, named
+
+if TYPE_CHECKING:
+    from tribp.launch.plan import Launch
+
+DIGITS, DIGITS3 = (784, 128, 10), (784, 256, 64, 10)
+BF16, FP32 = torch.bfloat16, torch.float32
+LR = 1e-3
+
+
+def cases() -> list[Case]:
+    shapes = [*((rows, *DIGITS) for rows in (16, 128)), (128, *DIGITS3), (1, 2, 2, 1), (4096, 64, 64, 10)]
+    return [Case(shape, dtype, small=True) for dtype in (FP32, BF16) for shape in shapes]
+
+
+def network(case: Case) -> nn.Sequential:
+    """Of torch's layers, with ReLU between them; weights are those of `nn.Linear`."""
+    layers: list[nn.Module] = []
+    for k, n in itertools.pairwise(case.shape[1:]):
+        layers += [nn.Linear(k, n), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+Step = Callable[[Tensor, Tensor], Tensor]
+Make = Callable[..., Step]  # of a model, and options of Adam
+
+
+def ours(net: nn.Module, **options: Any) -> Step:
+    return train_step(net, tribp.optim.Adam(net.parameters(), lr=LR, **options), "cross_entropy")
+
+
+def ordinary(forward: Callable[[nn.Module], Callable[[Tensor], Tensor]], optimizer: Any) -> Make:
+    """Separate steps: a model's forward, torch's loss and backward, an optimizer's step."""
+
+    def make(net: nn.Module, **options: Any) -> Step:
+        adam, run = optimizer(net.parameters(), lr=LR, **options), forward(net)
+
+        def step(x: Tensor, target: Tensor) -> Tensor:
+            adam.zero_grad()
+            loss = F.cross_entropy(run(x), target)
+            loss.backward()  # type: ignore[no-untyped-call]
+            adam.step()
+            return loss.detach()
+
+        return step
+
+    return make
+
+
+def fused(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    tribp.fuse(net)
+    return net
+
+
+def compiled_forward(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    return torch.compile(net, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+
+def providers(case: Case, without_compile: str) -> Mapping[str, Any]:
+    """separate: tribp's layers and optimizer, without the fused step."""
+    return {
+        "tribp": ours,
+        "eager": ordinary(lambda net: net, torch.optim.Adam),
+        "separate": ordinary(fused, tribp.optim.Adam),
+        "compile": without_compile or ordinary(compiled_forward, torch.optim.Adam),
+    }
+
+
+@dataclass
+class Problem:
+    """A step's loss and gradients. Adam divides a gradient by its size: a parameter's change says little of it."""
+
+    case: Case
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        rows, *sizes = self.case.shape
+        self.net = network(self.case).to(self.device, self.case.dtype)
+        self.x = torch.randn(rows, sizes[0], device=self.device, dtype=FP32).to(self.case.dtype)
+        self.target = torch.randint(sizes[-1], (rows,), device=self.device)
+
+    def reference(self) -> Mapping[str, Reference]:
+        exact = copy.deepcopy(self.net).double()
+        values = self._results(ordinary(lambda net: net, torch.optim.SGD), exact, self.x.double())
+        return {name: Reference(value, float(value.norm())) for name, value in values.items()}
+
+    def results(self, make: Make, direction: str) -> Mapping[str, Tensor]:
+        return self._results(make, copy.deepcopy(self.net), self.x)
+
+    def _results(self, make: Make, net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        loss = make(net)(x, self.target)
+        grads = {f"{name}.grad": p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+        return {"loss": loss} | grads
+
+    def action(self, make: Make, direction: str, *, captured: bool = False) -> Action:
+        step = make(copy.deepcopy(self.net), **{"capturable": True} if captured else {})
+        step(self.x, self.target)
+        return Action(lambda: step(self.x, self.target))
+
+    def allowed(self, name: str, baseline: float) -> float:
+        """As for a gradient of a layer, with a rounding more each layer."""
+        return max((len(self.case.shape) - 1) * TOLERANCE[self.case.dtype], 2 * baseline)
+
+
+def work(case: Case, direction: str) -> Work:
+    """Parameters and Adam's states read and written once, their gradients written and read; the input read once."""
+    rows, *sizes = case.shape
+    weights = sum(k * n for k, n in itertools.pairwise(sizes))
+    parameters = weights + sum(sizes[1:])
+    return Work((8 * parameters + rows * sizes[0]) * case.dtype.itemsize, 3 * 2 * rows * weights)
+
+
+def targets(case: Case, direction: str) -> list[Target]:
+    """By launches: 3 of some 20 of eager torch's."""
+    return [Target("eager", 2.0), Target("compile", 1.0)] if case.dtype == FP32 else []
+
+
+def launches(case: Case, direction: str, arch: Arch) -> "list[Launch]":
+    """Those before the update, on tensors without memory."""
+    from tribp.launch.plan import launches_of
+    from tribp.ops.mlp import plan
+
+    rows, *sizes = case.shape
+
+    def empty(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    layers = [t for k, n in itertools.pairwise(sizes) for t in (empty(n, k), empty(n), empty(n, k), empty(n))]
+    acts = (*(activation_of("bench", "relu"),) * (len(sizes) - 2), activation_of("bench", None))
+    tensors = (empty(rows, sizes[0]), empty(rows, dtype=torch.int64), empty(), *layers)
+    return launches_of(
+        plan.train, arch, tensors, activations=acts, kind="cross_entropy", reduction="mean", tf32=case.tf32
+    )
+
+
+def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, Case, str]]:
+    odd = (33, 77, 45, 7)
+    some = [
+        *cases()[:3],
+        Case((128, *DIGITS3), BF16),
+        Case((128, *DIGITS), torch.float64),
+        Case(odd, BF16),
+        Case(odd, torch.float64),
+    ]
+    return named(arch, ((case, ["step"]) for case in [*some, *(cases() if everything else [])]))
+
+
+def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectation]:
+    if min(case.shape[1:]) % 2 == 0:  # rows of 16-bit numbers with an odd pitch are not loaded ahead
+        yield PIPELINED
+
+
+def rows_work(given: Given, grid: tuple[int, ...], case: Case) -> dict[str, Any]:
+    """Every layer's product forward, and all but the first's backward, one after the other."""
+    _, *sizes = case.shape
+    pairs = [*itertools.pairwise(sizes)]
+    products = [*pairs, *((n, k) for k, n in pairs[1:])]
+    turns = sum(-(-length // given["BLOCK_L"]) for length, _ in products)
+    macs = sum(length * width for length, width in products) * given["BLOCK_M"]
+    return _work(turns, macs, case, chain=len(products))
+
+
+def weights_work(given: Given, grid: tuple[int, ...], case: Case) -> dict[str, Any]:
+    turns = -(-case.shape[0] // given["BLOCK_M"])
+    return _work(turns, turns * given["BLOCK_M"] * given["BLOCK_N"] * given["BLOCK_K"], case, chain=1)
+
+
+def _work(turns: int, macs: int, case: Case, chain: int) -> dict[str, Any]:
+    wide = case.dtype == FP32
+    return dict(turns=turns, macs=macs * (3 if wide else 1), bits=32 if wide else 16, chain=chain)
+
+
+OPERATION = Operation(
+    name="train",
+    summary="tribp.train_step against separate steps",
+    cases=cases(),
+    smoke_cases=[Case((33, 16, 24, 8), BF16, small=True), Case((20, 7, 19, 5), FP32)],
+    directions=("step",),
+    peers=("eager", "separate", "compile"),
+    providers=providers,
+    problem=Problem,
+    work=work,
+    targets=targets,
+    launches=launches,
+    compiled=compiled,
+    expectations=expectations,
+    kernel_work={"train_rows": rows_work, "train_weights": weights_work},
+    tests=KernelTests(["tests/training"], ["tests/training", "-k", "matches_torch"], ["tests/training", "-k", "spec"]),
+    run_first={"float32": "--dtype float32"},
+    switches=(),
+    columns=("case", "clock", "tribp", "eager", "separate", "compile", "vs eager", "launches", "host", "graph"),
+    graph_calls=1,
+)
