@@ -27,7 +27,7 @@ LR = 1e-3
 
 
 def cases() -> list[Case]:
-    shapes = [*((rows, *DIGITS) for rows in (16, 128)), (128, *DIGITS3), (1, 2, 2, 1), (4096, 64, 64, 10)]
+    shapes = [*((rows, *DIGITS) for rows in (16, 128)), (128, *DIGITS3), (1, 2, 2, 1), (1024, 64, 64, 10)]
     return [Case(shape, dtype, small=True) for dtype in (FP32, BF16) for shape in shapes]
 
 
@@ -179,8 +179,8 @@ def rows_work(given: Given, grid: tuple[int, ...], case: Case) -> dict[str, Any]
 
 
 def weights_work(given: Given, grid: tuple[int, ...], case: Case) -> dict[str, Any]:
-    turns = -(-case.shape[0] // given["BLOCK_M"])
-    return _work(turns, turns * given["BLOCK_M"] * given["BLOCK_N"] * given["BLOCK_K"], case, chain=1)
+    turns = -(-case.shape[0] // given["BLOCK_ROWS"])
+    return _work(turns, turns * given["BLOCK_ROWS"] * given["BLOCK_N"] * given["BLOCK_K"], case, chain=1)
 
 
 def _work(turns: int, macs: int, case: Case, chain: int) -> dict[str, Any]:

@@ -29,10 +29,12 @@ class Train(NamedTuple):
     ACTS: tuple[Act, ...]  # each layer's
     LOSS: str
     REDUCTION: str  # "sum" of all elements (of cross_entropy: of rows), their "mean", or "batchmean": the sum over rows
-    BLOCK_M: int  # rows, a program or a step
+    BLOCK_M: int  # rows, a program
+    BLOCK_L: int  # what a step of its products sums over
     BLOCK_N: int  # the tile of a weight's gradient
     BLOCK_K: int
-    BLOCK_L: int  # what a step of the other products sums over
+    BLOCK_ROWS: int  # what a step of that one sums over
+    PARTS: int  # a power of 2 that holds the parts of the loss, one a program of `train_rows`
     PRECISION: str
     PTX: bool
     VEC: int = 1  # of sizes that it knows the compiler knows what divides them
@@ -201,7 +203,7 @@ def train_rows(x, target, losses, weights, biases, ys, dzs, M, CONFIG: tl.conste
 @triton.jit
 def weight_tile(program, y, dz, dw, db, M, N: tl.constexpr, K: tl.constexpr, CONFIG: tl.constexpr):
     """One tile of dw = dzᵀ·y; in the first tile column also db. Either may be None."""
-    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_ROWS: tl.constexpr = CONFIG.BLOCK_ROWS
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     COLUMNS: tl.constexpr = triton.cdiv(K, CONFIG.BLOCK_K)
     n = program // COLUMNS * BLOCK_N
@@ -209,13 +211,13 @@ def weight_tile(program, y, dz, dw, db, M, N: tl.constexpr, K: tl.constexpr, CON
     if dw is not None:
         across = dense(dz, M, N)
         dzt = Matrix(dz, across.cols, across.rows, across.ld)
-        acc = product(dzt, dense(y, M, K), n, k, 0, True, False, BLOCK_N, CONFIG.BLOCK_K, BLOCK_M, CONFIG)
+        acc = product(dzt, dense(y, M, K), n, k, 0, True, False, BLOCK_N, CONFIG.BLOCK_K, BLOCK_ROWS, CONFIG)
         store_tile(dense(dw, tl.full((), N, tl.int32), K), acc, n, k, BLOCK_N, CONFIG.BLOCK_K, 1)
     if db is not None:
         if k == 0:
-            sums = tl.zeros((BLOCK_M, BLOCK_N), accumulator(dz.dtype))
-            for m in range(0, M, BLOCK_M):
-                sums += load_tile(dense(dz, M, N), m, n, BLOCK_M, BLOCK_N, False, 1).to(sums.dtype)
+            sums = tl.zeros((BLOCK_ROWS, BLOCK_N), accumulator(dz.dtype))
+            for m in range(0, M, BLOCK_ROWS):
+                sums += load_tile(dense(dz, M, N), m, n, BLOCK_ROWS, BLOCK_N, False, 1).to(sums.dtype)
             j, inside = masked_range(n, N, BLOCK_N, 1)
             tl.store(db + j, round_to(tl.sum(sums, 0), db.dtype.element_ty), mask=inside)
 
@@ -226,11 +228,9 @@ def train_weights(x, losses, loss, ys, dzs, dws, dbs, M, parts, CONFIG: tl.const
     SIZES: tl.constexpr = CONFIG.SIZES
     program = tl.program_id(0)
     if program == 0:
-        total = tl.zeros((256,), losses.dtype.element_ty)
-        for start in range(0, parts, 256):
-            i, inside = masked_range(start, parts, 256, 1)
-            total += tl.load(losses + i, mask=inside, other=0.0)
-        tl.store(loss, round_to(tl.sum(total, 0), loss.dtype.element_ty))
+        i, inside = masked_range(0, parts, CONFIG.PARTS, 1)
+        total = tl.sum(tl.load(losses + i, mask=inside, other=0.0), 0)
+        tl.store(loss, round_to(total, loss.dtype.element_ty))
     source = x
     for n in tl.static_range(len(SIZES) - 1):
         if (program >= 0) & (program < tiles(SIZES[n + 1], SIZES[n], CONFIG)):

@@ -49,8 +49,8 @@ def train_step(
 
     Args:
         model: for the two launches an `MLP`, or an `nn.Sequential` of linear layers (torch's, tribp's) and activations
-            that `tribp.linear` knows: up to 8 layers of up to 256 outputs (of float64 128), weights of up to 1 MiB. Any
-            other takes the ordinary way.
+            that `tribp.linear` knows: up to 8 layers of up to 256 outputs (of float64 128), weights of up to 1 MiB, on
+            batches of up to 1,024 rows. Any other takes the ordinary way.
         optimizer: torch's or tribp's; its hooks and schedulers work.
         loss: "half_squared_error" (½ Σ (output − target)²), "mse_loss", "cross_entropy" (of classes, int64 `(N,)`) or
             "binary_cross_entropy" (of outputs between 0 and 1), with torch's values; or a function of output and

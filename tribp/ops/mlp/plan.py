@@ -1,11 +1,12 @@
 """A multi-layer perceptron on the linear layer's kernels: which launches make up each direction. Imports triton."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from ...dispatch import dtype_name
 from ...kernels import mlp as kernels
-from ...launch.arch import cdiv, precision_of
+from ...launch.arch import cdiv, power_of_2, precision_of
 from ...launch.layout import accumulator
 from ...launch.plan import Buffer, Plan
 from ...launch.reduce import Partials
@@ -75,9 +76,10 @@ def train(
     problem = TrainProblem(m, sizes, dtype_name(x.dtype), plan.arch)
     s = problem.choose()
     programs = cdiv(m, s.block_m)
+    precision = precision_of(dtype_name(x.dtype), tf32, plan.arch)
     config = kernels.Train(
-        SIZES=sizes, ACTS=tuple(activations), LOSS=kind, REDUCTION=reduction, BLOCK_M=s.block_m, BLOCK_N=s.block_n,
-        BLOCK_K=s.block_k, BLOCK_L=s.block_l, PRECISION=precision_of(dtype_name(x.dtype), tf32, plan.arch),
+        SIZES=sizes, ACTS=tuple(activations), LOSS=kind, REDUCTION=reduction, BLOCK_M=s.block_m, BLOCK_L=s.block_l,
+        BLOCK_N=s.block_n, BLOCK_K=s.block_k, BLOCK_ROWS=s.block_rows, PARTS=power_of_2(programs), PRECISION=precision,
         PTX=plan.arch.backend != "hip",
     )  # fmt: skip
     x, target = plan.contiguous(x), plan.contiguous(target)
@@ -86,4 +88,6 @@ def train(
     ys = (*(plan.scratch((m, n), x.dtype) for n in sizes[1:-1]), None)
     plan.launch(kernels.train_rows, (programs,), (x, target, losses, weights, biases, ys, dzs, m), config, s)
     arguments = (x, losses, loss, ys, dzs, dws, dbs, m, programs)
-    plan.launch(kernels.train_weights, (problem.programs(s),), arguments, config, s)
+    plan.launch(
+        kernels.train_weights, (problem.programs(s),), arguments, config, replace(s, num_warps=s.weight_warps)
+    )  # fmt: skip
