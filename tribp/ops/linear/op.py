@@ -129,6 +129,7 @@ class _Linear(torch.autograd.Function):
         input, weight, output = ctx.saved_tensors
         needs, act = ctx.needs_input_grad[:3], ctx.activation
         operator = ctx.operator or needs_operator()
+        grads: Sequence[Tensor | None]
         # Backward under autocast, which torch advises against, would cast the operands of float32 products.
         with without_autocast(grad.device.type):
             if backward_by_torch(grad, operator):
