@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ... import dispatch
 from ...dispatch import autocasting, backward_by_torch, kernels_cannot_see, needs_operator, without_autocast
-from ..activations import Activation, ActivationLike, activation_of
+from ..activations import Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes, check_tensors
-from ..linear.op import activated_linear, check_linear, fits
+from ..linear.op import activated_linear, check_linear, fits, torchs_alone
 from ..linear.reference import as_matrix
-from ..shared import autocast_all, in_places, launching, uses_tf32
+from ..shared import REFUSALS, autocast_all, in_places, launching, uses_tf32
 from . import reference
 from .reference import Layer
 
@@ -58,6 +59,14 @@ def mlp(
     given = [None] * len(weights) if biases is None else list(biases)
     if not weights or len(given) != len(weights):
         raise ValueError(f"mlp: biases must be one for each of at least 1 weights, got {len(given)} and {len(weights)}")
+    try:
+        if all(torchs_alone(input, w, b) for w, b in zip(weights, given, strict=True)):
+            x = input
+            for w, b, act in zip(weights, given, _each(len(weights), both), strict=True):
+                x = activate_(F.linear(x, w, b), act)
+            return x
+    except REFUSALS:
+        pass  # the checks know a better sentence
     tensors = [t for t in (input, *weights, *given) if t is not None]
     if torch.overrides.has_torch_function(tensors):
         arguments = (input, weights, biases, activation, output_activation)
