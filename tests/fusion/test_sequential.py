@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -382,6 +383,7 @@ def test_compiled_exported_traced_and_called_with_other_weights(x: Tensor) -> No
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch has no TorchScript on Python 3.14")
 def test_torchscript(x: Tensor) -> None:
     model = perceptron(nn.Tanh, nn.Tanh)
     y = model(x)

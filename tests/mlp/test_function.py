@@ -371,6 +371,10 @@ def test_layers_that_were_replaced_tied_or_hooked(device: str) -> None:
     assert same(module)
     assert calls == [module.layers[0]]
     handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: calls.append(m))
+    assert same(module)
+    handle.remove()
+    assert calls[1:] == [*module.layers, module], "a hook on every module"
     prune.l1_unstructured(module.layers[0], "weight", 0.5)
     for _ in range(2):
         module(x).sum().backward()
