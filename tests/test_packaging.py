@@ -21,6 +21,7 @@ FLOORS = {
     "dispatch": {"launch.arch", "kernels.common"},
     "launch": {"dispatch", "kernels", "versions"},
     "ops": {"dispatch", "kernels", "launch", "versions"},
+    "export": {"ops"},
     "functional": {"ops"},
     "nn": {"ops"},
     "fusion": {"dispatch", "nn", "ops"},

@@ -1,16 +1,17 @@
 """What exported programs need of tribp: torch's operations for its registered operators."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
 
 from .ops.conv3x3 import op as conv3x3
 from .ops.linear import op as linear
+from .ops.mlp import op as mlp
 
 
-def decompositions() -> dict[OpOverload, Callable[..., Tensor]]:
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """torch's operations for each of tribp's operators: a table for `torch.export.ExportedProgram.run_decompositions`.
 
     The program then runs, and is exported further, where tribp is not installed. It is not in torch's own table of
@@ -20,5 +21,6 @@ def decompositions() -> dict[OpOverload, Callable[..., Tensor]]:
     return {
         operators.linear.default: linear.decomposed,
         operators.linear_sigmoid.default: lambda input, weight, bias: linear.decomposed(input, weight, bias, "sigmoid"),
+        operators.mlp.default: mlp.decomposed,
         operators.conv3x3.default: conv3x3.decomposed,
     }

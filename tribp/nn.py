@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from .ops.activations import ActivationLike, activate, activation_of
 from .ops.conv3x3.checks import window_of
@@ -105,9 +106,13 @@ class LinearSigmoid(Linear):
         super().__init__(in_features, out_features, bias, device, dtype, activation="sigmoid")
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    return any(len(kind) > 0 for kind in hooks)
+def runs_forward_alone(module: nn.Module) -> bool:
+    """Whether to call a module does nothing but run the forward of its class: no hooks, no forward of its own."""
+    hooked = (
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )  # fmt: skip
+    return not (hooked or "forward" in module.__dict__ or module._compiled_call_impl)
 
 
 class MLP(nn.Module):
@@ -163,7 +168,7 @@ class MLP(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         layers = self.layers
         plain = [layer for layer in layers if type(layer) is Linear and layer.activation is None]
-        if len(plain) == len(layers) and not any(map(_has_hooks, layers)):
+        if len(plain) == len(layers) and all(map(runs_forward_alone, layers)):
             weights, biases = [layer.weight for layer in plain], [layer.bias for layer in plain]
             return mlp(input, weights, biases, self.activation, self.output_activation)
         for n, layer in enumerate(layers, 1):

@@ -22,6 +22,8 @@ REPLACED = {
     "lenet": {
         "Conv2d + Sigmoid → Conv3x3": ["0.0", "0.3"],
         "Linear + Sigmoid → LinearSigmoid": ["2.0", "2.2"],
+        "torch.nn.Linear → tribp.nn.Linear": ["2.4"],
+        "Sequential → FusedSequential": ["2"],
     },
     "resnet": {
         "Conv2d → Conv3x3": [f"layer{i}.{j}.conv{k}" for i in (1, 2) for j in (0, 1) for k in (1, 2)],
@@ -30,10 +32,13 @@ REPLACED = {
         "Conv2d → Conv3x3": ["gate.convs.0", "conv", "body.0"],
         "Conv2d + Sigmoid → Conv3x3": ["tail.0", "tail.2"],
         "Linear + Sigmoid → LinearSigmoid": ["gate.heads.a.0", "gate.heads.a.2.0", "head.0", "head.2"],
+        "Sequential → FusedSequential": ["head"],
     },
     "vgg": {
         "Conv2d + ReLU → Conv3x3": [f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 23, 25, 27)],
         "Linear + ReLU → tribp.nn.Linear": ["classifier.0", "classifier.3"],
+        "torch.nn.Linear → tribp.nn.Linear": ["classifier.5"],
+        "Sequential → FusedSequential": ["classifier"],
     },
     "functional_lenet": {
         "Conv2d + ReLU → Conv3x3": ["conv1"],
@@ -244,7 +249,7 @@ def test_dtype_and_device(dtype: torch.dtype) -> None:
 def test_models_without_memory() -> None:
     with torch.device("meta"):
         model = MODELS["lenet"]()
-    assert len(tribp.fuse(model).replaced) == 4
+    assert len(tribp.fuse(model).replaced) == 6
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
@@ -404,7 +409,7 @@ def test_symbolic_trace() -> None:
     y = model(x)
     tribp.fuse(model)
     traced = torch.fx.symbolic_trace(model)
-    assert {tribp.conv3x3, tribp.linear} <= {node.target for node in traced.graph.nodes}
+    assert {tribp.conv3x3, tribp.mlp} <= {node.target for node in traced.graph.nodes}
     assert torch.equal(traced(x), y)
     plain = torch.fx.symbolic_trace(MODELS["resnet"]())  # whose convolutions can be replaced in turn
     y = plain.eval()(x)

@@ -22,7 +22,7 @@ class Operation(NamedTuple):
     theirs: Function
     make: Callable[[str], list[Tensor]]
     operator: str
-    options: tuple[object, ...]  # what it takes besides
+    bare: Function  # the operator, called as an exported graph does
 
     def __str__(self) -> str:
         return self.name
@@ -43,18 +43,36 @@ def images(device: str) -> list[Tensor]:
     return [t for t in CONV.make(torch.float64, device) if t is not None]
 
 
+def mlp(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    return tribp.mlp(x, [w, w], [b, b], "tanh", "sigmoid")
+
+
+def eager_mlp(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    return eager_linear(torch.tanh(torch.nn.functional.linear(x, w, b)), w, b)
+
+
+def square_matrices(device: str) -> list[Tensor]:
+    return [torch.randn(*size, device=device, dtype=torch.float64) for size in ((6, 5), (5, 5), (5,))]
+
+
 # The methods of a case are wrapped: jit.trace wants functions.
 OPERATIONS = [
-    Operation("linear_sigmoid", tribp.linear_sigmoid, eager_linear, matrices, "linear", ("sigmoid",)),
     Operation(
-        "conv3x3",
-        lambda x, w, b=None: CONV.ours(x, w, b),
-        lambda x, w, b=None: CONV.theirs(x, w, b),
-        images,
-        "conv3x3",
-        ([2, 1], [1, 1], 2, "sigmoid"),
+        "linear_sigmoid", tribp.linear_sigmoid, eager_linear, matrices, "linear",
+        lambda x, w, b: torch.ops.tribp.linear(x, w, b, "sigmoid"),
     ),
-]
+    Operation(
+        "conv3x3", lambda x, w, b=None: CONV.ours(x, w, b), lambda x, w, b=None: CONV.theirs(x, w, b), images,
+        "conv3x3",
+        lambda x, w, b: torch.ops.tribp.conv3x3(x, w, b, [2, 1], [1, 1], 2, "sigmoid"),
+    ),
+    Operation(
+        "mlp", mlp, eager_mlp, square_matrices, "mlp",
+        lambda x, w, b: torch.ops.tribp.mlp(
+            x, [w, w], [b, b], [True, True], "tanh", 0.0, 0.0, "sigmoid", 0.0, 0.0
+        )[-1],
+    ),
+]  # fmt: skip
 
 
 def assert_same_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:

@@ -82,21 +82,15 @@ def test_dispatch_modes_see_the_operators(operation: Operation, tensors: list[Te
 
 # -- the operators as such, and graphs that hold them ------------------------------------------------------------------
 
-LINEAR, CONV = OPERATIONS
+LINEAR, CONV, MLP = OPERATIONS
 NEEDS = [(True, True, True), (True, False, False), (False, True, False), (False, False, True), (False, True, True)]
-
-
-def bare(operation: Operation) -> Function:
-    """The operator, called as an exported graph does."""
-    operator = getattr(torch.ops.tribp, operation.operator)
-    return lambda x, w, b: operator(x, w, b, *operation.options)
 
 
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
 def test_operators_have_derivatives(needs: tuple[bool, ...], operation: Operation, detached: list[Tensor]) -> None:
     tensors = [t.requires_grad_(need) for t, need in zip(detached, needs, strict=True)]
     inputs = [t for t in tensors if t.requires_grad]
-    y, expected = bare(operation)(*tensors), operation.theirs(*tensors)
+    y, expected = operation.bare(*tensors), operation.theirs(*tensors)
     with Seen() as seen:
         assert_same_gradients(y, expected, inputs)
     assert f"tribp.{operation.operator}_backward.default" in seen.names
@@ -105,7 +99,7 @@ def test_operators_have_derivatives(needs: tuple[bool, ...], operation: Operatio
 def test_operators_can_be_differentiated_twice(operation: Operation, tensors: list[Tensor]) -> None:
     dy = torch.randn_like(operation.theirs(*tensors))
     found = []
-    for f in (bare(operation), operation.theirs):
+    for f in (operation.bare, operation.theirs):
         grads = torch.autograd.grad(f(*tensors), tensors, dy, create_graph=True)
         found.append([*grads, *torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), tensors)])
     for ours, torchs in zip(*found, strict=True):
@@ -113,7 +107,7 @@ def test_operators_can_be_differentiated_twice(operation: Operation, tensors: li
 
 
 def test_a_batch_of_gradients_of_an_operator(operation: Operation, tensors: list[Tensor]) -> None:
-    y, expected = bare(operation)(*tensors), operation.theirs(*tensors)
+    y, expected = operation.bare(*tensors), operation.theirs(*tensors)
     batch = torch.randn(3, *y.shape, device=y.device, dtype=y.dtype)
     grads = (torch.autograd.grad(v, tensors, batch, is_grads_batched=True) for v in (y, expected))
     for ours, torchs in zip(*grads, strict=True):
@@ -124,7 +118,7 @@ def test_autocast_does_not_change_an_operator(operation: Operation, tensors: lis
     """The compiler and export were told that the result has the arguments' type."""
     tensors = [t.detach().float().requires_grad_() for t in tensors]
     with torch.autocast(tensors[0].device.type, torch.bfloat16):
-        y = bare(operation)(*tensors)
+        y = operation.bare(*tensors)
         grads = torch.autograd.grad(y.sum(), tensors)
     assert {t.dtype for t in (y, *grads)} == {torch.float32}
     torch.testing.assert_close(y, operation.theirs(*tensors))
@@ -199,10 +193,13 @@ def test_gradients_of_gradient_operators_raise(operation: Operation, tensors: li
     needs = [True, True, True]
     if operation is LINEAR:
         found = torch.ops.tribp.linear_backward(y, x, w, y, "sigmoid", 0.0, 0.0, needs)
+    elif operation is MLP:
+        found = torch.ops.tribp.mlp_backward(
+            y, x, [y], y, w, [w], "tanh", 0.0, 0.0, "sigmoid", 0.0, 0.0, [True, True, True, True, True]
+        )
     else:
-        options = operation.options[:3]
         found = torch.ops.tribp.conv3x3_backward(
-            y, x, w, y, list(x.shape), *options, "sigmoid", 0.0, 0.0, needs, False, False
+            y, x, w, y, list(x.shape), [2, 1], [1, 1], 2, "sigmoid", 0.0, 0.0, needs, False, False
         )
     with pytest.raises(RuntimeError, match="no autograd formula"):
         found[0].sum().backward()

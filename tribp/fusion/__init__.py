@@ -3,5 +3,16 @@
 from .layers import fuse, unfuse
 from .modules import FoldedBatchNorm, FusedActivation, FusedSigmoid
 from .report import Left, Replaced, Report
+from .sequential import FusedSequential
 
-__all__ = ["FoldedBatchNorm", "FusedActivation", "FusedSigmoid", "Left", "Replaced", "Report", "fuse", "unfuse"]
+__all__ = [
+    "FoldedBatchNorm",
+    "FusedActivation",
+    "FusedSequential",
+    "FusedSigmoid",
+    "Left",
+    "Replaced",
+    "Report",
+    "fuse",
+    "unfuse",
+]

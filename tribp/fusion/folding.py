@@ -31,10 +31,9 @@ def fold_batchnorms(model: nn.Module) -> Report:
             raise ValueError(
                 f"fuse: fold_batchnorm=True needs a model in eval mode, but the {where} is in training mode"
             )
-    plan = Plan("fuse", model, harmless=frozenset())
-    places_of = {id(module): places for module, places in plan.modules}
-    folded = [module for module, _ in plan.modules if isinstance(module, FoldedBatchNorm)]
     stand_ins: dict[int, nn.Module] = {}
+    plan = Plan("fuse", model, lambda norm: stand_ins[id(norm)], harmless=frozenset())
+    folded = [module for module, _ in plan.modules if isinstance(module, FoldedBatchNorm)]
     for module, places in plan.modules:
         before_norm = [place for place in places if isinstance(place.behind, BATCH_NORMS)]
         if not isinstance(module, LAYERS) or not before_norm or _has_activation(module):
@@ -44,7 +43,7 @@ def fold_batchnorms(model: nn.Module) -> Report:
         reason = plan.obstacle(module, layer_kind(module))
         if not reason and any(other.is_behind(module) for other in folded):
             reason = "another batch norm is folded into the layer before it"
-        if not reason and len(places) + len(places_of[id(norm)]) > 2:
+        if not reason and len(places) + len(plan.places[id(norm)]) > 2:
             reason = "it or the layer before it stands at several places, or is called several times"
         reason = reason or place.doubt or (_doubt_about_norm(plan, place) if place.site else "")
         reason = reason or _unfoldable(module, norm)
@@ -57,12 +56,12 @@ def fold_batchnorms(model: nn.Module) -> Report:
         stand_ins[id(norm)] = FoldedBatchNorm(norm, module, made.weight)
         was = f"{shown_name(module)} + {type(norm).__name__}"
         plan.replace([place._replace(site=())], made, was, shown_name(module))
-    return plan.carry_out(lambda norm: stand_ins[id(norm)])
+    return plan.carry_out()
 
 
 def unfold_batchnorms(model: nn.Module) -> Report:
     """Put batch norms and the parameters of layers back, the same objects, where no activation lies between them."""
-    plan = Plan("unfuse", model)
+    plan = Plan("unfuse", model, _original)
     for module, places in plan.modules:
         if not isinstance(module, FoldedBatchNorm):
             continue
@@ -87,7 +86,7 @@ def unfold_batchnorms(model: nn.Module) -> Report:
             now = f"{shown_name(layer)} + {type(module.original).__name__}"
             pair = Place(parent, key, name, layer, None, module, place.key, place.name)
             plan.replace([pair], made, shown_name(layer), now)
-    return plan.carry_out(_original)
+    return plan.carry_out()
 
 
 def _has_activation(layer: nn.Module) -> bool:

@@ -220,7 +220,7 @@ def reached_from_outside(model: nn.Module, harmless: frozenset[str]) -> dict[str
 @functools.cache
 def _reaches(kind: type[nn.Module], harmless: frozenset[str]) -> dict[str, str]:
     reached: dict[str, str] = {}
-    for function in () if kind.__module__.startswith("torch.") else _functions(kind):
+    for function in () if kind.__module__.startswith(("torch.", "tribp.")) else _functions(kind):
         source, names = _read(function), _names_later(function)
         if isinstance(source, Source):
             names = names & source.foreign_attributes(harmless)

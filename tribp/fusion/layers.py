@@ -1,5 +1,6 @@
 """`fuse` and `unfuse`."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -26,8 +27,9 @@ from .modules import (
     torch_linear,
     unreadable,
 )
-from .plan import Place, Plan
+from .plan import Place, Plan, runs_in_order
 from .report import Report
+from .sequential import FusedSequential, is_plain_layer, rows
 
 
 def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
@@ -37,7 +39,9 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
       Activations are `nn.Sigmoid`, `Tanh`, `ReLU`, `LeakyReLU`, `ELU`, `Softplus`, `Hardsigmoid`, `Hardtanh` and
       `ReLU6`, in place or not, with numbers that `tribp.linear` takes, and torch's functions and methods of those;
     - every 3×3 `nn.Conv2d` that `Conv3x3` takes becomes one, with the activation directly behind it; a `Conv3x3` or a
-      tribp `Linear` without one takes that in, too.
+      tribp `Linear` without one takes that in, too;
+    - linear layers with activations that follow each other in an `nn.Sequential`, with or without one behind the last,
+      run as one `tribp.mlp`: the last becomes a `Linear`, and the Sequential a `FusedSequential`.
 
     An activation is behind a layer in an `nn.Sequential`, or in the source of the `forward` of the module that holds
     the layer: `self.act(self.conv(x))`, `F.relu(self.conv(x))`, `self.conv(x).relu()`, or in the line after
@@ -65,7 +69,7 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
         TypeError: model is no module.
         ValueError: fold_batchnorm is True and the model, or a batch norm in it, is in training mode.
     """
-    plan = Plan("fuse", model)
+    plan = Plan("fuse", model, FusedActivation)
     if fold_batchnorm:
         return fold_batchnorms(model) + fuse(model)
     for module, places in plan.modules:
@@ -78,7 +82,10 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
             plan.leave(places, "it is compiled by TorchScript")
         else:
             plan.leave(places, unread_forward(module))
-    return plan.carry_out(FusedActivation)
+    for module, places in plan.modules:
+        if isinstance(module, nn.Sequential) and runs_in_order(module):
+            _fuse_rows(plan, module, places)
+    return plan.carry_out()
 
 
 def _fuse_layer(plan: Plan, module: nn.Module, places: Sequence[Place]) -> None:
@@ -107,6 +114,44 @@ def _fuse_layer(plan: Plan, module: nn.Module, places: Sequence[Place]) -> None:
         plan.leave_activations(pairs, alone)
 
 
+def _fuse_rows(plan: Plan, module: nn.Sequential, places: Sequence[Place]) -> None:
+    """A Sequential whose layers follow each other gets another class; a last layer without activation joins them."""
+    done = isinstance(module, FusedSequential)
+    reason = "" if done else _of_another_class(plan, module, nn.Sequential)
+    last = _last_layers(plan, module)
+    for layer in () if reason else last:
+        everywhere = plan.places[id(layer)]
+        made = plan.obstacle(layer, nn.Linear) or unreadable(layer, 2) or fused_layer(layer, None)
+        if isinstance(made, str):
+            plan.leave(everywhere, made)
+        else:
+            plan.replace(everywhere, made, "torch.nn.Linear", shown_name(made), pair=False)
+    several = any(len(row) > 1 for row in rows(plan.children_of(module)))
+    if reason and (several or last):
+        plan.leave(places, f"{reason}, so that its layers run one by one")
+    elif several and not done:
+        plan.change_class(places, FusedSequential)
+
+
+def _last_layers(plan: Plan, module: nn.Sequential) -> list[nn.Module]:
+    """Linear layers of torch's directly behind one that will have its activation."""
+    left = {entry.name for entry in plan.left}
+    children = [child for child in plan.children_of(module) if not isinstance(child, FusedActivation)]
+    return [
+        layer
+        for before, layer in itertools.pairwise(children)
+        if isinstance(layer, nn.Linear) and is_plain_layer(before) and before.activation is not None
+        if not any(place.name in left for place in plan.places[id(layer)])
+    ]
+
+
+def _of_another_class(plan: Plan, module: nn.Module, kind: type[nn.Module]) -> str:
+    """Why a module cannot get another class, which one of exactly this kind can; nothing if it can."""
+    if id(module) in plan.sharded:
+        return "FSDP holds its parameters"
+    return "" if type(module) is kind else f"it is a subclass of {kind.__name__}: {full_name(module)}"
+
+
 def unfuse(model: nn.Module) -> Report:
     """Put torch's modules where tribp's stand in `model`, in place: what `fuse` did is undone.
 
@@ -118,7 +163,7 @@ def unfuse(model: nn.Module) -> Report:
     Raises:
         TypeError: model is no module.
     """
-    plan = Plan("unfuse", model)
+    plan = Plan("unfuse", model, _original)
     for module, places in plan.modules:
         if isinstance(module, (Linear, Conv3x3)):
             pair = any(computes(module, place.behind) for place in places)
@@ -143,10 +188,15 @@ def unfuse(model: nn.Module) -> Report:
         elif isinstance(module, FusedActivation):
             orphans = [place for place in places if not computes(place.before, module)]
             plan.leave(orphans, f"no module that computes the {type(module.original).__name__} is before it")
+        elif isinstance(module, FusedSequential):
+            reason = _of_another_class(plan, module, FusedSequential)
+            plan.leave(places, reason)
+            if not reason:
+                plan.change_class(places, nn.Sequential)
         for place in places:
             if place.site and isinstance(place.behind, FusedActivation) and not computes(module, place.behind):
                 plan.leave([place], f"it does not compute the {type(place.behind.original).__name__} behind it")
-    return plan.carry_out(_original) + unfold_batchnorms(model)
+    return plan.carry_out() + unfold_batchnorms(model)
 
 
 def _unpaired(places: Sequence[Place]) -> str:

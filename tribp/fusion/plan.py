@@ -9,6 +9,7 @@ from torch import nn
 from .forward import HARMLESS, Behind, Site, behind_calls, class_with_changed_sites, reached_from_outside
 from .modules import LAYERS, FoldedBatchNorm, obstacle
 from .report import Left, Replaced, Report
+from .sequential import FusedSequential
 
 FSDP = {"FSDPModule", "FullyShardedDataParallel"}  # by name: to import them takes long, and a torch with distributed
 
@@ -45,7 +46,7 @@ def places_below(
         if row:
             _, before = next((c for c in reversed(children[:i]) if not isinstance(c[1], FoldedBatchNorm)), nothing)
             behind_key, behind = next((c for c in children[i + 1 :] if not isinstance(c[1], FoldedBatchNorm)), nothing)
-            doubt = "" if _runs_in_order(parent) else _ANY_ORDER.format(type(parent).__name__, name)
+            doubt = "" if runs_in_order(parent) else _ANY_ORDER.format(type(parent).__name__, name)
             yield Place(parent, key, name, child, before, behind, behind_key, prefix + behind_key, doubt=doubt)
         else:
             calls = (behind_calls(parent, key, reached, harmless) if isinstance(child, LAYERS) else []) or [Behind()]
@@ -55,32 +56,39 @@ def places_below(
         yield from places_below(child, f"{name}.", seen, reached, harmless)
 
 
-class _Replacement(NamedTuple):
-    place: Place
-    made: nn.Module
-    pair: bool
-    entry: Replaced
-
-
 class Plan:
     """What will be replaced: everything is decided and built before anything is changed."""
 
-    def __init__(self, caller: str, model: nn.Module, harmless: frozenset[str] = HARMLESS) -> None:
-        """`harmless` is what any code of the model may read of a layer that shall change."""
+    def __init__(
+        self,
+        caller: str,
+        model: nn.Module,
+        stand_in: Callable[[nn.Module], nn.Module],
+        harmless: frozenset[str] = HARMLESS,
+    ) -> None:
+        """stand_in: makes what will stand in the place of a pair's second module.
+
+        harmless: what any code of the model may read of a layer that shall change.
+        """
         if not isinstance(model, nn.Module):
             raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
         self.harmless, self.reached = harmless, reached_from_outside(model, harmless)
         places = [Place(None, "", "", model), *places_below(model, "", set(), self.reached, self.harmless)]
         self.order = {place.name: i for i, place in enumerate(places)}
-        grouped: dict[int, list[Place]] = {}
+        self.places: dict[int, list[Place]] = {}  # by the module's identity
         for place in places:
-            grouped.setdefault(id(place.module), []).append(place)
-        self.modules = [(group[0].module, group) for group in grouped.values()]
+            self.places.setdefault(id(place.module), []).append(place)
+        self.modules = [(group[0].module, group) for group in self.places.values()]
         modules = [module for module, _ in self.modules]
         self.sharded = {id(m) for top in modules if FSDP & class_names(top) for m in top.modules()}
         self.compiled = {id(m._modules.get("_orig_mod")) for m in modules if "OptimizedModule" in class_names(m)}
         self.root = model
-        self.replacements: list[_Replacement] = []
+        self.stand_in = stand_in
+        self.stand_ins: dict[int, nn.Module] = {}  # what stands behind several places stays one module too
+        self.children: dict[int, tuple[nn.Module, dict[str, nn.Module]]] = {}  # new ones, by their parent's identity
+        self.sites: dict[int, tuple[nn.Module, set[Site]]] = {}  # where a parent's forward will be another
+        self.classes: list[tuple[nn.Module, type[nn.Module]]] = []
+        self.replaced: list[Replaced] = []
         self.left: list[Left] = []
 
     def obstacle(self, module: nn.Module, kind: type[nn.Module]) -> str:
@@ -95,7 +103,30 @@ class Plan:
 
     def replace(self, places: Sequence[Place], made: nn.Module, was: str, now: str, pair: bool = True) -> None:
         """A pair's second module, behind each place, gets a stand-in."""
-        self.replacements += [_Replacement(place, made, pair, Replaced(place.name, was, now)) for place in places]
+        for place in places:
+            parent, behind = place.parent, place.behind
+            assert parent is not None
+            _, children = self.children.setdefault(id(parent), (parent, {}))
+            children[place.key] = made
+            if pair and place.site:
+                self.sites.setdefault(id(parent), (parent, set()))[1].add(place.site)
+            elif pair:
+                assert behind is not None
+                if id(behind) not in self.stand_ins:
+                    self.stand_ins[id(behind)] = self.stand_in(behind)
+                children[place.behind_key] = self.stand_ins[id(behind)]
+            self.replaced.append(Replaced(place.name, was, now))
+
+    def change_class(self, places: Sequence[Place], kind: type[nn.Module]) -> None:
+        """What stands at `places` stays, as a module of another class."""
+        module = places[0].module
+        self.classes.append((module, kind))
+        self.replaced += [Replaced(place.name, type(module).__name__, kind.__name__) for place in places]
+
+    def children_of(self, parent: nn.Module) -> list[nn.Module]:
+        """A module's children as they will be."""
+        _, new = self.children.get(id(parent), (parent, {}))
+        return [child for child in {**parent._modules, **new}.values() if child is not None]
 
     def leave(self, places: Sequence[Place], reason: str) -> None:
         """Report what stands at `places` as left; nothing if there is no reason."""
@@ -107,35 +138,24 @@ class Plan:
         """Report the activations behind modules that are replaced without them."""
         self.left += [Left(place.behind_name, type(place.behind).__name__, reason) for place in places]
 
-    def carry_out(self, stand_in: Callable[[nn.Module], nn.Module]) -> Report:
-        classes: dict[int, tuple[nn.Module, set[Site]]] = {}
-        for place, _, pair, _ in self.replacements:
-            if pair and place.site and place.parent is not None:
-                classes.setdefault(id(place.parent), (place.parent, set()))[1].add(place.site)
-        new_classes = [(parent, class_with_changed_sites(parent, sites)) for parent, sites in classes.values()]
-        stand_ins: dict[int, nn.Module] = {}  # what stands behind several places stays one module too
-        for place, made, pair, _ in self.replacements:
-            assert place.parent is not None
-            place.parent._modules[place.key] = made  # setattr may mean something else to the parent
-            if pair and not place.site:
-                assert place.behind is not None
-                if id(place.behind) not in stand_ins:
-                    stand_ins[id(place.behind)] = stand_in(place.behind)
-                place.parent._modules[place.behind_key] = stand_ins[id(place.behind)]
-        for parent, kind in new_classes:
-            parent.__class__ = kind
-        replaced = dict.fromkeys(entry for *_, entry in self.replacements)  # once for several calls
+    def carry_out(self) -> Report:
+        self.classes += [(parent, class_with_changed_sites(parent, sites)) for parent, sites in self.sites.values()]
+        for parent, children in self.children.values():
+            parent._modules.update(children)  # setattr may mean something else to the parent
+        for module, kind in self.classes:
+            module.__class__ = kind
+        replaced = dict.fromkeys(self.replaced)  # once for several calls
         return Report(tuple(sorted(replaced, key=self._rank)), tuple(sorted(dict.fromkeys(self.left), key=self._rank)))
 
     def _rank(self, entry: Replaced | Left) -> int:
         return self.order[entry.name]
 
 
-def _runs_in_order(parent: nn.Module | None) -> bool:
+def runs_in_order(parent: nn.Module | None) -> bool:
     if not isinstance(parent, nn.Sequential) or "forward" in vars(parent):
         return False
     kind = type(parent)
-    return kind.forward is nn.Sequential.forward and kind.__iter__ is nn.Sequential.__iter__
+    return kind.forward in (nn.Sequential.forward, FusedSequential.forward) and kind.__iter__ is nn.Sequential.__iter__
 
 
 def class_names(module: nn.Module) -> set[str]:

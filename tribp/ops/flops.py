@@ -8,6 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
+from itertools import pairwise
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,20 @@ def linear_backward(
     return 2 * prod(grad) * features * (needs[0] + needs[1])
 
 
+def mlp(input: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return 2 * prod(input[:-1]) * sum(map(prod, weights))
+
+
+def mlp_backward(
+    grad: Shape, input: Shape | None, hidden: Sequence[Shape], output: Shape | None, weight: Shape | None,
+    weights: Sequence[Shape], activation: str | None, a: float, b: float,
+    output_activation: str | None, output_a: float, output_b: float, needs: Sequence[bool], **_: Any,
+) -> int:  # fmt: skip
+    widths = [(input or weight or [0])[-1], *(shape[-1] for shape in (*hidden, grad))]
+    products = [needs[0] + needs[1], *(1 + need for need in needs[2 : len(widths)])]  # each hands a gradient down
+    return 2 * prod(grad[:-1]) * sum(k * n * p for (k, n), p in zip(pairwise(widths), products, strict=True))
+
+
 def conv3x3(input: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
     return 2 * prod(out_shape) * prod(weight[1:])
 
@@ -43,7 +58,7 @@ def conv3x3_backward(
     return 2 * prod(grad) * 9 * input_size[1] // groups * (needs[0] + needs[1])
 
 
-FORMULAS: list[Callable[..., int]] = [linear, linear_backward, conv3x3, conv3x3_backward]
+FORMULAS: list[Callable[..., int]] = [linear, linear_backward, mlp, mlp_backward, conv3x3, conv3x3_backward]
 
 
 def register(counter: ModuleType) -> None:

@@ -2,8 +2,8 @@
 
 import functools
 import importlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,16 +13,17 @@ from .. import dispatch
 Needs = tuple[bool, bool, bool]  # of input, weight and bias
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
+T = TypeVar("T")
+
 MAX_SIZE = 2**31 - 256  # of a dimension: the start of a tile, which is at most 256 long, is an int32
 # What comes of wrong arguments. Other exceptions end a computation that is to end: torch.utils.checkpoint's do.
 REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)
 
 
-def in_places(needs: Sequence[bool], grads: Sequence[Tensor]) -> Grads:
-    """The gradients that an operator returned, each in its place."""
-    found = iter(grads)
-    dx, dw, db = (next(found) if need else None for need in needs)
-    return dx, dw, db
+def in_places(present: Sequence[bool], values: Iterable[T]) -> list[T | None]:
+    """The values, each in its place, and None where there is none: gradients that an operator returned, say."""
+    remaining = iter(values)
+    return [next(remaining) if here else None for here in present]
 
 
 def autocast_all(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -143,6 +143,7 @@ class _Conv3x3(torch.autograd.Function):
         input, weight, output = ctx.saved_tensors
         needs, window, act, size = ctx.needs_input_grad[:3], ctx.window, ctx.activation, ctx.input_size
         operator = ctx.operator or needs_operator()
+        grads: Sequence[Tensor | None]
         with without_autocast(grad.device.type):
             if backward_by_torch(grad, operator):
                 grads = reference.conv3x3_backward(grad, input, weight, output, size, window, act, needs)

@@ -57,7 +57,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         TypeError: dtypes that differ or are not among the four; arguments that are no tensors.
     """
     try:
-        if plain_cpu_call(input, weight, bias) and weight.ndim == 2 and (bias is None or bias.ndim < 2):
+        if torchs_alone(input, weight, bias):
             if activation is None:
                 return F.linear(input, weight, bias)
             act = activation_of("linear", activation)
@@ -73,7 +73,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """σ(input · weightᵀ + bias) with σ(z) = 1 / (1 + e⁻ᶻ): `linear` with the activation "sigmoid"."""
     try:
-        if plain_cpu_call(input, weight, bias) and weight.ndim == 2 and (bias is None or bias.ndim < 2):
+        if torchs_alone(input, weight, bias):
             return activate_(F.linear(input, weight, bias), SIGMOID)
     except REFUSALS:
         pass
@@ -81,6 +81,11 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         tensors = (input, weight, bias)
         return torch.overrides.handle_torch_function(linear_sigmoid, tensors, *tensors)
     return activated_linear("linear_sigmoid", input, weight, bias, SIGMOID)
+
+
+def torchs_alone(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch's own functions compute a call, or raise, so that nothing need be checked before."""
+    return plain_cpu_call(input, weight, bias) and weight.ndim == 2 and (bias is None or bias.ndim < 2)
 
 
 def activated_linear(
@@ -129,6 +134,7 @@ class _Linear(torch.autograd.Function):
         input, weight, output = ctx.saved_tensors
         needs, act = ctx.needs_input_grad[:3], ctx.activation
         operator = ctx.operator or needs_operator()
+        grads: Sequence[Tensor | None]
         # Backward under autocast, which torch advises against, would cast the operands of float32 products.
         with without_autocast(grad.device.type):
             if backward_by_torch(grad, operator):

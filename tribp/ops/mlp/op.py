@@ -1,23 +1,27 @@
-"""A multi-layer perceptron: the function and its derivative across layers.
+"""A multi-layer perceptron: the function, its derivative across layers, and the operators of both.
 
-Where something sees operators alone (the compiler, export, a dispatch mode), where torch must compute by itself and
-where no kernel runs, it is one `linear` after another. Else a call is one autograd node for all layers.
+A call is one node of autograd's graph for all layers. The operators `tribp::mlp` and `tribp::mlp_backward` are what the
+compiler, export and dispatch modes see of it, as for `linear`. Where torch must compute by itself, and where no kernel
+runs, it is one `linear` after another.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ... import dispatch
 from ...dispatch import autocasting, backward_by_torch, kernels_cannot_see, needs_operator, without_autocast
-from ..activations import Activation, ActivationLike, activation_of
+from ..activations import Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes, check_tensors
-from ..linear import reference
-from ..linear.op import activated_linear, backward_operator, check_linear, fits
+from ..linear.op import activated_linear, check_linear, fits, torchs_alone
 from ..linear.reference import as_matrix
-from ..shared import autocast_all, in_places, launching, uses_tf32
+from ..shared import REFUSALS, autocast_all, in_places, launching, uses_tf32
+from . import reference
+from .reference import Layer
 
 
 def mlp(
@@ -41,8 +45,8 @@ def mlp(
         `(*, sizes[-1])`, contiguous, of the same dtype; all else as for `linear`.
 
     The backward pass crosses the layers: the product that hands a gradient down multiplies it by the derivative of the
-    layer below and sums that layer's bias gradient, so that no pass over memory does. Under `torch.compile` and export
-    the layers are operators by themselves.
+    layer below and sums that layer's bias gradient, so that no pass over memory does. `torch.compile` sees one
+    operator for all layers; where no gradient is wanted, one for each.
 
     Raises:
         ValueError: shapes or devices that do not fit together; an activation that is not known.
@@ -51,19 +55,29 @@ def mlp(
     if isinstance(weights, Tensor) or not isinstance(weights, Iterable):  # type: ignore[unreachable]
         raise TypeError(f"mlp: weights must be a list of tensors, got {type(weights).__name__}")
     weights = list(weights)
-    acts = [activation_of("mlp", activation)] * (len(weights) - 1) + [activation_of("mlp", output_activation)]
+    both = activation_of("mlp", activation), activation_of("mlp", output_activation)
     given = [None] * len(weights) if biases is None else list(biases)
     if not weights or len(given) != len(weights):
         raise ValueError(f"mlp: biases must be one for each of at least 1 weights, got {len(given)} and {len(weights)}")
-    optional = {f"biases[{n}]": b for n, b in enumerate(given)}
-    check_tensors("mlp", *optional, input=input, **{f"weights[{n}]": w for n, w in enumerate(weights)}, **optional)
+    try:
+        if all(torchs_alone(input, w, b) for w, b in zip(weights, given, strict=True)):
+            x = input
+            for w, b, act in zip(weights, given, _each(len(weights), both), strict=True):
+                x = activate_(F.linear(x, w, b), act)
+            return x
+    except REFUSALS:
+        pass  # the checks know a better sentence
     tensors = [t for t in (input, *weights, *given) if t is not None]
     if torch.overrides.has_torch_function(tensors):
         arguments = (input, weights, biases, activation, output_activation)
         return torch.overrides.handle_torch_function(mlp, tensors, *arguments)
-    by_layers = needs_operator() or kernels_cannot_see(*tensors) or dispatch.backend_of(input) == "torch"
-    if by_layers or not fits(input, *weights):
-        for n, (w, b, act) in enumerate(zip(weights, given, acts, strict=True)):
+    optional = {f"biases[{n}]": b for n, b in enumerate(given)}
+    check_tensors("mlp", *optional, input=input, **{f"weights[{n}]": w for n, w in enumerate(weights)}, **optional)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    by_operator = needs_operator()
+    # Without a derivative an operator for all layers would do nothing but hold all their outputs at once.
+    if kernels_cannot_see(*tensors) or not (needs_grad if by_operator else _kernels_run(input, weights)):
+        for n, (w, b, act) in enumerate(zip(weights, given, _each(len(weights), both), strict=True)):
             input = activated_linear(f"mlp, layer {n}", input, w, b, act)
         return input
     x = input
@@ -75,27 +89,110 @@ def mlp(
         weights, given = cast[: len(weights)], cast[len(weights) :]
     for n, (w, b) in enumerate(zip(weights, given, strict=True)):
         check_dtypes(f"mlp, layer {n}", input, weight=w, bias=b)
-    layers = [Layer(w, b if b is None or b.shape == w.shape[:1] else b.expand(w.shape[0]), act)
-              for w, b, act in zip(weights, given, acts, strict=True)]  # fmt: skip
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        flat = [t for layer in layers for t in layer[:2]]
-        return _MLP.apply(tuple(acts), input, *flat)  # type: ignore[no-any-return, no-untyped-call]
-    return _forward(input, layers, keep=False)[-1]
+    given = [b if b is None or b.shape == w.shape[:1] else b.expand(w.shape[0])
+             for w, b in zip(weights, given, strict=True)]  # fmt: skip
+    if by_operator:
+        present = [b for b in given if b is not None]
+        outputs: list[Tensor] = operator(input, weights, present, [b is not None for b in given], *both[0], *both[1])
+        return outputs[-1]
+    if needs_grad:
+        return _MLP.apply(both, input, *weights, *given)  # type: ignore[no-any-return, no-untyped-call]
+    return forward(input, _layers(weights, given, both), "triton", keep=False)[-1]
 
 
-class Layer(NamedTuple):
-    weight: Tensor
-    bias: Tensor | None
-    activation: Activation
+Both = tuple[Activation, Activation]  # of all layers but the last, and of the last
 
 
-def layers_of(acts: Sequence[Activation], tensors: Sequence[Any]) -> list[Layer]:
-    """From the activations, and weight and bias of each layer one after the other."""
-    return [Layer(*each) for each in zip(tensors[::2], tensors[1::2], acts, strict=True)]
+def _kernels_run(input: Tensor, weights: Sequence[Tensor]) -> bool:
+    return dispatch.backend_of(input) == "triton" and fits(input, *weights)
 
 
-def _forward(input: Tensor, layers: Sequence[Layer], keep: bool) -> list[Tensor]:
+def _each(count: int, both: Both) -> list[Activation]:
+    return [both[0]] * (count - 1) + [both[1]]
+
+
+def _layers(weights: Sequence[Tensor], biases: Sequence[Tensor | None], both: Both) -> list[Layer]:
+    return [Layer(*each) for each in zip(weights, biases, _each(len(weights), both), strict=True)]
+
+
+# Of gradients and whether they are wanted, the order is: the input's, each weight's, each bias's.
+
+
+class _MLP(torch.autograd.Function):
+    """The derivative of the kernels as eager mode calls them."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Both, input: Tensor, *parameters: Any) -> Tensor:
+        count = len(parameters) // 2
+        layers = _layers(parameters[:count], parameters[count:], both)
+        outputs = forward(input, layers, "triton")
+        _save(ctx, input, layers, outputs, ctx.needs_input_grad[1:], operator=False)
+        return outputs[-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_gradients(ctx, grad, ctx.needs_input_grad[1:])
+
+
+def _save(
+    ctx: Any, input: Tensor, layers: Sequence[Layer], outputs: Sequence[Tensor], needs: Sequence[bool], operator: bool
+) -> None:
+    """Backward goes from the last layer down to the lowest of which a gradient is wanted, `first`.
+
+    Autograd keeps what that reads: inputs of layers whose weight's gradient or whose lower neighbour's derivative is
+    wanted, weights above `first`, the last output if it has an activation. A second derivative computes the outputs
+    again, from the input of `first` and the parameters: of these, what autograd does not keep must not have changed.
+    """
+    first = _lowest(needs)
+    source, *hidden = [input, *outputs[:-1]][first:]
+    weight, *weights = [layer.weight for layer in layers[first:]]
+    ctx.save_for_backward(
+        source if needs[1 + first] else None, *hidden, outputs[-1] if layers[-1].activation.name else None,
+        weight if needs[0] else None, *weights,
+    )  # fmt: skip
+    ctx.operator, ctx.first, ctx.source, ctx.layers = operator, first, source, layers[first:]
+    ctx.both = layers[0].activation, layers[-1].activation
+    ctx.versions = [t._version for t in _recomputed(ctx)]
+
+
+def _lowest(needs: Sequence[bool]) -> int:
+    """The lowest layer of which a gradient is wanted."""
+    count = len(needs) // 2
+    return 0 if needs[0] else next((n for n in range(count) if needs[1 + n] or needs[1 + count + n]), 0)
+
+
+def _recomputed(ctx: Any) -> list[Tensor]:
+    return [ctx.source, *(t for layer in ctx.layers for t in layer[:2] if t is not None)]
+
+
+def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    saved, first, count = ctx.saved_tensors, ctx.first, len(ctx.layers)
+    sources, output, weights = saved[:count], saved[count], saved[count + 1 :]
+    dx, *others = needs
+    needs = [dx, *others[first : first + count], *others[2 * first + count :]]
+    by_operator = ctx.operator or needs_operator()
+    # As in linear's backward.
+    with without_autocast(grad.device.type):
+        if torch.is_grad_enabled():
+            if [t._version for t in _recomputed(ctx)] != ctx.versions:
+                raise RuntimeError("mlp: what a second derivative computes again was changed in place")
+            *hidden, output = reference.mlp(ctx.source, ctx.layers)
+            sources, weights = [ctx.source, *hidden], [layer.weight for layer in ctx.layers]
+        read = sources[0], sources[1:], output, weights[0], weights[1:]
+        if backward_by_torch(grad, by_operator):
+            grads = backward(grad, *read, ctx.both, needs, "torch")
+        elif by_operator:
+            grads = in_places(needs, backward_operator(grad, *read, *ctx.both[0], *ctx.both[1], needs))
+        else:
+            grads = backward(grad, *read, ctx.both, needs, "triton")
+    below: list[Tensor | None] = [None] * first
+    return [grads[0], *below, *grads[1 : 1 + count], *below, *grads[1 + count :]]
+
+
+def forward(input: Tensor, layers: Sequence[Layer], backend: str, keep: bool = True) -> list[Tensor]:
     """Every layer's output, or (not `keep`) the last one's."""
+    if backend == "torch" or not fits(input, *(layer.weight for layer in layers)):
+        return reference.mlp(input, layers)
     perform, plan = launching("mlp")
 
     sizes = [(*input.shape[:-1], layer.weight.shape[0]) for layer in layers]
@@ -109,103 +206,113 @@ def _forward(input: Tensor, layers: Sequence[Layer], keep: bool) -> list[Tensor]
     return [y for y in outputs if y is not None]
 
 
-class _MLP(torch.autograd.Function):
-    """All layers as one node of the graph.
-
-    Backward goes from the last layer down to the lowest of which a gradient is wanted, `first`, and autograd keeps what
-    that reads: inputs of layers whose weight's gradient or whose lower neighbour's derivative is wanted, weights above
-    `first`, the last output if it has an activation. A second derivative computes the outputs again, from the input of
-    `first` and the parameters; what autograd does not keep of these must not have been changed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, acts: tuple[Activation, ...], input: Tensor, *parameters: Tensor | None) -> Tensor:
-        every = layers_of(acts, parameters)
-        outputs = _forward(input, every, keep=True)
-        needs_input, *needs = ctx.needs_input_grad[1:]
-        first = 0 if needs_input else next((n for n in range(len(every)) if any(needs[2 * n : 2 * n + 2])), 0)
-        source, *sources = [input, *outputs[:-1]][first:]
-        weight, *weights = [layer.weight for layer in every[first:]]
-        ctx.save_for_backward(
-            source if needs[2 * first] else None, *sources, outputs[-1] if acts[-1].name else None,
-            weight if needs_input else None, *weights,
-        )  # fmt: skip
-        ctx.first, ctx.source, ctx.layers = first, source, every[first:]
-        ctx.versions = [t._version for t in _recomputed(ctx)]
-        return outputs[-1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.layers)
-        saved, (needs_input, *needs) = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        sources, output, weights = saved[:count], saved[count], saved[count + 1 :]
-        needs = needs[2 * ctx.first :]
-        operator = needs_operator()
-        with without_autocast(grad.device.type):
-            if torch.is_grad_enabled():
-                if [t._version for t in _recomputed(ctx)] != ctx.versions:
-                    raise RuntimeError("mlp: what a second derivative computes again was changed in place")
-                sources, output = _again(ctx.source, ctx.layers)
-                weights = [layer.weight for layer in ctx.layers]
-            acts = [layer.activation for layer in ctx.layers]
-            if operator or backward_by_torch(grad, operator):
-                by_operators = operator and not backward_by_torch(grad, operator)
-                dx, *grads = _by_layers(grad, sources, weights, output, acts, needs_input, needs, by_operators)
-            else:
-                sizes = [layer.weight.shape for layer in ctx.layers]
-                dx, *grads = _by_kernels(grad, sources, weights, output, acts, needs_input, needs, sizes)
-        return None, dx, *(None for _ in range(2 * ctx.first)), *grads
-
-
-def _recomputed(ctx: Any) -> list[Tensor]:
-    return [ctx.source, *(t for layer in ctx.layers for t in layer[:2] if t is not None)]
-
-
-def _again(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor]:
-    """Each layer's input, and the last output, by torch's operations."""
-    sources: list[Tensor] = []
-    for layer in layers:
-        sources.append(x)
-        x = reference.linear(x, *layer)
-    return sources, x
-
-
-def _by_kernels(
-    grad: Tensor, sources: Sequence[Tensor | None], weights: Sequence[Tensor | None], output: Tensor | None,
-    acts: Sequence[Activation], needs_input: bool, needs: Sequence[bool], sizes: Sequence[torch.Size],
+def backward(
+    grad: Tensor, input: Tensor | None, hidden: Sequence[Tensor], output: Tensor | None, weight: Tensor | None,
+    weights: Sequence[Tensor], both: Both, needs: Sequence[bool], backend: str,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of the lowest layer's input, and of weight and bias of each layer, where they are wanted."""
+    """The gradients, each where `needs` says so.
+
+    hidden: the outputs of all layers but the last. weight: the lowest layer's, weights: the others'. `input` is read
+    only for the lowest weight's gradient, `weight` only for the input's, `output` only for the last activation's
+    derivative; each may be None otherwise.
+    """
+    acts = _each(len(hidden) + 1, both)
+    if backend == "torch" or not fits(grad, input, *hidden, weight, *weights):
+        return reference.mlp_backward(grad, [input, *hidden], output, [weight, *weights], acts, needs)
     perform, plan = launching("mlp")
 
-    dx = grad.new_empty((*grad.shape[:-1], sizes[0][1])) if needs_input else None
-    shapes = [shape for size in sizes for shape in (size, size[:1])]
-    grads = [grad.new_empty(shape) if need else None for shape, need in zip(shapes, needs, strict=True)]
+    grads = _empty_grads(grad, input, hidden, weight, needs)
+    dx, count = grads[0], len(acts)
     # Kernels read outputs as rows without gaps; a saved tensor's hooks may have returned anything.
-    x, *ys = [None if t is None else as_matrix(t) for t in (*sources, output)]
+    x, *ys = [None if t is None else as_matrix(t) for t in (input, *hidden, output)]
     ys = [None if y is None else y.contiguous() for y in ys]
     tensors = [as_matrix(grad), x, None if dx is None else as_matrix(dx)]
-    for n, (w, y) in enumerate(zip(weights, ys, strict=True)):
-        tensors += [w, y, *grads[2 * n : 2 * n + 2]]
+    for layer in zip([weight, *weights], ys, grads[1 : 1 + count], grads[1 + count :], strict=True):
+        tensors += layer
     with dispatch.on_device(grad):
         perform(plan.backward, tensors, grad.device, activations=tuple(acts), tf32=uses_tf32(grad))
-    return [dx, *grads]
+    return grads
 
 
-def _by_layers(
-    grad: Tensor, sources: Sequence[Tensor | None], weights: Sequence[Tensor | None], output: Tensor | None,
-    acts: Sequence[Activation], needs_input: bool, needs: Sequence[bool], by_operators: bool,
-) -> list[Tensor | None]:  # fmt: skip
-    """The same, one layer after the other: by `linear_backward`'s operator, or torch's own, differentiable again."""
-    grads: list[Tensor | None] = []
-    for n in reversed(range(len(acts))):
-        x, w, y = sources[n], weights[n], (*sources, output)[n + 1] if acts[n].name else None
-        wanted = (n > 0 or needs_input, needs[2 * n], needs[2 * n + 1])
-        if by_operators:
-            dx, dw, db = in_places(wanted, backward_operator(grad, x, w, y, *acts[n], wanted))
-        else:
-            dx, dw, db = reference.linear_backward(grad, x, w, y, acts[n], wanted)
-        grads = [dw, db, *grads]
-        if dx is None:
-            return [None, *grads]
-        grad = dx
-    return [grad, *grads]
+def _empty_grads(
+    grad: Tensor, input: Tensor | None, hidden: Sequence[Tensor], weight: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Room for the gradients."""
+    lowest = input if input is not None else weight
+    sizes = [0 if lowest is None else lowest.shape[-1], *(t.shape[-1] for t in (*hidden, grad))]
+    shapes = [(*grad.shape[:-1], sizes[0]), *((n, k) for k, n in itertools.pairwise(sizes)), *((n,) for n in sizes[1:])]
+    return [grad.new_empty(shape) if need else None for shape, need in zip(shapes, needs, strict=True)]
+
+
+@torch.library.custom_op("tribp::mlp", mutates_args=())
+def operator(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool],
+    activation: str | None, a: float, b: float, output_activation: str | None, output_a: float, output_b: float,
+) -> list[Tensor]:  # fmt: skip
+    """Every layer's output. biases: of the layers that have one, for autograd sees no tensors in a list with None."""
+    both = Activation(activation, a, b), Activation(output_activation, output_a, output_b)
+    layers = _layers(weights, in_places(has_bias, biases), both)
+    with without_autocast(input.device.type):
+        return forward(input, layers, dispatch.backend_of(input))
+
+
+@operator.register_fake
+def _(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool],
+    activation: str | None, a: float, b: float, output_activation: str | None, output_a: float, output_b: float,
+) -> list[Tensor]:  # fmt: skip
+    return [input.new_empty((*input.shape[:-1], weight.shape[0])) for weight in weights]
+
+
+def decomposed(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool],
+    activation: str | None, a: float, b: float, output_activation: str | None, output_a: float, output_b: float,
+) -> list[Tensor]:  # fmt: skip
+    both = Activation(activation, a, b), Activation(output_activation, output_a, output_b)
+    return reference.mlp(input, _layers(weights, in_places(has_bias, biases), both))
+
+
+@torch.library.custom_op("tribp::mlp_backward", mutates_args=())
+def backward_operator(
+    grad: Tensor, input: Tensor | None, hidden: Sequence[Tensor], output: Tensor | None, weight: Tensor | None,
+    weights: Sequence[Tensor], activation: str | None, a: float, b: float,
+    output_activation: str | None, output_a: float, output_b: float, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients that `needs` asks for, in its order."""
+    both = Activation(activation, a, b), Activation(output_activation, output_a, output_b)
+    with without_autocast(grad.device.type):
+        grads = backward(grad, input, hidden, output, weight, weights, both, needs, dispatch.backend_of(grad))
+    return [grad for grad in grads if grad is not None]
+
+
+@backward_operator.register_fake
+def _(
+    grad: Tensor, input: Tensor | None, hidden: Sequence[Tensor], output: Tensor | None, weight: Tensor | None,
+    weights: Sequence[Tensor], activation: str | None, a: float, b: float,
+    output_activation: str | None, output_a: float, output_b: float, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    return [grad for grad in _empty_grads(grad, input, hidden, weight, needs) if grad is not None]
+
+
+def _save_of_operator(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
+    input, weights, biases, ctx.has_bias, act, a, b, output_act, output_a, output_b = inputs
+    both = Activation(act, a, b), Activation(output_act, output_a, output_b)
+    needs_input, *needs = ctx.needs_input_grad  # here without the lists' structure
+    count = len(weights)
+    needs = [needs_input, *needs[:count], *in_places(ctx.has_bias, needs[count:])]
+    _save(ctx, input, _layers(weights, in_places(ctx.has_bias, biases), both), output, needs, operator=True)
+    ctx.mark_non_differentiable(*output[:-1])
+    ctx.set_materialize_grads(False)  # no zeros for those
+
+
+def _backward_of_operator(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    needs_input, weights, biases = ctx.needs_input_grad[:3]
+    needs = [needs_input, *weights, *in_places(ctx.has_bias, biases)]
+    grad = grads[-1]
+    dx, *others = [None] * len(needs) if grad is None else _gradients(ctx, grad, needs)
+    count = len(weights)
+    dbs = [db for db, has_bias in zip(others[count:], ctx.has_bias, strict=True) if has_bias]
+    return dx, others[:count], dbs, *[None] * 7
+
+
+operator.register_autograd(_backward_of_operator, setup_context=_save_of_operator)

@@ -1,0 +1,416 @@
+"""Linear layers that follow each other in a Sequential: `fuse` makes one `tribp.mlp` of them."""
+
+import copy
+import io
+import pickle
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import tribp
+from tribp.fusion import FusedActivation, FusedSequential, Left, Replaced, Report
+from tribp.fusion.sequential import rows
+
+from ..torch_machinery.cases import Seen
+from .cases import hooked, kinds, reasons
+from .test_fusion import process_group as process_group
+from .test_fusion import run, same, targets
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def perceptron(*activations: Callable[[], nn.Module], bias: bool = True) -> Any:
+    """Layers of 5 features, with these activations; and a last one without."""
+    layers: list[nn.Module] = []
+    for act in activations:
+        layers += [nn.Linear(5, 5, bias), act()]
+    return nn.Sequential(*layers, nn.Linear(5, 3, bias))
+
+
+def lengths(model: Any) -> list[int]:
+    return [len(row) for row in rows(model)]
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(6, 5)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_one_mlp_and_back(bias: bool, x: Tensor) -> None:
+    model = perceptron(nn.ReLU, nn.ReLU, bias=bias)
+    expected, before, keys = run(model, x), repr(model), list(model.state_dict())
+    report = tribp.fuse(model)
+    assert str(report).splitlines() == [
+        "4 replaced, 0 left",
+        "(the model): Sequential → FusedSequential",
+        "0: Linear + ReLU → tribp.nn.Linear",
+        "2: Linear + ReLU → tribp.nn.Linear",
+        "4: torch.nn.Linear → tribp.nn.Linear",
+    ]
+    assert lengths(model) == [3]
+    assert same(run(model, x), expected)
+    assert list(model.state_dict()) == keys
+    assert tribp.fuse(model).replaced == ()
+    report = tribp.unfuse(model)
+    assert str(report).splitlines()[1] == "(the model): FusedSequential → Sequential"
+    assert repr(model) == before
+    assert list(model.state_dict()) == keys
+    assert same(run(model, x), expected)
+
+
+def test_backward_crosses_the_layers(kernels: str, launched: list[str]) -> None:
+    model = perceptron(nn.ReLU, nn.ReLU).to(kernels)
+    x = torch.randn(70, 5, device=kernels)
+    expected = run(model, x)
+    tribp.fuse(model)
+    launched.clear()
+    found = run(model, x)
+    assert launched[:3] == ["forward"] * 3
+    assert [name for name in launched if name in ("wgrad", "dgrad")] == ["wgrad", "dgrad", "wgrad", "dgrad", "wgrad"]
+    assert launched.count("output_grad") <= 1, "of the last layer"
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_every_layer_keeps_its_activation(device: str) -> None:
+    """Different ones end a row; so does what is no layer."""
+    acts: list[Any] = [
+        nn.Tanh,
+        nn.Tanh,
+        nn.Sigmoid,
+        nn.Sigmoid,
+        nn.ReLU,
+        lambda: nn.LeakyReLU(0.2),
+        lambda: nn.LeakyReLU(0.3),
+    ]
+    model = perceptron(*acts).to(device, torch.float64)
+    model.insert(10, nn.LayerNorm(5))
+    model.to(device, torch.float64)
+    x = torch.randn(6, 5, device=device, dtype=torch.float64)
+    expected = run(model, x)
+    tribp.fuse(model)
+    assert lengths(model) == [3, 2, 1, 2, 1]
+    for a, b in zip(run(model, x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_order_matters(x: Tensor) -> None:
+    """Layers of one shape, and activations whose places could be exchanged."""
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Softplus())
+    expected = run(model, x)
+    tribp.fuse(model)
+    assert lengths(model) == [3]
+    assert same(run(model, x), expected)
+
+
+def test_one_layer_is_no_row() -> None:
+    for model in (
+        nn.Sequential(nn.Linear(5, 5), nn.ReLU()),
+        nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 5)),
+        nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.ReLU()),
+        nn.Sequential(nn.Sequential(nn.Linear(5, 5), nn.ReLU()), nn.Linear(5, 5)),
+    ):
+        tribp.fuse(model)
+        assert type(model) is nn.Sequential
+        assert sum(type(m) is nn.Linear for m in model.modules()) == len(list(model.parameters())) // 2 - 1
+
+
+def test_layers_that_a_user_wrote(x: Tensor) -> None:
+    model: Any = nn.Sequential(tribp.nn.Linear(5, 5, activation="elu"), tribp.nn.LinearSigmoid(5, 2))
+    expected = run(model, x)
+    assert tribp.fuse(model).replaced == (Replaced("", "Sequential", "FusedSequential"),)
+    assert lengths(model) == [2]
+    assert same(run(model, x), expected)
+    tribp.unfuse(model)
+    assert kinds(model) == ["Sequential", "Sequential"]
+
+
+MEDDLING: list[tuple[str, Callable[[Any], object]]] = [
+    *((kind, lambda m, kind=kind: hooked(m[2], kind)) for kind in ("forward_hook", "forward_pre_hook")),
+    *((kind, lambda m, kind=kind: hooked(m[2], kind)) for kind in ("full_backward_hook", "full_backward_pre_hook")),
+    ("hook behind", lambda m: hooked(m[1])),
+    ("forward", lambda m: setattr(m[2], "forward", lambda x: torch.zeros(6, 5))),
+    ("pruned", lambda m: prune.l1_unstructured(m[2], "weight", 0.5)),
+    ("parametrized", lambda m: parametrizations.weight_norm(m[2])),
+    ("compiled", lambda m: m[2].compile(backend="eager")),
+    ("replaced", lambda m: m.__setitem__(2, nn.Linear(5, 5))),
+    ("activation replaced", lambda m: m.__setitem__(1, nn.Softmax(-1))),
+    ("inserted", lambda m: m.insert(2, nn.Dropout(0.0))),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("meddle", [f for _, f in MEDDLING], ids=[name for name, _ in MEDDLING])
+def test_what_is_done_to_an_inner_layer_after_fuse(meddle: Callable[[Any], object], x: Tensor) -> None:
+    """The layer then runs by itself, as if no row were there."""
+    model = perceptron(nn.Tanh, nn.Tanh)
+    tribp.fuse(model)
+    meddle(model)
+    assert lengths(model) != [3]
+    y = x
+    for module in list(model):
+        y = module(y)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("where", [0, 2, 4])
+def test_what_was_done_to_an_inner_layer_before(where: int, x: Tensor) -> None:
+    """It is left, and says why; the others go on."""
+    made: list[tuple[Callable[[nn.Module], object], str]] = [
+        (hooked, "it has forward hooks"),
+        (parametrizations.weight_norm, "it is parametrized"),
+        (lambda m: prune.l1_unstructured(m, "weight", 0.5), "it has forward pre hooks"),
+        (lambda m: setattr(m, "__class__", type("Mine", (nn.Linear,), {})), "it is a subclass of Linear: "),
+        (lambda m: m.to(torch.complex64), "its weight is complex64"),
+    ]
+    for change, reason in made:
+        model = perceptron(nn.Tanh, nn.Tanh)
+        change(model[where])
+        expected = run(model, x) if "complex" not in reason else []
+        (left,) = tribp.fuse(model).left
+        assert left.name == str(where)
+        assert left.reason.startswith(reason)
+        assert lengths(model) == ([1, 1, 2] if where == 0 else [1, 1, 1, 1] if where == 2 else [2, 1])
+        if expected:
+            assert same(run(model, x), expected)
+
+
+def test_hooks_see_every_call(x: Tensor) -> None:
+    """Of a layer, of what stands behind one, of the container, and of all modules there are."""
+    model = perceptron(nn.Tanh)
+    tribp.fuse(model)
+    seen: list[nn.Module] = []
+    for module in (model, model[0], model[1], model[2]):
+        handle = module.register_forward_hook(lambda m, i, o: seen.append(m))
+        model(x)
+        handle.remove()
+        assert seen == [module]
+        seen.clear()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(m))
+    model(x)
+    handle.remove()
+    assert seen == [model[0], model[1], model[2], model]
+
+
+class Ordered(nn.Sequential):
+    pass
+
+
+class Indexing(nn.Module):
+    """Takes the layers by their index, and one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = perceptron(nn.Tanh, nn.Tanh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        body: Any = self.body
+        first = body[1](body[0](x))
+        for layer in body:
+            x = layer(x)
+        return body[2:](first) + x + body(torch.cat([first] * 2))[:6]  # type: ignore[no-any-return]
+
+
+class Twice(nn.Sequential):
+    def forward(self, input: Any) -> Any:
+        return super().forward(super().forward(input))
+
+
+def test_containers_of_other_classes(x: Tensor) -> None:
+    model: Any = Ordered(*perceptron(nn.ReLU))
+    report = tribp.fuse(model)
+    reason = f"it is a subclass of Sequential: {__name__}.Ordered, so that its layers run one by one"
+    assert report.left == (Left("", "Ordered", reason),)
+    assert kinds(model) == ["Linear", "FusedActivation", "Linear"]
+    assert (type(model[0]), type(model[2])) == (tribp.nn.Linear, nn.Linear)
+    model = Twice(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))
+    expected = run(model, x)
+    tribp.fuse(model)
+    assert kinds(model) == ["Linear", "ReLU", "Linear"]
+    assert same(run(model, x), expected)
+    model = Indexing()
+    expected = run(model, x)
+    assert "body: Sequential → FusedSequential" in str(tribp.fuse(model))
+    assert same(run(model, x), expected)
+
+
+def test_slices_and_changes_of_a_fused_container(x: Tensor) -> None:
+    model = perceptron(nn.Tanh, nn.Tanh)
+    parts = [model(x), model[:2](x), model[2:](x), nn.Sequential(*model[2:4])(x)]
+    tribp.fuse(model)
+    now = [model(x), model[:2](x), model[2:](x), nn.Sequential(*model[2:4])(x)]
+    assert all(map(torch.equal, parts, now))
+    assert lengths(model[2:]) == [2]
+    model.append(nn.Tanh())
+    assert torch.equal(model(x), torch.tanh(parts[0]))
+    del model[5]
+    assert torch.equal(model(x), parts[0])
+
+
+def test_shared_layers_and_weights(x: Tensor) -> None:
+    layer = nn.Linear(5, 5)
+    model: Any = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(5, 5), nn.Tanh())
+    model[4].weight = layer.weight
+    expected = run(model, x)
+    tribp.fuse(model)
+    assert model[0] is model[2]
+    assert lengths(model) == [3]
+    assert same(run(model, x), expected)
+    tribp.unfuse(model)
+    assert model[0] is model[2]
+    last = nn.Linear(5, 5)  # behind a layer here, before an activation there
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), last, nn.Sequential(last, nn.Tanh()))
+    expected = run(model, x)
+    assert reasons(tribp.fuse(model)) == {"3.0": "no activation is behind 2"}
+    assert same(run(model, x), expected)
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), last, nn.GELU(), last)
+    assert [entry.name for entry in tribp.fuse(model).replaced] == ["", "0", "2", "4"]
+    assert model[2] is model[4]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+def test_copies(how: str, x: Tensor) -> None:
+    model: Any = nn.Sequential(OrderedDict(body=perceptron(nn.ReLU, nn.ReLU)))
+    tribp.fuse(model)
+    expected = run(model, x)
+    other: Any
+    if how == "save":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert type(other.body) is FusedSequential
+    assert lengths(other.body) == [3]
+    assert same(run(other, x), expected)
+    with torch.no_grad():
+        dict(other.named_parameters())["body.0.weight"].zero_()
+    assert same(run(model, x), expected)
+
+
+def test_modes_types_and_frozen_layers(device: str) -> None:
+    model = perceptron(nn.Tanh, nn.Tanh).to(device)
+    tribp.fuse(model)
+    assert not any(m.training for m in model.eval().modules())
+    assert all(m.training for m in model.train().modules())
+    model.to(torch.float64)
+    plain = copy.deepcopy(model)
+    tribp.unfuse(plain)
+    x = torch.randn(6, 5, dtype=torch.float64, device=device)
+    for frozen in ([0], [0, 2], [4], [2], [0, 2, 4]):
+        found = []
+        for m in (model, plain):
+            m.requires_grad_(True)
+            for n in frozen:
+                m[n].requires_grad_(False)
+            y = m(x)
+            assert y.requires_grad == (len(frozen) < 3)
+            found.append(run(m, x) if len(frozen) < 3 else [y])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrapped_in_ddp_and_fsdp_after_fuse(process_group: None, x: Tensor) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    models: list[Any] = [perceptron(nn.Tanh, nn.Tanh) for _ in range(4)]
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+        tribp.fuse(model)
+    expected = run(models[0], x)
+    wrapped = nn.parallel.DistributedDataParallel(models[1])
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(models[2], mesh=mesh)
+    for layer in models[3][::2]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(models[3], mesh=mesh)
+    models[1:2] = [wrapped]
+    for model in models[1:]:
+        y = model(x)
+        y.square().sum().backward()
+        grads = [getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters()]
+        assert same([y.detach(), *grads], [expected[0].detach(), *expected[1:]])
+    for model in models[2:]:
+        assert set(reasons(tribp.unfuse(model)).values()) == {"FSDP holds its parameters"}
+        assert tribp.fuse(model) == Report()
+    tribp.unfuse(models[0])
+    fully_shard(models[0], mesh=mesh)
+    assert set(reasons(tribp.fuse(models[0])).values()) == {"FSDP holds its parameters"}
+    written = nn.Sequential(tribp.nn.Linear(5, 5), tribp.nn.Linear(5, 5))
+    fully_shard(written, mesh=mesh)
+    reason = "FSDP holds its parameters, so that its layers run one by one"
+    assert tribp.fuse(written).left == (Left("", "FSDPSequential", reason),)
+
+
+def test_compiled_exported_traced_and_called_with_other_weights(x: Tensor) -> None:
+    torch.compiler.reset()
+    model = perceptron(nn.Tanh, nn.Tanh)
+    expected = run(model, x)
+
+    def compiled(backend: Any) -> None:
+        """Before `fuse`, and after it, which the wrapper notices."""
+        wrapped: Any = torch.compile(model, backend=backend, fullgraph=True)
+        for fused in (False, True):
+            for a, b in zip(run(wrapped, x), expected, strict=True):
+                torch.testing.assert_close(a, b)
+            if not fused:
+                tribp.fuse(model)
+
+    assert targets(compiled).count("tribp.mlp") == 1
+    with Seen() as seen:
+        model(x).sum().backward()
+    assert [name for name in seen.names if "tribp" in name] == ["tribp.mlp.default", "tribp.mlp_backward.default"]
+    y = expected[0].detach()
+    program = torch.export.export(model, (x,))
+    assert "tribp.mlp.default" in {str(node.target) for node in program.graph.nodes}
+    assert list(program.state_dict) == list(model.state_dict())
+    torch.testing.assert_close(program.module()(x).detach(), y)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op != "get_attr"][1] is tribp.mlp
+    assert torch.equal(traced(x), y)
+    assert torch.equal(torch.func.functional_call(model, dict(model.state_dict()), (x,)), y)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch has no TorchScript on Python 3.14")
+def test_torchscript(x: Tensor) -> None:
+    model = perceptron(nn.Tanh, nn.Tanh)
+    y = model(x)
+    tribp.fuse(model)
+    for module in (torch.jit.script(model), torch.jit.trace(model, x)):
+        torch.testing.assert_close(module(x), y)
+        assert list(module.state_dict()) == list(model.state_dict())
+
+
+def test_folded_batch_norms_end_a_row(x: Tensor) -> None:
+    """They stay and refuse to train."""
+    model: Any = nn.Sequential(
+        nn.Linear(5, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5)
+    )
+    model.eval()
+    y, before = model(x), repr(model)
+    tribp.fuse(model, fold_batchnorm=True)
+    assert lengths(model) == [1, 1, 2]
+    torch.testing.assert_close(model(x), y)
+    with pytest.raises(RuntimeError, match="cannot train"):
+        model.train()(x)
+    model.eval()
+    tribp.unfuse(model)
+    assert repr(model) == before
+    torch.testing.assert_close(model(x), y)
+
+
+def test_a_place_that_does_nothing_may_stand_alone(x: Tensor) -> None:
+    model = FusedSequential(FusedActivation(nn.Tanh()))
+    assert model(x) is x
