@@ -25,8 +25,9 @@ FLOORS = {
     "functional": {"ops"},
     "nn": {"ops"},
     "fusion": {"dispatch", "nn", "ops"},
+    "training": {"dispatch", "fusion", "nn", "ops"},
     "optim": {"dispatch", "kernels", "launch"},
-    "demo": {"dispatch", "functional", "nn", "optim"},
+    "demo": {"dispatch", "functional", "nn", "optim", "training"},
 }
 PACKAGE_FILES = {"__init__", "__main__"}  # they gather the floors and import from any
 

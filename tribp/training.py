@@ -7,16 +7,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import dispatch
-from .fusion.modules import ACTIVATIONS, HOOKS, FusedActivation, activation_like, full_name, refused
-from .nn import MLP, Linear, LinearSigmoid
+from .fusion.modules import ACTIVATIONS, FusedActivation, activation_like, full_name, refused
+from .fusion.sequential import FusedSequential
+from .nn import MLP, Linear, LinearSigmoid, runs_forward_alone
 from .ops.activations import ActivationLike, activation_of
 from .ops.mlp.config import TrainProblem
-from .ops.mlp.op import Layer
+from .ops.mlp.reference import Layer
 from .ops.shared import launching, uses_tf32
 
 __all__ = ["TrainStep", "train_step"]
 
 Loss = Callable[..., Tensor]
+SEQUENTIALS = (nn.Sequential, FusedSequential)
 REDUCTIONS = ("mean", "sum", "batchmean")
 
 
@@ -197,8 +199,8 @@ def _has_hooks(p: Tensor) -> bool:
 def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, ActivationLike]]:
     """A model's modules in the order in which it calls them, each with the activation that its container gives it."""
     yield model, None
-    if type(model) is nn.Sequential:
-        for module in model:
+    if type(model) in SEQUENTIALS:
+        for module in model.children():
             yield from _modules(module)
     elif type(model) is MLP:
         layers = model.layers
@@ -211,11 +213,10 @@ def _layers_of(model: nn.Module) -> list[Layer] | str:
     layers: list[Layer] = []
     for module, follows in _modules(model):
         kind = type(module)
-        own = vars(module)
-        if "forward" in own or any([own[name] for name in HOOKS]):  # noqa: C419 (a generator takes 1 µs more)
+        if not runs_forward_alone(module):
             return f"a {kind.__name__} has hooks, or a forward of its own"
         if isinstance(module, nn.Linear | Linear) and kind in (nn.Linear, Linear, LinearSigmoid):
-            act = own.get("activation")
+            act = vars(module).get("activation")
             if act is not None and follows is not None:
                 return "two activations follow on one layer"
             layers.append(Layer(module.weight, module.bias, activation_of("train_step", act or follows)))
@@ -225,6 +226,6 @@ def _layers_of(model: nn.Module) -> list[Layer] | str:
             if reason := refused(f"the {kind.__name__}", module):
                 return reason
             layers[-1] = layers[-1]._replace(activation=activation_of("train_step", activation_like(module)))
-        elif kind not in (nn.Sequential, MLP, FusedActivation, nn.Identity):
+        elif kind not in (*SEQUENTIALS, MLP, FusedActivation, nn.Identity):
             return f"it has a {full_name(module)}"
     return layers or "it has no linear layer"

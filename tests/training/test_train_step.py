@@ -239,6 +239,21 @@ def test_refuses() -> None:
         tribp.train_step(model, optimizer, "mse_loss", "none")
 
 
+def test_fused_models(kernels: str) -> None:
+    """What `fuse` makes of torch's layers is the same perceptron."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 5), nn.ReLU()), nn.Linear(5, 3))
+    model = model.double().to(kernels)
+    x, target = (t.to(kernels) for t in draw((8, 3), 6, "mse_loss"))
+    losses = []
+    for fused in (False, True):
+        if fused:
+            tribp.fuse(model)
+        step = tribp.train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), "mse_loss")
+        losses.append(step(x, target))
+        assert step.reason is None
+    torch.testing.assert_close(*losses)
+
+
 def test_launches(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from tribp.launch import plan
 
