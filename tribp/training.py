@@ -199,8 +199,8 @@ def _has_hooks(p: Tensor) -> bool:
 def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, ActivationLike]]:
     """A model's modules in the order in which it calls them, each with the activation that its container gives it."""
     yield model, None
-    if type(model) in SEQUENTIALS:
-        for module in model.children():
+    if isinstance(model, nn.Sequential) and type(model) in SEQUENTIALS:
+        for module in model:  # which, unlike children(), has what stands at two places twice
             yield from _modules(module)
     elif type(model) is MLP:
         layers = model.layers
