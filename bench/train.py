@@ -15,6 +15,7 @@ from tribp.launch.arch import Arch
 from tribp.ops.activations import activation_of
 from tribp.training import train_step
 
+from . import linear
 from .expectations import PIPELINED, Expectation
 from .operation import TOLERANCE, Action, Case, Given, KernelTests, Operation, Reference, Target, Work, named
 
@@ -129,7 +130,7 @@ def work(case: Case, direction: str) -> Work:
 
 
 def targets(case: Case, direction: str) -> list[Target]:
-    """By launches: 3 of some 20 of eager torch's."""
+    """By launches: 3 or 4 of some 20 of eager torch's."""
     return [Target("eager", 2.0), Target("compile", 1.0)] if case.dtype == FP32 else []
 
 
@@ -164,15 +165,17 @@ def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, Case, str]]:
 
 
 def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectation]:
-    if min(case.shape[1:]) % 2 == 0:  # rows of 16-bit numbers with an odd pitch are not loaded ahead
+    if launch.kernel.__name__ == "forward":
+        yield from linear.expectations(launch, case, arch)
+    elif min(case.shape[1:]) % 2 == 0:  # rows of 16-bit numbers with an odd pitch are not loaded ahead
         yield PIPELINED
 
 
 def rows_work(given: Given, grid: tuple[int, ...], case: Case) -> dict[str, Any]:
-    """Every layer's product forward, and all but the first's backward, one after the other."""
+    """Every layer's product forward from FIRST on, and all but the first's backward, one after the other."""
     _, *sizes = case.shape
     pairs = [*itertools.pairwise(sizes)]
-    products = [*pairs, *((n, k) for k, n in pairs[1:])]
+    products = [*pairs[given["FIRST"] :], *((n, k) for k, n in pairs[1:])]
     turns = sum(-(-length // given["BLOCK_L"]) for length, _ in products)
     macs = sum(length * width for length, width in products) * given["BLOCK_M"]
     return _work(turns, macs, case, chain=len(products))
@@ -202,7 +205,7 @@ OPERATION = Operation(
     launches=launches,
     compiled=compiled,
     expectations=expectations,
-    kernel_work={"train_rows": rows_work, "train_weights": weights_work},
+    kernel_work={"forward": linear.forward_work, "train_rows": rows_work, "train_weights": weights_work},
     tests=KernelTests(["tests/training"], ["tests/training", "-k", "matches_torch"], ["tests/training", "-k", "spec"]),
     run_first={"float32": "--dtype float32"},
     switches=(),

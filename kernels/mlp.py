@@ -1,4 +1,4 @@
-"""A small multi-layer perceptron's whole training step: forward pass, loss, backward pass and update, in two launches.
+"""A small multi-layer perceptron's training step up to the update, in two launches, or three.
 
     x: (M, K)    wₗ: (Nₗ, Nₗ₋₁), N₋₁ = K    y₋₁ = x
 
@@ -8,9 +8,10 @@
     train_weights   dwₗ = dzₗᵀ·yₗ₋₁,  dbₗ = Σ_rows dzₗ
 
 A row needs no other row until the weights' gradients sum over them; a weight needs no other weight once each dz is
-there. So the first launch divides rows among programs, the second weights: between them all wait for all, within them
-nobody for anybody. Every program of the first reads all weights, which is why the network must be small. What a
-layer hands to the next passes through memory, for a product reads its operands in steps.
+there. So one launch divides rows among programs, the next weights: between them all wait for all, within them nobody
+for anybody. Every program of the first reads all weights, which is why the network must be small. Where the first
+layer is not, `linear.forward` computes that one before. What a layer hands to the next passes through memory, for a
+product reads its operands in steps.
 """
 
 from typing import NamedTuple
@@ -28,6 +29,7 @@ class Train(NamedTuple):
     SIZES: tuple[int, ...]  # K, and each layer's N
     ACTS: tuple[Act, ...]  # each layer's
     LOSS: str
+    FIRST: int  # the first layer that `train_rows` computes: 0, or 1
     REDUCTION: str  # "sum" of all elements (of cross_entropy: of rows), their "mean", or "batchmean": the sum over rows
     BLOCK_M: int  # rows, a program
     BLOCK_L: int  # what a step of its products sums over
@@ -177,14 +179,15 @@ def layer_grad(dz, w, m, M, LAYER: tl.constexpr, CONFIG: tl.constexpr):
 def train_rows(x, target, losses, weights, biases, ys, dzs, M, CONFIG: tl.constexpr):
     """BLOCK_M rows of each layer's output and dz, and their part of the loss.
 
-    Tuples, an entry a layer: weights; biases, or None; ys, None for the last; dzs.
+    Tuples, an entry a layer: weights; biases, or None; ys, None for the last; dzs. With FIRST the first y is there.
     """
     SIZES: tl.constexpr = CONFIG.SIZES
+    FIRST: tl.constexpr = CONFIG.FIRST
     LAST: tl.constexpr = len(SIZES) - 2
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     m = tl.program_id(0) * BLOCK_M
-    source = x
-    for n in tl.static_range(LAST):
+    source = x if FIRST == 0 else ys[0]
+    for n in tl.static_range(FIRST, LAST):
         y = layer(source, weights[n], biases[n], m, M, n, CONFIG)
         store_tile(dense(ys[n], M, SIZES[n + 1]), y, m, 0, BLOCK_M, side(SIZES[n + 1]), 1)
         tl.debug_barrier()  # the next product reads what other threads wrote

@@ -46,17 +46,18 @@ def train_step(
             loss = step(input, target)
 
     It computes what `optimizer.zero_grad(); loss(model(input), target).backward(); optimizer.step()` computes, to
-    rounding. Where Triton's kernels run and the model is a small perceptron, forward and backward are two launches, and
-    the update is the optimizer's one. Gradients are there afterwards, written into the tensors of the step before.
+    rounding. Where Triton's kernels run and the model is a small perceptron, forward and backward are two launches, or
+    three with a large first layer, and the update is the optimizer's one. Gradients are there afterwards, written into
+    the tensors of the step before.
 
     Args:
-        model: for the two launches an `MLP`, or an `nn.Sequential` of linear layers (torch's, tribp's) and activations
-            that `tribp.linear` knows: up to 8 layers of up to 256 outputs (of float64 128), weights of up to 1 MiB, on
-            batches of up to 1,024 rows. Any other takes the ordinary way.
+        model: for those launches an `MLP`, or an `nn.Sequential` of linear layers (torch's, tribp's) and activations
+            that `tribp.linear` knows: up to 8 layers of up to 256 outputs (of float64 128), weights above the first
+            layer of up to 1 MiB, on batches of up to 1,024 rows. Any other takes the ordinary way.
         optimizer: torch's or tribp's; its hooks and schedulers work.
         loss: "half_squared_error" (½ Σ (output − target)²), "mse_loss", "cross_entropy" (of classes, int64 `(N,)`) or
-            "binary_cross_entropy" (of outputs between 0 and 1), with torch's values; or a function of output and
-            target, for which the model takes the ordinary way.
+            "binary_cross_entropy" (of outputs between 0 and 1), with torch's values; or torch's module or function of
+            these three. For any other function of output and target the model takes the ordinary way.
         reduction: of a loss that is a name: "mean" of all elements (of cross_entropy: of rows whose target is not
             −100), their "sum", or "batchmean", the sum divided by the number of rows (of cross_entropy: the mean).
 
@@ -67,10 +68,30 @@ def train_step(
     return TrainStep(model, optimizer, loss, reduction)
 
 
+# Modules that compute a loss of LOSSES, and what must be as it is by default.
+MODULES: dict[type[nn.Module], str] = {
+    nn.CrossEntropyLoss: "cross_entropy",
+    nn.MSELoss: "mse_loss",
+    nn.BCELoss: "binary_cross_entropy",
+}
+DEFAULTS = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
+
+
+def _named(loss: str | Loss, reduction: str) -> tuple[str | Loss, str]:
+    """A loss of torch's by its name, and its reduction; any other as it is."""
+    if isinstance(loss, nn.Module) and type(loss) in MODULES and loss.reduction in REDUCTIONS:
+        usual = all(getattr(loss, name, value) == value for name, value in DEFAULTS.items())
+        return (MODULES[type(loss)], str(loss.reduction)) if usual else (loss, reduction)
+    for name, function in LOSSES.items():
+        if loss is function:
+            return name, "mean"
+    return loss, reduction
+
+
 class TrainStep:
     """What `train_step` returns. `reason` says why the last call took the ordinary way; None if it did not."""
 
-    reason: str | None = None
+    reason: str | None = "no call was made"
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: str | Loss, reduction: str = "mean"
@@ -83,11 +104,12 @@ class TrainStep:
             raise ValueError(f"train_step: loss must be a function or one of {', '.join(LOSSES)}, got {loss!r}")
         if reduction not in REDUCTIONS:
             raise ValueError(f"train_step: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-        self.model, self.optimizer, self.loss, self.reduction = model, optimizer, loss, reduction
+        self.model, self.optimizer = model, optimizer
+        self.loss, self.reduction = _named(loss, reduction)
 
     def __repr__(self) -> str:
-        ways = "not called yet" if self.reason is None else f"the ordinary way, for {self.reason}"
-        return f"train_step({type(self.model).__name__}, {type(self.optimizer).__name__}, {self.loss!r}): {ways}"
+        way = "fused" if self.reason is None else self.reason
+        return f"train_step({type(self.model).__name__}, {type(self.optimizer).__name__}, {self.loss!r}): {way}"
 
     def __call__(self, input: Tensor, target: Tensor) -> Tensor:
         layers = self._layers(input, target)
@@ -184,7 +206,10 @@ class TrainStep:
 
 def _grad_of(p: Tensor | None) -> Tensor | None:
     """Where a parameter's gradient goes: what the last step left is written anew."""
-    if p is None or not p.requires_grad:
+    if p is None:
+        return None
+    if not p.requires_grad:
+        p.grad = None
         return None
     grad = p.grad
     if grad is None or grad.dtype != p.dtype or not grad.is_contiguous() or dispatch.kernels_cannot_see(grad):

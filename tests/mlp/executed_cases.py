@@ -93,6 +93,7 @@ QUICK: dict[str, Case] = {
     "train, bf16, three layers": Train((40, 72, 24, 10), 37),
     "train, float32, odd": Train((77, 45, 7), 19, "binary_cross_entropy", "batchmean", SINGLE, "tanh", "sigmoid"),
     "train, half, no bias": Train((33, 130, 9), 21, "half_squared_error", "sum", HALF, "elu", "tanh", bias=False),
+    "train, bf16, a large first layer": Train((1030, 136, 10), 20),
     "train, float64, one layer": Train((16, 5), 33, "mse_loss", "mean", DOUBLE, last="softplus"),
     "mlp, bf16": MLP((72, 136, 10), 300),
     "mlp, three layers": MLP((40, 72, 64, 24), 200, HALF, "tanh", "sigmoid", input=True),

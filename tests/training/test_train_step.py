@@ -16,7 +16,7 @@ from tribp.training import LOSSES, REDUCTIONS, TrainStep
 from ..covering import DTYPES, turn
 from ..oracle import ACTIVATIONS, Activation, assert_close
 
-SIZES = [(33, 77, 45, 7), (784, 128, 10), (2, 2, 1), (16, 5), (40, 128, 16, 3)]
+SIZES = [(33, 77, 45, 7), (784, 128, 10), (2, 2, 1), (16, 5), (1030, 128, 16, 3)]
 
 
 def network(sizes: tuple[int, ...], activation: Activation, last: Activation, bias: bool = True) -> nn.Module:
@@ -37,7 +37,7 @@ def grad(p: Tensor) -> Tensor:
     return p.grad
 
 
-def step_of(model: nn.Module, loss: str, reduction: str = "mean", optimizer: Any = torch.optim.SGD) -> TrainStep:
+def step_of(model: nn.Module, loss: Any, reduction: str = "mean", optimizer: Any = torch.optim.SGD) -> TrainStep:
     return tribp.train_step(model, optimizer(model.parameters(), lr=0.1), loss, reduction)
 
 
@@ -143,7 +143,7 @@ def test_gradients_are_what_backward_leaves(kernels: str) -> None:
     step = tribp.train_step(model, torch.optim.SGD([*model.parameters(), other], lr=0.1), "mse_loss")
     x, target = (t.to(kernels) for t in draw((8, 6, 3), 9, "mse_loss"))
     frozen = next(model.parameters()).requires_grad_(False)
-    other.grad, before = torch.ones_like(other), frozen.clone()
+    other.grad, frozen.grad, before = torch.ones_like(other), torch.ones_like(frozen), frozen.clone()
     step(x, target)
     assert step.reason is None
     assert [p.grad is None for p in (other, frozen)] == [True, True]
@@ -160,6 +160,7 @@ def hooked(model: Any) -> Any:
     return model
 
 
+LARGE = ((8, 256), *((256, 256),) * 5, (256, 3))
 REASONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "hooks": (hooked, "hooks"),
     "parameter hooks": (lambda m: (next(m.parameters()).register_hook(lambda g: None), m)[1], "hooks"),
@@ -173,7 +174,7 @@ REASONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "shared": (lambda m: nn.Sequential(nn.Linear(8, 8).double(), *[nn.Linear(8, 8).double()] * 2, m), "share"),
     "wide": (lambda m: nn.Sequential(nn.Linear(8, 300).double(), nn.Linear(300, 8).double(), m), "300 float64 outputs"),
     "deep": (lambda m: nn.Sequential(*(nn.Linear(8, 8).double() for _ in range(8)), m), "layers, more than 8"),
-    "large": (lambda m: nn.Sequential(nn.Linear(1200, 128).double(), nn.Linear(128, 8).double(), m), "bytes"),
+    "large": (lambda m: nn.Sequential(*(nn.Linear(*s).float() for s in LARGE)), "bytes"),
 }
 
 
@@ -183,11 +184,11 @@ def test_says_why_and_takes_the_ordinary_way(name: str, kernels: str) -> None:
     model = change(network((8, 6, 3), "tanh", None)).to(kernels)
     twin = copy.deepcopy(model)
     width = next(p.shape[1] for p in model.parameters())
-    x, target = (t.to(kernels) for t in draw((width, 3), 6, "mse_loss"))
+    x, target = (t.to(kernels, next(model.parameters()).dtype) for t in draw((width, 3), 6, "mse_loss"))
     step = step_of(model, "mse_loss")
     loss = step(x, target)
     assert words in str(step.reason)
-    assert words in repr(step)
+    assert repr(step).endswith(f": {step.reason}")
     expected = F.mse_loss(twin(x), target)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
@@ -224,6 +225,27 @@ def test_tensors_that_kernels_do_not_take(kernels: str) -> None:
     step = tribp.train_step(model, step.optimizer, lambda y, t: (y - t).square().mean())
     step(x, target)
     assert "function" in str(step.reason)
+
+
+@pytest.mark.parametrize(
+    ("loss", "name", "reduction"),
+    [
+        (nn.CrossEntropyLoss(), "cross_entropy", "mean"),
+        (nn.MSELoss(reduction="sum"), "mse_loss", "sum"),
+        (nn.BCELoss(), "binary_cross_entropy", "mean"),
+        (F.mse_loss, "mse_loss", "mean"),
+        (F.cross_entropy, "cross_entropy", "mean"),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), None, ""),
+        (nn.CrossEntropyLoss(weight=torch.ones(3)), None, ""),
+        (nn.CrossEntropyLoss(ignore_index=1), None, ""),
+        (nn.BCELoss(torch.ones(3)), None, ""),
+        (nn.L1Loss(), None, ""),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
+)
+def test_losses_of_torch(loss: Any, name: str | None, reduction: str) -> None:
+    step = step_of(network((8, 3), None, None), loss)
+    assert (step.loss, step.reduction) == ((name, reduction) if name else (loss, "mean"))
 
 
 def test_refuses() -> None:

@@ -1,4 +1,4 @@
-"""Which networks `kernels.mlp` trains in two launches, and in which tiles."""
+"""Which networks `kernels.mlp` trains, and in which tiles."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,14 +9,18 @@ from ...launch.matmul import unrounded
 WIDEST = 256  # outputs of a layer, which are one tile beside 16 rows; of float64 half as many
 DEEPEST = 8  # layers: the code is as long
 LONGEST = 1024  # rows: a program of the second launch sums over all of them. By the model, 4,096 take 44 µs.
-# Of all weights: each program reads them. By arithmetic, 64 bytes a clock: 1 MB takes a processor 9 µs.
+# Of all weights but the first: each program reads them. By arithmetic, 64 bytes a clock: 1 MB takes a processor 9 µs.
 LARGEST = 1 << 20  # bytes
+# Weights of a first layer that is computed with the others. By the model, 128 rows in float32: 784-128-10 takes 12 µs
+# with it, 12 and 5 in two launches; 784-256-64-10 takes 23, 12 and 10.
+FEW = 1 << 17
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Rows of a program, and what a step of its products sums over; tile, step and warps of a weight's gradient."""
 
+    first: int  # layer that is not computed by itself: 0 or 1
     block_m: int
     block_l: int
     block_n: int
@@ -39,7 +43,7 @@ class TrainProblem(NamedTuple):
     def obstacle(self) -> str | None:
         """Why separate launches are to train this network."""
         layers, widest = len(self.sizes) - 1, max(self.sizes[1:])
-        bytes = ITEMSIZE[self.dtype] * sum(n * k for k, n in zip(self.sizes, self.sizes[1:], strict=False))
+        bytes = ITEMSIZE[self.dtype] * sum(n * k for k, n in zip(self.sizes[1:], self.sizes[2:], strict=False))
         if layers > DEEPEST:
             return f"it has {layers} layers, more than {DEEPEST}"
         most = WIDEST if ITEMSIZE[self.dtype] < 8 else WIDEST // 2
@@ -48,19 +52,20 @@ class TrainProblem(NamedTuple):
         if self.m > LONGEST:
             return f"the batch has {self.m} rows, more than {LONGEST}"
         if bytes > LARGEST:
-            return f"its weights take {bytes} bytes, more than {LARGEST}, which each program reads"
+            return f"its weights above the first take {bytes} bytes, more than {LARGEST}, which each program reads"
         return None
 
     def choose(self) -> TrainConfig:
+        first = int(len(self.sizes) > 2 and self.sizes[0] * self.sizes[1] > FEW)
         if self.arch.backend == "interpreter":
-            return TrainConfig(16, 32, 32, 64, 32, 1, 1, 1, None)
+            return TrainConfig(first, 16, 32, 32, 64, 32, 1, 1, 1, None)
         size = ITEMSIZE[self.dtype]
         deep = 64 if size == 2 else 32 if size == 4 else 16
         # Compiled: beside 256 columns of float32, steps of 32 spill 32 bytes on sm_80, and do not fit gfx942's memory.
         step = deep // 2 if max(self.sizes[1:]) > 128 else deep
         # By the model, 784-256-64-10 in float32: with 8 warps 23 µs for 37, as each forms half of a row's sums.
         rows = 64 if self.m > 32 and size < 8 else 32
-        return TrainConfig(16, max(step, 16), 32, deep, rows, 8, 4, 3, unrounded(self.arch))
+        return TrainConfig(first, 16, max(step, 16), 32, deep, rows, 8, 4, 3, unrounded(self.arch))
 
     def programs(self, config: TrainConfig) -> int:
         """Of the second launch."""

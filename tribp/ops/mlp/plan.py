@@ -66,7 +66,7 @@ def train(
     plan: Plan, x: Buffer, target: Buffer, loss: Buffer, *layers: Buffer | None,
     activations: Sequence[Activation], kind: str, reduction: str, tf32: bool,
 ) -> None:  # fmt: skip
-    """The loss, and those of each layer's dw and db that are given: two launches.
+    """The loss, and those of each layer's dw and db that are given: two launches, and one of a large first layer.
 
     layers: w, b, dw and db of each, contiguous.
     """
@@ -78,14 +78,18 @@ def train(
     programs = cdiv(m, s.block_m)
     precision = precision_of(dtype_name(x.dtype), tf32, plan.arch)
     config = kernels.Train(
-        SIZES=sizes, ACTS=tuple(activations), LOSS=kind, REDUCTION=reduction, BLOCK_M=s.block_m, BLOCK_L=s.block_l,
-        BLOCK_N=s.block_n, BLOCK_K=s.block_k, BLOCK_ROWS=s.block_rows, PARTS=power_of_2(programs), PRECISION=precision,
-        PTX=plan.arch.backend != "hip",
+        SIZES=sizes, ACTS=tuple(activations), FIRST=s.first, LOSS=kind, REDUCTION=reduction, BLOCK_M=s.block_m,
+        BLOCK_L=s.block_l, BLOCK_N=s.block_n, BLOCK_K=s.block_k, BLOCK_ROWS=s.block_rows, PARTS=power_of_2(programs),
+        PRECISION=precision, PTX=plan.arch.backend != "hip",
     )  # fmt: skip
     x, target = plan.contiguous(x), plan.contiguous(target)
     losses = plan.scratch((programs,), accumulator(x.dtype))
     dzs = tuple(plan.scratch((m, n), x.dtype) for n in sizes[1:])
     ys = (*(plan.scratch((m, n), x.dtype) for n in sizes[1:-1]), None)
+    if s.first:
+        assert weights[0] is not None
+        assert ys[0] is not None
+        linear(plan, x, weights[0], biases[0], ys[0], activation=activations[0], tf32=tf32)
     plan.launch(kernels.train_rows, (programs,), (x, target, losses, weights, biases, ys, dzs, m), config, s)
     arguments = (x, losses, loss, ys, dzs, dws, dbs, m, programs)
     plan.launch(
