@@ -167,8 +167,13 @@ def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, Case, str]]:
 def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectation]:
     if launch.kernel.__name__ == "forward":
         yield from linear.expectations(launch, case, arch)
-    elif min(case.shape[1:]) % 2 == 0:  # rows of 16-bit numbers with an odd pitch are not loaded ahead
+    # Rows of 16-bit numbers with an odd pitch are not loaded ahead, and loops of few turns are unrolled.
+    elif min(case.shape[1:]) % 2 == 0 and (launch.kernel.__name__ == "train_weights" or _long(launch, case)):
         yield PIPELINED
+
+
+def _long(launch: "Launch", case: Case) -> bool:
+    return not launch.named["FIRST"] and case.shape[1] >= 512
 
 
 def rows_work(given: Given, grid: tuple[int, ...], case: Case) -> dict[str, Any]:

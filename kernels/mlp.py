@@ -14,6 +14,7 @@ layer is not, `linear.forward` computes that one before. What a layer hands to t
 product reads its operands in steps.
 """
 
+from collections import namedtuple
 from typing import NamedTuple
 
 import triton
@@ -21,6 +22,8 @@ import triton.language as tl
 
 from .activations import Act, activate, gradient, log1p_fraction
 from .common import Matrix, accumulator, load_tile, masked_range, product, round_to, store_tile
+
+NamedAct = namedtuple("NamedAct", "name a b")
 
 
 class Train(NamedTuple):
@@ -50,14 +53,14 @@ def side(length):
 
 
 @triton.constexpr_function
-def tiles(n, k, config):
-    return triton.cdiv(n, config.BLOCK_N) * triton.cdiv(k, config.BLOCK_K)
+def tiles(n, k, block_n, block_k):
+    return triton.cdiv(n, block_n) * triton.cdiv(k, block_k)
 
 
 @triton.constexpr_function
 def act_of(config, number):
-    """A layer's activation. Triton can't index a tuple of tuples."""
-    return config.ACTS[number]
+    """A layer's activation. Triton can't index a tuple of tuples; up to 3.6 its interpreter hands over unnamed ones."""
+    return NamedAct(*Train(*config).ACTS[number])
 
 
 @triton.jit
@@ -236,7 +239,7 @@ def train_weights(x, losses, loss, ys, dzs, dws, dbs, M, parts, CONFIG: tl.const
         tl.store(loss, round_to(total, loss.dtype.element_ty))
     source = x
     for n in tl.static_range(len(SIZES) - 1):
-        if (program >= 0) & (program < tiles(SIZES[n + 1], SIZES[n], CONFIG)):
+        if (program >= 0) & (program < tiles(SIZES[n + 1], SIZES[n], CONFIG.BLOCK_N, CONFIG.BLOCK_K)):
             weight_tile(program, source, dzs[n], dws[n], dbs[n], M, SIZES[n + 1], SIZES[n], CONFIG)
-        program -= tiles(SIZES[n + 1], SIZES[n], CONFIG)
+        program -= tiles(SIZES[n + 1], SIZES[n], CONFIG.BLOCK_N, CONFIG.BLOCK_K)
         source = ys[n]
