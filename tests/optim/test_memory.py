@@ -25,8 +25,14 @@ KEYS = {
     "Adagrad": ("sum",),
     "Adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     "AdamW": ("exp_avg", "exp_avg_sq"),
+    "Adadelta": ("square_avg", "acc_delta"),
+    "Adamax": ("exp_avg", "exp_inf"),
+    "NAdam": ("exp_avg", "exp_avg_sq"),
+    "RAdam": ("exp_avg", "exp_avg_sq"),
+    "Rprop": ("prev", "step_size"),
+    "ASGD": ("ax",),
 }
-COUNTED = ("RMSprop", "Adagrad", "Adam", "AdamW")
+COUNTED = tuple(name for name in CLASSES if name not in ("SGD", "Momentum"))
 
 
 # ---- what does not fit

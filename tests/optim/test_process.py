@@ -25,10 +25,22 @@ from tribp.optim import torch_buckets
 from tribp.optim.adam import AdamRule
 
 from ..test_dispatch import python
-from .cases import CLASSES, LIVELY, NUMBERS, VARIANTS, Options, Twins, each_class, lively, ours, title, values
+from .cases import (
+    CLASSES,
+    FUSED,
+    LIVELY,
+    NUMBERS,
+    TORCHS,
+    VARIANTS,
+    Options,
+    Twins,
+    each_class,
+    lively,
+    ours,
+    title,
+    values,
+)
 from .test_torch_code import sparse_grad
-
-TORCHS = ("SGD", "RMSprop", "Adagrad", "Adam", "AdamW")
 
 # ---- default devices: "meta" stands in for "cuda" here, and any tensor on it by mistake is seen at once
 
@@ -127,7 +139,9 @@ def test_default_dtype(name: str, dtype: torch.dtype, fused: bool, device: str) 
     """Numbers do not depend on it; the type of torch's counters does, and so does that of ours in a checkpoint."""
     torch.set_default_dtype(dtype)
     try:
-        options: Options = dict(fused=True) if fused and name != "RMSprop" else {}
+        options: Options = dict(fused=True) if fused and name in FUSED else {}
+        if name == "ASGD" and dtype.itemsize == 2:
+            pytest.skip("torch rounds ASGD's rate to the default type before it keeps it in float32")
         twins = lively(name, device, **options)
         for _ in range(3):
             twins.step()
@@ -383,6 +397,8 @@ def test_one_thread_is_a_matter_of_the_thread_that_steps(monkeypatch: pytest.Mon
 def test_fake_tensors(variant: tuple[str, Options], fused: bool | None) -> None:
     """As torch's classes take them: for the memory that a run would need, say. Nothing fake outlives it."""
     name, own = variant
+    if name == "ASGD":
+        pytest.skip("torch's own reads its rate, which has no value here")
     with FakeTensorMode():
         p = Parameter(torch.ones(3, 4))
         optimizer = ours(name, [p], **(NUMBERS[name] | own), fused=fused)
@@ -398,10 +414,12 @@ def test_fake_tensors(variant: tuple[str, Options], fused: bool | None) -> None:
 @each_class
 def test_meta_tensors(name: str, dtype: torch.dtype, device: str) -> None:
     """On either backend they do nothing without `fused`; with it they raise, as in torch's classes that have it."""
+    if name == "ASGD":
+        pytest.skip("torch's own reads its rate, which has no value here")
     p = Parameter(torch.ones(3, device="meta", dtype=dtype))
     p.grad = torch.ones_like(p)
     ours(name, [p]).step()
-    theirs: Any = getattr(torch.optim, {"Momentum": "SGD", "RMSprop": "Adam"}.get(name, name))
+    theirs: Any = getattr(torch.optim, "Adam" if name not in FUSED else "SGD" if name == "Momentum" else name)
     with pytest.raises(RuntimeError) as expected:
         theirs([p], fused=True).step()
     with pytest.raises(RuntimeError) as found:

@@ -1,22 +1,24 @@
 """Checkpoints: out with torch's keys and types, in without loss of precision or of options."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .checks import COUNTERS
 from .options import DEFAULTS
 from .rule import counter_dtype
 from .tracked_state import WatchedState
+
+if TYPE_CHECKING:
+    from .optimizer import Optimizer
 
 State = dict[str, Any]
 
 
 def states_of(
-    optimizer: torch.optim.Optimizer, states: Mapping[Any, State], is_unused: Callable[[object], bool]
+    optimizer: "Optimizer", states: Mapping[Any, State], is_unused: Callable[[object], bool]
 ) -> dict[Any, State]:
     """Copies of the states of `optimizer`'s parameters (keyed in any way), as its torch counterpart would have them.
 
@@ -39,7 +41,7 @@ def states_of(
         copy = dict(state)
         if is_unused(copy.get("momentum_buffer")):
             del copy["momentum_buffer"]
-        for key in COUNTERS:
+        for key in optimizer._rule.numbers():
             if not isinstance(copy.get(key), Tensor):
                 continue
             by_kernel = key == "step" and copy[key].dtype == torch.float32
@@ -59,7 +61,7 @@ def states_of(
 
 
 @contextlib.contextmanager
-def export_state(optimizer: torch.optim.Optimizer, is_unused: Callable[[object], bool]) -> Iterator[None]:
+def export_state(optimizer: "Optimizer", is_unused: Callable[[object], bool]) -> Iterator[None]:
     """While torch packs a checkpoint: convert the states before any hook of the user's sees them."""
 
     def convert(_: Any, packed: State) -> None:
@@ -73,7 +75,7 @@ def export_state(optimizer: torch.optim.Optimizer, is_unused: Callable[[object],
 
 
 @contextlib.contextmanager
-def keep_loaded_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def keep_loaded_state(optimizer: "Optimizer") -> Iterator[None]:
     """While torch loads a checkpoint: keep the types of its states, share none of its memory, keep our options.
 
     torch casts states to their parameter's type (float32 moments of bfloat16 parameters are cut), and uses the very
@@ -95,7 +97,7 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             for p, number in zip(group["params"], packed["params"], strict=True):
                 source = loaded["state"].get(number)
                 if source:
-                    _restore(group, optimizer.state[p], source)
+                    _restore(group, optimizer.state[p], source, optimizer._rule.numbers())
                     optimizer.state[p] = WatchedState(optimizer.state[p])  # nobody has been given one yet
 
     handles = [
@@ -109,11 +111,11 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             handle.remove()
 
 
-def _restore(group: State, state: State, source: State) -> None:
+def _restore(group: State, state: State, source: State, numbers: Collection[str]) -> None:
     for key, value in source.items():
         if not isinstance(value, Tensor) or not isinstance(state.get(key), Tensor):
             continue
-        if key not in (*COUNTERS, "ema") and value.is_floating_point():
+        if key not in (*numbers, "ema") and value.is_floating_point():
             dtype = group.get("state_dtype") or value.dtype
         else:
             dtype = state[key].dtype if key == "step" else value.dtype

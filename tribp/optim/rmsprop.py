@@ -119,10 +119,6 @@ class RMSprop(Optimizer, TorchRMSprop):
         fused: bool | None = None,
         **extra: Unpack[ExtraOptions],
     ) -> None:
-        if fused and differentiable:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if fused and foreach:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         with self._enabled(dict(extra, fused=fused)):
             TorchRMSprop.__init__(
                 self, params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize,

@@ -5,11 +5,12 @@ A new optimizer is a pair of functions in `kernels/optim_rules.py`, a formula of
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from .layouts import PLAIN
 
@@ -47,6 +48,8 @@ class Rule:
     formula: ClassVar[Callable[..., Any]]  # in `reference.py`; the kernel's functions have its name
     options: ClassVar[tuple[str, ...]]  # of a group: everything the update depends on
     counts_steps: ClassVar[bool] = True  # whether torch keeps a `step` for every parameter
+    scalar_states: ClassVar[tuple[str, ...]] = ()  # besides: up to two states of one number a parameter
+    adds_eps_to_root: ClassVar[bool] = True  # whether there is a √v + ε, which `eps_inside_sqrt` changes
     needs_scratch: ClassVar[bool] = False  # whether the fused CPU kernel writes more than the update needs
 
     def __init__(self, defaults: Group) -> None:
@@ -62,14 +65,19 @@ class Rule:
 
     def decays(self, group: Group) -> tuple[Number, Number]:
         """The weight decay that is added to the gradient, and the one that shrinks the parameter."""
-        return group["weight_decay"], 0.0
+        decay = group.get("weight_decay", 0.0)
+        return (0.0, decay) if group.get("decoupled_weight_decay") else (decay, 0.0)
 
-    def new_state(self, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    def new_state(self, group: Group, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+    def new_scalar(self, group: Group, name: str) -> float:
+        """What one of `scalar_states` begins with."""
+        return 1.0
 
     def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
         """Whether one of torch's fused CPU kernels computes this group's update, and right."""
-        raise NotImplementedError
+        return False
 
     def fused_update(self, group: Group, t: Tensors) -> None:
         """The update by that kernel."""
@@ -99,7 +107,12 @@ class Rule:
 
     def entries(self, group: Group) -> list[str]:
         """The keys of a parameter's state that the update may use."""
-        return list(dict.fromkeys(["step", *filter(None, self.states(group)), "ema", "ema_step"]))
+        return list(dict.fromkeys([*self.numbers(), *filter(None, self.states(group)), "ema"]))
+
+    @classmethod
+    def numbers(cls) -> tuple[str, ...]:
+        """The keys of a parameter's state that hold one number each."""
+        return ("step", "ema_step", *cls.scalar_states)
 
 
 # For `torch_update`.
@@ -114,6 +127,21 @@ def init_group(optimizer: torch.optim.Optimizer, group: Group, number: int) -> t
     new = any(not optimizer.state.get(p) for p in group["params"])
     with torch.device("cpu") if new else contextlib.nullcontext():
         return optimizer._init_group(group, *lists), lists  # type: ignore[attr-defined]
+
+
+def by_function(
+    function: Callable[..., None], group: Group, lists: Sequence[list[Any]], has_complex: bool, **own: Any
+) -> None:
+    """Call the function that torch's class calls, with what all of them take and the rule's `own` arguments."""
+    if group.get("fused"):
+        for p in group["params"]:
+            _device_dtype_check_for_fused(p)  # what torch's classes that have `fused` ask
+    elsewhere = torch.get_default_device().type != "cpu"  # where ASGD's would make numbers to be read at once
+    with torch.device("cpu") if elsewhere else contextlib.nullcontext():
+        function(
+            *lists, has_complex=has_complex, foreach=group["foreach"], maximize=group["maximize"],
+            differentiable=group["differentiable"], capturable=group["capturable"], **own,
+        )  # fmt: skip
 
 
 def counter_dtype(fused: bool) -> torch.dtype:
