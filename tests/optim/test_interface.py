@@ -17,6 +17,7 @@ from torch.optim.swa_utils import SWALR
 import tribp.optim
 from tribp.optim import SGD, Adagrad, Adam, AdamW, Momentum, RMSprop
 
+from .cases import TORCHS
 from .ecosystem_cases import PAIRS, Options, close, every_pair, gradients, loss_of, model, weights
 
 # What it looks like.
@@ -51,6 +52,19 @@ def test_relations_between_the_classes() -> None:
     assert isinstance(Momentum(weights()), SGD)
     assert tribp.optim.RMSProp is RMSprop
     assert tribp.optim.AdaGrad is Adagrad
+
+
+def test_every_name_of_torchs_is_there() -> None:
+    """`import tribp.optim as optim` serves a script: what tribp has no class for is torch's own."""
+    classes = [name for name in vars(torch.optim) if name[0].isupper()]
+    for name in (*classes, "lr_scheduler", "swa_utils"):
+        found, torchs = getattr(tribp.optim, name), getattr(torch.optim, name)
+        if name in TORCHS:
+            assert issubclass(found, torchs)
+            assert found is not torchs
+        else:
+            assert found is torchs
+        assert name in tribp.optim.__all__
 
 
 WRONG: list[tuple[str, Options]] = [

@@ -181,14 +181,15 @@ def test_imported_within(how: str) -> None:
 
 
 @pytest.fixture(params=["torch.optim", "and its modules"])
-def patched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """`torch.optim.Adam = tribp.optim.Adam`, for every class; the value is what was there."""
+def patched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """`torch.optim.Adam` is `tribp.optim.Adam`, and so is every class; the value is what was there."""
     genuine = {name: getattr(torch.optim, name) for name in TORCHS}
-    for name, kind in genuine.items():
-        monkeypatch.setattr(torch.optim, name, getattr(tribp.optim, name))
-        if request.param != "torch.optim":
-            monkeypatch.setattr(sys.modules[kind.__module__], name, getattr(tribp.optim, name))
-    return genuine
+    for name, kind in genuine.items() if request.param != "torch.optim" else ():
+        monkeypatch.setattr(sys.modules[kind.__module__], name, getattr(tribp.optim, name))
+    with tribp.optim.patch() as replaced:
+        assert set(replaced) == set(TORCHS)
+        yield genuine
+    assert {name: getattr(torch.optim, name) for name in TORCHS} == genuine
 
 
 @pytest.mark.parametrize("name", TORCHS)
@@ -210,6 +211,25 @@ def test_a_script_whose_classes_are_patched(name: str, patched: dict[str, Any]) 
     a.load_state_dict(b.state_dict())
     for other in (copy.deepcopy(a), pickle.loads(pickle.dumps(a))):
         assert type(other) is kind
+
+
+def test_a_patch_is_put_on_and_taken_off_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands at a name is replaced only where it is torch's class, and put back only where it is tribp's."""
+    genuine, other = torch.optim.Adam, type("Adam", (torch.optim.Adam,), {})
+    monkeypatch.setattr(torch.optim, "Adam", other)
+    assert set(tribp.optim.patch()) == set(TORCHS) - {"Adam"}
+    assert tribp.optim.patch() == ()
+    with tribp.optim.patch():
+        pass
+    assert torch.optim.SGD is tribp.optim.SGD, "a block puts back what it has replaced"
+    assert set(tribp.optim.unpatch()) == set(TORCHS) - {"Adam"}
+    assert tribp.optim.unpatch() == ()
+    assert torch.optim.Adam is other
+    monkeypatch.setattr(torch.optim, "Adam", genuine)
+    with tribp.optim.patch():
+        tribp.optim.unpatch()
+        assert torch.optim.Adam is genuine
+    assert torch.optim.Adam is genuine
 
 
 def test_momentum_in_the_place_of_sgd(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Adadelta."""
 
-import torch
 from torch import Tensor
 from torch.optim.adadelta import Adadelta as TorchAdadelta
 from torch.optim.adadelta import adadelta as torch_adadelta
@@ -10,11 +9,13 @@ from typing_extensions import Unpack
 from . import reference
 from .optimizer import Optimizer
 from .options import ExtraOptions
-from .rule import Group, Prepare, Rule, by_function, init_group
+from .rule import FunctionRule, Group
 
 
-class AdadeltaRule(Rule):
+class AdadeltaRule(FunctionRule):
     formula = staticmethod(reference.adadelta)
+    function = staticmethod(torch_adadelta)
+    lists = ("square_avg", "acc_delta", "step")
     options = ("lr", "rho", "eps", "weight_decay", "maximize")
     adds_eps_to_root = False  # it is inside already
 
@@ -24,12 +25,9 @@ class AdadeltaRule(Rule):
     def hyper(self, group: Group) -> reference.AdadeltaHyper:
         return reference.AdadeltaHyper(group["rho"])
 
-    def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
-        has_complex, (params, grads, *others) = init_group(optimizer, group, 5)
-        lists = [params, prepare(grads), *others]
-        by_function(
-            torch_adadelta, group, lists, has_complex, lr=group["lr"], rho=group["rho"], eps=group["eps"],
-            weight_decay=group["weight_decay"],
+    def arguments(self, group: Group) -> Group:
+        return dict(
+            lr=group["lr"], rho=group["rho"], eps=group["eps"], weight_decay=group["weight_decay"]
         )  # fmt: skip
 
 

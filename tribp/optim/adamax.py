@@ -1,6 +1,5 @@
 """Adamax."""
 
-import torch
 from torch import Tensor
 from torch.optim.adamax import Adamax as TorchAdamax
 from torch.optim.adamax import adamax as torch_adamax
@@ -10,11 +9,13 @@ from typing_extensions import Unpack
 from . import reference
 from .optimizer import Optimizer
 from .options import ExtraOptions
-from .rule import Group, Prepare, Rule, by_function, init_group
+from .rule import FunctionRule, Group
 
 
-class AdamaxRule(Rule):
+class AdamaxRule(FunctionRule):
     formula = staticmethod(reference.adamax)
+    function = staticmethod(torch_adamax)
+    lists = ("exp_avg", "exp_inf", "step")
     options = ("lr", "betas", "eps", "weight_decay", "maximize")
     adds_eps_to_root = False
 
@@ -24,13 +25,10 @@ class AdamaxRule(Rule):
     def hyper(self, group: Group) -> reference.AdamaxHyper:
         return reference.AdamaxHyper(*group["betas"])
 
-    def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
+    def arguments(self, group: Group) -> Group:
         beta1, beta2 = group["betas"]
-        has_complex, (params, grads, *others) = init_group(optimizer, group, 5)
-        lists = [params, prepare(grads), *others]
-        by_function(
-            torch_adamax, group, lists, has_complex, lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
-            weight_decay=group["weight_decay"],
+        return dict(
+            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"]
         )  # fmt: skip
 
 

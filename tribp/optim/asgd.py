@@ -1,6 +1,5 @@
 """ASGD."""
 
-import torch
 from torch import Tensor
 from torch.optim.asgd import ASGD as TorchASGD  # noqa: N811 (a class)
 from torch.optim.asgd import asgd as torch_asgd
@@ -10,11 +9,13 @@ from typing_extensions import Unpack
 from . import reference
 from .optimizer import Optimizer
 from .options import ExtraOptions
-from .rule import Group, Prepare, Rule, by_function, init_group
+from .rule import FunctionRule, Group
 
 
-class ASGDRule(Rule):
+class ASGDRule(FunctionRule):
     formula = staticmethod(reference.asgd)
+    function = staticmethod(torch_asgd)
+    lists = ("ax", "mu", "eta", "step")
     options = ("lr", "lambd", "alpha", "t0", "weight_decay", "maximize")
     adds_eps_to_root = False
     scalar_states = ("eta", "mu")
@@ -28,13 +29,8 @@ class ASGDRule(Rule):
     def new_scalar(self, group: Group, name: str) -> float:
         return float(group["lr"]) if name == "eta" else 1.0
 
-    def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
-        has_complex, (params, grads, mus, axs, etas, steps) = init_group(optimizer, group, 6)
-        lists = [params, prepare(grads), axs, mus, etas, steps]
-        by_function(
-            torch_asgd, group, lists, has_complex, lr=group["lr"], lambd=group["lambd"], alpha=group["alpha"],
-            t0=group["t0"], weight_decay=group["weight_decay"],
-        )  # fmt: skip
+    def arguments(self, group: Group) -> Group:
+        return dict(lr=group["lr"], weight_decay=group["weight_decay"], **self.hyper(group)._asdict())
 
 
 class ASGD(Optimizer, TorchASGD):

@@ -1,6 +1,5 @@
 """NAdam."""
 
-import torch
 from torch import Tensor
 from torch.optim.nadam import NAdam as TorchNAdam
 from torch.optim.nadam import nadam as torch_nadam
@@ -10,11 +9,13 @@ from typing_extensions import Unpack
 from . import reference
 from .optimizer import Optimizer
 from .options import ExtraOptions
-from .rule import Group, Prepare, Rule, by_function, init_group
+from .rule import FunctionRule, Group
 
 
-class NAdamRule(Rule):
+class NAdamRule(FunctionRule):
     formula = staticmethod(reference.nadam)
+    function = staticmethod(torch_nadam)
+    lists = ("exp_avg", "exp_avg_sq", "mu_product", "step")
     options = ("lr", "betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay", "maximize")
     scalar_states = ("mu_product",)
 
@@ -25,14 +26,11 @@ class NAdamRule(Rule):
         beta1, beta2 = group["betas"]
         return reference.NAdamHyper(beta1, beta2, group["momentum_decay"])
 
-    def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
+    def arguments(self, group: Group) -> Group:
         beta1, beta2 = group["betas"]
-        has_complex, (params, grads, *others) = init_group(optimizer, group, 6)
-        lists = [params, prepare(grads), *others]
-        by_function(
-            torch_nadam, group, lists, has_complex, lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
-            weight_decay=group["weight_decay"], momentum_decay=group["momentum_decay"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
+        return dict(
+            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+            momentum_decay=group["momentum_decay"], decoupled_weight_decay=group["decoupled_weight_decay"],
         )  # fmt: skip
 
 

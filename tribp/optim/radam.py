@@ -1,6 +1,5 @@
 """RAdam."""
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.radam import RAdam as TorchRAdam
@@ -10,11 +9,13 @@ from typing_extensions import Unpack
 from . import reference
 from .optimizer import Optimizer
 from .options import ExtraOptions
-from .rule import Group, Prepare, Rule, by_function, init_group
+from .rule import FunctionRule, Group
 
 
-class RAdamRule(Rule):
+class RAdamRule(FunctionRule):
     formula = staticmethod(reference.radam)
+    function = staticmethod(torch_radam)
+    lists = ("exp_avg", "exp_avg_sq", "step")
     options = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
 
     def states(self, group: Group) -> tuple[str | None, ...]:
@@ -23,13 +24,11 @@ class RAdamRule(Rule):
     def hyper(self, group: Group) -> reference.RAdamHyper:
         return reference.RAdamHyper(*group["betas"])
 
-    def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
+    def arguments(self, group: Group) -> Group:
         beta1, beta2 = group["betas"]
-        has_complex, (params, grads, *others) = init_group(optimizer, group, 5)
-        lists = [params, prepare(grads), *others]
-        by_function(
-            torch_radam, group, lists, has_complex, lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
-            weight_decay=group["weight_decay"], decoupled_weight_decay=group["decoupled_weight_decay"],
+        return dict(
+            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
         )  # fmt: skip
 
 

@@ -10,11 +10,13 @@ from typing_extensions import Unpack
 from . import reference
 from .optimizer import Optimizer
 from .options import ExtraOptions
-from .rule import Group, Number, Prepare, Rule, by_function, init_group
+from .rule import FunctionRule, Group, Number
 
 
-class RpropRule(Rule):
+class RpropRule(FunctionRule):
     formula = staticmethod(reference.rprop)
+    function = staticmethod(torch_rprop)
+    lists = ("prev", "step_size", "step")
     options = ("lr", "etas", "step_sizes", "maximize")
     adds_eps_to_root = False
 
@@ -32,14 +34,9 @@ class RpropRule(Rule):
         start = complex(value, value) if p.is_complex() else value
         return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
 
-    def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
-        (etaminus, etaplus), (step_size_min, step_size_max) = group["etas"], group["step_sizes"]
-        has_complex, (params, grads, *others) = init_group(optimizer, group, 5)
-        lists = [params, prepare(grads), *others]
-        by_function(
-            torch_rprop, group, lists, has_complex, etaminus=etaminus, etaplus=etaplus, step_size_min=step_size_min,
-            step_size_max=step_size_max,
-        )  # fmt: skip
+    def arguments(self, group: Group) -> Group:
+        (etaminus, etaplus), (least, most) = group["etas"], group["step_sizes"]
+        return dict(etaminus=etaminus, etaplus=etaplus, step_size_min=least, step_size_max=most)
 
 
 class Rprop(Optimizer, TorchRprop):

@@ -5,7 +5,7 @@ A new optimizer is a pair of functions in `kernels/optim_rules.py`, a formula of
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -51,6 +51,7 @@ class Rule:
     scalar_states: ClassVar[tuple[str, ...]] = ()  # besides: up to two states of one number a parameter
     adds_eps_to_root: ClassVar[bool] = True  # whether there is a √v + ε, which `eps_inside_sqrt` changes
     needs_scratch: ClassVar[bool] = False  # whether the fused CPU kernel writes more than the update needs
+    loops_on_cpu: ClassVar[bool] = False  # whether it is no kernel but a loop, which counts the steps itself
 
     def __init__(self, defaults: Group) -> None:
         self.defaults = defaults  # the optimizer's
@@ -129,24 +130,16 @@ def init_group(optimizer: torch.optim.Optimizer, group: Group, number: int) -> t
         return optimizer._init_group(group, *lists), lists  # type: ignore[attr-defined]
 
 
-def by_function(
-    function: Callable[..., None], group: Group, lists: Sequence[list[Any]], has_complex: bool, **own: Any
-) -> None:
-    """Call the function that torch's class calls, with what all of them take and the rule's `own` arguments."""
-    if group.get("fused"):
-        for p in group["params"]:
-            _device_dtype_check_for_fused(p)  # what torch's classes that have `fused` ask
-    elsewhere = torch.get_default_device().type != "cpu"  # where ASGD's would make numbers to be read at once
-    with torch.device("cpu") if elsewhere else contextlib.nullcontext():
-        function(
-            *lists, has_complex=has_complex, foreach=group["foreach"], maximize=group["maximize"],
-            differentiable=group["differentiable"], capturable=group["capturable"], **own,
-        )  # fmt: skip
-
-
 def counter_dtype(fused: bool) -> torch.dtype:
     """The type of torch's `step`."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 and not fused else torch.float32
+
+
+def check_fused(group: Group) -> None:
+    """What torch's classes that have `fused` ask of their parameters, for those that have not."""
+    if group.get("fused"):
+        for p in group["params"]:
+            _device_dtype_check_for_fused(p)
 
 
 def takes_fused(group: Group, steps: list[Tensor]) -> bool | None:
@@ -155,3 +148,43 @@ def takes_fused(group: Group, steps: list[Tensor]) -> bool | None:
     Parameters with true counters get here for how they lie in memory, which torch's fused kernels do not look at.
     """
     return True if group["fused"] and any(type(step) not in PLAIN for step in steps) else None
+
+
+class FunctionRule(Rule):
+    """The rule of a class that torch has no fused kernel for: it calls a function of lists, which loops over them."""
+
+    loops_on_cpu = True
+    function: ClassVar[Callable[..., None]]  # torch's
+    lists: ClassVar[tuple[str, ...]]  # the keys of the states that it takes, in its order
+
+    def arguments(self, group: Group) -> Group:
+        """Its own keyword arguments, but for those that each of these functions takes."""
+        raise NotImplementedError
+
+    def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
+        return dtype != torch.float16 and not group["capturable"]  # which torch refuses on the CPU
+
+    def fused_update(self, group: Group, t: Tensors) -> None:
+        names = (*self.states(group), *self.scalar_states, "step")
+        self._call(group, t.params, t.grads, dict(zip(names, (*t.states, t.steps), strict=True)), False)
+
+    def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
+        check_fused(group)
+        has_complex, (params, grads, *_) = init_group(optimizer, group, 2 + len(self.lists))
+        states: dict[str | None, list[Tensor]] = {
+            name: [optimizer.state[p][name] for p in params] for name in self.lists
+        }
+        # Elsewhere ASGD's would make numbers that are read at once.
+        elsewhere = torch.get_default_device().type != "cpu"
+        with torch.device("cpu") if elsewhere else contextlib.nullcontext():
+            self._call(group, params, prepare(grads), states, has_complex)
+
+    def _call(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], states: dict[str | None, list[Tensor]],
+        has_complex: bool,
+    ) -> None:  # fmt: skip
+        type(self).function(
+            params, grads, *(states[name] for name in self.lists), has_complex=has_complex, foreach=group["foreach"],
+            maximize=group["maximize"], differentiable=group["differentiable"], capturable=group["capturable"],
+            **self.arguments(group),
+        )  # fmt: skip

@@ -21,8 +21,8 @@ from .tracked_state import peek
 # 159. While other processes keep the cores busy, a single small tensor may wait 5 to 15 ms for the second thread.
 _GRAIN = 32768
 # Up to this many elements a tensor is small: torch's loop takes longer to call its operations than to compute them.
-# Measured, two cores: from 4 small ones on it is faster to put them side by side first.
-_SMALL, _MANY = 4096, 4
+# Measured, two cores: from 6 small ones on it is faster to put them side by side first.
+_SMALL, _MANY = 4096, 6
 
 
 def worth_packing(params: Sequence[Tensor]) -> bool:
@@ -40,10 +40,13 @@ def kind_of(rule: Rule, group: Group, tensors: Sequence[Tensor], pack: bool) -> 
         return "reference"
     on_cpu = p.device.type == "cpu"
     if on_cpu and layouts.layout(tensors) == []:
-        if p.is_floating_point() and rule.fused_on_cpu(group, p.dtype):
+        fused = p.is_floating_point() and rule.fused_on_cpu(group, p.dtype)
+        if fused and not rule.loops_on_cpu:
             return "fused"
         if pack and p.numel() <= _SMALL and not group.get("capturable"):  # which torch refuses on the CPU
             return "packed"
+        if fused:
+            return "fused"
     if p.dtype == torch.float16 and "eps" in group and (on_cpu or not (p.is_meta or group.get("capturable"))):
         return "reference"  # torch's own code adds ε in float16, where 1e-8 is 0: a gradient of 0 would give 0/0
     return "torch"
@@ -155,7 +158,7 @@ class FusedBucket:
         self._every = self._indices == list(range(sum(len(group["params"]) for group in groups)))
         self._small = 16 < max(slot.param.numel() for slot in slots) < _GRAIN  # up to 16 torch takes one thread anyway
         self._params = [slot.param for slot in slots]
-        names = [name for name in slots[0].names if name is not None]
+        names = [name for name in (*slots[0].names, *rule.scalar_states) if name is not None]
         self._states = [[local(peek(slot.state, name)).detach() for slot in slots] for name in names]
         self._counters: Tensor | None = None  # all of them in one tensor, which one addition moves
         self._steps: list[Tensor] = []
@@ -187,7 +190,7 @@ class FusedBucket:
         scratch = self._make_scratch() if self.rule.needs_scratch else []
         slots, params, states, steps = self.slots, self._params, self._states, self._steps
         if step.complete:
-            if self._counters is not None:
+            if self._counters is not None and not self.rule.loops_on_cpu:
                 self._counters += 1
         else:
             there = [grad is not None for grad in grads]
@@ -195,7 +198,7 @@ class FusedBucket:
             grads, params, steps, scratch, *states = (
                 list(compress(x, there)) for x in (grads, params, steps, scratch, *states)
             )
-            if self._counters is not None:
+            if self._counters is not None and not self.rule.loops_on_cpu:
                 self._counters[torch.tensor(there, device="cpu")] += 1
         if not grads:
             return
