@@ -231,14 +231,17 @@ def nadam_scalars(h, step, mu_product, unused, HYPER: tl.constexpr, CONFIG: tl.c
     of_grad = lr * (1.0 - mu) / (1.0 - product)
     of_avg = lr * mu_next / (1.0 - product * mu_next)
     corrects_root = 1.0 / tl.sqrt(1.0 - power(beta2, step))
-    averages = (1.0 - beta1).to(ACC), beta2.to(ACC), (1.0 - beta2).to(ACC)
-    return (averages, of_grad.to(ACC), of_avg.to(ACC), corrects_root.to(ACC)), mu_product, unused
+    scalars = (
+        (1.0 - beta1).to(ACC), beta2.to(ACC), (1.0 - beta2).to(ACC), of_grad.to(ACC), of_avg.to(ACC),
+        corrects_root.to(ACC),
+    )  # fmt: skip
+    return scalars, mu_product, unused
 
 
 @triton.jit
 def nadam(p, g, exp_avg, exp_avg_sq, unused, lr, eps, s, CONFIG: tl.constexpr):
     """θ ← θ − η·((1 − μₜ)·g/(1 − Πμ) + μₜ₊₁·m/(1 − μₜ₊₁·Πμ))/(√v̂ + ε), with Adam's m and v."""
-    (one_minus_beta1, beta2, one_minus_beta2), of_grad, of_avg, corrects_root = s
+    one_minus_beta1, beta2, one_minus_beta2, of_grad, of_avg, corrects_root = s
     exp_avg += one_minus_beta1 * (g - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
     if CONFIG.EPS_INSIDE:

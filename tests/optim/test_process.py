@@ -171,7 +171,7 @@ def test_imported_within(how: str) -> None:
                 a.step()
                 b.step()
             torch.testing.assert_close(p, q)
-            assert bool((p < 0.9).all()), name
+            assert bool((p < 1).all()), name
         """
     )
     assert run.returncode == 0, run.stderr
