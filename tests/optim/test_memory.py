@@ -1,5 +1,6 @@
 """Memory that a step is not given, or finds elsewhere: of another size, freed, moved, restrided, shared."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -116,16 +117,17 @@ def test_a_checkpoint_of_another_model(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_counters_that_are_no_numbers(name: str, device: str) -> None:
+def test_states_of_one_number_that_are_none(name: str, device: str) -> None:
     twins = lively(name, device)
     twins.step()
     state = twins.ours.state[twins.params[1]]
-    for wrong in (torch.zeros(3), torch.zeros(0), torch.zeros((), dtype=torch.complex64)):
-        kept = state["step"].clone()
-        state["step"] = wrong.to(device)
+    wrong = (torch.zeros(3), torch.zeros(0), torch.zeros((), dtype=torch.complex64))
+    for key, value in itertools.product(("step", *twins.ours._rule.scalar_states), wrong):
+        kept = state[key].clone()
+        state[key] = value.to(device)
         twins.give(twins.grads())
-        refused(twins, ValueError, "step of parameter 1 of group 0 must be one real number")
-        state["step"] = kept
+        refused(twins, ValueError, f"{key} of parameter 1 of group 0 must be one real number")
+        state[key] = kept
     twins.step()
 
 
