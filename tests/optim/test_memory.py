@@ -131,6 +131,23 @@ def test_states_of_one_number_that_are_none(name: str, device: str) -> None:
     twins.step()
 
 
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_checkpoint_has_numbers_of_its_own(name: str, device: str) -> None:
+    """Those of many parameters lie in one tensor, which goes on changing."""
+    optimizer = ours(name, [torch.ones(n, device=device) for n in range(1, 9)], **LIVELY[name])
+    saved = None
+    for _ in range(2):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        saved = saved or optimizer.state_dict()["state"]
+    assert saved is not None
+    for key in ("step", *optimizer._rule.scalar_states):
+        kept, now = saved[7][key], optimizer.state_dict()["state"][7][key]
+        assert kept.untyped_storage().nbytes() == kept.element_size()
+        assert kept != now or key == "mu"
+
+
 @pytest.mark.parametrize("way", ["fewer", "more", "integer", "freed", "data"])
 def test_averages_that_do_not_fit(way: str, device: str) -> None:
     twins = lively("Adam", device, mine={"ema_decay": 0.5})

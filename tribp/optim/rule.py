@@ -174,17 +174,17 @@ class FunctionRule(Rule):
         states: dict[str | None, list[Tensor]] = {
             name: [optimizer.state[p][name] for p in params] for name in self.lists
         }
-        # Elsewhere ASGD's would make numbers that are read at once.
-        elsewhere = torch.get_default_device().type != "cpu"
-        with torch.device("cpu") if elsewhere else contextlib.nullcontext():
-            self._call(group, params, prepare(grads), states, has_complex)
+        self._call(group, params, prepare(grads), states, has_complex)
 
     def _call(
         self, group: Group, params: list[Tensor], grads: list[Tensor], states: dict[str | None, list[Tensor]],
         has_complex: bool,
     ) -> None:  # fmt: skip
-        type(self).function(
-            params, grads, *(states[name] for name in self.lists), has_complex=has_complex, foreach=group["foreach"],
-            maximize=group["maximize"], differentiable=group["differentiable"], capturable=group["capturable"],
-            **self.arguments(group),
-        )  # fmt: skip
+        # Elsewhere ASGD's would make numbers that are read at once.
+        elsewhere = torch.get_default_device().type != "cpu"
+        with torch.device("cpu") if elsewhere else contextlib.nullcontext():
+            type(self).function(
+                params, grads, *(states[name] for name in self.lists), has_complex=has_complex,
+                foreach=group["foreach"], maximize=group["maximize"], differentiable=group["differentiable"],
+                capturable=group["capturable"], **self.arguments(group),
+            )  # fmt: skip
