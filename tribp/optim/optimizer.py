@@ -185,7 +185,7 @@ class Optimizer(torch.optim.Optimizer):
         """torch's, key for key: load it with either class. Options that are on add keys, those that are off do not."""
         if self._in_swap:
             raise RuntimeError("state_dict() within swap_ema(): leave the `with` block first")
-        with checkpoint.export_state(self, self._is_unused):
+        with checkpoint.export_state(self, self._is_unused, self._rule.numbers()):
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -194,7 +194,7 @@ class Optimizer(torch.optim.Optimizer):
         Unlike torch's, it keeps the type of a loaded state (unless `state_dtype` says otherwise), copies what it
         loads, and leaves options that the checkpoint does not know as they are.
         """
-        with checkpoint.keep_loaded_state(self):
+        with checkpoint.keep_loaded_state(self, self._rule.numbers()):
             super().load_state_dict(state_dict)
 
     def _is_unused(self, buffer: object) -> bool:
@@ -202,7 +202,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(super().__getstate__())
-        states = checkpoint.states_of(self, self.state, self._is_unused)
+        states = checkpoint.states_of(self, self.state, self._is_unused, self._rule.numbers())
         kept["state"] = defaultdict(dict, states)
         # A spawned process is given memory by its file descriptor, after this returns: the copies must live until then.
         dicts = [state for state in states.values() if isinstance(state, dict)]

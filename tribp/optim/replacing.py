@@ -5,6 +5,21 @@ from types import TracebackType
 
 import torch
 
+from .adadelta import Adadelta
+from .adagrad import Adagrad
+from .adam import Adam, AdamW
+from .adamax import Adamax
+from .asgd import ASGD
+from .nadam import NAdam
+from .radam import RAdam
+from .rmsprop import RMSprop
+from .rprop import Rprop
+from .sgd import SGD
+
+CLASSES: tuple[type[torch.optim.Optimizer], ...] = (
+    SGD, RMSprop, Adagrad, Adam, AdamW, Adadelta, Adamax, NAdam, RAdam, Rprop, ASGD,
+)  # fmt: skip
+
 
 class Patch(tuple[str, ...]):
     """The names that a call of `patch` replaced; a `with` block puts them back at its end."""
@@ -54,11 +69,7 @@ def _put_back(names: "Patch | list[str]") -> tuple[str, ...]:
 
 def _pairs() -> Iterator[tuple[str, type, type]]:
     """A name in torch.optim, torch's class of that name, tribp's, which inherits from it."""
-    from .. import optim
-
-    for name in optim.__all__:
-        ours = getattr(optim, name)
-        if isinstance(ours, type) and ours.__name__ == name and ours.__module__.startswith(optim.__name__):
-            for base in ours.__mro__:
-                if base.__name__ == name and base.__module__.startswith("torch.optim."):
-                    yield name, base, ours
+    for ours in CLASSES:
+        for base in ours.__mro__:
+            if base.__name__ == ours.__name__ and base.__module__.startswith("torch.optim."):
+                yield ours.__name__, base, ours
