@@ -9,6 +9,7 @@ calls of layers up to the driver of a GPU, the first ones too (`host_layers.py`)
 
 import contextlib
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -228,6 +229,7 @@ CLASSES: dict[str, tuple[str, dict[str, Any], float]] = {  # and how many times 
     "Adagrad": ("Adagrad", {}, 20),
     "RMSprop": ("RMSprop", {}, 12),
     "SGD": ("SGD", {}, 1),
+    **{name: (name, {}, 5) for name in ("Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")},
 }
 LIBRARIES: dict[str, Any] = {"tribp": optim, "torch": torch.optim}
 ROUNDS = 15  # samples of each provider
@@ -244,7 +246,7 @@ def fallbacks(smoke: bool) -> list[Comparison]:
         if len(sizes) == 1:
             return Comparison(f"{name}, {sizes[0]}", sizes, providers, targets)
         providers["tribp, unchecked"] = unchecked(providers["tribp"])
-        if class_name != "RMSprop":
+        if "fused" in inspect.signature(getattr(torch.optim, class_name)).parameters:
             providers["torch fused"] = provider(torch.optim, class_name, **options, fused=True)
             targets.append(Target("torch fused", "tribp", 1.2, at_least=True))
         return Comparison(f"{name}, {len(sizes)}x{sizes[0]}", sizes, providers, targets)
@@ -291,6 +293,8 @@ def shards(smoke: bool) -> list[Comparison]:
     sizes = [64, 8] * (2 if smoke else 200)
     comparisons = []
     for name, (class_name, options, _) in CLASSES.items():
+        if name == "Rprop":
+            continue  # torch's own writes by a mask, which DTensors do not know
         modes = ["foreach"] + ["fused"] * (name == "Adam")  # to the others' fused kernels DTensors are unknown
         providers = {library: provider(module, class_name, **options) for library, module in LIBRARIES.items()}
         for mode in modes:

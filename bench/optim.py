@@ -27,7 +27,10 @@ Shapes = Sequence[tuple[int, ...]]
 
 # An element's additions, multiplications, divisions and roots, counted from the formulas without options (SGD: with
 # momentum): where the roofline shows the step. Memory bounds it wherever these numbers lie.
-OPERATIONS = {"Adam": 13, "RMSprop": 9, "Adagrad": 7, "SGD": 4, "Momentum": 4}
+OPERATIONS = {
+    "Adam": 13, "RMSprop": 9, "Adagrad": 7, "SGD": 4, "Momentum": 4,
+    "Adadelta": 13, "Adamax": 9, "NAdam": 16, "RAdam": 13, "Rprop": 8, "ASGD": 6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def resnet50() -> Shapes:
 
 
 MOMENTUM = {"momentum": 0.9}
-ALL = {"SGD": MOMENTUM, "Adagrad": {}, "RMSprop": {}}
+ALL: dict[str, Mapping[str, Any]] = {"SGD": MOMENTUM, "Adagrad": {}, "RMSprop": {}}
+UNFUSED = ("Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")  # in torch
 LARGE, HUGE = ("1e8", [(10**8,)]), ("1e9", [(10**9,)])
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 STOCHASTIC = {"state_dtype": FP32, "stochastic_rounding": True}
@@ -127,6 +131,7 @@ def cases() -> list[StepCase]:
     ruled = {"Adam": {}, **ALL}.items()
     return [
         *(StepCase(name, *LARGE, options=options) for name, options in ruled),
+        *(StepCase(name, *LARGE) for name in UNFUSED),
         *(StepCase(name, *shapes, options=options, small=True) for name, options in ruled for shapes in lengths),
         StepCase("Adam", "gpt2", gpt2()),
         StepCase("Adam", "resnet50", resnet50(), small=True),
@@ -134,6 +139,7 @@ def cases() -> list[StepCase]:
         *variants(LARGE),
         StepCase("Adam", "gpt2", gpt2(), beyond={"max_grad_norm": 1.0}),
         StepCase("SGD", *LARGE),
+        *(StepCase(name, *lengths[0], small=True) for name in UNFUSED),
         *(StepCase(name, *HUGE, options=options) for name, options in ruled),
     ]
 
@@ -144,6 +150,7 @@ def smoke_cases() -> list[StepCase]:
     return [
         StepCase("Adam", *two, small=True),
         *(StepCase(name, *two, options=options) for name, options in ALL.items()),
+        *(StepCase(name, "70", [(70,)]) for name in UNFUSED),
         StepCase("Adam", "3 groups of 8", [(8,)] * 3, grouped=False, small=True),
         *variants(two),
     ]
@@ -157,7 +164,8 @@ def work(case: StepCase, direction: str) -> Work:
         "RMSprop": 1 + on.get("centered", False) + ("momentum" in on),
         "Adagrad": 1,
         "SGD": int("momentum" in on),
-    }[case.optimizer]
+        "ASGD": 1,
+    }.get(case.optimizer, 2)
     grads = 1 + case.scaler + (case.clip is not None)
     state_size = case.beyond.get("state_dtype", case.dtype).itemsize
     moved = (2 + grads) * case.dtype.itemsize + 2 * states * state_size
@@ -170,10 +178,10 @@ def targets(case: StepCase, direction: str) -> list[Target]:
     bare = case.dtype == torch.float32 and not case.beyond and not case.scaler
     ruled = case.options == ({"momentum": 0.9} if case.optimizer == "SGD" else {})  # Momentum is SGD with momentum
     if bare and ruled and case.shapes_name == "1e8":
-        # torch has no fused RMSprop; what torch.compile makes of it stands beside, without a target.
-        peer = Target("eager", 2.3) if case.optimizer == "RMSprop" else Target("fused", 1.0)
+        # Where torch has no fused step, what torch.compile makes of it stands beside, without a target.
+        peer = Target("eager", 2.3) if case.optimizer in ("RMSprop", *UNFUSED) else Target("fused", 1.0)
         targets += [Target("copy", 0.92, "bandwidth"), peer, Target("for-loop", 1.001, "held memory")]
-    if bare and ruled and case.shapes_name.startswith("1000x") and case.optimizer != "RMSprop":
+    if bare and ruled and case.shapes_name.startswith("1000x") and case.optimizer not in ("RMSprop", *UNFUSED):
         targets.append(Target("fused", 5.0))
     return targets
 
@@ -202,7 +210,7 @@ class Provider:
 def providers(case: StepCase, without_compile: str = "") -> dict[str, Provider | str]:
     """By name; in place of one that is left out, a sentence."""
     options, beyond = case.options, case.beyond.keys()
-    capturable = case.optimizer in ("Adam", "RMSprop")
+    capturable = case.optimizer in ("Adam", "RMSprop", *UNFUSED)
 
     def torchs(**how: bool) -> Callable[..., Any]:
         return _maker("torch.optim", case.optimizer, {**options, **how}, capturable)
@@ -216,11 +224,11 @@ def providers(case: StepCase, without_compile: str = "") -> dict[str, Provider |
         "apex": "apex has no such optimizer",
         "bitsandbytes": "bitsandbytes has no such optimizer",
     }
-    if case.optimizer == "RMSprop":
-        there["fused"] = "torch has no fused RMSprop"
+    if case.optimizer in ("RMSprop", *UNFUSED):
+        there["fused"] = f"torch has no fused {case.optimizer}"
     if lacking := [key for key in ("state_dtype", "stochastic_rounding") if key in beyond]:
         there |= dict.fromkeys(("for-loop", "foreach", "fused", "compile"), f"torch has no {' and no '.join(lacking)}")
-    if not case.scaler and not set(options) - {"momentum"}:
+    if case.optimizer not in UNFUSED and not case.scaler and not set(options) - {"momentum"}:
         if case.optimizer != "RMSprop" and "stochastic_rounding" not in beyond:
             adam = case.optimizer == "Adam"
             decays = {"adam_w_mode": False} if adam else {}
@@ -418,6 +426,7 @@ SELECTION: list[tuple[str, StepCase, Sequence[torch.dtype], Sequence[torch.dtype
         (FP32,),
     ),
     ("adagrad", replace(ADAM, optimizer="Adagrad"), (FP32,), (BF16,)),
+    *((name.lower(), replace(ADAM, optimizer=name), (FP32,), ()) for name in UNFUSED),
     ("adam clip", replace(ADAM, beyond=CLIP), (FP32,), (FP64,)),
     ("adam amsgrad", replace(ADAM, options={"amsgrad": True}), (), (FP32,)),
     ("adam scaler", replace(ADAM, scaler=True), (), (FP32,)),

@@ -6,7 +6,7 @@ given. CONFIG is a `tribp.launch.optim.StepConfig`, HYPER the columns of `hypers
 Tables, all of 8-byte words (`tribp/optim/triton_bucket.py` writes them):
 - `rows`, one row a tensor: the addresses and numbers of the columns below;
 - `grads`, one address a tensor, 0 where there is no gradient: such a tensor is left as it is, its step too;
-- `chunks`, one row a program: which tensor, and which of its chunks (−1: none, a launch has at least one program);
+- `chunks`, one row a program: which tensor, and which of its chunks;
 - `hypers`, one row a group: each float64 value, then the address of the device scalar that stands in for it (0: none).
 """
 
@@ -18,9 +18,12 @@ from .common import round_to
 from .optim_rules import divide, hyper
 
 # Columns of `rows`. RANDOM_STEP is a counter of its own where STEP does not count all of a parameter's life (SGD).
+# SCALAR0 and SCALAR1 are the addresses of states of one number; NEXT0 and NEXT1 hold, within a launch, what becomes of
+# them.
 PARAM, STATE0, STATE1, STATE2, EMA, STEP = (tl.constexpr(i) for i in range(6))
 EMA_STEP, RANDOM_STEP, NUMEL, GROUP, LAYOUT, STREAM = (tl.constexpr(i) for i in range(6, 12))
-ROW = tl.constexpr(12)
+SCALAR0, SCALAR1, NEXT0, NEXT1 = (tl.constexpr(i) for i in range(12, 16))
+ROW = tl.constexpr(16)
 
 # A tensor whose parts differ in layout has a row of sizes and, for each part, of strides, in elements.
 MAX_DIMS = tl.constexpr(arch.MAX_DIMS)
@@ -125,9 +128,9 @@ def multi_tensor_step(
         finite = tl.load(found_inf) == 0.0
     if finite:
         tensor = tl.load(chunks + 2 * tl.program_id(0))
-        row = rows + tl.maximum(tensor, 0).to(tl.int64) * ROW
-        grad_at = tl.load(grads + tl.maximum(tensor, 0))
-        if (tensor >= 0) & (grad_at != 0):
+        row = rows + tensor.to(tl.int64) * ROW
+        grad_at = tl.load(grads + tensor)
+        if grad_at != 0:
             h = hypers + tl.load(row + GROUP) * (2 * len(HYPER))
             numel = tl.load(row + NUMEL)
             step = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
@@ -143,7 +146,16 @@ def multi_tensor_step(
             sign = hyper(h, HYPER.grad_sign, CONFIG).to(CONFIG.ACC)
             decay = hyper(h, HYPER.weight_decay, CONFIG).to(CONFIG.ACC)
             shrink = (1.0 - lr64 * hyper(h, HYPER.decoupled_decay, CONFIG)).to(CONFIG.ACC)
-            rule_scalars = SCALARS(h, step, HYPER, CONFIG)
+            if CONFIG.SCALAR_TYPE is None:
+                rule_scalars = SCALARS(h, step, HYPER, CONFIG)
+            else:
+                # Every program of a tensor has to read them before they change: the launch's last one changes them.
+                scalar0 = load_scalar(row + SCALAR0, CONFIG)
+                scalar1 = load_scalar(row + SCALAR1, CONFIG)
+                rule_scalars, scalar0, scalar1 = SCALARS(h, step, scalar0, scalar1, HYPER, CONFIG)
+                if tl.load(chunks + 2 * tl.program_id(0) + 1) == 0:
+                    tl.store(row + NEXT0, scalar0.to(tl.float64).to(tl.int64, bitcast=True))
+                    tl.store(row + NEXT1, scalar1.to(tl.float64).to(tl.int64, bitcast=True))
             scale = None
             clip = None
             ema_decay = lr
@@ -219,6 +231,9 @@ def multi_tensor_step(
                     advance(rows + j * ROW + RANDOM_STEP, moves)
                 if CONFIG.EMA_TYPE is not None:
                     advance(rows + j * ROW + EMA_STEP, moves)
+                if CONFIG.SCALAR_TYPE is not None:
+                    store_scalar(rows + j * ROW + SCALAR0, rows + j * ROW + NEXT0, moves, CONFIG)
+                    store_scalar(rows + j * ROW + SCALAR1, rows + j * ROW + NEXT1, moves, CONFIG)
 
 
 @triton.jit
@@ -227,6 +242,22 @@ def advance(address, moves):
     at = tl.load(address, mask=moves, other=0)
     counter = at.to(tl.pointer_type(tl.float32))
     tl.store(counter, tl.load(counter, mask=at != 0, other=0.0) + 1.0, mask=at != 0)
+
+
+@triton.jit
+def load_scalar(address, CONFIG: tl.constexpr):
+    """A state of one number, in the type it is kept in; 0 where the rule has none."""
+    at = tl.load(address)
+    return tl.load(at.to(tl.pointer_type(CONFIG.SCALAR_TYPE)), mask=at != 0, other=0.0)
+
+
+@triton.jit
+def store_scalar(address, value, moves, CONFIG: tl.constexpr):
+    """Write the values, which other programs left, to these addresses, where there is one."""
+    at = tl.load(address, mask=moves, other=0)
+    bits = tl.load(value, mask=moves, other=0, cache_modifier=".cg")  # from L2, where the other programs' results are
+    number = bits.to(tl.float64, bitcast=True).to(CONFIG.SCALAR_TYPE)
+    tl.store(at.to(tl.pointer_type(CONFIG.SCALAR_TYPE)), number, mask=at != 0)
 
 
 @triton.jit(do_not_specialize=["first_program", "programs", "chunk_blocks"])
@@ -243,9 +274,9 @@ def gradient_norm(
     """
     BLOCK: tl.constexpr = CONFIG.BLOCK
     tensor = tl.load(chunks + 2 * tl.program_id(0))
-    grad_at = tl.load(grads + tl.maximum(tensor, 0))
+    grad_at = tl.load(grads + tensor)
     total = tl.full((), 0.0, tl.float64)
-    if (tensor >= 0) & (grad_at != 0):
+    if grad_at != 0:
         row = rows + tensor.to(tl.int64) * ROW
         numel = tl.load(row + NUMEL)
         layout_at = tl.load(row + LAYOUT)

@@ -8,6 +8,9 @@ The other one reads like the formula. It takes the parameter (already decayed), 
 decayed), three states, the rate, ε and the scalars `s`, and returns the parameter and the states. A state that a tensor
 lacks arrives as 0, and each formula is written so that 0 gives the plain variant: groups with and without momentum,
 amsgrad or centered share a launch.
+
+Where a rule has states of one number (`Rule.scalar_states`), `…_scalars` takes two of them after the step, and returns
+them behind the scalars: what the next step finds.
 """
 
 import triton
@@ -63,6 +66,17 @@ def hyper(h, column, CONFIG: tl.constexpr):
 def power(beta, step):
     """βᵗ in float64, for 0 ≤ β < 1."""
     return tl.exp2(step * tl.log2(beta))
+
+
+@triton.jit
+def one_minus_power(beta, step):
+    """1 − βᵗ in float64, for 0 ≤ β < 1, to the last places also where βᵗ is nearly 1.
+
+    (1 − u)·log(βᵗ)/log(u) with u = βᵗ, rounded: the rounding of u cancels out (Kahan's way to compute exp(x) − 1).
+    """
+    exponent = step * tl.log2(beta)
+    u = tl.exp2(exponent)
+    return tl.where(u > 0.0, (1.0 - u) * exponent / tl.log2(tl.where(u > 0.0, u, 0.5)), 1.0)
 
 
 @triton.jit
@@ -143,3 +157,143 @@ def adam(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, lr, eps, s, CONFIG: tl.const
     else:
         d = root(max_exp_avg_sq) * corrects_root + eps
     return p - step_size * divide(exp_avg, d), exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+@triton.jit
+def adadelta_scalars(h, step, HYPER: tl.constexpr, CONFIG: tl.constexpr):
+    rho = hyper(h, HYPER.rho, CONFIG)
+    return rho.to(CONFIG.ACC), (1.0 - rho).to(CONFIG.ACC)
+
+
+@triton.jit
+def adadelta(p, g, square_avg, acc_delta, unused, lr, eps, s, CONFIG: tl.constexpr):
+    """v ← ρ·v + (1 − ρ)·g², Δ = √(u + ε)/√(v + ε)·g, u ← ρ·u + (1 − ρ)·Δ², θ ← θ − η·Δ."""
+    rho, one_minus_rho = s
+    square_avg = rho * square_avg + one_minus_rho * (g * g)
+    delta = divide(root(acc_delta + eps), root(square_avg + eps)) * g
+    acc_delta = rho * acc_delta + one_minus_rho * (delta * delta)
+    return p - lr * delta, square_avg, acc_delta, unused
+
+
+@triton.jit
+def adamax_scalars(h, step, HYPER: tl.constexpr, CONFIG: tl.constexpr):
+    ACC: tl.constexpr = CONFIG.ACC
+    beta1 = hyper(h, HYPER.beta1, CONFIG)
+    step_size = hyper(h, HYPER.lr, CONFIG) / (1.0 - power(beta1, step))
+    return (1.0 - beta1).to(ACC), hyper(h, HYPER.beta2, CONFIG).to(ACC), step_size.to(ACC)
+
+
+@triton.jit
+def adamax(p, g, exp_avg, exp_inf, unused, lr, eps, s, CONFIG: tl.constexpr):
+    """m ← β₁·m + (1 − β₁)·g, u ← max(β₂·u, |g| + ε), θ ← θ − η/(1 − β₁ᵗ)·m/u."""
+    one_minus_beta1, beta2, step_size = s
+    exp_avg += one_minus_beta1 * (g - exp_avg)
+    exp_inf = tl.maximum(beta2 * exp_inf, tl.abs(g) + eps, propagate_nan=tl.PropagateNan.ALL)
+    return p - step_size * divide(exp_avg, exp_inf), exp_avg, exp_inf, unused
+
+
+@triton.jit
+def rprop_scalars(h, step, HYPER: tl.constexpr, CONFIG: tl.constexpr):
+    ACC: tl.constexpr = CONFIG.ACC
+    shrinks = hyper(h, HYPER.etaminus, CONFIG)
+    grows = hyper(h, HYPER.etaplus, CONFIG)
+    least = hyper(h, HYPER.step_size_min, CONFIG)
+    most = hyper(h, HYPER.step_size_max, CONFIG)
+    return shrinks.to(ACC), grows.to(ACC), least.to(ACC), most.to(ACC)
+
+
+@triton.jit
+def rprop(p, g, prev, step_size, unused, lr, eps, s, CONFIG: tl.constexpr):
+    """δ ← δ·η⁺ where g has the sign of the one before, δ·η⁻ where it has the other one, and then g ← 0; δ within its
+    bounds; θ ← θ − δ·sign(g)."""
+    shrinks, grows, least, most = s
+    product = g * prev
+    step_size *= tl.where(product > 0.0, grows, tl.where(product < 0.0, shrinks, 1.0))
+    step_size = tl.minimum(tl.maximum(step_size, least), most)
+    g = tl.where(product < 0.0, 0.0, g)
+    sign = (g > 0.0).to(CONFIG.ACC) - (g < 0.0).to(CONFIG.ACC)  # of NaN it is 0, as torch's
+    return p - sign * step_size, g, step_size, unused
+
+
+@triton.jit
+def nadam_scalars(h, step, mu_product, unused, HYPER: tl.constexpr, CONFIG: tl.constexpr):
+    """μ, this step's β₁ and the next one's, grows towards β₁; mu_product is the product of all so far."""
+    ACC: tl.constexpr = CONFIG.ACC
+    lr = hyper(h, HYPER.lr, CONFIG)
+    beta1 = hyper(h, HYPER.beta1, CONFIG)
+    beta2 = hyper(h, HYPER.beta2, CONFIG)
+    momentum_decay = hyper(h, HYPER.momentum_decay, CONFIG)
+    fades = tl.full((), 0.96, tl.float64)
+    mu = beta1 * (1.0 - 0.5 * power(fades, step * momentum_decay))
+    mu_next = beta1 * (1.0 - 0.5 * power(fades, (step + 1.0) * momentum_decay))
+    mu_product *= mu.to(mu_product.dtype)  # rounded as in torch, which keeps it from step to step
+    product = mu_product.to(tl.float64)
+    of_grad = lr * (1.0 - mu) / (1.0 - product)
+    of_avg = lr * mu_next / (1.0 - product * mu_next)
+    corrects_root = 1.0 / tl.sqrt(1.0 - power(beta2, step))
+    scalars = (
+        (1.0 - beta1).to(ACC), beta2.to(ACC), (1.0 - beta2).to(ACC), of_grad.to(ACC), of_avg.to(ACC),
+        corrects_root.to(ACC),
+    )  # fmt: skip
+    return scalars, mu_product, unused
+
+
+@triton.jit
+def nadam(p, g, exp_avg, exp_avg_sq, unused, lr, eps, s, CONFIG: tl.constexpr):
+    """θ ← θ − η·((1 − μₜ)·g/(1 − Πμ) + μₜ₊₁·m/(1 − μₜ₊₁·Πμ))/(√v̂ + ε), with Adam's m and v."""
+    one_minus_beta1, beta2, one_minus_beta2, of_grad, of_avg, corrects_root = s
+    exp_avg += one_minus_beta1 * (g - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
+    if CONFIG.EPS_INSIDE:
+        d = root(exp_avg_sq * (corrects_root * corrects_root) + eps)
+    else:
+        d = root(exp_avg_sq) * corrects_root + eps
+    return p - divide(of_grad * g + of_avg * exp_avg, d), exp_avg, exp_avg_sq, unused
+
+
+@triton.jit
+def radam_scalars(h, step, HYPER: tl.constexpr, CONFIG: tl.constexpr):
+    """ρ is the length of the average that v amounts to; above 5 its variance is known, and the step rectified by r."""
+    ACC: tl.constexpr = CONFIG.ACC
+    beta1 = hyper(h, HYPER.beta1, CONFIG)
+    beta2 = hyper(h, HYPER.beta2, CONFIG)
+    taken = one_minus_power(beta2, step)
+    longest = 2.0 / (1.0 - beta2) - 1.0
+    length = longest - 2.0 * step * (1.0 - taken) / taken
+    rectified = length > 5.0
+    length = tl.where(rectified, length, 5.0)
+    longest = tl.where(rectified, longest, 5.0)  # then r = 1, which nobody asks for
+    r = tl.sqrt((length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length))
+    step_size = hyper(h, HYPER.lr, CONFIG) / (1.0 - power(beta1, step))
+    step_size *= tl.where(rectified, r * tl.sqrt(taken), 1.0)
+    return (1.0 - beta1).to(ACC), beta2.to(ACC), (1.0 - beta2).to(ACC), step_size.to(ACC), rectified
+
+
+@triton.jit
+def radam(p, g, exp_avg, exp_avg_sq, unused, lr, eps, s, CONFIG: tl.constexpr):
+    """m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g², θ ← θ − η·m̂·r·√(1 − β₂ᵗ)/(√v + ε); θ − η·m̂ while ρ ≤ 5."""
+    one_minus_beta1, beta2, one_minus_beta2, step_size, rectified = s
+    exp_avg += one_minus_beta1 * (g - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
+    d = tl.where(rectified, denominator(exp_avg_sq, eps, CONFIG), 1.0)
+    return p - step_size * divide(exp_avg, d), exp_avg, exp_avg_sq, unused
+
+
+@triton.jit
+def asgd_scalars(h, step, eta, mu, HYPER: tl.constexpr, CONFIG: tl.constexpr):
+    """This step's rate and the weight of its average were formed by the step before."""
+    ACC: tl.constexpr = CONFIG.ACC
+    lr = hyper(h, HYPER.lr, CONFIG)
+    lambd = hyper(h, HYPER.lambd, CONFIG)
+    shrink = 1.0 - lambd * eta.to(tl.float64)
+    decayed = tl.exp2(hyper(h, HYPER.alpha, CONFIG) * tl.log2(1.0 + lambd * lr * step))
+    next_mu = 1.0 / tl.maximum(step - hyper(h, HYPER.t0, CONFIG), 1.0)
+    return (eta.to(ACC), shrink.to(ACC), mu.to(ACC)), (lr / decayed).to(eta.dtype), next_mu.to(mu.dtype)
+
+
+@triton.jit
+def asgd(p, g, ax, unused1, unused2, lr, eps, s, CONFIG: tl.constexpr):
+    """θ ← (1 − λ·ηₜ)·θ − ηₜ·g, a ← a + μₜ·(θ − a); ηₜ₊₁ = η/(1 + λ·η·t)^α, μₜ₊₁ = 1/max(1, t − t₀)."""
+    eta, shrink, mu = s
+    p = p * shrink - eta * g
+    return p, tl.where(mu == 1.0, p, ax + mu * (p - ax)), unused1, unused2

@@ -31,7 +31,11 @@ def ours(name: str, params: Any, **options: Any) -> tribp.optim.optimizer.Optimi
     return kind(params, **options)  # type: ignore[no-any-return]
 
 
-CLASSES = ("SGD", "Momentum", "RMSprop", "Adagrad", "Adam", "AdamW")
+CLASSES = (
+    "SGD", "Momentum", "RMSprop", "Adagrad", "Adam", "AdamW", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD",
+)  # fmt: skip
+TORCHS = tuple(name for name in CLASSES if name != "Momentum")
+FUSED = ("SGD", "Momentum", "Adagrad", "Adam", "AdamW")  # in torch too
 # Steps of many units in the last place even of bfloat16, and an ε that matters: a wrong one is seen.
 NUMBERS: dict[str, Options] = {
     "SGD": dict(lr=0.2),
@@ -40,6 +44,12 @@ NUMBERS: dict[str, Options] = {
     "Adagrad": dict(lr=0.2, eps=1e-2),
     "Adam": dict(lr=0.1, eps=1e-2),
     "AdamW": dict(lr=0.1, eps=1e-2, weight_decay=0.0),
+    "Adadelta": dict(lr=1.0, eps=1e-2),
+    "Adamax": dict(lr=0.1, eps=1e-2),
+    "NAdam": dict(lr=0.1, eps=1e-2),
+    "RAdam": dict(lr=0.1, eps=1e-2),
+    "Rprop": dict(lr=0.2),
+    "ASGD": dict(lr=0.2),
 }
 _OWN: dict[str, list[Options]] = {
     "SGD": [{}, {"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.3}, {"momentum": 0.9, "nesterov": True}],
@@ -52,7 +62,15 @@ _OWN: dict[str, list[Options]] = {
         {}, {"amsgrad": True}, {"decoupled_weight_decay": True}, {"amsgrad": True, "decoupled_weight_decay": True},
     ],
     "AdamW": [{}, {"amsgrad": True}],
+    "Adadelta": [{}],
+    "Adamax": [{}],
+    "NAdam": [{}, {"momentum_decay": 0.1, "decoupled_weight_decay": True}],
+    "RAdam": [{}, {"betas": (0.8, 0.95), "decoupled_weight_decay": True}],
+    "Rprop": [{}, {"etas": (0.3, 1.7), "step_sizes": (0.15, 0.3)}],
+    "ASGD": [{}, {"lambd": 0.1, "alpha": 0.6, "t0": 0.0}],
 }  # fmt: skip
+# Steps that a trial begins after: RAdam has no second moment in its first five.
+BEGUN = {"RAdam": 4}
 # torch 2.13's own Adagrad makes states for groups that are added late, 2.11's raises KeyError.
 LATE_ADAGRAD = "full_like" in torch.optim.Adagrad._init_group.__code__.co_names
 VARIANTS = [(name, own) for name in CLASSES for own in _OWN[name]]
@@ -70,7 +88,7 @@ def common(name: str, decay: float, maximize: bool, as_tensors: bool) -> Options
     options: Options = {"weight_decay": decay, "maximize": maximize}
     if as_tensors:
         options["lr"] = torch.tensor(NUMBERS[name]["lr"]).double()
-        if name.startswith("Adam"):
+        if name in ("Adam", "AdamW"):
             options["betas"] = (torch.tensor(0.875).double(), torch.tensor(0.996).double())
     return options
 
@@ -175,9 +193,14 @@ class Trial:
             (self.torchs, genuine(name, split(self.torchs), **options)),
             (self.exact, genuine(name, split(self.exact), **options)),
         ]
+        begun = BEGUN.get(name, 0)
+        for params, optimizer in self.runs if begun else ():
+            for p in params:
+                state = {"step": torch.tensor(float(begun)), "exp_avg": torch.zeros_like(p)}
+                optimizer.state[p] = state | {"exp_avg_sq": torch.zeros_like(p)}
         self._options = [group for group in self.runs[2][1].param_groups for _ in group["params"]]
         self._wide = {
-            i: optim_oracle.Steps(name, self.torchs[i], options)
+            i: optim_oracle.Steps(name, self.torchs[i], options, begun)
             for i, options in enumerate(self._options)
             if optim_oracle.IS_WIDER and self.params[i].dtype == torch.float64
         }
@@ -347,6 +370,12 @@ LIVELY: dict[str, Options] = {
     "Adagrad": {"lr_decay": 0.1, "initial_accumulator_value": 0.2},
     "Adam": {"amsgrad": True, "weight_decay": 0.1},
     "AdamW": {"weight_decay": 0.1},
+    "Adadelta": {"weight_decay": 0.1},
+    "Adamax": {"weight_decay": 0.1},
+    "NAdam": {"weight_decay": 0.1, "momentum_decay": 0.1},
+    "RAdam": {"weight_decay": 0.1},
+    "Rprop": {"step_sizes": (0.1, 0.5)},
+    "ASGD": {"weight_decay": 0.1, "lambd": 0.1, "t0": 0.0},
 }
 
 

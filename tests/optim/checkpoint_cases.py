@@ -33,11 +33,17 @@ CASES: dict[str, tuple[str, State]] = {
     "adam decoupled fused": ("Adam", dict(weight_decay=0.1, decoupled_weight_decay=True, fused=True)),
     "adam tensor lr": ("Adam", dict(lr=torch.tensor(0.02, dtype=torch.float64))),
     "adamw": ("AdamW", {}),
+    "adadelta": ("Adadelta", dict(rho=0.8)),
+    "adamax": ("Adamax", dict(betas=(0.8, 0.9), maximize=True)),
+    "nadam": ("NAdam", dict(momentum_decay=0.1)),
+    "radam": ("RAdam", dict(betas=(0.8, 0.9))),
+    "rprop": ("Rprop", dict(step_sizes=(0.05, 0.2))),
+    "asgd": ("ASGD", dict(lambd=0.1, t0=0.0)),
     "adamw amsgrad": ("AdamW", dict(amsgrad=True, foreach=False)),
 }
 
 
-FEW = ["sgd momentum", "rmsprop everything", "adagrad fused", "adam amsgrad"]
+FEW = ["sgd momentum", "rmsprop everything", "adagrad fused", "adam amsgrad", "nadam", "rprop", "asgd"]
 
 
 every_case = pytest.mark.parametrize("case", CASES)

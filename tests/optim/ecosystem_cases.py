@@ -12,17 +12,15 @@ from torch.optim.optimizer import (
 )
 from torch.testing import assert_close
 
-from tribp.optim import SGD, Adagrad, Adam, AdamW, RMSprop
+import tribp.optim
+
+from .cases import TORCHS
 
 Options = dict[str, Any]
 
 
 PAIRS: list[tuple[type[Optimizer], type[Optimizer]]] = [
-    (SGD, torch.optim.SGD),
-    (RMSprop, torch.optim.RMSprop),
-    (Adagrad, torch.optim.Adagrad),
-    (Adam, torch.optim.Adam),
-    (AdamW, torch.optim.AdamW),
+    (getattr(tribp.optim, name), getattr(torch.optim, name)) for name in TORCHS
 ]
 
 

@@ -176,6 +176,12 @@ QUICK: dict[str, Case] = {
     "Adagrad": Rule("Adagrad", {"lr_decay": 0.1, "initial_accumulator_value": 0.3}),
     "Adam, amsgrad in one group": Rule("Adam", {}, DOUBLE, second={"amsgrad": True}),
     "AdamW": Rule("AdamW", {}, BRAIN),
+    "Adadelta": Rule("Adadelta", {}, HALF),
+    "Adamax": Rule("Adamax", {}),
+    "NAdam": Rule("NAdam", {"momentum_decay": 0.1}, DOUBLE, second={"decoupled_weight_decay": True}),
+    "RAdam": Rule("RAdam", {}, second={"decoupled_weight_decay": True}),
+    "Rprop": Rule("Rprop", {"step_sizes": (0.15, 0.3)}, BRAIN),
+    "ASGD": Rule("ASGD", {"lambd": 0.1, "t0": 0.0}),
     "Adagrad, 600 tensors": Rule(
         "Adagrad", {"lr_decay": 0.1, "initial_accumulator_value": 0.3}, layouts=("0-d",) * 600
     ),

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer
 from torch.testing import assert_close
 
-from tribp.optim import SGD, Adagrad, Adam, AdamW, Momentum, RMSprop
+from tribp.optim import ASGD, SGD, Adagrad, Adam, AdamW, Momentum, RAdam, RMSprop
 
 from .checkpoint_cases import (
     FEW,
@@ -45,6 +45,8 @@ def test_state_dicts_are_torchs_and_load_both_ways(case: str, device: str) -> No
     resumed_b = theirs(case, groups(copy.deepcopy(parameters(a))))
     resumed_a.load_state_dict(through_file(b.state_dict()))
     resumed_b.load_state_dict(through_file(a.state_dict()))
+    for state in resumed_b.state.values():  # torch casts them to the parameters' type, and goes on in it
+        state |= {key: state[key].float() for key in ("mu_product", "eta", "mu") if key in state}
     same_state_dict(resumed_a.state_dict(), b.state_dict())
     for optimizer in (a, b, resumed_a, resumed_b):
         train(optimizer, range(3, 5))
@@ -91,7 +93,7 @@ def test_resuming_gives_the_same_bits(case: str, way: str, device: str) -> None:
     same_parameters(copied, straight, exactly=True)
 
 
-@pytest.mark.parametrize("kind", [SGD, Momentum, RMSprop, Adagrad, Adam])
+@pytest.mark.parametrize("kind", [SGD, Momentum, RMSprop, Adagrad, Adam, ASGD])
 def test_random_rounding_resumes(kind: Any, device: str) -> None:
     """The random numbers depend on the step, which the checkpoint must therefore tell: the same bits after resuming."""
     found = []
@@ -206,6 +208,8 @@ BEYOND: list[tuple[type[Optimizer], State]] = [
     (RMSprop, COMMON | dict(fused=True, eps_inside_sqrt=True)),
     (Adam, COMMON | dict(eps_inside_sqrt=True)),
     (AdamW, COMMON | dict(eps_inside_sqrt=True)),
+    (RAdam, COMMON | dict(fused=True, eps_inside_sqrt=True)),
+    (ASGD, COMMON | dict(fused=True)),
 ]
 
 

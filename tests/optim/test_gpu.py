@@ -7,7 +7,20 @@ import torch
 from torch import Tensor
 
 import tribp
-from tribp.optim import SGD, Adagrad, Adam, AdamW, Momentum, RMSprop
+from tribp.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Momentum,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -18,6 +31,12 @@ CLASSES: list[tuple[Any, dict[str, Any]]] = [
     (Adagrad, dict(lr_decay=0.01)),
     (Adam, dict(amsgrad=True)),
     (AdamW, {}),
+    (Adadelta, {}),
+    (Adamax, {}),
+    (NAdam, {}),
+    (RAdam, {}),
+    (Rprop, {}),
+    (ASGD, dict(t0=1.0)),
 ]
 
 

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import SWALR
 import tribp.optim
 from tribp.optim import SGD, Adagrad, Adam, AdamW, Momentum, RMSprop
 
+from .cases import FUSED, TORCHS
 from .ecosystem_cases import PAIRS, Options, close, every_pair, gradients, loss_of, model, weights
 
 # What it looks like.
@@ -53,6 +54,19 @@ def test_relations_between_the_classes() -> None:
     assert tribp.optim.AdaGrad is Adagrad
 
 
+def test_every_name_of_torchs_is_there() -> None:
+    """`import tribp.optim as optim` serves a script: what tribp has no class for is torch's own."""
+    classes = [name for name in vars(torch.optim) if name[0].isupper()]
+    for name in (*classes, "lr_scheduler", "swa_utils"):
+        found, torchs = getattr(tribp.optim, name), getattr(torch.optim, name)
+        if name in TORCHS:
+            assert issubclass(found, torchs)
+            assert found is not torchs
+        else:
+            assert found is torchs
+        assert name in tribp.optim.__all__
+
+
 WRONG: list[tuple[str, Options]] = [
     ("Adam", dict(lr=-1.0)),
     ("Adam", dict(betas=(1.0, 0.9))),
@@ -84,6 +98,12 @@ WRONG: list[tuple[str, Options]] = [
     ("Adagrad", dict(initial_accumulator_value=-1.0)),
     ("Adagrad", dict(fused=True, foreach=True)),
     ("Adagrad", dict(fused=True, differentiable=True)),
+    ("Adadelta", dict(rho=2.0)),
+    ("Adamax", dict(betas=(1.0, 0.9))),
+    ("NAdam", dict(momentum_decay=-1.0)),
+    ("RAdam", dict(betas=(0.9, 1.0))),
+    ("Rprop", dict(etas=(1.0, 1.2))),
+    ("ASGD", dict(weight_decay=-1.0)),
 ]
 
 
@@ -236,8 +256,8 @@ def test_grad_scaler(kind: Any, genuine: Any, fused: bool, device: str) -> None:
     options: Options = dict(fused=True) if fused else {}
     found = []
     for c in (kind, genuine):
-        if c is torch.optim.RMSprop:
-            options = {}  # torch has no fused one
+        if c is genuine and genuine.__name__ not in FUSED:
+            options = {}
         network = model(device)
         optimizer = c(network.parameters(), lr=0.1, **options)
         scaler = torch.amp.GradScaler(torch.device(device).type, init_scale=4.0, growth_interval=2)
@@ -271,7 +291,7 @@ def test_it_scales_exactly_when_told(kind: Any, genuine: Any) -> None:
     fused = kind(weights(), fused=True)
     assert fused._step_supports_amp_scaling is True
     assert getattr(copy.deepcopy(fused), "_step_supports_amp_scaling", False) is True
-    if genuine not in (torch.optim.RMSprop, torch.optim.Adagrad):  # torch 2.11's Adagrad has none
+    if genuine in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):  # torch 2.11's Adagrad has none
         assert genuine(weights(), fused=True)._step_supports_amp_scaling is True
 
 

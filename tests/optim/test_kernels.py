@@ -23,6 +23,7 @@ from .cases import (
     LAYOUTS,
     LIVELY,
     NUMBERS,
+    TORCHS,
     VARIANTS,
     Options,
     Trial,
@@ -216,8 +217,6 @@ def test_momentum_is_an_average_from_the_first_gradient_on(device: str) -> None:
 
 
 # ---- torch's own configurations
-
-TORCHS = ("SGD", "RMSprop", "Adagrad", "Adam", "AdamW")
 
 
 def optim_db(name: str) -> Any:

@@ -24,6 +24,7 @@ from tribp import dispatch
 from tribp.optim import SGD, Adam, Momentum, RMSprop
 
 from ..test_dispatch import WITHOUT_TRITON, python
+from .cases import CLASSES
 from .ecosystem_cases import Options, close, gradients, loss_of, model, weights
 
 # The state, which is everyone's.
@@ -285,12 +286,13 @@ def test_works_without_triton_and_imported_late() -> None:
     """Also when torch has wrapped the steps of its classes already: a mark copied from them would silence our hooks."""
     run = python(
         WITHOUT_TRITON
+        + f"\n    CLASSES = {CLASSES}"
         + """
     import torch
-    for name in ("SGD", "RMSprop", "Adagrad", "Adam", "AdamW"):
+    for name in set(CLASSES) - {"Momentum"}:
         getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(3))])
     import tribp.optim
-    for name in ("SGD", "Momentum", "RMSprop", "Adagrad", "Adam", "AdamW"):
+    for name in CLASSES:
         p = torch.nn.Parameter(torch.ones(3))
         p.grad = torch.ones(3)
         optimizer, seen = getattr(tribp.optim, name)([p], ema_decay=0.5, max_grad_norm=1.0), []

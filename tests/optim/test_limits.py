@@ -102,8 +102,8 @@ def test_gradients_of_zero_in_16_bits(variant: tuple[str, Options], device: str)
     name, own = variant
     cases = [(dtype, *layouts) for dtype in (torch.float16, torch.bfloat16) for layouts in LAYOUTS]
     params = [of_p(torch.ones(2, 5, 7, 1, dtype=dtype, device=device)) for dtype, of_p, _ in cases]
-    decay: Options = {"weight_decay": 0.0} if name == "AdamW" else {}
-    optimizer = ours(name, params, lr=NUMBERS[name]["lr"], **own, **decay)
+    decay: Options = {"AdamW": {"weight_decay": 0.0}, "ASGD": {"lambd": 0.0}}.get(name, {})
+    optimizer = ours(name, params, **{"lr": NUMBERS[name]["lr"], **own, **decay})
     for _ in range(2):
         for p, (dtype, _, of_g) in zip(params, cases, strict=True):
             p.grad = of_g(torch.zeros(2, 5, 7, 1, dtype=dtype, device=device))

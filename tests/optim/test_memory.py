@@ -1,5 +1,6 @@
 """Memory that a step is not given, or finds elsewhere: of another size, freed, moved, restrided, shared."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +26,14 @@ KEYS = {
     "Adagrad": ("sum",),
     "Adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     "AdamW": ("exp_avg", "exp_avg_sq"),
+    "Adadelta": ("square_avg", "acc_delta"),
+    "Adamax": ("exp_avg", "exp_inf"),
+    "NAdam": ("exp_avg", "exp_avg_sq"),
+    "RAdam": ("exp_avg", "exp_avg_sq"),
+    "Rprop": ("prev", "step_size"),
+    "ASGD": ("ax",),
 }
-COUNTED = ("RMSprop", "Adagrad", "Adam", "AdamW")
+COUNTED = tuple(name for name in CLASSES if name not in ("SGD", "Momentum"))
 
 
 # ---- what does not fit
@@ -110,17 +117,35 @@ def test_a_checkpoint_of_another_model(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_counters_that_are_no_numbers(name: str, device: str) -> None:
+def test_states_of_one_number_that_are_none(name: str, device: str) -> None:
     twins = lively(name, device)
     twins.step()
     state = twins.ours.state[twins.params[1]]
-    for wrong in (torch.zeros(3), torch.zeros(0), torch.zeros((), dtype=torch.complex64)):
-        kept = state["step"].clone()
-        state["step"] = wrong.to(device)
+    wrong = (torch.zeros(3), torch.zeros(0), torch.zeros((), dtype=torch.complex64))
+    for key, value in itertools.product(("step", *twins.ours._rule.scalar_states), wrong):
+        kept = state[key].clone()
+        state[key] = value.to(device)
         twins.give(twins.grads())
-        refused(twins, ValueError, "step of parameter 1 of group 0 must be one real number")
-        state["step"] = kept
+        refused(twins, ValueError, f"{key} of parameter 1 of group 0 must be one real number")
+        state[key] = kept
     twins.step()
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_checkpoint_has_numbers_of_its_own(name: str, device: str) -> None:
+    """Those of many parameters lie in one tensor, which goes on changing."""
+    optimizer = ours(name, [torch.ones(n, device=device) for n in range(1, 9)], **LIVELY[name])
+    saved = None
+    for _ in range(2):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        saved = saved or optimizer.state_dict()["state"]
+    assert saved is not None
+    for key in ("step", *optimizer._rule.scalar_states):
+        kept, now = saved[7][key], optimizer.state_dict()["state"][7][key]
+        assert kept.untyped_storage().nbytes() == kept.element_size()
+        assert kept != now or key == "mu"
 
 
 @pytest.mark.parametrize("way", ["fewer", "more", "integer", "freed", "data"])

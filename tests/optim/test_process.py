@@ -25,10 +25,22 @@ from tribp.optim import torch_buckets
 from tribp.optim.adam import AdamRule
 
 from ..test_dispatch import python
-from .cases import CLASSES, LIVELY, NUMBERS, VARIANTS, Options, Twins, each_class, lively, ours, title, values
+from .cases import (
+    CLASSES,
+    FUSED,
+    LIVELY,
+    NUMBERS,
+    TORCHS,
+    VARIANTS,
+    Options,
+    Twins,
+    each_class,
+    lively,
+    ours,
+    title,
+    values,
+)
 from .test_torch_code import sparse_grad
-
-TORCHS = ("SGD", "RMSprop", "Adagrad", "Adam", "AdamW")
 
 # ---- default devices: "meta" stands in for "cuda" here, and any tensor on it by mistake is seen at once
 
@@ -127,7 +139,9 @@ def test_default_dtype(name: str, dtype: torch.dtype, fused: bool, device: str) 
     """Numbers do not depend on it; the type of torch's counters does, and so does that of ours in a checkpoint."""
     torch.set_default_dtype(dtype)
     try:
-        options: Options = dict(fused=True) if fused and name != "RMSprop" else {}
+        options: Options = dict(fused=True) if fused and name in FUSED else {}
+        if name == "ASGD" and dtype.itemsize == 2:
+            pytest.skip("torch rounds ASGD's rate to the default type before it keeps it in float32")
         twins = lively(name, device, **options)
         for _ in range(3):
             twins.step()
@@ -157,7 +171,7 @@ def test_imported_within(how: str) -> None:
                 a.step()
                 b.step()
             torch.testing.assert_close(p, q)
-            assert bool((p < 0.9).all()), name
+            assert bool((p < 1).all()), name
         """
     )
     assert run.returncode == 0, run.stderr
@@ -167,14 +181,15 @@ def test_imported_within(how: str) -> None:
 
 
 @pytest.fixture(params=["torch.optim", "and its modules"])
-def patched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """`torch.optim.Adam = tribp.optim.Adam`, for every class; the value is what was there."""
+def patched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """`torch.optim.Adam` is `tribp.optim.Adam`, and so is every class; the value is what was there."""
     genuine = {name: getattr(torch.optim, name) for name in TORCHS}
-    for name, kind in genuine.items():
-        monkeypatch.setattr(torch.optim, name, getattr(tribp.optim, name))
-        if request.param != "torch.optim":
-            monkeypatch.setattr(sys.modules[kind.__module__], name, getattr(tribp.optim, name))
-    return genuine
+    for name, kind in genuine.items() if request.param != "torch.optim" else ():
+        monkeypatch.setattr(sys.modules[kind.__module__], name, getattr(tribp.optim, name))
+    with tribp.optim.patch() as replaced:
+        assert set(replaced) == set(TORCHS)
+        yield genuine
+    assert {name: getattr(torch.optim, name) for name in TORCHS} == genuine
 
 
 @pytest.mark.parametrize("name", TORCHS)
@@ -196,6 +211,25 @@ def test_a_script_whose_classes_are_patched(name: str, patched: dict[str, Any]) 
     a.load_state_dict(b.state_dict())
     for other in (copy.deepcopy(a), pickle.loads(pickle.dumps(a))):
         assert type(other) is kind
+
+
+def test_a_patch_is_put_on_and_taken_off_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands at a name is replaced only where it is torch's class, and put back only where it is tribp's."""
+    genuine, other = torch.optim.Adam, type("Adam", (torch.optim.Adam,), {})
+    monkeypatch.setattr(torch.optim, "Adam", other)
+    assert set(tribp.optim.patch()) == set(TORCHS) - {"Adam"}
+    assert tribp.optim.patch() == ()
+    with tribp.optim.patch():
+        pass
+    assert torch.optim.SGD is tribp.optim.SGD, "a block puts back what it has replaced"
+    assert set(tribp.optim.unpatch()) == set(TORCHS) - {"Adam"}
+    assert tribp.optim.unpatch() == ()
+    assert torch.optim.Adam is other
+    monkeypatch.setattr(torch.optim, "Adam", genuine)
+    with tribp.optim.patch():
+        tribp.optim.unpatch()
+        assert torch.optim.Adam is genuine
+    assert torch.optim.Adam is genuine
 
 
 def test_momentum_in_the_place_of_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,6 +417,8 @@ def test_one_thread_is_a_matter_of_the_thread_that_steps(monkeypatch: pytest.Mon
 def test_fake_tensors(variant: tuple[str, Options], fused: bool | None) -> None:
     """As torch's classes take them: for the memory that a run would need, say. Nothing fake outlives it."""
     name, own = variant
+    if name == "ASGD":
+        pytest.skip("torch's own reads its rate, which has no value here")
     with FakeTensorMode():
         p = Parameter(torch.ones(3, 4))
         optimizer = ours(name, [p], **(NUMBERS[name] | own), fused=fused)
@@ -398,10 +434,12 @@ def test_fake_tensors(variant: tuple[str, Options], fused: bool | None) -> None:
 @each_class
 def test_meta_tensors(name: str, dtype: torch.dtype, device: str) -> None:
     """On either backend they do nothing without `fused`; with it they raise, as in torch's classes that have it."""
+    if name == "ASGD":
+        pytest.skip("torch's own reads its rate, which has no value here")
     p = Parameter(torch.ones(3, device="meta", dtype=dtype))
     p.grad = torch.ones_like(p)
     ours(name, [p]).step()
-    theirs: Any = getattr(torch.optim, {"Momentum": "SGD", "RMSprop": "Adam"}.get(name, name))
+    theirs: Any = getattr(torch.optim, "Adam" if name not in FUSED else "SGD" if name == "Momentum" else name)
     with pytest.raises(RuntimeError) as expected:
         theirs([p], fused=True).step()
     with pytest.raises(RuntimeError) as found:

@@ -65,9 +65,6 @@ class FiveRule(Rule):
     def hyper(self, group: Group) -> FiveHyper:
         return FiveHyper(*group["five"])
 
-    def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
-        return False
-
 
 class Five(Optimizer):
     _rule = FiveRule

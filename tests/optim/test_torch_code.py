@@ -83,7 +83,7 @@ def test_a_dense_gradient_after_sparse_ones_is_the_kernels_again(kernels: str, l
         assert launched == ["multi_tensor_step"] * (t + 1)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "NAdam"])
 def test_sparse_gradients_that_torch_refuses(name: str, device: str) -> None:
     errors = []
     for make in (ours, genuine):
@@ -147,11 +147,12 @@ def test_an_average_of_a_sparsely_updated_embedding(device: str) -> None:
 @each_class
 def test_differentiable(name: str, device: str) -> None:
     """Derivatives of what two steps lead to: by the start, the gradients and, in Adam, the learning rate."""
+    steps = 1 if name in ("Adamax", "Rprop") else 2  # torch's own overwrite what the derivatives of two need
 
     def derivatives(make: Callable[..., Any]) -> tuple[Tensor | None, ...]:
-        lr: Any = torch.tensor(0.1, dtype=torch.float64, requires_grad=True) if name.startswith("Adam") else 0.1
+        lr: Any = torch.tensor(0.1, dtype=torch.float64, requires_grad=True) if name in ("Adam", "AdamW") else 0.1
         start = values((5,), torch.float64, 1).requires_grad_()
-        gradients = [values((5,), torch.float64, 2 + t).requires_grad_() for t in range(2)]
+        gradients = [values((5,), torch.float64, 2 + t).requires_grad_() for t in range(steps)]
         p = start.clone()
         own = {key: value for key, value in LIVELY[name].items() if key not in ("amsgrad", "centered")}  # not in torch
         optimizer = make(name, [p], **(NUMBERS[name] | own | {"lr": lr}), differentiable=True)
@@ -160,12 +161,12 @@ def test_differentiable(name: str, device: str) -> None:
         for g in gradients:
             p.grad = g
             optimizer.step()
-        inputs = [start, *gradients, *([lr] if name.startswith("Adam") else [])]
+        inputs = [start, *gradients, *([lr] if name in ("Adam", "AdamW") else [])]
         return p.detach(), *torch.autograd.grad(p.square().sum(), inputs, allow_unused=True)
 
     found, expected = derivatives(ours), derivatives(genuine)
     assert [t is None for t in found] == [t is None for t in expected]  # torch's SGD detaches its first buffer
-    assert sum(t is not None for t in found) >= 3
+    assert sum(t is not None for t in found) > steps
     for a, b in zip(found, expected, strict=True):
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)

@@ -17,6 +17,7 @@ class StepConfig(NamedTuple):
     STATE1: Any
     STATE2: Any
     EMA_TYPE: Any
+    SCALAR_TYPE: Any  # of the rule's states of one number a tensor
     ACC: Any  # the type that updates are computed in
     ON_DEVICE: bool  # some hyperparameters are tensors on the device
     EPS_INSIDE: bool  # √(v + ε) in place of √v + ε

@@ -1,18 +1,38 @@
 """Optimizers in place of torch.optim's: the same arguments, numbers and checkpoints, one kernel launch a step.
 
-    from tribp.optim import SGD, Momentum, RMSprop, Adagrad, Adam, AdamW
+    import tribp.optim as optim  # in place of: import torch.optim as optim
 
-`RMSProp` and `AdaGrad` are other spellings of the same classes. What they offer beyond torch's is in `ExtraOptions`.
+`RMSProp` and `AdaGrad` are other spellings of `RMSprop` and `Adagrad`. What tribp's classes offer beyond torch's is in
+`ExtraOptions`. What does not update element by element, and what is no optimizer, is torch's own, by the same name:
+LBFGS, SparseAdam, Adafactor, Muon (where torch has it), Optimizer, lr_scheduler, swa_utils.
 """
 
+import torch.optim
+from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam, lr_scheduler, swa_utils
+
+from .adadelta import Adadelta
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .adamax import Adamax
+from .asgd import ASGD
+from .nadam import NAdam
 from .options import ExtraOptions
+from .radam import RAdam
+from .replacing import patch, unpatch
 from .rmsprop import RMSprop
+from .rprop import Rprop
 from .sgd import SGD, Momentum
 
 RMSProp = RMSprop
 AdaGrad = Adagrad
 Beyond = ExtraOptions  # deprecated
 
-__all__ = ["SGD", "AdaGrad", "Adagrad", "Adam", "AdamW", "Beyond", "ExtraOptions", "Momentum", "RMSProp", "RMSprop"]
+__all__ = [
+    "ASGD", "LBFGS", "SGD", "AdaGrad", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Beyond",
+    "ExtraOptions", "Momentum", "NAdam", "Optimizer", "RAdam", "RMSProp", "RMSprop", "Rprop", "SparseAdam",
+    "lr_scheduler", "patch", "swa_utils", "unpatch",
+]  # fmt: skip
+
+if hasattr(torch.optim, "Muon"):
+    Muon = torch.optim.Muon
+    __all__ += ["Muon"]

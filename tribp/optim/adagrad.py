@@ -21,7 +21,7 @@ class AdagradRule(Rule):
     def states(self, group: Group) -> tuple[str | None, ...]:
         return ("sum",)
 
-    def new_state(self, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    def new_state(self, group: Group, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         value = self.defaults["initial_accumulator_value"]
         start = complex(value, value) if p.is_complex() else value
         return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
@@ -42,7 +42,7 @@ class AdagradRule(Rule):
         for p in group["params"]:  # of groups that were added late: torch 2.11 makes no states for those
             if not optimizer.state.get(p):
                 optimizer.state[p]["step"] = torch.zeros((), dtype=counter_dtype(bool(group["fused"])), device="cpu")
-                optimizer.state[p]["sum"] = self.new_state(p, "sum", p.dtype)
+                optimizer.state[p]["sum"] = self.new_state(group, p, "sum", p.dtype)
         (has_sparse_grad, has_complex), lists = init_group(optimizer, group, 4)
         params, grads, sums, steps = lists
         torch_adagrad(
@@ -89,6 +89,6 @@ class Adagrad(Optimizer, TorchAdagrad):
                 if not (group["fused"] or self.state[p]["step"].is_cpu):  # torch makes it on the default device
                     self.state[p]["step"] = self.state[p]["step"].new_zeros((), device="cpu")
                 if group.get("state_dtype") and not p.is_complex():
-                    self.state[p]["sum"] = self._rule(self.defaults).new_state(p, "sum", group["state_dtype"])
+                    self.state[p]["sum"] = self._rule(self.defaults).new_state(group, p, "sum", group["state_dtype"])
         for p, state in self.state.items():
             self.state[p] = WatchedState(state)  # nobody has been given one yet

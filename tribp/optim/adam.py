@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from . import reference
 from .optimizer import Optimizer
 from .options import ExtraOptions
-from .rule import Group, Number, Prepare, Rule, Tensors, init_group, takes_fused
+from .rule import Group, Prepare, Rule, Tensors, init_group, takes_fused
 
 
 class AdamRule(Rule):
@@ -23,10 +23,6 @@ class AdamRule(Rule):
 
     def hyper(self, group: Group) -> reference.AdamHyper:
         return reference.AdamHyper(*group["betas"])
-
-    def decays(self, group: Group) -> tuple[Number, Number]:
-        decay = group["weight_decay"]
-        return (0.0, decay) if group.get("decoupled_weight_decay") else (decay, 0.0)
 
     def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
         return True

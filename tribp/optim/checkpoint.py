@@ -1,13 +1,12 @@
 """Checkpoints: out with torch's keys and types, in without loss of precision or of options."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import COUNTERS
 from .options import DEFAULTS
 from .rule import counter_dtype
 from .tracked_state import WatchedState
@@ -16,13 +15,16 @@ State = dict[str, Any]
 
 
 def states_of(
-    optimizer: torch.optim.Optimizer, states: Mapping[Any, State], is_unused: Callable[[object], bool]
+    optimizer: torch.optim.Optimizer,
+    states: Mapping[Any, State],
+    is_unused: Callable[[object], bool],
+    numbers: Collection[str],
 ) -> dict[Any, State]:
     """Copies of the states of `optimizer`'s parameters (keyed in any way), as its torch counterpart would have them.
 
     A kernel counts on the device; torch does only if `fused` or `capturable`, and would wait for the device at every
     step of a checkpoint with counters there. And a step that a GradScaler skipped made momentum buffers without using
-    them (`is_unused`): torch would have none.
+    them (`is_unused`): torch would have none. numbers: the keys of states of one number.
     """
     stays = {
         id(optimizer.state[p]): bool(group.get("capturable") or group.get("fused"))
@@ -39,7 +41,7 @@ def states_of(
         copy = dict(state)
         if is_unused(copy.get("momentum_buffer")):
             del copy["momentum_buffer"]
-        for key in COUNTERS:
+        for key in numbers:
             if not isinstance(copy.get(key), Tensor):
                 continue
             by_kernel = key == "step" and copy[key].dtype == torch.float32
@@ -59,11 +61,13 @@ def states_of(
 
 
 @contextlib.contextmanager
-def export_state(optimizer: torch.optim.Optimizer, is_unused: Callable[[object], bool]) -> Iterator[None]:
+def export_state(
+    optimizer: torch.optim.Optimizer, is_unused: Callable[[object], bool], numbers: Collection[str]
+) -> Iterator[None]:
     """While torch packs a checkpoint: convert the states before any hook of the user's sees them."""
 
     def convert(_: Any, packed: State) -> None:
-        packed["state"] = states_of(optimizer, packed["state"], is_unused)
+        packed["state"] = states_of(optimizer, packed["state"], is_unused, numbers)
 
     handle = optimizer.register_state_dict_post_hook(convert, prepend=True)
     try:
@@ -73,7 +77,7 @@ def export_state(optimizer: torch.optim.Optimizer, is_unused: Callable[[object],
 
 
 @contextlib.contextmanager
-def keep_loaded_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def keep_loaded_state(optimizer: torch.optim.Optimizer, numbers: Collection[str]) -> Iterator[None]:
     """While torch loads a checkpoint: keep the types of its states, share none of its memory, keep our options.
 
     torch casts states to their parameter's type (float32 moments of bfloat16 parameters are cut), and uses the very
@@ -95,7 +99,7 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             for p, number in zip(group["params"], packed["params"], strict=True):
                 source = loaded["state"].get(number)
                 if source:
-                    _restore(group, optimizer.state[p], source)
+                    _restore(group, optimizer.state[p], source, numbers)
                     optimizer.state[p] = WatchedState(optimizer.state[p])  # nobody has been given one yet
 
     handles = [
@@ -109,11 +113,11 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             handle.remove()
 
 
-def _restore(group: State, state: State, source: State) -> None:
+def _restore(group: State, state: State, source: State, numbers: Collection[str]) -> None:
     for key, value in source.items():
         if not isinstance(value, Tensor) or not isinstance(state.get(key), Tensor):
             continue
-        if key not in (*COUNTERS, "ema") and value.is_floating_point():
+        if key not in (*numbers, "ema") and value.is_floating_point():
             dtype = group.get("state_dtype") or value.dtype
         else:
             dtype = state[key].dtype if key == "step" else value.dtype

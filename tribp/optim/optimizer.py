@@ -58,9 +58,16 @@ class Optimizer(torch.optim.Optimizer):
         """While torch's constructor makes the groups: give them, and those that are added later, these options."""
         self._shared, self._captured = {}, []
         self._options = enable_options(extra, type(self).__name__)
+        if self._options.get("eps_inside_sqrt") and not self._rule.adds_eps_to_root:
+            raise TypeError(f"{type(self).__name__} has no √v + ε, so there is no eps_inside_sqrt")
         yield
         self.defaults.update(self._options)
         if self.defaults.get("fused"):
+            # In torch's words, for classes that torch has no `fused` for.
+            if self.defaults.get("differentiable"):
+                raise RuntimeError("`fused` does not support `differentiable`")
+            if self.defaults.get("foreach"):
+                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
             self._step_supports_amp_scaling = True  # neither Adagrad of torch 2.11 nor RMSprop says so
 
     def add_param_group(self, param_group: Group) -> None:
@@ -178,7 +185,7 @@ class Optimizer(torch.optim.Optimizer):
         """torch's, key for key: load it with either class. Options that are on add keys, those that are off do not."""
         if self._in_swap:
             raise RuntimeError("state_dict() within swap_ema(): leave the `with` block first")
-        with checkpoint.export_state(self, self._is_unused):
+        with checkpoint.export_state(self, self._is_unused, self._rule.numbers()):
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -187,7 +194,7 @@ class Optimizer(torch.optim.Optimizer):
         Unlike torch's, it keeps the type of a loaded state (unless `state_dtype` says otherwise), copies what it
         loads, and leaves options that the checkpoint does not know as they are.
         """
-        with checkpoint.keep_loaded_state(self):
+        with checkpoint.keep_loaded_state(self, self._rule.numbers()):
             super().load_state_dict(state_dict)
 
     def _is_unused(self, buffer: object) -> bool:
@@ -195,11 +202,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(super().__getstate__())
-        states = checkpoint.states_of(self, self.state, self._is_unused)
+        states = checkpoint.states_of(self, self.state, self._is_unused, self._rule.numbers())
         kept["state"] = defaultdict(dict, states)
         # A spawned process is given memory by its file descriptor, after this returns: the copies must live until then.
         dicts = [state for state in states.values() if isinstance(state, dict)]
-        self._shared["sent"] = [state[key] for state in dicts for key in ("step", "ema_step") if key in state]
+        self._shared["sent"] = [state[key] for state in dicts for key in self._rule.numbers() if key in state]
         if getattr(self, "_step_supports_amp_scaling", False):
             kept["_step_supports_amp_scaling"] = True
         return kept

@@ -19,7 +19,7 @@ class ExtraOptions(TypedDict, total=False):
     state_dtype: keep the moments of real parameters in this type; the default is the parameter's.
     stochastic_rounding: round bfloat16 parameters up or down at random, right on average: updates that are too small
         for the type are then not lost. Other types are rounded to nearest.
-    eps_inside_sqrt: √(v + ε) instead of √v + ε; not for SGD, which has neither.
+    eps_inside_sqrt: √(v + ε) instead of √v + ε; not for classes that have no such root, as SGD.
     """
 
     max_grad_norm: float | None

@@ -14,7 +14,7 @@ from . import checks, layouts, torch_buckets
 from .buckets import Bucket, ParamSlot, Step, UpdateCount
 from .layouts import local
 from .options import common_max_grad_norm, rounds_stochastically
-from .rule import Group, Rule
+from .rule import Group, Rule, counter_dtype
 from .tracked_state import WatchedState, peek
 from .watch import Options, Watch, is_plain
 
@@ -44,13 +44,14 @@ class UpdatePlan:
         )
         positions = [(number, i) for number, group in enumerate(groups) for i in range(len(group["params"]))]
         self.params: list[Tensor] = [groups[number]["params"][i] for number, i in positions]
+        self._pack = torch_buckets.worth_packing(self.params)
         used = [self._used(optimizer, number, i) for number, i in positions]
         entangled = _entangled(self.params, used)
         kinds = [  # of all, which may raise, before any state is made
             self._kind(groups[number], p, used[index], index in entangled)
             for index, (p, (number, _)) in enumerate(zip(self.params, positions, strict=True))
         ]
-        slots: dict[str, list[ParamSlot]] = {"triton": [], "fused": [], "reference": []}
+        slots: dict[str, list[ParamSlot]] = {"triton": [], "fused": [], "packed": [], "reference": []}
         by_torch: dict[int, list[Tensor]] = {}  # by group
         in_turn: set[int] = set()  # groups whose parameters torch's own code updates one after the other
         for index, (kind, p, (number, _)) in enumerate(zip(kinds, self.params, positions, strict=True)):
@@ -69,8 +70,8 @@ class UpdatePlan:
             self._kernels = triton_bucket.triton_buckets(rule, optimizer, slots["triton"])
         self.buckets: list[Bucket] = [
             *self._kernels,
-            *torch_buckets.fused_and_reference_buckets(
-                rule, groups, slots["fused"], slots["reference"], options.comparable
+            *torch_buckets.cpu_buckets(
+                rule, groups, slots["fused"], slots["packed"], slots["reference"], options.comparable
             ),
             *(torch_buckets.TorchBucket(rule, n, params, n in in_turn) for n, params in by_torch.items()),
         ]
@@ -86,19 +87,19 @@ class UpdatePlan:
         group = optimizer.param_groups[number]
         p = group["params"][position]
         state = optimizer.state.get(p, {})
-        names = [*self._rule.states(group), "step" if self._rule.counts_steps else None]
+        names = [*self._rule.states(group), *self._rule.scalar_states, "step" if self._rule.counts_steps else None]
         if p.grad is None and any(name is not None and peek(state, name) is None for name in names):
             return None  # torch makes a state when it sees the first gradient
         used = {name: value for name in self._rule.entries(group) if (value := peek(state, name)) is not None}
-        checks.check_tensors(optimizer, number, position, p.grad, used)
+        checks.check_tensors(optimizer, number, position, p.grad, used, self._rule.numbers())
         return used
 
     def _kind(self, group: Group, p: Tensor, used: dict[str, Any] | None, entangled: bool) -> str | None:
-        """Which code updates a parameter: "triton", "fused", "reference" or "torch"; None if none does yet."""
+        """Which code updates a parameter: "triton", "fused", "packed", "reference", "torch"; None if none does yet."""
         if used is None:
             return None
         g = p if p.grad is None else p.grad
-        states = [t for name, t in used.items() if name not in checks.COUNTERS]
+        states = [t for name, t in used.items() if name not in self._rule.numbers()]
         kind = "torch"
         if not (g.layout != torch.strided or p.layout != torch.strided or group.get("differentiable")):
             tensors = layouts.local_parts(p, g, *states)
@@ -113,8 +114,8 @@ class UpdatePlan:
                     and layouts.layout([layouts.as_reals(t) for t in tensors]) is not None
                 ):
                     return "triton"
-                kind = torch_buckets.kind_of(self._rule, group, tensors)
-        if kind == "fused" and entangled:
+                kind = torch_buckets.kind_of(self._rule, group, tensors, self._pack)
+        if kind in ("fused", "packed") and entangled:
             kind = "torch"
         if kind == "torch":
             torch_buckets.refuse_options(self._optimizer_name, group, p, g)
@@ -131,11 +132,14 @@ class UpdatePlan:
             dtype = p.dtype
         if (rule.counts_steps or rounds_stochastically(group, p)) and "step" not in state:
             state["step"] = None  # torch's first key; SGD has it for its random numbers
+        for scalar in rule.scalar_states:
+            if peek(state, scalar) is None:
+                state[scalar] = torch.tensor(rule.new_scalar(group, scalar), dtype=counter_dtype(False), device="cpu")
         names = rule.states(group)
         made: list[Tensor] = []
         for name in names:
             if name is not None and peek(state, name) is None:
-                state[name] = rule.new_state(p, name, dtype)
+                state[name] = rule.new_state(group, p, name, dtype)
                 made.append(peek(state, name))
         if group.get("ema_decay") and "ema" not in state:
             state["ema"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))

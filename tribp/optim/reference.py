@@ -2,9 +2,11 @@
 
 A formula takes a parameter p (already decayed), its gradient g (scaled, clipped, signed, decayed), its states, None for
 one that is not used, lr, ε, the rule's own hyperparameters h, this step's number t, 1 for the first, and whether ε
-stands inside the root. It returns p and the states anew. All tensors have one type.
+stands inside the root. It returns p and the states anew. All tensors have one type. Where a rule has states of one
+number (`Rule.scalar_states`), the formula takes them as well, last and as they are kept, and returns them last.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -85,6 +87,120 @@ def adam(
         square = max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
     d = _denominator(square / (1 - h.beta2**t), eps, eps_inside)
     return p - lr / (1 - h.beta1**t) * exp_avg / d, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+class AdadeltaHyper(NamedTuple):
+    rho: float
+
+
+def adadelta(
+    p: Tensor, g: Tensor, square_avg: Tensor, acc_delta: Tensor,
+    lr: float, eps: float, h: AdadeltaHyper, t: float, eps_inside: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """v ← ρ·v + (1 − ρ)·g², Δ = √(u + ε)/√(v + ε)·g, u ← ρ·u + (1 − ρ)·Δ², θ ← θ − η·Δ."""
+    square_avg = h.rho * square_avg + (1 - h.rho) * g * g
+    delta = (acc_delta + eps).sqrt() / (square_avg + eps).sqrt() * g
+    return p - lr * delta, square_avg, h.rho * acc_delta + (1 - h.rho) * delta * delta
+
+
+class AdamaxHyper(NamedTuple):
+    beta1: float
+    beta2: float
+
+
+def adamax(
+    p: Tensor, g: Tensor, exp_avg: Tensor, exp_inf: Tensor,
+    lr: float, eps: float, h: AdamaxHyper, t: float, eps_inside: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """m ← β₁·m + (1 − β₁)·g, u ← max(β₂·u, |g| + ε), θ ← θ − η/(1 − β₁ᵗ)·m/u."""
+    exp_avg = exp_avg + (1 - h.beta1) * (g - exp_avg)
+    exp_inf = torch.maximum(h.beta2 * exp_inf, g.abs() + eps)
+    return p - lr / (1 - h.beta1**t) * exp_avg / exp_inf, exp_avg, exp_inf
+
+
+class RpropHyper(NamedTuple):
+    etaminus: float
+    etaplus: float
+    step_size_min: float
+    step_size_max: float
+
+
+def rprop(
+    p: Tensor, g: Tensor, prev: Tensor, step_size: Tensor,
+    lr: float, eps: float, h: RpropHyper, t: float, eps_inside: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """δ ← δ·η⁺ where g has the sign of the one before, δ·η⁻ where it has the other one, and then g ← 0; δ within its
+    bounds; θ ← θ − δ·sign(g)."""
+    product = g * prev
+    factor = torch.where(product > 0, h.etaplus, torch.where(product < 0, h.etaminus, torch.ones_like(p)))
+    step_size = (step_size * factor).clamp(h.step_size_min, h.step_size_max)
+    g = torch.where(product < 0, 0.0, g)
+    return p - g.sign() * step_size, g, step_size
+
+
+class NAdamHyper(NamedTuple):
+    beta1: float
+    beta2: float
+    momentum_decay: float
+
+
+def nadam(
+    p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
+    lr: float, eps: float, h: NAdamHyper, t: float, eps_inside: bool, mu_product: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g², θ ← θ − η·((1 − μₜ)·g/(1 − Πμ) + μₜ₊₁·m/(1 − μₜ₊₁·Πμ))/(√v̂ + ε),
+    where μₜ = β₁·(1 − 0.96^(t·ψ)/2), ψ is the momentum decay, and Πμ the product of all μ so far."""
+    mu, mu_next = (h.beta1 * (1 - 0.5 * 0.96 ** (k * h.momentum_decay)) for k in (t, t + 1))
+    mu_product = mu_product * mu
+    product = float(mu_product)
+    exp_avg = exp_avg + (1 - h.beta1) * (g - exp_avg)
+    exp_avg_sq = h.beta2 * exp_avg_sq + (1 - h.beta2) * g * g
+    d = _denominator(exp_avg_sq / (1 - h.beta2**t), eps, eps_inside)
+    step = lr * (1 - mu) / (1 - product) * g + lr * mu_next / (1 - product * mu_next) * exp_avg
+    return p - step / d, exp_avg, exp_avg_sq, mu_product
+
+
+class RAdamHyper(NamedTuple):
+    beta1: float
+    beta2: float
+
+
+def radam(
+    p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
+    lr: float, eps: float, h: RAdamHyper, t: float, eps_inside: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g², θ ← θ − η·m̂·r·√(1 − β₂ᵗ)/(√v + ε); θ − η·m̂ while ρ ≤ 5,
+
+    where ρ is the length of the average that v amounts to, and r = √((ρ − 4)(ρ − 2)·ρ∞/((ρ∞ − 4)(ρ∞ − 2)·ρ)).
+    """
+    exp_avg = exp_avg + (1 - h.beta1) * (g - exp_avg)
+    exp_avg_sq = h.beta2 * exp_avg_sq + (1 - h.beta2) * g * g
+    update = lr / (1 - h.beta1**t) * exp_avg
+    decayed = h.beta2**t
+    longest = 2 / (1 - h.beta2) - 1
+    length = longest - 2 * t * decayed / (1 - decayed)
+    if length > 5:
+        r = math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
+        update = r * math.sqrt(1 - decayed) * update / _denominator(exp_avg_sq, eps, eps_inside)
+    return p - update, exp_avg, exp_avg_sq
+
+
+class ASGDHyper(NamedTuple):
+    lambd: float
+    alpha: float
+    t0: float
+
+
+def asgd(
+    p: Tensor, g: Tensor, ax: Tensor, lr: float, eps: float, h: ASGDHyper, t: float, eps_inside: bool,
+    eta: Tensor, mu: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """θ ← (1 − λ·ηₜ)·θ − ηₜ·g, a ← a + μₜ·(θ − a); ηₜ₊₁ = η/(1 + λ·η·t)^α, μₜ₊₁ = 1/max(1, t − t₀)."""
+    rate, weight = float(eta), float(mu)
+    p = torch.add(p * (1 - h.lambd * rate), g, alpha=-rate)
+    ax = p if weight == 1 else ax + weight * (p - ax)
+    eta = torch.full_like(eta, lr / (1 + h.lambd * lr * t) ** h.alpha)
+    return p, ax, eta, torch.full_like(mu, 1 / max(1.0, t - h.t0))
 
 
 def round_stochastically(x: Tensor, like: Tensor, seed: int, step: int, stream: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
+from torch.optim.optimizer import ParamsT
 from torch.optim.rmsprop import RMSprop as TorchRMSprop
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
 from typing_extensions import Unpack
@@ -11,7 +11,7 @@ from . import reference
 from .layouts import as_reals
 from .optimizer import Optimizer
 from .options import ExtraOptions
-from .rule import Group, Prepare, Rule, Tensors, init_group
+from .rule import Group, Prepare, Rule, Tensors, check_fused, init_group
 
 
 class RMSpropRule(Rule):
@@ -41,9 +41,7 @@ class RMSpropRule(Rule):
         )  # fmt: skip
 
     def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
-        if group.get("fused"):
-            for p in group["params"]:
-                _device_dtype_check_for_fused(p)  # what torch's classes that have `fused` ask
+        check_fused(group)
         has_complex, lists = init_group(optimizer, group, 6)
         params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
         # Three times as fast on the CPU for many small tensors; large ones would double torch's memory.
@@ -119,10 +117,6 @@ class RMSprop(Optimizer, TorchRMSprop):
         fused: bool | None = None,
         **extra: Unpack[ExtraOptions],
     ) -> None:
-        if fused and differentiable:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if fused and foreach:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         with self._enabled(dict(extra, fused=fused)):
             TorchRMSprop.__init__(
                 self, params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize,

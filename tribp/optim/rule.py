@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from .layouts import PLAIN
 
@@ -47,7 +48,10 @@ class Rule:
     formula: ClassVar[Callable[..., Any]]  # in `reference.py`; the kernel's functions have its name
     options: ClassVar[tuple[str, ...]]  # of a group: everything the update depends on
     counts_steps: ClassVar[bool] = True  # whether torch keeps a `step` for every parameter
+    scalar_states: ClassVar[tuple[str, ...]] = ()  # besides: up to two states of one number a parameter
+    adds_eps_to_root: ClassVar[bool] = True  # whether there is a √v + ε, which `eps_inside_sqrt` changes
     needs_scratch: ClassVar[bool] = False  # whether the fused CPU kernel writes more than the update needs
+    loops_on_cpu: ClassVar[bool] = False  # whether it is no kernel but a loop, which counts the steps itself
 
     def __init__(self, defaults: Group) -> None:
         self.defaults = defaults  # the optimizer's
@@ -62,14 +66,19 @@ class Rule:
 
     def decays(self, group: Group) -> tuple[Number, Number]:
         """The weight decay that is added to the gradient, and the one that shrinks the parameter."""
-        return group["weight_decay"], 0.0
+        decay = group.get("weight_decay", 0.0)
+        return (0.0, decay) if group.get("decoupled_weight_decay") else (decay, 0.0)
 
-    def new_state(self, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    def new_state(self, group: Group, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+    def new_scalar(self, group: Group, name: str) -> float:
+        """What one of `scalar_states` begins with."""
+        return 1.0
 
     def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
         """Whether one of torch's fused CPU kernels computes this group's update, and right."""
-        raise NotImplementedError
+        return False
 
     def fused_update(self, group: Group, t: Tensors) -> None:
         """The update by that kernel."""
@@ -99,7 +108,12 @@ class Rule:
 
     def entries(self, group: Group) -> list[str]:
         """The keys of a parameter's state that the update may use."""
-        return list(dict.fromkeys(["step", *filter(None, self.states(group)), "ema", "ema_step"]))
+        return list(dict.fromkeys([*self.numbers(), *filter(None, self.states(group)), "ema"]))
+
+    @classmethod
+    def numbers(cls) -> tuple[str, ...]:
+        """The keys of a parameter's state that hold one number each."""
+        return ("step", "ema_step", *cls.scalar_states)
 
 
 # For `torch_update`.
@@ -121,9 +135,56 @@ def counter_dtype(fused: bool) -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 and not fused else torch.float32
 
 
+def check_fused(group: Group) -> None:
+    """What torch's classes that have `fused` ask of their parameters, for those that have not."""
+    if group.get("fused"):
+        for p in group["params"]:
+            _device_dtype_check_for_fused(p)
+
+
 def takes_fused(group: Group, steps: list[Tensor]) -> bool | None:
     """torch's argument `fused`: True only where counters are fake, for torch's other code reads their values.
 
     Parameters with true counters get here for how they lie in memory, which torch's fused kernels do not look at.
     """
     return True if group["fused"] and any(type(step) not in PLAIN for step in steps) else None
+
+
+class FunctionRule(Rule):
+    """The rule of a class that torch has no fused kernel for: it calls a function of lists, which loops over them."""
+
+    loops_on_cpu = True
+    function: ClassVar[Callable[..., None]]  # torch's
+    lists: ClassVar[tuple[str, ...]]  # the keys of the states that it takes, in its order
+
+    def arguments(self, group: Group) -> Group:
+        """Its own keyword arguments, but for those that each of these functions takes."""
+        raise NotImplementedError
+
+    def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
+        return dtype != torch.float16 and not group["capturable"]  # which torch refuses on the CPU
+
+    def fused_update(self, group: Group, t: Tensors) -> None:
+        names = (*self.states(group), *self.scalar_states, "step")
+        self._call(group, t.params, t.grads, dict(zip(names, (*t.states, t.steps), strict=True)), False)
+
+    def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
+        check_fused(group)
+        has_complex, (params, grads, *_) = init_group(optimizer, group, 2 + len(self.lists))
+        states: dict[str | None, list[Tensor]] = {
+            name: [optimizer.state[p][name] for p in params] for name in self.lists
+        }
+        self._call(group, params, prepare(grads), states, has_complex)
+
+    def _call(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], states: dict[str | None, list[Tensor]],
+        has_complex: bool,
+    ) -> None:  # fmt: skip
+        # Elsewhere ASGD's would make numbers that are read at once.
+        elsewhere = torch.get_default_device().type != "cpu"
+        with torch.device("cpu") if elsewhere else contextlib.nullcontext():
+            type(self).function(
+                params, grads, *(states[name] for name in self.lists), has_complex=has_complex,
+                foreach=group["foreach"], maximize=group["maximize"], differentiable=group["differentiable"],
+                capturable=group["capturable"], **self.arguments(group),
+            )  # fmt: skip

@@ -19,6 +19,7 @@ class SGDRule(Rule):
     formula = staticmethod(reference.sgd)
     options = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
     counts_steps = False
+    adds_eps_to_root = False
 
     def states(self, group: Group) -> tuple[str | None, ...]:
         return ("momentum_buffer" if group["momentum"] != 0 else None,)
@@ -93,8 +94,6 @@ class SGD(Optimizer, TorchSGD):
         capturable: bool = False,
         **extra: Unpack[ExtraOptions],
     ) -> None:
-        if extra.get("eps_inside_sqrt"):
-            raise TypeError(f"{type(self).__name__} has no ε, so there is no eps_inside_sqrt")
         with self._enabled(dict(extra, capturable=capturable)):
             TorchSGD.__init__(
                 self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,

@@ -1,8 +1,8 @@
-"""The update where no kernel runs: torch's fused CPU kernels, the reference, or torch's own code."""
+"""The update where no kernel runs: torch's fused CPU kernels, the rule's formula, or torch's own code."""
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import compress, groupby
 from typing import Any
 
@@ -20,20 +20,33 @@ from .tracked_state import peek
 # Measured, two idle cores: 200 tensors of 17 elements 254 µs with two threads, 75 with one; of 1,000 elements 381 and
 # 159. While other processes keep the cores busy, a single small tensor may wait 5 to 15 ms for the second thread.
 _GRAIN = 32768
+# Up to this many elements a tensor is small: torch's loop takes longer to call its operations than to compute them.
+# Measured, two cores: from 6 small ones on it is faster to put them side by side first.
+_SMALL, _MANY = 4096, 6
 
 
-def kind_of(rule: Rule, group: Group, tensors: Sequence[Tensor]) -> str:
-    """Which code updates a parameter: "fused", "reference" or "torch", its own.
+def worth_packing(params: Sequence[Tensor]) -> bool:
+    return sum(p.numel() <= _SMALL for p in params) >= _MANY
 
-    tensors: the parameter, its gradient and its states, local and plain.
+
+def kind_of(rule: Rule, group: Group, tensors: Sequence[Tensor], pack: bool) -> str:
+    """Which code updates a parameter: "fused", "packed", "reference" or "torch", its own.
+
+    tensors: the parameter, its gradient and its states, local and plain. pack: whether there are many small ones.
     """
     p = tensors[0]
     dtypes = {t.dtype for t in tensors[: 2 + sum(name is not None for name in rule.states(group))]}
     if torch_lacks(group, p) or len(dtypes) > 1 or not rule.has_torch_update():
         return "reference"
     on_cpu = p.device.type == "cpu"
-    if on_cpu and p.is_floating_point() and rule.fused_on_cpu(group, p.dtype) and layouts.layout(tensors) == []:
-        return "fused"
+    if on_cpu and layouts.layout(tensors) == []:
+        fused = p.is_floating_point() and rule.fused_on_cpu(group, p.dtype)
+        if fused and not rule.loops_on_cpu:
+            return "fused"
+        if pack and p.numel() <= _SMALL and not group.get("capturable"):  # which torch refuses on the CPU
+            return "packed"
+        if fused:
+            return "fused"
     if p.dtype == torch.float16 and "eps" in group and (on_cpu or not (p.is_meta or group.get("capturable"))):
         return "reference"  # torch's own code adds ε in float16, where 1e-8 is 0: a gradient of 0 would give 0/0
     return "torch"
@@ -55,25 +68,27 @@ def refuse_options(caller: str, group: Group, p: Tensor, grad: Tensor) -> None:
     raise RuntimeError(f"{caller}: {', '.join(options)} can't be combined with {what}")
 
 
-def fused_and_reference_buckets(
-    rule: Rule, groups: list[Group], fused: list[ParamSlot], by_formula: list[ParamSlot], same_options: Sequence[object]
-) -> list[Bucket]:
+def cpu_buckets(
+    rule: Rule, groups: list[Group], fused: list[ParamSlot], packed: list[ParamSlot], by_formula: list[ParamSlot],
+    same_options: Sequence[object],
+) -> list[Bucket]:  # fmt: skip
     """Neighbouring groups share a call while their options are the same; same_options: equal for groups where they are.
 
     Makes the counters that are missing.
     """
     buckets: list[Bucket] = []
-    for _, neighbours in groupby(fused, lambda slot: same_options[slot.group]):
-        by_type: dict[tuple[torch.dtype, bool], list[ParamSlot]] = {}
-        for slot in neighbours:
-            by_type.setdefault((slot.param.dtype, slot.param.numel() < _GRAIN), []).append(slot)
-        for slots in by_type.values():
-            buckets.append(FusedBucket(rule, slots, groups))
+    for kind, small in ((FusedBucket, fused), (PackedBucket, packed)):
+        for _, neighbours in groupby(small, lambda slot: same_options[slot.group]):
+            by_type: dict[tuple[torch.dtype, bool], list[ParamSlot]] = {}
+            for slot in neighbours:
+                by_type.setdefault((slot.param.dtype, slot.param.numel() < _GRAIN), []).append(slot)
+            for slots in by_type.values():
+                buckets.append(kind(rule, slots, groups))
     for slot in by_formula:
         if "step" in slot.state and slot.state["step"] is None:
             dtype = counter_dtype(bool(groups[slot.group].get("fused")))
             slot.state["step"] = torch.zeros((), dtype=dtype, device="cpu")
-    for slot in (*fused, *by_formula):
+    for slot in (*fused, *packed, *by_formula):
         if "ema_step" in slot.state and slot.state["ema_step"] is None:
             slot.state["ema_step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     if by_formula:
@@ -124,6 +139,15 @@ def update_average(p: Tensor, state: dict[str, Any], decay: float) -> None:
     ema.copy_(weight) if first else ema.lerp_(weight, 1.0 - decay)
 
 
+def join(slots: Sequence[ParamSlot], name: str, dtype: torch.dtype) -> Tensor:
+    """Puts a state of one number, of all these slots, into one tensor, which is returned."""
+    numbers = [slot.state[name] for slot in slots]
+    joined = torch.tensor([0.0 if t is None else float(t) for t in numbers], dtype=dtype, device="cpu")
+    for slot, view in zip(slots, joined.unbind(), strict=True):
+        slot.state[name] = view
+    return joined
+
+
 class FusedBucket:
     """Slots of one set of options, by one call of torch's fused CPU kernel, all tensors dense and lying alike."""
 
@@ -134,12 +158,12 @@ class FusedBucket:
         self._every = self._indices == list(range(sum(len(group["params"]) for group in groups)))
         self._small = 16 < max(slot.param.numel() for slot in slots) < _GRAIN  # up to 16 torch takes one thread anyway
         self._params = [slot.param for slot in slots]
-        names = [name for name in slots[0].names if name is not None]
+        names = [name for name in (*slots[0].names, *rule.scalar_states) if name is not None]
         self._states = [[local(peek(slot.state, name)).detach() for slot in slots] for name in names]
         self._counters: Tensor | None = None  # all of them in one tensor, which one addition moves
         self._steps: list[Tensor] = []
         if rule.counts_steps:
-            self._counters = self._join_counters(counter_dtype(bool(groups[slots[0].group].get("fused"))))
+            self._counters = join(slots, "step", counter_dtype(bool(groups[slots[0].group].get("fused"))))
             self._steps = [slot.state["step"].detach() for slot in slots]
         # A list that C++ takes costs a fifth less where C++ holds its tensors already: the first reference from there
         # counts in Python's object too. Aliases, for `torch.utils.swap_tensors` wants no reference to the states.
@@ -147,13 +171,6 @@ class FusedBucket:
         self._zeros: Tensor | None = None  # the memory of `_scratch`
         self._scratch: list[Tensor] = []
         self._begun = False  # whether every momentum buffer is known to have begun
-
-    def _join_counters(self, dtype: torch.dtype) -> Tensor:
-        counts = [slot.state["step"] for slot in self.slots]
-        counters = torch.tensor([0.0 if t is None else float(t) for t in counts], dtype=dtype, device="cpu")
-        for slot, view in zip(self.slots, counters.unbind(), strict=True):
-            slot.state["step"] = view
-        return counters
 
     def _make_scratch(self) -> list[Tensor]:
         """Zeros like the parameters, for what a kernel insists on writing; and steps that correct no bias."""
@@ -173,7 +190,7 @@ class FusedBucket:
         scratch = self._make_scratch() if self.rule.needs_scratch else []
         slots, params, states, steps = self.slots, self._params, self._states, self._steps
         if step.complete:
-            if self._counters is not None:
+            if self._counters is not None and not self.rule.loops_on_cpu:
                 self._counters += 1
         else:
             there = [grad is not None for grad in grads]
@@ -181,7 +198,7 @@ class FusedBucket:
             grads, params, steps, scratch, *states = (
                 list(compress(x, there)) for x in (grads, params, steps, scratch, *states)
             )
-            if self._counters is not None:
+            if self._counters is not None and not self.rule.loops_on_cpu:
                 self._counters[torch.tensor(there, device="cpu")] += 1
         if not grads:
             return
@@ -234,6 +251,125 @@ def set_own_threads() -> Callable[[int], object] | None:
     return set_threads if is_torchs else None
 
 
+def apply_formula(
+    rule: Rule, group: Group, p: Tensor, grad: Tensor, states: Sequence[Tensor | None], scalars: Sequence[Tensor],
+    count: float,
+) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:  # fmt: skip
+    """The parameter (all tensors are real) and the states in at least float32, and the states of one number."""
+    common, own = rule.common(group), rule.hyper(group)
+    lr, eps, sign, decay, decoupled, *_ = map(float, common)
+    double = any(x is not None and x.dtype == torch.float64 for x in (p, *states))
+    wide = torch.float64 if double else torch.float32
+    x, g = p.to(wide), sign * grad.to(wide)
+    if decay:
+        g = g + decay * x
+    changed, *others = rule.formula(
+        x * (1 - lr * decoupled) if decoupled else x, g, *(None if s is None else s.to(wide) for s in states),
+        lr, eps, own._make(map(float, own)), count, bool(group.get("eps_inside_sqrt")), *scalars,
+    )  # fmt: skip
+    return changed, others[: len(states)], others[len(states) :]
+
+
+class PackedBucket:
+    """Small slots of one set of options, dense and lying alike, by the formula on their elements side by side.
+
+    An operation takes as long on one tensor of 8 elements as on one of 1,000; torch's loop has a dozen for each.
+    """
+
+    def __init__(self, rule: Rule, slots: list[ParamSlot], groups: list[Group]) -> None:
+        self.rule, self.slots = rule, slots
+        self.groups = sorted({slot.group for slot in slots})
+        self._indices = [slot.index for slot in slots]
+        self._numbers = []  # of the slots: the counters, then the rule's states of one number
+        if rule.counts_steps:
+            self._numbers.append(join(slots, "step", counter_dtype(bool(groups[slots[0].group].get("fused")))))
+        self._numbers += [join(slots, name, slots[0].state[name].dtype) for name in rule.scalar_states]
+        self._packs: dict[tuple[int, ...], Pack] = {}  # by the slots that are updated together
+
+    def run(self, step: Step) -> None:
+        group = step.groups[self.slots[0].group]
+        present = [k for k, i in enumerate(self._indices) if step.grads[i] is not None]
+        grads: list[Any] = [step.grads[self._indices[k]] for k in present]
+        if not grads:
+            return
+        if step.grad_scale is not None or step.norm is not None:
+            grads = unscaled_and_clipped(grads, group, step)
+        given = dict(zip(present, grads, strict=True))
+        for key, members in self._alike(present):
+            pack = self._packs.get(members)
+            if pack is None:
+                if len(self._packs) == 8:  # models that skip layers alternate
+                    self._packs.clear()
+                pack = self._packs[members] = Pack(self.slots, members)
+            scalars = [numbers[members[0]] for numbers in self._numbers[self.rule.counts_steps :]]
+            changed = pack.update(self.rule, group, [given[k] for k in members], scalars, key[0])
+            for numbers, scalar in zip(self._numbers[self.rule.counts_steps :], changed, strict=True):
+                numbers[pack.at] = scalar
+        if decay := group.get("ema_decay"):
+            for k in present:
+                update_average(self.slots[k].param, self.slots[k].state, decay)
+
+    def _alike(self, present: list[int]) -> Iterator[tuple[tuple[float, ...], tuple[int, ...]]]:
+        """Counts the step; yields slots that agree in it and in the states of one number, few enough for one thread."""
+        if self.rule.counts_steps:
+            if len(present) == len(self.slots):
+                self._numbers[0] += 1
+            else:
+                self._numbers[0][torch.tensor(present, device="cpu")] += 1
+            columns = [numbers.tolist() for numbers in self._numbers]
+        else:
+            for k in present:
+                self.slots[k].count.value = int(self.slots[k].count.value) + 1
+            columns = [[float(slot.count.value) for slot in self.slots]]
+        keys = list(zip(*columns, strict=True))
+        for key, some in groupby(sorted(present, key=keys.__getitem__), keys.__getitem__):
+            members: list[int] = []
+            elements = 0
+            for k in some:
+                elements += self.slots[k].param.numel()
+                if members and elements >= _GRAIN:
+                    yield key, tuple(members)
+                    members, elements = [], self.slots[k].param.numel()
+                members.append(k)
+            yield key, tuple(members)
+
+
+class Pack:
+    """Slots whose elements the formula takes side by side."""
+
+    def __init__(self, slots: list[ParamSlot], members: tuple[int, ...]) -> None:
+        def flat(t: Tensor) -> Tensor:
+            return layouts.as_reals(t.detach().as_strided((t.numel(),), (1,))).view(-1)
+
+        self.at = slice(None) if len(members) == len(slots) else torch.tensor(members, device="cpu")
+        slots = [slots[k] for k in members]
+        params = [slot.param for slot in slots]
+        self._params = list(map(flat, params))
+        self._states = [
+            None if name is None else [flat(local(peek(slot.state, name))) for slot in slots]
+            for name in slots[0].names
+        ]  # fmt: skip
+        memory = torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype, device="cpu")
+        pieces = memory.split([p.numel() for p in params])
+        self._grads = [piece.as_strided(p.shape, p.stride()) for piece, p in zip(pieces, params, strict=True)]
+        self._memory = flat(memory)  # of the gradients, and then of one result after the other
+        self._results = list(map(flat, pieces))
+
+    def update(
+        self, rule: Rule, group: Group, grads: list[Tensor], scalars: list[Tensor], count: float
+    ) -> list[Tensor]:  # fmt: skip
+        """Updates parameters and states; returns what becomes of the states of one number."""
+        torch._foreach_copy_(self._grads, grads)
+        joined = [None if tensors is None else torch.cat(tensors) for tensors in (self._params, *self._states)]
+        assert joined[0] is not None
+        changed, moments, scalars = apply_formula(rule, group, joined[0], self._memory, joined[1:], scalars, count)
+        for tensors, result in zip((self._params, *self._states), (changed, *moments), strict=True):
+            if tensors is not None and result is not None:
+                self._memory.copy_(result)
+                torch._foreach_copy_(tensors, self._results)
+        return scalars
+
+
 class ReferenceBucket:
     """Slots with options that torch does not have, one by one, by the rule's formula."""
 
@@ -266,25 +402,20 @@ class ReferenceBucket:
         if not self.rule.counts_steps:
             count = float(slot.count.value) + 1
             slot.count.value = int(count)
-        common, own = self.rule.common(group), self.rule.hyper(group)
-        lr, eps, sign, decay, decoupled, *_ = map(float, common)
         states = [None if x is None else layouts.as_reals(x) for x in slot.states]
+        scalars = [peek(slot.state, name) for name in self.rule.scalar_states]
         p = layouts.as_reals(slot.param)
-        double = any(x is not None and x.dtype == torch.float64 for x in (p, *states))
-        wide = torch.float64 if double else torch.float32
-        x, g = p.to(wide), sign * layouts.as_reals(grad).to(wide)
-        if decay:
-            g = g + decay * x
-        changed, *moments = self.rule.formula(
-            x * (1 - lr * decoupled), g, *(None if s is None else s.to(wide) for s in states),
-            lr, eps, own._make(map(float, own)), count, bool(group.get("eps_inside_sqrt")),
+        changed, moments, results = apply_formula(
+            self.rule, group, p, layouts.as_reals(grad), states, scalars, count
         )  # fmt: skip
         if rounds_stochastically(group, p):
             changed = reference.round_stochastically(changed, p, group.get("seed", 0), int(random_step), slot.index)
         p.copy_(changed)
         for state, moment in zip(states, moments, strict=True):
-            if state is not None:
+            if state is not None and moment is not None:
                 state.copy_(moment)
+        for scalar, result in zip(scalars, results, strict=True):
+            scalar.copy_(result)
 
 
 class TorchBucket:

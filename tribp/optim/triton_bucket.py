@@ -3,6 +3,7 @@
 from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from ..launch.optim import MultiTensorConfig, MultiTensorProblem, NormConfig, St
 from ..launch.plan import Buffer, Launch, Plan, config_for, perform
 from . import layouts
 from .buckets import ParamSlot, Step
-from .checks import COUNTERS
 from .device_tables import Table, bits
 from .options import rounds_stochastically
 from .rule import CommonHyper, Group, Rule
@@ -97,12 +97,16 @@ class TritonBucket:
         launched = config_for(MultiTensorProblem(sum(lengths), tuple(sorted(types)), strided, arch))
         rows: list[int] = []
         layout_at = self._layouts.data_ptr()
-        for slot, layout, length, counter in zip(self.slots, layout_rows, lengths, self._adopt_counters(), strict=True):
+        counters = self._adopt_counters()
+        scalar_type = self._adopt_scalars()
+        for slot, layout, length, counter in zip(self.slots, layout_rows, lengths, counters, strict=True):
             state = slot.state
+            scalars = [state[name] for name in self.rule.scalar_states]
             rows += [  # in the order of the columns in kernels/optim.py
                 *map(_address, (slot.param, *_three(slot.states), slot.ema, counter, state.get("ema_step"))),
                 _address(None if self.rule.counts_steps else state.get("step")),
                 length, slot.group, layout_at if layout else 0, slot.index,
+                *map(_address, [*scalars, None, None][:2]), 0, 0,
             ]  # fmt: skip
             layout_at += 8 * len(layout or ())
         self._rows = _on(self.device, rows, torch.int64)
@@ -111,7 +115,7 @@ class TritonBucket:
         seed = _seed(group, p)
         param, grad, state0, state1, state2, ema = (_TYPES[dtype] for dtype in dtypes)
         config = StepConfig(
-            param, grad, state0, state1, state2, ema,
+            param, grad, state0, state1, state2, ema, _TYPES[scalar_type],
             ACC=tl.float64 if torch.float64 in dtypes else tl.float32,
             ON_DEVICE=False,
             EPS_INSIDE=bool(group.get("eps_inside_sqrt")),
@@ -131,7 +135,7 @@ class TritonBucket:
 
     def _adopt_counters(self) -> list[Tensor]:
         """Brings the counters of the slots to the device; returns those that say how often a slot was updated."""
-        for key in COUNTERS:
+        for key in ("step", "ema_step"):
             counted = [slot for slot in self.slots if key in slot.state]
             for slot, counter in zip(counted, self._adopt([slot.state[key] for slot in counted]), strict=True):
                 slot.state[key] = counter
@@ -142,13 +146,26 @@ class TritonBucket:
             slot.count.value = counter
         return counters
 
-    def _adopt(self, counters: Sequence[Tensor | int | None]) -> list[Tensor]:
+    def _adopt_scalars(self) -> torch.dtype | None:
+        """Brings the states of one number to the device, in one type, which it returns."""
+        names, dtype = self.rule.scalar_states, None
+        for name in names:
+            dtype = reduce(torch.promote_types, (slot.state[name].dtype for slot in self.slots), dtype or torch.float32)
+        for name in names:
+            scalars = self._adopt([slot.state[name] for slot in self.slots], dtype or torch.float32)
+            for slot, scalar in zip(self.slots, scalars, strict=True):
+                slot.state[name] = scalar
+        return dtype
+
+    def _adopt(
+        self, counters: Sequence[Tensor | int | None], dtype: torch.dtype = torch.float32
+    ) -> list[Tensor]:  # fmt: skip
         """Those that are there already stay, the others get a place in one tensor."""
 
         def stays(c: Tensor | int | None) -> bool:
-            return isinstance(c, Tensor) and c.device == self.device and c.dtype == torch.float32 and c.dim() == 0
+            return isinstance(c, Tensor) and c.device == self.device and c.dtype == dtype and c.dim() == 0
 
-        new = iter(_on(self.device, [float(c or 0) for c in counters if not stays(c)], torch.float32).unbind())
+        new = iter(_on(self.device, [float(c or 0) for c in counters if not stays(c)], dtype).unbind())
         return [c if stays(c) else next(new) for c in counters]  # type: ignore[misc]
 
     # Every step.
@@ -263,12 +280,11 @@ def gradient_norm(buckets: "Sequence[TritonBucket]", step: Step) -> Tensor:
 
 
 def _chunks(lengths: Sequence[int], chunk: int, device: torch.device) -> Tensor:
-    """A row (tensor, which of its chunks) for every program, at least one."""
-    counts = torch.tensor([cdiv(n, chunk) for n in lengths], device="cpu")
+    """A row (tensor, which of its chunks) for every program; an empty tensor has one too, for its scalar states."""
+    counts = torch.tensor([max(1, cdiv(n, chunk)) for n in lengths], device="cpu")
     owners = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), counts)
     within = torch.arange(len(owners), device="cpu") - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    chunks = torch.stack([owners, within], 1) if len(owners) else torch.tensor([[-1, 0]], device="cpu")
-    return chunks.to(torch.int32).to(device)
+    return torch.stack([owners, within], 1).to(torch.int32).to(device)
 
 
 def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,67 @@
+"""RAdam."""
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from torch.optim.radam import RAdam as TorchRAdam
+from torch.optim.radam import radam as torch_radam
+from typing_extensions import Unpack
+
+from . import reference
+from .optimizer import Optimizer
+from .options import ExtraOptions
+from .rule import FunctionRule, Group
+
+
+class RAdamRule(FunctionRule):
+    formula = staticmethod(reference.radam)
+    function = staticmethod(torch_radam)
+    lists = ("exp_avg", "exp_avg_sq", "step")
+    options = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
+
+    def states(self, group: Group) -> tuple[str | None, ...]:
+        return "exp_avg", "exp_avg_sq"
+
+    def hyper(self, group: Group) -> reference.RAdamHyper:
+        return reference.RAdamHyper(*group["betas"])
+
+    def arguments(self, group: Group) -> Group:
+        beta1, beta2 = group["betas"]
+        return dict(
+            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+        )  # fmt: skip
+
+
+class RAdam(Optimizer, TorchRAdam):
+    """`torch.optim.RAdam` in one kernel launch a step.
+
+    Adam whose steps are scaled by r, which rectifies the variance of 1/√v, and by momentum alone before that is
+    known: Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", 2020. With
+    `decoupled_weight_decay` θ ← θ − lr·λ·θ in place of an L2 penalty. Arguments, defaults and errors are torch's;
+    `fused` (True: GradScaler's unscaling within the step) is tribp's, and so are those in
+    `tribp.optim.ExtraOptions`.
+    """
+
+    _rule = RAdamRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **extra: Unpack[ExtraOptions],
+    ) -> None:
+        with self._enabled(dict(extra, fused=fused)):
+            TorchRAdam.__init__(
+                self, params, lr, betas, eps, weight_decay, decoupled_weight_decay, foreach=foreach,
+                maximize=maximize, capturable=capturable, differentiable=differentiable,
+            )  # fmt: skip

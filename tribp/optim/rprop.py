@@ -1,0 +1,71 @@
+"""Rprop."""
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from torch.optim.rprop import Rprop as TorchRprop
+from torch.optim.rprop import rprop as torch_rprop
+from typing_extensions import Unpack
+
+from . import reference
+from .optimizer import Optimizer
+from .options import ExtraOptions
+from .rule import FunctionRule, Group, Number
+
+
+class RpropRule(FunctionRule):
+    formula = staticmethod(reference.rprop)
+    function = staticmethod(torch_rprop)
+    lists = ("prev", "step_size", "step")
+    options = ("lr", "etas", "step_sizes", "maximize")
+    adds_eps_to_root = False
+
+    def states(self, group: Group) -> tuple[str | None, ...]:
+        return "prev", "step_size"
+
+    def hyper(self, group: Group) -> reference.RpropHyper:
+        return reference.RpropHyper(*group["etas"], *group["step_sizes"])
+
+    def decays(self, group: Group) -> tuple[Number, Number]:
+        return 0.0, 0.0  # torch has none here, whatever a group holds
+
+    def new_state(self, group: Group, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        value = float(group["lr"]) if name == "step_size" else 0.0
+        start = complex(value, value) if p.is_complex() else value
+        return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
+
+    def arguments(self, group: Group) -> Group:
+        (etaminus, etaplus), (least, most) = group["etas"], group["step_sizes"]
+        return dict(etaminus=etaminus, etaplus=etaplus, step_size_min=least, step_size_max=most)
+
+
+class Rprop(Optimizer, TorchRprop):
+    """`torch.optim.Rprop` in one kernel launch a step.
+
+    Every element has a step size δ, lr at first, times η⁺ while its gradient keeps its sign, times η⁻ when that
+    turns; θ ← θ − δ·sign(g), but where it turned: Riedmiller and Braun, "A direct adaptive method for faster
+    backpropagation learning: the RPROP algorithm", 1993. Arguments, defaults and errors are torch's; `fused` (True:
+    GradScaler's unscaling within the step) is tribp's, and so are those in `tribp.optim.ExtraOptions`.
+    """
+
+    _rule = RpropRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50),
+        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **extra: Unpack[ExtraOptions],
+    ) -> None:
+        with self._enabled(dict(extra, fused=fused)):
+            TorchRprop.__init__(
+                self, params, lr, etas, step_sizes, capturable=capturable, foreach=foreach, maximize=maximize,
+                differentiable=differentiable,
+            )  # fmt: skip
