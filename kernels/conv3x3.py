@@ -98,6 +98,8 @@ class SpreadWeight(NamedTuple):
     BLOCK: int
 
 
+# A tensor (N, C, H, W) in memory, an argument of a kernel. Its sizes are scalars besides (`common`).
+Strided = namedtuple("Strided", "data stride_n stride_c stride_h stride_w")
 # Images (N, H, W) of channels up to C in memory. data: a pointer or a tensor descriptor.
 Image = namedtuple("Image", "data N H W C stride_n stride_c stride_h stride_w")
 # One pixel or several: image, row, column.
@@ -110,6 +112,14 @@ Taps = namedtuple("Taps", "row column step_h step_w")
 # The groups of a tile: which tile, how many groups it has, the output and the input channels of each, and the first of
 # their channels that a program computes.
 Groups = namedtuple("Groups", "tile here OG CG col")
+
+
+@triton.jit
+def image_of(strided, N, H, W, C):
+    """A `Strided` tensor as an `Image`."""
+    return Image(
+        strided.data, N, H, W, C, strided.stride_n, strided.stride_c, strided.stride_h, strided.stride_w
+    )  # fmt: skip
 
 
 @triton.jit

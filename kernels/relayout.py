@@ -60,11 +60,7 @@ def addresses(planes, n, p, c, LAYOUT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "P", "C", "dst_c", "tiles_per_program"])
-def relayout(
-    src, y, dst, db, N, P, C, dst_c, tiles_per_program,
-    src_stride_n, src_stride_p, src_stride_c, y_stride_n, y_stride_p, y_stride_c,
-    dst_stride_n, dst_stride_p, dst_stride_c, CONFIG: tl.constexpr,
-):  # fmt: skip
+def relayout(src, y, dst, db, N, P, C, dst_c, tiles_per_program, CONFIG: tl.constexpr):
     """`tiles_per_program` tiles of BLOCK_P pixels of one image, BLOCK_C channels. db: (programs, C), a sum of each.
 
     y, and dst or db, may be None.
@@ -75,25 +71,23 @@ def relayout(
     SRC: tl.constexpr = CONFIG.SRC
     Y: tl.constexpr = CONFIG.Y
     DST: tl.constexpr = CONFIG.DST
-    source = Planes(src, src_stride_n, src_stride_p, src_stride_c)
     c, c_inside = masked_range(tl.program_id(1) * BLOCK_C, C, BLOCK_C, CONFIG.VEC_C)
     c_dst, c_dst_inside = masked_range(tl.program_id(1) * BLOCK_C, dst_c, BLOCK_C, CONFIG.VEC_DST)
     tiles_p = tl.cdiv(P, BLOCK_P)
     first = tl.program_id(0) * tiles_per_program
-    sums = tl.zeros((BLOCK_P, BLOCK_C), accumulator(src.dtype))
+    sums = tl.zeros((BLOCK_P, BLOCK_C), accumulator(src.data.dtype))
     for tile in range(first, tl.minimum(first + tiles_per_program, N * tiles_p)):
         n = tile // tiles_p
         p, p_inside = masked_range(tile % tiles_p * BLOCK_P, P, BLOCK_P, CONFIG.VEC_P)
         inside = p_inside[:, None] & c_inside[None, :]
-        value = tl.load(addresses(source, n, p, c, SRC), mask=inside, other=0.0)
+        value = tl.load(addresses(src, n, p, c, SRC), mask=inside, other=0.0)
         if y is not None:
-            output = Planes(y, y_stride_n, y_stride_p, y_stride_c)
-            value = gradient(value, tl.load(addresses(output, n, p, c, Y), mask=inside, other=0.0), ACT)
+            value = gradient(value, tl.load(addresses(y, n, p, c, Y), mask=inside, other=0.0), ACT)
         if db is not None:
             sums += value.to(sums.dtype)
         if dst is not None:
-            at = addresses(Planes(dst, dst_stride_n, dst_stride_p, dst_stride_c), n, p, c_dst, DST)
-            tl.store(at, round_to(value, dst.dtype.element_ty), mask=p_inside[:, None] & c_dst_inside[None, :])
+            at = addresses(dst, n, p, c_dst, DST)
+            tl.store(at, round_to(value, dst.data.dtype.element_ty), mask=p_inside[:, None] & c_dst_inside[None, :])
     if db is not None:
         total = round_to(tl.sum(sums, 0), db.dtype.element_ty)
         tl.store(db + tl.program_id(0).to(tl.int64) * C + c, total, mask=c_inside)

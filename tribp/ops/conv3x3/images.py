@@ -7,6 +7,7 @@ import torch
 from ...dispatch import dtype_name
 from ...kernels import common
 from ...kernels import relayout as kernels
+from ...kernels.conv3x3 import Strided
 from ...launch.arch import cdiv
 from ...launch.layout import accumulator, descriptor, vector_length
 from ...launch.plan import Buffer, Launch, Plan
@@ -24,6 +25,11 @@ class Image(NamedTuple):
     channels_last: bool  # channels are contiguous; else columns are
     vec: int  # elements, 16 bytes at most, that divide the other strides, the contiguous length and the address
     tma: bool  # whether a tensor descriptor can describe it
+
+    @property
+    def strided(self) -> Strided:
+        """As a kernel's argument."""
+        return Strided(self.tensor, *self.strides)
 
     def argument(
         self, use_tma: bool, box: Box, channels: int, precision: str, step: tuple[int, int] = (1, 1)
@@ -238,8 +244,7 @@ def relayout(
         kernels.relayout,
         (programs, cdiv(channels, s.block_c)),
         (
-            *(plane.tensor for plane in tensors), sums, n, pixels, c, channels, s.tiles,
-            *(stride for plane in tensors for stride in plane.strides),
+            *(plane.strided for plane in tensors), sums, n, pixels, c, channels, s.tiles,
         ),
         kernels.Relayout(s.block_p, s.block_c, vec_p, vec_c, vec_dst, of_src, of_y, of_dst, activation),
         s,
@@ -255,6 +260,11 @@ class Planes(NamedTuple):
     pixels: bool  # contiguous are the pixels
     channels: bool  # or the channels
     vec: int
+
+    @property
+    def strided(self) -> kernels.Planes | None:
+        """As a kernel's argument."""
+        return None if self.tensor is None else kernels.Planes(self.tensor, *self.strides)
 
 
 def planes(plan: Plan, tensor: Buffer | None) -> Planes:
