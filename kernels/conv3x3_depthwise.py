@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .activations import Act, activate
 from .common import accumulator, masked_range, round_to, zeros
-from .conv3x3 import Box, Pixels, box_at, image_of, offsets, pixels_of, row_of_class, rows_of_class
+from .conv3x3 import Box, Image, Pixels, box_at, offsets, pixels_of, row_of_class, rows_of_class
 
 SIZES = ["N", "H", "W", "P", "Q", "C", "pad_h", "pad_w"]
 
@@ -113,8 +113,8 @@ def depthwise_forward(x, w, b, y, N, H, W, P, Q, C, pad_h, pad_w, CONFIG: tl.con
     none = tl.zeros((PIXELS, BLOCK_C), accumulator(x.data.dtype))
     if b is not None:
         bias = tl.load(b + c, mask=c_inside, other=0.0).to(none.dtype)[None, :]
-    x = image_of(x, N, H, W, C)
-    y = image_of(y, N, P, Q, C)
+    x = Image(*x, N, H, W, C)
+    y = Image(*y, N, P, Q, C)
     box = box_at(tl.program_id(0) // columns, P, Q, BOX)
     first = box.h
     n, _, j = pixels_of(box, Box(BOX.N, 1, BOX.W))
@@ -158,8 +158,8 @@ def depthwise_dgrad(dz, w, dx, N, H, W, P, Q, C, pad_h, pad_w, CONFIG: tl.conste
     c, c_inside = masked_range(col, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
     taps = load_taps(w, c, c_inside)
     none = tl.zeros((PIXELS, BLOCK_C), accumulator(dz.data.dtype))
-    dz = image_of(dz, N, P, Q, C)
-    dx = image_of(dx, N, H, W, C)
+    dz = Image(*dz, N, P, Q, C)
+    dx = Image(*dx, N, H, W, C)
     for class_h in tl.static_range(STEP_H):
         for class_w in tl.static_range(STEP_W):
             if tl.program_id(1) == class_h * STEP_W + class_w:
@@ -207,8 +207,8 @@ def depthwise_wgrad(dz, x, dw, db, N, H, W, P, Q, C, pad_h, pad_w, boxes_per_spl
     split = tl.program_id(1)
     c, c_inside = masked_range(tl.program_id(0) * BLOCK_C, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
     boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H) * tl.cdiv(Q, BOX.W)
-    dz = image_of(dz, N, P, Q, C)
-    x = image_of(x, N, H, W, C)
+    dz = Image(*dz, N, P, Q, C)
+    x = Image(*x, N, H, W, C)
     acc = zeros(9, PIXELS, BLOCK_C, ACC)
     sums = tl.zeros((PIXELS, BLOCK_C), ACC)
     for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
