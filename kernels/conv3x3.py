@@ -37,7 +37,8 @@ from .common import (
     zeros,
 )
 
-# Not specialized: no recompile for a batch of 1, a stride of 2 or pixels of another pitch; what divides them, VEC says.
+# Not specialized: no recompile for a batch of 1 or a stride of 2. Distances in memory are, as numbers of a tuple: 16
+# divides them or does not. What else does, VEC says.
 SIZES = "N H W P Q groups OG CG OZ CX pad_h pad_w step_h step_w".split()
 
 

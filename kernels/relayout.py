@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .activations import Act, gradient
-from .common import accumulator, masked_range, round_to
+from .common import accumulator, from_tuple, masked_range, round_to
 
 
 class Layout(NamedTuple):
@@ -114,35 +114,30 @@ def pack_tiles(move, program, CONFIG: tl.constexpr):
         tl.store(move.dst + at, value, mask=p_inside[:, None] & c_dst_inside[None, :])
 
 
-MOVE_SIZES = "programs tiles N P C dst_c stride_n stride_p stride_c".split()
-PACK_SIZES = [name + number for number in ("", "2", "3") for name in MOVE_SIZES]
+@triton.jit
+def from_argument(move):
+    """A `Move` with its numbers as they are. move: with each as `from_tuple` takes it."""
+    fields = (move[0], move[1])
+    for k in tl.static_range(2, 11):
+        fields = fields + (from_tuple(move[k]),)
+    return Move(*fields)
 
 
-@triton.jit(do_not_specialize=PACK_SIZES)
-def pack(
-    src, dst, programs, tiles, N, P, C, dst_c, stride_n, stride_p, stride_c,
-    src2, dst2, programs2, tiles2, N2, P2, C2, dst_c2, stride_n2, stride_p2, stride_c2,
-    src3, dst3, programs3, tiles3, N3, P3, C3, dst_c3, stride_n3, stride_p3, stride_c3, CONFIG: tl.constexpr,
-):  # fmt: skip
-    """`pack_tiles` of up to three tensors: first the programs of src, then of src2, which has its layout, then of src3.
+@triton.jit
+def pack(first, second, third, CONFIG: tl.constexpr):
+    """`pack_tiles` of up to three tensors, each a `Move` for `from_argument`: first the programs of the first, then of
+    the second, which has its layout, then of the third, which may be None.
 
     Images have the same layout, so they share the code; one that is not there has no programs.
     """
     program = tl.program_id(0)
-    program2 = program - programs * tl.cdiv(dst_c, CONFIG.BLOCK_C)
-    program3 = program2 - programs2 * tl.cdiv(dst_c2, CONFIG.BLOCK_C)
+    program2 = program - from_tuple(first.programs) * tl.cdiv(from_tuple(first.dst_c), CONFIG.BLOCK_C)
+    program3 = program2 - from_tuple(second.programs) * tl.cdiv(from_tuple(second.dst_c), CONFIG.BLOCK_C)
     if program3 < 0:
-        second = program2 >= 0
-        program = tl.where(second, program2, program)
-        move = Move(
-            tl.where(second, src2, src), tl.where(second, dst2, dst),
-            tl.where(second, programs2, programs), tl.where(second, tiles2, tiles),
-            tl.where(second, N2, N), tl.where(second, P2, P), tl.where(second, C2, C), tl.where(second, dst_c2, dst_c),
-            tl.where(second, stride_n2, stride_n), tl.where(second, stride_p2, stride_p),
-            tl.where(second, stride_c2, stride_c),
-        )  # fmt: skip
-        pack_tiles(move, program, CONFIG)
-    elif src3 is not None:
+        fields = ()
+        for k in tl.static_range(11):
+            fields = fields + (tl.where(program2 >= 0, second[k], first[k]),)
+        pack_tiles(from_argument(fields), tl.where(program2 >= 0, program2, program), CONFIG)
+    elif third is not None:
         THIRD: tl.constexpr = CONFIG.THIRD
-        move = Move(src3, dst3, programs3, tiles3, N3, P3, C3, dst_c3, stride_n3, stride_p3, stride_c3)
-        pack_tiles(move, program3, THIRD)
+        pack_tiles(from_argument(third), program3, THIRD)

@@ -132,12 +132,12 @@ class Launch(NamedTuple):
     def named(self) -> dict[str, Any]:
         """Arguments by the names of the kernel's parameters, and `settings`.
 
-        Of a NamedTuple the fields, y_stride_n for y.stride_n; y for y.data.
+        Of a NamedTuple also the fields, y_stride_n for y.stride_n; it itself is the first of them, a tensor.
         """
         arguments: Iterable[tuple[str, Any]] = zip(self.kernel.arg_names, self.arguments, strict=False)
         named: dict[str, Any] = {}
         for name, value in arguments:
-            named |= {**_fields(value, f"{name}_"), name: value.data} if _is_named(value) else {name: value}
+            named |= {**_fields(value, f"{name}_"), name: value[0]} if _is_named(value) else {name: value}
         return named | self.settings
 
     @property
@@ -170,6 +170,11 @@ class Launch(NamedTuple):
     def run(self) -> object:
         """Returns the compiled kernel, or None where it was interpreted."""
         return self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+
+
+def in_tuple(n: int) -> int:
+    """A number in an argument that is a tuple, where Triton would specialize 1 and multiples of 16 (`from_tuple`)."""
+    return 2 * n + 3
 
 
 def _is_named(value: object) -> bool:

@@ -10,7 +10,7 @@ from ...kernels import relayout as kernels
 from ...kernels.conv3x3 import Strided
 from ...launch.arch import cdiv
 from ...launch.layout import accumulator, descriptor, vector_length
-from ...launch.plan import Buffer, Launch, Plan
+from ...launch.plan import Buffer, Launch, Plan, in_tuple
 from ...launch.reduce import Partials, partials_of
 from ...versions import descriptor_unit
 from ..activations import Activation
@@ -106,8 +106,8 @@ class Move(NamedTuple):
     def columns(self) -> int:
         return cdiv(self.dst.shape[1], self.config.block_c)
 
-    def arguments(self, programs: int) -> tuple[object, ...]:
-        return self.src.tensor, self.dst, programs, *self.sizes
+    def argument(self, programs: int) -> kernels.Move:
+        return kernels.Move(self.src.tensor, self.dst, *map(in_tuple, (programs, *self.sizes)))
 
     def compiled(self, vecs: tuple[int, ...], third: kernels.Relayout | None = None) -> kernels.Relayout:
         vec, vec_p, vec_c, vec_dst = vecs
@@ -179,14 +179,13 @@ def pack(plan: Plan, first: Move, second: Move | None, third: Move | None) -> No
     """Pack up to three tensors in one launch, the second of the first one's form."""
     again, last = second or first, third or first
     programs = [0 if move is None else move.programs for move in (first, second, third)]
-    missing = (None, None, *(0 for _ in last.arguments(0)[2:]))
     plan.launch(
         kernels.pack,
         (sum(n * move.columns for n, move in zip(programs, (first, again, last), strict=True)),),
         (
-            *first.arguments(programs[0]),
-            *again.arguments(programs[1]),  # with no programs if there is none: the kernel is the same
-            *(missing if third is None else third.arguments(programs[2])),
+            first.argument(programs[0]),
+            again.argument(programs[1]),  # with no programs if there is none: the kernel is the same
+            None if third is None else third.argument(programs[2]),
         ),
         first.compiled(tuple(map(min, first.vecs, again.vecs)), last.compiled(last.vecs)),
         first.config,
