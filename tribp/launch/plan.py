@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import torch
@@ -316,9 +317,9 @@ class _Ready(NamedTuple):
 
 def _buffers(step: Launch | Copy) -> list[int]:
     """The numbers of the buffers that a step uses, each once."""
-    arguments: list[object] = []
-    for argument in step if isinstance(step, Copy) else step.arguments:
-        arguments += argument if isinstance(argument, tuple) else [argument]
+    arguments = [
+        leaf for argument in (step if isinstance(step, Copy) else step.arguments) for leaf in _leaves(argument)
+    ]
     bases = [argument.base if isinstance(argument, TensorDescriptor) else argument for argument in arguments]
     return list(dict.fromkeys(base.number for base in bases if isinstance(base, Buffer)))
 
@@ -335,58 +336,76 @@ def _view(memory: Sequence[Tensor | None], buffer: Buffer) -> Tensor:
 
 
 class CachedLaunch:
-    """A launch for any memory. After the first time Triton no longer inspects its arguments."""
+    """A launch for any memory. After the first time Triton no longer inspects its arguments.
+
+    They are picked from one list: what is the same each time, then the memory, then descriptors and tuples, which are
+    made of both.
+    """
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
-        self._tensors: list[tuple[int, int]] = []  # the number of the argument, the number of the buffer
-        self._descriptors: list[tuple[int, int, Mapping[str, object]]] = []  # the same, and what it says besides
-        # Of a tuple: its number, what makes it, and as above of the buffers in it.
-        self._tuples: list[tuple[int, Callable[[list[object]], object], list[tuple[int, int]]]] = []
-        for at, argument in enumerate(launch.arguments):
+        leaves = [leaf for argument in launch.arguments for leaf in _leaves(argument)]
+        self._same = [leaf for leaf in leaves if not isinstance(leaf, (Buffer, TensorDescriptor))]
+        self._descriptors: list[tuple[Mapping[str, object], int]] = []  # what it says, and the place of its tensor
+        self._tuples: list[Callable[[list[object]], object]] = []
+        same = iter(range(len(self._same)))
+        tuples = sum(isinstance(argument, tuple) for argument in launch.arguments)
+        descriptors = sum(isinstance(argument, TensorDescriptor) for argument in launch.arguments)
+
+        def place(argument: Any) -> int:
             if isinstance(argument, Buffer):
-                self._tensors.append((at, argument.number))
-            elif isinstance(argument, TensorDescriptor):
-                self._descriptors.append((at, argument.base.number, {**vars(argument), "base": None}))
-            elif isinstance(argument, tuple):
-                inner = [(n, item.number) for n, item in enumerate(argument) if isinstance(item, Buffer)]
-                self._tuples.append((at, getattr(argument, "_make", tuple), inner))
-        # All arguments but those, and what takes them; None until Triton has inspected them once.
-        self._call: tuple[list[object], Callable[..., object] | None] = list(launch.arguments), None
+                return len(self._same) + argument.number
+            if isinstance(argument, TensorDescriptor):
+                self._descriptors.append(({**vars(argument), "base": None}, place(argument.base)))
+                return len(self._descriptors) - 1 - descriptors - tuples
+            if isinstance(argument, tuple):
+                self._tuples.append(itemgetter(*map(place, argument)))
+                return len(self._tuples) - 1 - tuples
+            return next(same)
+
+        self._pick: Callable[[list[object]], tuple[object, ...]] = itemgetter(*map(place, launch.arguments))
+        # What takes the arguments and these constants behind them; None until Triton has inspected them once.
+        self._repeat: Callable[..., object] | None = None
+        self._constants: list[object] = []
 
     def on(self, memory: Sequence[Tensor | None]) -> Launch:
-        return self._launch._replace(arguments=tuple(self._filled(list(self._launch.arguments), memory)))
+        return self._launch._replace(arguments=self._named(self._filled(memory)))
 
-    def _filled(self, arguments: list[object], memory: Sequence[Tensor | None]) -> list[object]:
-        for at, number in self._tensors:
-            arguments[at] = memory[number]
-        for at, number, rest in self._descriptors:
+    def _named(self, arguments: tuple[object, ...]) -> tuple[object, ...]:
+        """The arguments with NamedTuples where the launch has them. A compiled kernel knows their fields by place."""
+        pairs = cast(Any, zip(self._launch.arguments, arguments, strict=True))
+        return tuple(given._make(filled) if _is_named(given) else filled for given, filled in pairs)
+
+    def _filled(self, memory: Sequence[Tensor | None]) -> tuple[object, ...]:
+        """The arguments, with plain tuples in place of NamedTuples."""
+        items = [*self._same, *memory]
+        for says, place in self._descriptors:
             # Its own constructor would check the shapes and strides again: 3 µs.
-            descriptor = arguments[at] = object.__new__(TensorDescriptor)
-            descriptor.__dict__.update(rest, base=memory[number])
-        for at, make, inner in self._tuples:
-            items: list[object] = list(cast(tuple[object, ...], arguments[at]))
-            for n, number in inner:
-                items[n] = memory[number]
-            arguments[at] = make(items)
-        return arguments
+            descriptor = object.__new__(TensorDescriptor)
+            descriptor.__dict__.update(says, base=items[place])
+            items.append(descriptor)
+        for pick in self._tuples:
+            items.append(pick(items))
+        return self._pick(items)
 
     def __call__(self, memory: Sequence[Tensor | None]) -> None:
-        template, repeat = self._call
-        if repeat is not None:
-            repeat(*self._filled(template.copy(), memory))
+        if self._repeat is not None:
+            self._repeat(*self._filled(memory), *self._constants)
             return
         launch = self.on(memory)
         compiled = launch.run()
         if isinstance(compiled, CompiledKernel):
             # It is what Triton would find again by inspecting all arguments; it wants the constants in their
             # places, and a grid of three axes.
-            constants = [launch.constants[name] for name in launch.kernel.arg_names[len(template) :]]
-            self._call = template + constants, compiled[(*launch.grid, 1, 1)[:3]]
-            # It knows fields by their places; a NamedTuple would take 0.1 µs more.
-            self._tuples = [(at, tuple, inner) for at, _, inner in self._tuples]
+            self._constants = [launch.constants[name] for name in launch.kernel.arg_names[len(launch.arguments) :]]
+            self._repeat = compiled[(*launch.grid, 1, 1)[:3]]
         else:  # interpreted
-            self._call = template, partial(launch.kernel[launch.grid], **launch.constants, **launch.options)
+            run = partial(launch.kernel[launch.grid], **launch.constants, **launch.options)
+            self._repeat = lambda *arguments: run(*self._named(arguments))
+
+
+def _leaves(argument: object) -> tuple[object, ...]:
+    return argument if isinstance(argument, tuple) else (argument,)
 
 
 Build = Callable[..., None]
