@@ -437,7 +437,8 @@ def relayout_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, A
 
 def pack_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
     """Of the images; a weight beside them is small."""
-    return dict(turns=given["tiles"], step=size(given, "BLOCK_P", "BLOCK_C") * model.itemsize(given, "src"), chain=0)
+    turns, step = (given["first_tiles_per_program"] - 3) // 2, size(given, "BLOCK_P", "BLOCK_C")
+    return dict(turns=turns, step=step * model.itemsize(given, "first"), chain=0)
 
 
 OPERATION = Operation(
@@ -471,7 +472,7 @@ OPERATION = Operation(
     run_first={
         "bfloat16 NHWC": "--dtype bfloat16 --first 14", "bfloat16 NCHW": "--dtype bfloat16 --case NCHW --first 14",
     },
-    switches=("TMA", "FUSE_DZ", "FLAT", "DIAGONAL", "CHANNELS_LAST", "TAPS_LAST", "src3"),
+    switches=("TMA", "FUSE_DZ", "FLAT", "DIAGONAL", "CHANNELS_LAST", "TAPS_LAST", "third"),
     legend=f"Shapes are N×C-O×H×W, /stride, :groups; padding {PADDING}. dgrad is the input's gradient alone, wgrad the "
     "weight's and the bias's, both: forward, and backward with all of them. Eager torch has cuDNN's benchmark mode on. "
     f"{Operation.legend}",

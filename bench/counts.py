@@ -71,7 +71,7 @@ def _executed(operation: Operation, case: Any, direction: str, options: Options)
     for launch in operation.launches(case, direction, arch):
         source, how = source_of(launch, arch)
         compiled = triton.compile(source, target=target_of(arch), options=how)
-        given = launch.named
+        given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
         report.perform(compiled, launch.grid, tuple(_materialized(given.get(x), storages) for x in source.signature))
         report.launches[-1].settings = describe(launch)
     return report

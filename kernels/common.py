@@ -5,9 +5,11 @@ Conventions, here and in the other kernel files: lower-case names are run-time v
 pointer or as a tensor descriptor (TMA).
 
 A kernel has one `constexpr`, CONFIG: a NamedTuple of plain values that holds all that is fixed when it is compiled,
-besides the types of its arguments and which of them are None. Its sizes and strides are scalars, for Triton would
-specialize the numbers of a tuple. Within the kernel, values that belong together are a namedtuple (`Matrix`). Fields of
-CONFIG have a local name where they are read often, stand in a shape or (Triton 3.5) are strings or tuples themselves.
+besides the types of its arguments and which of them are None. Values that belong together are a namedtuple (`Matrix`),
+as arguments too: a tensor and its strides. But not sizes, for in a tuple Triton specializes 1 and multiples of 16,
+whatever `do_not_specialize` says (`from_tuple`); nor tensor descriptors, which Triton before 3.9 does not launch there.
+Fields of CONFIG have a local name where they are read often, stand in a shape or (Triton 3.5) are strings or tuples
+themselves.
 
 Fields of a CONFIG, where several kernels have them; one that a kernel has no use for is None:
 
@@ -39,6 +41,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # A matrix of rows × cols that one tensor holds, with `ld` elements from line to line. Lines are rows, or columns where
 # `load_tile` is told that it lies transposed. A tensor descriptor knows the rest.
 Matrix = namedtuple("Matrix", "data rows cols ld")
+# `out`, the sum of `parts` partial results, each of which consists of `matrices` of rows × cols.
+Sum = namedtuple("Sum", "partials out parts matrices rows cols")
 
 
 class Reduce(NamedTuple):
@@ -62,6 +66,12 @@ def accumulator(dtype):
     """The type that sums of elements are formed in. dtype: as of `element_type`."""
     element = dtype.element_ty if dtype.is_ptr() else dtype
     return tl.float64 if element == tl.float64 else tl.float32
+
+
+@triton.jit
+def from_tuple(n):
+    """The number that a tuple holds as 2n + 3: it specializes 1 and multiples of 16, which that never is."""
+    return (n >> 1) - 1
 
 
 @triton.jit
@@ -257,43 +267,33 @@ def reduce_partials(partials, out, parts, matrices, rows, cols, partials2, out2,
 
     With BLOCK_ROWS a partial result consists of `matrices` of rows × cols, and `out` of the transpose of each.
     """
-    add_both(
-        partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2, tl.program_id(0), CONFIG
-    )  # fmt: skip
+    first = Sum(partials, out, parts, matrices, rows, cols)
+    add_both(first, Sum(partials2, out2, parts2, 1, 1, length2), tl.program_id(0), CONFIG)
 
 
 @triton.jit
 def add_appended(sums, program, CONFIG: tl.constexpr):
-    """What a program of `reduce_partials` does, in a kernel that has its arguments as one tuple.
-
-    A number n in it is 2n + 3: in a tuple Triton specializes multiples of 16 and 1.
-    """
+    """What a program of `reduce_partials` does, in a kernel that has its arguments as one tuple, for `from_tuple`."""
     partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2 = sums
-    add_both(
-        partials, out, parts // 2 - 1, matrices // 2 - 1, rows // 2 - 1, cols // 2 - 1,
-        partials2, out2, parts2 // 2 - 1, length2 // 2 - 1, program, CONFIG,
-    )  # fmt: skip
+    first = Sum(partials, out, from_tuple(parts), from_tuple(matrices), from_tuple(rows), from_tuple(cols))
+    add_both(first, Sum(partials2, out2, from_tuple(parts2), 1, 1, from_tuple(length2)), program, CONFIG)
 
 
 @triton.jit
-def add_both(
-    partials, out, parts, matrices, rows, cols, partials2, out2, parts2, length2, program, CONFIG: tl.constexpr
-):
-    """What a program of `reduce_partials` does, and those behind the last one do not."""
-    programs = matrices * tl.cdiv(cols, CONFIG.BLOCK // CONFIG.BLOCK_ROWS)
+def add_both(first, second, program, CONFIG: tl.constexpr):
+    """What a program of `reduce_partials` does, and those behind the last one do not. second.partials may be None."""
+    programs = first.matrices * tl.cdiv(first.cols, CONFIG.BLOCK // CONFIG.BLOCK_ROWS)
     if program < programs:
-        add_up(partials, out, parts, matrices, rows, cols, program, CONFIG.BLOCK_ROWS, CONFIG.VEC, CONFIG)
-    elif partials2 is not None:
-        if program - programs < tl.cdiv(length2, CONFIG.BLOCK):
-            add_up(partials2, out2, parts2, 1, 1, length2, program - programs, 1, CONFIG.VEC2, CONFIG)
+        add_up(first, program, CONFIG.BLOCK_ROWS, CONFIG.VEC, CONFIG)
+    elif second.partials is not None:
+        if program - programs < tl.cdiv(second.cols, CONFIG.BLOCK):
+            add_up(second, program - programs, 1, CONFIG.VEC2, CONFIG)
 
 
 @triton.jit
-def add_up(
-    partials, out, parts, matrices, rows, cols, program, BLOCK_ROWS: tl.constexpr, VEC: tl.constexpr,
-    CONFIG: tl.constexpr,
-):  # fmt: skip
-    """BLOCK elements of `out`: of one matrix all rows, which are at most BLOCK_ROWS, and some columns."""
+def add_up(of, program, BLOCK_ROWS: tl.constexpr, VEC: tl.constexpr, CONFIG: tl.constexpr):
+    """BLOCK elements of a `Sum`: of one matrix all rows, which are at most BLOCK_ROWS, and some columns."""
+    partials, out, parts, matrices, rows, cols = of
     BLOCK: tl.constexpr = CONFIG.BLOCK
     COLS: tl.constexpr = BLOCK // BLOCK_ROWS
     k = tl.arange(0, BLOCK)

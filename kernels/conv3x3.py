@@ -37,9 +37,9 @@ from .common import (
     zeros,
 )
 
-# Not specialized: no recompile for a batch of 1, a stride of 2 or pixels of another pitch; what divides them, VEC says.
+# Not specialized: no recompile for a batch of 1 or a stride of 2. Distances in memory are, as numbers of a tuple: 16
+# divides them or does not. What else does, VEC says.
 SIZES = "N H W P Q groups OG CG OZ CX pad_h pad_w step_h step_w".split()
-STRIDES = ["stride_n", "stride_h", "stride_w"]
 
 
 class Box(NamedTuple):
@@ -98,8 +98,10 @@ class SpreadWeight(NamedTuple):
     BLOCK: int
 
 
-# Images (N, H, W) of channels up to C in memory. data: a pointer or a tensor descriptor.
-Image = namedtuple("Image", "data N H W C stride_n stride_c stride_h stride_w")
+# A tensor (N, C, H, W) in memory, as an argument of a kernel. Its sizes are arguments of their own (`common`).
+Strided = namedtuple("Strided", "data stride_n stride_c stride_h stride_w")
+# The same within a kernel: images (N, H, W) of channels up to C. data: a pointer or a tensor descriptor.
+Image = namedtuple("Image", "data stride_n stride_c stride_h stride_w N H W C")
 # One pixel or several: image, row, column.
 Pixels = namedtuple("Pixels", "n h w")
 # Which pixels a box meets in an image: row h of the box the row h·step_h + shift_h; columns likewise.
@@ -227,6 +229,17 @@ def offsets(image, pixels, c, c_inside, CHANNELS_LAST: tl.constexpr, VEC: tl.con
 
 
 @triton.jit
+def from_channel(image, first, CONFIG: tl.constexpr):
+    """An image without the channels before `first`. CHANNELS_LAST and VEC_STORE as in `offsets`."""
+    VEC: tl.constexpr = CONFIG.VEC_STORE
+    at = first // VEC * VEC if CONFIG.CHANNELS_LAST else first.to(tl.int64) * (image.stride_c // VEC * VEC)
+    return Image(
+        image.data + at, image.stride_n, image.stride_c, image.stride_h, image.stride_w,
+        image.N, image.H, image.W, image.C,
+    )  # fmt: skip
+
+
+@triton.jit
 def store_box(image, tile, pixels, channel, BLOCK: tl.constexpr, CONFIG: tl.constexpr):
     """Write the pixels of a box from a channel on, rounded to the type of the image. VEC_STORE as in `offsets`."""
     BOX: tl.constexpr = CONFIG.BOX
@@ -349,7 +362,7 @@ def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, C
     first = tile * GROUPS_PER_TILE * OG
     start = origin if CONFIG.TMA else 0  # in `source`: a descriptor begins with the first channel of all
     source = image.data if CONFIG.TMA else image.data + origin
-    src = Image(source, image.N, image.H, image.W, start + length, image.stride_n, 1, image.stride_h, image.stride_w)
+    src = Image(source, image.stride_n, 1, image.stride_h, image.stride_w, image.N, image.H, image.W, start + length)
     acc = tl.zeros((BLOCK_J, PIXELS) if WEIGHTS_FIRST else (PIXELS, BLOCK_J), accumulator(source.dtype))
     steps = tl.cdiv(length, BLOCK_L)
     t = 0
@@ -380,7 +393,7 @@ def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, C
         # (One sum over both axes: with a reduction along either, Triton 3.7 does not compile for sm_100.)
         if tl.sum((acc != acc).to(tl.int32)) > 0:
             by_pointer = Image(
-                memory[0] + origin, image.N, image.H, image.W, length, image.stride_n, 1, image.stride_h, image.stride_w
+                memory[0] + origin, image.stride_n, 1, image.stride_h, image.stride_w, image.N, image.H, image.W, length
             )
             acc = convolve_by_group(by_pointer, memory[1], box, window, taps, groups, DGRAD, CONFIG)
     return acc
@@ -429,11 +442,10 @@ def convolve_rows(image, w, box, window, groups, DGRAD: tl.constexpr, CONFIG: tl
     return tiles
 
 
-@triton.jit(do_not_specialize=[*SIZES, *STRIDES, *(f"y_{stride}" for stride in STRIDES), "y_stride_c"])
+@triton.jit(do_not_specialize=SIZES)
 def forward(
-    x, w, x_memory, w_memory, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w, step_h, step_w,
-    stride_n, stride_h, stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w, CONFIG: tl.constexpr,
-):  # fmt: skip
+    x, strides, w, memory, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w, step_h, step_w, CONFIG: tl.constexpr
+):
     """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_J of a tile's groups' output channels a program.
 
     Or ROWS boxes of one row each (`convolve_rows`).
@@ -443,7 +455,6 @@ def forward(
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
     ROWS: tl.constexpr = CONFIG.ROWS
     GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
-    VEC: tl.constexpr = CONFIG.VEC_STORE
     columns = tl.cdiv(GROUPS_PER_TILE * OG, BLOCK_J)
     boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H * ROWS) * tl.cdiv(Q, BOX.W)
     index, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, GROUPS_PER_TILE), CONFIG.GROUP)
@@ -452,16 +463,15 @@ def forward(
     col = column % columns * BLOCK_J
     here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
     of_tile = Groups(tile, here, OG, CG, col)
-    image = Image(x, N, H, W, CG, stride_n, 1, stride_h, stride_w)
+    image = Image(x, *strides, N, H, W, CG)
     window = Window(step_h, step_w, -pad_h, -pad_w)
     if ROWS > 1:
         tiles = convolve_rows(image, w, box, window, of_tile, False, CONFIG)
     else:
         taps = Taps(0, 0, 1, 1)
-        tiles = (convolve(image, w, (x_memory, w_memory), box, window, taps, of_tile, False, CONFIG),)
+        tiles = (convolve(image, w, memory, box, window, taps, of_tile, False, CONFIG),)
     first = tile * (GROUPS_PER_TILE * OG)
-    y += first // VEC * VEC if CONFIG.CHANNELS_LAST else first.to(tl.int64) * (y_stride_c // VEC * VEC)
-    y = Image(y, N, P, Q, here * OG, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
+    y = from_channel(Image(*y, N, P, Q, here * OG), first, CONFIG)
     for row in tl.static_range(ROWS):
         z = tiles[row]
         if b is not None:
@@ -471,10 +481,10 @@ def forward(
         store_box(y, z, pixels_of(Pixels(box.n, box.h + row, box.w), BOX), col, BLOCK_J, CONFIG)
 
 
-@triton.jit(do_not_specialize=[*SIZES, *STRIDES, *(f"x_{stride}" for stride in STRIDES), "x_stride_c"])
+@triton.jit(do_not_specialize=SIZES)
 def dgrad(
-    dz, w, dz_memory, w_memory, dx, sums, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w, step_h, step_w,
-    stride_n, stride_h, stride_w, x_stride_n, x_stride_c, x_stride_h, x_stride_w, CONFIG: tl.constexpr,
+    dz, strides, w, memory, dx, sums, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w, step_h, step_w,
+    CONFIG: tl.constexpr,
 ):  # fmt: skip
     """dx from dz: a box of dx's pixels and BLOCK_J of a tile's groups' input channels, of CX a group, a program.
 
@@ -506,33 +516,31 @@ def dgrad(
     tile = column // columns
     col = column % columns * BLOCK_J
     here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
-    first = tile * (GROUPS_PER_TILE * CX)
-    dx += first // VEC * VEC if CONFIG.CHANNELS_LAST else first.to(tl.int64) * (x_stride_c // VEC * VEC)
+    dx = from_channel(Image(*dx, N, H, W, here * CX), tile * (GROUPS_PER_TILE * CX), CONFIG)
     rows, first_h = rows_of_class(H, pad_h, class_h, step_h)
     cols, first_w = rows_of_class(W, pad_w, class_w, step_w)
     box = box_at(index, rows, cols, Box(BOX.N, BOX.H * ROWS, BOX.W))
     of_tile = Groups(tile, here, OG, CG, col)
-    image = Image(dz, N, P, Q, OG, stride_n, 1, stride_h, stride_w)
+    image = Image(dz, *strides, N, P, Q, OG)
     window = Window(1, 1, first_h, first_w)
     if ROWS > 1:
         tiles = convolve_rows(image, w, box, window, of_tile, True, CONFIG)
     else:
         taps = Taps(class_h, class_w, step_h, step_w)
-        tiles = (convolve(image, w, (dz_memory, w_memory), box, window, taps, of_tile, True, CONFIG),)
+        tiles = (convolve(image, w, memory, box, window, taps, of_tile, True, CONFIG),)
     for row in tl.static_range(ROWS):
         n, i, j = pixels_of(Pixels(box.n, box.h + row, box.w), BOX)
         h = row_of_class(i, first_h, pad_h, class_h, step_h)
         v = j  # step_w is 1; the compiler sees columns side by side
         if CONFIG.CHANNELS_LAST or VEC == 1:
             v = row_of_class(j, first_w, pad_w, class_w, step_w)
-        out = Image(dx, N, H, W, here * CX, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
-        store_box(out, tiles[row], Pixels(n, h, v), col, BLOCK_J, CONFIG)
+        store_box(dx, tiles[row], Pixels(n, h, v), col, BLOCK_J, CONFIG)
 
 
-@triton.jit(do_not_specialize=[*SIZES, *STRIDES, *(f"z_{stride}" for stride in STRIDES), "boxes_per_split"])
+@triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
 def wgrad(
-    dz, x, dw, db, N, H, W, P, Q, groups, OG, CG, OZ, CX, pad_h, pad_w, step_h, step_w,
-    z_stride_n, z_stride_h, z_stride_w, stride_n, stride_h, stride_w, boxes_per_split, CONFIG: tl.constexpr,
+    dz, z_strides, x, strides, dw, db, N, H, W, P, Q, groups, OG, CG, OZ, CX, pad_h, pad_w, step_h, step_w,
+    boxes_per_split, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """dw[split] = Σ dzᵀ·x[tap] over the boxes of split = program_id(1): a tap or (TAPS = 3) a row of taps a program.
 
@@ -581,8 +589,8 @@ def wgrad(
     start_c = origin_c if TMA else 0
     dz = dz if TMA else dz + origin_o
     x = x if TMA else x + origin_c
-    image = Image(x, N, H, W, start_c + here * CX, stride_n, 1, stride_h, stride_w)
-    dz = Image(dz, N, P, Q, start_o + here * OZ, z_stride_n, 1, z_stride_h, z_stride_w)
+    image = Image(x, *strides, N, H, W, start_c + here * CX)
+    dz = Image(dz, *z_strides, N, P, Q, start_o + here * OZ)
     acc = zeros(TAPS, BLOCK_C if X_FIRST else BLOCK_O, BLOCK_O if X_FIRST else BLOCK_C, ACC)
     ones = round_to(tl.full((16, PIXELS) if X_FIRST else (PIXELS, 16), 1.0, ACC), DTYPE)
     if BY_PRODUCT:

@@ -96,10 +96,7 @@ def add_taps(total, row, taps, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: t
 
 
 @triton.jit(do_not_specialize=SIZES)
-def depthwise_forward(
-    x, w, b, y, N, H, W, P, Q, C, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-    y_stride_n, y_stride_c, y_stride_h, y_stride_w, CONFIG: tl.constexpr,
-):  # fmt: skip
+def depthwise_forward(x, w, b, y, N, H, W, P, Q, C, pad_h, pad_w, CONFIG: tl.constexpr):
     """y = act(x ⋆ w + b): BOX.H rows of BOX.W columns of BOX.N images, BLOCK_C channels a program.
 
     A row of x is read once and added to the rows of y that it meets: the one it completes, and those begun with it.
@@ -113,11 +110,11 @@ def depthwise_forward(
     col = tl.program_id(0) % columns * BLOCK_C
     c, c_inside = masked_range(col, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
     taps = load_taps(w, c, c_inside)
-    none = tl.zeros((PIXELS, BLOCK_C), accumulator(x.dtype))
+    none = tl.zeros((PIXELS, BLOCK_C), accumulator(x.data.dtype))
     if b is not None:
         bias = tl.load(b + c, mask=c_inside, other=0.0).to(none.dtype)[None, :]
-    x = Image(x, N, H, W, C, stride_n, stride_c, stride_h, stride_w)
-    y = Image(y, N, P, Q, C, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
+    x = Image(*x, N, H, W, C)
+    y = Image(*y, N, P, Q, C)
     box = box_at(tl.program_id(0) // columns, P, Q, BOX)
     first = box.h
     n, _, j = pixels_of(box, Box(BOX.N, 1, BOX.W))
@@ -146,10 +143,7 @@ def depthwise_forward(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def depthwise_dgrad(
-    dz, w, dx, N, H, W, P, Q, C, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-    x_stride_n, x_stride_c, x_stride_h, x_stride_w, CONFIG: tl.constexpr,
-):  # fmt: skip
+def depthwise_dgrad(dz, w, dx, N, H, W, P, Q, C, pad_h, pad_w, CONFIG: tl.constexpr):
     """dx from dz: BOX.H rows of BOX.W columns of BOX.N images, BLOCK_C channels a program, row by row as forward.
 
     With a stride of 2, pixels that meet the same taps make a class, program_id(1), as in `conv3x3.dgrad`.
@@ -163,9 +157,9 @@ def depthwise_dgrad(
     col = tl.program_id(0) % columns * BLOCK_C
     c, c_inside = masked_range(col, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
     taps = load_taps(w, c, c_inside)
-    none = tl.zeros((PIXELS, BLOCK_C), accumulator(dz.dtype))
-    dz = Image(dz, N, P, Q, C, stride_n, stride_c, stride_h, stride_w)
-    dx = Image(dx, N, H, W, C, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
+    none = tl.zeros((PIXELS, BLOCK_C), accumulator(dz.data.dtype))
+    dz = Image(*dz, N, P, Q, C)
+    dx = Image(*dx, N, H, W, C)
     for class_h in tl.static_range(STEP_H):
         for class_w in tl.static_range(STEP_W):
             if tl.program_id(1) == class_h * STEP_W + class_w:
@@ -199,10 +193,7 @@ def depthwise_dgrad(
 
 
 @triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
-def depthwise_wgrad(
-    dz, x, dw, db, N, H, W, P, Q, C, pad_h, pad_w, z_stride_n, z_stride_c, z_stride_h, z_stride_w,
-    stride_n, stride_c, stride_h, stride_w, boxes_per_split, CONFIG: tl.constexpr,
-):  # fmt: skip
+def depthwise_wgrad(dz, x, dw, db, N, H, W, P, Q, C, pad_h, pad_w, boxes_per_split, CONFIG: tl.constexpr):
     """dw[split] (C, 9) and db[split] (C,), or None, of the boxes of split = program_id(1), BLOCK_C channels a program.
 
     Where dz does not exist its zero must meet a zero, for an infinity of x would make it NaN.
@@ -212,12 +203,12 @@ def depthwise_wgrad(
     ROWS: tl.constexpr = BOX.H
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
     STEP_H: tl.constexpr = CONFIG.STEP_H
-    ACC: tl.constexpr = accumulator(dz.dtype)
+    ACC: tl.constexpr = accumulator(dz.data.dtype)
     split = tl.program_id(1)
     c, c_inside = masked_range(tl.program_id(0) * BLOCK_C, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
     boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H) * tl.cdiv(Q, BOX.W)
-    dz = Image(dz, N, P, Q, C, z_stride_n, z_stride_c, z_stride_h, z_stride_w)
-    x = Image(x, N, H, W, C, stride_n, stride_c, stride_h, stride_w)
+    dz = Image(*dz, N, P, Q, C)
+    x = Image(*x, N, H, W, C)
     acc = zeros(9, PIXELS, BLOCK_C, ACC)
     sums = tl.zeros((PIXELS, BLOCK_C), ACC)
     for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):

@@ -99,10 +99,7 @@ def load_taps(w, r, o, o_inside, CONFIG: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def few_channels_forward(
-    x, w, b, y, N, H, W, P, Q, O, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-    y_stride_n, y_stride_c, y_stride_h, y_stride_w, CONFIG: tl.constexpr,
-):  # fmt: skip
+def few_channels_forward(x, w, b, y, N, H, W, P, Q, O, pad_h, pad_w, CONFIG: tl.constexpr):
     """y = act(x ⋆ w + b): BOX.H rows of BOX.W columns of BOX.N images, BLOCK_O output channels a program. w: (O, 9·C).
 
     Row by row: what is gathered of a row of x serves the rows of y that it meets.
@@ -113,7 +110,7 @@ def few_channels_forward(
     BLOCK_O: tl.constexpr = CONFIG.BLOCK_O
     STEP_H: tl.constexpr = CONFIG.STEP_H
     PRECISION: tl.constexpr = CONFIG.PRECISION
-    ACC: tl.constexpr = accumulator(x.dtype)
+    ACC: tl.constexpr = accumulator(x.data.dtype)
     columns = tl.cdiv(O, BLOCK_O)
     box = box_at(tl.program_id(0) // columns, P, Q, BOX)
     first = box.h
@@ -125,8 +122,8 @@ def few_channels_forward(
     w2 = load_taps(w, 2, o, o_inside, CONFIG)
     if b is not None:
         bias = tl.load(b + o, mask=o_inside, other=0.0).to(ACC)
-    x = Image(x, N, H, W, 0, stride_n, stride_c, stride_h, stride_w)
-    y = Image(y, N, P, Q, O, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
+    x = Image(*x, N, H, W, 0)
+    y = Image(*y, N, P, Q, O)
     h = first * STEP_H - pad_h
     g0 = gather_row(x, n, h, j, pad_w, CONFIG)
     g1 = gather_row(x, n, h + 1, j, pad_w, CONFIG)
@@ -158,10 +155,7 @@ def three_of_four(x):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def few_channels_dgrad(
-    dz, w, dx, N, H, W, P, Q, O, pad_h, pad_w, stride_n, stride_h, stride_w,
-    x_stride_n, x_stride_c, x_stride_h, x_stride_w, CONFIG: tl.constexpr,
-):  # fmt: skip
+def few_channels_dgrad(dz, strides, w, dx, N, H, W, P, Q, O, pad_h, pad_w, CONFIG: tl.constexpr):
     """dx of up to four channels, with a stride of 1: BOX.H rows of BOX.W − 2 columns of BOX.N images a program.
 
         dx[n, h, v, c] = Σ_rs p[n, h + pad_h − r, v + pad_w − s, k]      p[n, i, j, k] = Σₒ dz[n, i, j, o]·w[o, k]
@@ -180,7 +174,7 @@ def few_channels_dgrad(
     VEC: tl.constexpr = CONFIG.VEC
     PRECISION: tl.constexpr = CONFIG.PRECISION
     PIXELS: tl.constexpr = BOX.N * BOX.W
-    ACC: tl.constexpr = accumulator(dx.dtype)
+    ACC: tl.constexpr = accumulator(dx.data.dtype)
     n, first, left = box_at(tl.program_id(0), H, W, Box(BOX.N, BOX.H, BOX.W - 2))
     k = tl.arange(0, BLOCK_K)[None, :]
     r, s, c = k // 16, k // 8 % 2 * 2 + k % 2, k // 2 % 4
@@ -194,14 +188,14 @@ def few_channels_dgrad(
     v = tl.where(column < BOX.W - 2, left + column, -1)
     c, c_inside = masked_range(0, C, 4, CONFIG.VEC_STORE if CONFIG.CHANNELS_LAST else 1)
     m = tl.broadcast_to(tl.arange(0, PIXELS)[:, None], (PIXELS, 4))
-    dx = Image(dx, N, H, W, C, x_stride_n, x_stride_c, x_stride_h, x_stride_w)
+    dx = Image(*dx, N, H, W, C)
     # What the last two rows of dz gave the row of dx that the next one completes, and the row after that.
     complete = tl.zeros((PIXELS, 16), ACC)
     begun = tl.zeros((PIXELS, 16), ACC)
     for t in range(0, tl.minimum(BOX.H, H - first) + 2):
         box = Pixels(n, first + t, left)
         window = Window(1, 1, pad_h - 2, pad_w - 2)
-        image = Image(dz, N, P, Q, tl.cdiv(O, VEC) * VEC, stride_n, 1, stride_h, stride_w)
+        image = Image(dz, *strides, N, P, Q, tl.cdiv(O, VEC) * VEC)
         z = load_box(image, box, window, 0, Box(BOX.N, 1, BOX.W), CONFIG.BLOCK_O, VEC)
         p = dot(z, taps, tl.zeros((PIXELS, BLOCK_K), ACC), PRECISION)
         p0, p1, p2 = three_of_four(tl.permute(tl.reshape(p, (PIXELS, 2, 2, 16)), (0, 3, 1, 2)))
@@ -215,11 +209,7 @@ def few_channels_dgrad(
 
 
 @triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
-def few_channels_wgrad(
-    dz, y, x, dw, db, N, H, W, P, Q, O, pad_h, pad_w, stride_n, stride_c, stride_h, stride_w,
-    z_stride_n, z_stride_c, z_stride_h, z_stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w, boxes_per_split,
-    CONFIG: tl.constexpr,
-):  # fmt: skip
+def few_channels_wgrad(dz, y, x, dw, db, N, H, W, P, Q, O, pad_h, pad_w, boxes_per_split, CONFIG: tl.constexpr):
     """dw[split] (O, 9·C) and db[split] (O,), or None, of the boxes of split = program_id(1).
 
     With FUSE_DZ the argument `dz` holds dy, and dz = dy·act′ is formed on the way in: nobody else needs it.
@@ -236,15 +226,15 @@ def few_channels_wgrad(
     RUN: tl.constexpr = VEC if VEC < BOX.W else BOX.W
     # Counted: a tile that is multiplied and summed lies in shared memory so that eight threads at a time read one bank.
     # 16-bit numbers are summed by the product itself, exactly, in a column that it has free.
-    HALF: tl.constexpr = dz.dtype.element_ty.primitive_bitwidth == 16
+    HALF: tl.constexpr = dz.data.dtype.element_ty.primitive_bitwidth == 16
     ONES: tl.constexpr = HALF and not CONFIG.FUSE_DZ and db is not None
-    ACC: tl.constexpr = accumulator(dz.dtype)
+    ACC: tl.constexpr = accumulator(dz.data.dtype)
     col = tl.program_id(0) * BLOCK_O
     split = tl.program_id(1)
     boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H) * tl.cdiv(Q, BOX.W)
     o, o_inside = masked_range(col, O, BLOCK_O, VEC if CHANNELS_LAST else 1)
-    x = Image(x, N, H, W, C, stride_n, stride_c, stride_h, stride_w)
-    dz = Image(dz, N, P, Q, O, z_stride_n, z_stride_c, z_stride_h, z_stride_w)
+    x = Image(*x, N, H, W, C)
+    dz = Image(*dz, N, P, Q, O)
     acc = tl.zeros((BLOCK_O, BLOCK_K), ACC)
     sums = tl.zeros((PIXELS, BLOCK_O), ACC)
     for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
@@ -252,9 +242,8 @@ def few_channels_wgrad(
         at, mask = offsets(dz, pixels, o, o_inside, CHANNELS_LAST, VEC, RUN)
         z = tl.load(dz.data + at, mask=mask, other=0.0)
         if CONFIG.FUSE_DZ:
-            output = Image(y, N, P, Q, O, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
-            at, _ = offsets(output, pixels, o, o_inside, CHANNELS_LAST, VEC, RUN)
-            z = gradient(z, tl.load(y + at, mask=mask, other=0.0), ACT)
+            at, _ = offsets(Image(*y, N, P, Q, O), pixels, o, o_inside, CHANNELS_LAST, VEC, RUN)
+            z = gradient(z, tl.load(y.data + at, mask=mask, other=0.0), ACT)
         if db is not None and not ONES:
             sums += z.to(ACC)
         g = gather(x, pixels, P, Q, (pad_h, pad_w), ONES, CONFIG)

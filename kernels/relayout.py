@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .activations import Act, gradient
-from .common import accumulator, masked_range, round_to
+from .common import accumulator, from_tuple, masked_range, round_to
 
 
 class Layout(NamedTuple):
@@ -60,11 +60,7 @@ def addresses(planes, n, p, c, LAYOUT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "P", "C", "dst_c", "tiles_per_program"])
-def relayout(
-    src, y, dst, db, N, P, C, dst_c, tiles_per_program,
-    src_stride_n, src_stride_p, src_stride_c, y_stride_n, y_stride_p, y_stride_c,
-    dst_stride_n, dst_stride_p, dst_stride_c, CONFIG: tl.constexpr,
-):  # fmt: skip
+def relayout(src, y, dst, db, N, P, C, dst_c, tiles_per_program, CONFIG: tl.constexpr):
     """`tiles_per_program` tiles of BLOCK_P pixels of one image, BLOCK_C channels. db: (programs, C), a sum of each.
 
     y, and dst or db, may be None.
@@ -75,25 +71,23 @@ def relayout(
     SRC: tl.constexpr = CONFIG.SRC
     Y: tl.constexpr = CONFIG.Y
     DST: tl.constexpr = CONFIG.DST
-    source = Planes(src, src_stride_n, src_stride_p, src_stride_c)
     c, c_inside = masked_range(tl.program_id(1) * BLOCK_C, C, BLOCK_C, CONFIG.VEC_C)
     c_dst, c_dst_inside = masked_range(tl.program_id(1) * BLOCK_C, dst_c, BLOCK_C, CONFIG.VEC_DST)
     tiles_p = tl.cdiv(P, BLOCK_P)
     first = tl.program_id(0) * tiles_per_program
-    sums = tl.zeros((BLOCK_P, BLOCK_C), accumulator(src.dtype))
+    sums = tl.zeros((BLOCK_P, BLOCK_C), accumulator(src.data.dtype))
     for tile in range(first, tl.minimum(first + tiles_per_program, N * tiles_p)):
         n = tile // tiles_p
         p, p_inside = masked_range(tile % tiles_p * BLOCK_P, P, BLOCK_P, CONFIG.VEC_P)
         inside = p_inside[:, None] & c_inside[None, :]
-        value = tl.load(addresses(source, n, p, c, SRC), mask=inside, other=0.0)
+        value = tl.load(addresses(src, n, p, c, SRC), mask=inside, other=0.0)
         if y is not None:
-            output = Planes(y, y_stride_n, y_stride_p, y_stride_c)
-            value = gradient(value, tl.load(addresses(output, n, p, c, Y), mask=inside, other=0.0), ACT)
+            value = gradient(value, tl.load(addresses(y, n, p, c, Y), mask=inside, other=0.0), ACT)
         if db is not None:
             sums += value.to(sums.dtype)
         if dst is not None:
-            at = addresses(Planes(dst, dst_stride_n, dst_stride_p, dst_stride_c), n, p, c_dst, DST)
-            tl.store(at, round_to(value, dst.dtype.element_ty), mask=p_inside[:, None] & c_dst_inside[None, :])
+            at = addresses(dst, n, p, c_dst, DST)
+            tl.store(at, round_to(value, dst.data.dtype.element_ty), mask=p_inside[:, None] & c_dst_inside[None, :])
     if db is not None:
         total = round_to(tl.sum(sums, 0), db.dtype.element_ty)
         tl.store(db + tl.program_id(0).to(tl.int64) * C + c, total, mask=c_inside)
@@ -120,35 +114,30 @@ def pack_tiles(move, program, CONFIG: tl.constexpr):
         tl.store(move.dst + at, value, mask=p_inside[:, None] & c_dst_inside[None, :])
 
 
-MOVE_SIZES = "programs tiles N P C dst_c stride_n stride_p stride_c".split()
-PACK_SIZES = [name + number for number in ("", "2", "3") for name in MOVE_SIZES]
+@triton.jit
+def from_argument(move):
+    """A `Move` with its numbers as they are. move: with each as `from_tuple` takes it."""
+    fields = (move[0], move[1])
+    for k in tl.static_range(2, 11):
+        fields = fields + (from_tuple(move[k]),)
+    return Move(*fields)
 
 
-@triton.jit(do_not_specialize=PACK_SIZES)
-def pack(
-    src, dst, programs, tiles, N, P, C, dst_c, stride_n, stride_p, stride_c,
-    src2, dst2, programs2, tiles2, N2, P2, C2, dst_c2, stride_n2, stride_p2, stride_c2,
-    src3, dst3, programs3, tiles3, N3, P3, C3, dst_c3, stride_n3, stride_p3, stride_c3, CONFIG: tl.constexpr,
-):  # fmt: skip
-    """`pack_tiles` of up to three tensors: first the programs of src, then of src2, which has its layout, then of src3.
+@triton.jit
+def pack(first, second, third, CONFIG: tl.constexpr):
+    """`pack_tiles` of up to three tensors, each a `Move` for `from_argument`: first the programs of the first, then of
+    the second, which has its layout, then of the third, which may be None.
 
     Images have the same layout, so they share the code; one that is not there has no programs.
     """
     program = tl.program_id(0)
-    program2 = program - programs * tl.cdiv(dst_c, CONFIG.BLOCK_C)
-    program3 = program2 - programs2 * tl.cdiv(dst_c2, CONFIG.BLOCK_C)
+    program2 = program - from_tuple(first.programs) * tl.cdiv(from_tuple(first.dst_c), CONFIG.BLOCK_C)
+    program3 = program2 - from_tuple(second.programs) * tl.cdiv(from_tuple(second.dst_c), CONFIG.BLOCK_C)
     if program3 < 0:
-        second = program2 >= 0
-        program = tl.where(second, program2, program)
-        move = Move(
-            tl.where(second, src2, src), tl.where(second, dst2, dst),
-            tl.where(second, programs2, programs), tl.where(second, tiles2, tiles),
-            tl.where(second, N2, N), tl.where(second, P2, P), tl.where(second, C2, C), tl.where(second, dst_c2, dst_c),
-            tl.where(second, stride_n2, stride_n), tl.where(second, stride_p2, stride_p),
-            tl.where(second, stride_c2, stride_c),
-        )  # fmt: skip
-        pack_tiles(move, program, CONFIG)
-    elif src3 is not None:
+        fields = ()
+        for k in tl.static_range(11):
+            fields = fields + (tl.where(program2 >= 0, second[k], first[k]),)
+        pack_tiles(from_argument(fields), tl.where(program2 >= 0, program2, program), CONFIG)
+    elif third is not None:
         THIRD: tl.constexpr = CONFIG.THIRD
-        move = Move(src3, dst3, programs3, tiles3, N3, P3, C3, dst_c3, stride_n3, stride_p3, stride_c3)
-        pack_tiles(move, program3, THIRD)
+        pack_tiles(from_argument(third), program3, THIRD)

@@ -388,7 +388,12 @@ def test_work_of_a_convolution() -> None:
 
 
 PRODUCTS: list[Case] = [c for c in [*conv3x3.BASE, *linear.cases()] if c.dtype in (BF16, FP32)]
-READ = {"output_grad": ("dy", "y"), "reduce_partials": ("partials",), "relayout": ("src", "y"), "pack": ("src", "src2")}
+READ = {
+    "output_grad": ("dy", "y"),
+    "reduce_partials": ("partials",),
+    "relayout": ("src", "y"),
+    "pack": ("first", "second"),
+}
 
 
 @pytest.mark.parametrize("case", [c for c in PRODUCTS if not getattr(c, "depthwise", False)], ids=lambda c: c.name)

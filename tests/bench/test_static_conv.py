@@ -139,7 +139,7 @@ def test_settings_are_shown_in_words() -> None:
     assert {"groups_per_tile8", "diagonal"} <= set(shown(grouped, "forward", -1))
     taps = launches(DENSE, "wgrad", ARCH)[0].named["TAPS"]
     assert (f"taps{taps}" in shown(DENSE, "wgrad")) == (taps != 1)
-    assert {"pixels→channels", "src3"} <= set(shown(LAST_COLUMNS, "forward"))
+    assert {"pixels→channels", "third"} <= set(shown(LAST_COLUMNS, "forward"))
     assert {"y", "channels→channels"} <= set(shown(ConvCase(FEW[0], BF16, activation="sigmoid"), "dgrad"))
 
 

@@ -15,10 +15,11 @@ plan out, and to let Triton inspect every argument again, is most of what a call
 host`). What is set for Triton later (TRITON_DEBUG, instrumentation) holds for plans that are built after it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import torch
@@ -130,15 +131,22 @@ class Launch(NamedTuple):
 
     @property
     def named(self) -> dict[str, Any]:
-        """Arguments by the names of the kernel's parameters, and `settings`."""
-        return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.settings
+        """Arguments by the names of the kernel's parameters, and `settings`.
+
+        Of a NamedTuple also the fields, y_stride_n for y.stride_n; it itself is the first of them, a tensor.
+        """
+        arguments: Iterable[tuple[str, Any]] = zip(self.kernel.arg_names, self.arguments, strict=False)
+        named: dict[str, Any] = {}
+        for name, value in arguments:
+            named |= {**_fields(value, f"{name}_"), name: value[0]} if _is_named(value) else {name: value}
+        return named | self.settings
 
     @property
     def settings(self) -> dict[str, Any]:
         """The constants by name; in place of a config its fields, SRC_VEC for its SRC.VEC."""
         settings: dict[str, Any] = {}
         for name, value in self.constants.items():
-            settings |= _fields(value, "") if _is_config(value) else {name: value}
+            settings |= _fields(value, "") if _is_named(value) else {name: value}
         return settings
 
     def with_settings(self, **changes: object) -> "Launch":
@@ -165,7 +173,12 @@ class Launch(NamedTuple):
         return self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
 
 
-def _is_config(value: object) -> bool:
+def in_tuple(n: int) -> int:
+    """A number in an argument that is a tuple, where Triton would specialize 1 and multiples of 16 (`from_tuple`)."""
+    return 2 * n + 3
+
+
+def _is_named(value: object) -> bool:
     return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
@@ -173,7 +186,7 @@ def _fields(config: Any, prefix: str) -> dict[str, Any]:
     """A config's fields by name, and those of a config within it."""
     fields: dict[str, Any] = {}
     for name, value in config._asdict().items():
-        fields |= _fields(value, f"{prefix}{name}_") if _is_config(value) else {prefix + name: value}
+        fields |= _fields(value, f"{prefix}{name}_") if _is_named(value) else {prefix + name: value}
     return fields
 
 
@@ -304,9 +317,9 @@ class _Ready(NamedTuple):
 
 def _buffers(step: Launch | Copy) -> list[int]:
     """The numbers of the buffers that a step uses, each once."""
-    arguments: list[object] = []
-    for argument in step if isinstance(step, Copy) else step.arguments:
-        arguments += argument if type(argument) is tuple else [argument]
+    arguments = [
+        leaf for argument in (step if isinstance(step, Copy) else step.arguments) for leaf in _leaves(argument)
+    ]
     bases = [argument.base if isinstance(argument, TensorDescriptor) else argument for argument in arguments]
     return list(dict.fromkeys(base.number for base in bases if isinstance(base, Buffer)))
 
@@ -323,55 +336,76 @@ def _view(memory: Sequence[Tensor | None], buffer: Buffer) -> Tensor:
 
 
 class CachedLaunch:
-    """A launch for any memory. After the first time Triton no longer inspects its arguments."""
+    """A launch for any memory. After the first time Triton no longer inspects its arguments.
+
+    They are picked from one list: what is the same each time, then the memory, then descriptors and tuples, which are
+    made of both.
+    """
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
-        self._tensors: list[tuple[int, int]] = []  # the number of the argument, the number of the buffer
-        self._descriptors: list[tuple[int, int, Mapping[str, object]]] = []  # the same, and what it says besides
-        self._tuples: list[tuple[int, list[tuple[int, int]]]] = []  # the same of the buffers in a tuple
-        for at, argument in enumerate(launch.arguments):
+        leaves = [leaf for argument in launch.arguments for leaf in _leaves(argument)]
+        self._same = [leaf for leaf in leaves if not isinstance(leaf, (Buffer, TensorDescriptor))]
+        self._descriptors: list[tuple[Mapping[str, object], int]] = []  # what it says, and the place of its tensor
+        self._tuples: list[Callable[[list[object]], object]] = []
+        same = iter(range(len(self._same)))
+        tuples = sum(isinstance(argument, tuple) for argument in launch.arguments)
+        descriptors = sum(isinstance(argument, TensorDescriptor) for argument in launch.arguments)
+
+        def place(argument: Any) -> int:
             if isinstance(argument, Buffer):
-                self._tensors.append((at, argument.number))
-            elif isinstance(argument, TensorDescriptor):
-                self._descriptors.append((at, argument.base.number, {**vars(argument), "base": None}))
-            elif type(argument) is tuple:
-                inner = [(n, item.number) for n, item in enumerate(argument) if isinstance(item, Buffer)]
-                self._tuples.append((at, inner))
-        # All arguments but those, and what takes them; None until Triton has inspected them once.
-        self._call: tuple[list[object], Callable[..., object] | None] = list(launch.arguments), None
+                return len(self._same) + argument.number
+            if isinstance(argument, TensorDescriptor):
+                self._descriptors.append(({**vars(argument), "base": None}, place(argument.base)))
+                return len(self._descriptors) - 1 - descriptors - tuples
+            if isinstance(argument, tuple):
+                self._tuples.append(itemgetter(*map(place, argument)))
+                return len(self._tuples) - 1 - tuples
+            return next(same)
+
+        self._pick: Callable[[list[object]], tuple[object, ...]] = itemgetter(*map(place, launch.arguments))
+        # What takes the arguments and these constants behind them; None until Triton has inspected them once.
+        self._repeat: Callable[..., object] | None = None
+        self._constants: list[object] = []
 
     def on(self, memory: Sequence[Tensor | None]) -> Launch:
-        return self._launch._replace(arguments=tuple(self._filled(list(self._launch.arguments), memory)))
+        return self._launch._replace(arguments=self._named(self._filled(memory)))
 
-    def _filled(self, arguments: list[object], memory: Sequence[Tensor | None]) -> list[object]:
-        for at, number in self._tensors:
-            arguments[at] = memory[number]
-        for at, number, rest in self._descriptors:
+    def _named(self, arguments: tuple[object, ...]) -> tuple[object, ...]:
+        """The arguments with NamedTuples where the launch has them. A compiled kernel knows their fields by place."""
+        pairs = cast(Any, zip(self._launch.arguments, arguments, strict=True))
+        return tuple(given._make(filled) if _is_named(given) else filled for given, filled in pairs)
+
+    def _filled(self, memory: Sequence[Tensor | None]) -> tuple[object, ...]:
+        """The arguments, with plain tuples in place of NamedTuples."""
+        items = [*self._same, *memory]
+        for says, place in self._descriptors:
             # Its own constructor would check the shapes and strides again: 3 µs.
-            descriptor = arguments[at] = object.__new__(TensorDescriptor)
-            descriptor.__dict__.update(rest, base=memory[number])
-        for at, inner in self._tuples:
-            items: list[object] = list(cast(tuple[object, ...], arguments[at]))
-            for n, number in inner:
-                items[n] = memory[number]
-            arguments[at] = tuple(items)
-        return arguments
+            descriptor = object.__new__(TensorDescriptor)
+            descriptor.__dict__.update(says, base=items[place])
+            items.append(descriptor)
+        for pick in self._tuples:
+            items.append(pick(items))
+        return self._pick(items)
 
     def __call__(self, memory: Sequence[Tensor | None]) -> None:
-        template, repeat = self._call
-        if repeat is not None:
-            repeat(*self._filled(template.copy(), memory))
+        if self._repeat is not None:
+            self._repeat(*self._filled(memory), *self._constants)
             return
         launch = self.on(memory)
         compiled = launch.run()
         if isinstance(compiled, CompiledKernel):
             # It is what Triton would find again by inspecting all arguments; it wants the constants in their
             # places, and a grid of three axes.
-            constants = [launch.constants[name] for name in launch.kernel.arg_names[len(template) :]]
-            self._call = template + constants, compiled[(*launch.grid, 1, 1)[:3]]
+            self._constants = [launch.constants[name] for name in launch.kernel.arg_names[len(launch.arguments) :]]
+            self._repeat = compiled[(*launch.grid, 1, 1)[:3]]
         else:  # interpreted
-            self._call = template, partial(launch.kernel[launch.grid], **launch.constants, **launch.options)
+            run = partial(launch.kernel[launch.grid], **launch.constants, **launch.options)
+            self._repeat = lambda *arguments: run(*self._named(arguments))
+
+
+def _leaves(argument: object) -> tuple[object, ...]:
+    return argument if isinstance(argument, tuple) else (argument,)
 
 
 Build = Callable[..., None]

@@ -10,7 +10,7 @@ from ..kernels import common
 from .arch import cdiv, power_of_2
 from .layout import accumulator, vector_length
 from .matmul import APPENDED_PARTS, ReduceConfig, ReduceProblem, appended_sums
-from .plan import Buffer, Launch, Plan
+from .plan import Buffer, Launch, Plan, in_tuple
 
 # Turns of a loop. By the model: 512 parts, 8 at once, take 42 µs behind another kernel; 64 at once, 7 in a launch of
 # their own.
@@ -126,7 +126,7 @@ def append_sums(plan: Plan, *results: Partials) -> None:
     config = appended_sums(plan.arch, launch.num_warps, sums.rows, min(sums.vecs))
     first, *others = launch.grid
     at = launch.kernel.arg_names.index("sums")
-    numbers = tuple(2 * n + 3 if isinstance(n, int) else n for n in sums)  # `common.add_appended`
+    numbers = tuple(in_tuple(n) if isinstance(n, int) else n for n in sums)
     plan.steps[step] = launch._replace(
         grid=(first + cdiv(sums.programs(config), math.prod(others)), *others),
         arguments=(*launch.arguments[:at], numbers, *launch.arguments[at + 1 :]),

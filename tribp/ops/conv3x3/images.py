@@ -7,9 +7,10 @@ import torch
 from ...dispatch import dtype_name
 from ...kernels import common
 from ...kernels import relayout as kernels
+from ...kernels.conv3x3 import Strided
 from ...launch.arch import cdiv
 from ...launch.layout import accumulator, descriptor, vector_length
-from ...launch.plan import Buffer, Launch, Plan
+from ...launch.plan import Buffer, Launch, Plan, in_tuple
 from ...launch.reduce import Partials, partials_of
 from ...versions import descriptor_unit
 from ..activations import Activation
@@ -24,6 +25,11 @@ class Image(NamedTuple):
     channels_last: bool  # channels are contiguous; else columns are
     vec: int  # elements, 16 bytes at most, that divide the other strides, the contiguous length and the address
     tma: bool  # whether a tensor descriptor can describe it
+
+    @property
+    def strided(self) -> Strided:
+        """As a kernel's argument."""
+        return Strided(self.tensor, *self.strides)
 
     def argument(
         self, use_tma: bool, box: Box, channels: int, precision: str, step: tuple[int, int] = (1, 1)
@@ -100,8 +106,8 @@ class Move(NamedTuple):
     def columns(self) -> int:
         return cdiv(self.dst.shape[1], self.config.block_c)
 
-    def arguments(self, programs: int) -> tuple[object, ...]:
-        return self.src.tensor, self.dst, programs, *self.sizes
+    def argument(self, programs: int) -> kernels.Move:
+        return kernels.Move(self.src.tensor, self.dst, *map(in_tuple, (programs, *self.sizes)))
 
     def compiled(self, vecs: tuple[int, ...], third: kernels.Relayout | None = None) -> kernels.Relayout:
         vec, vec_p, vec_c, vec_dst = vecs
@@ -173,14 +179,13 @@ def pack(plan: Plan, first: Move, second: Move | None, third: Move | None) -> No
     """Pack up to three tensors in one launch, the second of the first one's form."""
     again, last = second or first, third or first
     programs = [0 if move is None else move.programs for move in (first, second, third)]
-    missing = (None, None, *(0 for _ in last.arguments(0)[2:]))
     plan.launch(
         kernels.pack,
         (sum(n * move.columns for n, move in zip(programs, (first, again, last), strict=True)),),
         (
-            *first.arguments(programs[0]),
-            *again.arguments(programs[1]),  # with no programs if there is none: the kernel is the same
-            *(missing if third is None else third.arguments(programs[2])),
+            first.argument(programs[0]),
+            again.argument(programs[1]),  # with no programs if there is none: the kernel is the same
+            None if third is None else third.argument(programs[2]),
         ),
         first.compiled(tuple(map(min, first.vecs, again.vecs)), last.compiled(last.vecs)),
         first.config,
@@ -238,8 +243,7 @@ def relayout(
         kernels.relayout,
         (programs, cdiv(channels, s.block_c)),
         (
-            *(plane.tensor for plane in tensors), sums, n, pixels, c, channels, s.tiles,
-            *(stride for plane in tensors for stride in plane.strides),
+            *(plane.strided for plane in tensors), sums, n, pixels, c, channels, s.tiles,
         ),
         kernels.Relayout(s.block_p, s.block_c, vec_p, vec_c, vec_dst, of_src, of_y, of_dst, activation),
         s,
@@ -255,6 +259,11 @@ class Planes(NamedTuple):
     pixels: bool  # contiguous are the pixels
     channels: bool  # or the channels
     vec: int
+
+    @property
+    def strided(self) -> kernels.Planes | None:
+        """As a kernel's argument."""
+        return None if self.tensor is None else kernels.Planes(self.tensor, *self.strides)
 
 
 def planes(plan: Plan, tensor: Buffer | None) -> Planes:

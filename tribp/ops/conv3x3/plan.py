@@ -61,9 +61,7 @@ def _depthwise_forward(
     n, c, p, q = y.tensor.shape
     xs, w = with_unit_stride(plan, x, y.channels_last), plan.contiguous(w)
     s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(x.dtype), plan.arch, y.channels_last, wgrad=False))
-    arguments = (
-        xs.tensor, w, b, y.tensor, n, *x.shape[2:], p, q, c, *window.padding, *xs.strides, *y.strides,
-    )  # fmt: skip
+    arguments = (xs.strided, w, b, y.strided, n, *x.shape[2:], p, q, c, *window.padding)
     constants = conv3x3_depthwise.Depthwise(
         s.block_j, conv3x3.Box(*s.box), *window.stride, CHANNELS_LAST=y.channels_last, VEC=xs.vec, VEC_STORE=y.vec,
         ACT=activation, PTX=plan.arch.backend != "hip",
@@ -80,7 +78,8 @@ def _few_channels_forward(
     dtype = dtype_name(x.dtype)
     w = _either_order(plan, w)
     s = plan.config(FewChannelsProblem(n, p, q, o, c, dtype, plan.arch, wgrad=False))
-    arguments = (x, w, b, y.tensor, n, *x.shape[2:], p, q, o, *window.padding, *x.stride(), *y.strides)
+    xs = conv3x3.Strided(x, *x.stride())
+    arguments = (xs, w, b, y.strided, n, *x.shape[2:], p, q, o, *window.padding)
     constants = conv3x3_few_channels.FewChannels(
         s.block_j, s.block_l, conv3x3.Box(*s.box), c, TAPS_LAST=w.is_contiguous(),
         PRECISION=precision_of(dtype, tf32, plan.arch), CHANNELS_LAST=y.channels_last, STEP_H=window.stride[0],
@@ -111,10 +110,10 @@ def _dense_forward(
     ))  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
-        xs.argument(s.tma, s.box, s.block_l, precision, window.stride),
+        xs.argument(s.tma, s.box, s.block_l, precision, window.stride), xs.strides,
         _weight_argument(ws, s.tma, s.block_j, s.block_l, precision),
-        *((xs.tensor, ws.tensor) if bundle > 1 else (None, None)), b, y.tensor,
-        n, *x.shape[2:], p, q, groups, og, cg, *window.padding, *window.stride, *_without_channels(xs), *y.strides,
+        (xs.tensor, ws.tensor) if bundle > 1 else None, b, y.strided,
+        n, *x.shape[2:], p, q, groups, og, cg, *window.padding, *window.stride,
     )  # fmt: skip
     constants = conv3x3.Product(
         **_dense_config(s, precision, y), VEC=vec, VEC_W=ws.vec, VEC_STORE=_tile_vec(y, groups, bundle),
@@ -215,11 +214,10 @@ def _dense_dgrad(plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer,
     ))  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
-        dz.argument(s.tma, s.box, s.block_l, precision),
+        dz.argument(s.tma, s.box, s.block_l, precision), dz.strides,
         _weight_argument(ws, s.tma, *((s.block_j, s.block_l) if along else (s.block_l, s.block_j)), precision),
-        *((dz.tensor, ws.tensor) if bundle > 1 else (None, None)), dx, None,
+        (dz.tensor, ws.tensor) if bundle > 1 else None, out.strided, None,
         n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding, sh, sw,
-        *_without_channels(dz), *out.strides,
     )  # fmt: skip
     constants = conv3x3.Product(
         **_dense_config(s, precision, out), VEC=vec, VEC_W=ws.vec,
@@ -250,11 +248,10 @@ def _dense_wgrad(
     in_order = dw.is_contiguous(memory_format=torch.channels_last)
     precision = precision_in_kernel(precision, s.tma and sums is None)  # db sums dz as it is, not rounded
     arguments = (
-        dz.argument(s.tma, s.box, s.block_i, precision),
-        xs.argument(s.tma, s.box, s.block_j, precision, window.stride), shares, sums,
+        dz.argument(s.tma, s.box, s.block_i, precision), dz.strides,
+        xs.argument(s.tma, s.box, s.block_j, precision, window.stride), xs.strides, shares, sums,
         n, *x.shape[2:], p, q, groups, og, cg, dz.tensor.shape[1] // groups, xs.tensor.shape[1] // groups,
-        *window.padding, *window.stride, *_without_channels(dz), *_without_channels(xs),
-        cdiv(s.boxes(n, p, q), s.splits),
+        *window.padding, *window.stride, cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
     constants = conv3x3.Wgrad(
         s.block_i, s.block_j, conv3x3.Box(*s.box), s.taps, bundle, DIAGONAL=bundle > 1, TMA=s.tma,
@@ -278,8 +275,8 @@ def _few_channels_wgrad(
     ys = None if y is None else with_unit_stride(plan, y, dz.channels_last)
     shares, sums = partials_of(plan, dw, s.splits, partial), partials_of(plan, db, s.splits, partial)
     arguments = (
-        dz.tensor, None if ys is None else ys.tensor, x, shares, sums, n, *x.shape[2:], p, q, o, *window.padding,
-        *x.stride(), *dz.strides, *(dz if ys is None else ys).strides, cdiv(s.boxes(n, p, q), s.splits),
+        dz.strided, None if ys is None else ys.strided, conv3x3.Strided(x, *x.stride()), shares, sums,
+        n, *x.shape[2:], p, q, o, *window.padding, cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
     vec = dz.vec if ys is None else min(dz.vec, ys.vec)
     if dz.channels_last:
@@ -310,8 +307,8 @@ def _few_channels_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Wi
     s = plan.config(FewChannelsDgradProblem(n, height, width, o, dtype, precision, arch, dz.tma))
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
-        dz.argument(s.tma, (s.box[0], 1, s.box[2]), s.block_l, precision), w, dx,
-        n, height, width, *dz.tensor.shape[2:], o, *window.padding, *_without_channels(dz), *out.strides,
+        dz.argument(s.tma, (s.box[0], 1, s.box[2]), s.block_l, precision), dz.strides, w, out.strided,
+        n, height, width, *dz.tensor.shape[2:], o, *window.padding,
     )  # fmt: skip
     constants = conv3x3_few_channels.FewChannels(
         s.block_l, 64, conv3x3.Box(*s.box), c, TAPS_LAST=w.is_contiguous(), PRECISION=precision,
@@ -328,7 +325,7 @@ def _depthwise_wgrad(plan: Plan, dz: Image, x: Buffer, dw: Buffer, db: Buffer | 
     xs = with_unit_stride(plan, x, dz.channels_last)
     shares, sums = partials_of(plan, dw, s.splits, partial), partials_of(plan, db, s.splits, partial)
     arguments = (
-        dz.tensor, xs.tensor, shares, sums, n, *x.shape[2:], p, q, c, *window.padding, *dz.strides, *xs.strides,
+        dz.strided, xs.strided, shares, sums, n, *x.shape[2:], p, q, c, *window.padding,
         cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
     constants = conv3x3_depthwise.Depthwise(
@@ -346,8 +343,7 @@ def _depthwise_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Windo
     p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
     s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(dx.dtype), plan.arch, out.channels_last, wgrad=False))
     arguments = (
-        dz.tensor, plan.contiguous(w), dx, n, height, width, *dz.tensor.shape[2:], c, *window.padding,
-        *dz.strides, *out.strides,
+        dz.strided, plan.contiguous(w), out.strided, n, height, width, *dz.tensor.shape[2:], c, *window.padding,
     )  # fmt: skip
     constants = conv3x3_depthwise.Depthwise(
         s.block_j, conv3x3.Box(*s.box), sh, sw, CHANNELS_LAST=out.channels_last, VEC=dz.vec,
@@ -391,10 +387,6 @@ def _tile_vec(image: Image, groups: int, bundle: int) -> int:
         return image.vec
     channels = image.tensor.shape[1] // groups
     return min(image.vec, vector_length(image.tensor.element_size(), bundle * channels))
-
-
-def _without_channels(image: Image) -> tuple[int, int, int]:
-    return image.strides[0], image.strides[2], image.strides[3]
 
 
 def _weight_argument(w: Image, use_tma: bool, rows: int, cols: int, precision: str) -> object:
