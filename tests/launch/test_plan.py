@@ -22,6 +22,7 @@ from ..conv3x3.cases import ieee as ieee
 
 pytest.importorskip("triton")
 
+from tribp.kernels import common
 from tribp.launch import plan as plans
 from tribp.launch.arch import INTERPRETER
 from tribp.launch.plan import Buffer, Launch, Plan
@@ -441,3 +442,14 @@ def test_a_graph_repeats_a_repeated_call() -> None:
     plans.forget()
     for got, expected in zip(captured, step(), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_tuples_of_any_length_are_filled(length: int) -> None:
+    """Each place of an argument that is a tuple: memory, numbers, None."""
+    buffers = [Buffer(n, plans.Layout((2,), (1,), torch.float32, 0)) for n in range(3)]
+    many = (*buffers[:length], 5, None)[: length + (length > 1) * 2]
+    launch = Launch(common.reduce_partials, (1,), (buffers[2], many, 7, ()), {}, 4)
+    memory = [torch.full((2,), float(n)) for n in range(3)]
+    found = plans.CachedLaunch(launch).on(memory).arguments
+    assert found == (memory[2], (*memory[:length], 5, None)[: len(many)], 7, ())

@@ -359,11 +359,11 @@ class CachedLaunch:
                 self._descriptors.append(({**vars(argument), "base": None}, place(argument.base)))
                 return len(self._descriptors) - 1 - descriptors - tuples
             if isinstance(argument, tuple):
-                self._tuples.append(itemgetter(*map(place, argument)))
+                self._tuples.append(_picker([*map(place, argument)]))
                 return len(self._tuples) - 1 - tuples
             return next(same)
 
-        self._pick: Callable[[list[object]], tuple[object, ...]] = itemgetter(*map(place, launch.arguments))
+        self._pick = _picker([*map(place, launch.arguments)])
         # What takes the arguments and these constants behind them; None until Triton has inspected them once.
         self._repeat: Callable[..., object] | None = None
         self._constants: list[object] = []
@@ -402,6 +402,11 @@ class CachedLaunch:
         else:  # interpreted
             run = partial(launch.kernel[launch.grid], **launch.constants, **launch.options)
             self._repeat = lambda *arguments: run(*self._named(arguments))
+
+
+def _picker(places: Sequence[int]) -> Callable[[list[object]], tuple[object, ...]]:
+    """`itemgetter`, which for one place would return no tuple."""
+    return itemgetter(*places) if len(places) > 1 else lambda items: tuple(items[place] for place in places)
 
 
 def _leaves(argument: object) -> tuple[object, ...]:
