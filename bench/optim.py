@@ -511,7 +511,7 @@ OPERATION = Operation(
         ["tests/optim/test_plan.py", "-k", "a_plan_is_kept"],
         kernels=["tests/optim/test_kernels.py"],
     ),
-    run_first={"1e8": "--dtype float32 --first 4", "1000 tensors": "--case 1000x"},
+    run_first={"1e8": "--dtype float32 --first 10", "1000 tensors": "--case 1000x"},
     switches=("grad_scale", "grad_norm", "EMA_TYPE", "ON_DEVICE", "EPS_INSIDE", "STOCHASTIC", "OPTIONAL", "STRIDED"),
     columns=("case", "clock", "tribp", *PEERS, "vs fused", "of floor", "launches", "busy", "host", "graph", "extra MB"),
     legend="Times are medians in µs: on the device with L2 flushed, or (wall) from the call until the device is done, "

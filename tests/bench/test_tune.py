@@ -230,7 +230,7 @@ def test_what_was_faster_is_shown_and_no_choice_has_changed(
 @pytest.mark.usefixtures("forward")
 def test_optimizers_and_convolutions_are_tuned(tmp_path: Path, timed: list[str]) -> None:
     out = ["--smoke", "--out", str(tmp_path)]
-    assert main(["tune", "optim", "conv", "--case", "SGD", "--case", "1x8-8x3x5:8", *out]) == 0
+    assert main(["tune", "optim", "conv", "--case", "Adagrad", "--case", "1x8-8x3x5:8", *out]) == 0
     step, depthwise = read(tmp_path, "optim"), read(tmp_path, "conv")
     assert [line["kind"] for line in step["found"]] == ["MultiTensor"]
     assert {json.loads(key.split(" | ")[2])["chunk_blocks"] for key in step["entries"]} == {1, 2, 4}

@@ -13,7 +13,7 @@ from torch import Tensor
 import tribp
 from tribp import __main__ as program
 from tribp.demo import checks
-from tribp.demo.models import MODELS, Model
+from tribp.demo.models import MODELS
 from tribp.demo.training import Learner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,20 +36,21 @@ def test_three_layers_learn(
     assert float(accuracy[1]) > 85
 
 
-@pytest.mark.parametrize("model", [MODELS["mlp"]], ids=lambda model: model.name)
-def test_fused_steps_learn_the_same(model: Model, kernels: str) -> None:
+def test_fused_steps_learn_the_same(kernels: str) -> None:
+    model = MODELS["mlp"]
     layers = model.network(model.epsilon, torch.Generator().manual_seed(0)).to(kernels)
-    learners = [
+    ours, separate = (
         Learner(own, tribp.optim.SGD(own.parameters(), lr=1.0), model.loss, 10, fused)
         for own, fused in ((layers, True), (copy.deepcopy(layers), False))
-    ]
+    )
     for _ in range(2):
-        images, targets = (torch.rand(16, n, device=kernels) for n in (784, 10))
-        found, expected = (learner.step(images, targets) for learner in learners)
-        torch.testing.assert_close(found, expected)
-    assert learners[0].fused is not None
-    assert learners[0].fused.reason is None
-    for p, q in zip(layers.parameters(), learners[1].layers.parameters(), strict=True):
+        images, targets = (torch.rand(8, n, device=kernels) for n in (784, 10))
+        found = ours.step(images, targets)
+        with tribp.use_backend("torch"):
+            torch.testing.assert_close(found, separate.step(images, targets))
+    assert ours.fused is not None
+    assert ours.fused.reason is None
+    for p, q in zip(layers.parameters(), separate.layers.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 

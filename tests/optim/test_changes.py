@@ -364,6 +364,8 @@ def follow(name: str, own: Options, sequence: list[tuple[str, Any]], device: str
             saved = [optimizer.state_dict() for optimizer, _ in twins.both]
             for (optimizer, _), state_dict in zip(twins.both, saved if how == "own" else saved[::-1], strict=True):
                 optimizer.load_state_dict(state_dict)
+                for state in optimizer.state.values():  # torch gives numbers the parameter's type, ours keeps theirs
+                    state |= {key: state[key].float() for key in ("mu_product", "eta", "mu") if key in state}
         elif what == "state":
             for optimizer, params in twins.both:
                 state = optimizer.state.get(params[how % len(params)], {})
