@@ -406,7 +406,7 @@ def test_a_buffer_answers_as_its_tensor(name: str) -> None:
 # -- compiled kernels -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_repeated_calls_hand_the_driver_what_triton_would(target: str) -> None:
     """Compiled, with a driver that performs nothing: kernel, grid and arguments are those of a new call."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRIBP_BACKEND")}

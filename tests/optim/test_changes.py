@@ -385,7 +385,7 @@ def test_random_sequences_on_the_fallback(variant: tuple[str, Options], sequence
         follow(*variant, sequence, "cpu")
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(variant=st.sampled_from(VARIANTS), sequence=SEQUENCES)
 def test_random_sequences_on_the_kernels(
     variant: tuple[str, Options], sequence: list[tuple[str, Any]], kernels: str
