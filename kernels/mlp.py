@@ -106,13 +106,15 @@ def counted_rows(target, M, CONFIG: tl.constexpr):
 
 @triton.jit
 def cross_entropy(z, t, N: tl.constexpr):
-    """Of each row, −log softmax(z)[t], and its gradient by z. NaN where t is no class. z: −∞ behind column N."""
+    """Of each row, −log softmax(z)[t], and its gradient by z. Where t is no class, NaN and 0. z: −∞ behind column N."""
     z -= tl.max(z, 1)[:, None]
     e = tl.exp(z)
     total = tl.sum(e, 1)
     is_target = tl.arange(0, z.shape[1])[None, :] == t[:, None]
     value = tl.log(total) - tl.sum(tl.where(is_target, z, 0.0), 1)
-    return tl.where((t >= 0) & (t < N), value, float("nan")), e / total[:, None] - is_target.to(z.dtype)
+    known = (t >= 0) & (t < N)
+    dz = tl.where(known[:, None], e / total[:, None] - is_target.to(z.dtype), 0.0)
+    return tl.where(known, value, float("nan")), dz
 
 
 @triton.jit

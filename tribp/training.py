@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 from . import dispatch
@@ -37,7 +38,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: str | Loss, reduction: str = "mean"
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: str | Loss, reduction: str | None = None
 ) -> "TrainStep":
     """A function that trains `model` on one batch: `step(input, target)` returns the loss before the update.
 
@@ -58,12 +59,12 @@ def train_step(
         loss: "half_squared_error" (½ Σ (output − target)²), "mse_loss", "cross_entropy" (of classes, int64 `(N,)`) or
             "binary_cross_entropy" (of outputs between 0 and 1), with torch's values; or torch's module or function of
             these three. For any other function of output and target the model takes the ordinary way.
-        reduction: of a loss that is a name: "mean" of all elements (of cross_entropy: of rows whose target is not
-            −100), their "sum", or "batchmean", the sum divided by the number of rows (of cross_entropy: the mean).
+        reduction: of a loss that is a name: "mean" (the default) of all elements (of cross_entropy: of rows whose
+            target is not −100), their "sum", or "batchmean", the sum by the number of rows (cross_entropy: the mean).
 
     Raises:
-        TypeError: model is no module, optimizer no optimizer.
-        ValueError: a name that is not known.
+        TypeError: model is no module, optimizer no optimizer, loss neither a name nor a function.
+        ValueError: a name that is not known; a reduction of a loss that is no name; LBFGS.
     """
     return TrainStep(model, optimizer, loss, reduction)
 
@@ -75,17 +76,19 @@ MODULES: dict[type[nn.Module], str] = {
     nn.BCELoss: "binary_cross_entropy",
 }
 DEFAULTS = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
+FUNCTIONS = {F.mse_loss: "mse_loss", F.cross_entropy: "cross_entropy", F.binary_cross_entropy: "binary_cross_entropy"}
 
 
-def _named(loss: str | Loss, reduction: str) -> tuple[str | Loss, str]:
-    """A loss of torch's by its name, and its reduction; any other as it is."""
-    if isinstance(loss, nn.Module) and type(loss) in MODULES and loss.reduction in REDUCTIONS:
-        usual = all(getattr(loss, name, value) == value for name, value in DEFAULTS.items())
-        return (MODULES[type(loss)], str(loss.reduction)) if usual else (loss, reduction)
-    for name, function in LOSSES.items():
-        if loss is function:
-            return name, "mean"
-    return loss, reduction
+def _named(loss: str | Loss, reduction: str) -> tuple[str, str] | None:
+    """The name of a loss in LOSSES and its reduction, as it is now; None of any other."""
+    if isinstance(loss, str):
+        return loss, reduction
+    if isinstance(loss, nn.Module):
+        plain = type(loss) in MODULES and runs_forward_alone(loss) and loss.reduction in REDUCTIONS
+        usual = plain and all(getattr(loss, name, value) == value for name, value in DEFAULTS.items())
+        return (MODULES[type(loss)], str(loss.reduction)) if usual else None
+    name = FUNCTIONS.get(loss)
+    return (name, "mean") if name else None
 
 
 class TrainStep:
@@ -94,29 +97,37 @@ class TrainStep:
     reason: str | None = "no call was made"
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: str | Loss, reduction: str = "mean"
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: str | Loss, reduction: str | None = None
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"train_step: model must be a torch.nn.Module, got {type(model).__name__}")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"train_step: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if not callable(loss) and loss not in LOSSES:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("train_step: LBFGS evaluates the model several times a step; call its step(closure)")
+        if isinstance(loss, type) or not (isinstance(loss, str) or callable(loss)):
+            raise TypeError(f"train_step: loss must be a name or a function, got {loss!r}")
+        if isinstance(loss, str) and loss not in LOSSES:
             raise ValueError(f"train_step: loss must be a function or one of {', '.join(LOSSES)}, got {loss!r}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"train_step: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-        self.model, self.optimizer = model, optimizer
-        self.loss, self.reduction = _named(loss, reduction)
+        if reduction is not None and (reduction not in REDUCTIONS or not isinstance(loss, str)):
+            raise ValueError(
+                f"train_step: reduction must be one of {', '.join(REDUCTIONS)}, for a loss that is a name, got "
+                f"{reduction!r}"
+            )
+        self.model, self.optimizer, self.loss, self.reduction = model, optimizer, loss, reduction or "mean"
+        self._grads: dict[int, Tensor] = {}  # by parameter, what the last step wrote
 
     def __repr__(self) -> str:
         way = "fused" if self.reason is None else self.reason
         return f"train_step({type(self.model).__name__}, {type(self.optimizer).__name__}, {self.loss!r}): {way}"
 
     def __call__(self, input: Tensor, target: Tensor) -> Tensor:
-        layers = self._layers(input, target)
+        named = _named(self.loss, self.reduction)
+        layers = self._layers(input, target, named[0]) if named else "the loss is a function"
         self.reason = layers if isinstance(layers, str) else None
-        if isinstance(layers, str):
+        if isinstance(layers, str) or named is None:
             return self._ordinary(input, target)
-        value = self._by_kernels(input, target, layers)
+        value = self._by_kernels(input, target, layers, *named)
         self.optimizer.step()
         return value
 
@@ -128,7 +139,7 @@ class TrainStep:
         return value.detach()
 
     def _value(self, output: Tensor, target: Tensor) -> Tensor:
-        if callable(self.loss):
+        if not isinstance(self.loss, str):
             return self.loss(output, target)
         loss = LOSSES[self.loss]
         if self.reduction != "batchmean":
@@ -137,10 +148,8 @@ class TrainStep:
             return loss(output, target, reduction="mean")
         return loss(output, target, reduction="sum") / len(output)
 
-    def _layers(self, input: Tensor, target: Tensor) -> list[Layer] | str:
+    def _layers(self, input: Tensor, target: Tensor, loss: str) -> list[Layer] | str:
         """The model's layers, or why these tensors, or this model, take the ordinary way."""
-        if callable(self.loss):
-            return "the loss is a function"
         if any(not isinstance(t, Tensor) for t in (input, target)):
             return "input and target must be tensors"
         if dispatch.needs_operator() or dispatch.kernels_cannot_see(input, target):
@@ -152,9 +161,9 @@ class TrainStep:
         if not torch.is_grad_enabled() or input.requires_grad or target.requires_grad:
             return "gradients are off, or wanted of the input or target"
         layers = _layers_of(self.model)
-        return layers if isinstance(layers, str) else self._misfit(input, target, layers) or layers
+        return layers if isinstance(layers, str) else self._misfit(input, target, layers, loss) or layers
 
-    def _misfit(self, input: Tensor, target: Tensor, layers: list[Layer]) -> str | None:
+    def _misfit(self, input: Tensor, target: Tensor, layers: list[Layer], loss: str) -> str | None:
         """Why the kernels don't take these tensors. What is wrong with them torch says, in the ordinary way."""
         parameters = [t for layer in layers for t in layer[:2] if t is not None]
         if len({id(p) for p in parameters}) != len(parameters):
@@ -163,6 +172,12 @@ class TrainStep:
             return "a parameter is no plain tensor, or has hooks"
         if not all(p.is_contiguous() and p.is_leaf for p in parameters):
             return "a parameter has gaps, or is computed from others"
+        trained = {id(p) for p in parameters if p.requires_grad}
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not trained or not trained <= held:
+            return "no parameter is trained, or one is not the optimizer's"
+        if getattr(self.optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
+            return "the optimizer has a zero_grad of its own"
         sizes = [input.shape[-1] if input.dim() else 0]
         for layer in layers:
             n, k = layer.weight.shape
@@ -171,7 +186,7 @@ class TrainStep:
             sizes.append(n)
         if input.dim() != 2 or 0 in (*input.shape, *sizes):
             return "the input has not two dimensions, or something is empty"
-        classes = self.loss == "cross_entropy"
+        classes = loss == "cross_entropy"
         if target.shape != (input.shape[:1] if classes else (len(input), sizes[-1])):
             return "the target has another shape"
         kinds = {p.dtype for p in parameters} | ({input.dtype} if classes else {input.dtype, target.dtype})
@@ -184,37 +199,37 @@ class TrainStep:
         arch = dispatch.arch_of(input.device.index)
         return TrainProblem(len(input), tuple(sizes), dispatch.dtype_name(input.dtype), arch).obstacle()
 
-    def _by_kernels(self, input: Tensor, target: Tensor, layers: list[Layer]) -> Tensor:
+    def _by_kernels(self, input: Tensor, target: Tensor, layers: list[Layer], loss: str, reduction: str) -> Tensor:
         """The loss; leaves the gradients where `backward` would."""
         perform, plan = launching("mlp")
 
-        own = {id(t) for layer in layers for t in layer[:2]}
+        own = {id(t): t for layer in layers for t in layer[:2] if t is not None and t.requires_grad}
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 if id(p) not in own:
                     p.grad = None
+        self._grads = {key: self._grad_of(p) for key, p in own.items()}
         value = torch.empty((), dtype=input.dtype, device=input.device)
         tensors: list[Tensor | None] = [input.detach(), target.detach(), value]
         for w, b, _ in layers:
-            tensors += [w, b, _grad_of(w), _grad_of(b)]
+            tensors += [w, b, self._grads.get(id(w)), self._grads.get(id(b))]
         acts = tuple(layer.activation for layer in layers)
-        facts = dict(activations=acts, kind=self.loss, reduction=self.reduction, tf32=uses_tf32(input))
+        facts = dict(activations=acts, kind=loss, reduction=reduction, tf32=uses_tf32(input))
         with dispatch.on_device(input), torch.no_grad():
             perform(plan.train, tensors, input.device, **facts)
+        increment_version(list(self._grads.values()))  # what autograd keeps of them must not be taken for theirs
         return value
 
+    def _grad_of(self, p: Tensor) -> Tensor:
+        """Where a parameter's gradient goes: what the last step wrote is written anew, and no other's gradient."""
+        grad = p.grad
+        if grad is None or grad is not self._grads.get(id(p)) or grad.requires_grad or layout_of(grad) != layout_of(p):
+            grad = p.grad = torch.empty_like(p, memory_format=torch.contiguous_format).detach()
+        return grad
 
-def _grad_of(p: Tensor | None) -> Tensor | None:
-    """Where a parameter's gradient goes: what the last step left is written anew."""
-    if p is None:
-        return None
-    if not p.requires_grad:
-        p.grad = None
-        return None
-    grad = p.grad
-    if grad is None or grad.dtype != p.dtype or not grad.is_contiguous() or dispatch.kernels_cannot_see(grad):
-        grad = p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
-    return grad
+
+def layout_of(t: Tensor) -> tuple[object, ...]:
+    return t.shape, t.stride(), t.dtype, t.device
 
 
 def _has_hooks(p: Tensor) -> bool:

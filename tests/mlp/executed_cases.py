@@ -25,6 +25,7 @@ class MLP(NamedTuple):
 
     def wrong(self) -> list[str]:
         """Against float64, by the size of each gradient: several roundings to the type, one a layer."""
+        torch.backends.cuda.matmul.allow_tf32 = False
         tensors = [torch.randn(self.rows, self.sizes[0], dtype=DOUBLE)]
         for k, n in zip(self.sizes, self.sizes[1:], strict=False):
             tensors += [torch.randn(n, k, dtype=DOUBLE) / k**0.5, torch.randn(n, dtype=DOUBLE)]
@@ -64,6 +65,7 @@ class Train(NamedTuple):
 
     def wrong(self) -> list[str]:
         """As `MLP`; the loss by its own size."""
+        torch.backends.cuda.matmul.allow_tf32 = False
         model = tribp.nn.MLP(self.sizes, self.activation, self.last, self.bias, dtype=self.dtype)
         exact = copy.deepcopy(model).double()
         x = torch.randn(self.rows, self.sizes[0], dtype=DOUBLE).to(self.dtype)

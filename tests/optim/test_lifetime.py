@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import importlib
 import io
 import threading
 import weakref
@@ -304,3 +305,9 @@ def test_works_without_triton_and_imported_late() -> None:
     """
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("name", ["lr_scheduler", "swa_utils"])
+def test_submodules_of_torchs_are_imported_by_name(name: str) -> None:
+    """As in `from tribp.optim.lr_scheduler import StepLR`."""
+    assert importlib.import_module(f"tribp.optim.{name}") is getattr(torch.optim, name)

@@ -110,3 +110,37 @@ def test_gradients_of_zero_in_16_bits(variant: tuple[str, Options], device: str)
         optimizer.step()
     for p, case in zip(params, cases, strict=True):
         assert torch.equal(p, torch.ones_like(p)), case
+
+
+# ---- what autograd keeps of parameters
+
+
+@pytest.mark.parametrize("count", [1, 10])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam", "Rprop"])
+def test_a_graph_from_before_a_step_is_refused(name: str, count: int, device: str) -> None:
+    """It would be differentiated at the new parameters. (10 small ones: torch's code is not what updates them.)"""
+    params = [torch.nn.Parameter(torch.ones(2, device=device)) for _ in range(count)]
+    optimizer = getattr(tribp.optim, name)(params, lr=0.1)
+    for _ in range(2):
+        loss = torch.stack([p.square().sum() for p in params]).sum()
+        loss.backward(retain_graph=True)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam", "ASGD"])
+def test_whole_numbers_are_torchs_business(name: str) -> None:
+    """Also beside enough small tensors that those are updated together."""
+    p = torch.nn.Parameter(torch.full((3,), 100), requires_grad=False)
+    p.grad = torch.ones_like(p)
+    others = [torch.nn.Parameter(torch.ones(2)) for _ in range(8)]
+    refusals: list[str] = []
+    for module in (torch.optim, tribp.optim):
+        try:
+            getattr(module, name)([p, *others], lr=0.1).step()
+        except RuntimeError as error:
+            refusals.append(str(error).splitlines()[0])
+    assert len(set(refusals)) == 1
+    assert len(refusals) == 2

@@ -1,6 +1,7 @@
 """`tribp.train_step` against the separate steps by torch, on the fallback and on the kernels."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ def grad(p: Tensor) -> Tensor:
     return p.grad
 
 
-def step_of(model: nn.Module, loss: Any, reduction: str = "mean", optimizer: Any = torch.optim.SGD) -> TrainStep:
+def step_of(model: nn.Module, loss: Any, reduction: str | None = None, optimizer: Any = torch.optim.SGD) -> TrainStep:
     return tribp.train_step(model, optimizer(model.parameters(), lr=0.1), loss, reduction)
 
 
@@ -133,8 +134,10 @@ def test_rows_that_count_nowhere(kernels: str) -> None:
     assert step.reason is None
     for p in model.parameters():
         assert torch.equal(grad(p), torch.zeros_like(p))
-    assert step(x, torch.tensor([0, 1, 3, 2, 0], device=kernels)).isnan()
-    assert step(x, torch.tensor([0, 1, -1, 2, 0], device=kernels)).isnan()
+    for none in (3, -1, 2**40):
+        assert step(x, torch.full((5,), none, device=kernels)).isnan()
+        for p in model.parameters():
+            assert torch.equal(grad(p), torch.zeros_like(p))
 
 
 def test_gradients_are_what_backward_leaves(kernels: str) -> None:
@@ -227,25 +230,100 @@ def test_tensors_that_kernels_do_not_take(kernels: str) -> None:
     assert "function" in str(step.reason)
 
 
+def changed(loss: nn.Module, **attributes: Any) -> nn.Module:
+    vars(loss).update(attributes)
+    return loss
+
+
+def with_hook(loss: nn.Module) -> nn.Module:
+    loss.register_forward_hook(lambda module, given, value: 10 * value)
+    return loss
+
+
 @pytest.mark.parametrize(
-    ("loss", "name", "reduction"),
-    [
-        (nn.CrossEntropyLoss(), "cross_entropy", "mean"),
-        (nn.MSELoss(reduction="sum"), "mse_loss", "sum"),
-        (nn.BCELoss(), "binary_cross_entropy", "mean"),
-        (F.mse_loss, "mse_loss", "mean"),
-        (F.cross_entropy, "cross_entropy", "mean"),
-        (nn.CrossEntropyLoss(label_smoothing=0.1), None, ""),
-        (nn.CrossEntropyLoss(weight=torch.ones(3)), None, ""),
-        (nn.CrossEntropyLoss(ignore_index=1), None, ""),
-        (nn.BCELoss(torch.ones(3)), None, ""),
-        (nn.L1Loss(), None, ""),
-    ],
-    ids=lambda value: getattr(value, "__name__", None) or str(value),
+    ("loss", "known"),
+    {
+        "module": (nn.CrossEntropyLoss(), True),
+        "sum": (nn.CrossEntropyLoss(reduction="sum"), True),
+        "function": (F.cross_entropy, True),
+        "smoothed": (nn.CrossEntropyLoss(label_smoothing=0.1), False),
+        "weighted": (nn.CrossEntropyLoss(weight=torch.ones(3, dtype=torch.float64)), False),
+        "another ignored": (nn.CrossEntropyLoss(ignore_index=1), False),
+        "own forward": (changed(nn.CrossEntropyLoss(), forward=lambda y, t: y.square().sum()), False),
+        "hook": (with_hook(nn.CrossEntropyLoss()), False),
+        "other": (nn.NLLLoss(), False),
+    }.values(),
+    ids=itertools.count(),
 )
-def test_losses_of_torch(loss: Any, name: str | None, reduction: str) -> None:
-    step = step_of(network((8, 3), None, None), loss)
-    assert (step.loss, step.reduction) == ((name, reduction) if name else (loss, "mean"))
+def test_losses_of_torch(loss: Any, known: bool, kernels: str) -> None:
+    model = network((8, 6, 3), "tanh", None).to(kernels)
+    twin = copy.deepcopy(model)
+    if isinstance(loss, nn.Module):
+        loss.to(kernels)
+    x, target = (t.to(kernels) for t in draw((8, 3), 6, "cross_entropy"))
+    target = target.clamp(min=0)
+    step = step_of(model, loss)
+    value = step(x, target)
+    assert (step.reason is None) == known
+    torch.testing.assert_close(value, loss(twin(x), target).detach())
+    if isinstance(loss, nn.CrossEntropyLoss) and known:
+        loss.label_smoothing = 0.5  # looked at in every call
+        twin.load_state_dict(model.state_dict())
+        torch.testing.assert_close(step(x, target), loss(twin(x), target).detach())
+        assert step.reason is not None
+
+
+def test_a_layer_that_grows(kernels: str) -> None:
+    """Its gradient has no room where the last one was."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double().to(kernels)
+    step = step_of(model, "cross_entropy")
+    x, target = (t.to(kernels) for t in draw((5, 3), 7, "cross_entropy"))
+    step(x, target)
+    for p, shape in zip(model.parameters(), ((100, 5), (100,), (3, 100), (3,)), strict=True):
+        p.data = torch.randn(shape, dtype=torch.float64, device=kernels)
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    value = step(x, target)
+    assert step.reason is None
+    expected = F.cross_entropy(twin(x), target)
+    expected.backward()
+    torch.testing.assert_close(value, expected.detach())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(grad(p), grad(q))
+
+
+def test_gradients_of_others_stay(kernels: str) -> None:
+    """None that the step did not write is written anew; autograd is told of those that are."""
+    model = network((8, 6, 3), "relu", None).to(kernels)
+    x, target = (t.to(kernels) for t in draw((8, 6, 3), 9, "mse_loss"))
+    F.mse_loss(model(x), target).backward(create_graph=True)
+    p = next(model.parameters())
+    theirs = grad(p)
+    before = theirs.detach().clone()
+    step = step_of(model, "mse_loss")
+    step(x, target)
+    assert torch.equal(theirs, before)
+    assert not grad(p).requires_grad
+    w = torch.ones_like(p, requires_grad=True)
+    kept = (grad(p) * w).sum()
+    step(x, target)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+
+
+def test_optimizers_with_ways_of_their_own(kernels: str) -> None:
+    model = network((8, 6, 3), "relu", None).to(kernels)
+    x, target = (t.to(kernels) for t in draw((8, 6, 3), 9, "mse_loss"))
+    step = tribp.train_step(model, torch.optim.SGD([next(model.parameters())], lr=0.1), "mse_loss")
+    step(x, target)
+    assert "not the optimizer's" in str(step.reason)
+    own = type("Own", (torch.optim.SGD,), {"zero_grad": lambda self, set_to_none=True: None})
+    step = step_of(model, "mse_loss", optimizer=own)
+    step(x, target)
+    assert "zero_grad of its own" in str(step.reason)
+    step = step_of(model.requires_grad_(False), "mse_loss")
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        step(x, target)
 
 
 def test_refuses() -> None:
@@ -257,8 +335,14 @@ def test_refuses() -> None:
         tribp.train_step(model, None, "mse_loss")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mse_loss"):
         tribp.train_step(model, optimizer, "l1")
-    with pytest.raises(ValueError, match="batchmean"):
-        tribp.train_step(model, optimizer, "mse_loss", "none")
+    for loss, reduction in (("mse_loss", "none"), (F.mse_loss, "sum"), (nn.MSELoss(), "sum")):
+        with pytest.raises(ValueError, match="batchmean"):
+            tribp.train_step(model, optimizer, loss, reduction)
+    for wrong in (nn.MSELoss, [1], None):
+        with pytest.raises(TypeError, match="loss must be"):
+            tribp.train_step(model, optimizer, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="LBFGS"):
+        tribp.train_step(model, torch.optim.LBFGS(model.parameters()), "mse_loss")
 
 
 def test_fused_models(kernels: str) -> None:

@@ -7,6 +7,8 @@
 LBFGS, SparseAdam, Adafactor, Muon (where torch has it), Optimizer, lr_scheduler, swa_utils.
 """
 
+import sys
+
 import torch.optim
 from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam, lr_scheduler, swa_utils
 
@@ -32,6 +34,9 @@ __all__ = [
     "ExtraOptions", "Momentum", "NAdam", "Optimizer", "RAdam", "RMSProp", "RMSprop", "Rprop", "SparseAdam",
     "lr_scheduler", "patch", "swa_utils", "unpatch",
 ]  # fmt: skip
+
+for module in (lr_scheduler, swa_utils):  # for `from tribp.optim.lr_scheduler import StepLR`
+    sys.modules[f"{__name__}.{module.__name__.rpartition('.')[2]}"] = module
 
 if hasattr(torch.optim, "Muon"):
     Muon = torch.optim.Muon

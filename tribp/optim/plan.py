@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import dispatch
 from . import checks, layouts, torch_buckets
@@ -180,6 +181,8 @@ class UpdatePlan:
             step = step._replace(norm=self._norm(step))
         for bucket in self.buckets:
             bucket.run(step)
+        # Autograd then refuses a backward pass that needs what they were. Kernels, torch's fused too, don't tell it.
+        increment_version(self.params if watch.complete else [p for p in self.params if p.grad is not None])
         watch.after_step()
         return step.norm
 

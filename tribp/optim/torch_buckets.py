@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from . import layouts, reference
 from .buckets import Bucket, ParamSlot, Step
 from .layouts import local
@@ -43,7 +44,8 @@ def kind_of(rule: Rule, group: Group, tensors: Sequence[Tensor], pack: bool) -> 
         fused = p.is_floating_point() and rule.fused_on_cpu(group, p.dtype)
         if fused and not rule.loops_on_cpu:
             return "fused"
-        if pack and p.numel() <= _SMALL and not group.get("capturable"):  # which torch refuses on the CPU
+        floats = p.dtype.to_real() in dispatch.FLOATS
+        if pack and p.numel() <= _SMALL and floats and not group.get("capturable"):  # which torch refuses on the CPU
             return "packed"
         if fused:
             return "fused"
