@@ -1,7 +1,7 @@
 """Modules, with torch.nn's parameter names, shapes, initialization and state_dict."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -146,6 +146,8 @@ class MLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(sizes, Iterable) or not all(isinstance(size, int) for size in sizes):
+            raise TypeError(f"MLP: sizes must be a sequence of whole numbers, got {sizes!r}")
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes must be at least two, of the input and of each layer, got {tuple(sizes)}")
         for given in (activation, output_activation):

@@ -206,12 +206,17 @@ def test_errors(device: str) -> None:
         (TypeError, "layer 1: weight must have input's dtype float32, got float64", [x, [w0, w1.double()]]),
         (ValueError, "activation must be None, one of", [x, [w0], None, "swish"]),
         (ValueError, "input must have shape", [x[0, 0], [w0]]),
+        (TypeError, "weights must be a list of tensors, got Tensor", [x, w0]),
+        (TypeError, "biases must be a list of tensors and None, or None, got int", [x, [w0], 3]),
     ]
     for kind, words, arguments in cases:
         with pytest.raises(kind, match=f"^mlp.*{words}"):
             tribp.mlp(*arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^MLP: sizes must be at least two"):
         tribp.nn.MLP([3])
+    for wrong in (5, [5, 2.5]):
+        with pytest.raises(TypeError, match=r"^MLP: sizes must be a sequence of whole numbers"):
+            tribp.nn.MLP(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^MLP: activation must be"):
         tribp.nn.MLP([3, 4], "swish")
 

@@ -54,6 +54,8 @@ def mlp(
     """
     if isinstance(weights, Tensor) or not isinstance(weights, Iterable):  # type: ignore[unreachable]
         raise TypeError(f"mlp: weights must be a list of tensors, got {type(weights).__name__}")
+    if isinstance(biases, Tensor) or not (biases is None or isinstance(biases, Iterable)):
+        raise TypeError(f"mlp: biases must be a list of tensors and None, or None, got {type(biases).__name__}")
     weights = list(weights)
     both = activation_of("mlp", activation), activation_of("mlp", output_activation)
     given = [None] * len(weights) if biases is None else list(biases)
