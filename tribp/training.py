@@ -19,6 +19,7 @@ from .ops.shared import launching, uses_tf32
 __all__ = ["TrainStep", "train_step"]
 
 Loss = Callable[..., Tensor]
+LINEARS = (nn.Linear, Linear, LinearSigmoid)
 SEQUENTIALS = (nn.Sequential, FusedSequential)
 REDUCTIONS = ("mean", "sum", "batchmean")
 
@@ -255,7 +256,7 @@ def _layers_of(model: nn.Module) -> list[Layer] | str:
         kind = type(module)
         if not runs_forward_alone(module):
             return f"a {kind.__name__} has hooks, or a forward of its own"
-        if isinstance(module, nn.Linear | Linear) and kind in (nn.Linear, Linear, LinearSigmoid):
+        if isinstance(module, nn.Linear | Linear) and kind in LINEARS:
             act = vars(module).get("activation")
             if act is not None and follows is not None:
                 return "two activations follow on one layer"
@@ -266,6 +267,8 @@ def _layers_of(model: nn.Module) -> list[Layer] | str:
             if reason := refused(f"the {kind.__name__}", module):
                 return reason
             layers[-1] = layers[-1]._replace(activation=activation_of("train_step", activation_like(module)))
+        elif isinstance(module, MLP) and any(type(layer) not in LINEARS for layer in module.layers):
+            return "a layer of the MLP was replaced"
         elif kind not in (*SEQUENTIALS, MLP, FusedActivation, nn.Identity):
             return f"it has a {full_name(module)}"
     return layers or "it has no linear layer"

@@ -158,6 +158,11 @@ def test_gradients_are_what_backward_leaves(kernels: str) -> None:
     assert all(p.grad is grad for p, grad in zip(trained, grads, strict=True))
 
 
+def replaced(model: Any, layer: nn.Module) -> Any:
+    model.add_module("0", layer.double())
+    return model
+
+
 def hooked(model: Any) -> Any:
     model.layers[0].register_forward_hook(lambda *_: None)
     return model
@@ -172,6 +177,8 @@ REASONS: dict[str, tuple[Callable[[Any], Any], str]] = {
         "hooks",
     ),
     "subclass": (lambda m: nn.Sequential(m, type("Mine", (nn.Linear,), {})(3, 3).double()), "Mine"),
+    "replaced": (lambda m: replaced(m, nn.Sequential(nn.Linear(8, 6))), "replaced"),
+    "left out": (lambda m: nn.Sequential(nn.Linear(8, 6).double(), replaced(m, nn.Identity())), "replaced"),
     "dropout": (lambda m: nn.Sequential(m, nn.Dropout(0.0)), "Dropout"),
     "activation first": (lambda m: nn.Sequential(nn.Tanh(), m), "behind no linear layer"),
     "shared": (lambda m: nn.Sequential(nn.Linear(8, 8).double(), *[nn.Linear(8, 8).double()] * 2, m), "share"),
