@@ -43,7 +43,7 @@ class Train(NamedTuple):
     PRECISION: str
     PTX: bool
     VEC: int = 1  # of sizes that it knows the compiler knows what divides them
-    PREFETCH: bool = False
+    PREFETCH: bool | None = None
 
 
 @triton.constexpr_function
