@@ -156,6 +156,7 @@ class FunctionRule(Rule):
     loops_on_cpu = True
     function: ClassVar[Callable[..., None]]  # torch's
     lists: ClassVar[tuple[str, ...]]  # the keys of the states that it takes, in its order
+    makes_numbers: ClassVar[bool] = False  # whether it makes tensors of one number, which it reads at once
 
     def arguments(self, group: Group) -> Group:
         """Its own keyword arguments, but for those that each of these functions takes."""
@@ -180,8 +181,8 @@ class FunctionRule(Rule):
         self, group: Group, params: list[Tensor], grads: list[Tensor], states: dict[str | None, list[Tensor]],
         has_complex: bool,
     ) -> None:  # fmt: skip
-        # Elsewhere ASGD's would make numbers that are read at once.
-        elsewhere = torch.get_default_device().type != "cpu"
+        # To ask takes 2 µs.
+        elsewhere = self.makes_numbers and torch.get_default_device().type != "cpu"
         with torch.device("cpu") if elsewhere else contextlib.nullcontext():
             type(self).function(
                 params, grads, *(states[name] for name in self.lists), has_complex=has_complex,
