@@ -13,7 +13,6 @@ from torch import Tensor
 import tribp
 from tribp.launch.arch import Arch, cdiv
 from tribp.ops.activations import activate, activation_of, gradient
-from tribp.ops.conv3x3.reference import Window
 
 from .expectations import (
     PIPELINED,
@@ -29,7 +28,7 @@ from .expectations import (
     wide,
 )  # fmt: skip
 from .model import work as model
-from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions, named
+from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
 
 if TYPE_CHECKING:
     from tribp.launch.plan import Launch
@@ -184,14 +183,13 @@ def eager(
 def problem(case: ConvCase, device: torch.device) -> DifferentiableProblem:
     """Fresh inputs, scaled as a trained layer's are: z has a standard deviation near 1, so σ does not saturate."""
 
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        layout = case.memory_format if len(shape) == 4 else torch.contiguous_format
-        return (scale * torch.randn(shape, device=device)).to(case.dtype, memory_format=layout)
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return case.normal(device, *shape, std=std).to(memory_format=case.memory_format)
 
     o, c, *_ = case.weight_size
-    arguments = {"input": normal(*case.input_size), "weight": normal(o, c, 3, 3, scale=(9 * c) ** -0.5)}
+    arguments = {"input": normal(*case.input_size), "weight": normal(o, c, 3, 3, std=(9 * c) ** -0.5)}
     if case.bias:
-        arguments["bias"] = normal(o)
+        arguments["bias"] = case.normal(device, o)
     output_grad = normal(*case.output_size)
     options = dict(stride=case.stride, padding=PADDING, groups=case.groups, activation=case.activation)
     terms, images = partial(scales, options=options), images_at_a_time(case)
@@ -212,31 +210,6 @@ def scales(arguments: Mapping[str, Tensor], output_grad: Tensor, options: Mappin
     return {"bias": float(output_grad.norm())}
 
 
-def launches(case: ConvCase, direction: str, arch: Arch) -> "list[Launch]":
-    """The launches of one direction. "backward" is dgrad and wgrad in one call."""
-    from tribp.launch.plan import launches_of
-    from tribp.ops.conv3x3 import plan
-
-    def empty(*size: int) -> Tensor:
-        layout = case.memory_format if len(size) == 4 else torch.contiguous_format
-        return torch.empty(size, device="meta", dtype=case.dtype, memory_format=layout)
-
-    window = Window((case.stride, case.stride), (PADDING, PADDING), case.groups)
-    x, w, y = empty(*case.input_size), empty(*case.weight_size), empty(*case.output_size)
-    b = empty(y.shape[1]) if case.bias else None
-    facts = dict(window=window, activation=activation_of("bench", case.activation), tf32=case.tf32)
-    launched: list[Launch] = []
-    if direction in ("forward", "both"):
-        launched += launches_of(plan.forward, arch, (x, w, b, y), **facts)
-    if direction == "forward":
-        return launched
-    dx = None if direction == "wgrad" else empty(*x.shape)
-    dw, db = (None, None) if direction == "dgrad" else (empty(*w.shape), None if b is None else empty(*b.shape))
-    dy, kept = empty(*y.shape), y if case.activation else None
-    needed_x, needed_w = None if dw is None else x, None if dx is None else w
-    return launched + launches_of(plan.backward, arch, (dy, needed_x, needed_w, kept, dx, dw, db), **facts)
-
-
 # What is compiled without a GPU: bf16 over all forms, the other types where their rules differ from it.
 MIDDLE, MANY = (256, 256, 256, 14, 14), (64, 512, 512, 7, 7)
 UNEVEN_TYPES = ((BF16, False), (FP16, False), (FP32, False), (FP32, True))
@@ -246,7 +219,7 @@ WIDE = (256, 512, 512, 7, 7)  # in NCHW: boxes of images, stored column by colum
 APART = ("forward", "dgrad", "wgrad")
 
 
-def selection() -> Iterator[tuple[ConvCase, Sequence[str]]]:
+def compiled(arch: Arch, everything: bool) -> Iterator[tuple[ConvCase, Sequence[str]]]:
     few, three, depthwise = ConvCase(FEW[0], BF16), ConvCase(THREE, BF16), ConvCase(DEPTHWISE, BF16, groups=384)
     apart = [
         few, ConvCase(MIDDLE, BF16), ConvCase(MANY, BF16), three, ConvCase(FIRST, BF16), depthwise,
@@ -267,15 +240,10 @@ def selection() -> Iterator[tuple[ConvCase, Sequence[str]]]:
     yield replace(depthwise, dtype=FP16), ("forward",)
     yield ConvCase(WIDE, FP32, last=False, activation="tanh"), ("forward",)
     yield ConvCase(UNEVEN, BF16), ("wgrad",)
-
-
-def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, ConvCase, str]]:
-    chosen = list(selection())
     if everything:  # all that is measured, and float64
         measured = [*cases(), *(replace(case, dtype=FP64) for case in BASE)]
         measured += [ConvCase(shape, dtype, tf32) for shape in (UNEVEN, FEWER) for dtype, tf32 in UNEVEN_TYPES]
-        chosen += [(case, (*APART, "backward")) for case in measured]
-    return named(arch, chosen)
+        yield from ((case, (*APART, "backward")) for case in measured)
 
 
 # -- what machine code must show --------------------------------------------------------------------------------------
@@ -451,7 +419,6 @@ OPERATION = Operation(
     problem=problem,
     work=work,
     targets=targets,
-    launches=launches,
     compiled=compiled,
     expectations=expectations,
     kernel_work={

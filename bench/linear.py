@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from tribp.ops.activations import activate, activation_of, gradient
 
 from .expectations import PIPELINED, Expectation, partial_sums, product, row_bytes, size, threads, tile_stores, wide
 from .model import work as model
-from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions, named
+from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
 
 if TYPE_CHECKING:
     from tribp.launch.plan import Launch
@@ -39,33 +39,32 @@ REACHABLE: dict[tuple[int, ...], dict[str, float]] = {
 
 @dataclass(frozen=True)
 class LinearCase(Case):
-    """With another activation than the sigmoid, which a plain `Case` is of."""
+    """Of the sigmoid, where nothing else is said."""
 
-    activation: str | None = "relu"
+    activation: str = "sigmoid"
+    transposed: str = ""  # "x" or "w", whose columns are contiguous then
 
     @property
     def name(self) -> str:
-        return f"{super().name} {self.activation}"
+        layout = f"{self.transposed} transposed" if self.transposed else ""
+        return " ".join(filter(None, [super().name, self.activation.removeprefix("sigmoid"), layout]))
 
 
-def options(case: Case) -> dict[str, str | None]:
-    return {"activation": case.activation if isinstance(case, LinearCase) else "sigmoid"}
-
-
-def cases() -> list[Case]:
+def cases() -> list[LinearCase]:
     """And ReLU: cuBLASLt has it as an epilogue, which is what eager torch has nearest to a fused layer."""
-    first, *others = [[Case(shape, dtype, tf32, shape in SMALL) for shape in SHAPES] for dtype, tf32 in PRECISIONS]
-    relu: list[Case] = [LinearCase(shape, torch.bfloat16, small=shape in SMALL) for shape in SHAPES]
-    return [*first, *relu, *itertools.chain(*others)]
+    first, *others = [
+        [LinearCase(shape, dtype, tf32, shape in SMALL) for shape in SHAPES] for dtype, tf32 in PRECISIONS
+    ]
+    return [*first, *(replace(case, activation="relu") for case in first), *itertools.chain(*others)]
 
 
-def smoke_cases() -> list[Case]:
+def smoke_cases() -> list[LinearCase]:
     """A size that tiles evenly and an odd one; interpreted, a program costs 6 ms."""
     return [
-        Case((32, 16, 48), torch.bfloat16, small=True),
-        Case((33, 7, 19), torch.float16),
-        Case((33, 7, 19), torch.float32),
-        Case((16, 16, 32), torch.float32, tf32=True),
+        LinearCase((32, 16, 48), torch.bfloat16, small=True),
+        LinearCase((33, 7, 19), torch.float16),
+        LinearCase((33, 7, 19), torch.float32),
+        LinearCase((16, 16, 32), torch.float32, tf32=True),
     ]
 
 
@@ -73,16 +72,14 @@ def eager(x: Tensor, w: Tensor, b: Tensor, *, activation: str | None) -> Tensor:
     return activate(F.linear(x, w, b), *activation_of("bench", activation))
 
 
-def problem(case: Case, device: torch.device) -> DifferentiableProblem:
+def problem(case: LinearCase, device: torch.device) -> DifferentiableProblem:
     """Fresh inputs, scaled as a trained layer's are: z has a standard deviation near 1, so σ does not saturate."""
     m, n, k = case.shape
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=torch.float32).to(case.dtype)
-
-    arguments = {"input": normal(m, k), "weight": normal(n, k) * k**-0.5, "bias": normal(n)}
-    terms = partial(scales, options=options(case))
-    return DifferentiableProblem(arguments, normal(m, n), eager, terms, case.tf32, options(case))
+    normal, options = partial(case.normal, device), {"activation": case.activation}
+    x = normal(k, m).t() if case.transposed == "x" else normal(m, k)
+    w = normal(k, n, std=k**-0.5).t() if case.transposed == "w" else normal(n, k, std=k**-0.5)
+    arguments, terms = {"input": x, "weight": w, "bias": normal(n)}, partial(scales, options=options)
+    return DifferentiableProblem(arguments, normal(m, n), eager, terms, case.tf32, options)
 
 
 def scales(arguments: Mapping[str, Tensor], output_grad: Tensor, options: Mapping[str, Any]) -> dict[str, float]:
@@ -117,36 +114,9 @@ def targets(case: Case, direction: str) -> list[Target]:
     return targets
 
 
-def launches(case: Case, direction: str, arch: Arch) -> "list[Launch]":
-    """The launches of one direction, on tensors without memory. A layout may follow: "forward, x transposed"."""
-    from tribp.launch.plan import launches_of
-    from tribp.ops.linear import plan
-
-    direction, _, layout = direction.partition(", ")
-
-    def empty(*shape: int, transposed: bool = False) -> Tensor:
-        tensor = torch.empty(shape[::-1] if transposed else shape, device="meta", dtype=case.dtype)
-        return tensor.t() if transposed else tensor
-
-    m, n, k = case.shape
-    x = empty(m, k, transposed=layout == "x transposed")
-    w = empty(n, k, transposed=layout == "w transposed")
-    b, y = empty(n), empty(m, n)
-    facts = dict(activation=activation_of("bench", **options(case)), tf32=case.tf32)
-    forward = launches_of(plan.forward, arch, (x, w, b, y), **facts) if direction in ("forward", "both") else []
-    if direction == "forward":
-        return forward
-    dx, dw, db = empty(m, k), empty(n, k), empty(n)
-    gradients = {
-        "wgrad only": (None, dw, db), "dgrad only": (dx, None, None), "bias only": (None, None, db)
-    }.get(direction, (dx, dw, db))  # fmt: skip
-    return forward + launches_of(plan.backward, arch, (empty(m, n), x, w, y, *gradients), **facts)
-
-
 # What is compiled without a GPU: bf16 over the whole grid, the others where their rules differ from it.
 EVEN = (1000, 78, 334)  # rows of an even length: 4-byte loads, the narrowest that pipeline
 APART = ("forward", "backward", "wgrad only", "dgrad only")
-LAYOUTS = [f"{direction}, {side} transposed" for side in "xw" for direction in ("forward", "backward")]
 COMPILED: list[tuple[torch.dtype, bool, list[tuple[int, ...]], tuple[str, ...]]] = [
     (torch.bfloat16, False, SHAPES, APART),
     (torch.bfloat16, False, [EVEN], ("forward", "backward")),
@@ -157,18 +127,15 @@ COMPILED: list[tuple[torch.dtype, bool, list[tuple[int, ...]], tuple[str, ...]]]
 ]
 
 
-def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, Case, str]]:
-    return named(arch, selection(everything))
-
-
-def selection(everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
+def compiled(arch: Arch, everything: bool) -> Iterator[tuple[LinearCase, Sequence[str]]]:
     for dtype, tf32, shapes, directions in COMPILED:
         main = shapes is SHAPES
         for shape in [*SHAPES, EVEN] if everything else shapes:
             bias_only = ["bias only"] if everything or (main and shape == SQUARE) else []
-            yield Case(shape, dtype, tf32), [*(APART if everything else directions), *bias_only]
+            yield LinearCase(shape, dtype, tf32), [*(APART if everything else directions), *bias_only]
         if everything or main:
-            yield Case(SQUARISH, dtype, tf32), LAYOUTS
+            for side in "xw":
+                yield LinearCase(SQUARISH, dtype, tf32, transposed=side), ("forward", "backward")
             for activation in ("relu", "tanh", "elu", "softplus"):  # none, and those of most instructions
                 yield LinearCase(SQUARISH, dtype, tf32, activation=activation), ("forward", "backward")
 
@@ -249,7 +216,6 @@ OPERATION = Operation(
     problem=problem,
     work=work,
     targets=targets,
-    launches=launches,
     compiled=compiled,
     expectations=expectations,
     kernel_work={

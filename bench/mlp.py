@@ -1,8 +1,9 @@
 """`mlp`: layers of y = act(x·wᵀ + b). A shape is (rows, features of the input, of each layer's output)."""
 
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,7 @@ from tribp.launch.arch import Arch
 from tribp.ops.activations import activate, activation_of
 
 from . import linear
-from .operation import Case, DifferentiableProblem, KernelTests, Operation, Target, Work, functions, named
-
-if TYPE_CHECKING:
-    from tribp.launch.plan import Launch
+from .operation import Case, DifferentiableProblem, KernelTests, Operation, Target, Work, functions
 
 TALL, DEEP, DIGITS = (65536, 784, 256, 10), (8192, 1024, 1024, 1024, 1024), (128, 784, 256, 64, 10)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -41,13 +39,10 @@ def eager(x: Tensor, *layers: Tensor, activation: str, last: str) -> Tensor:
 def problem(case: Case, device: torch.device) -> DifferentiableProblem:
     """Fresh inputs, scaled as trained layers' are."""
     rows, *sizes = case.shape
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=torch.float32).to(case.dtype)
-
+    normal = partial(case.normal, device)
     arguments = {"input": normal(rows, sizes[0])}
     for n, (before, after) in enumerate(itertools.pairwise(sizes)):
-        arguments |= {f"weight{n}": normal(after, before) * before**-0.5, f"bias{n}": normal(after)}
+        arguments |= {f"weight{n}": normal(after, before, std=before**-0.5), f"bias{n}": normal(after)}
     return DifferentiableProblem(arguments, normal(rows, sizes[-1]), eager, scales, case.tf32, OPTIONS)
 
 
@@ -80,31 +75,11 @@ def targets(case: Case, direction: str) -> list[Target]:
     return [Target("eager", 1.0), Target("compile", 1.0)] if case.dtype == BF16 else []
 
 
-def launches(case: Case, direction: str, arch: Arch) -> "list[Launch]":
-    """The launches of one direction, on tensors without memory."""
-    from tribp.launch.plan import launches_of
-    from tribp.ops.mlp import plan
-
-    rows, *sizes = case.shape
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta", dtype=case.dtype)
-
-    facts = dict(activations=(activation_of("bench", "sigmoid"),) * (len(sizes) - 1), tf32=case.tf32)
-    x, shapes = empty(rows, sizes[0]), [*itertools.pairwise(sizes)]
-    if direction == "forward":
-        layers = [t for k, n in shapes for t in (empty(n, k), empty(n), empty(rows, n))]
-        return launches_of(plan.forward, arch, (x, *layers), **facts)
-    layers = [t for k, n in shapes for t in (empty(n, k), empty(rows, n), empty(n, k), empty(n))]
-    dx = empty(rows, sizes[0]) if direction == "backward" else None
-    return launches_of(plan.backward, arch, (empty(rows, sizes[-1]), x, dx, *layers), **facts)
-
-
-def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, Case, str]]:
+def compiled(arch: Arch, everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
     """What the linear layer's own cases have not: a dgrad that goes on to the layer below."""
     odd = (1000, 333, 77, 10)
     some = [Case(TALL, BF16), Case(DEEP, BF16), Case(odd, BF16), Case(DEEP, FP32), Case(odd, torch.float64)]
-    return named(arch, ((case, ["backward"]) for case in [*some, *(cases() if everything else [])]))
+    yield from ((case, ["backward"]) for case in [*some, *(cases() if everything else [])])
 
 
 OPERATION = Operation(
@@ -117,7 +92,6 @@ OPERATION = Operation(
     problem=problem,
     work=work,
     targets=targets,
-    launches=launches,
     compiled=compiled,
     expectations=linear.expectations,
     kernel_work=linear.OPERATION.kernel_work,

@@ -6,15 +6,52 @@ GPU that is pretended; results are never written.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+import torch
+from torch import Tensor
 
 from tribp import dispatch
 from tribp.launch.arch import ARCHS, Arch
 
+if TYPE_CHECKING:
+    from tribp.launch.plan import Launch
+
 Performed = Callable[[Any, tuple[int, ...], tuple[object, ...]], object]  # compiled kernel's metadata, grid, arguments
+
+
+@contextlib.contextmanager
+def _running_on(arch: Arch) -> Iterator[None]:
+    with (
+        dispatch.use_backend("triton"),
+        mock.patch.object(dispatch, "backend_of", always("triton")),
+        mock.patch.object(dispatch, "arch_of", always(arch)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def recording(arch: Arch) -> "Iterator[list[Launch]]":
+    """Within the `with` block no plan runs; what is yielded receives what each would launch on `arch`.
+
+    Tensors may be on any device, `meta` too.
+    """
+    from tribp.launch import plan as plans
+
+    launches: list[Launch] = []
+
+    def record(plan: plans.Plan, tensors: Sequence[Tensor | None], device: torch.device) -> None:
+        launches.extend(plan.bound(tensors))
+
+    plans.forget()  # which GPU they are for is no part of what they are remembered by
+    try:
+        with _running_on(arch), mock.patch.object(plans.Plan, "run", record):
+            yield launches
+    finally:
+        plans.forget()
 
 
 @contextlib.contextmanager
@@ -30,11 +67,7 @@ def pretending(arch: Arch, performed: Performed = lambda metadata, grid, argumen
     before = driver._active
     driver.set_active(_driver(arch, performed))
     try:
-        with (
-            dispatch.use_backend("triton"),
-            mock.patch.object(dispatch, "backend_of", always("triton")),
-            mock.patch.object(dispatch, "arch_of", always(arch)),
-        ):
+        with _running_on(arch):
             yield
     finally:
         driver._active = before

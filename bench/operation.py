@@ -3,6 +3,7 @@
 To add one: a file in this folder that ends in `OPERATION = Operation(…)`. Nothing else names it.
 """
 
+import contextlib
 import functools
 import importlib
 import math
@@ -43,6 +44,10 @@ class Case:
     @property
     def name(self) -> str:
         return f"{'x'.join(map(str, self.shape))} {self.dtype_name}"
+
+    def normal(self, device: torch.device, *shape: int, std: float = 1.0) -> Tensor:
+        """Fresh numbers of the type, as a float32 tensor would round to them."""
+        return (std * torch.randn(shape, device=device, dtype=torch.float32)).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -140,15 +145,15 @@ class Operation:
     targets: Callable[[Any, str], Sequence[Target]]
 
     # Its kernels.
-    launches: "Callable[[Any, str, Arch], Sequence[Launch]]"  # of a case and direction, on tensors without memory
-    # What `static` compiles: a name, a case, a direction. The second argument: all there is, or a selection.
-    compiled: Callable[[Arch, bool], Iterable[tuple[str, Any, str]]]
+    # What `static` compiles, in which directions. The second argument: all there is, or a selection.
+    compiled: Callable[[Arch, bool], Iterable[tuple[Any, Sequence[str]]]]
     expectations: "Callable[[Launch, Any, Arch], Iterable[Expectation]]"  # what a launch's machine code must show
     # By kernel, of a launch's arguments by name, its grid and the case: parts of `model.work.LaunchWork`.
     kernel_work: Mapping[str, Callable[[Given, tuple[int, ...], Any], dict[str, Any]]]
     tests: KernelTests
     run_first: Mapping[str, str]  # for `all`: shares of the cases that have targets, as options of `run`
     switches: Sequence[str]  # arguments and constants of kernels that settings show where they are on
+    of_others: Sequence[str] = ()  # kernels of another operation, that a call launches besides
 
     # Whom it is compared with, and how that is shown.
     baseline: str = "eager"  # the provider whose errors are torch's own
@@ -169,6 +174,35 @@ class Operation:
     products: bool = True  # whether its operations are matrix products, whose rate is a ceiling besides the copy's
     graph_calls: int = 20  # in one CUDA graph
     call: Callable[[Any], object] | None = None  # the call on CPU tensors, where launches read tables on the device
+
+    def launches(self, case: Any, direction: str, arch: Arch) -> "list[Launch]":
+        """What the call that is measured launches on this GPU, of its own kernels; on tensors without memory."""
+        from .no_gpu import recording
+
+        with recording(arch) as launches, precision(case.tf32):
+            tribp = self.providers(case, "nothing else is called")["tribp"]
+            action = self.problem(case, torch.device("meta")).action(tribp, direction)
+            launches.clear()  # those that prepare it
+            action.call()
+        return [launch for launch in launches if launch.kernel.__name__ not in self.of_others]
+
+
+@contextlib.contextmanager
+def precision(tf32: bool) -> Iterator[None]:
+    """float32 products and convolutions of all providers in TF32, or in full precision whatever the environment says.
+
+    torch's defaults differ between the two: convolutions are in TF32 unless they are told otherwise. cuDNN times its
+    algorithms at the first call of every shape, and takes the fastest: torch at its best.
+    """
+    products: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    name = "tf32" if tf32 else "ieee"
+    settings: list[tuple[Any, str, object]] = [(product, "fp32_precision", name) for product in products]
+    settings.append((torch.backends.cudnn, "benchmark", True))
+    with contextlib.ExitStack() as stack:
+        for module, name, value in settings:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        yield
 
 
 def describe(launch: "Launch") -> str:
@@ -250,13 +284,6 @@ def functions(ours: Callable[..., Tensor], eager: Callable[..., Tensor]) -> Call
     return providers
 
 
-def named(arch: Arch, cases: Iterable[tuple[Any, Sequence[str]]]) -> Iterator[tuple[str, Any, str]]:
-    """What `static` compiles of cases, each in some directions."""
-    for case, directions in cases:
-        if not (case.tf32 and arch.backend == "hip"):  # gfx942 has no TF32: the same code again
-            yield from ((f"{case.name} {direction}", case, direction) for direction in directions)
-
-
 @dataclass(frozen=True)
 class DifferentiableProblem:
     """`arguments` by name, the first being the input, and `output_grad`, what comes back from the layer above.
@@ -335,6 +362,8 @@ class DifferentiableProblem:
     def _inputs(self, direction: str) -> dict[str, Tensor]:
         """The arguments, of which those require gradients that the direction is about."""
         inputs = {name: value.detach() for name, value in self.arguments.items()}
-        for n, value in enumerate(inputs.values()):
-            value.requires_grad_(not direction.startswith("wgrad") if n == 0 else direction != "dgrad")
+        first, *others = inputs
+        wanted = {"dgrad": [first], "wgrad": others, "bias": ["bias"]}.get(direction.removesuffix(" only"), inputs)
+        for name in wanted:
+            inputs[name].requires_grad_()
         return inputs

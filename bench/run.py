@@ -1,9 +1,8 @@
 """`python -m bench run`: check each provider, time those that are right, and write it all down as it goes."""
 
-import contextlib
 import gc
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import tribp
 from tribp import dispatch
 
 from . import results
-from .operation import Case, Operation, Problem, Reference, describe
+from .operation import Case, Operation, Problem, Reference, describe, precision
 from .options import Options
 from .results import Row
 from .timing import CpuMeter, CudaMeter
@@ -60,24 +59,6 @@ class Ceilings:
             with precision(tf32):
                 self.rates[name] = self._meter.matrix_rate(dtype)
         return self.rates[name]
-
-
-@contextlib.contextmanager
-def precision(tf32: bool) -> Iterator[None]:
-    """float32 products and convolutions of all providers in TF32, or in full precision whatever the environment says.
-
-    torch's defaults differ between the two: convolutions are in TF32 unless they are told otherwise. cuDNN times its
-    algorithms at the first call of every shape, and takes the fastest: torch at its best.
-    """
-    products: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    name = "tf32" if tf32 else "ieee"
-    settings: list[tuple[Any, str, object]] = [(product, "fp32_precision", name) for product in products]
-    settings.append((torch.backends.cudnn, "benchmark", True))
-    with contextlib.ExitStack() as stack:
-        for module, name, value in settings:
-            stack.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, value)
-        yield
 
 
 def run(

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,11 @@ from torch.nn import functional as F
 
 import tribp
 from tribp.launch.arch import Arch
-from tribp.ops.activations import activation_of
 from tribp.training import train_step
 
 from . import linear
 from .expectations import PIPELINED, Expectation
-from .operation import TOLERANCE, Action, Case, Given, KernelTests, Operation, Reference, Target, Work, named
+from .operation import TOLERANCE, Action, Case, Given, KernelTests, Operation, Reference, Target, Work
 
 if TYPE_CHECKING:
     from tribp.launch.plan import Launch
@@ -95,7 +94,7 @@ class Problem:
     def __post_init__(self) -> None:
         rows, *sizes = self.case.shape
         self.net = network(self.case).to(self.device, self.case.dtype)
-        self.x = torch.randn(rows, sizes[0], device=self.device, dtype=FP32).to(self.case.dtype)
+        self.x = self.case.normal(self.device, rows, sizes[0])
         self.target = torch.randint(sizes[-1], (rows,), device=self.device)
 
     def reference(self) -> Mapping[str, Reference]:
@@ -134,25 +133,7 @@ def targets(case: Case, direction: str) -> list[Target]:
     return [Target("eager", 2.0), Target("compile", 1.0)] if case.dtype == FP32 else []
 
 
-def launches(case: Case, direction: str, arch: Arch) -> "list[Launch]":
-    """Those before the update, on tensors without memory."""
-    from tribp.launch.plan import launches_of
-    from tribp.ops.mlp import plan
-
-    rows, *sizes = case.shape
-
-    def empty(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-        return torch.empty(shape, device="meta", dtype=dtype)
-
-    layers = [t for k, n in itertools.pairwise(sizes) for t in (empty(n, k), empty(n), empty(n, k), empty(n))]
-    acts = (*(activation_of("bench", "relu"),) * (len(sizes) - 2), activation_of("bench", None))
-    tensors = (empty(rows, sizes[0]), empty(rows, dtype=torch.int64), empty(), *layers)
-    return launches_of(
-        plan.train, arch, tensors, activations=acts, kind="cross_entropy", reduction="mean", tf32=case.tf32
-    )
-
-
-def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, Case, str]]:
+def compiled(arch: Arch, everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
     odd = (33, 77, 45, 7)
     some = [
         *cases()[:3],
@@ -161,7 +142,7 @@ def compiled(arch: Arch, everything: bool) -> Iterator[tuple[str, Case, str]]:
         Case(odd, BF16),
         Case(odd, torch.float64),
     ]
-    return named(arch, ((case, ["step"]) for case in [*some, *(cases() if everything else [])]))
+    yield from ((case, ["step"]) for case in [*some, *(cases() if everything else [])])
 
 
 def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectation]:
@@ -207,13 +188,13 @@ OPERATION = Operation(
     problem=Problem,
     work=work,
     targets=targets,
-    launches=launches,
     compiled=compiled,
     expectations=expectations,
     kernel_work={"forward": linear.forward_work, "train_rows": rows_work, "train_weights": weights_work},
     tests=KernelTests(["tests/training"], ["tests/training", "-k", "matches_torch"], ["tests/training", "-k", "spec"]),
     run_first={"float32": "--dtype float32"},
     switches=(),
+    of_others=("multi_tensor_step",),
     columns=("case", "clock", "tribp", "eager", "separate", "compile", "vs eager", "launches", "host", "graph"),
     graph_calls=1,
 )

@@ -17,10 +17,10 @@ from tribp.launch.matmul import basis
 from tribp.launch.neighbors import neighbors
 
 from . import results
-from .operation import Operation
+from .operation import Operation, precision
 from .options import Options
 from .results import markdown
-from .run import check, meter_and_folder, precision, sentence
+from .run import check, meter_and_folder, sentence
 from .timing import Call, CpuMeter
 
 SMOKE_NEIGHBORS = 2  # of each problem: interpreted, one takes a second

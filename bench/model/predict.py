@@ -50,7 +50,7 @@ def collect(options: Options) -> Kernels:
     kernels: Kernels = {}
     for arch, operation, case, direction in selected(options):
         for launch in operation.launches(case, direction, arch):
-            kernels.setdefault(key_of(launch, arch), Kernel(operation.name, arch, launch))
+            kernels.setdefault(key_of(launch, arch), Kernel(operation.name, arch, launch, case.dtype_name))
     return kernels
 
 

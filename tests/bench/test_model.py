@@ -16,7 +16,7 @@ import torch
 from bench import conv3x3, linear
 from bench.__main__ import main
 from bench.conv3x3 import ConvCase
-from bench.linear import SQUARE, SQUARISH, TALL
+from bench.linear import SQUARE, SQUARISH, TALL, LinearCase
 from bench.model import predict
 from bench.model import work as model_work
 from bench.model.executed import Profile, Tally, profile
@@ -347,22 +347,22 @@ def work(case: Case, direction: str, n: int = 0) -> LaunchWork:
 
 
 def test_work_of_a_product() -> None:
-    found = work(Case(SQUARE, BF16), "forward")  # 128×256 tiles, persistent on 132 SMs, 64 deep
+    found = work(LinearCase(SQUARE, BF16), "forward")  # 128×256 tiles, persistent on 132 SMs, 64 deep
     assert (found.programs, found.turns, found.outer) == (132, 64, (4,))
     assert found.macs == 4 * 4096 * 128 * 256
     assert found.bytes == 2 * (3 * 4096**2 + 4096)
     assert found.l2 == 2 * (4096**2 * (16 + 32) + 4096**2)
     assert found.copied == 2 * 4096**2 * (16 + 32) / 132
-    found = work(Case(SQUARISH, FP32), "forward")
+    found = work(LinearCase(SQUARISH, FP32), "forward")
     assert (found.bits, found.macs) == (32, 3 * 32 * 128 * 1024)  # tf32x3 by mma.sync
-    launches = launches_of(Case(TALL, BF16), "backward")
-    wgrad, dgrad = work(Case(TALL, BF16), "backward", 0), work(Case(TALL, BF16), "backward", -1)
+    launches = launches_of(LinearCase(TALL, BF16), "backward")
+    wgrad, dgrad = work(LinearCase(TALL, BF16), "backward", 0), work(LinearCase(TALL, BF16), "backward", -1)
     rows = launches[0].named["rows_per_split"]
     assert wgrad.turns == math.ceil(rows / launches[0].named["BLOCK_M"])
     written = 2 * 65536 * 256 + 4 * launches[0].grid[1] * 256 * 784
     assert wgrad.l2 == 2 * (2 * 65536 * 256 * 4 + 65536 * 784 * 2) + written  # dy and y for each of four tile columns
     assert dgrad.turns == 4
-    first, last = (work_of(launches[n], Case(TALL, BF16)) for n in (0, -1))
+    first, last = (work_of(launches[n], LinearCase(TALL, BF16)) for n in (0, -1))
     assert set(first.tensors) & set(last.tensors), "dgrad reads the dz that wgrad wrote"
 
 
@@ -416,9 +416,9 @@ def test_no_work_is_lost(case: Case) -> None:
 @pytest.mark.parametrize(
     ("case", "direction", "kernels"),
     [
-        (Case(SQUARE, BF16), "backward", {"output_grad"}),
-        (Case(SQUARISH, BF16), "wgrad only", {"reduce_partials"}),
-        (Case(TALL, FP32), "wgrad only", {"output_grad", "reduce_partials"}),
+        (LinearCase(SQUARE, BF16), "backward", {"output_grad"}),
+        (LinearCase(SQUARISH, BF16), "wgrad only", {"reduce_partials"}),
+        (LinearCase(TALL, FP32), "wgrad only", {"output_grad", "reduce_partials"}),
         (ConvCase(conv3x3.FEW[0], BF16, last=False, activation="sigmoid"), "backward", {"relayout", "pack"}),
         (ConvCase(conv3x3.MANY, BF16, last=False), "wgrad", {"pack", "reduce_partials"}),
     ],
@@ -439,14 +439,12 @@ def test_passes_read_everything_once(case: Case, direction: str, kernels: set[st
 
 
 @pytest.mark.parametrize(
-    "case", [Case(SQUARISH, BF16), ConvCase(conv3x3.MANY, BF16, last=False)], ids=lambda case: case.name
+    "case", [LinearCase(SQUARISH, BF16), ConvCase(conv3x3.MANY, BF16, last=False)], ids=lambda case: case.name
 )
 def test_appended_sums_are_programs_of_their_own(case: Case) -> None:
     """dgrad's programs are as many as without them, and those behind read every partial result once."""
     *_, launch = launches_of(case, "backward")
-    (alone,) = [
-        one for one in launches_of(case, f"dgrad{' only' * (type(case) is Case)}") if one.kernel is launch.kernel
-    ]
+    (alone,) = [one for one in launches_of(case, "dgrad") if one.kernel is launch.kernel]
     work, given = work_of(launch, case), launch.named
     assert work.programs == work_of(alone, case).programs == math.prod(alone.grid)
     assert 0 <= math.prod(launch.grid) - work.programs - work.behind < math.prod(launch.grid[1:])
@@ -497,7 +495,7 @@ def bench(*command: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_the_command_predicts_what_run_measures(tmp_path: Path) -> None:
-    file, name = tmp_path / "found.json", Case(SQUARISH, BF16).name
+    file, name = tmp_path / "found.json", LinearCase(SQUARISH, BF16).name
     done = bench("linear", "--model", "--case", "8192x1024x1024", "--dtype", "bfloat16", "--json", str(file))
     assert done.returncode == 0, done.stderr
     found = {(entry["case"], entry["direction"]): entry for entry in json.loads(file.read_text())}
@@ -534,8 +532,8 @@ def test_the_shapes_that_are_predicted_have_targets() -> None:
     conv, linear, optim = find(["conv", "linear", "optim"])
     assert predict.directions(conv, case) == ["forward", "dgrad", "wgrad"]
     assert predict.directions(conv, replace(case, activation="sigmoid")) == []
-    assert predict.directions(linear, Case(SQUARE, BF16)) == ["forward", "backward", "wgrad only"]
-    assert predict.directions(linear, Case(SQUARE, torch.float16)) == []
+    assert predict.directions(linear, LinearCase(SQUARE, BF16)) == ["forward", "backward", "wgrad only"]
+    assert predict.directions(linear, LinearCase(SQUARE, torch.float16)) == []
     assert all(predict.directions(optim, case) == ["step"] for case in optim.cases)
 
 
@@ -543,7 +541,7 @@ def test_the_floor_of_float32_is_three_products_of_tf32() -> None:
     """The project's ceilings: 2 · 4096³ at 798 TF/s of bf16, half of it of TF32, and a third of that of float32."""
 
     def floor_us(dtype: torch.dtype, tf32: bool = False) -> float:
-        return predict.floor_us(find(["linear"])[0], Case(SQUARE, dtype, tf32), "forward", H100)
+        return predict.floor_us(find(["linear"])[0], LinearCase(SQUARE, dtype, tf32), "forward", H100)
 
     assert floor_us(BF16) == pytest.approx(172.2, rel=0.01)
     assert floor_us(FP32, tf32=True) == pytest.approx(2 * floor_us(BF16))

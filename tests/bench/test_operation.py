@@ -38,7 +38,6 @@ THIRD: Operation = replace(
     directions=("around", "both"),
     work=lambda case, direction: Work(1e9, 0),
     targets=lambda case, direction: [Target("eager", 1.0)],
-    launches=lambda case, direction, arch: [launch()],
     tests=KernelTests(["tests/third.py"], ["tests/third.py", "-k", "few"], ["tests/third.py", "-k", "one"]),
     run_first={"few": "--first 3"},
     switches=("MIRRORED", "CHANNELS_LAST"),

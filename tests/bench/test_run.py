@@ -24,7 +24,8 @@ import tribp.optim
 from bench import host, operation, results, run
 from bench import optim as optim_entry
 from bench.__main__ import main
-from bench.operation import Action, Case, Operation, Target, Work
+from bench.linear import LinearCase
+from bench.operation import Action, Case, Operation, Target, Work, precision
 from bench.optim import LR, PEERS, Provider, StepCase
 from bench.options import Options
 from bench.results import markdown
@@ -203,7 +204,7 @@ def test_floor_is_the_larger_of_bytes_and_operations() -> None:
 
 
 def test_work_of_linear_counts_every_matrix_once() -> None:
-    operation, case = linear(), Case((2, 3, 5), torch.bfloat16)
+    operation, case = linear(), LinearCase((2, 3, 5), torch.bfloat16)
     x, w, b, y, product = 10, 15, 3, 6, 2 * 2 * 3 * 5
     assert operation.work(case, "forward") == Work(2 * (x + w + b + y), product)
     assert operation.work(case, "backward") == Work(2 * (y + y + x + w + x + w + b), 2 * product)
@@ -242,7 +243,7 @@ def test_targets_of_linear_are_those_that_were_set() -> None:
     operation = linear()
 
     def ratios(shape: tuple[int, int, int], direction: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-        return {t.peer: t.ratio for t in operation.targets(Case(shape, dtype), direction) if t.quantity == "time"}
+        return {t.peer: t.ratio for t in operation.targets(LinearCase(shape, dtype), direction) if t.quantity == "time"}
 
     square, squarish, tall = (4096, 4096, 4096), (8192, 1024, 1024), (65536, 256, 784)
     assert ratios(square, "forward") == {"compile": 1.0, "eager": 1.04}
@@ -271,16 +272,16 @@ def test_float32_ceiling_is_three_tf32_products_where_those_are_faster() -> None
 
 def test_precision_holds_inside_and_is_given_back() -> None:
     matmul = torch.backends.cuda.matmul
-    with run.precision(True):
+    with precision(True):
         assert matmul.fp32_precision == "tf32"
-        with run.precision(False):
+        with precision(False):
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
 
 
 def test_directions_want_the_gradients_they_say() -> None:
     operation = linear()
-    problem = operation.problem(Case((3, 4, 5), torch.float32), torch.device("cpu"))
+    problem = operation.problem(LinearCase((3, 4, 5), torch.float32), torch.device("cpu"))
     found = {direction: set(problem.results(tribp.linear, direction)) for direction in operation.directions}
     grads = {"weight.grad", "bias.grad"}
     assert found == {
@@ -544,7 +545,8 @@ def kernels_of_batches() -> dict[str, int]:
     linear, conv = operation.find(["linear", "conv"])
     keys: dict[str, set[str]] = {}
     for batch in range(1, 129, 3):
-        first, second = (Case(shape, torch.float32) for shape in ((batch, hidden, before), (batch, after, hidden)))
+        shapes = (batch, hidden, before), (batch, after, hidden)
+        first, second = (LinearCase(shape, torch.float32) for shape in shapes)
         mlp = [(first, "forward"), (first, "wgrad only"), (second, "forward"), (second, "backward")]
         calls: dict[str, list[tuple[Operation, Any, str]]] = {"MLP": [(linear, *call) for call in mlp]}
         for name, last in (("channels_last", True), ("contiguous", False)):
@@ -578,7 +580,7 @@ def test_a_resnets_convolutions_take_few_launches(dtype: str, last: bool, most: 
 
     cases = host_layers.resnet18(64, getattr(torch, dtype), last=last)
     assert len(cases) == 16
-    found = [conv3x3.launches(case, d, ARCHS["sm_90"]) for case in cases for d in ("forward", "backward")]
+    found = [conv3x3.OPERATION.launches(case, d, ARCHS["sm_90"]) for case in cases for d in ("forward", "backward")]
     assert sum(map(len, found)) <= most
 
 

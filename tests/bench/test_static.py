@@ -211,12 +211,11 @@ def plant() -> dict[str, Any]:
     import torch
 
     from bench.compile import read_launches, source_of
-    from bench.linear import expectations, launches
-    from bench.operation import Case
+    from bench.linear import OPERATION, LinearCase, expectations
     from tribp.launch.plan import Launch, launches_of
 
     def forward(shape: tuple[int, int, int], dtype: torch.dtype, target: str) -> Launch:
-        return launches(Case(shape, dtype), "forward", ARCHS[target])[0]
+        return OPERATION.launches(LinearCase(shape, dtype), "forward", ARCHS[target])[0]
 
     def changed(launch: Launch, warps: int = 0, stages: int = 0, **constants: object) -> Launch:
         launch = launch.with_settings(**constants)
@@ -242,7 +241,8 @@ def plant() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (target, dtype, launch) in plants.items():
         good = launch if name.startswith("good") else plants["good odd" if name == "no prefetch" else "good"][2]
-        expected = list(expectations(good if name == "narrow store" else launch, Case(even, dtype), ARCHS[target]))
+        right = good if name == "narrow store" else launch
+        expected = list(expectations(right, LinearCase(even, dtype), ARCHS[target]))
         ((code, _),) = read_launches([launch], ARCHS[target])
         found[name] = broken(code, [NO_SPILLS, SHARED_MEMORY, *expected])
 
@@ -251,7 +251,7 @@ def plant() -> dict[str, Any]:
 
     for target in ("sm_80", "gfx942"):
         for name, block in (("good", None), ("narrow", 256), ("spilling", 8192)):
-            (step,) = optim.launches(optim.ADAM, "step", ARCHS[target])
+            (step,) = optim.OPERATION.launches(optim.ADAM, "step", ARCHS[target])
             step = step if block is None else changed(step, warps=4, BLOCK=block)
             if block != 8192 or target == "sm_80":
                 ((code, _),) = read_launches([step], ARCHS[target])
@@ -276,7 +276,7 @@ def plant() -> dict[str, Any]:
     transposed = pass_over(x.new_empty(16, 4096).t(), x[:4096], x[:4096], None)
     broadcast = pass_over(x.new_empty(()).expand(4096, 16), x[:4096], x[:4096], None)
     tma = forward(even, torch.bfloat16, "sm_90")
-    small = launches(Case((64, 1, 16), torch.bfloat16), "forward", ARCHS["sm_80"])[0]
+    small = OPERATION.launches(LinearCase((64, 1, 16), torch.bfloat16), "forward", ARCHS["sm_80"])[0]
     far = small._replace(arguments=(*small.arguments[:4], 1 << 40, *small.arguments[5:]))
     for name, launch in dict(
         column=column, transposed=transposed, broadcast=broadcast, tma=tma, small=small, far=far

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.conv3x3 import DEPTHWISE, FEW, ConvCase, cases, compiled, expectations, launches, row_accesses
+from bench.conv3x3 import DEPTHWISE, FEW, OPERATION, ConvCase, cases, compiled, expectations, row_accesses
 from bench.expectations import ALWAYS, Compiled, broken, matrix_instructions, multiplies_with, tile_stores
 from bench.operation import describe
 from bench.sass import Loop
@@ -56,8 +56,8 @@ def plant() -> dict[str, list[str]]:
     """What is wrong with each. Runs where the compiler does, in the process of `test_static.plant`."""
     from bench.compile import read_launches
 
-    good = {name: (case, launches(case, direction, ARCH)[at]) for name, (case, direction, at) in GOOD.items()}
-    single = launches(SINGLE, "forward", ARCH)[-1]
+    good = {name: (case, OPERATION.launches(case, direction, ARCH)[at]) for name, (case, direction, at) in GOOD.items()}
+    single = OPERATION.launches(SINGLE, "forward", ARCH)[-1]
     asked = {name: (launch, [*expectations(launch, case, ARCH)]) for name, (case, launch) in good.items()}
     for name, (of, _, changes) in BAD.items():
         case, launch = (SINGLE, single) if "single" in changes else good[of]
@@ -75,7 +75,7 @@ def plant() -> dict[str, list[str]]:
 def names(case: ConvCase, direction: str, target: str) -> list[tuple[str, set[str]]]:
     """Of each launch the kernel, and what is expected of it."""
     arch = ARCHS[target]
-    found = [(launch, expectations(launch, case, arch)) for launch in launches(case, direction, arch)]
+    found = [(launch, expectations(launch, case, arch)) for launch in OPERATION.launches(case, direction, arch)]
     return [(launch.kernel.__name__, {e.name for e in expected}) for launch, expected in found]
 
 
@@ -118,33 +118,35 @@ def test_rows_of_a_depthwise_box_are_counted_by_hand() -> None:
 
 @pytest.mark.parametrize("target", ARCHS)
 def test_a_selection_holds_a_kernel_once_and_everything_holds_the_selection(target: str) -> None:
-    quick = [name for name, _, _ in compiled(ARCHS[target], False)]
-    all_of_it = {name for name, _, _ in compiled(ARCHS[target], True)}
-    assert set(quick) <= all_of_it
-    assert len(all_of_it) > 3 * len(set(quick))
-    assert not any("tf32" in name for name in all_of_it) or target != "gfx942"
+    quick, all_of_it = (
+        {(case, d) for case, directions in compiled(ARCHS[target], everything) for d in directions}
+        for everything in (False, True)
+    )
+    assert quick <= all_of_it
+    assert len(all_of_it) > 3 * len(quick)
     for case in cases():
-        assert case.tf32 or {f"{case.name} {d}" for d in ("forward", "dgrad", "wgrad", "backward")} <= all_of_it
+        assert {(replace(case, small=False), d) for d in ("forward", "dgrad", "wgrad", "backward")} <= all_of_it
 
 
 def test_settings_are_shown_in_words() -> None:
     def shown(case: ConvCase, direction: str, at: int = 0) -> list[str]:
-        return describe(launches(case, direction, ARCH)[at]).split()
+        return describe(OPERATION.launches(case, direction, ARCH)[at]).split()
 
-    (strided,) = launches(ConvCase((64, 128, 256, 28, 28), BF16, stride=2, activation="sigmoid"), "forward", ARCH)
+    case = ConvCase((64, 128, 256, 28, 28), BF16, stride=2, activation="sigmoid")
+    (strided,) = OPERATION.launches(case, "forward", ARCH)
     box = "box" + "×".join(str(strided.named[name]) for name in ("BOX_N", "BOX_H", "BOX_W"))
     assert {box, "step2×2", "channels_last", "sigmoid"} <= set(describe(strided).split())
     assert not {"step2×2", "sigmoid", "diagonal"} & set(shown(DENSE, "forward"))
     grouped = ConvCase((64, 128, 128, 28, 28), BF16, groups=32)
     assert {"groups_per_tile8", "diagonal"} <= set(shown(grouped, "forward", -1))
-    taps = launches(DENSE, "wgrad", ARCH)[0].named["TAPS"]
+    taps = OPERATION.launches(DENSE, "wgrad", ARCH)[0].named["TAPS"]
     assert (f"taps{taps}" in shown(DENSE, "wgrad")) == (taps != 1)
     assert {"pixels→channels", "third"} <= set(shown(LAST_COLUMNS, "forward"))
     assert {"y", "channels→channels"} <= set(shown(ConvCase(FEW[0], BF16, activation="sigmoid"), "dgrad"))
 
 
 def test_settings_are_found_and_changed_by_name() -> None:
-    launch = launches(ConvCase(FEW[0], BF16, activation="sigmoid"), "dgrad", ARCH)[0]
+    launch = OPERATION.launches(ConvCase(FEW[0], BF16, activation="sigmoid"), "dgrad", ARCH)[0]
     config: Any = launch.constants["CONFIG"]
     assert launch.kernel.__name__ == "relayout"
     assert launch.named["BLOCK_P"] == config.BLOCK_P

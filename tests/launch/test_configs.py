@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -217,13 +218,12 @@ def compiled() -> dict[str, list[str]]:
     from bench import conv3x3, linear
     from bench.compile import read_launches
     from bench.conv3x3 import ConvCase
-    from bench.operation import Case
 
     found: dict[str, list[str]] = {}
     for name, arch in ARCHS.items():
         calls: list[Callable[[Arch], Any]] = [
-            lambda arch: linear.launches(Case((4096, 1024, 1024), torch.bfloat16), "forward", arch),
-            lambda arch: conv3x3.launches(ConvCase((64, 64, 64, 56, 56), torch.bfloat16), "forward", arch),
+            partial(linear.OPERATION.launches, linear.LinearCase((4096, 1024, 1024), torch.bfloat16), "forward"),
+            partial(conv3x3.OPERATION.launches, ConvCase((64, 64, 64, 56, 56), torch.bfloat16), "forward"),
         ]
         for call in calls:
             with plans.using(Asked()) as asked:

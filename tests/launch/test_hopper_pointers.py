@@ -33,7 +33,6 @@ from bench import conv3x3 as conv
 from bench import linear
 from bench.compile import source_of, target_of
 from bench.conv3x3 import ConvCase
-from bench.operation import Case
 from tribp.launch.matmul import ARCHS
 import triton
 
@@ -49,11 +48,11 @@ def read(name, launches):
 for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True)):
     for pitch in (1004, 1003) if dtype == torch.bfloat16 else (1002,):  # no rows of 16 bytes: no descriptors
         for direction in ("forward", "backward"):
-            case = Case((4096, pitch, pitch), dtype, tf32)
-            read(f"linear {pitch} {dtype} {direction}", linear.launches(case, direction, arch))
+            case = linear.LinearCase((4096, pitch, pitch), dtype, tf32)
+            read(f"linear {pitch} {dtype} {direction}", linear.OPERATION.launches(case, direction, arch))
     for shape in ((16, 128, 128, 13, 13), (64, 3, 64, 64, 64)):
-        read(f"conv {shape} {dtype}", conv.launches(ConvCase(shape, dtype, tf32=tf32), "wgrad", arch))
-read("groups", conv.launches(ConvCase((64, 128, 128, 28, 28), torch.bfloat16, groups=32), "forward", arch))
+        read(f"conv {shape} {dtype}", conv.OPERATION.launches(ConvCase(shape, dtype, tf32=tf32), "wgrad", arch))
+read("groups", conv.OPERATION.launches(ConvCase((64, 128, 128, 28, 28), torch.bfloat16, groups=32), "forward", arch))
 print(json.dumps(found))
 """
 

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tribp
-from bench.linear import launches
-from bench.operation import Case
+from bench.linear import OPERATION, LinearCase
 from tribp.launch.arch import ARCHS
 
 from ..covering import DTYPES
@@ -21,8 +20,8 @@ def test_offsets_of_prefetched_tiles_fit_32_bits() -> None:
     """Rows of odd pitch are prefetched by hand, unless a tile of them spans 2³¹ elements."""
     pytest.importorskip("triton")
     for k, prefetched in ((333, True), ((1 << 23) + 1, False)):
-        case = Case((64, 77, k), torch.bfloat16)
-        found = [x.named for d in ("forward", "backward") for x in launches(case, d, ARCHS["sm_80"])]
+        case = LinearCase((64, 77, k), torch.bfloat16)
+        found = [x.named for d in ("forward", "backward") for x in OPERATION.launches(case, d, ARCHS["sm_80"])]
         assert {constants["PREFETCH"] for constants in found if "PREFETCH" in constants} == {prefetched}
 
 

@@ -250,7 +250,8 @@ def test_sums_of_many_rows_of_tiles_have_a_launch_of_their_own() -> None:
     from tribp.launch.arch import ARCHS
 
     def names(shape: tuple[int, ...]) -> list[str]:
-        return [x.kernel.__name__ for x in mlp.launches(Case(shape, torch.bfloat16), "backward", ARCHS["sm_90"])]
+        launches = mlp.OPERATION.launches(Case(shape, torch.bfloat16), "backward", ARCHS["sm_90"])
+        return [launch.kernel.__name__ for launch in launches]
 
     layer = ["wgrad", "dgrad"]
     assert names((65536, 784, 256, 10)) == ["output_grad", *layer, "reduce_partials", *layer, "reduce_partials"]
