@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,58 +24,35 @@ from torch.nn import Parameter
 
 import tribp
 from tribp import dispatch, optim
+from tribp.launch.arch import ARCHS
 from tribp.optim.footprint import guard, places, storage_sizes
 from tribp.optim.layouts import GRAD, local_grads
 
-from .no_gpu import always, pretending_h100
+from .no_gpu import always, pretending_h100, running_on
 from .options import Options
 from .results import commit, markdown, verdict, write_json
-from .timing import Conditions, Repeated, summary, versions
+from .timing import Comparison, Conditions, HostTarget, Repeated, Samples, summary, versions
+
+unchanged = functools.partial(tribp.use_backend, "torch")
+
+
+# -- an optimizer at work ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Provider:
     make: Callable[[list[dict[str, Any]]], Any]
-    conditions: Conditions  # under which it is made and run; entering them is not timed
+    conditions: Conditions = unchanged  # under which it is made and run; entering them is not timed
     grouped: bool = True  # False: every tensor in a parameter group of its own
 
 
-@dataclass(frozen=True)
-class Target:
-    """`over`'s time divided by `under`'s is to be at most, or at least, the limit."""
-
-    over: str
-    under: str
-    limit: float
-    at_least: bool = False
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Providers that are timed in turns, each on tensors of its own.
-
-    backward: gradients come from a backward pass before every step, so that Python has yet to make objects for them and
-    caches hold other things, as in training. Otherwise two sets of gradients, which Python holds, take turns.
-    cold: before every step torch's default Adam updates the same tensors, which leaves none of them in the caches.
-    """
-
-    name: str
-    sizes: Sequence[int]  # elements of each tensor
-    providers: Mapping[str, Provider]
-    targets: Sequence[Target]
-    backward: bool = False
-    sharded: bool = False  # whether the tensors are DTensors
-    cold: bool = False
-
-    @contextlib.contextmanager
-    def start(self) -> Iterator[Mapping[str, Callable[[], float]]]:
-        with one_rank() if self.sharded else contextlib.nullcontext(torch.randn) as make:
-            fixed = self.sizes, self.backward, make, self.cold
-            yield {name: Running(one, *fixed).sample for name, one in self.providers.items()}
-
-
 class Running(Repeated):
-    """An optimizer at work: every step with other gradients than the one before it."""
+    """Steps, each with other gradients than the one before it.
+
+    backward: they come from a backward pass, so that Python has yet to make objects for them and caches hold other
+    things, as in training. Otherwise two sets of gradients, which Python holds, take turns. cold: before every step
+    torch's default Adam updates the same tensors, which leaves none of them in the caches.
+    """
 
     def __init__(
         self, provider: Provider, sizes: Sequence[int], backward: bool, make: Callable[[int], Tensor] = torch.randn,
@@ -102,36 +79,18 @@ class Running(Repeated):
             self._displace()
 
 
-@dataclass(frozen=True)
-class Questions:
-    """What a step asks about so many tensors: the first question of states too, the second one of gradients too."""
+def optimizers(
+    name: str, sizes: Sequence[int], providers: Mapping[str, Provider], *targets: HostTarget, backward: bool = False,
+    sharded: bool = False, cold: bool = False,
+) -> Comparison:  # fmt: skip
+    """Steps on tensors of so many elements, each provider's own. sharded: on DTensors."""
 
-    tensors: int
-    targets: ClassVar[Sequence[Target]] = ()
+    @contextlib.contextmanager
+    def start() -> Iterator[Samples]:
+        with one_rank() if sharded else contextlib.nullcontext(torch.randn) as make:
+            yield {name: Running(one, sizes, backward, make, cold).sample for name, one in providers.items()}
 
-    @property
-    def name(self) -> str:
-        return f"questions, {self.tensors}x8"
-
-    def start(self) -> contextlib.AbstractContextManager[Mapping[str, Callable[[], float]]]:
-        params = [Parameter(torch.randn(8)) for _ in range(self.tensors)]
-        for p in params:
-            p.grad = torch.randn(8)
-        same, grads, alike, there = list(params), list(map(GRAD, params)), guard(params), places(params)
-        questions: dict[str, Callable[[], object]] = {
-            "same objects": lambda: all(map(is_, params, same)),
-            "types, shapes, strides": lambda: alike(params),
-            "addresses": lambda: there(params),
-            "gradients": lambda: list(map(GRAD, params)),
-            "storages' sizes": lambda: storage_sizes(grads),  # type: ignore[arg-type]
-        }
-        return contextlib.nullcontext({name: Repeated(ask, unchanged).sample for name, ask in questions.items()})
-
-
-# -- what is compared -------------------------------------------------------------------------------------------------
-
-
-unchanged = functools.partial(tribp.use_backend, "torch")
+    return Comparison(f"{name}, after backward" if backward else name, start, targets)
 
 
 @contextlib.contextmanager
@@ -150,77 +109,58 @@ def one_rank() -> Iterator[Callable[[int], Tensor]]:
         dist.destroy_process_group()
 
 
+# -- what is compared -------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def launching_nothing() -> Any:
-    """tribp's plan for CPU tensors, as for the interpreter; its launches are not performed."""
-    from tribp.launch import plan as plans
-    from tribp.launch.plan import Launch
+def launching_nothing() -> Iterator[None]:
+    """CPU tensors have the plan of an H100's, and its launches are not performed."""
+    from tribp.launch.plan import CachedLaunch
 
-    with (
-        mock.patch.object(dispatch, "interpreting", always(True)),
-        tribp.use_backend("triton"),
-        mock.patch.object(Launch, "run", always(None)),
-        mock.patch.object(plans.CachedLaunch, "__call__", always(None)),  # what is repeated
-    ):
+    with running_on(ARCHS["sm_90"]), mock.patch.object(CachedLaunch, "__call__", always(None)):
         yield
-
-
-def nothing(*arguments: object, **options: object) -> None:
-    pass
 
 
 def without_kernels() -> contextlib.AbstractContextManager[object]:
     """torch's fused Adam without its kernels: the update, and the counting of steps."""
+
+    def nothing(*arguments: object, **options: object) -> None:
+        pass
+
     return mock.patch.multiple(torch, _fused_adam_=nothing, _foreach_add_=nothing)
 
 
-def plans(smoke: bool) -> list[Comparison]:
+PLANS = {
+    "plan": Provider(optim.Adam, launching_nothing),
+    "fused bookkeeping": Provider(functools.partial(torch.optim.Adam, fused=True), without_kernels),
+    "fused": Provider(functools.partial(torch.optim.Adam, fused=True), contextlib.nullcontext),
+}
+
+
+def plans(smoke: bool) -> Iterator[Comparison]:
     """tribp's plan beside the bookkeeping of torch's fused Adam."""
     tensors, groups = (5, 3) if smoke else (1000, 465)
-    torchs = Provider(lambda groups: torch.optim.Adam(groups, fused=True), without_kernels)
-    whole = replace(torchs, conditions=contextlib.nullcontext)
-    ours = Provider(lambda groups: optim.Adam(groups), launching_nothing)
-    comparisons = [
-        Comparison(
-            f"Adam plan, {tensors}x8",
-            [8] * tensors,
-            {"plan": ours, "fused bookkeeping": torchs, "fused": whole},
-            [Target("plan", "fused bookkeeping", 0.25), Target("plan", "fused", 0.1)],
-        ),
-        Comparison(
-            f"Adam plan, {groups} groups of 1x8",
-            [8] * groups,
-            {
-                "plan": replace(ours, grouped=False),
-                "plan, one group": ours,
-                "fused bookkeeping": replace(torchs, grouped=False),
-                "fused": replace(whole, grouped=False),
-            },
-            [Target("plan", "fused bookkeeping", 0.25), Target("plan", "plan, one group", 1.25)],
-        ),
-    ]
-    return comparisons + after_backward(comparisons)
+    apart = {name: replace(one, grouped=False) for name, one in PLANS.items()} | {"plan, one group": PLANS["plan"]}
+    beside = HostTarget("fused bookkeeping", "plan", 4)
+    for backward in (False, True):
+        whole = HostTarget("fused", "plan", 10)
+        yield optimizers(f"Adam plan, {tensors}x8", [8] * tensors, PLANS, beside, whole, backward=backward)
+        name, alike = f"Adam plan, {groups} groups of 1x8", HostTarget("plan, one group", "plan", 0.8)
+        yield optimizers(name, [8] * groups, apart, beside, alike, backward=backward)
 
 
-def steps() -> list[Comparison]:
+def steps() -> Iterator[Comparison]:
     """A whole step on a GPU, up to the driver: its launch repeated, and as Triton performs a new one."""
-    from tribp.launch import plan as plans
+    from tribp.launch import plan
 
     @contextlib.contextmanager
-    def anew() -> Any:
-        with (
-            pretending_h100(),
-            mock.patch.object(plans, "planned", functools.lru_cache(maxsize=0)(plans.planned.__wrapped__)),
-        ):
+    def anew() -> Iterator[None]:
+        forgetful = functools.lru_cache(maxsize=0)(plan.planned.__wrapped__)
+        with pretending_h100(), mock.patch.object(plan, "planned", forgetful):
             yield
 
-    ours = Provider(lambda groups: optim.Adam(groups), pretending_h100)
-    providers = {"tribp": ours, "tribp, a new launch": replace(ours, conditions=anew)}
-    return [Comparison(f"Adam step, {n}x8", [8] * n, providers, []) for n in (1, 62)]
-
-
-def after_backward(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    return [replace(c, name=f"{c.name}, after backward", backward=True) for c in comparisons]
+    providers = {"tribp": Provider(optim.Adam, pretending_h100), "tribp, a new launch": Provider(optim.Adam, anew)}
+    return (optimizers(f"Adam step, {n}x8", [8] * n, providers) for n in (1, 62))
 
 
 CLASSES: dict[str, tuple[str, dict[str, Any], float]] = {  # and how many times as fast as torch's on small tensors
@@ -231,31 +171,32 @@ CLASSES: dict[str, tuple[str, dict[str, Any], float]] = {  # and how many times 
     "SGD": ("SGD", {}, 1),
     **{name: (name, {}, 5) for name in ("Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")},
 }
-LIBRARIES: dict[str, Any] = {"tribp": optim, "torch": torch.optim}
 ROUNDS = 15  # samples of each provider
 SIZES = (1, 100, 10_000, 1_000_000, 16_000_000)
 
 
-def fallbacks(smoke: bool) -> list[Comparison]:
+def provider(module: Any, name: str, **options: bool) -> Provider:
+    """A class of CLASSES, out of tribp.optim or torch.optim."""
+    class_name, fixed, _ = CLASSES[name]
+    return Provider(functools.partial(getattr(module, class_name), **fixed, **options))
+
+
+def fallbacks(smoke: bool) -> Iterator[Comparison]:
     """tribp on CPU tensors beside torch as a user calls it by default and, for many tensors, with `fused=True`."""
-
-    def comparison(name: str, sizes: Sequence[int], limit: float) -> Comparison:
-        class_name, options, _ = CLASSES[name]
-        providers = {library: provider(module, class_name, **options) for library, module in LIBRARIES.items()}
-        targets = [Target("torch", "tribp", limit, at_least=True)]
-        if len(sizes) == 1:
-            return Comparison(f"{name}, {sizes[0]}", sizes, providers, targets)
-        providers["tribp, unchecked"] = unchecked(providers["tribp"])
-        if "fused" in inspect.signature(getattr(torch.optim, class_name)).parameters:
-            providers["torch fused"] = provider(torch.optim, class_name, **options, fused=True)
-            targets.append(Target("torch fused", "tribp", 1.2, at_least=True))
-        return Comparison(f"{name}, {len(sizes)}x{sizes[0]}", sizes, providers, targets)
-
-    small = [comparison(name, [8] * (5 if smoke else 1000), limit) for name, (_, _, limit) in CLASSES.items()]
-    single = [
-        comparison(name, [n], 1 if name == "SGD" else 0.95) for name in CLASSES for n in (SIZES[:1] if smoke else SIZES)
-    ]
-    return small + after_backward(small) + single
+    count = 5 if smoke else 1000
+    for backward in (False, True):
+        for name, (class_name, _, limit) in CLASSES.items():
+            ours = provider(optim, name)
+            providers = {"tribp": ours, "torch": provider(torch.optim, name), "tribp, unchecked": unchecked(ours)}
+            targets = [HostTarget("torch", "tribp", limit)]
+            if "fused" in inspect.signature(getattr(torch.optim, class_name)).parameters:
+                providers["torch fused"] = provider(torch.optim, name, fused=True)
+                targets.append(HostTarget("torch fused", "tribp", 1.2))
+            yield optimizers(f"{name}, {count}x8", [8] * count, providers, *targets, backward=backward)
+    for name in CLASSES:
+        providers = {"tribp": provider(optim, name), "torch": provider(torch.optim, name)}
+        target = HostTarget("torch", "tribp", 1 if name == "SGD" else 0.95)
+        yield from (optimizers(f"{name}, {n}", [n], providers, target) for n in SIZES[: 1 if smoke else None])
 
 
 class Unchecked:
@@ -281,48 +222,58 @@ def unchecked(provider: Provider) -> Provider:
     return replace(provider, make=lambda groups: Unchecked(provider.make(groups)))
 
 
-def provider(module: Any, class_name: str, **options: Any) -> Provider:
-    return Provider(lambda groups: getattr(module, class_name)(groups, **options), unchanged)
-
-
-def shards(smoke: bool) -> list[Comparison]:
+def shards(smoke: bool) -> Iterator[Comparison]:
     """tribp on DTensors, as FSDP2's parameters are, beside torch's default, foreach and, where there is one, fused."""
     if not torch.distributed.is_available():
-        return []
-
+        return
     sizes = [64, 8] * (2 if smoke else 200)
-    comparisons = []
-    for name, (class_name, options, _) in CLASSES.items():
+    for name in CLASSES:
         if name == "Rprop":
             continue  # torch's own writes by a mask, which DTensors do not know
         modes = ["foreach"] + ["fused"] * (name == "Adam")  # to the others' fused kernels DTensors are unknown
-        providers = {library: provider(module, class_name, **options) for library, module in LIBRARIES.items()}
-        for mode in modes:
-            providers[f"torch {mode}"] = provider(torch.optim, class_name, **options, **{mode: True})
-        targets = [Target(f"torch {mode}", "tribp", 3, at_least=True) for mode in modes]
-        comparisons.append(Comparison(f"{name}, {len(sizes)} DTensors", sizes, providers, targets, sharded=True))
+        providers = {"tribp": provider(optim, name), "torch": provider(torch.optim, name)}
+        providers |= {f"torch {mode}": provider(torch.optim, name, **{mode: True}) for mode in modes}
+        targets = [HostTarget(f"torch {mode}", "tribp", 3) for mode in modes]
+        yield optimizers(f"{name}, {len(sizes)} DTensors", sizes, providers, *targets, sharded=True)
     ours = provider(optim, "Adam")
     providers = {"tribp": ours, "tribp, unchecked": unchecked(ours)}
-    name = f"Adam, {len(sizes)} DTensors, in no cache"
-    return [*comparisons, Comparison(name, sizes, providers, [], sharded=True, cold=True)]
+    yield optimizers(f"Adam, {len(sizes)} DTensors, in no cache", sizes, providers, sharded=True, cold=True)
+
+
+def questions(tensors: int) -> contextlib.AbstractContextManager[Samples]:
+    """What a step asks about so many tensors: the first question of states too, the second one of gradients too."""
+    params = [Parameter(torch.randn(8)) for _ in range(tensors)]
+    for p in params:
+        p.grad = torch.randn(8)
+    same, grads, alike, there = list(params), list(map(GRAD, params)), guard(params), places(params)
+    questions: dict[str, Callable[[], object]] = {
+        "same objects": lambda: all(map(is_, params, same)),
+        "types, shapes, strides": lambda: alike(params),
+        "addresses": lambda: there(params),
+        "gradients": lambda: list(map(GRAD, params)),
+        "storages' sizes": lambda: storage_sizes(grads),  # type: ignore[arg-type]
+    }
+    return contextlib.nullcontext({name: Repeated(ask, unchanged).sample for name, ask in questions.items()})
+
+
+def comparisons(smoke: bool) -> Iterator[Comparison]:
+    """All that can be compared here: those of this file, and of `host_layers`."""
+    if dispatch.has_triton():
+        yield from plans(smoke)
+    if dispatch.has_triton() and not dispatch.interpreting():
+        from . import host_layers
+
+        yield from (*steps(), *host_layers.comparisons())
+    yield from fallbacks(smoke)
+    count = 5 if smoke else 1000
+    yield Comparison(f"questions, {count}x8", functools.partial(questions, count))
+    yield from shards(smoke)
 
 
 # -- measuring and showing --------------------------------------------------------------------------------------------
 
 
-def comparisons(smoke: bool) -> list[Any]:
-    """All that can be compared here: those of this file, and of `host_layers`."""
-    comparisons: list[Any] = []
-    if dispatch.has_triton():
-        comparisons += plans(smoke)
-    if dispatch.has_triton() and not dispatch.interpreting():
-        from . import host_layers
-
-        comparisons += [*steps(), *host_layers.comparisons()]
-    return [*comparisons, *fallbacks(smoke), Questions(5 if smoke else 1000), *shards(smoke)]
-
-
-def measure(comparison: Any, rounds: int) -> dict[str, Any]:
+def measure(comparison: Comparison, rounds: int) -> dict[str, Any]:
     """A row: the times of all providers in µs, and what became of the targets."""
     with comparison.start() as samples:
         times: dict[str, list[float]] = {name: [] for name in samples}
@@ -331,42 +282,30 @@ def measure(comparison: Any, rounds: int) -> dict[str, Any]:
                 times[name].append(sample())
     summaries = {name: summary(us) for name, us in times.items()}
     medians = {name: us["median"] for name, us in summaries.items()}
-    return {
-        "case": comparison.name,
-        "host_us": summaries,
-        "targets": [judge(target, medians) for target in comparison.targets],
-    }
+    judged = [judge(target, medians) for target in comparison.targets]
+    return {"case": comparison.name, "host_us": summaries, "targets": judged}
 
 
-def judge(target: Target, medians: Mapping[str, float] | None) -> dict[str, Any]:
+def judge(target: HostTarget, medians: Mapping[str, float] | None) -> dict[str, Any]:
     """Compare the ratio of two medians with its target. `medians` is None if nothing was measured."""
     ratio = None if medians is None else medians[target.over] / medians[target.under]
-    limit, at_least = target.limit, target.at_least
-    judged = verdict(
-        f"{'≥' if at_least else '≤'} {limit:g}", ratio, lambda value: value >= limit if at_least else value <= limit
-    )
+    judged = verdict(f"≥ {target.limit:g}", ratio, lambda value: value >= target.limit)
     return {"what": f"{target.over} / {target.under}"} | judged
 
 
 def unmeasured() -> list[dict[str, Any]]:
     """Rows of all comparisons, with nothing in them measured."""
-    return [
-        {"case": c.name, "targets": [judge(target, None) for target in c.targets]}
-        for c in plans(False) + fallbacks(False) + shards(False)
-    ]
+    everything = (*plans(False), *fallbacks(False), *shards(False))
+    return [{"case": c.name, "targets": [judge(target, None) for target in c.targets]} for c in everything]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = []
+    lines: list[list[str]] = []
     for row in rows:
         times = ", ".join(f"{name} {us['median']:.4g}" for name, us in row["host_us"].items())
-        for target in row["targets"]:
-            lines.append(
-                [row["case"], times, target["what"], f"{target['ratio']:.3g}", target["target"], target["verdict"]]
-            )
-            times = ""
-        if times:
-            lines.append([row["case"], times, "", "", "", ""])
+        targets = [[t["what"], f"{t['ratio']:.3g}", t["target"], t["verdict"]] for t in row["targets"]]
+        first, *others = targets or [[""] * 4]
+        lines += [[row["case"], times, *first], *([row["case"], "", *other] for other in others)]
     return markdown(["case", "µs a step or a call", "ratio of", "ratio", "target", "verdict"], lines)
 
 
@@ -377,7 +316,7 @@ def main(options: Options) -> int:
     elif dispatch.interpreting():
         print("calls of layers are left out: under TRITON_INTERPRET=1 Triton compiles nothing")
     smoke = options.smoke
-    there = comparisons(smoke)
+    there = list(comparisons(smoke))
     chosen = [c for c in there if not options.case or any(part in c.name for part in options.case)]
     if not chosen:
         raise ValueError(f"there is no such case; there are: {', '.join(c.name for c in there)}")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,19 +30,9 @@ from tribp.launch.arch import ARCHS
 
 from .conv3x3 import ConvCase
 from .no_gpu import pretending, pretending_h100
-from .timing import Conditions, Repeated
+from .timing import Comparison, Conditions, Repeated, Samples
 
-Started = AbstractContextManager[Mapping[str, Callable[[], float]]]
-
-
-class Comparison(NamedTuple):
-    """`start` yields, by the providers' names, functions that return the µs of a step or a call."""
-
-    name: str
-    start: Callable[[], Started]
-    targets: Sequence[Any] = ()  # nobody set any
-
-
+Started = AbstractContextManager[Samples]
 # -- calls, repeated --------------------------------------------------------------------------------------------------
 
 Function = Callable[..., Tensor]
@@ -155,7 +145,7 @@ STEPS: Mapping[str, Callable[[], Callable[[], object]]] = {
 
 
 @contextlib.contextmanager
-def first_step(of: str) -> Iterator[Mapping[str, Callable[[], float]]]:
+def first_step(of: str) -> Iterator[Samples]:
     """Measured once, for a sample takes seconds. of: one of STEPS."""
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}

@@ -24,7 +24,8 @@ Performed = Callable[[Any, tuple[int, ...], tuple[object, ...]], object]  # comp
 
 
 @contextlib.contextmanager
-def _running_on(arch: Arch) -> Iterator[None]:
+def running_on(arch: Arch) -> Iterator[None]:
+    """Within the `with` block every tensor is one that Triton runs, on `arch`."""
     with (
         dispatch.use_backend("triton"),
         mock.patch.object(dispatch, "backend_of", always("triton")),
@@ -48,7 +49,7 @@ def recording(arch: Arch) -> "Iterator[list[Launch]]":
 
     plans.forget()  # which GPU they are for is no part of what they are remembered by
     try:
-        with _running_on(arch), mock.patch.object(plans.Plan, "run", record):
+        with running_on(arch), mock.patch.object(plans.Plan, "run", record):
             yield launches
     finally:
         plans.forget()
@@ -67,7 +68,7 @@ def pretending(arch: Arch, performed: Performed = lambda metadata, grid, argumen
     before = driver._active
     driver.set_active(_driver(arch, performed))
     try:
-        with _running_on(arch):
+        with running_on(arch):
             yield
     finally:
         driver._active = before

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -76,6 +76,25 @@ class Repeated:
                 self._call()
                 times.append(clock() - started)
         return 1e6 * statistics.median(times)
+
+
+Samples = Mapping[str, Callable[[], float]]  # by provider, what measures once: µs of a step or a call
+
+
+class HostTarget(NamedTuple):
+    """`over`'s time is to be at least `limit` times `under`'s."""
+
+    over: str
+    under: str
+    limit: float
+
+
+class Comparison(NamedTuple):
+    """Providers that are timed in turns, within the block that `start` opens."""
+
+    name: str
+    start: Callable[[], contextlib.AbstractContextManager[Samples]]
+    targets: Sequence[HostTarget] = ()
 
 
 class CpuMeter:

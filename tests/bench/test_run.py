@@ -30,7 +30,7 @@ from bench.optim import LR, PEERS, Provider, StepCase
 from bench.options import Options
 from bench.results import markdown
 from bench.run import Ceilings
-from bench.timing import CpuMeter, kernels_of, summary
+from bench.timing import CpuMeter, HostTarget, kernels_of, summary
 from tribp.launch.arch import ARCHS
 
 ROOT = Path(__file__).parents[2]
@@ -490,22 +490,21 @@ def test_host_smoke_shows_all_ratios(tmp_path: Path, capsys: pytest.CaptureFixtu
     file = tmp_path / "host.json"
     assert main(["host", "--smoke", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
-    plans = host.plans(True) if importlib.util.find_spec("triton") else []
-    comparisons: list[Any] = [*plans, *host.fallbacks(True), host.Questions(5), *host.shards(True)]
-    assert [row["case"] for row in rows] == [c.name for c in comparisons]
+    assert [row["case"] for row in rows] == [c.name for c in host.comparisons(True)]
+    assert {"Adam, 5x8, after backward", "Rprop, 1", "questions, 5x8", "Adam, 4 DTensors"} <= {r["case"] for r in rows}
     assert {target["verdict"] for row in rows for target in row["targets"]} == {"unmeasured"}
     assert all(times["median"] > 0 for row in rows for times in row["host_us"].values())
     printed = capsys.readouterr().out
     assert "host (smoke" in printed
     assert "left out" in printed.splitlines()[0], "calls of layers, or all that needs triton"
-    assert ("plan / fused bookkeeping" in printed) == bool(importlib.util.find_spec("triton"))
+    assert ("fused bookkeeping / plan" in printed) == bool(importlib.util.find_spec("triton"))
 
 
 @pytest.mark.parametrize("name", ["plan", "fused bookkeeping", "fused"])
 def test_what_is_left_out_of_a_host_step_is_left_out(name: str, kernels: str) -> None:
     if kernels == "cuda":
         pytest.skip("plans for CPU tensors under the interpreter")
-    running = host.Running(host.plans(True)[0].providers[name], [8, 8], backward=True)
+    running = host.Running(host.PLANS[name], [8, 8], backward=True)
     before = [p.detach().clone() for p in running._params]
     running.sample()
     moved = [not torch.equal(p, b) for p, b in zip(running._params, before, strict=True)]
@@ -599,8 +598,7 @@ def test_host_times_calls_of_layers_where_triton_compiles(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_host_step_has_new_gradients(backward: bool) -> None:
-    provider = host.Provider(torch.optim.SGD, host.unchanged)
-    running = host.Running(provider, [8] * 3, backward)
+    running = host.Running(host.Provider(torch.optim.SGD), [8] * 3, backward)
     first = [p.grad for p in running._params]
     running._new_gradients()
     assert all(a is not p.grad for a, p in zip(first, running._params, strict=True))
@@ -609,13 +607,11 @@ def test_every_host_step_has_new_gradients(backward: bool) -> None:
 
 def test_host_targets_are_judged_by_ratios_of_medians() -> None:
     medians = {"plan": 25.0, "fused": 100.0}
-    assert host.judge(host.Target("plan", "fused", 0.25), medians)["verdict"] == "met"
-    assert host.judge(host.Target("plan", "fused", 0.24), medians)["verdict"] == "missed"
-    assert host.judge(host.Target("fused", "plan", 4, at_least=True), medians)["verdict"] == "met"
-    assert host.judge(host.Target("fused", "plan", 4.1, at_least=True), medians)["verdict"] == "missed"
-    limits = {c.name: [(t.over, t.under, t.limit, t.at_least) for t in c.targets] for c in host.fallbacks(False)}
-    fused = ("torch fused", "tribp", 1.2, True)
-    assert limits["Adam, 1000x8"] == [("torch", "tribp", 30, True), fused]
-    assert limits["Adagrad, 1000x8"] == [("torch", "tribp", 20, True), fused]
-    assert limits["RMSprop, 1000x8"] == [("torch", "tribp", 12, True)]
-    assert limits["SGD, 16000000"] == [("torch", "tribp", 1, True)]
+    assert host.judge(HostTarget("fused", "plan", 4), medians)["verdict"] == "met"
+    assert host.judge(HostTarget("fused", "plan", 4.1), medians)["verdict"] == "missed"
+    limits = {c.name: list(c.targets) for c in host.fallbacks(False)}
+    fused = ("torch fused", "tribp", 1.2)
+    assert limits["Adam, 1000x8"] == [("torch", "tribp", 30), fused]
+    assert limits["Adagrad, 1000x8"] == [("torch", "tribp", 20), fused]
+    assert limits["RMSprop, 1000x8"] == [("torch", "tribp", 12)]
+    assert limits["SGD, 16000000"] == [("torch", "tribp", 1)]
