@@ -389,9 +389,8 @@ def few_channels_wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> d
 
 def depthwise_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
     """Four rows a turn, of forward and dgrad."""
-    dgrad = "dx" in given
-    rows = given["BOX_H"] * (1 if dgrad else given["STEP_H"]) + 2
-    return dict(turns=rows / 4, paths=grid[1] if dgrad else 1)
+    rows = given["BOX_H"] * (1 if "dx" in given else given["STEP_H"]) + 2
+    return dict(turns=rows / 4)
 
 
 def depthwise_wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:

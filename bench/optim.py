@@ -451,7 +451,6 @@ def step_work(given: Given, grid: tuple[int, ...], case: StepCase) -> dict[str, 
         tensors={id(given["grads"]): float(case.elements * moved)},
         turns=min(given["chunk_blocks"], max(cdiv(n, block) for n in lengths)),
         step=block * sum(sizes.values()),
-        aligned=sum(n // block for n in lengths) / sum(cdiv(n, block) for n in lengths),
         chain=5,
     )
 

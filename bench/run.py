@@ -115,7 +115,7 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter, 
             entries = {name: entries[name] for name in providers}
             rate = ceilings.rate(case) if operation.products else None
             row = results.row(operation, case, direction, entries, ceilings.bandwidth, rate)
-            if dispatch.has_triton():
+            if dispatch.has_triton() and entries["tribp"]["status"] in ("ok", "wrong"):
                 launches = operation.launches(case, direction, dispatch.arch_of(meter.device.index))
                 row["settings"] = [f"{x.kernel.__name__} {describe(x)}" for x in launches]
             rows.append(row)

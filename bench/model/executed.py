@@ -43,10 +43,8 @@ class Tally:
 @dataclass(frozen=True)
 class Profile:
     levels: tuple[Tally, ...]  # of one run of each; the first: one turn of every main loop, the last: what runs once
-    narrow: Tally  # in place of the first, where a main loop has a way of its own for data that is not aligned
     main_loops: int
     matrix: str = ""  # the matrix instruction: HGMMA, HMMA …
-    beside: Tally = Tally()  # what a program runs that multiplies nothing, beside others that do
 
 
 def width(instruction: Instruction) -> int:
@@ -76,31 +74,22 @@ def profile(code: Sequence[Instruction]) -> Profile:
     loops = flow.loops()
     matrix = next((i.name for i in code if i.name in MATRIX), "")
     main = list(flow.loops_with(MATRIX).values()) if matrix else _widest(flow)
-    wide, narrow = (set(), set()) if matrix else _ways(flow, main)
-
+    narrow = set() if matrix else _narrow_ways(flow, main)
     around = {block: {head for head, loop in loops.items() if block in loop} for block in flow.graph}
     of_main = {head for head, loop in loops.items() if any(inner <= loop for inner in main)}
     depth = max((len(around[next(iter(loop))] & of_main) for loop in main), default=0)
     levels: list[list[int]] = [[] for _ in range(depth + 1)]
     heads = [min(loop, key=lambda block: block.start) for loop in main]
     with_main = set(heads).union(*(nx.ancestors(flow.graph, h) | nx.descendants(flow.graph, h) for h in heads))
-    beside: list[int] = []
-    exceptional: list[int] = []
-    for block in flow.graph:
-        if matrix and main and block not in with_main:
-            beside += block
-        elif any(block in loop for loop in main):
-            if block not in narrow:
-                levels[0] += block
-            if block not in wide:
-                exceptional += block
-        else:
+    for block in flow.graph.nodes - narrow:
+        if any(block in loop for loop in main):
+            levels[0] += block
+        elif not matrix or not main or block in with_main:  # others add up partial results, beside the products
             levels[depth - min(len(around[block] & of_main), max(depth - 1, 0))] += block
     busy: Collection[int] = range(len(code))
     if matrix == "HGMMA":
         busy = {n for n, running in in_flight(code) if running or code[n].name == "HGMMA"}
-    tallies = tuple(tally(code, level, busy) for level in levels)
-    return Profile(tallies, tally(code, exceptional, busy), len(main), matrix, tally(code, beside, busy))
+    return Profile(tuple(tally(code, level, busy) for level in levels), len(main), matrix)
 
 
 def _loads(flow: Flow, blocks: Iterable[range]) -> set[int]:
@@ -115,18 +104,16 @@ def _widest(flow: Flow) -> list[frozenset[range]]:
     return [loop for loop, size in zip(loops, widths, strict=True) if size == max(widths)]
 
 
-def _ways(flow: Flow, main: Sequence[frozenset[range]]) -> tuple[set[range], set[range]]:
-    """The blocks of main loops that only aligned data takes, with 16-byte loads, and those that only other data does.
+def _narrow_ways(flow: Flow, main: Sequence[frozenset[range]]) -> set[range]:
+    """The blocks of main loops that only data takes which is not aligned.
 
-    Ways part at a branch of which one side has wide loads and the other narrow ones; a side is what it dominates.
+    Ways part at a branch of which one side has 16-byte loads and the other narrow ones; a side is what it dominates.
     """
-    wide: set[range] = set()
     narrow: set[range] = set()
     for loop in main:
         for block in loop:
             nexts = [n for n in flow.graph.successors(block) if n in loop and flow.graph.in_degree(n) == 1]
             for a, b in itertools.permutations([flow.dominated(side) & loop for side in nexts], 2):
                 if 16 in _loads(flow, a) and max(_loads(flow, b), default=16) < 16:
-                    wide |= a
                     narrow |= b
-    return wide, narrow
+    return narrow

@@ -139,7 +139,7 @@ def test_without_a_product_the_widest_loads_make_the_main_loop() -> None:
     assert found.levels == (Tally(3, 0, 32 * (16 + 2), 32 * 16, 3), Tally(3, 0, 32 * 8, 32 * 8, 3))
 
 
-def test_aligned_data_and_other_data_take_different_ways() -> None:
+def test_the_way_of_data_that_is_not_aligned_does_not_count() -> None:
     found = sass(
         "MOV R1, R2",  # 0: both ways
         "@P0 BRA {5}",
@@ -153,14 +153,7 @@ def test_aligned_data_and_other_data_take_different_ways() -> None:
         "EXIT",
     )
     assert found.levels[0] == Tally(6, 0, 32 * 16, 32 * 16, 6)
-    assert found.narrow == Tally(6, 0, 32 * 8, 32 * 8, 6)
-    loop = {
-        aligned: executed(LaunchWork(1, {}, turns=10, step=512, aligned=aligned), found, 1)[0]
-        for aligned in (1, 0.5, 0)
-    }
-    assert loop[1] == Tally(60, 0, 5120, 5120, 60)
-    assert loop[0] == Tally(60, 0, 2560, 2560, 60)
-    assert loop[0.5] == Tally(60, 0, 3840, 3840, 60)
+    assert executed(LaunchWork(1, {}, turns=10, step=512), found, 1)[0] == Tally(60, 0, 5120, 5120, 60)
 
 
 def test_a_jump_through_a_table_hides_no_loop() -> None:
@@ -176,10 +169,9 @@ def test_a_jump_through_a_table_hides_no_loop() -> None:
         "EXIT",
     )
     assert found.main_loops == 2
-    loop, rest, turns = executed(LaunchWork(1, {}, turns=9 / 4, step=1, paths=2, macs=1), found, 4)
-    # A program takes one of two ways and turns 9 / 4 times, with two instructions a turn; half of the rest is its own.
-    assert loop.instructions == 9 / 4 * 2
-    assert rest.instructions == 5 / 2
+    loop, rest, turns = executed(LaunchWork(1, {}, turns=9 / 4, step=1, macs=1), found, 4)
+    assert loop.instructions == 9 / 4 * 2  # a program takes one of two ways, with two instructions a turn
+    assert rest.instructions == 5
     assert turns == 9 / 4
 
 
@@ -188,10 +180,10 @@ BODY, AROUND, ONCE = Tally(100, 2, 1024, 0), Tally(10), Tally(50, 4, 256, 0)
 
 def test_a_product_in_loops_over_taps_or_tiles() -> None:
     work = LaunchWork(1, {}, turns=8, step=1, outer=(3, 3), macs=1)
-    _, rest, turns = executed(work, Profile((BODY, AROUND, AROUND, ONCE), BODY, 1, "HGMMA"), 8)
+    _, rest, turns = executed(work, Profile((BODY, AROUND, AROUND, ONCE), 1, "HGMMA"), 8)
     assert turns == 72
     assert rest.instructions == 9 * 10 + 3 * 10 + 50
-    loop, rest, turns = executed(work, Profile((BODY, AROUND, ONCE), BODY, 3, "HGMMA"), 8)  # the inner one unrolled
+    loop, rest, turns = executed(work, Profile((BODY, AROUND, ONCE), 3, "HGMMA"), 8)  # the inner one unrolled
     assert (loop.instructions, turns) == (72 / 3 * 100, 72)  # BODY is all three
     assert rest.instructions == 3 * 10 + 50
 
@@ -199,13 +191,13 @@ def test_a_product_in_loops_over_taps_or_tiles() -> None:
 def test_what_a_turn_loads_says_how_far_a_loop_is_unrolled() -> None:
     body = Tally(100, 0, 0, 4 * 512)
     work = LaunchWork(1, {}, turns=20, step=512 * 4)
-    assert executed(work, Profile((body, ONCE), body, 1), 4)[0].instructions == 20 / 4 * 100
-    assert executed(replace(work, turns=2), Profile((body, ONCE), body, 1), 4)[0].instructions == 100
-    assert executed(replace(work, step=0), Profile((body, ONCE), body, 1), 4)[0].instructions == 2000
+    assert executed(work, Profile((body, ONCE), 1), 4)[0].instructions == 20 / 4 * 100
+    assert executed(replace(work, turns=2), Profile((body, ONCE), 1), 4)[0].instructions == 100
+    assert executed(replace(work, step=0), Profile((body, ONCE), 1), 4)[0].instructions == 2000
 
 
 def straight(tally: Tally, matrix: str = "") -> Profile:
-    return Profile((tally,), Tally(), 0, matrix)
+    return Profile((tally,), 0, matrix)
 
 
 def of(work: LaunchWork, code: Profile, **more: Any) -> Prediction:
@@ -266,7 +258,7 @@ def test_waves_and_the_busiest_sm() -> None:
 
 def test_an_epilogue_hides_behind_a_loop_only_if_two_programs_reside() -> None:
     body, once = Tally(0, 0, 16000, 0), Tally(4000)
-    code = Profile((body, once), body, 1, "HGMMA")
+    code = Profile((body, once), 1, "HGMMA")
     work = LaunchWork(264, {}, turns=10, step=1, macs=1, chain=0)
     two, one = of(work, code, stages=99), of(work, code, stages=99, shared=200 * KB)
     assert (two.resident, one.resident) == (2, 1) or two.resident > 1
@@ -277,21 +269,9 @@ def test_an_epilogue_hides_behind_a_loop_only_if_two_programs_reside() -> None:
     assert one.limited_by == "phases"
 
 
-def test_programs_behind_start_where_others_leave_room() -> None:
-    code = Profile((Tally(), Tally(cycles=1000)), Tally(), 1, "HGMMA", Tally(cycles=21))
-    work = LaunchWork(100, {}, chain=0, turns_behind=1)  # 500 cycles each, with latency
-
-    def cycles(behind: int) -> float:
-        return of(replace(work, behind=behind), code, shared=200 * KB).terms["alone"] * 1.83e3
-
-    assert cycles(0) == cycles(2 * 32) == pytest.approx(1000)
-    assert cycles(2 * 32 + 1) == cycles(2 * 32 + 132) == pytest.approx(1500)
-    assert cycles(2 * 32 + 133) == pytest.approx(2000)
-
-
 def test_latency_is_hidden_by_stages_and_by_other_programs() -> None:
     body = Tally(1)
-    code, cycle = Profile((body, Tally()), body, 1, "HGMMA"), 1 / 1.83e3
+    code, cycle = Profile((body, Tally()), 1, "HGMMA"), 1 / 1.83e3
     work = LaunchWork(132, {}, turns=100, step=1, macs=1, chain=2)
 
     def alone(work: LaunchWork, stages: int) -> float:
@@ -310,11 +290,11 @@ def test_latency_is_hidden_by_stages_and_by_other_programs() -> None:
 def test_a_warp_alone_takes_its_own_time() -> None:
     cycle = 1 / 1.83e3
     body, once = Tally(10, cycles=40, idle=30), Tally(100, cycles=500)
-    code = Profile((body, once), body, 1, "HGMMA")
+    code = Profile((body, once), 1, "HGMMA")
     work = LaunchWork(132, {}, turns=100, step=1, macs=100 * 2048 * (798 / 989) * 20, chain=0)  # 20 cycles a turn
     assert of(work, code, stages=99).terms["alone"] == pytest.approx((100 * (20 + 30) + 500) * cycle)
     body = replace(body, idle=0)
-    code = Profile((body, once), body, 1, "HGMMA")
+    code = Profile((body, once), 1, "HGMMA")
     assert of(work, code, stages=99).terms["alone"] == pytest.approx((100 * 40 + 500) * cycle)
 
 
@@ -370,7 +350,7 @@ def test_work_of_a_convolution() -> None:
     case = ConvCase((64, 128, 256, 28, 28), BF16, stride=2)
     forward, dgrad, wgrad = (work(case, direction) for direction in ("forward", "dgrad", "wgrad"))
     assert forward.turns == 9 * 2
-    assert (dgrad.turns, dgrad.paths) == (9 / 4 * 4, 1)
+    assert dgrad.turns == 9 / 4 * 4
     if versions.keeps_shared_tiles():
         forward = work(
             ConvCase((256, 64, 64, 56, 56), BF16), "forward"
@@ -442,14 +422,11 @@ def test_passes_read_everything_once(case: Case, direction: str, kernels: set[st
     "case", [LinearCase(SQUARISH, BF16), ConvCase(conv3x3.MANY, BF16, last=False)], ids=lambda case: case.name
 )
 def test_appended_sums_are_programs_of_their_own(case: Case) -> None:
-    """dgrad's programs are as many as without them, and those behind read every partial result once."""
+    """dgrad's programs are as many as without them."""
     *_, launch = launches_of(case, "backward")
     (alone,) = [one for one in launches_of(case, "dgrad") if one.kernel is launch.kernel]
-    work, given = work_of(launch, case), launch.named
-    assert work.programs == work_of(alone, case).programs == math.prod(alone.grid)
-    assert 0 <= math.prod(launch.grid) - work.programs - work.behind < math.prod(launch.grid[1:])
-    partials = given["sums"][0].numel()
-    assert partials <= work.behind * work.turns_behind * given["SUMS_BLOCK"] * given["SUMS_BLOCK_PARTS"] < 8 * partials
+    assert work_of(launch, case).programs == work_of(alone, case).programs == math.prod(alone.grid)
+    assert math.prod(launch.grid) > math.prod(alone.grid)
 
 
 @pytest.mark.parametrize(
@@ -473,9 +450,7 @@ def test_work_of_an_optimizers_step(
     found = [work_of(launch, case) for launch in launches_of(case, "step")]
     assert [w.bytes / case.elements for w in found] == moved
     assert operation_of(case).work(case, "step").bytes == sum(moved) * case.elements
-    for w in found:
-        assert w.aligned == 4096 / 4097  # the shorter one is no block of 1,024
-        assert w.turns == 1
+    assert all(w.turns == 1 for w in found)
 
 
 def test_an_optimizers_programs_take_turns() -> None:
@@ -484,8 +459,6 @@ def test_an_optimizers_programs_take_turns() -> None:
     assert (found.turns, found.programs) == (8, math.ceil(large.elements / 8192))
     assert found.step == 4 * 4 * 1024  # a block of four operands is read
     assert work_of(launch, StepCase("Adam", "x", [(2048,)] * 10)).turns == 2, "no tensor has more blocks"
-    small = StepCase("Adam", "x", [(8,)] * 10, grouped=False)
-    assert work_of(launches_of(small, "step")[0], small).aligned == 0
 
 
 def bench(*command: str) -> "subprocess.CompletedProcess[str]":

@@ -158,7 +158,7 @@ def test_every_rule_and_switch_of_the_optimizers_is_compiled(rows: list[Row], ta
 @pytest.mark.parametrize("target", [on("sm_80"), on("sm_90"), on("sm_100")])
 def test_float32_adam_moves_its_seven_streams_in_whole_vectors(rows: list[Row], target: str) -> None:
     """Read off the counts, not through the expectations: a chunk's 4 loads and 3 stores, as often as a thread needs."""
-    (row,) = (row for row in rows if row["cases"][0] == "adam float32")
+    (row,) = (row for row in rows if row["cases"][0] == "Adam 1000+4M float32")
     vectors = row["constants"]["BLOCK"] // (128 * 4)
     assert (row["counts"]["LDG.128"], row["counts"]["STG.128"]) == (4 * vectors, 3 * vectors)
 
