@@ -56,8 +56,6 @@ class Loop:
 
 SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 SASS_TARGET = re.compile(r"\b0x([0-9a-f]+)$")
-PTX = re.compile(r"^\s*(@!?%?\w+\s+)?([a-z][\w.:]*)\s*([^;{]*)")
-PTX_LABEL = re.compile(r"^\s*([$\w]+):")
 AMD = re.compile(r"^\t([a-z]\w+)(?:\s+([^;]*))?")
 AMD_LABEL = re.compile(r"^(\.L\w+):")
 
@@ -89,45 +87,21 @@ def parse_sass(text: str, ends: Sequence[int], binary: bytes = b"") -> list[list
     return kernels
 
 
-def parse_ptx(text: str) -> list[Instruction]:
-    """The instructions of the one kernel in PTX, directives aside; their names are whole opcodes."""
-    lines, labels = _statements(re.split(r"[;\n]\s*[{}]?", text), PTX_LABEL, PTX)
-    code = []
-    for n, match in enumerate(lines):
-        opcode, operands = match[2], match[3].strip()
-        # A label that inline assembly repeats has a place in each of its braces: the last one above is meant.
-        places = labels.get(operands, []) if opcode.startswith("bra") else []
-        target = max((place for place in places if place <= n), default=places[0] if places else None)
-        goes_on = bool(match[1]) or opcode.split(".")[0] not in ("bra", "ret", "exit")
-        code.append(Instruction(opcode, opcode, target, goes_on, operands))
-    return code
-
-
 def parse_amd(text: str) -> list[Instruction]:
     """The instructions of the one kernel in LLVM's assembly for AMD's GPUs."""
-    lines, labels = _statements(text.splitlines(), AMD_LABEL, AMD)
+    lines: list[re.Match[str]] = []
+    labels: dict[str, int] = {}  # the numbers of the instructions that they stand before
+    for line in text.splitlines():
+        if label := AMD_LABEL.match(line):
+            labels[label[1]] = len(lines)
+        elif match := AMD.match(line):
+            lines.append(match)
     code = []
     for match in lines:
-        opcode = match[1]
-        places = labels.get((match[2] or "").strip()) if opcode.startswith(("s_branch", "s_cbranch")) else None
-        goes_on = opcode not in ("s_branch", "s_endpgm")
-        code.append(Instruction(_name(opcode), opcode, places[-1] if places else None, goes_on))
+        opcode, operands = match[1], (match[2] or "").strip()
+        target = labels.get(operands) if opcode.startswith(("s_branch", "s_cbranch")) else None
+        code.append(Instruction(_name(opcode), opcode, target, opcode not in ("s_branch", "s_endpgm")))
     return code
-
-
-def _statements(
-    statements: Iterable[str], label: re.Pattern[str], instruction: re.Pattern[str]
-) -> tuple[list[re.Match[str]], dict[str, list[int]]]:
-    """The instructions, and the numbers of those that a label stands before."""
-    lines: list[re.Match[str]] = []
-    labels: dict[str, list[int]] = {}
-    for statement in statements:
-        if named := label.match(statement):
-            labels.setdefault(named[1], []).append(len(lines))
-            statement = statement[named.end() :]
-        if match := instruction.match(statement):
-            lines.append(match)
-    return lines, labels
 
 
 def _name(opcode: str) -> str:

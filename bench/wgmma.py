@@ -7,15 +7,15 @@ registers, of which ptxas keeps no account, or in shared memory, where Triton's 
 Only sm_90 is asked. mma.sync (HMMA), all that sm_80 has, has read its operands when it returns. sm_100's tcgen05.mma
 takes none from registers and reports to mbarriers: there is no group to wait for and nothing that ptxas serializes.
 
-What is not seen here: copies read before they have arrived, mbarriers misused, registers of a product's result.
+What is not seen here: missing fences, copies read before they have arrived, mbarriers misused (all of these where PTX
+is executed, `tests/executor`), registers of a product's result.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-from .sass import Flow, Instruction, parse_ptx
+from .sass import Flow, Instruction
 
 PRODUCT = "wgmma.mma_async"  # in PTX
 WARNING = re.compile(r"\((C75\d\d)\) (.*?)(?= in the function| in function| in around|$)", re.MULTILINE)
@@ -24,12 +24,9 @@ WARNING = re.compile(r"\((C75\d\d)\) (.*?)(?= in the function| in function| in a
 EXPECTED = {
     "wgmma registers": "a product in flight still reads its operand: what it computes is undefined",
     "wgmma memory": "a product in flight still reads its operand: what it computes is undefined",
-    "wgmma fence": "products read shared memory through another proxy than cp.async writes it through",
     "wgmma loop": "products that wait for one another leave the tensor cores idle",
     "ptxas": "ptxas had to serialize the products, or to put a wait of its own between them",
 }
-
-State = TypeVar("State")
 
 
 def faults(code: Sequence[Instruction], ptx: str, ttgir: str, log: str, *, as_loaded: bool) -> dict[str, str]:
@@ -48,42 +45,11 @@ def faults(code: Sequence[Instruction], ptx: str, ttgir: str, log: str, *, as_lo
         )
     if tiles := overwritten(ttgir):
         sentences["wgmma memory"] = "; ".join(tiles)
-    if unfenced(ptx):
-        sentences["wgmma fence"] = "a product follows cp.async.wait_group without fence.proxy.async between them"
     if (as_loaded or keeps_running(ptx)) and (loops := waiting_loops(code)):
         sentences["wgmma loop"] = f"no two groups run at once in a loop of {max(loops)} products"
     if warnings := dict(WARNING.findall(log)):
         sentences["ptxas"] = "; ".join(f"{number} {text.strip()}" for number, text in warnings.items())
     return sentences
-
-
-def states_of(
-    code: Sequence[Instruction],
-    entry: State,
-    after: Callable[[int, State], State],
-    join: Callable[[State, State], State],
-) -> Iterator[tuple[int, State]]:
-    """Each instruction that can be reached, and the state before it, over all paths and any number of turns.
-
-    after: the state behind an instruction, from its number and the state before it. join: of two paths that meet.
-    """
-    flow = Flow(code)
-    states = {flow.entry: entry}
-    todo = [flow.entry]
-    while todo:
-        block = todo.pop()
-        state = states[block]
-        for n in block:
-            state = after(n, state)
-        for successor in flow.graph.successors(block):
-            joined = join(states[successor], state) if successor in states else state
-            if successor not in states or joined != states[successor]:
-                states[successor] = joined
-                todo.append(successor)
-    for block, state in states.items():
-        for n in block:
-            yield n, state
-            state = after(n, state)
 
 
 # -- SASS: groups in flight -------------------------------------------------------------------------------------------
@@ -98,21 +64,38 @@ Flight = dict[int, int]  # the HGMMAs that may be in flight, and the least numbe
 
 
 def in_flight(code: Sequence[Instruction]) -> Iterator[tuple[int, Flight]]:
-    """Each instruction, and the products that may run when it is issued."""
+    """Each instruction that can be reached, and the products that may run when it is issued, on any path."""
+    flow = Flow(code)
+    before: dict[range, Flight] = {flow.entry: {}}
+    todo = [flow.entry]
+    while todo:
+        block = todo.pop()
+        running = before[block]
+        for n in block:
+            running = _after(n, code[n], running)
+        for successor in flow.graph.successors(block):
+            there = before.get(successor)
+            joined = running if there is None else _either(there, running)
+            if joined != there:
+                before[successor] = joined
+                todo.append(successor)
+    for block, running in before.items():
+        for n in block:
+            yield n, running
+            running = _after(n, code[n], running)
 
-    def after(n: int, running: Flight) -> Flight:
-        i = code[n]
-        if i.name == "HGMMA":
-            running = running | {n: 0}
-            return {h: closed + 1 for h, closed in running.items()} if "gsb0" in i.operands else running
-        if i.opcode.startswith("WARPGROUP.DEPBAR") and (wait := WAIT.search(i.operands)):
-            return {h: closed for h, closed in running.items() if closed <= int(wait[1], 16)}
-        return running
 
-    def join(a: Flight, b: Flight) -> Flight:
-        return {h: min(closed[h] for closed in (a, b) if h in closed) for h in a | b}
+def _after(n: int, i: Instruction, running: Flight) -> Flight:
+    if i.name == "HGMMA":
+        running = running | {n: 0}
+        return {h: closed + 1 for h, closed in running.items()} if "gsb0" in i.operands else running
+    if i.opcode.startswith("WARPGROUP.DEPBAR") and (wait := WAIT.search(i.operands)):
+        return {h: closed for h, closed in running.items() if closed <= int(wait[1], 16)}
+    return running
 
-    return states_of(code, {}, after, join)
+
+def _either(a: Flight, b: Flight) -> Flight:
+    return {h: min(closed[h] for closed in (a, b) if h in closed) for h in a | b}
 
 
 def refilled(code: Sequence[Instruction]) -> list[tuple[int, int]]:
@@ -171,22 +154,6 @@ def keeps_running(ptx: str) -> bool:
     all groups is Triton's own, and costs time alone.
     """
     return re.search(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", ptx) is not None
-
-
-def unfenced(ptx: str) -> bool:
-    """Whether a product can follow a wait for `cp.async` without a `fence.proxy.async` between them.
-
-    wgmma reads shared memory through another proxy than the one `cp.async` writes it through: without the fence it may
-    read what was there before.
-    """
-    code = parse_ptx(ptx)
-
-    def after(n: int, waited: bool) -> bool:
-        opcode = code[n].opcode
-        return (waited or opcode.startswith("cp.async.wait_")) and not opcode.startswith("fence.proxy.async")
-
-    paths = states_of(code, False, after, lambda a, b: a or b)
-    return any(waited and code[n].opcode.startswith(PRODUCT) for n, waited in paths)
 
 
 # -- TTGIR: places in shared memory -----------------------------------------------------------------------------------

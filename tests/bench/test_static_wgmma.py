@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import wgmma
 from bench.expectations import Compiled, always, broken
-from bench.sass import Instruction, parse_ptx, parse_sass
+from bench.sass import Instruction, parse_sass
 from tribp.launch.arch import ARCHS
 
 # -- kernels that Triton or ptxas compiles badly ----------------------------------------------------------------------
@@ -89,7 +89,6 @@ def planted() -> dict[str, dict[str, list[str]]]:
 
 
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-FENCED = VERSION >= (3, 7)  # https://github.com/triton-lang/triton/pull/10537
 
 
 SERIALIZED = {"wgmma loop", "ptxas"}
@@ -103,19 +102,14 @@ SERIALIZED = {"wgmma loop", "ptxas"}
         # Under Triton 3.9 the next turn's registers are others, and copied behind a wait.
         ("reshaped", [{"wgmma registers"} if VERSION < (3, 9) else set()]),
         ("reshaped, narrow", [SERIALIZED]),
-        pytest.param("pointers", [set()], marks=pytest.mark.skipif(not FENCED, reason="Triton puts no fence there")),
+        ("pointers", [set()]),
         ("summed", [{"wgmma memory"}, {"wgmma memory", *SERIALIZED}]),
     ],
 )
 def test_compiled_products(planted: dict[str, dict[str, list[str]]], name: str, possible: list[set[str]]) -> None:
     said = planted["said"][name]
-    assert {sentence.split(":")[0] for sentence in said} - (set() if FENCED else {"wgmma fence"}) in possible, said
+    assert {sentence.split(":")[0] for sentence in said} in possible, said
     assert planted["cached"] == planted["said"]
-
-
-@pytest.mark.skipif(FENCED, reason="Triton has put a fence there since 3.7")
-def test_a_missing_fence_is_seen(planted: dict[str, dict[str, list[str]]]) -> None:
-    assert any(sentence.startswith("wgmma fence") for sentence in planted["said"]["pointers"])
 
 
 # -- SASS -------------------------------------------------------------------------------------------------------------
@@ -232,50 +226,6 @@ def test_a_program_that_keeps_a_group_running_has_to_show_one_and_every_one_that
     assert wgmma.faults(code, all_wait, "", "", as_loaded=False) == {}
     for ptx, as_loaded in ((all_wait, True), (one_runs, False)):
         assert list(wgmma.faults(code, ptx, "", "", as_loaded=as_loaded)) == ["wgmma loop"]
-
-
-PIPELINED = """
-.visible .entry kernel(.param .u64 .ptr .global .align 16 kernel_param_0)
-{
-	.reg .pred 	%p<3>;
-// %bb.0:
-	cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
-	@%p1 bra 	$L__BB0_3;
-$L__BB0_2:                              // =>This Inner Loop
-	cp.async.wait_group 	2;
-	bar.sync 	0;
-	FENCE
-	wgmma.fence.sync.aligned;
-	{ wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r1,%r2}, %rd1, %rd2, 1, 1, 1, 0, 1; }
-	@%p2 bra 	$L__BB0_2;
-	bra.uni 	$L__BB0_3;
-$L__BB0_3:
-	cp.async.wait_group 	0;
-	ret;
-}
-"""
-
-
-def test_a_fence_has_to_stand_between_the_copies_and_the_product() -> None:
-    fence = "fence.proxy.async.shared::cta;"
-    assert not wgmma.unfenced(PIPELINED.replace("FENCE", fence))
-    assert wgmma.unfenced(PIPELINED.replace("FENCE", ""))
-    assert not wgmma.unfenced(
-        PIPELINED.replace("FENCE", "").replace("cp.async.wait_group 	2;", "")
-    )  # TMA's mbarriers
-    bulk = PIPELINED.replace("FENCE", "").replace("cp.async.wait_group 	2;", "cp.async.bulk.wait_group.read 0;")
-    assert not wgmma.unfenced(bulk)  # that is a store
-    before = PIPELINED.replace("FENCE", "").replace("$L__BB0_2: ", fence + "\n$L__BB0_2: ")
-    assert wgmma.unfenced(before)  # ahead of the wait it is of no use
-    one_side = PIPELINED.replace("FENCE", f"@%p1 bra $L__BB0_4;\n {fence}\n $L__BB0_4:")
-    assert wgmma.unfenced(one_side)
-
-
-def test_labels_that_inline_assembly_repeats() -> None:
-    loop = "{ waitLoop: mbarrier.try_wait.parity.shared.b64 complete, [%r1], %r2; @!complete bra.uni waitLoop; }"
-    code = parse_ptx(f"\n{loop}\n\tadd.s32 %r1, %r2, 1;\n{loop}\n\tret;")
-    assert [i.opcode.split(".")[0] for i in code] == ["mbarrier", "bra", "add", "mbarrier", "bra", "ret"]
-    assert [i.target for i in code] == [None, 0, None, None, 3, None]
 
 
 # -- TTGIR ------------------------------------------------------------------------------------------------------------
