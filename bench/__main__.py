@@ -2,8 +2,10 @@
 
 import argparse
 import importlib
+import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,15 @@ from . import operation
 from .options import Options
 
 DESCRIPTION = """\
-Measures tribp, from a checkout of its repository.
+Measures tribp, from a checkout of its repository. For example:
 
-  python -m bench run              every operation against torch, on a CUDA GPU
   python -m bench run linear --dtype bfloat16 --case 8192x1024x1024
-  python -m bench run conv --case 64x64-64x56x56 --dtype bfloat16
-  python -m bench run optim --case Adam --dtype float32
   python -m bench run --smoke      the same walk on a CPU with tiny shapes; its times mean nothing
-  python -m bench all --budget 60 --out found   everything a GPU is wanted for, unattended; again: goes on
-  python -m bench report found     the page and the pictures of stored results; no GPU needed
-  python -m bench tune             the configs beside every heuristic's choice, on a CUDA GPU
+  python -m bench all --budget 60 --out found   everything a GPU is wanted for; the same again goes on
   python -m bench tune linear --dtype bfloat16 --budget 20
-  python -m bench host             what an optimizer's step costs the host; no GPU needed
-  python -m bench static           every kernel compiled for every target and its machine code checked; no GPU needed
+  python -m bench host --case Adam
   python -m bench static --target sm_90 --dtype bfloat16 --json found.json
-  python -m bench counts conv --target sm_80  cycles that each unit needs, counted where compiled code is executed
-  python -m bench static --model linear       the time that a model of the GPU predicts from the machine code
+  python -m bench static linear --model         the time that a model of the GPU predicts from the machine code
 """
 
 COMMANDS = {  # what each is in a line, and what it does
@@ -97,6 +92,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         for name in names.split():
             parsers[name].add_argument(word, help=help, **how)
 
+    count, minutes = _positive(int), _positive(float)
     there = f"of: {', '.join(operation.operations())} (default: all)"
     option("run tune static counts", "operation", there, nargs="*", metavar="OP")
     option("report", "folder", "default: every folder in bench/results", nargs="*", type=Path, metavar="DIR")
@@ -107,40 +103,41 @@ def parse(arguments: list[str] | None = None) -> Options:
     option("run tune all host", "--smoke", "walk through on a CPU with tiny shapes", action="store_true")
     option("run tune all", "--out", "folder for the results (smoke: a temporary one)", type=Path, metavar="DIR")
     option("host static counts", "--json", "write what was found", type=Path, metavar="FILE")
-    option("run", "--first", "only the first N of these, the most valuable", type=_count, metavar="N")
+    option("run", "--first", "only the first N of these, the most valuable", type=count, metavar="N")
     option("run", "--missing", "only what the results lack of the present code", action="store_true")
     without = "leave torch.compile out: it takes most of the time"
     option("run", "--no-compile", without, action="store_false", dest="compile")
     budget = "stop after so long, in equal shares of the operations (default: when all is done)"
-    option("tune", "--budget", budget, type=_minutes, metavar="MINUTES")
-    option("all", "--budget", "it ends within (default: %(default)g)", type=_minutes, default=60.0, metavar="MINUTES")
+    option("tune", "--budget", budget, type=minutes, metavar="MINUTES")
+    option(
+        "all",
+        "--budget",
+        "it ends within (default: %(default)g)",
+        type=minutes,
+        default=60.0,
+        metavar="MINUTES",
+    )
     option("all", "--only", "only steps whose name contains this; repeatable", action="append", metavar="STEP")
     option("static", "--target", "only this GPU; repeatable", action="append", choices=list(ARCHS))
     option("static", "--all", "every type at every shape; several minutes", action="store_true")
     model = "predict the time of what `run` measures (default target: sm_90)"
     option("static", "--model", model, action="store_true")
-    option("static", "--jobs", f"processes (default: {Options.jobs})", type=_count)
+    option("static", "--jobs", f"processes (default: {Options.jobs})", type=count)
     target = "the GPU (default: sm_90)"
     option("counts", "--target", target, nargs=1, default=["sm_90"], choices=["sm_80", "sm_90"])
     option("counts", "--direction", "only this one; repeatable", action="append")
-    option("counts", "--programs", f"executed of each launch (default: {Options.programs})", type=_count)
+    option("counts", "--programs", f"executed of each launch (default: {Options.programs})", type=count)
     option("counts", "--worst", "list so many memory instructions that waste most", type=int)
     return main.parse_args(arguments, Options())
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 on, got {text}")
-    return int(text)
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
+        return value
 
-
-def _minutes(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be minutes, more than 0, got {text}")
     return number
 
 

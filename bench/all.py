@@ -21,8 +21,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from . import report as pages
-from . import results
+from . import report, results
 from .operation import Operation, find
 from .options import Options
 from .results import markdown
@@ -30,7 +29,6 @@ from .results import markdown
 BENCH = (sys.executable, "-m", "bench")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 RESERVE = 30.0  # seconds of the budget that are kept for the report
-GRACE = 5.0  # seconds in which a step may end by itself when it is told to
 TAIL = 12  # lines of a failed step's output that are shown
 FOUND = 99  # compute-sanitizer's exit code for what it finds: pytest has others
 
@@ -116,11 +114,6 @@ def plan(out: Path, smoke: bool) -> list[Step]:
     ]
 
 
-def report(out: Path) -> Step:
-    """The last of every call, out of a reserve: the pages and pictures of what there is."""
-    return Step("report", [*BENCH, "report", str(out)], 0, 30)
-
-
 def sanitizer() -> str | None:
     """compute-sanitizer, which is on no PATH where CUDA's own folder is not."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -187,13 +180,12 @@ def main(options: Options) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `timeout` sends it
     try:
         walk(planned, journal, 60 * (options.budget or 60))
-        attempt(report(folder), journal, RESERVE)  # always: there is more to tell every time
     except KeyboardInterrupt:
         code = 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    planned.append(report(folder))
-    journal.say(f"\n{journal.table(planned)}\n\n{pages.short(folder)}\nwritten to {folder}")
+    journal.say(f"\n{journal.table(planned)}\n\n{report.short(folder)}\nwritten to {folder}")
+    report.write(folder)
     failed = any(journal.entries.get(step.name, {}).get("status") == "failed" for step in planned)
     return code or int(failed)
 
@@ -214,18 +206,9 @@ def execute(step: Step, seconds: float, log: Path) -> int | None:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            end(process)
-
-
-def end(process: "subprocess.Popen[bytes]") -> None:
-    """Stop a process and what it started; nothing happens where they have ended."""
-    with contextlib.suppress(ProcessLookupError):
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-        os.killpg(process.pid, signal.SIGKILL)  # what ignored it, and children that outlive their parent
-    process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what is left of it, and children that outlive their parent
+            process.wait()
 
 
 def walk(planned: Sequence[Step], journal: Journal, seconds: float) -> None:

@@ -33,13 +33,18 @@ def main(options: Options) -> int:
             raise ValueError(f"there is no folder {folder}")
     folders = options.folder or [folder for folder in sorted(results.ROOT.glob("*/")) if load(folder)]
     for folder in folders:
-        stored = load(folder)
-        draw(folder, stored)
-        results.write(folder / "README.md", page(folder, stored))
-        print(f"{folder / 'README.md'}\n{summary(goals(stored))}")
+        write(folder)
+        print(f"{folder / 'README.md'}\n{summary(goals(load(folder)))}")
     if not folders:
         print(f"nothing is measured yet\n\n{targets({})}")
     return 0
+
+
+def write(folder: Path) -> None:
+    """The folder's page and pictures."""
+    stored = load(folder)
+    draw(folder, stored)
+    results.write(folder / "README.md", page(folder, stored))
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -167,11 +172,8 @@ def steps_section(folder: Path) -> list[str]:
     file = folder / "steps.json"
     if not file.exists():
         return []
-    entries = json.loads(file.read_text())["steps"]
-    entries.pop("report", None)  # it is being written
-    rows = [
-        [name, e["status"], f"{e['seconds']:.0f}", e["date"], e["commit"], e["note"]] for name, e in entries.items()
-    ]
+    entries = json.loads(file.read_text())["steps"].items()
+    rows = [[name, e["status"], f"{e['seconds']:.0f}", e["date"], e["commit"], e["note"]] for name, e in entries]
     return [
         "## Steps",
         f"`python -m bench all --out {shown(folder)}`; log.txt holds what they printed.",

@@ -277,8 +277,6 @@ def test_a_call_that_is_killed_leaves_its_step_cut_off(tmp_path: Path) -> None:
 
 def given_plan(monkeypatch: pytest.MonkeyPatch, *planned: Step) -> None:
     monkeypatch.setattr(bench_all, "plan", lambda folder, smoke: list(planned))
-    monkeypatch.setattr(bench_all, "report", lambda folder: python("report", "print('a report')"))
-    monkeypatch.setattr(bench_all, "GRACE", 0.5)
 
 
 def ended(pid: int) -> bool:
@@ -339,7 +337,6 @@ def test_a_failing_step_stops_no_other_and_shows_its_last_lines(
     entries = Journal(tmp_path, smoke=True).entries
     assert {name: entry["status"] for name, entry in entries.items()} == {
         "first": "failed", "no such program": "failed", "killed": "failed", "last": "done", "unwell": "skipped",
-        "report": "done",
     }  # fmt: skip
     assert entries["first"]["note"] == "exit code 3"
     assert entries["killed"]["note"] == "killed by signal 6"
@@ -387,7 +384,7 @@ def test_a_budget_that_is_spent_leaves_everything_and_is_no_mistake(
 ) -> None:
     given_plan(monkeypatch, python("long", "1/0", needs=100, limit=200))
     assert bench_all.main(Options(budget=1.5, out=tmp_path, smoke=True)) == 0
-    assert "| long   | left   | 0 | needs about 100 s |" in capsys.readouterr().out
+    assert "| long | left | 0 | needs about 100 s |" in capsys.readouterr().out
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -443,7 +440,6 @@ def test_smoke_walks_through_under_the_interpreter_and_goes_on(
         "tests linear": ("done", ""),
         "linear: float32": ("done", ""),
         "memory linear": ("failed", "compute-sanitizer found errors"),
-        "report": ("done", ""),
     }
     assert note.read_text().startswith("--tool memcheck --error-exitcode 99")
     assert note.read_text().endswith(" 1 1")
@@ -455,7 +451,7 @@ def test_smoke_walks_through_under_the_interpreter_and_goes_on(
     assert "smoke" in page.lower().splitlines()[0]
     assert "| memory linear" in page
     assert not [file for file in out.iterdir() if file.is_dir() or file.suffix == ".new"]
-    dates = {name: entry["date"] for name, entry in entries.items() if name != "report"}
+    dates = {name: entry["date"] for name, entry in entries.items()}
     capsys.readouterr()
     assert main(words) == 1
     assert {name: Journal(out, smoke=True).entries[name]["date"] for name in dates} == dates
