@@ -132,9 +132,9 @@ def of_the_issues() -> list[tuple[str, str, str]]:
     ]  # fmt: skip
     small = {"Adam": 30, "SGD momentum": 12, "Adagrad": 20, "RMSprop": 12, "SGD": 1}
     hosts = [
-        ("Adam plan, 1000x8 (plan / fused bookkeeping)", "≤ 0.25"),
-        ("Adam plan, 1000x8 (plan / fused)", "≤ 0.1"),
-        ("Adam plan, 465 groups of 1x8 (plan / plan, one group)", "≤ 1.25"),
+        ("Adam plan, 1000x8 (fused bookkeeping / plan)", "≥ 4"),  # there the other way round: 0.25, 0.1, 1.25
+        ("Adam plan, 1000x8 (fused / plan)", "≥ 10"),
+        ("Adam plan, 465 groups of 1x8 (plan, one group / plan)", "≥ 0.8"),
         *((f"{name}, 1000x8 (torch / tribp)", f"≥ {limit}") for name, limit in small.items()),
         *((f"{name}, 1000x8 (torch fused / tribp)", "≥ 1.2") for name in small if name != "RMSprop"),
         *(
