@@ -289,8 +289,7 @@ def measure(comparison: Comparison, rounds: int) -> dict[str, Any]:
 def judge(target: HostTarget, medians: Mapping[str, float] | None) -> dict[str, Any]:
     """Compare the ratio of two medians with its target. `medians` is None if nothing was measured."""
     ratio = None if medians is None else medians[target.over] / medians[target.under]
-    judged = verdict(f"≥ {target.limit:g}", ratio, lambda value: value >= target.limit)
-    return {"what": f"{target.over} / {target.under}"} | judged
+    return verdict(f"{target.over} / {target.under} ≥ {target.limit:g}", ratio, lambda value: value >= target.limit)
 
 
 def unmeasured() -> list[dict[str, Any]]:
@@ -303,10 +302,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines: list[list[str]] = []
     for row in rows:
         times = ", ".join(f"{name} {us['median']:.4g}" for name, us in row["host_us"].items())
-        targets = [[t["what"], f"{t['ratio']:.3g}", t["target"], t["verdict"]] for t in row["targets"]]
-        first, *others = targets or [[""] * 4]
+        targets = [[t["target"], f"{t['ratio']:.3g}", t["verdict"]] for t in row["targets"]]
+        first, *others = targets or [[""] * 3]
         lines += [[row["case"], times, *first], *([row["case"], "", *other] for other in others)]
-    return markdown(["case", "µs a step or a call", "ratio of", "ratio", "target", "verdict"], lines)
+    return markdown(["case", "µs a step or a call", "target", "ratio", "verdict"], lines)
 
 
 def main(options: Options) -> int:

@@ -61,27 +61,22 @@ def goals(stored: Stored) -> list[Goal]:
     judged = []
     for name, rows in everything.items():
         held = stored.get(name, {"rows": [], "commit": ""})
-        measured = {(place(row), sentence(target)): (row, target) for row in held["rows"] for target in row["targets"]}
+        measured = {(place(row), t["target"]): (row, t) for row in held["rows"] for t in row["targets"]}
         for row in rows:
             for target in row["targets"]:
-                case = " ".join([*place(row), *([f"({target['what']})"] if "what" in target else [])])
                 value = "–"
-                if found := measured.get((place(row), sentence(target))):
+                if found := measured.get((place(row), target["target"])):
                     measurement, target = found
                     status = measurement.get("providers", {}).get("tribp", {}).get("status")
                     value = status if status in ("wrong", "failed") else figure(target)
                     if (commit := measurement.get("commit", held["commit"])) != held["commit"]:
                         value += f" at {commit}"
-                judged.append(Goal(name, case, target["target"], value, target["verdict"]))
+                judged.append(Goal(name, place(row), target["target"], value, target["verdict"]))
     return sorted(judged, key=lambda goal: ORDER.index(goal.verdict))
 
 
-def place(row: Row) -> tuple[str, ...]:
-    return (row["case"], row["direction"]) if "direction" in row else (row["case"],)
-
-
-def sentence(target: Row) -> tuple[str, str]:
-    return target["target"], target.get("what", "")
+def place(row: Row) -> str:
+    return f"{row['case']} {row.get('direction', '')}".strip()
 
 
 def figure(target: Row) -> str:
@@ -96,7 +91,7 @@ def figure(target: Row) -> str:
 
 def targets(stored: Stored) -> str:
     everything = goals(stored)
-    legend = "Ratios are the other's time over tribp's, or memory, unless the case names its own."
+    legend = "Ratios are the other's time over tribp's, or memory, unless the target names its own."
     return f"{summary(everything)} {legend}\n\n{markdown(Goal._fields, everything)}"
 
 
