@@ -84,19 +84,14 @@ FUNCTIONS: dict[str, tuple[Function, Function, Sequence[tuple[int, ...]]]] = {
 }
 
 
-def linear_on_cpu() -> Started:
-    x, w, b = torch.randn(1, 128), torch.randn(10, 128), torch.randn(10)
-    return on_cpu(lambda: tribp.linear_sigmoid(x, w, b), lambda: torch.sigmoid(F.linear(x, w, b)), (x, w, b))
-
-
-def conv3x3_on_cpu() -> Started:
-    x, w, b = torch.randn(1, 1, 32, 32), torch.randn(6, 1, 3, 3), torch.randn(6)
-    return on_cpu(lambda: tribp.conv3x3(x, w, b, padding=1), lambda: F.conv2d(x, w, b, padding=1), (x, w, b))
-
-
-def on_cpu(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], tensors: tuple[Tensor, Tensor, Tensor]) -> Started:
+def on_cpu(ours: Function, theirs: Function, sizes: Sequence[tuple[int, ...]]) -> Started:
     """A small call on the CPU, without gradients: torch's operators compute it, once they are known to be able to."""
-    calls = {"tribp": ours, "torch": theirs, "torch, asked first": lambda: plain_cpu_call(*tensors) and theirs()}
+    x, w, b = (torch.randn(size) for size in sizes)
+    calls: dict[str, Callable[[], object]] = {
+        "tribp": lambda: ours(x, w, b),
+        "torch": lambda: theirs(x, w, b),
+        "torch, asked first": lambda: plain_cpu_call(x, w, b) and theirs(x, w, b),
+    }
     return contextlib.nullcontext({name: Repeated(call, contextlib.nullcontext).sample for name, call in calls.items()})
 
 
@@ -163,8 +158,11 @@ def comparisons() -> list[Comparison]:
         for backward in (False, True)
     ]
     on_the_cpu = [
-        Comparison("linear_sigmoid on the CPU, 1x10x128", linear_on_cpu),
-        Comparison("conv3x3 on the CPU, 1 to 6 channels, 32²", conv3x3_on_cpu),
+        Comparison(f"{name} on the CPU, {what}", partial(on_cpu, *FUNCTIONS[name][:2], sizes))
+        for name, what, sizes in (
+            ("linear_sigmoid", "1x10x128", [(1, 128), (10, 128), (10,)]),
+            ("conv3x3", "1 to 6 channels, 32²", [(1, 1, 32, 32), (6, 1, 3, 3), (6,)]),
+        )
     ]
     return [*repeated, *on_the_cpu, *(Comparison(f"first step, {of}", partial(first_step, of)) for of in STEPS)]
 
