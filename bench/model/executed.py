@@ -45,6 +45,7 @@ class Profile:
     levels: tuple[Tally, ...]  # of one run of each; the first: one turn of every main loop, the last: what runs once
     main_loops: int
     matrix: str = ""  # the matrix instruction: HGMMA, HMMA …
+    beside: Tally = Tally()  # what a program runs that multiplies nothing, beside others that do
 
 
 def width(instruction: Instruction) -> int:
@@ -81,15 +82,18 @@ def profile(code: Sequence[Instruction]) -> Profile:
     levels: list[list[int]] = [[] for _ in range(depth + 1)]
     heads = [min(loop, key=lambda block: block.start) for loop in main]
     with_main = set(heads).union(*(nx.ancestors(flow.graph, h) | nx.descendants(flow.graph, h) for h in heads))
+    beside: list[int] = []
     for block in flow.graph.nodes - narrow:
-        if any(block in loop for loop in main):
+        if matrix and main and block not in with_main:
+            beside += block
+        elif any(block in loop for loop in main):
             levels[0] += block
-        elif not matrix or not main or block in with_main:  # others add up partial results, beside the products
+        else:
             levels[depth - min(len(around[block] & of_main), max(depth - 1, 0))] += block
     busy: Collection[int] = range(len(code))
     if matrix == "HGMMA":
         busy = {n for n, running in in_flight(code) if running or code[n].name == "HGMMA"}
-    return Profile(tuple(tally(code, level, busy) for level in levels), len(main), matrix)
+    return Profile(tuple(tally(code, level, busy) for level in levels), len(main), matrix, tally(code, beside, busy))
 
 
 def _loads(flow: Flow, blocks: Iterable[range]) -> set[int]:

@@ -33,6 +33,9 @@ class LaunchWork:
     bits: int = 16  # of the multiplied numbers; 32 is TF32
     l2: float = 0  # bytes that programs load and store; 0: as many as `tensors` have
     copied: float = 0  # bytes that descriptors bring to the shared memory of a program
+    behind: int = 0  # programs besides that add up partial results
+    turns_behind: float = 0  # of each, on average
+    paths_behind: int = 1  # ways through their code
 
     @property
     def bytes(self) -> float:
@@ -44,23 +47,27 @@ def work_of(operation: Operation, launch: "Launch", case: Any) -> LaunchWork:
     given, kernel = launch.named, launch.kernel.__name__
     if kernel not in operation.kernel_work:
         raise ValueError(f"the kernel_work of {operation.name} does not tell what a launch of {kernel} does")
-    grid = launch.grid
-    if given.get("sums") is not None:  # behind the others are programs that add up partial results
-        behind = _adding(given)
-        grid = (grid[0] - cdiv(behind, math.prod(grid[1:])), *grid[1:])
-        if not behind:
+    grid, behind = launch.grid, _sums(given)
+    if behind:
+        grid = (grid[0] - cdiv(behind["behind"], math.prod(grid[1:])), *grid[1:])
+        if not behind["behind"]:
             given = {**given, "sums": None}  # whole results
-    work = dict(tensors=_tensors(given)) | operation.kernel_work[kernel](given, grid, case)
-    if given.get("sums") is not None and "l2" in work:
+    work = dict(tensors=_tensors(given)) | operation.kernel_work[kernel](given, grid, case) | behind
+    if behind and "l2" in work:
         work["l2"] += sum(_tensors({"sums": given["sums"]}).values())
     return LaunchWork(math.prod(grid), **work)
 
 
-def _adding(given: Given) -> int:
-    """The programs that `append_sums` appended."""
-    _, matrices, _, cols, _, length2 = ((n - 3) // 2 for n in given["sums"] if isinstance(n, int))
+def _sums(given: Given) -> dict[str, Any]:
+    """What the programs do that `append_sums` appended."""
+    if given.get("sums") is None:
+        return {}
+    parts, matrices, _, cols, parts2, length2 = ((n - 3) // 2 for n in given["sums"] if isinstance(n, int))
     block = given["SUMS_BLOCK"]
-    return int(matrices * cdiv(cols, block // given["SUMS_BLOCK_ROWS"]) + cdiv(length2, block))
+    first, second = matrices * cdiv(cols, block // given["SUMS_BLOCK_ROWS"]), cdiv(length2, block)
+    turns = first * cdiv(parts, given["SUMS_BLOCK_PARTS"]) + second * cdiv(parts2, given["SUMS_BLOCK_PARTS"])
+    mean = turns / max(first + second, 1)
+    return dict(behind=first + second, turns_behind=mean, paths_behind=2 if length2 else 1)
 
 
 def _tensors(given: Given) -> dict[int, float]:

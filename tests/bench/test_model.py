@@ -269,6 +269,18 @@ def test_an_epilogue_hides_behind_a_loop_only_if_two_programs_reside() -> None:
     assert one.limited_by == "phases"
 
 
+def test_programs_behind_start_where_others_leave_room() -> None:
+    code = Profile((Tally(), Tally(cycles=1000)), 1, "HGMMA", Tally(cycles=21))
+    work = LaunchWork(100, {}, chain=0, turns_behind=1)  # 500 cycles each, with latency
+
+    def cycles(behind: int) -> float:
+        return of(replace(work, behind=behind), code, shared=200 * KB).terms["alone"] * 1.83e3
+
+    assert cycles(0) == cycles(2 * 32) == pytest.approx(1000)
+    assert cycles(2 * 32 + 1) == cycles(2 * 32 + 132) == pytest.approx(1500)
+    assert cycles(2 * 32 + 133) == pytest.approx(2000)
+
+
 def test_latency_is_hidden_by_stages_and_by_other_programs() -> None:
     body = Tally(1)
     code, cycle = Profile((body, Tally()), 1, "HGMMA"), 1 / 1.83e3
@@ -422,11 +434,14 @@ def test_passes_read_everything_once(case: Case, direction: str, kernels: set[st
     "case", [LinearCase(SQUARISH, BF16), ConvCase(conv3x3.MANY, BF16, last=False)], ids=lambda case: case.name
 )
 def test_appended_sums_are_programs_of_their_own(case: Case) -> None:
-    """dgrad's programs are as many as without them."""
+    """dgrad's programs are as many as without them, and those behind read every partial result once."""
     *_, launch = launches_of(case, "backward")
     (alone,) = [one for one in launches_of(case, "dgrad") if one.kernel is launch.kernel]
-    assert work_of(launch, case).programs == work_of(alone, case).programs == math.prod(alone.grid)
-    assert math.prod(launch.grid) > math.prod(alone.grid)
+    work, given = work_of(launch, case), launch.named
+    assert work.programs == work_of(alone, case).programs == math.prod(alone.grid)
+    assert 0 <= math.prod(launch.grid) - work.programs - work.behind < math.prod(launch.grid[1:])
+    partials = given["sums"][0].numel()
+    assert partials <= work.behind * work.turns_behind * given["SUMS_BLOCK"] * given["SUMS_BLOCK_PARTS"] < 8 * partials
 
 
 @pytest.mark.parametrize(
