@@ -180,8 +180,8 @@ class Operation:
         from .no_gpu import recording
 
         with recording(arch) as launches, precision(case.tf32):
-            tribp = self.providers(case, "nothing else is called")["tribp"]
-            action = self.problem(case, torch.device("meta")).action(tribp, direction)
+            ours = self.providers(case, "nothing else is called")["tribp"]
+            action = self.problem(case, torch.device("meta")).action(ours, direction)
             launches.clear()  # those that prepare it
             action.call()
         return [launch for launch in launches if launch.kernel.__name__ not in self.of_others]
@@ -271,15 +271,14 @@ TF32_TOLERANCE = 1e-3
 
 # torch.compile at its best, less its own CUDA graphs: they copy their inputs first and cannot repeat a backward pass,
 # and what a graph saves is measured in one of ours (`CudaMeter.graph_time`), for every provider alike.
-COMPILE_MODE = "max-autotune-no-cudagraphs"
+best_compiled = functools.partial(torch.compile, mode="max-autotune-no-cudagraphs", dynamic=False)
 
 
 def functions(ours: Callable[..., Tensor], eager: Callable[..., Tensor]) -> Callable[[Any, str], Mapping[str, Any]]:
     """The providers of a differentiable function."""
 
     def providers(case: Any, without_compile: str) -> Mapping[str, Any]:
-        compiled = without_compile or torch.compile(eager, mode=COMPILE_MODE, dynamic=False)
-        return {"tribp": ours, "eager": eager, "compile": compiled}
+        return {"tribp": ours, "eager": eager, "compile": without_compile or best_compiled(eager)}
 
     return providers
 
@@ -363,7 +362,7 @@ class DifferentiableProblem:
         """The arguments, of which those require gradients that the direction is about."""
         inputs = {name: value.detach() for name, value in self.arguments.items()}
         first, *others = inputs
-        wanted = {"dgrad": [first], "wgrad": others, "bias": ["bias"]}.get(direction.removesuffix(" only"), inputs)
-        for name in wanted:
+        differentiated = {"dgrad": [first], "wgrad": others, "bias": ["bias"]}
+        for name in differentiated.get(direction.removesuffix(" only"), inputs):
             inputs[name].requires_grad_()
         return inputs

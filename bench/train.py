@@ -16,7 +16,18 @@ from tribp.training import train_step
 
 from . import linear
 from .expectations import PIPELINED, Expectation
-from .operation import TOLERANCE, Action, Case, Given, KernelTests, Operation, Reference, Target, Work
+from .operation import (
+    TOLERANCE,
+    Action,
+    Case,
+    Given,
+    KernelTests,
+    Operation,
+    Reference,
+    Target,
+    Work,
+    best_compiled,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from tribp.launch.plan import Launch
@@ -47,11 +58,11 @@ def ours(net: nn.Module, **options: Any) -> Step:
     return train_step(net, tribp.optim.Adam(net.parameters(), lr=LR, **options), "cross_entropy")
 
 
-def ordinary(forward: Callable[[nn.Module], Callable[[Tensor], Tensor]], optimizer: Any) -> Make:
+def ordinary(optimizer: Any, prepared: Callable[[nn.Module], Any] = lambda net: net) -> Make:
     """Separate steps: a model's forward, torch's loss and backward, an optimizer's step."""
 
     def make(net: nn.Module, **options: Any) -> Step:
-        adam, run = optimizer(net.parameters(), lr=LR, **options), forward(net)
+        adam, run = optimizer(net.parameters(), lr=LR, **options), prepared(net)
 
         def step(x: Tensor, target: Tensor) -> Tensor:
             adam.zero_grad()
@@ -65,22 +76,18 @@ def ordinary(forward: Callable[[nn.Module], Callable[[Tensor], Tensor]], optimiz
     return make
 
 
-def fused(net: nn.Module) -> Callable[[Tensor], Tensor]:
+def fused(net: nn.Module) -> nn.Module:
     tribp.fuse(net)
     return net
-
-
-def compiled_forward(net: nn.Module) -> Callable[[Tensor], Tensor]:
-    return torch.compile(net, mode="max-autotune-no-cudagraphs", dynamic=False)
 
 
 def providers(case: Case, without_compile: str) -> Mapping[str, Any]:
     """separate: tribp's layers and optimizer, without the fused step."""
     return {
         "tribp": ours,
-        "eager": ordinary(lambda net: net, torch.optim.Adam),
-        "separate": ordinary(fused, tribp.optim.Adam),
-        "compile": without_compile or ordinary(compiled_forward, torch.optim.Adam),
+        "eager": ordinary(torch.optim.Adam),
+        "separate": ordinary(tribp.optim.Adam, fused),
+        "compile": without_compile or ordinary(torch.optim.Adam, best_compiled),
     }
 
 
@@ -99,7 +106,7 @@ class Problem:
 
     def reference(self) -> Mapping[str, Reference]:
         exact = copy.deepcopy(self.net).double()
-        values = self._results(ordinary(lambda net: net, torch.optim.SGD), exact, self.x.double())
+        values = self._results(ordinary(torch.optim.SGD), exact, self.x.double())
         return {name: Reference(value, float(value.norm())) for name, value in values.items()}
 
     def results(self, make: Make, direction: str) -> Mapping[str, Tensor]:
