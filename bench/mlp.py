@@ -43,7 +43,8 @@ def problem(case: Case, device: torch.device) -> DifferentiableProblem:
     arguments = {"input": normal(rows, sizes[0])}
     for n, (before, after) in enumerate(itertools.pairwise(sizes)):
         arguments |= {f"weight{n}": normal(after, before, std=before**-0.5), f"bias{n}": normal(after)}
-    return DifferentiableProblem(arguments, normal(rows, sizes[-1]), eager, scales, case.tf32, OPTIONS)
+    grad, layers = normal(rows, sizes[-1]), len(sizes) - 1
+    return DifferentiableProblem(arguments, grad, eager, scales, case.tf32, OPTIONS, layers=layers)
 
 
 def scales(arguments: Mapping[str, Tensor], output_grad: Tensor) -> dict[str, float]:

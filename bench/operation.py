@@ -298,6 +298,7 @@ class DifferentiableProblem:
     tf32: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     rows: int | None = None  # of the input, that are computed at a time in float64; None: all
+    layers: int = 1  # each rounds what it hands on
 
     def reference(self) -> Mapping[str, Reference]:
         """Rows of the output and of the input's gradient depend on that row of the input alone, and the gradients of
@@ -352,7 +353,7 @@ class DifferentiableProblem:
         sigmoid saturates 1 − y has lost the digits that the tolerance asks for.
         """
         dtype = self.output_grad.dtype
-        limit = TF32_TOLERANCE if self.tf32 else TOLERANCE[dtype]
+        limit = self.layers * (TF32_TOLERANCE if self.tf32 else TOLERANCE[dtype])
         # Half a unit in the operands' last place on top: where torch happens to be exact, or (on a CPU) does not
         # round to the TF32 that is allowed, twice its error is nothing.
         twice = 2 * baseline + (2**-10 if self.tf32 else torch.finfo(dtype).eps) / 2

@@ -61,6 +61,26 @@ def test_a_file_of_the_folder_is_enough() -> None:
         assert not named or file.name == "host_layers.py", f"{file.name} knows of {named}"
 
 
+def test_launches_are_those_of_the_direction_with_its_precision() -> None:
+    def launches(name: str, case: Case, direction: str) -> list[Launch]:
+        return operation.find([name])[0].launches(case, direction, ARCHS["sm_90"])
+
+    def kernels(name: str, case: Case, direction: str) -> list[str]:
+        return [launch.kernel.__name__ for launch in launches(name, case, direction)]
+
+    case = linear.LinearCase((64, 32, 48), torch.float32)
+    backward = kernels("linear", case, "backward")
+    assert kernels("linear", case, "forward") == ["forward"]
+    assert "forward" not in backward
+    assert {"wgrad", "dgrad"} <= set(backward)
+    assert kernels("linear", case, "both") == ["forward", *backward]
+    assert "dgrad" not in kernels("linear", case, "wgrad only")
+    assert kernels("train", Case((16, 784, 128, 10), torch.float32), "step") == ["train_rows", "train_weights"]
+    for tf32 in (False, True):
+        (launch,) = launches("linear", linear.LinearCase((64, 32, 48), torch.float32, tf32), "forward")
+        assert (launch.named["PRECISION"] == "tf32x3") == (not tf32)
+
+
 def test_the_cases_with_targets_come_first() -> None:
     """Whatever is measured or tuned may be cut off. Every step has a target of launches, every layer one of memory."""
     for entry in operation.find():

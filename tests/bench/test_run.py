@@ -92,6 +92,14 @@ def test_smoke_walks_through_all_cases_and_directions(tmp_path: Path, capsys: py
 
 
 @NO_CUDA
+@pytest.mark.parametrize("name", ["mlp", "train"])
+def test_smoke_walks_through_several_layers(name: str, tmp_path: Path) -> None:
+    status, rows = smoke(with_provider(name, None), tmp_path)
+    entries = [(provider, entry["status"]) for row in rows for provider, entry in row["providers"].items()]
+    assert {status for provider, status in entries if provider != "compile"} == {"ok"}
+    assert status == 0
+
+
 def test_smoke_runs_the_kernels_under_the_interpreter(tmp_path: Path, launched: list[str]) -> None:
     smoke(linear(), tmp_path, "16x16x32")
     assert {"forward", "dgrad", "wgrad"} <= set(launched)
