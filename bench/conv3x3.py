@@ -1,9 +1,8 @@
 """`conv3x3`: y = act(x ⋆ w + b), x (N, C, H, W), w (O, C / groups, 3, 3), padding 1."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 import tribp
 from tribp.launch.arch import Arch, cdiv
-from tribp.ops.activations import activate, activation_of, gradient
+from tribp.ops.activations import activate, activation_of
 
 from .expectations import (
     PIPELINED,
@@ -192,22 +191,11 @@ def problem(case: ConvCase, device: torch.device) -> DifferentiableProblem:
         arguments["bias"] = case.normal(device, o)
     output_grad = normal(*case.output_size)
     options = dict(stride=case.stride, padding=PADDING, groups=case.groups, activation=case.activation)
-    terms, images = partial(scales, options=options), images_at_a_time(case)
-    return DifferentiableProblem(arguments, output_grad, eager, terms, case.tf32, options, images)
+    return DifferentiableProblem(arguments, output_grad, eager, case.tf32, options, images_at_a_time(case))
 
 
 def images_at_a_time(case: ConvCase) -> int:
     return max(1, AT_A_TIME // (math.prod(case.input_size[1:]) + math.prod(case.output_size[1:])))
-
-
-def scales(arguments: Mapping[str, Tensor], output_grad: Tensor, options: Mapping[str, object]) -> dict[str, float]:
-    """The bias's gradient sums pixels of either sign, and can be as small as it likes."""
-    if "bias" not in arguments:
-        return {}
-    if options["activation"]:
-        y = eager(*arguments.values(), **options)  # type: ignore[arg-type]
-        output_grad = gradient(output_grad, y, activation_of("bench", options["activation"]))  # type: ignore[arg-type]
-    return {"bias": float(output_grad.norm())}
 
 
 # What is compiled without a GPU: bf16 over all forms, the other types where their rules differ from it.

@@ -1,7 +1,7 @@
 """`mlp`: layers of y = act(x·wᵀ + b). A shape is (rows, features of the input, of each layer's output)."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,16 +44,7 @@ def problem(case: Case, device: torch.device) -> DifferentiableProblem:
     for n, (before, after) in enumerate(itertools.pairwise(sizes)):
         arguments |= {f"weight{n}": normal(after, before, std=before**-0.5), f"bias{n}": normal(after)}
     grad, layers = normal(rows, sizes[-1]), len(sizes) - 1
-    return DifferentiableProblem(arguments, grad, eager, scales, case.tf32, OPTIONS, layers=layers)
-
-
-def scales(arguments: Mapping[str, Tensor], output_grad: Tensor) -> dict[str, float]:
-    """A bias's gradient sums rows of either sign, and can be as small as it likes."""
-    x, *layers = arguments.values()
-    rows = [b.expand(len(x), -1).clone().requires_grad_() for b in layers[1::2]]
-    y = eager(x, *itertools.chain.from_iterable(zip(layers[::2], rows, strict=True)), **OPTIONS)
-    found = torch.autograd.grad(y, rows, output_grad)
-    return {f"bias{n}": float(dz.norm(dim=0).norm()) for n, dz in enumerate(found)}
+    return DifferentiableProblem(arguments, grad, eager, case.tf32, OPTIONS, layers=layers)
 
 
 def work(case: Case, direction: str) -> Work:

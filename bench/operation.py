@@ -6,7 +6,6 @@ To add one: a file in this folder that ends in `OPERATION = Operation(…)`. Not
 import contextlib
 import functools
 import importlib
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -287,14 +286,12 @@ def functions(ours: Callable[..., Tensor], eager: Callable[..., Tensor]) -> Call
 class DifferentiableProblem:
     """`arguments` by name, the first being the input, and `output_grad`, what comes back from the layer above.
 
-    `exact` computes the output from float64 arguments. A gradient whose sum can cancel has the size of the sum's terms
-    in `scales(arguments, output gradient)`, by the argument's name. Every function is called with `options` besides.
+    `exact` computes the output from float64 arguments. Every function is called with `options` besides.
     """
 
     arguments: Mapping[str, Tensor]
     output_grad: Tensor
     exact: Callable[..., Tensor]
-    scales: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, float]]
     tf32: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     rows: int | None = None  # of the input, that are computed at a time in float64; None: all
@@ -303,27 +300,27 @@ class DifferentiableProblem:
     def reference(self) -> Mapping[str, Reference]:
         """Rows of the output and of the input's gradient depend on that row of the input alone, and the gradients of
         the other arguments are sums over rows: so they can be had in several parts, in the memory that one takes.
+
+        Such a sum can be as small as it likes. What its terms amount to is seen with signs that are drawn at random.
         """
         first, *others = self.arguments
+        outputs, grads, terms = list[Tensor](), list[tuple[Tensor, ...]](), list[tuple[Tensor, ...]]()
         rows = self.rows or len(self.output_grad)
-        outputs, grads, terms = list[Tensor](), list[tuple[Tensor, ...]](), list[Mapping[str, float]]()
-        for some, dy in zip(
-            *(torch.split(tensor, rows) for tensor in (self.arguments[first], self.output_grad)), strict=True
-        ):
-            exact = {name: value.detach().double() for name, value in {**self.arguments, first: some}.items()}
-            dy = dy.double()
-            terms.append(self.scales(exact, dy))
-            leaves = [value.requires_grad_() for value in exact.values()]
-            output = self.exact(*leaves, **self.options)
-            grads.append(torch.autograd.grad(output, leaves, dy))
+        parts = [torch.split(tensor, rows) for tensor in (self.arguments[first], self.output_grad)]
+        for some, dy in zip(*parts, strict=True):
+            exact = {**self.arguments, first: some}
+            leaves = [value.detach().double().requires_grad_() for value in exact.values()]
+            output, dy = self.exact(*leaves, **self.options), dy.double()
+            grads.append(torch.autograd.grad(output, leaves, dy, retain_graph=True))
+            terms.append(torch.autograd.grad(output, leaves[1:], dy * (2 * torch.randint_like(dy, 2) - 1)))
             outputs.append(output.detach())
         input_grads, *sums = zip(*grads, strict=True)
         values = {"output": torch.cat(outputs), f"{first}.grad": torch.cat(input_grads)}
-        values |= {f"{name}.grad": functools.reduce(torch.add, parts) for name, parts in zip(others, sums, strict=True)}
-        scales = {f"{name}.grad": math.hypot(*(part[name] for part in terms)) for name in terms[0]}
-        return {
-            name: Reference(value, max(float(value.norm()), scales.get(name, 0.0))) for name, value in values.items()
-        }
+        references = {name: Reference(value, float(value.norm())) for name, value in values.items()}
+        for name, *both in zip(others, sums, zip(*terms, strict=True), strict=True):
+            value, signed = (functools.reduce(torch.add, parts) for parts in both)
+            references[f"{name}.grad"] = Reference(value, max(float(value.norm()), float(signed.norm())))
+        return references
 
     def results(self, function: Callable[..., Tensor], direction: str) -> Mapping[str, Tensor]:
         inputs = self._inputs(direction)

@@ -384,7 +384,7 @@ def test_a_budget_that_is_spent_leaves_everything_and_is_no_mistake(
 ) -> None:
     given_plan(monkeypatch, python("long", "1/0", needs=100, limit=200))
     assert bench_all.main(Options(budget=1.5, out=tmp_path, smoke=True)) == 0
-    assert "| long | left | 0 | needs about 100 s |" in capsys.readouterr().out
+    assert "| long | left   | 0 | needs about 100 s |" in capsys.readouterr().out
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
