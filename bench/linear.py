@@ -226,5 +226,4 @@ OPERATION = Operation(
         kernels=["tests/linear/test_kernels.py"],
     ),
     run_first={"bfloat16": "--dtype bfloat16", "float32": "--dtype float32 --first 3"},
-    switches=("TMA", "PREFETCH", "PERSISTENT", "FUSE_DZ", "X_TRANSPOSED", "W_TRANSPOSED"),
 )  # fmt: skip

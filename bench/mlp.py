@@ -91,5 +91,4 @@ OPERATION = Operation(
         ["tests/mlp"], ["tests/mlp", "-k", "matches_torch and (sigmoid or relu)"], ["tests/mlp", "-k", "rows"]
     ),
     run_first={"bfloat16": "--dtype bfloat16"},
-    switches=("TMA", "FUSE_DZ", "below"),
 )

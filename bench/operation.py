@@ -151,7 +151,6 @@ class Operation:
     kernel_work: Mapping[str, Callable[[Given, tuple[int, ...], Any], dict[str, Any]]]
     tests: KernelTests
     run_first: Mapping[str, str]  # for `all`: shares of the cases that have targets, as options of `run`
-    switches: Sequence[str]  # arguments and constants of kernels that settings show where they are on
     of_others: Sequence[str] = ()  # kernels of another operation, that a call launches besides
 
     # Whom it is compared with, and how that is shown.
@@ -204,41 +203,27 @@ def precision(tf32: bool) -> Iterator[None]:
         yield
 
 
+OPTIONAL = ("grad_scale", "grad_norm", "below", "EMA_TYPE")  # of kernels, what is None where it is not wanted
+
+
 def describe(launch: "Launch") -> str:
     """The settings in a few characters: an optimizer's rule and states, tile, warps, stages, what is switched on.
 
-    Of a convolution besides: its box of pixels, its steps where they are not 1, taps and groups that share a program,
-    and which way a relayout goes.
+    Of a convolution besides: its box of pixels, its steps where they are not 1, taps and groups that share a program.
     """
-    given = launch.named
-    sizes = [size for name, size in launch.settings.items() if name.startswith("BLOCK") and name[-1].isalpha()]
-    tile = "×".join(map(str, sizes))
-    rule = getattr(given.get("RULE"), "__name__", "")
+    given, settings = launch.named, launch.settings
     states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
-    switches = dict.fromkeys(switch for operation in find() for switch in operation.switches)
-    on = [name.lower() for name in switches if isinstance(given.get(name), Tensor) or given.get(name)]
-    on += [given["ACT_name"]] if given.get("ACT_name") else []
-    parts = [rule, ",".join(states), tile, f"w{launch.num_warps}", f"s{launch.num_stages}", *_window(given), *on]
-    return " ".join(part for part in parts if part)
-
-
-def _window(given: Given) -> Iterator[str]:
+    sizes = [str(size) for name, size in settings.items() if name.startswith("BLOCK") and name[-1].isalpha()]
+    words = [getattr(given.get("RULE"), "__name__", ""), ",".join(states), "×".join(sizes)]
+    words += [f"w{launch.num_warps}", f"s{launch.num_stages}"]
     if "BOX_N" in given:
-        yield "box" + "×".join(str(given[f"BOX_{side}"]) for side in "NHW")
+        words.append("box" + "×".join(str(given[f"BOX_{side}"]) for side in "NHW"))
     if max(steps := [given.get(f"STEP_{side}", given.get(f"step_{side.lower()}", 1)) for side in "HW"]) > 1:
-        yield "step{}×{}".format(*steps)
-    for name in ("TAPS", "GROUPS_PER_TILE", "ROWS"):
-        if given.get(name, 1) > 1:
-            yield f"{name.lower()}{given[name]}"
-    if "DST_PIXELS" in given:  # relayout
-        yield "→".join(_contiguous(given, side) for side in ("SRC_", "DST_")[: 1 + (given["dst"] is not None)])
-        yield from ("y",) * (given["y"] is not None)
-    elif "SRC_PIXELS" in given:  # pack
-        yield f"{_contiguous(given, 'SRC_')}→channels"
-
-
-def _contiguous(given: Given, side: str) -> str:
-    return "pixels" if given[f"{side}PIXELS"] else "channels" if given[f"{side}CHANNELS"] else "neither"
+        words.append("step{}×{}".format(*steps))
+    words += [f"{name.lower()}{n}" for name in ("TAPS", "GROUPS_PER_TILE", "ROWS") if (n := given.get(name, 1)) > 1]
+    words += [name.lower() for name, value in settings.items() if value is True and name != "PTX"]
+    words += [name.lower() for name in OPTIONAL if given.get(name) is not None]
+    return " ".join(filter(None, [*words, given.get("ACT_name")]))
 
 
 # -- the operations there are -----------------------------------------------------------------------------------------

@@ -480,7 +480,6 @@ OPERATION = Operation(
         kernels=["tests/optim/test_kernels.py"],
     ),
     run_first={"1e8": "--dtype float32 --first 10", "1000 tensors": "--case 1000x"},
-    switches=("grad_scale", "grad_norm", "EMA_TYPE", "ON_DEVICE", "EPS_INSIDE", "STOCHASTIC", "OPTIONAL", "STRIDED"),
     columns=("case", "clock", "tribp", *PEERS, "vs fused", "of floor", "launches", "busy", "host", "graph", "extra MB"),
     legend="Times are medians in µs: on the device with L2 flushed, or (wall) from the call until the device is done, "
     "with new gradients each step. Ratios are the other's time over tribp's. The floor: bytes a step must move over "

@@ -40,7 +40,6 @@ THIRD: Operation = replace(
     targets=lambda case, direction: [Target("eager", 1.0)],
     tests=KernelTests(["tests/third.py"], ["tests/third.py", "-k", "few"], ["tests/third.py", "-k", "one"]),
     run_first={"few": "--first 3"},
-    switches=("MIRRORED", "CHANNELS_LAST"),
     kernel_work={"turn": lambda given, grid, case: dict(turns=grid[0] * given["MIRRORED"])},
 )
 

@@ -131,8 +131,8 @@ def test_every_form_of_the_convolution_is_compiled(rows: list[Row], target: str)
         assert ("tma" in forms(kernel)) == ARCHS[target].has_tma
     assert {"channels_last", "sigmoid"} <= forms("forward") & forms("few_channels_forward")
     assert {"fuse_dz", "taps_last"} <= forms("few_channels_wgrad")
-    assert {"pixels→channels", "y"} <= forms("relayout")
-    assert {"pixels→channels", "channels→channels", "third"} <= forms("pack")
+    assert {"src_pixels", "y_pixels", "dst_channels"} <= forms("relayout")
+    assert {"src_pixels", "src_channels", "third_src_channels"} <= forms("pack")
     for kernel in ("forward", "dgrad", "few_channels_forward", *depthwise):
         layouts = {"channels_last" in row["settings"].split() for row in mine if row["kernel"] == kernel}
         assert layouts == {True, False}, kernel

@@ -141,8 +141,10 @@ def test_settings_are_shown_in_words() -> None:
     assert {"groups_per_tile8", "diagonal"} <= set(shown(grouped, "forward", -1))
     taps = OPERATION.launches(DENSE, "wgrad", ARCH)[0].named["TAPS"]
     assert (f"taps{taps}" in shown(DENSE, "wgrad")) == (taps != 1)
-    assert {"pixels→channels", "third"} <= set(shown(LAST_COLUMNS, "forward"))
-    assert {"y", "channels→channels"} <= set(shown(ConvCase(FEW[0], BF16, activation="sigmoid"), "dgrad"))
+    assert {"src_pixels", "third_src_pixels"} <= set(shown(LAST_COLUMNS, "forward"))
+    assert {"src_channels", "y_channels", "dst_channels"} <= set(
+        shown(ConvCase(FEW[0], BF16, activation="sigmoid"), "dgrad")
+    )
 
 
 def test_settings_are_found_and_changed_by_name() -> None:
