@@ -28,6 +28,7 @@ from .results import markdown
 
 BENCH = (sys.executable, "-m", "bench")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+SHARE = 10  # cases that are measured in a step: of each operation some, before any has all
 RESERVE = 30.0  # seconds of the budget that are kept for the report
 TAIL = 12  # lines of a failed step's output that are shown
 FOUND = 99  # compute-sanitizer's exit code for what it finds: pytest has others
@@ -92,19 +93,19 @@ def plan(out: Path, smoke: bool) -> list[Step]:
         command = [*BENCH, "tune", of.name, *chosen, "--budget", str(minutes), "--out", str(out)]
         return step(f"{of.name}: tune", command, minutes * MINUTE + 20, 2 * minutes * MINUTE)
 
-    # Each operation's first share, then each one's second.
-    shares = [[(o.name, *share) for share in o.run_first.items()] for o in operations]
-    in_turn = [share for one_each in itertools.zip_longest(*shares) for share in one_each if share]
+    # Each operation's first cases, then each one's next.
+    rounds = itertools.zip_longest(*([(o.name, n) for n in shares(o)] for o in operations))
+    in_turn = [share for one_each in rounds for share in one_each if share]
     large = ["-m", "gpu", *(word for o in operations for word in o.tests.large)]
     kernels = [word for o in operations for word in o.tests.kernels]
     host = [*BENCH, "host", *["--smoke"] * smoke, "--json", str(out / "host.json")]
     return [
         *(tests(o.name, o, ["-m", "gpu", *o.tests.gpu]) for o in operations),
         # What has targets, beside eager torch. Every result is checked against float64 before it is timed.
-        *(run(share, name, f"{options} --no-compile") for name, share, options in in_turn),
+        *(run(f"first {n}", name, f"--first {n} --no-compile") for name, n in in_turn),
         *(sanitized(*tool, o) for tool in (("memcheck", "memory"), ("racecheck", "races")) for o in operations),
-        # torch.compile takes minutes to tune a case, hence the shares.
-        *(run(f"{share}, compile", name, options, 10 * MINUTE) for (name, share, options), *_ in filter(None, shares)),
+        # torch.compile takes minutes to tune a case.
+        *(run(f"first {SHARE}, compile", o.name, f"--first {SHARE}", 10 * MINUTE) for o in operations),
         *(tune(o) for o in operations),
         step("host", host, 2 * MINUTE, 6 * MINUTE),
         tests("large", operations[0], large, 5 * MINUTE),
@@ -112,6 +113,17 @@ def plan(out: Path, smoke: bool) -> list[Step]:
         tests("kernels", operations[0], kernels, 10 * MINUTE),
         *(run("the rest, compile", o.name, "", 60 * MINUTE) for o in operations),
     ]
+
+
+def shares(of: Operation) -> list[int]:
+    """How many cases to have measured after one step, after two …: all that have a target but against torch.compile."""
+
+    def is_judged(case: Any) -> bool:
+        targets = [target for direction in of.directions for target in of.targets(case, direction)]
+        return any(t.peer != "compile" and t.quantity in ("time", "bandwidth") for t in targets)
+
+    last = max((n for n, case in enumerate(of.cases, 1) if is_judged(case)), default=1)
+    return list(range(SHARE, last + SHARE, SHARE))
 
 
 def sanitizer() -> str | None:

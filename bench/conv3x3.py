@@ -423,9 +423,6 @@ OPERATION = Operation(
         large=["tests/conv3x3/test_extremes.py"],
         kernels=["tests/conv3x3/test_kernels.py"],
     ),
-    run_first={
-        "bfloat16 NHWC": "--dtype bfloat16 --first 14", "bfloat16 NCHW": "--dtype bfloat16 --case NCHW --first 14",
-    },
     legend=f"Shapes are N×C-O×H×W, /stride, :groups; padding {PADDING}. dgrad is the input's gradient alone, wgrad the "
     "weight's and the bias's, both: forward, and backward with all of them. Eager torch has cuDNN's benchmark mode on. "
     f"{Operation.legend}",

@@ -225,5 +225,4 @@ OPERATION = Operation(
         large=["tests/linear/test_kernels.py"],
         kernels=["tests/linear/test_kernels.py"],
     ),
-    run_first={"bfloat16": "--dtype bfloat16", "float32": "--dtype float32 --first 3"},
 )  # fmt: skip

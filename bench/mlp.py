@@ -90,5 +90,4 @@ OPERATION = Operation(
     tests=KernelTests(
         ["tests/mlp"], ["tests/mlp", "-k", "matches_torch and (sigmoid or relu)"], ["tests/mlp", "-k", "rows"]
     ),
-    run_first={"bfloat16": "--dtype bfloat16"},
 )

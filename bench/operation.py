@@ -150,14 +150,12 @@ class Operation:
     # By kernel, of a launch's arguments by name, its grid and the case: parts of `model.work.LaunchWork`.
     kernel_work: Mapping[str, Callable[[Given, tuple[int, ...], Any], dict[str, Any]]]
     tests: KernelTests
-    run_first: Mapping[str, str]  # for `all`: shares of the cases that have targets, as options of `run`
     of_others: Sequence[str] = ()  # kernels of another operation, that a call launches besides
 
     # Whom it is compared with, and how that is shown.
     baseline: str = "eager"  # the provider whose errors are torch's own
     peers: Sequence[str] = ("eager", "compile")  # all providers but tribp
     best_of: Mapping[str, Sequence[str]] = field(default_factory=dict)  # names for the fastest of several peers
-    drawn: Sequence[str] = ()  # the peers in the picture; none: all
     columns: Sequence[str] = (  # of the table: see `results.COLUMNS`
         "case", "direction", "tribp", "eager", "compile", "vs eager", "vs compile", "of floor", "graph", "host",
         "memory",

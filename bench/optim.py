@@ -464,7 +464,6 @@ OPERATION = Operation(
     baseline="for-loop",
     peers=PEERS,
     best_of={"eager": ("for-loop", "foreach", "fused")},
-    drawn=("fused", "foreach", "compile"),
     providers=providers,
     problem=Problem,
     work=work,
@@ -479,7 +478,6 @@ OPERATION = Operation(
         ["tests/optim/test_plan.py", "-k", "a_plan_is_kept"],
         kernels=["tests/optim/test_kernels.py"],
     ),
-    run_first={"1e8": "--dtype float32 --first 10", "1000 tensors": "--case 1000x"},
     columns=("case", "clock", "tribp", *PEERS, "vs fused", "of floor", "launches", "busy", "host", "graph", "extra MB"),
     legend="Times are medians in µs: on the device with L2 flushed, or (wall) from the call until the device is done, "
     "with new gradients each step. Ratios are the other's time over tribp's. The floor: bytes a step must move over "

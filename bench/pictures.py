@@ -24,7 +24,8 @@ def shown(rows: Sequence[Row], most: int) -> list[Row]:
 
 
 def bars(path: Path, title: str, rows: Sequence[Row], peers: Sequence[str]) -> None:
-    """The ratio of each peer's time to tribp's."""
+    """The ratio of each peer's time to tribp's; of peers that were measured."""
+    peers = [peer for peer in peers if any(r["ratios"].get(peer) is not None for r in rows)]
     rows = shown([r for r in rows if any(r["ratios"].get(peer) is not None for peer in peers)], MOST_BARS)[::-1]
     figure = figure_of(9, 1.5 + 0.28 * len(rows))
     if figure is None or not rows:

@@ -181,5 +181,5 @@ def draw(folder: Path, stored: Stored) -> None:
     for entry in operation.find():
         if held := stored.get(entry.name):
             heading, ceilings = results.heading(held), (held["copy_bytes_per_second"], held["operations_per_second"])
-            pictures.bars(folder / f"{entry.name}.png", heading, held["rows"], entry.drawn or entry.peers)
+            pictures.bars(folder / f"{entry.name}.png", heading, held["rows"], entry.peers)
             pictures.roofline(folder / f"roofline-{entry.name}.png", heading, held["rows"], *ceilings)

@@ -199,7 +199,6 @@ OPERATION = Operation(
     expectations=expectations,
     kernel_work={"forward": linear.forward_work, "train_rows": rows_work, "train_weights": weights_work},
     tests=KernelTests(["tests/training"], ["tests/training", "-k", "matches_torch"], ["tests/training", "-k", "spec"]),
-    run_first={"float32": "--dtype float32"},
     of_others=("multi_tensor_step",),
     columns=("case", "clock", "tribp", "eager", "separate", "compile", "vs eager", "launches", "host", "graph"),
     graph_calls=1,

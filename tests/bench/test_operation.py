@@ -39,7 +39,6 @@ THIRD: Operation = replace(
     work=lambda case, direction: Work(1e9, 0),
     targets=lambda case, direction: [Target("eager", 1.0)],
     tests=KernelTests(["tests/third.py"], ["tests/third.py", "-k", "few"], ["tests/third.py", "-k", "one"]),
-    run_first={"few": "--first 3"},
     kernel_work={"turn": lambda given, grid, case: dict(turns=grid[0] * given["MIRRORED"])},
 )
 
@@ -103,10 +102,9 @@ def test_its_tests_and_measurements_are_planned(third: None) -> None:
     assert list(plan["tests third"].command[-3:]) == ["-m", "gpu", "tests/third.py"]
     for name in ("memory third", "races third"):
         assert list(plan[name].command[-3:]) == ["tests/third.py", "-k", "few"]
-    assert {"third: few", "third: few, compile", "third: tune", "third: the rest", "third: the rest, compile"} <= set(
-        plan
-    )
-    assert list(plan["third: few"].command[-7:-2]) == ["third", "--first", "3", "--no-compile", "--missing"]
+    runs = ("first 10", "first 10, compile", "tune", "the rest", "the rest, compile")
+    assert {f"third: {name}" for name in runs} <= set(plan)
+    assert list(plan["third: first 10"].command[-7:-2]) == ["third", "--first", "10", "--no-compile", "--missing"]
     smoke = {step.name: step for step in bench_all.plan(Path("DIR"), smoke=True)}
     assert smoke["tests third"].command[-1] == smoke["races third"].command[-1] == "one"
 
