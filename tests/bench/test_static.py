@@ -212,13 +212,14 @@ def plant() -> dict[str, Any]:
 
     from bench.compile import read_launches, source_of
     from bench.linear import OPERATION, LinearCase, expectations
+    from tests.launch.plans import with_settings
     from tribp.launch.plan import Launch, launches_of
 
     def forward(shape: tuple[int, int, int], dtype: torch.dtype, target: str) -> Launch:
         return OPERATION.launches(LinearCase(shape, dtype), "forward", ARCHS[target])[0]
 
     def changed(launch: Launch, warps: int = 0, stages: int = 0, **constants: object) -> Launch:
-        launch = launch.with_settings(**constants)
+        launch = with_settings(launch, **constants)
         return launch._replace(num_warps=warps or launch.num_warps, num_stages=stages or launch.num_stages)
 
     even, odd = (8192, 1024, 1024), (1000, 77, 333)

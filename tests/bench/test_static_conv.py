@@ -16,6 +16,8 @@ from tribp.kernels.conv3x3 import Box
 from tribp.launch.arch import ARCHS
 from tribp.launch.plan import Launch
 
+from ..launch.plans import with_settings
+
 BF16, FP32 = torch.bfloat16, torch.float32
 DENSE, LAST_COLUMNS = ConvCase(FEW[0], BF16), ConvCase(FEW[0], BF16, last=False)
 SINGLE, SMALL = ConvCase(FEW[0], FP32, tf32=True), ConvCase((256, 3, 64, 224, 224), FP32, tf32=True)
@@ -47,7 +49,7 @@ ARCH = ARCHS["sm_80"]
 
 def changed(launch: Launch, changes: dict[str, Any]) -> Launch:
     constants = {name: value for name, value in changes.items() if name.isupper()}
-    return launch.with_settings(**constants)._replace(
+    return with_settings(launch, **constants)._replace(
         num_warps=changes.get("warps", launch.num_warps), num_stages=changes.get("stages", launch.num_stages)
     )
 
@@ -155,9 +157,9 @@ def test_settings_are_found_and_changed_by_name() -> None:
     assert launch.named["SRC_CHANNELS"] is config.SRC.CHANNELS is True
     assert launch.named["N"] == FEW[0][0], "arguments too"
     assert "CONFIG" not in launch.named
-    assert launch.with_settings(VEC_P=1).settings == launch.settings | {"VEC_P": 1} != launch.settings
+    assert with_settings(launch, VEC_P=1).settings == launch.settings | {"VEC_P": 1} != launch.settings
     with pytest.raises(ValueError, match="VECTOR"):
-        launch.with_settings(VECTOR=1)
+        with_settings(launch, VECTOR=1)
 
 
 def test_a_product_multiplies_in_its_loop() -> None:

@@ -1,7 +1,7 @@
 """Plans with configs that no heuristic would choose: for the files that test kernels."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -33,3 +33,14 @@ def run(
     plan = plan_of(build, tensors, configs, **facts)
     plan.run(tensors, next(t for t in tensors if t is not None).device)
     return plan.launches
+
+
+def with_settings(launch: Launch, **changes: object) -> Launch:
+    """The launch with other constants, or other fields of its CONFIG. Raises ValueError for a name it has not."""
+    constants = dict(launch.constants)
+    for name, value in changes.items():
+        if name in constants:
+            constants[name] = value
+        else:
+            constants["CONFIG"] = cast(Any, constants.get("CONFIG", ()))._replace(**{name: value})
+    return launch._replace(constants=constants)

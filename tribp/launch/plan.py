@@ -149,16 +149,6 @@ class Launch(NamedTuple):
             settings |= _fields(value, "") if _is_named(value) else {name: value}
         return settings
 
-    def with_settings(self, **changes: object) -> "Launch":
-        """The launch with other constants, or other fields of its CONFIG. Raises ValueError for a name it has not."""
-        constants = dict(self.constants)
-        for name, value in changes.items():
-            if name in constants:
-                constants[name] = value
-            else:
-                constants["CONFIG"] = cast(Any, constants.get("CONFIG", ()))._replace(**{name: value})
-        return self._replace(constants=constants)
-
     @property
     def options(self) -> dict[str, int]:
         """What the compiler is told besides the kernel's own arguments."""
