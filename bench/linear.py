@@ -46,8 +46,9 @@ class LinearCase(Case):
 
     @property
     def name(self) -> str:
-        layout = f"{self.transposed} transposed" if self.transposed else ""
-        return " ".join(filter(None, [super().name, self.activation.removeprefix("sigmoid"), layout]))
+        activation = [self.activation] if self.activation != "sigmoid" else []
+        layout = [f"{self.transposed} transposed"] if self.transposed else []
+        return " ".join([super().name, *activation, *layout])
 
 
 def cases() -> list[LinearCase]:
