@@ -136,7 +136,7 @@ def demo() -> SimpleNamespace:
 
     for extra in program.EXTRAS:
         pytest.importorskip(extra)
-    names = ("digits", "models", "picture", "report", "training")
+    names = ("digits", "learned", "models", "page", "picture", "report", "training")
     return SimpleNamespace(**{name: importlib.import_module(f"tribp.demo.{name}") for name in names})
 
 
@@ -147,6 +147,10 @@ def mnist(demo: SimpleNamespace) -> Any:
 
 @pytest.fixture
 def few(demo: SimpleNamespace, mnist: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_few(demo, mnist, monkeypatch)
+
+
+def use_few(demo: SimpleNamespace, mnist: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 digits to train on and 50 held out, of the 5,000: for tests that look at everything but the accuracy."""
     images, labels = mnist
     some = [i for digit in range(10) for i in (labels == digit).nonzero()[0][:15]]

@@ -174,12 +174,12 @@ def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def build(tree: Path, kind: str, out: Path) -> Path:
-    """A wheel of what is in the tree, by the backend that pip would call, without the network."""
+    """A wheel or an sdist of what is in the tree, by the backend that pip would call, without the network."""
     pytest.importorskip("setuptools", minversion="77")
     code = f"import setuptools.build_meta as b, sys; print(b.build_{kind}(sys.argv[1]))"
     run = subprocess.run([sys.executable, "-c", code, str(out)], cwd=tree, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    (path,) = out.glob("*.whl")
+    (path,) = out.glob("*.tar.gz" if kind == "sdist" else "*.whl")
     return path
 
 
@@ -192,6 +192,15 @@ def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 def test_wheel_holds_the_tree(wheel: set[str]) -> None:
     expected = {"tribp/" + name.replace(".", "/") + ".py" for name in shipped()} | {"tribp/py.typed"}
     assert {name for name in wheel if ".dist-info/" not in name} == expected
+
+
+def test_wheel_of_the_sdist_is_the_same(tree: Path, wheel: set[str], tmp_path: Path) -> None:
+    """Who installs the sdist has the kernels as well, though it has no link to them."""
+    source = tmp_path / "source"
+    shutil.unpack_archive(build(tree, "sdist", tmp_path), source, filter="data")
+    (unpacked,) = source.iterdir()
+    assert set(zipfile.ZipFile(build(unpacked, "wheel", tmp_path)).namelist()) == wheel
+    assert (unpacked / "LICENSE").exists()
 
 
 def test_wheel_installs_no_top_level_kernels(wheel: set[str]) -> None:

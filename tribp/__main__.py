@@ -17,6 +17,7 @@ from .demo.models import HIDDEN, MODELS, SIZES, SIZES3
 
 EXTRAS = ("matplotlib", "mlxtend.data", "rich")  # what pip install -e '.[demo]' brings
 PICTURES = (".pdf", ".png", ".svg")
+PAGES = (".htm", ".html")
 LARGEST = 1e6  # for --lr and --epsilon: far beyond sense, and far from overflow
 
 DESCRIPTION = """\
@@ -25,9 +26,10 @@ against examples small enough to follow by hand. Then a network learns 4,000 rea
 gradient descent (w <- w - lr * dE/dw, with an optimizer choosing the size of each step), beside the same network and
 optimizer in plain torch: one of 784 inputs, 128 hidden and 10 output units, sigmoid after both layers, or with --model
 cnn a convolutional one. It is judged on 1,000 digits that it never saw, and its loss is drawn step by step, with the
-moving averages that make the trend visible. --compare draws the losses of all optimizers instead, and those of gradient
-descent with batches of all digits, one, and a few. Takes well under a minute on two CPU cores, --compare about one; on
-a CUDA GPU the same program runs tribp's Triton kernels."""
+moving averages that make the trend visible; below it stands what was learned. --html writes a page of all that, with
+the network of the worked examples, value by value. --compare draws the losses of all optimizers instead, and those of
+gradient descent with batches of all digits, one, and a few. Takes well under a minute on two CPU cores, --compare
+about one; on a CUDA GPU the same program runs tribp's Triton kernels."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,6 +98,8 @@ def _options(argv: Sequence[str] | None) -> dict[str, Any]:
             if name in given:
                 option = "--" + name.replace("_", "-")
                 parser.error(f"argument {option}: not allowed with --compare, where every method has its own")
+        if "html" in given:
+            parser.error("argument --html: not allowed with --compare, which writes a picture alone")
         if "fused_step" in given:
             parser.error("argument --fused-step: not allowed with --compare, whose times are of separate steps")
         if given["model"] != "mlp":
@@ -192,7 +196,15 @@ def _parser() -> argparse.ArgumentParser:
         type=_output,
         default="tribp-demo.png",
         metavar="PATH",
-        help="picture of loss and accuracy to write, .png, .svg or .pdf (default: %(default)s)",
+        help="picture of loss, accuracy and what was learned, .png, .svg or .pdf (default: %(default)s)",
+    )
+    add(
+        "--html",
+        type=_page,
+        default=argparse.SUPPRESS,
+        metavar="PATH",
+        help="page to write, with everything in one file: the worked examples, the computation graph of the network "
+        "2-2-1 with every value and gradient, the curves, and what was learned",
     )
     return parser
 
@@ -241,9 +253,17 @@ def _real(text: str) -> float:
 
 
 def _output(text: str) -> Path:
+    return _writable(text, PICTURES)
+
+
+def _page(text: str) -> Path:
+    return _writable(text, PAGES)
+
+
+def _writable(text: str, suffixes: Sequence[str]) -> Path:
     path = Path(text)
-    if path.suffix not in PICTURES:
-        raise argparse.ArgumentTypeError(f"must end in {', '.join(PICTURES)}, got {text!r}")
+    if path.suffix not in suffixes:
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(suffixes)}, got {text!r}")
     try:
         if path.exists():
             path.open("ab").close()

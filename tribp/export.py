@@ -9,6 +9,7 @@ from torch._ops import OpOverload
 from .ops.conv3x3 import op as conv3x3
 from .ops.linear import op as linear
 from .ops.mlp import op as mlp
+from .ops.shared import NAMESPACE
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
@@ -17,7 +18,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     The program then runs, and is exported further, where tribp is not installed. It is not in torch's own table of
     decompositions: with one there, `torch.compile` refuses to call an operator where the variable CI is set.
     """
-    operators = torch.ops.tribp
+    operators = getattr(torch.ops, NAMESPACE)
     return {
         operators.linear.default: linear.decomposed,
         operators.linear_sigmoid.default: lambda input, weight, bias: linear.decomposed(input, weight, bias, "sigmoid"),

@@ -86,7 +86,7 @@ def test_picture_holds_the_series(
     figures: list[Any] = []
     monkeypatch.setattr(demo.picture.Figure, "savefig", lambda figure, *a, **k: figures.append(figure))
     demo.picture.draw(run, "", tmp_path / "unused.png")
-    loss, accuracy = figures[0].axes
+    loss, accuracy, weights, judged = figures[0].axes
     raw, ema, sma = ([list(xy) for xy in line.get_data()] for line in loss.get_lines())
     assert raw == [list(range(1, 22)), run.losses]
     assert ema == [list(range(1, 22)), averages.exponential(run.losses, 0.9)]
@@ -96,6 +96,12 @@ def test_picture_holds_the_series(
     for axes in (loss, accuracy):
         assert axes.get_xlabel()
         assert axes.get_ylabel()
+    units = demo.learned.first_weights(run.tribp.layers, 14)
+    assert [image.get_array().tolist() for image in weights.images] == units.tolist()
+    assert len(units) == 14
+    some = demo.learned.judged(run, 7)
+    assert [image.get_array().tolist() for image in judged.images] == [digit.image.tolist() for digit in some]
+    assert [text.get_text() for text in judged.texts] == [str(digit) for digit in some]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
@@ -171,7 +177,7 @@ def test_help_teaches_and_imports_no_extra() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "imported: []" in done.stdout
-    for option in ("device", "batch-size", "epochs", "lr", "epsilon", "seed", "output"):
+    for option in ("device", "batch-size", "epochs", "lr", "epsilon", "seed", "output", "html"):
         assert re.search(rf"^  --{option} \w+", done.stdout, re.MULTILINE), option
     assert re.search(r"^  --optimizer \{sgd,momentum,adagrad,rmsprop,adam,adamw\}$", done.stdout, re.MULTILINE)
     assert re.search(r"^  --model \{mlp,mlp3,cnn\}$", done.stdout, re.MULTILINE)
@@ -195,6 +201,7 @@ def test_help_teaches_and_imports_no_extra() -> None:
         *(["--seed", value] for value in ("-1", "x", "9" * 30)),
         *(["--device", value] for value in ("tpu", "mps", "cuda:x", "cuda:99", "meta", "")),
         *(["--output", value] for value in ("nowhere/x.png", "x.txt", "", ".", "folder.png")),
+        *(["--html", value] for value in ("nowhere/x.html", "x.png", "", "folder.html")),
         *(["--optimizer", value] for value in ("lbfgs", "SGD", "")),
         ["--optimizer", "adam", "--compare"],  # also where it is the default
         ["--batch-size", "16", "--compare"],
@@ -203,6 +210,7 @@ def test_help_teaches_and_imports_no_extra() -> None:
         ["--model", "cnn", "--compare"],
         ["--model", "mlp3", "--compare"],
         ["--fused-step", "--compare"],
+        ["--html", "x.html", "--compare"],
         *(["--model", value] for value in ("CNN", "rnn", "")),
         ["--compare=all"],
         ["--unknown"],
@@ -214,7 +222,8 @@ def test_bad_options(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder.png").mkdir()
+    for name in ("folder.png", "folder.html"):
+        (tmp_path / name).mkdir()
     with pytest.raises(SystemExit) as stop:
         program.main(options)
     assert stop.value.code == 2

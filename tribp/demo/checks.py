@@ -130,8 +130,8 @@ def single_unit(device: torch.device) -> list[Check]:
     ]
 
 
-def two_two_one(device: torch.device) -> list[Check]:
-    """The network 2-2-1: output, loss, gradients, and what one step of SGD with lr = 0.01 adds to the weights."""
+def two_two_one_network(device: torch.device) -> tuple[LinearSigmoid, LinearSigmoid, Tensor, Tensor]:
+    """The layers of the network 2-2-1 with the weights of the example, its input and its target."""
     x, target, w1, w2 = (
         torch.tensor(rows, dtype=torch.float64, device=device)
         for rows in ([[0.1, 0.8]], [[0.5]], [[1.0, 2.0], [0.0, 1.0]], [[3.0, 3.0]])
@@ -140,7 +140,13 @@ def two_two_one(device: torch.device) -> list[Check]:
     second = LinearSigmoid(2, 1, device=device, dtype=torch.float64)
     first.load_state_dict({"weight": w1, "bias": torch.zeros(2, device=device)})
     second.load_state_dict({"weight": w2, "bias": torch.zeros(1, device=device)})
-    network = nn.Sequential(first, second)
+    return first, second, x, target
+
+
+def two_two_one(device: torch.device) -> list[Check]:
+    """The network 2-2-1: output, loss, gradients, and what one step of SGD with lr = 0.01 adds to the weights."""
+    first, second, x, target = two_two_one_network(device)
+    network, w1, w2 = nn.Sequential(first, second), first.weight.detach().clone(), second.weight.detach().clone()
 
     output = network(x)
     loss = half_squared_error(output, target)
@@ -158,6 +164,26 @@ def two_two_one(device: torch.device) -> list[Check]:
         Check("ΔW1, row 2", _numbers(step1[1]), [-0.01 * 0.000307910, -0.01 * 0.00246328]),
         Check("ΔW2", _numbers(step2), [-0.01 * 0.00405699, -0.01 * 0.00331059]),
     ]
+
+
+def worked_examples(device: torch.device, with_convolution: bool) -> dict[str, list[Check]]:
+    """The examples under their titles, with or without that of the convolution."""
+    examples = {
+        "y = σ(w x + b) at x = 1, w = 0.5, b = 0.5": single_unit(device),
+        "network 2-2-1, its gradients, and the change ΔW by one step of SGD, lr = 0.01": two_two_one(device),
+    }
+    if with_convolution:
+        title = "3×3 convolution of the rows 1 2 3 4, 5 6 7 8, … with w of rows 1 0 −1, an edge finder; S = Σ y"
+        examples[title] = convolution(device)
+    return examples
+
+
+def mark(right: bool) -> str:
+    return "✓" if right else "✗"
+
+
+def written(numbers: Sequence[float]) -> str:
+    return ", ".join(str(n) if isinstance(n, int) else f"{n:#.6g}" for n in numbers)
 
 
 def refusal(device: torch.device) -> str | None:

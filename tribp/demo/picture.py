@@ -1,32 +1,51 @@
-"""The pictures: loss per step with its moving averages, and accuracy per epoch; or the losses of several methods."""
+"""The pictures: loss, accuracy and what was learned; or the losses of several methods."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from . import averages
+from . import averages, learned
 from .training import Training
 
 BETA = 0.9
 WINDOW = 100  # steps; a third of all where there are fewer than three windows of them
+MOST_UNITS, MOST_DIGITS = 14, 7  # of the first layer; of the digits recognized, and of those mistaken
+WEIGHTS_COLORS = "RdBu"
 MEMORY = 1000  # digits that the averages of a comparison go back: one number for every batch size
 
 
 def draw(training: Training, title: str, path: Path) -> None:
     """Write the picture of `training` to `path`, in the format of its suffix."""
+    figure = _figure(title, height=10.5)
+    loss, accuracy, weights, digits = figure.subplots(4, 1, height_ratios=(4, 4, 1, 1.2))
+    curves(training, loss, accuracy)
+
+    units = learned.first_weights(training.tribp.layers, MOST_UNITS)
+    _images(weights, list(units), WEIGHTS_COLORS, (-1, 1))
+    weights.set_title(f"weights of {len(units)} units of the first layer: blue positive, red negative", fontsize=9)
+    judged = learned.judged(training, MOST_DIGITS)
+    _images(digits, [digit.image for digit in judged], "gray_r", (0, 1))
+    digits.set_title("held-out digits, and what the network says", fontsize=9)
+    for i, digit in enumerate(judged):
+        color = "black" if digit.right else "tab:red"
+        digits.text(i + 0.5, -0.1, str(digit), color=color, fontsize=8, ha="center", va="top")
+    _save(figure, path)
+
+
+def curves(training: Training, loss: Axes, accuracy: Axes) -> None:
+    """Draw the loss per step with its moving averages, and the accuracy per epoch."""
     losses = training.losses
     window = max(1, min(WINDOW, len(losses) // 3))
     steps = range(1, len(losses) + 1)
     epochs = range(1, len(training.accuracies) + 1)
 
-    figure = _figure(title)
-    loss, accuracy = figure.subplots(2, 1)
-
     marker = "o" if len(losses) < 50 else ""
-    loss.plot(steps, losses, color="0.8", linewidth=0.8, marker=marker, label="each step")
+    loss.plot(steps, losses, color="0.5", alpha=0.5, linewidth=0.8, marker=marker, label="each step")
     loss.plot(steps, averages.exponential(losses, BETA), color="tab:orange", linewidth=1, label=f"EMA, β = {BETA}")
     # A mean stands over the last of the steps that it covers.
     loss.plot(
@@ -45,9 +64,16 @@ def draw(training: Training, title: str, path: Path) -> None:
     accuracy.legend(loc="lower right")
 
     for axes in (loss, accuracy):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
-    _save(figure, path)
+
+
+def _images(axes: Axes, images: Sequence[Tensor], colors: str, limits: tuple[float, float]) -> None:
+    """Images in a row, the i-th at i + 0.05 to i + 0.95."""
+    for i, image in enumerate(images):
+        axes.imshow(image.numpy(), cmap=colors, vmin=limits[0], vmax=limits[1], extent=(i + 0.05, i + 0.95, 0, 0.9))
+    axes.set(xlim=(0, max(len(images), 2 * MOST_DIGITS)), ylim=(-0.3, 0.95))
+    axes.set_axis_off()
 
 
 def compare(trainings: Mapping[str, Training], title: str, path: Path) -> None:
@@ -71,8 +97,8 @@ def compare(trainings: Mapping[str, Training], title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def _figure(title: str) -> Figure:
-    figure = Figure(figsize=(9, 8), layout="constrained")
+def _figure(title: str, height: float = 8) -> Figure:
+    figure = Figure(figsize=(9, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=9)  # the layers of the CNN take one line, just
     return figure

@@ -1,6 +1,5 @@
 """What the program prints."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from .. import dispatch
 from . import checks as demo
-from . import digits, picture
+from . import digits, graph, page, picture
 from .methods import COMPARED, METHODS
 from .models import MODELS, Model
 from .training import Training
@@ -28,30 +27,24 @@ def checks(device: torch.device, model: str) -> bool:
         print("  and for two convolutions with sigmoid and max pooling before a layer, under the CNN's loss")
         small &= _gradient_check(demo.convolutional_gradient_difference(device))
 
-    examples = {
-        "y = σ(w x + b) at x = 1, w = 0.5, b = 0.5": demo.single_unit(device),
-        "network 2-2-1, its gradients, and the change ΔW by one step of SGD, lr = 0.01": demo.two_two_one(device),
-    }
-    if model == "cnn":
-        title = "3×3 convolution of the rows 1 2 3 4, 5 6 7 8, … with w of rows 1 0 −1, an edge finder; S = Σ y"
-        examples[title] = demo.convolution(device)
+    examples = demo.worked_examples(device, with_convolution=model == "cnn")
     print("\nWorked examples, float64; the expected gradients come from float32 and are right to 7e-6 of each")
     for title, rows in examples.items():
         print(f"\n  {title}", flush=True)
         table = _table("", "found", "expected", "")
         for row in rows:
-            table.add_row(row.name, _written(row.found), _written(row.expected), _mark(row.right))
+            table.add_row(row.name, demo.written(row.found), demo.written(row.expected), demo.mark(row.right))
         _console().print(table)
 
     sentence = demo.refusal(device)
     print("The weight [[3.0]] of the tutorial's second layer made its program crash; what tribp says to it:")
-    print(f"  {sentence or 'nothing'}  {_mark(sentence is not None)}")
+    print(f"  {sentence or 'nothing'}  {demo.mark(sentence is not None)}")
     return small and all(row.right for rows in examples.values() for row in rows) and sentence is not None
 
 
 def _gradient_check(difference: float) -> bool:
     small = difference < demo.BOUND
-    print(f"  largest relative difference {difference:.1e}, must be under {demo.BOUND:.0e}  {_mark(small)}")
+    print(f"  largest relative difference {difference:.1e}, must be under {demo.BOUND:.0e}  {demo.mark(small)}")
     return small
 
 
@@ -66,8 +59,12 @@ def training(
     seed: int,
     output: Path,
     fused_step: bool = False,
+    html: Path | None = None,
 ) -> None:
-    """Train, print how it went, and draw it. Ctrl-C raises a KeyboardInterrupt that says how far it came."""
+    """Train, print how it went, and draw it. Ctrl-C raises a KeyboardInterrupt that says how far it came.
+
+    html: where to write a page of it, too.
+    """
     generator = torch.Generator().manual_seed(seed)
     data = digits.load(device, generator)
     network, method = MODELS[model], METHODS[optimizer]
@@ -104,6 +101,20 @@ def training(
     settings = f"{network.parameters:,} parameters, {method}, learning rate {lr:g}, ε = {epsilon:g}"
     picture.draw(run, f"tribp: {network.name} on MNIST\n{network}\n{settings}", output)
     print(f"Picture: {output.resolve()}")
+    if html is not None:
+        facts = {
+            "network": f"{network}, {network.parameters:,} parameters, from U(−ε, ε) with ε = {epsilon:g}, seed {seed}",
+            "loss": f"{network.loss.name} {network.loss.formula}, mean over the batch",
+            "optimizer": f"{method}, learning rate {lr:g}, falling linearly to 0",
+            "batches": f"of {run.batch_size:,} of {len(data.labels):,} digits; {epochs:,} epochs",
+            "backend": f"{_backend(run.parameter)}, on {_device(run.parameter.device)}",
+            "largest difference from plain torch": f"{run.difference:.1e}, of a parameter after epoch 1",
+            "held-out accuracy": f"{run.held_out_accuracies[-1]:.1f} %",
+        }
+        examples = demo.worked_examples(device, with_convolution=model == "cnn")
+        title = f"tribp: {network.name} on MNIST"
+        page.write(html, title, facts, examples, demo.refusal(device) or "nothing", graph.values(device), run)
+        print(f"Page: {html.resolve()}")
     print(f"held-out accuracy: {run.held_out_accuracies[-1]:.1f} %")
 
 
@@ -188,14 +199,6 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column)
     return table
-
-
-def _mark(right: bool) -> str:
-    return "✓" if right else "✗"
-
-
-def _written(numbers: Sequence[float]) -> str:
-    return ", ".join(str(n) if isinstance(n, int) else f"{n:#.6g}" for n in numbers)
 
 
 def _backend(tensor: torch.Tensor) -> str:

@@ -18,6 +18,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from ..ops.activations import DEFAULTS
+from ..ops.shared import NAMESPACE
 from .modules import ACTIVATIONS, BATCH_NORMS, LAYERS, PARAMETERS, FoldedBatchNorm, FusedActivation, activation_kind
 from .source import Source, Use, names_in
 
@@ -220,7 +221,7 @@ def reached_from_outside(model: nn.Module, harmless: frozenset[str]) -> dict[str
 @functools.cache
 def _reaches(kind: type[nn.Module], harmless: frozenset[str]) -> dict[str, str]:
     reached: dict[str, str] = {}
-    for function in () if kind.__module__.startswith(("torch.", "tribp.")) else _functions(kind):
+    for function in () if kind.__module__.startswith(("torch.", f"{NAMESPACE}.")) else _functions(kind):
         source, names = _read(function), _names_later(function)
         if isinstance(source, Source):
             names = names & source.foreign_attributes(harmless)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .shared import NAMESPACE
+
 COUNTER = "torch.utils.flop_counter"
 
 Shape = Sequence[int]
@@ -62,8 +64,9 @@ FORMULAS: list[Callable[..., int]] = [linear, linear_backward, mlp, mlp_backward
 
 
 def register(counter: ModuleType) -> None:
+    operators = getattr(torch.ops, NAMESPACE)
     for formula in FORMULAS:
-        counter.register_flop_formula(getattr(torch.ops.tribp, formula.__name__))(formula)
+        counter.register_flop_formula(getattr(operators, formula.__name__))(formula)
 
 
 class _Import:

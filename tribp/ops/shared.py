@@ -15,6 +15,8 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 T = TypeVar("T")
 
+# Of the registered operators: "tribp", or the name by which the kernel hub imports this version of the package.
+NAMESPACE = __name__.partition(".")[0]
 MAX_SIZE = 2**31 - 256  # of a dimension: the start of a tile, which is at most 256 long, is an int32
 # What comes of wrong arguments. Other exceptions end a computation that is to end: torch.utils.checkpoint's do.
 REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)

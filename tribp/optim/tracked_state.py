@@ -81,5 +81,5 @@ _pytree.register_pytree_node(
     WatchedState,
     lambda state: (list(state.values()), list(state)),
     lambda values, keys: dict(zip(keys or (), values, strict=True)),
-    serialized_type_name="tribp.optim.tracked_state.WatchedState",
+    serialized_type_name=f"{__name__}.WatchedState",
 )

@@ -22,7 +22,7 @@ from ...dispatch import (
 )
 from ..activations import NONE, Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes
-from ..shared import MAX_SIZE, REFUSALS, Grads, Needs, autocast_all, in_places, launching, uses_tf32
+from ..shared import MAX_SIZE, NAMESPACE, REFUSALS, Grads, Needs, autocast_all, in_places, launching, uses_tf32
 from . import reference
 from .checks import cached_window, check_conv3x3
 from .reference import Window, channels_last, conv3x3_format
@@ -230,7 +230,7 @@ def _small_enough(o: int, c: int) -> bool:
     return 9 * o * c < 2**31
 
 
-@torch.library.custom_op("tribp::conv3x3", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::conv3x3", mutates_args=())
 def operator(
     input: Tensor, weight: Tensor, bias: Tensor | None,
     stride: Sequence[int], padding: Sequence[int], groups: int,
@@ -259,7 +259,7 @@ def decomposed(
     return forward(input, weight, bias, as_window(stride, padding, groups), Activation(activation, a, b), "torch")
 
 
-@torch.library.custom_op("tribp::conv3x3_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::conv3x3_backward", mutates_args=())
 def backward_operator(
     grad: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor | None, input_size: Sequence[int],
     stride: Sequence[int], padding: Sequence[int], groups: int, activation: str | None, a: float, b: float,

@@ -23,7 +23,7 @@ from ...dispatch import (
 )
 from ..activations import Activation, ActivationLike, activate_, activation_of
 from ..checks import check_devices, check_dtypes, check_tensors
-from ..shared import MAX_SIZE, REFUSALS, Grads, Needs, autocast_all, in_places, launching, uses_tf32
+from ..shared import MAX_SIZE, NAMESPACE, REFUSALS, Grads, Needs, autocast_all, in_places, launching, uses_tf32
 from . import reference
 from .reference import as_matrix
 
@@ -225,7 +225,7 @@ def fits(*tensors: Tensor | None) -> bool:
     return True
 
 
-@torch.library.custom_op("tribp::linear", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear", mutates_args=())
 def operator(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None, a: float = 0.0, b: float = 0.0
 ) -> Tensor:
@@ -246,7 +246,7 @@ def decomposed(
     return reference.linear(input, weight, bias, Activation(activation, a, b))
 
 
-@torch.library.custom_op("tribp::linear_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_backward", mutates_args=())
 def backward_operator(
     grad: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor | None,
     activation: str | None, a: float, b: float, needs: Sequence[bool],
@@ -272,7 +272,7 @@ operator.register_autograd(_Linear.backward, setup_context=_Linear.save)
 # What the operator was called when it had the sigmoid alone, for a release: exported graphs hold it.
 
 
-@torch.library.custom_op("tribp::linear_sigmoid", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_sigmoid", mutates_args=())
 def sigmoid_operator(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with without_autocast(input.device.type):
         return forward(input, weight, bias, SIGMOID, dispatch.backend_of(input))

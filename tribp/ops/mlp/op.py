@@ -19,7 +19,7 @@ from ..activations import Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes, check_tensors
 from ..linear.op import activated_linear, check_linear, fits, torchs_alone
 from ..linear.reference import as_matrix
-from ..shared import REFUSALS, autocast_all, in_places, launching, uses_tf32
+from ..shared import NAMESPACE, REFUSALS, autocast_all, in_places, launching, uses_tf32
 from . import reference
 from .reference import Layer
 
@@ -246,7 +246,7 @@ def _empty_grads(
     return [grad.new_empty(shape) if need else None for shape, need in zip(shapes, needs, strict=True)]
 
 
-@torch.library.custom_op("tribp::mlp", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::mlp", mutates_args=())
 def operator(
     input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool],
     activation: str | None, a: float, b: float, output_activation: str | None, output_a: float, output_b: float,
@@ -274,7 +274,7 @@ def decomposed(
     return reference.mlp(input, _layers(weights, in_places(has_bias, biases), both))
 
 
-@torch.library.custom_op("tribp::mlp_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::mlp_backward", mutates_args=())
 def backward_operator(
     grad: Tensor, input: Tensor | None, hidden: Sequence[Tensor], output: Tensor | None, weight: Tensor | None,
     weights: Sequence[Tensor], activation: str | None, a: float, b: float,
