@@ -63,19 +63,29 @@ def _with_links(markdown: str, home: str, folder: str) -> str:
 def source(path: str, name: str, first: str | None = None, last: str | None = None) -> tuple[int, str]:
     """A definition in a Python file, or some of its lines: the number of the first, and the text.
 
-    Raises ValueError if there is not one of that name, StopIteration if no line holds `first` or `last`.
+    Raises ValueError if there is not one of that name, or no line that holds `first` or `last`.
     """
     lines = (ROOT / path).read_text().splitlines()
     node: Any = ast.parse("\n".join(lines))
     for part in name.split("."):
         kinds = ast.FunctionDef, ast.ClassDef
-        (node,) = (n for n in ast.walk(node) if isinstance(n, kinds) and n.name == part)
+        named = [n for n in ast.walk(node) if isinstance(n, kinds) and n.name == part]
+        if len(named) != 1:
+            raise ValueError(f"{path} has {len(named)} definitions of {part}")
+        node = named[0]
     start, end = min(d.lineno for d in (node, *node.decorator_list)) - 1, node.end_lineno
     if first is not None and last is not None:
-        start = next(i for i in range(start, end) if first in lines[i])
-        end = next(i for i in range(start, end) if last in lines[i]) + 1
+        start = _line_with(first, lines, start, end)
+        end = _line_with(last, lines, start, end) + 1
     indent = min(len(line) - len(line.lstrip()) for line in lines[start:end] if line)
     return start + 1, "\n".join(line[indent:] for line in lines[start:end])
+
+
+def _line_with(text: str, lines: list[str], start: int, end: int) -> int:
+    for i in range(start, end):
+        if text in lines[i]:
+            return i
+    raise ValueError(f"no line holds {text!r} between lines {start + 1} and {end}")
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -86,7 +96,7 @@ def _mathml(match: re.Match[str]) -> str:
     import latex2mathml.converter  # here: tests read pages without it
 
     display = "block" if match[1] == "div" else "inline"
-    markup = latex2mathml.converter.convert(html.unescape(match[2]), display=display)
+    markup: str = latex2mathml.converter.convert(html.unescape(match[2]), display=display)
     if "\\" in markup:  # a command that it does not know
         raise ValueError(f"no MathML for {match[2]}")
     return markup

@@ -46,7 +46,7 @@ def test_five_steps(page: Path, language: str) -> None:
     formula, reference, kernel, test, cost = re.split(r"^## .+$", text, flags=re.MULTILINE)[1:]
     assert "$$" in formula
     assert inclusions(reference)
-    assert inclusions(kernel) or page.stem == "initial-weights"  # which no kernel draws
+    assert any("/kernels/" in link for link in inclusions(kernel))
     assert any("/tests/" in link for link in inclusions(test))
     assert FENCE.search(cost)
 
@@ -118,6 +118,27 @@ def test_code_of_the_course_runs() -> None:
     pytest.importorskip("triton")
     pytest.importorskip("numpy")
     run("-c", RUN, *map(str, PAGES))
+
+
+COUNTED = """
+import torch, tribp
+from docs.course.cost import cost
+p = torch.zeros(4096, requires_grad=True)
+p.grad = torch.ones(4096)
+name, *numbers = cost(tribp.optim.SGD([p], lr=0.5).step).splitlines()[1].split()
+programs, warps, instructions, read, written = (int(number.replace(",", "")) for number in numbers)
+assert (p == -0.5).all() and name == "multi_tensor_step" and programs == 4
+assert 8 * 4096 <= read < 1.1 * 8 * 4096 and 4 * 4096 <= written < 4 * 4096 + 64, (read, written)
+assert 100 < instructions < 1000
+assert cost(lambda: None) == "no kernel was launched"
+"""
+
+
+def test_cost_is_that_of_the_call() -> None:
+    """An SGD step reads parameter and gradient, and its tables; it writes the parameter, and counters."""
+    pytest.importorskip("triton")
+    pytest.importorskip("numpy")
+    run("-c", COUNTED)
 
 
 def run(*arguments: str) -> None:

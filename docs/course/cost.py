@@ -15,7 +15,7 @@ def cost(call: Callable[[], object], target: str = "sm_80") -> str:
     report.check()
     if not report.launches:
         return "no kernel was launched"
-    rows = [("kernel", "programs", "warps", "instructions/warp", "bytes read", "bytes written")]
+    rows: list[tuple[str, ...]] = [("kernel", "programs", "warps", "instructions/warp", "bytes read", "bytes written")]
     kinds = []
     for counts in report.launches:
         per_warp = {kind: n / counts.warps for kind, n in counts.instructions.most_common(6)}
