@@ -68,7 +68,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
 
 # The pages that add something, in a copy of the tree
 
-NAMES = ("bench", "kernels", "tests", "tribp", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+NAMES = ("bench", "docs", "kernels", "tests", "tribp", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
 def files(page: str) -> list[tuple[str, str, str]]:
