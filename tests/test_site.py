@@ -1,10 +1,7 @@
 """The site: the course's form, its code and its translation, the reference, and the built pages."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -13,7 +10,8 @@ import pytest
 
 from docs.hooks import INCLUDED, source
 
-ROOT = Path(__file__).parents[1]
+from .test_docs import ROOT, run
+
 COURSE = ROOT / "docs" / "course"
 PAGES = sorted(page for page in COURSE.glob("*.md") if not page.name.endswith(".zh.md"))
 LESSONS = [page for page in PAGES if page.stem not in ("index", "network")]
@@ -117,7 +115,7 @@ def test_code_of_the_course_runs() -> None:
     """Where Triton compiles, which it does not beside its interpreter: in a process of its own."""
     pytest.importorskip("triton")
     pytest.importorskip("numpy")
-    run("-c", RUN, *map(str, PAGES))
+    run(ROOT, "-c", RUN, *map(str, PAGES))
 
 
 COUNTED = """
@@ -138,17 +136,7 @@ def test_cost_is_that_of_the_call() -> None:
     """An SGD step reads parameter and gradient, and its tables; it writes the parameter, and counters."""
     pytest.importorskip("triton")
     pytest.importorskip("numpy")
-    run("-c", COUNTED)
-
-
-def run(*arguments: str) -> None:
-    """Python, as a user has it. Fails if it does."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "TRIBP_", "PYTEST_"))}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, text=True, timeout=600,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-5000:]
+    run(ROOT, "-c", COUNTED)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +146,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if importlib.util.find_spec(module.partition(".")[0]) is None:
             pytest.skip(f"{module} is not installed: pip install -e '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
-    run("-m", "mkdocs", "build", "--strict", "--site-dir", str(folder))
+    run(ROOT, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder))
     return folder
 
 
