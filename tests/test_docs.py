@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from docs.hooks import INCLUDED
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FILE = re.compile(r"^`([\w./-]+)`( \(append\))?:\n\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -43,14 +45,16 @@ def test_readme() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page: Path) -> None:
-    """They lead to files and to headings that exist."""
-    for target in re.findall(r"\]\(([^)]+)\)", re.sub(r"(?ms)^```.*?^```$", "", page.read_text())):
+    """They lead to files, to headings and to entries of the reference that exist."""
+    prose = [line for line in re.sub(r"(?ms)^```.*?^```$", "", page.read_text()).splitlines()
+             if not INCLUDED.fullmatch(line)]  # fmt: skip
+    for target in re.findall(r"\]\(([^)]+)\)", "\n".join(prose)):
         if "://" in target:
             continue
         name, _, anchor = target.partition("#")
         linked = (page.parent / name) if name else page
         assert linked.exists(), f"{page.name} leads to {target}"
-        headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if anchor else []
+        headings = re.findall(r"^(?:#+|:::) (.+)$", linked.read_text(), re.MULTILINE) if anchor else []
         assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
 
 
@@ -64,7 +68,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
 
 # The pages that add something, in a copy of the tree
 
-NAMES = ("bench", "kernels", "tests", "tools", "tribp", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+NAMES = ("bench", "docs", "kernels", "tests", "tools", "tribp", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
 def files(page: str) -> list[tuple[str, str, str]]:
