@@ -58,8 +58,6 @@ class Optimizer(torch.optim.Optimizer):
         """While torch's constructor makes the groups: give them, and those that are added later, these options."""
         self._shared, self._captured = {}, []
         self._options = enable_options(extra, type(self).__name__)
-        if self._options.get("eps_inside_sqrt") and not self._rule.adds_eps_to_root:
-            raise TypeError(f"{type(self).__name__} has no √v + ε, so there is no eps_inside_sqrt")
         yield
         self.defaults.update(self._options)
         if self.defaults.get("fused"):
@@ -74,7 +72,11 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             for name, value in self.__dict__.get("_options", {}).items():
                 param_group.setdefault(name, value)
-            enabled_options(param_group, type(self).__name__)  # checks them
+            options, caller = enabled_options(param_group, type(self).__name__), type(self).__name__
+            if options.get("eps_inside_sqrt") and not self._rule.adds_eps_to_root:
+                raise TypeError(f"{caller} has no √v + ε, so there is no eps_inside_sqrt")
+            if options.get("state_bits") and self._rule.squares is None:
+                raise TypeError(f"{caller} keeps no states in 8 bits, so there is no state_bits")
         super().add_param_group(param_group)
 
     def _before_step(self) -> None:
