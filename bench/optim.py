@@ -547,7 +547,7 @@ OPERATION = Operation(
         "RESIDUAL",
         "OPTIONAL",
         "STRIDED",
-    ),  # fmt: skip
+    ),
     columns=("case", "clock", "tribp", *PEERS, "vs fused", "of floor", "launches", "busy", "host", "graph", "extra MB"),
     legend="Times are medians in µs: on the device with L2 flushed, or (wall) from the call until the device is done, "
     "with new gradients each step. Ratios are the other's time over tribp's. The floor: bytes a step must move over "

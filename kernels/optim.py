@@ -272,13 +272,13 @@ def multi_tensor_step(
                     )  # fmt: skip
                     wide_codes = (scale0, scale1, scale2, tl.multiple_of(residual, 16), key)
                     update(
-                        wide, wide_codes, whole, whole, whole, whole, True, (at_block, True), scale, clip, scalars, rule_scalars,
-                        RULE, CONFIG,
+                        wide, wide_codes, whole, whole, whole, whole, True, (at_block, True), scale, clip, scalars,
+                        rule_scalars, RULE, CONFIG,
                     )  # fmt: skip
                 else:
                     # Two dimensions, for the compiler gives one layout to all accesses of one shape. Counted: in that
                     # of 128-bit accesses a warp's scalar ones would meet four times as many sectors.
-# Codes take a quarter at a time: the addresses of 8 elements a thread took 254 registers, 2 take 128.
+                    # Codes take a quarter at a time: addresses of 8 elements a thread take 254 registers, of 2 128.
                     COLS: tl.constexpr = optim_codes.BLOCK if CONFIG.CODED else min(BLOCK, 128)
                     PART: tl.constexpr = max(BLOCK // 4, COLS) if CONFIG.CODED else BLOCK
                     for k in range(0, BLOCK // PART):

@@ -6,13 +6,12 @@ a uint8 code, v = s·(q/255)². `tribp/optim/codes.py` says the same in torch.
 
 Gonzalez Ortiz et al., "FlashOptim: Optimizers for Memory Efficient Training", 2026, from which both curves are. Other
 than there, a code is rounded up or down at random, right on average: to nearest, an average whose step is less than
-half a code, as every √v with β₂ = 0.999, would never fall. And no v > 0 becomes 0, beside an m that may not.
+half a code, as every √v with β₂ = 0.999, would never fall. And no v > 0 becomes 0, beside an m that may not. Divisions
+and roots are the fast ones: beside a code's step, their last place is nothing.
 """
 
 import triton
 import triton.language as tl
-
-from .optim_rules import divide, root
 
 BLOCK = tl.constexpr(32)
 

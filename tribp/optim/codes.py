@@ -59,11 +59,12 @@ def encode(x: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
     codes.copy_(q.view(-1)[: codes.numel()].as_strided(codes.shape, codes.stride()))
 
 
-def random_bits(n: int, seed: int, step: int, stream: int) -> Tensor:
-    """32 random bits, as int64, for each of n elements: Wellons' "lowbias32" of its number and a key of Philox's."""
-    zero = torch.zeros((), dtype=torch.int64)
+def random_bits(like: Tensor, seed: int, step: int, stream: int) -> Tensor:
+    """32 random bits, as int64, for each element of `like` as it lies in memory: Wellons' "lowbias32" of its number and
+    a key of Philox's."""
+    zero = torch.zeros((), dtype=torch.int64, device="cpu")
     key = int(philox(seed, (zero + step, zero + stream, zero, zero)))
-    i = torch.arange(n)
+    i = torch.arange(like.numel(), device=like.device)
     x = ((i & 0xFFFFFFFF) ^ key) + (i >> 32) * 0x9E3779B9 & 0xFFFFFFFF
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
@@ -121,6 +122,13 @@ def numbers(state: dict[str, Any], name: str) -> Tensor:
     x = torch.empty_like(codes, dtype=torch.float32, memory_format=torch.preserve_format)
     local(x).copy_(decode(local(codes), peek(state, scale_of(name))))
     return x
+
+
+def expand(state: dict[str, Any]) -> None:
+    """Puts float32 numbers in the place of all states that are codes."""
+    for name in coded(state) - {RESIDUAL}:
+        state[name] = numbers(state, name)
+        del state[scale_of(name)]
 
 
 def conform(rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:

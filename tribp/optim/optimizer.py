@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, hooked
-from .layouts import local, separate_gradients
+from .layouts import is_dtensor, local, separate_gradients
 from .options import enable_options, enabled_options
 from .plan import UpdatePlan
 from .rule import Group, Rule
@@ -183,11 +183,21 @@ class Optimizer(torch.optim.Optimizer):
 
     # Checkpoints.
 
-    def state_dict(self) -> dict[str, Any]:
-        """torch's, key for key: load it with either class. Options that are on add keys, those that are off do not."""
+    def state_dict(self, *, compressed: bool = False) -> dict[str, Any]:
+        """torch's, key for key: load it with either class. Options that are on add keys, those that are off do not.
+
+        States of 8 bits are float32 there. compressed: they stay codes with their scales, which torch's classes do not
+        know. Raises RuntimeError within `swap_ema()`, and for the codes of distributed parameters, whose blocks are of
+        one process's shard.
+        """
         if self._in_swap:
             raise RuntimeError("state_dict() within swap_ema(): leave the `with` block first")
-        with checkpoint.export_state(self, self._is_unused, self._rule.numbers()):
+        if compressed and any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+            raise RuntimeError(
+                "state_dict(compressed=True): the blocks of codes are those of one process's shard of a distributed "
+                "parameter; leave out `compressed`"
+            )
+        with checkpoint.export_state(self, self._is_unused, self._rule.numbers(), compressed):
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -204,7 +214,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(super().__getstate__())
-        states = checkpoint.states_of(self, self.state, self._is_unused, self._rule.numbers())
+        states = checkpoint.states_of(self, self.state, self._is_unused, self._rule.numbers(), compressed=True)
         kept["state"] = defaultdict(dict, states)
         # A spawned process is given memory by its file descriptor, after this returns: the copies must live until then.
         dicts = [state for state in states.values() if isinstance(state, dict)]

@@ -423,7 +423,7 @@ class ReferenceBucket:
         elif stochastic:
             changed = reference.round_stochastically(changed, p, *of_random)
         p.copy_(changed)
-        bits = codes.random_bits(p.numel(), *of_random).to(p.device) if compresses(group, p) else None
+        bits = codes.random_bits(p, *of_random) if compresses(group, p) else None
         for k, (state, scale, moment) in enumerate(zip(states, slot.scales, moments, strict=True)):
             if state is None or moment is None:
                 continue
