@@ -139,7 +139,7 @@ class Coded(NamedTuple):
                 if "residual" in state:
                     mine, theirs = codes.join(p, state["residual"]), codes.join(q, other["residual"]).double()
                     # A unit in the last place of 24 bits, where float32's last bit decides.
-                    allowed = 2.0**-15 * theirs.abs() + 2.0**-133
+                    allowed = stored(mine, theirs) + 2.0**-15 * theirs.abs()
                 else:
                     mine, theirs = p, q.double()
                     allowed = stored(p, theirs, 2.0)

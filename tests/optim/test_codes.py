@@ -364,7 +364,7 @@ def test_what_is_refused() -> None:
         with pytest.raises(TypeError, match="no states in 8 bits"):
             ours(name, [{"params": [p], "state_bits": 8}])
     sparse = torch.zeros(3, 2, requires_grad=True)
-    sparse.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (3, 2))
+    sparse.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (3, 2))
     with pytest.raises(RuntimeError, match="state_bits can't be combined with a sparse_coo gradient"):
         SGD([sparse], lr=0.1, momentum=0.9, state_bits=8).step()
 
