@@ -109,6 +109,7 @@ ALL: dict[str, Mapping[str, Any]] = {"SGD": MOMENTUM, "Adagrad": {}, "RMSprop": 
 UNFUSED = ("Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")  # in torch
 LARGE, HUGE = ("1e8", [(10**8,)]), ("1e9", [(10**9,)])
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+BITS = {"state_bits": 8, "master_bits": 24}
 STOCHASTIC = {"state_dtype": FP32, "stochastic_rounding": True}
 
 
@@ -118,6 +119,7 @@ def variants(shapes: tuple[str, Shapes]) -> Iterator[StepCase]:
     yield replace(adam, dtype=BF16)
     yield replace(adam, dtype=BF16, beyond={"state_dtype": FP32})
     yield replace(adam, dtype=BF16, beyond=STOCHASTIC)
+    yield replace(adam, dtype=BF16, beyond=BITS)
     yield replace(adam, options={"amsgrad": True})
     yield StepCase("RMSprop", *shapes, options={"centered": True, **MOMENTUM})
     yield replace(adam, scaler=True)
@@ -167,7 +169,9 @@ def work(case: StepCase, direction: str) -> Work:
     }.get(case.optimizer, 2)
     grads = 1 + case.scaler + (case.clip is not None)
     state_size = case.beyond.get("state_dtype", case.dtype).itemsize
-    moved = (2 + grads) * case.dtype.itemsize + 2 * states * state_size
+    if "state_bits" in case.beyond:
+        state_size = 1 + 4 / 32  # and a scale for 32 numbers
+    moved = (2 + grads) * case.dtype.itemsize + 2 * states * state_size + 2 * ("master_bits" in case.beyond)
     return Work(moved * case.elements, OPERATIONS[case.optimizer] * case.elements)
 
 
@@ -225,10 +229,10 @@ def providers(case: StepCase, without_compile: str = "") -> dict[str, Provider |
     }
     if case.optimizer in ("RMSprop", *UNFUSED):
         there["fused"] = f"torch has no fused {case.optimizer}"
-    if lacking := [key for key in ("state_dtype", "stochastic_rounding") if key in beyond]:
+    if lacking := [key for key in ("state_dtype", "stochastic_rounding", "state_bits") if key in beyond]:
         there |= dict.fromkeys(("for-loop", "foreach", "fused", "compile"), f"torch has no {' and no '.join(lacking)}")
     if case.optimizer not in UNFUSED and not case.scaler and not set(options) - {"momentum"}:
-        if case.optimizer != "RMSprop" and "stochastic_rounding" not in beyond:
+        if case.optimizer != "RMSprop" and not {"stochastic_rounding", "state_bits"} & beyond:
             adam = case.optimizer == "Adam"
             decays = {"adam_w_mode": False} if adam else {}
             there["apex"] = _installed("apex.optimizers", f"Fused{case.optimizer}", {**options, **decays}, adam)
@@ -303,7 +307,7 @@ class Job:
         return {
             name: [self.optimizer.state[p][name] for p in self.params]
             for name, value in self.optimizer.state[self.params[0]].items()
-            if isinstance(value, Tensor) and value.shape == self.params[0].shape
+            if isinstance(value, Tensor) and value.shape == self.params[0].shape and value.is_floating_point()
         }
 
 
@@ -365,6 +369,8 @@ class Problem:
         limit = TOLERANCE[self.case.dtype if is_param else self.case.beyond.get("state_dtype", self.case.dtype)]
         if is_param and "stochastic_rounding" in self.case.beyond:
             limit *= 2
+        if "state_bits" in self.case.beyond:
+            limit *= 4  # three steps of lr 0.01 with moments that are 1 % off, on parameters of 0.1
         return max(limit, min(2 * baseline, 4 * limit))
 
 
@@ -404,7 +410,11 @@ SELECTION: list[tuple[StepCase, Sequence[torch.dtype], Sequence[torch.dtype]]] =
     (replace(ADAM, beyond={"ema_decay": 0.9}), (), ()),
     (replace(ADAM, beyond={"state_dtype": FP32}), (BF16,), ()),
     (replace(ADAM, beyond={"stochastic_rounding": True}), (), ()),
+    (replace(ADAM, beyond=BITS), (BF16,), ()),
+    (replace(ADAM, optimizer="RMSprop", options={"centered": True, **MOMENTUM}, beyond=BITS), (), (BF16,)),
+    (replace(ADAM, optimizer="SGD", options=MOMENTUM, beyond={"state_bits": 8}), (), (FP32,)),
     (EVERYTHING, (), ()),
+    (replace(EVERYTHING, beyond={**EVERYTHING.beyond, **BITS, "stochastic_rounding": True}), (), (BF16,)),
     (replace(EVERYTHING, beyond={**EVERYTHING.beyond, **STOCHASTIC}), (BF16,), ()),
 ]
 
@@ -426,6 +436,7 @@ def expectations(launch: "Launch", case: StepCase, arch: Arch) -> Iterator[Expec
         """16-byte accesses a thread."""
         kinds = [given[name] for name in names if given[name] is not None]
         share = 128 * threads(launch, arch)
+        kinds = [kind for kind in kinds if kind.primitive_bitwidth > 8]  # 8 elements of 8 bits are half of one
         return sum(max(least, given["BLOCK"] * kind.primitive_bitwidth // share) for kind in kinds)
 
     if launch.kernel.__name__ == "gradient_norm":
@@ -443,6 +454,9 @@ def step_work(given: Given, grid: tuple[int, ...], case: StepCase) -> dict[str, 
     """An optimizer's step, or the norm before it. A program reads four tables before its first element (which chunk,
     its tensor's row, the hyperparameters and the counter's address, the counter), and counts itself at the end."""
     sizes = {name: given[name].primitive_bitwidth // 8 for name in TYPES if given.get(name) is not None}
+    if given.get("RULE"):
+        sizes["scales"] = 4 / 32 * sum(size == 1 for size in sizes.values())
+        sizes["RESIDUAL"] = int(given["RESIDUAL"])
     moved = sizes["GRAD_TYPE"]
     if "RULE" in given:
         moved = 2 * sum(sizes.values()) - (0 if isinstance(given["grad_scale"], Tensor) else moved)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..launch import arch
+from . import optim_codes
 from .common import round_to
 from .optim_rules import divide, hyper
 
@@ -23,62 +24,88 @@ from .optim_rules import divide, hyper
 PARAM, STATE0, STATE1, STATE2, EMA, STEP = (tl.constexpr(i) for i in range(6))
 EMA_STEP, RANDOM_STEP, NUMEL, GROUP, LAYOUT, STREAM = (tl.constexpr(i) for i in range(6, 12))
 SCALAR0, SCALAR1, NEXT0, NEXT1 = (tl.constexpr(i) for i in range(12, 16))
-ROW = tl.constexpr(16)
+SCALE0, SCALE1, SCALE2, RESIDUAL = (tl.constexpr(i) for i in range(16, 20))  # of states that are codes; the 8 bits more
+ROW = tl.constexpr(20)
 
 # A tensor whose parts differ in layout has a row of sizes and, for each part, of strides, in elements.
 MAX_DIMS = tl.constexpr(arch.MAX_DIMS)
 
 
 @triton.jit
-def load_state(pointer, at, inside, TYPE: tl.constexpr, CONFIG: tl.constexpr):
-    """A buffer's elements; 0 where this launch has none (TYPE is None), or (OPTIONAL) where this tensor has none."""
+def load_state(pointer, scale, at, inside, blocks, TYPE: tl.constexpr, CONFIG: tl.constexpr):
+    """A buffer's elements; 0 where this launch has none (TYPE is None), or (OPTIONAL) where this tensor has none.
+
+    Where they are codes, `scale` has their scales, and `blocks` says which, and which of them there are.
+    """
     if TYPE is None:
         x = tl.zeros_like(at).to(CONFIG.ACC)
-    elif CONFIG.OPTIONAL:
-        x = tl.load(pointer + at, mask=inside & (pointer.to(tl.int64) != 0), other=0.0).to(CONFIG.ACC)
     else:
-        x = tl.load(pointer + at, mask=inside).to(CONFIG.ACC)
+        if CONFIG.OPTIONAL:
+            inside &= pointer.to(tl.int64) != 0
+            x = tl.load(pointer + at, mask=inside, other=0.0)
+        else:
+            x = tl.load(pointer + at, mask=inside)
+        if optim_codes.is_code(TYPE):
+            block, there = blocks
+            if CONFIG.OPTIONAL:
+                there &= pointer.to(tl.int64) != 0
+            x = optim_codes.decode(x, tl.load(scale + block, mask=there, other=0.0), TYPE)
+        x = x.to(CONFIG.ACC)
     return x
 
 
 @triton.jit
-def store_state(pointer, at, x, inside, TYPE: tl.constexpr, CONFIG: tl.constexpr):
+def store_state(pointer, scale, at, x, inside, blocks, random, TYPE: tl.constexpr, CONFIG: tl.constexpr):
+    """random: 16 random bits for each element, where it becomes a code."""
     if TYPE is not None:
-        x = round_to(x, pointer.dtype.element_ty)
+        there = True
         if CONFIG.OPTIONAL:
-            tl.store(pointer + at, x, mask=inside & (pointer.to(tl.int64) != 0))
+            there = pointer.to(tl.int64) != 0
+        if optim_codes.is_code(TYPE):
+            block, whole = blocks
+            x, scales = optim_codes.encode(x, inside, random, TYPE)
+            tl.store(scale + block, scales, mask=whole & there)
         else:
-            tl.store(pointer + at, x, mask=inside)
+            x = round_to(x, pointer.dtype.element_ty)
+        tl.store(pointer + at, x, mask=inside & there)
 
 
 @triton.jit
-def round_stochastically(x, i, seed, step, stream):
-    """float32 → bfloat16, up or down with the probability that makes the mean right.
-
-    Philox's counter is (element, step, tensor): the same numbers whatever the launch looks like.
-    """
+def random_numbers(i, seed, step, stream):
+    """Philox's, of counter (element, step, tensor): the same numbers whatever the launch looks like."""
     step, stream = step.to(tl.uint32), stream.to(tl.uint32)
     zero = tl.zeros_like(i).to(tl.uint32)
     low, high = i.to(tl.uint32), (i >> 32).to(tl.uint32)
     random, _, _, _ = tl.philox(seed, low, high, zero + step, zero + stream)
+    return random
+
+
+@triton.jit
+def round_stochastically(x, i, seed, step, stream):
+    """float32 → bfloat16, up or down with the probability that makes the mean right."""
+    random = random_numbers(i, seed, step, stream)
     bits = (x.to(tl.uint32, bitcast=True) + (random & 0xFFFF)) >> 16
     return tl.where(x == x, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def update(
-    pointers, i, at_param, at_grad, at_state, inside, scale, clip, scalars, rule_scalars,
+    pointers, codes, i, at_param, at_grad, at_state, inside, blocks, scale, clip, scalars, rule_scalars,
     RULE: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """One block of one tensor, elements i: everything is read once, changed, and written once."""
     param, grad, state0, state1, state2, ema = pointers
+    scale0, scale1, scale2, residual, key = codes
     lr, eps, sign, decay, shrink, ema_decay, ema_first, seed, step, stream = scalars
-    p = tl.load(param + at_param, mask=inside).to(CONFIG.ACC)
+    p = tl.load(param + at_param, mask=inside)
+    if CONFIG.RESIDUAL:
+        p = optim_codes.join(p, tl.load(residual + at_state, mask=inside))
+    p = p.to(CONFIG.ACC)
     g = tl.load(grad + at_grad, mask=inside).to(CONFIG.ACC)
-    a = load_state(state0, at_state, inside, CONFIG.STATE0, CONFIG)
-    b = load_state(state1, at_state, inside, CONFIG.STATE1, CONFIG)
-    c = load_state(state2, at_state, inside, CONFIG.STATE2, CONFIG)
-    e = load_state(ema, at_state, inside, CONFIG.EMA_TYPE, CONFIG)
+    a = load_state(state0, scale0, at_state, inside, blocks, CONFIG.STATE0, CONFIG)
+    b = load_state(state1, scale1, at_state, inside, blocks, CONFIG.STATE1, CONFIG)
+    c = load_state(state2, scale2, at_state, inside, blocks, CONFIG.STATE2, CONFIG)
+    e = load_state(ema, None, at_state, inside, blocks, CONFIG.EMA_TYPE, CONFIG)
     if scale is not None:
         g = divide(g, scale)
         tl.store(grad + at_grad, round_to(g, grad.dtype.element_ty), mask=inside)
@@ -87,17 +114,44 @@ def update(
     g *= sign
     g = tl.where(decay != 0.0, g + decay * p, g)  # without decay an infinite parameter does not spoil its gradient
     p, a, b, c = RULE(p * shrink, g, a, b, c, lr, eps, rule_scalars, CONFIG)
-    if CONFIG.STOCHASTIC:
-        rounded = round_stochastically(p, i, seed, step, stream)
+    if CONFIG.RESIDUAL:
+        below = 128
+        if CONFIG.STOCHASTIC:
+            below = random_numbers(i, seed, step, stream) & 0xFF
+        rounded, low = optim_codes.split(p, below)
+        tl.store(residual + at_state, low, mask=inside)
+        p = optim_codes.join(rounded, low).to(CONFIG.ACC)
     else:
-        rounded = round_to(p, param.dtype.element_ty)
+        if CONFIG.STOCHASTIC:
+            rounded = round_stochastically(p, i, seed, step, stream)
+        else:
+            rounded = round_to(p, param.dtype.element_ty)
+        p = rounded.to(CONFIG.ACC)
     tl.store(param + at_param, rounded, mask=inside)
-    store_state(state0, at_state, a, inside, CONFIG.STATE0, CONFIG)
-    store_state(state1, at_state, b, inside, CONFIG.STATE1, CONFIG)
-    store_state(state2, at_state, c, inside, CONFIG.STATE2, CONFIG)
-    p = rounded.to(CONFIG.ACC)
+    low = 0
+    high = 0
+    if CONFIG.CODED:
+        bits = optim_codes.random_bits(i, key)
+        low = bits & 0xFFFF
+        high = bits >> 16
+    store_state(state0, scale0, at_state, a, inside, blocks, low, CONFIG.STATE0, CONFIG)
+    store_state(state1, scale1, at_state, b, inside, blocks, high, CONFIG.STATE1, CONFIG)
+    store_state(state2, scale2, at_state, c, inside, blocks, high, CONFIG.STATE2, CONFIG)
     e = tl.where(ema_first, p, e + (1.0 - ema_decay) * (p - e))
-    store_state(ema, at_state, e, inside, CONFIG.EMA_TYPE, CONFIG)
+    store_state(ema, None, at_state, e, inside, blocks, 0, CONFIG.EMA_TYPE, CONFIG)
+
+
+@triton.jit
+def rows_of(block, BLOCK: tl.constexpr, COLS: tl.constexpr):
+    """The elements of a block in rows of COLS."""
+    return (tl.arange(0, BLOCK // COLS) * COLS + block * BLOCK)[:, None] + tl.arange(0, COLS)[None, :]
+
+
+@triton.jit
+def blocks_of(block, BLOCK: tl.constexpr):
+    """Which of the tensor's blocks of codes the rows of a block are."""
+    ROWS: tl.constexpr = BLOCK // optim_codes.BLOCK
+    return (tl.arange(0, ROWS) + block * ROWS)[:, None]
 
 
 @triton.jit
@@ -136,7 +190,7 @@ def multi_tensor_step(
             step = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
             stream = tl.load(row + STREAM)
             random_step = step
-            if CONFIG.STOCHASTIC:
+            if CONFIG.STOCHASTIC or CONFIG.CODED:
                 random_step_at = tl.load(row + RANDOM_STEP)
                 if random_step_at != 0:
                     random_step = tl.load(random_step_at.to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
@@ -186,38 +240,69 @@ def multi_tensor_step(
             ema = ema_at.to(tl.pointer_type(CONFIG.PARAM_TYPE if CONFIG.EMA_TYPE is None else CONFIG.EMA_TYPE))
             aligned = ((param_at | grad_at | state0_at | state1_at | state2_at | ema_at) % 16 == 0) & (layout_at == 0)
 
+            scale0 = rows  # any pointer will do where there are no codes
+            scale1 = rows
+            scale2 = rows
+            residual = rows
+            key = seed
+            if CONFIG.CODED:
+                scale0 = tl.load(row + SCALE0).to(tl.pointer_type(tl.float32))
+                scale1 = tl.load(row + SCALE1).to(tl.pointer_type(tl.float32))
+                scale2 = tl.load(row + SCALE2).to(tl.pointer_type(tl.float32))
+                key = optim_codes.random_key(seed, random_step, stream)
+            if CONFIG.RESIDUAL:
+                residual_at = tl.load(row + RESIDUAL)
+                residual = residual_at.to(tl.pointer_type(tl.int8))
+                aligned &= residual_at % 16 == 0
             pointers = (param, grad, state0, state1, state2, ema)
+            codes = (scale0, scale1, scale2, residual, key)
             scalars = (lr, eps, sign, decay, shrink, ema_decay, ema_first, seed, random_step, stream)
             first_block = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * chunk_blocks
             for block in range(first_block, tl.minimum(first_block + chunk_blocks, tl.cdiv(numel, BLOCK))):
                 if aligned & ((block + 1) * BLOCK <= numel):
                     # 128-bit access needs both facts and no mask; without this branch every access is a scalar one.
                     whole = block * BLOCK + tl.arange(0, BLOCK)
+                    at_block = block
+                    if CONFIG.CODED:
+                        whole = rows_of(block, BLOCK, optim_codes.BLOCK)
+                        at_block = blocks_of(block, BLOCK)
                     wide = (
                         tl.multiple_of(param, 16), tl.multiple_of(grad, 16), tl.multiple_of(state0, 16),
                         tl.multiple_of(state1, 16), tl.multiple_of(state2, 16), tl.multiple_of(ema, 16),
                     )  # fmt: skip
-                    update(wide, whole, whole, whole, whole, True, scale, clip, scalars, rule_scalars, RULE, CONFIG)
+                    wide_codes = (scale0, scale1, scale2, tl.multiple_of(residual, 16), key)
+                    update(
+                        wide, wide_codes, whole, whole, whole, whole, True, (at_block, True), scale, clip, scalars,
+                        rule_scalars, RULE, CONFIG,
+                    )  # fmt: skip
                 else:
                     # Two dimensions, for the compiler gives one layout to all accesses of one shape. Counted: in that
                     # of 128-bit accesses a warp's scalar ones would meet four times as many sectors.
-                    COLS: tl.constexpr = 128 if BLOCK > 128 else BLOCK
-                    i = (block * BLOCK + tl.arange(0, BLOCK // COLS) * COLS)[:, None] + tl.arange(0, COLS)[None, :]
-                    inside = i < numel
-                    i = tl.where(inside, i, 0)
-                    at_param = i
-                    at_grad = i
-                    at_state = i
-                    if CONFIG.STRIDED:
-                        if layout_at != 0:
-                            layout = layout_at.to(tl.pointer_type(tl.int64))
-                            at_param = strided(i, layout, 0)
-                            at_grad = strided(i, layout, 1)
-                            at_state = strided(i, layout, 2)
-                    update(
-                        pointers, i, at_param, at_grad, at_state, inside, scale, clip, scalars, rule_scalars,
-                        RULE, CONFIG,
-                    )  # fmt: skip
+                    # Codes take a quarter at a time: addresses of 8 elements a thread take 254 registers, of 2 128.
+                    COLS: tl.constexpr = optim_codes.BLOCK if CONFIG.CODED else min(BLOCK, 128)
+                    PART: tl.constexpr = max(BLOCK // 4, COLS) if CONFIG.CODED else BLOCK
+                    for k in range(0, BLOCK // PART):
+                        part = block * (BLOCK // PART) + k
+                        i = rows_of(part, PART, COLS)
+                        inside = i < numel
+                        at_blocks = part
+                        if CONFIG.CODED:
+                            at_blocks = blocks_of(part, PART)
+                        blocks = (at_blocks, at_blocks * optim_codes.BLOCK < numel)
+                        i = tl.where(inside, i, 0)
+                        at_param = i
+                        at_grad = i
+                        at_state = i
+                        if CONFIG.STRIDED:
+                            if layout_at != 0:
+                                layout = layout_at.to(tl.pointer_type(tl.int64))
+                                at_param = strided(i, layout, 0)
+                                at_grad = strided(i, layout, 1)
+                                at_state = strided(i, layout, 2)
+                        update(
+                            pointers, codes, i, at_param, at_grad, at_state, inside, blocks, scale, clip, scalars,
+                            rule_scalars, RULE, CONFIG,
+                        )  # fmt: skip
         # The counters may move only when every program has read them. The barrier keeps a slow warp of this program
         # from reading late; the last program to arrive moves them, and leaves `finished` at 0 for the next launch.
         tl.debug_barrier()
@@ -227,7 +312,7 @@ def multi_tensor_step(
                 j = first + tl.arange(0, BLOCK)
                 moves = (j < tensors) & (tl.load(grads + j, mask=j < tensors, other=0) != 0)
                 advance(rows + j * ROW + STEP, moves)
-                if CONFIG.STOCHASTIC:
+                if CONFIG.STOCHASTIC or CONFIG.CODED:
                     advance(rows + j * ROW + RANDOM_STEP, moves)
                 if CONFIG.EMA_TYPE is not None:
                     advance(rows + j * ROW + EMA_STEP, moves)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import tribp
+from tribp.optim import codes
 
 from ..executed.checks import BRAIN, DOUBLE, HALF, SINGLE, Case, Rounding, differences
 from . import cases as lies
@@ -111,6 +112,53 @@ class Beyond(NamedTuple):
         return wrong
 
 
+class Coded(NamedTuple):
+    """Steps with states in 8 bits, and parameters in 24, beside the fallback's from the same state."""
+
+    name: str
+    dtype: torch.dtype
+    own: lies.Options
+    layouts: Sequence[str] = tuple(SHAPES)
+    processors: int = 1
+
+    def wrong(self) -> list[str]:
+        options = lies.NUMBERS[self.name] | self.own | {"state_bits": 8, "master_bits": 24, "seed": 3}
+        params, copies = (tensors(self.layouts, [self.dtype]) for _ in range(2))
+        optimizer: Any = lies.ours(self.name, params, **options)
+        fallback: Any = lies.ours(self.name, copies, **options)
+        wrong = []
+        for step in (1, 2, 3):
+            for own in (params, copies):
+                for p, g in zip(own, tensors(self.layouts, [self.dtype], step), strict=True):
+                    p.grad = g
+            optimizer.step()
+            with tribp.use_backend("torch"):
+                fallback.step()
+            for i, (p, q) in enumerate(zip(params, copies, strict=True)):
+                state, other = optimizer.state[p], fallback.state[q]
+                if "residual" in state:
+                    mine, theirs = codes.join(p, state["residual"]), codes.join(q, other["residual"]).double()
+                    # A unit in the last place of 24 bits, where float32's last bit decides.
+                    allowed = stored(mine, theirs) + 2.0**-15 * theirs.abs()
+                else:
+                    mine, theirs = p, q.double()
+                    allowed = stored(p, theirs, 2.0)
+                wrong += differences(f"parameter {i} in step {step}", mine, theirs, allowed)
+                for key, kept in state.items():
+                    if key.endswith("_scale"):
+                        wrong += differences(
+                            f"{key} of {i}", kept, other[key].double(), 1e-6 * other[key].double().abs()
+                        )
+                    elif key != "residual" and kept.dtype in codes.CODES and kept.numel():
+                        off = (kept.int() - other[key].int()).abs()
+                        share = float((off > 0).double().mean())
+                        if share > 0.01 or off.max() > 1:
+                            wrong.append(f"{key} of {i} in step {step}: {share:.2%} differ, by up to {off.max()}")
+                    other[key].copy_(kept)
+                q.copy_(p)
+        return wrong
+
+
 class Exact:
     """One step in float64 by torch's own class, from where an optimizer stands."""
 
@@ -189,6 +237,7 @@ QUICK: dict[str, Case] = {
         "Adagrad", (SINGLE,), {"max_grad_norm": 1.0, "eps_inside_sqrt": True}, layouts=ALIGNED
     ),
     "clipping, GradScaler": Beyond("SGD", (HALF, SINGLE), {"max_grad_norm": 1.0, "state_dtype": SINGLE}, 8.0),
+    "8 bits": Coded("AdamW", BRAIN, {}),
     "averages, stochastic rounding": Beyond("AdamW", (BRAIN,), {"ema_decay": 0.9, "stochastic_rounding": True}),
 }
 
@@ -204,6 +253,13 @@ SLOW: dict[str, Case] = {
             name, (dtype,), {"max_grad_norm": 0.5, "ema_decay": 0.99, "state_dtype": WIDE[dtype]}, 4.0
         )
         for name, dtype in itertools.product(lies.CLASSES, DTYPES)
+    },
+    **{
+        f"{name}, 8 bits, {str(dtype)[6:]}": Coded(name, dtype, lies.LIVELY[name] | own)
+        for (name, own), dtype in itertools.product(
+            [("SGD", {}), ("RMSprop", {}), ("Adagrad", {}), ("Adam", {"stochastic_rounding": True, "ema_decay": 0.9})],
+            [HALF, BRAIN, SINGLE],
+        )
     },
     **{
         f"{name}, stochastic rounding": Beyond(name, (BRAIN,), {"stochastic_rounding": True, "seed": 7})

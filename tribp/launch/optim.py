@@ -22,6 +22,8 @@ class StepConfig(NamedTuple):
     ON_DEVICE: bool  # some hyperparameters are tensors on the device
     EPS_INSIDE: bool  # √(v + ε) in place of √v + ε
     STOCHASTIC: bool  # round parameters at random
+    CODED: bool  # some states are codes of 8 bits
+    RESIDUAL: bool  # parameters have 8 bits more
     OPTIONAL: bool  # some tensors lack a buffer that others have
     STRIDED: bool  # some tensor's parts differ in layout
     BLOCK: int  # elements

@@ -17,6 +17,7 @@ from .tracked_state import WatchedState
 class AdagradRule(Rule):
     formula = staticmethod(reference.adagrad)
     options = ("lr", "lr_decay", "eps", "weight_decay", "maximize")
+    squares = ("sum",)
 
     def states(self, group: Group) -> tuple[str | None, ...]:
         return ("sum",)

@@ -17,6 +17,7 @@ from .rule import Group, Prepare, Rule, Tensors, init_group, takes_fused
 class AdamRule(Rule):
     formula = staticmethod(reference.adam)
     options = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+    squares = ("exp_avg_sq", "max_exp_avg_sq")
 
     def states(self, group: Group) -> tuple[str | None, ...]:
         return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None

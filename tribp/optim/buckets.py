@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .codes import RESIDUAL, join, scale_of
 from .layouts import local
 from .rule import Group
 from .tracked_state import peek
@@ -29,11 +30,26 @@ class ParamSlot:
     grad: Tensor  # an example, while the plan is made; afterwards, and where there was none, the parameter itself
     state: dict[str, Any]
     names: tuple[str | None, ...]  # of the rule's states, in its order; None: not used in this group
+    has_residual: bool  # whether the parameter has 24 bits
     count: UpdateCount
 
     @property
     def states(self) -> list[Tensor | None]:
         return [None if name is None else local(peek(self.state, name)) for name in self.names]
+
+    @property
+    def scales(self) -> list[Tensor | None]:
+        """Of those states that are codes."""
+        return [None if name is None else peek(self.state, scale_of(name)) for name in self.names]
+
+    @property
+    def residual(self) -> Tensor | None:
+        return local(peek(self.state, RESIDUAL)) if self.has_residual else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter with all its bits."""
+        return self.param if self.residual is None else join(self.param, self.residual)
 
     @property
     def ema(self) -> Tensor | None:
@@ -42,7 +58,7 @@ class ParamSlot:
     @property
     def tensors(self) -> list[Tensor]:
         """Everything an update touches but counters: the parameter, its gradient, its states."""
-        return [t for t in (self.param, self.grad, *self.states, self.ema) if t is not None]
+        return [t for t in (self.param, self.grad, *self.states, self.ema, self.residual) if t is not None]
 
 
 class Step(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import codes
 from .options import DEFAULTS
 from .rule import counter_dtype
 from .tracked_state import WatchedState
@@ -19,12 +20,14 @@ def states_of(
     states: Mapping[Any, State],
     is_unused: Callable[[object], bool],
     numbers: Collection[str],
+    compressed: bool,
 ) -> dict[Any, State]:
     """Copies of the states of `optimizer`'s parameters (keyed in any way), as its torch counterpart would have them.
 
     A kernel counts on the device; torch does only if `fused` or `capturable`, and would wait for the device at every
     step of a checkpoint with counters there. And a step that a GradScaler skipped made momentum buffers without using
-    them (`is_unused`): torch would have none. numbers: the keys of states of one number.
+    them (`is_unused`): torch would have none. numbers: the keys of states of one number. compressed: codes stay codes,
+    which no other class knows.
     """
     stays = {
         id(optimizer.state[p]): bool(group.get("capturable") or group.get("fused"))
@@ -41,6 +44,9 @@ def states_of(
         copy = dict(state)
         if is_unused(copy.get("momentum_buffer")):
             del copy["momentum_buffer"]
+            copy.pop(codes.scale_of("momentum_buffer"), None)
+        if not compressed:
+            codes.expand(copy)
         for key in numbers:
             if not isinstance(copy.get(key), Tensor):
                 continue
@@ -62,12 +68,12 @@ def states_of(
 
 @contextlib.contextmanager
 def export_state(
-    optimizer: torch.optim.Optimizer, is_unused: Callable[[object], bool], numbers: Collection[str]
+    optimizer: torch.optim.Optimizer, is_unused: Callable[[object], bool], numbers: Collection[str], compressed: bool
 ) -> Iterator[None]:
     """While torch packs a checkpoint: convert the states before any hook of the user's sees them."""
 
     def convert(_: Any, packed: State) -> None:
-        packed["state"] = states_of(optimizer, packed["state"], is_unused, numbers)
+        packed["state"] = states_of(optimizer, packed["state"], is_unused, numbers, compressed)
 
     handle = optimizer.register_state_dict_post_hook(convert, prepend=True)
     try:

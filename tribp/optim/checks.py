@@ -15,12 +15,12 @@ from .rule import Group
 
 def check_tensors(
     optimizer: torch.optim.Optimizer, number: int, position: int, grad: Tensor | None, state: Mapping[str, Any],
-    numbers: Collection[str],
+    numbers: Collection[str], coded: Collection[str],
 ) -> None:  # fmt: skip
     """Raise ValueError or TypeError if a gradient or an entry of `state` can't belong to its parameter.
 
     number, position: of the group, and of the parameter in it. state: of what the update uses. None: there is none yet.
-    numbers: the entries that hold one number each.
+    numbers: the entries that hold one number each. coded: those that are codes, of whatever kind the parameter is.
     """
     group = optimizer.param_groups[number]
     p: Tensor = group["params"][position]
@@ -50,7 +50,7 @@ def check_tensors(
             raise ValueError(
                 f"{caller}: {described(name)} must be on the parameter's device, {p.device}, got {t.device}"
             )
-        elif (t.is_complex(), t.is_floating_point()) != (p.is_complex(), p.is_floating_point()):
+        elif name not in coded and (t.is_complex(), t.is_floating_point()) != (p.is_complex(), p.is_floating_point()):
             raise TypeError(f"{caller}: {described(name)} must be {_kind(p)}, as the parameter is, got {t.dtype}")
         part = layouts.local(t)
         if type(part) in layouts.PLAIN and part.layout == torch.strided and not layouts.fits_storage(part):

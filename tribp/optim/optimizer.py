@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, hooked
-from .layouts import local, separate_gradients
+from .layouts import is_dtensor, local, separate_gradients
 from .options import enable_options, enabled_options
 from .plan import UpdatePlan
 from .rule import Group, Rule
@@ -58,8 +58,6 @@ class Optimizer(torch.optim.Optimizer):
         """While torch's constructor makes the groups: give them, and those that are added later, these options."""
         self._shared, self._captured = {}, []
         self._options = enable_options(extra, type(self).__name__)
-        if self._options.get("eps_inside_sqrt") and not self._rule.adds_eps_to_root:
-            raise TypeError(f"{type(self).__name__} has no √v + ε, so there is no eps_inside_sqrt")
         yield
         self.defaults.update(self._options)
         if self.defaults.get("fused"):
@@ -74,7 +72,11 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             for name, value in self.__dict__.get("_options", {}).items():
                 param_group.setdefault(name, value)
-            enabled_options(param_group, type(self).__name__)  # checks them
+            options, caller = enabled_options(param_group, type(self).__name__), type(self).__name__
+            if options.get("eps_inside_sqrt") and not self._rule.adds_eps_to_root:
+                raise TypeError(f"{caller} has no √v + ε, so there is no eps_inside_sqrt")
+            if options.get("state_bits") and self._rule.squares is None:
+                raise TypeError(f"{caller} keeps no states in 8 bits, so there is no state_bits")
         super().add_param_group(param_group)
 
     def _before_step(self) -> None:
@@ -181,11 +183,21 @@ class Optimizer(torch.optim.Optimizer):
 
     # Checkpoints.
 
-    def state_dict(self) -> dict[str, Any]:
-        """torch's, key for key: load it with either class. Options that are on add keys, those that are off do not."""
+    def state_dict(self, *, compressed: bool = False) -> dict[str, Any]:
+        """torch's, key for key: load it with either class. Options that are on add keys, those that are off do not.
+
+        States of 8 bits are float32 there. compressed: they stay codes with their scales, which torch's classes do not
+        know. Raises RuntimeError within `swap_ema()`, and for the codes of distributed parameters, whose blocks are of
+        one process's shard.
+        """
         if self._in_swap:
             raise RuntimeError("state_dict() within swap_ema(): leave the `with` block first")
-        with checkpoint.export_state(self, self._is_unused, self._rule.numbers()):
+        if compressed and any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+            raise RuntimeError(
+                "state_dict(compressed=True): the blocks of codes are those of one process's shard of a distributed "
+                "parameter; leave out `compressed`"
+            )
+        with checkpoint.export_state(self, self._is_unused, self._rule.numbers(), compressed):
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -202,7 +214,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(super().__getstate__())
-        states = checkpoint.states_of(self, self.state, self._is_unused, self._rule.numbers())
+        states = checkpoint.states_of(self, self.state, self._is_unused, self._rule.numbers(), compressed=True)
         kept["state"] = defaultdict(dict, states)
         # A spawned process is given memory by its file descriptor, after this returns: the copies must live until then.
         dicts = [state for state in states.values() if isinstance(state, dict)]

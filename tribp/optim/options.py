@@ -20,6 +20,9 @@ class ExtraOptions(TypedDict, total=False):
     stochastic_rounding: round bfloat16 parameters up or down at random, right on average: updates that are too small
         for the type are then not lost. Other types are rounded to nearest.
     eps_inside_sqrt: √(v + ε) instead of √v + ε; not for classes that have no such root, as SGD.
+    state_bits: 8: keep the moments of real parameters in 8 bits a number and a float32 scale every 32 of them. For SGD,
+        Momentum, RMSprop, Adagrad, Adam and AdamW.
+    master_bits: 24: keep in `state[p]["residual"]` the 8 bits below a bfloat16 parameter. Other types have none.
     """
 
     max_grad_norm: float | None
@@ -28,19 +31,21 @@ class ExtraOptions(TypedDict, total=False):
     state_dtype: torch.dtype | None
     stochastic_rounding: bool
     eps_inside_sqrt: bool
+    state_bits: int | None
+    master_bits: int | None
 
 
 # Values that mean "off". What is off is in no group, so that a checkpoint has torch's keys and no others. The last two
 # are arguments of tribp's where the torch class lacks them.
 DEFAULTS: Group = dict(
     max_grad_norm=None, seed=0, ema_decay=None, state_dtype=None, stochastic_rounding=False, eps_inside_sqrt=False,
-    capturable=False, fused=None,
+    state_bits=None, master_bits=None, capturable=False, fused=None,
 )  # fmt: skip
 
 # Options that decide how a group is updated, whatever the class; the others are numbers.
 SWITCHES = (
     "differentiable", "fused", "foreach", "capturable", "state_dtype", "stochastic_rounding", "seed",
-    "eps_inside_sqrt", "max_grad_norm", "ema_decay",
+    "eps_inside_sqrt", "state_bits", "master_bits", "max_grad_norm", "ema_decay",
 )  # fmt: skip
 
 
@@ -63,6 +68,11 @@ def enabled_options(group: Group, caller: str) -> Group:
     dtype = options.get("state_dtype")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2):
         raise ValueError(f"{caller}: state_dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+    for name, bits in (("state_bits", 8), ("master_bits", 24)):
+        if options.get(name, bits) != bits:
+            raise ValueError(f"{caller}: {name} must be {bits} or None, got {options[name]!r}")
+    if "state_bits" in options and dtype is not None:
+        raise ValueError(f"{caller}: state_bits and state_dtype exclude each other")
     return options
 
 
@@ -83,9 +93,20 @@ def torch_lacks(group: Group, p: torch.Tensor) -> list[str]:
         "eps_inside_sqrt": group.get("eps_inside_sqrt"),
         "stochastic_rounding": rounds_stochastically(group, p),
         "state_dtype": state_dtype not in (None, p.dtype) and not p.is_complex(),
+        "state_bits": compresses(group, p),
+        "master_bits": keeps_residual(group, p),
     }
     return [name for name, on in asked.items() if on]
 
 
 def rounds_stochastically(group: Group, p: torch.Tensor) -> bool:
     return bool(group.get("stochastic_rounding")) and p.dtype == torch.bfloat16
+
+
+def compresses(group: Group, p: torch.Tensor) -> bool:
+    """Whether a parameter's states are codes; each is rounded at random."""
+    return bool(group.get("state_bits")) and not p.is_complex()
+
+
+def keeps_residual(group: Group, p: torch.Tensor) -> bool:
+    return bool(group.get("master_bits")) and p.dtype == torch.bfloat16

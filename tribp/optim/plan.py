@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import dispatch
-from . import checks, layouts, torch_buckets
+from . import checks, codes, layouts, torch_buckets
 from .buckets import Bucket, ParamSlot, Step, UpdateCount
 from .layouts import local
-from .options import common_max_grad_norm, rounds_stochastically
+from .options import common_max_grad_norm, compresses, keeps_residual, rounds_stochastically
 from .rule import Group, Rule, counter_dtype
 from .tracked_state import WatchedState, peek
 from .watch import Options, Watch, is_plain
@@ -22,7 +22,7 @@ from .watch import Options, Watch, is_plain
 if TYPE_CHECKING:
     from .triton_bucket import TritonBucket
 
-KERNEL_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+KERNEL_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, *codes.CODES}
 
 
 class UpdatePlan:
@@ -46,6 +46,9 @@ class UpdatePlan:
         positions = [(number, i) for number, group in enumerate(groups) for i in range(len(group["params"]))]
         self.params: list[Tensor] = [groups[number]["params"][i] for number, i in positions]
         self._pack = torch_buckets.worth_packing(self.params)
+        for p, (number, _) in zip(self.params, positions, strict=True):
+            if state := optimizer.state.get(p):
+                codes.conform(rule, groups[number], p, state)
         used = [self._used(optimizer, number, i) for number, i in positions]
         entangled = _entangled(self.params, used)
         kinds = [  # of all, which may raise, before any state is made
@@ -91,8 +94,9 @@ class UpdatePlan:
         names = [*self._rule.states(group), *self._rule.scalar_states, "step" if self._rule.counts_steps else None]
         if p.grad is None and any(name is not None and peek(state, name) is None for name in names):
             return None  # torch makes a state when it sees the first gradient
-        used = {name: value for name in self._rule.entries(group) if (value := peek(state, name)) is not None}
-        checks.check_tensors(optimizer, number, position, p.grad, used, self._rule.numbers())
+        entries = [*self._rule.entries(group), *([codes.RESIDUAL] if keeps_residual(group, p) else [])]
+        used = {name: value for name in entries if (value := peek(state, name)) is not None}
+        checks.check_tensors(optimizer, number, position, p.grad, used, self._rule.numbers(), codes.coded(state))
         return used
 
     def _kind(self, group: Group, p: Tensor, used: dict[str, Any] | None, entangled: bool) -> str | None:
@@ -131,7 +135,8 @@ class UpdatePlan:
         dtype = group.get("state_dtype")
         if dtype is None or p.is_complex():
             dtype = p.dtype
-        if (rule.counts_steps or rounds_stochastically(group, p)) and "step" not in state:
+        random = rounds_stochastically(group, p) or compresses(group, p)
+        if (rule.counts_steps or random) and "step" not in state:
             state["step"] = None  # torch's first key; SGD has it for its random numbers
         for scalar in rule.scalar_states:
             if peek(state, scalar) is None:
@@ -140,8 +145,14 @@ class UpdatePlan:
         made: list[Tensor] = []
         for name in names:
             if name is not None and peek(state, name) is None:
-                state[name] = rule.new_state(group, p, name, dtype)
+                new, code = rule.new_state(group, p, name, dtype), codes.code_type(rule, group, p, name)
+                if code is None:
+                    state[name] = new
+                else:
+                    codes.put(state, name, new, p, code)
                 made.append(peek(state, name))
+        if keeps_residual(group, p) and codes.RESIDUAL not in state:
+            state[codes.RESIDUAL] = torch.zeros_like(p, dtype=torch.int8)
         if group.get("ema_decay") and "ema" not in state:
             state["ema"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             state["ema_step"] = None
@@ -149,7 +160,8 @@ class UpdatePlan:
         count = self._counts.get(id(owner))
         if count is None:  # a buffer that was there before us has begun
             count = self._counts[id(owner)] = UpdateCount(owner, 0 if any(owner is t for t in made) else 1)
-        return ParamSlot(index, number, local(p), local(p if p.grad is None else p.grad), state, names, count)
+        grad = local(p if p.grad is None else p.grad)
+        return ParamSlot(index, number, local(p), grad, state, names, keeps_residual(group, p), count)
 
     def is_unused(self, buffer: object) -> bool:
         """Whether this plan made a momentum buffer that no step has used yet, for the first one was skipped."""

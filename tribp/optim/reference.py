@@ -204,19 +204,21 @@ def asgd(
 
 
 def round_stochastically(x: Tensor, like: Tensor, seed: int, step: int, stream: int) -> Tensor:
-    """float32 → bfloat16, up or down with the probability that makes the mean right.
-
-    The random numbers depend on the seed, the step, the element (as those of `like` lie in memory) and the stream.
-    """
-    strides = like.stride()
-    order = sorted(range(x.dim()), key=lambda d: -strides[d])
-    i = torch.arange(x.numel(), device=x.device).view([x.shape[d] for d in order])
-    i = i.permute([order.index(d) for d in range(x.dim())])
-    random = philox(seed, (i & 0xFFFFFFFF, i >> 32, torch.full_like(i, step), torch.full_like(i, stream)))
+    """float32 → bfloat16, up or down with the probability that makes the mean right."""
+    random = random_numbers(like, seed, step, stream)
     bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     rounded = (bits + (random & 0xFFFF)) >> 16
     rounded = torch.where(x == x, rounded, 0x7FC0)
     return torch.where(rounded >= 1 << 15, rounded - (1 << 16), rounded).to(torch.int16).view(torch.bfloat16)
+
+
+def random_numbers(like: Tensor, seed: int, step: int, stream: int) -> Tensor:
+    """32 random bits for each element, which depend on these numbers and its place in memory alone."""
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda d: -strides[d])
+    i = torch.arange(like.numel(), device=like.device).view([like.shape[d] for d in order])
+    i = i.permute([order.index(d) for d in range(like.dim())])
+    return philox(seed, (i & 0xFFFFFFFF, i >> 32, torch.full_like(i, step), torch.full_like(i, stream)))
 
 
 def philox(seed: int, counter: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from .rule import Group, Prepare, Rule, Tensors, check_fused, init_group
 class RMSpropRule(Rule):
     formula = staticmethod(reference.rmsprop)
     options = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
+    squares = ("square_avg",)
     needs_scratch = True
 
     def states(self, group: Group) -> tuple[str | None, ...]:

@@ -49,6 +49,7 @@ class Rule:
     options: ClassVar[tuple[str, ...]]  # of a group: everything the update depends on
     counts_steps: ClassVar[bool] = True  # whether torch keeps a `step` for every parameter
     scalar_states: ClassVar[tuple[str, ...]] = ()  # besides: up to two states of one number a parameter
+    squares: ClassVar[tuple[str, ...] | None] = None  # the states that are never negative; None: none can be 8 bits
     adds_eps_to_root: ClassVar[bool] = True  # whether there is a √v + ε, which `eps_inside_sqrt` changes
     needs_scratch: ClassVar[bool] = False  # whether the fused CPU kernel writes more than the update needs
     loops_on_cpu: ClassVar[bool] = False  # whether it is no kernel but a loop, which counts the steps itself
@@ -104,7 +105,7 @@ class Rule:
         )  # fmt: skip
 
     def has_state(self, group: Group) -> bool:
-        return any(self.states(group)) or any(group.get(k) for k in ("ema_decay", "stochastic_rounding"))
+        return any(self.states(group)) or any(group.get(k) for k in ("ema_decay", "stochastic_rounding", "master_bits"))
 
     def entries(self, group: Group) -> list[str]:
         """The keys of a parameter's state that the update may use."""

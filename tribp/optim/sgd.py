@@ -18,6 +18,7 @@ from .rule import Group, Prepare, Rule, Tensors, init_group
 class SGDRule(Rule):
     formula = staticmethod(reference.sgd)
     options = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+    squares = ()
     counts_steps = False
     adds_eps_to_root = False
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from . import layouts, reference
+from . import codes, layouts, reference
 from .buckets import Bucket, ParamSlot, Step
 from .layouts import local
-from .options import rounds_stochastically, torch_lacks
+from .options import compresses, rounds_stochastically, torch_lacks
 from .rule import Group, Rule, Tensors, counter_dtype
 from .tracked_state import peek
 
@@ -393,7 +393,7 @@ class ReferenceBucket:
             self._update(slot, group, scaled)
         for slot in updated.values():
             if decay := step.groups[slot.group].get("ema_decay"):
-                update_average(slot.param, slot.state, decay)
+                update_average(slot.weight, slot.state, decay)
 
     def _update(self, slot: ParamSlot, group: Group, grad: Tensor) -> None:
         count = random_step = 0.0
@@ -405,17 +405,32 @@ class ReferenceBucket:
             count = float(slot.count.value) + 1
             slot.count.value = int(count)
         states = [None if x is None else layouts.as_reals(x) for x in slot.states]
+        values = [
+            x if x is None or scale is None else codes.decode(x, scale)
+            for x, scale in zip(states, slot.scales, strict=True)
+        ]
         scalars = [peek(slot.state, name) for name in self.rule.scalar_states]
         p = layouts.as_reals(slot.param)
         changed, moments, results = apply_formula(
-            self.rule, group, p, layouts.as_reals(grad), states, scalars, count
+            self.rule, group, layouts.as_reals(slot.weight), layouts.as_reals(grad), values, scalars, count
         )  # fmt: skip
-        if rounds_stochastically(group, p):
-            changed = reference.round_stochastically(changed, p, group.get("seed", 0), int(random_step), slot.index)
+        of_random = group.get("seed", 0), int(random_step), slot.index
+        stochastic = rounds_stochastically(group, p)
+        if slot.residual is not None:
+            below = reference.random_numbers(p, *of_random) & 0xFF if stochastic else 128
+            changed, low = codes.split(changed.float(), below)
+            slot.residual.copy_(low)
+        elif stochastic:
+            changed = reference.round_stochastically(changed, p, *of_random)
         p.copy_(changed)
-        for state, moment in zip(states, moments, strict=True):
-            if state is not None and moment is not None:
+        bits = codes.random_bits(p, *of_random) if compresses(group, p) else None
+        for k, (state, scale, moment) in enumerate(zip(states, slot.scales, moments, strict=True)):
+            if state is None or moment is None:
+                continue
+            if scale is None or bits is None:
                 state.copy_(moment)
+            else:
+                codes.encode(moment, state, scale, bits & 0xFFFF if k == 0 else bits >> 16)
         for scalar, result in zip(scalars, results, strict=True):
             scalar.copy_(result)
 

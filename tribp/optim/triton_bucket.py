@@ -19,12 +19,12 @@ from ..launch.plan import Buffer, Launch, Plan, config_for, perform
 from . import layouts
 from .buckets import ParamSlot, Step
 from .device_tables import Table, bits
-from .options import rounds_stochastically
+from .options import compresses, rounds_stochastically
 from .rule import CommonHyper, Group, Rule
 
 _TYPES = {
     None: None, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32,
-    torch.float64: tl.float64,
+    torch.float64: tl.float64, torch.int8: tl.int8, torch.uint8: tl.uint8,
 }  # fmt: skip
 Dtypes = tuple[torch.dtype | None, ...]  # of the parameter, the gradient, the rule's three states, the average
 
@@ -35,7 +35,7 @@ def triton_buckets(rule: Rule, optimizer: torch.optim.Optimizer, slots: list[Par
     for slot in slots:
         group = optimizer.param_groups[slot.group]
         own = _dtypes(slot)
-        fixed = (slot.param.device, bool(group.get("eps_inside_sqrt")), _seed(group, slot.param))
+        fixed = (slot.param.device, bool(group.get("eps_inside_sqrt")), _seed(group, slot.param), slot.has_residual)
         for other, dtypes, members in combinations:
             if other == fixed and all(a is None or b is None or a == b for a, b in zip(dtypes, own, strict=True)):
                 dtypes[:] = [b if a is None else a for a, b in zip(dtypes, own, strict=True)]
@@ -57,8 +57,8 @@ def _three(states: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _seed(group: Group, p: Tensor) -> int | None:
-    """The seed of stochastic rounding; None without it."""
-    return group.get("seed", 0) if rounds_stochastically(group, p) else None
+    """The seed of random numbers; None where there are none."""
+    return group.get("seed", 0) if rounds_stochastically(group, p) or compresses(group, p) else None
 
 
 class TritonBucket:
@@ -107,6 +107,7 @@ class TritonBucket:
                 _address(None if self.rule.counts_steps else state.get("step")),
                 length, slot.group, layout_at if layout else 0, slot.index,
                 *map(_address, [*scalars, None, None][:2]), 0, 0,
+                *map(_address, (*_three(slot.scales), slot.residual)),
             ]  # fmt: skip
             layout_at += 8 * len(layout or ())
         self._rows = _on(self.device, rows, torch.int64)
@@ -119,7 +120,9 @@ class TritonBucket:
             ACC=tl.float64 if torch.float64 in dtypes else tl.float32,
             ON_DEVICE=False,
             EPS_INSIDE=bool(group.get("eps_inside_sqrt")),
-            STOCHASTIC=seed is not None,
+            STOCHASTIC=rounds_stochastically(group, p),
+            CODED=torch.int8 in dtypes or torch.uint8 in dtypes,
+            RESIDUAL=self.slots[0].has_residual,
             OPTIONAL=any(_dtypes(slot).count(None) != dtypes.count(None) for slot in self.slots),
             STRIDED=strided,
             BLOCK=launched.block,

@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import dispatch
 from . import layouts
 from .buckets import Bucket
+from .codes import keys
 from .footprint import Footprint, guard, holders, places, signature, storage_sizes
 from .layouts import PLAIN, local
 from .options import SWITCHES
@@ -174,7 +175,7 @@ class Watch:
         self._states = list(states.values())
         self._used: list[Tensor] = []
         for group in optimizer.param_groups:
-            entries = rule.entries(group)
+            entries = [*rule.entries(group), *keys(rule, group)]
             for state in (states.get(p, {}) for p in group["params"]):
                 used = (peek(state, name) for name in entries)
                 self._used += [t for t in used if isinstance(t, Tensor) and is_plain(t)]

@@ -1,0 +1,90 @@
+"""States in 8 bits a number and parameters in 24, as `multi_tensor_step` reads and writes them.
+
+BLOCK numbers, one after the other in memory, share a scale s, the largest of them: a float32 number that moves with
+them exactly. A state of either sign is an int8 code q, x = s·q/(254 − |q|), finer towards 0; one that is never negative
+a uint8 code, v = s·(q/255)². `tribp/optim/codes.py` says the same in torch.
+
+Gonzalez Ortiz et al., "FlashOptim: Optimizers for Memory Efficient Training", 2026, from which both curves are. Other
+than there, a code is rounded up or down at random, right on average: to nearest, an average whose step is less than
+half a code, as every √v with β₂ = 0.999, would never fall. And no v > 0 becomes 0, beside an m that may not. Divisions
+and roots are the fast ones: beside a code's step, their last place is nothing.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(32)
+
+
+@triton.constexpr_function
+def is_code(dtype):
+    return dtype == tl.int8 or dtype == tl.uint8
+
+
+@triton.jit
+def decode(q, scale, TYPE: tl.constexpr):
+    """Codes, a block a row, and their scales: numbers in float32."""
+    q = q.to(tl.float32)
+    if TYPE == tl.int8:
+        x = scale * (q / (254.0 - tl.abs(q)))
+    else:
+        part = q * (1.0 / 255.0)
+        x = scale * (part * part)
+    return x
+
+
+@triton.jit
+def encode(x, inside, random, TYPE: tl.constexpr):
+    """The codes of numbers, a block a row, and the scales. random: 16 bits each. A block that holds an infinity or NaN
+    becomes NaN."""
+    x = x.to(tl.float32)
+    # As integers the bits of |x| have its order, and those of NaN are largest.
+    bits = tl.where(inside, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    scale = tl.max(bits, 1, keep_dims=True).to(tl.float32, bitcast=True)
+    scale = tl.where(scale < 1e36, scale, float("nan"))
+    coded = scale > 0.0
+    above = random.to(tl.float32) * (1.0 / 65536.0)
+    if TYPE == tl.int8:
+        q = tl.floor(254.0 * x / tl.where(coded, scale + tl.abs(x), 1.0) + above)
+    else:
+        q = tl.floor(255.0 * tl.sqrt(x / tl.where(coded, scale, 1.0)) + above)
+        q = tl.where(x > 0.0, tl.maximum(q, 1.0), 0.0)
+    return tl.where(coded, q, 0.0).to(tl.int32).to(TYPE), scale
+
+
+@triton.jit
+def random_key(seed, step, stream):
+    """What `random_bits` of one tensor in one step begin with."""
+    key, _, _, _ = tl.philox(seed, step.to(tl.uint32), stream.to(tl.uint32), 0, 0)
+    return key
+
+
+@triton.jit
+def random_bits(i, key):
+    """32 random bits for element i: Wellons' "lowbias32" of its number and the key.
+
+    Counted: 12 instructions; Philox takes 100, and what they decide is the last place of a code.
+    """
+    x = (i.to(tl.uint32) ^ key) + (i >> 32).to(tl.uint32) * 0x9E3779B9
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def join(p, residual):
+    """bfloat16 parameters and the 8 bits below them: float32. A parameter that somebody set to 0 is 0 or above it."""
+    high = p.to(tl.uint16, bitcast=True).to(tl.int32)
+    low = residual.to(tl.int32)
+    low = tl.where(high & 0x7FFF == 0, tl.maximum(low, 0), low)
+    return ((high << 16) + (low << 8)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split(x, below):
+    """float32 → the nearest bfloat16 and the 8 bits below it; `below`, in [0, 255], is added to the bits cut off."""
+    bits = (x.to(tl.float32).to(tl.uint32, bitcast=True) + below) >> 8
+    bits = tl.where(x == x, bits, 0x7FC000)
+    high = (bits + 128) >> 8
+    low = bits.to(tl.int32) - (high.to(tl.int32) << 8)
+    return high.to(tl.uint16).to(tl.bfloat16, bitcast=True), low.to(tl.int8)

@@ -1,0 +1,165 @@
+"""States in 8 bits a number and parameters in 24: what `kernels/optim_codes.py` computes, and who has them when.
+
+A state is then two tensors: its codes, in the parameter's shape, and under `<name>_scale` a float32 number for every
+BLOCK of them, as they lie in memory. A parameter of 24 bits is the bfloat16 one that the model has, and an int8
+`residual` in its state.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layouts import fits_storage, local
+from .options import Group, compresses
+from .reference import philox
+from .rule import Rule
+from .tracked_state import peek
+
+BLOCK = 32
+CODES = (torch.int8, torch.uint8)
+RESIDUAL = "residual"
+
+
+def scale_of(name: str) -> str:
+    """The key of a state's scales."""
+    return f"{name}_scale"
+
+
+# The formulas.
+
+
+def decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """x = s·q/(254 − |q|), or of codes without a sign s·(q/255)²; float32, in the codes' layout."""
+    q = _blocks(codes).float()
+    if codes.dtype == torch.int8:
+        x = scale[:, None] * (q / (254 - q.abs()))
+    else:
+        part = q * (1 / 255)
+        x = scale[:, None] * (part * part)
+    return x.view(-1)[: codes.numel()].as_strided(codes.shape, codes.stride())
+
+
+def encode(x: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None) -> None:
+    """Writes codes and scales. random: 16 bits for every element as it lies in memory; rounds to nearest without.
+
+    What was decoded is then encoded as it was. A block that holds an infinity or NaN becomes NaN.
+    """
+    x = _blocks(torch.empty_like(codes, dtype=torch.float32).copy_(x))
+    largest = x.abs().amax(1)  # NaN where one is
+    scale.copy_(torch.where(largest < 1e36, largest, torch.nan))
+    coded = (scale > 0)[:, None]
+    above: Tensor | float = 0.5 if random is None else _blocks(random).float() / 65536
+    if codes.dtype == torch.int8:
+        q = (254 * x / torch.where(coded, scale[:, None] + x.abs(), 1) + above).floor()
+    else:
+        q = (255 * (x / torch.where(coded, scale[:, None], 1)).sqrt() + above).floor()
+        q = torch.where(x > 0, q.clamp_min(1), 0)
+    q = torch.where(coded, q, 0)
+    codes.copy_(q.view(-1)[: codes.numel()].as_strided(codes.shape, codes.stride()))
+
+
+def random_bits(like: Tensor, seed: int, step: int, stream: int) -> Tensor:
+    """32 random bits, as int64, for each element of `like` as it lies in memory: Wellons' "lowbias32" of its number and
+    a key of Philox's."""
+    zero = torch.zeros((), dtype=torch.int64, device="cpu")
+    key = int(philox(seed, (zero + step, zero + stream, zero, zero)))
+    i = torch.arange(like.numel(), device=like.device)
+    x = ((i & 0xFFFFFFFF) ^ key) + (i >> 32) * 0x9E3779B9 & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def join(p: Tensor, residual: Tensor) -> Tensor:
+    """bfloat16 parameters and the 8 bits below them: float32. A parameter that somebody set to 0 is 0 or above it."""
+    high, low = p.view(torch.int16).int(), residual.int()
+    low = torch.where(high & 0x7FFF == 0, low.clamp_min(0), low)
+    return ((high << 16) + (low << 8)).view(torch.float32)
+
+
+def split(x: Tensor, below: Tensor | int) -> tuple[Tensor, Tensor]:
+    """float32 → the nearest bfloat16 and the 8 bits below it; `below`, in [0, 255], is added to the bits cut off."""
+    bits = (x.view(torch.int32).long() & 0xFFFFFFFF) + below >> 8
+    bits = torch.where(x == x, bits, 0x7FC000)
+    high = bits + 128 >> 8
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 8)).to(torch.int8)
+
+
+def _blocks(t: Tensor) -> Tensor:
+    """A dense tensor's elements as they lie in memory, a block a row, the last one filled up with 0."""
+    flat = t.as_strided((t.numel(),), (1,))
+    return torch.nn.functional.pad(flat, (0, -t.numel() % BLOCK)).view(-1, BLOCK)
+
+
+# The states.
+
+
+def code_type(rule: Rule, group: Group, p: Tensor, name: str) -> torch.dtype | None:
+    """Of a state's codes; None where it is kept as it is."""
+    if not compresses(group, p):
+        return None
+    return torch.uint8 if name in (rule.squares or ()) else torch.int8
+
+
+def keys(rule: Rule, group: Group) -> list[str]:
+    """What a group's states may hold besides the rule's own."""
+    scales = [scale_of(name) for name in filter(None, rule.states(group))] if group.get("state_bits") else []
+    return [*scales, *([RESIDUAL] if group.get("master_bits") else [])]
+
+
+def put(state: dict[str, Any], name: str, x: Tensor, p: Tensor, dtype: torch.dtype) -> None:
+    """Gives a state its codes, of a parameter p's layout."""
+    codes = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    scale = torch.empty(-(-local(p).numel() // BLOCK), dtype=torch.float32, device=local(p).device)
+    encode(local(x), local(codes), scale)
+    state[name], state[scale_of(name)] = codes, scale
+
+
+def numbers(state: dict[str, Any], name: str) -> Tensor:
+    """A state that is kept as codes, as float32 numbers."""
+    codes: Tensor = peek(state, name)
+    x = torch.empty_like(codes, dtype=torch.float32, memory_format=torch.preserve_format)
+    local(x).copy_(decode(local(codes), peek(state, scale_of(name))))
+    return x
+
+
+def expand(state: dict[str, Any]) -> None:
+    """Puts float32 numbers in the place of all states that are codes."""
+    for name in coded(state) - {RESIDUAL}:
+        state[name] = numbers(state, name)
+        del state[scale_of(name)]
+
+
+def conform(rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:
+    """Brings the states that are there into the form that the group asks for; what does not fit stays as it is."""
+    are_codes = coded(state)
+    for name in filter(None, rule.states(group)):
+        value, wanted = peek(state, name), code_type(rule, group, p, name)
+        if not isinstance(value, Tensor) or value.shape != p.shape:
+            continue
+        if name in are_codes:
+            if value.dtype == wanted and local(value).stride() == torch.empty_like(local(p), dtype=wanted).stride():
+                continue
+            value = numbers(state, name)
+        if wanted is not None and value.is_floating_point():
+            put(state, name, value, p, wanted)
+        elif name in are_codes:
+            state[name] = value.to(group.get("state_dtype") or p.dtype)
+            del state[scale_of(name)]
+
+
+def coded(state: dict[str, Any]) -> set[str]:
+    """The entries that are codes: states that have their scales, and the residual."""
+
+    def has_scale(codes: Tensor, scale: object) -> bool:
+        return (
+            isinstance(scale, Tensor) and scale.shape == (-(-codes.numel() // BLOCK),) and scale.dtype == torch.float32
+            and scale.device == codes.device and scale.is_contiguous() and fits_storage(scale)
+        )  # fmt: skip
+
+    tensors = {name: local(t) for name, t in dict.items(state) if isinstance(t, Tensor) and t.dtype in CODES}
+    return {
+        name for name, codes in tensors.items()
+        if (name == RESIDUAL and codes.dtype == torch.int8) or has_scale(codes, peek(state, scale_of(name)))
+    }  # fmt: skip
