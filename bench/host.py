@@ -165,11 +165,12 @@ def steps() -> Iterator[Comparison]:
 
 CLASSES: dict[str, tuple[str, dict[str, Any], float]] = {  # and how many times as fast as torch's on small tensors
     "Adam": ("Adam", {}, 30),
+    "AdamW": ("AdamW", {}, 30),
     "SGD momentum": ("SGD", {"momentum": 0.9}, 12),
     "Adagrad": ("Adagrad", {}, 20),
     "RMSprop": ("RMSprop", {}, 12),
     "SGD": ("SGD", {}, 1),
-    **{name: (name, {}, 5) for name in ("Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")},
+    **{name: (name, {}, 10) for name in ("Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")},
 }
 ROUNDS = 15  # samples of each provider
 SIZES = (1, 100, 10_000, 1_000_000, 16_000_000)
@@ -195,7 +196,7 @@ def fallbacks(smoke: bool) -> Iterator[Comparison]:
             yield optimizers(f"{name}, {count}x8", [8] * count, providers, *targets, backward=backward)
     for name in CLASSES:
         providers = {"tribp": provider(optim, name), "torch": provider(torch.optim, name)}
-        target = HostTarget("torch", "tribp", 1 if name == "SGD" else 0.95)
+        target = HostTarget("torch", "tribp", 1)
         yield from (optimizers(f"{name}, {n}", [n], providers, target) for n in SIZES[: 1 if smoke else None])
 
 
@@ -230,10 +231,12 @@ def shards(smoke: bool) -> Iterator[Comparison]:
     for name in CLASSES:
         if name == "Rprop":
             continue  # torch's own writes by a mask, which DTensors do not know
-        modes = ["foreach"] + ["fused"] * (name == "Adam")  # to the others' fused kernels DTensors are unknown
+        modes = ["foreach"] + ["fused"] * (
+            name in ("Adam", "AdamW")
+        )  # to the others' fused kernels DTensors are unknown
         providers = {"tribp": provider(optim, name), "torch": provider(torch.optim, name)}
         providers |= {f"torch {mode}": provider(torch.optim, name, **{mode: True}) for mode in modes}
-        targets = [HostTarget(f"torch {mode}", "tribp", 3) for mode in modes]
+        targets = [HostTarget(f"torch {mode}", "tribp", 10) for mode in modes]
         yield optimizers(f"{name}, {len(sizes)} DTensors", sizes, providers, *targets, sharded=True)
     ours = provider(optim, "Adam")
     providers = {"tribp": ours, "tribp, unchecked": unchecked(ours)}

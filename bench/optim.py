@@ -27,7 +27,7 @@ Shapes = Sequence[tuple[int, ...]]
 # An element's additions, multiplications, divisions and roots, counted from the formulas without options (SGD: with
 # momentum): where the roofline shows the step. Memory bounds it wherever these numbers lie.
 OPERATIONS = {
-    "Adam": 13, "RMSprop": 9, "Adagrad": 7, "SGD": 4, "Momentum": 4,
+    "Adam": 13, "AdamW": 14, "RMSprop": 9, "Adagrad": 7, "SGD": 4, "Momentum": 4,
     "Adadelta": 13, "Adamax": 9, "NAdam": 16, "RAdam": 13, "Rprop": 8, "ASGD": 6,
 }  # fmt: skip
 
@@ -132,7 +132,7 @@ def cases() -> list[StepCase]:
     ruled = {"Adam": {}, **ALL}.items()
     return [
         *(StepCase(name, *LARGE, options=options) for name, options in ruled),
-        *(StepCase(name, *LARGE) for name in UNFUSED),
+        *(StepCase(name, *LARGE) for name in ("AdamW", *UNFUSED)),
         *(StepCase(name, *shapes, options=options, small=True) for name, options in ruled for shapes in lengths),
         StepCase("Adam", "gpt2", gpt2()),
         StepCase("Adam", "resnet50", resnet50(), small=True),
@@ -213,7 +213,7 @@ class Provider:
 def providers(case: StepCase, without_compile: str = "") -> dict[str, Provider | str]:
     """By name; in place of one that is left out, a sentence."""
     options, beyond = case.options, case.beyond.keys()
-    capturable = case.optimizer in ("Adam", "RMSprop", *UNFUSED)
+    capturable = case.optimizer in ("Adam", "AdamW", "RMSprop", *UNFUSED)
 
     def torchs(**how: bool) -> Callable[..., Any]:
         return _maker("torch.optim", case.optimizer, {**options, **how}, capturable)
@@ -233,9 +233,10 @@ def providers(case: StepCase, without_compile: str = "") -> dict[str, Provider |
         there |= dict.fromkeys(("for-loop", "foreach", "fused", "compile"), f"torch has no {' and no '.join(lacking)}")
     if case.optimizer not in UNFUSED and not case.scaler and not set(options) - {"momentum"}:
         if case.optimizer != "RMSprop" and not {"stochastic_rounding", "state_bits"} & beyond:
-            adam = case.optimizer == "Adam"
-            decays = {"adam_w_mode": False} if adam else {}
-            there["apex"] = _installed("apex.optimizers", f"Fused{case.optimizer}", {**options, **decays}, adam)
+            adam = case.optimizer in ("Adam", "AdamW")
+            decays = {"adam_w_mode": case.optimizer == "AdamW"} if adam else {}
+            name = f"Fused{case.optimizer.removesuffix('W')}"
+            there["apex"] = _installed("apex.optimizers", name, {**options, **decays}, adam)
         if not beyond and (case.optimizer != "SGD" or options):
             there["bitsandbytes"] = _installed("bitsandbytes.optim", f"{case.optimizer}32bit", options, False)
     return there

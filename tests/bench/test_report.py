@@ -98,6 +98,7 @@ def of_the_issues() -> list[tuple[str, str, str]]:
         ),
     ]  # fmt: skip
     classes = ("Adam", "RMSprop", "SGD momentum=0.9", "Adagrad")
+    others = ("AdamW", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")
     optim = [
         *((f"{name} 1e8 float32 step", "≥ 92% of copy") for name in classes),
         *((f"{name} 1e8 float32 step", "≤ 1.001x for-loop memory") for name in classes),
@@ -108,6 +109,7 @@ def of_the_issues() -> list[tuple[str, str, str]]:
             for name in classes if name != "RMSprop" for n in (8, 64, 512, 4096)
         ),
         *((f"{name} {shapes} float32 step", "1 launches") for name in classes for shapes in ("1e8", "1e9", "1000x8")),
+        *((f"{name} 1e8 float32 step", "1 launches") for name in others),
         ("Adam gpt2 float32 step", "1 launches"), ("Adam resnet50 float32 step", "1 launches"),
         ("Adam 465 groups of 8 float32 step", "1 launches"), ("Adam scaler 1e8 float32 step", "1 launches"),
         ("Adam max_grad_norm=1.0 1e8 float32 step", "2 launches"),
@@ -130,19 +132,21 @@ def of_the_issues() -> list[tuple[str, str, str]]:
             for direction in ("forward", "dgrad", "wgrad", "both")
         ),
     ]  # fmt: skip
-    small = {"Adam": 30, "SGD momentum": 12, "Adagrad": 20, "RMSprop": 12, "SGD": 1}
+    fused = {"Adam": 30, "AdamW": 30, "SGD momentum": 12, "Adagrad": 20, "SGD": 1}
+    small = fused | {"RMSprop": 12} | dict.fromkeys(("Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD"), 10)
     hosts = [
         ("Adam plan, 1000x8", "fused bookkeeping / plan ≥ 4"),  # there the other way round: 0.25, 0.1, 1.25
         ("Adam plan, 1000x8", "fused / plan ≥ 10"),
         ("Adam plan, 465 groups of 1x8", "plan, one group / plan ≥ 0.8"),
         *((f"{name}, 1000x8", f"torch / tribp ≥ {limit}") for name, limit in small.items()),
-        *((f"{name}, 1000x8", "torch fused / tribp ≥ 1.2") for name in small if name != "RMSprop"),
+        *((f"{name}, 1000x8", "torch fused / tribp ≥ 1.2") for name in fused),
         *(
-            (f"{name}, {n}", f"torch / tribp ≥ {1 if name == 'SGD' else 0.95}")
+            (f"{name}, {n}", "torch / tribp ≥ 1")
             for name in small for n in (1, 100, 10_000, 1_000_000, 16_000_000)
         ),
-        *((f"{name}, 400 DTensors", "torch foreach / tribp ≥ 3") for name in small),
-        ("Adam, 400 DTensors", "torch fused / tribp ≥ 3"),
+        # torch's Rprop writes by a mask, which DTensors do not know.
+        *((f"{name}, 400 DTensors", "torch foreach / tribp ≥ 10") for name in small if name != "Rprop"),
+        *((f"{name}, 400 DTensors", "torch fused / tribp ≥ 10") for name in ("Adam", "AdamW")),
     ]  # fmt: skip
     found = {"linear": linear, "optim": optim, "conv": conv, "host": hosts}
     return [(name, case, target) for name, targets in found.items() for case, target in targets]

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 import tribp.optim
 from tribp.optim import SGD, Adam, Momentum
 
-from .ecosystem_cases import PAIRS, Options, close, gradients, loss_of, model, weights
+from .ecosystem_cases import PAIRS, Options, close, every_pair, gradients, loss_of, model, weights
 
 # Hooks.
 
@@ -227,23 +227,34 @@ def test_accumulated_gradients(device: str) -> None:
     close(*found)
 
 
-def test_optimizer_in_backward(device: str) -> None:
+@pytest.mark.parametrize("how", ["hooks", "torch's own"])
+@every_pair
+def test_optimizer_in_backward(kind: Any, genuine: Any, how: str, device: str) -> None:
     """One optimizer a parameter, stepped by a hook as its gradient is ready: gradients never live together."""
     found = []
-    for kind in (Adam, torch.optim.Adam):
+    for each in (kind, genuine):
         network = model(device)
-        optimizers = {p: kind([p], lr=0.1) for p in network.parameters()}
+        params = list(network.parameters())
+        optimizers = {p: each([p], lr=0.1) for p in params}
+        alive: list[int] = []
 
-        def step(p: Tensor, optimizers: dict[Any, Any] = optimizers) -> None:
+        def step(p: Tensor, optimizers: dict[Any, Any] = optimizers, params: Any = params, alive: Any = alive) -> None:
+            alive.append(sum(q.grad is not None for q in params))
             optimizers[p].step()
             optimizers[p].zero_grad()
 
-        for p in network.parameters():
-            p.register_post_accumulate_grad_hook(step)
-        for i in range(2):
+        if how == "hooks":
+            for p in params:
+                p.register_post_accumulate_grad_hook(step)
+        else:
+            from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
+
+            _apply_optimizer_in_backward(each, params, {"lr": 0.1})
+        for i in range(3):
             loss_of(network, i).backward()
-        assert all(p.grad is None for p in network.parameters())
-        found.append(list(network.parameters()))
+        assert all(p.grad is None for p in params)
+        assert alive == ([1] * 3 * len(params) if how == "hooks" else [])
+        found.append(params)
     close(*found)
 
 

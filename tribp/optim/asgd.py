@@ -15,7 +15,6 @@ from .rule import FunctionRule, Group
 class ASGDRule(FunctionRule):
     formula = staticmethod(reference.asgd)
     function = staticmethod(torch_asgd)
-    makes_numbers = True
     lists = ("ax", "mu", "eta", "step")
     options = ("lr", "lambd", "alpha", "t0", "weight_decay", "maximize")
     adds_eps_to_root = False

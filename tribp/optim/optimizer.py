@@ -1,6 +1,7 @@
 """What all of tribp's optimizers share: `step`, the options beyond torch's, and what they keep in a checkpoint."""
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Generic, TypeVar
@@ -38,6 +39,20 @@ class Shared(Generic[T]):
         optimizer._shared[self._name] = value
 
 
+def _of_any(method: Callable[..., T]) -> Callable[..., T]:
+    """Makes `torch.optim.Adam.step(self)` do so where that name is tribp's (`patch`) and `self` one of torch's."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def of_any(optimizer: Any, *args: Any, **kwargs: Any) -> T:
+        if isinstance(optimizer, Optimizer):
+            return method(optimizer, *args, **kwargs)
+        kinds = (kind for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.optim."))
+        return getattr(next(kinds), name)(optimizer, *args, **kwargs)  # type: ignore[no-any-return]
+
+    return of_any
+
+
 class Optimizer(torch.optim.Optimizer):
     """The base of every class here, mixed in before its torch counterpart.
 
@@ -53,10 +68,19 @@ class Optimizer(torch.optim.Optimizer):
     _in_swap = Shared(False)
     grad_norm = Shared[Tensor | None](None)  # of the last step, where max_grad_norm is on
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Optimizer":
+        optimizer = super().__new__(cls)
+        optimizer._options, optimizer._shared, optimizer._captured = {}, {}, []
+        return optimizer
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls) and any(base.__module__.startswith("torch.optim.") for base in cls.__bases__):
+            cls.__init__ = _of_any(cls.__init__)  # type: ignore[method-assign]
+
     @contextlib.contextmanager
     def _enabled(self, extra: Group) -> Iterator[None]:
         """While torch's constructor makes the groups: give them, and those that are added later, these options."""
-        self._shared, self._captured = {}, []
         self._options = enable_options(extra, type(self).__name__)
         yield
         self.defaults.update(self._options)
@@ -68,9 +92,10 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
             self._step_supports_amp_scaling = True  # neither Adagrad of torch 2.11 nor RMSprop says so
 
+    @_of_any
     def add_param_group(self, param_group: Group) -> None:
         if isinstance(param_group, dict):
-            for name, value in self.__dict__.get("_options", {}).items():
+            for name, value in self._options.items():
                 param_group.setdefault(name, value)
             options, caller = enabled_options(param_group, type(self).__name__), type(self).__name__
             if options.get("eps_inside_sqrt") and not self._rule.adds_eps_to_root:
@@ -86,6 +111,7 @@ class Optimizer(torch.optim.Optimizer):
 
     profile_hook_step = staticmethod(hooked.wrap)  # torch wraps a class's `step` in it
 
+    @_of_any
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -183,6 +209,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # Checkpoints.
 
+    @_of_any
     def state_dict(self, *, compressed: bool = False) -> dict[str, Any]:
         """torch's, key for key: load it with either class. Options that are on add keys, those that are off do not.
 
@@ -200,6 +227,7 @@ class Optimizer(torch.optim.Optimizer):
         with checkpoint.export_state(self, self._is_unused, self._rule.numbers(), compressed):
             return super().state_dict()
 
+    @_of_any
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of its torch counterpart.
 
@@ -212,6 +240,7 @@ class Optimizer(torch.optim.Optimizer):
     def _is_unused(self, buffer: object) -> bool:
         return self._plan is not None and self._plan.is_unused(buffer)
 
+    @_of_any
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(super().__getstate__())
         states = checkpoint.states_of(self, self.state, self._is_unused, self._rule.numbers(), compressed=True)
@@ -223,9 +252,8 @@ class Optimizer(torch.optim.Optimizer):
             kept["_step_supports_amp_scaling"] = True
         return kept
 
+    @_of_any
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.setdefault("_shared", {})
-        self.__dict__.setdefault("_captured", [])
         self._plan = None
         with torch.device("cpu"):  # where torch makes counters of numbers in old checkpoints, whatever the default is
             super().__setstate__(state)

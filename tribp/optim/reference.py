@@ -2,20 +2,40 @@
 
 A formula takes a parameter p (already decayed), its gradient g (scaled, clipped, signed, decayed), its states, None for
 one that is not used, lr, ε, the rule's own hyperparameters h, this step's number t, 1 for the first, and whether ε
-stands inside the root. It returns p and the states anew. All tensors have one type. Where a rule has states of one
-number (`Rule.scalar_states`), the formula takes them as well, last and as they are kept, and returns them last.
+stands inside the root. It returns p and the states anew, and may overwrite those that it was given, but not g. All
+tensors have one type. Where a rule has states of one number (`Rule.scalar_states`), the formula takes them as well,
+last and as they are kept, and returns these numbers last.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
-def _denominator(square: Tensor, eps: float, eps_inside: bool) -> Tensor:
-    return (square + eps).sqrt() if eps_inside else square.sqrt() + eps
+@functools.lru_cache(64)
+def number(x: float, dtype: torch.dtype) -> Tensor:
+    """A tensor of no dimensions. An operation makes one of a Python number: that takes 1 µs, as long as the operation.
+
+    Not of `alpha` and `value`, nor of the arguments of `lerp` and `clamp`.
+    """
+    with _disable_current_modes():  # it is kept, and must be no FakeTensor
+        return torch.tensor(x, dtype=dtype, device="cpu")
+
+
+def _denominator(square: Tensor, eps: float, eps_inside: bool, correction: float = 1.0) -> Tensor:
+    """√v̂ + ε or √(v̂ + ε), where v̂ is v divided by the correction."""
+    if eps_inside:
+        return torch.add(number(eps, square.dtype), square, alpha=1 / correction).sqrt_()
+    return torch.add(number(eps, square.dtype), square.sqrt(), alpha=1 / math.sqrt(correction))
+
+
+def _average_square_(square_avg: Tensor, g: Tensor, decay: float) -> Tensor:
+    return square_avg.mul_(number(decay, g.dtype)).addcmul_(g, g, value=1 - decay)
 
 
 class SGDHyper(NamedTuple):
@@ -85,7 +105,7 @@ def adam(
     square = exp_avg_sq = h.beta2 * exp_avg_sq + (1 - h.beta2) * g * g
     if max_exp_avg_sq is not None:
         square = max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
-    d = _denominator(square / (1 - h.beta2**t), eps, eps_inside)
+    d = _denominator(square, eps, eps_inside, 1 - h.beta2**t)
     return p - lr / (1 - h.beta1**t) * exp_avg / d, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
@@ -98,9 +118,9 @@ def adadelta(
     lr: float, eps: float, h: AdadeltaHyper, t: float, eps_inside: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """v ← ρ·v + (1 − ρ)·g², Δ = √(u + ε)/√(v + ε)·g, u ← ρ·u + (1 − ρ)·Δ², θ ← θ − η·Δ."""
-    square_avg = h.rho * square_avg + (1 - h.rho) * g * g
-    delta = (acc_delta + eps).sqrt() / (square_avg + eps).sqrt() * g
-    return p - lr * delta, square_avg, h.rho * acc_delta + (1 - h.rho) * delta * delta
+    _average_square_(square_avg, g, h.rho)
+    delta = _denominator(acc_delta, eps, True).div_(_denominator(square_avg, eps, True)).mul_(g)
+    return p.sub_(delta, alpha=lr), square_avg, _average_square_(acc_delta, delta, h.rho)
 
 
 class AdamaxHyper(NamedTuple):
@@ -113,9 +133,9 @@ def adamax(
     lr: float, eps: float, h: AdamaxHyper, t: float, eps_inside: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """m ← β₁·m + (1 − β₁)·g, u ← max(β₂·u, |g| + ε), θ ← θ − η/(1 − β₁ᵗ)·m/u."""
-    exp_avg = exp_avg + (1 - h.beta1) * (g - exp_avg)
-    exp_inf = torch.maximum(h.beta2 * exp_inf, g.abs() + eps)
-    return p - lr / (1 - h.beta1**t) * exp_avg / exp_inf, exp_avg, exp_inf
+    exp_avg.lerp_(g, 1 - h.beta1)
+    torch.maximum(exp_inf.mul_(number(h.beta2, g.dtype)), g.abs().add_(number(eps, g.dtype)), out=exp_inf)
+    return p.addcdiv_(exp_avg, exp_inf, value=-lr / (1 - h.beta1**t)), exp_avg, exp_inf
 
 
 class RpropHyper(NamedTuple):
@@ -131,11 +151,13 @@ def rprop(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """δ ← δ·η⁺ where g has the sign of the one before, δ·η⁻ where it has the other one, and then g ← 0; δ within its
     bounds; θ ← θ − δ·sign(g)."""
-    product = g * prev
-    factor = torch.where(product > 0, h.etaplus, torch.where(product < 0, h.etaminus, torch.ones_like(p)))
-    step_size = (step_size * factor).clamp(h.step_size_min, h.step_size_max)
-    g = torch.where(product < 0, 0.0, g)
-    return p - g.sign() * step_size, g, step_size
+    product, zero = prev.mul_(g), number(0.0, g.dtype)
+    turned = product < zero
+    shorter = torch.where(turned, step_size * number(h.etaminus, g.dtype), step_size)
+    step_size = torch.where(product > zero, step_size * number(h.etaplus, g.dtype), shorter)
+    step_size.clamp_(h.step_size_min, h.step_size_max)
+    g = torch.where(turned, zero, g)
+    return p.addcmul_(g.sign(), step_size, value=-1), g, step_size
 
 
 class NAdamHyper(NamedTuple):
@@ -147,17 +169,17 @@ class NAdamHyper(NamedTuple):
 def nadam(
     p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
     lr: float, eps: float, h: NAdamHyper, t: float, eps_inside: bool, mu_product: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, float]:  # fmt: skip
     """m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g², θ ← θ − η·((1 − μₜ)·g/(1 − Πμ) + μₜ₊₁·m/(1 − μₜ₊₁·Πμ))/(√v̂ + ε),
     where μₜ = β₁·(1 − 0.96^(t·ψ)/2), ψ is the momentum decay, and Πμ the product of all μ so far."""
     mu, mu_next = (h.beta1 * (1 - 0.5 * 0.96 ** (k * h.momentum_decay)) for k in (t, t + 1))
-    mu_product = mu_product * mu
-    product = float(mu_product)
-    exp_avg = exp_avg + (1 - h.beta1) * (g - exp_avg)
-    exp_avg_sq = h.beta2 * exp_avg_sq + (1 - h.beta2) * g * g
-    d = _denominator(exp_avg_sq / (1 - h.beta2**t), eps, eps_inside)
-    step = lr * (1 - mu) / (1 - product) * g + lr * mu_next / (1 - product * mu_next) * exp_avg
-    return p - step / d, exp_avg, exp_avg_sq, mu_product
+    product = float(mu_product * mu)  # rounded as it is kept
+    exp_avg.lerp_(g, 1 - h.beta1)
+    _average_square_(exp_avg_sq, g, h.beta2)
+    d = _denominator(exp_avg_sq, eps, eps_inside, 1 - h.beta2**t)
+    p.addcdiv_(g, d, value=-lr * (1 - mu) / (1 - product))
+    p.addcdiv_(exp_avg, d, value=-lr * mu_next / (1 - product * mu_next))
+    return p, exp_avg, exp_avg_sq, product
 
 
 class RAdamHyper(NamedTuple):
@@ -173,16 +195,17 @@ def radam(
 
     where ρ is the length of the average that v amounts to, and r = √((ρ − 4)(ρ − 2)·ρ∞/((ρ∞ − 4)(ρ∞ − 2)·ρ)).
     """
-    exp_avg = exp_avg + (1 - h.beta1) * (g - exp_avg)
-    exp_avg_sq = h.beta2 * exp_avg_sq + (1 - h.beta2) * g * g
-    update = lr / (1 - h.beta1**t) * exp_avg
+    exp_avg.lerp_(g, 1 - h.beta1)
+    _average_square_(exp_avg_sq, g, h.beta2)
+    lr = lr / (1 - h.beta1**t)
     decayed = h.beta2**t
     longest = 2 / (1 - h.beta2) - 1
     length = longest - 2 * t * decayed / (1 - decayed)
-    if length > 5:
-        r = math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
-        update = r * math.sqrt(1 - decayed) * update / _denominator(exp_avg_sq, eps, eps_inside)
-    return p - update, exp_avg, exp_avg_sq
+    if length <= 5:
+        return p.sub_(exp_avg, alpha=lr), exp_avg, exp_avg_sq
+    r = math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
+    d = _denominator(exp_avg_sq, eps, eps_inside)
+    return p.addcdiv_(exp_avg, d, value=-lr * r * math.sqrt(1 - decayed)), exp_avg, exp_avg_sq
 
 
 class ASGDHyper(NamedTuple):
@@ -194,13 +217,15 @@ class ASGDHyper(NamedTuple):
 def asgd(
     p: Tensor, g: Tensor, ax: Tensor, lr: float, eps: float, h: ASGDHyper, t: float, eps_inside: bool,
     eta: Tensor, mu: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, float, float]:  # fmt: skip
     """θ ← (1 − λ·ηₜ)·θ − ηₜ·g, a ← a + μₜ·(θ − a); ηₜ₊₁ = η/(1 + λ·η·t)^α, μₜ₊₁ = 1/max(1, t − t₀)."""
     rate, weight = float(eta), float(mu)
-    p = torch.add(p * (1 - h.lambd * rate), g, alpha=-rate)
-    ax = p if weight == 1 else ax + weight * (p - ax)
-    eta = torch.full_like(eta, lr / (1 + h.lambd * lr * t) ** h.alpha)
-    return p, ax, eta, torch.full_like(mu, 1 / max(1.0, t - h.t0))
+    p.mul_(1 - h.lambd * rate)
+    if weight == 1:  # in this order large tensors take a tenth less time
+        p.copy_(torch.sub(p, g, alpha=rate, out=ax))
+    else:
+        ax.lerp_(p.sub_(g, alpha=rate), weight)
+    return p, ax, lr / (1 + h.lambd * lr * t) ** h.alpha, 1 / max(1.0, t - h.t0)
 
 
 def round_stochastically(x: Tensor, like: Tensor, seed: int, step: int, stream: int) -> Tensor:

@@ -52,7 +52,7 @@ class Rule:
     squares: ClassVar[tuple[str, ...] | None] = None  # the states that are never negative; None: none can be 8 bits
     adds_eps_to_root: ClassVar[bool] = True  # whether there is a √v + ε, which `eps_inside_sqrt` changes
     needs_scratch: ClassVar[bool] = False  # whether the fused CPU kernel writes more than the update needs
-    loops_on_cpu: ClassVar[bool] = False  # whether it is no kernel but a loop, which counts the steps itself
+    formula_on_cpu: ClassVar[bool] = False  # whether the formula takes as long as torch's own code, or less
 
     def __init__(self, defaults: Group) -> None:
         self.defaults = defaults  # the optimizer's
@@ -152,41 +152,25 @@ def takes_fused(group: Group, steps: list[Tensor]) -> bool | None:
 
 
 class FunctionRule(Rule):
-    """The rule of a class that torch has no fused kernel for: it calls a function of lists, which loops over them."""
+    """The rule of a class that torch has no fused kernel for, but a function of lists."""
 
-    loops_on_cpu = True
+    formula_on_cpu = True
     function: ClassVar[Callable[..., None]]  # torch's
     lists: ClassVar[tuple[str, ...]]  # the keys of the states that it takes, in its order
-    makes_numbers: ClassVar[bool] = False  # whether it makes tensors of one number, which it reads at once
 
     def arguments(self, group: Group) -> Group:
         """Its own keyword arguments, but for those that each of these functions takes."""
         raise NotImplementedError
 
-    def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
-        return dtype != torch.float16 and not group["capturable"]  # which torch refuses on the CPU
-
-    def fused_update(self, group: Group, t: Tensors) -> None:
-        names = (*self.states(group), *self.scalar_states, "step")
-        self._call(group, t.params, t.grads, dict(zip(names, (*t.states, t.steps), strict=True)), False)
-
     def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
         check_fused(group)
         has_complex, (params, grads, *_) = init_group(optimizer, group, 2 + len(self.lists))
-        states: dict[str | None, list[Tensor]] = {
-            name: [optimizer.state[p][name] for p in params] for name in self.lists
-        }
-        self._call(group, params, prepare(grads), states, has_complex)
-
-    def _call(
-        self, group: Group, params: list[Tensor], grads: list[Tensor], states: dict[str | None, list[Tensor]],
-        has_complex: bool,
-    ) -> None:  # fmt: skip
-        # To ask takes 2 µs.
-        elsewhere = self.makes_numbers and torch.get_default_device().type != "cpu"
+        states = [[optimizer.state[p][name] for p in params] for name in self.lists]
+        elsewhere = torch.get_default_device().type != "cpu"
+        # ASGD's makes tensors of one number, and reads them at once.
         with torch.device("cpu") if elsewhere else contextlib.nullcontext():
             type(self).function(
-                params, grads, *(states[name] for name in self.lists), has_complex=has_complex,
-                foreach=group["foreach"], maximize=group["maximize"], differentiable=group["differentiable"],
-                capturable=group["capturable"], **self.arguments(group),
+                params, prepare(grads), *states, has_complex=has_complex, foreach=group["foreach"],
+                maximize=group["maximize"], differentiable=group["differentiable"], capturable=group["capturable"],
+                **self.arguments(group),
             )  # fmt: skip

@@ -1,5 +1,6 @@
 """The update where no kernel runs: torch's fused CPU kernels, the rule's formula, or torch's own code."""
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from .tracked_state import peek
 # Measured, two idle cores: 200 tensors of 17 elements 254 µs with two threads, 75 with one; of 1,000 elements 381 and
 # 159. While other processes keep the cores busy, a single small tensor may wait 5 to 15 ms for the second thread.
 _GRAIN = 32768
+# Of a large tensor so many elements a thread are updated at a time: 256 KiB of each tensor, of 2 MiB of cache.
+_PIECE = 65536
 # Up to this many elements a tensor is small: torch's loop takes longer to call its operations than to compute them.
 # Measured, two cores: from 6 small ones on it is faster to put them side by side first.
 _SMALL, _MANY = 4096, 6
@@ -41,14 +44,12 @@ def kind_of(rule: Rule, group: Group, tensors: Sequence[Tensor], pack: bool) -> 
         return "reference"
     on_cpu = p.device.type == "cpu"
     if on_cpu and layouts.layout(tensors) == []:
-        fused = p.is_floating_point() and rule.fused_on_cpu(group, p.dtype)
-        if fused and not rule.loops_on_cpu:
+        if p.is_floating_point() and rule.fused_on_cpu(group, p.dtype):
             return "fused"
-        floats = p.dtype.to_real() in dispatch.FLOATS
-        if pack and p.numel() <= _SMALL and floats and not group.get("capturable"):  # which torch refuses on the CPU
+        real = p.dtype.to_real()
+        suits = (rule.formula_on_cpu and real in (torch.float32, torch.float64)) or (pack and p.numel() <= _SMALL)
+        if suits and real in dispatch.FLOATS and not group.get("capturable"):  # which torch refuses on the CPU
             return "packed"
-        if fused:
-            return "fused"
     if p.dtype == torch.float16 and "eps" in group and (on_cpu or not (p.is_meta or group.get("capturable"))):
         return "reference"  # torch's own code adds ε in float16, where 1e-8 is 0: a gradient of 0 would give 0/0
     return "torch"
@@ -192,15 +193,15 @@ class FusedBucket:
         scratch = self._make_scratch() if self.rule.needs_scratch else []
         slots, params, states, steps = self.slots, self._params, self._states, self._steps
         if step.complete:
-            if self._counters is not None and not self.rule.loops_on_cpu:
-                self._counters += 1
+            if self._counters is not None:
+                self._counters.add_(reference.number(1.0, torch.float32))
         else:
             there = [grad is not None for grad in grads]
             slots = list(compress(slots, there))
             grads, params, steps, scratch, *states = (
                 list(compress(x, there)) for x in (grads, params, steps, scratch, *states)
             )
-            if self._counters is not None and not self.rule.loops_on_cpu:
+            if self._counters is not None:
                 self._counters[torch.tensor(there, device="cpu")] += 1
         if not grads:
             return
@@ -253,123 +254,253 @@ def set_own_threads() -> Callable[[int], object] | None:
     return set_threads if is_torchs else None
 
 
-def apply_formula(
-    rule: Rule, group: Group, p: Tensor, grad: Tensor, states: Sequence[Tensor | None], scalars: Sequence[Tensor],
-    count: float,
-) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:  # fmt: skip
-    """The parameter (all tensors are real) and the states in at least float32, and the states of one number."""
-    common, own = rule.common(group), rule.hyper(group)
-    lr, eps, sign, decay, decoupled, *_ = map(float, common)
-    double = any(x is not None and x.dtype == torch.float64 for x in (p, *states))
-    wide = torch.float64 if double else torch.float32
-    x, g = p.to(wide), sign * grad.to(wide)
-    if decay:
-        g = g + decay * x
-    changed, *others = rule.formula(
-        x * (1 - lr * decoupled) if decoupled else x, g, *(None if s is None else s.to(wide) for s in states),
-        lr, eps, own._make(map(float, own)), count, bool(group.get("eps_inside_sqrt")), *scalars,
-    )  # fmt: skip
-    return changed, others[: len(states)], others[len(states) :]
+class Formula:
+    """A rule's formula, with the hyperparameters of one group as numbers."""
+
+    def __init__(self, rule: Rule, group: Group) -> None:
+        own = rule.hyper(group)
+        self._formula, self._own = rule.formula, own._make(map(float, own))
+        self._lr, self._eps, self._sign, self._decay, decoupled, *_ = map(float, rule.common(group))
+        self._shrinkage = self._lr * decoupled
+        self._eps_inside = bool(group.get("eps_inside_sqrt"))
+
+    def __call__(
+        self, p: Tensor, grad: Tensor, states: Sequence[Tensor | None], scalars: Sequence[Tensor], count: float
+    ) -> tuple[Tensor, list[Tensor | None], list[float]]:  # fmt: skip
+        """The parameter (all tensors are real) and the states in at least float32, and the states of one number.
+
+        It may overwrite the parameter and the states, and return them.
+        """
+        wide = torch.float64 if torch.float64 in [x.dtype for x in (p, *states) if x is not None] else torch.float32
+        x, g, *kept = [None if t is None else t if t.dtype == wide else t.to(wide) for t in (p, grad, *states)]
+        assert x is not None
+        assert g is not None
+        if self._sign != 1:
+            g = -g
+        if self._decay:
+            g = g.add(x, alpha=self._decay)
+        if self._shrinkage:
+            x.mul_(1 - self._shrinkage)
+        changed, *others = self._formula(x, g, *kept, self._lr, self._eps, self._own, count, self._eps_inside, *scalars)
+        return changed, others[: len(states)], others[len(states) :]
 
 
 class PackedBucket:
-    """Small slots of one set of options, dense and lying alike, by the formula on their elements side by side.
+    """Dense slots of one set of options that lie alike, by the formula: small ones side by side, large ones in pieces.
 
-    An operation takes as long on one tensor of 8 elements as on one of 1,000; torch's loop has a dozen for each.
+    An operation takes as long on one tensor of 8 elements as on one of 1,000, and torch's loop has a dozen for each. Of
+    a large tensor a piece stays in the caches from the formula's first operation to its last.
     """
 
     def __init__(self, rule: Rule, slots: list[ParamSlot], groups: list[Group]) -> None:
         self.rule, self.slots = rule, slots
         self.groups = sorted({slot.group for slot in slots})
         self._indices = [slot.index for slot in slots]
+        self._every = self._indices == list(range(sum(len(group["params"]) for group in groups)))
         self._numbers = []  # of the slots: the counters, then the rule's states of one number
         if rule.counts_steps:
             self._numbers.append(join(slots, "step", counter_dtype(bool(groups[slots[0].group].get("fused")))))
         self._numbers += [join(slots, name, slots[0].state[name].dtype) for name in rule.scalar_states]
-        self._packs: dict[tuple[int, ...], Pack] = {}  # by the slots that are updated together
+        self._columns = [numbers.unbind() for numbers in self._numbers]
+        self._everyone = tuple(range(len(slots)))
+        self._packs: dict[tuple[int, ...], list[Pack | Pieces]] = {}  # by the slots that are updated together
+        self._of_everyone = self._make_packs(self._everyone)
+        self._values: list[Any] | None = None  # that the formula was made with
+        self._formula: Formula
+
+    def _make_packs(self, members: tuple[int, ...]) -> "list[Pack | Pieces]":
+        """Neighbours share a pack while they are few enough for one thread."""
+        runs: list[list[ParamSlot]] = [[]]
+        elements = 0
+        for slot in (self.slots[k] for k in members):
+            elements += slot.param.numel()
+            if elements >= _GRAIN and runs[-1]:
+                runs.append([])
+                elements = slot.param.numel()
+            runs[-1].append(slot)
+        return [Pack(slots) if len(slots) > 1 else Pieces(*slots) for slots in runs]
 
     def run(self, step: Step) -> None:
         group = step.groups[self.slots[0].group]
-        present = [k for k, i in enumerate(self._indices) if step.grads[i] is not None]
-        grads: list[Any] = [step.grads[self._indices[k]] for k in present]
-        if not grads:
-            return
+        if step.values is not self._values:
+            self._formula, self._values = Formula(self.rule, group), step.values
+        grads: list[Any] = step.grads if self._every else [step.grads[i] for i in self._indices]
+        present = self._everyone
+        if not step.complete:
+            present = tuple(k for k, grad in enumerate(grads) if grad is not None)
+            if not present:
+                return
         if step.grad_scale is not None or step.norm is not None:
-            grads = unscaled_and_clipped(grads, group, step)
-        given = dict(zip(present, grads, strict=True))
-        for key, members in self._alike(present):
-            pack = self._packs.get(members)
-            if pack is None:
-                if len(self._packs) == 8:  # models that skip layers alternate
-                    self._packs.clear()
-                pack = self._packs[members] = Pack(self.slots, members)
-            scalars = [numbers[members[0]] for numbers in self._numbers[self.rule.counts_steps :]]
-            changed = pack.update(self.rule, group, [given[k] for k in members], scalars, key[0])
-            for numbers, scalar in zip(self._numbers[self.rule.counts_steps :], changed, strict=True):
-                numbers[pack.at] = scalar
+            scaled = iter(unscaled_and_clipped([grads[k] for k in present], group, step))
+            grads = [None if grad is None else next(scaled) for grad in grads]
+        self._count(present)
+        if present is self._everyone and self._agree():
+            self._update(self._of_everyone, present, grads)
+        else:
+            for members in self._alike(present):
+                packs = self._packs.get(members)
+                if packs is None:
+                    if len(self._packs) == 8:  # models that skip layers alternate
+                        self._packs.clear()
+                    packs = self._packs[members] = self._make_packs(members)
+                self._update(packs, members, [grads[k] for k in members])
         if decay := group.get("ema_decay"):
             for k in present:
                 update_average(self.slots[k].param, self.slots[k].state, decay)
 
-    def _alike(self, present: list[int]) -> Iterator[tuple[tuple[float, ...], tuple[int, ...]]]:
-        """Counts the step; yields slots that agree in it and in the states of one number, few enough for one thread."""
-        if self.rule.counts_steps:
-            if len(present) == len(self.slots):
-                self._numbers[0] += 1
-            else:
-                self._numbers[0][torch.tensor(present, device="cpu")] += 1
-            columns = [numbers.tolist() for numbers in self._numbers]
-        else:
+    def _count(self, present: tuple[int, ...]) -> None:
+        if not self.rule.counts_steps:
             for k in present:
                 self.slots[k].count.value = int(self.slots[k].count.value) + 1
-            columns = [[float(slot.count.value) for slot in self.slots]]
+        elif present is self._everyone:
+            self._numbers[0].add_(reference.number(1.0, torch.float32))
+        else:
+            self._numbers[0][torch.tensor(present, device="cpu")] += 1
+
+    def _agree(self) -> bool:
+        """Whether all slots agree in the number of the step and in their states of one number."""
+        if len(self.slots) == 1:
+            return True
+        if not self.rule.counts_steps:
+            return len({slot.count.value for slot in self.slots}) == 1
+        return all(
+            bool((numbers == column[0]).all()) for numbers, column in zip(self._numbers, self._columns, strict=True)
+        )
+
+    def _alike(self, present: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """Slots that agree in these."""
+        columns = [numbers.tolist() for numbers in self._numbers]
+        if not self.rule.counts_steps:
+            columns = [[int(slot.count.value) for slot in self.slots]]
         keys = list(zip(*columns, strict=True))
-        for key, some in groupby(sorted(present, key=keys.__getitem__), keys.__getitem__):
-            members: list[int] = []
-            elements = 0
-            for k in some:
-                elements += self.slots[k].param.numel()
-                if members and elements >= _GRAIN:
-                    yield key, tuple(members)
-                    members, elements = [], self.slots[k].param.numel()
-                members.append(k)
-            yield key, tuple(members)
+        for _, members in groupby(sorted(present, key=keys.__getitem__), keys.__getitem__):
+            yield tuple(members)
+
+    def _update(self, packs: "list[Pack | Pieces]", members: tuple[int, ...], grads: list[Tensor]) -> None:
+        first, counts = members[0], self.rule.counts_steps
+        scalars = [column[first] for column in self._columns]
+        count = float(scalars.pop(0) if counts else self.slots[first].count.value)
+        results: list[float] = []
+        start = 0
+        with torch._C._AutoDispatchBelowAutograd():  # which has no part in this, and would copy every list
+            for pack in packs:
+                theirs = grads[start : start + pack.members]
+                start += pack.members
+                results = pack.update(self._formula, theirs, scalars, count)
+        for numbers, result in zip(self._numbers[counts:], results, strict=True):
+            if members is self._everyone:
+                numbers.fill_(result)
+            else:
+                numbers[torch.tensor(members, device="cpu")] = result
+
+
+def _flat(t: Tensor) -> Tensor:
+    """A dense tensor's elements, real ones, in the order in which they lie in memory."""
+    return layouts.as_reals(t.detach().as_strided((t.numel(),), (1,))).view(-1)
+
+
+class Pieces:
+    """A slot whose elements the formula takes in pieces, each of a size that keeps every thread busy."""
+
+    members = 1
+
+    def __init__(self, slot: ParamSlot) -> None:
+        self._size = _PIECE * torch.get_num_threads()
+        params = self._split(slot.param)
+        states = [[None] * len(params) if t is None else self._split(t) for t in slot.states]
+        self._pieces: list[tuple[Tensor, Sequence[Tensor | None]]] = [
+            (p, of_p) for p, *of_p in zip(params, *states, strict=True)
+        ]
+
+    def _split(self, t: Tensor) -> Sequence[Tensor]:
+        return [layouts.as_reals(t.detach())] if t.numel() <= self._size else _flat(t).split(self._size)
+
+    def update(self, formula: Formula, grads: list[Tensor], scalars: list[Tensor], count: float) -> list[float]:
+        """Updates parameters and states; returns what becomes of the states of one number."""
+        results: list[float] = []
+        for (p, states), grad in zip(self._pieces, self._split(grads[0]), strict=True):
+            changed, moments, results = formula(p, grad, states, scalars, count)
+            for old, new in zip((p, *states), (changed, *moments), strict=True):
+                _become(old, new)
+        return results
+
+
+def _become(old: Tensor | None, new: Tensor | None) -> None:
+    if new is not old and old is not None and new is not None:
+        old.copy_(new)
 
 
 class Pack:
-    """Slots whose elements the formula takes side by side."""
+    """Several slots whose elements are put side by side to be updated together."""
 
-    def __init__(self, slots: list[ParamSlot], members: tuple[int, ...]) -> None:
-        def flat(t: Tensor) -> Tensor:
-            return layouts.as_reals(t.detach().as_strided((t.numel(),), (1,))).view(-1)
-
-        self.at = slice(None) if len(members) == len(slots) else torch.tensor(members, device="cpu")
-        slots = [slots[k] for k in members]
+    def __init__(self, slots: list[ParamSlot]) -> None:
+        self.members = len(slots)
         params = [slot.param for slot in slots]
-        self._params = list(map(flat, params))
+        self._params = list(map(_flat, params))
+        gradients, self._grads = _stretch(params)
+        copies, pieces = _stretch(params)
+        self._grad, self._copy = _flat(gradients), _flat(copies)
+        self._copies = list(map(_flat, pieces))
+        self._one_dimensional = all(p.dim() == 1 and not p.is_complex() for p in params)
         self._states = [
-            None if name is None else [flat(local(peek(slot.state, name))) for slot in slots]
+            None if name is None else [_flat(local(peek(slot.state, name))) for slot in slots]
             for name in slots[0].names
         ]  # fmt: skip
-        memory = torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype, device="cpu")
-        pieces = memory.split([p.numel() for p in params])
-        self._grads = [piece.as_strided(p.shape, p.stride()) for piece, p in zip(pieces, params, strict=True)]
-        self._memory = flat(memory)  # of the gradients, and then of one result after the other
-        self._results = list(map(flat, pieces))
+        self._one_thread = max(p.numel() for p in self._params) > 16  # up to 16 torch takes one anyway
+        lists = (self._params, self._grads, self._copies, *filter(None, self._states))
+        self._script_lists = list(map(torch.ScriptList, lists))  # as `FusedBucket` has them
 
-    def update(
-        self, rule: Rule, group: Group, grads: list[Tensor], scalars: list[Tensor], count: float
-    ) -> list[Tensor]:  # fmt: skip
+    def update(self, formula: Formula, grads: list[Tensor], scalars: list[Tensor], count: float) -> list[float]:
         """Updates parameters and states; returns what becomes of the states of one number."""
-        torch._foreach_copy_(self._grads, grads)
-        joined = [None if tensors is None else torch.cat(tensors) for tensors in (self._params, *self._states)]
-        assert joined[0] is not None
-        changed, moments, scalars = apply_formula(rule, group, joined[0], self._memory, joined[1:], scalars, count)
-        for tensors, result in zip((self._params, *self._states), (changed, *moments), strict=True):
-            if tensors is not None and result is not None:
-                self._memory.copy_(result)
-                torch._foreach_copy_(tensors, self._results)
-        return scalars
+        with one_thread() if self._one_thread else contextlib.nullcontext():
+            if self._one_dimensional:
+                torch.cat(grads, out=self._grad)
+            else:
+                copy_all(self._grads, grads, scratch=self._copies)
+            torch.cat(self._params, out=self._copy)
+            states = [None if tensors is None else torch.cat(tensors) for tensors in self._states]
+            changed, moments, results = formula(self._copy, self._grad, states, scalars, count)
+            for tensors, value in zip((self._params, *self._states), (changed, *moments), strict=True):
+                if tensors is not None and value is not None:
+                    _become(self._copy, value)
+                    copy_all(tensors, self._copies, scratch=self._copies)
+        return results
+
+
+def _stretch(like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """One tensor with room for the elements of all these, and its pieces, which lie as these do."""
+    memory = torch.empty(sum(t.numel() for t in like), dtype=like[0].dtype, device="cpu")
+    pieces: Sequence[Tensor] = memory.split([t.numel() for t in like])
+    return memory, [piece.as_strided(t.shape, t.stride()) for piece, t in zip(pieces, like, strict=True)]
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor], scratch: list[Tensor]) -> None:
+    """Copy small tensors that lie alike. scratch: as many of their size, whose elements are lost; or the sources.
+
+    A fused SGD's first step with momentum copies gradients into buffers. Measured on one core: 0.09 µs a tensor, where
+    `torch._foreach_copy_` takes 0.28.
+    """
+    if sources[0].dtype in (torch.float32, torch.float64):
+        torch._fused_sgd_(
+            scratch, sources, targets, weight_decay=0.0, momentum=1.0, lr=0.0, dampening=0.0, nesterov=False,
+            maximize=False, is_first_step=True,
+        )  # fmt: skip
+    else:  # in 16 bits it skips whole vectors (pytorch #191763)
+        torch._foreach_copy_(targets, sources)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the `with` block the calling thread's operations take no other thread, where that can be arranged."""
+    threads = torch.get_num_threads()
+    set_threads = set_own_threads() if threads > 1 else None
+    try:
+        if set_threads is not None:
+            set_threads(1)
+        yield
+    finally:
+        if set_threads is not None:
+            set_threads(threads)
 
 
 class ReferenceBucket:
@@ -411,9 +542,8 @@ class ReferenceBucket:
         ]
         scalars = [peek(slot.state, name) for name in self.rule.scalar_states]
         p = layouts.as_reals(slot.param)
-        changed, moments, results = apply_formula(
-            self.rule, group, layouts.as_reals(slot.weight), layouts.as_reals(grad), values, scalars, count
-        )  # fmt: skip
+        weight = layouts.as_reals(slot.weight)
+        changed, moments, results = Formula(self.rule, group)(weight, layouts.as_reals(grad), values, scalars, count)
         of_random = group.get("seed", 0), int(random_step), slot.index
         stochastic = rounds_stochastically(group, p)
         if slot.residual is not None:
@@ -432,7 +562,7 @@ class ReferenceBucket:
             else:
                 codes.encode(moment, state, scale, bits & 0xFFFF if k == 0 else bits >> 16)
         for scalar, result in zip(scalars, results, strict=True):
-            scalar.copy_(result)
+            scalar.fill_(result)
 
 
 class TorchBucket:

@@ -1,0 +1,83 @@
+"""Where the formula updates CPU tensors of any size: small ones side by side, large ones in pieces."""
+
+import pytest
+import torch
+
+from tribp.optim import torch_buckets
+
+from .cases import LIVELY, TORCHS, Twins, channels_last
+
+BY_FORMULA = [name for name in TORCHS if name not in ("SGD", "RMSprop", "Adagrad", "Adam", "AdamW")]
+by_formula = pytest.mark.parametrize("name", BY_FORMULA)
+DTYPES = [torch.float64, torch.complex128]
+
+
+def kinds(twins: Twins) -> list[type]:
+    """Of what the only bucket consists of."""
+    (bucket,) = twins.ours._plan.buckets
+    assert isinstance(bucket, torch_buckets.PackedBucket)
+    return [type(pack) for pack in bucket._of_everyone]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@by_formula
+def test_a_large_tensor_in_pieces(
+    name: str, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Whole pieces and a rest, dense in two layouts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(torch_buckets, "_PIECE", 40)
+    monkeypatch.setattr(torch_buckets, "_GRAIN", 100)  # larger ones are not packed
+    try:
+        twins = Twins(name, shapes=((3, 5, 7, 2), (401,)), dtype=dtype, **LIVELY[name])
+        twins.params[0].data = channels_last(twins.params[0])
+        for _ in range(3):
+            grads = twins.grads()
+            twins.give(grads)
+            assert grads[0] is not None
+            twins.params[0].grad = channels_last(grads[0])
+            twins.each(lambda optimizer: optimizer.step())
+            twins.check()
+        assert kinds(twins) == [torch_buckets.Pieces] * 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shapes", [[(8,)] * 5, [(8,), (3, 2), (), (0,), (2, 3, 2)]], ids=["of one dimension", "any"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@by_formula
+def test_small_tensors_side_by_side(name: str, dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> None:
+    """All of them, some, and some that are a step behind."""
+    twins = Twins(name, shapes=shapes, dtype=dtype, **LIVELY[name])
+    for present in ((), (), (0, 2), (), (1, 2, 3, 4), ()):
+        twins.step(*present)
+    assert kinds(twins) == [torch_buckets.Pack]
+
+
+@by_formula
+def test_infinities_stay_where_they_are(name: str) -> None:
+    """Elements are copied by arithmetic, in which 0·∞ is no number: neither copies nor gradients may show it."""
+    twins = Twins(name, shapes=[(8,), (2, 2), (5,)], **LIVELY[name])
+    twins.step()
+    grads = twins.grads()
+    infinite = grads[1]
+    assert infinite is not None
+    infinite[0, 0] = torch.inf
+    for _ in range(2):
+        twins.give(grads)
+        twins.each(lambda optimizer: optimizer.step())
+        twins.check()
+        given = twins.params[1].grad
+        assert given is not None
+        assert torch.equal(given, infinite)
+
+
+def test_the_formula_leaves_the_gradients_alone() -> None:
+    for name in BY_FORMULA:
+        twins = Twins(name, shapes=[(8,)], **LIVELY[name])
+        grad = torch.linspace(-1, 1, 8, dtype=torch.float64)
+        twins.params[0].grad = grad.clone()
+        twins.ours.step()
+        assert torch.equal(twins.params[0].grad, grad), name
