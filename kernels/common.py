@@ -188,19 +188,19 @@ def load_tile(
 
 
 @triton.jit
-def whole_tile(matrix, row, l, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Of the BLOCK × BLOCK_L tile at (row, l): its first address, offsets from it, and where the next tile is.
+def tile_addresses(matrix, row, col, first, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Of the BLOCK × BLOCK_L tile at (row, col): its first address, offsets from it, elements from column to column.
 
-    In place of rows that do not exist stands the last one. Offsets have 32 bits, of which no more than BLOCK · ld is
-    needed. Compiled: 64 would take a third of the loop's instructions.
+    In place of rows that do not exist stands the last one, in place of columns before `first` that one. Offsets have 32
+    bits, of which no more than BLOCK · ld is needed.
     """
     i = tl.max_contiguous(tl.minimum(tl.arange(0, BLOCK), matrix.rows - 1 - row), BLOCK)
-    k = tl.arange(0, BLOCK_L)
+    k = tl.max_contiguous(tl.maximum(tl.arange(0, BLOCK_L), first - col), BLOCK_L)
     ld = matrix.ld
-    first = l * ld.to(tl.int64) + row if TRANSPOSED else row * ld.to(tl.int64) + l
+    step = ld.to(tl.int64) if TRANSPOSED else 1
+    corner = matrix.data + (row + col * step if TRANSPOSED else row * ld.to(tl.int64) + col)
     offsets = i[:, None] + k[None, :] * ld if TRANSPOSED else i[:, None] * ld + k[None, :]
-    step = ld.to(tl.int64) * BLOCK_L if TRANSPOSED else BLOCK_L
-    return matrix.data + first, offsets, step
+    return corner, offsets, step
 
 
 @triton.jit
@@ -209,10 +209,13 @@ def store_tile(matrix, tile, row, col, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.co
     if not matrix.data.dtype.is_ptr():
         matrix.data.store([row, col], round_to(tile, matrix.data.dtype))
     else:
-        r, r_inside = masked_range(row, matrix.rows, BLOCK_ROW, 1)
         c, c_inside = masked_range(col, matrix.cols, BLOCK_COL, VEC)
-        at = matrix.data + (r[:, None] * (matrix.cols // VEC * VEC) + c[None, :])
-        tl.store(at, round_to(tile, matrix.data.dtype.element_ty), mask=r_inside[:, None] & c_inside[None, :])
+        pitch = matrix.cols // VEC * VEC
+        r = tl.arange(0, BLOCK_ROW)
+        first = matrix.data + row * pitch.to(tl.int64)
+        at = (first + c)[None, :] + (tl.minimum(r, matrix.rows - 1 - row).to(tl.int64) * pitch)[:, None]
+        inside = r[:, None] < tl.where(c_inside, matrix.rows - row, 0)[None, :]
+        tl.store(at, round_to(tile, matrix.data.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -226,8 +229,9 @@ def product(
 
     The compiler overlaps loads with multiplication (`num_stages`) if an access is at least four bytes wide. Rows of
     16-bit numbers with an odd pitch never are; for them PREFETCH keeps the next tiles' loads in flight by hand. What is
-    left of the sum comes first, so that all other tiles are whole: their loads need no masks, for what is read in place
-    of rows that do not exist ends in rows of the result that do not.
+    left of the sum comes first, at the end of a tile that begins before it, so that the addresses of one tile serve
+    all. The others are whole: their loads need no masks, for what is read in place of rows that do not exist ends in
+    rows of the result that do not.
 
     No sum is empty, which the loop's end tells the compiler. Compiled: for a loop of no turn Triton 3.6 sets the result
     to zero on a way past it, which ptxas sees between products and the wait for them, and serializes them (C7515).
@@ -237,21 +241,22 @@ def product(
     acc = tl.zeros((BLOCK_I, BLOCK_J), accumulator(a.data.dtype))
     last = a.cols
     if CONFIG.PREFETCH:
-        left = last - (last - first) % BLOCK_L
-        a_next = load_tile(a, row, left, BLOCK_I, BLOCK_L, A_TRANSPOSED, VEC)
-        b_next = load_tile(b, left, col, BLOCK_L, BLOCK_J, B_TRANSPOSED, VEC)
-        a_first, a_at, a_step = whole_tile(a, row, first, A_TRANSPOSED, BLOCK_I, BLOCK_L)
         across = Matrix(b.data, b.cols, b.rows, b.ld)  # bᵀ, which lies the other way
-        b_first, b_at, b_step = whole_tile(across, col, first, not B_TRANSPOSED, BLOCK_J, BLOCK_L)
-        b_at = tl.trans(b_at)
-        for _ in range(first, left, BLOCK_L):
+        window = last - BLOCK_L  # where the tile begins that ends with the sum
+        a_corner, a_offsets, a_step = tile_addresses(a, row, window, first, A_TRANSPOSED, BLOCK_I, BLOCK_L)
+        b_corner, b_offsets, b_step = tile_addresses(across, col, window, first, not B_TRANSPOSED, BLOCK_J, BLOCK_L)
+        a_at = a_corner + a_offsets
+        b_at = b_corner + tl.trans(b_offsets)  # of offsets: AMD's compiler cannot transpose addresses
+        left = last - (last - first) % BLOCK_L
+        inside = tl.arange(0, BLOCK_L) >= left - window
+        a_next = tl.load(a_at, mask=inside[None, :], other=0.0)
+        b_next = tl.load(b_at, mask=inside[:, None], other=0.0)
+        for l in range(first, left, BLOCK_L):
             a_tile = a_next
             b_tile = b_next
-            a_next = tl.load(a_first + a_at)
-            b_next = tl.load(b_first + b_at)
+            a_next = tl.load(a_at + (l - window) * a_step)
+            b_next = tl.load(b_at + (l - window) * b_step)
             acc = dot(a_tile, b_tile, acc, PRECISION)
-            a_first += a_step
-            b_first += b_step
         acc = dot(a_next, b_next, acc, PRECISION)
     else:
         for l in range(first, tl.maximum(last, first + 1), BLOCK_L):

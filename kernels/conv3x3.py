@@ -328,6 +328,24 @@ def convolve_by_group(image, w, box, window, taps, groups, DGRAD: tl.constexpr, 
 
 
 @triton.jit
+def without_zeros(acc, image, memory, box, window, taps, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
+    """The sums of a block-diagonal product, anew by `convolve_by_group` if there is a NaN among them.
+
+    A zero between two groups times an infinity of one is NaN in the other. memory: pointers to image and w.
+    """
+    # One sum over both axes: with a reduction along either, Triton 3.7 does not compile for sm_100.
+    if tl.sum((acc != acc).to(tl.int32)) > 0:
+        LG = groups.OG if DGRAD else groups.CG
+        origin = groups.tile * (CONFIG.GROUPS_PER_TILE * LG // CONFIG.VEC * CONFIG.VEC)
+        by_pointer = Image(
+            memory[0] + origin, image.stride_n, 1, image.stride_h, image.stride_w, image.N, image.H, image.W,
+            groups.here * LG,
+        )  # fmt: skip
+        acc = convolve_by_group(by_pointer, memory[1], box, window, taps, groups, DGRAD, CONFIG)
+    return acc
+
+
+@triton.jit
 def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
     """Σ over taps and a tile's groups' channels of image[tap]·w[tap], for a box and BLOCK_J columns.
 
@@ -389,20 +407,14 @@ def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, C
     if WEIGHTS_FIRST:
         acc = tl.trans(acc)
     if CONFIG.DIAGONAL:
-        # A zero between two groups times an infinity of one is NaN in the other: where there is one, go without zeros.
-        # (One sum over both axes: with a reduction along either, Triton 3.7 does not compile for sm_100.)
-        if tl.sum((acc != acc).to(tl.int32)) > 0:
-            by_pointer = Image(
-                memory[0] + origin, image.stride_n, 1, image.stride_h, image.stride_w, image.N, image.H, image.W, length
-            )
-            acc = convolve_by_group(by_pointer, memory[1], box, window, taps, groups, DGRAD, CONFIG)
+        acc = without_zeros(acc, image, memory, box, window, taps, groups, DGRAD, CONFIG)
     return acc
 
 
 @triton.jit
-def convolve_rows(image, w, box, window, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
-    """What `convolve` computes with descriptors, a stride of 1 and one group a tile, for ROWS boxes of one row each,
-    the one below the other: a tuple of their tiles.
+def convolve_rows(image, w, memory, box, window, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
+    """What `convolve` computes with descriptors and a stride of 1, for ROWS boxes of one row each, the one below the
+    other: a tuple of their tiles.
 
     A turn takes the taps of one column. Each of ROWS + 2 rows of the image, read once, meets up to three of them: with
     two rows, the image is read six times, not nine.
@@ -413,8 +425,10 @@ def convolve_rows(image, w, box, window, groups, DGRAD: tl.constexpr, CONFIG: tl
     PRECISION: tl.constexpr = CONFIG.PRECISION
     # Looking back, the row above meets the last tap.
     first_h = window.shift_h - 2 if DGRAD else window.shift_h
-    length = groups.OG if DGRAD else groups.CG
-    steps = tl.cdiv(length, BLOCK_L)
+    tile, here, OG, CG, col = groups
+    LG = OG if DGRAD else CG
+    first = tile * CONFIG.GROUPS_PER_TILE
+    steps = tl.cdiv(here * LG, BLOCK_L)
     acc = zeros(ROWS, CONFIG.BLOCK_J, BOX.N * BOX.W, accumulator(image.data.dtype))
     for turn in range(0, tl.maximum(3 * steps, 1)):
         t_w = turn // steps
@@ -422,13 +436,13 @@ def convolve_rows(image, w, box, window, groups, DGRAD: tl.constexpr, CONFIG: tl
         weights = ()
         for t_h in tl.static_range(3):
             tap = (2 - t_h if DGRAD else t_h) * 3 + t_w
-            of_group = Matrix(w, groups.OG, groups.CG, 1)
-            b = load_weight(of_group, tap, l, groups.col, groups.tile * groups.OG, DGRAD, CONFIG)
+            of_groups = Matrix(w, here * OG, CONFIG.GROUPS_PER_TILE * CG, 1)
+            b = load_weight(of_groups, tap, l, col, first * OG, DGRAD, CONFIG)
             weights = weights + (tl.trans(b),)
         at_w = window.shift_w - t_w if DGRAD else window.shift_w + t_w
         for q in tl.static_range(ROWS + 2):
             shifted = Window(1, 1, first_h + q, at_w)
-            a = load_box(image, box, shifted, groups.tile * length + l, Box(BOX.N, 1, BOX.W), BLOCK_L, 1)
+            a = load_box(image, box, shifted, first * LG + l, Box(BOX.N, 1, BOX.W), BLOCK_L, 1)
             added = ()
             for row in tl.static_range(ROWS):
                 if row <= q and q < row + 3:
@@ -438,7 +452,11 @@ def convolve_rows(image, w, box, window, groups, DGRAD: tl.constexpr, CONFIG: tl
             acc = added
     tiles = ()
     for row in tl.static_range(ROWS):
-        tiles = tiles + (tl.trans(acc[row]),)
+        total = tl.trans(acc[row])
+        if CONFIG.DIAGONAL:
+            below = Pixels(box.n, box.h + row, box.w)
+            total = without_zeros(total, image, memory, below, window, Taps(0, 0, 1, 1), groups, DGRAD, CONFIG)
+        tiles = tiles + (total,)
     return tiles
 
 
@@ -466,7 +484,7 @@ def forward(
     image = Image(x, *strides, N, H, W, CG)
     window = Window(step_h, step_w, -pad_h, -pad_w)
     if ROWS > 1:
-        tiles = convolve_rows(image, w, box, window, of_tile, False, CONFIG)
+        tiles = convolve_rows(image, w, memory, box, window, of_tile, False, CONFIG)
     else:
         taps = Taps(0, 0, 1, 1)
         tiles = (convolve(image, w, memory, box, window, taps, of_tile, False, CONFIG),)
@@ -524,7 +542,7 @@ def dgrad(
     image = Image(dz, *strides, N, P, Q, OG)
     window = Window(1, 1, first_h, first_w)
     if ROWS > 1:
-        tiles = convolve_rows(image, w, box, window, of_tile, True, CONFIG)
+        tiles = convolve_rows(image, w, memory, box, window, of_tile, True, CONFIG)
     else:
         taps = Taps(class_h, class_w, step_h, step_w)
         tiles = (convolve(image, w, memory, box, window, taps, of_tile, True, CONFIG),)

@@ -127,11 +127,11 @@ def output_grad(dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program, C
         inside = i_inside[:, None] & j_inside[None, :]
         at = dy + (i[:, None] * (stride_dym // CONFIG.VEC_DY * CONFIG.VEC_DY) + j[None, :] * stride_dyn)
         dz_tile = tl.load(at, mask=inside, other=0.0)
+        of_y = i[:, None] * (N // VEC * VEC) + j[None, :]
         if y is not None:
-            y_tile = tl.load(y + (i[:, None] * (N // VEC * VEC) + j[None, :]), mask=inside, other=0.0)
-            dz_tile = gradient(dz_tile, y_tile, ACT)
+            dz_tile = gradient(dz_tile, tl.load(y + of_y, mask=inside, other=0.0), ACT)
         if dz is not None:
-            store_tile(Matrix(dz, M, N, N), dz_tile, m, n, BLOCK_M, BLOCK_N, VEC)
+            tl.store(dz + of_y, round_to(dz_tile, dz.dtype.element_ty), mask=inside)
         if db is not None:
             sums += dz_tile.to(sums.dtype)
     if db is not None:

@@ -259,7 +259,8 @@ def test_targets_of_linear_are_those_that_were_set() -> None:
     assert ratios(tall, "forward") == {"compile": 1.0, "eager": 1.4}
     assert ratios(square, "backward") == {"compile": 1.0, "eager": 0.98}
     assert ratios(tall, "backward") == ratios(squarish, "backward") == {"compile": 1.0, "eager": 1.12}
-    assert ratios(tall, "wgrad only") == ratios(squarish, "wgrad only") == {"compile": 1.0, "eager": 1.45}
+    assert ratios(tall, "wgrad only") == {"compile": 1.0, "eager": 1.45}
+    assert ratios(squarish, "wgrad only") == {"compile": 1.0, "eager": 1.33}
     assert ratios(square, "wgrad only") == {"compile": 1.0, "eager": 1.0}
     assert ratios((64, 10, 128), "forward") == {"compile": 1.0, "eager": 1.0}
     assert ratios(square, "forward", torch.float32) == {"eager": 1.5}

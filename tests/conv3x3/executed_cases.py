@@ -76,10 +76,11 @@ class Apart(NamedTuple):
 
     channels: int
     groups: int
+    images: int = 2
     processors: int = 2
 
     def wrong(self) -> list[str]:
-        x = images.last(torch.randn(2, self.channels, 8, 8, dtype=DOUBLE).to(BRAIN))
+        x = images.last(torch.randn(self.images, self.channels, 8, 8, dtype=DOUBLE).to(BRAIN))
         w = images.last(torch.randn(self.channels, self.channels // self.groups, 3, 3, dtype=DOUBLE).to(BRAIN))
         dy = images.last(torch.randn(x.shape, dtype=DOUBLE).to(BRAIN))
         x[0, 5, 3, 3] = dy[1, 9, 2, 2] = math.inf
@@ -127,7 +128,9 @@ QUICK: dict[str, Case] = {
     "conv, stride 2, odd": conv((2, 72, 11, 9), 24, stride=(1, 2), x=images.cropped_last, bias=False),
     "conv, groups": conv((2, 64, 8, 8), 144, groups=2),
     "conv, bundles": conv((2, 40, 6, 7), 20, groups=5, activation="sigmoid"),
+    "conv, two rows of bundles": conv((15, 128, 5, 8), 128, groups=16, needs="x", processors=1),
     "conv, groups taken apart": Apart(64, 16),
+    "conv, groups taken apart, two rows": Apart(64, 16, images=16, processors=1),
     "conv, image": conv((2, 3, 16, 12), 72, activation="sigmoid", needs="wb"),
     "conv, image, no activation": conv((2, 3, 9, 12), 40, needs="wb", dtype=HALF),
     "conv, dx of an image": conv((2, 3, 9, 140), 40, needs="x"),

@@ -59,6 +59,7 @@ WINDOWS = {
     "groups": (Window((1, 1), (1, 1), 2), 32, 32),
     "bundles": (Window((1, 1), (1, 1), 3), 12, 24),
     "bundles, stride 2": (Window((2, 2), (1, 1), 5), 20, 20),
+    "bundles of whole steps": (Window((1, 1), (1, 1), 4), 64, 32),
 }
 
 
@@ -108,11 +109,11 @@ class Case:
 
     @property
     def bundle(self) -> int:
-        """Groups a tile: two of three, or four of five."""
-        return {3: 2, 5: 4}.get(self.window.groups, 1)
+        """Groups a tile: two of three or four, or four of five."""
+        return {3: 2, 4: 2, 5: 4}.get(self.window.groups, 1)
 
     def fitted(self, config: ConvConfig) -> ConvConfig:
-        tma = config.tma and self.window.groups <= 2
+        tma = config.tma and self.window.groups in (1, 2, 4)
         rows = config.rows if tma and self.window.stride == (1, 1) else 1
         return replace(config, bundle=self.bundle, tma=tma, rows=rows)
 

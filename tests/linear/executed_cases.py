@@ -84,6 +84,8 @@ QUICK: dict[str, Case] = {
     "linear, columns": Linear((136, 72, 136), HALF, lies.transposed, lies.transposed),
     "linear, persistent": Linear((136, 264, 1032), needs="", processors=1),
     "linear, odd pitch": Linear((70, 77, 65), x=lies.transposed),
+    "linear, odd pitch, wide tiles": Linear((136, 137, 97), HALF),
+    "linear, odd pitch, short sums": Linear((40, 7, 9)),
     "linear, even pitch": Linear((72, 42, 78), HALF, w=lies.transposed),
     "linear, misaligned": Linear((40, 24, 72), x=lies.shifted, w=shifted_columns, dy=lies.gaps, bias=False),
     "linear, float32": Linear((136, 72, 104), SINGLE),

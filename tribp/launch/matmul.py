@@ -152,12 +152,13 @@ def candidates(of: Product, l: int, *, short: int = 512) -> list[MatmulConfig]:
         # Tiles just small enough that the tests' shapes take several.
         return [MatmulConfig(32, 32, 32, 1, 1, REASON_INTERPRETED, tma=tma, prefetch=odd)]
     if odd:
-        # Two-byte loads go through registers: 128×64×32 takes 128 of them, 128×128×32 twice as many, 64 deep spills.
-        # One stage: the loop is its own pipeline, and a second one on top does not compile for sm_100 in Triton 3.5.
-        wide = MatmulConfig(128, 64, 32, 8, 1, "compiled: odd pitch: two-byte loads, prefetched by hand", prefetch=True)
+        # Two-byte loads go through registers. One stage: the loop is its own pipeline, and a second one on top does not
+        # compile for sm_100 in Triton 3.5.
+        reason = "compiled: odd pitch: two-byte loads, prefetched by hand"
+        wide = MatmulConfig(128, 128, 32, 8, 1, reason, prefetch=True)
         if arch.backend == "cuda":
             wide = replace(wide, max_registers=255)  # compiled: ptxas would hold it to 96 on sm_89, and spill 232 bytes
-        return [wide]
+        return [wide, replace(wide, block_j=64)]
     if arch.backend == "hip":
         depth = {"float64": 16, "float32": 32}.get(dtype, 64)
         wide = MatmulConfig(128, 128, depth, 8, 2, "derived: MFMA; two stages fill 64 KB of LDS")
@@ -296,14 +297,15 @@ def legal_product(
     arch, itemsize = of.arch, ITEMSIZE[of.dtype]
     tile = config.block_i * config.block_j
     by_registers = needs_registers(of, tma=config.tma) and not config.prefetch  # which copies nothing asynchronously
-    most = RESULT // 4 if config.prefetch else RESULT  # what is prefetched lies in registers as well
-    deepest = 32 if config.prefetch else 128
+    most, deepest, widest = RESULT, 128, MAX_TILE
+    if config.prefetch:  # what is prefetched lies in registers as well, and where it comes from
+        most, deepest, widest = RESULT // (2 if config.num_warps == 8 else 4), 32, 128
     stages = stages_in_memory(config, itemsize, arch, extra=extra, output=output)
     single = config.prefetch or arch.backend == "interpreter"  # one pipeline on top of another does not compile
     return (
         legal_threads(config, arch, wgmma=not by_registers, tile=tile)
-        and 16 <= config.block_i <= fit(MAX_TILE, i)
-        and 16 <= config.block_j <= fit(MAX_TILE, j)
+        and 16 <= config.block_i <= fit(widest, i)
+        and 16 <= config.block_j <= fit(widest, j)
         and 16 <= config.block_l <= fit(deepest, l)
         and 1 <= config.num_stages <= (1 if single else stages)
         and registers(tile, of.dtype, config.num_warps, arch) <= most

@@ -239,7 +239,7 @@ class ConvProblem(NamedTuple):
             pair = self._two_rows()
 
             def programs(s: ConvConfig) -> int:
-                return s.boxes(n, p, q) * s.columns(j, 1) * bundles
+                return s.boxes(n, p, q) * cdiv(j, s.block_j) * bundles
 
             def busiest(s: ConvConfig) -> int:
                 """Elements of the result that the busiest processor computes."""
@@ -255,10 +255,12 @@ class ConvProblem(NamedTuple):
         """Whether `_two_rows` can and should compute what this config would, but for what processors are left idle.
 
         Derived: 128×256 tiles read as little by themselves. wgmma reads shared memory, where Triton must keep what
-        several products read; for tensor cores that take operands from registers nothing was counted.
+        several products read; for tensor cores that take operands from registers nothing was counted. Compiled: beside
+        the code that takes groups apart, stores of single columns spill 168 bytes with Triton 3.6.
         """
         past = self.whole and self.l % 32
-        able = dense.tma and ITEMSIZE[self.dtype] == 2 and dense.bundle == 1 and not (self.stepped or past)
+        beside = self.wide and self.bundle > 1
+        able = dense.tma and ITEMSIZE[self.dtype] == 2 and not (self.stepped or past or beside)
         small = dense.block_i * dense.block_j <= 128 * 128 and dense.block_j > 32
         hopper = self.arch.has_wgmma and versions.keeps_shared_tiles() and small and self.l >= 32
         return able and (hopper or self.arch.backend == "interpreter")
@@ -277,7 +279,8 @@ class ConvProblem(NamedTuple):
             reason = "derived: two rows of 128×128: one warp group computes while the other waits for its product"
             tile = MatmulConfig(128, 128, 32, 8, 3, reason)
         box = choose_box(tile.block_i, self.n, 1, self.q, wide=self.wide, one_row=True)
-        return convolution(replace(tile, tma=True), box=box, flat=True, rows=2)
+        limit = unrounded(self.arch) if self.bundle > 1 else None
+        return convolution(replace(tile, tma=True, max_registers=limit), box=box, bundle=self.bundle, flat=True, rows=2)
 
     def _beside_stages(self, config: ConvConfig) -> int:
         """Elements of a stage besides two operand tiles: of pairs, the rows and taps that a turn takes."""
