@@ -39,7 +39,9 @@ def judged(training: Training, most: int) -> list[Judged]:
     digits = training.digits
     predictions = training.tribp.layers(digits.held_out_images).argmax(1)
     right = predictions == digits.held_out_labels
-    some = torch.randperm(len(right), generator=torch.Generator().manual_seed(0)).to(right.device)  # not all zeros
+    some = torch.randperm(len(right), generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
+        right.device
+    )  # not all zeros
     chosen = [some[right[some] == truth][:most] for truth in (True, False)]
     return [
         Judged(digits.held_out_images[i].view(SIDE, SIDE).cpu(), int(digits.held_out_labels[i]), int(predictions[i]))
