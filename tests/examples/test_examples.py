@@ -164,6 +164,15 @@ def test_bf16_stochastic_rounding() -> None:
     assert numbers(out, "bfloat16, stochastic") == pytest.approx([0.8], abs=2e-3)
 
 
+def test_eight_bit_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["", "1", "3"])
+    out = run("eight_bit_states.py")
+    ways = ["float32", "float32, moments of 8 bits", "24 bits, moments of 8 bits"]
+    found = [numbers(out, way)[-2:] for way in ways]
+    assert [size for size, _ in found] == [16, 10.25, 7.25]
+    assert all(loss == pytest.approx(found[0][1], abs=0.05) and loss < 4.5 for _, loss in found)  # ln 128 is 4.9
+
+
 # The notebook
 
 
