@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from . import dispatch
 from .fusion.modules import ACTIVATIONS, FusedActivation, activation_like, full_name, refused
-from .fusion.sequential import FusedSequential
+from .fusion.sequential import flatten
 from .nn import MLP, Linear, LinearSigmoid, runs_forward_alone
 from .ops.activations import ActivationLike, activation_of
 from .ops.mlp.config import TrainProblem
@@ -20,7 +20,6 @@ __all__ = ["TrainStep", "train_step"]
 
 Loss = Callable[..., Tensor]
 LINEARS = (nn.Linear, Linear, LinearSigmoid)
-SEQUENTIALS = (nn.Sequential, FusedSequential)
 REDUCTIONS = ("mean", "sum", "batchmean")
 
 
@@ -238,15 +237,13 @@ def _has_hooks(p: Tensor) -> bool:
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, ActivationLike]]:
-    """A model's modules in the order in which it calls them, each with the activation that its container gives it."""
-    yield model, None
-    if isinstance(model, nn.Sequential) and type(model) in SEQUENTIALS:
-        for module in model:  # which, unlike children(), has what stands at two places twice
-            yield from _modules(module)
-    elif type(model) is MLP:
-        layers = model.layers
-        for n, module in enumerate(layers, 1):
-            yield module, model.output_activation if n == len(layers) else model.activation
+    """A model's modules in the order in which it calls them, each with the activation that an MLP gives it."""
+    for module in flatten([model]):
+        yield module, None
+        if type(module) is MLP:
+            layers = module.layers
+            for n, layer in enumerate(layers, 1):
+                yield layer, module.output_activation if n == len(layers) else module.activation
 
 
 def _layers_of(model: nn.Module) -> list[Layer] | str:
@@ -269,6 +266,6 @@ def _layers_of(model: nn.Module) -> list[Layer] | str:
             layers[-1] = layers[-1]._replace(activation=activation_of("train_step", activation_like(module)))
         elif isinstance(module, MLP) and any(type(layer) not in LINEARS for layer in module.layers):
             return "a layer of the MLP was replaced"
-        elif kind not in (*SEQUENTIALS, MLP, FusedActivation, nn.Identity):
+        elif kind not in (MLP, FusedActivation, nn.Identity):
             return f"it has a {full_name(module)}"
     return layers or "it has no linear layer"

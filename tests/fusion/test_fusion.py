@@ -32,7 +32,7 @@ REPLACED = {
         "Conv2d → Conv3x3": ["gate.convs.0", "conv", "body.0"],
         "Conv2d + Sigmoid → Conv3x3": ["tail.0", "tail.2"],
         "Linear + Sigmoid → LinearSigmoid": ["gate.heads.a.0", "gate.heads.a.2.0", "head.0", "head.2"],
-        "Sequential → FusedSequential": ["head"],
+        "Sequential → FusedSequential": ["gate.heads.a", "head"],
     },
     "vgg": {
         "Conv2d + ReLU → Conv3x3": [f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 23, 25, 27)],

@@ -256,7 +256,7 @@ def test_a_layer_in_several_places() -> None:
     model = nn.Sequential(linear, act, nn.Sequential(linear, act, nn.Sigmoid()), linear, nn.Sigmoid())
     x = torch.randn(3, 2)
     y = model(x)
-    assert [entry.name for entry in tribp.fuse(model).replaced] == ["0", "2.0", "3"]
+    assert [entry.name for entry in tribp.fuse(model).replaced] == ["", "0", "2.0", "3"]
     assert model[0] is model[2][0] is model[3]
     assert model[1] is model[2][1]
     assert type(model[2][2]) is nn.Sigmoid

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 import tribp
 from tribp.fusion import FusedActivation, FusedSequential, Left, Replaced, Report
-from tribp.fusion.sequential import rows
+from tribp.fusion.sequential import flatten, rows
 
 from ..torch_machinery.cases import Seen
 from .cases import hooked, kinds, reasons
@@ -33,8 +33,31 @@ def perceptron(*activations: Callable[[], nn.Module], bias: bool = True) -> Any:
     return nn.Sequential(*layers, nn.Linear(5, 3, bias))
 
 
+def in_blocks(model: Any) -> Any:
+    """The same modules with a Sequential around each layer and its activation."""
+    return nn.Sequential(*(nn.Sequential(*model[n : n + 2]) for n in range(0, len(model) - 1, 2)), model[-1])
+
+
+def in_depth(model: Any) -> Any:
+    """The same modules, each layer a Sequential deeper, and the last by itself in two."""
+    block = nn.Sequential()
+    for n in range(0, len(model) - 1, 2):
+        block = nn.Sequential(block, *model[n : n + 2])
+    return nn.Sequential(block, nn.Sequential(nn.Sequential(model[-1])))
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """In the order of the flat form."""
+    return [module for module in model.modules() if not isinstance(module, nn.Sequential)]
+
+
+@pytest.fixture(params=[lambda model: model, in_blocks, in_depth], ids=["flat", "blocks", "deep"])
+def layout(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
+    return request.param  # type: ignore[no-any-return]
+
+
 def lengths(model: Any) -> list[int]:
-    return [len(row) for row in rows(model)]
+    return [len(row) for row in rows(flatten(model))]
 
 
 @pytest.fixture
@@ -65,8 +88,54 @@ def test_one_mlp_and_back(bias: bool, x: Tensor) -> None:
     assert same(run(model, x), expected)
 
 
-def test_backward_crosses_the_layers(kernels: str, launched: list[str]) -> None:
-    model = perceptron(nn.ReLU, nn.ReLU).to(kernels)
+def test_rows_through_sequentials(layout: Callable[[Any], Any], x: Tensor) -> None:
+    """What is there of torch's stays at its index; every Sequential that has a part of the row has it by itself."""
+    model = layout(perceptron(nn.ReLU, lambda: nn.ReLU(inplace=True)))
+    expected, before, keys = run(model, x), repr(model), list(model.state_dict())
+    parameters = list(map(id, model.parameters()))
+    containers = [m for m in model.modules() if isinstance(m, nn.Sequential)]
+    indices = [list(container._modules) for container in containers]
+    parts = [container(x) for container in containers]
+    report = tribp.fuse(model)
+    assert report.left == ()
+    assert lengths(model) == [3]
+    with Seen() as seen:
+        model(x).sum().backward()
+    assert [name for name in seen.names if "tribp" in name] == ["tribp.mlp.default", "tribp.mlp_backward.default"]
+    assert same(run(model, x), expected)
+    assert [m for m in model.modules() if isinstance(m, nn.Sequential)] == containers
+    assert [list(container._modules) for container in containers] == indices
+    assert [list(container) for container in containers] == [list(c.children()) for c in containers]
+    assert same([container(x) for container in containers], parts)
+    assert (list(model.state_dict()), list(map(id, model.parameters()))) == (keys, parameters)
+    assert not any(m.training for m in model.eval().modules())
+    assert all(m.training for m in model.train().modules())
+    assert tribp.fuse(model) == Report()
+    assert len(tribp.unfuse(model).replaced) == len(report.replaced)
+    assert repr(model) == before
+    assert same(run(model, x), expected)
+
+
+def test_report_of_nested_sequentials() -> None:
+    """A Sequential changes where a row runs through its children; one that lies in a child is the child's own."""
+    model: Any = in_blocks(perceptron(nn.ReLU, nn.ReLU))
+    assert str(tribp.fuse(model)).splitlines() == [
+        "4 replaced, 0 left",
+        "(the model): Sequential → FusedSequential",
+        "0.0: Linear + ReLU → tribp.nn.Linear",
+        "1.0: Linear + ReLU → tribp.nn.Linear",
+        "2: torch.nn.Linear → tribp.nn.Linear",
+    ]
+    inner = perceptron(nn.ReLU)
+    model = nn.Sequential(nn.Sequential(inner, nn.Dropout()), nn.Sequential(nn.Linear(3, 3)))
+    assert [entry.name for entry in tribp.fuse(model).replaced] == ["0.0", "0.0.0", "0.0.2"]
+    model = nn.Sequential(perceptron(nn.ReLU, nn.ReLU)[:4], nn.Linear(5, 3))
+    expected = ["", "0", "0.0", "0.2", "1"]  # two of the row lie in the first child
+    assert [entry.name for entry in tribp.fuse(model).replaced] == expected
+
+
+def test_backward_crosses_the_layers(kernels: str, launched: list[str], layout: Callable[[Any], Any]) -> None:
+    model = layout(perceptron(nn.ReLU, nn.ReLU)).to(kernels)
     x = torch.randn(70, 5, device=kernels)
     expected = run(model, x)
     tribp.fuse(model)
@@ -115,11 +184,12 @@ def test_one_layer_is_no_row() -> None:
         nn.Sequential(nn.Linear(5, 5), nn.ReLU()),
         nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 5)),
         nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.ReLU()),
-        nn.Sequential(nn.Sequential(nn.Linear(5, 5), nn.ReLU()), nn.Linear(5, 5)),
+        nn.Sequential(nn.Sequential(nn.Linear(5, 5), nn.ReLU()), nn.Dropout(), nn.Linear(5, 5)),
+        nn.Sequential(nn.Sequential(nn.Linear(5, 5)), nn.ReLU(), nn.Linear(5, 5)),
     ):
         tribp.fuse(model)
-        assert type(model) is nn.Sequential
-        assert sum(type(m) is nn.Linear for m in model.modules()) == len(list(model.parameters())) // 2 - 1
+        assert not any(type(m) is FusedSequential for m in model.modules())
+        assert sum(isinstance(m, tribp.nn.Linear) for m in model.modules()) <= 1
 
 
 def test_layers_that_a_user_wrote(x: Tensor) -> None:
@@ -158,6 +228,43 @@ def test_what_is_done_to_an_inner_layer_after_fuse(meddle: Callable[[Any], objec
     for module in list(model):
         y = module(y)
     assert torch.equal(model(x), y)
+
+
+class Doubling(nn.Sequential):
+    def forward(self, input: Any) -> Any:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "meddle",
+    [
+        *(lambda m, kind=kind: hooked(m, kind) for kind in ("forward_hook", "forward_pre_hook")),
+        *(lambda m, kind=kind: hooked(m, kind) for kind in ("full_backward_hook", "full_backward_pre_hook")),
+        lambda m: setattr(m, "forward", lambda x: torch.zeros(6, 5)),
+        lambda m: setattr(m, "__class__", Doubling),
+        lambda m: m.compile(backend="eager"),
+        lambda m: prune.l1_unstructured(m[0], "weight", 0.5),
+        lambda m: parametrizations.weight_norm(m[0]),
+        lambda m: m.__setitem__(1, nn.Softmax(-1)),
+        lambda m: m.insert(0, nn.Dropout(0.0)),
+    ],
+    ids=[
+        *("hook", "pre hook", "backward hook", "backward pre hook", "forward", "class", "compiled"),
+        *("pruned", "parametrized", "activation replaced", "inserted"),
+    ],
+)
+def test_what_is_done_to_an_inner_sequential(meddle: Callable[[Any], object], x: Tensor) -> None:
+    """It then runs by itself, or what is in it does; before `fuse`, and after."""
+    for fused_first in (False, True):
+        model = in_blocks(perceptron(nn.Tanh, nn.Tanh, nn.Tanh))
+        for change in (tribp.fuse, lambda m: meddle(m[1])) if fused_first else (lambda m: meddle(m[1]), tribp.fuse):
+            change(model)
+        assert max(lengths(model)) in (2, 3), "of four layers"
+        y = x
+        for module in list(model):
+            y = module(y)
+        assert torch.equal(model(x), y)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -200,6 +307,34 @@ def test_hooks_see_every_call(x: Tensor) -> None:
     assert seen == [model[0], model[1], model[2], model]
 
 
+def test_hooks_see_every_call_of_an_inner_sequential(x: Tensor) -> None:
+    """With the intermediate result, and in the order of the calls."""
+    model = in_depth(perceptron(nn.Tanh, nn.Tanh))
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        outputs[module] = output.detach()
+
+    def seen() -> list[Tensor]:
+        outputs.clear()
+        handle = nn.modules.module.register_module_forward_hook(keep)
+        model(x)
+        handle.remove()
+        return [output for module, output in outputs.items() if isinstance(module, nn.Sequential)]
+
+    expected = seen()
+    tribp.fuse(model)
+    assert same(seen(), expected)
+    assert len(outputs) == len(list(model.modules()))
+    for inner in (m for m in model.modules() if isinstance(m, nn.Sequential)):
+        outputs.clear()
+        handle = inner.register_forward_hook(keep)
+        model(x)
+        handle.remove()
+        assert list(outputs) == [inner]
+    assert lengths(model) == [3]
+
+
 class Ordered(nn.Sequential):
     pass
 
@@ -231,6 +366,14 @@ def test_containers_of_other_classes(x: Tensor) -> None:
     assert report.left == (Left("", "Ordered", reason),)
     assert kinds(model) == ["Linear", "FusedActivation", "Linear"]
     assert (type(model[0]), type(model[2])) == (tribp.nn.Linear, nn.Linear)
+    inner = perceptron(nn.ReLU)  # whose row is its own
+    model = Ordered(inner, nn.Linear(3, 3))
+    assert tribp.fuse(model).left == ()
+    assert (type(inner), type(model[1])) == (FusedSequential, nn.Linear)
+    model = Ordered(*in_blocks(perceptron(nn.ReLU)))
+    assert tribp.fuse(model).left == (Left("", "Ordered", reason),)
+    model = nn.Sequential(nn.Sequential(nn.Linear(5, 5), nn.ReLU()), Ordered(nn.Linear(5, 5), nn.ReLU()))
+    assert [entry.name for entry in tribp.fuse(model).replaced] == ["0.0", "1.0"]
     model = Twice(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))
     expected = run(model, x)
     tribp.fuse(model)
@@ -255,6 +398,35 @@ def test_slices_and_changes_of_a_fused_container(x: Tensor) -> None:
     assert torch.equal(model(x), parts[0])
 
 
+def test_shared_sequentials(x: Tensor) -> None:
+    """One block at two places of a row, and another whose output is read besides."""
+    block = nn.Sequential(nn.Linear(5, 5), nn.Tanh())
+    model: Any = nn.Sequential(block, nn.Sequential(block, nn.Linear(5, 5), nn.Tanh()), nn.Linear(5, 5))
+    expected = run(model, x)
+    report = tribp.fuse(model)
+    assert [entry.name for entry in report.replaced] == ["", "0.0", "1", "1.1", "2"]
+    assert model[0] is model[1][0]
+    assert lengths(model) == [4]
+    assert same(run(model, x), expected)
+    tribp.unfuse(model)
+    assert same(run(model, x), expected)
+
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(block, nn.Sequential(nn.Linear(5, 5), nn.Tanh()))
+            self.first = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) + self.first(x)  # type: ignore[no-any-return]
+
+    model = Reading()
+    expected = run(model, x)
+    tribp.fuse(model)
+    assert lengths(model.body) == [2]
+    assert same(run(model, x), expected)
+
+
 def test_shared_layers_and_weights(x: Tensor) -> None:
     layer = nn.Linear(5, 5)
     model: Any = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(5, 5), nn.Tanh())
@@ -277,8 +449,8 @@ def test_shared_layers_and_weights(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
-def test_copies(how: str, x: Tensor) -> None:
-    model: Any = nn.Sequential(OrderedDict(body=perceptron(nn.ReLU, nn.ReLU)))
+def test_copies(how: str, layout: Callable[[Any], Any], x: Tensor) -> None:
+    model: Any = nn.Sequential(OrderedDict(body=layout(perceptron(nn.ReLU, nn.ReLU)), drop=nn.Dropout(0.0)))
     tribp.fuse(model)
     expected = run(model, x)
     other: Any
@@ -293,12 +465,12 @@ def test_copies(how: str, x: Tensor) -> None:
     assert lengths(other.body) == [3]
     assert same(run(other, x), expected)
     with torch.no_grad():
-        dict(other.named_parameters())["body.0.weight"].zero_()
+        next(other.parameters()).zero_()
     assert same(run(model, x), expected)
 
 
-def test_modes_types_and_frozen_layers(device: str) -> None:
-    model = perceptron(nn.Tanh, nn.Tanh).to(device)
+def test_modes_types_and_frozen_layers(device: str, layout: Callable[[Any], Any]) -> None:
+    model = layout(perceptron(nn.Tanh, nn.Tanh)).to(device)
     tribp.fuse(model)
     assert not any(m.training for m in model.eval().modules())
     assert all(m.training for m in model.train().modules())
@@ -311,7 +483,7 @@ def test_modes_types_and_frozen_layers(device: str) -> None:
         for m in (model, plain):
             m.requires_grad_(True)
             for n in frozen:
-                m[n].requires_grad_(False)
+                modules_of(m)[n].requires_grad_(False)
             y = m(x)
             assert y.requires_grad == (len(frozen) < 3)
             found.append(run(m, x) if len(frozen) < 3 else [y])
@@ -320,11 +492,11 @@ def test_modes_types_and_frozen_layers(device: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_wrapped_in_ddp_and_fsdp_after_fuse(process_group: None, x: Tensor) -> None:
+def test_wrapped_in_ddp_and_fsdp_after_fuse(process_group: None, layout: Callable[[Any], Any], x: Tensor) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    models: list[Any] = [perceptron(nn.Tanh, nn.Tanh) for _ in range(4)]
+    models: list[Any] = [layout(perceptron(nn.Tanh, nn.Tanh)) for _ in range(4)]
     for model in models:
         model.load_state_dict(models[0].state_dict())
         tribp.fuse(model)
@@ -332,7 +504,7 @@ def test_wrapped_in_ddp_and_fsdp_after_fuse(process_group: None, x: Tensor) -> N
     wrapped = nn.parallel.DistributedDataParallel(models[1])
     mesh = init_device_mesh("cpu", (1,))
     fully_shard(models[2], mesh=mesh)
-    for layer in models[3][::2]:
+    for layer in models[3]:
         fully_shard(layer, mesh=mesh)
     fully_shard(models[3], mesh=mesh)
     models[1:2] = [wrapped]
@@ -353,9 +525,9 @@ def test_wrapped_in_ddp_and_fsdp_after_fuse(process_group: None, x: Tensor) -> N
     assert tribp.fuse(written).left == (Left("", "FSDPSequential", reason),)
 
 
-def test_compiled_exported_traced_and_called_with_other_weights(x: Tensor) -> None:
+def test_compiled_exported_traced_and_called_with_other_weights(layout: Callable[[Any], Any], x: Tensor) -> None:
     torch.compiler.reset()
-    model = perceptron(nn.Tanh, nn.Tanh)
+    model = layout(perceptron(nn.Tanh, nn.Tanh))
     expected = run(model, x)
 
     def compiled(backend: Any) -> None:
@@ -384,8 +556,8 @@ def test_compiled_exported_traced_and_called_with_other_weights(x: Tensor) -> No
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch has no TorchScript on Python 3.14")
-def test_torchscript(x: Tensor) -> None:
-    model = perceptron(nn.Tanh, nn.Tanh)
+def test_torchscript(layout: Callable[[Any], Any], x: Tensor) -> None:
+    model = layout(perceptron(nn.Tanh, nn.Tanh))
     y = model(x)
     tribp.fuse(model)
     for module in (torch.jit.script(model), torch.jit.trace(model, x)):

@@ -163,14 +163,15 @@ def replaced(model: Any, layer: nn.Module) -> Any:
     return model
 
 
-def hooked(model: Any) -> Any:
-    model.layers[0].register_forward_hook(lambda *_: None)
-    return model
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda *_: None)
+    return module
 
 
 LARGE = ((8, 256), *((256, 256),) * 5, (256, 3))
 REASONS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "hooks": (hooked, "hooks"),
+    "hooks": (lambda m: (hooked(m.layers[0]), m)[1], "hooks"),
+    "hooks of a block": (lambda m: nn.Sequential(nn.Sequential(hooked(nn.Sequential(m)))), "Sequential has hooks"),
     "parameter hooks": (lambda m: (next(m.parameters()).register_hook(lambda g: None), m)[1], "hooks"),
     "after accumulation": (
         lambda m: (next(m.parameters()).register_post_accumulate_grad_hook(lambda p: None), m)[1],

@@ -1,7 +1,7 @@
 """`fuse` and `unfuse`."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from .modules import (
 )
 from .plan import Place, Plan, runs_in_order
 from .report import Report
-from .sequential import FusedSequential, is_plain_layer, rows
+from .sequential import FusedSequential, flatten, is_plain_layer, rows
 
 
 def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
@@ -40,8 +40,9 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
       `ReLU6`, in place or not, with numbers that `tribp.linear` takes, and torch's functions and methods of those;
     - every 3×3 `nn.Conv2d` that `Conv3x3` takes becomes one, with the activation directly behind it; a `Conv3x3` or a
       tribp `Linear` without one takes that in, too;
-    - linear layers with activations that follow each other in an `nn.Sequential`, with or without one behind the last,
-      run as one `tribp.mlp`: the last becomes a `Linear`, and the Sequential a `FusedSequential`.
+    - linear layers with activations that follow each other in an `nn.Sequential`, also through Sequentials inside it,
+      with or without one behind the last, run as one `tribp.mlp`: the last becomes a `Linear`, and the Sequential that
+      holds them a `FusedSequential`.
 
     An activation is behind a layer in an `nn.Sequential`, or in the source of the `forward` of the module that holds
     the layer: `self.act(self.conv(x))`, `F.relu(self.conv(x))`, `self.conv(x).relu()`, or in the line after
@@ -82,9 +83,12 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
             plan.leave(places, "it is compiled by TorchScript")
         else:
             plan.leave(places, unread_forward(module))
-    for module, places in plan.modules:
-        if isinstance(module, nn.Sequential) and runs_in_order(module):
-            _fuse_rows(plan, module, places)
+    sequentials = [(m, places) for m, places in plan.modules if isinstance(m, nn.Sequential) and runs_in_order(m)]
+    for module, _ in sequentials:
+        if not _fixed_class(plan, module):
+            _fuse_last_layers(plan, module)
+    for module, places in sequentials:
+        _fuse_rows(plan, module, places)
     return plan.carry_out()
 
 
@@ -114,35 +118,48 @@ def _fuse_layer(plan: Plan, module: nn.Module, places: Sequence[Place]) -> None:
         plan.leave_activations(pairs, alone)
 
 
-def _fuse_rows(plan: Plan, module: nn.Sequential, places: Sequence[Place]) -> None:
-    """A Sequential whose layers follow each other gets another class; a last layer without activation joins them."""
-    done = isinstance(module, FusedSequential)
-    reason = "" if done else _of_another_class(plan, module, nn.Sequential)
-    last = _last_layers(plan, module)
-    for layer in () if reason else last:
-        everywhere = plan.places[id(layer)]
+def _fuse_last_layers(plan: Plan, module: nn.Sequential) -> None:
+    """Linear layers of torch's directly behind one with an activation, which they can join, become tribp's."""
+    for layer in _last_layers(plan, module):
+        places = plan.places[id(layer)]
         made = plan.obstacle(layer, nn.Linear) or unreadable(layer, 2) or fused_layer(layer, None)
         if isinstance(made, str):
-            plan.leave(everywhere, made)
+            plan.leave(places, made)
         else:
-            plan.replace(everywhere, made, "torch.nn.Linear", shown_name(made), pair=False)
-    several = any(len(row) > 1 for row in rows(plan.children_of(module)))
-    if reason and (several or last):
+            plan.replace(places, made, "torch.nn.Linear", shown_name(made), pair=False)
+
+
+def _fuse_rows(plan: Plan, module: nn.Sequential, places: Sequence[Place]) -> None:
+    """A Sequential gets another class if what follows each other in it makes fewer rows than each child alone."""
+    children = plan.children_of(module)
+    apart = sum(len(rows(_flatten(plan, [child]))) for child in children)
+    joined = len(rows(_flatten(plan, children))) < apart
+    reason = _fixed_class(plan, module)
+    if reason and (joined or _last_layers(plan, module)):
         plan.leave(places, f"{reason}, so that its layers run one by one")
-    elif several and not done:
+    elif joined and not isinstance(module, FusedSequential):
         plan.change_class(places, FusedSequential)
 
 
 def _last_layers(plan: Plan, module: nn.Sequential) -> list[nn.Module]:
     """Linear layers of torch's directly behind one that will have its activation."""
     left = {entry.name for entry in plan.left}
-    children = [child for child in plan.children_of(module) if not isinstance(child, FusedActivation)]
+    modules = [m for m in _flatten(plan, plan.children_of(module)) if not isinstance(m, FusedActivation)]
     return [
         layer
-        for before, layer in itertools.pairwise(children)
+        for before, layer in itertools.pairwise(modules)
         if isinstance(layer, nn.Linear) and is_plain_layer(before) and before.activation is not None
         if not any(place.name in left for place in plan.places[id(layer)])
     ]
+
+
+def _flatten(plan: Plan, modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    return flatten(modules, plan.children_of)
+
+
+def _fixed_class(plan: Plan, module: nn.Module) -> str:
+    """Why a Sequential cannot become a `FusedSequential`; nothing if it can, or is one."""
+    return "" if isinstance(module, FusedSequential) else _of_another_class(plan, module, nn.Sequential)
 
 
 def _of_another_class(plan: Plan, module: nn.Module, kind: type[nn.Module]) -> str:

@@ -1,6 +1,6 @@
 """An `nn.Sequential` that runs linear layers which follow each other as one."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeGuard
 
 import torch
@@ -12,10 +12,10 @@ from .modules import FusedActivation
 
 
 class FusedSequential(nn.Sequential):
-    """An `nn.Sequential` in which linear layers that follow each other are one `tribp.mlp`.
+    """An `nn.Sequential` in which linear layers that follow each other, also through Sequentials in it, are one `mlp`.
 
     Each layer stays where it is and complete, so that it can be called, taken out and replaced as before. Rows of them
-    are looked for in each call: a layer that has hooks by then, or another class, is called by itself.
+    are looked for in each call: a layer or Sequential that has hooks by then, or another class, is called by itself.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ class FusedSequential(nn.Sequential):
                 input = module(input)
             return input
         else:  # TorchScript would compile what stands behind the branch
-            for row in rows(self):
+            for row in rows(flatten(self)):
                 first, last = row[0], row[-1]
                 if is_plain_layer(first) and is_plain_layer(last) and len(row) > 1:
                     weights, biases = [layer.weight for layer in row], [layer.bias for layer in row]
@@ -32,6 +32,17 @@ class FusedSequential(nn.Sequential):
                 else:
                     input = first(input)
             return input
+
+
+def flatten(
+    modules: Iterable[nn.Module], children: Callable[[nn.Sequential], Iterable[nn.Module]] = iter
+) -> Iterator[nn.Module]:
+    """Modules that run one after the other, a plain Sequential's `children` in its place."""
+    for module in modules:
+        if is_plain_sequential(module):
+            yield from flatten(children(module), children)
+        else:
+            yield module
 
 
 def rows(modules: Iterable[nn.Module]) -> list[list[nn.Module]]:
@@ -54,3 +65,8 @@ def rows(modules: Iterable[nn.Module]) -> list[list[nn.Module]]:
 def is_plain_layer(module: nn.Module) -> TypeGuard[Linear]:
     """Whether a module is a linear layer of tribp's, of which nobody would miss that it is called."""
     return type(module) in (Linear, LinearSigmoid) and runs_forward_alone(module)
+
+
+def is_plain_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether a module is a Sequential, no subclass, of which nobody would miss that it is called."""
+    return type(module) in (nn.Sequential, FusedSequential) and runs_forward_alone(module)
