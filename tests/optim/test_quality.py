@@ -1,7 +1,7 @@
 """Training with states in 8 bits ends where it ends with float32 ones: the demo's networks, three seeds each.
 
-`python -m pytest -m slow -s tests/optim/test_quality.py` prints the losses, and errors and bytes beside other libraries'
-where they are installed; `python examples/eight_bit_states.py 3 1000` prints losses of a larger model.
+`python -m pytest -m slow -s tests/optim/test_quality.py` prints the losses, and errors and bytes beside other
+libraries' where they are installed; `python examples/eight_bit_states.py 3 1000` prints losses of a larger model.
 """
 
 import importlib
