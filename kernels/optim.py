@@ -279,8 +279,11 @@ def multi_tensor_step(
                     # Two dimensions, for the compiler gives one layout to all accesses of one shape. Counted: in that
                     # of 128-bit accesses a warp's scalar ones would meet four times as many sectors.
                     # Codes take a quarter at a time: addresses of 8 elements a thread take 254 registers, of 2 128.
-                    COLS: tl.constexpr = optim_codes.BLOCK if CONFIG.CODED else min(BLOCK, 128)
-                    PART: tl.constexpr = max(BLOCK // 4, COLS) if CONFIG.CODED else BLOCK
+                    # No min or max: Triton 3.5 takes them for operations on tensors.
+                    WIDEST: tl.constexpr = optim_codes.BLOCK if CONFIG.CODED else 128
+                    COLS: tl.constexpr = WIDEST if BLOCK > WIDEST else BLOCK
+                    QUARTER: tl.constexpr = BLOCK // 4 if BLOCK // 4 > COLS else COLS
+                    PART: tl.constexpr = QUARTER if CONFIG.CODED else BLOCK
                     for k in range(0, BLOCK // PART):
                         part = block * (BLOCK // PART) + k
                         i = rows_of(part, PART, COLS)

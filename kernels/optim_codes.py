@@ -7,7 +7,8 @@ a uint8 code, v = s·(q/255)². `tribp/optim/codes.py` says the same in torch.
 Gonzalez Ortiz et al., "FlashOptim: Optimizers for Memory Efficient Training", 2026, from which both curves are. Other
 than there, a code is rounded up or down at random, right on average: to nearest, an average whose step is less than
 half a code, as every √v with β₂ = 0.999, would never fall. And no v > 0 becomes 0, beside an m that may not. Divisions
-and roots are the fast ones: beside a code's step, their last place is nothing.
+and roots are the fast ones: beside a code's step, their last place is nothing. But it may lift the largest number of a
+block over the last code, where the next integer is 0 or of the other sign: hence the bounds.
 """
 
 import triton
@@ -46,9 +47,10 @@ def encode(x, inside, random, TYPE: tl.constexpr):
     above = random.to(tl.float32) * (1.0 / 65536.0)
     if TYPE == tl.int8:
         q = tl.floor(254.0 * x / tl.where(coded, scale + tl.abs(x), 1.0) + above)
+        q = tl.clamp(q, -127.0, 127.0)
     else:
         q = tl.floor(255.0 * tl.sqrt(x / tl.where(coded, scale, 1.0)) + above)
-        q = tl.where(x > 0.0, tl.maximum(q, 1.0), 0.0)
+        q = tl.where(x > 0.0, tl.clamp(q, 1.0, 255.0), 0.0)
     return tl.where(coded, q, 0.0).to(tl.int32).to(TYPE), scale
 
 

@@ -141,6 +141,11 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
+def full_states(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Those of a checkpoint, whole."""
+    return [{key: full(value) for key, value in state.items()} for state in optimizer.state_dict()["state"].values()]
+
+
 def full_parameters(model: torch.nn.Module) -> list[Tensor]:
     return [full(p) for p in model.parameters()]
 
@@ -179,6 +184,11 @@ def fsdp(
         norms = train(model, optimizer, steps, *parts, dtype)
     states = [{k: full(v) for k, v in optimizer.state[p].items()} for p in model.parameters()]
     found: dict[str, Any] = dict(parameters=full_parameters(model), norms=norms, states=states)
+    found["saved"] = full_states(optimizer)
+    found["local"] = [
+        {key: value.to_local() if isinstance(value, DTensor) else value for key, value in state.items()}
+        for state in map(dict, optimizer.state.values())
+    ]
     found["shards"] = [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)]
     found["launched"] = [type(bucket).__name__ for bucket in optimizer._plan.buckets]
     if "ema_decay" in spec[1]:
@@ -245,20 +255,24 @@ def state_dicts(rank: int, world: int, spec: Spec) -> list[dict[str, Any]]:
     return found
 
 
-def saved(rank: int, world: int, spec: Spec, library: str, steps: Sequence[int], directory: str) -> list[Tensor]:
-    model = sharded(world)
+def saved(
+    rank: int, world: int, spec: Spec, library: str, steps: Sequence[int], directory: str,
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:  # fmt: skip
+    model = sharded(world, dtype=dtype)
     optimizer = optimizer_of(spec, model.parameters(), tribp.optim if library == "tribp" else torch.optim)
-    train(model, optimizer, steps, rank, world)
+    train(model, optimizer, steps, rank, world, dtype)
     state = dict(model=get_model_state_dict(model), optim=get_optimizer_state_dict(model, optimizer))
     save(state, checkpoint_id=directory)
     return full_parameters(model)
 
 
 def resumed(
-    rank: int, world: int, spec: Spec, library: str, steps: Sequence[int], directory: str, shards: bool, backend: str
-) -> dict[str, Any]:
+    rank: int, world: int, spec: Spec, library: str, steps: Sequence[int], directory: str, shards: bool, backend: str,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:  # fmt: skip
     """A new model with other weights, and an optimizer that has not stepped: all they know is the checkpoint."""
-    model = sharded(world, seed=1) if shards else network(seed=1)
+    model = sharded(world, seed=1, dtype=dtype) if shards else network(seed=1, dtype=dtype)
     optimizer = optimizer_of(spec, model.parameters(), tribp.optim if library == "tribp" else torch.optim)
     with tribp.use_backend(backend):
         state: dict[str, Any] = dict(
@@ -267,11 +281,13 @@ def resumed(
         load(state, checkpoint_id=directory)
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizer, state["optim"])
-        begun = full_parameters(model)
-        train(model, optimizer, steps, rank, world) if shards else train(model, optimizer, steps)
+        begun, loaded = full_parameters(model), full_states(optimizer)
+        train(model, optimizer, steps, *((rank, world) if shards else (0, 1)), dtype)
     return dict(
         parameters=full_parameters(model),
         begun=begun,
+        loaded=loaded,
+        saved=full_states(optimizer),
         states=[{k: full(v) for k, v in optimizer.state[p].items()} for p in model.parameters()],
     )
 

@@ -12,6 +12,7 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
 import tribp.optim
+from tribp.optim import codes
 
 from ..conftest import HAS_GPU
 from . import distributed_workers as workers
@@ -243,3 +244,122 @@ def test_zero_redundancy_optimizer(backend: str, processes: Processes, tmp_path:
     for result in found:
         close(result["parameters"], expected)
     close(found[0]["state_dict"]["state"], optimizer.state_dict()["state"])
+
+
+# ---- states in 8 bits, parameters in 24
+
+
+def shards_in_one_process(spec: Spec, world: int, steps: Any) -> tuple[list[torch.Tensor], list[Any]]:
+    """What every process of an FSDP run does to its rows, by plain tensors in an optimizer for each of them."""
+
+    def rows(t: torch.Tensor) -> list[torch.Tensor]:
+        chunks = list(t.detach().chunk(world))
+        return [chunk.clone() for chunk in chunks] + [t.detach()[:0].clone()] * (world - len(chunks))
+
+    model = workers.network()
+    shards = [rows(p) for p in model.parameters()]
+    optimizers: list[Any] = [workers.optimizer_of(spec, [own[rank] for own in shards]) for rank in range(world)]
+    for step in steps:
+        model.zero_grad()
+        workers.loss_of(model, step).backward()
+        for p, own in zip(model.parameters(), shards, strict=True):
+            assert p.grad is not None
+            for shard, grad in zip(own, rows(p.grad), strict=True):
+                shard.grad = grad
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            for p, own in zip(model.parameters(), shards, strict=True):
+                p.copy_(torch.cat(own))
+    return workers.full_parameters(model), optimizers
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
+@pytest.mark.parametrize("spec", [ADAM, MOMENTUM], ids=["Adam", "SGD"])
+def test_codes_of_shards(spec: Spec, backend: str, world: int, processes: Processes, tmp_path: Path) -> None:
+    """Codes and scales are those of the shard as a tensor of its own, whatever the other processes have."""
+    name, options = spec
+    coded: Spec = (name, {**options, "state_bits": 8, "seed": 5})
+    expected, optimizers = shards_in_one_process(coded, world, STEPS)
+    results = processes.run(workers.fsdp, world, tmp_path, coded, STEPS, backend)
+    assert min(min(result["shards"]) for result in results) == 0
+    for rank, result in enumerate(results):
+        assert result["launched"] == ["TritonBucket" if backend == "triton" else "ReferenceBucket"]
+        close(result["parameters"], expected)
+        states = list(optimizers[rank].state.values())
+        for local, state in zip(result["local"], states, strict=True):
+            assert list(local) == list(state)
+            for key, value in state.items():
+                if value.dtype in codes.CODES:
+                    assert torch.equal(local[key], value), f"{key} of process {rank}"
+                else:
+                    assert_close(local[key], value, rtol=1e-6, atol=0)
+        for key in ("exp_avg", "exp_avg_sq") if name == "Adam" else ("momentum_buffer",):
+            for number, saved in enumerate(result["saved"]):
+                parts = [codes.numbers(dict(each.state[each.param_groups[0]["params"][number]]), key)
+                         for each in optimizers]  # fmt: skip
+                assert saved[key].dtype == torch.float32
+                assert_close(saved[key], torch.cat(parts), rtol=1e-6, atol=0)
+
+
+def code_of(largest: torch.Tensor) -> torch.Tensor:
+    """The widest step of a signed state's codes, beside its block's largest number s: (s + |x|)²/(254·s) at |x| = s."""
+    return 4 * largest / 254
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_codes_of_shards_train_as_float_states_do(world: int, processes: Processes, tmp_path: Path) -> None:
+    """A buffer is off by a code with each step, of which μ stays for the next. To first order, and three times that."""
+    name, options = MOMENTUM
+    expected, optimizer, _ = alone(MOMENTUM)
+    sizes = [state["momentum_buffer"].abs().max() for state in optimizer.state.values()]
+    coded: Spec = (name, {**options, "state_bits": 8})
+    first, again = (processes.run(workers.fsdp, world, tmp_path, coded, STEPS) for _ in range(2))
+    off = used = 0.0
+    for _ in STEPS:
+        used += 0.9 * off  # nesterov: the gradient itself takes no part
+        off = 0.9 * off + 1
+    for result, same in zip(first, again, strict=True):
+        for p, exact, size in zip(result["parameters"], expected, sizes, strict=True):
+            assert_close(p, exact, rtol=0, atol=3 * 0.1 * 0.9 * used * float(code_of(size)))
+            assert not torch.equal(p, exact)
+        assert_close(result["parameters"], same["parameters"], rtol=0, atol=0)
+        assert_close(result["local"], same["local"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("world", "shards"), [(2, True), (1, True), (1, False), (3, True)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_codes_resumed_by_another_number_of_processes(
+    dtype: torch.dtype, world: int, shards: bool, processes: Processes, tmp_path: Path
+) -> None:
+    """What is loaded is to the bit what was saved. Two go on as if nothing was; others have blocks of other shards."""
+    spec: Spec = ("Adam", dict(lr=0.01, state_bits=8, master_bits=24, seed=5))
+    (before, _), (after, _) = (
+        processes.run(workers.fsdp, 2, tmp_path, spec, range(n), "torch", dtype) for n in (3, 4)
+    )  # fmt: skip
+    processes.run(workers.saved, 2, tmp_path, spec, "tribp", range(3), str(tmp_path / "saved"), dtype)
+    arguments = (spec, "tribp", range(3, 4), str(tmp_path / "saved"), shards, "torch", dtype)
+    keys = {"step", "exp_avg", "exp_avg_sq"} | ({"residual"} if dtype == torch.bfloat16 else set())
+    for result in processes.run(workers.resumed, world, tmp_path, *arguments):
+        assert_close(result["begun"], before["parameters"], rtol=0, atol=0)
+        for loaded, saved in zip(result["loaded"], before["saved"], strict=True):
+            assert loaded.keys() == saved.keys() == keys
+            for key, value in saved.items():
+                assert loaded[key].dtype == value.dtype
+                assert torch.equal(loaded[key], value), key
+        assert all(state["exp_avg"].dtype == torch.int8 for state in result["states"])
+        if world == 2:
+            assert_close(result["parameters"], after["parameters"], rtol=0, atol=0)
+            assert_close(result["saved"], after["saved"], rtol=0, atol=0)
+            continue
+        for state, uncut in zip(result["saved"], after["saved"], strict=True):
+            # Half a code when loaded, and one more with the step, of this run and of the one that went on: of numbers
+            # of whole tensors, which are wider than those of shards.
+            for key, root in (("exp_avg", False), ("exp_avg_sq", True)):
+                largest = torch.maximum(state[key].abs().max(), uncut[key].abs().max())
+                mine, theirs = (x[key].sqrt() if root else x[key] for x in (state, uncut))
+                code = largest.sqrt() / 255 if root else code_of(largest)
+                assert_close(mine, theirs, rtol=1e-5, atol=2.5 * float(code))
+        for p, exact in zip(result["parameters"], after["parameters"], strict=True):
+            assert_close(p, exact, rtol=float(torch.finfo(dtype).eps), atol=0.01 * 0.1)

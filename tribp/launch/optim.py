@@ -84,8 +84,10 @@ class MultiTensorProblem(NamedTuple):
         # that, but never so many that a processor gets fewer than 16 programs: four reside there, four waves even the
         # end out.
         blocks = max(1, min(8, elements // (block * 16 * arch.processors)))
-        # Compiled: left to itself, ptxas holds float64 to a step of occupancy, and Adagrad spills 8 bytes for it.
-        limit = 255 if "float64" in types and arch.backend == "cuda" else None
+        # Compiled: left to itself, ptxas holds float64 to a step of occupancy, and Adagrad spills 8 bytes for it. So
+        # does Triton 3.6's with strided codes if all is on: 12 bytes for 128 registers.
+        holds = "float64" in types or (strided and "int8" in types)
+        limit = 255 if holds and arch.backend == "cuda" else None
         return MultiTensorConfig(block, blocks, 4, reason, limit)
 
     def adjusted(self, config: MultiTensorConfig) -> MultiTensorConfig:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import codes
-from .options import DEFAULTS
+from .options import DEFAULTS, EXCLUSIVE
 from .rule import counter_dtype
 from .tracked_state import WatchedState
 
@@ -99,7 +99,7 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer, numbers: Collection[str]
     def restore(_: Any) -> None:
         for old, new in zip(before, optimizer.param_groups, strict=True):
             for name in DEFAULTS:
-                if name in old:
+                if name in old and not (name in EXCLUSIVE and any(map(new.get, EXCLUSIVE))):
                     new.setdefault(name, old[name])
         for group, packed in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
             for p, number in zip(group["params"], packed["params"], strict=True):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layouts import fits_storage, local
-from .options import Group, compresses
+from .layouts import fits_storage, is_dtensor, local
+from .options import Group, compresses, keeps_residual
 from .reference import philox
 from .rule import Rule
 from .tracked_state import peek
@@ -97,7 +97,7 @@ def _blocks(t: Tensor) -> Tensor:
 
 def code_type(rule: Rule, group: Group, p: Tensor, name: str) -> torch.dtype | None:
     """Of a state's codes; None where it is kept as it is."""
-    if not compresses(group, p):
+    if not compresses(group, p) or name in rule.uncoded(group):
         return None
     return torch.uint8 if name in (rule.squares or ()) else torch.int8
 
@@ -133,20 +133,35 @@ def expand(state: dict[str, Any]) -> None:
 
 def conform(rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:
     """Brings the states that are there into the form that the group asks for; what does not fit stays as it is."""
+
+    def fits(value: object) -> bool:
+        return isinstance(value, Tensor) and value.shape == p.shape and is_dtensor(value) == is_dtensor(p)
+
+    def is_as_made(value: Tensor, dtype: torch.dtype) -> bool:
+        return value.dtype == dtype and local(value).stride() == torch.empty_like(local(p), dtype=dtype).stride()
+
     are_codes = coded(state)
     for name in filter(None, rule.states(group)):
         value, wanted = peek(state, name), code_type(rule, group, p, name)
-        if not isinstance(value, Tensor) or value.shape != p.shape:
+        if not fits(value):
             continue
         if name in are_codes:
-            if value.dtype == wanted and local(value).stride() == torch.empty_like(local(p), dtype=wanted).stride():
+            if wanted is not None and is_as_made(value, wanted):
                 continue
             value = numbers(state, name)
         if wanted is not None and value.is_floating_point():
             put(state, name, value, p, wanted)
         elif name in are_codes:
             state[name] = value.to(group.get("state_dtype") or p.dtype)
+        if wanted is None and scale_of(name) in state:
             del state[scale_of(name)]
+    residual = peek(state, RESIDUAL)
+    if not keeps_residual(group, p):
+        if residual is not None:
+            del state[RESIDUAL]  # or the bits below what the parameter was would be added to what it has become
+    elif fits(residual) and not is_as_made(residual, torch.int8):  # torch's class makes bfloat16 numbers of them
+        state[RESIDUAL] = torch.empty_like(p, dtype=torch.int8, memory_format=torch.preserve_format)
+        local(state[RESIDUAL]).copy_(local(residual))
 
 
 def coded(state: dict[str, Any]) -> set[str]:

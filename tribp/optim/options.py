@@ -21,7 +21,8 @@ class ExtraOptions(TypedDict, total=False):
         for the type are then not lost. Other types are rounded to nearest.
     eps_inside_sqrt: √(v + ε) instead of √v + ε; not for classes that have no such root, as SGD.
     state_bits: 8: keep the moments of real parameters in 8 bits a number and a float32 scale every 32 of them. For SGD,
-        Momentum, RMSprop, Adagrad, Adam and AdamW.
+        Momentum, RMSprop (not its averages where it is `centered`: their difference needs every bit), Adagrad, Adam and
+        AdamW.
     master_bits: 24: keep in `state[p]["residual"]` the 8 bits below a bfloat16 parameter. Other types have none.
     """
 
@@ -41,6 +42,8 @@ DEFAULTS: Group = dict(
     max_grad_norm=None, seed=0, ema_decay=None, state_dtype=None, stochastic_rounding=False, eps_inside_sqrt=False,
     state_bits=None, master_bits=None, capturable=False, fused=None,
 )  # fmt: skip
+
+EXCLUSIVE = ("state_dtype", "state_bits")  # at most one of them is on
 
 # Options that decide how a group is updated, whatever the class; the others are numbers.
 SWITCHES = (
@@ -71,7 +74,7 @@ def enabled_options(group: Group, caller: str) -> Group:
     for name, bits in (("state_bits", 8), ("master_bits", 24)):
         if options.get(name, bits) != bits:
             raise ValueError(f"{caller}: {name} must be {bits} or None, got {options[name]!r}")
-    if "state_bits" in options and dtype is not None:
+    if all(name in options for name in EXCLUSIVE):
         raise ValueError(f"{caller}: state_bits and state_dtype exclude each other")
     return options
 

@@ -24,6 +24,9 @@ class RMSpropRule(Rule):
         momentum, centered = group["momentum"] > 0, group["centered"]
         return "square_avg", "momentum_buffer" if momentum else None, "grad_avg" if centered else None
 
+    def uncoded(self, group: Group) -> tuple[str, ...]:
+        return ("square_avg", "grad_avg") if group["centered"] else ()  # v − ḡ² of codes is 0 as often as not
+
     def hyper(self, group: Group) -> reference.RMSpropHyper:
         return reference.RMSpropHyper(group["alpha"], group["momentum"], float(group["centered"]))
 

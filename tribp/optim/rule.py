@@ -73,6 +73,10 @@ class Rule:
     def new_state(self, group: Group, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
+    def uncoded(self, group: Group) -> tuple[str, ...]:
+        """The names of the states that 8 bits are too few for."""
+        return ()
+
     def new_scalar(self, group: Group, name: str) -> float:
         """What one of `scalar_states` begins with."""
         return 1.0

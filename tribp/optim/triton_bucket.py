@@ -35,7 +35,10 @@ def triton_buckets(rule: Rule, optimizer: torch.optim.Optimizer, slots: list[Par
     for slot in slots:
         group = optimizer.param_groups[slot.group]
         own = _dtypes(slot)
-        fixed = (slot.param.device, bool(group.get("eps_inside_sqrt")), _seed(group, slot.param), slot.has_residual)
+        fixed = (
+            slot.param.device, bool(group.get("eps_inside_sqrt")), _seed(group, slot.param),
+            rounds_stochastically(group, slot.param), slot.has_residual,
+        )  # fmt: skip
         for other, dtypes, members in combinations:
             if other == fixed and all(a is None or b is None or a == b for a, b in zip(dtypes, own, strict=True)):
                 dtypes[:] = [b if a is None else a for a, b in zip(dtypes, own, strict=True)]

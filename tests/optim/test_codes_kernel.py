@@ -1,0 +1,69 @@
+"""Codes by the kernel's own functions, on the worst that a GPU's fast arithmetic may do."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tribp.optim import codes
+
+from ..conftest import HAS_GPU
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from tribp.kernels import optim_codes  # noqa: E402
+
+
+@triton.jit
+def encode(x, random, codes, scales, ROWS: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.arange(0, ROWS)[:, None]
+    at = row * 32 + tl.arange(0, 32)[None, :]
+    q, scale = optim_codes.encode(tl.load(x + at), at >= 0, tl.load(random + at), TYPE)
+    tl.store(codes + at, q)
+    tl.store(scales + row, scale)
+
+
+@pytest.mark.parametrize("units", [-2, 0, 2])
+@pytest.mark.parametrize("random", [0, 65535])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+def test_the_largest_number_has_the_last_code(
+    dtype: torch.dtype, random: int, units: int, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """… or the one before. Above the last comes 0, which divides a moment by nothing, or a code of the other sign.
+
+    units: in the last place, that a quotient is off: `div.full.f32` and `sqrt.approx.f32` as PTX allows them.
+    """
+    if not HAS_GPU:
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+        def off(exact: Any) -> Any:
+            for _ in range(abs(units)):
+                exact = np.nextafter(exact, np.copysign(np.inf, units * exact), dtype=exact.dtype)
+            return exact
+
+        monkeypatch.setattr(
+            interpreter.InterpreterBuilder, "create_fdiv",
+            lambda self, a, b: self.binary_op(a, b, lambda a, b: off(np.divide(a, b))),
+        )  # fmt: skip
+        monkeypatch.setattr(
+            interpreter.InterpreterBuilder, "create_sqrt",
+            lambda self, x: self.unary_op(x, lambda x: off(np.sqrt(x))),
+        )  # fmt: skip
+    rows = 256
+    size = torch.logspace(-30, 30, rows)
+    sign = torch.tensor([1.0, -1.0] if dtype == torch.int8 else [1.0]).repeat(rows)[:rows]
+    x = (size * sign)[:, None].repeat(1, 32)
+    x[:, 1:] *= torch.linspace(0, 1, 31)
+    q, scales = torch.zeros_like(x, dtype=dtype, device=kernels), torch.zeros(rows, device=kernels)
+    bits = torch.full_like(x, random, dtype=torch.int32, device=kernels)
+    encode[(1,)](x.to(kernels), bits, q, scales, rows, tl.int8 if dtype == torch.int8 else tl.uint8)
+    assert torch.equal(scales.cpu(), size)
+    found = codes.decode(q.cpu(), scales.cpu())
+    last = 127 if dtype == torch.int8 else 255
+    assert (q[:, 0].cpu().int().abs() >= last - 1).all()  # by the last place and 1/65536 of a code
+    assert (found.abs() <= size[:, None] * (1 + 1e-6)).all()
+    assert (found * x >= 0).all()
+    assert dtype == torch.int8 or (found[:, 2:] > 0).all()
