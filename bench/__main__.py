@@ -96,8 +96,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     there = f"of: {', '.join(operation.operations())} (default: all)"
     option("run tune static counts", "operation", there, nargs="*", metavar="OP")
     option("report", "folder", "default: every folder in bench/results", nargs="*", type=Path, metavar="DIR")
-    option("run tune host counts", "--case", "only cases whose name contains this; repeatable", action="append")
-    option("static", "--case", "with --model: as in `run`", action="append")
+    option("run tune host static counts", "--case", "only cases whose name contains this; repeatable", action="append")
     only = "only this type, such as bfloat16 or 'float32 tf32'; repeatable"
     option("run tune static", "--dtype", only, action="append")
     option("run tune all host", "--smoke", "walk through on a CPU with tiny shapes", action="store_true")
@@ -154,6 +153,8 @@ def _perform(options: Options) -> int:
     """What each command needs is asked for before its module is imported."""
     name = options.command
     operation.find(options.operation)
+    if options.json and not options.json.parent.is_dir():
+        raise ValueError(f"{options.json} cannot be written: there is no folder {options.json.parent}")
     if name in ("run", "tune", "all") and not options.smoke and not torch.cuda.is_available():
         raise ValueError(f"{name} needs CUDA, and torch finds no GPU here (--smoke walks through it on a CPU)")
     if name == "tune" and options.smoke:

@@ -217,12 +217,12 @@ def _read_some(kernels: Kernels, read: Read[Result]) -> dict[str, Result]:
 
 
 def collect(options: Options) -> Kernels:
-    """The different kernels of the operations on each target."""
+    """The different kernels of the operations on each target. Raises ValueError if none is asked for."""
     kernels: Kernels = {}
     for operation, target in itertools.product(options.operations, options.target or ARCHS):
         arch = ARCHS[target]
         for case, directions in operation.compiled(arch, options.all):
-            if options.dtype and case.dtype_name not in options.dtype:
+            if not options.selects(case):
                 continue
             if case.tf32 and arch.backend == "hip":
                 continue  # gfx942 has no TF32: the same code again
@@ -232,6 +232,10 @@ def collect(options: Options) -> Kernels:
                     kernel = kernels.setdefault(f"{operation.name} {key_of(launch, arch)}", new)
                     kernel.cases.append(f"{case.name} {direction}".removesuffix(" step"))
                     kernel.expectations |= {e.name: e for e in operation.expectations(launch, case, arch)}
+    if not kernels:
+        cases = [c for o in options.operations for c, _ in o.compiled(ARCHS["sm_90"], options.all)]
+        types, names = ({getattr(case, of): None for case in cases} for of in ("dtype_name", "name"))
+        raise ValueError(f"there is no such case; there are types {', '.join(types)}, and {'; '.join(names)}")
     return kernels
 
 

@@ -3,7 +3,8 @@
 - A line that is nothing but a link out of `docs/` becomes what it leads to: a Markdown file or, with `#name`, the
   function or class of that name in a Python file. The link's title `"first … last"` takes of its lines those from the
   first that holds `first` to the next that holds `last`. On GitHub it is a link to the file.
-- Other links to Markdown files outside `docs/` lead to the pages that consist of these files.
+- Other links to Markdown files outside `docs/` lead to the pages that consist of these files; of links to programs only
+  the name stays.
 - `$…$` and `$$…$$` become MathML, which browsers draw by themselves.
 
 What is missing raises an exception, and the build fails.
@@ -25,9 +26,11 @@ PAGES = {
     "README.md": "docs/index.md",
     "CHANGELOG.md": "docs/changelog.md",
     "CONTRIBUTING.md": "docs/contributing.md",
+    "examples/README.md": "docs/examples.md",
     "bench/TUNING.md": "docs/tuning-log.md",
 }
 INCLUDED = re.compile(r'\[[^\]]+\]\(((?:\.\./)+[\w./-]+)(?:#([\w.]+))?(?: "(.+?) … (.+?)")?\)')
+PROGRAM = re.compile(r"\[([^\]]+)\]\([\w./-]+\.(?:py|ipynb)\)")
 LINK = re.compile(r"(?<=\]\()([\w./-]+\.md)(?=[)#])")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>', re.DOTALL)
 
@@ -57,7 +60,7 @@ def _with_links(markdown: str, home: str, folder: str) -> str:
         target = posixpath.normpath(posixpath.join(home, match[1]))
         return posixpath.relpath(PAGES.get(target, target), folder)
 
-    return LINK.sub(moved, markdown)
+    return LINK.sub(moved, PROGRAM.sub(r"`\1`", markdown))
 
 
 def source(path: str, name: str, first: str | None = None, last: str | None = None) -> tuple[int, str]:

@@ -36,8 +36,8 @@ def decode(q, scale, TYPE: tl.constexpr):
 
 @triton.jit
 def encode(x, inside, random, TYPE: tl.constexpr):
-    """The codes of numbers, a block a row, and the scales. random: 16 bits each. A block that holds an infinity or NaN
-    becomes NaN."""
+    """The codes of numbers, a block a row, and the scales. random: 16 bits each. A block that holds NaN or
+    a number from 1e36 on becomes NaN."""
     x = x.to(tl.float32)
     # As integers the bits of |x| have its order, and those of NaN are largest.
     bits = tl.where(inside, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)

@@ -179,6 +179,7 @@ def test_run_on_a_gpu(tmp_path: Path) -> None:
             f"bench: there is no such case; there are of {next(iter(operation.operations()))}: ",
         ),
         (["host", "--smoke", "--case", "9x9"], "bench: there is no such case; there are: Adam"),
+        (["static", "--json", "nowhere/x.json"], "bench: nowhere/x.json cannot be written: there is no folder nowhere"),
     ],
 )
 def test_errors_are_one_line_that_lists_what_there_is(

@@ -31,6 +31,13 @@ def compiling(*command: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.parametrize("options", [("--dtype", "float99"), ("--case", "9x9")], ids=lambda words: words[0])
+def test_what_selects_nothing_is_an_error(options: tuple[str, str]) -> None:
+    done = compiling("-m", "bench", "static", "linear", *options)
+    assert done.returncode == 2
+    assert done.stderr.startswith("bench: there is no such case; there are types bfloat16")
+
+
 def compile_everything(folder: Path, *options: str) -> list[Row]:
     file = folder / "static.json"
     done = compiling("-m", "bench", "static", "--json", str(file), *options)

@@ -77,3 +77,16 @@ def test_a_class_defined_under_the_patch(name: str) -> None:
         assert issubclass(kind, getattr(tribp.optim, name))
         torch.testing.assert_close(trained(kind), genuine)
     torch.testing.assert_close(trained(kind), genuine)
+
+
+def test_the_constructor_is_that_of_the_class_that_is_named() -> None:
+    """AdamW's default decay is none of Adam's."""
+
+    class Plain(torch.optim.AdamW):
+        def __init__(self, params: Any) -> None:
+            torch.optim.Adam.__init__(self, params)
+
+    decays = [Plain([torch.zeros(2)]).defaults["weight_decay"]]
+    with tribp.optim.patch():
+        decays.append(Plain([torch.zeros(2)]).defaults["weight_decay"])
+    assert decays == [0, 0]

@@ -39,15 +39,18 @@ class Shared(Generic[T]):
         optimizer._shared[self._name] = value
 
 
-def _of_any(method: Callable[..., T]) -> Callable[..., T]:
-    """Makes `torch.optim.Adam.step(self)` do so where that name is tribp's (`patch`) and `self` one of torch's."""
+def _of_any(method: Callable[..., T], of: type | None = None) -> Callable[..., T]:
+    """Makes `torch.optim.Adam.step(self)` do so where that name is tribp's (`patch`) and `self` one of torch's.
+
+    of: the class whose method it is, where that makes a difference.
+    """
     name = method.__name__
 
     @functools.wraps(method)
     def of_any(optimizer: Any, *args: Any, **kwargs: Any) -> T:
         if isinstance(optimizer, Optimizer):
             return method(optimizer, *args, **kwargs)
-        kinds = (kind for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.optim."))
+        kinds = (kind for kind in (of or type(optimizer)).__mro__ if kind.__module__.startswith("torch.optim."))
         return getattr(next(kinds), name)(optimizer, *args, **kwargs)  # type: ignore[no-any-return]
 
     return of_any
@@ -76,7 +79,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls) and any(base.__module__.startswith("torch.optim.") for base in cls.__bases__):
-            cls.__init__ = _of_any(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = _of_any(cls.__init__, cls)  # type: ignore[method-assign]
 
     @contextlib.contextmanager
     def _enabled(self, extra: Group) -> Iterator[None]:

@@ -12,8 +12,8 @@ class ExtraOptions(TypedDict, total=False):
 
     max_grad_norm: clip all gradients together to this L2 norm, as `torch.nn.utils.clip_grad_norm_` does, within the
         step: the gradients are read once more and not written. The norm is then in `grad_norm`, a float64 tensor.
-    seed: of the random numbers of stochastic rounding. The numbers depend on it, the step, the parameter's place in
-        the optimizer and the element alone.
+    seed: of the random numbers by which parameters (stochastic rounding) and states of 8 bits are rounded. They depend
+        on it, the step, the parameter's place in the optimizer and the element alone.
     ema_decay: keep in `state[p]["ema"]` an exponential moving average of the parameters, in float32 at least:
         v₁ = x₁, then v ← d·v + (1 − d)·x after every step. `swap_ema()` puts it in their place.
     state_dtype: keep the moments of real parameters in this type; the default is the parameter's.
