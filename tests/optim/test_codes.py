@@ -1,7 +1,6 @@
 """States in 8 bits and parameters in 24: how far off they are, where they live, and that they train as well."""
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import tribp.optim
 from tribp.optim import SGD, Adam, AdamW, RMSprop, codes
 
 from .cases import LAYOUTS, NUMBERS, Options, genuine, ours, plain, transposed, values
+from .checkpoint_cases import through_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -264,13 +264,6 @@ def continued(params: list[Tensor], optimizer: Any, steps: Any) -> None:
         for i, p in enumerate(params):
             p.grad = values(p.shape, p.dtype, 10 + step, i)
         optimizer.step()
-
-
-def through_file(state_dict: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
