@@ -175,7 +175,8 @@ def _cell(row: Row, column: str) -> object:
         return f"wrong ({entry['note']})"
     if entry.get("status") == "failed":
         return "failed"
-    return decimal(number(row["providers"], column, f"{row['clock']}_us"))
+    time = decimal(number(row["providers"], column, f"{row['clock']}_us"))
+    return f"{time} (inexact)" if entry.get("status") == "inexact" else time
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

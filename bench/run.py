@@ -18,8 +18,13 @@ from .results import Row
 from .timing import CpuMeter, CudaMeter
 
 
+# Up to so many times what is allowed a peer's result is called inexact, and timed all the same. torch's fused Adam has
+# an exp_avg_sq that is 1.3e-5 off on CUDA, of 5e-6 that are allowed: it forms 1 − β₂ in float32.
+INEXACT = 16.0
+
+
 def main(options: Options) -> int:
-    """0; 1 if a result was wrong or tribp failed."""
+    """0; 1 if tribp failed or one of its results was wrong."""
     each = options.cases_of_each()
     meter, folder = meter_and_folder(options)
     with tribp.use_backend("triton" if dispatch.interpreting() else "auto"):
@@ -78,8 +83,7 @@ def run(
         print(f"\n{heading}\n\n{conditions}\n\n{operation.legend}\n\n{table}\n")
     else:
         print(f"{operation.name}: nothing is missing")
-    wrong = any(entry["status"] == "wrong" for row in rows for entry in row["providers"].values())
-    return not wrong and all(row["providers"]["tribp"]["status"] == "ok" for row in rows)
+    return all(row["providers"]["tribp"]["status"] == "ok" for row in rows)
 
 
 def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter, ceilings: Ceilings) -> list[Row]:
@@ -110,7 +114,7 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter, 
                 entries[name] = (
                     {"status": "skipped", "note": provider}
                     if isinstance(provider, str)
-                    else attempt(operation, case, direction, problem, provider, baseline, meter)
+                    else attempt(operation, case, direction, problem, provider, name, baseline, meter)
                 )
             entries = {name: entries[name] for name in providers}
             rate = ceilings.rate(case) if operation.products else None
@@ -123,15 +127,22 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter, 
 
 
 def attempt(
-    operation: Operation, case: Any, direction: str, problem: Problem, provider: Any, baseline: Mapping[str, float],
-    meter: CpuMeter,
+    operation: Operation, case: Any, direction: str, problem: Problem, provider: Any, name: str,
+    baseline: Mapping[str, float], meter: CpuMeter,
 ) -> Row:  # fmt: skip
-    """One provider's results, checked, and its times if they are right. baseline: the errors of torch's own."""
+    """One provider's results, checked, and its times if they are right. baseline: the errors of torch's own.
+
+    A peer need not be as exact as tribp has to be: see INEXACT.
+    """
     try:
         errors, wrong = check(problem, provider, direction, problem.reference(), baseline)
+        verdict: Row = {"status": "ok", "errors": errors}
         if wrong:
-            return {"status": "wrong", "errors": errors, "note": wrong}
-        return {"status": "ok", "errors": errors, **timed(operation, case, direction, problem, provider, meter)}
+            verdict |= {"status": "wrong", "note": wrong}
+            if name == "tribp" or check(problem, provider, direction, problem.reference(), baseline, INEXACT)[1]:
+                return verdict
+            verdict["status"] = "inexact"
+        return verdict | timed(operation, case, direction, problem, provider, meter)
     except torch.OutOfMemoryError:
         return {"status": "skipped", "note": "needs more memory than is free"}
     except Exception as error:  # a provider that fails must not take the others' numbers with it
@@ -146,15 +157,19 @@ def sentence(error: Exception) -> str:
 
 
 def check(
-    problem: Problem, provider: Any, direction: str, reference: Mapping[str, Reference], baseline: Mapping[str, float]
-) -> tuple[dict[str, float], str]:
-    """The relative error of each result (NaN where there is one), and what is wrong with them, or nothing."""
+    problem: Problem, provider: Any, direction: str, reference: Mapping[str, Reference], baseline: Mapping[str, float],
+    leniency: float = 1.0,
+) -> tuple[dict[str, float], str]:  # fmt: skip
+    """The relative error of each result (NaN where there is one), and what is wrong with them, or nothing.
+
+    leniency: how many times what is allowed.
+    """
     errors = {}
     for name, value in problem.results(provider, direction).items():
         exact = reference[name]
         errors[name] = float((value.double() - exact.value).norm()) / max(exact.scale, 1e-300)
     for name, error in errors.items():
-        if not error <= (allowed := problem.allowed(name, baseline.get(name, 0.0))):
+        if not error <= (allowed := leniency * problem.allowed(name, baseline.get(name, 0.0))):
             return errors, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
     return errors, ""
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tribp import dispatch
+from tribp.launch import stopwatch
 
 from .operation import Action
 
@@ -112,8 +113,8 @@ class CpuMeter:
     def versions(self) -> dict[str, str]:
         return versions()
 
-    def device_times(self, call: Call) -> Times:
-        """µs on the device, caches cold."""
+    def device_times(self, call: Call, seconds: float = 0.15) -> Times:
+        """µs on the device, caches cold, measured for about so long."""
         started = time.perf_counter()
         call()
         return summary([1e6 * (time.perf_counter() - started)])
@@ -183,10 +184,8 @@ class CudaMeter(CpuMeter):
             driver = ""
         return versions() | {"cuda": runtime, "driver": driver or "unknown"}
 
-    def device_times(self, call: Call) -> Times:
-        from triton.testing import do_bench
-
-        return summary([1e3 * ms for ms in do_bench(call, rep=150, return_mode="all")])
+    def device_times(self, call: Call, seconds: float = 0.15) -> Times:
+        return summary(stopwatch.device_times(call, seconds))
 
     def graph_time(self, prepare: Callable[[], Action], calls: int) -> float | None:
         # Not triton.testing.do_bench_cudagraph: it captures on another stream than the one it first calls on, and

@@ -23,6 +23,7 @@ from .results import markdown
 from .run import check, meter_and_folder, sentence
 from .timing import Call, CpuMeter
 
+SECONDS = 0.03  # that a config is measured for
 SMOKE_NEIGHBORS = 2  # of each problem: interpreted, one takes a second
 
 
@@ -115,7 +116,8 @@ class Tuning:
                 with plans.using({problem: config}):
                     try:
                         wrong, call = attempt()
-                        self.entries[key] = {"wrong": wrong} if wrong else {"device_us": self.meter.device_times(call)}
+                        took = None if wrong else self.meter.device_times(call, SECONDS)
+                        self.entries[key] = {"wrong": wrong} if wrong else {"device_us": took}
                     except Exception as error:  # a config may not compile, or not fit
                         self.entries[key] = {"failed": sentence(error)}
                 self._write()

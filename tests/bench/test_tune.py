@@ -37,7 +37,7 @@ def timed(every_launch: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         steps.append(int(str(constants.get("BLOCK_K", 1))))
         run(launch)
 
-    def device_times(meter: CpuMeter, action: Callable[[], object]) -> Times:
+    def device_times(meter: CpuMeter, action: Callable[[], object], seconds: float) -> Times:
         found.append("")
         steps.clear()
         action()
@@ -115,10 +115,10 @@ def test_every_time_is_written_as_soon_as_it_is_measured(
 ) -> None:
     device_times = CpuMeter.device_times
 
-    def cut_off(meter: CpuMeter, action: Callable[[], object]) -> Times:
+    def cut_off(meter: CpuMeter, action: Callable[[], object], seconds: float) -> Times:
         if len(timed) == 2:
             raise KeyboardInterrupt
-        return device_times(meter, action)
+        return device_times(meter, action, seconds)
 
     monkeypatch.setattr(CpuMeter, "device_times", cut_off)
     with pytest.raises(KeyboardInterrupt):
