@@ -124,4 +124,3 @@ def same_state_dict(found: State, expected: State) -> None:
             if key == "step":
                 assert state[key].shape == ()
                 assert state[key].dtype == torch.float32
-                assert state[key].device.type == "cpu" or found["param_groups"][0]["fused"]
