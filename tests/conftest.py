@@ -77,6 +77,13 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cuda" if HAS_GPU and not request.config.option.execute else "cpu"
 
 
+@pytest.fixture
+def interpreter(kernels: str) -> None:
+    """Run the Triton kernels on CPU tensors: for tests whose subject does so itself, or that know the tiles it has."""
+    if kernels != "cpu":
+        pytest.skip("Triton's interpreter is not on where there is a GPU")
+
+
 @pytest.fixture(params=["torch", "triton"])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both ways to run an operation: the fallback on the CPU, and the kernels. The value is the tensors' device."""
