@@ -77,6 +77,13 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cuda" if HAS_GPU and not request.config.option.execute else "cpu"
 
 
+@pytest.fixture
+def interpreter(kernels: str) -> None:
+    """Run the Triton kernels on CPU tensors: for tests whose subject does so itself, or that know the tiles it has."""
+    if kernels != "cpu":
+        pytest.skip("Triton's interpreter is not on where there is a GPU")
+
+
 @pytest.fixture(params=["torch", "triton"])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both ways to run an operation: the fallback on the CPU, and the kernels. The value is the tensors' device."""
@@ -159,11 +166,19 @@ def use_few(demo: SimpleNamespace, mnist: Any, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(autouse=True)
-def _seeded_and_poisoned() -> Iterator[None]:
-    """A fixed seed, and NaN in every `torch.empty`: what a kernel forgot to write is seen."""
+def _seeded_and_poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A fixed seed, and NaN in every `torch.empty`: what a kernel forgot to write is seen.
+
+    After an illegal memory access nothing runs on the GPU any more: the session ends with the test that made it.
+    """
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Importing torch.testing forbids, in the whole process, what users do: to set cuDNN's flags.
     torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
     yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"{request.node.nodeid} broke the CUDA context, so no later test can run: {error}", 1)
     torch.use_deterministic_algorithms(False)

@@ -36,14 +36,19 @@ def assert_close(
 ) -> None:
     """`result` is within its type's tolerance of `exact`, and not more than twice as far as torch's own result.
 
-    Half a unit in the last place is granted on top: where torch happens to be exact, twice its error is nothing. In
-    float64 the exact value is torch's own, so there is nothing to compare.
+    Two units in the last place over the root of the number of elements, n, are granted on top. Rounding errors are
+    random and independent, so their norm over that of n values is off its mean by some 1/√n: torch's one number may
+    happen to be exact, where twice its error is nothing. Drawn 20,000 times and more, three roundings stay within the
+    bound of one in 99.99 % for every n up to 1,024; what has lost two bits, four times the error of one rounding, is
+    over it from 100 elements on. From 64 on a quarter of a unit remains, for a GPU's own exp and division. In float64
+    the exact value is torch's own, so there is nothing to compare.
     """
     bound = tolerance or TOLERANCE[result.dtype]
     ours = error(result, exact, scale)
     assert ours <= bound, f"error {ours:.2e} is over {bound:.0e}"
     if torchs is not None and result.dtype != torch.float64:
-        allowed = 2 * error(torchs, exact, scale) + torch.finfo(result.dtype).eps / 2
+        luck = 2 / min(max(result.numel(), 1), 64) ** 0.5
+        allowed = 2 * error(torchs, exact, scale) + luck * torch.finfo(result.dtype).eps
         assert ours <= allowed, f"error {ours:.2e} is over twice torch's: {allowed:.2e}"
 
 

@@ -29,6 +29,7 @@ def convolution(tribps: Callable[..., Tensor] | None = None) -> Operation:
     return with_provider("conv", tribps)
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_smoke_walks_through_all_kernels_and_directions(tmp_path: Path, launched: list[str]) -> None:
     operation = convolution()
     status, rows = smoke(operation, tmp_path)

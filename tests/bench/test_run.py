@@ -100,6 +100,7 @@ def test_smoke_walks_through_several_layers(name: str, tmp_path: Path) -> None:
     assert status == 0
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_smoke_runs_the_kernels_under_the_interpreter(tmp_path: Path, launched: list[str]) -> None:
     smoke(linear(), tmp_path, "16x16x32")
     assert {"forward", "dgrad", "wgrad"} <= set(launched)
@@ -511,9 +512,8 @@ def test_host_smoke_shows_all_ratios(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("name", ["plan", "fused bookkeeping", "fused"])
-def test_what_is_left_out_of_a_host_step_is_left_out(name: str, kernels: str) -> None:
-    if kernels == "cuda":
-        pytest.skip("plans for CPU tensors under the interpreter")
+@pytest.mark.usefixtures("interpreter")
+def test_what_is_left_out_of_a_host_step_is_left_out(name: str) -> None:
     running = host.Running(host.PLANS[name], [8, 8], backward=True)
     before = [p.detach().clone() for p in running._params]
     running.sample()

@@ -78,7 +78,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def machine(kernels: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+def machine(interpreter: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """Autotuning is on, with a cache of its own."""
     found = Machine(monkeypatch)
     monkeypatch.setattr(autotune, "tuner", found.tuner())

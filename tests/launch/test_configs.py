@@ -193,7 +193,7 @@ class Asked(dict[Any, Any]):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.usefixtures("ieee", "kernels")
+@pytest.mark.usefixtures("ieee", "interpreter")
 def test_configs_beside_the_heuristics_compute_the_same(name: str) -> None:
     make, kinds = CALLS[name]
     call, exact = make()

@@ -35,6 +35,8 @@ from .checkpoint_cases import (
 @every_case
 def test_state_dicts_are_torchs_and_load_both_ways(case: str, device: str) -> None:
     """Keys and their order, types, devices, values, from before the first step on; and training goes on unchanged."""
+    if device == "cuda" and case == "adagrad fused":
+        pytest.skip("torch's fused Adagrad takes no CUDA tensors")
     a, b = ours(case, groups(weights(device))), theirs(case, groups(weights(device)))
     for steps in ([], [0], [1, 2]):
         train(a, steps)
@@ -45,8 +47,9 @@ def test_state_dicts_are_torchs_and_load_both_ways(case: str, device: str) -> No
     resumed_b = theirs(case, groups(copy.deepcopy(parameters(a))))
     resumed_a.load_state_dict(through_file(b.state_dict()))
     resumed_b.load_state_dict(through_file(a.state_dict()))
-    for state in resumed_b.state.values():  # torch casts them to the parameters' type, and goes on in it
-        state |= {key: state[key].float() for key in ("mu_product", "eta", "mu") if key in state}
+    # torch brings them to the parameters' type and device, and goes on there.
+    for state, original in zip(resumed_b.state.values(), b.state.values(), strict=True):
+        state |= {key: state[key].to(original[key]) for key in ("mu_product", "eta", "mu") if key in state}
     same_state_dict(resumed_a.state_dict(), b.state_dict())
     for optimizer in (a, b, resumed_a, resumed_b):
         train(optimizer, range(3, 5))

@@ -364,7 +364,9 @@ def run_beside(name: str, make: Callable[[], list[Tensor]], device: str, **mine:
     results = []
     for kind in (ours, alone):
         place = device if kind is ours else "cpu"
-        params = [p.to(place) for p in make()] if place != "cpu" else make()
+        made = make()
+        moved = {id(p): p.to(place) for p in made}  # what is listed twice stays one tensor
+        params = [moved[id(p)] for p in made]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer = kind(name, params, **LIVELY[name], **(mine if kind is ours else {}))

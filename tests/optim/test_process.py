@@ -287,9 +287,9 @@ def test_wrappers_see_what_the_optimizer_has(name: str, copied: bool, device: st
 # ---- copies, in this process and in others
 
 
-def used(name: str) -> tuple[Any, list[Parameter]]:
+def used(name: str, device: str) -> tuple[Any, list[Parameter]]:
     """An optimizer after two steps, of a late parameter too, and its parameters; their gradients are gone."""
-    params = [Parameter(values(shape, torch.float64, 1)) for shape in ((5,), (3, 4))]
+    params = [Parameter(values(shape, torch.float64, 1).to(device)) for shape in ((5,), (3, 4))]
     optimizer = ours(name, params, **(NUMBERS[name] | LIVELY[name]), ema_decay=0.9)
     for t in range(2):
         step(optimizer, params[: t + 1], t)
@@ -298,7 +298,7 @@ def used(name: str) -> tuple[Any, list[Parameter]]:
 
 def step(optimizer: Any, params: list[Parameter], t: int) -> None:
     for p in params:
-        p.grad = values(p.shape, p.dtype, 2 + t)
+        p.grad = values(p.shape, p.dtype, 2 + t).to(p.device)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -330,7 +330,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("way", COPIES)
 @each_class
 def test_a_copy_steps_on(name: str, way: str, device: str) -> None:
-    optimizer, _ = used(name)
+    optimizer, _ = used(name, device)
     other = COPIES[way](optimizer)
     expected = after(optimizer)
     for a, b in zip(after(other), expected, strict=True):
@@ -348,14 +348,14 @@ def test_used_optimizers_in_a_spawned_process(device: str) -> None:
     """Sent as an argument and through a queue, as torch's can be. What lies on the CPU is shared: expect before."""
     context = multiprocessing.get_context("spawn")
     requests, answers = context.Queue(), context.Queue()
-    optimizers = [used(name)[0] for name in CLASSES]
+    optimizers = [used(name, device)[0] for name in CLASSES]
     expected = [[t.tolist() for t in after(copy.deepcopy(optimizer))] for optimizer in optimizers]
     process = context.Process(target=answer, args=(optimizers, requests, answers), daemon=True)
     process.start()
     try:
         assert_near(answers.get(timeout=120), expected)
         for name in CLASSES:
-            optimizer, _ = used(name)
+            optimizer, _ = used(name, device)
             expected = [t.tolist() for t in after(copy.deepcopy(optimizer))]
             requests.put(optimizer)
             assert_near(answers.get(timeout=120), expected)

@@ -20,6 +20,10 @@ class ASGDRule(FunctionRule):
     adds_eps_to_root = False
     scalar_states = ("eta", "mu")
 
+    @classmethod
+    def numbers_on_device(cls, group: Group) -> bool:
+        return True
+
     def states(self, group: Group) -> tuple[str | None, ...]:
         return ("ax",)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import codes
 from .options import DEFAULTS, EXCLUSIVE
-from .rule import counter_dtype
+from .rule import Rule, counter_dtype
 from .tracked_state import WatchedState
 
 State = dict[str, Any]
@@ -19,18 +19,17 @@ def states_of(
     optimizer: torch.optim.Optimizer,
     states: Mapping[Any, State],
     is_unused: Callable[[object], bool],
-    numbers: Collection[str],
+    rule: type[Rule],
     compressed: bool,
 ) -> dict[Any, State]:
     """Copies of the states of `optimizer`'s parameters (keyed in any way), as its torch counterpart would have them.
 
-    A kernel counts on the device; torch does only if `fused` or `capturable`, and would wait for the device at every
-    step of a checkpoint with counters there. And a step that a GradScaler skipped made momentum buffers without using
-    them (`is_unused`): torch would have none. numbers: the keys of states of one number. compressed: codes stay codes,
-    which no other class knows.
+    A kernel counts on the device; most of torch's classes do only if `fused` or `capturable`, and would wait for the
+    device at every step of a checkpoint with counters there. And a step that a GradScaler skipped made momentum buffers
+    without using them (`is_unused`): torch would have none. compressed: codes stay codes, which no other class knows.
     """
-    stays = {
-        id(optimizer.state[p]): bool(group.get("capturable") or group.get("fused"))
+    owners = {
+        id(optimizer.state[p]): (p, group)
         for group in optimizer.param_groups
         for p in group["params"]
         if p in optimizer.state
@@ -38,22 +37,24 @@ def states_of(
     exported: dict[Any, State] = {}
     moving: list[tuple[State, str, torch.dtype]] = []
     for owner, state in states.items():
-        if id(state) not in stays:  # of no parameter: whatever the user keeps there
+        if id(state) not in owners:  # of no parameter: whatever the user keeps there
             exported[owner] = state
             continue
-        copy = dict(state)
+        (p, group), copy = owners[id(state)], dict(state)
         if is_unused(copy.get("momentum_buffer")):
             del copy["momentum_buffer"]
             copy.pop(codes.scale_of("momentum_buffer"), None)
         if not compressed:
             codes.expand(copy)
-        for key in numbers:
+        on_device = rule.numbers_on_device(group)
+        for key in rule.numbers():
             if not isinstance(copy.get(key), Tensor):
                 continue
             by_kernel = key == "step" and copy[key].dtype == torch.float32
-            dtype = counter_dtype(stays[id(state)]) if by_kernel else copy[key].dtype
-            if copy[key].is_cpu or stays[id(state)]:
-                copy[key] = copy[key].to(dtype, copy=True)  # not a view of all counters
+            dtype = counter_dtype(bool(group.get("fused"))) if by_kernel else copy[key].dtype
+            if copy[key].is_cpu or on_device:
+                device = p.device if on_device and p.is_cuda else copy[key].device
+                copy[key] = copy[key].to(device, dtype, copy=True)  # not a view of all counters
             else:
                 moving.append((copy, key, dtype))
         if copy:
@@ -68,12 +69,12 @@ def states_of(
 
 @contextlib.contextmanager
 def export_state(
-    optimizer: torch.optim.Optimizer, is_unused: Callable[[object], bool], numbers: Collection[str], compressed: bool
+    optimizer: torch.optim.Optimizer, is_unused: Callable[[object], bool], rule: type[Rule], compressed: bool
 ) -> Iterator[None]:
     """While torch packs a checkpoint: convert the states before any hook of the user's sees them."""
 
     def convert(_: Any, packed: State) -> None:
-        packed["state"] = states_of(optimizer, packed["state"], is_unused, numbers, compressed)
+        packed["state"] = states_of(optimizer, packed["state"], is_unused, rule, compressed)
 
     handle = optimizer.register_state_dict_post_hook(convert, prepend=True)
     try:

@@ -227,7 +227,7 @@ class Optimizer(torch.optim.Optimizer):
                 "state_dict(compressed=True): the blocks of codes are those of one process's shard of a distributed "
                 "parameter; leave out `compressed`"
             )
-        with checkpoint.export_state(self, self._is_unused, self._rule.numbers(), compressed):
+        with checkpoint.export_state(self, self._is_unused, self._rule, compressed):
             return super().state_dict()
 
     @_of_any
@@ -246,7 +246,7 @@ class Optimizer(torch.optim.Optimizer):
     @_of_any
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(super().__getstate__())
-        states = checkpoint.states_of(self, self.state, self._is_unused, self._rule.numbers(), compressed=True)
+        states = checkpoint.states_of(self, self.state, self._is_unused, self._rule, compressed=True)
         kept["state"] = defaultdict(dict, states)
         # A spawned process is given memory by its file descriptor, after this returns: the copies must live until then.
         dicts = [state for state in states.values() if isinstance(state, dict)]

@@ -98,6 +98,11 @@ class Rule:
 
     # What follows from these.
 
+    @classmethod
+    def numbers_on_device(cls, group: Group) -> bool:
+        """Whether torch keeps a parameter's states of one number on its device, rather than on the CPU."""
+        return bool(group.get("capturable") or group.get("fused"))
+
     def has_torch_update(self) -> bool:
         return type(self).torch_update is not Rule.torch_update
 
