@@ -182,7 +182,9 @@ def test_kernel_and_fallback_agree(name: str, dtype: torch.dtype, kernels: str) 
     for p, q in zip(params, others, strict=True):
         a, b = optimizer.state.get(p, {}), other.state.get(q, {})
         assert list(a) == list(b)
-        assert_close(q.cpu(), p, rtol=0, atol=float(torch.finfo(dtype).eps) * 4)
+        # A state that was codes is a float32 number, of a division that on a GPU is the fast one.
+        unit = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+        assert_close(q.cpu(), p, rtol=0, atol=4 * unit)
         for key in a:
             mine, theirs = a[key].cpu(), b[key].cpu()
             assert mine.dtype == theirs.dtype
