@@ -102,6 +102,7 @@ NAN = "0f7FC00000"
         ("sqrt.rn.f32 %r20, %r10;", (abs(F),), lambda: np.sqrt(abs(F))),
         (f"max.NaN.f32 %r20, %r10, {NAN};", (F,), lambda: F * np.float32("nan")),
         (f"max.f32 %r20, %r10, {NAN};", (F,), lambda: F),
+        ("min.xorsign.abs.f32 %r20, %r10, 0f3F000000;", (F,), lambda: np.clip(F, -0.5, 0.5)),
         ("mul.ftz.f32 %r20, %r10, 0f00000001;", (F,), lambda: F * np.float32(0)),
         ("abs.f32 %r20, %r10;", (F,), lambda: abs(F)),
         (f"setp.neu.f32 %p1, %r10, {NAN};\nselp.f32 %r20, %r10, {NAN}, %p1;", (F,), lambda: F),
