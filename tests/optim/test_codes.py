@@ -85,6 +85,13 @@ def test_every_code_comes_back(dtype: torch.dtype) -> None:
         assert torch.equal(again, q)
 
 
+def test_no_code_is_beyond_the_last() -> None:
+    """254·x is rounded, of some sizes up, and random bits of 0 round down."""
+    x = -torch.logspace(-30, 30, 256)[:, None].repeat(1, 32)
+    q, _ = coded(x, torch.int8, torch.zeros_like(x))
+    assert (q == -127).all()
+
+
 def test_what_has_no_code() -> None:
     x = torch.zeros(4, 32)
     x[1, 3], x[2, 4], x[3, 5] = torch.nan, -torch.inf, 1e-42
