@@ -10,6 +10,8 @@ and y = 0 is 0: so are the parts of tiles that lie outside a matrix.
 Compiled: Triton's −x is 0 − x, an instruction; x·(−1) is a sign that the next instruction takes along.
 """
 
+import ctypes
+
 import triton
 import triton.language as tl
 
@@ -44,21 +46,29 @@ def reciprocal(x, PTX: tl.constexpr):
     return reciprocal_approx(x) if PTX and x.dtype == tl.float32 else 1.0 / x
 
 
-@triton.jit
-def exp(x, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """eˣ, of which a result in DTYPE is made.
+@triton.constexpr_function
+def to_float32(value):
+    return ctypes.c_float(value).value
 
-    The product x·log₂e is rounded, and eˣ wrong by that error times |x|: nothing to a 16-bit result, but 5e-6 of a
-    float32 one at x = −80, for which the low half of the product is carried along.
+
+@triton.jit
+def exp(x, FACTOR: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """e^(FACTOR·x), of which a result in DTYPE is made.
+
+    2ᵗ is wrong by the error of t times ln 2: t = x·(FACTOR·log₂e) rounded is nothing to a 16-bit result, but 5e-6 of a
+    float32 one at t = −115. For that one the low half of the product, and of the constant, are carried along. So would
+    FACTOR·x, formed before, have to be: hence it is an argument.
     """
     if PTX and x.dtype == tl.float32:
-        t = x * LOG2_E
+        HIGH: tl.constexpr = to_float32(FACTOR * LOG2_E)
+        LOW: tl.constexpr = FACTOR * LOG2_E - HIGH
+        t = x * HIGH
         e = exp2_approx(t)
         if DTYPE == tl.float32:
-            low = tl.fma(x, LOG2_E, -t) + x * 1.9259629911266175e-8  # log₂e = float32(log₂e) + 1.93e-8
+            low = tl.fma(x, HIGH, -t) + x * LOW
             e = tl.where(tl.abs(t) < 126.0, tl.fma(e, low * LN_2, e), e)  # outside, e is 0 or ∞ and low may be NaN
     else:
-        e = tl.exp(x)
+        e = tl.exp(x * FACTOR)
     return e
 
 
@@ -70,7 +80,7 @@ def expm1_negative(x, PTX: tl.constexpr):
     for k in tl.static_range(TERMS - 1, 1, -1):
         series = series * (x * (1.0 / k)) + 1.0
     # Without the low half of x·log₂e, as for a 16-bit result: beside 1 an error of eˣ does not show.
-    return tl.where(x > -0.5, x * series, exp(x, tl.float16, PTX) - 1.0)
+    return tl.where(x > -0.5, x * series, exp(x, 1.0, tl.float16, PTX) - 1.0)
 
 
 @triton.jit
@@ -88,7 +98,7 @@ def log1p_fraction(x):
 @triton.jit
 def sigmoid(z, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """σ(z) = 1 / (1 + e⁻ᶻ). With PTX a float32 `z` costs four instructions; a division that is IEEE's cost twelve."""
-    return reciprocal(1.0 + exp(z * -1.0, DTYPE, PTX), PTX)
+    return reciprocal(1.0 + exp(z, -1.0, DTYPE, PTX), PTX)
 
 
 @triton.jit
@@ -153,7 +163,7 @@ def elu_gradient(dy, y, ALPHA: tl.constexpr):
 def softplus(z, BETA: tl.constexpr, THRESHOLD: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """log(1 + eᵗ) / β = (max(t, 0) + log(1 + e⁻ᵃ)) / β with t = β·z and a = |t|; z itself where t > THRESHOLD."""
     t = z * BETA
-    value = tl.maximum(t, 0.0) + log1p_fraction(exp(tl.abs(t) * -1.0, DTYPE, PTX))
+    value = tl.maximum(t, 0.0) + log1p_fraction(exp(tl.abs(z), -BETA, DTYPE, PTX))
     return tl.where(t > number(THRESHOLD, t.dtype), z, value * (1.0 / BETA))
 
 

@@ -87,6 +87,14 @@ def _binary(i: Instruction, program: Program) -> Act:
         return compute(i, program, function, [kind, kind])
     if i.name in ("min", "max") and not i.has("NaN"):
         function = np.fmax if i.name == "max" else np.fmin
+    if i.has("xorsign"):  # of the sizes, with the product's sign: Triton's clamp to ±a on Hopper
+        if not i.has("abs"):
+            raise i.unknown()
+        of_sizes = function
+
+        def function(a: Array, b: Array) -> Array:
+            return np.copysign(of_sizes(np.abs(a), np.abs(b)), np.copysign(1, a) * np.copysign(1, b))
+
     return floating(i, program, function, 2)
 
 

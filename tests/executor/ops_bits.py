@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .arrays import FLOATS, TYPES, UNSIGNED, Array, bits_of, size_of
-from .formats import flush, from_bf16
+from .formats import flush, from_bf16, halves
 from .ops import Act, compute, op, reader, type_of
 from .parse import Imm, Instruction, Pair
 
@@ -44,18 +44,25 @@ def comparison(name: str, kind: str) -> Callable[[Array, Array], Array]:
 @op("setp")
 def _setp(i: Instruction, program: Program) -> Act:
     kind = type_of(i)
-    compare = comparison(i.parts[1], kind)
+    packed = kind in ("f16x2", "bf16x2")
+    compare = comparison(i.parts[1], "f32" if packed else kind)
     joined = next((BOOLEAN[part] for part in i.parts[2:] if part in BOOLEAN), None)
     target, a, b, *others = i.operands
     x, y = reader(a, kind, program), reader(b, kind, program)
     z = reader(others[0], "pred", program) if others else None
-    if isinstance(target, Pair) or (z is None) != (joined is None):
+    if isinstance(target, Pair) != packed or (packed and i.has("ftz")) or (z is None) != (joined is None):
         raise i.unknown()
+    targets = [target.first, target.second] if isinstance(target, Pair) else [target]
 
     def act(m: Machine, active: Array | None) -> None:
-        values = x(m), y(m)
-        result = np.asarray(compare(*map(flush, values) if i.has("ftz") else values))
-        m.set(target, result if z is None or joined is None else joined(result, z(m)), active)
+        values = [x(m), y(m)]
+        if i.has("ftz"):
+            values = [flush(v) for v in values]
+        sides = zip(*(halves(np.asarray(v), kind) if packed else [v] for v in values), strict=True)
+        third = None if z is None else z(m)
+        for each, side in zip(targets, sides, strict=True):
+            result = np.asarray(compare(*side))
+            m.set(each, result if third is None or joined is None else joined(result, third), active)
 
     return act
 

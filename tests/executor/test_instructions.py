@@ -102,9 +102,21 @@ NAN = "0f7FC00000"
         ("sqrt.rn.f32 %r20, %r10;", (abs(F),), lambda: np.sqrt(abs(F))),
         (f"max.NaN.f32 %r20, %r10, {NAN};", (F,), lambda: F * np.float32("nan")),
         (f"max.f32 %r20, %r10, {NAN};", (F,), lambda: F),
+        ("min.xorsign.abs.f32 %r20, %r10, 0f3F000000;", (F,), lambda: np.clip(F, -0.5, 0.5)),
         ("mul.ftz.f32 %r20, %r10, 0f00000001;", (F,), lambda: F * np.float32(0)),
         ("abs.f32 %r20, %r10;", (F,), lambda: abs(F)),
         (f"setp.neu.f32 %p1, %r10, {NAN};\nselp.f32 %r20, %r10, {NAN}, %p1;", (F,), lambda: F),
+        *(
+            (
+                f"cvt.rn.{kind}x2.f32 %r13, %r10, %r11;\ncvt.rn.{kind}x2.f32 %r14, %r11, %r10;\n"
+                f"setp.le.{kind}x2 %p1|%p2, %r13, %r14;\n"
+                "selp.f32 %r20, 0f3F800000, 0f40000000, %p1;\n@%p2 add.f32 %r20, %r20, 0f40800000;",
+                (F, G), lambda dtype=dtype: np.where(
+                    half_bits(G, dtype) == half_bits(F, dtype), 5, np.where(G < F, 1, 6)
+                ),
+            )
+            for kind, dtype in (("f16", torch.float16), ("bf16", torch.bfloat16))
+        ),
         (f"setp.ne.f32 %p1, %r10, {NAN};\nselp.f32 %r20, {NAN}, %r10, %p1;", (F,), lambda: F),
         (
             "cvt.rn.bf16x2.f32 %r20, %r10, %r11;", (F, G),

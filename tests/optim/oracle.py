@@ -20,9 +20,13 @@ def _wide(x: Tensor) -> Wide:
 class Steps:
     """A parameter, its states, and the steps it takes with the options of its group, as torch's class holds them."""
 
-    def __init__(self, name: str, p: Tensor, options: dict[str, Any], t: int) -> None:
-        """t: how many steps were taken before, with gradients of 0."""
+    def __init__(self, name: str, p: Tensor, options: dict[str, Any], t: int, off: float = 0.0) -> None:
+        """t: how many steps were taken before, with gradients of 0. off: relative error of RAdam's βᵗ, of the squares.
+
+        While few steps were taken, its step size multiplies that error by ten and more.
+        """
         self.rule = RULES[name]
+        self.off = off
         self.values = {"param": _wide(p)}
         self.t = t
         if name == "Adagrad":
@@ -129,11 +133,12 @@ def _radam(s: Steps, g: Wide, o: dict[str, Any]) -> Wide:
     m, v = s.average("exp_avg", g, one), s.average("exp_avg_sq", g * g, two)
     change = _number(o["lr"]) * m / (1 - one**s.t)
     longest = 2 / (1 - two) - 1
-    length = longest - 2 * s.t * two**s.t / (1 - two**s.t)
+    decayed = two**s.t * (1 + np.longdouble(s.off))
+    length = longest - 2 * s.t * decayed / (1 - decayed)
     if length <= 5:
         return change
     r = np.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
-    return change * r * np.sqrt(1 - two**s.t) / (np.sqrt(v) + _number(o["eps"]))
+    return change * r * np.sqrt(1 - decayed) / (np.sqrt(v) + _number(o["eps"]))
 
 
 def _asgd(s: Steps, g: Wide, o: dict[str, Any]) -> Wide:

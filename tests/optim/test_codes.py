@@ -85,6 +85,13 @@ def test_every_code_comes_back(dtype: torch.dtype) -> None:
         assert torch.equal(again, q)
 
 
+def test_no_code_is_beyond_the_last() -> None:
+    """254·x is rounded, of some sizes up, and random bits of 0 round down."""
+    x = -torch.logspace(-30, 30, 256)[:, None].repeat(1, 32)
+    q, _ = coded(x, torch.int8, torch.zeros_like(x))
+    assert (q == -127).all()
+
+
 def test_what_has_no_code() -> None:
     x = torch.zeros(4, 32)
     x[1, 3], x[2, 4], x[3, 5] = torch.nan, -torch.inf, 1e-42
@@ -182,7 +189,9 @@ def test_kernel_and_fallback_agree(name: str, dtype: torch.dtype, kernels: str) 
     for p, q in zip(params, others, strict=True):
         a, b = optimizer.state.get(p, {}), other.state.get(q, {})
         assert list(a) == list(b)
-        assert_close(q.cpu(), p, rtol=0, atol=float(torch.finfo(dtype).eps) * 4)
+        # A state that was codes is a float32 number, of a division that on a GPU is the fast one.
+        unit = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+        assert_close(q.cpu(), p, rtol=0, atol=4 * unit)
         for key in a:
             mine, theirs = a[key].cpu(), b[key].cpu()
             assert mine.dtype == theirs.dtype

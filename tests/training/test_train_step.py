@@ -388,10 +388,13 @@ def test_launches(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 def test_a_cuda_graph_replays_steps() -> None:
-    """What is captured is launches alone: gradients stay where they are, and the loss where the graph put it."""
+    """What is captured is launches alone: gradients stay where they are, and the loss where the graph put it.
+
+    The twin is not `capturable`: then torch forms 1 − βᵗ in float32, whatever the parameters' type.
+    """
     model = network((12, 20, 4), "tanh", None).cuda()
     twin = copy.deepcopy(model)
-    ours, theirs = (tribp.optim.Adam(m.parameters(), lr=0.05, capturable=True) for m in (model, twin))
+    ours, theirs = (tribp.optim.Adam(m.parameters(), lr=0.05, capturable=m is model) for m in (model, twin))
     step, separate = (tribp.train_step(*pair, "cross_entropy") for pair in ((model, ours), (twin, theirs)))
     x, target = (t.cuda() for t in draw((12, 20, 4), 24, "cross_entropy"))
     side = torch.cuda.Stream()

@@ -51,7 +51,7 @@ def encode(x: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
     coded = (scale > 0)[:, None]
     above: Tensor | float = 0.5 if random is None else _blocks(random).float() / 65536
     if codes.dtype == torch.int8:
-        q = (254 * x / torch.where(coded, scale[:, None] + x.abs(), 1) + above).floor()
+        q = (254 * x / torch.where(coded, scale[:, None] + x.abs(), 1) + above).floor().clamp(-127, 127)
     else:
         q = (255 * (x / torch.where(coded, scale[:, None], 1)).sqrt() + above).floor()
         q = torch.where(x > 0, q.clamp_min(1), 0)
