@@ -101,7 +101,7 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter, 
         torch.manual_seed(0)  # the same inputs in every run: of some, torch too is wrong in bfloat16
         try:
             problem = operation.problem(case, meter.device)
-            problem.reference()
+            reference = problem.reference()
         except torch.OutOfMemoryError:  # it must not end the run
             note = "the inputs and their float64 results need more memory than the device has"
             providers = dict.fromkeys(providers, note)
@@ -114,7 +114,7 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter, 
                 entries[name] = (
                     {"status": "skipped", "note": provider}
                     if isinstance(provider, str)
-                    else attempt(operation, case, direction, problem, provider, name, baseline, meter)
+                    else attempt(operation, case, direction, problem, reference, provider, name, baseline, meter)
                 )
             entries = {name: entries[name] for name in providers}
             rate = ceilings.rate(case) if operation.products else None
@@ -127,19 +127,19 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter, 
 
 
 def attempt(
-    operation: Operation, case: Any, direction: str, problem: Problem, provider: Any, name: str,
-    baseline: Mapping[str, float], meter: CpuMeter,
+    operation: Operation, case: Any, direction: str, problem: Problem, reference: Mapping[str, Reference],
+    provider: Any, name: str, baseline: Mapping[str, float], meter: CpuMeter,
 ) -> Row:  # fmt: skip
     """One provider's results, checked, and its times if they are right. baseline: the errors of torch's own.
 
     A peer need not be as exact as tribp has to be: see INEXACT.
     """
     try:
-        errors, wrong = check(problem, provider, direction, problem.reference(), baseline)
+        errors, wrong = check(problem, provider, direction, reference, baseline)
         verdict: Row = {"status": "ok", "errors": errors}
         if wrong:
             verdict |= {"status": "wrong", "note": wrong}
-            if name == "tribp" or check(problem, provider, direction, problem.reference(), baseline, INEXACT)[1]:
+            if name == "tribp" or check(problem, provider, direction, reference, baseline, INEXACT)[1]:
                 return verdict
             verdict["status"] = "inexact"
         return verdict | timed(operation, case, direction, problem, provider, meter)

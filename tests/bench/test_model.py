@@ -348,14 +348,15 @@ def test_work_of_a_product() -> None:
     assert found.copied == 2 * 4096**2 * (16 + 32) / 132
     found = work(LinearCase(SQUARISH, FP32), "forward")
     assert (found.bits, found.macs) == (32, 3 * 32 * 128 * 1024)  # tf32x3 by mma.sync
-    launches = launches_of(LinearCase(TALL, BF16), "backward")
-    wgrad, dgrad = work(LinearCase(TALL, BF16), "backward", 0), work(LinearCase(TALL, BF16), "backward", -1)
+    fused = LinearCase((65536, 1024, 256), BF16)
+    launches = launches_of(fused, "backward")
+    wgrad, dgrad = work(fused, "backward", 0), work(fused, "backward", -1)
     rows = launches[0].named["rows_per_split"]
     assert wgrad.turns == math.ceil(rows / launches[0].named["BLOCK_M"])
-    written = 2 * 65536 * 256 + 4 * launches[0].grid[1] * 256 * 784
-    assert wgrad.l2 == 2 * (2 * 65536 * 256 * 4 + 65536 * 784 * 2) + written  # dy and y for each of four tile columns
-    assert dgrad.turns == 4
-    first, last = (work_of(launches[n], LinearCase(TALL, BF16)) for n in (0, -1))
+    written = 2 * 65536 * 1024 + 4 * launches[0].grid[1] * 1024 * 256
+    assert wgrad.l2 == 2 * (2 * 65536 * 1024 + 65536 * 256 * 8) + written  # x for each of eight tile rows
+    assert dgrad.turns == 16
+    first, last = (work_of(launches[n], fused) for n in (0, -1))
     assert set(first.tensors) & set(last.tensors), "dgrad reads the dz that wgrad wrote"
 
 
@@ -383,10 +384,10 @@ def test_work_of_a_convolution() -> None:
 @pytest.mark.parametrize(
     ("sizes", "direction", "expected"),
     [
-        (mlp.DEEP, "backward", (415, 383)),
-        (mlp.DEEP, "wgrad only", (363, 347)),
-        (mlp.TALL, "backward", (443, 410)),
-        (mlp.TALL, "wgrad only", (272, 273)),
+        (mlp.DEEP, "backward", (467, 400)),
+        (mlp.DEEP, "wgrad only", (431, 364)),
+        (mlp.TALL, "backward", (477, 410)),
+        (mlp.TALL, "wgrad only", (340, 273)),
     ],
 )
 def test_bytes_of_layers_on_top_of_each_other(
@@ -437,7 +438,7 @@ def test_no_work_is_lost(case: Case) -> None:
     ("case", "direction", "kernels"),
     [
         (LinearCase(SQUARE, BF16), "backward", {"output_grad"}),
-        (LinearCase(SQUARISH, BF16), "wgrad only", {"reduce_partials"}),
+        (LinearCase(SQUARISH, BF16), "wgrad only", {"output_grad", "reduce_partials"}),
         (LinearCase(TALL, FP32), "wgrad only", {"output_grad", "reduce_partials"}),
         (ConvCase(conv3x3.FEW[0], BF16, last=False, activation="sigmoid"), "backward", {"relayout", "pack"}),
         (ConvCase(conv3x3.MANY, BF16, last=False), "wgrad", {"pack", "reduce_partials"}),

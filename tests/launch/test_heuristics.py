@@ -51,7 +51,7 @@ def test_the_shapes_that_the_rule_names() -> None:
     wgrad = WgradProblem(
         8192, 1024, 1024, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=True, spare=spare
     ).choose()  # fmt: skip
-    assert (wgrad.block_i, wgrad.block_j, wgrad.splits, wgrad.fuse_dz) == (128, 256, 4, True)
+    assert (wgrad.block_i, wgrad.block_j, wgrad.splits, wgrad.fuse_dz) == (128, 256, 4, False)
     conv = ConvProblem(
         64, 7, 7, 512, 512, 1, 1, 1, "bfloat16", "ieee", H100,
         vec=8, tma=True, along=True, whole=False, wide=False, stepped=False,
@@ -66,8 +66,9 @@ def rows_of(n: int, side: int, channels: int, arch: Arch = H100, dtype: str = "b
 
 def test_rows_go_in_pairs_where_that_costs_no_processor_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "keeps_shared_tiles", lambda: True)
-    assert rows_of(256, 56, 64) == rows_of(256, 28, 128) == rows_of(256, 28, 128, dtype="float16") == 2
-    assert rows_of(64, 28, 128) == 1, "196 programs of two rows are two on the busiest of 132, 392 of one are three"
+    assert rows_of(256, 56, 64) == rows_of(256, 56, 64, dtype="float16") == 2
+    assert rows_of(32, 28, 64) == 1, "98 programs of two rows leave processors idle"
+    assert rows_of(256, 28, 128) == 1, "measured: 128 columns are slower in pairs"
     assert rows_of(64, 14, 256) == 1, "112 programs, each alone on its processor"
     assert rows_of(256, 7, 64) == 1, "an eighth of four pairs lies outside"
     assert rows_of(256, 14, 256) == 1, "tiles of 128×256"

@@ -258,7 +258,7 @@ def test_sums_of_many_rows_of_tiles_have_a_launch_of_their_own() -> None:
 
     layer = ["wgrad", "dgrad"]
     assert names((65536, 784, 256, 10)) == ["output_grad", *layer, "reduce_partials", *layer, "reduce_partials"]
-    assert names((8192, 1024, 1024, 1024)) == [*layer, *layer]
+    assert names((8192, 1024, 1024, 1024)) == ["output_grad", *layer, *layer]
 
 
 def test_saved_tensors_may_come_back_in_any_layout(device: str) -> None:

@@ -254,30 +254,25 @@ class ConvProblem(NamedTuple):
     def _pairs_rows(self, dense: ConvConfig) -> bool:
         """Whether `_two_rows` can and should compute what this config would, but for what processors are left idle.
 
-        Derived: 128×256 tiles read as little by themselves. wgmma reads shared memory, where Triton must keep what
-        several products read; for tensor cores that take operands from registers nothing was counted. Compiled: beside
-        the code that takes groups apart, stores of single columns spill 168 bytes with Triton 3.6.
+        wgmma reads shared memory, where Triton must keep what several products read; for tensor cores that take
+        operands from registers nothing was counted. Compiled: beside the code that takes groups apart, stores of single
+        columns spill 168 bytes with Triton 3.6. Measured on an H200, 256 images, forward and dgrad, a row and two:
+        64 channels of 56² 192, 170 and 157, 153 µs; 128 of 28² 131, 118 and 143, 144.
         """
         past = self.whole and self.l % 32
         beside = self.wide and self.bundle > 1
         able = dense.tma and ITEMSIZE[self.dtype] == 2 and not (self.stepped or past or beside)
-        small = dense.block_i * dense.block_j <= 128 * 128 and dense.block_j > 32
-        hopper = self.arch.has_wgmma and versions.keeps_shared_tiles() and small and self.l >= 32
+        few = 32 < dense.block_j <= 64 and self.j <= 64 and dense.block_i <= 256
+        hopper = self.arch.has_wgmma and versions.keeps_shared_tiles() and few and self.l >= 32
         return able and (hopper or self.arch.backend == "interpreter")
 
     def _two_rows(self) -> ConvConfig:
-        """Two boxes of one row each, which share the rows of the source that both meet (`conv3x3.convolve_rows`).
-
-        By the model, 256 images: 64 channels of 56², 137 → 104 µs, 128 of 28², 107 → 93: L2 gives fewer bytes.
-        """
+        """Two boxes of one row each, which share the rows of the source that both meet (`conv3x3.convolve_rows`)."""
         if self.arch.backend == "interpreter":
             tile = MatmulConfig(16, 32, 32, 1, 1, REASON_INTERPRETED)
-        elif self.j <= 64:
-            reason = "derived: two rows of 128×64: of two programs a processor one computes while the other loads"
-            tile = MatmulConfig(128, 64, 32, 4, 2, reason)
         else:
-            reason = "derived: two rows of 128×128: one warp group computes while the other waits for its product"
-            tile = MatmulConfig(128, 128, 32, 8, 3, reason)
+            reason = "measured on sm_90: two rows of 128×64: of two programs a processor one computes, the other loads"
+            tile = MatmulConfig(128, 64, 32, 4, 2, reason)
         box = choose_box(tile.block_i, self.n, 1, self.q, wide=self.wide, one_row=True)
         limit = unrounded(self.arch) if self.bundle > 1 else None
         return convolution(replace(tile, tma=True, max_registers=limit), box=box, bundle=self.bundle, flat=True, rows=2)
