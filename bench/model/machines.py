@@ -1,6 +1,6 @@
 """What the model knows of a GPU: its rates, each with its source, and how many programs a multiprocessor holds.
 
-No figure here was measured by this project. "Assumed" is no source: those are the first to replace once there is a GPU.
+"Assumed" is no source: those are the first to replace once there is such a GPU.
 """
 
 from collections.abc import Mapping
@@ -40,19 +40,19 @@ class Machine:
 
 MACHINES = {
     # A100 80 GB SXM, datasheet: 312 TF/s bf16 = 2 · 1024 · 108 · 1.41 GHz, 2.04 TB/s. L2: whitepaper, 5,120 bytes a
-    # cycle. Latency: Luo et al., arXiv 2501.12084. The parts that are reached, and the launch: assumed, as the H100's.
+    # cycle. Latency: Luo et al., arXiv 2501.12084. The parts that are reached, and the launch: assumed, as on an H100.
     "sm_80": Machine(
         "A100 80 GB", 108, 1.41e9, 0.9 * 2.04e12, 5120 * 1.41e9, 40 << 20, {16: 1024, 32: 512, 64: 64},
         0.8, 1.0, 466, 2.0, shared=164 * 1024,
     ),
-    # H100 SXM, datasheet: 989 TF/s bf16 = 2 · 2048 · 132 · 1.83 GHz. What is reached, 798 TF/s and 3.0 TB/s: of a large
-    # product and a copy, the project's ceilings. Latency, and mma.sync's 63 % of wgmma: Luo et al. L2: assumed, the
-    # A100's bytes a cycle; the 674 TF/s published for Triton at 8192³ take 7.9 TB/s with tiles of 128×256.
+    # H200 SXM, datasheet: 989 TF/s bf16 = 2 · 2048 · 132 · 1.83 GHz. Measured by this project, 2026-11-26: 4.22 TB/s of
+    # a large copy, 707 TF/s of a large product (cuBLAS, 8192³, on random numbers). L2: assumed, the A100's bytes a
+    # cycle; 4096³, forward in 193 µs with tiles of 128×256, takes 8.5 TB/s. Latency, and mma.sync's 63 % of wgmma: Luo
+    # et al.
     "sm_90": Machine(
-        "H100 SXM", 132, 1.83e9, 3.0e12, 5120 * 1.83e9, 50 << 20, {16: 2048, 32: 1024, 64: 128},
-        798 / 989, 0.63, 479, 2.0,
+        "H200", 132, 1.83e9, 4.22e12, 5120 * 1.83e9, 60 << 20, {16: 2048, 32: 1024, 64: 128}, 707 / 989, 0.63, 479, 2.0,
     ),
-    # B200, datasheet: 2.25 PF/s bf16 = 2 · 4096 · 148 · 1.86 GHz, 8 TB/s. The rest is assumed: as an H100, with the L2
+    # B200, datasheet: 2.25 PF/s bf16 = 2 · 4096 · 148 · 1.86 GHz, 8 TB/s. The rest is assumed: as an H200, with the L2
     # of two dies, and an mma.sync as fast as there.
     "sm_100": Machine(
         "B200", 148, 1.86e9, 0.9 * 8e12, 2 * 5120 * 1.86e9, 126 << 20, {16: 4096, 32: 2048, 64: 64}, 0.8, 0.31, 479, 2.0

@@ -356,7 +356,7 @@ def test_arguments_are_specialized_as_at_a_launch(planted: dict[str, Any]) -> No
     assert found["small"]["signature"]["x"] == "*bf16"
     assert found["small"]["signature"]["N"] == "i32"  # a 1, in do_not_specialize
     assert found["small"]["aligned"] == ["x", "w", "b", "y"]  # not K = 16 either
-    assert found["tma"]["options"] == [8, 4]
+    assert found["tma"]["options"] == [4, 3]
 
 
 # -- reading machine code: by hand, on a few lines --------------------------------------------------------------------

@@ -38,9 +38,9 @@ def test_products_take_the_largest_tile_that_fills_the_gpu(rows: int, side: int)
     ("k", "tile"), [(1024, (128, 256)), (784, (256, 128)), (128, (128, 128))], ids=["wide", "tall", "narrow"]
 )
 def test_large_tiles_lie_so_that_the_least_is_outside(k: int, tile: tuple[int, int]) -> None:
-    dgrad = DgradProblem(65536, 256, k, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=False).choose()
+    dgrad = DgradProblem(65536, 4096, k, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=False).choose()
     assert (dgrad.block_i, dgrad.block_j) == tile
-    forward = ForwardProblem(65536, k, 784, "bfloat16", "ieee", H100, vec=8, tma=True).choose()
+    forward = ForwardProblem(65536, k, 4096, "bfloat16", "ieee", H100, vec=8, tma=True).choose()
     assert (forward.block_i, forward.block_j) == tile
     assert (forward.persistent > 0) == (k > 128)
 

@@ -140,6 +140,8 @@ def test_groups_with_and_without(device: str) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_grad_scaler(fused: bool, dtype: torch.dtype, device: str) -> None:
     """A power of two divides exactly; a step with an infinity changes nothing, not even random numbers."""
+    if device == "cuda" and dtype == torch.bfloat16:
+        pytest.skip("torch has no GradScaler for bfloat16 on CUDA")
     scaler = torch.amp.GradScaler(device, init_scale=8.0, growth_interval=1000)
     run = Run(device, dtype, fused=fused)
     for step, infinite in ((0, True), (0, False), (1, False), (2, True), (2, False)):
@@ -157,7 +159,11 @@ def test_grad_scaler(fused: bool, dtype: torch.dtype, device: str) -> None:
             for state, old in zip(run.states, before[1], strict=True):
                 for key, value in old.items():
                     assert torch.equal(state[key], value), key
-    run.same(Run(device, dtype).step(0, 1, 2))
+    plain = Run(device, dtype, fused=fused)
+    if fused:  # a kernel that unscales is compiled for itself: on a GPU it contracts others of its products and sums
+        plain.optimizer.grad_scale = torch.ones((), device=device)
+        plain.optimizer.found_inf = torch.zeros((), device=device)
+    run.same(plain.step(0, 1, 2))
 
 
 @types

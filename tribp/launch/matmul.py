@@ -136,13 +136,14 @@ def by_mma_sync(config: M, precision: str) -> M:
     return replace(config, block_j=max(16, min(config.block_j, columns)), num_warps=2)
 
 
-def candidates(of: Product, l: int, *, short: int = 512) -> list[MatmulConfig]:
-    """The tiles worth considering for a product summed over l, the largest first.
+# Sums up to which a tile's end takes so long that another program on the processor should hide it. Measured on an H200,
+# in tiles of 128×256 and of 128×128, in µs: forward 8192×1024×1024 35.5 and 33.0, 65536×256×784 65.8 and 63.8; backward
+# 65536×256×784 (dgrad sums 256) 182 and 172, 8192×1024×1024 91.4 and 88.3, 65536×1024×256 183 and 185.
+SHORT = 1024
 
-    short: sums up to which a tile's end takes so long that another program on the processor should hide it. By the
-    model a sigmoid does, of sums up to 512, and a store alone never (8192×1024×1024: forward 33.0 → 29.8 µs, dgrad
-    32.7 → 25.7).
-    """
+
+def candidates(of: Product, l: int) -> list[MatmulConfig]:
+    """The tiles worth considering for a product summed over l, the largest first."""
     dtype, precision, arch, vec = of.dtype, of.precision, of.arch, of.vec
     tma = of.tma and arch.has_tma
     odd = vec * ITEMSIZE[dtype] < 4 and not tma
@@ -187,16 +188,29 @@ def candidates(of: Product, l: int, *, short: int = 512) -> list[MatmulConfig]:
     reason = "derived: 128×128: two programs a processor, one's epilogue behind the other's loop"
     wide = MatmulConfig(128, 128, 64, 8, 3, reason, tma=tma)
     small = MatmulConfig(64, 64, 64, 4, 4, "derived: 64×64: larger tiles would leave processors idle", tma=tma)
+    if arch.has_wgmma and tma:
+        # Two warp groups wait for each other at the end of every sum, and a sum of four steps fills no third stage.
+        # Forward 65536×1024×256: 114 µs with 8 warps, 108 with 4, 101 with 2 stages. 3×3 on 64×512 images of 7²:
+        # 39.5 and 36.7.
+        reason = "measured on sm_90: 128×128: one warp group; two programs a processor or three"
+        wide = replace(wide, num_warps=4, num_stages=2 if l <= 256 else 3, reason=reason)
     if not arch.has_tma and vec * ITEMSIZE[dtype] < 8:
         # Compiled: 4-byte accesses to 64 deep tiles have so many addresses that one spills with Triton 3.9 on sm_80.
         small = replace(small, block_l=32)
     tiles = [wide, small, replace(small, block_i=32, block_j=32, reason="derived: 32×32: a small result")]
-    if l > (short if tma else 1024):
-        return [big, *tiles]
-    if arch.has_wgmma and tma and l <= 512:
-        # Two warp groups would wait for each other at the end of every short sum.
-        tiles[0] = replace(wide, num_warps=4, reason="measured on sm_90: four warps for 65536×1024×256: 108 µs of 114")
-    return tiles
+    return [big, *tiles] if l > SHORT else tiles
+
+
+def turned(tiles: list[MatmulConfig], i: int, j: int) -> list[MatmulConfig]:
+    """The tiles, with 256×128 in place of 128×256 where less of it lies outside an i × j result.
+
+    Measured on an H200, dw and db of 65536×256×784: 104 → 93 µs.
+    """
+    big = tiles[0]
+    if not (big.tma and big.block_j == 256):
+        return tiles
+    tall = replace(big, block_i=256, block_j=128, reason=big.reason.replace("128×256", "256×128"))
+    return [tall, *tiles[1:]] if tall.covered(i, j) < big.covered(i, j) else tiles
 
 
 def fitted(config: MatmulConfig, of: Product, i: int, j: int, l: int) -> MatmulConfig:
@@ -217,18 +231,25 @@ def fills(programs: int, arch: Arch) -> bool:
     return 4 * programs >= 3 * arch.processors
 
 
-def choose_product(of: Product, i: int, j: int, l: int, *, short: int = 512) -> MatmulConfig:
+def choose_product(of: Product, i: int, j: int, l: int) -> MatmulConfig:
     """The config for an i × j result summed over l: the largest tiles that fill the GPU."""
-    tiles = candidates(of, l, short=short)
-    big = tiles[0]
-    if big.tma and big.block_j == 256:
-        tall = replace(big, block_i=256, block_j=128, reason=big.reason.replace("128×256", "256×128"))
-        if tall.covered(i, j) < big.covered(i, j):
-            tiles[0] = tall
-        if j <= 128:
-            tiles = tiles[1:]
+    tiles = turned(candidates(of, l), i, j)
+    if tiles[0].tma and tiles[0].block_i * tiles[0].block_j > 128 * 128 and j <= 128:
+        tiles = tiles[1:]
     filling = [tile for tile in tiles if fills(tile.tiles(i, j), of.arch)]
-    return fitted((filling or tiles[-1:])[0], of, i, j, l)
+    chosen = fitted((filling or tiles[-1:])[0], of, i, j, l)
+    return deepened(chosen, of, chosen.tiles(i, j))
+
+
+def deepened(config: M, of: Product, programs: int) -> M:
+    """The config with more stages, if each program has a processor's shared memory to itself.
+
+    Measured on an H200, 3×3 on 64×512 images of 7² (100 programs), dgrad and forward, with three stages and four: 36.7,
+    38.0 and 29.0, 30.1 µs; five are no faster.
+    """
+    alone = of.arch.has_wgmma and config.tma and ITEMSIZE[of.dtype] == 2 and programs <= of.arch.processors
+    config = replace(config, num_stages=max(config.num_stages, 4)) if alone else config
+    return replace(config, num_stages=stages_that_fit(config, ITEMSIZE[of.dtype], of.arch))
 
 
 def stages_that_fit(config: MatmulConfig, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:

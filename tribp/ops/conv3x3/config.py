@@ -21,6 +21,7 @@ from ...launch.matmul import (
     adjusted_product,
     by_mma_sync,
     candidates,
+    deepened,
     fills,
     fit,
     fitted,
@@ -206,7 +207,7 @@ class ConvProblem(NamedTuple):
                 # Derived: with all columns in one tile the weights are what is read again, once for each box: larger
                 # boxes.
                 reason = "derived: 256×64: few columns"
-                tiles.insert(0, replace(big, block_i=256, block_j=64, num_stages=4, reason=reason))
+                tiles.insert(0, replace(big, block_i=256, block_j=64, num_warps=8, num_stages=4, reason=reason))
         # Compiled: beside a result of 256 columns the addresses of pointers spill (4 bytes on sm_80, 56 unrolled), and
         # those of a store of single columns (1,064 bytes on sm_90, 7×7 images).
         tiles = [tile for tile in tiles if (tile.tma and not self.wide) or tile.block_j <= 128]
@@ -217,6 +218,7 @@ class ConvProblem(NamedTuple):
             tiles = small or tiles[-1:]
         filling = [tile for tile in tiles if fills(tile.tiles(i, j) * bundles * classes, arch)]
         chosen = fitted((filling or tiles[-1:])[0], self, i, j, l)
+        chosen = deepened(chosen, self, chosen.tiles(i, j) * bundles * classes)
         if needs_registers(self, tma=chosen.tma):
             chosen = by_mma_sync(chosen, self.precision)
         if chosen.tma and self.whole and l % chosen.block_l:

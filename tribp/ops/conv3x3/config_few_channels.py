@@ -207,12 +207,14 @@ class DepthwiseProblem(NamedTuple):
     arch: Arch
     last: bool
     wgrad: bool
+    costly: bool = False  # the activation
 
     def steps(self) -> Steps:
         return dict(num_warps=doubled, max_registers=all_registers, box=beside, block_j=doubled, splits=doubled)
 
     def choose(self) -> ConvConfig:
-        n, p, q, c, dtype, arch, last, wgrad = self
+        n, p, q, c, dtype, arch, last, wgrad, costly = self
+        most = 64  # channels
         if arch.backend == "interpreter":
             elements, rows, warps, reason = 256, 2, 1, REASON_INTERPRETED
         else:
@@ -223,8 +225,16 @@ class DepthwiseProblem(NamedTuple):
                 # Compiled: nine weights of each of 8 channels a thread, or sums of two registers, or rows of single
                 # elements spill.
                 elements //= 2
+            elif ITEMSIZE[dtype] == 2 and arch.has_wgmma and not costly:  # compiled: those spill with Triton 3.9
+                # 64×384 of 56², µs: forward and dgrad with 1,024 elements a row 141, 142, with 2,048 113, 109; wgrad
+                # with boxes of four rows 162, of eight 144.
+                if wgrad:
+                    rows = 8
+                else:
+                    elements, most = 2 * elements, 128
+                reason = "measured on sm_90: two accesses of 16 bytes a thread to a row, or eight rows"
         if last:
-            channels = min(power_of_2(c), 64)
+            channels = min(power_of_2(c), most)
             images, _, columns = choose_box(elements // channels, n, 1, q)
         else:
             columns = min(power_of_2(q), 128)
@@ -245,7 +255,7 @@ class DepthwiseProblem(NamedTuple):
         return adjusted_splits(config, self.n, self.p, self.q) if self.wgrad else config
 
     def is_legal(self, config: ConvConfig) -> bool:
-        n, p, q, c, dtype, arch, _, wgrad = self
+        n, p, q, c, dtype, arch, _, wgrad, _ = self
         images, rows, columns = config.box
         chosen, channels = self.choose(), config.block_j
 

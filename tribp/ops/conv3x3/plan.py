@@ -60,7 +60,8 @@ def _depthwise_forward(
 ) -> Launch:
     n, c, p, q = y.tensor.shape
     xs, w = with_unit_stride(plan, x, y.channels_last), plan.contiguous(w)
-    s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(x.dtype), plan.arch, y.channels_last, wgrad=False))
+    dtype, costly = dtype_name(x.dtype), activation.costly
+    s = plan.config(DepthwiseProblem(n, p, q, c, dtype, plan.arch, y.channels_last, wgrad=False, costly=costly))
     arguments = (xs.strided, w, b, y.strided, n, *x.shape[2:], p, q, c, *window.padding)
     constants = conv3x3_depthwise.Depthwise(
         s.block_j, conv3x3.Box(*s.box), *window.stride, CHANNELS_LAST=y.channels_last, VEC=xs.vec, VEC_STORE=y.vec,
