@@ -17,7 +17,6 @@ from .options import Options
 from .results import Row
 from .timing import CpuMeter, CudaMeter
 
-
 # Up to so many times what is allowed a peer's result is called inexact, and timed all the same. torch's fused Adam has
 # an exp_avg_sq that is 1.3e-5 off on CUDA, of 5e-6 that are allowed: it forms 1 − β₂ in float32.
 INEXACT = 16.0
