@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-Event, sleep, wait = torch.cuda.Event, torch.cuda._sleep, torch.cuda.synchronize  # untyped
-
 CYCLES = 2e9  # a second, of the fastest clock there is: a sleep lasts at least as long as it is meant to
 SLACK = 1e-4  # seconds that the host may be late
 
@@ -34,9 +32,9 @@ def device_times(call: Callable[[], object], seconds: float) -> list[float]:
     asleep = 2 * host + SLACK
     samples = []
     for _ in range(min(300, max(5, int(seconds / (asleep + whole))))):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.sum(cold, 0, out=total)
-        torch.cuda._sleep(int(asleep * CYCLES))
+        torch.cuda._sleep(int(asleep * CYCLES))  # type: ignore[no-untyped-call]
         start.record()
         call()
         end.record()
