@@ -141,9 +141,13 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The exit status: of the command; 2 for what cannot be done, 130 after Ctrl-C."""
     options = parse(arguments)
     try:
         return _perform(options)
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return 130
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

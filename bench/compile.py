@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import operator
 import re
+import signal
 import struct
 import subprocess
 import tempfile
@@ -198,9 +199,19 @@ def read_all(collect: Collect, read: Read[Result], options: Options) -> tuple[Ke
         return kernels, _read_some(kernels, read)
     # spawn: the compiler's threads do not survive a fork.
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        shares = [pool.submit(_share, collect, read, options, first) for first in range(options.jobs)]
-        kernels = collect(options)
-        return kernels, dict(itertools.chain.from_iterable(share.result().items() for share in shares))
+        # A terminal sends Ctrl-C to every process: these ignore it from their start on, and are ended here.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            shares = [pool.submit(_share, collect, read, options, first) for first in range(options.jobs)]
+        finally:
+            signal.signal(signal.SIGINT, before)
+        try:
+            kernels = collect(options)
+            return kernels, dict(itertools.chain.from_iterable(share.result().items() for share in shares))
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _share(collect: Collect, read: Read[Result], options: Options, first: int) -> dict[str, Result]:

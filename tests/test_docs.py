@@ -25,15 +25,14 @@ BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @pytest.mark.parametrize("page", ["README.md", "docs/layers.md", "docs/optimizers.md", "docs/tuning.md"])
 def test_examples(page: str) -> None:
-    """Each block of Python runs after those above it."""
+    """Each block of Python runs by itself."""
     if page == "docs/tuning.md":
         pytest.importorskip("triton")
     blocks = [body for language, body in BLOCK.findall((ROOT / page).read_text()) if language == "python"]
     assert blocks
-    names: dict[str, object] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         for block in blocks:
-            exec(compile(block, page, "exec"), names)
+            exec(compile(block, page, "exec"), {})
 
 
 def test_readme() -> None:
@@ -179,6 +178,31 @@ def test_planted_mistakes_are_seen(mistake: str, operation: Path) -> None:
         kernel.write_text(source)
 
 
-def test_an_optimizer(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def optimizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("triton")
-    assert "passed" in run(copy(OPTIMIZER, tmp_path), "-m", "pytest", "-q", "-n", "0", "tests/optim/test_lion.py")
+    return copy(OPTIMIZER, tmp_path_factory.mktemp("optimizer"))
+
+
+def test_an_optimizer(optimizer: Path) -> None:
+    (command,) = commands(OPTIMIZER)
+    assert " passed" in run(optimizer, *command)
+
+
+def mistakes() -> list[str]:
+    return re.findall(r"^sed -i 's/(.*?/.*?)/' kernels/optim_rules.py", (ROOT / "docs" / OPTIMIZER).read_text(), re.M)
+
+
+@pytest.mark.parametrize("mistake", mistakes())
+def test_mistakes_in_an_optimizer_are_seen(mistake: str, optimizer: Path) -> None:
+    """By the kernel's tests, and by those alone."""
+    kernels = optimizer / "kernels" / "optim_rules.py"
+    source = kernels.read_text()
+    before, after = mistake.split("/")
+    try:
+        assert source.count(before) == 1
+        kernels.write_text(source.replace(before, after))
+        with pytest.raises(AssertionError, match=r"\d failed, \d passed"):
+            run(optimizer, *commands(OPTIMIZER)[0])
+    finally:
+        kernels.write_text(source)

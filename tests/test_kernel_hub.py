@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def lay_out(folder: Path) -> subprocess.CompletedProcess[str]:
+def lay_out(folder: Path | str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools" / "kernel_hub.py"), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +70,19 @@ def test_only_torch_and_triton_are_imported(hub: Path) -> None:
                 assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
 
 
+@pytest.mark.parametrize(("word", "status"), [("--help", 0), ("--no-such-option", 2)])
+def test_an_option_is_no_folder(word: str, status: int, tmp_path: Path) -> None:
+    done = lay_out(word, cwd=tmp_path)
+    assert done.returncode == status
+    assert "usage: kernel_hub.py [-h] FOLDER" in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_folder_is_refused(hub: Path) -> None:
     before = (hub / "build.toml").read_bytes()
     done = lay_out(hub)
-    assert done.returncode != 0
-    assert "is not empty" in done.stderr
+    assert done.returncode == 1
+    assert done.stderr == f"kernel_hub.py: {hub} is not empty\n"
     assert (hub / "build.toml").read_bytes() == before
 
 

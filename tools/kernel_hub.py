@@ -10,12 +10,12 @@ which is new with every change, so that several versions may be loaded in one pr
 (`tribp/ops/shared.py`). The demo stays out: it needs more than torch and triton.
 """
 
+import argparse
 import base64
 import hashlib
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +74,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    lay_out(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="empty or new")
+    try:
+        lay_out(parser.parse_args().folder)
+    except OSError as error:
+        parser.exit(1, f"kernel_hub.py: {error}\n")

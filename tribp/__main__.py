@@ -36,13 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status: 0, or 1 where something is missing or wrong, 130 after Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # no ε in the terminal's encoding is no reason to stop
-    options = _options(argv)
     threads = torch.get_num_threads()
     # A step of 16 digits gains nothing from a second one, and is 10 times slower on busy cores; with convolutions too:
     # an epoch of the CNN took 0.6 s of CPU time, and 4.4 with two.
     torch.set_num_threads(1)
     try:
-        return _run(options)
+        return _run(_options(argv))
     except KeyboardInterrupt as stop:
         print(f"stopped {stop}".rstrip(), file=sys.stderr)
         return 130

@@ -20,6 +20,14 @@ __all__ = ["MLP", "Conv3x3", "Linear", "LinearSigmoid"]
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # torch.nn's
 
 
+def _check_sizes(caller: str, smallest: int, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not hasattr(size, "__index__"):  # as torch.nn's layers take them: numpy's whole numbers too
+            raise TypeError(f"{caller}: {name} must be a whole number, got {size!r}")
+        if size < smallest:
+            raise ValueError(f"{caller}: {name} must be at least {smallest}, got {size}")
+
+
 class _Activated(nn.Module):
     """A layer with an activation, as users give it and, for TorchScript, as a tuple of plain values."""
 
@@ -64,6 +72,7 @@ class Linear(_Activated):
         activation: ActivationLike = None,
     ) -> None:
         super().__init__()
+        _check_sizes(type(self).__name__, 0, in_features=in_features, out_features=out_features)
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
@@ -150,6 +159,8 @@ class MLP(nn.Module):
             raise TypeError(f"MLP: sizes must be a sequence of whole numbers, got {sizes!r}")
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes must be at least two, of the input and of each layer, got {tuple(sizes)}")
+        if min(sizes) < 0:
+            raise ValueError(f"MLP: sizes must be at least 0, got {tuple(sizes)}")
         for given in (activation, output_activation):
             activation_of("MLP", given)
         self.sizes = tuple(sizes)
@@ -229,9 +240,10 @@ class Conv3x3(_Activated):
         window = window_of("Conv3x3", stride, padding, groups, dilation)
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"Conv3x3: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+        _check_sizes("Conv3x3", 1, in_channels=in_channels, out_channels=out_channels)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels < 1 or channels % groups:
-                raise ValueError(f"Conv3x3: {name} must be a positive multiple of groups ({groups}), got {channels}")
+            if channels % groups:
+                raise ValueError(f"Conv3x3: {name} must be a multiple of groups ({groups}), got {channels}")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.stride, self.padding, self.groups = window

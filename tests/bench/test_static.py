@@ -38,6 +38,24 @@ def test_what_selects_nothing_is_an_error(options: tuple[str, str]) -> None:
     assert done.stderr.startswith("bench: there is no such case; there are types bfloat16")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_ends_every_process_in_a_line() -> None:
+    """It comes while the others still import torch, and goes to all of them, as from a terminal."""
+    code = """if True:
+        import os, signal, sys, threading
+        from bench.__main__ import main
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Timer(1, os.killpg, (0, signal.SIGINT)).start()
+        sys.exit(main(["static", "linear", "--jobs", "2"]))
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
+        start_new_session=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "bench: interrupted\n")
+
+
 def compile_everything(folder: Path, *options: str) -> list[Row]:
     file = folder / "static.json"
     done = compiling("-m", "bench", "static", "--json", str(file), *options)

@@ -190,7 +190,9 @@ X, W = torch.ones(2, 4, 5, 6), torch.ones(6, 4, 3, 3)
         (ValueError, ["bias", "(6,)", "(1,)"], dict(bias=torch.ones(1))),
         (ValueError, ["bias", "(6,)", "(6, 1)"], dict(bias=torch.ones(6, 1))),
         (ValueError, ["stride", "1 or 2", "got 3", "torch.nn.Conv2d"], dict(stride=3)),
-        (ValueError, ["stride", "(0, 1)"], dict(stride=(0, 1))),
+        (ValueError, ["stride must be at least 1, got 0"], dict(stride=0)),
+        (ValueError, ["stride must be at least 1, got (0, 1)"], dict(stride=(0, 1))),
+        (ValueError, ["stride must be at least 1, got (3, -2)"], dict(stride=(3, -2))),
         (TypeError, ["stride", "(1, 1, 1)"], dict(stride=(1, 1, 1))),
         (TypeError, ["stride", "1.0"], dict(stride=1.0)),
         (TypeError, ["stride", "True"], dict(stride=True)),
@@ -230,9 +232,10 @@ def test_errors(error: type[Exception], words: list[str], arguments: dict[str, A
     [
         (["in_channels", "multiple of groups (4)", "got 6"], dict(in_channels=6, groups=4)),
         (["out_channels", "multiple of groups (3)", "got 4"], dict(in_channels=6, groups=3)),
-        (["in_channels", "positive", "got 0"], dict(in_channels=0)),
-        (["out_channels", "got 0"], dict(out_channels=0)),
+        (["in_channels must be at least 1, got 0"], dict(in_channels=0)),
+        (["out_channels must be at least 1, got -4"], dict(out_channels=-4)),
         (["stride", "1 or 2", "torch.nn.Conv2d"], dict(stride=4)),
+        (["stride must be at least 1, got 0"], dict(stride=0)),
         (["dilation", "torch.nn.Conv2d"], dict(dilation=2)),
         (["padding", "-1"], dict(padding=-1)),
         (["groups", "0"], dict(groups=0)),
@@ -246,6 +249,8 @@ def test_errors_of_the_module(words: list[str], arguments: dict[str, Any]) -> No
         tribp.nn.Conv3x3(**{"in_channels": 4, "out_channels": 4, **arguments})
     for word in words:
         assert word in str(caught.value), str(caught.value)
+    with pytest.raises(TypeError, match=r"^Conv3x3: out_channels must be a whole number, got 4\.0$"):
+        tribp.nn.Conv3x3(4, 4.0)  # type: ignore[arg-type]
 
 
 # ---- the module

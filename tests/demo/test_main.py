@@ -295,6 +295,20 @@ def test_interrupt(interrupted: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == interrupted
 
 
+@pytest.mark.parametrize("name", ["_options", "_importable"])
+def test_interrupt_before_it_begins(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While torch is asked for GPUs, and while what the demo needs is imported."""
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, name, interrupted)
+    assert program.main([]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_sigint(demo: SimpleNamespace, tmp_path: Path) -> None:
     # A runner in the background may hand down an ignored SIGINT: the child takes Python's own handler.

@@ -169,8 +169,8 @@ def test_what_is_taken(net: Callable[..., Any], case: str) -> None:
 
 # What forward does, and why the convolution is taken alone; None where no activation is behind it.
 ALONE = {
-    "another module": ("return self.gelu(self.conv(x))", None),
-    "nothing": ("return self.act(self.gelu(self.conv(x)))", None),
+    "another module": ("return self.gelu(self.conv(x))", "tribp computes no GELU"),
+    "nothing": ("return self.act(self.gelu(self.conv(x)))", "tribp computes no GELU"),
     "an attribute": ("return self.fn(self.conv(x))", None),
     "a setting": ("return ACT(self.conv(x))", None),
     "renamed": ("return rectify(self.conv(x))", None),

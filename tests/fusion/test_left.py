@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -160,15 +161,61 @@ def test_linears_that_are_left(make: Callable[[], nn.Module], reason: str) -> No
 
 def test_what_is_not_of_interest() -> None:
     model = nn.Sequential(
-        nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2), nn.Identity(), nn.Sigmoid(), nn.BatchNorm1d(2), nn.Conv1d(2, 2, 3),
+        nn.Linear(2, 2), nn.Linear(2, 2), nn.Identity(), nn.Sigmoid(), nn.BatchNorm1d(2), nn.Conv1d(2, 2, 3),
         nn.MaxPool2d(3), nn.MaxPool2d((3, 3)), nn.Conv3d(2, 2, 3), nn.Linear(2, 2), nn.Dropout(), nn.Sigmoid(),
-        nn.Sigmoid(), nn.Sequential(nn.Linear(2, 2)), nn.Sigmoid(), nn.Linear(2, 2), nn.Hardswish(), nn.Linear(2, 2),
+        nn.Sigmoid(), nn.Sequential(nn.Linear(2, 2)), nn.Sigmoid(), nn.GELU(), nn.Linear(2, 2),
     )  # fmt: skip
     before = list(model.modules())
     assert tribp.fuse(model) == Report()
     assert list(model.modules()) == before
     assert tribp.unfuse(model) == Report()
     assert list(model.modules()) == before
+
+
+class Others(nn.Module):
+    """Applies activations that tribp does not compute, as a module and as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc, self.out, self.act = conv(), nn.Linear(4, 4), nn.Linear(4, 2), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x))
+        x = F.gelu(self.fc(x), approximate="tanh")
+        return F.log_softmax(self.out(x), dim=-1)
+
+
+def test_activations_of_torch_alone() -> None:
+    """The layer is named, or, where it is one of tribp's, the activation; a row of layers is one still."""
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.SiLU(), conv(padding=1), nn.Hardswish(),
+        nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.GELU(), hooked(nn.Linear(4, 4)), nn.Mish(),
+        tribp.nn.Linear(4, 4), nn.PReLU(), tribp.nn.Linear(4, 4, activation="tanh"), nn.Softmax(-1),
+        conv(kernel_size=5), nn.GELU(),
+    )  # fmt: skip
+    report = tribp.fuse(model)
+    assert [entry.name for entry in report.replaced] == ["", "2", "4", "6"]
+    assert [tuple(entry) for entry in report.left] == [
+        ("0", "Linear", "tribp computes no SiLU, which is behind it"),
+        ("3", "Hardswish", "tribp computes no Hardswish"),
+        ("7", "GELU", "tribp computes no GELU"),
+        ("8", "Linear", "tribp computes no Mish, which is behind it"),
+        ("11", "PReLU", "tribp computes no PReLU"),
+        ("14", "Conv2d", "its kernel size is (5, 5)"),
+    ]
+    assert tribp.fuse(model) == Report((), report.left)
+    others = Others()
+    x = torch.randn(1, 2, 6, 6)
+    y = others(x)
+    report = tribp.fuse(others)
+    assert [entry.name for entry in report.replaced] == ["conv"]
+    assert [tuple(entry) for entry in report.left] == [
+        ("fc", "Linear", "tribp computes no GELU, which is behind it"),
+        ("out", "Linear", "tribp computes no LogSoftmax, which is behind it"),
+        ("act", "GELU", "tribp computes no GELU"),
+    ]
+    assert type(others) is Others
+    torch.testing.assert_close(others(x), y)
 
 
 SIGMOIDS: list[tuple[Callable[[], nn.Module], str]] = [

@@ -415,6 +415,15 @@ def test_module_starts_as_linear_does(bias: bool) -> None:
     assert repr(ours) == repr(theirs).replace("Linear", "LinearSigmoid").replace(")", ", activation='sigmoid')")
 
 
+def test_sizes_of_the_module() -> None:
+    with pytest.raises(ValueError, match=r"^Linear: in_features must be at least 0, got -1$"):
+        tribp.nn.Linear(-1, 2)
+    with pytest.raises(ValueError, match=r"^LinearSigmoid: out_features must be at least 0, got -2$"):
+        tribp.nn.LinearSigmoid(1, -2)
+    with pytest.raises(TypeError, match=r"^Linear: out_features must be a whole number, got 2\.0$"):
+        tribp.nn.Linear(1, 2.0)  # type: ignore[arg-type]
+
+
 def test_module_on_meta_device() -> None:
     layer = tribp.nn.LinearSigmoid(3, 2, device="meta")
     assert layer(torch.ones(4, 3, device="meta")).shape == (4, 2)

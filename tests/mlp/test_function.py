@@ -217,6 +217,8 @@ def test_errors(device: str) -> None:
             tribp.mlp(*arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^MLP: sizes must be at least two"):
         tribp.nn.MLP([3])
+    with pytest.raises(ValueError, match=r"^MLP: sizes must be at least 0, got \(-1, 2\)$"):
+        tribp.nn.MLP([-1, 2])
     for wrong in (5, [5, 2.5]):
         with pytest.raises(TypeError, match=r"^MLP: sizes must be a sequence of whole numbers"):
             tribp.nn.MLP(wrong)  # type: ignore[arg-type]

@@ -355,6 +355,10 @@ def test_what_is_refused() -> None:
     p = torch.zeros(3)
     for options, message in (
         ({"state_bits": 4}, "state_bits must be 8 or None"),
+        ({"state_bits": 8.0}, r"state_bits must be 8 or None, got 8\.0"),
+        ({"state_bits": True}, "state_bits must be 8 or None, got True"),
+        ({"state_bits": False}, "state_bits must be 8 or None, got False"),
+        ({"master_bits": 24.0}, r"master_bits must be 24 or None, got 24\.0"),
         ({"master_bits": 16}, "master_bits must be 24 or None"),
         ({"state_bits": 8, "state_dtype": torch.float32}, "exclude each other"),
     ):

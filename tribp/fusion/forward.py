@@ -19,7 +19,17 @@ from torch.nn.utils import parametrize
 
 from ..ops.activations import DEFAULTS
 from ..ops.shared import NAMESPACE
-from .modules import ACTIVATIONS, BATCH_NORMS, LAYERS, PARAMETERS, FoldedBatchNorm, FusedActivation, activation_kind
+from .modules import (
+    ACTIVATIONS,
+    BATCH_NORMS,
+    LAYERS,
+    OTHER_ACTIVATIONS,
+    PARAMETERS,
+    FoldedBatchNorm,
+    FusedActivation,
+    activation_kind,
+    is_other_activation,
+)
 from .source import Source, Use, names_in
 
 Site = tuple[str, ...]  # the attribute that is a layer, and what is applied to its output, as `Use.text`
@@ -37,10 +47,11 @@ OWN = {
 }
 OWN |= {"__init_subclass__"}
 KINDS = {name: kind for kind, (name, *_) in ACTIVATIONS.items()}
+KINDS |= {name: kind for kind, name in OTHER_ACTIVATIONS.items()}
 METHODS = {ending: name for name in DEFAULTS for ending in (name, name + "_") if hasattr(Tensor, ending)}
 FUNCTIONS = {
     getattr(library, spelling): name
-    for name in DEFAULTS
+    for name in KINDS
     for library in (torch, F)
     for spelling in (name, name + "_")
     if hasattr(library, spelling)
@@ -136,11 +147,13 @@ def _activation(source: Source, module: nn.Module, site: Site, use: Use) -> Behi
     if child:
         activation = _child(module, child)
         alone = len(use.call.args) == 1 and not use.call.keywords
-        known = activation_kind(activation) or isinstance(activation, BATCH_NORMS)
+        known = activation_kind(activation) or is_other_activation(activation) or isinstance(activation, BATCH_NORMS)
         return Behind(activation, child, site) if alone and known else Behind()
     name = _function(source, use)
     if name is None:
         return Behind()
+    if name not in DEFAULTS:
+        return Behind(KINDS[name](), "", site)
     try:
         return Behind(KINDS[name](**_numbers(name, use)), "", site)
     except ValueError as error:

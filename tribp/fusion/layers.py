@@ -17,6 +17,7 @@ from .modules import (
     computes,
     full_name,
     fused_layer,
+    is_other_activation,
     layer_kind,
     looks_like_conv3x3,
     obstacle,
@@ -53,7 +54,8 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
     The Parameters are the same objects, so that an optimizer built before goes on; mode, device, dtype, attributes that
     were set on a module, and the state_dict's keys are the same. What stands at several places, or is called several
     times, becomes one module again; its activation is taken in only if the same follows each time. Left are modules
-    with hooks, parametrizations or more parameters, subclasses, lazy and scripted modules, and what FSDP holds.
+    with hooks, parametrizations or more parameters, subclasses, lazy and scripted modules, what FSDP holds, and layers
+    in front of another activation of torch's, as `nn.GELU`.
 
     Not seen is code outside the model that takes it apart: `model.layers[0](x)` and `model.conv(x)` now have the
     activation applied. Nor is what changes after fuse: a class's `forward`, or the module in an activation's place.
@@ -89,6 +91,7 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
             _fuse_last_layers(plan, module)
     for module, places in sequentials:
         _fuse_rows(plan, module, places)
+    _leave_other_activations(plan)
     return plan.carry_out()
 
 
@@ -139,6 +142,22 @@ def _fuse_rows(plan: Plan, module: nn.Sequential, places: Sequence[Place]) -> No
         plan.leave(places, f"{reason}, so that its layers run one by one")
     elif joined and not isinstance(module, FusedSequential):
         plan.change_class(places, FusedSequential)
+
+
+def _leave_other_activations(plan: Plan) -> None:
+    """Report layers in front of activations that tribp does not compute; of those that are tribp's, the activations."""
+    left, replaced = ({entry.name for entry in entries} for entries in (plan.left, plan.replaced))
+    for module, places in plan.modules:
+        if not isinstance(module, LAYERS) or getattr(module, "activation", None) is not None:
+            continue
+        for place in places:
+            if place.name in left or not is_other_activation(place.behind):
+                continue
+            reason = f"tribp computes no {type(place.behind).__name__}"
+            if isinstance(module, (Linear, Conv3x3)) or place.name in replaced:
+                plan.leave_activations([place], reason)
+            else:
+                plan.leave([place], f"{reason}, which is behind it")
 
 
 def _last_layers(plan: Plan, module: nn.Sequential) -> list[nn.Module]:

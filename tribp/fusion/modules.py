@@ -32,6 +32,25 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.ReLU6: ("relu6",),
     nn.Hardtanh: ("hardtanh", "min_val", "max_val"),
 }
+# Those that tribp does not compute, which the report names, and the names of torch's functions.
+OTHER_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.CELU: "celu",
+    nn.GELU: "gelu",
+    nn.GLU: "glu",
+    nn.Hardshrink: "hardshrink",
+    nn.Hardswish: "hardswish",
+    nn.LogSigmoid: "logsigmoid",
+    nn.LogSoftmax: "log_softmax",
+    nn.Mish: "mish",
+    nn.PReLU: "prelu",
+    nn.RReLU: "rrelu",
+    nn.SELU: "selu",
+    nn.SiLU: "silu",
+    nn.Softmax: "softmax",
+    nn.Softshrink: "softshrink",
+    nn.Softsign: "softsign",
+    nn.Tanhshrink: "tanhshrink",
+}
 WORD = "_padding_word"  # attribute of a Conv3x3 made of a Conv2d whose padding was "same" or "valid"
 
 
@@ -169,6 +188,10 @@ def shown_name(made: nn.Module) -> str:
 
 def activation_kind(module: nn.Module | None) -> type[nn.Module] | None:
     return next((kind for kind in ACTIVATIONS if isinstance(module, kind)), None)
+
+
+def is_other_activation(module: nn.Module | None) -> bool:
+    return isinstance(module, tuple(OTHER_ACTIVATIONS))
 
 
 def activation_like(module: nn.Module | None) -> ActivationLike:

@@ -72,7 +72,7 @@ def enabled_options(group: Group, caller: str) -> Group:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2):
         raise ValueError(f"{caller}: state_dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
     for name, bits in (("state_bits", 8), ("master_bits", 24)):
-        if options.get(name, bits) != bits:
+        if type(options.get(name, bits)) is not int or options.get(name, bits) != bits:
             raise ValueError(f"{caller}: {name} must be {bits} or None, got {options[name]!r}")
     if all(name in options for name in EXCLUSIVE):
         raise ValueError(f"{caller}: state_bits and state_dtype exclude each other")

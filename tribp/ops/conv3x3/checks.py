@@ -59,7 +59,9 @@ def window_of(
     if _pair(caller, "dilation", dilation) != (1, 1):
         raise ValueError(f"{caller}: dilation must be 1, got {dilation}; for other dilations use torch.nn.Conv2d")
     strides = _pair(caller, "stride", stride)
-    if not set(strides) <= {1, 2}:
+    if min(strides) < 1:
+        raise ValueError(f"{caller}: stride must be at least 1, got {stride}")
+    if max(strides) > 2:
         raise ValueError(
             f"{caller}: stride must be 1 or 2, or a pair of these, got {stride}; for others use torch.nn.Conv2d "
             "(the size of the kernel is no argument)"
