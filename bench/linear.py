@@ -30,7 +30,7 @@ PRECISIONS = [(torch.bfloat16, False), (torch.float32, False), (torch.float32, T
 
 # Of bfloat16, what the model leaves room for: eager torch's kernels at the same ceilings, over tribp's with one launch
 # for both sums of partial results. At 4096³ the products are nearly all, and take both as long. At 8192×1024×1024 with
-# wgrad only, L2 allows 1.37 (TUNING.md): tiles of 128×256 read dy and y four times and x eight times.
+# wgrad only, L2 allows 1.37 by the model (TUNING.md): tiles of 128×256 read dy and y four times and x eight times.
 REACHABLE: dict[tuple[int, ...], dict[str, float]] = {
     SQUARE: {"forward": 1.04, "backward": 0.98, "wgrad only": 1.0},
     TALL: {"forward": 1.4, "backward": 1.12, "wgrad only": 1.45},

@@ -576,7 +576,7 @@ def test_batches_of_many_sizes_take_few_kernels() -> None:
     counts = json.loads(done.splitlines()[-1])
     assert 4 <= counts["MLP"] <= 14
     assert 9 <= counts["channels_last"] <= 46
-    assert 9 <= counts["contiguous"] <= 87
+    assert 9 <= counts["contiguous"] <= 95
 
 
 @pytest.mark.parametrize(

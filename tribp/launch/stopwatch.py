@@ -15,8 +15,8 @@ def device_times(call: Callable[[], object], seconds: float) -> list[float]:
 
     The time of kernels alone, however slow the host launches them: the device sleeps until all of them are queued.
     `triton.testing.do_bench` keeps it busy with 256 MB of zeros instead, which take 60 µs; what the host takes beyond
-    is measured as well (on an H200 a backward pass of 60 µs took 181). L2 holds none of the call's tensors, and nothing
-    that must be written back first: it is filled by reading.
+    is measured as well (on an H200 a backward pass of 104 µs took 181). L2 is filled by reading: it holds none of the
+    call's tensors then, and nothing that must be written back first.
     """
     cold = torch.zeros(torch.cuda.get_device_properties().L2_cache_size // 2, device="cuda")  # twice L2's size
     total = torch.empty((), device="cuda")
