@@ -33,8 +33,8 @@ RESERVE = 30.0  # seconds of the budget that are kept for the report
 TAIL = 12  # lines of a failed step's output that are shown
 FOUND = 99  # compute-sanitizer's exit code for what it finds: pytest has others
 
-# Seconds. All of them are estimates, derived from what a measurement repeats and what a kernel takes to compile: none
-# has been measured on a GPU yet.
+# Seconds. On an H200 with 16 cores and a warm cache of kernels four cases took 12 to 32, and compute-sanitizer 16 to 83
+# an operation, beside other processes. The rest are estimates: of repeated measurements, and of compilation.
 CASES = 45.0  # to import torch, measure the ceilings, and have the first cases
 MINUTE = 60.0
 

@@ -120,7 +120,7 @@ class DgradProblem(NamedTuple):
         if self.below and chosen.block_i * chosen.block_j == 128 * 128:
             chosen = replace(chosen, num_warps=8)  # compiled: beside the layer below's output four spill 188 bytes
         may_fuse = self.may_fuse and not needs_registers(self, tma=self.tma)
-        return fuse_dz(chosen, self.k, self.dtype, self.arch) if may_fuse else chosen
+        return fuse_dz(chosen, self) if may_fuse else chosen
 
     def adjusted(self, config: MatmulConfig) -> MatmulConfig:
         return adjusted_fusion(config, self)
@@ -164,7 +164,7 @@ class WgradProblem(NamedTuple):
         return max(1, self.spare // ((8 if self.dtype == "float64" else 4) * self.n * self.k))
 
     def choose(self) -> MatmulConfig:
-        m, n, k, dtype, _, arch, *_ = self
+        m, n, k, _, _, arch, *_ = self
 
         def most_splits(tile: MatmulConfig) -> int:
             """Splits of under eight steps do little but write partial results."""
@@ -174,7 +174,7 @@ class WgradProblem(NamedTuple):
         filling = [tile for tile in tiles if fills(tile.tiles(n, k) * most_splits(tile), arch)]
         chosen = fitted((filling or tiles[-1:])[0], self, n, k, m)
         if self.may_fuse and not needs_registers(self, tma=self.tma):
-            chosen = fuse_dz(chosen, k, dtype, arch)
+            chosen = fuse_dz(chosen, self)
         resident = arch.processors if chosen.block_i * chosen.block_j > 128 * 128 else 2 * arch.processors
         splits = max(1, min(resident // chosen.tiles(n, k), most_splits(chosen)))
         return replace(chosen, splits=whole_splits(m, splits, chosen.block_l))
@@ -189,23 +189,24 @@ class WgradProblem(NamedTuple):
         return plain and legal_fusion(config, self, self.n, self.k, self.m)
 
 
-def fuse_dz(chosen: MatmulConfig, cols: int, dtype: str, arch: Arch) -> MatmulConfig:
+def fuse_dz(chosen: MatmulConfig, of: "DgradProblem | WgradProblem") -> MatmulConfig:
     """Form dz while loading, if few tile columns repeat that work and descriptors load the tiles.
 
     A pass of its own reads dy and y and writes dz, and the product reads that again: four units of memory where the
     fused form has two. But the loop has three times the instructions, once for each tile column. Measured on an H200,
     backward, fused and not: one tile column (65536×1024×256) 183 and 229 µs; four (65536×256×784) 204 and 182,
-    (8192×1024×1024) 102 and 92. Between these, for two tile columns and no more the fused form is the faster one.
+    (8192×1024×1024) 102 and 92. Between these, for two tile columns and no more the fused form is the faster one; and
+    for four where dz has few elements: they cost a µs for each million, and a launch two.
     Compiled: with pointers the fused wgrad spills up to 230 bytes on sm_90, and up to 1,300 where operands lie in
     registers; so it is not for products that `needs_registers` keeps from wgmma.
     """
-    if cdiv(cols, chosen.block_j) > 2 or not chosen.tma:
+    most = 4 if of.m * of.n <= 1 << 20 else 2
+    if cdiv(of.k, chosen.block_j) > most or not chosen.tma:
         return chosen
-    chosen = shallow(
-        replace(chosen, fuse_dz=True, reason=chosen.reason + "; dz formed on load: at most 2 tile columns")
-    )
+    reason = f"{chosen.reason}; dz formed on load: at most {most} tile columns"
+    chosen = shallow(replace(chosen, fuse_dz=True, reason=reason))
     extra = chosen.block_i * chosen.block_l
-    return replace(chosen, num_stages=stages_that_fit(chosen, ITEMSIZE[dtype], arch, extra=extra))
+    return replace(chosen, num_stages=stages_that_fit(chosen, ITEMSIZE[of.dtype], of.arch, extra=extra))
 
 
 def shallow(config: MatmulConfig) -> MatmulConfig:
