@@ -24,7 +24,10 @@ class MLP(NamedTuple):
     processors: int = 2
 
     def wrong(self) -> list[str]:
-        """Against float64, by the size of each gradient: several roundings to the type, one a layer."""
+        """Against float64, by the size of each gradient: several roundings to the type, one a layer.
+
+        A bias has a row for each of x's in float64: what it adds up may cancel, and is rounded by its own size.
+        """
         torch.backends.cuda.matmul.allow_tf32 = False
         tensors = [torch.randn(self.rows, self.sizes[0], dtype=DOUBLE)]
         for k, n in zip(self.sizes, self.sizes[1:], strict=False):
@@ -36,16 +39,19 @@ class MLP(NamedTuple):
         y = tribp.mlp(x, weights, biases, self.activation, self.last)
         dy = torch.randn(y.shape, dtype=DOUBLE).to(self.dtype)
         found = torch.autograd.grad(y, needed, dy)
-        exact = [t.detach().double().requires_grad_() for t in needed]
+        rows = [t.detach().double().expand(*[self.rows] * (t.dim() == 1), *t.shape) for t in needed]
+        exact = [t.clone().requires_grad_() for t in rows]
         z, *rest = exact if self.input else (x.detach().double(), *exact)
         for n in range(len(weights)):
-            z = torch.nn.functional.linear(z, rest[n], rest[len(weights) + n] if self.bias else None)
+            z = z @ rest[n].t() + (rest[len(weights) + n] if self.bias else 0)
             z = activated(z, self.activation if n + 1 < len(weights) else self.last)
         values = [z.detach(), *torch.autograd.grad(z, exact, dy.double())]
         unit = float(torch.finfo(self.dtype).eps)
         wrong: list[str] = []
         for name, result, value in zip(["y", *map(str, range(len(found)))], [y, *found], values, strict=True):
-            size = value.abs() + value.square().mean().sqrt()
+            terms = value.square().sum(0).sqrt() if result.dim() == 1 else 0
+            value = value.sum(0) if result.dim() == 1 else value
+            size = value.abs() + value.square().mean().sqrt() + terms
             wrong += differences(name, result, value, 8 * len(weights) * unit * size)
         return wrong
 
