@@ -226,6 +226,9 @@ def compiled(arch: Arch, everything: bool) -> Iterator[tuple[ConvCase, Sequence[
     for activation in ("tanh", "elu", "softplus"):  # those that take most registers
         yield from ((replace(case, activation=activation), ("forward",)) for case in (few, depthwise))
     yield replace(depthwise, dtype=FP16), ("forward",)
+    for channels, side, stride in ((64, 112, 2), (120, 56, 1), (256, 28, 1)):  # those that spilled
+        yield ConvCase((8, channels, channels, side, side), BF16, groups=channels, stride=stride), APART
+    yield ConvCase((64, 512, 512, 7, 7), BF16, last=False, activation="tanh"), ("forward",)
     yield ConvCase(WIDE, FP32, last=False, activation="tanh"), ("forward",)
     yield ConvCase(UNEVEN, BF16), ("wgrad",)
     if everything:  # all that is measured, and float64

@@ -58,7 +58,7 @@ def test_values_are_within_a_few_units_in_the_last_place(
     activation: Activation, dtype: torch.dtype, kernels: str
 ) -> None:
     """Rounded once where 16 bits are stored, and within four units in float32 and float64; five, where `ex2.approx`,
-    which may be two off, is rounded four times more (softplus: 4.07 on an H200).
+    which may be two off, is rounded four times more (float32 softplus: 4.07 on an H200).
 
     The interpreter rounds a product before it adds to it: far out, eᶻ is as wrong as the product z·log₂e is.
     """
@@ -68,7 +68,8 @@ def test_values_are_within_a_few_units_in_the_last_place(
     exact = exactly(z.double(), activation)
     far = 3 * z.double().abs() if common.INTERPRETED and dtype == torch.float32 else 0.0
     most = steps(y, exact, dtype) - far
-    units = 5 if "softplus" in (activation or "") else 4
+    on_gpu = "softplus" in (activation or "") and dtype == torch.float32 and not common.INTERPRETED
+    units = 5 if on_gpu else 4
     assert float(most.max()) <= (0.51 if dtype.itemsize == 2 else units), f"at {z[most.argmax()]}"
     exact = derivative(y.double(), activation, dtype)
     elu = "elu" in (activation or "")  # y + α cancels

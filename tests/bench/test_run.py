@@ -575,6 +575,7 @@ def test_batches_of_many_sizes_take_few_kernels() -> None:
     done = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, timeout=300)
     counts = json.loads(done.splitlines()[-1])
     assert 4 <= counts["MLP"] <= 14
+    # Small batches have a stage more where a program is alone: 2 and 8 kernels.
     assert 9 <= counts["channels_last"] <= 46
     assert 9 <= counts["contiguous"] <= 95
 

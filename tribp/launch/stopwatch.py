@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-CYCLES = 2e9  # a second, of the fastest clock there is: a sleep lasts at least as long as it is meant to
+CYCLES = 3e9  # a second, of a clock faster than any: a sleep lasts at least as long as it is meant to
 SLACK = 1e-4  # seconds that the host may be late
 
 
@@ -16,7 +16,8 @@ def device_times(call: Callable[[], object], seconds: float) -> list[float]:
     The time of kernels alone, however slow the host launches them: the device sleeps until all of them are queued.
     `triton.testing.do_bench` keeps it busy with 256 MB of zeros instead, which take 60 µs; what the host takes beyond
     is measured as well (on an H200 a backward pass of 104 µs took 181). L2 is filled by reading: it holds none of the
-    call's tensors then, and nothing that must be written back first.
+    call's tensors then, and nothing that must be written back first. Of more launches than CUDA queues (about a
+    thousand) the rest is timed as the host makes them.
     """
     cold = torch.zeros(torch.cuda.get_device_properties().L2_cache_size // 2, device="cuda")  # twice L2's size
     total = torch.empty((), device="cuda")

@@ -218,6 +218,9 @@ class ConvProblem(NamedTuple):
             tiles = small or tiles[-1:]
         filling = [tile for tile in tiles if fills(tile.tiles(i, j) * bundles * classes, arch)]
         chosen = fitted((filling or tiles[-1:])[0], self, i, j, l)
+        if self.wide and chosen.block_i * chosen.block_j == 128 * 128:
+            # Compiled: beside stores of single columns four warps have no registers for tanh, and spill 384 bytes.
+            chosen = replace(chosen, num_warps=8)
         chosen = deepened(chosen, self, chosen.tiles(i, j) * bundles * classes)
         if needs_registers(self, tma=chosen.tma):
             chosen = by_mma_sync(chosen, self.precision)
@@ -258,13 +261,14 @@ class ConvProblem(NamedTuple):
 
         wgmma reads shared memory, where Triton must keep what several products read; for tensor cores that take
         operands from registers nothing was counted. Compiled: beside the code that takes groups apart, stores of single
-        columns spill 168 bytes with Triton 3.6. Measured on an H200, 256 images, forward and dgrad, a row and two:
-        64 channels of 56² 192, 170 and 157, 153 µs; 128 of 28² 131, 118 and 143, 144.
+        columns spill 168 bytes with Triton 3.6. Measured on an H200, 256 images, forward and dgrad, two rows: 64
+        channels of 56² 157, 152 µs, 128 of 28² 143, 144; one row of tiles 64 deep with three stages: 155, 152 (a tie)
+        and 102, 100; with 32 groups of 4 two rows 32.5, one 36.4.
         """
         past = self.whole and self.l % 32
         beside = self.wide and self.bundle > 1
         able = dense.tma and ITEMSIZE[self.dtype] == 2 and not (self.stepped or past or beside)
-        few = 32 < dense.block_j <= 64 and self.j <= 64 and dense.block_i <= 256
+        few = 32 < dense.block_j <= 64 and self.j <= 64
         hopper = self.arch.has_wgmma and versions.keeps_shared_tiles() and few and self.l >= 32
         return able and (hopper or self.arch.backend == "interpreter")
 
@@ -316,6 +320,7 @@ class ConvProblem(NamedTuple):
             and (not bundled or config.block_j == chosen.block_j)
             and 16 <= config.block_l <= fit(deepest, l)
             and tile <= largest
+            and not (self.wide and arch.has_wgmma and tile == 128 * 128 and config.num_warps < 8)
             and registers(config.rows * tile, dtype, config.num_warps, arch) <= RESULT
             and 1 <= config.num_stages <= (1 if arch.backend == "interpreter" else stages)
             and (not by_registers or config == by_mma_sync(config, precision))

@@ -104,8 +104,8 @@ class FewChannelsProblem(NamedTuple):
     @property
     def _limit(self) -> int | None:
         """Of registers. Measured on an H200, 256×3→64 of 224², forward and wgrad with 255 allowed: 770 and 846 µs with
-        181 and 175 registers (Triton 3.6); as ptxas rounds them, 152 and 111, 597 and 626. Compiled: rounded, others
-        than that spill: 16 bytes before Hopper, where dz is formed on load.
+        181 and 175 registers (Triton 3.6); as ptxas rounds them, 152 and 111, 597 and 626. Compiled: before Hopper a
+        wgrad that forms dz on load spills 16 bytes if they are rounded.
         """
         return None if ITEMSIZE[self.dtype] == 2 and self.arch.has_wgmma else unrounded(self.arch)
 
@@ -207,13 +207,13 @@ class DepthwiseProblem(NamedTuple):
     arch: Arch
     last: bool
     wgrad: bool
-    costly: bool = False  # the activation
+    crowded: bool = False  # a costly activation, or a stride: registers are short
 
     def steps(self) -> Steps:
         return dict(num_warps=doubled, max_registers=all_registers, box=beside, block_j=doubled, splits=doubled)
 
     def choose(self) -> ConvConfig:
-        n, p, q, c, dtype, arch, last, wgrad, costly = self
+        n, p, q, c, dtype, arch, last, wgrad, crowded = self
         most = 64  # channels
         if arch.backend == "interpreter":
             elements, rows, warps, reason = 256, 2, 1, REASON_INTERPRETED
@@ -225,11 +225,13 @@ class DepthwiseProblem(NamedTuple):
                 # Compiled: nine weights of each of 8 channels a thread, or sums of two registers, or rows of single
                 # elements spill.
                 elements //= 2
-            elif ITEMSIZE[dtype] == 2 and arch.has_wgmma and not costly:  # compiled: those spill with Triton 3.9
+            elif ITEMSIZE[dtype] == 2 and arch.has_wgmma and not crowded and c % 128 == 0:
+                # Compiled: others spill, up to 236 bytes (120 channels; 64 with a stride of 2; 32; tanh with Triton
+                # 3.9), and rows that are not whole boxes of eight 76.
                 # 64×384 of 56², µs: forward and dgrad with 1,024 elements a row 141, 142, with 2,048 113, 109; wgrad
                 # with boxes of four rows 162, of eight 144.
                 if wgrad:
-                    rows = 8
+                    rows = 4 if p % 8 else 8
                 else:
                     elements, most = 2 * elements, 128
                 reason = "measured on sm_90: two accesses of 16 bytes a thread to a row, or eight rows"

@@ -60,8 +60,8 @@ def _depthwise_forward(
 ) -> Launch:
     n, c, p, q = y.tensor.shape
     xs, w = with_unit_stride(plan, x, y.channels_last), plan.contiguous(w)
-    dtype, costly = dtype_name(x.dtype), activation.costly
-    s = plan.config(DepthwiseProblem(n, p, q, c, dtype, plan.arch, y.channels_last, wgrad=False, costly=costly))
+    crowded = activation.costly or window.stride != (1, 1)
+    s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(x.dtype), plan.arch, y.channels_last, False, crowded))
     arguments = (xs.strided, w, b, y.strided, n, *x.shape[2:], p, q, c, *window.padding)
     constants = conv3x3_depthwise.Depthwise(
         s.block_j, conv3x3.Box(*s.box), *window.stride, CHANNELS_LAST=y.channels_last, VEC=xs.vec, VEC_STORE=y.vec,
@@ -322,7 +322,8 @@ def _few_channels_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Wi
 def _depthwise_wgrad(plan: Plan, dz: Image, x: Buffer, dw: Buffer, db: Buffer | None, window: Window) -> Sums:
     (n, c, *_), (p, q) = x.shape, dz.tensor.shape[2:]
     partial = accumulator(x.dtype)
-    s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(x.dtype), plan.arch, dz.channels_last, wgrad=True))
+    stepped = window.stride != (1, 1)
+    s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(x.dtype), plan.arch, dz.channels_last, True, stepped))
     xs = with_unit_stride(plan, x, dz.channels_last)
     shares, sums = partials_of(plan, dw, s.splits, partial), partials_of(plan, db, s.splits, partial)
     arguments = (
@@ -342,7 +343,8 @@ def _depthwise_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Windo
     out = dense_image(dx)
     dz = with_unit_stride(plan, dz.tensor, out.channels_last)
     p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
-    s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(dx.dtype), plan.arch, out.channels_last, wgrad=False))
+    stepped = window.stride != (1, 1)
+    s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(dx.dtype), plan.arch, out.channels_last, False, stepped))
     arguments = (
         dz.strided, plan.contiguous(w), out.strided, n, height, width, *dz.tensor.shape[2:], c, *window.padding,
     )  # fmt: skip

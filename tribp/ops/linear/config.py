@@ -195,8 +195,9 @@ def fuse_dz(chosen: MatmulConfig, of: "DgradProblem | WgradProblem") -> MatmulCo
     A pass of its own reads dy and y and writes dz, and the product reads that again: four units of memory where the
     fused form has two. But the loop has three times the instructions, once for each tile column. Measured on an H200,
     backward, fused and not: one tile column (65536×1024×256) 183 and 229 µs; four (65536×256×784) 204 and 182,
-    (8192×1024×1024) 102 and 92. Between these, for two tile columns and no more the fused form is the faster one; and
-    for four where dz has few elements: they cost a µs for each million, and a launch two.
+    (8192×1024×1024) 102 and 92. Interpolated, the fused form is the
+    faster one for two tile columns and no more; and for four where dz has few elements: they cost a µs for each
+    million, and a launch two.
     Compiled: with pointers the fused wgrad spills up to 230 bytes on sm_90, and up to 1,300 where operands lie in
     registers; so it is not for products that `needs_registers` keeps from wgmma.
     """
@@ -250,7 +251,8 @@ class OutputGradProblem(NamedTuple):
         block_n = fit(128, n)
         block_m = max(1, 4096 // block_n if ITEMSIZE[dtype] <= 4 else 2048 // block_n)
         blocks = cdiv(m, block_m)
-        # Measured on an H200, dw and db of 65536×256×784 with four programs a processor and two: 104 and 97 µs.
+        # Measured on an H200, dw and db of 65536×256×784 with four programs a processor and two: 104 and
+        # 97 µs; of 8192×1024×1024 57 and 57.
         programs = max(1, 2 * arch.processors // cdiv(n, block_n))
         rows = cdiv(blocks, programs) * block_m
         reason = "derived: 16 elements a thread: two 16-byte loads of dy and of y in flight"
