@@ -45,6 +45,14 @@ def test_large_tiles_lie_so_that_the_least_is_outside(k: int, tile: tuple[int, i
     assert (forward.persistent > 0) == (k > 128)
 
 
+@pytest.mark.parametrize(("target", "most"), [("sm_80", 1024), ("sm_90", 1024), ("sm_100", 512)])
+def test_short_sums_have_tiles_that_share_a_processor(target: str, most: int) -> None:
+    arch = ARCHS[target]
+    for k, columns in ((most, 128), (most + 1, 256)):
+        problem = ForwardProblem(65536, 4096, k, "bfloat16", "ieee", arch, vec=8, tma=arch.has_tma)
+        assert problem.choose().block_j == columns
+
+
 def test_the_shapes_that_the_rule_names() -> None:
     """8192×1024×1024: 32 tiles of 128×256 in four parts are 128 programs. 64×512 images of 7×7: 100 of 128×128."""
     spare = 2 * 8192 * 1024

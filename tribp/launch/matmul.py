@@ -139,8 +139,8 @@ def by_mma_sync(config: M, precision: str) -> M:
 # Sums up to which a tile's end takes so long that another program on the processor should hide it. Measured on an H200,
 # in tiles of 128×256 and of 128×128 with four warps, in µs: forward 8192×1024×1024 35.5 and 33.0, 65536×256×784 65.8
 # and 63.8; backward 65536×256×784 (dgrad sums 256; 256×128) 182 and 172, 8192×1024×1024 91.4 and 88.3, 65536×1024×256
-# 183 and 185. Elsewhere derived.
-SHORT = {True: 1024, False: 512}  # with wgmma, without
+# 183 and 185. Elsewhere derived; on sm_100, by eight warps, up to half of that.
+SHORT = 1024
 
 
 def candidates(of: Product, l: int) -> list[MatmulConfig]:
@@ -199,7 +199,7 @@ def candidates(of: Product, l: int) -> list[MatmulConfig]:
         # Compiled: 4-byte accesses to 64 deep tiles have so many addresses that one spills with Triton 3.9 on sm_80.
         small = replace(small, block_l=32)
     tiles = [wide, small, replace(small, block_i=32, block_j=32, reason="derived: 32×32: a small result")]
-    return [big, *tiles] if l > SHORT[arch.has_wgmma and tma] else tiles
+    return [big, *tiles] if l > (SHORT // 2 if tma and not arch.has_wgmma else SHORT) else tiles
 
 
 def turned(tiles: list[MatmulConfig], i: int, j: int) -> list[MatmulConfig]:
