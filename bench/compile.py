@@ -23,7 +23,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 from tribp.launch.arch import ARCHS, Arch
-from tribp.launch.plan import Launch
+from tribp.launch.launches import Launch
 
 from . import sass, wgmma
 from .expectations import Compiled, Expectation, always, broken

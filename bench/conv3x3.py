@@ -30,7 +30,7 @@ from .model import work as model
 from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
 
 if TYPE_CHECKING:
-    from tribp.launch.plan import Launch
+    from tribp.launch.launches import Launch
 
 PADDING = 1
 

@@ -14,7 +14,7 @@ from .sass import COPIES, LOADS, MATRIX, STORES, Loop
 from .wgmma import EXPECTED
 
 if TYPE_CHECKING:  # imports triton, which `bench run` can do without
-    from tribp.launch.plan import Launch
+    from tribp.launch.launches import Launch
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def one_rank() -> Iterator[Callable[[int], Tensor]]:
 @contextlib.contextmanager
 def launching_nothing() -> Iterator[None]:
     """CPU tensors have the plan of an H100's, and its launches are not performed."""
-    from tribp.launch.plan import CachedLaunch
+    from tribp.launch.launches import CachedLaunch
 
     with running_on(ARCHS["sm_90"]), mock.patch.object(CachedLaunch, "__call__", always(None)):
         yield

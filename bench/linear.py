@@ -20,7 +20,7 @@ from .model import work as model
 from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
 
 if TYPE_CHECKING:
-    from tribp.launch.plan import Launch
+    from tribp.launch.launches import Launch
 
 SQUARE, SQUARISH, TALL = (4096, 4096, 4096), (8192, 1024, 1024), (65536, 256, 784)
 TINY, ODD = (64, 10, 128), (1000, 77, 333)

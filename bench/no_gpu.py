@@ -11,14 +11,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import torch
 from torch import Tensor
 
 from tribp import dispatch
 from tribp.launch.arch import ARCHS, Arch
 
 if TYPE_CHECKING:
-    from tribp.launch.plan import Launch
+    from tribp.launch.launches import Launch
 
 Performed = Callable[[Any, tuple[int, ...], tuple[object, ...]], object]  # compiled kernel's metadata, grid, arguments
 
@@ -44,8 +43,10 @@ def recording(arch: Arch) -> "Iterator[list[Launch]]":
 
     launches: list[Launch] = []
 
-    def record(plan: plans.Plan, tensors: Sequence[Tensor | None], device: torch.device) -> None:
-        launches.extend(plan.bound(tensors))
+    def record(plan: plans.Plan, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        memory = plan.memory(tensors)
+        launches.extend(plan.bound(memory))
+        return plan.returned(memory)
 
     plans.forget()  # which GPU they are for is no part of what they are remembered by
     try:
@@ -61,29 +62,8 @@ def pretending(arch: Arch, performed: Performed = lambda metadata, grid, argumen
 
     Raises RuntimeError under TRITON_INTERPRET=1, where Triton compiles nothing.
     """
-    from triton.runtime import driver
-
     if dispatch.interpreting():
         raise RuntimeError("a GPU can't be pretended under TRITON_INTERPRET=1: unset it")
-    before = driver._active
-    driver.set_active(_driver(arch, performed))
-    try:
-        with running_on(arch):
-            yield
-    finally:
-        driver._active = before
-
-
-pretending_h100 = functools.partial(pretending, ARCHS["sm_90"])
-
-
-def always(value: object) -> Callable[..., object]:
-    """A function that returns the value. A Mock does too, and takes 15 µs."""
-    return lambda *_: value
-
-
-def _driver(arch: Arch, performed: Performed) -> Any:
-    from .compile import target_of
 
     def launcher(source: object, metadata: object) -> Callable[..., None]:
         def launch(x: int, y: int, z: int, stream: int, function: object, packed: object, *rest: Any) -> None:
@@ -92,15 +72,72 @@ def _driver(arch: Arch, performed: Performed) -> Any:
 
         return launch
 
+    with _driving(arch, launcher), running_on(arch):
+        yield
+
+
+@contextlib.contextmanager
+def pretending_cuda(arch: Arch, launch: Callable[..., object] = lambda *arguments: None) -> Iterator[None]:
+    """`pretending` with Triton's own launcher for CUDA, whose Python calls `launch` where it would call the driver.
+
+    A kernel's function is its name, a descriptor what it would have been made of.
+    """
+    from triton.backends.nvidia import driver as cuda
+
+    module = SimpleNamespace(launch=launch)  # what Triton 3.5 and 3.6 compile for every signature
+    functions = dict(
+        launch=launch, build_signature_metadata=always(b""), fill_tma_descriptor=Described,
+        fill_tma_descriptor_tiled=Described,
+    )  # fmt: skip
+    with (
+        mock.patch.object(cuda, "library_dirs", return_value=[]),
+        mock.patch.object(cuda, "compile_module_from_src", return_value=module, create=True),
+        mock.patch.object(cuda, "PyKernelArg", SimpleNamespace, create=True),
+        _driving(arch, cuda.CudaLauncher, **functions),
+        running_on(arch),
+    ):
+        yield
+
+
+pretending_h100 = functools.partial(pretending_cuda, ARCHS["sm_90"])
+
+
+class Described:
+    """A descriptor that no GPU reads."""
+
+    def __init__(self, address: int, *says: object) -> None:
+        self.address, self.says = address, says
+
+
+@contextlib.contextmanager
+def _driving(arch: Arch, launcher: object, **functions: Any) -> Iterator[None]:
+    """Triton's driver, of which only these functions do anything."""
+    from triton.runtime import driver
+
+    from .compile import target_of
+
     utils = SimpleNamespace(
         # Module (none: Triton 3.9 would unload it), function, registers, spills, threads a program may have.
-        load_binary=always((None, 0, 0, 0, 1024)),
+        load_binary=lambda name, *binary: (None, name, 0, 0, 1024),
         get_device_properties=always({"max_shared_mem": arch.shared_memory, "multiprocessor_count": arch.processors}),
+        **functions,
     )
-    return SimpleNamespace(
-        launcher_cls=launcher,
-        utils=utils,
-        get_current_device=always(0),
-        get_current_stream=always(0),
-        get_current_target=always(target_of(arch)),
+    before = driver._active
+    driver.set_active(
+        SimpleNamespace(
+            launcher_cls=launcher,
+            utils=utils,
+            get_current_device=always(0),
+            get_current_stream=always(0),
+            get_current_target=always(target_of(arch)),
+        )
     )
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def always(value: object) -> Callable[..., object]:
+    """A function that returns the value. A Mock does too, and takes 15 µs."""
+    return lambda *_: value

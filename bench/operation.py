@@ -21,7 +21,7 @@ from tribp.launch.arch import Arch
 from .expectations import Expectation
 
 if TYPE_CHECKING:  # imports triton, which `run` can do without
-    from tribp.launch.plan import Launch
+    from tribp.launch.launches import Launch
 
 Given = Mapping[str, Any]  # a launch's arguments and constants by name
 

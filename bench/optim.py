@@ -20,7 +20,7 @@ from .expectations import Expectation, threads, vectors
 from .operation import TOLERANCE, Action, Given, KernelTests, Operation, Reference, Target, Work
 
 if TYPE_CHECKING:
-    from tribp.launch.plan import Launch
+    from tribp.launch.launches import Launch
 
 Shapes = Sequence[tuple[int, ...]]
 

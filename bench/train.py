@@ -30,7 +30,7 @@ from .operation import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from tribp.launch.plan import Launch
+    from tribp.launch.launches import Launch
 
 DIGITS, DIGITS3 = (784, 128, 10), (784, 256, 64, 10)
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -114,7 +114,7 @@ def every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def launched(kernels: str, every_launch: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched in this test, in order; each still runs."""
-    from tribp.launch.plan import Launch
+    from tribp.launch.launches import Launch
 
     names: list[str] = []
     run = Launch.run

@@ -72,7 +72,7 @@ def test_untested_versions_are_named_once(torch: str, triton: str, said: list[st
 def test_fused_multiply_adds_do_not_hang_on_the_version() -> None:
     """Triton 3.9 says that 3.10 will not form them unless it is asked to."""
     pytest.importorskip("triton")
-    from tribp.launch.plan import Launch
+    from tribp.launch.launches import Launch
 
     launch = Launch(None, (1,), (), {}, 4)
     assert launch.options["enable_fp_fusion"] is True

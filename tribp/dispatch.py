@@ -125,11 +125,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A guard that makes the tensor's device the current one; free where it already is, or where there is none."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A guard that makes this the current device; free where it already is, or where there is none."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
+    return torch.cuda.device(device)
 
 
 # -- the compiler, transforms, dispatch modes, autocast
@@ -212,6 +212,17 @@ def plain_cpu_call(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.is_cpu
         and (dtype := input.dtype) in FLOATS
         and (bias is None or bias.dtype is dtype)
+    )
+
+
+def kernels_alone(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels compute a call, or its plan refuses it, so that nothing need be checked before."""
+    return (
+        not needs_operator()
+        and backend_of(input) == "triton"
+        and not has_torch_function_variadic(input, weight, bias)
+        and not kernels_cannot_see(input, weight, bias)
+        and not autocasting(input.device.type)
     )
 
 

@@ -215,8 +215,8 @@ class TrainStep:
             tensors += [w, b, self._grads.get(id(w)), self._grads.get(id(b))]
         acts = tuple(layer.activation for layer in layers)
         facts = dict(activations=acts, kind=loss, reduction=reduction, tf32=uses_tf32(input))
-        with dispatch.on_device(input), torch.no_grad():
-            perform(plan.train, tensors, input.device, **facts)
+        with torch.no_grad():
+            perform(plan.train, tensors, **facts)
         increment_version(list(self._grads.values()))  # what autograd keeps of them must not be taken for theirs
         return value
 

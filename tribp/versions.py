@@ -3,10 +3,12 @@
 Importing this module imports neither: heuristics do without torch, and the fallback without triton.
 """
 
+import copy
 import functools
 import re
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 Version = tuple[int, int]
 
@@ -70,6 +72,38 @@ def keeps_shared_tiles() -> bool:
     3.5 gives it a place too few, and the next copy lands in it: https://github.com/triton-lang/triton/issues/8554.
     """
     return triton_version() >= (3, 6)
+
+
+class BareLauncher(NamedTuple):
+    """Launches a compiled kernel with descriptors as the driver takes them."""
+
+    run: Callable[..., object]
+    encode: Callable[[Sequence[Any]], list[object]]  # what that is of TensorDescriptors: all of one launch's
+
+
+def bare_launcher(compiled: Any) -> BareLauncher | None:
+    """Triton's launcher beneath the function that makes descriptors anew at each launch, 2 µs for each.
+
+    Triton has no name for it. None where that is not as it is from 3.5 to 3.9: then every launch makes them.
+    """
+    from triton.backends.nvidia import driver
+
+    outer, metadata = compiled.run, getattr(compiled.metadata, "tensordesc_meta", None)
+    make = getattr(driver, "make_tensordesc_arg", None)
+    code = getattr(getattr(outer, "launch", None), "__code__", None)
+    if not (isinstance(outer, driver.CudaLauncher) and make and code and metadata and all(metadata)):
+        return None
+    if "launcher" not in code.co_freevars:
+        return None
+    bare = copy.copy(outer)
+    bare.launch = outer.launch.__closure__[code.co_freevars.index("launcher")].cell_contents
+    more = (None,) * (make.__code__.co_argcount - 2)  # 3.8 hands it the launch, too
+
+    def encode(descriptors: Sequence[Any]) -> list[object]:
+        pairs = zip(descriptors, metadata, strict=True)
+        return [part for descriptor, says in pairs for part in make(descriptor, says, *more)]
+
+    return BareLauncher(bare, encode)
 
 
 def mend_interpreter() -> None:

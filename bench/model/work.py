@@ -16,7 +16,7 @@ from ..expectations import size
 from ..operation import Given, Operation
 
 if TYPE_CHECKING:
-    from tribp.launch.plan import Launch
+    from tribp.launch.launches import Launch
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from bench.optim import StepCase
 from bench.sass import parse_sass
 from tribp import versions
 from tribp.launch.arch import ARCHS
-from tribp.launch.plan import Launch
+from tribp.launch.launches import Launch
 
 ROOT = Path(__file__).parents[2]
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -15,7 +15,7 @@ from bench.model.work import work_of
 from bench.operation import Case, KernelTests, Operation, Target, Work, describe
 from bench.options import Options
 from tribp.launch.arch import ARCHS
-from tribp.launch.plan import Launch
+from tribp.launch.launches import Launch
 
 CASE = Case((8, 8, 8), torch.bfloat16)
 

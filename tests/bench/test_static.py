@@ -238,7 +238,8 @@ def plant() -> dict[str, Any]:
     from bench.compile import read_launches, source_of
     from bench.linear import OPERATION, LinearCase, expectations
     from tests.launch.plans import with_settings
-    from tribp.launch.plan import Launch, launches_of
+    from tribp.launch.launches import Launch
+    from tribp.launch.plan import launches_of
 
     def forward(shape: tuple[int, int, int], dtype: torch.dtype, target: str) -> Launch:
         return OPERATION.launches(LinearCase(shape, dtype), "forward", ARCHS[target])[0]

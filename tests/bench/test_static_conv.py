@@ -14,7 +14,7 @@ from bench.operation import describe
 from bench.sass import Loop
 from tribp.kernels.conv3x3 import Box
 from tribp.launch.arch import ARCHS
-from tribp.launch.plan import Launch
+from tribp.launch.launches import Launch
 
 from ..launch.plans import with_settings
 

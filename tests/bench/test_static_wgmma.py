@@ -46,7 +46,7 @@ def product(  # type: ignore[no-untyped-def]
 def plant() -> dict[str, Any]:
     """What is said of each. Runs where the compiler does, in a process of its own."""
     from bench.compile import read_launches
-    from tribp.launch.plan import Launch
+    from tribp.launch.launches import Launch
 
     k, step = 4096, 64
 

@@ -16,7 +16,7 @@ from bench.options import Options
 from bench.timing import CpuMeter, Times
 from tribp.launch import plan as plans
 from tribp.launch.arch import INTERPRETER
-from tribp.launch.plan import Launch
+from tribp.launch.launches import Launch
 from tribp.ops.linear.config import ForwardProblem
 
 from .test_run import NO_CUDA

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tribp
 from tribp import dispatch
-from tribp.launch.plan import Launch
+from tribp.launch.launches import Launch
 
 from ..covering import turn
 from .cases import CASES, Case

@@ -64,7 +64,7 @@ def test_strides_are_torchs(shape: str, x_layout: Layout, w_layout: Layout, devi
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_rule_for_formats_is_torchs(shape: str) -> None:
     """Every combination of layouts, on the rule alone: what the operators, real and fake, give their results."""
-    from tribp.ops.conv3x3 import op as ops
+    from tribp.ops.conv3x3.reference import channels_last_of
 
     case = SHAPES[shape]
     x, w, _ = case.make(torch.float32, "cpu")
@@ -73,7 +73,7 @@ def test_the_rule_for_formats_is_torchs(shape: str) -> None:
         theirs = case.theirs(a, b)
         (dx,) = torch.autograd.grad(theirs.sum(), a)
         where = f"input {name(x_layout)}, weight {name(w_layout)}"
-        last_of = ops.channels_last_of(a, b)
+        last_of = channels_last_of(a, b)
         formats = {True: torch.channels_last, False: torch.contiguous_format}
         for tensor in (theirs, dx):
             dense = torch.empty(tensor.shape, memory_format=formats[last_of.input])

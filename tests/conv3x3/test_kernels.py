@@ -15,10 +15,13 @@ from torch.nn import functional as F
 
 import tribp
 from tribp.launch.arch import ARCHS, cdiv
-from tribp.launch.plan import Buffer, Launch, Plan, launches_of
+from tribp.launch.buffer import Buffer
+from tribp.launch.launches import Launch
+from tribp.launch.plan import Plan, launches_of
 from tribp.launch.reduce import reduce_partials
 from tribp.ops.activations import NONE, Activation
 from tribp.ops.conv3x3 import plan as ops
+from tribp.ops.conv3x3.checks import small_enough
 from tribp.ops.conv3x3.config import (
     ConvConfig,
     ConvProblem,
@@ -81,7 +84,7 @@ def backward(
     tensors: tuple[Tensor | None, ...], window: Window, configs: dict[Any, ConvConfig] | None = None
 ) -> list[Launch]:
     """tensors: dy, x, w, y, dx, dw, db."""
-    return run(ops.backward, tensors, configs, window=window, activation=SIGMOID, tf32=False)
+    return run(ops.backward_layer, tensors, configs, window=window, activation=SIGMOID, tf32=False)
 
 
 class Case:
@@ -145,7 +148,7 @@ def test_forward(window: str, form: str, dtype: torch.dtype, kernels: str, bundl
     bundles(case)
     config = case.fitted(FORMS[form])
     tensors = (case.x, case.w, case.b, case.y)
-    launches = run(ops.forward, tensors, {ConvProblem: config}, window=case.window, activation=NONE, tf32=False)
+    launches = run(ops.forward_layer, tensors, {ConvProblem: config}, window=case.window, activation=NONE, tf32=False)
     (launch,) = [launch for launch in launches if launch.kernel.__name__ == "forward"]
     assert launch.named["TMA"] == config.tma
     assert launch.named["DIAGONAL"] == (case.window.groups > 2)
@@ -206,7 +209,7 @@ def test_few_input_channels(c: int, last: bool, kernels: str) -> None:
     b = tensor((1, 20, 1, 1), dtype, kernels, False).flatten()
     z = F.conv2d(x.double(), w.double(), b.double(), window.stride, window.padding)
     y = nan_like(tensor(tuple(z.shape), dtype, kernels, last))
-    (launch,) = run(ops.forward, (x, w, b, y), window=window, activation=SIGMOID, tf32=False)
+    (launch,) = run(ops.forward_layer, (x, w, b, y), window=window, activation=SIGMOID, tf32=False)
     assert launch.kernel.__name__ == "few_channels_forward"
     assert_close(y, torch.sigmoid(z).cpu())
     dy, dw, db = tensor(tuple(z.shape), dtype, kernels, c == 5), nan_like(w), nan_like(b)
@@ -260,7 +263,7 @@ def test_one_channel_a_group(rows: int, last: bool, stride: tuple[int, int], ker
     z = F.conv2d(x.double(), w.double(), b.double(), window.stride, window.padding, 1, 12).cpu()
     y, dx, dw, db = nan_like(tensor(tuple(z.shape), dtype, kernels, last)), nan_like(x), nan_like(w), nan_like(b)
     config = ConvConfig(8, 8, 1, 4, 1, "test", box=(2, rows, 4))
-    run(ops.forward, (x, w, b, y), {DepthwiseProblem: config}, window=window, activation=NONE, tf32=False)
+    run(ops.forward_layer, (x, w, b, y), {DepthwiseProblem: config}, window=window, activation=NONE, tf32=False)
     assert_close(y, z)
     dy = tensor(tuple(z.shape), dtype, kernels, last)
     backward((dy, None, w, None, dx, None, None), window, {DepthwiseProblem: config})
@@ -362,7 +365,7 @@ def test_a_nan_of_one_group_stays_in_it(kernels: str) -> None:
     window = Window((1, 1), (1, 1), 4)
     assert bundle_of(4, 3, 6, 64) > 1
     y = torch.empty(1, 24, 6, 7, device=kernels)
-    run(ops.forward, (x, w, None, y), window=window, activation=NONE, tf32=False)
+    run(ops.forward_layer, (x, w, None, y), window=window, activation=NONE, tf32=False)
     exact = F.conv2d(x, w, None, 1, 1, 1, 4)
     torch.testing.assert_close(y, exact, equal_nan=True, rtol=1e-5, atol=1e-5)
     dy = torch.randn(1, 24, 6, 7, device=kernels)
@@ -412,18 +415,18 @@ def test_every_second_column_is_stored_by_itself() -> None:
         window = Window(stride, (1, 1))
         grad = dy.new_empty((2, 16, 16 // stride[0], 16 // stride[1]))
         tensors = (grad, None, w, None, dx, None, None)
-        *_, launch = launches_of(ops.backward, ARCHS["sm_90"], tensors, window=window, activation=NONE, tf32=False)
+        *_, launch = launches_of(
+            ops.backward_layer, ARCHS["sm_90"], tensors, window=window, activation=NONE, tf32=False
+        )
         assert launch.named["VEC_STORE"] == vec
 
 
 def test_weights_beyond_32_bit_offsets_go_through_torch(
     kernels: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tribp.ops.conv3x3 import op as operators
-
-    assert operators._small_enough(15_000, 15_000)
-    assert not operators._small_enough(16_000, 16_000)
-    monkeypatch.setattr(operators, "_small_enough", lambda o, c: False)
+    assert small_enough(15_000, 15_000)
+    assert not small_enough(16_000, 16_000)
+    monkeypatch.setattr(ops, "small_enough", lambda o, c: False)
     x, w = torch.randn(1, 8, 3, 3, device=kernels), torch.randn(4, 8, 3, 3, device=kernels, requires_grad=True)
     y = tribp.conv3x3(x, w)
     launched.clear()
@@ -436,13 +439,13 @@ def test_a_descriptor_does_not_run_into_the_next_pixel(kernels: str) -> None:
     x, w = tensor((1, 48, 4, 4), torch.float32, kernels, True), tensor((8, 48, 3, 3), torch.float32, kernels, True)
     window = Window((2, 2), (1, 1))
     y = nan_like(tensor((1, 8, 2, 2), torch.float32, kernels, True))
-    run(ops.forward, (x, w, None, y), window=window, activation=NONE, tf32=False)
+    run(ops.forward_layer, (x, w, None, y), window=window, activation=NONE, tf32=False)
     assert_close(y, F.conv2d(x.double(), w.double(), None, 2, 1).cpu())
     # What it read there would meet the zeros behind the weights: only an infinity would tell.
     x = tensor((1, 48, 4, 6), torch.float32, kernels, True)
     x[..., 3] = torch.inf
     y = nan_like(tensor((1, 8, 1, 2), torch.float32, kernels, True))
-    run(ops.forward, (x, w, None, y), window=Window((2, 2)), activation=NONE, tf32=False)
+    run(ops.forward_layer, (x, w, None, y), window=Window((2, 2)), activation=NONE, tf32=False)
     assert y[..., 0].isfinite().all()
 
 

@@ -35,7 +35,7 @@ def test_a_step_past_the_channels_meets_no_weight(kernels: str) -> None:
     x, dy = tensor((2, 48, 5, 6), torch.float32, kernels, True), tensor((2, 16, 3, 4), torch.float32, kernels, True)
     configs = {ConvProblem: replace(BASE, tma=True, flat=True, block_l=32)}
     y, dx = nan_like(dy), nan_like(x)
-    run(ops.forward, (x, w, None, y), configs, window=Window(), activation=NONE, tf32=False)
+    run(ops.forward_layer, (x, w, None, y), configs, window=Window(), activation=NONE, tf32=False)
     exact = F.conv2d(x.double(), w.double()).float()
     torch.testing.assert_close(y, exact, equal_nan=True, rtol=1e-5, atol=1e-5)
     assert exact[:, 0].isinf().all(), "one term is infinite, and a zero times it would be NaN"
@@ -88,7 +88,7 @@ def test_db_sums_what_dz_holds(form: str, dtype: torch.dtype, tf32: bool, value:
     dy = torch.full((3, 16, 1, 5), value, dtype=dtype, device=kernels).contiguous(memory_format=torch.channels_last)
     x, dw, db = torch.zeros_like(dy), tensor((16, 16, 3, 3), dtype, kernels, True), nan_like(dy[0, :, 0, 0])
     window, configs = Window((1, 1), (1, 1)), {ConvWgradProblem: WGRAD_FORMS[form]}
-    run(ops.backward, (dy, x, None, None, None, dw, db), configs, window=window, activation=NONE, tf32=tf32)
+    run(ops.backward_layer, (dy, x, None, None, None, dw, db), configs, window=window, activation=NONE, tf32=tf32)
     torch.testing.assert_close(db, dy.double().sum((0, 2, 3)).to(dtype), rtol=2e-7, atol=0)
 
 

@@ -83,7 +83,7 @@ def _recorded() -> Iterator[set[Form]]:
     """The switches of all launches, arguments that may be None among them, and on which axes of its grid a kernel has
     several programs.
     """
-    from tribp.launch.plan import Launch
+    from tribp.launch.launches import Launch
 
     forms: set[Form] = set()
     run = Launch.run

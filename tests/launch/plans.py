@@ -5,8 +5,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from tribp import dispatch
-from tribp.launch.plan import Launch, Plan, layout_of
+from tribp.launch.buffer import layout_of
+from tribp.launch.launches import Launch
+from tribp.launch.plan import Plan, arch_of
 
 
 class OfKind(dict[Any, Any]):
@@ -17,21 +18,27 @@ class OfKind(dict[Any, Any]):
 
 
 def plan_of(
-    build: Callable[..., None], tensors: Sequence[Tensor | None], configs: Mapping[Any, Any] | None = None, **facts: Any
+    build: Callable[..., object],
+    tensors: Sequence[Tensor | None],
+    configs: Mapping[Any, Any] | None = None,
+    **facts: Any,
 ) -> Plan:
     """configs: by the classes of the problems they are for."""
-    arch = dispatch.arch_of(next(t for t in tensors if t is not None).device.index)
-    plan = Plan(arch, [layout_of(tensor) for tensor in tensors], OfKind(configs or {}))
+    layouts = [layout_of(tensor) for tensor in tensors]
+    plan = Plan(arch_of(layouts), layouts, OfKind(configs or {}))
     build(plan, *plan.given, **facts)
     return plan
 
 
 def run(
-    build: Callable[..., None], tensors: Sequence[Tensor | None], configs: Mapping[Any, Any] | None = None, **facts: Any
+    build: Callable[..., object],
+    tensors: Sequence[Tensor | None],
+    configs: Mapping[Any, Any] | None = None,
+    **facts: Any,
 ) -> list[Launch]:
     """Build a plan and run it on the tensors. Returns its launches."""
     plan = plan_of(build, tensors, configs, **facts)
-    plan.run(tensors, next(t for t in tensors if t is not None).device)
+    plan.run(tensors)
     return plan.launches
 
 

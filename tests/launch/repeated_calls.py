@@ -3,15 +3,21 @@
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.compiler.compiler import LazyDict
+from triton.knobs import HookChain
 
 import tribp
 import tribp.optim
-from bench.no_gpu import pretending
+from bench.no_gpu import Described, pretending, pretending_cuda
+from tribp.launch import launches
 from tribp.launch import plan as plans
 from tribp.launch.arch import ARCHS
+from tribp.launch.buffer import Memory
 
 BF16 = torch.bfloat16
 
@@ -40,31 +46,52 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Tensor]]]] = {
     "depthwise": (conv(groups=16), lambda: [last(2, 16, 8, 8), last(16, 1, 3, 3)]),
 }
 
-Performed = tuple[str, tuple[int, ...], list[object]]
+WITH_DESCRIPTORS = ("linear", "dense, stride 2", "NCHW")
+
+Performed = list[object]
 
 
 class Seen:
-    """What the driver was told to perform. Tensors are kept, so that no address stands for two of them."""
+    """What the driver was told to perform. Memory is kept, so that no address stands for two tensors."""
 
     def __init__(self) -> None:
         self.launches: list[Performed] = []
-        self._kept: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._kept: list[object] = []
+        self.told = 0
 
     def begin(self) -> None:
-        self.launches, self._kept = [], []
+        self.launches, self._addresses, self._kept = [], [], []
+        self.told = 0  # of how many launches hooks were told
 
-    def __call__(self, metadata: Any, grid: tuple[int, ...], arguments: tuple[object, ...]) -> None:
-        self.launches.append((f"{metadata.name} {metadata.hash}", grid, [self._comparable(a) for a in arguments]))
+    def allocate(self, memory: Memory, really: Callable[[Memory], Tensor] = Memory.allocate) -> Tensor:
+        tensor = really(memory)
+        self._kept.append(tensor)
+        return tensor
+
+    def performed(self, metadata: Any, grid: tuple[int, ...], arguments: tuple[object, ...]) -> None:
+        self.launch(metadata.name, metadata.hash, grid, *arguments)
+
+    def launch(self, *arguments: object) -> None:
+        self.launches.append([self._comparable(a) for a in arguments])
+
+    def _number(self, address: int) -> int:
+        if address not in self._addresses:
+            self._addresses.append(address)
+        return self._addresses.index(address)
 
     def _comparable(self, argument: Any) -> object:
         """Tensors by the order in which they are met: their addresses differ from call to call."""
         if isinstance(argument, Tensor):
-            if argument.data_ptr() not in [t.data_ptr() for t in self._kept]:
-                self._kept.append(argument)
-            number = [t.data_ptr() for t in self._kept].index(argument.data_ptr())
-            return "tensor", number, argument.dtype
-        if isinstance(argument, tuple):
+            self._kept.append(argument)
+            return "tensor", self._number(argument.data_ptr()), argument.dtype
+        if isinstance(argument, (tuple, list)):
             return tuple(map(self._comparable, argument))
+        if isinstance(argument, (HookChain, LazyDict)):  # Triton tells even a chain of no hooks
+            self.told += isinstance(argument, LazyDict)
+            return None
+        if isinstance(argument, Described):
+            return "descriptor", self._number(argument.address), argument.says
         if hasattr(argument, "block_shape"):
             rest = {name: value for name, value in vars(argument).items() if name != "base"}
             return "descriptor", self._comparable(argument.base), rest
@@ -100,7 +127,9 @@ def compare_steps(seen: Seen) -> int:
 def main(target: str) -> int:
     seen = Seen()
     compared = 0
-    with pretending(ARCHS[target], seen):
+    arch = ARCHS[target]
+    pretended = pretending_cuda(arch, seen.launch) if arch.backend == "cuda" else pretending(arch, seen.performed)
+    with pretended, mock.patch.object(Memory, "allocate", lambda memory: seen.allocate(memory)):
         for name, (function, make) in CASES.items():
             first, second = ([t.requires_grad_() for t in make()] for _ in range(2))
 
@@ -113,6 +142,12 @@ def main(target: str) -> int:
             perform(first)
             repeated = perform(second)
             assert plans.planned.cache_info().currsize == 2, f"{name}: forward and backward are to be remembered"
+            assert not seen.told, name
+            if arch.backend == "cuda":
+                described = launches.encoded.cache_info().currsize
+                assert bool(described) == (name in WITH_DESCRIPTORS), f"{name}: descriptors are to be remembered, too"
+                with mock.patch.object(knobs.runtime, "launch_enter_hook", print):
+                    assert len(perform(second)) == seen.told, f"{name}: a hook is to be told of each launch"
             plans.forget()
             expected = perform(second)
             plans.forget()

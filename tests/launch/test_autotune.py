@@ -20,8 +20,10 @@ from tribp.launch import autotune
 from tribp.launch import plan as plans
 from tribp.launch.arch import ARCHS, INTERPRETER
 from tribp.launch.autotune import FILE, GAIN, Tuner, agrees, decode, load, search, store
+from tribp.launch.buffer import Buffer
+from tribp.launch.launches import CachedLaunch, Launch
 from tribp.launch.matmul import MatmulConfig, ReduceProblem, basis
-from tribp.launch.plan import Buffer, Launch, Plan
+from tribp.launch.plan import Plan
 from tribp.ops.activations import Activation
 from tribp.ops.linear import plan as linear_plan
 from tribp.ops.linear.config import ForwardProblem
@@ -31,7 +33,6 @@ from .config_cases import problems
 
 ROOT = Path(__file__).parents[2]
 GPU = "Some GPU 80GB"
-CPU = torch.device("cpu")
 PROBLEM = ForwardProblem(20, 16, 64, "float32", "ieee", INTERPRETER, 4, True)
 
 
@@ -43,15 +44,15 @@ class Machine:
         self.spoil: Callable[[Launch], bool] = lambda launch: False  # whether not to run it
         self.timed: list[list[Mapping[str, Any]]] = []
         self._running: list[Mapping[str, Any]] = []
-        run = plans.CachedLaunch.__call__
+        run = CachedLaunch.__call__
 
-        def watched(repeated: plans.CachedLaunch, memory: Any) -> None:
+        def watched(repeated: CachedLaunch, memory: Any) -> None:
             launch = repeated.on(memory)
             self._running.append(launch.settings)
             if not self.spoil(launch):
                 run(repeated, memory)
 
-        monkeypatch.setattr(plans.CachedLaunch, "__call__", watched)
+        monkeypatch.setattr(CachedLaunch, "__call__", watched)
 
     def __call__(self, action: Callable[[], object]) -> float:
         self._running = []
@@ -301,15 +302,15 @@ def test_a_config_that_computes_something_else_is_not_kept(spoil: Callable[[Laun
 
 def made_up(plan: Plan, given: Buffer, matrix: Buffer, out: Buffer, *, declared: bool) -> None:
     """An operation whose tensors have names of its own."""
-    linear_plan.forward(plan, given, matrix, None, out, activation=Activation("sigmoid"), tf32=False)
-    if not declared:
-        plan.outputs.clear()
+    linear_plan.forward_layer(plan, given, matrix, None, out, activation=Activation("sigmoid"), tf32=False)
+    if declared:
+        plan.returns(out)
 
 
 def perform_made_up(declared: bool) -> Tensor:
     given, matrix = inputs()
     out = torch.full((20, 16), torch.nan)
-    autotune.perform(made_up, (given, matrix, out), CPU, declared=declared)
+    autotune.perform(made_up, (given, matrix, out), declared=declared)
     return out
 
 
@@ -384,7 +385,7 @@ def test_only_on_a_gpu_and_not_for_the_interpreter(monkeypatch: pytest.MonkeyPat
     tuner = Tuner()
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     assert tuner.on_gpu(torch.device("cuda", 0))
-    assert not tuner.on_gpu(CPU)
+    assert not tuner.on_gpu(torch.device("cpu"))
     monkeypatch.setattr(dispatch, "interpreting", lambda: True)
     assert not tuner.on_gpu(torch.device("cuda", 0))
 
@@ -457,11 +458,9 @@ def test_another_layout_is_another_search(machine: Machine) -> None:
 
 
 def test_the_call_is_made_after_the_search(machine: Machine) -> None:
-    """The search leaves the outputs to the call: NaN if nobody wrote them."""
-    x, w = inputs()
-    y = torch.full((20, 16), torch.nan)
-    autotune.perform(linear_plan.forward, (x, w, None, y), CPU, activation=Activation("sigmoid"), tf32=False)
-    assert_close(y, LinearSigmoid(x, w, None).y)
+    """The search leaves what a call writes to the call: NaN if nobody wrote it."""
+    assert_close(perform_made_up(True), LinearSigmoid(*inputs(), None).y)
+    assert machine.timed
 
 
 def walk(times: Mapping[int, float], **more: Any) -> Any:

@@ -25,7 +25,9 @@ pytest.importorskip("triton")
 from tribp.kernels import common
 from tribp.launch import plan as plans
 from tribp.launch.arch import INTERPRETER
-from tribp.launch.plan import Buffer, Launch, Plan
+from tribp.launch.buffer import Buffer, Layout, Memory, dense_strides, layout_of
+from tribp.launch.launches import CachedLaunch, Launch
+from tribp.launch.plan import Plan
 from tribp.ops.activations import Activation
 from tribp.ops.linear import plan as linear_plan
 
@@ -192,15 +194,15 @@ def test_other_configs_are_another_plan(kernels: str, built: list[str]) -> None:
     """A tuned config takes the heuristic's place once the plans are made anew."""
     x, w = torch.randn(40, 64, device=kernels), torch.randn(16, 64, device=kernels)
     expected = tribp.linear_sigmoid(x, w)
-    layouts = [plans.layout_of(t) for t in (x, w, None, expected)]
+    layouts = [layout_of(t) for t in (x, w, None)]
     ((problem, config),) = plans.planned(
-        linear_plan.forward, x.device, *layouts, activation=Activation("sigmoid"), tf32=False
+        linear_plan.forward, *layouts, activation=Activation("sigmoid"), tf32=False
     ).configs.items()
     with plans.using({problem: replace(config, block_j=16)}):
         built.clear()
         torch.testing.assert_close(tribp.linear_sigmoid(x, w), expected)
         assert built == ["forward"]
-        plan = plans.planned(linear_plan.forward, x.device, *layouts, activation=Activation("sigmoid"), tf32=False)
+        plan = plans.planned(linear_plan.forward, *layouts, activation=Activation("sigmoid"), tf32=False)
         assert [launch.named["BLOCK_N"] for launch in plan.launches] == [16]
 
 
@@ -225,7 +227,7 @@ def test_a_view_is_copied_as_the_view_it_is() -> None:
         plan.add(Launch(Copy, (1,), (plan.contiguous(src.transpose(0, 1)), out.transpose(0, 1)), {}, 1))
 
     for _ in range(2):
-        plans.perform(build, (src, out), src.device)
+        plans.perform(build, (src, out))
         assert torch.equal(out, src.transpose(0, 1))
         src = torch.randn(6, 4, 3, 6)[..., ::2]
 
@@ -275,16 +277,16 @@ def test_scratch_lives_no_longer_than_its_launches(kernels: str, monkeypatch: py
     """One after the other, as a new call takes and frees it; the peak of two at a time is that of a new call."""
     alive: list[weakref.ref[Tensor]] = []
     most = 0
-    allocate = plans.Scratch.allocate
+    allocate = Memory.allocate
 
-    def count(scratch: plans.Scratch, device: torch.device) -> Tensor:
+    def count(scratch: Memory) -> Tensor:
         nonlocal most
-        tensor = allocate(scratch, device)
+        tensor = allocate(scratch)
         alive.append(weakref.ref(tensor))
         most = max(most, sum(reference() is not None for reference in alive))
         return tensor
 
-    monkeypatch.setattr(plans.Scratch, "allocate", count)
+    monkeypatch.setattr(Memory, "allocate", count)
 
     def build(plan: Plan, a: Buffer, b: Buffer) -> None:
         for source, target in ((a, b), (b, a)):
@@ -294,7 +296,7 @@ def test_scratch_lives_no_longer_than_its_launches(kernels: str, monkeypatch: py
 
     for _ in range(3):
         a, b = torch.ones(4), torch.zeros(4)
-        plans.perform(build, (a, b), a.device)
+        plans.perform(build, (a, b))
         assert torch.equal(b, torch.ones(4))
     assert len(alive) == 6
     assert most == 1
@@ -319,7 +321,7 @@ def test_zeros_are_zero_again() -> None:
 
     for _ in range(3):
         a = torch.ones(4)
-        plans.perform(build, (a,), a.device)
+        plans.perform(build, (a,))
         assert torch.equal(a, torch.zeros(4))
 
 
@@ -362,7 +364,7 @@ def test_threads_share_a_plan() -> None:
     def work(number: int) -> None:
         for value in (number, 10 * number):
             a, b = torch.full((4,), float(value)), torch.zeros(4)
-            plans.perform(build, (a, b), a.device)
+            plans.perform(build, (a, b))
             found[value] = b
 
     threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2)]
@@ -390,12 +392,12 @@ LAYOUTS: dict[str, Tensor] = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_buffer_answers_as_its_tensor(name: str) -> None:
     tensor = LAYOUTS[name]
-    (buffer,) = Plan(INTERPRETER, [plans.layout_of(tensor)]).given
+    (buffer,) = Plan(INTERPRETER, [layout_of(tensor)]).given
     assert buffer is not None
     for memory_format in (torch.contiguous_format, torch.channels_last):
         assert buffer.is_contiguous(memory_format) == tensor.is_contiguous(memory_format=memory_format)
         dense = torch.empty(tensor.shape, memory_format=memory_format)
-        assert plans.dense_strides(tensor.shape, memory_format) == dense.stride()
+        assert dense_strides(tensor.shape, memory_format) == dense.stride()
     other = tensor.transpose(0, 1)
     assert (buffer.transpose(0, 1).shape, buffer.transpose(0, 1).stride()) == (other.shape, other.stride())
     assert (buffer.numel(), buffer.element_size(), buffer.dtype) == (tensor.numel(), 4, torch.float32)
@@ -447,9 +449,9 @@ def test_a_graph_repeats_a_repeated_call() -> None:
 @pytest.mark.parametrize("length", [0, 1, 2])
 def test_tuples_of_any_length_are_filled(length: int) -> None:
     """Each place of an argument that is a tuple: memory, numbers, None."""
-    buffers = [Buffer(n, plans.Layout((2,), (1,), torch.float32, 0)) for n in range(3)]
+    buffers = [Buffer(n, Layout((2,), (1,), torch.float32, 0, torch.device("cpu"))) for n in range(3)]
     many = (*buffers[:length], 5, None)[: length + (length > 1) * 2]
     launch = Launch(common.reduce_partials, (1,), (buffers[2], many, 7, ()), {}, 4)
     memory = [torch.full((2,), float(n)) for n in range(3)]
-    found = plans.CachedLaunch(launch).on(memory).arguments
+    found = CachedLaunch(launch).on(memory).arguments
     assert found == (memory[2], (*memory[:length], 5, None)[: len(many)], 7, ())

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import tribp
 from tribp.kernels import common
+from tribp.launch.buffer import Buffer
 from tribp.launch.layout import operand
 from tribp.launch.matmul import MatmulConfig
-from tribp.launch.plan import Buffer, Plan
+from tribp.launch.plan import Plan
 from tribp.ops.activations import Activation
 from tribp.ops.linear import plan as linear
 from tribp.ops.linear.config import ForwardProblem
@@ -102,7 +103,7 @@ def test_each_form_of_linear(form: str, transposed: bool, kernels: str) -> None:
     x, w = lying(M, K), lying(N, K) / (4 * K)
     dz = positive(M, N, device=kernels)
     y, dx, dw = torch.empty_like(dz), positive(M, K, device=kernels), positive(1, N, K, device=kernels)
-    run(linear.forward, (x, w, None, y), {ForwardProblem: FORMS[form]}, activation=SIGMOID, tf32=True)
+    run(linear.forward_layer, (x, w, None, y), {ForwardProblem: FORMS[form]}, activation=SIGMOID, tf32=True)
     assert_close(y, torch.sigmoid(rounded(x) @ rounded(w).t()), tolerance=2e-6)
     run(dgrad, (dz, None, w, dx), config=FORMS[form])
     assert_close(dx, rounded(dz) @ rounded(w), tolerance=WITHIN)

@@ -226,9 +226,9 @@ def test_backward_runs_what_is_asked_for_and_no_more(kernels: str, launched: lis
 def test_dimensions_too_long_for_a_tile_go_through_torch(
     kernels: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tribp.ops.linear import op as ops
+    from tribp.ops.linear import checks
 
-    monkeypatch.setattr(ops, "MAX_SIZE", 16)
+    monkeypatch.setattr(checks, "MAX_SIZE", 16)
     x, w, b = make(17, 4, 8, torch.float32, kernels)
     check(x, w, b, torch.randn(17, 4, device=kernels))
     assert not launched

@@ -15,9 +15,10 @@ from torch import Tensor
 from tribp import dispatch
 from tribp.kernels import common
 from tribp.launch.arch import ARCHS, cdiv
+from tribp.launch.buffer import Buffer, layout_of
 from tribp.launch.layout import operand
 from tribp.launch.matmul import MatmulConfig
-from tribp.launch.plan import Buffer, Plan, layout_of
+from tribp.launch.plan import Plan
 from tribp.launch.reduce import Partials, reduce_partials
 from tribp.ops.activations import Activation
 from tribp.ops.linear import plan as ops
@@ -65,7 +66,7 @@ def test_forward(form: str, transposed: str, dtype: torch.dtype, kernels: str) -
     x, w = matrix(M, K, dtype, kernels, "x" in transposed), matrix(N, K, dtype, kernels, "w" in transposed) / K**0.5
     b = matrix(1, N, dtype, kernels)[0] if form != "prefetch" else None
     y = nan(M, N, dtype=dtype, device=kernels)
-    (launch,) = run(ops.forward, (x, w, b, y), {ForwardProblem: FORMS[form]}, activation=SIGMOID, tf32=False)
+    (launch,) = run(ops.forward_layer, (x, w, b, y), {ForwardProblem: FORMS[form]}, activation=SIGMOID, tf32=False)
     assert launch.named["PERSISTENT"] == FORMS[form].persistent
     assert_close(y, LinearSigmoid(x, w, b).y)
 
@@ -163,11 +164,12 @@ def test_backward_as_a_whole(needs: str, expanded: bool, dtype: torch.dtype, ker
     db = nan(N, dtype=dtype, device=kernels) if "b" in needs else None
     tensors = (dy, x if "w" in needs else None, w if "x" in needs else None, y, dx, dw, db)
     fused = any(
-        launch.named.get("FUSE_DZ", False) for launch in run(ops.backward, tensors, activation=SIGMOID, tf32=False)
+        launch.named.get("FUSE_DZ", False)
+        for launch in run(ops.backward_layer, tensors, activation=SIGMOID, tf32=False)
     )
     # Somebody's product may carry it: not for db alone, nor for dx beside db. Whether it does, the heuristics say for
     # the GPU; the interpreter's always do.
-    configs = plan_of(ops.backward, tensors, activation=SIGMOID, tf32=False).configs
+    configs = plan_of(ops.backward_layer, tensors, activation=SIGMOID, tf32=False).configs
     may = any(getattr(problem, "may_fuse", False) for problem in configs)
     assert may == (not expanded and ("w" in needs or needs == "x"))
     assert fused == any(getattr(config, "fuse_dz", False) for config in configs.values())

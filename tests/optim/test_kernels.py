@@ -270,7 +270,7 @@ def test_no_number_recompiles(name: str, kernels: str, every_launch: None, monke
     That is the constexprs, which arguments are None, the types, and of integers whether they are 1 or divisible by 16:
     no integer changes at all.
     """
-    from tribp.launch.plan import Launch
+    from tribp.launch.launches import Launch
 
     seen = set()
 

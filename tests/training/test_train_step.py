@@ -369,16 +369,16 @@ def test_fused_models(kernels: str) -> None:
 
 
 def test_launches(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tribp.launch import plan
+    from tribp.launch.launches import CachedLaunch
 
     names: list[str] = []
-    run = plan.CachedLaunch.__call__
+    run = CachedLaunch.__call__
 
     def recorded(self: Any, memory: Any) -> None:
         names.append(self._launch.kernel.__name__)
         run(self, memory)
 
-    monkeypatch.setattr(plan.CachedLaunch, "__call__", recorded)
+    monkeypatch.setattr(CachedLaunch, "__call__", recorded)
     model = network((8, 6, 3), "tanh", None).to(kernels)
     step = step_of(model, "mse_loss", optimizer=tribp.optim.Adam)
     step(*(t.to(kernels) for t in draw((8, 3), 6, "mse_loss")))

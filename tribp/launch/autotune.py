@@ -30,6 +30,7 @@ from .. import dispatch
 from ..kernels import common
 from . import plan as plans
 from . import stopwatch
+from .buffer import device_of, layout_of
 from .neighbors import neighbors
 
 log = logging.getLogger("tribp.autotune")
@@ -47,11 +48,11 @@ TOLERANCE = {torch.float64: 4e-14, torch.float32: 1e-5, torch.float16: 2e-3, tor
 Timer = Callable[[Callable[[], object]], float]
 
 
-def perform(build: plans.Build, tensors: Sequence[Tensor | None], device: torch.device, **facts: object) -> None:
+def perform(build: plans.Build, tensors: Sequence[Tensor | None], **facts: object) -> list[Tensor | None]:
     """`plan.perform`; and before it, if TRIBP_AUTOTUNE=1 asks for that, the search for its configs."""
-    if tuner is not None and tuner.on_gpu(device):
-        tuner.prepare(build, tensors, device, facts)
-    plans.perform(build, tensors, device, **facts)
+    if tuner is not None:
+        tuner.prepare(build, tensors, facts)
+    return plans.perform(build, tensors, **facts)
 
 
 # -- the search
@@ -102,18 +103,20 @@ def search(
 
 
 class Trial:
-    """One call whose configs are searched, on its own tensors. Its outputs hold NaN afterwards, or any result."""
+    """One call whose configs are searched, on its own tensors; what it writes may hold NaN afterwards."""
 
     def __init__(
-        self, build: plans.Build, tensors: Sequence[Tensor | None], device: torch.device, facts: Mapping[str, object],
-        timer: Timer,
-    ) -> None:  # fmt: skip
-        self._tensors, self._device, self._timer = tensors, device, timer
-        arch, layouts = dispatch.arch_of(device.index), [plans.layout_of(tensor) for tensor in tensors]
-        self._call = build, arch, layouts, facts
-        found = [tensors[number] for number in self.plan(plans.tuned).outputs]
-        self.outputs = [output for output in found if output is not None]
+        self, build: plans.Build, tensors: Sequence[Tensor | None], facts: Mapping[str, object], timer: Timer
+    ) -> None:
+        self._tensors, self._timer = tensors, timer
+        layouts = [layout_of(tensor) for tensor in tensors]
+        self._call = build, plans.arch_of(layouts), layouts, facts
+        self._results: list[Tensor | None] = []
         self._expected: list[Tensor] = []
+
+    @property
+    def _outputs(self) -> list[Tensor]:
+        return [result for result in self._results if result is not None]
 
     def plan(self, configs: Mapping[Any, Any]) -> plans.Plan:
         return plans.build_plan(*self._call, configs)
@@ -125,8 +128,8 @@ class Trial:
     def search(self, problem: Any, over: Callable[[], bool]) -> Found[Any]:
         """Raises RuntimeError if the heuristic's own config fails."""
         if not self._expected:
-            self.plan(plans.tuned).run(self._tensors, self._device)
-            self._expected = [output.clone() for output in self.outputs]
+            self._results = self.plan(plans.tuned).run(self._tensors)
+            self._expected = [output.clone() for output in self._outputs]
         found = search(
             problem.choose(),
             lambda config: neighbors(problem, config),
@@ -140,13 +143,13 @@ class Trial:
     def _time(self, configs: Mapping[Any, Any]) -> float | None:
         """In µs; None if the results differ, or the compiler or the driver gives up: a tile may be too large."""
         plan = self.plan(configs)
-        for output in self.outputs:
+        for output in self._outputs:
             output.fill_(torch.nan)
         try:
-            plan.run(self._tensors, self._device)
-            if not all(map(agrees, self.outputs, self._expected)):
+            plan.run(self._tensors, self._results)
+            if not all(map(agrees, self._outputs, self._expected)):
                 return None
-            return self._timer(lambda: plan.run(self._tensors, self._device))
+            return self._timer(lambda: plan.run(self._tensors, self._results))
         except Exception as error:
             log.info("tribp: %s: %s", list(plan.configs.values()), error)
             return None
@@ -195,25 +198,26 @@ class Tuner:
         self._seen: set[object] = set()
         self._lock = threading.Lock()  # two searches at once would time each other
 
-    def prepare(
-        self, build: plans.Build, tensors: Sequence[Tensor | None], device: torch.device, facts: Mapping[str, object]
-    ) -> None:
-        """Have configs for what a call asks, stored ones or new ones. A search writes the call's outputs.
+    def prepare(self, build: plans.Build, tensors: Sequence[Tensor | None], facts: Mapping[str, object]) -> None:
+        """Have configs for what a call asks, stored ones or new ones. A search writes what the call writes.
 
-        A call that declares no output is not searched: nothing would show that it computes something else. Whatever
-        goes wrong in a search ends it, with a warning, and the heuristics choose.
+        A call without results is not searched: nothing would show that it computes something else. Whatever goes wrong
+        in a search ends it, with a warning, and the heuristics choose.
         """
-        call = (build, device, *facts.items(), *map(plans.layout_of, tensors))
-        if call in self._seen:
+        layouts = [layout_of(tensor) for tensor in tensors]
+        device = device_of(layouts)
+        call = (build, *facts.items(), *layouts)
+        if call in self._seen or not self.on_gpu(device):
             return
         with self._lock:
             try:
-                trial = Trial(build, tensors, device, facts, self._timer)
-                if trial.outputs:
-                    self._load(trial)
-                    if self._busy():
-                        return
-                    self._search(trial)
+                trial = Trial(build, tensors, facts, self._timer)
+                with dispatch.on_device(device):
+                    if trial.plan(plans.tuned).results:
+                        self._load(trial)
+                        if self._busy():
+                            return
+                        self._search(trial)
             except Exception as error:
                 log.warning("tribp: the search for configs ended: %s: %s", type(error).__name__, error)
         self._seen.add(call)

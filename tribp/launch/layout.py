@@ -1,5 +1,7 @@
 """How a tensor lies in memory, and what a kernel can make of that: vectors, descriptors. Imports triton."""
 
+import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,7 +9,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import versions
 from ..kernels import common
-from .plan import Buffer, Plan
+from .buffer import Buffer
+from .plan import Plan
 
 
 class Operand(NamedTuple):
@@ -43,6 +46,18 @@ def precision_in_kernel(precision: str, tma: bool) -> str:
     TF32 operands are to be rounded: by the descriptors that load them, which costs nothing, or else in registers.
     """
     return "tf32_rounded" if precision == "tf32" and tma and versions.descriptors_round_to_tf32() else precision
+
+
+def matrix(plan: Plan, tensor: Buffer) -> Buffer:
+    """The buffer with its leading dimensions in one: a copy where one stride does not lead through them."""
+    *lead, cols = tensor.shape
+    if len(lead) == 1:
+        return tensor
+    rows = [(size, stride) for size, stride in zip(lead, tensor.stride(), strict=False) if size != 1]
+    if any(outer != inner * size for (_, outer), (size, inner) in itertools.pairwise(rows)):
+        return matrix(plan, plan.contiguous(tensor))
+    stride = rows[-1][1] if rows else cols * tensor.stride(-1)
+    return tensor.viewed((math.prod(lead), cols), (stride, tensor.stride(-1)))
 
 
 def operand(plan: Plan, matrix: Buffer) -> Operand:

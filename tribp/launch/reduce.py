@@ -8,9 +8,11 @@ import torch
 
 from ..kernels import common
 from .arch import cdiv, power_of_2
+from .buffer import Buffer
+from .launches import Launch, in_tuple
 from .layout import accumulator, vector_length
 from .matmul import APPENDED_PARTS, ReduceConfig, ReduceProblem, appended_sums
-from .plan import Buffer, Launch, Plan, in_tuple
+from .plan import Plan
 
 # Turns of a loop. By the model: 512 parts, 8 at once, take 42 µs behind another kernel; 64 at once, 7 in a launch of
 # their own.

@@ -1,8 +1,29 @@
 """Argument checks that operations share. Every error names the argument, what was expected and what was given."""
 
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
 from torch import Tensor
 
 from ..dispatch import FLOATS, dtype_name
+
+
+class Described(Protocol):
+    """What checks ask: a tensor, or a plan's buffer, which has a layout but no memory."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def dim(self) -> int: ...
+    def numel(self) -> int: ...
+
+
+class Strided(Described, Protocol):
+    def stride(self) -> Sequence[int]: ...
 
 
 def check_tensors(function: str, *optional: str, **tensors: Tensor | None) -> None:
@@ -12,13 +33,13 @@ def check_tensors(function: str, *optional: str, **tensors: Tensor | None) -> No
             raise TypeError(f"{function}: {name} must be a tensor, got {type(tensor).__name__}")
 
 
-def check_devices(function: str, input: Tensor, **others: Tensor | None) -> None:
+def check_devices(function: str, input: Described, **others: Described | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{function}: {name} must be on input's device {input.device}, got {tensor.device}")
 
 
-def check_dtypes(function: str, input: Tensor, **others: Tensor | None) -> None:
+def check_dtypes(function: str, input: Described, **others: Described | None) -> None:
     if input.dtype not in FLOATS:
         others = {"input": input}
     for name, tensor in others.items():

@@ -14,8 +14,10 @@ from .. import dispatch
 from ..kernels import optim as kernels
 from ..kernels import optim_rules
 from ..launch.arch import cdiv
+from ..launch.buffer import Buffer
+from ..launch.launches import Launch
 from ..launch.optim import MultiTensorConfig, MultiTensorProblem, NormConfig, StepConfig
-from ..launch.plan import Buffer, Launch, Plan, config_for, perform
+from ..launch.plan import Plan, config_for, perform
 from . import layouts
 from .buckets import ParamSlot, Step
 from .device_tables import Table, bits
@@ -80,7 +82,7 @@ class TritonBucket:
         self._values: object = None
         self._words: list[int] = []
         self._on_device = False  # whether some hyperparameters are tensors on the device
-        with dispatch.on_device(slots[0].param):
+        with dispatch.on_device(self.device):
             self._finished = torch.zeros(1, dtype=torch.int32, device=self.device)
             self._launch = self._make_tables(groups, dtypes, type(optimizer).__name__)
 
@@ -178,7 +180,7 @@ class TritonBucket:
 
     def write_tables(self, step: Step) -> None:
         """Bring the tables on the device up to date: before anything is launched."""
-        with dispatch.on_device(self.slots[0].param):
+        with dispatch.on_device(self.device):
             grads = step.grads if self._every else [step.grads[i] for i in self._indices]
             if step.complete:
                 addresses = list(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
@@ -218,7 +220,7 @@ class TritonBucket:
 
     def run(self, step: Step) -> None:
         """Update all slots; the tables must be up to date."""
-        with dispatch.on_device(self.slots[0].param):
+        with dispatch.on_device(self.device):
             found_inf, scale, norm = (
                 None if t is None else t.to(self.device, non_blocking=True)
                 for t in (step.found_inf, step.grad_scale, step.norm)
@@ -226,7 +228,7 @@ class TritonBucket:
             tensors = (
                 self._rows, self.grads, self._chunks, self.hypers, self._finished, found_inf, scale, norm,
             )  # fmt: skip
-            perform(_step, tensors, self.device, launch=self._launch, on_device=self._on_device)
+            perform(_step, tensors, launch=self._launch, on_device=self._on_device)
 
 
 @dataclass(eq=False)  # one of these is as good as another, and compared by identity
@@ -271,7 +273,7 @@ def _norm(
 def gradient_norm(buckets: "Sequence[TritonBucket]", step: Step) -> Tensor:
     """‖g‖₂ over the gradients of all buckets, on one device, as a float64 scalar there: one launch a bucket."""
     device = buckets[0].device
-    with dispatch.on_device(buckets[0].slots[0].param):
+    with dispatch.on_device(device):
         counts = [len(bucket._chunks) for bucket in buckets]
         partials = torch.empty(sum(counts), dtype=torch.float64, device=device)
         norm = torch.empty((), dtype=torch.float64, device=device)
@@ -280,7 +282,7 @@ def gradient_norm(buckets: "Sequence[TritonBucket]", step: Step) -> Tensor:
         for bucket, count in zip(buckets, counts, strict=True):
             tensors = bucket._rows, bucket.grads, bucket._chunks, partials, norm, bucket._finished, scale
             last = bucket is buckets[-1]
-            perform(_norm, tensors, device, launch=bucket._launch, first=first, programs=sum(counts), last=last)
+            perform(_norm, tensors, launch=bucket._launch, first=first, programs=sum(counts), last=last)
             first += count
     return norm
 

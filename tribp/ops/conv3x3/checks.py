@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from ..checks import check_devices, check_tensors
+from ..checks import Described, check_devices, check_tensors
+from ..shared import MAX_SIZE
 from .reference import Window
 
 
@@ -16,6 +18,12 @@ def check_conv3x3(
     """The window, once everything fits; sizes are `(*, channels, height, width)`."""
     check_tensors("conv3x3", "bias", input=input, weight=weight, bias=bias)
     window = window_of("conv3x3", stride, padding, groups, dilation)
+    check_layouts(input, weight, bias, window)
+    return window
+
+
+def check_layouts(input: Described, weight: Described, bias: Described | None, window: Window) -> None:
+    groups = window.groups
     if input.dim() not in (3, 4):
         raise ValueError(f"conv3x3: input must have shape (N, C, H, W) or (C, H, W), got {tuple(input.shape)}")
     channels, height, width = input.shape[-3:]
@@ -45,7 +53,21 @@ def check_conv3x3(
             f"conv3x3: input must have channels and pixels, and be at least 3 high and wide with its padding, got "
             f"{channels} channels of {height} x {width} with padding {window.padding}"
         )
-    return window
+
+
+def fits(*tensors: Described | None) -> bool:
+    """Whether kernels can take these: none of them empty, and no dimension too long for the int32 start of a tile."""
+    for t in tensors:
+        if t is None or 0 < t.numel() <= MAX_SIZE:  # then no dimension is longer
+            continue
+        if t.numel() == 0 or max(t.shape) > MAX_SIZE:
+            return False
+    return True
+
+
+def small_enough(o: int, c: int) -> bool:
+    """Whether 32 bits hold an offset within the weight, as wgrad writes it."""
+    return 9 * o * c < 2**31
 
 
 def window_of(
@@ -89,6 +111,15 @@ def cached_window(
 ) -> Window:
     """What `window_of` said of equal arguments."""
     return window_of("conv3x3", stride, padding, groups, dilation)
+
+
+def known_window(*arguments: Any) -> Window:
+    """`cached_window`, which takes True and 1.0 for 1, of what is none of these. Raises TypeError for others."""
+    for value in arguments:
+        kind = type(value)
+        if kind is not int and kind is not str and not (kind is tuple and all(type(v) is int for v in value)):
+            raise TypeError(f"conv3x3: not among what is usual: {value!r}")
+    return cached_window(*arguments)
 
 
 def _pair(caller: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:

@@ -9,8 +9,10 @@ from ...kernels import common
 from ...kernels import relayout as kernels
 from ...kernels.conv3x3 import Strided
 from ...launch.arch import cdiv
+from ...launch.buffer import Buffer
+from ...launch.launches import Launch, in_tuple
 from ...launch.layout import accumulator, descriptor, vector_length
-from ...launch.plan import Buffer, Launch, Plan, in_tuple
+from ...launch.plan import Plan
 from ...launch.reduce import Partials, partials_of
 from ...versions import descriptor_unit
 from ..activations import Activation

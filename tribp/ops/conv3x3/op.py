@@ -5,7 +5,7 @@ compiler, for export and for dispatch modes.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ... import dispatch
 from ...dispatch import (
     autocasting,
     backward_by_torch,
+    kernels_alone,
     kernels_cannot_see,
     needs_operator,
     plain_cpu_call,
@@ -22,21 +23,10 @@ from ...dispatch import (
 )
 from ..activations import NONE, Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes
-from ..shared import MAX_SIZE, NAMESPACE, REFUSALS, Grads, Needs, autocast_all, in_places, launching, uses_tf32
+from ..shared import NAMESPACE, REFUSALS, Grads, Needs, autocast_all, in_places, launching, uses_tf32
 from . import reference
-from .checks import cached_window, check_conv3x3
-from .reference import Window, channels_last, conv3x3_format
-
-
-class ChannelsLast(NamedTuple):
-    """Which gradients lie in channels_last order: the input's as torch chooses, the weight's as the weight does."""
-
-    input: bool
-    weight: bool
-
-
-def channels_last_of(input: Tensor, weight: Tensor) -> ChannelsLast:
-    return ChannelsLast(conv3x3_format(input, weight) == torch.channels_last, channels_last(weight))
+from .checks import cached_window, check_conv3x3, known_window
+from .reference import ChannelsLast, Window, channels_last_of, conv3x3_format
 
 
 def conv3x3(
@@ -88,6 +78,9 @@ def conv3x3(
                 # As they were given: torch refuses True and 1.0, which the cache takes for 1.
                 output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
                 return output if activation is None else activate_(output, act)
+        if kernels_alone(input, weight, bias) and input.ndim == 4:
+            window, act = known_window(stride, padding, groups, dilation), activation_of("conv3x3", activation)
+            return by_kernels(input, weight, bias, window, act)
     except REFUSALS:
         pass
     if torch.overrides.has_torch_function((input, weight, bias)):
@@ -111,9 +104,13 @@ def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
     if needs_operator():
         output: Tensor = operator(input, weight, bias, *window, *activation)
         return output
+    return by_kernels(input, weight, bias, window, activation)
+
+
+def by_kernels(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: Activation) -> Tensor:
     needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if needs_grad and torch.is_grad_enabled():
-        return _Conv3x3.apply(input, weight, bias, *window, *activation)  # type: ignore[no-any-return, no-untyped-call]
+        return _Conv3x3.apply(input, weight, bias, window, activation)  # type: ignore[no-any-return, no-untyped-call]
     return forward(input, weight, bias, window, activation, "triton")
 
 
@@ -122,16 +119,17 @@ class _Conv3x3(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        input, weight, bias, stride, padding, groups, *activation = inputs
-        output = forward(input, weight, bias, Window(stride, padding, groups), Activation(*activation), "triton")
-        _Conv3x3.save(ctx, inputs, output, operator=False)
+        input, weight, bias, window, activation = inputs
+        output = forward(input, weight, bias, window, activation, "triton")
+        _Conv3x3.save(ctx, input, weight, window, activation, output)
         return output
 
     @staticmethod
-    def save(ctx: Any, inputs: Any, output: Tensor, operator: bool = True) -> None:
-        input, weight, _, stride, padding, groups, *activation = inputs
-        ctx.activation = Activation(*activation)
-        ctx.operator, ctx.window, ctx.input_size = operator, as_window(stride, padding, groups), input.shape
+    def save(
+        ctx: Any, input: Tensor, weight: Tensor, window: Window, activation: Activation, output: Tensor,
+        operator: bool = False,
+    ) -> None:  # fmt: skip
+        ctx.operator, ctx.window, ctx.activation, ctx.input_size = operator, window, activation, input.shape
         ctx.formats = channels_last_of(input, weight)
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(
@@ -152,24 +150,21 @@ class _Conv3x3(torch.autograd.Function):
                 grads = in_places(needs, found)
             else:
                 grads = backward(grad, input, weight, output, size, window, act, needs, ctx.formats, "triton")
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None
 
 
 def forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: Activation, backend: str
 ) -> Tensor:
     """act(input ⋆ weight + bias). input: (N, C, H, W), weight: (O, C / groups, 3, 3), bias: (O,)."""
-    layout = conv3x3_format(input, weight)
-    if backend == "torch" or not _fits(input, weight):
-        return reference.conv3x3(input, weight, bias, window, activation).contiguous(memory_format=layout)
-    perform, plan = launching("conv3x3")
-
-    output = _empty(_output_size(input, weight, window), input, layout)
-    tensors = (input, weight, bias, output)
-    with dispatch.on_device(input):
+    if backend == "triton":
+        perform, plan = launching("conv3x3")
         tf32 = uses_tf32(input, convolution=True)
-        perform(plan.forward, tensors, input.device, window=window, activation=activation, tf32=tf32)
-    return output
+        done = perform(plan.forward, (input, weight, bias), window=window, activation=activation, tf32=tf32)
+        if done:
+            return done[0]  # type: ignore[no-any-return]
+    output = reference.conv3x3(input, weight, bias, window, activation)
+    return output.contiguous(memory_format=conv3x3_format(input, weight))
 
 
 def backward(
@@ -181,53 +176,21 @@ def backward(
     `input` is read only for the weight's gradient, `weight` only for the input's, `output` only for the activation's;
     each may be None otherwise.
     """
-    dx, dw, db = _empty_grads(grad, input_size, window, needs, last)
-    small = _small_enough(grad.shape[1], input_size[1] // window.groups)
-    if backend == "torch" or not (small and _fits(grad, input, weight)) or 0 in input_size:
-        found = reference.conv3x3_backward(grad, input, weight, output, input_size, window, activation, needs)
-        for empty, value in zip((dx, dw, db), found, strict=True):
-            if empty is not None and value is not None:
-                empty.copy_(value)
-        return dx, dw, db
-    perform, plan = launching("conv3x3")
-
-    tensors = (grad, input, weight, output, dx, dw, db)
-    with dispatch.on_device(grad):
+    if backend == "triton":
+        perform, plan = launching("conv3x3")
+        facts = dict(input_size=tuple(input_size), window=window, activation=activation, needs=needs, last=last)
         tf32 = uses_tf32(grad, convolution=True)
-        perform(plan.backward, tensors, grad.device, window=window, activation=activation, tf32=tf32)
+        done = perform(plan.backward, (grad, input, weight, output), **facts, tf32=tf32)
+        if done:
+            return tuple(done)
+    grads = reference.conv3x3_backward(grad, input, weight, output, input_size, window, activation, needs)
+    laid = zip(grads, reference.formats(last), strict=True)
+    dx, dw, db = (None if t is None else _empty(t.shape, t, layout).copy_(t) for t, layout in laid)
     return dx, dw, db
-
-
-def _output_size(input: Tensor, weight: Tensor, window: Window) -> tuple[int, ...]:
-    return (input.shape[0], weight.shape[0], *window.output_size(*input.shape[2:]))
-
-
-def _empty_grads(grad: Tensor, input_size: Sequence[int], window: Window, needs: Needs, last: ChannelsLast) -> Grads:
-    """Room for the gradients, each in its memory format."""
-    formats = {True: torch.channels_last, False: torch.contiguous_format}
-    o, c = grad.shape[1], input_size[1] // window.groups
-    dx = _empty(input_size, grad, formats[last.input]) if needs[0] else None
-    dw = _empty((o, c, 3, 3), grad, formats[last.weight]) if needs[1] else None
-    return dx, dw, grad.new_empty(o) if needs[2] else None
 
 
 def _empty(size: Sequence[int], like: Tensor, layout: torch.memory_format) -> Tensor:
     return torch.empty(tuple(size), dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def _fits(*tensors: Tensor | None) -> bool:
-    """Whether kernels can take these: none of them empty, and no dimension too long for the int32 start of a tile."""
-    for t in tensors:
-        if t is None or 0 < t.numel() <= MAX_SIZE:  # then no dimension is longer
-            continue
-        if t.numel() == 0 or max(t.shape) > MAX_SIZE:
-            return False
-    return True
-
-
-def _small_enough(o: int, c: int) -> bool:
-    """Whether 32 bits hold an offset within the weight, as wgrad writes it."""
-    return 9 * o * c < 2**31
 
 
 @torch.library.custom_op(f"{NAMESPACE}::conv3x3", mutates_args=())
@@ -247,7 +210,7 @@ def _(
     stride: Sequence[int], padding: Sequence[int], groups: int,
     activation: str | None = None, a: float = 0.0, b: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    size = _output_size(input, weight, as_window(stride, padding, groups))
+    size = reference.output_size(input, weight, as_window(stride, padding, groups))
     return _empty(size, input, conv3x3_format(input, weight))
 
 
@@ -280,9 +243,9 @@ def _(
     stride: Sequence[int], padding: Sequence[int], groups: int, activation: str | None, a: float, b: float,
     needs: Sequence[bool], input_last: bool, weight_last: bool,
 ) -> list[Tensor]:  # fmt: skip
-    last = ChannelsLast(input_last, weight_last)
-    grads = _empty_grads(grad, input_size, as_window(stride, padding, groups), _needs(needs), last)
-    return [grad for grad in grads if grad is not None]
+    sizes = reference.grad_sizes(grad, input_size, as_window(stride, padding, groups))
+    wanted = zip(sizes, reference.formats(ChannelsLast(input_last, weight_last)), needs, strict=True)
+    return [_empty(size, grad, layout) for size, layout, need in wanted if need]
 
 
 def as_window(stride: Sequence[int], padding: Sequence[int], groups: int) -> Window:
@@ -293,4 +256,12 @@ def _needs(needs: Sequence[bool]) -> Needs:
     return needs[0], needs[1], needs[2]
 
 
-operator.register_autograd(_Conv3x3.backward, setup_context=_Conv3x3.save)
+def _save_of_operator(ctx: Any, inputs: Any, output: Tensor) -> None:
+    input, weight, _, stride, padding, groups, *activation = inputs
+    window = as_window(stride, padding, groups)
+    _Conv3x3.save(ctx, input, weight, window, Activation(*activation), output, operator=True)
+
+
+operator.register_autograd(
+    lambda ctx, grad: (*_Conv3x3.backward(ctx, grad)[:3], *[None] * 6), setup_context=_save_of_operator
+)

@@ -5,6 +5,7 @@ two read either memory format. Dense wants the channels of x, dz and w side by s
 layouts are packed first, all that a direction needs in one launch.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,15 @@ import torch
 from ...dispatch import dtype_name
 from ...kernels import conv3x3, conv3x3_depthwise, conv3x3_few_channels
 from ...launch.arch import cdiv, power_of_2, precision_of
+from ...launch.buffer import Buffer
+from ...launch.launches import Launch
 from ...launch.layout import accumulator, descriptor, precision_in_kernel, vector_length
-from ...launch.plan import Buffer, Launch, Plan
+from ...launch.plan import Plan
 from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
 from ..activations import NONE, Activation, as_stored
+from ..checks import check_dtypes
+from ..shared import Needs
+from .checks import check_layouts, fits, small_enough
 from .config import (
     ConvConfig,
     ConvProblem,
@@ -34,17 +40,30 @@ from .images import (
     padded,
     with_unit_stride,
 )
-from .reference import Window
+from .reference import ChannelsLast, Window, conv3x3_format, formats, grad_sizes, output_size
 
 Sums = tuple[Partials, Partials]  # what is left to add up of dw and db
 
 
 def forward(
+    plan: Plan, input: Buffer, weight: Buffer, bias: Buffer | None,
+    *, window: Window, activation: Activation, tf32: bool,
+) -> None:  # fmt: skip
+    """act(input ⋆ weight + bias), in torch's memory format; nothing where kernels can't take them."""
+    check_layouts(input, weight, bias, window)
+    check_dtypes("conv3x3", input, weight=weight, bias=bias)
+    if not fits(input, weight):
+        return
+    output = plan.output(output_size(input, weight, window), input.dtype, conv3x3_format(input, weight))
+    forward_layer(plan, input, weight, bias, output, window=window, activation=activation, tf32=tf32)
+    plan.returns(output)
+
+
+def forward_layer(
     plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Buffer,
     *, window: Window, activation: Activation, tf32: bool,
 ) -> None:  # fmt: skip
     """y = act(x ⋆ w + b)."""
-    plan.writes(y)
     algorithm = algorithm_for(x.shape[1], y.shape[1], window.groups, x)
     b, ys = None if b is None else plan.contiguous(b), dense_image(y)
     if algorithm == "depthwise":
@@ -124,12 +143,29 @@ def _dense_forward(
 
 
 def backward(
+    plan: Plan, grad: Buffer, input: Buffer | None, weight: Buffer | None, output: Buffer | None,
+    *, input_size: Sequence[int], window: Window, activation: Activation, needs: Needs, last: ChannelsLast, tf32: bool,
+) -> None:  # fmt: skip
+    """Gradients of input, weight and bias, each where `needs` says so; nothing where kernels can't take the tensors.
+
+    output is given if there is an activation; input for dw, weight for dx.
+    """
+    small = small_enough(grad.shape[1], input_size[1] // window.groups)
+    if not (small and fits(grad, input, weight)) or 0 in input_size:
+        return
+    sizes = zip(grad_sizes(grad, input_size, window), formats(last), needs, strict=True)
+    dx, dw, db = (plan.output(size, grad.dtype, layout) if need else None for size, layout, need in sizes)
+    tensors = grad, input, weight, output, dx, dw, db
+    backward_layer(plan, *tensors, window=window, activation=activation, tf32=tf32)
+    plan.returns(dx, dw, db)
+
+
+def backward_layer(
     plan: Plan, dy: Buffer, x: Buffer | None, w: Buffer | None, y: Buffer | None,
     dx: Buffer | None, dw: Buffer | None, db: Buffer | None,
     *, window: Window, activation: Activation, tf32: bool,
 ) -> None:  # fmt: skip
     """Those of dx, dw and db that are given. y is given if there is an activation; x for dw, w for dx."""
-    plan.writes(dx, dw, db)
     activation = as_stored(activation, dy.dtype)
     image_like = dx if dx is not None else x
     c = image_like.shape[1] if image_like is not None else 0

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..activations import Activation, activate, gradient
+from ..checks import Described, Strided
 
 
 class Window(NamedTuple):
@@ -23,6 +24,13 @@ class Window(NamedTuple):
         return (height + 2 * ph - 3) // sh + 1, (width + 2 * pw - 3) // sw + 1
 
 
+class ChannelsLast(NamedTuple):
+    """Which gradients lie in channels_last order: the input's as torch chooses, the weight's as the weight does."""
+
+    input: bool
+    weight: bool
+
+
 def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: Activation) -> Tensor:
     """act(input ⋆ weight + bias). input: (N, C, H, W)."""
     if _onednn_errs(input, input.shape, window):
@@ -35,7 +43,7 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, 
     )
 
 
-def channels_last(tensor: Tensor) -> bool:
+def channels_last(tensor: Strided) -> bool:
     """Whether torch takes a 4-dimensional tensor for channels_last: by its strides, as c10/core/MemoryFormat.h has it.
 
     It need not be dense; strides that would fit both ways count as contiguous.
@@ -80,12 +88,33 @@ def _regular(input: Tensor, weight: Tensor, groups: int) -> Tensor:
     return input.clone(memory_format=torch.channels_last) if odd else input
 
 
-def conv3x3_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+def conv3x3_format(input: Strided, weight: Strided) -> torch.memory_format:
     """The memory format that torch gives a convolution's output and the gradient of its input."""
-    if input.is_cuda and input.dtype == torch.float64:
+    if input.device.type == "cuda" and input.dtype == torch.float64:
         return torch.contiguous_format  # as cuDNN's are
     last = channels_last(input) or channels_last(weight)
     return torch.channels_last if last else torch.contiguous_format
+
+
+def channels_last_of(input: Strided, weight: Strided) -> ChannelsLast:
+    return ChannelsLast(conv3x3_format(input, weight) == torch.channels_last, channels_last(weight))
+
+
+def output_size(input: Described, weight: Described, window: Window) -> tuple[int, ...]:
+    return (input.shape[0], weight.shape[0], *window.output_size(*input.shape[2:]))
+
+
+def grad_sizes(
+    grad: Described, input_size: Sequence[int], window: Window
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of the gradients of input, weight and bias."""
+    o, c = grad.shape[1], input_size[1] // window.groups
+    return tuple(input_size), (o, c, 3, 3), (o,)
+
+
+def formats(last: ChannelsLast) -> list[torch.memory_format]:
+    """Of the gradients of input, weight and bias."""
+    return [torch.channels_last if yes else torch.contiguous_format for yes in (*last, False)]
 
 
 def conv3x3_backward(

@@ -16,16 +16,17 @@ from ... import dispatch
 from ...dispatch import (
     autocasting,
     backward_by_torch,
+    kernels_alone,
     kernels_cannot_see,
     needs_operator,
     plain_cpu_call,
     without_autocast,
 )
 from ..activations import Activation, ActivationLike, activate_, activation_of
-from ..checks import check_devices, check_dtypes, check_tensors
-from ..shared import MAX_SIZE, NAMESPACE, REFUSALS, Grads, Needs, autocast_all, in_places, launching, uses_tf32
+from ..checks import check_dtypes
+from ..shared import NAMESPACE, REFUSALS, Grads, Needs, autocast_all, in_places, launching, uses_tf32
 from . import reference
-from .reference import as_matrix
+from .checks import check_linear
 
 SIGMOID = Activation("sigmoid")
 
@@ -62,6 +63,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
                 return F.linear(input, weight, bias)
             act = activation_of("linear", activation)
             return activate_(F.linear(input, weight, bias), act)
+        if kernels_alone(input, weight, bias):
+            return by_kernels(input, weight, bias, activation_of("linear", activation))
     except REFUSALS:
         pass  # the checks know a better sentence
     if torch.overrides.has_torch_function((input, weight, bias)):
@@ -75,6 +78,8 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     try:
         if torchs_alone(input, weight, bias):
             return activate_(F.linear(input, weight, bias), SIGMOID)
+        if kernels_alone(input, weight, bias):
+            return by_kernels(input, weight, bias, SIGMOID)
     except REFUSALS:
         pass
     if torch.overrides.has_torch_function((input, weight, bias)):
@@ -103,9 +108,13 @@ def activated_linear(
     if needs_operator():
         output: Tensor = operator(input, weight, bias, *activation)
         return output
+    return by_kernels(input, weight, bias, activation)
+
+
+def by_kernels(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if needs_grad and torch.is_grad_enabled():
-        return _Linear.apply(input, weight, bias, *activation)  # type: ignore[no-any-return, no-untyped-call]
+        return _Linear.apply(input, weight, bias, activation)  # type: ignore[no-any-return, no-untyped-call]
     return forward(input, weight, bias, activation, "triton")
 
 
@@ -114,15 +123,16 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        input, weight, bias, *activation = inputs
-        output = forward(input, weight, bias, Activation(*activation), "triton")
-        _Linear.save(ctx, inputs, output, operator=False)
+        input, weight, bias, activation = inputs
+        output = forward(input, weight, bias, activation, "triton")
+        _Linear.save(ctx, input, weight, activation, output)
         return output
 
     @staticmethod
-    def save(ctx: Any, inputs: Any, output: Tensor, operator: bool = True) -> None:
-        input, weight, _, *activation = inputs
-        ctx.operator, ctx.activation = operator, Activation(*activation)
+    def save(
+        ctx: Any, input: Tensor, weight: Tensor, activation: Activation, output: Tensor, operator: bool = False
+    ) -> None:
+        ctx.operator, ctx.activation = operator, activation
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         # A frozen weight needs no input, and an input without gradient no weight: neither is kept then.
         ctx.save_for_backward(
@@ -143,40 +153,17 @@ class _Linear(torch.autograd.Function):
                 grads = in_places(needs, backward_operator(grad, input, weight, output, *act, needs))
             else:
                 grads = backward(grad, input, weight, output, act, needs, "triton")
-        return *grads, None, None, None
-
-
-def check_linear(function: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_tensors(function, "bias", input=input, weight=weight, bias=bias)
-    if input.dim() == 0:
-        raise ValueError(f"{function}: input must have shape (*, in_features), got ()")
-    k, n = input.shape[-1], weight.shape[0] if weight.dim() else 1
-    if weight.dim() != 2 or weight.shape[1] != k:
-        needed = f"({n}, {k})" if weight.dim() == 2 else f"(out_features, {k})"
-        raise ValueError(
-            f"{function}: weight must have shape {needed}, (out_features, in_features), for an input of shape "
-            f"{tuple(input.shape)}, got {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != (n,) and not (bias.dim() <= 1 and bias.numel() == 1):
-        raise ValueError(
-            f"{function}: bias must have shape ({n},), (out_features,), for a weight of shape "
-            f"{tuple(weight.shape)}, got {tuple(bias.shape)}"
-        )
-    check_devices(function, input, weight=weight, bias=bias)
+        return *grads, None
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, backend: str) -> Tensor:
     """act(input·weightᵀ + bias), contiguous. input: (*, K), weight: (N, K), bias: (N,); all of one dtype and device."""
-    n = weight.shape[0]
-    if backend == "torch" or not fits(input, weight):
-        return reference.linear(input, weight, bias, activation)
-    perform, plan = launching("linear")
-
-    output = torch.empty((*input.shape[:-1], n), dtype=input.dtype, device=input.device)
-    tensors = (as_matrix(input), weight, bias, as_matrix(output))
-    with dispatch.on_device(input):
-        perform(plan.forward, tensors, input.device, activation=activation, tf32=uses_tf32(input))
-    return output
+    if backend == "triton":
+        perform, plan = launching("linear")
+        done = perform(plan.forward, (input, weight, bias), activation=activation, tf32=uses_tf32(input))
+        if done:
+            return done[0]  # type: ignore[no-any-return]
+    return reference.linear(input, weight, bias, activation)
 
 
 def backward(
@@ -188,41 +175,13 @@ def backward(
     `input` is read only for the weight's gradient, `weight` only for the input's, `output` only for the activation's;
     each may be None otherwise.
     """
-    if backend == "torch" or not fits(grad, input, weight):
-        return reference.linear_backward(grad, input, weight, output, activation, needs)
-    perform, plan = launching("linear")
-
-    dx, dw, db = _empty_grads(grad, input, weight, needs)
-    x, y, flat_dx = (None if t is None else as_matrix(t) for t in (input, output, dx))
-    with dispatch.on_device(grad):
-        tensors = (as_matrix(grad), x, weight, None if y is None else y.contiguous(), flat_dx, dw, db)
-        perform(plan.backward, tensors, grad.device, activation=activation, tf32=uses_tf32(grad))
-    return dx, dw, db
-
-
-def _empty_grads(grad: Tensor, input: Tensor | None, weight: Tensor | None, needs: Sequence[bool]) -> Grads:
-    """Room for the gradients."""
-    n = grad.shape[-1]
-    dx = dw = db = None
-    if needs[0]:
-        assert weight is not None
-        dx = grad.new_empty((*grad.shape[:-1], weight.shape[1]))
-    if needs[1]:
-        assert input is not None
-        dw = grad.new_empty((n, input.shape[-1]))
-    if needs[2]:
-        db = grad.new_empty((n,))
-    return dx, dw, db
-
-
-def fits(*tensors: Tensor | None) -> bool:
-    """Whether kernels can take these: none of them empty, and no dimension too long for the int32 start of a tile."""
-    for t in tensors:
-        if t is None or 0 < (numel := t.numel()) <= MAX_SIZE:  # then no dimension is longer
-            continue
-        if numel == 0 or max(numel // t.shape[-1], t.shape[-1]) > MAX_SIZE:
-            return False
-    return True
+    if backend == "triton":
+        perform, plan = launching("linear")
+        tensors, tf32 = (grad, input, weight, output), uses_tf32(grad)
+        done = perform(plan.backward, tensors, activation=activation, needs=needs, tf32=tf32)
+        if done:
+            return tuple(done)
+    return reference.linear_backward(grad, input, weight, output, activation, needs)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear", mutates_args=())
@@ -263,10 +222,18 @@ def _(
     grad: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor | None,
     activation: str | None, a: float, b: float, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    return [grad for grad in _empty_grads(grad, input, weight, needs) if grad is not None]
+    sizes = reference.grad_sizes(grad, input, weight)
+    return [grad.new_empty(size) for size, need in zip(sizes, needs, strict=True) if need]
 
 
-operator.register_autograd(_Linear.backward, setup_context=_Linear.save)
+def _save_of_operator(ctx: Any, inputs: Any, output: Tensor) -> None:
+    input, weight, _, *activation = inputs
+    _Linear.save(ctx, input, weight, Activation(*activation), output, operator=True)
+
+
+operator.register_autograd(
+    lambda ctx, grad: (*_Linear.backward(ctx, grad)[:3], None, None, None), setup_context=_save_of_operator
+)
 
 
 # What the operator was called when it had the sigmoid alone, for a release: exported graphs hold it.
@@ -285,5 +252,5 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 sigmoid_operator.register_autograd(
     lambda ctx, grad: _Linear.backward(ctx, grad)[:3],
-    setup_context=lambda ctx, inputs, output: _Linear.save(ctx, (*inputs, *SIGMOID), output),
+    setup_context=lambda ctx, inputs, output: _save_of_operator(ctx, (*inputs, *SIGMOID), output),
 )

@@ -5,19 +5,39 @@ from typing import NamedTuple
 from ...dispatch import dtype_name
 from ...kernels import linear as kernels
 from ...launch.arch import cdiv, precision_of
-from ...launch.layout import Operand, accumulator, operand, precision_in_kernel, vector_length
+from ...launch.buffer import Buffer
+from ...launch.layout import Operand, accumulator, matrix, operand, precision_in_kernel, vector_length
 from ...launch.matmul import MatmulConfig
-from ...launch.plan import Buffer, Plan
+from ...launch.plan import Plan
 from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
 from ..activations import Activation, as_stored
+from ..checks import check_dtypes
+from ..shared import Needs
+from .checks import check_layouts, fits
 from .config import DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
+from .reference import grad_sizes
 
 
 def forward(
+    plan: Plan, input: Buffer, weight: Buffer, bias: Buffer | None, *, activation: Activation, tf32: bool
+) -> None:
+    """act(input·weightᵀ + bias), contiguous; nothing where kernels can't take them. input: (*, K)."""
+    check_layouts("linear", input, weight, bias)
+    check_dtypes("linear", input, weight=weight, bias=bias)
+    if not fits(input, weight):
+        return
+    n = weight.shape[0]
+    output = plan.output((*input.shape[:-1], n), input.dtype)
+    if bias is not None and bias.shape != (n,):  # one number for all
+        bias = bias.viewed((n,), (0,))
+    forward_layer(plan, matrix(plan, input), weight, bias, matrix(plan, output), activation=activation, tf32=tf32)
+    plan.returns(output)
+
+
+def forward_layer(
     plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Buffer, *, activation: Activation, tf32: bool
 ) -> None:
     """y = act(x·wᵀ + b), one launch. x: (M, K), w: (N, K), b: (N,) or None, y: (M, N) contiguous."""
-    plan.writes(y)
     (m, k), n = x.shape, w.shape[0]
     dtype = dtype_name(x.dtype)
     precision = precision_of(dtype, tf32, plan.arch)
@@ -61,12 +81,23 @@ class Below(NamedTuple):
 
 
 def backward(
-    plan: Plan, dy: Buffer, x: Buffer | None, w: Buffer | None, y: Buffer | None,
-    dx: Buffer | None, dw: Buffer | None, db: Buffer | None, *, activation: Activation, tf32: bool,
+    plan: Plan, grad: Buffer, input: Buffer | None, weight: Buffer | None, output: Buffer | None,
+    *, activation: Activation, needs: Needs, tf32: bool,
 ) -> None:  # fmt: skip
-    """Those of dx, dw and db that are given. y is given if there is an activation; x for dw, w for dx."""
-    plan.writes(dx, dw, db)
-    backward_layer(plan, dy, x, w, y, dx, dw, db, activation=activation, tf32=tf32)
+    """Gradients of input, weight and bias, each where `needs` says so; nothing where kernels can't take the tensors.
+
+    output is given if there is an activation; input for dw, weight for dx.
+    """
+    if not fits(grad, input, weight):
+        return
+    sizes = zip(grad_sizes(grad, input, weight), needs, strict=True)
+    dx, dw, db = (plan.output(size, grad.dtype) if need else None for size, need in sizes)
+    dy, x, y, flat_dx = (None if t is None else matrix(plan, t) for t in (grad, input, output, dx))
+    assert dy is not None
+    # Kernels read outputs as rows without gaps; a saved tensor's hooks may have returned anything.
+    y = None if y is None else plan.contiguous(y)
+    backward_layer(plan, dy, x, weight, y, flat_dx, dw, db, activation=activation, tf32=tf32)
+    plan.returns(dx, dw, db)
 
 
 def backward_layer(
@@ -74,7 +105,9 @@ def backward_layer(
     dx: Buffer | None, dw: Buffer | None, db: Buffer | None,
     *, activation: Activation, tf32: bool, below: Below | None = None, sums: Partials = NO_SUMS,
 ) -> Partials:  # fmt: skip
-    """As `backward`. With `below`, `dx` gets that layer's dz, and partial sums of its db are returned.
+    """Those of dx, dw and db that are given, of matrices. y is given if there is an activation; x for dw, w for dx.
+
+    With `below`, `dx` gets that layer's dz, and partial sums of its db are returned.
 
     sums: what is left to add up of this layer's own db, where the layer above has left it.
     """

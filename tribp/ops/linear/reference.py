@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..activations import Activation, activate, gradient
+from ..checks import Described
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
@@ -16,6 +17,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activ
 def as_matrix(tensor: Tensor) -> Tensor:
     """`tensor`, its leading dimensions in one; `reshape(-1, n)` cannot tell how many rows of no columns there are."""
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def grad_sizes(
+    grad: Described, input: Described | None, weight: Described | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of the gradients of input, weight and bias. Of input and weight one may be None, or both if neither is asked."""
+    n, k = grad.shape[-1], next((t.shape[-1] for t in (input, weight) if t is not None), 0)
+    return (*grad.shape[:-1], k), (n, k), (n,)
 
 
 def linear_backward(

@@ -5,7 +5,6 @@ compiler, export and dispatch modes see of it, as for `linear`. Where torch must
 runs, it is one `linear` after another.
 """
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ from ... import dispatch
 from ...dispatch import autocasting, backward_by_torch, kernels_cannot_see, needs_operator, without_autocast
 from ..activations import Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes, check_tensors
-from ..linear.op import activated_linear, check_linear, fits, torchs_alone
-from ..linear.reference import as_matrix
+from ..linear.checks import check_linear, fits
+from ..linear.op import activated_linear, torchs_alone
 from ..shared import NAMESPACE, REFUSALS, autocast_all, in_places, launching, uses_tf32
 from . import reference
 from .reference import Layer
@@ -193,19 +192,14 @@ def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | N
 
 def forward(input: Tensor, layers: Sequence[Layer], backend: str, keep: bool = True) -> list[Tensor]:
     """Every layer's output, or (not `keep`) the last one's."""
-    if backend == "torch" or not fits(input, *(layer.weight for layer in layers)):
-        return reference.mlp(input, layers)
-    perform, plan = launching("mlp")
-
-    sizes = [(*input.shape[:-1], layer.weight.shape[0]) for layer in layers]
-    outputs = [input.new_empty(size) if keep or n + 1 == len(sizes) else None for n, size in enumerate(sizes)]
-    tensors: list[Tensor | None] = [as_matrix(input)]
-    for layer, y in zip(layers, outputs, strict=True):
-        tensors += [layer.weight, layer.bias, None if y is None else as_matrix(y)]
-    acts = tuple(layer.activation for layer in layers)
-    with dispatch.on_device(input):
-        perform(plan.forward, tensors, input.device, activations=acts, tf32=uses_tf32(input))
-    return [y for y in outputs if y is not None]
+    if backend == "triton":
+        perform, plan = launching("mlp")
+        weights, biases, acts = zip(*layers, strict=True)
+        tensors, tf32 = (input, *weights, *biases), uses_tf32(input)
+        done: list[Tensor] = perform(plan.forward, tensors, activations=acts, keep=keep, tf32=tf32)
+        if done:
+            return done
+    return reference.mlp(input, layers)
 
 
 def backward(
@@ -219,31 +213,14 @@ def backward(
     derivative; each may be None otherwise.
     """
     acts = _each(len(hidden) + 1, both)
-    if backend == "torch" or not fits(grad, input, *hidden, weight, *weights):
-        return reference.mlp_backward(grad, [input, *hidden], output, [weight, *weights], acts, needs)
-    perform, plan = launching("mlp")
-
-    grads = _empty_grads(grad, input, hidden, weight, needs)
-    dx, count = grads[0], len(acts)
-    # Kernels read outputs as rows without gaps; a saved tensor's hooks may have returned anything.
-    x, *ys = [None if t is None else as_matrix(t) for t in (input, *hidden, output)]
-    ys = [None if y is None else y.contiguous() for y in ys]
-    tensors = [as_matrix(grad), x, None if dx is None else as_matrix(dx)]
-    for layer in zip([weight, *weights], ys, grads[1 : 1 + count], grads[1 + count :], strict=True):
-        tensors += layer
-    with dispatch.on_device(grad):
-        perform(plan.backward, tensors, grad.device, activations=tuple(acts), tf32=uses_tf32(grad))
-    return grads
-
-
-def _empty_grads(
-    grad: Tensor, input: Tensor | None, hidden: Sequence[Tensor], weight: Tensor | None, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """Room for the gradients."""
-    lowest = input if input is not None else weight
-    sizes = [0 if lowest is None else lowest.shape[-1], *(t.shape[-1] for t in (*hidden, grad))]
-    shapes = [(*grad.shape[:-1], sizes[0]), *((n, k) for k, n in itertools.pairwise(sizes)), *((n,) for n in sizes[1:])]
-    return [grad.new_empty(shape) if need else None for shape, need in zip(shapes, needs, strict=True)]
+    if backend == "triton":
+        perform, plan = launching("mlp")
+        tensors = (grad, input, *hidden, output, weight, *weights)
+        facts = dict(activations=tuple(acts), needs=tuple(needs), tf32=uses_tf32(grad))
+        done: list[Tensor | None] = perform(plan.backward, tensors, **facts)
+        if done:
+            return done
+    return reference.mlp_backward(grad, [input, *hidden], output, [weight, *weights], acts, needs)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::mlp", mutates_args=())
@@ -293,7 +270,8 @@ def _(
     weights: Sequence[Tensor], activation: str | None, a: float, b: float,
     output_activation: str | None, output_a: float, output_b: float, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    return [grad for grad in _empty_grads(grad, input, hidden, weight, needs) if grad is not None]
+    sizes = reference.grad_sizes(grad, input, hidden, weight)
+    return [grad.new_empty(size) for size, need in zip(sizes, needs, strict=True) if need]
 
 
 def _save_of_operator(ctx: Any, inputs: Any, output: list[Tensor]) -> None:

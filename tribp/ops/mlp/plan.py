@@ -7,13 +7,15 @@ from typing import NamedTuple
 from ...dispatch import dtype_name
 from ...kernels import mlp as kernels
 from ...launch.arch import cdiv, power_of_2, precision_of
-from ...launch.layout import accumulator
-from ...launch.plan import Buffer, Plan
+from ...launch.buffer import Buffer
+from ...launch.layout import accumulator, matrix
+from ...launch.plan import Plan
 from ...launch.reduce import Partials
 from ..activations import NONE, Activation
-from ..linear.plan import Below, backward_layer
-from ..linear.plan import forward as linear
+from ..linear.checks import fits
+from ..linear.plan import Below, backward_layer, forward_layer
 from .config import TrainProblem
+from .reference import grad_sizes
 
 
 class Layer(NamedTuple):
@@ -25,27 +27,60 @@ class Layer(NamedTuple):
     db: Buffer | None
 
 
-def forward(plan: Plan, x: Buffer, *layers: Buffer | None, activations: Sequence[Activation], tf32: bool) -> None:
-    """y = act(x·wᵀ + b), each layer's y the next one's x. layers: w, b and y of each; a y that is None is not kept."""
-    for n, activation in enumerate(activations):
-        w, b, y = layers[3 * n : 3 * n + 3]
+def forward(
+    plan: Plan, input: Buffer, *layers: Buffer | None, activations: Sequence[Activation], keep: bool, tf32: bool
+) -> None:
+    """Each layer's output, or (not `keep`) the last one's; nothing where kernels can't take the tensors.
+
+    layers: every weight, then every bias.
+    """
+    count = len(activations)
+    weights, biases = layers[:count], layers[count:]
+    if not fits(input, *weights):
+        return
+    outputs = []
+    x = matrix(plan, input)
+    for n, (w, b, activation) in enumerate(zip(weights, biases, activations, strict=True), 1):
         assert w is not None
-        y = plan.scratch((x.shape[0], w.shape[0]), x.dtype) if y is None else y
-        linear(plan, x, w, b, y, activation=activation, tf32=tf32)
+        kept = plan.output if keep or n == count else plan.scratch
+        outputs.append(kept((*input.shape[:-1], w.shape[0]), input.dtype))
+        y = matrix(plan, outputs[-1])
+        forward_layer(plan, x, w, b, y, activation=activation, tf32=tf32)
         x = y
+    plan.returns(*(outputs if keep else outputs[-1:]))
 
 
 def backward(
-    plan: Plan, dy: Buffer, x: Buffer | None, dx: Buffer | None, *layers: Buffer | None,
-    activations: Sequence[Activation], tf32: bool,
+    plan: Plan, grad: Buffer, *tensors: Buffer | None, activations: Sequence[Activation], needs: Sequence[bool],
+    tf32: bool,
 ) -> None:  # fmt: skip
-    """Those of dx and each layer's dw and db that are given. layers: w, y, dw and db of each. x is needed for dw.
+    """The gradients of the input, of every weight and of every bias, each where `needs` says so; nothing as above.
+
+    tensors: the input and every output, which is needed for the activation's derivative, and, but for the last, for dw
+    of the layer above; every weight.
 
     A layer's dgrad multiplies what it writes by the derivative of the layer below, and leaves partial sums of its db:
     a dz is written once, and only the last one is formed by a pass over memory.
     """
-    every = [Layer(*layers[4 * n : 4 * n + 4]) for n in range(len(activations))]
-    plan.writes(dx, *(t for layer in every for t in layer[2:]))
+    if not fits(grad, *tensors):
+        return
+    count = len(activations)
+    (input, *outputs), weights = tensors[: count + 1], tensors[count + 1 :]
+    sizes = zip(grad_sizes(grad, input, outputs[:-1], weights[0]), needs, strict=True)
+    dx, *grads = [plan.output(size, grad.dtype) if need else None for size, need in sizes]
+    dy, x, flat_dx, *ys = [None if t is None else matrix(plan, t) for t in (grad, input, dx, *outputs)]
+    assert dy is not None
+    # As for one layer.
+    ys = [None if y is None else plan.contiguous(y) for y in ys]
+    every = [Layer(*layer) for layer in zip(weights, ys, grads[:count], grads[count:], strict=True)]
+    _backward(plan, dy, x, flat_dx, every, activations, tf32)
+    plan.returns(dx, *grads)
+
+
+def _backward(
+    plan: Plan, dy: Buffer, x: Buffer | None, dx: Buffer | None, every: Sequence[Layer],
+    activations: Sequence[Activation], tf32: bool,
+) -> None:  # fmt: skip
     last, sums = len(every) - 1, Partials(None, None)
     for n, (w, y, dw, db) in reversed([*enumerate(every)]):
         lower = every[:n]
@@ -89,7 +124,7 @@ def train(
     if s.first:
         assert weights[0] is not None
         assert ys[0] is not None
-        linear(plan, x, weights[0], biases[0], ys[0], activation=activations[0], tf32=tf32)
+        forward_layer(plan, x, weights[0], biases[0], ys[0], activation=activations[0], tf32=tf32)
     plan.launch(kernels.train_rows, (programs,), (x, target, losses, weights, biases, ys, dzs, m), config, s)
     arguments = (x, losses, loss, ys, dzs, dws, dbs, m, programs)
     plan.launch(

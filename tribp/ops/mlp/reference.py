@@ -1,11 +1,13 @@
 """Linear layers with activations in plain torch: the fallback where no kernel runs, and the tests' oracle."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ..activations import Activation
+from ..checks import Described
 from ..linear import reference as linear
 
 
@@ -22,6 +24,18 @@ def mlp(input: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
         input = linear.linear(input, *layer)
         outputs.append(input)
     return outputs
+
+
+def grad_sizes(
+    grad: Described, input: Described | None, hidden: Sequence[Described | None], weight: Described | None
+) -> list[tuple[int, ...]]:
+    """Of the gradients of the input, of each weight and of each bias; hidden: the outputs of all layers but the last.
+
+    Either of input and the lowest layer's weight may be None where its shape is not asked.
+    """
+    lowest = next((t.shape[-1] for t in (input, weight) if t is not None), 0)
+    sizes = [lowest, *(t.shape[-1] for t in hidden if t is not None), grad.shape[-1]]
+    return [(*grad.shape[:-1], lowest), *((n, k) for k, n in itertools.pairwise(sizes)), *((n,) for n in sizes[1:])]
 
 
 def mlp_backward(

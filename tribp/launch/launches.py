@@ -1,0 +1,233 @@
+"""A kernel launch: of a plan, on buffers; on tensors; and repeated, without Triton's inspecting them again.
+
+Imports triton.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, NamedTuple, cast
+
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .. import versions
+from .buffer import Buffer
+
+REMEMBERED = 4096  # launches' descriptors, of some hundred bytes each; the one not used for longest is forgotten first
+
+
+class Launch(NamedTuple):
+    """One kernel launch, complete: `run` performs it, `bench static` compiles it for a GPU that is not there.
+
+    constants: the kernel's `constexpr` parameters; of a layer's kernel CONFIG alone, a NamedTuple.
+    """
+
+    kernel: "triton.JITFunction[Any]"
+    grid: tuple[int, ...]
+    arguments: tuple[object, ...]
+    constants: Mapping[str, object]
+    num_warps: int
+    num_stages: int = 1
+    max_registers: int | None = None
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Arguments by the names of the kernel's parameters, and `settings`.
+
+        Of a NamedTuple also the fields, y_stride_n for y.stride_n; it itself is the first of them, a tensor.
+        """
+        arguments: Iterable[tuple[str, Any]] = zip(self.kernel.arg_names, self.arguments, strict=False)
+        named: dict[str, Any] = {}
+        for name, value in arguments:
+            named |= {**_fields(value, f"{name}_"), name: value[0]} if _is_named(value) else {name: value}
+        return named | self.settings
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constants by name; in place of a config its fields, SRC_VEC for its SRC.VEC."""
+        settings: dict[str, Any] = {}
+        for name, value in self.constants.items():
+            settings |= _fields(value, "") if _is_named(value) else {name: value}
+        return settings
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told besides the kernel's own arguments."""
+        # Triton 3.9 warns that a · b + c will be two roundings by default from 3.10 on.
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers  # CUDA only: on AMD it is no option
+        return options
+
+    def run(self) -> object:
+        """Returns the compiled kernel, or None where it was interpreted."""
+        return self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+
+
+def in_tuple(n: int) -> int:
+    """A number in an argument that is a tuple, where Triton would specialize 1 and multiples of 16 (`from_tuple`)."""
+    return 2 * n + 3
+
+
+def _is_named(value: object) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def _fields(config: Any, prefix: str) -> dict[str, Any]:
+    """A config's fields by name, and those of a config within it."""
+    fields: dict[str, Any] = {}
+    for name, value in config._asdict().items():
+        fields |= _fields(value, f"{prefix}{name}_") if _is_named(value) else {prefix + name: value}
+    return fields
+
+
+Encode = Callable[[Sequence[Any]], list[object]]
+
+
+class CachedLaunch:
+    """A launch for any memory. After the first time Triton no longer inspects its arguments."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._descriptors = [argument for argument in launch.arguments if isinstance(argument, TensorDescriptor)]
+        self._bases: list[int] = [descriptor.base.number for descriptor in self._descriptors]
+        self._fill = _Filling(launch, [1] * len(self._descriptors))
+        # None until Triton has inspected the arguments once.
+        self._repeat: Callable[[Sequence[Tensor | None]], object] | None = None
+
+    def on(self, memory: Sequence[Tensor | None]) -> Launch:
+        return self._launch._replace(arguments=self._named(self._filled(memory)))
+
+    def _named(self, arguments: tuple[object, ...]) -> tuple[object, ...]:
+        """The arguments with NamedTuples where the launch has them. A compiled kernel knows their fields by place."""
+        pairs = cast(Any, zip(self._launch.arguments, arguments, strict=True))
+        return tuple(given._make(filled) if _is_named(given) else filled for given, filled in pairs)
+
+    def _filled(self, memory: Sequence[Tensor | None]) -> tuple[object, ...]:
+        bases = [memory[number] for number in self._bases]
+        return self._fill(memory, map(_based, self._descriptors, bases))
+
+    def __call__(self, memory: Sequence[Tensor | None]) -> None:
+        if self._repeat is None:
+            launch = self.on(memory)
+            compiled = launch.run()
+            self._repeat = self._as(compiled) if isinstance(compiled, CompiledKernel) else self._interpreted
+        else:
+            self._repeat(memory)
+
+    def _interpreted(self, memory: Sequence[Tensor | None]) -> None:
+        launch = self._launch
+        launch.kernel[launch.grid](*self._named(self._filled(memory)), **launch.constants, **launch.options)
+
+    def _as(self, compiled: CompiledKernel) -> Callable[[Sequence[Tensor | None]], None]:
+        """What launches this kernel on the current device. Triton would find it again by inspecting all arguments."""
+        launch, bases = self._launch, self._bases
+        x, y, z = (*launch.grid, 1, 1)[:3]
+        # It wants the constants in their places.
+        constants = [launch.constants[name] for name in launch.kernel.arg_names[len(launch.arguments) :]]
+        bare = versions.bare_launcher(compiled) if self._descriptors else None
+        run = compiled.run if bare is None else bare.run
+        fill = _Filling(launch, [2 * len(descriptor.shape) + 1 for descriptor in self._descriptors])
+        function, packed, hooks = compiled.function, compiled.packed_metadata, knobs.runtime
+        device, stream_of = driver.active.get_current_device(), driver.active.get_current_stream
+
+        def repeat(memory: Sequence[Any]) -> None:
+            if bare is None:
+                arguments = self._filled(memory)
+            else:
+                arguments = fill(memory, encoded(self, bare.encode, *[memory[number].data_ptr() for number in bases]))
+            stream, told = stream_of(device), None
+            enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+            if _is_hook(enter) or _is_hook(leave):  # a profiler's
+                told = compiled.launch_metadata((x, y, z), stream, *arguments)
+            else:  # to call none of them, and to tell it, takes 2 µs
+                enter = leave = None
+            run(x, y, z, stream, function, packed, told, enter, leave, *arguments, *constants)
+
+        return repeat
+
+    def encoded(self, encode: Encode, addresses: Sequence[int]) -> list[object]:
+        """What the driver gets in place of the descriptors, of memory at these addresses."""
+        return encode(list(map(_based, self._descriptors, map(_Address, addresses))))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def encoded(launch: CachedLaunch, encode: Encode, *addresses: int) -> list[object]:
+    """`launch.encoded`, remembered: from step to step most tensors come back to where they were."""
+    return launch.encoded(encode, addresses)
+
+
+class _Filling:
+    """Picks the arguments of a launch, with plain tuples in place of NamedTuples, from one list.
+
+    That is: what is the same each time, the memory, what descriptors are (so many arguments each: `lengths`), and
+    tuples, which are made of all these.
+    """
+
+    def __init__(self, launch: Launch, lengths: Sequence[int]) -> None:
+        leaves = [leaf for argument in launch.arguments for leaf in _leaves(argument)]
+        self._same = [leaf for leaf in leaves if not isinstance(leaf, (Buffer, TensorDescriptor))]
+        self._tuples: list[Callable[[list[object]], object]] = []
+        tuples = sum(isinstance(argument, tuple) for argument in launch.arguments)
+        same, described = iter(range(len(self._same))), iter(range(-tuples - sum(lengths), -tuples))
+        length = iter(lengths)
+
+        def places(argument: Any) -> list[int]:
+            if isinstance(argument, Buffer):
+                return [len(self._same) + argument.number]
+            if isinstance(argument, TensorDescriptor):
+                return [next(described) for _ in range(next(length))]
+            if isinstance(argument, tuple):
+                self._tuples.append(_picker([place for leaf in argument for place in places(leaf)]))
+                return [len(self._tuples) - 1 - tuples]
+            return [next(same)]
+
+        self._pick = _picker([place for argument in launch.arguments for place in places(argument)])
+
+    def __call__(self, memory: Sequence[Tensor | None], descriptors: Iterable[object]) -> tuple[object, ...]:
+        items = [*self._same, *memory, *descriptors]
+        for pick in self._tuples:
+            items.append(pick(items))
+        return self._pick(items)
+
+
+class _Address(NamedTuple):
+    """All of a tensor that a descriptor is made of, besides what it says."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _based(descriptor: TensorDescriptor, base: object) -> TensorDescriptor:
+    """The descriptor of other memory. Its own constructor would check the shapes and strides again: 3 µs."""
+    other = object.__new__(TensorDescriptor)
+    other.__dict__.update(vars(descriptor), base=base)
+    return other
+
+
+def _is_hook(hook: Any) -> bool:
+    """Whether there is one: a function, or one in Triton's chain of them."""
+    return bool(getattr(hook, "calls", hook))
+
+
+def buffers_of(arguments: Iterable[object]) -> list[Buffer]:
+    """Those that a launch's arguments are, hold, or describe."""
+    leaves = [leaf for argument in arguments for leaf in _leaves(argument)]
+    bases = [leaf.base if isinstance(leaf, TensorDescriptor) else leaf for leaf in leaves]
+    return [base for base in bases if isinstance(base, Buffer)]
+
+
+def _picker(places: Sequence[int]) -> Callable[[list[object]], tuple[object, ...]]:
+    """`itemgetter`, which for one place would return no tuple."""
+    return itemgetter(*places) if len(places) > 1 else lambda items: tuple(items[place] for place in places)
+
+
+def _leaves(argument: object) -> tuple[object, ...]:
+    return argument if isinstance(argument, tuple) else (argument,)
