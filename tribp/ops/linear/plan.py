@@ -22,22 +22,26 @@ def forward(
     plan: Plan, input: Buffer, weight: Buffer, bias: Buffer | None, *, activation: Activation, tf32: bool
 ) -> None:
     """act(input·weightᵀ + bias), contiguous; nothing where kernels can't take them. input: (*, K)."""
-    check_layouts("linear", input, weight, bias)
-    check_dtypes("linear", input, weight=weight, bias=bias)
+    check_call(input, weight, bias)
     if not fits(input, weight):
         return
-    n = weight.shape[0]
-    output = plan.output((*input.shape[:-1], n), input.dtype)
-    if bias is not None and bias.shape != (n,):  # one number for all
-        bias = bias.viewed((n,), (0,))
+    output = plan.output((*input.shape[:-1], weight.shape[0]), input.dtype)
     forward_layer(plan, matrix(plan, input), weight, bias, matrix(plan, output), activation=activation, tf32=tf32)
     plan.returns(output)
+
+
+def check_call(input: Buffer, weight: Buffer, bias: Buffer | None) -> None:
+    """Once for each kind of call: no call whose layouts are known is checked again."""
+    check_layouts("linear", input, weight, bias)
+    check_dtypes("linear", input, weight=weight, bias=bias)
 
 
 def forward_layer(
     plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Buffer, *, activation: Activation, tf32: bool
 ) -> None:
-    """y = act(x·wᵀ + b), one launch. x: (M, K), w: (N, K), b: (N,) or None, y: (M, N) contiguous."""
+    """y = act(x·wᵀ + b), one launch. x: (M, K), w: (N, K), b: (N,), or one number for all; y: (M, N) contiguous."""
+    if b is not None and b.shape != y.shape[1:]:
+        b = b.viewed(y.shape[1:], (0,))
     (m, k), n = x.shape, w.shape[0]
     dtype = dtype_name(x.dtype)
     precision = precision_of(dtype, tf32, plan.arch)

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import dispatch
-from ...dispatch import autocasting, backward_by_torch, kernels_cannot_see, needs_operator, without_autocast
+from ...dispatch import (
+    autocasting,
+    backward_by_torch,
+    kernels_alone,
+    kernels_cannot_see,
+    needs_operator,
+    without_autocast,
+)
 from ..activations import Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes, check_tensors
 from ..linear.checks import check_linear, fits
@@ -21,6 +28,8 @@ from ..linear.op import activated_linear, torchs_alone
 from ..shared import NAMESPACE, REFUSALS, autocast_all, in_places, launching, uses_tf32
 from . import reference
 from .reference import Layer
+
+Both = tuple[Activation, Activation]  # of all layers but the last, and of the last
 
 
 def mlp(
@@ -66,6 +75,8 @@ def mlp(
             for w, b, act in zip(weights, given, _each(len(weights), both), strict=True):
                 x = activate_(F.linear(x, w, b), act)
             return x
+        if kernels_alone(input, *weights, *given):
+            return by_kernels(input, weights, given, both)
     except REFUSALS:
         pass  # the checks know a better sentence
     tensors = [t for t in (input, *weights, *given) if t is not None]
@@ -96,12 +107,13 @@ def mlp(
         present = [b for b in given if b is not None]
         outputs: list[Tensor] = operator(input, weights, present, [b is not None for b in given], *both[0], *both[1])
         return outputs[-1]
-    if needs_grad:
-        return _MLP.apply(both, input, *weights, *given)  # type: ignore[no-any-return, no-untyped-call]
-    return forward(input, _layers(weights, given, both), "triton", keep=False)[-1]
+    return by_kernels(input, weights, given, both)
 
 
-Both = tuple[Activation, Activation]  # of all layers but the last, and of the last
+def by_kernels(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], both: Both) -> Tensor:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *weights, *biases)):
+        return _MLP.apply(both, input, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
+    return forward(input, _layers(weights, biases, both), "triton", keep=False)[-1]
 
 
 def _kernels_run(input: Tensor, weights: Sequence[Tensor]) -> bool:

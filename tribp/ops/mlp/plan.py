@@ -13,7 +13,7 @@ from ...launch.plan import Plan
 from ...launch.reduce import Partials
 from ..activations import NONE, Activation
 from ..linear.checks import fits
-from ..linear.plan import Below, backward_layer, forward_layer
+from ..linear.plan import Below, backward_layer, check_call, forward_layer
 from .config import TrainProblem
 from .reference import grad_sizes
 
@@ -36,18 +36,19 @@ def forward(
     """
     count = len(activations)
     weights, biases = layers[:count], layers[count:]
-    if not fits(input, *weights):
-        return
-    outputs = []
-    x = matrix(plan, input)
-    for n, (w, b, activation) in enumerate(zip(weights, biases, activations, strict=True), 1):
+    outputs = [input]
+    for n, (w, b) in enumerate(zip(weights, biases, strict=True), 1):
         assert w is not None
+        check_call(outputs[-1], w, b)
         kept = plan.output if keep or n == count else plan.scratch
         outputs.append(kept((*input.shape[:-1], w.shape[0]), input.dtype))
-        y = matrix(plan, outputs[-1])
+    if not fits(input, *weights):
+        return
+    every = [matrix(plan, output) for output in outputs]
+    for x, y, w, b, activation in zip(every, every[1:], weights, biases, activations, strict=False):
+        assert w is not None
         forward_layer(plan, x, w, b, y, activation=activation, tf32=tf32)
-        x = y
-    plan.returns(*(outputs if keep else outputs[-1:]))
+    plan.returns(*(outputs[1:] if keep else outputs[-1:]))
 
 
 def backward(
