@@ -27,6 +27,7 @@ from tribp.launch import plan as plans
 from tribp.launch.arch import INTERPRETER
 from tribp.launch.buffer import Buffer, Layout, Memory, dense_strides, layout_of
 from tribp.launch.launches import CachedLaunch, Launch
+from tribp.launch.layout import matrix
 from tribp.launch.plan import Plan
 from tribp.ops.activations import Activation
 from tribp.ops.linear import plan as linear_plan
@@ -261,6 +262,27 @@ def test_a_launch_that_fails_leaves_nothing_behind(kernels: str, monkeypatch: py
     torch.testing.assert_close(tribp.linear_sigmoid(x, w), torch.sigmoid(x @ w.t()))
 
 
+def test_what_is_refused_is_refused_each_time(kernels: str) -> None:
+    """Layouts are checked where a plan is made, which must not be remembered."""
+    x, w, b = (torch.randn(size, device=kernels) for size in ((4, 16), (8, 16), (8,)))
+    images, filters = torch.randn(2, 8, 5, 5, device=kernels), torch.randn(8, 8, 3, 3, device=kernels)
+    wrong: list[tuple[Callable[[], object], type[Exception], str]] = [
+        (lambda: tribp.linear_sigmoid(x, w[:, :8], b), ValueError, "linear_sigmoid: weight must have shape"),
+        (lambda: tribp.linear(x, w, b[:7]), ValueError, "linear: bias must have shape"),
+        (lambda: tribp.linear(x, w.half(), b), TypeError, "linear: weight must have input's dtype"),
+        (lambda: tribp.linear(x, w.to("meta"), b), ValueError, "linear: weight must be on input's device"),
+        (lambda: tribp.mlp(x, [w, w], [b, b]), ValueError, "mlp, layer 1: weight must have shape"),
+        (lambda: tribp.conv3x3(images, filters[:, :4]), ValueError, "conv3x3: weight must have shape"),
+        (lambda: tribp.conv3x3(images[..., :2], filters), ValueError, "conv3x3: input must have"),
+        (lambda: tribp.conv3x3(images, filters, stride=(True, 1)), TypeError, "conv3x3: stride must be"),
+    ]
+    for call, error, says in wrong * 2:
+        with pytest.raises(error, match=says):
+            call()
+        assert tribp.linear_sigmoid(x, w, b).shape == (4, 8)
+        assert tribp.conv3x3(images, filters, stride=1).shape == (2, 8, 3, 3)
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -403,6 +425,39 @@ def test_a_buffer_answers_as_its_tensor(name: str) -> None:
     assert (buffer.numel(), buffer.element_size(), buffer.dtype) == (tensor.numel(), 4, torch.float32)
     assert [buffer.stride(d) for d in range(4)] == list(tensor.stride())
     assert buffer.data_ptr() % 16 == tensor.data_ptr() % 16
+
+
+ROWS: dict[str, Tensor] = {
+    "vector": torch.empty(8),
+    "strided vector": torch.empty(16)[::2],
+    "matrix": torch.empty(3, 8),
+    "contiguous": torch.empty(2, 3, 8),
+    "columns first": torch.empty(2, 8, 3).transpose(1, 2),
+    "rows apart": torch.empty(2, 3, 10)[..., :8],
+    "blocks apart": torch.empty(2, 4, 8)[:, :3],
+    "exchanged": torch.empty(3, 2, 8).transpose(0, 1),
+    "expanded": torch.empty(8).expand(2, 3, 8),
+    "expanded blocks": torch.empty(3, 8).expand(2, 3, 8),
+    "odd stride of one": torch.empty(2, 4, 8)[:, :1],
+    "ones": torch.empty(4, 6, 8)[:1, :1],
+    "four": torch.empty(2, 3, 4, 10)[..., :5],
+    "four, the middle apart": torch.empty(2, 6, 4, 5)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_leading_dimensions_are_one_where_torch_has_a_view(name: str) -> None:
+    tensor = ROWS[name]
+    expected = tensor.reshape(-1, tensor.shape[-1])
+    plan = Plan(INTERPRETER, [layout_of(tensor)])
+    (given,) = plan.given
+    assert given is not None
+    found = matrix(plan, given)
+    assert found.shape == expected.shape
+    is_view = expected.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    assert (found.number == given.number) == is_view == (not plan.steps)
+    for d in (0, 1):
+        assert expected.shape[d] == 1 or found.stride(d) == expected.stride(d)
 
 
 # -- compiled kernels -------------------------------------------------------------------------------------------------
