@@ -9,9 +9,11 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
@@ -161,6 +163,11 @@ def kernels_cannot_see(*tensors: Tensor | None) -> bool:
         if t is not None and (type(t) not in _PLAIN or t.is_neg()):
             return True
     return False
+
+
+def alive(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors, and in place of one that a transform has left behind what it wrapped: the wrapper has no memory."""
+    return unwrap_dead_wrappers(tensors)
 
 
 def transform_active(grad: Tensor) -> bool:

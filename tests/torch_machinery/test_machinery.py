@@ -238,6 +238,19 @@ def test_torch_func(transform: str, compiled: bool, operation: Operation, detach
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
+def test_what_a_transform_left_behind(requires_grad: bool, operation: Operation, detached: list[Tensor]) -> None:
+    """A tensor of torch.func that outlived it wraps memory, and has none."""
+    left: list[Tensor] = []
+    for t in detached[:2]:
+        torch.func.grad(lambda x: left.append(x) or x.sum())(t)  # type: ignore[func-returns-value]
+    b = detached[2].requires_grad_(requires_grad)
+    y, expected = operation.ours(*left, b), operation.theirs(*detached)
+    torch.testing.assert_close(y, expected)
+    if requires_grad:
+        torch.testing.assert_close(*(torch.autograd.grad(v.sum(), b) for v in (y, expected)))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
 def test_forward_mode(requires_grad: bool, operation: Operation, detached: list[Tensor]) -> None:
     x, w, b = (t.requires_grad_(requires_grad) for t in detached)
     with forward_ad.dual_level():

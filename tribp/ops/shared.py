@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +35,12 @@ def autocast_all(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def uses_tf32(tensor: Tensor, convolution: bool = False) -> bool:
     return tensor.dtype == torch.float32 and dispatch.tf32_allowed(convolution)
+
+
+def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without what it asks about torch.func: 3 µs of a call's 24. `alive` and `kernels_alone` know."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ... import dispatch
 from ...dispatch import (
+    alive,
     autocasting,
     backward_by_torch,
     kernels_alone,
@@ -23,7 +24,7 @@ from ...dispatch import (
 )
 from ..activations import NONE, Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes
-from ..shared import NAMESPACE, REFUSALS, Grads, Needs, autocast_all, in_places, launching, uses_tf32
+from ..shared import NAMESPACE, REFUSALS, Grads, Needs, autocast_all, bare_apply, in_places, launching, uses_tf32
 from . import reference
 from .checks import cached_window, check_conv3x3, known_window
 from .reference import ChannelsLast, Window, channels_last_of, conv3x3_format
@@ -104,13 +105,14 @@ def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
     if needs_operator():
         output: Tensor = operator(input, weight, bias, *window, *activation)
         return output
+    input, weight, bias = alive(input, weight, bias)
     return by_kernels(input, weight, bias, window, activation)
 
 
 def by_kernels(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: Activation) -> Tensor:
     needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if needs_grad and torch.is_grad_enabled():
-        return _Conv3x3.apply(input, weight, bias, window, activation)  # type: ignore[no-any-return, no-untyped-call]
+        return apply(input, weight, bias, window, activation)  # type: ignore[no-any-return]
     return forward(input, weight, bias, window, activation, "triton")
 
 
@@ -151,6 +153,9 @@ class _Conv3x3(torch.autograd.Function):
             else:
                 grads = backward(grad, input, weight, output, size, window, act, needs, ctx.formats, "triton")
         return *grads, None, None
+
+
+apply = bare_apply(_Conv3x3)
 
 
 def forward(

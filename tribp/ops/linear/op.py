@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ... import dispatch
 from ...dispatch import (
+    alive,
     autocasting,
     backward_by_torch,
     kernels_alone,
@@ -24,7 +25,7 @@ from ...dispatch import (
 )
 from ..activations import Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes
-from ..shared import NAMESPACE, REFUSALS, Grads, Needs, autocast_all, in_places, launching, uses_tf32
+from ..shared import NAMESPACE, REFUSALS, Grads, Needs, autocast_all, bare_apply, in_places, launching, uses_tf32
 from . import reference
 from .checks import check_linear
 
@@ -108,13 +109,14 @@ def activated_linear(
     if needs_operator():
         output: Tensor = operator(input, weight, bias, *activation)
         return output
+    input, weight, bias = alive(input, weight, bias)
     return by_kernels(input, weight, bias, activation)
 
 
 def by_kernels(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if needs_grad and torch.is_grad_enabled():
-        return _Linear.apply(input, weight, bias, activation)  # type: ignore[no-any-return, no-untyped-call]
+        return apply(input, weight, bias, activation)  # type: ignore[no-any-return]
     return forward(input, weight, bias, activation, "triton")
 
 
@@ -154,6 +156,9 @@ class _Linear(torch.autograd.Function):
             else:
                 grads = backward(grad, input, weight, output, act, needs, "triton")
         return *grads, None
+
+
+apply = bare_apply(_Linear)
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, backend: str) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ... import dispatch
 from ...dispatch import (
+    alive,
     autocasting,
     backward_by_torch,
     kernels_alone,
@@ -25,7 +26,7 @@ from ..activations import Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes, check_tensors
 from ..linear.checks import check_linear, fits
 from ..linear.op import activated_linear, torchs_alone
-from ..shared import NAMESPACE, REFUSALS, autocast_all, in_places, launching, uses_tf32
+from ..shared import NAMESPACE, REFUSALS, autocast_all, bare_apply, in_places, launching, uses_tf32
 from . import reference
 from .reference import Layer
 
@@ -107,12 +108,13 @@ def mlp(
         present = [b for b in given if b is not None]
         outputs: list[Tensor] = operator(input, weights, present, [b is not None for b in given], *both[0], *both[1])
         return outputs[-1]
-    return by_kernels(input, weights, given, both)
+    input, *tensors = alive(input, *weights, *given)
+    return by_kernels(input, tensors[: len(weights)], tensors[len(weights) :], both)
 
 
 def by_kernels(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], both: Both) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *weights, *biases)):
-        return _MLP.apply(both, input, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
+        return apply(both, input, *weights, *biases)  # type: ignore[no-any-return]
     return forward(input, _layers(weights, biases, both), "triton", keep=False)[-1]
 
 
@@ -145,6 +147,9 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_gradients(ctx, grad, ctx.needs_input_grad[1:])
+
+
+apply = bare_apply(_MLP)
 
 
 def _save(
