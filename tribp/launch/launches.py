@@ -97,7 +97,7 @@ class CachedLaunch:
         self._descriptors = [argument for argument in launch.arguments if isinstance(argument, TensorDescriptor)]
         self._bases: list[int] = [descriptor.base.number for descriptor in self._descriptors]
         self._fill = _Filling(launch, [1] * len(self._descriptors))
-        # None until Triton has inspected the arguments once.
+        self._compiled: CompiledKernel | None = None  # until Triton has inspected the arguments once
         self._repeat: Callable[[Sequence[Tensor | None]], object] | None = None
 
     def on(self, memory: Sequence[Tensor | None]) -> Launch:
@@ -113,12 +113,16 @@ class CachedLaunch:
         return self._fill(memory, map(_based, self._descriptors, bases))
 
     def __call__(self, memory: Sequence[Tensor | None]) -> None:
-        if self._repeat is None:
-            launch = self.on(memory)
-            compiled = launch.run()
-            self._repeat = self._as(compiled) if isinstance(compiled, CompiledKernel) else self._interpreted
-        else:
-            self._repeat(memory)
+        if self._repeat is None and self._compiled is None:
+            compiled = self.on(memory).run()
+            if isinstance(compiled, CompiledKernel):
+                self._compiled = compiled
+            else:
+                self._repeat = self._interpreted
+            return
+        if self._repeat is None:  # not at once: of ever new sizes no launch is repeated
+            self._repeat = self._as(self._compiled)
+        self._repeat(memory)
 
     def _interpreted(self, memory: Sequence[Tensor | None]) -> None:
         launch = self._launch
