@@ -28,7 +28,7 @@ from tribp.launch.arch import ARCHS
 from tribp.optim.footprint import guard, places, storage_sizes
 from tribp.optim.layouts import GRAD, local_grads
 
-from .no_gpu import always, pretending_h100, running_on
+from .no_gpu import always, pretending_h100, pretending_h100_anew, running_on
 from .options import Options
 from .results import commit, markdown, verdict, write_json
 from .timing import Comparison, Conditions, HostTarget, Repeated, Samples, summary, versions
@@ -151,15 +151,8 @@ def plans(smoke: bool) -> Iterator[Comparison]:
 
 def steps() -> Iterator[Comparison]:
     """A whole step on a GPU, up to the driver: its launch repeated, and as Triton performs a new one."""
-    from tribp.launch import plan
-
-    @contextlib.contextmanager
-    def anew() -> Iterator[None]:
-        forgetful = functools.lru_cache(maxsize=0)(plan.planned.__wrapped__)
-        with pretending_h100(), mock.patch.object(plan, "planned", forgetful):
-            yield
-
-    providers = {"tribp": Provider(optim.Adam, pretending_h100), "tribp, a new launch": Provider(optim.Adam, anew)}
+    anew = Provider(optim.Adam, pretending_h100_anew)
+    providers = {"tribp": Provider(optim.Adam, pretending_h100), "tribp, a new launch": anew}
     return (optimizers(f"Adam step, {n}x8", [8] * n, providers) for n in (1, 62))
 
 

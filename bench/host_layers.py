@@ -29,7 +29,7 @@ from tribp.dispatch import plain_cpu_call
 from tribp.launch.arch import ARCHS
 
 from .conv3x3 import ConvCase
-from .no_gpu import pretending, pretending_h100
+from .no_gpu import pretending, pretending_h100, pretending_h100_anew
 from .timing import Comparison, Conditions, Repeated, Samples
 
 Started = AbstractContextManager[Samples]
@@ -41,13 +41,12 @@ Function = Callable[..., Tensor]
 def calls(ours: Function, theirs: Function, sizes: Sequence[tuple[int, ...]], backward: bool) -> Started:
     """One function of tribp's and one of torch's, on the same small tensors. backward: and all gradients.
 
-    tribp's calls go all the way to a driver that launches nothing (`no_gpu.py`), so what is left out is the driver's
-    own part of a launch. torch has no such seam: beside them stand torch's operators on CPU tensors so small that they
-    compute next to nothing. They show what dispatch and autograd cost torch, but not the launches of its CUDA kernels.
+    tribp's calls go through Triton's own launcher to a driver that launches nothing (`no_gpu.py`): what is left out is
+    the part of a launch that is in C. torch has no such seam: beside them stand torch's operators on small CPU tensors,
+    which compute next to nothing. They show what dispatch and autograd cost torch, but not its CUDA launches.
     """
-    from tribp.launch.plan import forget
 
-    def repeated(function: Function, conditions: Conditions, before: Callable[[], object] = lambda: None) -> Repeated:
+    def repeated(function: Function, conditions: Conditions) -> Repeated:
         tensors = [torch.randn(size) for size in sizes]
         tensors = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
         for tensor in tensors:
@@ -55,7 +54,6 @@ def calls(ours: Function, theirs: Function, sizes: Sequence[tuple[int, ...]], ba
         grad = torch.randn_like(theirs(*tensors), requires_grad=False) if backward else None
 
         def call() -> None:
-            before()
             y = function(*tensors)
             if grad is not None:
                 torch.autograd.grad(y, tensors, grad)
@@ -64,7 +62,7 @@ def calls(ours: Function, theirs: Function, sizes: Sequence[tuple[int, ...]], ba
 
     providers = {
         "tribp": repeated(ours, pretending_h100),
-        "tribp, a first call": repeated(ours, pretending_h100, forget),  # worked out as if there had been none
+        "tribp, a first call": repeated(ours, pretending_h100_anew),
         "torch, on the CPU": repeated(theirs, contextlib.nullcontext),
     }
     return contextlib.nullcontext({name: provider.sample for name, provider in providers.items()})

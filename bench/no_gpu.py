@@ -102,6 +102,16 @@ def pretending_cuda(arch: Arch, launch: Callable[..., object] = lambda *argument
 pretending_h100 = functools.partial(pretending_cuda, ARCHS["sm_90"])
 
 
+@contextlib.contextmanager
+def pretending_h100_anew() -> Iterator[None]:
+    """And every call is worked out as if there had been none; those of others stay remembered."""
+    from tribp.launch import plan
+
+    forgetful = functools.lru_cache(maxsize=0)(plan.planned.__wrapped__)
+    with pretending_h100(), mock.patch.object(plan, "planned", forgetful):
+        yield
+
+
 class Described:
     """A descriptor that no GPU reads."""
 
