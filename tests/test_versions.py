@@ -1,5 +1,6 @@
 """Which versions of torch and triton are taken, and what is said of those that no test was run with."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -42,6 +43,20 @@ def test_ci_runs_the_newest_that_is_called_tested() -> None:
     assert max(tested) == (versions.NEWEST_TORCH, versions.NEWEST_TRITON)
     pythons = sorted(int(minor) for minor, _, _ in jobs)
     assert pythons == sorted(map(int, re.findall(r"Python :: 3\.(\d+)", PYPROJECT)))
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [((3, 5), "2.2.6", True), ((3, 6), "2.3.9", True), ((3, 6), "2.4.0", False), ((3, 7), "2.5.1", True)],
+)
+def test_an_interpreter_that_cannot_work_says_why(
+    triton: tuple[int, int], numpy: str, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "triton_version", lambda: triton)
+    monkeypatch.setattr("numpy.__version__", numpy)
+    refused = pytest.raises(RuntimeError, match=re.escape(f"and {numpy} is installed: pip install 'numpy<2.4'"))
+    with contextlib.nullcontext() if works else refused:
+        versions.check_interpreter()
 
 
 KERNELS = """

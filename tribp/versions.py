@@ -106,6 +106,22 @@ def bare_launcher(compiled: Any) -> BareLauncher | None:
     return BareLauncher(bare, encode)
 
 
+def check_interpreter() -> None:
+    """Raise RuntimeError if Triton's interpreter can't work with the installed numpy: 3.5 and 3.6 with 2.4 and newer.
+
+    https://github.com/triton-lang/triton/issues/9171. Otherwise each kernel would end with "only 0-dimensional arrays
+    can be converted to Python scalars".
+    """
+    import numpy as np
+
+    if triton_version() < (3, 7) and parse(np.__version__) >= (2, 4):
+        major, minor = triton_version()
+        raise RuntimeError(
+            f"Triton {major}.{minor} interprets kernels with numpy before 2.4 only, and {np.__version__} is installed: "
+            "pip install 'numpy<2.4', or unset TRITON_INTERPRET"
+        )
+
+
 def mend_interpreter() -> None:
     """Let a block of one comparison's result be a mask in Triton 3.9's interpreter.
 

@@ -38,6 +38,7 @@ REMEMBERED = 4096  # plans, of a few kilobytes each; the one not used for longes
 
 versions.warn_if_untested()
 if common.INTERPRETED:
+    versions.check_interpreter()
     versions.mend_interpreter()
 
 C = TypeVar("C")
