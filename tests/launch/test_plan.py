@@ -272,6 +272,7 @@ def test_what_is_refused_is_refused_each_time(kernels: str) -> None:
         (lambda: tribp.linear(x, w.half(), b), TypeError, "linear: weight must have input's dtype"),
         (lambda: tribp.linear(x, w.to("meta"), b), ValueError, "linear: weight must be on input's device"),
         (lambda: tribp.mlp(x, [w, w], [b, b]), ValueError, "mlp, layer 1: weight must have shape"),
+        (lambda: tribp.mlp(x, [w, None]), TypeError, r"mlp: weights\[1\] must be a tensor"),  # type: ignore[list-item]
         (lambda: tribp.conv3x3(images, filters[:, :4]), ValueError, "conv3x3: weight must have shape"),
         (lambda: tribp.conv3x3(images[..., :2], filters), ValueError, "conv3x3: input must have"),
         (lambda: tribp.conv3x3(images, filters, stride=(True, 1)), TypeError, "conv3x3: stride must be"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from ...dispatch import dtype_name
 from ...kernels import mlp as kernels
@@ -35,10 +35,9 @@ def forward(
     layers: every weight, then every bias.
     """
     count = len(activations)
-    weights, biases = layers[:count], layers[count:]
+    weights, biases = cast(Sequence[Buffer], layers[:count]), layers[count:]
     outputs = [input]
     for n, (w, b) in enumerate(zip(weights, biases, strict=True), 1):
-        assert w is not None
         check_call(outputs[-1], w, b)
         kept = plan.output if keep or n == count else plan.scratch
         outputs.append(kept((*input.shape[:-1], w.shape[0]), input.dtype))
@@ -46,7 +45,6 @@ def forward(
         return
     every = [matrix(plan, output) for output in outputs]
     for x, y, w, b, activation in zip(every, every[1:], weights, biases, activations, strict=False):
-        assert w is not None
         forward_layer(plan, x, w, b, y, activation=activation, tf32=tf32)
     plan.returns(*(outputs[1:] if keep else outputs[-1:]))
 
