@@ -225,9 +225,9 @@ def plain_cpu_call(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def kernels_alone(input: Tensor, *parameters: Tensor | None) -> bool:
     """Whether the kernels compute a call, or its plan refuses it, so that nothing need be checked before."""
     return (
-        not needs_operator()
+        not has_torch_function_variadic(input, *parameters)
+        and not needs_operator()
         and backend_of(input) == "triton"
-        and not has_torch_function_variadic(input, *parameters)
         and not kernels_cannot_see(input, *parameters)
         and not autocasting(input.device.type)
     )

@@ -284,6 +284,28 @@ def test_what_is_refused_is_refused_each_time(kernels: str) -> None:
         assert tribp.conv3x3(images, filters, stride=1).shape == (2, 8, 3, 3)
 
 
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_what_hooks_and_kernels_raise_is_not_tried_again(
+    requires_grad: bool, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what a plan refuses is checked for a better sentence: a hook of the caller's must not run twice."""
+    x, w = torch.randn(4, 16, device=kernels), torch.randn(8, 16, device=kernels, requires_grad=requires_grad)
+    called: list[object] = []
+
+    def fail(*arguments: object) -> Any:
+        called.append(arguments)
+        raise RuntimeError("mine")
+
+    if not requires_grad:
+        monkeypatch.setattr(Launch, "run", fail)
+    calls = (lambda: tribp.linear(x, w), lambda: tribp.linear_sigmoid(x, w), lambda: tribp.mlp(x, [w]))
+    for call in calls:
+        called.clear()
+        with torch.autograd.graph.saved_tensors_hooks(fail, fail), pytest.raises(RuntimeError, match="mine"):
+            call()
+        assert len(called) == 1
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 

@@ -211,9 +211,13 @@ Build = Callable[..., None]
 def perform(build: Build, tensors: Sequence[Tensor | None], **facts: object) -> list[Tensor | None]:
     """Run the launches of `build(plan, *buffers, **facts)`, on the first tensor's device; returns its results.
 
-    build: a pure function of the tensors' layouts and the facts.
+    build: a pure function of the tensors' layouts and the facts. What it raises bears a mark (`refused_by_plan`).
     """
-    plan = planned(build, *map(layout_of, tensors), **facts)
+    try:
+        plan = planned(build, *map(layout_of, tensors), **facts)
+    except Exception as error:
+        error.refused_by_plan = True  # type: ignore[attr-defined]
+        raise
     with dispatch.on_device(plan.device):
         return plan.run(tensors)
 

@@ -22,6 +22,11 @@ MAX_SIZE = 2**31 - 256  # of a dimension: the start of a tile, which is at most 
 REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)
 
 
+def refused_by_plan(error: Exception) -> bool:
+    """Whether no launch was begun: the checks know a better sentence. What hooks and kernels raise is the caller's."""
+    return getattr(error, "refused_by_plan", False)
+
+
 def in_places(present: Sequence[bool], values: Iterable[T]) -> list[T | None]:
     """The values, each in its place, and None where there is none: gradients that an operator returned, say."""
     remaining = iter(values)

@@ -24,7 +24,18 @@ from ...dispatch import (
 )
 from ..activations import NONE, Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes
-from ..shared import NAMESPACE, REFUSALS, Grads, Needs, autocast_all, bare_apply, in_places, launching, uses_tf32
+from ..shared import (
+    NAMESPACE,
+    REFUSALS,
+    Grads,
+    Needs,
+    autocast_all,
+    bare_apply,
+    in_places,
+    launching,
+    refused_by_plan,
+    uses_tf32,
+)
 from . import reference
 from .checks import cached_window, check_conv3x3, known_window
 from .reference import ChannelsLast, Window, channels_last_of, conv3x3_format
@@ -79,11 +90,17 @@ def conv3x3(
                 # As they were given: torch refuses True and 1.0, which the cache takes for 1.
                 output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
                 return output if activation is None else activate_(output, act)
-        if kernels_alone(input, weight, bias) and input.ndim == 4:
+        alone = weight is not None and kernels_alone(input, weight, bias) and input.ndim == 4
+        if alone:
             window, act = known_window(stride, padding, groups, dilation), activation_of("conv3x3", activation)
-            return by_kernels(input, weight, bias, window, act)
     except REFUSALS:
-        pass
+        alone = False
+    if alone:
+        try:
+            return by_kernels(input, weight, bias, window, act)
+        except REFUSALS as error:
+            if not refused_by_plan(error):
+                raise
     if torch.overrides.has_torch_function((input, weight, bias)):
         tensors = (input, weight, bias)
         return torch.overrides.handle_torch_function(

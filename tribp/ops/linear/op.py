@@ -25,7 +25,18 @@ from ...dispatch import (
 )
 from ..activations import Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes
-from ..shared import NAMESPACE, REFUSALS, Grads, Needs, autocast_all, bare_apply, in_places, launching, uses_tf32
+from ..shared import (
+    NAMESPACE,
+    REFUSALS,
+    Grads,
+    Needs,
+    autocast_all,
+    bare_apply,
+    in_places,
+    launching,
+    refused_by_plan,
+    uses_tf32,
+)
 from . import reference
 from .checks import check_linear
 
@@ -64,10 +75,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
                 return F.linear(input, weight, bias)
             act = activation_of("linear", activation)
             return activate_(F.linear(input, weight, bias), act)
-        if kernels_alone(input, weight, bias):
-            return by_kernels(input, weight, bias, activation_of("linear", activation))
+        act, alone = activation_of("linear", activation), weight is not None and kernels_alone(input, weight, bias)
     except REFUSALS:
-        pass  # the checks know a better sentence
+        alone = False  # the checks know a better sentence
+    if alone:
+        try:
+            return by_kernels(input, weight, bias, act)
+        except REFUSALS as error:
+            if not refused_by_plan(error):
+                raise
     if torch.overrides.has_torch_function((input, weight, bias)):
         tensors = (input, weight, bias)
         return torch.overrides.handle_torch_function(linear, tensors, *tensors, activation)
@@ -79,10 +95,15 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     try:
         if torchs_alone(input, weight, bias):
             return activate_(F.linear(input, weight, bias), SIGMOID)
-        if kernels_alone(input, weight, bias):
-            return by_kernels(input, weight, bias, SIGMOID)
+        alone = weight is not None and kernels_alone(input, weight, bias)
     except REFUSALS:
-        pass
+        alone = False
+    if alone:
+        try:
+            return by_kernels(input, weight, bias, SIGMOID)
+        except REFUSALS as error:
+            if not refused_by_plan(error):
+                raise
     if torch.overrides.has_torch_function((input, weight, bias)):
         tensors = (input, weight, bias)
         return torch.overrides.handle_torch_function(linear_sigmoid, tensors, *tensors)

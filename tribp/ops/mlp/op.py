@@ -26,7 +26,7 @@ from ..activations import Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes, check_tensors
 from ..linear.checks import check_linear, fits
 from ..linear.op import activated_linear, torchs_alone
-from ..shared import NAMESPACE, REFUSALS, autocast_all, bare_apply, in_places, launching, uses_tf32
+from ..shared import NAMESPACE, REFUSALS, autocast_all, bare_apply, in_places, launching, refused_by_plan, uses_tf32
 from . import reference
 from .reference import Layer
 
@@ -76,10 +76,15 @@ def mlp(
             for w, b, act in zip(weights, given, _each(len(weights), both), strict=True):
                 x = activate_(F.linear(x, w, b), act)
             return x
-        if kernels_alone(input, *weights, *given):
-            return by_kernels(input, weights, given, both)
+        alone = all(w is not None for w in weights) and kernels_alone(input, *weights, *given)
     except REFUSALS:
-        pass  # the checks know a better sentence
+        alone = False  # the checks know a better sentence
+    if alone:
+        try:
+            return by_kernels(input, weights, given, both)
+        except REFUSALS as error:
+            if not refused_by_plan(error):
+                raise
     tensors = [t for t in (input, *weights, *given) if t is not None]
     if torch.overrides.has_torch_function(tensors):
         arguments = (input, weights, biases, activation, output_activation)
