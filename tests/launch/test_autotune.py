@@ -447,6 +447,13 @@ def test_a_search_says_what_it_does(machine: Machine, caplog: pytest.LogCaptureF
     assert "ForwardProblem" in said
 
 
+def test_a_call_that_is_refused_is_not_searched(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+    x, w = inputs()
+    with caplog.at_level(logging.WARNING, "tribp.autotune"), pytest.raises(TypeError, match="linear_sigmoid: weight"):
+        tribp.linear_sigmoid(x, w.double())
+    assert not caplog.records
+
+
 def test_another_layout_is_another_search(machine: Machine) -> None:
     forward()
     searched = len(machine.timed)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo import compiled_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
@@ -235,6 +236,13 @@ def test_torch_func(transform: str, compiled: bool, operation: Operation, detach
     if compiled:
         ours = torch.compile(ours, backend="aot_eager")
     torch.testing.assert_close(ours(*detached), apply(operation.theirs)(*detached))
+
+
+def test_a_fake_tensor_may_be_on_a_gpu_that_is_not_there(operation: Operation) -> None:
+    with FakeTensorMode():
+        fakes = [torch.empty(t.shape, device="cuda") for t in operation.make("cpu")]
+    y = operation.ours(*fakes)
+    assert (y.device.type, y.shape) == ("cuda", operation.theirs(*operation.make("cpu")).shape)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -51,6 +51,7 @@ Timer = Callable[[Callable[[], object]], float]
 def perform(build: plans.Build, tensors: Sequence[Tensor | None], **facts: object) -> list[Tensor | None]:
     """`plan.perform`; and before it, if TRIBP_AUTOTUNE=1 asks for that, the search for its configs."""
     if tuner is not None:
+        plans.plan_of(build, tensors, facts)  # what is refused is not searched
         tuner.prepare(build, tensors, facts)
     return plans.perform(build, tensors, **facts)
 

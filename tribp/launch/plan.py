@@ -213,13 +213,18 @@ def perform(build: Build, tensors: Sequence[Tensor | None], **facts: object) -> 
 
     build: a pure function of the tensors' layouts and the facts. What it raises bears a mark (`refused_by_plan`).
     """
+    plan = plan_of(build, tensors, facts)
+    with dispatch.on_device(plan.device):
+        return plan.run(tensors)
+
+
+def plan_of(build: Build, tensors: Sequence[Tensor | None], facts: Mapping[str, object]) -> Plan:
+    """The plan that `perform` runs."""
     try:
-        plan = planned(build, *map(layout_of, tensors), **facts)
+        return planned(build, *map(layout_of, tensors), **facts)
     except Exception as error:
         error.refused_by_plan = True  # type: ignore[attr-defined]
         raise
-    with dispatch.on_device(plan.device):
-        return plan.run(tensors)
 
 
 @lru_cache(maxsize=REMEMBERED)
