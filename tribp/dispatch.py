@@ -166,7 +166,7 @@ def kernels_cannot_see(*tensors: Tensor | None) -> bool:
 
 
 def alive(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors, and in place of one that a transform has left behind what it wrapped: the wrapper has no memory."""
+    """The tensors. Of one that outlived its transform, what it wraps: the wrapper itself has no memory."""
     return unwrap_dead_wrappers(tensors)
 
 

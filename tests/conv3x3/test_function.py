@@ -225,7 +225,7 @@ def test_backward_runs_what_is_asked_for_and_no_more(kernels: str, launched: lis
 def test_dimensions_too_long_for_a_tile_go_through_torch(
     kernels: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tribp.ops.conv3x3 import checks
+    from tribp.ops import checks
 
     monkeypatch.setattr(checks, "MAX_SIZE", 16)
     for size, out in (

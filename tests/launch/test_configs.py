@@ -20,6 +20,7 @@ import tribp
 from tribp import versions
 from tribp.launch import plan as plans
 from tribp.launch.arch import ARCHS, INTERPRETER, ITEMSIZE, Arch, cdiv
+from tribp.launch.buffer import layout_of
 from tribp.launch.matmul import MatmulConfig, ReduceProblem, basis
 from tribp.launch.neighbors import neighbors
 from tribp.launch.optim import MultiTensorProblem
@@ -271,7 +272,7 @@ def test_problems_and_neighbors_are_the_same_in_every_process() -> None:
 def test_a_config_replaces_the_choice_for_its_problem_and_no_other() -> None:
     problem = ForwardProblem(8192, 1024, 1024, "bfloat16", "ieee", SM_90, 8, True)
     config, other = neighbors(problem, problem.choose())[0], problem._replace(m=4096)
-    plan = plans.Plan(SM_90, [], {problem: config})
+    plan = plans.Plan(SM_90, [layout_of(torch.empty(1))], {problem: config})
     assert plan.config(problem) == config != problem.choose()
     assert plan.config(other) == other.choose()
     assert plan.configs == {problem: config, other: other.choose()}

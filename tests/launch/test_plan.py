@@ -274,6 +274,11 @@ def test_what_is_refused_is_refused_each_time(kernels: str) -> None:
         (lambda: tribp.mlp(x, [w, w], [b, b]), ValueError, "mlp, layer 1: weight must have shape"),
         (lambda: tribp.mlp(x, [w, None]), TypeError, r"mlp: weights\[1\] must be a tensor"),  # type: ignore[list-item]
         (lambda: tribp.conv3x3(images, filters[:, :4]), ValueError, "conv3x3: weight must have shape"),
+        (
+            lambda: torch.ops.tribp.conv3x3(images[0], filters, None, [1, 1], [0, 0], 1),
+            ValueError,
+            "conv3x3: input must",
+        ),
         (lambda: tribp.conv3x3(images[..., :2], filters), ValueError, "conv3x3: input must have"),
         (lambda: tribp.conv3x3(images, filters, stride=(True, 1)), TypeError, "conv3x3: stride must be"),
     ]

@@ -226,7 +226,7 @@ def test_backward_runs_what_is_asked_for_and_no_more(kernels: str, launched: lis
 def test_dimensions_too_long_for_a_tile_go_through_torch(
     kernels: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tribp.ops.linear import checks
+    from tribp.ops import checks
 
     monkeypatch.setattr(checks, "MAX_SIZE", 16)
     x, w, b = make(17, 4, 8, torch.float32, kernels)

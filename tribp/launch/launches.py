@@ -135,8 +135,10 @@ class CachedLaunch:
         # It wants the constants in their places.
         constants = [launch.constants[name] for name in launch.kernel.arg_names[len(launch.arguments) :]]
         bare = versions.bare_launcher(compiled) if self._descriptors else None
-        run = compiled.run if bare is None else bare.run
-        fill = _Filling(launch, [2 * len(descriptor.shape) + 1 for descriptor in self._descriptors])
+        run, fill = compiled.run, self._fill
+        if bare is not None:
+            run = bare.run
+            fill = _Filling(launch, [2 * len(descriptor.shape) + 1 for descriptor in self._descriptors])
         function, packed, hooks = compiled.function, compiled.packed_metadata, knobs.runtime
         device, stream_of = driver.active.get_current_device(), driver.active.get_current_stream
 
@@ -144,7 +146,8 @@ class CachedLaunch:
             if bare is None:
                 arguments = self._filled(memory)
             else:
-                arguments = fill(memory, encoded(self, bare.encode, *[memory[number].data_ptr() for number in bases]))
+                addresses = [memory[number].data_ptr() for number in bases]
+                arguments = fill(memory, encoded(self, bare.encode, *addresses))
             stream, told = stream_of(device), None
             enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
             if _is_hook(enter) or _is_hook(leave):  # a profiler's
@@ -155,15 +158,15 @@ class CachedLaunch:
 
         return repeat
 
-    def encoded(self, encode: Encode, addresses: Sequence[int]) -> list[object]:
-        """What the driver gets in place of the descriptors, of memory at these addresses."""
-        return encode(list(map(_based, self._descriptors, map(_Address, addresses))))
+    def described(self, addresses: Sequence[int]) -> list[TensorDescriptor]:
+        """The descriptors of memory at these addresses."""
+        return list(map(_based, self._descriptors, map(_Address, addresses)))
 
 
 @lru_cache(maxsize=REMEMBERED)
 def encoded(launch: CachedLaunch, encode: Encode, *addresses: int) -> list[object]:
-    """`launch.encoded`, remembered: from step to step most tensors come back to where they were."""
-    return launch.encoded(encode, addresses)
+    """What the driver gets in place of descriptors; remembered: most tensors come back to where they were last step."""
+    return encode(launch.described(addresses))
 
 
 class _Filling:

@@ -19,7 +19,7 @@ after it.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -62,6 +62,7 @@ class Plan:
     ) -> None:
         self.arch = arch
         self.given = [None if layout is None else Buffer(n, Layout(*layout)) for n, layout in enumerate(layouts)]
+        self.device = device_of(layouts)
         self.configs: dict[Any, Any] = {}  # those that were used, by their problems
         self.results: list[int | None] = []  # numbers of the buffers that the call returns
         self.steps: list[Launch | Copy] = []
@@ -69,11 +70,6 @@ class Plan:
         self._memory: list[Memory] = []  # behind the given buffers
         self._outputs: list[tuple[int, Memory]] = []
         self._ready: list[_Ready] = []
-
-    @cached_property
-    def device(self) -> torch.device:
-        """The call's first tensor's."""
-        return next(buffer.device for buffer in self.given if buffer is not None)
 
     # What build functions call.
 
@@ -211,7 +207,8 @@ Build = Callable[..., None]
 def perform(build: Build, tensors: Sequence[Tensor | None], **facts: object) -> list[Tensor | None]:
     """Run the launches of `build(plan, *buffers, **facts)`, on the first tensor's device; returns its results.
 
-    build: a pure function of the tensors' layouts and the facts. What it raises bears a mark (`refused_by_plan`).
+    build: a pure function of the tensors' layouts and the facts. What it raises bears a mark, for `unless_refused`
+    of ops/shared.py.
     """
     plan = plan_of(build, tensors, facts)
     with dispatch.on_device(plan.device):

@@ -1,12 +1,14 @@
 """Argument checks that operations share. Every error names the argument, what was expected and what was given."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..dispatch import FLOATS, dtype_name
+
+MAX_SIZE = 2**31 - 256  # of a dimension: the start of a tile, which is at most 256 long, is an int32
 
 
 class Described(Protocol):
@@ -24,6 +26,25 @@ class Described(Protocol):
 
 class Strided(Described, Protocol):
     def stride(self) -> Sequence[int]: ...
+
+
+def matrices_fit(*tensors: Described | None) -> bool:
+    """Whether kernels can take these, leading dimensions in one: none is empty, or too long for a tile's start."""
+    return _fit(tensors, lambda t: max(t.numel() // t.shape[-1], t.shape[-1]))
+
+
+def images_fit(*tensors: Described | None) -> bool:
+    """As `matrices_fit`, each dimension by itself."""
+    return _fit(tensors, lambda t: max(t.shape))
+
+
+def _fit(tensors: Sequence[Described | None], longest: Callable[[Described], int]) -> bool:
+    for t in tensors:
+        if t is None or 0 < (numel := t.numel()) <= MAX_SIZE:  # then no dimension is longer
+            continue
+        if numel == 0 or longest(t) > MAX_SIZE:
+            return False
+    return True
 
 
 def check_tensors(function: str, *optional: str, **tensors: Tensor | None) -> None:

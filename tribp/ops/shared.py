@@ -17,14 +17,21 @@ T = TypeVar("T")
 
 # Of the registered operators: "tribp", or the name by which the kernel hub imports this version of the package.
 NAMESPACE = __name__.partition(".")[0]
-MAX_SIZE = 2**31 - 256  # of a dimension: the start of a tile, which is at most 256 long, is an int32
 # What comes of wrong arguments. Other exceptions end a computation that is to end: torch.utils.checkpoint's do.
 REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)
 
 
-def refused_by_plan(error: Exception) -> bool:
-    """Whether no launch was begun: the checks know a better sentence. What hooks and kernels raise is the caller's."""
-    return getattr(error, "refused_by_plan", False)
+def unless_refused(by_kernels: Callable[..., Tensor], *arguments: object) -> Tensor | None:
+    """The kernels' result; None if the call's plan refuses it: the checks know a better sentence.
+
+    Nothing was begun then. What hooks and kernels raise is the caller's.
+    """
+    try:
+        return by_kernels(*arguments)
+    except REFUSALS as error:
+        if getattr(error, "refused_by_plan", False):
+            return None
+        raise
 
 
 def in_places(present: Sequence[bool], values: Iterable[T]) -> list[T | None]:

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import Described, check_devices, check_tensors
-from ..shared import MAX_SIZE
 from .reference import Window
 
 
@@ -53,16 +52,6 @@ def check_layouts(input: Described, weight: Described, bias: Described | None, w
             f"conv3x3: input must have channels and pixels, and be at least 3 high and wide with its padding, got "
             f"{channels} channels of {height} x {width} with padding {window.padding}"
         )
-
-
-def fits(*tensors: Described | None) -> bool:
-    """Whether kernels can take these: none of them empty, and no dimension too long for the int32 start of a tile."""
-    for t in tensors:
-        if t is None or 0 < t.numel() <= MAX_SIZE:  # then no dimension is longer
-            continue
-        if t.numel() == 0 or max(t.shape) > MAX_SIZE:
-            return False
-    return True
 
 
 def small_enough(o: int, c: int) -> bool:
@@ -114,7 +103,10 @@ def cached_window(
 
 
 def known_window(*arguments: Any) -> Window:
-    """`cached_window`, which takes True and 1.0 for 1, of what is none of these. Raises TypeError for others."""
+    """`cached_window` of whole numbers, pairs of them and words; it would take True and 1.0 for 1.
+
+    Raises TypeError for others, which the checks know better.
+    """
     for value in arguments:
         kind = type(value)
         if kind is not int and kind is not str and not (kind is tuple and all(type(v) is int for v in value)):

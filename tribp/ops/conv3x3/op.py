@@ -33,7 +33,7 @@ from ..shared import (
     bare_apply,
     in_places,
     launching,
-    refused_by_plan,
+    unless_refused,
     uses_tf32,
 )
 from . import reference
@@ -95,12 +95,8 @@ def conv3x3(
             window, act = known_window(stride, padding, groups, dilation), activation_of("conv3x3", activation)
     except REFUSALS:
         alone = False
-    if alone:
-        try:
-            return by_kernels(input, weight, bias, window, act)
-        except REFUSALS as error:
-            if not refused_by_plan(error):
-                raise
+    if alone and (done := unless_refused(by_kernels, input, weight, bias, window, act)) is not None:
+        return done
     if torch.overrides.has_torch_function((input, weight, bias)):
         tensors = (input, weight, bias)
         return torch.overrides.handle_torch_function(

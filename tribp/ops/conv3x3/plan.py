@@ -19,9 +19,9 @@ from ...launch.layout import accumulator, descriptor, precision_in_kernel, vecto
 from ...launch.plan import Plan
 from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
 from ..activations import NONE, Activation, as_stored
-from ..checks import check_dtypes
+from ..checks import check_dtypes, images_fit
 from ..shared import Needs
-from .checks import check_layouts, fits, small_enough
+from .checks import check_layouts, small_enough
 from .config import (
     ConvConfig,
     ConvProblem,
@@ -50,9 +50,11 @@ def forward(
     *, window: Window, activation: Activation, tf32: bool,
 ) -> None:  # fmt: skip
     """act(input ⋆ weight + bias), in torch's memory format; nothing where kernels can't take them."""
+    if input.dim() != 4:  # of the operator, called directly
+        raise ValueError(f"conv3x3: input must have shape (N, C, H, W), got {tuple(input.shape)}")
     check_layouts(input, weight, bias, window)
     check_dtypes("conv3x3", input, weight=weight, bias=bias)
-    if not fits(input, weight):
+    if not images_fit(input, weight):
         return
     output = plan.output(output_size(input, weight, window), input.dtype, conv3x3_format(input, weight))
     forward_layer(plan, input, weight, bias, output, window=window, activation=activation, tf32=tf32)
@@ -151,7 +153,7 @@ def backward(
     output is given if there is an activation; input for dw, weight for dx.
     """
     small = small_enough(grad.shape[1], input_size[1] // window.groups)
-    if not (small and fits(grad, input, weight)) or 0 in input_size:
+    if not (small and images_fit(grad, input, weight)) or 0 in input_size:
         return
     sizes = zip(grad_sizes(grad, input_size, window), formats(last), needs, strict=True)
     dx, dw, db = (plan.output(size, grad.dtype, layout) if need else None for size, layout, need in sizes)

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from ..checks import Described, check_devices, check_tensors
-from ..shared import MAX_SIZE
 
 
 def check_linear(function: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -28,13 +27,3 @@ def check_layouts(function: str, input: Described, weight: Described, bias: Desc
             f"{tuple(weight.shape)}, got {tuple(bias.shape)}"
         )
     check_devices(function, input, weight=weight, bias=bias)
-
-
-def fits(*tensors: Described | None) -> bool:
-    """Whether kernels can take these: none of them empty, and no dimension too long for the int32 start of a tile."""
-    for t in tensors:
-        if t is None or 0 < (numel := t.numel()) <= MAX_SIZE:  # then no dimension is longer
-            continue
-        if numel == 0 or max(numel // t.shape[-1], t.shape[-1]) > MAX_SIZE:
-            return False
-    return True

@@ -195,9 +195,8 @@ def fuse_dz(chosen: MatmulConfig, of: "DgradProblem | WgradProblem") -> MatmulCo
     A pass of its own reads dy and y and writes dz, and the product reads that again: four units of memory where the
     fused form has two. But the loop has three times the instructions, once for each tile column. Measured on an H200,
     backward, fused and not: one tile column (65536×1024×256) 183 and 229 µs; four (65536×256×784) 204 and 182,
-    (8192×1024×1024) 102 and 92. Interpolated, the fused form is the
-    faster one for two tile columns and no more; and for four where dz has few elements: they cost a µs for each
-    million, and a launch two.
+    (8192×1024×1024) 102 and 92. Interpolated, the fused form is the faster one for two tile columns and no more; and
+    for four where dz has few elements: they cost a µs for each million, and a launch two.
     Compiled: with pointers the fused wgrad spills up to 230 bytes on sm_90, and up to 1,300 where operands lie in
     registers; so it is not for products that `needs_registers` keeps from wgmma.
     """

@@ -34,7 +34,7 @@ from ..shared import (
     bare_apply,
     in_places,
     launching,
-    refused_by_plan,
+    unless_refused,
     uses_tf32,
 )
 from . import reference
@@ -78,12 +78,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         act, alone = activation_of("linear", activation), weight is not None and kernels_alone(input, weight, bias)
     except REFUSALS:
         alone = False  # the checks know a better sentence
-    if alone:
-        try:
-            return by_kernels(input, weight, bias, act)
-        except REFUSALS as error:
-            if not refused_by_plan(error):
-                raise
+    if alone and (output := unless_refused(by_kernels, input, weight, bias, act)) is not None:
+        return output
     if torch.overrides.has_torch_function((input, weight, bias)):
         tensors = (input, weight, bias)
         return torch.overrides.handle_torch_function(linear, tensors, *tensors, activation)
@@ -98,12 +94,8 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         alone = weight is not None and kernels_alone(input, weight, bias)
     except REFUSALS:
         alone = False
-    if alone:
-        try:
-            return by_kernels(input, weight, bias, SIGMOID)
-        except REFUSALS as error:
-            if not refused_by_plan(error):
-                raise
+    if alone and (output := unless_refused(by_kernels, input, weight, bias, SIGMOID)) is not None:
+        return output
     if torch.overrides.has_torch_function((input, weight, bias)):
         tensors = (input, weight, bias)
         return torch.overrides.handle_torch_function(linear_sigmoid, tensors, *tensors)

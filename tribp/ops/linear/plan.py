@@ -11,9 +11,9 @@ from ...launch.matmul import MatmulConfig
 from ...launch.plan import Plan
 from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
 from ..activations import Activation, as_stored
-from ..checks import check_dtypes
+from ..checks import check_dtypes, matrices_fit
 from ..shared import Needs
-from .checks import check_layouts, fits
+from .checks import check_layouts
 from .config import DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
 from .reference import grad_sizes
 
@@ -23,7 +23,7 @@ def forward(
 ) -> None:
     """act(input·weightᵀ + bias), contiguous; nothing where kernels can't take them. input: (*, K)."""
     check_call(input, weight, bias)
-    if not fits(input, weight):
+    if not matrices_fit(input, weight):
         return
     output = plan.output((*input.shape[:-1], weight.shape[0]), input.dtype)
     forward_layer(plan, matrix(plan, input), weight, bias, matrix(plan, output), activation=activation, tf32=tf32)
@@ -92,7 +92,7 @@ def backward(
 
     output is given if there is an activation; input for dw, weight for dx.
     """
-    if not fits(grad, input, weight):
+    if not matrices_fit(grad, input, weight):
         return
     sizes = zip(grad_sizes(grad, input, weight), needs, strict=True)
     dx, dw, db = (plan.output(size, grad.dtype) if need else None for size, need in sizes)

@@ -23,10 +23,10 @@ from ...dispatch import (
     without_autocast,
 )
 from ..activations import Activation, ActivationLike, activate_, activation_of
-from ..checks import check_dtypes, check_tensors
-from ..linear.checks import check_linear, fits
+from ..checks import check_dtypes, check_tensors, matrices_fit
+from ..linear.checks import check_linear
 from ..linear.op import activated_linear, torchs_alone
-from ..shared import NAMESPACE, REFUSALS, autocast_all, bare_apply, in_places, launching, refused_by_plan, uses_tf32
+from ..shared import NAMESPACE, REFUSALS, autocast_all, bare_apply, in_places, launching, unless_refused, uses_tf32
 from . import reference
 from .reference import Layer
 
@@ -79,12 +79,8 @@ def mlp(
         alone = all(w is not None for w in weights) and kernels_alone(input, *weights, *given)
     except REFUSALS:
         alone = False  # the checks know a better sentence
-    if alone:
-        try:
-            return by_kernels(input, weights, given, both)
-        except REFUSALS as error:
-            if not refused_by_plan(error):
-                raise
+    if alone and (output := unless_refused(by_kernels, input, weights, given, both)) is not None:
+        return output
     tensors = [t for t in (input, *weights, *given) if t is not None]
     if torch.overrides.has_torch_function(tensors):
         arguments = (input, weights, biases, activation, output_activation)
@@ -124,7 +120,7 @@ def by_kernels(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
 
 
 def _kernels_run(input: Tensor, weights: Sequence[Tensor]) -> bool:
-    return dispatch.backend_of(input) == "triton" and fits(input, *weights)
+    return dispatch.backend_of(input) == "triton" and matrices_fit(input, *weights)
 
 
 def _each(count: int, both: Both) -> list[Activation]:
@@ -221,7 +217,7 @@ def forward(input: Tensor, layers: Sequence[Layer], backend: str, keep: bool = T
         done: list[Tensor] = perform(plan.forward, tensors, activations=acts, keep=keep, tf32=tf32)
         if done:
             return done
-    return reference.mlp(input, layers)
+    return reference.mlp(input, layers, keep)
 
 
 def backward(

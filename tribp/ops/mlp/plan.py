@@ -12,7 +12,7 @@ from ...launch.layout import accumulator, matrix
 from ...launch.plan import Plan
 from ...launch.reduce import Partials
 from ..activations import NONE, Activation
-from ..linear.checks import fits
+from ..checks import matrices_fit
 from ..linear.plan import Below, backward_layer, check_call, forward_layer
 from .config import TrainProblem
 from .reference import grad_sizes
@@ -36,17 +36,21 @@ def forward(
     """
     count = len(activations)
     weights, biases = cast(Sequence[Buffer], layers[:count]), layers[count:]
-    outputs = [input]
-    for n, (w, b) in enumerate(zip(weights, biases, strict=True), 1):
-        check_call(outputs[-1], w, b)
+    source = input
+    for w, b in zip(weights, biases, strict=True):
+        check_call(source, w, b)
+        source = input.viewed((*input.shape[:-1], w.shape[0]), input.stride())  # of the shape that comes out
+    if not matrices_fit(input, *weights):
+        return
+    outputs = []
+    x = matrix(plan, input)
+    for n, (w, b, activation) in enumerate(zip(weights, biases, activations, strict=True), 1):
         kept = plan.output if keep or n == count else plan.scratch
         outputs.append(kept((*input.shape[:-1], w.shape[0]), input.dtype))
-    if not fits(input, *weights):
-        return
-    every = [matrix(plan, output) for output in outputs]
-    for x, y, w, b, activation in zip(every, every[1:], weights, biases, activations, strict=False):
+        y = matrix(plan, outputs[-1])
         forward_layer(plan, x, w, b, y, activation=activation, tf32=tf32)
-    plan.returns(*(outputs[1:] if keep else outputs[-1:]))
+        x = y
+    plan.returns(*(outputs if keep else outputs[-1:]))
 
 
 def backward(
@@ -61,7 +65,7 @@ def backward(
     A layer's dgrad multiplies what it writes by the derivative of the layer below, and leaves partial sums of its db:
     a dz is written once, and only the last one is formed by a pass over memory.
     """
-    if not fits(grad, *tensors):
+    if not matrices_fit(grad, *tensors):
         return
     count = len(activations)
     (input, *outputs), weights = tensors[: count + 1], tensors[count + 1 :]

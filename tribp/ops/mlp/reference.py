@@ -17,12 +17,12 @@ class Layer(NamedTuple):
     activation: Activation
 
 
-def mlp(input: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
-    """Every layer's output."""
+def mlp(input: Tensor, layers: Sequence[Layer], keep: bool = True) -> list[Tensor]:
+    """Every layer's output, or (not `keep`) the last one's."""
     outputs: list[Tensor] = []
     for layer in layers:
         input = linear.linear(input, *layer)
-        outputs.append(input)
+        outputs = [*outputs, input] if keep else [input]
     return outputs
 
 
