@@ -150,6 +150,11 @@ def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectati
             share = size(given, *(f"BLOCK_{side}" for side in sides)) // threads(launch, arch)
             share_bytes = share * given[out].element_size()
             yield from tile_stores(row_bytes(launch, out, "VEC_STORE"), share_bytes, given[out].dtype, arch)
+    elif kernel == "backward":
+        yield PIPELINED
+        yield from product(given["BLOCK_M"], case.dtype, launch, arch)
+        share = size(given, "BLOCK_M", "BLOCK_K") // threads(launch, arch) * given["dx"].element_size()
+        yield from tile_stores(row_bytes(launch, "dx", "VEC_STORE"), share, case.dtype, arch)
     elif kernel == "output_grad" and row_bytes(launch, "y", "VEC") == 16:
         yield wide("loads", 128, "rows of dy and y are multiples of 16 bytes")
         if given["dz"] is not None:
@@ -197,6 +202,18 @@ def wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]
     return product_work(given, grid, "x", "dw", "NKM")
 
 
+def backward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    """Two products a turn."""
+    (rows, splits), itemsize = (given["M"], cdiv(given["M"], given["rows_per_split"])), model.itemsize(given, "x")
+    (length, columns), outputs = _tiles(given, "K"), given["N"]
+    turns = cdiv(given["rows_per_split"], given["BLOCK_M"])
+    work = model.product(given, "x", turns, 2 * size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    read = 1 if given["y"] is None else 2  # dy and y, or one tensor
+    loaded = itemsize * (rows * length + columns * read * rows * outputs + splits * outputs * length)
+    stored = itemsize * rows * length + splits * outputs * length * model.itemsize(given, "dw")
+    return work | model.traffic(given, loaded, stored, grid[0])
+
+
 def output_grad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
     turns = cdiv(given["rows_per_program"], given["BLOCK_M"])
     return dict(turns=turns, step=2 * size(given, "BLOCK_M", "BLOCK_N") * model.itemsize(given, "y"), chain=0)
@@ -216,7 +233,7 @@ OPERATION = Operation(
     expectations=expectations,
     kernel_work={
         "forward": forward_work, "output_grad": output_grad_work, "dgrad": dgrad_work, "wgrad": wgrad_work,
-        "reduce_partials": model.reduce_partials,
+        "backward": backward_work, "reduce_partials": model.reduce_partials,
     },
     tests=KernelTests(
         ["tests/linear/test_kernels.py", "tests/linear/test_function.py",

@@ -17,12 +17,15 @@ from . import linear
 from .operation import Case, DifferentiableProblem, KernelTests, Operation, Target, Work, functions
 
 TALL, DEEP, DIGITS = (65536, 784, 256, 10), (8192, 1024, 1024, 1024, 1024), (128, 784, 256, 64, 10)
+FIELD = (262144, 64, 64, 64, 16)  # a function of points: every layer has few outputs
 BF16, FP32 = torch.bfloat16, torch.float32
 OPTIONS: dict[str, Any] = dict(activation="sigmoid", last="sigmoid")
 
 
 def cases() -> list[Case]:
-    return [Case(shape, dtype, small=shape == DIGITS) for dtype in (BF16, FP32) for shape in (TALL, DEEP, DIGITS)]
+    return [
+        Case(shape, dtype, small=shape == DIGITS) for dtype in (BF16, FP32) for shape in (TALL, DEEP, DIGITS, FIELD)
+    ]
 
 
 def ours(x: Tensor, *layers: Tensor, activation: str, last: str) -> Tensor:
@@ -70,7 +73,12 @@ def targets(case: Case, direction: str) -> list[Target]:
 def compiled(arch: Arch, everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
     """What the linear layer's own cases have not: a dgrad that goes on to the layer below."""
     odd = (1000, 333, 77, 10)
-    some = [Case(TALL, BF16), Case(DEEP, BF16), Case(odd, BF16), Case(DEEP, FP32), Case(odd, torch.float64)]
+    some = [
+        *(Case(shape, BF16) for shape in (TALL, DEEP, FIELD)),
+        Case(odd, BF16),
+        Case(DEEP, FP32),
+        Case(odd, torch.float64),
+    ]
     yield from ((case, ["backward"]) for case in [*some, *(cases() if everything else [])])
 
 

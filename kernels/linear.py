@@ -6,11 +6,12 @@
     output_grad   dz = dy·act′,   db = Σ_rows dz
     dgrad         dx = dz·w
     wgrad         dw = dzᵀ·x
+    backward      all of these in one pass over x, of a layer of few outputs
 
-Backward needs the output y, never z (`activations`); without an activation not even that, for dz is dy. It comes in
-three shapes. A layer below another has its dz from that one's dgrad, which multiplies by its derivative (BELOW). Else
-either `output_grad` writes dz and the two products read it; or a product forms dz from dy and y while it loads
-its operand (FUSE_DZ), and wgrad hands dz on to dgrad and sums db as it goes: a pass over memory less, for more
+Backward needs the output y, never z (`activations`); without an activation not even that, for dz is dy. Of more outputs
+it comes in three shapes. A layer below another has its dz from that one's dgrad, which multiplies by its derivative
+(BELOW). Else either `output_grad` writes dz and the two products read it; or a product forms dz from dy and y while it
+loads its operand (FUSE_DZ), and wgrad hands dz on to dgrad and sums db as it goes: a pass over memory less, for more
 instructions in the loop. Sums over rows that several programs share leave partial results, one a program, which
 `reduce_partials` adds in a fixed order: no atomics, the same bits every time.
 """
@@ -63,6 +64,23 @@ class Product(NamedTuple):
     SUMS: Reduce | None = None
     STAGES: int | None = None
     PTX: bool | None = None
+
+
+class Backward(NamedTuple):
+    """What is fixed when `backward` is compiled; fields as in `common`."""
+
+    BLOCK_M: int
+    BLOCK_N: int  # at least N
+    BLOCK_K: int
+    PRECISION: str
+    VEC: int  # of dz and y
+    VEC_X: int
+    VEC_W: int
+    VEC_STORE: int
+    W_TRANSPOSED: bool
+    ACT: Act | None
+    BELOW: Act | None
+    SUMS: Reduce | None = None
 
 
 class OutputGrad(NamedTuple):
@@ -256,3 +274,73 @@ def wgrad(dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split, CONFIG: t
         acc = product(dz, x, n, k, first, True, CONFIG.X_TRANSPOSED, BLOCK_N, BLOCK_K, BLOCK_M, CONFIG)
     dw = Matrix(dw + split * N * (K // VEC_STORE * VEC_STORE), N, K, K)
     store_tile(dw, acc, n, k, BLOCK_N, BLOCK_K, VEC_STORE)
+
+
+@triton.jit(do_not_specialize=["M", "N", "K", "ldy", "ldx", "ldw", "rows_per_split"])
+def backward(dz, y, x, w, dx, dw, db, below_db, sums, M, N, K, ldy, ldx, ldw, rows_per_split, CONFIG: tl.constexpr):
+    """dx = dz·w and dw[s] = dzᵀ·x over the rows of split s, in one pass: for a layer of at most BLOCK_N outputs.
+
+    A program takes BLOCK_K columns of x, of which it keeps those of w and of dw. With ACT the argument `dz` holds dy,
+    and dz = dy·act′. With BELOW, `dx` is the dz of the layer below, whose output x is: dx = (dz·w)·act′.
+
+    dw: (splits, N, K). db: (splits, N) or None, by the programs of the first columns. below_db, sums of dx's rows:
+    (splits, K) or None. The programs behind add up partial results of launches before.
+    """
+    SUMS: tl.constexpr = CONFIG.SUMS
+    ACT: tl.constexpr = CONFIG.ACT
+    BELOW: tl.constexpr = CONFIG.BELOW
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
+    PRECISION: tl.constexpr = CONFIG.PRECISION
+    VEC_STORE: tl.constexpr = CONFIG.VEC_STORE
+    cols = tl.cdiv(K, BLOCK_K)
+    programs = cols * tl.cdiv(M, rows_per_split)
+    if SUMS is not None:
+        if tl.program_id(0) >= programs:
+            add_appended(sums, tl.program_id(0) - programs, SUMS)
+            return
+    col = tl.program_id(0) % cols
+    k = col * BLOCK_K
+    first = tl.program_id(0) // cols * rows_per_split
+    last = tl.minimum(first + rows_per_split, M)
+    split = (tl.program_id(0) // cols).to(tl.int64)
+    dz = Matrix(dz, last, N, ldy)
+    x = Matrix(x, last, K, ldx)
+    dx = Matrix(dx, last, K, K)
+    w_tile = load_tile(Matrix(w, N, K, ldw), 0, k, BLOCK_N, BLOCK_K, CONFIG.W_TRANSPOSED, CONFIG.VEC_W)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), accumulator(dz.data.dtype))
+    none = tl.zeros((BLOCK_M, BLOCK_K), acc.dtype)
+    db_sum = tl.zeros((BLOCK_N,), acc.dtype)
+    below_sums = tl.zeros((8 * BLOCK_M // 16, BLOCK_K), acc.dtype)
+    y = Matrix(y, last, N, N)
+    dz_next = load_tile(dz, first, 0, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
+    if ACT is not None:
+        y_next = load_tile(y, first, 0, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
+    for m in range(first, last, BLOCK_M):
+        x_tile = load_tile(x, m, k, BLOCK_M, BLOCK_K, False, CONFIG.VEC_X)
+        dz_tile = dz_next
+        dz_next = load_tile(dz, m + BLOCK_M, 0, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
+        if ACT is not None:
+            dz_tile = gradient(dz_tile, y_next, ACT)
+            y_next = load_tile(y, m + BLOCK_M, 0, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
+        if db is not None:
+            db_sum += tl.sum(dz_tile.to(acc.dtype), 0)
+        dz_tile = round_operand(dz_tile, x_tile.dtype, PRECISION)
+        acc = dot(tl.trans(dz_tile), x_tile, acc, PRECISION)
+        dx_tile = dot(dz_tile, w_tile, none, PRECISION)
+        if BELOW is not None:
+            dx_tile = gradient(dx_tile, x_tile, BELOW)
+            if below_db is not None:
+                inside = m + tl.arange(0, BLOCK_M) < last
+                summed = tl.where(inside[:, None], dx_tile, 0.0)  # elsewhere 0·∞, of such a weight
+                pairs = tl.reshape(summed, (BLOCK_M // 16, 2, 8, BLOCK_K))
+                below_sums += tl.reshape(tl.sum(pairs, 1), (8 * BLOCK_M // 16, BLOCK_K))
+        store_tile(dx, dx_tile, m, k, BLOCK_M, BLOCK_K, VEC_STORE)
+    store_tile(Matrix(dw + split * N * (K // VEC_STORE * VEC_STORE), N, K, K), acc, 0, k, BLOCK_N, BLOCK_K, VEC_STORE)
+    if db is not None:
+        j, inside = masked_range(0, N * (col == 0).to(tl.int32), BLOCK_N, 1)
+        tl.store(db + split * N + j, round_to(db_sum, db.dtype.element_ty), mask=inside)
+    if below_db is not None:
+        j, inside = masked_range(k, K, BLOCK_K, 1)
+        tl.store(below_db + split * K + j, round_to(tl.sum(below_sums, 0), below_db.dtype.element_ty), mask=inside)

@@ -93,7 +93,7 @@ def product(given: Given, operand: str, turns: float, step: int, outer: tuple[fl
 
 def traffic(given: Given, loaded: float, stored: float, programs: int) -> dict[str, Any]:
     """Bytes between L2 and all programs."""
-    return dict(l2=loaded + stored, copied=loaded / programs if given["TMA"] else 0.0)
+    return dict(l2=loaded + stored, copied=loaded / programs if given.get("TMA") else 0.0)
 
 
 def reduce_partials(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from tribp.launch.arch import ITEMSIZE, Arch, precision_of
 from tribp.launch.matmul import ReduceProblem
 from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, RelayoutProblem
 from tribp.ops.conv3x3.config_few_channels import DepthwiseProblem, FewChannelsDgradProblem, FewChannelsProblem
-from tribp.ops.linear.config import DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
+from tribp.ops.linear.config import BackwardProblem, DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
 
 PRODUCTS = [(4096, 4096, 4096), (65536, 256, 784), (8192, 1024, 1024), (512, 128, 784), (64, 10, 128), (1000, 77, 333)]
 IMAGES = [(64, 56, 56, 64, 64), (256, 7, 7, 512, 512), (3, 33, 29, 7, 9), (1, 1, 300, 24, 200), (256, 14, 14, 256, 256)]
@@ -37,6 +37,9 @@ def _products(dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -> It
         facts = (m, n, k, dtype, precision, arch, vec, tma)
         for costly in (False, True):
             yield ForwardProblem(*facts, costly=costly)
+        backward = BackwardProblem(m, min(n, 16), k, dtype, precision, arch, vec)
+        if backward.pays:
+            yield backward
         for may_fuse in (False, True):
             for below in (False, True):
                 yield DgradProblem(*facts, may_fuse, below=below)

@@ -133,7 +133,7 @@ def test_the_fastest_is_found_and_used_from_the_same_call_on(machine: Machine) -
 def test_backward_is_searched_until_no_problem_is_new(machine: Machine) -> None:
     """Where descriptors would form dz on load, a pass of its own is made the faster way: it has problems of its own."""
     machine.cost = lambda named: 5.0 if named.get("FUSE_DZ") else 1.0 + named.get("BLOCK", 0) / 4096
-    x, w, dy = torch.randn(33, 16).requires_grad_(), torch.randn(16, 16).requires_grad_(), torch.randn(33, 16)
+    x, w, dy = torch.randn(33, 16).requires_grad_(), torch.randn(24, 16).requires_grad_(), torch.randn(33, 24)
     y = tribp.linear_sigmoid(x, w)
     found = torch.autograd.grad(y, [x, w], dy)
     for grad, exact in zip(found, LinearSigmoid(x, w, None).gradients(dy, y), strict=False):

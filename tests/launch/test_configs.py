@@ -21,12 +21,12 @@ from tribp import versions
 from tribp.launch import plan as plans
 from tribp.launch.arch import ARCHS, INTERPRETER, ITEMSIZE, Arch, cdiv
 from tribp.launch.buffer import layout_of
-from tribp.launch.matmul import MatmulConfig, ReduceProblem, basis
+from tribp.launch.matmul import WORKSPACE, MatmulConfig, ReduceProblem, basis
 from tribp.launch.neighbors import neighbors
 from tribp.launch.optim import MultiTensorProblem
 from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, RelayoutProblem
 from tribp.ops.conv3x3.config_few_channels import DepthwiseProblem, FewChannelsDgradProblem, FewChannelsProblem
-from tribp.ops.linear.config import DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
+from tribp.ops.linear.config import BackwardProblem, DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
 
 from ..conv3x3.cases import ieee as ieee
 from ..oracle import TOLERANCE, error
@@ -76,11 +76,15 @@ def check(problem: Any, config: Any) -> None:
     if isinstance(problem, ConvProblem):
         assert config.tma or not config.flat or config.num_warps <= 4, "pytorch #173068"
         assert not (config.tma and problem.whole and problem.l % config.block_l), "a step would read the next pixel"
+    if isinstance(problem, BackwardProblem):
+        rows = cdiv(cdiv(problem.m, config.splits), config.block_i) * config.block_i
+        assert rows * (config.splits - 1) < problem.m <= rows * config.splits
+        assert config.block_l >= problem.n, "one step sums over all outputs"
     if isinstance(problem, WgradProblem):
         rows = cdiv(cdiv(problem.m, config.splits), config.block_l) * config.block_l
         assert rows * (config.splits - 1) < problem.m <= rows * config.splits
         share = problem.n * problem.k * max(4, ITEMSIZE[problem.dtype])
-        assert config.splits == 1 or config.splits * share <= problem.spare
+        assert config.splits == 1 or config.splits * share <= max(problem.spare, WORKSPACE)
 
 
 VARIED: dict[Any, set[str]] = {
@@ -88,6 +92,7 @@ VARIED: dict[Any, set[str]] = {
                      "max_registers"},
     DgradProblem: {"fuse_dz"},
     WgradProblem: {"fuse_dz", "splits"},
+    BackwardProblem: {"block_i", "block_j", "num_stages", "splits"},
     ConvProblem: {"box", "flat", "block_i", "block_j", "block_l", "tma", "num_stages", "num_warps", "group", "rows"},
     ConvWgradProblem: {"box", "taps", "splits", "block_i", "block_j", "block_l", "tma", "num_stages"},
     FewChannelsProblem: {"box", "block_i", "block_j", "num_warps", "splits"},
@@ -170,7 +175,8 @@ def step() -> tuple[Callable[[], Mapping[str, Tensor]], Mapping[str, Tensor]]:
 
 
 CALLS: dict[str, tuple[Callable[[], Any], set[type]]] = {
-    "linear, TMA": (lambda: linear(torch.float16), {WgradProblem, DgradProblem}),
+    "linear, TMA": (lambda: linear(torch.float16, 72), {WgradProblem, DgradProblem}),
+    "linear, one pass": (lambda: linear(torch.float16), {BackwardProblem}),
     "linear, float64": (lambda: linear(torch.float64, needs=""), {ForwardProblem}),
     "linear, odd rows": (lambda: linear(torch.float16, 7, 19, "b"), {ForwardProblem, OutputGradProblem, ReduceProblem}),
     "dense": (lambda: convolution(24, needs=""), {ConvProblem}),

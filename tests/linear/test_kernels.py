@@ -5,6 +5,7 @@ that is a multiple of 16 bytes).
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ from tribp.kernels import common
 from tribp.launch.arch import ARCHS, cdiv
 from tribp.launch.buffer import Buffer, layout_of
 from tribp.launch.layout import operand
-from tribp.launch.matmul import MatmulConfig
+from tribp.launch.matmul import WORKSPACE, MatmulConfig
 from tribp.launch.plan import Plan
 from tribp.launch.reduce import Partials, reduce_partials
-from tribp.ops.activations import Activation
+from tribp.ops.activations import NONE, Activation, gradient
 from tribp.ops.linear import plan as ops
-from tribp.ops.linear.config import ForwardProblem, WgradProblem
+from tribp.ops.linear.config import BackwardProblem, ForwardProblem, WgradProblem
 from tribp.versions import descriptor_unit
 
 from ..covering import DTYPES, cover, turn
@@ -148,6 +149,65 @@ def test_output_grad(write: str, dtype: torch.dtype, kernels: str) -> None:
         assert_close(db, exact.sum(0).cpu(), scale=exact.norm(dim=0).cpu())
 
 
+def whole_backward(plan: Plan, *tensors: Buffer | None, **facts: Any) -> None:
+    reduce_partials(plan, *ops.backward_layer(plan, *tensors, **facts))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("splits", "act", "below", "transposed", "dtype"),
+    cover(
+        [1, 2, 3], [None, "sigmoid"], [None, "elu"], [False, True], DTYPES,
+        quick=lambda splits, act, below, transposed, dtype: dtype == turn(DTYPES, splits, act, below, transposed),
+    ),
+)  # fmt: skip
+def test_one_pass(
+    splits: int, act: str | None, below: str | None, transposed: bool, dtype: torch.dtype, kernels: str
+) -> None:
+    """Of few outputs: two programs for the columns of x, and behind them one that adds up a sum of a layer above."""
+    n, acts = 10, (Activation(act), Activation(below))
+    x, w, dy = matrix(M, K, dtype, kernels), matrix(n, K, dtype, kernels, transposed), matrix(M, n, dtype, kernels)
+    y = torch.sigmoid(matrix(M, n, torch.float32, kernels)).to(dtype)
+    dx, dw, db, below_db, sum_before = (
+        nan(*s, dtype=dtype, device=kernels) for s in ((M, K), (n, K), (n,), (K,), (9,))
+    )
+    before = torch.randn(4, 9, device=kernels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    config = MatmulConfig(16, 32, 16, num_warps=4, num_stages=2, reason="test", splits=splits)
+
+    def build(plan: Plan, *tensors: Buffer | None) -> None:
+        *layer, below_db, before, sum_before = tensors
+        facts: dict[str, Any] = dict(activation=acts[0], tf32=False, pending=(Partials(before, sum_before),))
+        whole_backward(plan, *layer, below=ops.Below(acts[1], below_db) if below else None, **facts)
+
+    tensors = (dy, x, w, y if act else None, dx, dw, db, below_db, before, sum_before)
+    launch, *sums = run(build, tensors, {BackwardProblem: config})
+    assert launch.kernel.__name__ == "backward"
+    assert len(sums) == (0 if splits == 1 else 2 if below else 1)
+    dz = gradient(dy.double(), y.double(), acts[0]) if act else dy.double()
+    stored = dz.to(dtype).double()  # rounded on its way into the products, as torch's is on its way to memory
+    exact = gradient(stored @ w.double(), x.double(), acts[1]) if below else stored @ w.double()
+    assert_close(dx, exact.cpu(), (stored @ w.double()).to(dtype))
+    assert_close(dw, (stored.t() @ x.double()).cpu())
+    assert_close(db, dz.sum(0).cpu(), scale=dz.norm(dim=0).cpu())
+    if below:
+        assert_close(below_db, exact.sum(0).cpu(), scale=exact.norm(dim=0).cpu())
+    assert_close(sum_before, before.double().sum(0).cpu(), scale=before.double().norm(dim=0).cpu())
+
+
+def test_one_pass_of_rows_that_do_not_exist(kernels: str) -> None:
+    """In a tile that ends behind the last row, 0·∞ of such a weight is no part of the sum."""
+    x, w, dy = torch.rand(5, 16, device=kernels), torch.full((8, 16), torch.inf, device=kernels), torch.rand(5, 8)
+    dx, dw, below_db = (nan(*s, dtype=torch.float32, device=kernels) for s in ((5, 16), (8, 16), (16,)))
+
+    def build(plan: Plan, *tensors: Buffer | None) -> None:
+        *layer, below_db = tensors
+        whole_backward(plan, *layer, activation=NONE, tf32=False, below=ops.Below(Activation("relu"), below_db))
+
+    (launch,) = run(build, (dy.to(kernels), x, w, None, dx, dw, None, below_db))
+    assert launch.kernel.__name__ == "backward"
+    assert dx.isposinf().all()
+    assert below_db.isposinf().all()
+
+
 @pytest.mark.parametrize(
     ("needs", "expanded", "dtype"),
     cover(
@@ -156,20 +216,20 @@ def test_output_grad(write: str, dtype: torch.dtype, kernels: str) -> None:
     ),
 )  # fmt: skip
 def test_backward_as_a_whole(needs: str, expanded: bool, dtype: torch.dtype, kernels: str) -> None:
-    x, w, dy = matrix(M, K, dtype, kernels), matrix(N, K, dtype, kernels), matrix(M, N, dtype, kernels)
-    dy = dy[:1].expand(M, N) if expanded else dy  # as of a sum: there are no rows to form dz from on load
-    y = torch.sigmoid(matrix(M, N, torch.float32, kernels)).to(dtype)
+    n = 72  # more than go in one pass
+    x, w, dy = matrix(M, K, dtype, kernels), matrix(n, K, dtype, kernels), matrix(M, n, dtype, kernels)
+    dy = dy[:1].expand(M, n) if expanded else dy  # as of a sum: there are no rows to form dz from on load
+    y = torch.sigmoid(matrix(M, n, torch.float32, kernels)).to(dtype)
     dx = nan(M, K, dtype=dtype, device=kernels) if "x" in needs else None
-    dw = nan(N, K, dtype=dtype, device=kernels) if "w" in needs else None
-    db = nan(N, dtype=dtype, device=kernels) if "b" in needs else None
+    dw = nan(n, K, dtype=dtype, device=kernels) if "w" in needs else None
+    db = nan(n, dtype=dtype, device=kernels) if "b" in needs else None
     tensors = (dy, x if "w" in needs else None, w if "x" in needs else None, y, dx, dw, db)
     fused = any(
-        launch.named.get("FUSE_DZ", False)
-        for launch in run(ops.backward_layer, tensors, activation=SIGMOID, tf32=False)
+        launch.named.get("FUSE_DZ", False) for launch in run(whole_backward, tensors, activation=SIGMOID, tf32=False)
     )
     # Somebody's product may carry it: not for db alone, nor for dx beside db. Whether it does, the heuristics say for
     # the GPU; the interpreter's always do.
-    configs = plan_of(ops.backward_layer, tensors, activation=SIGMOID, tf32=False).configs
+    configs = plan_of(whole_backward, tensors, activation=SIGMOID, tf32=False).configs
     may = any(getattr(problem, "may_fuse", False) for problem in configs)
     assert may == (not expanded and ("w" in needs or needs == "x"))
     assert fused == any(getattr(config, "fuse_dz", False) for config in configs.values())
@@ -260,7 +320,7 @@ def test_splits_cover_the_rows_exactly() -> None:
                 chosen = WgradProblem(m, n, k, "bfloat16", "ieee", ARCHS["sm_90"], 8, True, True, spare).choose()
                 rows = cdiv(cdiv(m, chosen.splits), chosen.block_l) * chosen.block_l
                 assert rows * (chosen.splits - 1) < m <= rows * chosen.splits
-                assert chosen.splits == 1 or chosen.splits * n * k * 4 <= spare
+                assert chosen.splits == 1 or chosen.splits * n * k * 4 <= max(spare, WORKSPACE)
 
 
 VALUES = [0.0, -0.0, 1.0, -2.5, 3.0e38, -3.4e38, 1e-40, -1e-45, torch.inf, -torch.inf, 1.00390625, 1.01171875]

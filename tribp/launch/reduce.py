@@ -27,6 +27,10 @@ class Partials(NamedTuple):
     transposed: tuple[int, int] | None = None  # (rows, cols) of the matrices whose transposes `out` consists of
 
     @property
+    def parts(self) -> int:
+        return 0 if self.partials is None else self.partials.shape[0]
+
+    @property
     def pending(self) -> bool:
         return self.partials is not None and self.out is not None and self.partials is not self.out
 
@@ -66,9 +70,8 @@ class Sums(NamedTuple):
         return common.Reduce(config.block, config.block_parts, power_of_2(self.rows), *self.vecs)
 
 
-def sums_of(results: Sequence[Partials]) -> Sums | None:
-    """Of those of two partial results that are not `out` themselves. The first is the longer; only it is transposed."""
-    pending = [result for result in results if result.pending]
+def sums_of(pending: Sequence[Partials]) -> Sums | None:
+    """Of up to two results. The first is the longer; only it is transposed."""
     assert len(pending) <= 2
     if not pending:
         return None
@@ -82,17 +85,22 @@ def sums_of(results: Sequence[Partials]) -> Sums | None:
 
 
 def reduce_partials(plan: Plan, *results: Partials) -> None:
-    """Launch the sums of partial results, in one launch.
+    """Launch the sums of partial results, two in a launch.
 
-    out = partials.sum(0), in a fixed order. partials: (parts, …), contiguous, in the accumulator's type, which two
+    out = partials.sum(0), in a fixed order. partials: (parts, …), contiguous, in the accumulator's type, which all
     results share.
     """
-    sums = sums_of(results)
+    pending = [result for result in results if result.pending]
+    if len(pending) > 2:
+        reduce_partials(plan, *pending[:2])
+        reduce_partials(plan, *pending[2:])
+        return
+    sums = sums_of(pending)
     if sums is None:
         return
     config = plan.config(ReduceProblem(sums.parts, sums.out.numel(), plan.arch, sums.rows, min(sums.vecs)))
     if sums.parts2 > MANY * config.block_parts:
-        for result in results:
+        for result in pending:
             reduce_partials(plan, result)
         return
     plan.launch(
@@ -106,8 +114,11 @@ def reduce_partials(plan: Plan, *results: Partials) -> None:
     )
 
 
-def append_sums(plan: Plan, *results: Partials) -> None:
-    """Let the last launch, of a kernel with an argument `sums`, add up what `reduce_partials` would, behind its own."""
+def append_sums(plan: Plan, *results: Partials) -> Sequence[Partials]:
+    """Let the last launch, of a kernel with an argument `sums`, add up what `reduce_partials` would, behind its own.
+
+    Two results at most, of few parts. Returns those that are left.
+    """
     step, whole = len(plan.steps) - 1, results[0] if results else Partials(None, None)
     launch = plan.steps[step]
     assert isinstance(launch, Launch)
@@ -115,16 +126,16 @@ def append_sums(plan: Plan, *results: Partials) -> None:
     if getattr(constants, "PREFETCH", False):
         # Compiled: with a way past its loop ptxas gives that kernel 255 registers in place of 168, and spills on sm_80.
         reduce_partials(plan, *results)
-        return
-    many = [r for r in results if r.partials is not None and r.pending and r.partials.shape[0] > MANY * APPENDED_PARTS]
-    for result in many:
-        reduce_partials(plan, result)
-    sums = sums_of([result for result in results if result not in many])
+        return ()
+    pending = [result for result in results if result.pending]
+    few = [result for result in pending if result.parts <= MANY * APPENDED_PARTS][:2]
+    left = [result for result in pending if result not in few]
+    sums = sums_of(few)
     if sums is None and whole.out is not None:
         # No program adds up a result that is whole already: 0 parts, and the kernel is the same.
         sums = sums_of([whole._replace(partials=plan.scratch((0,), accumulator(whole.out.dtype)))])
     if sums is None:
-        return
+        return left
     config = appended_sums(plan.arch, launch.num_warps, sums.rows, min(sums.vecs))
     first, *others = launch.grid
     at = launch.kernel.arg_names.index("sums")
@@ -136,3 +147,4 @@ def append_sums(plan: Plan, *results: Partials) -> None:
         # Compiled: as above, dgrads of 48 registers spill 4 bytes on sm_100.
         max_registers=launch.max_registers or (255 if plan.arch.backend == "cuda" else None),
     )
+    return left

@@ -210,7 +210,7 @@ def backward_layer(
             pending = _dense_wgrad(plan, dz, xs, *rest, tf32, spare)
     if dgrad is not None and dgrad.kernel is conv3x3.dgrad:
         plan.add(dgrad)
-        append_sums(plan, *pending, sums)
+        reduce_partials(plan, *append_sums(plan, *pending, sums))
         return
     reduce_partials(plan, *pending, sums)
     if dgrad is not None:

@@ -23,9 +23,10 @@ from ...launch.matmul import (
     needs_registers,
     stages_that_fit,
     turned,
+    unrounded,
     whole_splits,
 )
-from ...launch.neighbors import Steps, doubled, toggled
+from ...launch.neighbors import Steps, doubled, one_more, toggled
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,12 @@ class WgradProblem(NamedTuple):
 
     @property
     def most_splits(self) -> int:
-        """That the partial results have room for."""
-        return max(1, self.spare // ((8 if self.dtype == "float64" else 4) * self.n * self.k))
+        """That the partial results have room for.
+
+        Measured on an H200: dw and db of 1000×77×333 by 6 programs, for which alone dy's 154 KB have room, took 23 µs;
+        by 24, and dx besides, 20.
+        """
+        return max(1, max(self.spare, WORKSPACE) // ((8 if self.dtype == "float64" else 4) * self.n * self.k))
 
     def choose(self) -> MatmulConfig:
         m, n, k, _, _, arch, *_ = self
@@ -187,6 +192,68 @@ class WgradProblem(NamedTuple):
     def is_legal(self, config: MatmulConfig) -> bool:
         plain = config.splits <= self.most_splits and not config.persistent
         return plain and legal_fusion(config, self, self.n, self.k, self.m)
+
+
+class BackwardProblem(NamedTuple):
+    """dx (m × k) = dz·w and dw (n × k) = dzᵀ·x in one pass over x, of few outputs n.
+
+    A program takes block_j columns of x, block_i rows at a time, and keeps what belongs to these columns of w and dw;
+    the rows are split as those of `WgradProblem`.
+    """
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+    precision: str
+    arch: Arch
+    vec: int  # of x
+
+    def steps(self) -> Steps:
+        return dict(num_stages=one_more, block_i=doubled, block_j=doubled, splits=doubled)
+
+    @property
+    def pays(self) -> bool:
+        """Whether w and dw have room beside the rest, and loads of x run ahead: narrower ones than four bytes do not.
+
+        By bytes it pays for as many outputs as there is room for: dz and x are read once, not twice.
+        """
+        itemsize = ITEMSIZE[self.dtype]
+        return self.n <= (64 if itemsize == 2 else 16) and self.vec * itemsize >= 4
+
+    def choose(self) -> MatmulConfig:
+        m, n, k, dtype, _, arch, *_ = self
+        if arch.backend == "interpreter":
+            chosen = MatmulConfig(32, 32, 16, 1, 1, REASON_INTERPRETED)
+        else:
+            # Compiled: w lies in registers, all of a column block in each warp, and with twice as many rows, columns or
+            # outputs it spills. Memory takes as long as two warps on each scheduler, and mma.sync, which two warps a
+            # program go to, keeps up with it; wgmma needed 15 instructions an element for 18, and (before Triton 3.7)
+            # descriptors, which a dz of few columns cannot have.
+            rows, columns = {"float64": (16, 32), "float32": (32, 32)}.get(dtype, (16 if n > 32 else 32, 64))
+            reason = f"compiled: w and dw in registers, beside {rows}×{columns} of dx"
+            chosen = MatmulConfig(rows, columns, 16, 2, 4, reason, max_registers=unrounded(arch))
+        chosen = replace(chosen, block_i=fit(chosen.block_i, m), block_j=fit(chosen.block_j, k), block_l=fit(64, n))
+        # Derived: four programs of two warps have a processor's registers; under four steps a split does little but
+        # write partial results.
+        splits = max(1, min(4 * arch.processors // cdiv(k, chosen.block_j), cdiv(m, 4 * chosen.block_i)))
+        return replace(chosen, splits=whole_splits(m, splits, chosen.block_i))
+
+    def adjusted(self, config: MatmulConfig) -> MatmulConfig:
+        splits = min(config.splits, cdiv(self.m, config.block_i))
+        return replace(config, splits=whole_splits(self.m, splits, config.block_i))
+
+    def is_legal(self, config: MatmulConfig) -> bool:
+        _, n, k, dtype, _, arch, *_ = self
+        most, itemsize = self.choose(), ITEMSIZE[dtype]
+        stage = config.block_i * (config.block_j + 2 * config.block_l) * itemsize  # x, dy and y
+        return (
+            16 <= config.block_i <= most.block_i
+            and 16 <= config.block_j <= most.block_j
+            and 1 <= config.num_stages <= (1 if arch.backend == "interpreter" else (arch.shared_memory - 1024) // stage)
+            and (config.splits <= most.splits or config.splits * n * k * max(4, itemsize) <= WORKSPACE)
+            and config == replace(most, **{field: getattr(config, field) for field in self.steps()})
+        )
 
 
 def fuse_dz(chosen: MatmulConfig, of: "DgradProblem | WgradProblem") -> MatmulConfig:

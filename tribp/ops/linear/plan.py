@@ -1,5 +1,6 @@
 """Linear + activation on the Triton kernels: which launches make up each direction. Matrices only; imports triton."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...dispatch import dtype_name
@@ -14,7 +15,7 @@ from ..activations import Activation, as_stored
 from ..checks import check_dtypes, matrices_fit
 from ..shared import Needs
 from .checks import check_layouts
-from .config import DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
+from .config import BackwardProblem, DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
 from .reference import grad_sizes
 
 
@@ -100,47 +101,53 @@ def backward(
     assert dy is not None
     # Kernels read outputs as rows without gaps; a saved tensor's hooks may have returned anything.
     y = None if y is None else plan.contiguous(y)
-    backward_layer(plan, dy, x, weight, y, flat_dx, dw, db, activation=activation, tf32=tf32)
+    reduce_partials(plan, *backward_layer(plan, dy, x, weight, y, flat_dx, dw, db, activation=activation, tf32=tf32))
     plan.returns(dx, dw, db)
 
 
 def backward_layer(
     plan: Plan, dy: Buffer, x: Buffer | None, w: Buffer | None, y: Buffer | None,
     dx: Buffer | None, dw: Buffer | None, db: Buffer | None,
-    *, activation: Activation, tf32: bool, below: Below | None = None, sums: Partials = NO_SUMS,
-) -> Partials:  # fmt: skip
+    *, activation: Activation, tf32: bool, below: Below | None = None, pending: Sequence[Partials] = (),
+) -> Sequence[Partials]:  # fmt: skip
     """Those of dx, dw and db that are given, of matrices. y is given if there is an activation; x for dw, w for dx.
 
-    With `below`, `dx` gets that layer's dz, and partial sums of its db are returned.
+    With `below`, `dx` gets that layer's dz, and its db is formed, too.
 
-    sums: what is left to add up of this layer's own db, where the layer above has left it.
+    pending: sums that the launches before have left to be added up. Returns those that are left now.
     """
     (m, n), dtype = dy.shape, dtype_name(dy.dtype)
     activation = as_stored(activation, dy.dtype)
     precision = precision_of(dtype, tf32, plan.arch)
     partial = accumulator(dy.dtype)
-    dys, ys = operand(plan, dy), None if y is None else operand(plan, y)
+    dys, ys, xs = operand(plan, dy), None if y is None else operand(plan, y), None if x is None else operand(plan, x)
     readable = not dys.transposed and dys.ld >= n  # an expanded dy has no rows to load tiles of
+    if readable and dx is not None and dw is not None:
+        assert xs is not None
+        assert w is not None
+        problem = BackwardProblem(m, n, xs.tensor.shape[1], dtype, precision, plan.arch, xs.vec)
+        if problem.pays and not xs.transposed:
+            own = in_one_pass(plan, problem, dys, ys, xs, operand(plan, w), dx, dw, db, activation, below)
+            return (*append_sums(plan, *pending), *own)
     fusable = readable and ys is not None
     dz = dys if readable and ys is None else None
-    pending: tuple[Partials, ...] = (sums,)
     if y is None and dz is None and not (dx is None and dw is None):
         dz, sums = output_grad(plan, dy, None, activation, None, db)
-        pending, db = (sums,), None
+        pending, db = (*pending, sums), None
 
     if dw is not None:
-        assert x is not None
-        xs = operand(plan, x)
-        k = x.shape[1]
+        assert xs is not None
+        k = xs.tensor.shape[1]
         read = [t for t in (dz, dys if fusable else None, ys, xs) if t is not None]  # a dz of its own lies as y does
         s = plan.config(
             WgradProblem(
                 m, n, k, dtype, precision, plan.arch, vec=min(t.vec for t in read), tma=all(t.tma for t in read),
-                may_fuse=fusable, spare=(x if dx is not None else dy).numel() * dy.element_size(),
+                may_fuse=fusable, spare=(xs.tensor if dx is not None else dy).numel() * dy.element_size(),
             )
         )  # fmt: skip
         shares = partials_of(plan, dw, s.splits, partial)
         assert shares is not None
+        sums = NO_SUMS
         if s.fuse_dz:
             out = plan.scratch((m, n), dy.dtype) if dx is not None else None
             sums = Partials(partials_of(plan, db, s.splits, partial), db)
@@ -150,7 +157,7 @@ def backward_layer(
             if dz is None or db is not None:
                 dz, sums = output_grad(plan, dy, y, activation, dz, db)
             wgrad(plan, dz, None, xs, shares, None, None, s, activation, precision)
-        pending, db = (Partials(shares, dw), sums), None
+        pending, db = (Partials(shares, dw), sums, *pending), None
 
     if dx is not None:
         assert w is not None
@@ -162,7 +169,7 @@ def backward_layer(
         if not fused:
             if dz is None or db is not None:
                 dz, sums = output_grad(plan, dy, y, activation, dz, db)
-                pending = (sums,)
+                pending = (sums, *pending)
             s = dgrad_config(plan, dz, None, ws, precision, below is not None)
         below_db = None if below is None else partials_of(plan, below.db, cdiv(m, s.block_i), partial)
         source, output = (dys, ys) if fused else (dz, None)
@@ -172,13 +179,39 @@ def backward_layer(
             assert x is not None
             lower = x, as_stored(below.activation, dy.dtype), below_db
         dgrad(plan, source, output, ws, dx, s, activation, precision, lower)
-        append_sums(plan, *pending)
-        return Partials(below_db, None if below is None else below.db)
+        left = append_sums(plan, *pending)
+        return left if below is None else (*left, Partials(below_db, below.db))
 
     if db is not None:
-        pending = (sum_rows(plan, dy, y, activation, None, db),)
-    reduce_partials(plan, *pending)
-    return NO_SUMS
+        pending = (*pending, sum_rows(plan, dy, y, activation, None, db))
+    return pending
+
+
+def in_one_pass(
+    plan: Plan, problem: BackwardProblem, dz: Operand, y: Operand | None, x: Operand, w: Operand,
+    dx: Buffer, dw: Buffer, db: Buffer | None, activation: Activation, below: Below | None,
+) -> Sequence[Partials]:  # fmt: skip
+    """dx, dw and db of a layer of few outputs, one launch. With `y`, `dz` is dy. Returns the sums that are left."""
+    (m, n, k), dtype, s = problem[:3], dx.dtype, plan.config(problem)
+    below_act, below_db = below or (None, None)
+    own = [Partials(partials_of(plan, t, s.splits, accumulator(dtype)), t) for t in (dw, db, below_db)]
+    plan.launch(
+        kernels.backward,
+        (cdiv(k, s.block_j) * s.splits,),
+        (
+            dz.tensor, None if y is None else y.tensor, x.tensor, w.tensor, dx, *(sums.partials for sums in own), None,
+            m, n, k, dz.ld, x.ld, w.ld, cdiv(cdiv(m, s.splits), s.block_i) * s.block_i,
+        ),
+        kernels.Backward(
+            BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, PRECISION=problem.precision,
+            VEC=min(t.vec for t in (dz, y) if t is not None), VEC_X=x.vec, VEC_W=w.vec,
+            VEC_STORE=vector_length(dx.element_size(), k), W_TRANSPOSED=w.transposed,
+            ACT=None if y is None else activation,
+            BELOW=None if below_act is None else as_stored(below_act, dtype),
+        ),
+        s,
+    )  # fmt: skip
+    return own
 
 
 def output_grad(

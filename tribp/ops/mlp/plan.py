@@ -10,7 +10,7 @@ from ...launch.arch import cdiv, power_of_2, precision_of
 from ...launch.buffer import Buffer
 from ...launch.layout import accumulator, matrix
 from ...launch.plan import Plan
-from ...launch.reduce import Partials
+from ...launch.reduce import Partials, reduce_partials
 from ..activations import NONE, Activation
 from ..checks import matrices_fit
 from ..linear.plan import Below, backward_layer, check_call, forward_layer
@@ -84,7 +84,8 @@ def _backward(
     plan: Plan, dy: Buffer, x: Buffer | None, dx: Buffer | None, every: Sequence[Layer],
     activations: Sequence[Activation], tf32: bool,
 ) -> None:  # fmt: skip
-    last, sums = len(every) - 1, Partials(None, None)
+    last = len(every) - 1
+    pending: Sequence[Partials] = ()
     for n, (w, y, dw, db) in reversed([*enumerate(every)]):
         lower = every[:n]
         source = lower[-1].y if lower else x
@@ -92,12 +93,13 @@ def _backward(
         if lower:
             assert source is not None
             out = plan.scratch(source.shape, source.dtype)
-        sums = backward_layer(
+        pending = backward_layer(
             plan, dy, source, w, y if n == last and activations[n].name else None, out, dw, db if n == last else None,
-            activation=activations[n] if n == last else NONE, tf32=tf32, sums=sums,
+            activation=activations[n] if n == last else NONE, tf32=tf32, pending=pending,
             below=Below(activations[n - 1], lower[-1].db) if lower else None,
         )  # fmt: skip
         dy = dy if out is None else out
+    reduce_partials(plan, *pending)
 
 
 def train(
