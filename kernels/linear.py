@@ -314,6 +314,7 @@ def backward(dz, y, x, w, dx, dw, db, below_db, sums, M, N, K, ldy, ldx, ldw, ro
     db_sum = tl.zeros((BLOCK_N,), acc.dtype)
     below_sums = tl.zeros((8 * BLOCK_M // 16, BLOCK_K), acc.dtype)
     y = Matrix(y, last, N, N)
+    # A turn ahead, in registers: as formed, turned or narrow tiles its loads would not run ahead by themselves.
     dz_next = load_tile(dz, first, 0, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
     if ACT is not None:
         y_next = load_tile(y, first, 0, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
@@ -334,6 +335,7 @@ def backward(dz, y, x, w, dx, dw, db, below_db, sums, M, N, K, ldy, ldx, ldw, ro
             if below_db is not None:
                 inside = m + tl.arange(0, BLOCK_M) < last
                 summed = tl.where(inside[:, None], dx_tile, 0.0)  # elsewhere 0·∞, of such a weight
+                # Compiled: of 16 rows a thread holds two, 8 apart. To add up all rows in each turn would cross warps.
                 pairs = tl.reshape(summed, (BLOCK_M // 16, 2, 8, BLOCK_K))
                 below_sums += tl.reshape(tl.sum(pairs, 1), (8 * BLOCK_M // 16, BLOCK_K))
         store_tile(dx, dx_tile, m, k, BLOCK_M, BLOCK_K, VEC_STORE)
