@@ -12,7 +12,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from tribp.launch.launches import Launch
 
 from . import sass, wgmma
 from .expectations import Compiled, Expectation, always, broken
-from .operation import describe
+from .operation import Operation, describe
 from .options import Options
 from .results import markdown, write_json
 from .sass import MATRIX, Instruction
@@ -57,10 +57,11 @@ def source_of(launch: Launch, arch: Arch) -> tuple[ASTSource, dict[str, Any]]:
     return ASTSource(launch.kernel, signature, constants, attributes), dict(parsed.__dict__)
 
 
-def key_of(launch: Launch, arch: Arch) -> str:
-    """Equal for launches that share one compiled kernel."""
+def key_of(operation: Operation, launch: Launch, arch: Arch) -> str:
+    """Equal for launches of an operation that share one compiled kernel."""
     source, _ = source_of(launch, arch)
-    return f"{arch.name} {launch.kernel.__name__} {source.signature} {source.constants} {source.attrs} {launch.options}"
+    compiled = (launch.kernel.__name__, source.signature, source.constants, source.attrs, launch.options)
+    return f"{operation.name} {arch.name} {compiled}"
 
 
 Code = tuple[Compiled, list[Instruction]]
@@ -78,7 +79,9 @@ def read_launches(launches: Sequence[Launch], arch: Arch) -> list[Code]:
     else:
         codes = iter([sass.parse_amd(kernel.asm["amdgcn"]) for kernel in built])
     return [
-        _read(launch, arch, kernel, said, next(codes) if kernel is not None else [])
+        _read(launch, arch, kernel, said, next(codes))
+        if kernel is not None
+        else (Compiled(arch.shared_memory, error=said), [])
         for launch, (kernel, said) in zip(launches, compiled, strict=True)
     ]
 
@@ -107,17 +110,8 @@ def _compile(launch: Launch, arch: Arch) -> tuple[Any, str]:
 
 
 def _read(launch: Launch, arch: Arch, kernel: Any, said: str, code: list[Instruction]) -> Code:
-    identity: dict[str, Any] = dict(
-        target=arch.name,
-        kernel=launch.kernel.__name__,
-        settings=describe(launch),
-        constants={k: v if isinstance(v, (bool, int, str)) else str(v) for k, v in launch.settings.items()},
-        shared_limit=arch.shared_memory,
-    )
-    if kernel is None:
-        return Compiled(**identity, error=said), code
     formed = any(launch.named.get(switch) for switch in ("FUSE_DZ", "DIAGONAL", "PREFETCH"))  # operands
-    as_loaded = identity["kernel"] in ("forward", "dgrad", "wgrad") and not formed
+    as_loaded = launch.kernel.__name__ in ("forward", "dgrad", "wgrad") and not formed
     if arch.backend == "cuda":
         usage = _cubin_tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
         registers = _number(usage, "REG")
@@ -129,8 +123,8 @@ def _read(launch: Launch, arch: Arch, kernel: Any, said: str, code: list[Instruc
         spilled = _number(text, r"\.private_segment_fixed_size")
     faults = wgmma.faults(code, kernel.asm.get("ptx", ""), kernel.asm["ttgir"], said, as_loaded=as_loaded)
     return Compiled(
-        **identity, registers=registers, spilled=spilled, shared_memory=int(kernel.metadata.shared),
-        instructions=len(code), counts=sass.count(code), loops=tuple(sass.matrix_loops(code)), wgmma=faults,
+        arch.shared_memory, registers, spilled, int(kernel.metadata.shared), len(code), sass.count(code),
+        tuple(sass.matrix_loops(code)), faults,
     ), code  # fmt: skip
 
 
@@ -183,30 +177,30 @@ class Kernel:
     arch: Arch
     launch: Launch  # the first case's
     dtype: str
-    expectations: dict[str, Expectation] = field(default_factory=dict)
+    expectations: dict[str, Expectation]
     cases: list[str] = field(default_factory=list)
 
 
 Kernels = dict[str, Kernel]
-Collect = Callable[[Options], Kernels]  # in the same order in every process
+Calls = Callable[[Options], Iterable[tuple[Arch, Operation, Any, str]]]  # cases and directions; in every process alike
 Read = Callable[[Code], Result]
 
 
-def read_all(collect: Collect, read: Read[Result], options: Options) -> tuple[Kernels, dict[str, Result]]:
-    """Every kernel that `collect` finds, and what `read` makes of it. Each process compiles every jobs-th."""
+def read_all(calls: Calls, read: Read[Result], options: Options) -> tuple[Kernels, dict[str, Result]]:
+    """Every kernel that these calls launch, and what `read` makes of it. Each process compiles every jobs-th."""
     if options.jobs == 1:
-        kernels = collect(options)
+        kernels = collect(calls(options))
         return kernels, _read_some(kernels, read)
     # spawn: the compiler's threads do not survive a fork.
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         # A terminal sends Ctrl-C to every process: these ignore it from their start on, and are ended here.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            shares = [pool.submit(_share, collect, read, options, first) for first in range(options.jobs)]
+            shares = [pool.submit(_share, calls, read, options, first) for first in range(options.jobs)]
         finally:
             signal.signal(signal.SIGINT, before)
         try:
-            kernels = collect(options)
+            kernels = collect(calls(options))
             return kernels, dict(itertools.chain.from_iterable(share.result().items() for share in shares))
         except KeyboardInterrupt:
             for process in multiprocessing.active_children():
@@ -214,8 +208,8 @@ def read_all(collect: Collect, read: Read[Result], options: Options) -> tuple[Ke
             raise
 
 
-def _share(collect: Collect, read: Read[Result], options: Options, first: int) -> dict[str, Result]:
-    return _read_some(dict(itertools.islice(collect(options).items(), first, None, options.jobs)), read)
+def _share(calls: Calls, read: Read[Result], options: Options, first: int) -> dict[str, Result]:
+    return _read_some(dict(itertools.islice(collect(calls(options)).items(), first, None, options.jobs)), read)
 
 
 def _read_some(kernels: Kernels, read: Read[Result]) -> dict[str, Result]:
@@ -227,34 +221,44 @@ def _read_some(kernels: Kernels, read: Read[Result]) -> dict[str, Result]:
     return results
 
 
-def collect(options: Options) -> Kernels:
-    """The different kernels of the operations on each target. Raises ValueError if none is asked for."""
+def collect(calls: Iterable[tuple[Arch, Operation, Any, str]]) -> Kernels:
+    """The different kernels of an operation on a target."""
     kernels: Kernels = {}
-    for operation, target in itertools.product(options.operations, options.target or ARCHS):
-        arch = ARCHS[target]
-        for case, directions in operation.compiled(arch, options.all):
-            if not options.selects(case):
-                continue
-            if case.tf32 and arch.backend == "hip":
-                continue  # gfx942 has no TF32: the same code again
-            for direction in directions:
-                for launch in operation.launches(case, direction, arch):
-                    new = Kernel(operation.name, arch, launch, case.dtype_name, {e.name: e for e in always(arch)})
-                    kernel = kernels.setdefault(f"{operation.name} {key_of(launch, arch)}", new)
-                    kernel.cases.append(f"{case.name} {direction}".removesuffix(" step"))
-                    kernel.expectations |= {e.name: e for e in operation.expectations(launch, case, arch)}
-    if not kernels:
-        cases = [c for o in options.operations for c, _ in o.compiled(ARCHS["sm_90"], options.all)]
-        types, names = ({getattr(case, of): None for case in cases} for of in ("dtype_name", "name"))
-        raise ValueError(f"there is no such case; there are types {', '.join(types)}, and {'; '.join(names)}")
+    for arch, operation, case, direction in calls:
+        for launch in operation.launches(case, direction, arch):
+            new = Kernel(operation.name, arch, launch, case.dtype_name, {e.name: e for e in always(arch)})
+            kernel = kernels.setdefault(key_of(operation, launch, arch), new)
+            kernel.cases.append(f"{case.name} {direction}".removesuffix(" step"))
+            kernel.expectations |= {e.name: e for e in operation.expectations(launch, case, arch)}
     return kernels
 
 
+def calls(options: Options) -> Iterator[tuple[Arch, Operation, Any, str]]:
+    """What to compile. Raises ValueError if nothing is asked for."""
+    everything = [
+        (ARCHS[target], operation, case, directions)
+        for operation, target in itertools.product(options.operations, options.target or ARCHS)
+        for case, directions in operation.compiled(ARCHS[target], options.all)
+    ]
+    if not any(options.selects(case) for _, _, case, _ in everything):
+        types, names = ({getattr(case, of): None for _, _, case, _ in everything} for of in ("dtype_name", "name"))
+        raise ValueError(f"there is no such case; there are types {', '.join(types)}, and {'; '.join(names)}")
+    for arch, operation, case, directions in everything:
+        # gfx942 has no TF32: the same code again.
+        if options.selects(case) and not (case.tf32 and arch.backend == "hip"):
+            yield from ((arch, operation, case, direction) for direction in directions)
+
+
 def row(kernel: Kernel, code: Compiled) -> dict[str, Any]:
+    launch = kernel.launch
     return {
         "operation": kernel.operation,
         "cases": list(dict.fromkeys(kernel.cases)),
         "dtype": kernel.dtype,
+        "target": kernel.arch.name,
+        "kernel": launch.kernel.__name__,
+        "settings": describe(launch),
+        "constants": {k: v if isinstance(v, (bool, int, str)) else str(v) for k, v in launch.settings.items()},
         **dataclasses.asdict(code),
         "expected": {e.name: e.reason for e in kernel.expectations.values()},
         "broken": broken(code, kernel.expectations.values()),
@@ -286,7 +290,7 @@ def _line(r: dict[str, Any]) -> list[object]:
 def main(options: Options) -> int:
     """Compile, print the table and what is broken, write the JSON; 1 if anything is broken."""
     started = time.perf_counter()
-    kernels, codes = read_all(collect, operator.itemgetter(0), options)
+    kernels, codes = read_all(calls, operator.itemgetter(0), options)
     rows = [row(kernel, codes[key]) for key, kernel in kernels.items()]
     print(table(rows))
     failures = [(r, sentence) for r in rows for sentence in r["broken"]]

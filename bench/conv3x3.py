@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -322,32 +323,24 @@ def pixels_of(given: Given) -> int:
     return size(given, "BOX_N", "BOX_H", "BOX_W")
 
 
-def product_work(
-    given: Given, grid: tuple[int, ...], operand: str, length: int, steps: tuple[int, int]
-) -> dict[str, Any]:
+def product_work(given: Given, grid: tuple[int, ...], case: Any, operand: str, channels: str) -> dict[str, Any]:
     """forward and dgrad: taps × steps through the channels. A class of pixels meets 9 / (classes) taps on average."""
     rows = given["ROWS"]
-    turns = cdiv(length, given["BLOCK_L"])
+    turns = cdiv(size(given, "GROUPS_PER_TILE", channels), given["BLOCK_L"])
     if rows > 1:  # a turn takes the taps of one column
         taps, pixels, products, weights = 3.0, (rows + 2) * pixels_of(given), 3 * rows, 3
     else:
-        taps, pixels, products, weights = 9 / math.prod(steps), pixels_of(given), 1, 1
+        classes = size(given, "step_h", "step_w") if operand == "dx" else 1
+        taps, pixels, products, weights = 9 / classes, pixels_of(given), 1, 1
     step = products * pixels_of(given) * given["BLOCK_J"] * given["BLOCK_L"]
     read = (pixels + weights * given["BLOCK_J"]) * given["BLOCK_L"] * model.itemsize(given, operand)
     loops = (taps * turns, step) if given["FLAT"] else (turns, step, (taps,))
     work = model.product(given, operand, *loops)
     written = rows * pixels_of(given) * given["BLOCK_J"] * model.itemsize(given, operand)
+    if operand == "y" and given["b"] is not None:
+        work |= dict(chain=2)
     programs = math.prod(grid)
     return work | model.traffic(given, programs * taps * turns * read, programs * written, programs)
-
-
-def forward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
-    work = product_work(given, grid, "y", size(given, "GROUPS_PER_TILE", "CG"), (1, 1))
-    return work | dict(chain=1 + (given["b"] is not None))
-
-
-def dgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
-    return product_work(given, grid, "dx", size(given, "GROUPS_PER_TILE", "OG"), (given["step_h"], given["step_w"]))
 
 
 def wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
@@ -412,7 +405,9 @@ OPERATION = Operation(
     compiled=compiled,
     expectations=expectations,
     kernel_work={
-        "forward": forward_work, "dgrad": dgrad_work, "wgrad": wgrad_work, "spread_weight": lambda *_: {},
+        "forward": partial(product_work, operand="y", channels="CG"),
+        "dgrad": partial(product_work, operand="dx", channels="OG"),
+        "wgrad": wgrad_work, "spread_weight": lambda *_: {},
         "few_channels_forward": few_channels_forward_work, "few_channels_dgrad": few_channels_dgrad_work,
         "few_channels_wgrad": few_channels_wgrad_work,
         "depthwise_forward": depthwise_work, "depthwise_dgrad": depthwise_work, "depthwise_wgrad": depthwise_wgrad_work,

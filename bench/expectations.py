@@ -21,10 +21,6 @@ if TYPE_CHECKING:  # imports triton, which `bench run` can do without
 class Compiled:
     """What the checks and the table need to know of one compiled kernel."""
 
-    target: str
-    kernel: str
-    settings: str
-    constants: Mapping[str, object]  # as strings and numbers, so that it can be stored
     shared_limit: int
     registers: int = 0
     spilled: int = 0  # bytes a thread that go to local memory (NVIDIA: stores; AMD: scratch memory)

@@ -166,7 +166,7 @@ def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectati
 # -- what a launch does -----------------------------------------------------------------------------------------------
 
 
-def product_work(given: Given, grid: tuple[int, ...], operand: str, out: str, sides: str) -> dict[str, Any]:
+def product_work(given: Given, grid: tuple[int, ...], case: Any, operand: str, out: str, sides: str) -> dict[str, Any]:
     """Of a product whose result has tiles of the first two sides, and whose sum runs over the third."""
     (height, rows), (width, cols), (length, _) = (_tiles(given, side) for side in sides)
     block, itemsize, wgrad = f"BLOCK_{sides[2]}", model.itemsize(given, operand), out == "dw"
@@ -182,24 +182,14 @@ def product_work(given: Given, grid: tuple[int, ...], operand: str, out: str, si
     stored = math.prod(grid[1:]) * height * width * model.itemsize(given, out)
     if given.get("dz_out") is not None:
         stored += length * height * itemsize
+    if out == "y" and given["b"] is not None:
+        work |= dict(chain=2)
     return work | model.traffic(given, loaded, stored, math.prod(grid))
 
 
 def _tiles(given: Given, side: str) -> tuple[int, int]:
     """A side's length, and how many tiles it has."""
     return given[side], cdiv(given[side], given[f"BLOCK_{side}"])
-
-
-def forward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
-    return product_work(given, grid, "x", "y", "MNK") | dict(chain=1 + (given["b"] is not None))
-
-
-def dgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
-    return product_work(given, grid, "dx", "dx", "MKN")
-
-
-def wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
-    return product_work(given, grid, "x", "dw", "NKM")
 
 
 def backward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
@@ -232,8 +222,12 @@ OPERATION = Operation(
     compiled=compiled,
     expectations=expectations,
     kernel_work={
-        "forward": forward_work, "output_grad": output_grad_work, "dgrad": dgrad_work, "wgrad": wgrad_work,
-        "backward": backward_work, "reduce_partials": model.reduce_partials,
+        "forward": partial(product_work, operand="x", out="y", sides="MNK"),
+        "dgrad": partial(product_work, operand="dx", out="dx", sides="MKN"),
+        "wgrad": partial(product_work, operand="x", out="dw", sides="NKM"),
+        "backward": backward_work,
+        "output_grad": output_grad_work,
+        "reduce_partials": model.reduce_partials,
     },
     tests=KernelTests(
         ["tests/linear/test_kernels.py", "tests/linear/test_function.py",

@@ -16,18 +16,7 @@ from tribp.training import train_step
 
 from . import linear
 from .expectations import PIPELINED, Expectation
-from .operation import (
-    TOLERANCE,
-    Action,
-    Case,
-    Given,
-    KernelTests,
-    Operation,
-    Reference,
-    Target,
-    Work,
-    best_compiled,
-)  # fmt: skip
+from .operation import TOLERANCE, Action, Case, Given, KernelTests, Operation, Reference, Target, Work, best_compiled
 
 if TYPE_CHECKING:
     from tribp.launch.launches import Launch
@@ -197,7 +186,11 @@ OPERATION = Operation(
     targets=targets,
     compiled=compiled,
     expectations=expectations,
-    kernel_work={"forward": linear.forward_work, "train_rows": rows_work, "train_weights": weights_work},
+    kernel_work={
+        "forward": linear.OPERATION.kernel_work["forward"],
+        "train_rows": rows_work,
+        "train_weights": weights_work,
+    },
     tests=KernelTests(["tests/training"], ["tests/training", "-k", "matches_torch"], ["tests/training", "-k", "spec"]),
     of_others=("multi_tensor_step",),
     columns=("case", "clock", "tribp", "eager", "separate", "compile", "vs eager", "launches", "host", "graph"),

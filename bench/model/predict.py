@@ -7,7 +7,7 @@ from typing import Any
 
 from tribp.launch.arch import ARCHS, Arch
 
-from ..compile import Code, Kernel, Kernels, key_of, read_all
+from ..compile import Code, key_of, read_all
 from ..expectations import Compiled
 from ..operation import Operation, describe
 from ..options import Options
@@ -46,14 +46,6 @@ def floor_us(operation: Operation, case: Any, direction: str, machine: Machine) 
     return floor(operation.work(case, direction), machine.dram, rate if operation.products else None)[0]
 
 
-def collect(options: Options) -> Kernels:
-    kernels: Kernels = {}
-    for arch, operation, case, direction in selected(options):
-        for launch in operation.launches(case, direction, arch):
-            kernels.setdefault(key_of(launch, arch), Kernel(operation.name, arch, launch, case.dtype_name))
-    return kernels
-
-
 def with_profile(read: Code) -> Profiled:
     compiled, code = read
     return compiled, profile(code) if code else None
@@ -66,7 +58,7 @@ def predicted(arch: Arch, operation: Operation, case: Any, direction: str, codes
     error = ""
     touched: set[int] = set()
     for launch in operation.launches(case, direction, arch):
-        work, (code, executed) = work_of(operation, launch, case), codes[key_of(launch, arch)]
+        work, (code, executed) = work_of(operation, launch, case), codes[key_of(operation, launch, arch)]
         error = code.error
         if executed is None:
             break
@@ -122,7 +114,7 @@ def main(options: Options) -> int:
         if target not in MACHINES:
             raise ValueError(f"there is no model of {target}; there is one of {', '.join(MACHINES)}")
     started = time.perf_counter()
-    _, codes = read_all(collect, with_profile, options)
+    _, codes = read_all(selected, with_profile, options)
     rows = [predicted(*each, codes) for each in selected(options)]
     for target in targets:
         own = [row for row in rows if row["target"] == target]

@@ -563,7 +563,7 @@ def kernels_of_batches() -> dict[str, int]:
             calls[name] = [(conv, case, direction) for case in layers for direction in ("forward", "backward")]
         for name, some in calls.items():
             launches = [x for of, case, direction in some for x in of.launches(case, direction, ARCHS["sm_90"])]
-            keys.setdefault(name, set()).update(key_of(launch, ARCHS["sm_90"]) for launch in launches)
+            keys.setdefault(name, set()).update(key_of(some[0][0], launch, ARCHS["sm_90"]) for launch in launches)
     return {name: len(kernels) for name, kernels in keys.items()}
 
 

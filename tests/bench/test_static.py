@@ -442,7 +442,7 @@ def test_several_kernels_of_one_disassembly_are_told_apart() -> None:
 
 
 def test_checks_on_made_up_findings() -> None:
-    good = Compiled("sm_90", "forward", "", {}, 1000, 100, 0, 900, 9, {"HGMMA": 4, "LDG": 1, "STG": 3, "STG.128": 2},
+    good = Compiled(1000, 100, 0, 900, 9, {"HGMMA": 4, "LDG": 1, "STG": 3, "STG.128": 2},
                     (Loop(4, 2, 4, True, 0),))  # fmt: skip
     matrix = multiplies_with("HGMMA", reason="")
     stores = wide("stores", 128, "")

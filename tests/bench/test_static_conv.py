@@ -163,9 +163,9 @@ def test_settings_are_found_and_changed_by_name() -> None:
 
 
 def test_a_product_multiplies_in_its_loop() -> None:
-    inside = Compiled("sm_90", "forward", "", {}, 1000, counts={"HGMMA": 4}, loops=(Loop(4, 2, 4, True, 0),))
-    alone = Compiled("sm_90", "forward", "", {}, 1000, counts={"HGMMA": 4})
-    without = Compiled("sm_90", "forward", "", {}, 1000, counts={"FFMA": 4})
+    inside = Compiled(1000, counts={"HGMMA": 4}, loops=(Loop(4, 2, 4, True, 0),))
+    alone = Compiled(1000, counts={"HGMMA": 4})
+    without = Compiled(1000, counts={"FFMA": 4})
     expected = [multiplies_with("HGMMA", reason="")]
     assert broken(inside, expected) == []
     assert broken(alone, expected) == ["matrix instructions: matrix instructions, but outside every loop ()"]
@@ -187,7 +187,7 @@ def test_what_is_asked_of_a_products_tile() -> None:
     assert instructions(128, torch.float64, sm_100) is None
     assert instructions(16, torch.float64, amd) == ["v_mfma"]
 
-    code = Compiled("sm_90", "forward", "", {}, 1000, counts={"STG": 2, "STG.64": 2, "store": 2, "store.64": 2})
+    code = Compiled(1000, counts={"STG": 2, "STG.64": 2, "store": 2, "store.64": 2})
     for arch, dtype, complaints in ((sm_80, BF16, 1), (amd, BF16, 0), (amd, FP32, 1)):
         (asked,) = tile_stores(16, 32, dtype, arch)
         assert len(broken(code, [asked])) == complaints

@@ -327,9 +327,9 @@ def test_each_warning_of_ptxas_is_told_once() -> None:
 
 
 def test_every_fault_breaks_an_expectation_on_sm_90_and_nothing_is_expected_elsewhere() -> None:
-    bad = Compiled("sm_90", "forward", "", {}, 1000, wgmma=dict.fromkeys(wgmma.EXPECTED, "what"))
+    bad = Compiled(1000, wgmma=dict.fromkeys(wgmma.EXPECTED, "what"))
     assert [s.split(":")[0] for s in broken(bad, always(ARCHS["sm_90"]))] == list(wgmma.EXPECTED)
-    good = Compiled("sm_90", "forward", "", {}, 1000)
+    good = Compiled(1000)
     assert broken(good, always(ARCHS["sm_90"])) == []
     for target in ("sm_80", "sm_100", "gfx942"):
         assert {e.name for e in always(ARCHS[target])} == {"spills", "shared memory"}
