@@ -14,19 +14,8 @@ import tribp
 from tribp.launch.arch import Arch, cdiv
 from tribp.ops.activations import activate, activation_of
 
-from .expectations import (
-    PIPELINED,
-    Expectation,
-    is_whole,
-    partial_sums,
-    product,
-    row_bytes,
-    size,
-    threads,
-    tile_stores,
-    vectors,
-    wide,
-)  # fmt: skip
+from . import expectations as expect
+from .expectations import Expectation, size, threads
 from .model import work as model
 from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
 
@@ -250,21 +239,21 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> Iterator[Expec
     elif kernel == "pack":
         share = size(given, "BLOCK_P", "BLOCK_C") * dtype.itemsize // (16 * threads(launch, arch))
         inner = "VEC_C" if given["SRC_CHANNELS"] else "VEC_P" if given["SRC_PIXELS"] else ""
-        loads = share if inner and is_whole(given, dtype, "SRC_VEC", inner) else 0
-        stores = share if is_whole(given, dtype, "VEC_DST") else 0
+        loads = share if inner and expect.is_whole(given, dtype, "SRC_VEC", inner) else 0
+        stores = share if expect.is_whole(given, dtype, "VEC_DST") else 0
         if loads + stores:
-            yield vectors(loads, stores, "16 bytes a thread, of every tile of an image")
+            yield expect.vectors(loads, stores, "16 bytes a thread, of every tile of an image")
     elif kernel.startswith("depthwise"):
         loads, stores = row_accesses(given, kernel)
         across = size(given, "BOX_N", "BOX_W", "BLOCK_C") * dtype.itemsize // (16 * threads(launch, arch))
         # A row of channels is as wide under every tap; one of columns lies anywhere.
-        loads = loads if given["CHANNELS_LAST"] and is_whole(given, dtype, "VEC") else 0
-        stores = stores if given["CHANNELS_LAST"] and is_whole(given, dtype, "VEC_STORE") else 0
+        loads = loads if given["CHANNELS_LAST"] and expect.is_whole(given, dtype, "VEC") else 0
+        stores = stores if given["CHANNELS_LAST"] and expect.is_whole(given, dtype, "VEC_STORE") else 0
         if across and loads + stores:
             reason = "16 bytes a thread, of every row that is read and every row that is written"
-            yield vectors(across * loads, across * stores, reason)
+            yield expect.vectors(across * loads, across * stores, reason)
     elif kernel == "reduce_partials":
-        yield from partial_sums(launch)
+        yield from expect.partial_sums(launch)
 
 
 def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> Iterator[Expectation]:
@@ -273,9 +262,9 @@ def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> It
     if kernel in ("few_channels_forward", "few_channels_dgrad"):  # a row at a time
         sides = ("BOX_N", "BOX_W", "BLOCK_O")
     weights_first = kernel == "few_channels_forward" or (kernel in ("forward", "dgrad") and bool(given["TMA"]))
-    yield from product(size(given, *(sides[-1:] if weights_first else sides[:-1])), dtype, launch, arch)
+    yield from expect.product(size(given, *(sides[-1:] if weights_first else sides[:-1])), dtype, launch, arch)
     if not kernel.startswith("few_channels") or (kernel == "few_channels_dgrad" and launch.num_stages > 1):
-        yield PIPELINED
+        yield expect.PIPELINED
     if kernel in ("few_channels_dgrad", "few_channels_wgrad") or (
         kernel == "wgrad" and (given.get("TAPS_LAST") or given["DIAGONAL"])
     ):
@@ -286,7 +275,7 @@ def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> It
         return  # side by side in a thread are channels; neighbouring columns are in neighbouring lanes, 64 bytes a row
     out = {"dgrad": "dx", "wgrad": "dw"}.get(kernel, "y")
     share = size(given, *sides) * given[out].element_size() // threads(launch, arch)
-    yield from tile_stores(row_bytes(launch, out, "VEC_STORE"), share, given[out].dtype, arch)
+    yield from expect.tile_stores(expect.row_bytes(launch, out, "VEC_STORE"), share, given[out].dtype, arch)
 
 
 def relayout_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> Iterator[Expectation]:
@@ -297,12 +286,12 @@ def relayout_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> I
 
     def aligned(side: str, channels: str) -> bool:
         inner = channels if given[f"{side}_CHANNELS"] else "VEC_P" if given[f"{side}_PIXELS"] else ""
-        return bool(inner) and is_whole(given, dtype, inner, f"{side}_VEC")
+        return bool(inner) and expect.is_whole(given, dtype, inner, f"{side}_VEC")
 
     if aligned("SRC", "VEC_C") and (given["y"] is None or aligned("Y", "VEC_C")):
-        yield wide("loads", 128, "what is contiguous is a multiple of 16 bytes")
+        yield expect.wide("loads", 128, "what is contiguous is a multiple of 16 bytes")
     if given["dst"] is not None and aligned("DST", "VEC_DST"):
-        yield wide("stores", 128, "what is contiguous is a multiple of 16 bytes")
+        yield expect.wide("stores", 128, "what is contiguous is a multiple of 16 bytes")
 
 
 def row_accesses(given: Given, kernel: str) -> tuple[int, int]:

@@ -162,9 +162,8 @@ def tile_stores(rows: int, share: int, dtype: torch.dtype, arch: Arch) -> Iterat
         return  # rows that are no multiple of 16 bytes, or a tile too small to be worth rearranging
     if arch.backend == "cuda":
         yield wide("stores", 128, "rows are multiples of 16 bytes")
-    elif (
-        dtype != torch.float64
-    ):  # the matrix cores spread a row of float64 over the lanes, and Triton stores it as it lies
+    # The matrix cores spread a row of float64 over the lanes, and Triton stores it as it lies.
+    elif dtype != torch.float64:
         yield wide("stores", 8 * min(16, 4 * dtype.itemsize), "the matrix cores leave four neighbours in a thread")
 
 

@@ -224,9 +224,8 @@ def shards(smoke: bool) -> Iterator[Comparison]:
     for name in CLASSES:
         if name == "Rprop":
             continue  # torch's own writes by a mask, which DTensors do not know
-        modes = ["foreach"] + ["fused"] * (
-            name in ("Adam", "AdamW")
-        )  # to the others' fused kernels DTensors are unknown
+        # To the others' fused kernels DTensors are unknown.
+        modes = ["foreach", "fused"] if name in ("Adam", "AdamW") else ["foreach"]
         providers = {"tribp": provider(optim, name), "torch": provider(torch.optim, name)}
         providers |= {f"torch {mode}": provider(torch.optim, name, **{mode: True}) for mode in modes}
         targets = [HostTarget(f"torch {mode}", "tribp", 10) for mode in modes]
@@ -298,9 +297,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines: list[list[str]] = []
     for row in rows:
         times = ", ".join(f"{name} {us['median']:.4g}" for name, us in row["host_us"].items())
-        targets = [[t["target"], f"{t['ratio']:.3g}", t["verdict"]] for t in row["targets"]]
-        first, *others = targets or [[""] * 3]
-        lines += [[row["case"], times, *first], *([row["case"], "", *other] for other in others)]
+        targets = [[t["target"], f"{t['ratio']:.3g}", t["verdict"]] for t in row["targets"]] or [[""] * 3]
+        lines += [[row["case"], "" if n else times, *target] for n, target in enumerate(targets)]
     return markdown(["case", "µs a step or a call", "target", "ratio", "verdict"], lines)
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tribp
-from tribp.launch.arch import Arch
+from tribp.launch.arch import Arch, cdiv
 from tribp.training import train_step
 
 from . import linear
-from .expectations import PIPELINED, Expectation
+from .expectations import PIPELINED, Expectation, size
 from .operation import TOLERANCE, Action, Case, Given, KernelTests, Operation, Reference, Target, Work, best_compiled
 
 if TYPE_CHECKING:
@@ -130,27 +130,20 @@ def targets(case: Case, direction: str) -> list[Target]:
 
 
 def compiled(arch: Arch, everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
-    odd = (33, 77, 45, 7)
-    some = [
-        *cases()[:3],
-        Case((128, *DIGITS3), BF16),
-        Case((128, *DIGITS), torch.float64),
-        Case(odd, BF16),
-        Case(odd, torch.float64),
-    ]
-    yield from ((case, ["step"]) for case in [*some, *(cases() if everything else [])])
+    odd, float64 = (33, 77, 45, 7), torch.float64
+    others = (((128, *DIGITS3), BF16), ((128, *DIGITS), float64), (odd, BF16), (odd, float64))
+    some = [*cases()[:3], *(Case(*other) for other in others), *(cases()[3:] if everything else [])]
+    yield from ((case, ["step"]) for case in some)
 
 
 def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectation]:
     if launch.kernel.__name__ == "forward":
         yield from linear.expectations(launch, case, arch)
+        return
+    few_turns = launch.kernel.__name__ == "train_rows" and (launch.named["FIRST"] or case.shape[1] < 512)
     # Rows of 16-bit numbers with an odd pitch are not loaded ahead, and loops of few turns are unrolled.
-    elif min(case.shape[1:]) % 2 == 0 and (launch.kernel.__name__ == "train_weights" or _long(launch, case)):
+    if min(case.shape[1:]) % 2 == 0 and not few_turns:
         yield PIPELINED
-
-
-def _long(launch: "Launch", case: Case) -> bool:
-    return not launch.named["FIRST"] and case.shape[1] >= 512
 
 
 def rows_work(given: Given, grid: tuple[int, ...], case: Case) -> dict[str, Any]:
@@ -158,14 +151,14 @@ def rows_work(given: Given, grid: tuple[int, ...], case: Case) -> dict[str, Any]
     _, *sizes = case.shape
     pairs = [*itertools.pairwise(sizes)]
     products = [*pairs[given["FIRST"] :], *((n, k) for k, n in pairs[1:])]
-    turns = sum(-(-length // given["BLOCK_L"]) for length, _ in products)
+    turns = sum(cdiv(length, given["BLOCK_L"]) for length, _ in products)
     macs = sum(length * width for length, width in products) * given["BLOCK_M"]
     return _work(turns, macs, case, chain=len(products))
 
 
 def weights_work(given: Given, grid: tuple[int, ...], case: Case) -> dict[str, Any]:
-    turns = -(-case.shape[0] // given["BLOCK_ROWS"])
-    return _work(turns, turns * given["BLOCK_ROWS"] * given["BLOCK_N"] * given["BLOCK_K"], case, chain=1)
+    turns = cdiv(case.shape[0], given["BLOCK_ROWS"])
+    return _work(turns, turns * size(given, "BLOCK_ROWS", "BLOCK_N", "BLOCK_K"), case, chain=1)
 
 
 def _work(turns: int, macs: int, case: Case, chain: int) -> dict[str, Any]:
@@ -186,11 +179,7 @@ OPERATION = Operation(
     targets=targets,
     compiled=compiled,
     expectations=expectations,
-    kernel_work={
-        "forward": linear.OPERATION.kernel_work["forward"],
-        "train_rows": rows_work,
-        "train_weights": weights_work,
-    },
+    kernel_work={**linear.OPERATION.kernel_work, "train_rows": rows_work, "train_weights": weights_work},
     tests=KernelTests(["tests/training"], ["tests/training", "-k", "matches_torch"], ["tests/training", "-k", "spec"]),
     of_others=("multi_tensor_step",),
     columns=("case", "clock", "tribp", "eager", "separate", "compile", "vs eager", "launches", "host", "graph"),

@@ -22,7 +22,8 @@ from bench.__main__ import main, parse
 from bench.all import Journal, Step, walk
 from bench.options import Options
 
-from .test_run import NO_CUDA, ROOT, linear, run_with, smoke
+from .processes import ROOT
+from .test_run import NO_CUDA, linear, run_with, smoke
 
 PLAN = bench_all.plan(Path("DIR"), smoke=False)
 
@@ -388,16 +389,6 @@ def test_a_budget_that_is_spent_leaves_everything_and_is_no_mistake(
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
-
-
-@NO_CUDA
-def test_without_cuda_all_says_so_and_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["all", "--out", str(tmp_path)]) == 2
-    said = capsys.readouterr()
-    assert "CUDA" in said.err
-    assert said.err.count("\n") == 1
-    assert not said.out
-    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_asked_for_wrongly_is_said_in_a_line(

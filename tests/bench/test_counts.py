@@ -1,9 +1,6 @@
 """`python -m bench counts`: what the executor counts, as a row for each launch, and what binds."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +11,7 @@ from bench.__main__ import main
 from bench.options import Options
 
 from ..executor.findings import Counts, Traffic
-
-ROOT = Path(__file__).parents[2]
+from .processes import python
 
 
 def made(**more: object) -> Counts:
@@ -73,9 +69,7 @@ def test_a_case_is_taken_by_its_name_or_by_a_part_of_it(capsys: pytest.CaptureFi
 def test_launches_are_counted(words: list[str], kernels: list[str], tmp_path: Path) -> None:
     pytest.importorskip("triton")
     file = tmp_path / "found.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench", "counts", *words, "--programs", "1", "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = python("-m", "bench", "counts", *words, "--programs", "1", "--json", str(file))
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())
     assert [row["kernel"] for row in rows] == kernels

@@ -3,9 +3,6 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +29,8 @@ from tribp import versions
 from tribp.launch.arch import ARCHS
 from tribp.launch.launches import Launch
 
-ROOT = Path(__file__).parents[2]
+from .processes import python, sass
+
 BF16, FP32 = torch.bfloat16, torch.float32
 H200, SM_90 = MACHINES["sm_90"], ARCHS["sm_90"]
 KB = 1024
@@ -62,16 +60,12 @@ def test_occupancy_is_that_of_nvidias_calculator(
     assert occupancy(MACHINES[target], registers, shared, warps) == expected
 
 
-def sass(*lines: str) -> Profile:
-    """The profile of instructions at addresses 0x10, 0x20 …; `{n}` is the address of the n-th, from 0 on."""
-    addresses = [f"0x{16 * n:x}" for n in range(len(lines) + 1)]
-    text = "\n".join(f"        /*{16 * n:04x}*/   {line.format(*addresses)} ;" for n, line in enumerate(lines))
-    (code,) = parse_sass(text, [16 * len(lines)])
-    return profile(code)
+def profiled(*lines: str) -> Profile:
+    return profile(sass(*lines))
 
 
 def test_instructions_count_by_the_loops_around_them() -> None:
-    found = sass(
+    found = profiled(
         "MOV R1, R2",  # once
         "MOV R3, R4",  # 1: a tile
         "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24",  # 2: a step
@@ -92,7 +86,7 @@ def test_instructions_count_by_the_loops_around_them() -> None:
 def test_products_at_a_standstill() -> None:
     """What a warp does behind a wait for all groups, up to the next product; other products wait for their results."""
     asynchronous, waiting = (
-        sass(
+        profiled(
             "MOV R3, R4",
             "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0",
             "FMUL R4, R4, R5",
@@ -105,7 +99,7 @@ def test_products_at_a_standstill() -> None:
     )
     assert (asynchronous.cycles, asynchronous.idle) == (5, 0)
     assert (waiting.cycles, waiting.idle) == (5, 2)
-    plain = sass("HMMA.16816.F32.BF16 R24, R4, R6, R24", "FADD R4, R4, R5", "@P0 BRA {0}", "EXIT")
+    plain = profiled("HMMA.16816.F32.BF16 R24, R4, R6, R24", "FADD R4, R4, R5", "@P0 BRA {0}", "EXIT")
     assert (plain.levels[0].cycles, plain.levels[0].idle) == (3, 0)
 
 
@@ -118,7 +112,7 @@ def test_cycles_are_those_that_ptxas_wrote() -> None:
 
 
 def test_a_loop_that_only_waits_counts_once() -> None:
-    found = sass(
+    found = profiled(
         "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2",
         "@!P0 BRA {0}",
         "HMMA.16816.F32.BF16 R24, R4, R6, R24",
@@ -129,7 +123,7 @@ def test_a_loop_that_only_waits_counts_once() -> None:
 
 
 def test_without_a_product_the_widest_loads_make_the_main_loop() -> None:
-    found = sass(
+    found = profiled(
         "LDG.E.128 R4, desc[UR4][R2.64]",
         "STG.E.U16 desc[UR4][R2.64], R4",
         "@P0 BRA {0}",
@@ -141,7 +135,7 @@ def test_without_a_product_the_widest_loads_make_the_main_loop() -> None:
 
 
 def test_the_way_of_data_that_is_not_aligned_does_not_count() -> None:
-    found = sass(
+    found = profiled(
         "MOV R1, R2",  # 0: both ways
         "@P0 BRA {5}",
         "LDG.E.128 R4, desc[UR4][R2.64]",  # 2: the wide way
@@ -158,7 +152,7 @@ def test_the_way_of_data_that_is_not_aligned_does_not_count() -> None:
 
 
 def test_a_jump_through_a_table_hides_no_loop() -> None:
-    found = sass(
+    found = profiled(
         "BRX R2 -0x10",
         "MOV R1, R2",  # 1: one way
         "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24",
@@ -505,15 +499,10 @@ def test_an_optimizers_programs_take_turns() -> None:
     assert work_of(launch, StepCase("Adam", "x", [(2048,)] * 10)).turns == 2, "no tensor has more blocks"
 
 
-def bench(*command: str) -> "subprocess.CompletedProcess[str]":
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = (sys.executable, "-m", "bench", "static", *command, "--jobs", "1")
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 def test_the_command_predicts_what_run_measures(tmp_path: Path) -> None:
     file, name = tmp_path / "found.json", LinearCase(SQUARISH, BF16).name
-    done = bench("linear", "--model", "--case", "8192x1024x1024", "--dtype", "bfloat16", "--json", str(file))
+    words = ["--model", "--case", "8192x1024x1024", "--dtype", "bfloat16", "--jobs", "1", "--json", str(file)]
+    done = python("-m", "bench", "static", "linear", *words)
     assert done.returncode == 0, done.stderr
     found = {(entry["case"], entry["direction"]): entry for entry in json.loads(file.read_text())}
     assert set(found) == {(of, d) for of in (name, f"{name} relu") for d in ("forward", "backward", "wgrad only")}

@@ -25,7 +25,7 @@ from bench import host, operation, results, run
 from bench import optim as optim_entry
 from bench.__main__ import main
 from bench.linear import LinearCase
-from bench.operation import Action, Case, Operation, Target, Work, precision
+from bench.operation import Action, Case, Operation, Target, Work
 from bench.optim import LR, PEERS, Provider, StepCase
 from bench.options import Options
 from bench.results import markdown
@@ -33,7 +33,8 @@ from bench.run import Ceilings
 from bench.timing import CpuMeter, HostTarget, kernels_of, summary
 from tribp.launch.arch import ARCHS
 
-ROOT = Path(__file__).parents[2]
+from .processes import ROOT, called, python
+
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
 
 
@@ -61,12 +62,16 @@ def linear(tribps: Callable[..., Tensor] | None = None) -> Operation:
 
 
 @NO_CUDA
-def test_without_cuda_run_says_so_and_exits_with_2() -> None:
-    done = subprocess.run([sys.executable, "-m", "bench", "run"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "CUDA" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not done.stdout
+@pytest.mark.parametrize("command", ["run", "tune", "all"])
+def test_without_cuda_it_says_so_and_exits_with_2(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"bench: {command} needs CUDA")
+    assert said.err.count("\n") == 1
+    assert not said.out
+    assert not list(tmp_path.iterdir())
 
 
 def test_smoke_walks_through_all_cases_and_directions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,25 +254,6 @@ def test_targets_are_judged_by_the_ratio_of_the_peer_to_tribp(
     assert judged["verdict"] == verdict
 
 
-def test_targets_of_linear_are_those_that_were_set() -> None:
-    operation = linear()
-
-    def ratios(shape: tuple[int, int, int], direction: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-        return {t.peer: t.ratio for t in operation.targets(LinearCase(shape, dtype), direction) if t.quantity == "time"}
-
-    square, squarish, tall = (4096, 4096, 4096), (8192, 1024, 1024), (65536, 256, 784)
-    assert ratios(square, "forward") == {"compile": 1.0, "eager": 1.04}
-    assert ratios(squarish, "forward") == {"compile": 1.0, "eager": 1.2}
-    assert ratios(tall, "forward") == {"compile": 1.0, "eager": 1.4}
-    assert ratios(square, "backward") == {"compile": 1.0, "eager": 0.98}
-    assert ratios(tall, "backward") == ratios(squarish, "backward") == {"compile": 1.0, "eager": 1.12}
-    assert ratios(tall, "wgrad only") == {"compile": 1.0, "eager": 1.45}
-    assert ratios(squarish, "wgrad only") == {"compile": 1.0, "eager": 1.33}
-    assert ratios(square, "wgrad only") == {"compile": 1.0, "eager": 1.0}
-    assert ratios((64, 10, 128), "forward") == {"compile": 1.0, "eager": 1.0}
-    assert ratios(square, "forward", torch.float32) == {"eager": 1.5}
-
-
 def test_float32_ceiling_is_three_tf32_products_where_those_are_faster() -> None:
     class Meter(CpuMeter):
         def matrix_rate(self, dtype: torch.dtype) -> float:
@@ -279,15 +265,6 @@ def test_float32_ceiling_is_three_tf32_products_where_those_are_faster() -> None
     assert ceilings.rate(Case((), torch.float32, tf32=True)) == 450e12
     assert ceilings.rates == {"float32": 50e12, "float32 tf32": 450e12}
     assert torch.backends.cuda.matmul.fp32_precision == before
-
-
-def test_precision_holds_inside_and_is_given_back() -> None:
-    matmul = torch.backends.cuda.matmul
-    with precision(True):
-        assert matmul.fp32_precision == "tf32"
-        with precision(False):
-            assert matmul.fp32_precision == "ieee"
-        assert matmul.fp32_precision == "tf32"
 
 
 def test_directions_want_the_gradients_they_say() -> None:
@@ -525,11 +502,7 @@ def host_rows(case: str, tmp_path: Path) -> dict[str, Any]:
     """Each row's times, from a process without the interpreter."""
     pytest.importorskip("triton")
     file = tmp_path / "host.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "host", "--smoke", "--case", case, "--json", str(file)],
-        cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
+    done = python("-m", "bench", "host", "--smoke", "--case", case, "--json", str(file))
     assert done.returncode == 0, done.stderr
     assert f"| {case}" in done.stdout
     return {row["case"]: row["host_us"] for row in json.loads(file.read_text())["rows"]}
@@ -570,10 +543,7 @@ def kernels_of_batches() -> dict[str, int]:
 @NO_CUDA
 def test_batches_of_many_sizes_take_few_kernels() -> None:
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    code = "import json; from tests.bench.test_run import kernels_of_batches as counts; print(json.dumps(counts()))"
-    done = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, timeout=300)
-    counts = json.loads(done.splitlines()[-1])
+    counts = called("test_run.kernels_of_batches")
     assert 4 <= counts["MLP"] <= 14
     # Small batches have a stage more where a program is alone: 2 and 8 kernels.
     assert 9 <= counts["channels_last"] <= 46
@@ -620,9 +590,3 @@ def test_host_targets_are_judged_by_ratios_of_medians() -> None:
     medians = {"plan": 25.0, "fused": 100.0}
     assert host.judge(HostTarget("fused", "plan", 4), medians)["verdict"] == "met"
     assert host.judge(HostTarget("fused", "plan", 4.1), medians)["verdict"] == "missed"
-    limits = {c.name: list(c.targets) for c in host.fallbacks(False)}
-    fused = ("torch fused", "tribp", 1.2)
-    assert limits["Adam, 1000x8"] == [("torch", "tribp", 30), fused]
-    assert limits["Adagrad, 1000x8"] == [("torch", "tribp", 20), fused]
-    assert limits["RMSprop, 1000x8"] == [("torch", "tribp", 12)]
-    assert limits["SGD, 16000000"] == [("torch", "tribp", 1)]

@@ -3,8 +3,6 @@
 import functools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,21 +17,15 @@ from bench.sass import Loop
 from tribp.launch.arch import ARCHS
 from tribp.versions import keeps_shared_tiles, triton_version
 
+from .processes import called, python, sass
 from .test_static_conv import BAD, GOOD
 
-ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
-
-
-def compiling(*command: str) -> "subprocess.CompletedProcess[str]":
-    """Run Python with the compiler in place of the interpreter that the other tests use."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("options", [("--dtype", "float99"), ("--case", "9x9")], ids=lambda words: words[0])
 def test_what_selects_nothing_is_an_error(options: tuple[str, str]) -> None:
-    done = compiling("-m", "bench", "static", "linear", *options)
+    done = python("-m", "bench", "static", "linear", *options)
     assert done.returncode == 2
     assert done.stderr.startswith("bench: there is no such case; there are types bfloat16")
 
@@ -48,17 +40,13 @@ def test_ctrl_c_ends_every_process_in_a_line() -> None:
         threading.Timer(1, os.killpg, (0, signal.SIGINT)).start()
         sys.exit(main(["static", "linear", "--jobs", "2"]))
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
-        start_new_session=True,
-    )  # fmt: skip
+    done = python("-c", code, start_new_session=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "bench: interrupted\n")
 
 
 def compile_everything(folder: Path, *options: str) -> list[Row]:
     file = folder / "static.json"
-    done = compiling("-m", "bench", "static", "--json", str(file), *options)
+    done = python("-m", "bench", "static", "--json", str(file), *options)
     assert done.returncode in (0, 1), done.stderr
     rows: list[Row] = json.loads(file.read_text())
     assert done.returncode == any(row["broken"] for row in rows)
@@ -324,9 +312,7 @@ def plant() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def planted() -> dict[str, Any]:
-    done = compiling("-c", "import json; from tests.bench.test_static import plant; print(json.dumps(plant()))")
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = called("test_static.plant")
     return found
 
 
@@ -379,13 +365,6 @@ def test_arguments_are_specialized_as_at_a_launch(planted: dict[str, Any]) -> No
 
 
 # -- reading machine code: by hand, on a few lines --------------------------------------------------------------------
-
-
-def sass(*instructions: str) -> list[machine_code.Instruction]:
-    """Instructions at addresses 0, 16, …, as nvdisasm prints them."""
-    lines = [f"        /*{16 * n:04x}*/                   {text} ;" for n, text in enumerate(instructions)]
-    (code,) = machine_code.parse_sass("\n".join(lines), [16 * len(lines)])
-    return code
 
 
 def test_a_pipelined_loop_is_seen_and_one_that_is_not() -> None:

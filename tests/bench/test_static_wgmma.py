@@ -2,7 +2,6 @@
 compiler is known to get wrong.
 """
 
-import json
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import wgmma
 from bench.expectations import Compiled, always, broken
-from bench.sass import Instruction, parse_sass
 from tribp.launch.arch import ARCHS
+
+from .processes import called, sass
 
 # -- kernels that Triton or ptxas compiles badly ----------------------------------------------------------------------
 
@@ -80,11 +80,7 @@ def plant() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def planted() -> dict[str, dict[str, list[str]]]:
-    from .test_static import compiling
-
-    done = compiling("-c", "import json; from tests.bench.test_static_wgmma import plant; print(json.dumps(plant()))")
-    assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, list[str]]] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, dict[str, list[str]]] = called("test_static_wgmma.plant")
     return found
 
 
@@ -113,13 +109,6 @@ def test_compiled_products(planted: dict[str, dict[str, list[str]]], name: str, 
 
 
 # -- SASS -------------------------------------------------------------------------------------------------------------
-
-
-def sass(*instructions: str) -> list[Instruction]:
-    """Instructions at addresses 0, 16, …, as nvdisasm prints them."""
-    lines = [f"        /*{16 * n:04x}*/                   {text} ;" for n, text in enumerate(instructions)]
-    (code,) = parse_sass("\n".join(lines), [16 * len(lines)])
-    return code
 
 
 LOAD, MORE = "LDSM.16.M88.4 R88, [R3]", "LDSM.16.M88.4 R92, [R3+0x20]"

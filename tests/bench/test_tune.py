@@ -19,8 +19,6 @@ from tribp.launch.arch import INTERPRETER
 from tribp.launch.launches import Launch
 from tribp.ops.linear.config import ForwardProblem
 
-from .test_run import NO_CUDA
-
 SMOKE = ["tune", "linear", "--smoke", "--case", "16x16x32"]
 
 
@@ -63,15 +61,6 @@ def read(folder: Path, name: str = "linear") -> dict[str, Any]:
 
 def command(folder: Path, *more: str) -> int:
     return main([*SMOKE, "--out", str(folder), *more])
-
-
-@NO_CUDA
-def test_without_cuda_it_says_so_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "linear"]) == 2
-    said = capsys.readouterr()
-    assert "CUDA" in said.err
-    assert said.err.count("\n") == 1
-    assert not said.out
 
 
 def test_every_problem_of_a_case_is_tuned(tmp_path: Path, timed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
