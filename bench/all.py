@@ -153,9 +153,8 @@ class Journal:
     def is_finished(self, step: Step) -> bool:
         """Whether there is nothing left to do: what failed is tried again once the code is another."""
         entry = self.entries.get(step.name, {"status": "left"})
-        if entry["status"] == "failed":
-            return bool(entry["sources"] == self.code["sources"])
-        return bool(entry["status"] == "done")
+        failed = entry["status"] == "failed" and entry["sources"] == self.code["sources"]
+        return entry["status"] == "done" or failed
 
     def write(self, step: Step, status: str, seconds: float = 0.0, note: str = "") -> None:
         date = datetime.datetime.now().isoformat(timespec="seconds")

@@ -265,13 +265,13 @@ def row(kernel: Kernel, code: Compiled) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["target", "kernel", "dtype", "settings", "regs", "spill", "shared KB", "matrix", "load", "16 B",
-              "async", "store", "16 B", "exp2", "instrs", "first case", "ok"]  # fmt: skip
-    return markdown(header, [_line(r) for r in rows])
+HEADER = (
+    "target", "kernel", "dtype", "settings", "regs", "spill", "shared KB", "matrix", "load", "16 B", "async", "store",
+    "16 B", "exp2", "instrs", "first case", "ok",
+)  # fmt: skip
 
 
-def _line(r: dict[str, Any]) -> list[object]:
+def line(r: dict[str, Any]) -> list[object]:
     counts, cases = r["counts"], r["cases"]
 
     def count(*names: str) -> int:
@@ -292,7 +292,7 @@ def main(options: Options) -> int:
     started = time.perf_counter()
     kernels, codes = read_all(calls, operator.itemgetter(0), options)
     rows = [row(kernel, codes[key]) for key, kernel in kernels.items()]
-    print(table(rows))
+    print(markdown(HEADER, map(line, rows)))
     failures = [(r, sentence) for r in rows for sentence in r["broken"]]
     seconds = time.perf_counter() - started
     print(f"\n{len(rows)} kernels compiled in {seconds:.0f} s, {len(failures)} broken expectations")

@@ -355,21 +355,6 @@ def few_channels_dgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> d
     return model.product(given, "dx", rows + 2, step) | dict(l2=itemsize * (read + size(given, "N", "H", "W", "C")))
 
 
-def few_channels_wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
-    step = pixels_of(given) * size(given, "BLOCK_O", "BLOCK_K")
-    return model.product(given, "x", given["boxes_per_split"], step)
-
-
-def depthwise_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
-    """Four rows a turn, of forward and dgrad."""
-    rows = given["BOX_H"] * (1 if "dx" in given else given["STEP_H"]) + 2
-    return dict(turns=rows / 4)
-
-
-def depthwise_wgrad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
-    return dict(turns=given["boxes_per_split"])
-
-
 def relayout_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
     step = (1 + (given["y"] is not None)) * size(given, "BLOCK_P", "BLOCK_C") * model.itemsize(given, "src")
     return dict(turns=given["tiles_per_program"], step=step, chain=0)
@@ -396,11 +381,20 @@ OPERATION = Operation(
     kernel_work={
         "forward": partial(product_work, operand="y", channels="CG"),
         "dgrad": partial(product_work, operand="dx", channels="OG"),
-        "wgrad": wgrad_work, "spread_weight": lambda *_: {},
-        "few_channels_forward": few_channels_forward_work, "few_channels_dgrad": few_channels_dgrad_work,
-        "few_channels_wgrad": few_channels_wgrad_work,
-        "depthwise_forward": depthwise_work, "depthwise_dgrad": depthwise_work, "depthwise_wgrad": depthwise_wgrad_work,
-        "relayout": relayout_work, "pack": pack_work, "reduce_partials": model.reduce_partials,
+        "wgrad": wgrad_work,
+        "spread_weight": lambda *_: {},
+        "few_channels_forward": few_channels_forward_work,
+        "few_channels_dgrad": few_channels_dgrad_work,
+        "few_channels_wgrad": lambda given, *_: model.product(
+            given, "x", given["boxes_per_split"], pixels_of(given) * size(given, "BLOCK_O", "BLOCK_K")
+        ),
+        # Four rows a turn.
+        "depthwise_forward": lambda given, *_: dict(turns=(given["BOX_H"] * given["STEP_H"] + 2) / 4),
+        "depthwise_dgrad": lambda given, *_: dict(turns=(given["BOX_H"] + 2) / 4),
+        "depthwise_wgrad": lambda given, *_: dict(turns=given["boxes_per_split"]),
+        "relayout": relayout_work,
+        "pack": pack_work,
+        "reduce_partials": model.reduce_partials,
     },
     tests=KernelTests(
         ["tests/conv3x3/test_integration.py", "tests/conv3x3/test_module.py"],

@@ -218,19 +218,18 @@ def providers(case: StepCase, without_compile: str = "") -> dict[str, Provider |
     def torchs(**how: bool) -> Callable[..., Any]:
         return _maker("torch.optim", case.optimizer, {**options, **how}, capturable)
 
+    lacking = [key for key in ("state_dtype", "stochastic_rounding", "state_bits") if key in beyond]
+    without = f"torch has no {' and no '.join(lacking)}" if lacking else ""
+    unfused = f"torch has no fused {case.optimizer}" if case.optimizer in ("RMSprop", *UNFUSED) else ""
     there: dict[str, Provider | str] = {
         "tribp": Provider(case.make, unscales=True, clips=True),
-        "for-loop": Provider(torchs(foreach=False)),
-        "foreach": Provider(torchs(foreach=True)),
-        "fused": Provider(torchs(fused=True), unscales=True),
-        "compile": without_compile or Provider(torchs(), compiled=True),
+        "for-loop": without or Provider(torchs(foreach=False)),
+        "foreach": without or Provider(torchs(foreach=True)),
+        "fused": without or unfused or Provider(torchs(fused=True), unscales=True),
+        "compile": without or without_compile or Provider(torchs(), compiled=True),
         "apex": "apex has no such optimizer",
         "bitsandbytes": "bitsandbytes has no such optimizer",
     }
-    if case.optimizer in ("RMSprop", *UNFUSED):
-        there["fused"] = f"torch has no fused {case.optimizer}"
-    if lacking := [key for key in ("state_dtype", "stochastic_rounding", "state_bits") if key in beyond]:
-        there |= dict.fromkeys(("for-loop", "foreach", "fused", "compile"), f"torch has no {' and no '.join(lacking)}")
     if case.optimizer not in UNFUSED and not case.scaler and not set(options) - {"momentum"}:
         if case.optimizer != "RMSprop" and not {"stochastic_rounding", "state_bits"} & beyond:
             adam = case.optimizer in ("Adam", "AdamW")

@@ -41,9 +41,13 @@ def main(options: Options) -> int:
 
 
 def write(folder: Path) -> None:
-    """The folder's page and pictures."""
+    """The folder's page and, with matplotlib, its pictures: each operation's bars against the peers and roofline."""
     stored = load(folder)
-    draw(folder, stored)
+    for entry in operation.find():
+        if held := stored.get(entry.name):
+            heading, ceilings = results.heading(held), (held["copy_bytes_per_second"], held["operations_per_second"])
+            pictures.bars(folder / f"{entry.name}.png", heading, held["rows"], entry.peers)
+            pictures.roofline(folder / f"roofline-{entry.name}.png", heading, held["rows"], *ceilings)
     results.write(folder / "README.md", page(folder, stored))
 
 
@@ -144,10 +148,9 @@ def section(folder: Path, entry: Operation, held: dict[str, Any]) -> list[str]:
     for picture in (folder / f"{entry.name}.png", folder / f"roofline-{entry.name}.png"):
         if picture.exists():
             parts.append(f"![{picture.stem}]({picture.name})")
-    commits = sorted({row["commit"] for row in held["rows"]} - {held["commit"]})
-    if commits:
-        cases = Counter(row["commit"] for row in held["rows"])
-        others = ", ".join(f"{cases[commit]} at {commit}" for commit in commits)
+    earlier = Counter(row["commit"] for row in held["rows"] if row["commit"] != held["commit"])
+    if earlier:
+        others = ", ".join(f"{rows} at {commit}" for commit, rows in sorted(earlier.items()))
         parts.append(f"Of {len(held['rows'])} rows, not at {held['commit']} but earlier: {others}.")
     return [*parts, results.table(entry, held["rows"])]
 
@@ -174,12 +177,3 @@ def steps_section(folder: Path) -> list[str]:
         f"`python -m bench all --out {shown(folder)}`; log.txt holds what they printed.",
         markdown(["step", "status", "s", "date", "commit", ""], rows),
     ]
-
-
-def draw(folder: Path, stored: Stored) -> None:
-    """Bars against the peers and a roofline of each operation; none without matplotlib."""
-    for entry in operation.find():
-        if held := stored.get(entry.name):
-            heading, ceilings = results.heading(held), (held["copy_bytes_per_second"], held["operations_per_second"])
-            pictures.bars(folder / f"{entry.name}.png", heading, held["rows"], entry.peers)
-            pictures.roofline(folder / f"roofline-{entry.name}.png", heading, held["rows"], *ceilings)

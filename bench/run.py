@@ -12,7 +12,7 @@ import tribp
 from tribp import dispatch
 
 from . import results
-from .operation import Case, Operation, Problem, Reference, describe, precision
+from .operation import Operation, Problem, Reference, describe, precision
 from .options import Options
 from .results import Row
 from .timing import CpuMeter, CudaMeter
@@ -27,8 +27,7 @@ def main(options: Options) -> int:
     each = options.cases_of_each()
     meter, folder = meter_and_folder(options)
     with tribp.use_backend("triton" if dispatch.interpreting() else "auto"):
-        ceilings = Ceilings(meter)
-        good = [run(operation, cases, options, meter, ceilings, folder) for operation, cases in each]
+        good = [run(operation, cases, options, meter, folder) for operation, cases in each]
     print(f"written to {folder}")
     return int(not all(good))
 
@@ -41,40 +40,14 @@ def meter_and_folder(options: Options) -> tuple[CpuMeter, Path]:
     return meter, options.out or results.ROOT / meter.slug
 
 
-class Ceilings:
-    """The rates that floors are computed from, measured in this run, each when it is first asked for."""
-
-    def __init__(self, meter: CpuMeter) -> None:
-        self._meter = meter
-        self.bandwidth = meter.copy_bandwidth()
-        self.rates: dict[str, float] = {}
-
-    def rate(self, case: Any) -> float:
-        """Operations a second for products of the case's type and precision."""
-        own = self._measured(case.dtype, case.tf32)
-        if case.dtype == torch.float32 and not case.tf32:
-            # Three TF32 products keep float32's accuracy: whichever way is faster is the ceiling.
-            own = max(own, self._measured(case.dtype, True) / 3)
-        return own
-
-    def _measured(self, dtype: torch.dtype, tf32: bool) -> float:
-        name = Case((), dtype, tf32).dtype_name
-        if name not in self.rates:
-            with precision(tf32):
-                self.rates[name] = self._meter.matrix_rate(dtype)
-        return self.rates[name]
-
-
-def run(
-    operation: Operation, cases: Sequence[Any], options: Options, meter: CpuMeter, ceilings: Ceilings, folder: Path
-) -> bool:
+def run(operation: Operation, cases: Sequence[Any], options: Options, meter: CpuMeter, folder: Path) -> bool:
     """Measure these cases of one operation; whether all results were right."""
     store = results.Store(folder, operation, meter, smoke=options.smoke)
     todo = [case for case in cases if not (options.missing and store.has(case, compiled=options.compile))]
     for case in todo:
         print(f"{operation.name} {case.name}", flush=True)
-        rows = measure(operation, case, options, meter, ceilings)
-        store.add(rows, bandwidth=ceilings.bandwidth, rates=ceilings.rates, compiled=options.compile)
+        rows = measure(operation, case, options, meter)
+        store.add(rows, bandwidth=meter.bandwidth, rates=meter.rates, compiled=options.compile)
     rows = store.rows_of(cases)
     if todo:
         heading, conditions = results.heading(store.head), results.conditions(store.head)
@@ -85,7 +58,7 @@ def run(
     return all(row["providers"]["tribp"]["status"] == "ok" for row in rows)
 
 
-def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter, ceilings: Ceilings) -> list[Row]:
+def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter) -> list[Row]:
     """A row for each direction of one case."""
     without_compile = "" if options.compile else "skipped: --no-compile"
     if options.smoke:
@@ -116,8 +89,8 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter, 
                     else attempt(operation, case, direction, problem, reference, provider, name, baseline, meter)
                 )
             entries = {name: entries[name] for name in providers}
-            rate = ceilings.rate(case) if operation.products else None
-            row = results.row(operation, case, direction, entries, ceilings.bandwidth, rate)
+            rate = meter.rate(case) if operation.products else None
+            row = results.row(operation, case, direction, entries, meter.bandwidth, rate)
             if dispatch.has_triton() and entries["tribp"]["status"] in ("ok", "wrong"):
                 launches = operation.launches(case, direction, dispatch.arch_of(meter.device.index))
                 row["settings"] = [f"{x.kernel.__name__} {describe(x)}" for x in launches]

@@ -36,11 +36,11 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """How many bytes a thread it moves, for loads and stores; narrower than four count as four."""
-        width = re.search(r"\.(64|128)\b|dwordx([2-4])", self.opcode)
+        """How many bytes a thread it moves, for loads and stores; AMD's that are narrower than four count as four."""
+        width = re.search(r"\.(?:[US](8|16)|(64|128))\b|dwordx([2-4])", self.opcode)
         if not width:
             return 4
-        return int(width[1]) // 8 if width[1] else 4 * int(width[2])
+        return 4 * int(width[3]) if width[3] else int(width[1] or width[2]) // 8
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """How things are timed: on a CUDA GPU, and (only so that the bench can be walked through) on a CPU."""
 
 import contextlib
+import functools
 import gc
 import json
 import platform
@@ -18,7 +19,7 @@ import torch
 from tribp import dispatch
 from tribp.launch import stopwatch
 
-from .operation import Action
+from .operation import Action, Case, precision
 
 Call = Callable[[], object]
 Conditions = Callable[[], contextlib.AbstractContextManager[object]]
@@ -106,9 +107,10 @@ class CpuMeter:
     rounds = 1  # of calls whose return is timed
     copied = 1 << 20  # bytes, for the copy's rate
     side = 64  # of the matrices whose product's rate is measured
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self.device = torch.device("cpu")
+        self.rates: dict[str, float] = {}  # operations a second of large products, by type: those that were asked for
 
     def versions(self) -> dict[str, str]:
         return versions()
@@ -155,11 +157,29 @@ class CpuMeter:
     def release(self) -> None:
         """Give back memory that nothing uses."""
 
-    def copy_bandwidth(self) -> float:
+    # The ceilings that floors are computed from, each measured when it is first asked for.
+
+    @functools.cached_property
+    def bandwidth(self) -> float:
         """Bytes a second, read plus written, of a large copy."""
         source = torch.empty(self.copied, dtype=torch.uint8, device=self.device).random_()
         target = torch.empty_like(source)
         return 2 * self.copied / (1e-6 * self.device_times(lambda: target.copy_(source))["median"])
+
+    def rate(self, case: Any) -> float:
+        """Operations a second for products of the case's type and precision."""
+        own = self._measured(case.dtype, case.tf32)
+        if case.dtype == torch.float32 and not case.tf32:
+            # Three TF32 products keep float32's accuracy: whichever way is faster is the ceiling.
+            own = max(own, self._measured(case.dtype, True) / 3)
+        return own
+
+    def _measured(self, dtype: torch.dtype, tf32: bool) -> float:
+        name = Case((), dtype, tf32).dtype_name
+        if name not in self.rates:
+            with precision(tf32):
+                self.rates[name] = self.matrix_rate(dtype)
+        return self.rates[name]
 
     def matrix_rate(self, dtype: torch.dtype) -> float:
         """Operations a second of torch's own large matrix product, at the current precision setting."""
@@ -171,6 +191,7 @@ class CudaMeter(CpuMeter):
     rounds, copied, side = 30, 1 << 30, 8192
 
     def __init__(self) -> None:
+        super().__init__()
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self.device)
         self.slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")

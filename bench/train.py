@@ -31,14 +31,6 @@ def cases() -> list[Case]:
     return [Case(shape, dtype, small=True) for dtype in (FP32, BF16) for shape in shapes]
 
 
-def network(case: Case) -> nn.Sequential:
-    """Of torch's layers, with ReLU between them; weights are those of `nn.Linear`."""
-    layers: list[nn.Module] = []
-    for k, n in itertools.pairwise(case.shape[1:]):
-        layers += [nn.Linear(k, n), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
 Step = Callable[[Tensor, Tensor], Tensor]
 Make = Callable[..., Step]  # of a model, and options of Adam
 
@@ -82,14 +74,18 @@ def providers(case: Case, without_compile: str) -> Mapping[str, Any]:
 
 @dataclass
 class Problem:
-    """A step's loss and gradients. Adam divides a gradient by its size: a parameter's change says little of it."""
+    """A step's loss and gradients, of torch's layers with ReLU between them.
+
+    Not the parameters: Adam divides a gradient by its size, and a change says little of it.
+    """
 
     case: Case
     device: torch.device
 
     def __post_init__(self) -> None:
         rows, *sizes = self.case.shape
-        self.net = network(self.case).to(self.device, self.case.dtype)
+        layers = [layer for k, n in itertools.pairwise(sizes) for layer in (nn.Linear(k, n), nn.ReLU())]
+        self.net = nn.Sequential(*layers[:-1]).to(self.device, self.case.dtype)
         self.x = self.case.normal(self.device, rows, sizes[0])
         self.target = torch.randint(sizes[-1], (rows,), device=self.device)
 

@@ -75,7 +75,9 @@ def in_flight(code: Sequence[Instruction]) -> Iterator[tuple[int, Flight]]:
             running = _after(n, code[n], running)
         for successor in flow.graph.successors(block):
             there = before.get(successor)
-            joined = running if there is None else _either(there, running)
+            joined = running
+            if there is not None:
+                joined = {h: min(closed[h] for closed in (there, running) if h in closed) for h in there | running}
             if joined != there:
                 before[successor] = joined
                 todo.append(successor)
@@ -92,10 +94,6 @@ def _after(n: int, i: Instruction, running: Flight) -> Flight:
     if i.opcode.startswith("WARPGROUP.DEPBAR") and (wait := WAIT.search(i.operands)):
         return {h: closed for h, closed in running.items() if closed <= int(wait[1], 16)}
     return running
-
-
-def _either(a: Flight, b: Flight) -> Flight:
-    return {h: min(closed[h] for closed in (a, b) if h in closed) for h in a | b}
 
 
 def refilled(code: Sequence[Instruction]) -> list[tuple[int, int]]:

@@ -48,12 +48,6 @@ class Profile:
     beside: Tally = Tally()  # what a program runs that multiplies nothing, beside others that do
 
 
-def width(instruction: Instruction) -> int:
-    """Bytes that a thread moves; `Instruction.bytes` has four for less."""
-    narrow = re.search(r"\.[US](8|16)\b", instruction.opcode)
-    return int(narrow[1]) // 8 if narrow else instruction.bytes
-
-
 def tally(code: Sequence[Instruction], numbers: Iterable[int], busy: Collection[int]) -> Tally:
     """Of the instructions of these numbers; busy: of those that are issued while a product is in flight."""
     return sum((_one(code[n], n in busy) for n in numbers if code[n].name != "NOP"), Tally())
@@ -65,8 +59,8 @@ def _one(i: Instruction, busy: bool) -> Tally:
         # Four warps issue one together. Both operands come from shared memory: rows of 32 bytes, m + n of them.
         shared = 32 * (int(match[1]) + int(match[2])) / 4
     elif i.name in THROUGH_SHARED:
-        shared = 32 * width(i)
-    loaded = 32 * width(i) if i.name in GLOBAL else 0
+        shared = 32 * i.bytes
+    loaded = 32 * i.bytes if i.name in GLOBAL else 0
     return Tally(1, i.name.startswith("MUFU"), shared, loaded, i.cycles, 0 if busy else i.cycles)
 
 
@@ -98,7 +92,7 @@ def profile(code: Sequence[Instruction]) -> Profile:
 
 def _loads(flow: Flow, blocks: Iterable[range]) -> set[int]:
     """How wide the loads from global memory are."""
-    return {width(i) for i in flow.instructions(blocks) if i.name in GLOBAL}
+    return {i.bytes for i in flow.instructions(blocks) if i.name in GLOBAL}
 
 
 def _widest(flow: Flow) -> list[frozenset[range]]:

@@ -29,7 +29,6 @@ from bench.operation import Action, Case, Operation, Target, Work
 from bench.optim import LR, PEERS, Provider, StepCase
 from bench.options import Options
 from bench.results import markdown
-from bench.run import Ceilings
 from bench.timing import CpuMeter, HostTarget, kernels_of, summary
 from tribp.launch.arch import ARCHS
 
@@ -260,10 +259,10 @@ def test_float32_ceiling_is_three_tf32_products_where_those_are_faster() -> None
             return 450e12 if torch.backends.cuda.matmul.fp32_precision == "tf32" else 50e12
 
     before = torch.backends.cuda.matmul.fp32_precision
-    ceilings = Ceilings(Meter())
-    assert ceilings.rate(Case((), torch.float32)) == 150e12
-    assert ceilings.rate(Case((), torch.float32, tf32=True)) == 450e12
-    assert ceilings.rates == {"float32": 50e12, "float32 tf32": 450e12}
+    meter = Meter()
+    assert meter.rate(Case((), torch.float32)) == 150e12
+    assert meter.rate(Case((), torch.float32, tf32=True)) == 450e12
+    assert meter.rates == {"float32": 50e12, "float32 tf32": 450e12}
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
