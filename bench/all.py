@@ -153,8 +153,9 @@ class Journal:
     def is_finished(self, step: Step) -> bool:
         """Whether there is nothing left to do: what failed is tried again once the code is another."""
         entry = self.entries.get(step.name, {"status": "left"})
-        failed = entry["status"] == "failed" and entry["sources"] == self.code["sources"]
-        return entry["status"] == "done" or failed
+        return entry["status"] == "done" or (
+            entry["status"] == "failed" and bool(entry["sources"] == self.code["sources"])
+        )
 
     def write(self, step: Step, status: str, seconds: float = 0.0, note: str = "") -> None:
         date = datetime.datetime.now().isoformat(timespec="seconds")
@@ -242,17 +243,15 @@ def walk(planned: Sequence[Step], journal: Journal, seconds: float) -> None:
 def attempt(step: Step, journal: Journal, left: float) -> None:
     """One step, of which something is written before it begins and whatever happens."""
     journal.write(step, "cut off")  # so it was, should nothing else be written
-    offset = journal.log.stat().st_size if journal.log.exists() else 0
-    started = monotonic()
+    offset, started = journal.log.stat().st_size, monotonic()
+    status, note = "cut off", "interrupted"
     try:
         status, note = outcome(step, left, execute(step, min(step.limit, left), journal.log))
-    except KeyboardInterrupt:
-        journal.write(step, "cut off", monotonic() - started, "interrupted")
-        raise
     except OSError as error:
         status, note = "failed", str(error)
-    seconds = monotonic() - started
-    journal.write(step, status, seconds, note)
+    finally:
+        seconds = monotonic() - started
+        journal.write(step, status, seconds, note)
     if status == "failed":
         tail = journal.log.read_bytes()[offset:].decode(errors="replace").splitlines()[-TAIL:]
         print("\n".join(f"    {line}" for line in tail))

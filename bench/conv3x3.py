@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,9 @@ from tribp.launch.arch import Arch, cdiv
 from tribp.ops.activations import activate, activation_of
 
 from . import expectations as expect
-from .expectations import Expectation, size, threads
+from .expectations import Expectation, Launch, size, threads
 from .model import work as model
 from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
-
-if TYPE_CHECKING:
-    from tribp.launch.launches import Launch
 
 PADDING = 1
 
@@ -230,7 +227,7 @@ def compiled(arch: Arch, everything: bool) -> Iterator[tuple[ConvCase, Sequence[
 # -- what machine code must show --------------------------------------------------------------------------------------
 
 
-def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> Iterator[Expectation]:
+def expectations(launch: Launch, case: ConvCase, arch: Arch) -> Iterator[Expectation]:
     kernel, given, dtype = launch.kernel.__name__, launch.named, case.dtype
     if kernel in ("forward", "dgrad", "wgrad", "few_channels_forward", "few_channels_dgrad", "few_channels_wgrad"):
         yield from product_expectations(launch, dtype, arch)
@@ -238,8 +235,7 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> Iterator[Expec
         yield from relayout_expectations(launch, dtype, arch)
     elif kernel == "pack":
         share = size(given, "BLOCK_P", "BLOCK_C") * dtype.itemsize // (16 * threads(launch, arch))
-        inner = "VEC_C" if given["SRC_CHANNELS"] else "VEC_P" if given["SRC_PIXELS"] else ""
-        loads = share if inner and expect.is_whole(given, dtype, "SRC_VEC", inner) else 0
+        loads = share if is_aligned(given, dtype, "SRC", "VEC_C") else 0
         stores = share if expect.is_whole(given, dtype, "VEC_DST") else 0
         if loads + stores:
             yield expect.vectors(loads, stores, "16 bytes a thread, of every tile of an image")
@@ -256,7 +252,7 @@ def expectations(launch: "Launch", case: ConvCase, arch: Arch) -> Iterator[Expec
         yield from expect.partial_sums(launch)
 
 
-def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> Iterator[Expectation]:
+def product_expectations(launch: Launch, dtype: torch.dtype, arch: Arch) -> Iterator[Expectation]:
     kernel, given = launch.kernel.__name__, launch.named
     sides: tuple[str, ...] = ("BLOCK_O", "BLOCK_C") if "wgrad" in kernel else ("BOX_N", "BOX_H", "BOX_W", "BLOCK_J")
     if kernel in ("few_channels_forward", "few_channels_dgrad"):  # a row at a time
@@ -274,24 +270,24 @@ def product_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> It
     if arch.backend == "hip" and given.get("CHANNELS_LAST") is False:
         return  # side by side in a thread are channels; neighbouring columns are in neighbouring lanes, 64 bytes a row
     out = {"dgrad": "dx", "wgrad": "dw"}.get(kernel, "y")
-    share = size(given, *sides) * given[out].element_size() // threads(launch, arch)
-    yield from expect.tile_stores(expect.row_bytes(launch, out, "VEC_STORE"), share, given[out].dtype, arch)
+    yield from expect.tile_stores(launch, out, sides, arch)
 
 
-def relayout_expectations(launch: "Launch", dtype: torch.dtype, arch: Arch) -> Iterator[Expectation]:
+def relayout_expectations(launch: Launch, dtype: torch.dtype, arch: Arch) -> Iterator[Expectation]:
     """Wide on both sides, where a thread has 16 bytes to move and what is contiguous is a multiple of them."""
     given = launch.named
     if size(given, "BLOCK_P", "BLOCK_C") * dtype.itemsize < 16 * threads(launch, arch):
         return
-
-    def aligned(side: str, channels: str) -> bool:
-        inner = channels if given[f"{side}_CHANNELS"] else "VEC_P" if given[f"{side}_PIXELS"] else ""
-        return bool(inner) and expect.is_whole(given, dtype, inner, f"{side}_VEC")
-
-    if aligned("SRC", "VEC_C") and (given["y"] is None or aligned("Y", "VEC_C")):
+    if is_aligned(given, dtype, "SRC", "VEC_C") and (given["y"] is None or is_aligned(given, dtype, "Y", "VEC_C")):
         yield expect.wide("loads", 128, "what is contiguous is a multiple of 16 bytes")
-    if given["dst"] is not None and aligned("DST", "VEC_DST"):
+    if given["dst"] is not None and is_aligned(given, dtype, "DST", "VEC_DST"):
         yield expect.wide("stores", 128, "what is contiguous is a multiple of 16 bytes")
+
+
+def is_aligned(given: Given, dtype: torch.dtype, side: str, channels: str) -> bool:
+    """Whether what is contiguous on this side comes in whole 16 bytes. channels: the constant that says how many."""
+    inner = channels if given[f"{side}_CHANNELS"] else "VEC_P" if given[f"{side}_PIXELS"] else ""
+    return bool(inner) and expect.is_whole(given, dtype, inner, f"{side}_VEC")
 
 
 def row_accesses(given: Given, kernel: str) -> tuple[int, int]:

@@ -13,8 +13,10 @@ from tribp.launch.arch import Arch
 from .sass import COPIES, LOADS, MATRIX, STORES, Loop
 from .wgmma import EXPECTED
 
-if TYPE_CHECKING:  # imports triton, which `bench run` can do without
-    from tribp.launch.launches import Launch
+if TYPE_CHECKING:
+    from tribp.launch.launches import Launch as Launch
+else:
+    Launch = Any  # the module imports triton, which `bench run` can do without
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,14 @@ def multiplies_with(*instructions: str, reason: str) -> Expectation:
     return Expectation("matrix instructions", check, reason)
 
 
-def product(rows: int, dtype: torch.dtype, launch: "Launch", arch: Arch) -> Iterator[Expectation]:
+def product(rows: int, dtype: torch.dtype, launch: Launch, arch: Arch) -> Iterator[Expectation]:
     """A product's loop is on tensor cores. rows: of the first operand's tile."""
     # Two warps go to mma.sync.
     if matrix := matrix_instructions(rows if launch.num_warps >= 4 else 0, dtype, arch):
         yield multiplies_with(*matrix[0], reason=matrix[1])
 
 
-def partial_sums(launch: "Launch") -> Iterator[Expectation]:
+def partial_sums(launch: Launch) -> Iterator[Expectation]:
     """Of `reduce_partials`."""
     if all(row_bytes(launch, "partials", vec) == 16 for vec in ("VEC", "VEC2")):
         yield wide("loads", 128, "rows of partial sums are multiples of 16 bytes")
@@ -156,9 +158,11 @@ def matrix_instructions(rows: int, dtype: torch.dtype, arch: Arch) -> tuple[Sequ
     return [own, "HMMA"], "a tile under 64 rows, or float32 operands that lie the wrong way round, go to mma.sync"
 
 
-def tile_stores(rows: int, share: int, dtype: torch.dtype, arch: Arch) -> Iterator[Expectation]:
-    """How wide a product has to store its tile, of which a thread holds `share` bytes, in rows of `rows` bytes."""
-    if rows < 16 or share < 32:
+def tile_stores(launch: Launch, out: str, sides: Sequence[str], arch: Arch) -> Iterator[Expectation]:
+    """How wide a product has to store a tile of the argument `out`, whose sides have these names."""
+    dtype = launch.named[out].dtype
+    share = size(launch.named, *sides) * dtype.itemsize // threads(launch, arch)  # bytes that a thread holds
+    if row_bytes(launch, out, "VEC_STORE") < 16 or share < 32:
         return  # rows that are no multiple of 16 bytes, or a tile too small to be worth rearranging
     if arch.backend == "cuda":
         yield wide("stores", 128, "rows are multiples of 16 bytes")
@@ -174,11 +178,11 @@ def size(given: Mapping[str, Any], *names: str) -> int:
     return math.prod(given[name] for name in names)
 
 
-def threads(launch: "Launch", arch: Arch) -> int:
+def threads(launch: Launch, arch: Arch) -> int:
     return launch.num_warps * (64 if arch.backend == "hip" else 32)
 
 
-def row_bytes(launch: "Launch", argument: str, vec: str) -> int:
+def row_bytes(launch: Launch, argument: str, vec: str) -> int:
     """Bytes of so many elements of an argument as the constant `vec` says lie side by side."""
     tensor = launch.named[argument]
     assert isinstance(tensor, Tensor)

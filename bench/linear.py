@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,10 @@ import tribp
 from tribp.launch.arch import Arch, cdiv
 from tribp.ops.activations import activate, activation_of
 
-from .expectations import PIPELINED, Expectation, partial_sums, product, row_bytes, size, threads, tile_stores, wide
+from . import expectations as expect
+from .expectations import Expectation, Launch, size
 from .model import work as model
 from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
-
-if TYPE_CHECKING:
-    from tribp.launch.launches import Launch
 
 SQUARE, SQUARISH, TALL = (4096, 4096, 4096), (8192, 1024, 1024), (65536, 256, 784)
 TINY, ODD = (64, 10, 128), (1000, 77, 333)
@@ -136,31 +134,28 @@ def compiled(arch: Arch, everything: bool) -> Iterator[tuple[LinearCase, Sequenc
                 yield LinearCase(SQUARISH, dtype, tf32, activation=activation), ("forward", "backward")
 
 
-def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectation]:
+def expectations(launch: Launch, case: Case, arch: Arch) -> Iterator[Expectation]:
     given, kernel = launch.named, launch.kernel.__name__
     if kernel in ("forward", "dgrad", "wgrad"):
-        yield PIPELINED
+        yield expect.PIPELINED
         # Where dz is formed on load, it is the second operand.
         rows = "BLOCK_K" if given.get("FUSE_DZ") else "BLOCK_N" if kernel == "wgrad" else "BLOCK_M"
-        yield from product(given[rows], case.dtype, launch, arch)
+        yield from expect.product(given[rows], case.dtype, launch, arch)
         out, sides = {"forward": ("y", "MN"), "dgrad": ("dx", "MK"), "wgrad": ("dw", "NK")}[kernel]
         if given.get("TMA_STORE"):
-            yield wide("stores", 128, "the descriptor's store writes whole lines")
+            yield expect.wide("stores", 128, "the descriptor's store writes whole lines")
         else:
-            share = size(given, *(f"BLOCK_{side}" for side in sides)) // threads(launch, arch)
-            share_bytes = share * given[out].element_size()
-            yield from tile_stores(row_bytes(launch, out, "VEC_STORE"), share_bytes, given[out].dtype, arch)
+            yield from expect.tile_stores(launch, out, [f"BLOCK_{side}" for side in sides], arch)
     elif kernel == "backward":
-        yield PIPELINED
-        yield from product(given["BLOCK_M"], case.dtype, launch, arch)
-        share = size(given, "BLOCK_M", "BLOCK_K") // threads(launch, arch) * given["dx"].element_size()
-        yield from tile_stores(row_bytes(launch, "dx", "VEC_STORE"), share, case.dtype, arch)
-    elif kernel == "output_grad" and row_bytes(launch, "y", "VEC") == 16:
-        yield wide("loads", 128, "rows of dy and y are multiples of 16 bytes")
+        yield expect.PIPELINED
+        yield from expect.product(given["BLOCK_M"], case.dtype, launch, arch)
+        yield from expect.tile_stores(launch, "dx", ["BLOCK_M", "BLOCK_K"], arch)
+    elif kernel == "output_grad" and expect.row_bytes(launch, "y", "VEC") == 16:
+        yield expect.wide("loads", 128, "rows of dy and y are multiples of 16 bytes")
         if given["dz"] is not None:
-            yield wide("stores", 128, "rows of dz are multiples of 16 bytes")
+            yield expect.wide("stores", 128, "rows of dz are multiples of 16 bytes")
     elif kernel == "reduce_partials":
-        yield from partial_sums(launch)
+        yield from expect.partial_sums(launch)
 
 
 # -- what a launch does -----------------------------------------------------------------------------------------------

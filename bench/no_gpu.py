@@ -8,7 +8,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 from torch import Tensor
@@ -16,8 +16,7 @@ from torch import Tensor
 from tribp import dispatch
 from tribp.launch.arch import ARCHS, Arch
 
-if TYPE_CHECKING:
-    from tribp.launch.launches import Launch
+from .expectations import Launch
 
 Performed = Callable[[Any, tuple[int, ...], tuple[object, ...]], object]  # compiled kernel's metadata, grid, arguments
 
@@ -34,7 +33,7 @@ def running_on(arch: Arch) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(arch: Arch) -> "Iterator[list[Launch]]":
+def recording(arch: Arch) -> Iterator[list[Launch]]:
     """Within the `with` block no plan runs; what is yielded receives what each would launch on `arch`.
 
     Tensors may be on any device, `meta` too.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,7 @@ from torch import Tensor
 from tribp.dispatch import dtype_name
 from tribp.launch.arch import Arch
 
-from .expectations import Expectation
-
-if TYPE_CHECKING:  # imports triton, which `run` can do without
-    from tribp.launch.launches import Launch
+from .expectations import Expectation, Launch
 
 Given = Mapping[str, Any]  # a launch's arguments and constants by name
 
@@ -146,7 +143,7 @@ class Operation:
     # Its kernels.
     # What `static` compiles, in which directions. The second argument: all there is, or a selection.
     compiled: Callable[[Arch, bool], Iterable[tuple[Any, Sequence[str]]]]
-    expectations: "Callable[[Launch, Any, Arch], Iterable[Expectation]]"  # what a launch's machine code must show
+    expectations: Callable[[Launch, Any, Arch], Iterable[Expectation]]  # what a launch's machine code must show
     # By kernel, of a launch's arguments by name, its grid and the case: parts of `model.work.LaunchWork`.
     kernel_work: Mapping[str, Callable[[Given, tuple[int, ...], Any], dict[str, Any]]]
     tests: KernelTests
@@ -171,7 +168,7 @@ class Operation:
     graph_calls: int = 20  # in one CUDA graph
     call: Callable[[Any], object] | None = None  # the call on CPU tensors, where launches read tables on the device
 
-    def launches(self, case: Any, direction: str, arch: Arch) -> "list[Launch]":
+    def launches(self, case: Any, direction: str, arch: Arch) -> list[Launch]:
         """What the call that is measured launches on this GPU, of its own kernels; on tensors without memory."""
         from .no_gpu import recording
 
@@ -204,7 +201,7 @@ def precision(tf32: bool) -> Iterator[None]:
 OPTIONAL = ("grad_scale", "grad_norm", "below", "EMA_TYPE")  # of kernels, what is None where it is not wanted
 
 
-def describe(launch: "Launch") -> str:
+def describe(launch: Launch) -> str:
     """The settings in a few characters: an optimizer's rule and states, tile, warps, stages, what is switched on.
 
     Of a convolution besides: its box of pixels, its steps where they are not 1, taps and groups that share a program.

@@ -6,7 +6,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,8 @@ from tribp import optim
 from tribp.dispatch import dtype_name
 from tribp.launch.arch import Arch, cdiv
 
-from .expectations import Expectation, threads, vectors
+from .expectations import Expectation, Launch, threads, vectors
 from .operation import TOLERANCE, Action, Given, KernelTests, Operation, Reference, Target, Work
-
-if TYPE_CHECKING:
-    from tribp.launch.launches import Launch
 
 Shapes = Sequence[tuple[int, ...]]
 
@@ -427,7 +424,7 @@ def compiled(arch: Arch, everything: bool) -> Iterator[tuple[StepCase, Sequence[
             yield replace(case, dtype=dtype), ("step",)
 
 
-def expectations(launch: "Launch", case: StepCase, arch: Arch) -> Iterator[Expectation]:
+def expectations(launch: Launch, case: StepCase, arch: Arch) -> Iterator[Expectation]:
     """Every operand of a full, aligned block is read, and if it changes written, 16 bytes at a time."""
     given = launch.named
     least = 0 if given["STRIDED"] else 1  # the smaller block of strided tensors makes do with narrower ones

@@ -1,6 +1,5 @@
 """`python -m bench run`: check each provider, time those that are right, and write it all down as it goes."""
 
-import gc
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,7 +119,6 @@ def attempt(
     except Exception as error:  # a provider that fails must not take the others' numbers with it
         return {"status": "failed", "note": sentence(error)}
     finally:
-        gc.collect()
         meter.release()
 
 

@@ -156,6 +156,7 @@ class CpuMeter:
 
     def release(self) -> None:
         """Give back memory that nothing uses."""
+        gc.collect()
 
     # The ceilings that floors are computed from, each measured when it is first asked for.
 
@@ -244,6 +245,7 @@ class CudaMeter(CpuMeter):
         return torch.cuda.memory_allocated()
 
     def release(self) -> None:
+        super().release()
         torch.cuda.empty_cache()
 
     def peak_bytes(self, call: Call) -> int | None:

@@ -4,7 +4,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,8 @@ from tribp.launch.arch import Arch, cdiv
 from tribp.training import train_step
 
 from . import linear
-from .expectations import PIPELINED, Expectation, size
+from .expectations import PIPELINED, Expectation, Launch, size
 from .operation import TOLERANCE, Action, Case, Given, KernelTests, Operation, Reference, Target, Work, best_compiled
-
-if TYPE_CHECKING:
-    from tribp.launch.launches import Launch
 
 DIGITS, DIGITS3 = (784, 128, 10), (784, 256, 64, 10)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -132,7 +129,7 @@ def compiled(arch: Arch, everything: bool) -> Iterator[tuple[Case, Sequence[str]
     yield from ((case, ["step"]) for case in some)
 
 
-def expectations(launch: "Launch", case: Case, arch: Arch) -> Iterator[Expectation]:
+def expectations(launch: Launch, case: Case, arch: Arch) -> Iterator[Expectation]:
     if launch.kernel.__name__ == "forward":
         yield from linear.expectations(launch, case, arch)
         return

@@ -1,6 +1,5 @@
 """`python -m bench tune`: the heuristics' configs against those beside them, on the cases that are measured."""
 
-import gc
 import json
 import math
 import time
@@ -99,7 +98,6 @@ class Tuning:
                     if what not in tuned and not self.over():
                         tuned.add(what)
                         self._problem(name, attempt, problem)
-            gc.collect()
             self.meter.release()
 
     def _problem(self, name: str, attempt: Attempt, problem: Any) -> None:
@@ -175,7 +173,6 @@ def subjects(operation: Operation, case: Any, meter: CpuMeter) -> Iterator[tuple
             theirs = {} if isinstance(baseline, str) else check(problem, baseline, direction, reference, {})[0]
 
             def attempt(direction: str = direction, theirs: dict[str, float] = theirs) -> tuple[str, Call]:
-                gc.collect()
                 meter.release()
                 _, wrong = check(problem, ours, direction, reference, theirs)
                 return wrong, problem.action(ours, direction).call

@@ -6,17 +6,14 @@ Only a kernel says what its loops run over: each operation has a function a kern
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from tribp.launch.arch import cdiv
 
-from ..expectations import size
+from ..expectations import Launch, size
 from ..operation import Given, Operation
-
-if TYPE_CHECKING:
-    from tribp.launch.launches import Launch
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class LaunchWork:
         return sum(self.tensors.values())
 
 
-def work_of(operation: Operation, launch: "Launch", case: Any) -> LaunchWork:
+def work_of(operation: Operation, launch: Launch, case: Any) -> LaunchWork:
     """What a launch of the operation's does. Raises ValueError if the operation does not tell."""
     given, kernel = launch.named, launch.kernel.__name__
     if kernel not in operation.kernel_work:

@@ -3,17 +3,18 @@ which, and how settings are shown. `test_static.py` compiles; here are the plant
 """
 
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from bench.conv3x3 import DEPTHWISE, FEW, OPERATION, ConvCase, cases, compiled, expectations, row_accesses
-from bench.expectations import ALWAYS, Compiled, broken, matrix_instructions, multiplies_with, tile_stores
+from bench.expectations import ALWAYS, Compiled, Expectation, broken, matrix_instructions, multiplies_with, tile_stores
 from bench.operation import describe
 from bench.sass import Loop
 from tribp.kernels.conv3x3 import Box
-from tribp.launch.arch import ARCHS
+from tribp.launch.arch import ARCHS, Arch
 from tribp.launch.launches import Launch
 
 from ..launch.plans import with_settings
@@ -187,9 +188,14 @@ def test_what_is_asked_of_a_products_tile() -> None:
     assert instructions(128, torch.float64, sm_100) is None
     assert instructions(16, torch.float64, amd) == ["v_mfma"]
 
+    def stores(row: int, share: int, dtype: torch.dtype, arch: Arch) -> list[Expectation]:
+        """Of rows of so many bytes, of a tile of which a thread of one warp has so many."""
+        tile = share * (64 if arch is amd else 32) // dtype.itemsize
+        named = {"y": torch.empty(0, dtype=dtype), "VEC_STORE": row // dtype.itemsize, "BLOCK": tile}
+        return [*tile_stores(cast(Launch, SimpleNamespace(named=named, num_warps=1)), "y", ["BLOCK"], arch)]
+
     code = Compiled(1000, counts={"STG": 2, "STG.64": 2, "store": 2, "store.64": 2})
     for arch, dtype, complaints in ((sm_80, BF16, 1), (amd, BF16, 0), (amd, FP32, 1)):
-        (asked,) = tile_stores(16, 32, dtype, arch)
-        assert len(broken(code, [asked])) == complaints
+        assert len(broken(code, stores(16, 32, dtype, arch))) == complaints
     for too_small in ((8, 32, BF16, sm_80), (16, 16, BF16, sm_80), (16, 32, torch.float64, amd)):
-        assert not list(tile_stores(*too_small))
+        assert not stores(*too_small)
