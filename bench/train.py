@@ -16,6 +16,7 @@ from tribp.training import train_step
 
 from . import linear
 from .expectations import PIPELINED, Expectation, Launch, size
+from .model import work as model
 from .operation import TOLERANCE, Action, Case, Given, KernelTests, Operation, Reference, Target, Work, best_compiled
 
 DIGITS, DIGITS3 = (784, 128, 10), (784, 256, 64, 10)
@@ -141,22 +142,16 @@ def expectations(launch: Launch, case: Case, arch: Arch) -> Iterator[Expectation
 
 def rows_work(given: Given, grid: tuple[int, ...], case: Case) -> dict[str, Any]:
     """Every layer's product forward from FIRST on, and all but the first's backward, one after the other."""
-    _, *sizes = case.shape
-    pairs = [*itertools.pairwise(sizes)]
+    pairs = [*itertools.pairwise(given["SIZES"])]
     products = [*pairs[given["FIRST"] :], *((n, k) for k, n in pairs[1:])]
     turns = sum(cdiv(length, given["BLOCK_L"]) for length, _ in products)
     macs = sum(length * width for length, width in products) * given["BLOCK_M"]
-    return _work(turns, macs, case, chain=len(products))
+    return model.product(given, "x", turns, macs / turns) | dict(chain=len(products))
 
 
 def weights_work(given: Given, grid: tuple[int, ...], case: Case) -> dict[str, Any]:
-    turns = cdiv(case.shape[0], given["BLOCK_ROWS"])
-    return _work(turns, turns * size(given, "BLOCK_ROWS", "BLOCK_N", "BLOCK_K"), case, chain=1)
-
-
-def _work(turns: int, macs: int, case: Case, chain: int) -> dict[str, Any]:
-    wide = case.dtype == FP32
-    return dict(turns=turns, macs=macs * (3 if wide else 1), bits=32 if wide else 16, chain=chain)
+    turns = cdiv(given["M"], given["BLOCK_ROWS"])
+    return model.product(given, "x", turns, size(given, "BLOCK_ROWS", "BLOCK_N", "BLOCK_K"))
 
 
 OPERATION = Operation(

@@ -81,7 +81,7 @@ def itemsize(given: Given, name: str) -> int:
     return int(tensor_of(given[name]).element_size())
 
 
-def product(given: Given, operand: str, turns: float, step: int, outer: tuple[float, ...] = ()) -> dict[str, Any]:
+def product(given: Given, operand: str, turns: float, step: float, outer: tuple[float, ...] = ()) -> dict[str, Any]:
     """A product of `step` multiply-adds a turn; tf32x3 makes three of each."""
     step *= 3 if given["PRECISION"] == "tf32x3" else 1
     return dict(turns=turns, step=step, outer=outer, macs=turns * step * math.prod(outer),
