@@ -59,6 +59,7 @@ def run(operation: Operation, cases: Sequence[Any], options: Options, meter: Cpu
 
 def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter) -> list[Row]:
     """A row for each direction of one case."""
+    bandwidth = meter.bandwidth  # measured before the first case fills the memory
     without_compile = "" if options.compile else "skipped: --no-compile"
     if options.smoke:
         without_compile = "skipped: torch.compile takes minutes to tune, on a GPU only"
@@ -89,7 +90,7 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter) 
                 )
             entries = {name: entries[name] for name in providers}
             rate = meter.rate(case) if operation.products else None
-            row = results.row(operation, case, direction, entries, meter.bandwidth, rate)
+            row = results.row(operation, case, direction, entries, bandwidth, rate)
             if dispatch.has_triton() and entries["tribp"]["status"] in ("ok", "wrong"):
                 launches = operation.launches(case, direction, dispatch.arch_of(meter.device.index))
                 row["settings"] = [f"{x.kernel.__name__} {describe(x)}" for x in launches]

@@ -103,7 +103,6 @@ class CpuMeter:
     """A wall clock. Its numbers mean nothing, and are marked so."""
 
     name = "CPU, smoke test"
-    slug = "smoke"
     rounds = 1  # of calls whose return is timed
     copied = 1 << 20  # bytes, for the copy's rate
     side = 64  # of the matrices whose product's rate is measured

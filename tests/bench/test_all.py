@@ -372,6 +372,7 @@ def test_an_interrupt_stops_the_step_and_shows_what_there_is(
     assert ended(int(file.read_text()))
     entries = Journal(tmp_path, smoke=True).entries
     assert {name: entry["status"] for name, entry in entries.items()} == {"done": "done", "interrupted": "cut off"}
+    assert entries["interrupted"]["note"] == "interrupted"
     printed = capsys.readouterr().out
     assert "| interrupted | cut off |" in printed
     assert "| never       | left    |" in printed
