@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import conv3x3, linear, mlp
+from bench import conv3x3, linear, mlp, train
 from bench.__main__ import main
 from bench.conv3x3 import ConvCase
 from bench.linear import SQUARE, SQUARISH, TALL, LinearCase
@@ -373,6 +373,18 @@ def test_work_of_a_convolution() -> None:
     launch = launches_of(depthwise, "wgrad")[0]
     assert work_of(launch, depthwise).turns == launch.named["boxes_per_split"]
     assert work(depthwise, "forward").turns == work(depthwise, "dgrad").turns == (30 + 2) / 4  # rows, four at a time
+
+
+def test_work_of_a_training_step() -> None:
+    """Two products forward and two back, one after the other, and then tiles of weights; tf32x3 makes three of each."""
+    case = Case((128, 784, 256, 64, 10), FP32)
+    *_, rows, weights = train.OPERATION.launches(case, "step", SM_90)
+    one, other = (model_work.work_of(train.OPERATION, launch, case) for launch in (rows, weights))
+    assert one.turns == sum(math.ceil(length / rows.named["BLOCK_L"]) for length in (256, 64, 64, 10))
+    assert one.macs == pytest.approx(3 * rows.named["BLOCK_M"] * 2 * (256 * 64 + 64 * 10))
+    assert (one.chain, one.bits, other.chain, other.bits) == (4, 32, 1, 32)
+    assert other.turns == math.ceil(128 / weights.named["BLOCK_ROWS"])
+    assert other.macs == 3 * 128 * weights.named["BLOCK_N"] * weights.named["BLOCK_K"]
 
 
 @pytest.mark.parametrize(
