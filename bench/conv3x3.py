@@ -17,7 +17,7 @@ from tribp.ops.activations import activate, activation_of
 from . import expectations as expect
 from .expectations import Expectation, Launch, size, threads
 from .model import work as model
-from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
+from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions, layer_work
 
 PADDING = 1
 
@@ -119,19 +119,12 @@ def pairs(length: int, stride: int) -> int:
 
 
 def work(case: ConvCase, direction: str) -> Work:
-    """Each input read once, each output written once; "both" is forward, then backward with all gradients."""
     n, c, o, height, width = case.shape
     x, y = math.prod(case.input_size), math.prod(case.output_size)
     w, b = 9 * o * c // case.groups, o if case.bias else 0
     operations = 2 * n * o * (c // case.groups) * pairs(height, case.stride) * pairs(width, case.stride)
     dz = y + (y if case.activation else 0)  # dy, and the output for the activation's derivative
-    elements = {
-        "forward": Work(x + w + b + y, operations),
-        "dgrad": Work(dz + w + x, operations),
-        "wgrad": Work(dz + x + w + b, operations),
-        "both": Work((x + w + b + y) + (dz + x + w) + (x + w + b), 3 * operations),
-    }[direction]
-    return replace(elements, bytes=elements.bytes * case.dtype.itemsize)
+    return layer_work(case, direction, x=x, w=w, b=b, y=y, dz=dz, operations=operations)
 
 
 def targets(case: ConvCase, direction: str) -> Sequence[Target]:

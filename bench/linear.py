@@ -18,7 +18,7 @@ from tribp.ops.activations import activate, activation_of
 from . import expectations as expect
 from .expectations import Expectation, Launch, size
 from .model import work as model
-from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions
+from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions, layer_work
 
 SQUARE, SQUARISH, TALL = (4096, 4096, 4096), (8192, 1024, 1024), (65536, 256, 784)
 TINY, ODD = (64, 10, 128), (1000, 77, 333)
@@ -83,16 +83,8 @@ def problem(case: LinearCase, device: torch.device) -> DifferentiableProblem:
 
 
 def work(case: Case, direction: str) -> Work:
-    """Each input read once, each output written once; both directions are the two one after the other."""
     m, n, k = case.shape
-    x, w, b, y, product = m * k, n * k, n, m * n, 2 * m * n * k
-    elements, products = {
-        "forward": (x + w + b + y, 1),
-        "backward": ((y + y + x + w) + (x + w + b), 2),
-        "wgrad only": ((y + y + x) + (w + b), 1),
-        "both": ((x + w + b + y) + (y + y + x + w) + (x + w + b), 3),
-    }[direction]
-    return Work(elements * case.dtype.itemsize, products * product)
+    return layer_work(case, direction, x=m * k, w=n * k, b=n, y=m * n, dz=2 * m * n, operations=2 * m * n * k)
 
 
 def targets(case: Case, direction: str) -> list[Target]:

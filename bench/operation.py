@@ -262,6 +262,19 @@ def functions(ours: Callable[..., Tensor], eager: Callable[..., Tensor]) -> Call
     return providers
 
 
+def layer_work(case: Any, direction: str, *, x: int, w: int, b: int, y: int, dz: int, operations: float) -> Work:
+    """Of y = act(x ⋆ w + b): each input read once, each output written once; one direction after the other.
+
+    Elements of each, and the operations of one product. dz: of dy, and of the output if the derivative takes it.
+    """
+    forward, backward = x + w + b + y, dz + x + w + x + w + b
+    elements, products = {
+        "forward": (forward, 1), "dgrad": (dz + w + x, 1), "wgrad": (dz + x + w + b, 1),
+        "wgrad only": (dz + x + w + b, 1), "backward": (backward, 2), "both": (forward + backward, 3),
+    }[direction]  # fmt: skip
+    return Work(elements * case.dtype.itemsize, products * operations)
+
+
 @dataclass(frozen=True)
 class DifferentiableProblem:
     """`arguments` by name, the first being the input, and `output_grad`, what comes back from the layer above.
