@@ -105,9 +105,19 @@ pretending_h100 = functools.partial(pretending_cuda, ARCHS["sm_90"])
 def pretending_h100_anew() -> Iterator[None]:
     """And every call is worked out as if there had been none; those of others stay remembered."""
     from tribp.launch import plan
+    from tribp.optim.triton_bucket import TritonBucket
 
-    forgetful = functools.lru_cache(maxsize=0)(plan.planned.__wrapped__)
-    with pretending_h100(), mock.patch.object(plan, "planned", forgetful):
+    perform, forgetful = TritonBucket._perform, functools.lru_cache(maxsize=0)(plan.planned.__wrapped__)
+
+    def perform_anew(bucket: TritonBucket, *arguments: Any, **facts: Any) -> None:
+        bucket._plans.clear()
+        perform(bucket, *arguments, **facts)
+
+    with (
+        pretending_h100(),
+        mock.patch.object(plan, "planned", forgetful),
+        mock.patch.object(TritonBucket, "_perform", perform_anew),
+    ):
         yield
 
 

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,10 +104,10 @@ def forgotten() -> None:
 
 @pytest.fixture
 def every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls are not remembered: for tests that watch `Launch.run`."""
-    from tribp.launch import plan as plans
+    """No launch is repeated without Triton's looking at it: for tests that watch `Launch.run`."""
+    from tribp.launch.launches import CachedLaunch
 
-    monkeypatch.setattr(plans, "planned", lru_cache(maxsize=0)(plans.planned.__wrapped__))
+    monkeypatch.setattr(CachedLaunch, "__call__", lambda launch, memory: launch.on(memory).run())
 
 
 @pytest.fixture

@@ -127,10 +127,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_NO_GUARD = contextlib.nullcontext()
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A guard that makes this the current device; free where it already is, or where there is none."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _NO_GUARD
     return torch.cuda.device(device)
 
 

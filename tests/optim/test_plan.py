@@ -8,6 +8,7 @@ from torch import Tensor
 
 import tribp
 from tribp.launch.arch import MAX_DIMS
+from tribp.launch.buffer import layout_of
 from tribp.optim import Adam, device_tables, footprint, layouts
 
 from .cases import genuine, ours
@@ -131,6 +132,25 @@ def test_eager_steps_go_on_with_their_own_table(table: device_tables.Table) -> N
     table.write([3, 4], capturing=True)
     assert table.write([1, 2]) is before
     assert before.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_table_keeps_its_layout(table: device_tables.Table, staged: bool) -> None:
+    """A bucket takes launches for it that were worked out before: outside captures it is one tensor, written again."""
+    table._staged = staged
+    first = table.write([1])
+    lies = layout_of(first)
+    assert table.write([2]) is first
+    assert (first.tolist(), layout_of(first)) == ([2], lies)
+    if staged:
+        captured = table.write([3], capturing=True)
+        assert captured is not first
+        assert layout_of(captured) == lies
+
+
+def test_a_table_of_tensors_without_memory() -> None:
+    """`bench static` asks what steps of `meta` tensors would launch."""
+    assert device_tables.Table(torch.device("meta")).write([1, 2]).tolist() == [1, 2]
 
 
 def test_layouts_in_as_few_dimensions_as_possible() -> None:

@@ -14,12 +14,17 @@ def bits(values: Sequence[float]) -> list[int]:
     return array.array("q", array.array("d", values).tobytes()).tolist()
 
 
+def words_of(tensor: Tensor) -> "ctypes.Array[ctypes.c_int64]":
+    """The elements of a tensor on the CPU, to be written from a list: `array.array` takes twice as long."""
+    return (ctypes.c_int64 * tensor.numel()).from_address(tensor.data_ptr())
+
+
 class _Staging:
     """Page-locked memory that one upload is copied from."""
 
     def __init__(self, length: int) -> None:
         self.tensor = torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=True)
-        self.words = (ctypes.c_int64 * length).from_address(self.tensor.data_ptr())
+        self.words = words_of(self.tensor)
         new_event: Any = torch.cuda.Event  # torch leaves its constructor untyped
         self.copied = new_event()
         self.idle = True  # never used
@@ -37,8 +42,8 @@ class Table:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._tensor = torch.empty(0, dtype=torch.int64, device=device)
         self._staged = device.type == "cuda"  # whether an upload is a copy that the host does not wait for
+        self._tensor = torch.empty(0, dtype=torch.int64, device=device if self._staged else "cpu")
         self._written: list[int] | None = None
         self._staging: list[_Staging] = []
         self._captured: list[tuple[_Staging, Tensor]] = []
@@ -58,9 +63,7 @@ class Table:
                 staging.copied.record()
                 self._staging.append(staging)
             else:
-                memory = (ctypes.c_int64 * len(words))()
-                memory[:] = words  # type: ignore[assignment]  # as for an upload; array.array takes twice as long
-                self._tensor = torch.frombuffer(memory, dtype=torch.int64)
+                words_of(self._tensor.resize_(len(words)))[:] = words  # type: ignore[assignment]
             self._written = words
         return self._tensor
 

@@ -14,10 +14,10 @@ from .. import dispatch
 from ..kernels import optim as kernels
 from ..kernels import optim_rules
 from ..launch.arch import cdiv
-from ..launch.buffer import Buffer
+from ..launch.buffer import Buffer, layout_of
 from ..launch.launches import Launch
 from ..launch.optim import MultiTensorConfig, MultiTensorProblem, NormConfig, StepConfig
-from ..launch.plan import Plan, config_for, perform
+from ..launch.plan import Build, Plan, build_plan, config_for
 from . import layouts
 from .buckets import ParamSlot, Step
 from .device_tables import Table, bits
@@ -85,6 +85,7 @@ class TritonBucket:
         with dispatch.on_device(self.device):
             self._finished = torch.zeros(1, dtype=torch.int32, device=self.device)
             self._launch = self._make_tables(groups, dtypes, type(optimizer).__name__)
+        self._plans: dict[tuple[object, ...], Plan] = {}  # of the bucket's launches
 
     def _make_tables(self, groups: list[Group], dtypes: Dtypes, caller: str) -> "StepLaunch":
         # of each tensor; empty where its parts have one layout
@@ -221,14 +222,31 @@ class TritonBucket:
     def run(self, step: Step) -> None:
         """Update all slots; the tables must be up to date."""
         with dispatch.on_device(self.device):
-            found_inf, scale, norm = (
+            tables = self._rows, self.grads, self._chunks, self.hypers, self._finished
+            numbers = [
                 None if t is None else t.to(self.device, non_blocking=True)
                 for t in (step.found_inf, step.grad_scale, step.norm)
-            )
-            tensors = (
-                self._rows, self.grads, self._chunks, self.hypers, self._finished, found_inf, scale, norm,
-            )  # fmt: skip
-            perform(_step, tensors, launch=self._launch, on_device=self._on_device)
+            ]
+            self._perform(_step, tables, numbers, on_device=self._on_device)
+
+    def add_to_norm(
+        self, partials: Tensor, norm: Tensor, scale: Tensor | None, first: int, programs: int, last: bool
+    ) -> None:
+        """Add the slots' gradients to a norm: the arguments are `_norm`'s."""
+        tables = self._rows, self.grads, self._chunks, self._finished
+        self._perform(_norm, tables, [partials, norm, scale], first=first, programs=programs, last=last)
+
+    def _perform(
+        self, build: Build, tables: tuple[Tensor, ...], others: list[Tensor | None], **facts: object
+    ) -> None:  # fmt: skip
+        """Run a launch of the bucket. Its tables keep their layouts; to ask for them at every step would take 5 µs."""
+        tensors = *tables, *others
+        key = build, *map(layout_of, others), *facts.values()
+        plan = self._plans.get(key)
+        if plan is None:
+            arch, layouts_of_all = dispatch.arch_of(self.device.index), list(map(layout_of, tensors))
+            plan = self._plans[key] = build_plan(build, arch, layouts_of_all, {"launch": self._launch, **facts})
+        plan.run(tensors)
 
 
 @dataclass(eq=False)  # one of these is as good as another, and compared by identity
@@ -259,7 +277,7 @@ def _step(
 
 
 def _norm(
-    plan: Plan, rows: Buffer, grads: Buffer, chunks: Buffer, partials: Buffer, norm: Buffer, finished: Buffer,
+    plan: Plan, rows: Buffer, grads: Buffer, chunks: Buffer, finished: Buffer, partials: Buffer, norm: Buffer,
     scale: Buffer | None, *, launch: StepLaunch, first: int, programs: int, last: bool,
 ) -> None:  # fmt: skip
     """The launch that adds a bucket's gradients to a norm."""
@@ -280,9 +298,7 @@ def gradient_norm(buckets: "Sequence[TritonBucket]", step: Step) -> Tensor:
         scale = None if step.grad_scale is None else step.grad_scale.to(device, non_blocking=True)
         first = 0
         for bucket, count in zip(buckets, counts, strict=True):
-            tensors = bucket._rows, bucket.grads, bucket._chunks, partials, norm, bucket._finished, scale
-            last = bucket is buckets[-1]
-            perform(_norm, tensors, launch=bucket._launch, first=first, programs=sum(counts), last=last)
+            bucket.add_to_norm(partials, norm, scale, first, sum(counts), last=bucket is buckets[-1])
             first += count
     return norm
 
