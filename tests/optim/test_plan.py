@@ -1,5 +1,7 @@
 """What a plan rests on, one by one: guards, layouts, and tables whose uploads must not overtake each other."""
 
+from collections import UserDict, defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,6 +41,36 @@ def test_guards_notice(check: Any, what: str) -> None:
     assert not check([UNLIKE[what], torch.ones(3)])
     if what != "absent":
         assert check([torch.ones(4, 6), torch.ones(3)]), "one mismatch is no reason to refuse what fits"
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "replaced": lambda d: d.update(lr=0.2),
+    "by an equal one": lambda d: d.update(lr=float("0.1")),
+    "added": lambda d: d.setdefault("eps", 0.1),
+    "removed": lambda d: d.pop("betas"),
+    "cleared": dict.clear,
+}
+
+
+@pytest.mark.parametrize("kind", [dict, defaultdict])
+@pytest.mark.parametrize("change", CHANGES)
+def test_dicts_tell_that_an_entry_changed(change: str, kind: type[dict[str, Any]]) -> None:
+    mapping = kind()
+    mapping.update(lr=float("0.1"), betas=(0.9, 0.99))
+    before = footprint.dict_version(mapping)
+    assert footprint.dict_version(mapping) == before
+    assert mapping["lr"], "reading is no change"
+    assert footprint.dict_version(mapping) == before
+    CHANGES[change](mapping)
+    assert footprint.dict_version(mapping) != before
+    assert footprint.dict_version(dict(mapping)) != footprint.dict_version(mapping), "a copy is another one"
+
+
+@pytest.mark.parametrize("mapping", [{"lr": 0.1}, UserDict(lr=0.1)], ids=["a torch that can't say", "no dict"])
+def test_nothing_is_equal_to_an_unknown_version(mapping: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isinstance(mapping, dict):
+        monkeypatch.setattr(footprint, "_version", None)
+    assert footprint.dict_version(mapping) != footprint.dict_version(mapping)
 
 
 @pytest.mark.parametrize("dims", [MAX_DIMS, MAX_DIMS + 1])
@@ -165,8 +197,11 @@ def test_layouts_in_as_few_dimensions_as_possible() -> None:
     assert (param[-3:], grad[-3:], state[-3:]) == ([60, 3, 1], [60, 1, 20], [60, 3, 1])
 
 
-def test_a_plan_is_kept(kernels: str) -> None:
-    """New gradients, other numbers: the same plan; another parameter: another one."""
+@pytest.mark.parametrize("versions", [True, False], ids=["versions", "none"])
+def test_a_plan_is_kept(kernels: str, versions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New gradients, other numbers: the same plan; another parameter: another one. Also where dicts have no version."""
+    if not versions:
+        monkeypatch.setattr(footprint, "_version", None)
     p = torch.ones(5, device=kernels).requires_grad_()
     optimizer = Adam([p])
     plans = set()

@@ -9,6 +9,19 @@ from torch import Tensor
 
 _ADDRESS = Tensor.data_ptr
 _STORAGE = Tensor.untyped_storage
+_version: Callable[[dict[Any, Any]], object] | None
+try:
+    from torch._C._dynamo.guards import dict_version as _version
+except ImportError:
+    _version = None
+
+
+def dict_version(mapping: object) -> object:
+    """Equal to what it was while no entry of a dict has been added, replaced or removed.
+
+    torch.compile's guards know it, in 0.1 µs. They are no public interface: where they don't, it is equal to nothing.
+    """
+    return _version(mapping) if _version is not None and isinstance(mapping, dict) else object()
 
 
 def signature(t: Tensor) -> tuple[object, ...]:

@@ -9,7 +9,7 @@
   and for as long as somebody holds one, how and where they lie is compared.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, compress
 from operator import eq, is_, itemgetter
 from typing import Any
@@ -21,7 +21,7 @@ from .. import dispatch
 from . import layouts
 from .buckets import Bucket
 from .codes import keys
-from .footprint import Footprint, guard, holders, places, signature, storage_sizes
+from .footprint import Footprint, dict_version, guard, holders, places, signature, storage_sizes
 from .layouts import PLAIN, local
 from .options import SWITCHES
 from .rule import Group, Rule
@@ -44,7 +44,7 @@ class Options:
         self._remember(groups)
 
     def _remember(self, groups: list[Group]) -> None:
-        self._objects = list(chain.from_iterable(map(dict.values, groups)))
+        self._versions = list(map(dict_version, groups))
         self.values: list[Any] = list(map(self._read, groups))
         self._unsteady: list[int] = []  # groups with options that can change in place
         self.comparable = self.values  # by group: equal where the options are, and as long as none is replaced
@@ -59,8 +59,7 @@ class Options:
 
     def follow(self, groups: list[Group], buckets: Sequence[Bucket]) -> bool:
         """Take over options that were replaced; False if the plan can't follow them."""
-        objects = list(chain.from_iterable(map(dict.values, groups)))
-        if len(objects) == len(self._objects) and all(map(is_, objects, self._objects)):
+        if list(map(dict_version, groups)) == self._versions:
             if not self._unsteady:
                 return True
             self.values = list(self.values)
@@ -172,7 +171,7 @@ class Watch:
                 state.changes, state.accesses = self._changes, self.accesses
             elif isinstance(state, dict):
                 states[p] = WatchedState(state, self._changes, self.accesses)
-        self._states = list(states.values())
+        self._states, self._states_version = list(states.values()), dict_version(states)
         self._used: list[Tensor] = []
         for group in optimizer.param_groups:
             entries = [*rule.entries(group), *keys(rule, group)]
@@ -189,7 +188,7 @@ class Watch:
         """The gradients of all parameters (their local parts), or None if the plan no longer fits."""
         if self._changes or dispatch.backend() != self._backend:
             return None
-        if len(optimizer.state) != len(self._states) or not all(map(is_, optimizer.state.values(), self._states)):
+        if not self._same_states(optimizer.state):
             return None
         if (self.accesses or self.shared) and not self._states_lie_still():
             return None
@@ -219,6 +218,15 @@ class Watch:
         """Remember who holds the states, if nobody else does."""
         if self._holders is None and not (self.shared or self.accesses):
             self._holders = list(holders(self._state_tensors()))
+
+    def _same_states(self, states: Mapping[Any, Any]) -> bool:
+        """Whether every parameter has the same dict as its state; they are looked at only if an entry has changed."""
+        version = dict_version(states)
+        if version != self._states_version:
+            if len(states) != len(self._states) or not all(map(is_, states.values(), self._states)):
+                return False
+            self._states_version = version
+        return True
 
     def _states_lie_still(self) -> bool:
         """Whether the states' memory is as it was, and whether anybody could change that unnoticed from now on."""
