@@ -200,7 +200,7 @@ def test_one_pass_of_rows_that_do_not_exist(kernels: str) -> None:
 
     def build(plan: Plan, *tensors: Buffer | None) -> None:
         *layer, below_db = tensors
-        whole_backward(plan, *layer, activation=NONE, tf32=False, below=ops.Below(Activation("relu"), below_db))
+        whole_backward(plan, *layer, activation=NONE, tf32=False, below=ops.Below(Activation("elu", 1.0), below_db))
 
     (launch,) = run(build, (dy.to(kernels), x, w, None, dx, dw, None, below_db))
     assert launch.kernel.__name__ == "backward"
