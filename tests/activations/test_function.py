@@ -144,7 +144,7 @@ def test_keeps_no_output_without_activation(layer: str, kernels: str) -> None:
 
 def test_dy_is_read_where_it_lies(kernels: str, launched: list[str]) -> None:
     """Without an activation dz is dy: nothing is written, unless no kernel can read dy."""
-    x, w, b = draw([(33, 17), (8, 17), (8,)], torch.float32, kernels)
+    x, w, b = draw([(33, 17), (24, 17), (24,)], torch.float32, kernels)
     y = tribp.linear(x, w)
     launched.clear()
     torch.autograd.grad(y, (x, w), torch.randn_like(y), retain_graph=True)

@@ -68,14 +68,14 @@ def test_every_problem_of_a_case_is_tuned(tmp_path: Path, timed: list[str], caps
     content = read(tmp_path)
     assert content["smoke"] is True
     assert content["versions"]["torch"] == torch.__version__
-    assert [line["kind"] for line in content["found"]] == ["Forward", "Wgrad", "Dgrad", "Wgrad"]
+    assert [line["kind"] for line in content["found"]] == ["Forward", "Backward", "Wgrad"]
     forward = content["found"][0]
     assert forward["case"] == "16x16x32 float32 tf32 forward"
     assert forward["basis"] == "derived"
     assert forward["first_us"] == 1000 / 32
     for line in content["found"]:
         keys = [key for key in content["entries"] if f"{line['case']} | {line['problem']} | " in key]
-        assert len(keys) >= 3, "the heuristic's choice and some beside it"
+        assert len(keys) >= 2, "the heuristic's choice and what is beside it"
         assert all("device_us" in content["entries"][key] for key in keys)
     said = capsys.readouterr().out
     assert all(f"| {line['kind']} " in said for line in content["found"])
