@@ -302,18 +302,19 @@ def backward(dz, y, x, w, dx, dw, db, below_db, sums, M, N, K, ldy, ldx, ldw, ro
             return
     col = tl.program_id(0) % cols
     k = col * BLOCK_K
-    first = tl.program_id(0) // cols * rows_per_split
+    split = tl.program_id(0) // cols
+    first = split * rows_per_split
     last = tl.minimum(first + rows_per_split, M)
-    split = (tl.program_id(0) // cols).to(tl.int64)
+    split = split.to(tl.int64)
     dz = Matrix(dz, last, N, ldy)
+    y = Matrix(y, last, N, N)
     x = Matrix(x, last, K, ldx)
     dx = Matrix(dx, last, K, K)
     w_tile = load_tile(Matrix(w, N, K, ldw), 0, k, BLOCK_N, BLOCK_K, CONFIG.W_TRANSPOSED, CONFIG.VEC_W)
     acc = tl.zeros((BLOCK_N, BLOCK_K), accumulator(dz.data.dtype))
-    none = tl.zeros((BLOCK_M, BLOCK_K), acc.dtype)
+    zero_tile = tl.zeros((BLOCK_M, BLOCK_K), acc.dtype)
     db_sum = tl.zeros((BLOCK_N,), acc.dtype)
-    below_sums = tl.zeros((8 * BLOCK_M // 16, BLOCK_K), acc.dtype)
-    y = Matrix(y, last, N, N)
+    below_sums = tl.zeros((BLOCK_M // 2, BLOCK_K), acc.dtype)
     # A turn ahead, in registers: as formed, turned or narrow tiles its loads would not run ahead by themselves.
     dz_next = load_tile(dz, first, 0, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
     if ACT is not None:
@@ -329,7 +330,7 @@ def backward(dz, y, x, w, dx, dw, db, below_db, sums, M, N, K, ldy, ldx, ldw, ro
             db_sum += tl.sum(dz_tile.to(acc.dtype), 0)
         dz_tile = round_operand(dz_tile, x_tile.dtype, PRECISION)
         acc = dot(tl.trans(dz_tile), x_tile, acc, PRECISION)
-        dx_tile = dot(dz_tile, w_tile, none, PRECISION)
+        dx_tile = dot(dz_tile, w_tile, zero_tile, PRECISION)
         if BELOW is not None:
             dx_tile = gradient(dx_tile, x_tile, BELOW)
             if below_db is not None:
@@ -337,7 +338,7 @@ def backward(dz, y, x, w, dx, dw, db, below_db, sums, M, N, K, ldy, ldx, ldw, ro
                 summed = tl.where(inside[:, None], dx_tile, 0.0)  # elsewhere 0·∞, of such a weight
                 # Compiled: of 16 rows a thread holds two, 8 apart. To add up all rows in each turn would cross warps.
                 pairs = tl.reshape(summed, (BLOCK_M // 16, 2, 8, BLOCK_K))
-                below_sums += tl.reshape(tl.sum(pairs, 1), (8 * BLOCK_M // 16, BLOCK_K))
+                below_sums += tl.reshape(tl.sum(pairs, 1), (BLOCK_M // 2, BLOCK_K))
         store_tile(dx, dx_tile, m, k, BLOCK_M, BLOCK_K, VEC_STORE)
     store_tile(Matrix(dw + split * N * (K // VEC_STORE * VEC_STORE), N, K, K), acc, 0, k, BLOCK_N, BLOCK_K, VEC_STORE)
     if db is not None:

@@ -66,6 +66,19 @@ def test_dicts_tell_that_an_entry_changed(change: str, kind: type[dict[str, Any]
     assert footprint.dict_version(dict(mapping)) != footprint.dict_version(mapping), "a copy is another one"
 
 
+@pytest.mark.parametrize(
+    "fill", [lambda d: d.update(lr=0.1), lambda d: d.__ior__({"lr": 0.1}), lambda d: d.setdefault("lr", 0.1)]
+)
+@pytest.mark.parametrize("kind", [dict, defaultdict])
+def test_an_empty_dict_is_not_as_it_was_once_it_is_filled(
+    fill: Callable[[dict[str, Any]], object], kind: type[dict[str, Any]]
+) -> None:
+    mapping = kind()
+    before = footprint.dict_version(mapping)
+    fill(mapping)
+    assert footprint.dict_version(mapping) != before
+
+
 @pytest.mark.parametrize("mapping", [{"lr": 0.1}, UserDict(lr=0.1)], ids=["a torch that can't say", "no dict"])
 def test_nothing_is_equal_to_an_unknown_version(mapping: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if isinstance(mapping, dict):

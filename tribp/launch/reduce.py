@@ -75,7 +75,8 @@ def sums_of(pending: Sequence[Partials]) -> Sums | None:
     assert len(pending) <= 2
     if not pending:
         return None
-    (partials, out, transposed), (partials2, out2, _) = (*pending, Partials(None, None))[:2]
+    (partials, out, transposed), (partials2, out2, transposed2) = (*pending, Partials(None, None))[:2]
+    assert transposed2 is None
     assert partials is not None
     assert out is not None
     rows, cols = transposed or (1, out.numel())

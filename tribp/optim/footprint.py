@@ -20,8 +20,9 @@ def dict_version(mapping: object) -> object:
     """Equal to what it was while no entry of a dict has been added, replaced or removed.
 
     torch.compile's guards know it, in 0.1 µs. They are no public interface: where they don't, it is equal to nothing.
+    So it is of an empty dict, for on Python 3.12 they miss that `update` fills one.
     """
-    return _version(mapping) if _version is not None and isinstance(mapping, dict) else object()
+    return _version(mapping) if _version is not None and isinstance(mapping, dict) and mapping else object()
 
 
 def signature(t: Tensor) -> tuple[object, ...]:

@@ -197,8 +197,8 @@ class WgradProblem(NamedTuple):
 class BackwardProblem(NamedTuple):
     """dx (m × k) = dz·w and dw (n × k) = dzᵀ·x in one pass over x, of few outputs n.
 
-    A program takes block_j columns of x, block_i rows at a time, and keeps what belongs to these columns of w and dw;
-    the rows are split as those of `WgradProblem`.
+    A program takes block_j columns of x, block_i rows at a time, and keeps what belongs to these columns of w and dw,
+    for all of the block_l outputs; the rows are split as those of `WgradProblem`.
     """
 
     m: int
