@@ -269,9 +269,14 @@ def stages_in_memory(config: MatmulConfig, itemsize: int, arch: Arch, *, extra: 
     return in_memory if arch.has_tma else in_memory + 1
 
 
+def rows_per_split(m: int, splits: int, block: int) -> int:
+    """How many of m rows each split has, in whole blocks; the last one has what is left."""
+    return cdiv(cdiv(m, splits), block) * block
+
+
 def whole_splits(m: int, splits: int, block: int) -> int:
     """As many splits of m rows, or fewer, so that each has whole blocks of them and none is left without."""
-    return cdiv(m, cdiv(cdiv(m, splits), block) * block)
+    return cdiv(m, rows_per_split(m, splits, block))
 
 
 # -- what is legal

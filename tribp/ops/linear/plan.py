@@ -8,7 +8,7 @@ from ...kernels import linear as kernels
 from ...launch.arch import cdiv, precision_of
 from ...launch.buffer import Buffer
 from ...launch.layout import Operand, accumulator, matrix, operand, precision_in_kernel, vector_length
-from ...launch.matmul import MatmulConfig
+from ...launch.matmul import MatmulConfig, rows_per_split
 from ...launch.plan import Plan
 from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
 from ..activations import Activation, as_stored
@@ -200,7 +200,7 @@ def in_one_pass(
         (cdiv(k, s.block_j) * s.splits,),
         (
             dz.tensor, None if y is None else y.tensor, x.tensor, w.tensor, dx, *(sums.partials for sums in own), None,
-            m, n, k, dz.ld, x.ld, w.ld, cdiv(cdiv(m, s.splits), s.block_i) * s.block_i,
+            m, n, k, dz.ld, x.ld, w.ld, rows_per_split(m, s.splits, s.block_i),
         ),
         kernels.Backward(
             BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, PRECISION=problem.precision,
@@ -314,7 +314,7 @@ def wgrad(
             y.argument(s.tma, s.block_l, s.block_i) if s.fuse_dz and y is not None else None,
             x.argument(s.tma, s.block_l, s.block_j, precision),
             dw, dz_out, db, m, n, k, dz.ld, x.ld,
-            cdiv(cdiv(m, s.splits), s.block_l) * s.block_l,
+            rows_per_split(m, s.splits, s.block_l),
         ),
         kernels.Product(
             BLOCK_M=s.block_l, BLOCK_N=s.block_i, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,

@@ -62,8 +62,8 @@ def backward(
     tensors: the input and every output, which is needed for the activation's derivative, and, but for the last, for dw
     of the layer above; every weight.
 
-    A layer's dgrad multiplies what it writes by the derivative of the layer below, and leaves partial sums of its db:
-    a dz is written once, and only the last one is formed by a pass over memory.
+    What hands a gradient down multiplies it by the derivative of the layer below, and leaves partial sums of its db: a
+    dz is written once, and at most the last one is formed by a pass over memory.
     """
     if not matrices_fit(grad, *tensors):
         return
