@@ -158,7 +158,9 @@ def candidates(of: Product, l: int) -> list[MatmulConfig]:
         wide = MatmulConfig(128, 128, 32, 8, 1, reason, prefetch=True)
         if arch.backend == "cuda":
             wide = replace(wide, max_registers=255)  # compiled: ptxas would hold it to 96 on sm_89, and spill 232 bytes
-        return [wide, replace(wide, block_j=64)]
+        small = replace(wide, block_i=64, block_j=64, num_warps=4, reason="derived: odd pitch: 64×64 fills the GPU")
+        tiny = replace(small, block_i=32, block_j=32, reason="derived: odd pitch: a small result")
+        return [wide, replace(wide, block_j=64), small, tiny]
     if arch.backend == "hip":
         depth = {"float64": 16, "float32": 32}.get(dtype, 64)
         wide = MatmulConfig(128, 128, depth, 8, 2, "derived: MFMA; two stages fill 64 KB of LDS")
