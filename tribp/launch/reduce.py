@@ -120,7 +120,7 @@ def append_sums(plan: Plan, *results: Partials) -> Sequence[Partials]:
 
     Two results at most, of few parts. Returns those that are left.
     """
-    step, whole = len(plan.steps) - 1, results[0] if results else Partials(None, None)
+    step = len(plan.steps) - 1
     launch = plan.steps[step]
     assert isinstance(launch, Launch)
     constants: Any = launch.constants["CONFIG"]
@@ -132,11 +132,13 @@ def append_sums(plan: Plan, *results: Partials) -> Sequence[Partials]:
     few = [result for result in pending if result.parts <= MANY * APPENDED_PARTS][:2]
     left = [result for result in pending if result not in few]
     sums = sums_of(few)
-    if sums is None and whole.out is not None:
+    if sums is None:
+        whole = next((result for result in results if result.out is not None), None)
+        if whole is None or whole.out is None:
+            return left
         # No program adds up a result that is whole already: 0 parts, and the kernel is the same.
         sums = sums_of([whole._replace(partials=plan.scratch((0,), accumulator(whole.out.dtype)))])
-    if sums is None:
-        return left
+        assert sums is not None
     config = appended_sums(plan.arch, launch.num_warps, sums.rows, min(sums.vecs))
     first, *others = launch.grid
     at = launch.kernel.arg_names.index("sums")

@@ -85,6 +85,43 @@ class Below(NamedTuple):
     db: Buffer | None
 
 
+class OutputGradient:
+    """dz of a layer, and the sums of its db: formed by the first launch that can, and read by the others."""
+
+    def __init__(self, plan: Plan, dy: Buffer, y: Buffer | None, activation: Activation, db: Buffer | None) -> None:
+        self.dy, self.y = operand(plan, dy), None if y is None else operand(plan, y)
+        self.activation = as_stored(activation, dy.dtype)
+        self.readable = not self.dy.transposed and self.dy.ld >= dy.shape[1]  # an expanded dy has no rows to load
+        self.dz = self.dy if self.readable and y is None else None  # where it can be read
+        self.db = db  # until its sums are formed
+        self.sums = NO_SUMS
+        self._plan = plan
+
+    @property
+    def fusable(self) -> bool:
+        """Whether a product may form dz while it loads its operand."""
+        return self.dz is None and self.readable
+
+    def formed(self) -> Operand:
+        """dz, after a pass over memory where it is not there to be read, or db's sums are not formed."""
+        if self.dz is None or self.db is not None:
+            out = self._plan.scratch(self.dy.tensor.shape, self.dy.tensor.dtype) if self.dz is None else None
+            self.sum_rows(out)
+        assert self.dz is not None
+        return self.dz
+
+    def sum_rows(self, out: Buffer | None) -> None:
+        """One pass over dy and y, that writes `out` and the sums of db, where these are given."""
+        y = None if self.y is None else self.y.tensor
+        self.was_formed(out, sum_rows(self._plan, self.dy.tensor, y, self.activation, out, self.db))
+
+    def was_formed(self, dz: Buffer | None, sums: Partials) -> None:
+        """Say what a launch has left."""
+        if dz is not None:
+            self.dz = operand(self._plan, dz)
+        self.sums, self.db = sums, None
+
+
 def backward(
     plan: Plan, grad: Buffer, input: Buffer | None, weight: Buffer | None, output: Buffer | None,
     *, activation: Activation, needs: Needs, tf32: bool,
@@ -117,96 +154,51 @@ def backward_layer(
     pending: sums that the launches before have left to be added up. Returns those that are left now.
     """
     (m, n), dtype = dy.shape, dtype_name(dy.dtype)
-    activation = as_stored(activation, dy.dtype)
     precision = precision_of(dtype, tf32, plan.arch)
-    partial = accumulator(dy.dtype)
-    dys, ys, xs = operand(plan, dy), None if y is None else operand(plan, y), None if x is None else operand(plan, x)
-    readable = not dys.transposed and dys.ld >= n  # an expanded dy has no rows to load tiles of
-    if readable and dx is not None and dw is not None:
-        assert xs is not None
-        assert w is not None
+    dz, xs, ws = OutputGradient(plan, dy, y, activation, db), *(None if t is None else operand(plan, t) for t in (x, w))
+    if dx is None and dw is None:
+        if db is not None:
+            dz.sum_rows(None)
+        return (dz.sums, *pending)
+    if xs is not None and ws is not None and dx is not None and dw is not None:
         problem = BackwardProblem(m, n, xs.tensor.shape[1], dtype, precision, plan.arch, xs.vec)
-        if problem.pays and not xs.transposed:
-            own = in_one_pass(plan, problem, dys, ys, xs, operand(plan, w), dx, dw, db, activation, below)
+        if problem.pays and dz.readable and not xs.transposed:
+            own = in_one_pass(plan, problem, dz, xs, ws, dx, dw, below)
             return (*append_sums(plan, *pending), *own)
-    fusable = readable and ys is not None
-    dz = dys if readable and ys is None else None
-    if y is None and dz is None and not (dx is None and dw is None):
-        dz, sums = output_grad(plan, dy, None, activation, None, db)
-        pending, db = (*pending, sums), None
-
+    if y is None:
+        dz.formed()
+    shares = NO_SUMS
     if dw is not None:
         assert xs is not None
-        k = xs.tensor.shape[1]
-        read = [t for t in (dz, dys if fusable else None, ys, xs) if t is not None]  # a dz of its own lies as y does
-        s = plan.config(
-            WgradProblem(
-                m, n, k, dtype, precision, plan.arch, vec=min(t.vec for t in read), tma=all(t.tma for t in read),
-                may_fuse=fusable, spare=(xs.tensor if dx is not None else dy).numel() * dy.element_size(),
-            )
-        )  # fmt: skip
-        shares = partials_of(plan, dw, s.splits, partial)
-        assert shares is not None
-        sums = NO_SUMS
-        if s.fuse_dz:
-            out = plan.scratch((m, n), dy.dtype) if dx is not None else None
-            sums = Partials(partials_of(plan, db, s.splits, partial), db)
-            wgrad(plan, dys, ys, xs, shares, out, sums.partials, s, activation, precision)
-            dz = None if out is None else operand(plan, out)
-        else:
-            if dz is None or db is not None:
-                dz, sums = output_grad(plan, dy, y, activation, dz, db)
-            wgrad(plan, dz, None, xs, shares, None, None, s, activation, precision)
-        pending, db = (Partials(shares, dw), sums, *pending), None
-
-    if dx is not None:
-        assert w is not None
-        ws = operand(plan, w)
-        fused = dz is None and fusable and db is None
-        if fused:
-            s = dgrad_config(plan, dys, ys, ws, precision, below is not None)
-            fused = s.fuse_dz
-        if not fused:
-            if dz is None or db is not None:
-                dz, sums = output_grad(plan, dy, y, activation, dz, db)
-                pending = (sums, *pending)
-            s = dgrad_config(plan, dz, None, ws, precision, below is not None)
-        below_db = None if below is None else partials_of(plan, below.db, cdiv(m, s.block_i), partial)
-        source, output = (dys, ys) if fused else (dz, None)
-        assert source is not None
-        lower = None
-        if below is not None:
-            assert x is not None
-            lower = x, as_stored(below.activation, dy.dtype), below_db
-        dgrad(plan, source, output, ws, dx, s, activation, precision, lower)
-        left = append_sums(plan, *pending)
-        return left if below is None else (*left, Partials(below_db, below.db))
-
-    if db is not None:
-        pending = (*pending, sum_rows(plan, dy, y, activation, None, db))
-    return pending
+        shares = form_dw(plan, dz, xs, dw, precision, hand_on=dx is not None)
+    if dx is None:
+        return (shares, dz.sums, *pending)
+    assert ws is not None
+    below_sums = form_dx(plan, dz, ws, dx, precision, x, below)
+    return (*append_sums(plan, shares, dz.sums, *pending), below_sums)
 
 
 def in_one_pass(
-    plan: Plan, problem: BackwardProblem, dz: Operand, y: Operand | None, x: Operand, w: Operand,
-    dx: Buffer, dw: Buffer, db: Buffer | None, activation: Activation, below: Below | None,
+    plan: Plan, problem: BackwardProblem, dz: OutputGradient, x: Operand, w: Operand, dx: Buffer, dw: Buffer,
+    below: Below | None,
 ) -> Sequence[Partials]:  # fmt: skip
-    """dx, dw and db of a layer of few outputs, one launch. With `y`, `dz` is dy. Returns the sums that are left."""
+    """dx, dw and db of a layer of few outputs, one launch. Returns the sums that are left."""
     (m, n, k), dtype, s = problem[:3], dx.dtype, plan.config(problem)
+    dy, y = dz.dy, dz.y
     below_act, below_db = below or (None, None)
-    own = [Partials(partials_of(plan, t, s.splits, accumulator(dtype)), t) for t in (dw, db, below_db)]
+    own = [Partials(partials_of(plan, t, s.splits, accumulator(dtype)), t) for t in (dw, dz.db, below_db)]
     plan.launch(
         kernels.backward,
         (cdiv(k, s.block_j) * s.splits,),
         (
-            dz.tensor, None if y is None else y.tensor, x.tensor, w.tensor, dx, *(sums.partials for sums in own), None,
-            m, n, k, dz.ld, x.ld, w.ld, rows_per_split(m, s.splits, s.block_i),
+            dy.tensor, None if y is None else y.tensor, x.tensor, w.tensor, dx, *(sums.partials for sums in own), None,
+            m, n, k, dy.ld, x.ld, w.ld, rows_per_split(m, s.splits, s.block_i),
         ),
         kernels.Backward(
             BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, PRECISION=problem.precision,
-            VEC=min(t.vec for t in (dz, y) if t is not None), VEC_X=x.vec, VEC_W=w.vec,
+            VEC=min(t.vec for t in (dy, y) if t is not None), VEC_X=x.vec, VEC_W=w.vec,
             VEC_STORE=vector_length(dx.element_size(), k), W_TRANSPOSED=w.transposed,
-            ACT=None if y is None else activation,
+            ACT=None if y is None else dz.activation,
             BELOW=None if below_act is None else as_stored(below_act, dtype),
         ),
         s,
@@ -214,16 +206,58 @@ def in_one_pass(
     return own
 
 
-def output_grad(
-    plan: Plan, dy: Buffer, y: Buffer | None, activation: Activation, dz: Operand | None, db: Buffer | None
-) -> tuple[Operand, Partials]:
-    """dz = dy·act′, unless it is there already, and db's partial sums, in one pass over memory."""
-    out = plan.scratch(dy.shape, dy.dtype) if dz is None else None
-    sums = sum_rows(plan, dy, y, activation, out, db)
-    if dz is None:
-        assert out is not None
-        dz = operand(plan, out)
-    return dz, sums
+def form_dw(plan: Plan, dz: OutputGradient, x: Operand, dw: Buffer, precision: str, *, hand_on: bool) -> Partials:
+    """dw, and where that is fused dz and db with it. hand_on: dz is wanted after. Returns the sums that dw is of."""
+    (m, n), dtype, k = dz.dy.tensor.shape, dw.dtype, x.tensor.shape[1]
+    # What may be read, as a dz of its own lies as y does.
+    read = [t for t in (dz.dz, dz.dy if dz.fusable else None, dz.y, x) if t is not None]
+    spare = (x if hand_on else dz.dy).tensor.numel() * dw.element_size()
+    s = plan.config(
+        WgradProblem(
+            m, n, k, dtype_name(dtype), precision, plan.arch, vec=min(t.vec for t in read),
+            tma=all(t.tma for t in read), may_fuse=dz.fusable, spare=spare,
+        )
+    )  # fmt: skip
+    shares = partials_of(plan, dw, s.splits, accumulator(dtype))
+    assert shares is not None
+    if s.fuse_dz:
+        out = plan.scratch((m, n), dtype) if hand_on else None
+        db = partials_of(plan, dz.db, s.splits, accumulator(dtype))
+        wgrad(plan, dz.dy, dz.y, x, shares, out, db, s, dz.activation, precision)
+        dz.was_formed(out, Partials(db, dz.db))
+    else:
+        wgrad(plan, dz.formed(), None, x, shares, None, None, s, dz.activation, precision)
+    return Partials(shares, dw)
+
+
+def form_dx(
+    plan: Plan, dz: OutputGradient, w: Operand, dx: Buffer, precision: str, x: Buffer | None, below: Below | None
+) -> Partials:
+    """dx, or with `below` that layer's dz, and returns the sums that its db is of."""
+    (m, n), dtype, k = dz.dy.tensor.shape, dx.dtype, w.tensor.shape[1]
+
+    def config(source: Operand, y: Operand | None) -> MatmulConfig:
+        """With `y`, which allows the fused form, `source` is dy."""
+        read = [t for t in (source, w, y) if t is not None]
+        return plan.config(
+            DgradProblem(
+                m, n, k, dtype_name(dtype), precision, plan.arch, vec=min(t.vec for t in read),
+                tma=all(t.tma for t in read), may_fuse=y is not None, along=w.transposed, below=below is not None,
+            )
+        )  # fmt: skip
+
+    source, y = dz.dy, dz.y
+    s = config(source, y) if dz.fusable and dz.db is None else None
+    if s is None or not s.fuse_dz:
+        source, y = dz.formed(), None
+        s = config(source, None)
+    sums, lower = NO_SUMS, None
+    if below is not None:
+        assert x is not None
+        sums = Partials(partials_of(plan, below.db, cdiv(m, s.block_i), accumulator(dtype)), below.db)
+        lower = x, as_stored(below.activation, dtype), sums.partials
+    dgrad(plan, source, y, w, dx, s, dz.activation, precision, lower)
+    return sums
 
 
 def sum_rows(
@@ -245,19 +279,6 @@ def sum_rows(
         max_registers=255 if unrounded else None,
     )
     return Partials(sums, db)
-
-
-def dgrad_config(plan: Plan, dz: Operand, y: Operand | None, w: Operand, precision: str, below: bool) -> MatmulConfig:
-    """With `y`, which allows the fused form, `dz` is dy."""
-    (m, n), k = dz.tensor.shape, w.tensor.shape[1]
-    operands = [t for t in (dz, w, y) if t is not None]
-    return plan.config(
-        DgradProblem(
-            m, n, k, dtype_name(dz.tensor.dtype), precision, plan.arch,
-            vec=min(t.vec for t in operands), tma=all(t.tma for t in operands),
-            may_fuse=y is not None, along=w.transposed, below=below,
-        )
-    )  # fmt: skip
 
 
 def dgrad(
