@@ -1,4 +1,4 @@
-"""Which networks `kernels.mlp` trains, and in which tiles."""
+"""Which networks `kernels.train_step` trains, and in which tiles."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

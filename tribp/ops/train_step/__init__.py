@@ -1,0 +1,1 @@
+"""A small perceptron's training step: `tribp/training.py` is the function, `plan.py` its launches."""
