@@ -164,7 +164,7 @@ def product_work(given: Given, grid: tuple[int, ...], case: Any, operand: str, o
         work |= dict(turns=length // given[block])
     read = 2 if given.get("FUSE_DZ") else 1  # dy and y, or one tensor
     loaded = itemsize * length * (read * height * cols + width * rows)
-    if given.get("below") is not None:  # dgrad's epilogue
+    if given.get("lower_y") is not None:  # dgrad's epilogue
         loaded += itemsize * height * width
     stored = math.prod(grid[1:]) * height * width * model.itemsize(given, out)
     if given.get("dz_out") is not None:

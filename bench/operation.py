@@ -198,7 +198,7 @@ def precision(tf32: bool) -> Iterator[None]:
         yield
 
 
-OPTIONAL = ("grad_scale", "grad_norm", "below", "EMA_TYPE")  # of kernels, what is None where it is not wanted
+OPTIONAL = ("grad_scale", "grad_norm", "lower_y", "EMA_TYPE")  # of kernels, what is None where it is not wanted
 
 
 def describe(launch: Launch) -> str:

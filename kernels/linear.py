@@ -8,11 +8,16 @@
     wgrad         dw = dzᵀ·x
     backward      all of these in one pass over x, of a layer of few outputs
 
-Backward needs the output y, never z (`activations`); without an activation not even that, for dz is dy. Of more outputs
-it comes in three shapes. A layer below another has its dz from that one's dgrad, which multiplies by its derivative
-(BELOW). Else either `output_grad` writes dz and the two products read it; or a product forms dz from dy and y while it
-loads its operand (FUSE_DZ), and wgrad hands dz on to dgrad and sums db as it goes: a pass over memory less, for more
-instructions in the loop. Sums over rows that several programs share leave partial results, one a program, which
+Backward needs the output y, never z (`activations`); without an activation not even that, for dz is dy. It has one of
+three forms:
+
+    few outputs            backward
+    few columns of x       wgrad, which forms dz as it loads dy and y (FUSE_DZ), sums db as it goes, and hands dz on to
+                           dgrad: a pass over memory less, for more instructions in the loop
+    otherwise              output_grad, then wgrad and dgrad, which read dz
+
+What writes the dx of a layer that stands above another multiplies it by that one's derivative (LOWER_ACT): it is the
+lower layer's dz. Sums over rows that several programs share leave partial results, one a program, which
 `reduce_partials` adds in a fixed order: no atomics, the same bits every time.
 """
 
@@ -54,8 +59,8 @@ class Product(NamedTuple):
     VEC: int
     VEC_STORE: int
     ACT: Act | None = None  # of forward, and with FUSE_DZ
-    BELOW: Act | None = None  # of dgrad: the activation of the layer below, whose dz it writes
-    VEC_BELOW: int | None = None  # divides the rows of `below` and its address
+    LOWER_ACT: Act | None = None  # of dgrad: the activation of the layer below, whose dz it writes
+    VEC_LOWER: int | None = None  # divides the rows of `lower_y` and its address
     TMA_STORE: bool | None = None
     X_TRANSPOSED: bool | None = None  # x lies column by column
     W_TRANSPOSED: bool | None = None
@@ -78,8 +83,9 @@ class Backward(NamedTuple):
     VEC_W: int
     VEC_STORE: int
     W_TRANSPOSED: bool
+    FUSE_DZ: bool
     ACT: Act | None
-    BELOW: Act | None
+    LOWER_ACT: Act | None
     SUMS: Reduce | None = None
 
 
@@ -140,7 +146,8 @@ def output_grad(dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program, C
     first = tl.program_id(1) * rows_per_program
     # Of every BLOCK_M-th row: adding up across threads can wait until the end.
     sums = tl.zeros((BLOCK_M, BLOCK_N), accumulator(dy.dtype))
-    for m in range(first, tl.minimum(first + rows_per_program, M), BLOCK_M):
+    last = first + tl.minimum(rows_per_program, M - first)  # their sum may pass 2³¹
+    for m in range(first, last, BLOCK_M):
         i, i_inside = masked_range(m, M, BLOCK_M, 1)
         inside = i_inside[:, None] & j_inside[None, :]
         at = dy + (i[:, None] * (stride_dym // CONFIG.VEC_DY * CONFIG.VEC_DY) + j[None, :] * stride_dyn)
@@ -166,17 +173,17 @@ def load_dy_and_y(dy, y, m, n, CONFIG: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "ldy", "ldw"])
-def dgrad(dz, y, w, dx, below, db, sums, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
+def dgrad(dz, y, w, dx, lower_y, lower_db, sums, M, N, K, ldy, ldw, CONFIG: tl.constexpr):
     """dx = dz·w. With FUSE_DZ the argument `dz` holds dy, and dz = dy·act′ is formed tile by tile.
 
-    With BELOW, `dx` is the dz of the layer below, whose output is `below` (M, K): dx = (dz·w)·act′. Each tile then also
-    leaves the sums of its rows, partial results of that layer's db, in `db` (rows of tiles, K), unless it is None.
+    With LOWER_ACT, `dx` is the dz of the layer below, whose output is `lower_y` (M, K): dx = (dz·w)·act′. Each tile
+    then leaves the sums of its rows, partial results of that layer's db, in `lower_db` (rows of tiles, K), or None.
 
-    The programs behind those of dx add up wgrad's partial results.
+    The programs behind those of dx add up partial results of launches before.
     """
     SUMS: tl.constexpr = CONFIG.SUMS
     ACT: tl.constexpr = CONFIG.ACT
-    BELOW: tl.constexpr = CONFIG.BELOW
+    LOWER_ACT: tl.constexpr = CONFIG.LOWER_ACT
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
@@ -206,15 +213,15 @@ def dgrad(dz, y, w, dx, below, db, sums, M, N, K, ldy, ldw, CONFIG: tl.constexpr
         acc = tl.trans(acc)
     else:
         acc = product(dz, w, m, k, 0, False, CONFIG.W_TRANSPOSED, BLOCK_M, BLOCK_K, BLOCK_N, CONFIG)
-    if BELOW is not None:
+    if LOWER_ACT is not None:
         i, i_inside = masked_range(m, M, BLOCK_M, 1)
-        j, j_inside = masked_range(k, K, BLOCK_K, CONFIG.VEC_BELOW)
-        at = below + (i[:, None] * (K // CONFIG.VEC_BELOW * CONFIG.VEC_BELOW) + j[None, :])
+        j, j_inside = masked_range(k, K, BLOCK_K, CONFIG.VEC_LOWER)
+        at = lower_y + (i[:, None] * (K // CONFIG.VEC_LOWER * CONFIG.VEC_LOWER) + j[None, :])
         tile = tl.load(at, mask=i_inside[:, None] & j_inside[None, :], other=0.0)
-        acc = gradient(acc, tile, BELOW)
-        if db is not None:
+        acc = gradient(acc, tile, LOWER_ACT)
+        if lower_db is not None:
             total = tl.sum(tl.where(i_inside[:, None], acc, 0.0), 0)  # other rows are of anything (`product`)
-            tl.store(db + row.to(tl.int64) * K + j, round_to(total, db.dtype.element_ty), mask=j_inside)
+            tl.store(lower_db + row.to(tl.int64) * K + j, round_to(total, lower_db.dtype.element_ty), mask=j_inside)
     store_tile(Matrix(dx, M, K, K), acc, m, k, BLOCK_M, BLOCK_K, CONFIG.VEC_STORE)
 
 
@@ -241,7 +248,7 @@ def wgrad(dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split, CONFIG: t
     k = col * BLOCK_K
     split = tl.program_id(1).to(tl.int64)
     first = tl.program_id(1) * rows_per_split
-    last = tl.minimum(first + rows_per_split, M)
+    last = first + tl.minimum(rows_per_split, M - first)  # their sum may pass 2³¹
     x = Matrix(x, last, K, ldx)
     if CONFIG.FUSE_DZ:
         dy = Matrix(dz, last, N, ldy)
@@ -277,25 +284,26 @@ def wgrad(dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split, CONFIG: t
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "ldy", "ldx", "ldw", "rows_per_split"])
-def backward(dz, y, x, w, dx, dw, db, below_db, sums, M, N, K, ldy, ldx, ldw, rows_per_split, CONFIG: tl.constexpr):
+def backward(dz, y, x, w, dx, dw, db, lower_db, sums, M, N, K, ldy, ldx, ldw, rows_per_split, CONFIG: tl.constexpr):
     """dx = dz·w and dw[s] = dzᵀ·x over the rows of split s, in one pass: for a layer of at most BLOCK_N outputs.
 
-    A program takes BLOCK_K columns of x, of which it keeps those of w and of dw. With ACT the argument `dz` holds dy,
-    and dz = dy·act′. With BELOW, `dx` is the dz of the layer below, whose output x is: dx = (dz·w)·act′.
+    A program takes BLOCK_K columns of x, of which it keeps those of w and of dw. With FUSE_DZ the argument `dz` holds
+    dy, and dz = dy·act′. With LOWER_ACT, `dx` is the dz of the layer below, whose output x is: dx = (dz·w)·act′.
 
-    dw: (splits, N, K). db: (splits, N) or None, by the programs of the first columns. below_db, sums of dx's rows:
+    dw: (splits, N, K). db: (splits, N) or None, by the programs of the first columns. lower_db, sums of dx's rows:
     (splits, K) or None. The programs behind add up partial results of launches before.
     """
     SUMS: tl.constexpr = CONFIG.SUMS
+    FUSE_DZ: tl.constexpr = CONFIG.FUSE_DZ
     ACT: tl.constexpr = CONFIG.ACT
-    BELOW: tl.constexpr = CONFIG.BELOW
+    LOWER_ACT: tl.constexpr = CONFIG.LOWER_ACT
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     PRECISION: tl.constexpr = CONFIG.PRECISION
     VEC_STORE: tl.constexpr = CONFIG.VEC_STORE
     cols = tl.cdiv(K, BLOCK_K)
-    programs = cols * tl.cdiv(M, rows_per_split)
+    programs = cols * ((M - 1) // rows_per_split + 1)  # M + rows_per_split may pass 2³¹
     if SUMS is not None:
         if tl.program_id(0) >= programs:
             add_appended(sums, tl.program_id(0) - programs, SUMS)
@@ -304,7 +312,7 @@ def backward(dz, y, x, w, dx, dw, db, below_db, sums, M, N, K, ldy, ldx, ldw, ro
     k = col * BLOCK_K
     split = tl.program_id(0) // cols
     first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, M)
+    last = first + tl.minimum(rows_per_split, M - first)
     split = split.to(tl.int64)
     dz = Matrix(dz, last, N, ldy)
     y = Matrix(y, last, N, N)
@@ -314,16 +322,16 @@ def backward(dz, y, x, w, dx, dw, db, below_db, sums, M, N, K, ldy, ldx, ldw, ro
     acc = tl.zeros((BLOCK_N, BLOCK_K), accumulator(dz.data.dtype))
     zero_tile = tl.zeros((BLOCK_M, BLOCK_K), acc.dtype)
     db_sum = tl.zeros((BLOCK_N,), acc.dtype)
-    below_sums = tl.zeros((BLOCK_M // 2, BLOCK_K), acc.dtype)
+    lower_sums = tl.zeros((BLOCK_M // 2, BLOCK_K), acc.dtype)
     # A turn ahead, in registers: as formed, turned or narrow tiles its loads would not run ahead by themselves.
     dz_next = load_tile(dz, first, 0, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
-    if ACT is not None:
+    if FUSE_DZ:
         y_next = load_tile(y, first, 0, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
     for m in range(first, last, BLOCK_M):
         x_tile = load_tile(x, m, k, BLOCK_M, BLOCK_K, False, CONFIG.VEC_X)
         dz_tile = dz_next
         dz_next = load_tile(dz, m + BLOCK_M, 0, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
-        if ACT is not None:
+        if FUSE_DZ:
             dz_tile = gradient(dz_tile, y_next, ACT)
             y_next = load_tile(y, m + BLOCK_M, 0, BLOCK_M, BLOCK_N, False, CONFIG.VEC)
         if db is not None:
@@ -331,19 +339,19 @@ def backward(dz, y, x, w, dx, dw, db, below_db, sums, M, N, K, ldy, ldx, ldw, ro
         dz_tile = round_operand(dz_tile, x_tile.dtype, PRECISION)
         acc = dot(tl.trans(dz_tile), x_tile, acc, PRECISION)
         dx_tile = dot(dz_tile, w_tile, zero_tile, PRECISION)
-        if BELOW is not None:
-            dx_tile = gradient(dx_tile, x_tile, BELOW)
-            if below_db is not None:
+        if LOWER_ACT is not None:
+            dx_tile = gradient(dx_tile, x_tile, LOWER_ACT)
+            if lower_db is not None:
                 inside = m + tl.arange(0, BLOCK_M) < last
                 summed = tl.where(inside[:, None], dx_tile, 0.0)  # elsewhere 0·∞, of such a weight
                 # Compiled: of 16 rows a thread holds two, 8 apart. To add up all rows in each turn would cross warps.
                 pairs = tl.reshape(summed, (BLOCK_M // 16, 2, 8, BLOCK_K))
-                below_sums += tl.reshape(tl.sum(pairs, 1), (BLOCK_M // 2, BLOCK_K))
+                lower_sums += tl.reshape(tl.sum(pairs, 1), (BLOCK_M // 2, BLOCK_K))
         store_tile(dx, dx_tile, m, k, BLOCK_M, BLOCK_K, VEC_STORE)
     store_tile(Matrix(dw + split * N * (K // VEC_STORE * VEC_STORE), N, K, K), acc, 0, k, BLOCK_N, BLOCK_K, VEC_STORE)
     if db is not None:
         j, inside = masked_range(0, N * (col == 0).to(tl.int32), BLOCK_N, 1)
         tl.store(db + split * N + j, round_to(db_sum, db.dtype.element_ty), mask=inside)
-    if below_db is not None:
+    if lower_db is not None:
         j, inside = masked_range(k, K, BLOCK_K, 1)
-        tl.store(below_db + split * K + j, round_to(tl.sum(below_sums, 0), below_db.dtype.element_ty), mask=inside)
+        tl.store(lower_db + split * K + j, round_to(tl.sum(lower_sums, 0), lower_db.dtype.element_ty), mask=inside)

@@ -41,8 +41,8 @@ def _products(dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -> It
         if backward.pays:
             yield backward
         for may_fuse in (False, True):
-            for below in (False, True):
-                yield DgradProblem(*facts, may_fuse, below=below)
+            for for_lower in (False, True):
+                yield DgradProblem(*facts, may_fuse, for_lower=for_lower)
             for spare in (0, 1 << 40):
                 yield WgradProblem(*facts, may_fuse, spare)
 

@@ -5,7 +5,7 @@ that is a multiple of 16 bytes).
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -154,58 +154,60 @@ def whole_backward(plan: Plan, *tensors: Buffer | None, **facts: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("splits", "act", "below", "transposed", "dtype"),
+    ("splits", "act", "lower", "transposed", "dtype"),
     cover(
         [1, 2, 3], [None, "sigmoid"], [None, "elu"], [False, True], DTYPES,
-        quick=lambda splits, act, below, transposed, dtype: dtype == turn(DTYPES, splits, act, below, transposed),
+        quick=lambda splits, act, lower, transposed, dtype: dtype == turn(DTYPES, splits, act, lower, transposed),
     ),
 )  # fmt: skip
 def test_one_pass(
-    splits: int, act: str | None, below: str | None, transposed: bool, dtype: torch.dtype, kernels: str
+    splits: int, act: str | None, lower: str | None, transposed: bool, dtype: torch.dtype, kernels: str
 ) -> None:
     """Of few outputs: two programs for the columns of x, and behind them one that adds up a sum of a layer above."""
-    n, acts = 10, (Activation(act), Activation(below))
+    n, acts = 10, (Activation(act), Activation(lower))
     x, w, dy = matrix(M, K, dtype, kernels), matrix(n, K, dtype, kernels, transposed), matrix(M, n, dtype, kernels)
     y = torch.sigmoid(matrix(M, n, torch.float32, kernels)).to(dtype)
-    dx, dw, db, below_db, sum_before = (
+    dx, dw, db, lower_db, sum_before = (
         nan(*s, dtype=dtype, device=kernels) for s in ((M, K), (n, K), (n,), (K,), (9,))
     )
     before = torch.randn(4, 9, device=kernels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     config = MatmulConfig(16, 32, 16, num_warps=4, num_stages=2, reason="test", splits=splits)
 
     def build(plan: Plan, *tensors: Buffer | None) -> None:
-        *layer, below_db, before, sum_before = tensors
+        *layer, lower_db, before, sum_before = tensors
+        below = ops.LowerLayer(cast(Buffer, layer[1]), acts[1], lower_db) if lower else None
         facts: dict[str, Any] = dict(activation=acts[0], tf32=False, pending=(Partials(before, sum_before),))
-        whole_backward(plan, *layer, below=ops.Below(acts[1], below_db) if below else None, **facts)
+        whole_backward(plan, *layer, lower=below, **facts)
 
-    tensors = (dy, x, w, y if act else None, dx, dw, db, below_db, before, sum_before)
+    tensors = (dy, x, w, y if act else None, dx, dw, db, lower_db, before, sum_before)
     launch, *sums = run(build, tensors, {BackwardProblem: config})
     assert launch.kernel.__name__ == "backward"
-    assert len(sums) == (0 if splits == 1 else 2 if below else 1)
+    assert len(sums) == (0 if splits == 1 else 2 if lower else 1)
     dz = gradient(dy.double(), y.double(), acts[0]) if act else dy.double()
     stored = dz.to(dtype).double()  # rounded on its way into the products, as torch's is on its way to memory
-    exact = gradient(stored @ w.double(), x.double(), acts[1]) if below else stored @ w.double()
+    exact = gradient(stored @ w.double(), x.double(), acts[1]) if lower else stored @ w.double()
     assert_close(dx, exact.cpu(), (stored @ w.double()).to(dtype))
     assert_close(dw, (stored.t() @ x.double()).cpu())
     assert_close(db, dz.sum(0).cpu(), scale=dz.norm(dim=0).cpu())
-    if below:
-        assert_close(below_db, exact.sum(0).cpu(), scale=exact.norm(dim=0).cpu())
+    if lower:
+        assert_close(lower_db, exact.sum(0).cpu(), scale=exact.norm(dim=0).cpu())
     assert_close(sum_before, before.double().sum(0).cpu(), scale=before.double().norm(dim=0).cpu())
 
 
 def test_one_pass_of_rows_that_do_not_exist(kernels: str) -> None:
     """In a tile that ends behind the last row, 0·∞ of such a weight is no part of the sum."""
     x, w, dy = torch.rand(5, 16, device=kernels), torch.full((8, 16), torch.inf, device=kernels), torch.rand(5, 8)
-    dx, dw, below_db = (nan(*s, dtype=torch.float32, device=kernels) for s in ((5, 16), (8, 16), (16,)))
+    dx, dw, lower_db = (nan(*s, dtype=torch.float32, device=kernels) for s in ((5, 16), (8, 16), (16,)))
 
     def build(plan: Plan, *tensors: Buffer | None) -> None:
-        *layer, below_db = tensors
-        whole_backward(plan, *layer, activation=NONE, tf32=False, below=ops.Below(Activation("elu", 1.0), below_db))
+        *layer, lower_db = tensors
+        lower = ops.LowerLayer(cast(Buffer, layer[1]), Activation("elu", 1.0), lower_db)
+        whole_backward(plan, *layer, activation=NONE, tf32=False, lower=lower)
 
-    (launch,) = run(build, (dy.to(kernels), x, w, None, dx, dw, None, below_db))
+    (launch,) = run(build, (dy.to(kernels), x, w, None, dx, dw, None, lower_db))
     assert launch.kernel.__name__ == "backward"
     assert dx.isposinf().all()
-    assert below_db.isposinf().all()
+    assert lower_db.isposinf().all()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,10 @@
 """`tribp.linear_sigmoid` on any shape, layout and type, by the kernels."""
 
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +14,11 @@ from torch import Tensor
 import tribp
 from bench.linear import OPERATION, LinearCase
 from tribp.launch.arch import ARCHS
+from tribp.ops.activations import NONE
+from tribp.ops.checks import MAX_SIZE
+from tribp.ops.linear.config import OutputGradProblem
 
+from ..bench.processes import python
 from ..covering import DTYPES
 from ..oracle import TOLERANCE, LinearSigmoid, assert_close, matrix
 
@@ -23,6 +32,48 @@ def test_offsets_of_prefetched_tiles_fit_32_bits() -> None:
         case = LinearCase((64, 77, k), torch.bfloat16)
         found = [x.named for d in ("forward", "backward") for x in OPERATION.launches(case, d, ARCHS["sm_80"])]
         assert {constants["PREFETCH"] for constants in found if "PREFETCH" in constants} == {prefetched}
+
+
+def rows_that_the_last_program_summed() -> tuple[float, int]:
+    """Of a dy of ones that has as many rows as there can be; and how many it had. Without the interpreter."""
+    from tribp.launch.buffer import Buffer
+    from tribp.launch.launches import CachedLaunch
+    from tribp.launch.plan import Plan
+    from tribp.ops.linear import plan as ops
+
+    from ..executor.run import executed
+    from ..launch.plans import plan_of
+
+    problem = OutputGradProblem(MAX_SIZE, 1, "float32", ARCHS["sm_80"])
+    most = MAX_SIZE - 4096 - MAX_SIZE % 4096  # of two programs; begun so late, as many again end behind 2³¹
+    config = replace(problem.choose(), rows=most)
+    assert problem.is_legal(config)
+    dy, db = torch.ones(1, 1).expand(MAX_SIZE, 1), torch.zeros(1)
+
+    def build(plan: Plan, dy: Buffer, db: Buffer) -> None:
+        ops.sum_rows(plan, dy, None, NONE, None, db)
+
+    def the_last(first: int, last: int, count: int) -> Any:
+        return np.array([last])
+
+    with executed("sm_80", ctas=1) as report, mock.patch.object(np, "linspace", the_last):
+        plan = plan_of(build, (dy, db), {OutputGradProblem: config})
+        (launch,) = plan.launches
+        memory = plan.memory((dy, db))
+        CachedLaunch(launch)(memory)
+    report.check()
+    partials = memory[-1]
+    assert partials is not None
+    return partials[-1].item(), MAX_SIZE - most
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is executed are CPU tensors")
+def test_the_last_rows_of_all_are_summed() -> None:
+    pytest.importorskip("triton")
+    done = python("-c", f"from {__name__} import *; print(*rows_that_the_last_program_summed())")
+    assert done.returncode == 0, done.stderr
+    summed, rows = map(float, done.stdout.split())
+    assert summed == rows > 0
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -109,16 +109,16 @@ class DgradProblem(NamedTuple):
     tma: bool
     may_fuse: bool  # nobody else needs dz, so it may be formed on the way in
     along: bool = False
-    below: bool = False  # dx becomes the dz of the layer below, whose output is read, too
+    for_lower: bool = False  # dx becomes the dz of the layer below, whose output is read, too
 
     def steps(self) -> Steps:
         return {**STEPS, "fuse_dz": toggled}
 
     def choose(self) -> MatmulConfig:
         chosen = choose_product(self, self.m, self.k, self.n)
-        if self.below and not has_room(chosen, self.arch):
+        if self.for_lower and not has_room(chosen, self.arch):
             chosen = self.adjusted(replace(chosen, block_j=chosen.block_j // 2))
-        if self.below and chosen.block_i * chosen.block_j == 128 * 128:
+        if self.for_lower and chosen.block_i * chosen.block_j == 128 * 128:
             chosen = replace(chosen, num_warps=8)  # compiled: beside the layer below's output four spill 188 bytes
         may_fuse = self.may_fuse and not needs_registers(self, tma=self.tma)
         return fuse_dz(chosen, self) if may_fuse else chosen
@@ -128,7 +128,7 @@ class DgradProblem(NamedTuple):
 
     def is_legal(self, config: MatmulConfig) -> bool:
         plain = config.splits == 1 and not config.persistent
-        if self.below:
+        if self.for_lower:
             spills = config.block_i * config.block_j == 128 * 128 and config.num_warps < 8
             plain = plain and has_room(config, self.arch) and not spills
         return plain and legal_fusion(config, self, self.m, self.k, self.n)

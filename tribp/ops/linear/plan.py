@@ -78,9 +78,10 @@ def forward_layer(
 NO_SUMS = Partials(None, None)
 
 
-class Below(NamedTuple):
-    """The layer below, whose output is this layer's x: its dz is wanted in place of dx."""
+class LowerLayer(NamedTuple):
+    """The layer whose output is this layer's x: its dz is wanted in place of dx."""
 
+    y: Buffer
     activation: Activation
     db: Buffer | None
 
@@ -145,11 +146,11 @@ def backward(
 def backward_layer(
     plan: Plan, dy: Buffer, x: Buffer | None, w: Buffer | None, y: Buffer | None,
     dx: Buffer | None, dw: Buffer | None, db: Buffer | None,
-    *, activation: Activation, tf32: bool, below: Below | None = None, pending: Sequence[Partials] = (),
+    *, activation: Activation, tf32: bool, lower: LowerLayer | None = None, pending: Sequence[Partials] = (),
 ) -> Sequence[Partials]:  # fmt: skip
     """Those of dx, dw and db that are given, of matrices. y is given if there is an activation; x for dw, w for dx.
 
-    With `below`, `dx` gets that layer's dz, and its db is formed, too.
+    With `lower`, `dx` gets that layer's dz, and its db is formed, too.
 
     pending: sums that the launches before have left to be added up. Returns those that are left now.
     """
@@ -163,7 +164,7 @@ def backward_layer(
     if xs is not None and ws is not None and dx is not None and dw is not None:
         problem = BackwardProblem(m, n, xs.tensor.shape[1], dtype, precision, plan.arch, xs.vec)
         if problem.pays and dz.readable and not xs.transposed:
-            own = in_one_pass(plan, problem, dz, xs, ws, dx, dw, below)
+            own = in_one_pass(plan, problem, dz, xs, ws, dx, dw, lower)
             return (*append_sums(plan, *pending), *own)
     if y is None:
         dz.formed()
@@ -174,19 +175,19 @@ def backward_layer(
     if dx is None:
         return (shares, dz.sums, *pending)
     assert ws is not None
-    below_sums = form_dx(plan, dz, ws, dx, precision, x, below)
-    return (*append_sums(plan, shares, dz.sums, *pending), below_sums)
+    lower_sums = form_dx(plan, dz, ws, dx, precision, lower)
+    return (*append_sums(plan, shares, dz.sums, *pending), lower_sums)
 
 
 def in_one_pass(
     plan: Plan, problem: BackwardProblem, dz: OutputGradient, x: Operand, w: Operand, dx: Buffer, dw: Buffer,
-    below: Below | None,
+    lower: LowerLayer | None,
 ) -> Sequence[Partials]:  # fmt: skip
     """dx, dw and db of a layer of few outputs, one launch. Returns the sums that are left."""
     (m, n, k), dtype, s = problem[:3], dx.dtype, plan.config(problem)
     dy, y = dz.dy, dz.y
-    below_act, below_db = below or (None, None)
-    own = [Partials(partials_of(plan, t, s.splits, accumulator(dtype)), t) for t in (dw, dz.db, below_db)]
+    _, lower_act, lower_db = lower or (None, None, None)
+    own = [Partials(partials_of(plan, t, s.splits, accumulator(dtype)), t) for t in (dw, dz.db, lower_db)]
     plan.launch(
         kernels.backward,
         (cdiv(k, s.block_j) * s.splits,),
@@ -198,8 +199,8 @@ def in_one_pass(
             BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, PRECISION=problem.precision,
             VEC=min(t.vec for t in (dy, y) if t is not None), VEC_X=x.vec, VEC_W=w.vec,
             VEC_STORE=vector_length(dx.element_size(), k), W_TRANSPOSED=w.transposed,
-            ACT=None if y is None else dz.activation,
-            BELOW=None if below_act is None else as_stored(below_act, dtype),
+            FUSE_DZ=y is not None, ACT=None if y is None else dz.activation,
+            LOWER_ACT=None if lower_act is None else as_stored(lower_act, dtype),
         ),
         s,
     )  # fmt: skip
@@ -231,9 +232,9 @@ def form_dw(plan: Plan, dz: OutputGradient, x: Operand, dw: Buffer, precision: s
 
 
 def form_dx(
-    plan: Plan, dz: OutputGradient, w: Operand, dx: Buffer, precision: str, x: Buffer | None, below: Below | None
+    plan: Plan, dz: OutputGradient, w: Operand, dx: Buffer, precision: str, lower: LowerLayer | None
 ) -> Partials:
-    """dx, or with `below` that layer's dz, and returns the sums that its db is of."""
+    """dx, or with `lower` that layer's dz. Returns the sums that the lower layer's db is of."""
     (m, n), dtype, k = dz.dy.tensor.shape, dx.dtype, w.tensor.shape[1]
 
     def config(source: Operand, y: Operand | None) -> MatmulConfig:
@@ -242,7 +243,7 @@ def form_dx(
         return plan.config(
             DgradProblem(
                 m, n, k, dtype_name(dtype), precision, plan.arch, vec=min(t.vec for t in read),
-                tma=all(t.tma for t in read), may_fuse=y is not None, along=w.transposed, below=below is not None,
+                tma=all(t.tma for t in read), may_fuse=y is not None, along=w.transposed, for_lower=lower is not None,
             )
         )  # fmt: skip
 
@@ -251,11 +252,10 @@ def form_dx(
     if s is None or not s.fuse_dz:
         source, y = dz.formed(), None
         s = config(source, None)
-    sums, lower = NO_SUMS, None
-    if below is not None:
-        assert x is not None
-        sums = Partials(partials_of(plan, below.db, cdiv(m, s.block_i), accumulator(dtype)), below.db)
-        lower = x, as_stored(below.activation, dtype), sums.partials
+    sums = NO_SUMS
+    if lower is not None:
+        sums = Partials(partials_of(plan, lower.db, cdiv(m, s.block_i), accumulator(dtype)), lower.db)
+        lower = lower._replace(db=sums.partials)
     dgrad(plan, source, y, w, dx, s, dz.activation, precision, lower)
     return sums
 
@@ -283,18 +283,18 @@ def sum_rows(
 
 def dgrad(
     plan: Plan, dz: Operand, y: Operand | None, w: Operand, dx: Buffer, s: MatmulConfig, activation: Activation,
-    precision: str, below: tuple[Buffer, Activation, Buffer | None] | None = None,
+    precision: str, lower: LowerLayer | None = None,
 ) -> None:  # fmt: skip
     """dx = dz·w. With `s.fuse_dz`, `dz` is dy.
 
-    below: the layer below's output and activation; `dx` is then its dz. Also where to leave the sums of each tile's
-    rows, partial results of its db: (rows of tiles, K), or that db itself if there is one row of tiles.
+    With `lower`, `dx` is that layer's dz, and each tile leaves the sums of its rows in its db: (rows of tiles, K), or
+    (K,) of one row of tiles.
     """
     (m, n), k = dz.tensor.shape, w.tensor.shape[1]
     out = operand(plan, dx)
     store_tma = s.tma and out.tma
     precision = precision_in_kernel(precision, s.tma)
-    lower, act, db = below or (None, None, None)
+    lower_y, lower_act, lower_db = lower or (None, None, None)
     plan.launch(
         kernels.dgrad,
         (s.tiles(m, k),),
@@ -303,13 +303,14 @@ def dgrad(
             y.argument(s.tma, s.block_i, s.block_l) if s.fuse_dz and y is not None else None,
             w.argument(s.tma, s.block_l, s.block_j, precision),
             out.argument(store_tma, s.block_i, s.block_j),
-            lower, db, None, m, n, k, dz.ld, w.ld,
+            lower_y, lower_db, None, m, n, k, dz.ld, w.ld,
         ),
         kernels.Product(
             BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
             PRECISION=precision, FUSE_DZ=s.fuse_dz, ACT=activation if s.fuse_dz else None, TMA=s.tma,
-            TMA_STORE=store_tma, W_TRANSPOSED=w.transposed, BELOW=act,
-            VEC_BELOW=None if lower is None else operand(plan, lower).vec,
+            TMA_STORE=store_tma, W_TRANSPOSED=w.transposed,
+            LOWER_ACT=None if lower_act is None else as_stored(lower_act, dx.dtype),
+            VEC_LOWER=None if lower_y is None else operand(plan, lower_y).vec,
             PREFETCH=prefetched(s, dz, w), VEC=min(t.vec for t in (dz, w, y) if t is not None), VEC_STORE=out.vec,
         ),
         s,

@@ -9,7 +9,7 @@ from ...launch.plan import Plan
 from ...launch.reduce import Partials, reduce_partials
 from ..activations import NONE, Activation
 from ..checks import matrices_fit
-from ..linear.plan import Below, backward_layer, check_call, forward_layer
+from ..linear.plan import LowerLayer, backward_layer, check_call, forward_layer
 from .reference import grad_sizes
 
 
@@ -82,16 +82,15 @@ def _backward(
     last = len(every) - 1
     pending: Sequence[Partials] = ()
     for n, (w, y, dw, db) in reversed([*enumerate(every)]):
-        lower = every[:n]
-        source = lower[-1].y if lower else x
-        out = dx
-        if lower:
+        lower, source, out = None, x, dx
+        if n > 0:
+            source = every[n - 1].y
             assert source is not None
+            lower = LowerLayer(source, activations[n - 1], every[n - 1].db)
             out = plan.scratch(source.shape, source.dtype)
         pending = backward_layer(
             plan, dy, source, w, y if n == last and activations[n].name else None, out, dw, db if n == last else None,
-            activation=activations[n] if n == last else NONE, tf32=tf32, pending=pending,
-            below=Below(activations[n - 1], lower[-1].db) if lower else None,
+            activation=activations[n] if n == last else NONE, tf32=tf32, lower=lower, pending=pending,
         )  # fmt: skip
         dy = dy if out is None else out
     reduce_partials(plan, *pending)
