@@ -11,7 +11,7 @@ from typing import Any
 import tribp
 from tribp import dispatch
 from tribp.launch import plan as plans
-from tribp.launch.autotune import Found, conditions, search
+from tribp.launch.autotune import SearchResult, conditions, search
 from tribp.launch.matmul import basis
 from tribp.launch.neighbors import neighbors
 
@@ -144,7 +144,7 @@ class Tuning:
         return f"configs of {self.operation.name}, {self.meter.name}{mark}\n\n{markdown(header, rows)}"
 
 
-def line(case: str, problem: Any, first: Any, found: Found[Any]) -> dict[str, Any]:
+def line(case: str, problem: Any, first: Any, found: SearchResult[Any]) -> dict[str, Any]:
     before, after = asdict(first), asdict(found.config)
     changed = [f"{name} {before[name]} → {after[name]}" for name in before if before[name] != after[name]]
     return {

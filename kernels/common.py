@@ -154,6 +154,12 @@ def tile_of(tile, tile_rows, tile_cols, GROUP: tl.constexpr):
 
 
 @triton.jit
+def transposed(matrix):
+    """The `Matrix` whose rows are the columns of another. Its lines stay where they are in memory."""
+    return Matrix(matrix.data, matrix.cols, matrix.rows, matrix.ld)
+
+
+@triton.jit
 def masked_range(start, limit, BLOCK: tl.constexpr, VEC: tl.constexpr):
     """start … start + BLOCK − 1 as int64, and which are below `limit`. BLOCK divides `start`, VEC divides `limit`.
 
@@ -228,10 +234,10 @@ def product(
     TRANSPOSED: how a and b lie (`load_tile`).
 
     The compiler overlaps loads with multiplication (`num_stages`) if an access is at least four bytes wide. Rows of
-    16-bit numbers with an odd pitch never are; for them PREFETCH keeps the next tiles' loads in flight by hand. What is
-    left of the sum comes first, at the end of a tile that begins before it, so that the addresses of one tile serve
-    all. The others are whole: their loads need no masks, for what is read in place of rows that do not exist ends in
-    rows of the result that do not.
+    16-bit numbers with an odd pitch never are; for them PREFETCH keeps the next tiles' loads in flight by hand. The
+    remainder of the sum comes first, in a tile that ends with the sum: of its columns those before `left` are masked.
+    Its addresses, moved by l − window columns, serve all other tiles. Those are whole and need no masks, for what is
+    read in place of rows that do not exist ends in rows of the result that do not.
 
     No sum is empty, which the loop's end tells the compiler. Compiled: for a loop of no turn Triton 3.6 sets the result
     to zero on a way past it, which ptxas sees between products and the wait for them, and serializes them (C7515).
@@ -241,10 +247,10 @@ def product(
     acc = tl.zeros((BLOCK_I, BLOCK_J), accumulator(a.data.dtype))
     last = a.cols
     if CONFIG.PREFETCH:
-        across = Matrix(b.data, b.cols, b.rows, b.ld)  # bᵀ, which lies the other way
         window = last - BLOCK_L  # where the tile begins that ends with the sum
         a_corner, a_offsets, a_step = tile_addresses(a, row, window, first, A_TRANSPOSED, BLOCK_I, BLOCK_L)
-        b_corner, b_offsets, b_step = tile_addresses(across, col, window, first, not B_TRANSPOSED, BLOCK_J, BLOCK_L)
+        bt = transposed(b)
+        b_corner, b_offsets, b_step = tile_addresses(bt, col, window, first, not B_TRANSPOSED, BLOCK_J, BLOCK_L)
         a_at = a_corner + a_offsets
         b_at = b_corner + tl.trans(b_offsets)  # of offsets: AMD's compiler cannot transpose addresses
         left = last - (last - first) % BLOCK_L

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .activations import Act, activate, gradient, log1p_fraction
-from .common import Matrix, accumulator, load_tile, masked_range, product, round_to, store_tile
+from .common import Matrix, accumulator, load_tile, masked_range, product, round_to, store_tile, transposed
 
 NamedAct = namedtuple("NamedAct", "name a b")
 
@@ -78,8 +78,7 @@ def layer(x, w, b, m, M, LAYER: tl.constexpr, CONFIG: tl.constexpr):
     K: tl.constexpr = SIZES[LAYER]
     N: tl.constexpr = SIZES[LAYER + 1]
     BLOCK_N: tl.constexpr = side(N)
-    across = dense(w, tl.full((), N, tl.int32), K)
-    wt = Matrix(w, across.cols, across.rows, across.ld)
+    wt = transposed(dense(w, tl.full((), N, tl.int32), K))
     z = product(dense(x, M, K), wt, m, 0, 0, False, True, CONFIG.BLOCK_M, BLOCK_N, CONFIG.BLOCK_L, CONFIG)
     if b is not None:
         j, inside = masked_range(0, N, BLOCK_N, 1)
@@ -217,8 +216,7 @@ def weight_tile(program, y, dz, dw, db, M, N: tl.constexpr, K: tl.constexpr, CON
     n = program // COLUMNS * BLOCK_N
     k = program % COLUMNS * CONFIG.BLOCK_K
     if dw is not None:
-        across = dense(dz, M, N)
-        dzt = Matrix(dz, across.cols, across.rows, across.ld)
+        dzt = transposed(dense(dz, M, N))
         acc = product(dzt, dense(y, M, K), n, k, 0, True, False, BLOCK_N, CONFIG.BLOCK_K, BLOCK_ROWS, CONFIG)
         store_tile(dense(dw, tl.full((), N, tl.int32), K), acc, n, k, BLOCK_N, CONFIG.BLOCK_K, 1)
     if db is not None:

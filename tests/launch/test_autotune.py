@@ -414,9 +414,9 @@ def test_no_search_in_a_graphs_capture_but_what_is_stored_holds(
 
 @pytest.mark.parametrize(("value", "on"), [("", False), ("0", False), ("1", True)])
 def test_the_variable_is_0_or_1(value: str, on: bool) -> None:
-    assert autotune.wanted(value) == on
+    assert autotune.is_switched_on(value) == on
     with pytest.raises(ValueError, match="TRIBP_AUTOTUNE must be 0 or 1, got 'yes'"):
-        autotune.wanted("yes")
+        autotune.is_switched_on("yes")
 
 
 # -- how a search goes

@@ -51,7 +51,7 @@ Timer = Callable[[Callable[[], object]], float]
 def perform(build: plans.Build, tensors: Sequence[Tensor | None], **facts: object) -> list[Tensor | None]:
     """`plan.perform`; and before it, if TRIBP_AUTOTUNE=1 asks for that, the search for its configs."""
     if tuner is not None:
-        plans.plan_of(build, tensors, facts)  # what is refused is not searched
+        plans.plan_of(build, tensors, facts)  # raises here what the plan refuses, which is not searched then
         tuner.prepare(build, tensors, facts)
     return plans.perform(build, tensors, **facts)
 
@@ -60,7 +60,7 @@ def perform(build: plans.Build, tensors: Sequence[Tensor | None], **facts: objec
 
 
 @dataclass(frozen=True)
-class Found(Generic[C]):
+class SearchResult(Generic[C]):
     """The config to take, its time, and that of the heuristic's choice, in µs."""
 
     config: C
@@ -70,10 +70,10 @@ class Found(Generic[C]):
 
 def search(
     first: C,
-    around: Callable[[C], Iterable[C]],
+    neighbors_of: Callable[[C], Iterable[C]],
     measure: Callable[[C, int], float | None],
     over: Callable[[], bool] = lambda: False,
-) -> Found[C] | None:
+) -> SearchResult[C] | None:
     """The fastest config that single steps from `first` lead to, or `first` if none is faster by GAIN.
 
     measure: the time of a config, None if it is wrong or fails; the number says which repetition it is. over: whether
@@ -85,22 +85,22 @@ def search(
     times: dict[C, float | None] = {first: start}
     best, fastest = first, start
     while True:
-        here = fastest
-        for other in around(best):
+        fastest_before = fastest
+        for other in neighbors_of(best):
             if other not in times and not over():
                 times[other] = measure(other, 0)
         for other, measured in times.items():
             if measured is not None and measured < fastest:
                 best, fastest = other, measured
-        if not fastest < (1 - GAIN) * here or over():
+        if not fastest < (1 - GAIN) * fastest_before or over():
             break
     if best == first:
-        return Found(first, start, start)
+        return SearchResult(first, start, start)
     pairs = [(measure(first, n), measure(best, n)) for n in range(1, AGAIN + 1)]
     before, after = (statistics.median([t or 0.0 for t in side]) for side in zip(*pairs, strict=True))
     if all(None not in pair for pair in pairs) and after < (1 - GAIN) * before:
-        return Found(best, after, before)
-    return Found(first, before, before)
+        return SearchResult(best, after, before)
+    return SearchResult(first, before, before)
 
 
 class Trial:
@@ -126,20 +126,20 @@ class Trial:
         """Those of the call for which no config was found yet."""
         return [problem for problem in self.plan(plans.tuned).configs if problem not in plans.tuned]
 
-    def search(self, problem: Any, over: Callable[[], bool]) -> Found[Any]:
+    def search(self, problem: Any, over: Callable[[], bool]) -> SearchResult[Any]:
         """Raises RuntimeError if the heuristic's own config fails."""
         if not self._expected:
             self._results = self.plan(plans.tuned).run(self._tensors)
             self._expected = [output.clone() for output in self._outputs]
-        found = search(
+        result = search(
             problem.choose(),
             lambda config: neighbors(problem, config),
             lambda config, _: self._time({**plans.tuned, problem: config}),
             over,
         )
-        if found is None:
+        if result is None:
             raise RuntimeError(f"the heuristic's own config fails: {problem}")
-        return found
+        return result
 
     def _time(self, configs: Mapping[Any, Any]) -> float | None:
         """In µs; None if the results differ, or the compiler or the driver gives up: a tile may be too large."""
@@ -156,25 +156,25 @@ class Trial:
             return None
 
 
-def agrees(found: Tensor, expected: Tensor) -> bool:
+def agrees(result: Tensor, expected: Tensor) -> bool:
     """Whether results differ by rounding alone. Infinities and NaN must be where they were."""
     finite = expected.isfinite()
-    if not torch.equal(finite, found.isfinite()):
+    if not torch.equal(finite, result.isfinite()):
         return False
     wide = torch.float64 if expected.dtype == torch.float64 else torch.float32
-    a, b = (torch.where(finite, t, 0).to(wide) for t in (found, expected))
+    a, b = (torch.where(finite, t, 0).to(wide) for t in (result, expected))
     difference, limit = a - b, TOLERANCE[expected.dtype]
     norm = difference.norm() <= limit * b.norm()
     return bool(norm) and bool(difference.abs().max() <= 2 * limit * b.abs().max())
 
 
-def marked(found: Found[Any], problem: Any) -> Any:
-    """The config with the reason that it was found for."""
-    if found.config == problem.choose():
-        said = f"{found.time:.1f} µs, and nothing beside it is faster"
+def with_reason(result: SearchResult[Any], problem: Any) -> Any:
+    """The config, with the times that speak for it."""
+    if result.config == problem.choose():
+        said = f"{result.time:.1f} µs, and nothing beside it is faster"
     else:
-        said = f"{found.time:.1f} µs, the heuristic's choice {found.first_time:.1f} µs"
-    return replace(found.config, reason=f"measured on {problem.arch.name}: {said}")
+        said = f"{result.time:.1f} µs, the heuristic's choice {result.first_time:.1f} µs"
+    return replace(result.config, reason=f"measured on {problem.arch.name}: {said}")
 
 
 def device_time(action: Callable[[], object]) -> float:
@@ -237,7 +237,7 @@ class Tuner:
             names = ", ".join(type(problem).__name__ for problem in problems)
             log.warning("tribp: TRIBP_AUTOTUNE is on: trying configs for %s, for up to %g s", names, LIMIT)
         while problems and self._clock() < end:
-            config = marked(trial.search(problems[0], lambda: self._clock() >= end), problems[0])
+            config = with_reason(trial.search(problems[0], lambda: self._clock() >= end), problems[0])
             self._use({problems[0]: config})
             store(problems[0], config, self._gpu())
             problems = trial.problems()  # another config may raise other problems
@@ -313,11 +313,11 @@ def decode(fields: object, problem: Any) -> Any:
     return config
 
 
-def wanted(value: str) -> bool:
+def is_switched_on(value: str) -> bool:
     """What the environment variable says. Raises ValueError for anything but 0 and 1."""
     if value not in ("", "0", "1"):
         raise ValueError(f"TRIBP_AUTOTUNE must be 0 or 1, got {value!r}")
     return value == "1"
 
 
-tuner = Tuner() if wanted(os.environ.get("TRIBP_AUTOTUNE", "")) else None
+tuner = Tuner() if is_switched_on(os.environ.get("TRIBP_AUTOTUNE", "")) else None

@@ -52,7 +52,7 @@ class MatmulConfig:
     prefetch: bool = False
     persistent: bool = False  # a program a processor, which share all tiles between them; else a program a tile
     splits: int = 1  # programs that share the summed index of one tile
-    fuse_dz: bool = False  # form dz = dy·y·(1 − y) while loading
+    fuse_dz: bool = False  # form dz = dy·act′ while loading
     max_registers: int | None = None  # a thread; None: as many as ptxas thinks best for occupancy
 
     def tiles(self, i: int, j: int) -> int:

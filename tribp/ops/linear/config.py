@@ -1,4 +1,4 @@
-"""Configs of the linear layer's kernels: forward, dgrad, wgrad, and the pass over the output's gradient.
+"""Configs of the linear layer's kernels, a problem for each.
 
 Each problem chooses by the heuristics of `tribp.launch.matmul`; `tribp.launch.neighbors` says what its parts are for.
 """

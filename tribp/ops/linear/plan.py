@@ -1,4 +1,12 @@
-"""Linear + activation on the Triton kernels: which launches make up each direction. Matrices only; imports triton."""
+"""Linear + activation on the Triton kernels: which launches make up each direction. Matrices only; imports triton.
+
+A config's block_i × block_j is the tile of a result, and block_l a step of its sum. The kernels name sides of tiles
+after x (M, K) and w (N, K):
+
+    forward           block_i BLOCK_M    block_j BLOCK_N    block_l BLOCK_K
+    dgrad, backward   block_i BLOCK_M    block_j BLOCK_K    block_l BLOCK_N
+    wgrad             block_i BLOCK_N    block_j BLOCK_K    block_l BLOCK_M
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -187,8 +187,8 @@ def _recomputed(ctx: Any) -> list[Tensor]:
 def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     saved, first, count = ctx.saved_tensors, ctx.first, len(ctx.layers)
     sources, output, weights = saved[:count], saved[count], saved[count + 1 :]
-    dx, *others = needs
-    needs = [dx, *others[first : first + count], *others[2 * first + count :]]
+    of_weights, of_biases = needs[1 : 1 + first + count], needs[1 + first + count :]
+    needs = [needs[0], *of_weights[first:], *of_biases[first:]]
     by_operator = ctx.operator or needs_operator()
     # As in linear's backward.
     with without_autocast(grad.device.type):
@@ -204,8 +204,8 @@ def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | N
             grads = in_places(needs, backward_operator(grad, *read, *ctx.both[0], *ctx.both[1], needs))
         else:
             grads = backward(grad, *read, ctx.both, needs, "triton")
-    below: list[Tensor | None] = [None] * first
-    return [grads[0], *below, *grads[1 : 1 + count], *below, *grads[1 + count :]]
+    lower: list[Tensor | None] = [None] * first  # no gradient of these layers is wanted
+    return [grads[0], *lower, *grads[1 : 1 + count], *lower, *grads[1 + count :]]
 
 
 def forward(input: Tensor, layers: Sequence[Layer], backend: str, keep: bool = True) -> list[Tensor]:
