@@ -64,7 +64,7 @@ COMMANDS = {  # what each is in a line, and what it does
         "compile every kernel for every target and check the machine code; no GPU needed",
         "Prints registers, spills, shared memory and instruction counts of every kernel, and what breaks an "
         "expectation: spills, missing matrix instructions, loads that are not pipelined, narrow stores, and on sm_90 "
-        "products whose operands are overwritten while they run, or that wait for one another. Exits with 1 if "
+        "products whose registers are overwritten while they run, or that wait for one another. Exits with 1 if "
         "anything does.",
     ),
     "counts": (

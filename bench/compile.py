@@ -121,7 +121,7 @@ def _read(launch: Launch, arch: Arch, kernel: Any, said: str, code: list[Instruc
         registers = _number(text, r"\.vgpr_count") + _number(text, r"\.agpr_count")
         # Bytes of scratch memory. Scalar registers that are spilled go to lanes of vector registers: no memory.
         spilled = _number(text, r"\.private_segment_fixed_size")
-    faults = wgmma.faults(code, kernel.asm.get("ptx", ""), kernel.asm["ttgir"], said, as_loaded=as_loaded)
+    faults = wgmma.faults(code, kernel.asm.get("ptx", ""), said, as_loaded=as_loaded)
     return Compiled(
         arch.shared_memory, registers, spilled, int(kernel.metadata.shared), len(code), sass.count(code),
         tuple(sass.matrix_loops(code)), faults,

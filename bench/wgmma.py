@@ -1,19 +1,18 @@
-"""Whether Hopper's asynchronous products (wgmma) are right and asynchronous: read from SASS, PTX and TTGIR.
+"""Whether Hopper's asynchronous products (wgmma) are right and asynchronous: read from SASS and PTX.
 
 HGMMA, as disassembled, returns at once. `gsb0` on it closes a group, and `WARPGROUP.DEPBAR.LE gsb0, n` waits until at
-most the n youngest groups are still running. Until its group has been waited for, an HGMMA reads its operands: in
-registers, of which ptxas keeps no account, or in shared memory, where Triton's pipeliner has to leave enough places.
+most the n youngest groups are still running. Until its group has been waited for, an HGMMA reads its operands, also in
+registers, of which ptxas keeps no account.
 
 Only sm_90 is asked. mma.sync (HMMA), all that sm_80 has, has read its operands when it returns. sm_100's tcgen05.mma
 takes none from registers and reports to mbarriers: there is no group to wait for and nothing that ptxas serializes.
 
-What is not seen here: missing fences, copies read before they have arrived, mbarriers misused (all of these where PTX
-is executed, `tests/executor`), registers of a product's result.
+What is not seen here: shared memory overwritten while a product reads it, missing fences, copies read before they have
+arrived, mbarriers misused (all of these where PTX is executed, `tests/executor`), registers of a product's result.
 """
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from .sass import Flow, Instruction
 
@@ -23,13 +22,12 @@ WARNING = re.compile(r"\((C75\d\d)\) (.*?)(?= in the function| in function| in a
 # What is expected of a kernel with such products, and why; `faults` says by these names what is wrong.
 EXPECTED = {
     "wgmma registers": "a product in flight still reads its operand: what it computes is undefined",
-    "wgmma memory": "a product in flight still reads its operand: what it computes is undefined",
     "wgmma loop": "products that wait for one another leave the tensor cores idle",
     "ptxas": "ptxas had to serialize the products, or to put a wait of its own between them",
 }
 
 
-def faults(code: Sequence[Instruction], ptx: str, ttgir: str, log: str, *, as_loaded: bool) -> dict[str, str]:
+def faults(code: Sequence[Instruction], ptx: str, log: str, *, as_loaded: bool) -> dict[str, str]:
     """What is wrong with a kernel's products, by the names in EXPECTED. log: what ptxas said.
 
     as_loaded: both operands of its loop are multiplied as they were loaded, so that groups can run beside each other.
@@ -43,8 +41,6 @@ def faults(code: Sequence[Instruction], ptx: str, ttgir: str, log: str, *, as_lo
             f"{len({h for h, _ in pairs})} products have registers written while they may run, "
             f"first {product.opcode} {product.operands} by {other.opcode} {other.operands}"
         )
-    if tiles := overwritten(ttgir):
-        sentences["wgmma memory"] = "; ".join(tiles)
     if (as_loaded or keeps_running(ptx)) and (loops := waiting_loops(code)):
         sentences["wgmma loop"] = f"no two groups run at once in a loop of {max(loops)} products"
     if warnings := dict(WARNING.findall(log)):
@@ -152,98 +148,3 @@ def keeps_running(ptx: str) -> bool:
     all groups is Triton's own, and costs time alone.
     """
     return re.search(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", ptx) is not None
-
-
-# -- TTGIR: places in shared memory -----------------------------------------------------------------------------------
-
-LINE = re.compile(r'\s*(?:%(\w+)(?::\d+)? = )?"?([a-z]\w*\.[\w.]+)"?(.*)')
-VALUE = re.compile(r"%(\w+)")
-SHAPE = re.compile(r"memdesc<((?:\d+x)+)")
-TURNS = 16  # more than any ring has places
-
-
-@dataclass(frozen=True, eq=False)
-class Operation:
-    """A line of TTGIR."""
-
-    name: str
-    values: "tuple[Operation | None, ...]"  # what made its operands; None for arguments of the kernel and of loops
-    text: str  # what stands behind the name
-    loops: tuple[int, ...]  # those around it, the outermost first, by the numbers of the lines they begin in
-
-
-def parse_ttgir(text: str) -> list[Operation]:
-    code: list[Operation] = []
-    made: dict[str, Operation | None] = {}  # regions side by side repeat names: the last one is meant
-    regions: list[int] = []  # around this line: where a loop begins, −1 for any other
-    for number, line in enumerate(text.splitlines()):
-        if line.lstrip().startswith("}"):
-            regions.pop()
-        if match := LINE.match(line):
-            result, name, rest = match.groups()
-            loops = tuple(region for region in regions if region >= 0)
-            operation = Operation(name, tuple(made.get(value) for value in VALUE.findall(rest)), rest, loops)
-            code.append(operation)
-            if result:
-                made[result] = operation
-        if line.endswith("{"):
-            regions.append(number if " scf.for " in line else -1)
-    return code
-
-
-def overwritten(ttgir: str) -> list[str]:
-    """Shared memory that a loop fills again while a product which reads it may run, in words.
-
-    Triton gives each operand of a pipelined loop a ring of places. A turn reads one, and fills the one which lies as
-    many further on as were filled before the loop. The loop is played, with the groups that its waits leave running.
-    """
-    code = parse_ttgir(ttgir)
-    sentences = []
-    for loop in dict.fromkeys(o.loops for o in code if o.name == "ttng.warp_group_dot" and o.loops):
-        body = [o for o in code if o.loops[: len(loop)] == loop]
-        before = [o for o in code[: code.index(body[0])] if o.loops == loop[: len(o.loops)]]
-        for memory in dict.fromkeys(m for o in body for m in _read(o)):
-            ahead = sum(memory in _filled(o) for o in before)
-            views = [o for o in body if o.name == "ttg.memdesc_index" and _memory(o) is memory]
-            shape = [int(size) for size in SHAPE.findall(memory.text)[-1].split("x")[:-1]]
-            places = shape.pop(0) if views else 1
-            if _collides(body, memory, places, ahead):
-                tile = "×".join(map(str, shape))
-                sentences.append(f"a tile of {tile} has {places} places, {ahead} filled ahead of the one in use")
-    return sentences
-
-
-def _memory(value: Operation | None) -> Operation | None:
-    """The allocation that a view of shared memory is part of."""
-    while value is not None and value.name.startswith("ttg.memdesc_"):
-        value = value.values[0]
-    return value if value is not None and value.name == "ttg.local_alloc" else None
-
-
-def _read(operation: Operation) -> list[Operation]:
-    """The allocations that a product reads; none for operands in registers."""
-    operands = operation.values if operation.name == "ttng.warp_group_dot" else ()
-    return [memory for value in operands if (memory := _memory(value)) is not None]
-
-
-def _filled(operation: Operation) -> list[Operation | None]:
-    """The allocations that an operation writes."""
-    if operation.name == "ttg.local_alloc":
-        return [operation] if operation.values else []
-    copies = ("ttg.async_copy_global_to_local", "ttg.local_store", "ttng.async_tma_")
-    return [_memory(value) for value in operation.values] if operation.name.startswith(copies) else []
-
-
-def _collides(body: Sequence[Operation], memory: Operation, places: int, ahead: int) -> bool:
-    running: list[set[int]] = []  # the places that each group reads, the oldest first
-    for turn in range(TURNS):
-        for operation in body:
-            if operation.name == "ttng.warp_group_dot":
-                running.append({turn % places} if memory in _read(operation) else set())
-                if "isAsync = true" not in operation.text:
-                    running = []
-            elif wait := re.search(r"pendings = (\d+)", operation.text):
-                running = running[-int(wait[1]) :] if int(wait[1]) else []
-            elif memory in _filled(operation) and any((turn + ahead) % places in group for group in running):
-                return True
-    return False

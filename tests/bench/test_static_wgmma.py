@@ -21,26 +21,21 @@ from .processes import called, sass
 
 @triton.jit
 def product(  # type: ignore[no-untyped-def]
-    a, b, c, sums, K, RESHAPED: tl.constexpr, SUMMED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    a, b, c, K, RESHAPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):
-    """c (BM, BN) = a·b. Tiles of a come by a descriptor and are RESHAPED, or by pointers and are SUMMED besides."""
+    """c (BM, BN) = a·b. Tiles of a come by a descriptor and are RESHAPED, or by pointers if that is None."""
     rows, cols = tl.arange(0, BM), tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
     for k in range(0, K, BK):
         if RESHAPED is None:
             step = k + tl.arange(0, BK)
             x = tl.load(a + step[:, None] * BM + rows[None, :])
-            if SUMMED:
-                total += tl.sum(x.to(tl.float32), 0)
             acc = tl.dot(tl.trans(x), tl.load(b + step[:, None] * BN + cols[None, :]), acc)
         elif RESHAPED:
             acc = tl.dot(a.load([0, 0, k]).reshape(BM, BK), b.load([k, 0]), acc)
         else:
             acc = tl.dot(a.load([0, k]), b.load([k, 0]), acc)
     tl.store(c + rows[:, None] * BN + cols[None, :], acc)
-    if SUMMED:
-        tl.store(sums + rows, total)
 
 
 def plant() -> dict[str, Any]:
@@ -50,7 +45,7 @@ def plant() -> dict[str, Any]:
 
     k, step = 4096, 64
 
-    def launch(rows: int, cols: int, reshaped: bool | None, summed: bool = False, **changed: Any) -> Launch:
+    def launch(rows: int, cols: int, reshaped: bool | None, **changed: Any) -> Launch:
         a = torch.empty(k, rows, device="meta", dtype=torch.bfloat16)
         b = a.new_empty(k, cols)
         left: object = a
@@ -60,9 +55,14 @@ def plant() -> dict[str, Any]:
             left = TensorDescriptor(a, [rows, k], [k, 1], [rows, step])
         if reshaped:
             left = TensorDescriptor(a, [rows // 8, 8, k], [8 * k, k, 1], [rows // 8, 8, step])
-        c, sums = a.new_empty(rows, cols), a.new_empty(rows, dtype=torch.float32)
-        constants = dict(RESHAPED=reshaped, SUMMED=summed, BM=rows, BN=cols, BK=step)
-        return Launch(product, (1,), (left, right, c, sums, k), constants, **dict(num_warps=8, num_stages=3) | changed)
+        constants = dict(RESHAPED=reshaped, BM=rows, BN=cols, BK=step)
+        return Launch(
+            product,
+            (1,),
+            (left, right, a.new_empty(rows, cols), k),
+            constants,
+            **dict(num_warps=8, num_stages=3) | changed,
+        )
 
     launches = {
         "descriptors": launch(128, 128, False),
@@ -70,7 +70,6 @@ def plant() -> dict[str, Any]:
         "reshaped": launch(128, 128, True),
         "reshaped, narrow": launch(64, 64, True, num_warps=4, num_stages=4),
         "pointers": launch(64, 64, None, num_warps=4),
-        "summed": launch(64, 64, None, True, num_warps=4),
     }
     arch = ARCHS["sm_90"]
     twice = [read_launches(list(launches.values()), arch) for _ in range(2)]  # the second time out of Triton's cache
@@ -99,7 +98,6 @@ SERIALIZED = {"wgmma loop", "ptxas"}
         ("reshaped", [{"wgmma registers"} if VERSION < (3, 9) else set()]),
         ("reshaped, narrow", [SERIALIZED]),
         ("pointers", [set()]),
-        ("summed", [{"wgmma memory"}, {"wgmma memory", *SERIALIZED}]),
     ],
 )
 def test_compiled_products(planted: dict[str, dict[str, list[str]]], name: str, possible: list[set[str]]) -> None:
@@ -212,88 +210,9 @@ def test_a_program_that_keeps_a_group_running_has_to_show_one_and_every_one_that
     assert not wgmma.keeps_running("wgmma.wait_group.sync.aligned 0;\n cp.async.wait_group 1;")
     code, product = sass(FIRST, LAST, ALL, AGAIN, "EXIT"), "wgmma.mma_async.sync.aligned {%r1}, %rd1, %rd2;\n"
     all_wait, one_runs = (f"{product}wgmma.wait_group.sync.aligned {n};" for n in (0, 1))
-    assert wgmma.faults(code, all_wait, "", "", as_loaded=False) == {}
+    assert wgmma.faults(code, all_wait, "", as_loaded=False) == {}
     for ptx, as_loaded in ((all_wait, True), (one_runs, False)):
-        assert list(wgmma.faults(code, ptx, "", "", as_loaded=as_loaded)) == ["wgmma loop"]
-
-
-# -- TTGIR ------------------------------------------------------------------------------------------------------------
-
-RING = """
-module attributes {"ttg.num-warps" = 4 : i32} {
-  tt.func public @wgrad(%x: !tt.ptr<bf16> loc("x"(#loc))) attributes {noinline = false} {
-    %z = ttg.local_alloc : () -> !ttg.memdesc<PLACESx32x64xbf16, #shared, #smem, mutable> loc(#loc1)
-    %x_1 = ttg.local_alloc : () -> !ttg.memdesc<3x32x32xbf16, #shared1, #smem, mutable> loc(#loc1)
-    %0 = ttg.memdesc_index %z[%c0] : !ttg.memdesc<PLACESx32x64xbf16> -> !ttg.memdesc<32x64xbf16> loc(#loc1)
-    %1 = ttg.async_copy_global_to_local %p, %0 mask %m : tensor<32x64x!tt.ptr<bf16>> -> <32x64xbf16> loc(#loc1)
-    %2 = ttg.memdesc_index %z[%c1] : !ttg.memdesc<PLACESx32x64xbf16> -> !ttg.memdesc<32x64xbf16> loc(#loc1)
-    %3 = ttg.async_copy_global_to_local %p, %2 mask %m : tensor<32x64x!tt.ptr<bf16>> -> <32x64xbf16> loc(#loc1)
-    %4 = ttg.memdesc_index %x_1[%c0] : !ttg.memdesc<3x32x32xbf16> -> !ttg.memdesc<32x32xbf16> loc(#loc1)
-    %5 = ttng.async_tma_copy_global_to_local %d[%i, %j] %4, %bar, %true : !tt.tensordesc<32x32> loc(#loc1)
-    %6 = ttg.memdesc_index %x_1[%c1] : !ttg.memdesc<3x32x32xbf16> -> !ttg.memdesc<32x32xbf16> loc(#loc1)
-    %7 = ttng.async_tma_copy_global_to_local %d[%i, %j] %6, %bar, %true : !tt.tensordesc<32x32> loc(#loc1)
-    %8:2 = scf.for %n = %c0 to %c9 step %c1 iter_args(%acc = %cst, %at = %c0) -> (tensor<64x32xf32>, i32)  : i32 {
-      %9 = ttg.memdesc_index %z[%at] : !ttg.memdesc<PLACESx32x64xbf16> -> !ttg.memdesc<32x64xbf16> loc(#loc2)
-      %10 = ttg.memdesc_trans %9 {order = array<i32: 1, 0>} : !ttg.memdesc<32x64xbf16> -> !ttg.memdesc<64x32xbf16>
-      %11 = ttg.memdesc_index %x_1[%at] : !ttg.memdesc<3x32x32xbf16> -> !ttg.memdesc<32x32xbf16> loc(#loc2)
-      COPY_EARLY
-      %12 = ttng.warp_group_dot %10, %11, %acc {isAsync = true} : !ttg.memdesc<64x32xbf16> * !ttg.memdesc<32x32xbf16>
-      %13:3 = ttng.warp_group_dot_wait %12, %10, %11 {pendings = PENDING : i32} : tensor<64x32xf32>
-      COPY_LATE
-      %14 = scf.if %c -> (tensor<64xf32>) {
-        %18 = "tt.reduce"(%t) <{axis = 0 : i32}> ({
-        ^bb0(%a: f32 loc(callsite(#loc1 at #loc2)), %b: f32 loc(callsite(#loc1 at #loc2))):
-          tt.reduce.return %a : f32 loc(#loc9)
-        }) : (tensor<32x64xf32>) -> tensor<64xf32> loc(#loc9)
-        scf.yield %18 : tensor<64xf32> loc(#loc3)
-      } else {
-        scf.yield %t : tensor<64xf32> loc(#loc3)
-      } loc(#loc3)
-      scf.yield %13#0, %at : tensor<64x32xf32>, i32 loc(#loc3)
-    } loc(#loc2)
-    tt.return loc(#loc4)
-  } loc(#loc)
-} loc(#loc)
-"""
-COPY = """%15 = ttg.memdesc_index %z[%at] : !ttg.memdesc<PLACESx32x64xbf16> -> !ttg.memdesc<32x64xbf16> loc(#loc2)
-      %16 = ttg.async_copy_global_to_local %p, %15 mask %m : tensor<32x64x!tt.ptr<bf16>> -> <32x64xbf16> loc(#loc1)
-      %17 = ttng.async_tma_copy_global_to_local %d[%i, %j] %11, %bar, %true : !tt.tensordesc<32x32> loc(#loc1)"""
-
-
-def ring(places: int, pending: int, *, late: bool = True) -> list[str]:
-    text = RING.replace("COPY_LATE", COPY if late else "").replace("COPY_EARLY", "" if late else COPY)
-    return wgmma.overwritten(text.replace("PLACES", str(places)).replace("PENDING", str(pending)))
-
-
-def test_a_ring_needs_a_place_for_what_is_read_and_for_what_is_filled_ahead() -> None:
-    """Two places are filled ahead; a copy behind the wait meets this turn's product, one before it the last turn's."""
-    assert ring(3, 1) == []
-    assert ring(2, 1) == ["a tile of 32×64 has 2 places, 2 filled ahead of the one in use"]
-    assert ring(2, 0) == []  # nothing is running
-    assert len(ring(3, 2)) == 2  # the turn before is still running: x's ring is too short as well
-    assert len(ring(3, 1, late=False)) == 2
-    assert ring(3, 0, late=False) == []
-
-
-def test_memory_that_a_turn_makes_for_itself_is_filled_when_the_last_product_is_done() -> None:
-    one = RING.replace("%9 = ttg.memdesc_index %z[%at]", "%9 = ttg.local_alloc %computed").replace("COPY_LATE", "")
-    one = one.replace("COPY_EARLY", "").replace("PLACES", "3")
-    assert wgmma.overwritten(one.replace("PENDING", "0")) == []
-    assert len(wgmma.overwritten(one.replace("PENDING", "1"))) == 1
-
-
-def test_a_product_that_is_waited_for_at_once_leaves_nothing_running() -> None:
-    text = RING.replace("COPY_LATE", COPY).replace("COPY_EARLY", "").replace("PLACES", "2").replace("PENDING", "1")
-    assert wgmma.overwritten(text)
-    assert wgmma.overwritten(text.replace("{isAsync = true}", "")) == []
-
-
-def test_names_that_regions_repeat_mean_the_last_one() -> None:
-    loop = RING[RING.index("    %8:2") : RING.index("    tt.return")]
-    other = loop.replace("%8:2", "%19:2").replace("%z[", "%10[").replace("COPY_EARLY", "%10 = arith.addi %n, %n")
-    text = RING.replace("    tt.return", "    %10 = ttg.local_alloc : () -> !ttg.memdesc<3x32x64xbf16>\n" + other)
-    text = text.replace("COPY_EARLY", "").replace("COPY_LATE", COPY).replace("PLACES", "3").replace("PENDING", "1")
-    assert wgmma.overwritten(text) == []
+        assert list(wgmma.faults(code, ptx, "", as_loaded=as_loaded)) == ["wgmma loop"]
 
 
 # -- what is expected, and of which target ----------------------------------------------------------------------------
@@ -307,12 +226,12 @@ ptxas info    : Used 90 registers, used 1 barriers
 
 def test_each_warning_of_ptxas_is_told_once() -> None:
     code, ptx = sass("EXIT"), "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r1}, %rd1, %rd2;"
-    assert wgmma.faults(code, ptx, "", LOG, as_loaded=False) == {
+    assert wgmma.faults(code, ptx, LOG, as_loaded=False) == {
         "ptxas": "C7519 warpgroup.arrive is injected; "
         "C7515 Potential Performance Loss: wgmma.mma_async instructions are serialized"
     }
-    assert wgmma.faults(code, ptx, "", LOG.splitlines()[-1], as_loaded=False) == {}
-    assert wgmma.faults(code, "", "", LOG, as_loaded=True) == {}  # no such product
+    assert wgmma.faults(code, ptx, LOG.splitlines()[-1], as_loaded=False) == {}
+    assert wgmma.faults(code, "", LOG, as_loaded=True) == {}  # no such product
 
 
 def test_every_fault_breaks_an_expectation_on_sm_90_and_nothing_is_expected_elsewhere() -> None:
