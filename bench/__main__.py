@@ -1,18 +1,14 @@
 """The command line: `python -m bench`."""
 
 import argparse
+import dataclasses
 import importlib
-import math
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from tribp import dispatch
-from tribp.launch.arch import ARCHS
 
 from . import operation
 from .options import Options
@@ -78,7 +74,6 @@ COMMANDS = {  # what each is in a line, and what it does
 
 
 def parse(arguments: list[str] | None = None) -> Options:
-    """Defaults are those of the class, where none is given here."""
     main = argparse.ArgumentParser(
         prog="python -m bench", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,57 +82,12 @@ def parse(arguments: list[str] | None = None) -> Options:
         name: commands.add_parser(name, help=line, description=text, argument_default=argparse.SUPPRESS)
         for name, (line, text) in COMMANDS.items()
     }
-
-    def option(names: str, word: str, help: str, **how: Any) -> None:
-        for name in names.split():
-            parsers[name].add_argument(word, help=help, **how)
-
-    count, minutes = _positive(int), _positive(float)
-    there = f"of: {', '.join(operation.operations())} (default: all)"
-    option("run tune static counts", "operation", there, nargs="*", metavar="OP")
-    option("report", "folder", "default: every folder in bench/results", nargs="*", type=Path, metavar="DIR")
-    option("run tune host static counts", "--case", "only cases whose name contains this; repeatable", action="append")
-    only = "only this type, such as bfloat16 or 'float32 tf32'; repeatable"
-    option("run tune static", "--dtype", only, action="append")
-    option("run tune all host", "--smoke", "walk through on a CPU with tiny shapes", action="store_true")
-    option("run tune all", "--out", "folder for the results (smoke: a temporary one)", type=Path, metavar="DIR")
-    option("host static counts", "--json", "write what was found", type=Path, metavar="FILE")
-    option("run", "--first", "only the first N of these, the most valuable", type=count, metavar="N")
-    option("run", "--missing", "only what the results lack of the present code", action="store_true")
-    without = "leave torch.compile out: it takes most of the time"
-    option("run", "--no-compile", without, action="store_false", dest="compile")
-    budget = "stop after so long, in equal shares of the operations (default: when all is done)"
-    option("tune", "--budget", budget, type=minutes, metavar="MINUTES")
-    option(
-        "all",
-        "--budget",
-        "it ends within (default: %(default)g)",
-        type=minutes,
-        default=60.0,
-        metavar="MINUTES",
-    )
-    option("all", "--only", "only steps whose name contains this; repeatable", action="append", metavar="STEP")
-    option("static", "--target", "only this GPU; repeatable", action="append", choices=list(ARCHS))
-    option("static", "--all", "every type at every shape; several minutes", action="store_true")
-    model = "predict the time of what `run` measures (default target: sm_90)"
-    option("static", "--model", model, action="store_true")
-    option("static", "--jobs", f"processes (default: {Options.jobs})", type=count)
-    target = "the GPU (default: sm_90)"
-    option("counts", "--target", target, nargs=1, default=["sm_90"], choices=["sm_80", "sm_90"])
-    option("counts", "--direction", "only this one; repeatable", action="append")
-    option("counts", "--programs", f"executed of each launch (default: {Options.programs})", type=count)
-    option("counts", "--worst", "list so many memory instructions that waste most", type=int)
+    for field in dataclasses.fields(Options):
+        how = dict(field.metadata)
+        word = how.pop("word", "") or f"--{field.name}"
+        for name in how.pop("commands", ()):
+            parsers[name].add_argument(word, **how)
     return main.parse_args(arguments, Options())
-
-
-def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
-        return value
-
-    return number
 
 
 def main(arguments: list[str] | None = None) -> int:

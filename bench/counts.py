@@ -62,7 +62,9 @@ def _executed(operation: Operation, case: Any, direction: str, options: Options)
 
     from .compile import source_of, target_of
 
-    (target,) = options.target
+    target = (options.target or ["sm_90"])[-1]
+    if target not in ("sm_80", "sm_90"):
+        raise ValueError(f"counts executes code of sm_80 and sm_90, not of {target}")
     if operation.call:
         with executed(target, ctas=options.programs) as report:
             operation.call(case)

@@ -1,37 +1,81 @@
-"""What the command line says, for all commands."""
+"""What the command line says, for all commands: a field of `Options` is an argument of the commands that it names."""
 
 import argparse
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .operation import Operation, find
+from tribp.launch.arch import ARCHS
+
+from .operation import Operation, find, operations
 
 
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
+        return value
+
+    return number
+
+
+def option(commands: str, help: str, default: Any = (), word: str = "", **how: Any) -> Any:
+    """A field with this default that these commands have. word: as `add_argument` has it, if not the field's name."""
+    return field(default=default, metadata={"commands": commands.split(), "word": word, "help": help, **how})
+
+
+REPEATED: dict[str, Any] = dict(action="append")  # no such argument means all
+GIVEN: dict[str, Any] = dict(default=False, action="store_true")
+PATH: dict[str, Any] = dict(default=None, type=Path)
+COUNT, MINUTES = positive(int), positive(float)
+
+
+@dataclass(kw_only=True)
 class Options(argparse.Namespace):
-    """The arguments by their names, and their defaults. Of what is a sequence, none means all."""
-
-    command = ""
-    operation: Sequence[str] = ()
-    folder: Sequence[Path] = ()
-    case: Sequence[str] = ()  # parts of names
-    dtype: Sequence[str] = ()
-    direction: Sequence[str] = ()
-    target: Sequence[str] = ()
-    only: Sequence[str] = ()  # parts of steps' names
-    smoke = False
-    out: Path | None = None
-    json: Path | None = None
-    first: int | None = None  # of each operation, only so many of these cases
-    missing = False  # leave out what the results hold already, measured with the present code
-    compile = True
-    budget: float | None = None  # minutes
-    all = False
-    model = False
-    jobs = min(2, os.cpu_count() or 1)
-    programs = 4
-    worst = 0
+    command: str = ""
+    operation: Sequence[str] = option(
+        "run tune static counts",
+        f"of: {', '.join(operations())} (default: all)",
+        word="operation",
+        nargs="*",
+        metavar="OP",
+    )
+    folder: Sequence[Path] = option(
+        "report", "default: every folder in bench/results", word="folder", nargs="*", type=Path, metavar="DIR"
+    )
+    case: Sequence[str] = option(
+        "run tune host static counts", "only cases whose name contains this; repeatable", **REPEATED
+    )
+    dtype: Sequence[str] = option(
+        "run tune static", "only this type, such as bfloat16 or 'float32 tf32'; repeatable", **REPEATED
+    )
+    smoke: bool = option("run tune all host", "walk through on a CPU with tiny shapes", **GIVEN)
+    out: Path | None = option("run tune all", "folder for results (smoke: a temporary one)", metavar="DIR", **PATH)  # noqa: RUF009
+    json: Path | None = option("host static counts", "write what was found", metavar="FILE", **PATH)  # noqa: RUF009
+    first: int | None = option("run", "only the first N of these, the most valuable", None, type=COUNT, metavar="N")
+    missing: bool = option("run", "only what the results lack of the present code", **GIVEN)
+    compile: bool = option(
+        "run", "leave torch.compile out: it takes most of the time", True, "--no-compile",
+        dest="compile", action="store_false",
+    )  # fmt: skip
+    budget: float | None = option(
+        "tune all", "tune: stops after so long, in equal shares of the operations (default: when all is done); "
+        "all: ends within (default: 60)", None, type=MINUTES, metavar="MINUTES",
+    )  # fmt: skip
+    only: Sequence[str] = option("all", "only steps whose name contains this; repeatable", metavar="STEP", **REPEATED)
+    target: Sequence[str] = option(
+        "static counts", "only this GPU; repeatable (counts, --model: sm_90)", choices=list(ARCHS), **REPEATED
+    )
+    all: bool = option("static", "every type at every shape; several minutes", **GIVEN)
+    model: bool = option("static", "predict the time of what `run` measures", **GIVEN)
+    jobs: int = option("static", "processes (default: 2)", min(2, os.cpu_count() or 1), type=COUNT)
+    direction: Sequence[str] = option("counts", "only this one; repeatable", **REPEATED)
+    programs: int = option("counts", "executed of each launch (default: 4)", 4, type=COUNT)
+    worst: int = option("counts", "list so many memory instructions that waste most", 0, type=int)
 
     @property
     def operations(self) -> list[Operation]:

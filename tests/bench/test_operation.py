@@ -97,7 +97,8 @@ def test_it_is_predicted_as_itself(third: None) -> None:
     assert found == (ARCHS["sm_90"], THIRD, CASE, "around")
 
 
-def test_its_tests_and_measurements_are_planned(third: None) -> None:
+def test_its_tests_and_measurements_are_planned(third: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_all, "sanitizer", lambda: "compute-sanitizer")
     plan = {step.name: step for step in bench_all.plan(Path("DIR"), smoke=False)}
     assert list(plan["tests third"].command[-3:]) == ["-m", "gpu", "tests/third.py"]
     for name in ("memory third", "races third"):
