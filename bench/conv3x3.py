@@ -17,7 +17,7 @@ from tribp.ops.activations import activate, activation_of
 from . import expectations as expect
 from .expectations import Expectation, Launch, size, threads
 from .model import work as model
-from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions, layer_work
+from .operation import Case, DifferentiableWorkload, Given, KernelTests, Operation, Target, Work, functions, layer_work
 
 PADDING = 1
 
@@ -159,7 +159,7 @@ def eager(
     return activate(F.conv2d(x, w, b, stride, padding, 1, groups), *activation_of("bench", activation))
 
 
-def problem(case: ConvCase, device: torch.device) -> DifferentiableProblem:
+def workload(case: ConvCase, device: torch.device) -> DifferentiableWorkload:
     """Fresh inputs, scaled as a trained layer's are: z has a standard deviation near 1, so σ does not saturate."""
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
@@ -171,7 +171,7 @@ def problem(case: ConvCase, device: torch.device) -> DifferentiableProblem:
         arguments["bias"] = case.normal(device, o)
     output_grad = normal(*case.output_size)
     options = dict(stride=case.stride, padding=PADDING, groups=case.groups, activation=case.activation)
-    return DifferentiableProblem(arguments, output_grad, eager, case.tf32, options, images_at_a_time(case))
+    return DifferentiableWorkload(arguments, output_grad, eager, case.tf32, options, images_at_a_time(case))
 
 
 def images_at_a_time(case: ConvCase) -> int:
@@ -362,7 +362,7 @@ OPERATION = Operation(
     smoke_cases=smoke_cases(),
     directions=("forward", "dgrad", "wgrad", "both"),
     providers=functions(tribp.conv3x3, eager),
-    problem=problem,
+    workload=workload,
     work=work,
     targets=targets,
     compiled=compiled,

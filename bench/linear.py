@@ -18,7 +18,7 @@ from tribp.ops.activations import activate, activation_of
 from . import expectations as expect
 from .expectations import Expectation, Launch, size
 from .model import work as model
-from .operation import Case, DifferentiableProblem, Given, KernelTests, Operation, Target, Work, functions, layer_work
+from .operation import Case, DifferentiableWorkload, Given, KernelTests, Operation, Target, Work, functions, layer_work
 
 SQUARE, SQUARISH, TALL = (4096, 4096, 4096), (8192, 1024, 1024), (65536, 256, 784)
 TINY, ODD = (64, 10, 128), (1000, 77, 333)
@@ -72,14 +72,14 @@ def eager(x: Tensor, w: Tensor, b: Tensor, *, activation: str | None) -> Tensor:
     return activate(F.linear(x, w, b), *activation_of("bench", activation))
 
 
-def problem(case: LinearCase, device: torch.device) -> DifferentiableProblem:
+def workload(case: LinearCase, device: torch.device) -> DifferentiableWorkload:
     """Fresh inputs, scaled as a trained layer's are: z has a standard deviation near 1, so σ does not saturate."""
     m, n, k = case.shape
     normal, options = partial(case.normal, device), {"activation": case.activation}
     x = normal(k, m).t() if case.transposed == "x" else normal(m, k)
     w = normal(k, n, std=k**-0.5).t() if case.transposed == "w" else normal(n, k, std=k**-0.5)
     arguments = {"input": x, "weight": w, "bias": normal(n)}
-    return DifferentiableProblem(arguments, normal(m, n), eager, case.tf32, options)
+    return DifferentiableWorkload(arguments, normal(m, n), eager, case.tf32, options)
 
 
 def work(case: Case, direction: str) -> Work:
@@ -203,7 +203,7 @@ OPERATION = Operation(
     smoke_cases=smoke_cases(),
     directions=("forward", "backward", "wgrad only", "both"),
     providers=functions(tribp.linear, eager),
-    problem=problem,
+    workload=workload,
     work=work,
     targets=targets,
     compiled=compiled,

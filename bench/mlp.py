@@ -14,7 +14,7 @@ from tribp.launch.arch import Arch
 from tribp.ops.activations import activate, activation_of
 
 from . import linear
-from .operation import Case, DifferentiableProblem, KernelTests, Operation, Target, Work, functions
+from .operation import Case, DifferentiableWorkload, KernelTests, Operation, Target, Work, functions
 
 TALL, DEEP, DIGITS = (65536, 784, 256, 10), (8192, 1024, 1024, 1024, 1024), (128, 784, 256, 64, 10)
 FIELD = (262144, 64, 64, 64, 16)  # a function of points: every layer has few outputs
@@ -39,7 +39,7 @@ def eager(x: Tensor, *layers: Tensor, activation: str, last: str) -> Tensor:
     return x
 
 
-def problem(case: Case, device: torch.device) -> DifferentiableProblem:
+def workload(case: Case, device: torch.device) -> DifferentiableWorkload:
     """Fresh inputs, scaled as trained layers' are."""
     rows, *sizes = case.shape
     normal = partial(case.normal, device)
@@ -47,7 +47,7 @@ def problem(case: Case, device: torch.device) -> DifferentiableProblem:
     for n, (before, after) in enumerate(itertools.pairwise(sizes)):
         arguments |= {f"weight{n}": normal(after, before, std=before**-0.5), f"bias{n}": normal(after)}
     grad, layers = normal(rows, sizes[-1]), len(sizes) - 1
-    return DifferentiableProblem(arguments, grad, eager, case.tf32, OPTIONS, layers=layers)
+    return DifferentiableWorkload(arguments, grad, eager, case.tf32, OPTIONS, layers=layers)
 
 
 def work(case: Case, direction: str) -> Work:
@@ -89,7 +89,7 @@ OPERATION = Operation(
     smoke_cases=[Case((33, 16, 24, 8), BF16, small=True), Case((20, 7, 19, 5), FP32)],
     directions=("forward", "backward", "wgrad only"),
     providers=functions(ours, eager),
-    problem=problem,
+    workload=workload,
     work=work,
     targets=targets,
     compiled=compiled,

@@ -82,7 +82,7 @@ class Action(NamedTuple):
     before: Callable[[], object] = lambda: None
 
 
-class Problem(Protocol):
+class Workload(Protocol):
     """One case with inputs. A provider is what `Operation.providers` has for a name."""
 
     def reference(self) -> Mapping[str, Reference]:
@@ -133,10 +133,10 @@ class Operation:
     cases: Sequence[Any]
     smoke_cases: Sequence[Any]
     directions: Sequence[str]
-    # By name, of a case: what `problem` is given; a sentence in place of one that is left out. The second argument is
+    # By name, of a case: what `workload` is given; a sentence in place of one that is left out. The second argument is
     # why torch.compile is to be left out, or nothing.
     providers: Callable[[Any, str], Mapping[str, Any]]
-    problem: Callable[[Any, torch.device], Problem]
+    workload: Callable[[Any, torch.device], Workload]
     work: Callable[[Any, str], Work]
     targets: Callable[[Any, str], Sequence[Target]]
 
@@ -174,7 +174,7 @@ class Operation:
 
         with recording(arch) as launches, precision(case.tf32):
             ours = self.providers(case, "nothing else is called")["tribp"]
-            action = self.problem(case, torch.device("meta")).action(ours, direction)
+            action = self.workload(case, torch.device("meta")).action(ours, direction)
             launches.clear()  # those that prepare it
             action.call()
         return [launch for launch in launches if launch.kernel.__name__ not in self.of_others]
@@ -276,7 +276,7 @@ def layer_work(case: Any, direction: str, *, x: int, w: int, b: int, y: int, dz:
 
 
 @dataclass(frozen=True)
-class DifferentiableProblem:
+class DifferentiableWorkload:
     """`arguments` by name, the first being the input, and `output_grad`, what comes back from the layer above.
 
     `exact` computes the output from float64 arguments. Every function is called with `options` besides.

@@ -309,7 +309,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Problem:
+class StepWorkload:
     """The results of STEPS steps: the parameters, and every state by its name, of all tensors in a row."""
 
     case: StepCase
@@ -476,7 +476,7 @@ OPERATION = Operation(
     peers=PEERS,
     best_of={"eager": ("for-loop", "foreach", "fused")},
     providers=providers,
-    problem=Problem,
+    workload=StepWorkload,
     work=work,
     targets=targets,
     compiled=compiled,

@@ -11,7 +11,7 @@ import tribp
 from tribp import dispatch
 
 from . import results
-from .operation import Operation, Problem, Reference, describe, precision
+from .operation import Operation, Reference, Workload, describe, precision
 from .options import Options
 from .results import Row
 from .timing import CpuMeter, CudaMeter
@@ -72,8 +72,8 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter) 
     with precision(case.tf32):
         torch.manual_seed(0)  # the same inputs in every run: of some, torch too is wrong in bfloat16
         try:
-            problem = operation.problem(case, meter.device)
-            reference = problem.reference()
+            workload = operation.workload(case, meter.device)
+            reference = workload.reference()
         except torch.OutOfMemoryError:  # it must not end the run
             note = "the inputs and their float64 results need more memory than the device has"
             providers = dict.fromkeys(providers, note)
@@ -86,7 +86,7 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter) 
                 entries[name] = (
                     {"status": "skipped", "note": provider}
                     if isinstance(provider, str)
-                    else attempt(operation, case, direction, problem, reference, provider, name, baseline, meter)
+                    else attempt(operation, case, direction, workload, reference, provider, name, baseline, meter)
                 )
             entries = {name: entries[name] for name in providers}
             rate = meter.rate(case) if operation.products else None
@@ -99,7 +99,7 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter) 
 
 
 def attempt(
-    operation: Operation, case: Any, direction: str, problem: Problem, reference: Mapping[str, Reference],
+    operation: Operation, case: Any, direction: str, workload: Workload, reference: Mapping[str, Reference],
     provider: Any, name: str, baseline: Mapping[str, float], meter: CpuMeter,
 ) -> Row:  # fmt: skip
     """One provider's results, checked, and its times if they are right. baseline: the errors of torch's own.
@@ -107,14 +107,14 @@ def attempt(
     A peer need not be as exact as tribp has to be: see INEXACT.
     """
     try:
-        errors, wrong = check(problem, provider, direction, reference, baseline)
+        errors, wrong = check(workload, provider, direction, reference, baseline)
         verdict: Row = {"status": "ok", "errors": errors}
         if wrong:
             verdict |= {"status": "wrong", "note": wrong}
-            if name == "tribp" or check(problem, provider, direction, reference, baseline, INEXACT)[1]:
+            if name == "tribp" or check(workload, provider, direction, reference, baseline, INEXACT)[1]:
                 return verdict
             verdict["status"] = "inexact"
-        return verdict | timed(operation, case, direction, problem, provider, meter)
+        return verdict | timed(operation, case, direction, workload, provider, meter)
     except torch.OutOfMemoryError:
         return {"status": "skipped", "note": "needs more memory than is free"}
     except Exception as error:  # a provider that fails must not take the others' numbers with it
@@ -128,27 +128,27 @@ def sentence(error: Exception) -> str:
 
 
 def check(
-    problem: Problem, provider: Any, direction: str, reference: Mapping[str, Reference], baseline: Mapping[str, float],
-    leniency: float = 1.0,
+    workload: Workload, provider: Any, direction: str, reference: Mapping[str, Reference],
+    baseline: Mapping[str, float], leniency: float = 1.0,
 ) -> tuple[dict[str, float], str]:  # fmt: skip
     """The relative error of each result (NaN where there is one), and what is wrong with them, or nothing.
 
     leniency: how many times what is allowed.
     """
     errors = {}
-    for name, value in problem.results(provider, direction).items():
+    for name, value in workload.results(provider, direction).items():
         exact = reference[name]
         errors[name] = float((value.double() - exact.value).norm()) / max(exact.scale, 1e-300)
     for name, error in errors.items():
-        if not error <= (allowed := leniency * problem.allowed(name, baseline.get(name, 0.0))):
+        if not error <= (allowed := leniency * workload.allowed(name, baseline.get(name, 0.0))):
             return errors, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
     return errors, ""
 
 
-def timed(operation: Operation, case: Any, direction: str, problem: Problem, provider: Any, meter: CpuMeter) -> Row:
+def timed(operation: Operation, case: Any, direction: str, workload: Workload, provider: Any, meter: CpuMeter) -> Row:
     """Times in µs, memory, and of small cases also what the host and a CUDA graph take."""
     before = meter.allocated()
-    action = problem.action(provider, direction)
+    action = workload.action(provider, direction)
     entry: Row = {"device_us": meter.device_times(action.call), "peak_bytes": meter.peak_bytes(action.call)}
     quantities = {target.quantity for target in operation.targets(case, direction)}
     if "launches" in quantities and (kernels := meter.kernels(action.call)) is not None:
@@ -160,7 +160,7 @@ def timed(operation: Operation, case: Any, direction: str, problem: Problem, pro
     if case.small:
         try:
             entry["graph_us"] = meter.graph_time(
-                lambda: problem.action(provider, direction, captured=True), operation.graph_calls
+                lambda: workload.action(provider, direction, captured=True), operation.graph_calls
             )
         except Exception as error:  # what cannot be captured still has its other times
             entry["graph_note"] = sentence(error)

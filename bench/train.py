@@ -71,7 +71,7 @@ def providers(case: Case, without_compile: str) -> Mapping[str, Any]:
 
 
 @dataclass
-class Problem:
+class TrainWorkload:
     """A step's loss and gradients, of torch's layers with ReLU between them.
 
     Not the parameters: Adam divides a gradient by its size, and a change says little of it.
@@ -162,7 +162,7 @@ OPERATION = Operation(
     directions=("step",),
     peers=("eager", "separate", "compile"),
     providers=providers,
-    problem=Problem,
+    workload=TrainWorkload,
     work=work,
     targets=targets,
     compiled=compiled,

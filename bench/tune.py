@@ -163,18 +163,18 @@ def line(case: str, problem: Any, first: Any, found: SearchResult[Any]) -> dict[
 def subjects(operation: Operation, case: Any, meter: CpuMeter) -> Iterator[tuple[str, Attempt]]:
     """A case's calls by name, one a direction. The configs are those that plans use while it runs."""
     with precision(case.tf32):
-        problem = operation.problem(case, meter.device)
-        reference = problem.reference()
+        workload = operation.workload(case, meter.device)
+        reference = workload.reference()
         providers = operation.providers(case, "not tuned")
         ours, baseline = providers["tribp"], providers[operation.baseline]
         for direction in operation.directions:
             if direction == "both":
                 continue  # forward, then backward
-            theirs = {} if isinstance(baseline, str) else check(problem, baseline, direction, reference, {})[0]
+            theirs = {} if isinstance(baseline, str) else check(workload, baseline, direction, reference, {})[0]
 
             def attempt(direction: str = direction, theirs: dict[str, float] = theirs) -> tuple[str, Call]:
                 meter.release()
-                _, wrong = check(problem, ours, direction, reference, theirs)
-                return wrong, problem.action(ours, direction).call
+                _, wrong = check(workload, ours, direction, reference, theirs)
+                return wrong, workload.action(ours, direction).call
 
             yield f"{case.name} {direction}".removesuffix(" step"), attempt

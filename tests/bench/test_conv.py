@@ -15,7 +15,7 @@ import tribp
 from bench import conv3x3 as conv
 from bench import results
 from bench.conv3x3 import ConvCase, pairs
-from bench.operation import DifferentiableProblem, Operation, Target, Work
+from bench.operation import DifferentiableWorkload, Operation, Target, Work
 
 from .test_run import run_with, smoke, with_provider
 
@@ -202,17 +202,17 @@ def test_work_counts_every_tensor_once() -> None:
     assert operation.work(narrow, "both") == Work(4 * ((x + w + y) + (2 * y + x + w) + (x + w)), 3 * product)
 
 
-# -- the problem ------------------------------------------------------------------------------------------------------
+# -- the workload -----------------------------------------------------------------------------------------------------
 
 
-def problem(case: ConvCase) -> DifferentiableProblem:
-    return conv.problem(case, CPU)
+def workload(case: ConvCase) -> DifferentiableWorkload:
+    return conv.workload(case, CPU)
 
 
 @pytest.mark.parametrize("last", [True, False])
 def test_tensors_lie_as_the_case_says(last: bool) -> None:
     case = ConvCase((2, 4, 6, 5, 7), FP32, last=last, stride=2, bias=False)
-    asked = problem(case)
+    asked = workload(case)
     function = conv.eager
     tensors = [asked.arguments["input"], asked.arguments["weight"], asked.output_grad]
     tensors += asked.results(function, "both").values()
@@ -225,7 +225,7 @@ def test_tensors_lie_as_the_case_says(last: bool) -> None:
 
 def test_directions_want_the_gradients_they_say() -> None:
     for bias, direction in itertools.product((True, False), DIRECTIONS):
-        asked = problem(ConvCase((1, 2, 3, 4, 4), FP32, bias=bias, activation="sigmoid"))
+        asked = workload(ConvCase((1, 2, 3, 4, 4), FP32, bias=bias, activation="sigmoid"))
         of_weight = {"weight.grad", "bias.grad"} if bias else {"weight.grad"}
         needs: list[list[bool]] = []
 
@@ -252,7 +252,7 @@ def test_directions_want_the_gradients_they_say() -> None:
 def test_results_are_checked_against_float64_in_parts_as_in_one() -> None:
     """The largest outputs take more memory in float64, with all that a gradient keeps, than a GPU may have."""
     for activation in ("sigmoid", None):
-        whole = problem(ConvCase((5, 3, 64, 6, 5), FP32, activation=activation))
+        whole = workload(ConvCase((5, 3, 64, 6, 5), FP32, activation=activation))
         assert whole.rows is not None
         assert whole.rows >= 5
         one = whole.reference()
@@ -271,7 +271,7 @@ def test_results_are_checked_against_float64_in_parts_as_in_one() -> None:
 
 
 def test_a_bias_gradient_that_cancels_is_measured_by_its_terms() -> None:
-    asked = problem(ConvCase((1, 2, 64, 4, 4), FP32))
+    asked = workload(ConvCase((1, 2, 64, 4, 4), FP32))
     dy = asked.output_grad - asked.output_grad.mean((0, 2, 3), keepdim=True)
     found = dataclasses.replace(asked, output_grad=dy).reference()["bias.grad"]
     assert float(found.value.norm()) < 1e-5
@@ -286,12 +286,12 @@ def test_the_largest_case_is_taken_in_parts_that_fit() -> None:
 
 
 def test_a_case_that_does_not_fit_leaves_the_others_theirs(tmp_path: Path) -> None:
-    def too_large(case: ConvCase, device: torch.device) -> DifferentiableProblem:
+    def too_large(case: ConvCase, device: torch.device) -> DifferentiableWorkload:
         if case.stride == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return conv.problem(case, device)
+        return conv.workload(case, device)
 
-    operation = dataclasses.replace(convolution(conv.eager), problem=too_large)
+    operation = dataclasses.replace(convolution(conv.eager), workload=too_large)
     status, rows = smoke(operation, tmp_path, "1x8-16x3x6/2", CASE)
     assert status == 1
     for row in rows:

@@ -268,8 +268,8 @@ def test_float32_ceiling_is_three_tf32_products_where_those_are_faster() -> None
 
 def test_directions_want_the_gradients_they_say() -> None:
     operation = linear()
-    problem = operation.problem(LinearCase((3, 4, 5), torch.float32), torch.device("cpu"))
-    found = {direction: set(problem.results(tribp.linear, direction)) for direction in operation.directions}
+    workload = operation.workload(LinearCase((3, 4, 5), torch.float32), torch.device("cpu"))
+    found = {direction: set(workload.results(tribp.linear, direction)) for direction in operation.directions}
     grads = {"weight.grad", "bias.grad"}
     assert found == {
         "forward": {"output"},
@@ -278,7 +278,7 @@ def test_directions_want_the_gradients_they_say() -> None:
         "both": {"output", "input.grad", *grads},
     }
     for direction in operation.directions:
-        action = problem.action(tribp.linear, direction)
+        action = workload.action(tribp.linear, direction)
         action.call()
         action.call()  # the graph is kept
 
@@ -409,12 +409,12 @@ def test_parameter_shapes_are_those_of_the_models() -> None:
 
 def test_large_tensors_are_checked_at_both_ends_and_between(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim_entry, "WHOLE", 1 << 20)
-    problem = optim_entry.Problem(step_case("Adam 70+9 float32"), torch.device("cpu"))
+    workload = optim_entry.StepWorkload(step_case("Adam 70+9 float32"), torch.device("cpu"))
     n = (1 << 21) + 5
-    found = set(problem.sample([torch.arange(n)]).tolist())
+    found = set(workload.sample([torch.arange(n)]).tolist())
     assert {0, (1 << 20) - 1, 997 * 1060, n - 1, n - (1 << 20)} <= found
     assert max(b - a for a, b in itertools.pairwise(sorted(found))) <= 997
-    assert problem.sample([torch.arange(7), torch.arange(3)]).tolist() == [*range(7), *range(3)]
+    assert workload.sample([torch.arange(7), torch.arange(3)]).tolist() == [*range(7), *range(3)]
 
 
 def judged(case: StepCase, **entries: dict[str, Any]) -> dict[str, tuple[float | None, str]]:
