@@ -1,8 +1,10 @@
-"""`python -m bench all`: one step after another within a budget, each in a process of its own, all of it written down.
+"""`python -m bench all`: everything a GPU is wanted for, unattended, within a budget of time.
 
-The most valuable come first, for it may be cut off at any time. `<out>/steps.json` says what became of each step and
-`<out>/log.txt` holds what they printed, both as it happens. A second call with the same folder goes on where the first
-was cut off.
+GPU tests, measurements, compute-sanitizer where it is installed, torch.compile beside them, tuning of launch configs,
+and the long tail of cases: the most valuable first, for it may be cut off at any time, each step in a process of its
+own. What was found is in DIR at once: steps.json says what became of each step, log.txt holds what they printed, and
+<op>.json the measurements. With the same DIR it goes on: what is done is not done again, what failed only with other
+code. Writes the report and a table of the steps last. Exits with 1 if a step failed, with 2 without CUDA.
 """
 
 import contextlib

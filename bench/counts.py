@@ -1,8 +1,10 @@
-"""`python -m bench counts`: what each kernel costs, counted where its compiled code is executed. Needs no GPU.
+"""`python -m bench counts`: execute some programs of every kernel, and count what they cost each unit; no GPU needed.
 
-A few programs of every launch that the library makes for a case are executed (`tests/executor`), and each unit of a
-multiprocessor is given the cycles that one program needs of it alone: the largest binds. The peaks are those of A100
-(sm_80) and H100 (sm_90).
+For every launch that the library makes for a case a few programs are executed (`tests/executor`), and each unit of a
+multiprocessor (tensor cores, shared memory, schedulers, L2) is given the cycles that one program needs of it alone: the
+largest binds. Beside it stand the least that L2 could take, and how many times what tensor cores (or memory at its
+best) need. The peaks are those of A100 (sm_80) and H100 (sm_90). Exits with 1 if a kernel does what no order of events
+may do.
 """
 
 import itertools

@@ -1,10 +1,11 @@
-"""`python -m bench host`: what tribp costs the host. Needs no GPU.
+"""`python -m bench host`: what tribp costs the host; no GPU needed.
 
 Three things are compared. What an optimizer's step on a GPU costs besides its kernels: tribp's plan, brought up to date
 and made into a launch that is not performed, beside torch's fused Adam with its kernels taken out. The step of CPU
 tensors, and of DTensors as FSDP2 makes them, where no kernel of tribp's runs, beside torch's as a user calls it by
 default and with `fused=True`; what is left of it where nothing is looked at, and what each look takes. And steps and
-calls of layers up to the driver of a GPU, the first ones too (`host_layers.py`).
+calls of layers up to the driver of a GPU, the first ones too (`host_layers.py`). Providers take turns; load on the
+machine falsifies it.
 """
 
 import contextlib

@@ -85,8 +85,9 @@ class Action(NamedTuple):
 class Workload(Protocol):
     """One case with inputs. A provider is what `Operation.providers` has for a name."""
 
+    @property
     def reference(self) -> Mapping[str, Reference]:
-        """The float64 results, by name."""
+        """The float64 results, by name; computed once."""
 
     def results(self, provider: Any, direction: str) -> Mapping[str, Tensor]:
         """What the provider computes in this direction, by the names of the reference."""
@@ -290,6 +291,7 @@ class DifferentiableWorkload:
     rows: int | None = None  # of the input, that are computed at a time in float64; None: all
     layers: int = 1  # each rounds what it hands on
 
+    @functools.cached_property
     def reference(self) -> Mapping[str, Reference]:
         """Rows of the output and of the input's gradient depend on that row of the input alone, and the gradients of
         the other arguments are sums over rows: so they can be had in several parts, in the memory that one takes.

@@ -325,7 +325,8 @@ class StepWorkload:
         return torch.cat([flat[: 1 << 20], flat[::997], flat[-(1 << 20) :]])
 
     @functools.cached_property
-    def _reference(self) -> dict[str, Reference]:
+    def reference(self) -> Mapping[str, Reference]:
+        """By the genuine class in float64. Every update is one of single elements, so that a sample will do."""
         job = Job(self.case, Provider(torch.optim.SGD), self.device)
         p = Parameter(self.sample(job.params).double())
         assert self.case.clip is None or self.case.elements <= WHOLE, "a norm of all gradients needs them all"
@@ -340,17 +341,13 @@ class StepWorkload:
         tensors |= {k: v for k, v in exact.state[p].items() if isinstance(v, Tensor) and v.shape == p.shape}
         return {name: Reference(value, float(value.norm())) for name, value in tensors.items()}
 
-    def reference(self) -> Mapping[str, Reference]:
-        """By the genuine class in float64. Every update is one of single elements, so that a sample will do."""
-        return self._reference
-
     def results(self, provider: Provider, direction: str) -> dict[str, Tensor]:
         job = Job(self.case, provider, self.device)
         for step in range(STEPS):
             job.gradients(step, SCALE if self.case.scaler else 1.0)
             job.step()
         tensors = {"param": self.sample(job.params)}
-        return tensors | {name: self.sample(value) for name, value in job.moments().items() if name in self.reference()}
+        return tensors | {name: self.sample(value) for name, value in job.moments().items() if name in self.reference}
 
     def action(self, provider: Provider, direction: str, *, captured: bool = False) -> Action:
         job = Job(self.case, provider, self.device, **{"capturable": True} if captured else {})

@@ -1,4 +1,8 @@
-"""`python -m bench report`: a page and pictures of stored results, and every target that was set."""
+"""`python -m bench report`: the page and the pictures of stored results; no GPU needed.
+
+Writes DIR/README.md (every target with what was measured, the missed first; the tables) and, with matplotlib, pictures,
+from the JSON in DIR alone. Without any results it prints the targets.
+"""
 
 import json
 from collections import Counter

@@ -1,6 +1,7 @@
 """`tribp.train_step`: forward, loss, backward and update of a small perceptron. A shape is as that of `mlp`."""
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ class TrainWorkload:
         self.x = self.case.normal(self.device, rows, sizes[0])
         self.target = torch.randint(sizes[-1], (rows,), device=self.device)
 
+    @functools.cached_property
     def reference(self) -> Mapping[str, Reference]:
         exact = copy.deepcopy(self.net).double()
         values = self._results(ordinary(torch.optim.SGD), exact, self.x.double())

@@ -1,4 +1,9 @@
-"""`python -m bench tune`: the heuristics' configs against those beside them, on the cases that are measured."""
+"""`python -m bench tune`: time the configs beside every heuristic's choice on a CUDA GPU.
+
+Of every problem in a case: times the heuristic's config and those one step away, goes on from the fastest, and checks
+every result against float64. Writes bench/results/<gpu>/tune-<op>.json after every config; a second run goes on where
+the first stopped. Exits with 1 if a heuristic's choice is wrong, with 2 without CUDA.
+"""
 
 import json
 import math
@@ -164,17 +169,16 @@ def subjects(operation: Operation, case: Any, meter: CpuMeter) -> Iterator[tuple
     """A case's calls by name, one a direction. The configs are those that plans use while it runs."""
     with precision(case.tf32):
         workload = operation.workload(case, meter.device)
-        reference = workload.reference()
         providers = operation.providers(case, "not tuned")
         ours, baseline = providers["tribp"], providers[operation.baseline]
         for direction in operation.directions:
             if direction == "both":
                 continue  # forward, then backward
-            theirs = {} if isinstance(baseline, str) else check(workload, baseline, direction, reference, {})[0]
+            theirs = {} if isinstance(baseline, str) else check(workload, baseline, direction, {})[0]
 
             def attempt(direction: str = direction, theirs: dict[str, float] = theirs) -> tuple[str, Call]:
                 meter.release()
-                _, wrong = check(workload, ours, direction, reference, theirs)
+                _, wrong = check(workload, ours, direction, theirs)
                 return wrong, workload.action(ours, direction).call
 
             yield f"{case.name} {direction}".removesuffix(" step"), attempt

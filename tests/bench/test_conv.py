@@ -255,9 +255,9 @@ def test_results_are_checked_against_float64_in_parts_as_in_one() -> None:
         whole = workload(ConvCase((5, 3, 64, 6, 5), FP32, activation=activation))
         assert whole.rows is not None
         assert whole.rows >= 5
-        one = whole.reference()
+        one = whole.reference
         assert set(one) == {"output", "input.grad", "weight.grad", "bias.grad"}
-        parts = dataclasses.replace(whole, rows=2).reference()
+        parts = dataclasses.replace(whole, rows=2).reference
         for name, exact in one.items():
             assert exact.value.dtype == torch.float64
             torch.testing.assert_close(parts[name].value, exact.value, rtol=1e-12, atol=1e-12)
@@ -273,7 +273,7 @@ def test_results_are_checked_against_float64_in_parts_as_in_one() -> None:
 def test_a_bias_gradient_that_cancels_is_measured_by_its_terms() -> None:
     asked = workload(ConvCase((1, 2, 64, 4, 4), FP32))
     dy = asked.output_grad - asked.output_grad.mean((0, 2, 3), keepdim=True)
-    found = dataclasses.replace(asked, output_grad=dy).reference()["bias.grad"]
+    found = dataclasses.replace(asked, output_grad=dy).reference["bias.grad"]
     assert float(found.value.norm()) < 1e-5
     assert found.scale == pytest.approx(float(dy.double().norm()), rel=0.3)
 
