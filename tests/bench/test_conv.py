@@ -137,24 +137,16 @@ def test_run_on_a_gpu(tmp_path: Path) -> None:
 # -- cases ------------------------------------------------------------------------------------------------------------
 
 
-def test_all_that_the_issue_names_is_measured() -> None:
-    cases = {case.name: case for case in convolution().cases}
-    assert len(cases) == len(convolution().cases)
-    kinds = ("bfloat16 NHWC", "bfloat16 NCHW", "float16 NHWC", "float32 NHWC", "float32 tf32 NHWC")
-    layers = [f"{n}x{layer}" for layer in ("64-64x56x56", "128-128x28x28", "256-256x14x14", "512-512x7x7")
-              for n in (64, 256)]  # fmt: skip
-    shapes = [
-        "256x1-32x28x28", "256x3-64x224x224", *layers, "64x128-256x28x28/2", "64x384-384x56x56:384",
-        "64x128-128x28x28:32", "3x5-7x33x29",
-    ]  # fmt: skip
-    assert {f"{shape} {kind} bias" for shape in shapes for kind in kinds} <= set(cases)
-    for variant in ("", " sigmoid", " bias sigmoid"):
-        assert {f"{shape} bfloat16 NHWC{variant}" for shape in shapes} <= set(cases)
-        assert {f"256x3-64x224x224 {kind}{variant}" for kind in kinds} <= set(cases)
-    assert {f"1x1-6x32x32 float32 NHWC{on}" for on in ("", " bias", " sigmoid", " bias sigmoid")} <= set(cases)
-    for name, case in cases.items():
-        assert name.split()[1] == tribp.dispatch.dtype_name(case.dtype), "`bench static --dtype` reads the second word"
-    assert convolution().cases[0].name == "256x1-32x28x28 bfloat16 NHWC bias"
+def test_cases_are_told_apart_by_their_names() -> None:
+    names = [case.name for case in convolution().cases]
+    assert len(set(names)) == len(names)
+    assert names[0] == "256x1-32x28x28 bfloat16 NHWC bias"
+    assert {"64x384-384x56x56:384 float32 tf32 NHWC bias", "64x128-256x28x28/2 bfloat16 NHWC bias sigmoid"} <= set(
+        names
+    )
+    for case in convolution().cases:
+        dtype = tribp.dispatch.dtype_name(case.dtype)
+        assert case.name.split()[1] == dtype, "`bench static --dtype` reads the second word"
 
 
 def test_what_memory_bounds_is_judged_by_bytes_over_the_copys_rate() -> None:

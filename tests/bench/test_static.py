@@ -198,24 +198,6 @@ def test_large_bfloat16_products_use_the_targets_own_matrix_instruction(
         assert all(loop["matrix"] and loop["loads"] and loop["loads_before"] for loop in row["loops"])
 
 
-@each_target
-def test_few_input_channels_go_to_tensor_cores_as_well(rows: list[Row], target: str) -> None:
-    """Read off the counts: the products of 9·C summed elements of every type, but for float64 on sm_100."""
-    small = [row for row in rows if row["kernel"].startswith("few_channels")]
-    for row in small:
-        multiplies = bool(machine_code.MATRIX & row["counts"].keys())
-        assert multiplies == ((row["dtype"], target) != ("float64", "sm_100")), row["settings"]
-    assert len(small) >= 10
-
-
-@each_target
-def test_float64_has_matrix_instructions_everywhere_but_on_sm_100(rows: list[Row], target: str) -> None:
-    for row in rows:
-        product = row["operation"] in ("linear", "conv") and row["kernel"] in ("forward", "dgrad", "wgrad")
-        if row["dtype"] == "float64" and product:
-            assert bool(machine_code.MATRIX & row["counts"].keys()) == (target != "sm_100")
-
-
 # -- the checks can fail: kernels that are compiled badly on purpose --------------------------------------------------
 
 
