@@ -100,16 +100,15 @@ def cases() -> list[ConvCase]:
     ]
 
 
-def smoke_cases() -> list[ConvCase]:
-    """A program or two of every kernel; interpreted, one costs 50 ms, and a case runs its own ten times."""
-    return [
-        ConvCase((2, 16, 16, 4, 4), BF16, small=True),
-        ConvCase((1, 3, 8, 3, 5), BF16, activation="sigmoid"),
-        ConvCase((1, 8, 8, 3, 5), BF16, groups=8),
-        ConvCase((1, 8, 8, 3, 5), FP32, groups=2),
-        ConvCase((1, 8, 16, 3, 6), FP32, tf32=True, stride=2, bias=False),
-        ConvCase((1, 9, 8, 3, 5), FP16, last=False, activation="sigmoid"),
-    ]
+# A program or two of every kernel; interpreted, one costs 50 ms, and a case runs its own ten times.
+SMOKE_CASES = [
+    ConvCase((2, 16, 16, 4, 4), BF16, small=True),
+    ConvCase((1, 3, 8, 3, 5), BF16, activation="sigmoid"),
+    ConvCase((1, 8, 8, 3, 5), BF16, groups=8),
+    ConvCase((1, 8, 8, 3, 5), FP32, groups=2),
+    ConvCase((1, 8, 16, 3, 6), FP32, tf32=True, stride=2, bias=False),
+    ConvCase((1, 9, 8, 3, 5), FP16, last=False, activation="sigmoid"),
+]
 
 
 def pairs(length: int, stride: int) -> int:
@@ -359,7 +358,7 @@ OPERATION = Operation(
     name="conv",
     summary="tribp.conv3x3 against conv2d(…), and act(conv2d(…)), of cuDNN",
     cases=cases(),
-    smoke_cases=smoke_cases(),
+    smoke_cases=SMOKE_CASES,
     directions=("forward", "dgrad", "wgrad", "both"),
     providers=functions(tribp.conv3x3, eager),
     workload=workload,

@@ -285,7 +285,7 @@ def measure(comparison: Comparison, rounds: int) -> dict[str, Any]:
 def judge(target: HostTarget, medians: Mapping[str, float] | None) -> dict[str, Any]:
     """Compare the ratio of two medians with its target. `medians` is None if nothing was measured."""
     ratio = None if medians is None else medians[target.over] / medians[target.under]
-    return verdict(f"{target.over} / {target.under} ≥ {target.limit:g}", ratio, lambda value: value >= target.limit)
+    return verdict(f"{target.over} / {target.under} ≥ {target.limit:g}", ratio, target.limit)
 
 
 def unmeasured() -> list[dict[str, Any]]:

@@ -58,14 +58,13 @@ def cases() -> list[LinearCase]:
     return [*first, *(replace(case, activation="relu") for case in first), *itertools.chain(*others)]
 
 
-def smoke_cases() -> list[LinearCase]:
-    """A size that tiles evenly and an odd one; interpreted, a program costs 6 ms."""
-    return [
-        LinearCase((32, 16, 48), torch.bfloat16, small=True),
-        LinearCase((33, 7, 19), torch.float16),
-        LinearCase((33, 7, 19), torch.float32),
-        LinearCase((16, 16, 32), torch.float32, tf32=True),
-    ]
+# A size that tiles evenly and an odd one; interpreted, a program costs 6 ms.
+SMOKE_CASES = [
+    LinearCase((32, 16, 48), torch.bfloat16, small=True),
+    LinearCase((33, 7, 19), torch.float16),
+    LinearCase((33, 7, 19), torch.float32),
+    LinearCase((16, 16, 32), torch.float32, tf32=True),
+]
 
 
 def eager(x: Tensor, w: Tensor, b: Tensor, *, activation: str | None) -> Tensor:
@@ -200,7 +199,7 @@ OPERATION = Operation(
     name="linear",
     summary="tribp.linear against act(linear(…))",
     cases=cases(),
-    smoke_cases=smoke_cases(),
+    smoke_cases=SMOKE_CASES,
     directions=("forward", "backward", "wgrad only", "both"),
     providers=functions(tribp.linear, eager),
     workload=workload,

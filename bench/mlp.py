@@ -6,12 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import tribp
 from tribp.launch.arch import Arch
-from tribp.ops.activations import activate, activation_of
 
 from . import linear
 from .operation import Case, DifferentiableWorkload, KernelTests, Operation, Target, Work, functions
@@ -33,10 +31,9 @@ def ours(x: Tensor, *layers: Tensor, activation: str, last: str) -> Tensor:
 
 
 def eager(x: Tensor, *layers: Tensor, activation: str, last: str) -> Tensor:
-    for n, (w, b) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
-        act = activation_of("bench", activation if 2 * n + 2 < len(layers) else last)
-        x = activate(F.linear(x, w, b), *act)
-    return x
+    for w, b in zip(layers[:-2:2], layers[1:-2:2], strict=True):
+        x = linear.eager(x, w, b, activation=activation)
+    return linear.eager(x, *layers[-2:], activation=last)
 
 
 def workload(case: Case, device: torch.device) -> DifferentiableWorkload:

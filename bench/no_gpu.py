@@ -18,6 +18,7 @@ from tribp.launch.arch import ARCHS, Arch
 
 from .expectations import Launch
 
+Pretended = contextlib.AbstractContextManager[None]
 Performed = Callable[[Any, tuple[int, ...], tuple[object, ...]], object]  # compiled kernel's metadata, grid, arguments
 
 
@@ -55,8 +56,7 @@ def recording(arch: Arch) -> Iterator[list[Launch]]:
         plans.forget()
 
 
-@contextlib.contextmanager
-def pretending(arch: Arch, performed: Performed = lambda metadata, grid, arguments: None) -> Iterator[None]:
+def pretending(arch: Arch, performed: Performed = lambda metadata, grid, arguments: None) -> Pretended:
     """Within the `with` block CPU tensors run on Triton, for `arch`. `performed` is told of each launch.
 
     Raises RuntimeError under TRITON_INTERPRET=1, where Triton compiles nothing.
@@ -71,8 +71,7 @@ def pretending(arch: Arch, performed: Performed = lambda metadata, grid, argumen
 
         return launch
 
-    with _driving(arch, launcher), running_on(arch):
-        yield
+    return _driving(arch, launcher)
 
 
 @contextlib.contextmanager
@@ -93,7 +92,6 @@ def pretending_cuda(arch: Arch, launch: Callable[..., object] = lambda *argument
         mock.patch.object(cuda, "compile_module_from_src", return_value=module, create=True),
         mock.patch.object(cuda, "PyKernelArg", SimpleNamespace, create=True),
         _driving(arch, cuda.CudaLauncher, **functions),
-        running_on(arch),
     ):
         yield
 
@@ -130,7 +128,7 @@ class Described:
 
 @contextlib.contextmanager
 def _driving(arch: Arch, launcher: object, **functions: Any) -> Iterator[None]:
-    """Triton's driver, of which only these functions do anything."""
+    """Within the `with` block tensors run on Triton, with a driver of which only these functions do anything."""
     from triton.runtime import driver
 
     from .compile import target_of
@@ -152,7 +150,8 @@ def _driving(arch: Arch, launcher: object, **functions: Any) -> Iterator[None]:
         )
     )
     try:
-        yield
+        with running_on(arch):
+            yield
     finally:
         driver._active = before
 

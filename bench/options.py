@@ -14,6 +14,8 @@ from .operation import Operation, find, operations
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Make a parser of numbers above 0."""
+
     def number(text: str) -> float:
         value = kind(text)
         if not 0 < value < math.inf:
@@ -28,7 +30,7 @@ def option(commands: str, help: str, default: Any = (), word: str = "", **how: A
     return field(default=default, metadata={"commands": commands.split(), "word": word, "help": help, **how})
 
 
-REPEATED: dict[str, Any] = dict(action="append")  # no such argument means all
+REPEATED: dict[str, Any] = dict(action="append")
 GIVEN: dict[str, Any] = dict(default=False, action="store_true")
 PATH: dict[str, Any] = dict(default=None, type=Path)
 COUNT, MINUTES = positive(int), positive(float)
@@ -36,6 +38,8 @@ COUNT, MINUTES = positive(int), positive(float)
 
 @dataclass(kw_only=True)
 class Options(argparse.Namespace):
+    """The arguments by their names, and their defaults. Of what is a sequence, none means all."""
+
     command: str = ""
     operation: Sequence[str] = option(
         "run tune static counts",

@@ -73,8 +73,8 @@ def goals(stored: Stored) -> list[Goal]:
         for row in rows:
             for target in row["targets"]:
                 value = "–"
-                if found := measured.get((place(row), target["target"])):
-                    measurement, target = found
+                if (place(row), target["target"]) in measured:
+                    measurement, target = measured[place(row), target["target"]]
                     status = measurement.get("providers", {}).get("tribp", {}).get("status")
                     value = status if status in ("wrong", "failed") else figure(target)
                     if (commit := measurement.get("commit", held["commit"])) != held["commit"]:

@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import operator
 import os
 import re
 import subprocess
@@ -84,18 +85,18 @@ def ratios(operation: Operation, entries: Mapping[str, Row], clock: str) -> dict
 
 
 def judge(target: Target, row: Row) -> Row:
-    """The target as a sentence, what was value, and the verdict: "met", "missed", "unmeasured"."""
+    """The target as a sentence, what was measured, and the verdict: "met", "missed", "unmeasured"."""
     entries, peer, limit = row["providers"], target.peer, target.ratio
     if target.quantity == "bandwidth":
-        return verdict(f"≥ {limit:.0%} of copy", row["copy_fraction"], lambda value: value >= limit)
+        return verdict(f"≥ {limit:.0%} of copy", row["copy_fraction"], limit)
     if target.quantity == "launches":  # none is not in a kernel
-        return verdict(f"{limit:g} launches", number(entries, "tribp", "launches"), lambda value: value == limit)
+        return verdict(f"{limit:g} launches", number(entries, "tribp", "launches"), limit, operator.eq)
     if target.quantity == "held memory":
-        value = over(number(entries, "tribp", "held_bytes"), number(entries, peer, "held_bytes"))
-        return verdict(f"≤ {limit:g}x {peer} memory", value, lambda value: value <= limit)
+        held = over(number(entries, "tribp", "held_bytes"), number(entries, peer, "held_bytes"))
+        return verdict(f"≤ {limit:g}x {peer} memory", held, limit, operator.le)
     if target.quantity == "memory":
-        return verdict(f"≥ {limit:.2f}x {peer} memory", memory_ratio(row, peer), lambda value: value >= limit)
-    return verdict(f"≥ {limit:.2f}x {peer}", row["ratios"][peer], lambda value: value >= limit)
+        return verdict(f"≥ {limit:.2f}x {peer} memory", memory_ratio(row, peer), limit)
+    return verdict(f"≥ {limit:.2f}x {peer}", row["ratios"][peer], limit)
 
 
 def memory_ratio(row: Row, peer: str) -> float | None:
@@ -103,8 +104,8 @@ def memory_ratio(row: Row, peer: str) -> float | None:
     return over(number(row["providers"], peer, "peak_bytes"), number(row["providers"], "tribp", "peak_bytes"))
 
 
-def verdict(target: str, value: float | None, met: Callable[[float], bool]) -> Row:
-    judged = "unmeasured" if value is None else "met" if met(value) else "missed"
+def verdict(target: str, value: float | None, limit: float, met: Callable[[Any, Any], bool] = operator.ge) -> Row:
+    judged = "unmeasured" if value is None else "met" if met(value, limit) else "missed"
     return {"target": target, "ratio": value, "verdict": judged}
 
 

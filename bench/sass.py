@@ -131,13 +131,13 @@ def matrix_loops(code: Sequence[Instruction]) -> list[Loop]:
     """
     flow = Flow(code)
     names = MATRIX if any(i.name in MATRIX for i in code) else {"DFMA"}
-    found = []
+    loops = []
     for head, loop in flow.loops_with(names).items():
         # As it runs: compilers like to lay a loop out from its middle.
         body = flow.instructions(sorted(loop, key=lambda block: (block.start < head.start, block.start)))
         multiplies = [n for n, i in enumerate(body) if i.name in names]
         loads = [n for n, i in enumerate(body) if i.name in COPIES | LOADS]
-        found.append(
+        loops.append(
             Loop(
                 matrix=len(multiplies) if names is MATRIX else 0,
                 loads=len(loads),
@@ -146,7 +146,7 @@ def matrix_loops(code: Sequence[Instruction]) -> list[Loop]:
                 spills=sum(i.name in SPILLS for i in body),
             )
         )
-    return found
+    return loops
 
 
 class Flow:

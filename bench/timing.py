@@ -31,8 +31,8 @@ Times = dict[str, float]  # of repeated measurements, in µs: "median", "p20", "
 
 def summary(times: Sequence[float]) -> Times:
     quantiles = {"median": 0.5, "p20": 0.2, "p80": 0.8}
-    found = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([*quantiles.values()], dtype=torch.float64))
-    return dict(zip(quantiles, found.tolist(), strict=True))
+    values = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([*quantiles.values()], dtype=torch.float64))
+    return dict(zip(quantiles, values.tolist(), strict=True))
 
 
 def versions() -> dict[str, str]:

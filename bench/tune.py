@@ -56,8 +56,8 @@ def main(options: Options) -> int:
     with tribp.use_backend("triton"):
         for left, (operation, cases) in zip(range(len(each), 0, -1), each, strict=True):
             now = time.monotonic()
-            share = now + (end - now) / left  # what one leaves, the next ones have
-            tuning = Tuning(operation, options, meter, folder, lambda share=share: time.monotonic() >= share)  # type: ignore[misc]
+            share = (end - now) / left  # what one leaves, the next ones have
+            tuning = Tuning(operation, options, meter, folder, now + share)
             tuning.run(cases)
             print(f"\n{tuning.table()}\n")
             good &= tuning.good
@@ -71,10 +71,8 @@ class Tuning:
     Entries of an earlier run on the same GPU, versions and sources are not measured again.
     """
 
-    def __init__(
-        self, operation: Operation, options: Options, meter: CpuMeter, folder: Path, over: Callable[[], bool]
-    ) -> None:
-        self.operation, self.options, self.meter, self.over = operation, options, meter, over
+    def __init__(self, operation: Operation, options: Options, meter: CpuMeter, folder: Path, end: float) -> None:
+        self.operation, self.options, self.meter, self.end = operation, options, meter, end
         self.good = True
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"tune-{operation.name}.json"
@@ -88,6 +86,9 @@ class Tuning:
             kept = self.path.with_suffix(".old.json")
             self.path.replace(kept)
             print(f"{self.path.name} is of another GPU, version or state of the sources; it is now {kept.name}")
+
+    def over(self) -> bool:
+        return time.monotonic() >= self.end
 
     def run(self, cases: Sequence[Any]) -> None:
         tuned: set[str] = set()

@@ -63,14 +63,14 @@ def predicted(arch: Arch, operation: Operation, case: Any, direction: str, codes
         if executed is None:
             break
         try:
-            found = predict(
+            prediction = predict(
                 machine, work, executed, registers=code.registers, shared=code.shared_memory,
                 num_warps=launch.num_warps, stages=launch.num_stages, cached=frozenset(touched),
             )  # fmt: skip
         except ValueError as too_large:
             error = str(too_large)
             break
-        launches.append({"kernel": launch.kernel.__name__, "settings": describe(launch), **asdict(found)})
+        launches.append({"kernel": launch.kernel.__name__, "settings": describe(launch), **asdict(prediction)})
         touched |= {tensor for tensor, size in work.tensors.items() if size <= machine.l2_size / 2}
     return {
         "target": arch.name, "operation": operation.name, "case": case.name, "direction": direction,

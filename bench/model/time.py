@@ -1,6 +1,6 @@
 """The time of a launch from its machine code and its sizes: arithmetic only.
 
-A program runs in two phases that follow each other: its main loops, and the rest (before and after them). In each, the
+A program runs in two phases that follow each other: its main loops, and what is outside of them. In each, the
 busiest of these sets the time, in cycles of a multiprocessor (SM):
 
     tensor cores    multiply-adds over their rate, as far as a large product reaches it
@@ -58,16 +58,16 @@ def predict(
     if not resident:
         raise ValueError(f"an SM holds no program of {registers} registers a thread, {num_warps} warps, {shared} bytes")
     busiest = math.ceil(work.programs / machine.processors)
-    loop, rest, turns = executed(work, profile, num_warps)
-    in_rest = work.macs if not loop.instructions else 0
-    loop_units = units(machine, loop, work.macs - in_rest, work.bits, profile.matrix, num_warps)
+    loop, outside, turns = executed(work, profile, num_warps)
+    macs_outside = work.macs if not loop.instructions else 0
+    loop_units = units(machine, loop, work.macs - macs_outside, work.bits, profile.matrix, num_warps)
     loop_units["shared memory"] += work.copied / machine.shared_bytes
-    rest_units = units(machine, rest, in_rest, work.bits, profile.matrix, num_warps)
+    outside_units = units(machine, outside, macs_outside, work.bits, profile.matrix, num_warps)
 
     loop_latency = turns * machine.latency / max(1, stages - 1)
     waits = work.chain * math.prod(work.outer) * machine.latency
     in_loop = max(*loop_units.values(), loop.cycles, loop_units["tensor cores"] + loop.idle, loop_latency)
-    alone = in_loop + max(*rest_units.values(), rest.cycles) + waits
+    alone = in_loop + max(*outside_units.values(), outside.cycles) + waits
 
     # Programs behind the others start on what those leave free.
     behind = profile.beside * (work.turns_behind / work.paths_behind)
@@ -80,7 +80,7 @@ def predict(
     us = 1e6 / machine.clock
     dram = sum(size for tensor, size in work.tensors.items() if tensor not in cached)
     terms = {
-        name: us * (busiest * (loop_units[name] + rest_units[name]) + work.behind / machine.processors * also)
+        name: us * (busiest * (loop_units[name] + outside_units[name]) + work.behind / machine.processors * also)
         for name, also in behind_units.items()
     }
     terms["alone"] = us * (rounds * alone + left * alone_behind)
@@ -119,11 +119,11 @@ def executed(work: LaunchWork, profile: Profile, num_warps: int) -> tuple[Tally,
     if not work.macs and work.step and body.loaded:
         steps = max(1, min(round(num_warps * body.loaded / work.step), total))
     turns = total / steps
-    rest = profile.levels[-1]
+    outside = profile.levels[-1]
     for k, level in enumerate(profile.levels[1:-1]):
         around = math.prod(work.outer[: len(work.outer) - k])
-        rest += level * (around if k else around / loops)
-    return body * turns, rest, turns * loops
+        outside += level * (around if k else around / loops)
+    return body * turns, outside, turns * loops
 
 
 def units(machine: Machine, tally: Tally, macs: float, bits: int, matrix: str, num_warps: int) -> dict[str, float]:
