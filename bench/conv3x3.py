@@ -302,18 +302,14 @@ def pixels_of(given: Given) -> int:
 
 def product_work(given: Given, grid: tuple[int, ...], case: Any, operand: str, channels: str) -> dict[str, Any]:
     """forward and dgrad: taps × steps through the channels. A class of pixels meets 9 / (classes) taps on average."""
-    rows = given["ROWS"]
     turns = cdiv(size(given, "GROUPS_PER_TILE", channels), given["BLOCK_L"])
-    if rows > 1:  # a turn takes the taps of one column
-        taps, pixels, products, weights = 3.0, (rows + 2) * pixels_of(given), 3 * rows, 3
-    else:
-        classes = size(given, "step_h", "step_w") if operand == "dx" else 1
-        taps, pixels, products, weights = 9 / classes, pixels_of(given), 1, 1
-    step = products * pixels_of(given) * given["BLOCK_J"] * given["BLOCK_L"]
-    read = (pixels + weights * given["BLOCK_J"]) * given["BLOCK_L"] * model.itemsize(given, operand)
+    taps = 9 / (size(given, "step_h", "step_w") if operand == "dx" else 1)
+    pixels = pixels_of(given)
+    step = pixels * given["BLOCK_J"] * given["BLOCK_L"]
+    read = (pixels + given["BLOCK_J"]) * given["BLOCK_L"] * model.itemsize(given, operand)
     loops = (taps * turns, step) if given["FLAT"] else (turns, step, (taps,))
     work = model.product(given, operand, *loops)
-    written = rows * pixels_of(given) * given["BLOCK_J"] * model.itemsize(given, operand)
+    written = pixels * given["BLOCK_J"] * model.itemsize(given, operand)
     if operand == "y" and given["b"] is not None:
         work |= dict(chain=2)
     programs = math.prod(grid)

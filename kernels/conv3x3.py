@@ -56,7 +56,6 @@ class Product(NamedTuple):
     BLOCK_J: int  # channels of the result
     BLOCK_L: int  # channels of the sum
     BOX: Box
-    ROWS: int  # boxes of one row each that a program takes (`convolve_rows`), or 1
     GROUP: int
     GROUPS_PER_TILE: int
     DIAGONAL: bool  # several groups a tile
@@ -411,92 +410,33 @@ def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, C
     return acc
 
 
-@triton.jit
-def convolve_rows(image, w, memory, box, window, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
-    """What `convolve` computes with descriptors and a stride of 1, for ROWS boxes of one row each, the one below the
-    other: a tuple of their tiles.
-
-    A turn takes the taps of one column. Each of ROWS + 2 rows of the image, read once, meets up to three of them: with
-    two rows, the image is read six times, not nine.
-    """
-    BOX: tl.constexpr = CONFIG.BOX
-    ROWS: tl.constexpr = CONFIG.ROWS
-    BLOCK_L: tl.constexpr = CONFIG.BLOCK_L
-    PRECISION: tl.constexpr = CONFIG.PRECISION
-    # Looking back, the row above meets the last tap.
-    first_h = window.shift_h - 2 if DGRAD else window.shift_h
-    tile, here, OG, CG, col = groups
-    LG = OG if DGRAD else CG
-    first = tile * CONFIG.GROUPS_PER_TILE
-    steps = tl.cdiv(here * LG, BLOCK_L)
-    acc = zeros(ROWS, CONFIG.BLOCK_J, BOX.N * BOX.W, accumulator(image.data.dtype))
-    for turn in range(0, tl.maximum(3 * steps, 1)):
-        t_w = turn // steps
-        l = turn % steps * BLOCK_L
-        weights = ()
-        for t_h in tl.static_range(3):
-            tap = (2 - t_h if DGRAD else t_h) * 3 + t_w
-            of_groups = Matrix(w, here * OG, CONFIG.GROUPS_PER_TILE * CG, 1)
-            b = load_weight(of_groups, tap, l, col, first * OG, DGRAD, CONFIG)
-            weights = weights + (tl.trans(b),)
-        at_w = window.shift_w - t_w if DGRAD else window.shift_w + t_w
-        for q in tl.static_range(ROWS + 2):
-            shifted = Window(1, 1, first_h + q, at_w)
-            a = load_box(image, box, shifted, first * LG + l, Box(BOX.N, 1, BOX.W), BLOCK_L, 1)
-            added = ()
-            for row in tl.static_range(ROWS):
-                if row <= q and q < row + 3:
-                    added = added + (dot(weights[q - row], tl.trans(a), acc[row], PRECISION),)
-                else:
-                    added = added + (acc[row],)
-            acc = added
-    tiles = ()
-    for row in tl.static_range(ROWS):
-        total = tl.trans(acc[row])
-        if CONFIG.DIAGONAL:
-            below = Pixels(box.n, box.h + row, box.w)
-            total = without_zeros(total, image, memory, below, window, Taps(0, 0, 1, 1), groups, DGRAD, CONFIG)
-        tiles = tiles + (total,)
-    return tiles
-
-
 @triton.jit(do_not_specialize=SIZES)
 def forward(
     x, strides, w, memory, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w, step_h, step_w, CONFIG: tl.constexpr
 ):
-    """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_J of a tile's groups' output channels a program.
-
-    Or ROWS boxes of one row each (`convolve_rows`).
-    """
+    """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_J of a tile's groups' output channels a program."""
     ACT: tl.constexpr = CONFIG.ACT
     BOX: tl.constexpr = CONFIG.BOX
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
-    ROWS: tl.constexpr = CONFIG.ROWS
     GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
     columns = tl.cdiv(GROUPS_PER_TILE * OG, BLOCK_J)
-    boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H * ROWS) * tl.cdiv(Q, BOX.W)
+    boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H) * tl.cdiv(Q, BOX.W)
     index, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, GROUPS_PER_TILE), CONFIG.GROUP)
-    box = box_at(index, P, Q, Box(BOX.N, BOX.H * ROWS, BOX.W))
+    box = box_at(index, P, Q, BOX)
     tile = column // columns
     col = column % columns * BLOCK_J
     here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
     of_tile = Groups(tile, here, OG, CG, col)
     image = Image(x, *strides, N, H, W, CG)
     window = Window(step_h, step_w, -pad_h, -pad_w)
-    if ROWS > 1:
-        tiles = convolve_rows(image, w, memory, box, window, of_tile, False, CONFIG)
-    else:
-        taps = Taps(0, 0, 1, 1)
-        tiles = (convolve(image, w, memory, box, window, taps, of_tile, False, CONFIG),)
+    z = convolve(image, w, memory, box, window, Taps(0, 0, 1, 1), of_tile, False, CONFIG)
     first = tile * (GROUPS_PER_TILE * OG)
     y = from_channel(Image(*y, N, P, Q, here * OG), first, CONFIG)
-    for row in tl.static_range(ROWS):
-        z = tiles[row]
-        if b is not None:
-            o, inside = masked_range(col, here * OG, BLOCK_J, 1)
-            z += tl.load(b + first + o, mask=inside, other=0.0).to(z.dtype)[None, :]
-        z = activate(z, ACT, y.data.dtype.element_ty, CONFIG.PTX)
-        store_box(y, z, pixels_of(Pixels(box.n, box.h + row, box.w), BOX), col, BLOCK_J, CONFIG)
+    if b is not None:
+        o, inside = masked_range(col, here * OG, BLOCK_J, 1)
+        z += tl.load(b + first + o, mask=inside, other=0.0).to(z.dtype)[None, :]
+    z = activate(z, ACT, y.data.dtype.element_ty, CONFIG.PTX)
+    store_box(y, z, pixels_of(box, BOX), col, BLOCK_J, CONFIG)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -516,14 +456,12 @@ def dgrad(
     SUMS: tl.constexpr = CONFIG.SUMS
     BOX: tl.constexpr = CONFIG.BOX
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
-    ROWS: tl.constexpr = CONFIG.ROWS
     GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
     VEC: tl.constexpr = CONFIG.VEC_STORE
     class_h = tl.program_id(1) >> (step_w - 1)
     class_w = tl.program_id(1) & (step_w - 1)
     columns = tl.cdiv(GROUPS_PER_TILE * CG, BLOCK_J)
-    tl.static_assert(ROWS == 1 or BOX.H == 1)  # and step_h and step_w are 1
-    down = tl.cdiv((H + step_h - 1) >> (step_h - 1), BOX.H * ROWS)
+    down = tl.cdiv((H + step_h - 1) >> (step_h - 1), BOX.H)
     boxes = tl.cdiv(N, BOX.N) * down * tl.cdiv((W + step_w - 1) >> (step_w - 1), BOX.W)
     if SUMS is not None:
         behind = tl.program_id(0) - boxes * columns * tl.cdiv(groups, GROUPS_PER_TILE)
@@ -537,22 +475,18 @@ def dgrad(
     dx = from_channel(Image(*dx, N, H, W, here * CX), tile * (GROUPS_PER_TILE * CX), CONFIG)
     rows, first_h = rows_of_class(H, pad_h, class_h, step_h)
     cols, first_w = rows_of_class(W, pad_w, class_w, step_w)
-    box = box_at(index, rows, cols, Box(BOX.N, BOX.H * ROWS, BOX.W))
+    box = box_at(index, rows, cols, BOX)
     of_tile = Groups(tile, here, OG, CG, col)
     image = Image(dz, *strides, N, P, Q, OG)
     window = Window(1, 1, first_h, first_w)
-    if ROWS > 1:
-        tiles = convolve_rows(image, w, memory, box, window, of_tile, True, CONFIG)
-    else:
-        taps = Taps(class_h, class_w, step_h, step_w)
-        tiles = (convolve(image, w, memory, box, window, taps, of_tile, True, CONFIG),)
-    for row in tl.static_range(ROWS):
-        n, i, j = pixels_of(Pixels(box.n, box.h + row, box.w), BOX)
-        h = row_of_class(i, first_h, pad_h, class_h, step_h)
-        v = j  # step_w is 1; the compiler sees columns side by side
-        if CONFIG.CHANNELS_LAST or VEC == 1:
-            v = row_of_class(j, first_w, pad_w, class_w, step_w)
-        store_box(dx, tiles[row], Pixels(n, h, v), col, BLOCK_J, CONFIG)
+    taps = Taps(class_h, class_w, step_h, step_w)
+    total = convolve(image, w, memory, box, window, taps, of_tile, True, CONFIG)
+    n, i, j = pixels_of(box, BOX)
+    h = row_of_class(i, first_h, pad_h, class_h, step_h)
+    v = j  # step_w is 1; the compiler sees columns side by side
+    if CONFIG.CHANNELS_LAST or VEC == 1:
+        v = row_of_class(j, first_w, pad_w, class_w, step_w)
+    store_box(dx, total, Pixels(n, h, v), col, BLOCK_J, CONFIG)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])

@@ -359,13 +359,10 @@ def test_work_of_a_convolution() -> None:
     forward, dgrad, wgrad = (work(case, direction) for direction in ("forward", "dgrad", "wgrad"))
     assert forward.turns == 9 * 2
     assert dgrad.turns == 9 / 4 * 4
-    if versions.keeps_shared_tiles():
-        forward = work(
-            ConvCase((256, 64, 64, 56, 56), BF16), "forward"
-        )  # pairs of rows: four of x and three taps a turn
-        assert (forward.turns, forward.macs) == (3 * 2, 9 * 64 * 256 * 64)
-        assert forward.copied == 6 * (4 * 128 + 3 * 64) * 32 * 2
-        assert forward.l2 == forward.programs * (forward.copied + 256 * 64 * 2)
+    forward = work(ConvCase((256, 64, 64, 56, 56), BF16), "forward")
+    assert (forward.turns, forward.macs) == (9, 9 * 64 * 128 * 64)
+    assert forward.copied == 9 * (128 + 64) * 64 * 2
+    assert forward.l2 == forward.programs * (forward.copied + 128 * 64 * 2)
     launch = launches_of(case, "wgrad")[0]
     assert wgrad.programs == math.prod(launch.grid)
     assert wgrad.macs * wgrad.programs >= 9 * 128 * 256 * 64 * 14 * 14

@@ -76,11 +76,10 @@ class Apart(NamedTuple):
 
     channels: int
     groups: int
-    images: int = 2
     processors: int = 2
 
     def wrong(self) -> list[str]:
-        x = images.last(torch.randn(self.images, self.channels, 8, 8, dtype=DOUBLE).to(BRAIN))
+        x = images.last(torch.randn(2, self.channels, 8, 8, dtype=DOUBLE).to(BRAIN))
         w = images.last(torch.randn(self.channels, self.channels // self.groups, 3, 3, dtype=DOUBLE).to(BRAIN))
         dy = images.last(torch.randn(x.shape, dtype=DOUBLE).to(BRAIN))
         x[0, 5, 3, 3] = dy[1, 9, 2, 2] = math.inf
@@ -110,12 +109,7 @@ def conv(
 QUICK: dict[str, Case] = {
     "conv, 64 columns": conv((2, 64, 16, 16), 64),
     "conv, 128 columns": conv((1, 128, 16, 16), 136),
-    "conv, two rows": conv((16, 64, 4, 8), 64, needs="x", processors=1),
-    "conv, two rows of few images": conv((1, 64, 4, 72), 64, needs="x", processors=1),
-    "conv, two rows and rest, NCHW": conv(
-        (15, 40, 5, 8), 40, padding=(0, 1), x=images.contiguous, needs="x", processors=1
-    ),
-    "conv, two rows of 128 columns": conv((15, 40, 4, 8), 136, activation="sigmoid", needs="", processors=1),
+    "conv, 40 columns, NCHW": conv((15, 40, 5, 8), 40, padding=(0, 1), x=images.contiguous, needs="x", processors=1),
     "conv, box and rest": conv((4, 32, 7, 7), 40),
     "conv, box and rest, sigmoid": conv((3, 24, 13, 11), 40, activation="sigmoid"),
     "conv, lines of images": conv((32, 24, 3, 2), 72, needs="wb"),
@@ -128,9 +122,8 @@ QUICK: dict[str, Case] = {
     "conv, stride 2, odd": conv((2, 72, 11, 9), 24, stride=(1, 2), x=images.cropped_last, bias=False),
     "conv, groups": conv((2, 64, 8, 8), 144, groups=2),
     "conv, bundles": conv((2, 40, 6, 7), 20, groups=5, activation="sigmoid"),
-    "conv, two rows of bundles": conv((15, 128, 5, 8), 128, groups=16, needs="x", processors=1),
+    "conv, bundles of 64 columns": conv((15, 128, 5, 8), 128, groups=16, needs="x", processors=1),
     "conv, groups taken apart": Apart(64, 16),
-    "conv, groups taken apart, two rows": Apart(64, 16, images=16, processors=1),
     "conv, image": conv((2, 3, 16, 12), 72, activation="sigmoid", needs="wb"),
     "conv, image, no activation": conv((2, 3, 9, 12), 40, needs="wb", dtype=HALF),
     "conv, dx of an image": conv((2, 3, 9, 140), 40, needs="x"),

@@ -43,8 +43,6 @@ BASE = ConvConfig(32, 16, 16, num_warps=4, num_stages=2, reason="test", group=2,
 FORMS = {
     "pointers": BASE,
     "flat": replace(BASE, flat=True, box=(1, 2, 16)),
-    "two rows": replace(BASE, tma=True, flat=True, box=(2, 1, 16), rows=2, group=3),
-    "three rows": replace(BASE, block_i=16, tma=True, flat=True, box=(1, 1, 16), rows=3),
     "tma": replace(BASE, tma=True),
     "flat tma": replace(BASE, tma=True, flat=True, box=(32, 1, 1)),
     "one image": replace(BASE, block_i=64, block_j=32, box=(1, 8, 8), group=8),
@@ -117,8 +115,7 @@ class Case:
 
     def fitted(self, config: ConvConfig) -> ConvConfig:
         tma = config.tma and self.window.groups in (1, 2, 4)
-        rows = config.rows if tma and self.window.stride == (1, 1) else 1
-        return replace(config, bundle=self.bundle, tma=tma, rows=rows)
+        return replace(config, bundle=self.bundle, tma=tma)
 
 
 @pytest.fixture

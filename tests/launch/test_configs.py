@@ -93,7 +93,7 @@ VARIED: dict[Any, set[str]] = {
     DgradProblem: {"fuse_dz"},
     WgradProblem: {"fuse_dz", "splits"},
     BackwardProblem: {"block_i", "block_j", "num_stages", "splits"},
-    ConvProblem: {"box", "flat", "block_i", "block_j", "block_l", "tma", "num_stages", "num_warps", "group", "rows"},
+    ConvProblem: {"box", "flat", "block_i", "block_j", "block_l", "tma", "num_stages", "num_warps", "group"},
     ConvWgradProblem: {"box", "taps", "splits", "block_i", "block_j", "block_l", "tma", "num_stages"},
     FewChannelsProblem: {"box", "block_i", "block_j", "num_warps", "splits"},
     FewChannelsDgradProblem: {"box", "num_warps", "num_stages"},

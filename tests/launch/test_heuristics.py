@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from tribp import versions
 from tribp.launch.arch import ARCHS, Arch
 from tribp.launch.matmul import fills
 from tribp.ops.conv3x3.config import ConvProblem
@@ -67,20 +66,16 @@ def test_the_shapes_that_the_rule_names() -> None:
     assert (conv.block_i, conv.block_j) == (128, 128)
 
 
-def rows_of(n: int, side: int, channels: int, arch: Arch = H100, dtype: str = "bfloat16", **more: Any) -> int:
+def tile_of(n: int, side: int, arch: Arch = H100, dtype: str = "bfloat16", **more: Any) -> tuple[int, int, int]:
+    """Pixels, stages and warps of 64 columns."""
     facts: dict[str, Any] = dict(vec=8, tma=arch.has_tma, along=True, whole=False, wide=False, stepped=False) | more
-    return ConvProblem(n, side, side, channels, channels, 1, 1, 1, dtype, "ieee", arch, **facts).choose().rows
+    config = ConvProblem(n, side, side, 64, 64, 1, 1, 1, dtype, "ieee", arch, **facts).choose()
+    assert config.block_j == 64
+    return config.block_i, config.num_stages, config.num_warps
 
 
-def test_rows_go_in_pairs_where_that_costs_no_processor_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "keeps_shared_tiles", lambda: True)
-    assert rows_of(256, 56, 64) == rows_of(256, 56, 64, dtype="float16") == 2
-    assert rows_of(32, 28, 64) == 1, "98 programs of two rows leave processors idle"
-    assert rows_of(256, 28, 128) == 1, "measured: 128 columns are slower in pairs"
-    assert rows_of(64, 14, 256) == 1, "112 programs, each alone on its processor"
-    assert rows_of(256, 7, 64) == 1, "an eighth of four pairs lies outside"
-    assert rows_of(256, 14, 256) == 1, "tiles of 128×256"
-    assert rows_of(256, 56, 64, stepped=True) == rows_of(256, 56, 64, dtype="float32") == 1
-    assert rows_of(256, 56, 64, ARCHS["sm_80"]) == rows_of(256, 56, 64, ARCHS["sm_100"]) == 1
-    monkeypatch.setattr(versions, "keeps_shared_tiles", lambda: False)
-    assert rows_of(256, 56, 64) == 1
+def test_64_columns_take_the_tile_that_was_measured() -> None:
+    assert tile_of(256, 56) == tile_of(256, 56, dtype="float16") == tile_of(256, 56, wide=True) == (128, 3, 4)
+    assert tile_of(17, 28) == (128, 4, 4), "105 programs, each alone on its processor"
+    assert tile_of(16, 28) == (64, 4, 4), "98 programs would leave processors idle"
+    assert tile_of(256, 56, stepped=True) == tile_of(256, 56, ARCHS["sm_100"]) == (256, 4, 8), "not measured"

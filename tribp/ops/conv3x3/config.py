@@ -51,7 +51,6 @@ class ConvConfig(MatmulConfig):
     flat: bool = False  # one loop over taps and channels
     taps: int = 1  # of wgrad: taps of one row that a program sums, and reads dz once for
     x_first: bool = False  # of wgrad: multiply xᵀ·dz and not dzᵀ·x
-    rows: int = 1  # boxes of one row each that a program takes one below the other
 
     def columns(self, channels: int, groups: int) -> int:
         """Tiles across the result's channels, `channels` of them in each group."""
@@ -59,7 +58,7 @@ class ConvConfig(MatmulConfig):
 
     def boxes(self, n: int, p: int, q: int, rim: int = 0) -> int:
         """How many cover n images of p × q, if neighbours share `rim` columns."""
-        return cdiv(n, self.box[0]) * cdiv(p, self.box[1] * self.rows) * cdiv(q, self.box[2] - rim)
+        return cdiv(n, self.box[0]) * cdiv(p, self.box[1]) * cdiv(q, self.box[2] - rim)
 
 
 @dataclass(frozen=True)
@@ -75,19 +74,15 @@ class RelayoutConfig:
 
 
 @lru_cache(maxsize=4096)
-def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False, one_row: bool = False) -> Box:
+def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False) -> Box:
     """The box of `pixels` pixels that covers n images of p × q with the least that lies outside, or hardly more.
 
     A box is a constant of its kernel, so the first that will do is taken of a few: training on batches of many sizes
     then compiles few kernels. wide: columns are contiguous in memory, and of all boxes the widest is best.
-    one_row: none has several rows.
     """
     if wide:
         sizes = [1 << k for k in range(pixels.bit_length())]
-        heights = [1] if one_row else sizes
-        shapes = sorted(((r, c) for c in sizes for r in heights), key=lambda shape: shape[::-1], reverse=True)
-    elif one_row:
-        shapes = [(1, min((8, 4), key=lambda columns: cdiv(q, columns) * columns)), (1, pixels)]
+        shapes = sorted(((r, c) for c in sizes for r in sizes), key=lambda shape: shape[::-1], reverse=True)
     else:
         shapes = [(1, 8), (pixels // 8, 8), (4, 4), (1, 1), (2, 1), (1, pixels), (pixels, 1)]
     boxes = [(pixels // (rows * cols), rows, cols) for rows, cols in shapes if 0 < rows * cols <= pixels]
@@ -138,7 +133,7 @@ def sparing(config: ConvConfig, chosen: ConvConfig, n: int, p: int, q: int) -> b
     """Whether boxes of a config cover at most a quarter more than those of the heuristic's."""
 
     def covered(c: ConvConfig) -> int:
-        return c.boxes(n, p, q) * prod(c.box) * c.rows
+        return c.boxes(n, p, q) * prod(c.box)
 
     return max(config.box) <= MAX_TILE and 4 * covered(config) <= 5 * covered(chosen)
 
@@ -194,7 +189,7 @@ class ConvProblem(NamedTuple):
     stepped: bool
 
     def steps(self) -> Steps:
-        return {**STEPS, "box": beside, "flat": toggled, "rows": lambda rows: iter([3 - rows])}
+        return {**STEPS, "box": beside, "flat": toggled}
 
     def choose(self) -> ConvConfig:
         n, p, q, j, l, bundles, bundle, classes, dtype, _, arch, *_ = self
@@ -203,7 +198,12 @@ class ConvProblem(NamedTuple):
         if arch.has_tma and tiles[0].tma and ITEMSIZE[dtype] == 2 and arch.backend != "interpreter":
             big = tiles[0]
             tiles = [tile for tile in tiles if tile.block_j < 2 * j] or tiles[-1:]  # others would be cut, a kernel each
-            if j <= 64:
+            if 32 < j <= 64 and l >= 32 and arch.has_wgmma and not self.stepped:
+                # Measured on an H200, 256 images of 56², 64 channels, forward and dgrad: 155 and 152 µs; 256×64 with
+                # four stages 193 and 194.
+                reason = "measured on sm_90: 128×64, three stages: three programs a processor"
+                tiles.insert(0, replace(big, block_i=128, block_j=64, num_warps=4, num_stages=3, reason=reason))
+            elif j <= 64:
                 # Derived: with all columns in one tile the weights are what is read again, once for each box: larger
                 # boxes.
                 reason = "derived: 256×64: few columns"
@@ -231,72 +231,24 @@ class ConvProblem(NamedTuple):
         # A loop over the channels of one tap that takes a single step can't be pipelined; one over all taps can.
         flat = chosen.tma or (l <= chosen.block_l and chosen.num_warps <= 4)
         limit = chosen.max_registers if chosen.tma and bundle == 1 else unrounded(arch)
-        dense = convolution(
+        config = convolution(
             replace(chosen, prefetch=False, max_registers=limit),
             box=choose_box(chosen.block_i, n, p, q, wide=self.wide),
             bundle=bundle,
             flat=flat,
         )
-        if self.wide and self.precision == "tf32x3" and not arch.has_tma and dense.box[0] >= 128:
+        if self.wide and self.precision == "tf32x3" and not arch.has_tma and config.box[0] >= 128:
             # Compiled: boxes of 128 images, stored column by column, spill 12 bytes on sm_80, outside of the loop.
-            dense = replace(dense, block_l=min(dense.block_l, 16))
-        if self._pairs_rows(dense):
-            pair = self._two_rows()
-
-            def programs(s: ConvConfig) -> int:
-                return s.boxes(n, p, q) * cdiv(j, s.block_j) * bundles
-
-            def busiest(s: ConvConfig) -> int:
-                """Elements of the result that the busiest processor computes."""
-                return cdiv(programs(s), arch.processors) * s.rows * s.block_i * s.block_j
-
-            # By the model, one program each is slower than two of half its size, which hide each other's beginning and
-            # end.
-            if busiest(pair) <= busiest(dense) and programs(pair) >= 2 * arch.processors:
-                return pair
-        return dense
-
-    def _pairs_rows(self, dense: ConvConfig) -> bool:
-        """Whether `_two_rows` can and should compute what this config would, but for what processors are left idle.
-
-        wgmma reads shared memory, where Triton must keep what several products read; for tensor cores that take
-        operands from registers nothing was counted. Compiled: beside the code that takes groups apart, stores of single
-        columns spill 168 bytes with Triton 3.6. Measured on an H200, 256 images, forward and dgrad, two rows: 64
-        channels of 56² 157, 152 µs, 128 of 28² 143, 144; one row of tiles 64 deep with three stages: 155, 152 (a tie)
-        and 102, 100; with 32 groups of 4 two rows 32.5, one 36.4.
-        """
-        past = self.whole and self.l % 32
-        beside = self.wide and self.bundle > 1
-        able = dense.tma and ITEMSIZE[self.dtype] == 2 and not (self.stepped or past or beside)
-        few = 32 < dense.block_j <= 64 and self.j <= 64
-        hopper = self.arch.has_wgmma and versions.keeps_shared_tiles() and few and self.l >= 32
-        return able and (hopper or self.arch.backend == "interpreter")
-
-    def _two_rows(self) -> ConvConfig:
-        """Two boxes of one row each, which share the rows of the source that both meet (`conv3x3.convolve_rows`)."""
-        if self.arch.backend == "interpreter":
-            tile = MatmulConfig(16, 32, 32, 1, 1, REASON_INTERPRETED)
-        else:
-            reason = "measured on sm_90: two rows of 128×64: of two programs a processor one computes, the other loads"
-            tile = MatmulConfig(128, 64, 32, 4, 2, reason)
-        box = choose_box(tile.block_i, self.n, 1, self.q, wide=self.wide, one_row=True)
-        limit = unrounded(self.arch) if self.bundle > 1 else None
-        return convolution(replace(tile, tma=True, max_registers=limit), box=box, bundle=self.bundle, flat=True, rows=2)
-
-    def _beside_stages(self, config: ConvConfig) -> int:
-        """Elements of a stage besides two operand tiles: of pairs, the rows and taps that a turn takes."""
-        pair = config.rows > 1
-        return ((config.rows + 1) * config.block_i + 2 * config.block_j) * config.block_l if pair else 0
+            config = replace(config, block_l=min(config.block_l, 16))
+        return config
 
     def adjusted(self, config: ConvConfig) -> ConvConfig:
         n, p, q, arch = self.n, self.p, self.q, self.arch
         if not config.tma or self.bundle > 1:
             config = replace(config, max_registers=unrounded(arch))
-        extra = self._beside_stages(config)
-        config = adjusted_product(config, self, extra=extra)
-        if prod(config.box) != config.block_i or (config.rows > 1 and config.box[1] > 1):
-            box = choose_box(config.block_i, n, p, q, wide=self.wide, one_row=config.rows > 1)
-            config = replace(config, box=box)
+        config = adjusted_product(config, self)
+        if prod(config.box) != config.block_i:
+            config = replace(config, box=choose_box(config.block_i, n, p, q, wide=self.wide))
         return replace(config, flat=config.flat and (config.tma or config.num_warps <= 4))
 
     def is_legal(self, config: ConvConfig) -> bool:
@@ -310,8 +262,7 @@ class ConvProblem(NamedTuple):
         if from_registers:
             largest = 128 * 128 if size == 2 else 128 * 64 // classes
         by_registers = needs_registers(self, tma=config.tma)
-        stages = stages_in_memory(config, size, arch, extra=self._beside_stages(config))
-        pairs = self._pairs_rows(config) and config.box[1] == 1 and config.flat
+        stages = stages_in_memory(config, size, arch)
         return (
             legal_threads(config, arch, wgmma=not by_registers, tile=tile)
             and 16 <= config.block_i <= (chosen.block_i if bundled else fit(MAX_TILE, n * p * q))
@@ -321,7 +272,7 @@ class ConvProblem(NamedTuple):
             and 16 <= config.block_l <= fit(deepest, l)
             and tile <= largest
             and not (self.wide and arch.has_wgmma and tile == 128 * 128 and config.num_warps < 8)
-            and registers(config.rows * tile, dtype, config.num_warps, arch) <= RESULT
+            and registers(tile, dtype, config.num_warps, arch) <= RESULT
             and 1 <= config.num_stages <= (1 if arch.backend == "interpreter" else stages)
             and (not by_registers or config == by_mma_sync(config, precision))
             and (tma and arch.has_tma if config.tma else vec * size >= 4 or not (tma and arch.has_tma))
@@ -329,7 +280,6 @@ class ConvProblem(NamedTuple):
             and not (config.tma and self.whole and l % config.block_l)
             # By pointers and with 8 warps, https://github.com/pytorch/pytorch/issues/173068: see `conv3x3.convolve`.
             and (config.tma or not config.flat or config.num_warps <= 4)
-            and (config.rows == 1 or (config.rows == 2 and pairs))
             and prod(config.box) == config.block_i
             and sparing(config, chosen, n, p, q)
             and 1 <= config.group <= 32
@@ -446,7 +396,7 @@ class ConvWgradProblem(NamedTuple):
             and prod(config.box) == config.block_l
             and sparing(config, self.choose(), n, p, q)
             and legal_splits(config, n, p, q, max(size, 4) * 9 * o * c * bundles, spare)
-            and (config.bundle, config.rows, config.group) == (bundle, 1, ConvConfig.group)
+            and (config.bundle, config.group) == (bundle, ConvConfig.group)
         )
 
 

@@ -403,8 +403,8 @@ def _launch(
 def _dense_config(s: ConvConfig, precision: str, out: Image) -> dict[str, Any]:
     """The fields that `forward` and `dgrad` share, but for the lengths of vectors."""
     return dict(
-        BLOCK_J=s.block_j, BLOCK_L=s.block_l, BOX=conv3x3.Box(*s.box), ROWS=s.rows,
-        GROUP=s.group, GROUPS_PER_TILE=s.bundle, DIAGONAL=s.bundle > 1, FLAT=s.flat, TMA=s.tma, PRECISION=precision,
+        BLOCK_J=s.block_j, BLOCK_L=s.block_l, BOX=conv3x3.Box(*s.box), GROUP=s.group,
+        GROUPS_PER_TILE=s.bundle, DIAGONAL=s.bundle > 1, FLAT=s.flat, TMA=s.tma, PRECISION=precision,
         CHANNELS_LAST=out.channels_last,
     )  # fmt: skip
 
