@@ -544,9 +544,9 @@ def test_batches_of_many_sizes_take_few_kernels() -> None:
     pytest.importorskip("triton")
     counts = called("test_run.kernels_of_batches")
     assert 4 <= counts["MLP"] <= 14
-    # Small batches have a stage more where a program is alone: 2 and 8 kernels.
-    assert 9 <= counts["channels_last"] <= 46
-    assert 9 <= counts["contiguous"] <= 95
+    # Small batches have a stage more where a program is alone.
+    assert 9 <= counts["channels_last"] <= 48
+    assert 9 <= counts["contiguous"] <= 91
 
 
 @pytest.mark.parametrize(
