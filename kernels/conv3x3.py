@@ -8,7 +8,7 @@
 
 Each is a matrix product whose rows (of wgrad: whose sum) are pixels. A tile takes a *box* of them, BOX.N images × BOX.H
 rows × BOX.W columns, so that a tap is the same box elsewhere: for descriptors an offset, with zeros outside the image
-for free; for pointers nine additions to one vector of addresses, and no division by a size.
+for free; for pointers new addresses by the image's strides, and no division by a size.
 
 Groups come in *tiles* of as many as fill a tile's columns, GROUPS_PER_TILE. Of several groups w is a block-diagonal
 matrix (DIAGONAL), which forward and dgrad read from memory (`spread_weight`); one is an ordinary product. The files
@@ -37,6 +37,8 @@ from .common import (
     zeros,
 )
 
+# A group has OG output and CG input channels in w or dw, OZ output channels in wgrad's dz, CX input channels in wgrad's
+# x and dgrad's dx. Where rows are padded to whole 16 bytes, forward's and dgrad's w, dz and x are, dw and dx are not.
 # Not specialized: no recompile for a batch of 1 or a stride of 2. Distances in memory are, as numbers of a tuple: 16
 # divides them or does not. What else does, VEC says.
 SIZES = "N H W P Q groups OG CG OZ CX pad_h pad_w step_h step_w".split()
@@ -99,18 +101,19 @@ class SpreadWeight(NamedTuple):
 
 # A tensor (N, C, H, W) in memory, as an argument of a kernel. Its sizes are arguments of their own (`common`).
 Strided = namedtuple("Strided", "data stride_n stride_c stride_h stride_w")
-# The same within a kernel: images (N, H, W) of channels up to C. data: a pointer or a tensor descriptor.
-Image = namedtuple("Image", "data stride_n stride_c stride_h stride_w N H W C")
+# The same within a kernel: a batch of images (N, H, W) of channels up to C. data: a pointer or a tensor descriptor.
+Batch = namedtuple("Batch", "data stride_n stride_c stride_h stride_w N H W C")
 # One pixel or several: image, row, column.
 Pixels = namedtuple("Pixels", "n h w")
-# Which pixels a box meets in an image: row h of the box the row h·step_h + shift_h; columns likewise.
-Window = namedtuple("Window", "step_h step_w shift_h shift_w")
+# From pixels of a box to those of an image that they meet: row h to h·step_h + shift_h; columns likewise.
+PixelMap = namedtuple("PixelMap", "step_h step_w shift_h shift_w")
 # Every step-th tap from a row and a column on: all nine, or in dgrad those that a class of pixels meets. From each to
-# the next the window moves by one pixel: forward, or in dgrad, which looks back, backward.
+# the next the pixels met move by one: forward, or in dgrad, which looks back, backward.
 Taps = namedtuple("Taps", "row column step_h step_w")
 # The groups of a tile: which tile, how many groups it has, the output and the input channels of each, and the first of
-# their channels that a program computes.
-Groups = namedtuple("Groups", "tile here OG CG col")
+# their channels that a program computes. Of a group LG channels are summed and JG computed: CG and OG, in dgrad OG and
+# CG.
+Groups = namedtuple("Groups", "tile count OG CG col")
 
 
 @triton.jit
@@ -174,10 +177,10 @@ def tap_at(t, taps_w):
 
 @triton.jit
 def load_box(
-    image, box, window, channel, BOX: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    image, box, pixel_map, channel, BOX: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
     TRANSPOSED: tl.constexpr = False, WITHIN=None,
 ):  # fmt: skip
-    """The pixels of an image that a box meets through a window, from a channel on: (pixels, BLOCK), zeros outside.
+    """The pixels of an image that a box meets, by a `PixelMap`, from a channel on: (pixels, BLOCK), zeros outside.
 
     TRANSPOSED, of pointers alone: (BLOCK, pixels). Compiled: where tensor cores take operands from registers, Triton
     does not pipeline a load behind which `tl.trans` stands.
@@ -186,7 +189,7 @@ def load_box(
     If boxes are of images alone, N stands behind W / step_w: then the reshape drops leading ones alone (`convolve`).
     WITHIN: (rows, columns), from which on pixels of the box are zeros too; a descriptor's box must not have any.
     """
-    step_h, step_w, shift_h, shift_w = window
+    step_h, step_w, shift_h, shift_w = pixel_map
     if not image.data.dtype.is_ptr():
         tl.static_assert(not TRANSPOSED)
         h = box.h + (shift_h >> (step_h - 1))  # step is 1 or 2; a shift rounds down where a division rounds to zero
@@ -232,7 +235,7 @@ def from_channel(image, first, CONFIG: tl.constexpr):
     """An image without the channels before `first`. CHANNELS_LAST and VEC_STORE as in `offsets`."""
     VEC: tl.constexpr = CONFIG.VEC_STORE
     at = first // VEC * VEC if CONFIG.CHANNELS_LAST else first.to(tl.int64) * (image.stride_c // VEC * VEC)
-    return Image(
+    return Batch(
         image.data + at, image.stride_n, image.stride_c, image.stride_h, image.stride_w,
         image.N, image.H, image.W, image.C,
     )  # fmt: skip
@@ -289,7 +292,7 @@ def spread_weight(w, out, OG, CG, stride_o, stride_c, stride_r, stride_s, CONFIG
 
 
 @triton.jit
-def convolve_by_group(image, w, box, window, taps, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
+def convolve_by_group(image, w, box, pixel_map, taps, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
     """What `convolve` computes, one column after the other, which meets its own group's channels. Slow, seldom needed.
 
     image.data begins with the groups' first channel. w: a pointer.
@@ -302,20 +305,20 @@ def convolve_by_group(image, w, box, window, taps, groups, DGRAD: tl.constexpr, 
     ACC: tl.constexpr = accumulator(image.data.dtype)
     SIGN: tl.constexpr = -1 if DGRAD else 1
     n, i, j = pixels_of(box, BOX)
-    tile, here, OG, CG, col = groups
+    tile, groups_here, OG, CG, col = groups
     LG = OG if DGRAD else CG
     JG = CG if DGRAD else OG
     first = tile * CONFIG.GROUPS_PER_TILE * OG
     taps_h = taps_from(taps.row, taps.step_h)
     taps_w = taps_from(taps.column, taps.step_w)
     acc = tl.zeros((PIXELS, BLOCK_J), ACC)
-    for column in range(col, tl.minimum(col + BLOCK_J, here * JG)):
+    for column in range(col, tl.minimum(col + BLOCK_J, groups_here * JG)):
         total = tl.zeros((PIXELS,), ACC)
         for t in range(0, taps_h * taps_w):
             t_h, t_w = tap_at(t, taps_w)
             tap = (taps.row + t_h * taps.step_h) * 3 + taps.column + t_w * taps.step_w
-            h = i * window.step_h + (window.shift_h + SIGN * t_h)
-            v = j * window.step_w + (window.shift_w + SIGN * t_w)
+            h = i * pixel_map.step_h + (pixel_map.shift_h + SIGN * t_h)
+            v = j * pixel_map.step_w + (pixel_map.shift_w + SIGN * t_w)
             at, inside = pixel_offsets(image, Pixels(n, h, v), CONFIG.VEC)
             for channel in range(column // JG * LG, (column // JG + 1) * LG):
                 value = tl.load(image.data + (at + channel), mask=inside, other=0.0)
@@ -327,7 +330,7 @@ def convolve_by_group(image, w, box, window, taps, groups, DGRAD: tl.constexpr, 
 
 
 @triton.jit
-def without_zeros(acc, image, memory, box, window, taps, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
+def without_zeros(acc, image, memory, box, pixel_map, taps, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
     """The sums of a block-diagonal product, anew by `convolve_by_group` if there is a NaN among them.
 
     A zero between two groups times an infinity of one is NaN in the other. memory: pointers to image and w.
@@ -336,16 +339,16 @@ def without_zeros(acc, image, memory, box, window, taps, groups, DGRAD: tl.const
     if tl.sum((acc != acc).to(tl.int32)) > 0:
         LG = groups.OG if DGRAD else groups.CG
         origin = groups.tile * (CONFIG.GROUPS_PER_TILE * LG // CONFIG.VEC * CONFIG.VEC)
-        by_pointer = Image(
+        by_pointer = Batch(
             memory[0] + origin, image.stride_n, 1, image.stride_h, image.stride_w, image.N, image.H, image.W,
-            groups.here * LG,
+            groups.count * LG,
         )  # fmt: skip
-        acc = convolve_by_group(by_pointer, memory[1], box, window, taps, groups, DGRAD, CONFIG)
+        acc = convolve_by_group(by_pointer, memory[1], box, pixel_map, taps, groups, DGRAD, CONFIG)
     return acc
 
 
 @triton.jit
-def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
+def convolve(image, w, memory, box, pixel_map, taps, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
     """Σ over taps and a tile's groups' channels of image[tap]·w[tap], for a box and BLOCK_J columns.
 
     memory: pointers to image and w, if there are groups to take apart; these may be descriptors.
@@ -372,14 +375,14 @@ def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, C
     SIGN: tl.constexpr = -1 if DGRAD else 1
     taps_h = taps_from(taps.row, taps.step_h)
     taps_w = taps_from(taps.column, taps.step_w)
-    tile, here, OG, CG, col = groups
+    tile, groups_here, OG, CG, col = groups
     LG = OG if DGRAD else CG
-    length = here * LG
+    length = groups_here * LG
     origin = tile * (GROUPS_PER_TILE * LG // VEC * VEC)  # the groups' first channel in the image
     first = tile * GROUPS_PER_TILE * OG
     start = origin if CONFIG.TMA else 0  # in `source`: a descriptor begins with the first channel of all
     source = image.data if CONFIG.TMA else image.data + origin
-    src = Image(source, image.stride_n, 1, image.stride_h, image.stride_w, image.N, image.H, image.W, start + length)
+    src = Batch(source, image.stride_n, 1, image.stride_h, image.stride_w, image.N, image.H, image.W, start + length)
     acc = tl.zeros((BLOCK_J, PIXELS) if WEIGHTS_FIRST else (PIXELS, BLOCK_J), accumulator(source.dtype))
     steps = tl.cdiv(length, BLOCK_L)
     t = 0
@@ -391,12 +394,13 @@ def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, C
         for _ in range(0, tl.maximum(taps_h * taps_w * steps if FLAT else steps, 1)):
             t_h, t_w = tap_at(t, taps_w)
             tap = (taps.row + t_h * taps.step_h) * 3 + taps.column + t_w * taps.step_w
-            shifted = Window(window.step_h, window.step_w, window.shift_h + SIGN * t_h, window.shift_w + SIGN * t_w)
+            shift_h, shift_w = pixel_map.shift_h + SIGN * t_h, pixel_map.shift_w + SIGN * t_w
+            shifted = PixelMap(pixel_map.step_h, pixel_map.step_w, shift_h, shift_w)
             a = load_box(src, box, shifted, start + l, BOX, BLOCK_L, VEC)
             if CONFIG.W_TRANSPOSED:
                 b = load_weight(Matrix(w, CG, OG, 1), tap, l, col, first, False, CONFIG)
             else:
-                of_groups = Matrix(w, here * OG, GROUPS_PER_TILE * CG, 1)
+                of_groups = Matrix(w, groups_here * OG, GROUPS_PER_TILE * CG, 1)
                 b = load_weight(of_groups, tap, l, col, first, DGRAD, CONFIG)
             acc = dot(tl.trans(b), tl.trans(a), acc, PRECISION) if WEIGHTS_FIRST else dot(a, b, acc, PRECISION)
             l += BLOCK_L
@@ -406,7 +410,7 @@ def convolve(image, w, memory, box, window, taps, groups, DGRAD: tl.constexpr, C
     if WEIGHTS_FIRST:
         acc = tl.trans(acc)
     if CONFIG.DIAGONAL:
-        acc = without_zeros(acc, image, memory, box, window, taps, groups, DGRAD, CONFIG)
+        acc = without_zeros(acc, image, memory, box, pixel_map, taps, groups, DGRAD, CONFIG)
     return acc
 
 
@@ -425,15 +429,15 @@ def forward(
     box = box_at(index, P, Q, BOX)
     tile = column // columns
     col = column % columns * BLOCK_J
-    here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
-    of_tile = Groups(tile, here, OG, CG, col)
-    image = Image(x, *strides, N, H, W, CG)
-    window = Window(step_h, step_w, -pad_h, -pad_w)
-    z = convolve(image, w, memory, box, window, Taps(0, 0, 1, 1), of_tile, False, CONFIG)
+    groups_here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
+    of_tile = Groups(tile, groups_here, OG, CG, col)
+    image = Batch(x, *strides, N, H, W, CG)
+    pixel_map = PixelMap(step_h, step_w, -pad_h, -pad_w)
+    z = convolve(image, w, memory, box, pixel_map, Taps(0, 0, 1, 1), of_tile, False, CONFIG)
     first = tile * (GROUPS_PER_TILE * OG)
-    y = from_channel(Image(*y, N, P, Q, here * OG), first, CONFIG)
+    y = from_channel(Batch(*y, N, P, Q, groups_here * OG), first, CONFIG)
     if b is not None:
-        o, inside = masked_range(col, here * OG, BLOCK_J, 1)
+        o, inside = masked_range(col, groups_here * OG, BLOCK_J, 1)
         z += tl.load(b + first + o, mask=inside, other=0.0).to(z.dtype)[None, :]
     z = activate(z, ACT, y.data.dtype.element_ty, CONFIG.PTX)
     store_box(y, z, pixels_of(box, BOX), col, BLOCK_J, CONFIG)
@@ -471,16 +475,16 @@ def dgrad(
     index, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, GROUPS_PER_TILE), CONFIG.GROUP)
     tile = column // columns
     col = column % columns * BLOCK_J
-    here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
-    dx = from_channel(Image(*dx, N, H, W, here * CX), tile * (GROUPS_PER_TILE * CX), CONFIG)
+    groups_here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
+    dx = from_channel(Batch(*dx, N, H, W, groups_here * CX), tile * (GROUPS_PER_TILE * CX), CONFIG)
     rows, first_h = rows_of_class(H, pad_h, class_h, step_h)
     cols, first_w = rows_of_class(W, pad_w, class_w, step_w)
     box = box_at(index, rows, cols, BOX)
-    of_tile = Groups(tile, here, OG, CG, col)
-    image = Image(dz, *strides, N, P, Q, OG)
-    window = Window(1, 1, first_h, first_w)
+    of_tile = Groups(tile, groups_here, OG, CG, col)
+    image = Batch(dz, *strides, N, P, Q, OG)
+    pixel_map = PixelMap(1, 1, first_h, first_w)
     taps = Taps(class_h, class_w, step_h, step_w)
-    total = convolve(image, w, memory, box, window, taps, of_tile, True, CONFIG)
+    total = convolve(image, w, memory, box, pixel_map, taps, of_tile, True, CONFIG)
     n, i, j = pixels_of(box, BOX)
     h = row_of_class(i, first_h, pad_h, class_h, step_h)
     v = j  # step_w is 1; the compiler sees columns side by side
@@ -530,7 +534,7 @@ def wgrad(
     col_c = tile % columns_c * BLOCK_C
     col_o = tile // columns_c % columns_o * BLOCK_O
     group_tile = tile // columns_c // columns_o
-    here = tl.minimum(GROUPS_PER_TILE, groups - group_tile * GROUPS_PER_TILE)
+    groups_here = tl.minimum(GROUPS_PER_TILE, groups - group_tile * GROUPS_PER_TILE)
     r = taps if TAPS == 3 else taps // 3
     s = 0 if TAPS == 3 else taps % 3
     split = tl.program_id(1)
@@ -541,8 +545,8 @@ def wgrad(
     start_c = origin_c if TMA else 0
     dz = dz if TMA else dz + origin_o
     x = x if TMA else x + origin_c
-    image = Image(x, *strides, N, H, W, start_c + here * CX)
-    dz = Image(dz, *z_strides, N, P, Q, start_o + here * OZ)
+    image = Batch(x, *strides, N, H, W, start_c + groups_here * CX)
+    dz = Batch(dz, *z_strides, N, P, Q, start_o + groups_here * OZ)
     acc = zeros(TAPS, BLOCK_C if X_FIRST else BLOCK_O, BLOCK_O if X_FIRST else BLOCK_C, ACC)
     ones = round_to(tl.full((16, PIXELS) if X_FIRST else (PIXELS, 16), 1.0, ACC), DTYPE)
     if BY_PRODUCT:
@@ -551,7 +555,7 @@ def wgrad(
         sums = tl.zeros((PIXELS, BLOCK_O), ACC)
     for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
         box = box_at(index, P, Q, BOX)
-        z_tile = load_box(dz, box, Window(1, 1, 0, 0), start_o + col_o, BOX, BLOCK_O, CONFIG.VEC_O, O_FIRST)
+        z_tile = load_box(dz, box, PixelMap(1, 1, 0, 0), start_o + col_o, BOX, BLOCK_O, CONFIG.VEC_O, O_FIRST)
         if db is not None:
             if BY_PRODUCT and X_FIRST:
                 sums = dot(ones, z_tile, sums, PRECISION)
@@ -562,14 +566,14 @@ def wgrad(
         added = ()
         for t in tl.static_range(TAPS):
             # Where dz does not exist its zero must meet a zero: an infinity of x would make it NaN.
-            window = Window(step_h, step_w, r - pad_h, s + t - pad_w)
-            x_tile = load_box(image, box, window, start_c + col_c, BOX, BLOCK_C, CONFIG.VEC_C, X_FIRST, WITHIN=(P, Q))
+            met = PixelMap(step_h, step_w, r - pad_h, s + t - pad_w)
+            x_tile = load_box(image, box, met, start_c + col_c, BOX, BLOCK_C, CONFIG.VEC_C, X_FIRST, WITHIN=(P, Q))
             a, b = (x_tile, z_tile) if X_FIRST else (z_tile if O_FIRST else tl.trans(z_tile), x_tile)
             added = added + (dot(a, b, acc[t], PRECISION),)
         acc = added
     first = group_tile * GROUPS_PER_TILE * OG
-    o, o_inside = masked_range(col_o, here * OG, BLOCK_O, 1)
-    c, c_inside = masked_range(col_c, here * CG, BLOCK_C, CONFIG.VEC_STORE)
+    o, o_inside = masked_range(col_o, groups_here * OG, BLOCK_O, 1)
+    c, c_inside = masked_range(col_c, groups_here * CG, BLOCK_C, CONFIG.VEC_STORE)
     if db is not None:
         # The product has 16 equal rows or columns.
         total = tl.max(sums, 0 if X_FIRST else 1) if BY_PRODUCT else tl.sum(sums, 0)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .activations import Act, activate
 from .common import accumulator, masked_range, round_to, zeros
-from .conv3x3 import Box, Image, Pixels, box_at, offsets, pixels_of, row_of_class, rows_of_class
+from .conv3x3 import Batch, Box, Pixels, box_at, offsets, pixels_of, row_of_class, rows_of_class
 
 SIZES = ["N", "H", "W", "P", "Q", "C", "pad_h", "pad_w"]
 
@@ -110,16 +110,16 @@ def depthwise_forward(x, w, b, y, N, H, W, P, Q, C, pad_h, pad_w, CONFIG: tl.con
     col = tl.program_id(0) % columns * BLOCK_C
     c, c_inside = masked_range(col, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
     taps = load_taps(w, c, c_inside)
-    none = tl.zeros((PIXELS, BLOCK_C), accumulator(x.data.dtype))
+    zero = tl.zeros((PIXELS, BLOCK_C), accumulator(x.data.dtype))
     if b is not None:
-        bias = tl.load(b + c, mask=c_inside, other=0.0).to(none.dtype)[None, :]
-    x = Image(*x, N, H, W, C)
-    y = Image(*y, N, P, Q, C)
+        bias = tl.load(b + c, mask=c_inside, other=0.0).to(zero.dtype)[None, :]
+    x = Batch(*x, N, H, W, C)
+    y = Batch(*y, N, P, Q, C)
     box = box_at(tl.program_id(0) // columns, P, Q, BOX)
     first = box.h
     n, _, j = pixels_of(box, Box(BOX.N, 1, BOX.W))
-    complete = none
-    begun = none
+    complete = zero
+    begun = zero
     height = tl.minimum(BOX.H, P - first)
     for t in range(0, (height - 1) * STEP_H + 3, 4):
         met = Pixels(n, first * STEP_H + (t - pad_h), j * CONFIG.STEP_W - pad_w)
@@ -129,9 +129,9 @@ def depthwise_forward(x, w, b, y, N, H, W, P, Q, C, pad_h, pad_w, CONFIG: tl.con
                 result = add_taps(complete, rows[u], taps, 6, 1, 3)
                 if STEP_H == 1:
                     complete = add_taps(begun, rows[u], taps, 3, 1, 3)
-                    begun = add_taps(none, rows[u], taps, 0, 1, 3)
+                    begun = add_taps(zero, rows[u], taps, 0, 1, 3)
                 else:
-                    complete = add_taps(none, rows[u], taps, 0, 1, 3)
+                    complete = add_taps(zero, rows[u], taps, 0, 1, 3)
                 if b is not None:
                     result += bias
                 result = activate(result, ACT, y.data.dtype.element_ty, CONFIG.PTX)
@@ -157,9 +157,9 @@ def depthwise_dgrad(dz, w, dx, N, H, W, P, Q, C, pad_h, pad_w, CONFIG: tl.conste
     col = tl.program_id(0) % columns * BLOCK_C
     c, c_inside = masked_range(col, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
     taps = load_taps(w, c, c_inside)
-    none = tl.zeros((PIXELS, BLOCK_C), accumulator(dz.data.dtype))
-    dz = Image(*dz, N, P, Q, C)
-    dx = Image(*dx, N, H, W, C)
+    zero = tl.zeros((PIXELS, BLOCK_C), accumulator(dz.data.dtype))
+    dz = Batch(*dz, N, P, Q, C)
+    dx = Batch(*dx, N, H, W, C)
     for class_h in tl.static_range(STEP_H):
         for class_w in tl.static_range(STEP_W):
             if tl.program_id(1) == class_h * STEP_W + class_w:
@@ -174,8 +174,8 @@ def depthwise_dgrad(dz, w, dx, N, H, W, P, Q, C, pad_h, pad_w, CONFIG: tl.conste
                 n, _, j = pixels_of(box, Box(BOX.N, 1, BOX.W))
                 v = row_of_class(j, first_w, pad_w, class_w, STEP_W)
                 end = tl.minimum(first + BOX.H, height)
-                complete = none
-                begun = none
+                complete = zero
+                begun = zero
                 for t in range(1 - TAPS_H, end - first, 4):
                     met = Pixels(n, first + t + first_h, j + first_w)
                     rows = load_rows(dz, met, c, c_inside, -1, TAPS_W, CONFIG)
@@ -183,9 +183,9 @@ def depthwise_dgrad(dz, w, dx, N, H, W, P, Q, C, pad_h, pad_w, CONFIG: tl.conste
                         result = add_taps(complete, rows[u], taps, TAP, STEP_W, TAPS_W)
                         if TAPS_H == 3:
                             complete = add_taps(begun, rows[u], taps, TAP + ROW, STEP_W, TAPS_W)
-                            begun = add_taps(none, rows[u], taps, TAP + 2 * ROW, STEP_W, TAPS_W)
+                            begun = add_taps(zero, rows[u], taps, TAP + 2 * ROW, STEP_W, TAPS_W)
                         elif TAPS_H == 2:
-                            complete = add_taps(none, rows[u], taps, TAP + ROW, STEP_W, TAPS_W)
+                            complete = add_taps(zero, rows[u], taps, TAP + ROW, STEP_W, TAPS_W)
                         i = first + t + u
                         h = row_of_class(i, first_h, pad_h, class_h, STEP_H)
                         h = tl.where((t + u >= 0) & (i < end), h, -1)
@@ -207,8 +207,8 @@ def depthwise_wgrad(dz, x, dw, db, N, H, W, P, Q, C, pad_h, pad_w, boxes_per_spl
     split = tl.program_id(1)
     c, c_inside = masked_range(tl.program_id(0) * BLOCK_C, C, BLOCK_C, CONFIG.VEC if CONFIG.CHANNELS_LAST else 1)
     boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H) * tl.cdiv(Q, BOX.W)
-    dz = Image(*dz, N, P, Q, C)
-    x = Image(*x, N, H, W, C)
+    dz = Batch(*dz, N, P, Q, C)
+    x = Batch(*x, N, H, W, C)
     acc = zeros(9, PIXELS, BLOCK_C, ACC)
     sums = tl.zeros((PIXELS, BLOCK_C), ACC)
     for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):

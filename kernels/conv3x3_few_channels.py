@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .activations import Act, activate, gradient
 from .common import accumulator, dot, masked_range, round_operand, round_to
-from .conv3x3 import Box, Image, Pixels, Window, box_at, load_box, offsets, pixels_of, store_box
+from .conv3x3 import Batch, Box, PixelMap, Pixels, box_at, load_box, offsets, pixels_of, store_box
 from .conv3x3_depthwise import store_row
 
 SIZES = ["N", "H", "W", "P", "Q", "O", "pad_h", "pad_w"]
@@ -89,7 +89,7 @@ def gather_row(image, n, h, j, pad_w, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def load_taps(w, r, o, o_inside, CONFIG: tl.constexpr):
+def load_tap_row(w, r, o, o_inside, CONFIG: tl.constexpr):
     """w[o, r, k] for k = (s, c): (outputs, BLOCK_K)."""
     C: tl.constexpr = CONFIG.C
     k = tl.arange(0, CONFIG.BLOCK_K)[None, :]
@@ -117,13 +117,13 @@ def few_channels_forward(x, w, b, y, N, H, W, P, Q, O, pad_h, pad_w, CONFIG: tl.
     n, _, j = pixels_of(box, Box(BOX.N, 1, BOX.W))
     col = tl.program_id(0) % columns * BLOCK_O
     o, o_inside = masked_range(col, O, BLOCK_O, 1)
-    w0 = load_taps(w, 0, o, o_inside, CONFIG)
-    w1 = load_taps(w, 1, o, o_inside, CONFIG)
-    w2 = load_taps(w, 2, o, o_inside, CONFIG)
+    w0 = load_tap_row(w, 0, o, o_inside, CONFIG)
+    w1 = load_tap_row(w, 1, o, o_inside, CONFIG)
+    w2 = load_tap_row(w, 2, o, o_inside, CONFIG)
     if b is not None:
         bias = tl.load(b + o, mask=o_inside, other=0.0).to(ACC)
-    x = Image(*x, N, H, W, 0)
-    y = Image(*y, N, P, Q, O)
+    x = Batch(*x, N, H, W, 0)
+    y = Batch(*y, N, P, Q, O)
     h = first * STEP_H - pad_h
     g0 = gather_row(x, n, h, j, pad_w, CONFIG)
     g1 = gather_row(x, n, h + 1, j, pad_w, CONFIG)
@@ -188,15 +188,15 @@ def few_channels_dgrad(dz, strides, w, dx, N, H, W, P, Q, O, pad_h, pad_w, CONFI
     v = tl.where(column < BOX.W - 2, left + column, -1)
     c, c_inside = masked_range(0, C, 4, CONFIG.VEC_STORE if CONFIG.CHANNELS_LAST else 1)
     m = tl.broadcast_to(tl.arange(0, PIXELS)[:, None], (PIXELS, 4))
-    dx = Image(*dx, N, H, W, C)
+    dx = Batch(*dx, N, H, W, C)
     # What the last two rows of dz gave the row of dx that the next one completes, and the row after that.
     complete = tl.zeros((PIXELS, 16), ACC)
     begun = tl.zeros((PIXELS, 16), ACC)
     for t in range(0, tl.minimum(BOX.H, H - first) + 2):
         box = Pixels(n, first + t, left)
-        window = Window(1, 1, pad_h - 2, pad_w - 2)
-        image = Image(dz, *strides, N, P, Q, tl.cdiv(O, VEC) * VEC)
-        z = load_box(image, box, window, 0, Box(BOX.N, 1, BOX.W), CONFIG.BLOCK_O, VEC)
+        pixel_map = PixelMap(1, 1, pad_h - 2, pad_w - 2)
+        image = Batch(dz, *strides, N, P, Q, tl.cdiv(O, VEC) * VEC)
+        z = load_box(image, box, pixel_map, 0, Box(BOX.N, 1, BOX.W), CONFIG.BLOCK_O, VEC)
         p = dot(z, taps, tl.zeros((PIXELS, BLOCK_K), ACC), PRECISION)
         p0, p1, p2 = three_of_four(tl.permute(tl.reshape(p, (PIXELS, 2, 2, 16)), (0, 3, 1, 2)))
         q0, q1, q2 = three_of_four(tl.permute(tl.reshape(complete + p0, (PIXELS, 2, 4, 2)), (0, 2, 1, 3)))
@@ -233,8 +233,8 @@ def few_channels_wgrad(dz, y, x, dw, db, N, H, W, P, Q, O, pad_h, pad_w, boxes_p
     split = tl.program_id(1)
     boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H) * tl.cdiv(Q, BOX.W)
     o, o_inside = masked_range(col, O, BLOCK_O, VEC if CHANNELS_LAST else 1)
-    x = Image(*x, N, H, W, C)
-    dz = Image(*dz, N, P, Q, O)
+    x = Batch(*x, N, H, W, C)
+    dz = Batch(*dz, N, P, Q, O)
     acc = tl.zeros((BLOCK_O, BLOCK_K), ACC)
     sums = tl.zeros((PIXELS, BLOCK_O), ACC)
     for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
@@ -242,7 +242,7 @@ def few_channels_wgrad(dz, y, x, dw, db, N, H, W, P, Q, O, pad_h, pad_w, boxes_p
         at, mask = offsets(dz, pixels, o, o_inside, CHANNELS_LAST, VEC, RUN)
         z = tl.load(dz.data + at, mask=mask, other=0.0)
         if CONFIG.FUSE_DZ:
-            at, _ = offsets(Image(*y, N, P, Q, O), pixels, o, o_inside, CHANNELS_LAST, VEC, RUN)
+            at, _ = offsets(Batch(*y, N, P, Q, O), pixels, o, o_inside, CHANNELS_LAST, VEC, RUN)
             z = gradient(z, tl.load(y.data + at, mask=mask, other=0.0), ACT)
         if db is not None and not ONES:
             sums += z.to(ACC)

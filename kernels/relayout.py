@@ -2,9 +2,9 @@
 
     dst[n, p, c] = src[n, p, c],  or  src·act′(y);  0 for the channels that only `dst` has;  db[c] = Σ_np dst[n, p, c]
 
-Tensor cores want channels side by side, in rows that are multiples of 16 bytes. What does not lie so goes through here
-once; read in place, every element would be loaded nine times, two bytes at a time and not asynchronously. `pack` does
-nothing else, but for three tensors in one launch, for a launch takes as long as 7 MB.
+Tensor cores want channels side by side, in rows that are multiples of 16 bytes. What is laid out otherwise goes through
+here once; read in place, every element would be loaded nine times, two bytes at a time and not asynchronously. `pack`
+does nothing else, but for three tensors in one launch, for a launch takes as long as 7 MB.
 """
 
 from collections import namedtuple
@@ -17,7 +17,7 @@ from .activations import Act, gradient
 from .common import accumulator, from_tuple, masked_range, round_to
 
 
-class Layout(NamedTuple):
+class Contiguous(NamedTuple):
     """What is contiguous in a tensor (N, P, C): its pixels, its channels, or neither."""
 
     PIXELS: bool
@@ -33,22 +33,23 @@ class Relayout(NamedTuple):
     VEC_P: int  # divides P
     VEC_C: int  # divides C
     VEC_DST: int  # divides dst_c
-    SRC: Layout
-    Y: Layout | None = None
-    DST: Layout | None = None
+    SRC: Contiguous
+    Y: Contiguous | None = None
+    DST: Contiguous | None = None
     ACT: Act | None = None  # of y
     THIRD: "Relayout | None" = None  # of pack's third tensor, which has a layout of its own
 
 
 # A tensor (N, P, C) in memory.
-Planes = namedtuple("Planes", "data stride_n stride_p stride_c")
+StridedPlanes = namedtuple("StridedPlanes", "data stride_n stride_p stride_c")
 # A tensor src (N, P, C) that is packed into dst (N, P, dst_c) by `programs` for each BLOCK_C channels.
 Move = namedtuple("Move", "src dst programs tiles_per_program N P C dst_c stride_n stride_p stride_c")
+FIELDS = tl.constexpr(len(Move._fields))
 
 
 @triton.jit
 def addresses(planes, n, p, c, LAYOUT: tl.constexpr):
-    """Of pixels × channels of image n. LAYOUT: a `Layout`."""
+    """Of pixels × channels of image n. LAYOUT: a `Contiguous`."""
     at = n.to(tl.int64) * (planes.stride_n // LAYOUT.VEC * LAYOUT.VEC)
     if LAYOUT.CHANNELS:
         at += p[:, None] * (planes.stride_p // LAYOUT.VEC * LAYOUT.VEC) + c[None, :]
@@ -99,7 +100,7 @@ def pack_tiles(move, program, CONFIG: tl.constexpr):
     BLOCK_P: tl.constexpr = CONFIG.BLOCK_P
     VEC_DST: tl.constexpr = CONFIG.VEC_DST
     SRC: tl.constexpr = CONFIG.SRC
-    src = Planes(move.src, move.stride_n, move.stride_p, move.stride_c)
+    src = StridedPlanes(move.src, move.stride_n, move.stride_p, move.stride_c)
     col = program // move.programs * CONFIG.BLOCK_C
     c, c_inside = masked_range(col, move.C, CONFIG.BLOCK_C, CONFIG.VEC_C)
     c_dst, c_dst_inside = masked_range(col, move.dst_c, CONFIG.BLOCK_C, VEC_DST)
@@ -118,7 +119,7 @@ def pack_tiles(move, program, CONFIG: tl.constexpr):
 def from_argument(move):
     """A `Move` with its numbers as they are. move: with each as `from_tuple` takes it."""
     fields = (move[0], move[1])
-    for k in tl.static_range(2, 11):
+    for k in tl.static_range(2, FIELDS):
         fields = fields + (from_tuple(move[k]),)
     return Move(*fields)
 
@@ -135,7 +136,7 @@ def pack(first, second, third, CONFIG: tl.constexpr):
     program3 = program2 - from_tuple(second.programs) * tl.cdiv(from_tuple(second.dst_c), CONFIG.BLOCK_C)
     if program3 < 0:
         fields = ()
-        for k in tl.static_range(11):
+        for k in tl.static_range(FIELDS):
             fields = fields + (tl.where(program2 >= 0, second[k], first[k]),)
         pack_tiles(from_argument(fields), tl.where(program2 >= 0, program2, program), CONFIG)
     elif third is not None:

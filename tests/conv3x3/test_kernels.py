@@ -26,11 +26,12 @@ from tribp.ops.conv3x3.config import (
     ConvConfig,
     ConvProblem,
     ConvWgradProblem,
-    bundle_of,
     choose_box,
+    choose_groups_per_tile,
     even_splits,
 )
-from tribp.ops.conv3x3.config_few_channels import DepthwiseProblem, FewChannelsDgradProblem
+from tribp.ops.conv3x3.config_depthwise import DepthwiseProblem
+from tribp.ops.conv3x3.config_few_channels import FewChannelsDgradProblem
 from tribp.ops.conv3x3.images import Packing, relayout
 from tribp.ops.conv3x3.reference import Window, conv3x3_backward
 
@@ -109,13 +110,13 @@ class Case:
         return dx, dw, db
 
     @property
-    def bundle(self) -> int:
+    def groups_per_tile(self) -> int:
         """Groups a tile: two of three or four, or four of five."""
         return {3: 2, 4: 2, 5: 4}.get(self.window.groups, 1)
 
     def fitted(self, config: ConvConfig) -> ConvConfig:
         tma = config.tma and self.window.groups in (1, 2, 4)
-        return replace(config, bundle=self.bundle, tma=tma)
+        return replace(config, groups_per_tile=self.groups_per_tile, tma=tma)
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def bundles(monkeypatch: pytest.MonkeyPatch) -> Callable[[Case], None]:
     """Have the groups of a case share tiles as it says."""
 
     def share(case: Case) -> None:
-        monkeypatch.setattr(ops, "bundle_of", lambda *facts: case.bundle)
+        monkeypatch.setattr(ops, "choose_groups_per_tile", lambda *facts: case.groups_per_tile)
 
     return share
 
@@ -360,7 +361,7 @@ def test_a_nan_of_one_group_stays_in_it(kernels: str) -> None:
     x[0, 4, 2, 3], x[0, 9, 1, 1] = torch.inf, torch.nan
     w = torch.randn(24, 3, 3, 3, device=kernels)
     window = Window((1, 1), (1, 1), 4)
-    assert bundle_of(4, 3, 6, 64) > 1
+    assert choose_groups_per_tile(4, 3, 6, 64) > 1
     y = torch.empty(1, 24, 6, 7, device=kernels)
     run(ops.forward_layer, (x, w, None, y), window=window, activation=NONE, tf32=False)
     exact = F.conv2d(x, w, None, 1, 1, 1, 4)
@@ -488,7 +489,7 @@ def test_splits_cover_the_boxes_exactly() -> None:
 @pytest.mark.parametrize(("groups", "c", "o"), [(1, 3, 5), (2, 64, 64), (32, 4, 4), (3, 8, 16), (5, 1, 3), (100, 1, 2)])
 def test_bundles_fill_a_tile_and_no_more(groups: int, c: int, o: int) -> None:
     for columns in (32, 64):
-        bundle = bundle_of(groups, c, o, columns)
-        assert bundle & (bundle - 1) == 0
-        assert bundle == 1 or bundle * max(c, o) <= columns
-    assert bundle < 2 * groups
+        groups_per_tile = choose_groups_per_tile(groups, c, o, columns)
+        assert groups_per_tile & (groups_per_tile - 1) == 0
+        assert groups_per_tile == 1 or groups_per_tile * max(c, o) <= columns
+    assert groups_per_tile < 2 * groups

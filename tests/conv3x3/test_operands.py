@@ -105,7 +105,9 @@ def test_descriptors_of_wgrad_take_lines(
 ) -> None:
     """Of images, few of which are none, or of columns that divide the image's; and so do the configs beside them."""
     monkeypatch.setattr(versions, "triton_version", lambda: (3, 7))
-    facts: dict[str, Any] = dict(n=n, p=q, q=q, o=128, c=128, bundles=1, bundle=1, dtype="bfloat16", precision="ieee")
+    facts: dict[str, Any] = dict(
+        n=n, p=q, q=q, o=128, c=128, group_tiles=1, groups_per_tile=1, dtype="bfloat16", precision="ieee"
+    )
     facts |= dict(arch=ARCHS["sm_90"], vec=8, tma=True, spare=0)
     problem = ConvWgradProblem(**facts)
     chosen = problem.choose()
@@ -118,7 +120,7 @@ def test_descriptors_of_wgrad_take_lines(
 
 
 def test_wgmma_does_not_share_tiles_that_triton_overwrites(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts: dict[str, Any] = dict(n=64, p=56, q=56, o=128, c=128, bundles=1, bundle=1, precision="ieee")
+    facts: dict[str, Any] = dict(n=64, p=56, q=56, o=128, c=128, group_tiles=1, groups_per_tile=1, precision="ieee")
     facts |= dict(arch=ARCHS["sm_90"], vec=8, tma=True, spare=0)
     for version in ((3, 5), (3, 6)):
         monkeypatch.setattr(versions, "triton_version", lambda version=version: version)
@@ -134,7 +136,7 @@ def test_wgmma_does_not_share_tiles_that_triton_overwrites(monkeypatch: pytest.M
 def test_wgmma_does_not_read_float32_that_is_summed_as_well(precision: str) -> None:
     """Nor would it be right to: `cp.async` brings the next tile too early."""
     facts: dict[str, Any] = dict(n=64, p=56, q=56, o=128, dtype="float32", arch=ARCHS["sm_90"])
-    dense: dict[str, Any] = dict(c=128, bundles=1, bundle=1, precision=precision, vec=4, tma=True, spare=0)
+    dense: dict[str, Any] = dict(c=128, group_tiles=1, groups_per_tile=1, precision=precision, vec=4, tma=True, spare=0)
     wgrad = ConvWgradProblem(**facts, **dense)
     for s in [wgrad.choose(), *neighbors(wgrad, wgrad.choose())]:
         assert s.block_i < 64 or s.num_warps < 4, "wgmma takes 64 rows and more, and four warps"

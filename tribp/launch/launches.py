@@ -35,6 +35,15 @@ class Launch(NamedTuple):
     num_stages: int = 1
     max_registers: int | None = None
 
+    @staticmethod
+    def of(
+        kernel: "triton.JITFunction[Any]", grid: tuple[int, ...], arguments: tuple[object, ...], constants: NamedTuple,
+        config: Any, *, max_registers: int | None = None,
+    ) -> "Launch":  # fmt: skip
+        """Of a layer's kernel: constants are its CONFIG, config has warps and perhaps stages and registers."""
+        stages, registers = getattr(config, "num_stages", 1), max_registers or getattr(config, "max_registers", None)
+        return Launch(kernel, grid, arguments, {"CONFIG": constants}, config.num_warps, stages, registers)
+
     @property
     def named(self) -> dict[str, Any]:
         """Arguments by the names of the kernel's parameters, and `settings`.

@@ -110,8 +110,7 @@ class Plan:
         constants: NamedTuple, config: Any, *, max_registers: int | None = None,
     ) -> None:  # fmt: skip
         """Launch a kernel. constants: its CONFIG, all that is fixed at compile time. config: with warps and stages."""
-        stages, registers = getattr(config, "num_stages", 1), max_registers or getattr(config, "max_registers", None)
-        self.add(Launch(kernel, grid, arguments, {"CONFIG": constants}, config.num_warps, stages, registers))
+        self.add(Launch.of(kernel, grid, arguments, constants, config, max_registers=max_registers))
 
     def add(self, launch: Launch) -> None:
         self.steps.append(launch)

@@ -34,27 +34,27 @@ from ...launch.matmul import (
 )
 from ...launch.neighbors import Steps, all_registers, doubled, toggled
 
-Box = tuple[int, int, int]
+BoxSize = tuple[int, int, int]
 
 DEEPEST = 192  # registers a thread may keep of wgrad's results: three of 128×128 with 8 warps
 
 
 @dataclass(frozen=True)
 class ConvConfig(MatmulConfig):
-    """Of a convolution as a product: block_i pixels in a box, block_j columns, block_l summed a step.
+    """Of a convolution: block_i pixels in a box, block_j channels of the result, block_l summed a step (depthwise: 1).
 
     Of wgrad: block_l pixels in a box, which are summed, block_i output channels, block_j input channels.
     """
 
-    box: Box = (1, 1, 1)  # images, rows, columns
-    bundle: int = 1  # groups that share a tile's columns; more than one make a block-diagonal product
+    box: BoxSize = (1, 1, 1)  # images, rows, columns
+    groups_per_tile: int = 1  # groups that share a tile's columns; more than one make a block-diagonal product
     flat: bool = False  # one loop over taps and channels
     taps: int = 1  # of wgrad: taps of one row that a program sums, and reads dz once for
     x_first: bool = False  # of wgrad: multiply xᵀ·dz and not dzᵀ·x
 
     def columns(self, channels: int, groups: int) -> int:
         """Tiles across the result's channels, `channels` of them in each group."""
-        return cdiv(self.bundle * channels, self.block_j) * cdiv(groups, self.bundle)
+        return cdiv(self.groups_per_tile * channels, self.block_j) * cdiv(groups, self.groups_per_tile)
 
     def boxes(self, n: int, p: int, q: int, rim: int = 0) -> int:
         """How many cover n images of p × q, if neighbours share `rim` columns."""
@@ -74,7 +74,7 @@ class RelayoutConfig:
 
 
 @lru_cache(maxsize=4096)
-def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False) -> Box:
+def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False) -> BoxSize:
     """The box of `pixels` pixels that covers n images of p × q with the least that lies outside, or hardly more.
 
     A box is a constant of its kernel, so the first that will do is taken of a few: training on batches of many sizes
@@ -87,15 +87,15 @@ def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False) -> Bo
         shapes = [(1, 8), (pixels // 8, 8), (4, 4), (1, 1), (2, 1), (1, pixels), (pixels, 1)]
     boxes = [(pixels // (rows * cols), rows, cols) for rows, cols in shapes if 0 < rows * cols <= pixels]
 
-    def covered(box: Box) -> int:
+    def covered(box: BoxSize) -> int:
         return cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2])
 
-    more = 8 if wide or pixels > 64 else 3  # an eighth, or a third where little is done
+    share = 8 if wide or pixels > 64 else 3  # an eighth, or a third where little is done
     least = min(map(covered, boxes))
-    return next(box for box in boxes if more * covered(box) <= (more + 1) * least)
+    return next(box for box in boxes if share * covered(box) <= (share + 1) * least)
 
 
-def choose_line(lengths: tuple[int, ...], n: int, q: int, dtype: str, arch: Arch) -> Box | None:
+def choose_line(lengths: tuple[int, ...], n: int, q: int, dtype: str, arch: Arch) -> BoxSize | None:
     """The first box of a descriptor of wgrad that suits n images of q columns: a line of images or of columns.
 
     Other boxes send dz through registers (`conv3x3.wgrad`). Behind the last image neither dz nor x has anything, and an
@@ -114,7 +114,7 @@ def choose_line(lengths: tuple[int, ...], n: int, q: int, dtype: str, arch: Arch
     return None
 
 
-def beside(box: Box) -> Iterator[Box]:
+def beside(box: BoxSize) -> Iterator[BoxSize]:
     """With one side half or twice as long, and with what is taken off one side given to another."""
     for side in range(3):
         for factor in (1, 4):  # in halves
@@ -124,7 +124,7 @@ def beside(box: Box) -> Iterator[Box]:
             yield from (_resized(box, {side: 1, other: 4}) for other in (2, 1, 0) if other != side)
 
 
-def _resized(box: Box, halves: dict[int, int]) -> Box:
+def _resized(box: BoxSize, halves: dict[int, int]) -> BoxSize:
     n, h, w = (length * halves.get(side, 2) // 2 for side, length in enumerate(box))
     return n, h, w
 
@@ -150,23 +150,42 @@ def adjusted_splits(config: ConvConfig, n: int, p: int, q: int) -> ConvConfig:
     return replace(config, splits=even_splits(boxes, min(config.splits, boxes)))
 
 
-def bundle_of(groups: int, channels_in: int, channels_out: int, columns: int) -> int:
+def choose_groups_per_tile(groups: int, channels_in: int, channels_out: int, columns: int) -> int:
     """How many groups share a tile: one where it fills a matrix instruction's 16, else enough for so many columns."""
     if groups == 1 or min(channels_in, channels_out) >= 16:
         return 1
     return min(power_of_2(groups), max(1, columns // max(channels_in, channels_out)))
 
 
-def convolution(product: MatmulConfig, **more: object) -> ConvConfig:
+def one_or_three(taps: int) -> Iterator[int]:
+    yield 4 - taps
+
+
+def convolution(product: MatmulConfig, **extra: object) -> ConvConfig:
     """The config of a product, and what a convolution needs besides."""
-    return ConvConfig(**{f.name: getattr(product, f.name) for f in fields(product)}, **more)  # type: ignore[arg-type]
+    return ConvConfig(**{f.name: getattr(product, f.name) for f in fields(product)}, **extra)  # type: ignore[arg-type]
+
+
+def with_rows(
+    config: ConvConfig, images: int, columns: int, n: int, p: int, q: int, tiles: int, arch: Arch, *, rim: int = 0,
+    choices: tuple[int, ...] = (32, 16, 8, 4),
+) -> ConvConfig:  # fmt: skip
+    """The config, with boxes of as many rows as leave four programs a processor.
+
+    Derived: of two rows each neighbours read both, which is a sixteenth then. tiles: of channels; rim: as in `boxes`.
+    """
+    for rows in choices:
+        config = replace(config, box=(images, rows, columns))
+        if config.boxes(n, p, q, rim) * tiles >= 4 * arch.processors:
+            break
+    return config
 
 
 class ConvProblem(NamedTuple):
-    """Forward, or dgrad: n images of p × q pixels and j columns, summed over nine taps of l channels, for each bundle.
+    """Forward, or dgrad: n images of p × q pixels and j columns, over nine taps of l channels, for each tile of groups.
 
     classes: of pixels that meet the same taps, each with p × q. along: of dgrad false, unless the weights were turned.
-    whole: a step must not run past the l channels, for behind them lie another bundle's, or the next pixel's.
+    whole: a step must not run past the l channels, for behind them lie another tile's, or the next pixel's.
     wide: the result's columns are contiguous. stepped: with a stride of 2.
     """
 
@@ -175,8 +194,8 @@ class ConvProblem(NamedTuple):
     q: int
     j: int
     l: int
-    bundles: int
-    bundle: int
+    group_tiles: int
+    groups_per_tile: int
     classes: int
     dtype: str
     precision: str
@@ -192,7 +211,7 @@ class ConvProblem(NamedTuple):
         return {**STEPS, "box": beside, "flat": toggled}
 
     def choose(self) -> ConvConfig:
-        n, p, q, j, l, bundles, bundle, classes, dtype, _, arch, *_ = self
+        n, p, q, j, l, group_tiles, groups_per_tile, classes, dtype, _, arch, *_ = self
         i = n * p * q
         tiles = candidates(self, 9 * l)
         if arch.has_tma and tiles[0].tma and ITEMSIZE[dtype] == 2 and arch.backend != "interpreter":
@@ -216,12 +235,12 @@ class ConvProblem(NamedTuple):
             most = 128 * 128 if ITEMSIZE[dtype] == 2 else 128 * 64 // classes
             small = [replace(t, block_l=min(t.block_l, 32)) for t in tiles if t.block_i * t.block_j <= most]
             tiles = small or tiles[-1:]
-        filling = [tile for tile in tiles if fills(tile.tiles(i, j) * bundles * classes, arch)]
+        filling = [tile for tile in tiles if fills(tile.tiles(i, j) * group_tiles * classes, arch)]
         chosen = fitted((filling or tiles[-1:])[0], self, i, j, l)
         if self.wide and chosen.block_i * chosen.block_j == 128 * 128:
             # Compiled: beside stores of single columns four warps have no registers for tanh, and spill 384 bytes.
             chosen = replace(chosen, num_warps=8)
-        chosen = deepened(chosen, self, chosen.tiles(i, j) * bundles * classes)
+        chosen = deepened(chosen, self, chosen.tiles(i, j) * group_tiles * classes)
         if needs_registers(self, tma=chosen.tma):
             chosen = by_mma_sync(chosen, self.precision)
         if chosen.tma and self.whole and l % chosen.block_l:
@@ -230,11 +249,11 @@ class ConvProblem(NamedTuple):
             chosen = replace(chosen, num_warps=min(chosen.num_warps, 4))
         # A loop over the channels of one tap that takes a single step can't be pipelined; one over all taps can.
         flat = chosen.tma or (l <= chosen.block_l and chosen.num_warps <= 4)
-        limit = chosen.max_registers if chosen.tma and bundle == 1 else unrounded(arch)
+        limit = chosen.max_registers if chosen.tma and groups_per_tile == 1 else unrounded(arch)
         config = convolution(
             replace(chosen, prefetch=False, max_registers=limit),
             box=choose_box(chosen.block_i, n, p, q, wide=self.wide),
-            bundle=bundle,
+            groups_per_tile=groups_per_tile,
             flat=flat,
         )
         if self.wide and self.precision == "tf32x3" and not arch.has_tma and config.box[0] >= 128:
@@ -244,7 +263,7 @@ class ConvProblem(NamedTuple):
 
     def adjusted(self, config: ConvConfig) -> ConvConfig:
         n, p, q, arch = self.n, self.p, self.q, self.arch
-        if not config.tma or self.bundle > 1:
+        if not config.tma or self.groups_per_tile > 1:
             config = replace(config, max_registers=unrounded(arch))
         config = adjusted_product(config, self)
         if prod(config.box) != config.block_i:
@@ -252,12 +271,13 @@ class ConvProblem(NamedTuple):
         return replace(config, flat=config.flat and (config.tma or config.num_warps <= 4))
 
     def is_legal(self, config: ConvConfig) -> bool:
-        n, p, q, j, l, bundles, bundle, classes, dtype, precision, arch, vec, tma, *_ = self
+        n, p, q, j, l, group_tiles, groups_per_tile, classes, dtype, precision, arch, vec, tma, *_ = self
         size, tile = ITEMSIZE[dtype], config.block_i * config.block_j
         chosen = self.choose()
-        bundled = bundle > 1 and arch.backend != "interpreter"  # a tile has a bundle's columns and sum, and no more
+        # A tile has its groups' columns and sum, and no more.
+        diagonal = groups_per_tile > 1 and arch.backend != "interpreter"
         from_registers = arch.backend == "cuda" and not arch.has_tma
-        deepest = 32 if from_registers else chosen.block_l if bundled else 128
+        deepest = 32 if from_registers else chosen.block_l if diagonal else 128
         largest = MAX_TILE * MAX_TILE
         if from_registers:
             largest = 128 * 128 if size == 2 else 128 * 64 // classes
@@ -265,10 +285,10 @@ class ConvProblem(NamedTuple):
         stages = stages_in_memory(config, size, arch)
         return (
             legal_threads(config, arch, wgmma=not by_registers, tile=tile)
-            and 16 <= config.block_i <= (chosen.block_i if bundled else fit(MAX_TILE, n * p * q))
+            and 16 <= config.block_i <= (chosen.block_i if diagonal else fit(MAX_TILE, n * p * q))
             # Beside more than 128 columns the addresses of pointers, and of stores of single columns, spill.
             and 16 <= config.block_j <= min(fit(MAX_TILE, j), MAX_TILE if config.tma and not self.wide else 128)
-            and (not bundled or config.block_j == chosen.block_j)
+            and (not diagonal or config.block_j == chosen.block_j)
             and 16 <= config.block_l <= fit(deepest, l)
             and tile <= largest
             and not (self.wide and arch.has_wgmma and tile == 128 * 128 and config.num_warps < 8)
@@ -283,13 +303,13 @@ class ConvProblem(NamedTuple):
             and prod(config.box) == config.block_i
             and sparing(config, chosen, n, p, q)
             and 1 <= config.group <= 32
-            and (config.group == ConvConfig.group or j > config.block_j or bundles > 1)
-            and (config.bundle, config.taps, config.splits) == (bundle, 1, 1)
+            and (config.group == ConvConfig.group or j > config.block_j or group_tiles > 1)
+            and (config.groups_per_tile, config.taps, config.splits) == (groups_per_tile, 1, 1)
         )
 
 
 class ConvWgradProblem(NamedTuple):
-    """dw (o × c of each bundle, nine taps), summed over n images of p × q pixels, and split between programs.
+    """dw (o × c of each tile of groups, nine taps), summed over n images of p × q pixels, and split between programs.
 
     spare: bytes that partial results may take, as in `linear.config.WgradProblem`.
     """
@@ -299,8 +319,8 @@ class ConvWgradProblem(NamedTuple):
     q: int
     o: int
     c: int
-    bundles: int
-    bundle: int
+    group_tiles: int
+    groups_per_tile: int
     dtype: str
     precision: str
     arch: Arch
@@ -314,10 +334,10 @@ class ConvWgradProblem(NamedTuple):
         return False
 
     def steps(self) -> Steps:
-        return {**STEPS, "box": beside, "splits": doubled, "taps": lambda taps: iter([4 - taps])}
+        return {**STEPS, "box": beside, "splits": doubled, "taps": one_or_three}
 
     def choose(self) -> ConvConfig:
-        n, p, q, o, c, bundles, bundle, dtype, precision, arch, vec, tma, spare = self
+        n, p, q, o, c, group_tiles, groups_per_tile, dtype, precision, arch, vec, tma, spare = self
         size = ITEMSIZE[dtype]
         # Compiled: descriptors of 16 deep tiles take two thirds of the instructions of pointers to 32 deep ones.
         line = choose_line((64, 32) if size == 2 else (32, 16), n, q, dtype, arch) if tma and arch.has_tma else None
@@ -344,9 +364,8 @@ class ConvWgradProblem(NamedTuple):
         else:
             tile, taps = MatmulConfig(64, 64, 32, 4, 3, "compiled: 64×64, three taps: dz is read once for them"), 3
         tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
-        few = (
-            tile.block_i * tile.block_j <= 64 * 64
-        )  # counted: one warp group reads a third less of shared memory than two
+        # Counted: one warp group reads a third less of shared memory than two.
+        few = tile.block_i * tile.block_j <= 64 * 64
         if few:
             tile = replace(tile, num_warps=min(tile.num_warps, 4))
         box = line or choose_box(tile.block_l, n, p, q)
@@ -354,9 +373,11 @@ class ConvWgradProblem(NamedTuple):
         tile = replace(tile, tma=tma, max_registers=unrounded(arch) if size >= 4 or few or not tma else None)
         stages = stages_that_fit(replace(tile, block_j=taps * tile.block_j), size, arch)
         x_first = taps > 1 and not tma and (not arch.has_tma or arch.backend == "interpreter")
-        chosen = convolution(replace(tile, num_stages=stages), box=box, bundle=bundle, taps=taps, x_first=x_first)
-        programs = chosen.tiles(o, c) * bundles * (9 // taps)
-        share = max(size, 4) * 9 * o * c * bundles
+        chosen = convolution(
+            replace(tile, num_stages=stages), box=box, groups_per_tile=groups_per_tile, taps=taps, x_first=x_first
+        )
+        programs = chosen.tiles(o, c) * group_tiles * (9 // taps)
+        share = max(size, 4) * 9 * o * c * group_tiles
         most = max(1, min(cdiv(chosen.boxes(n, p, q), 8), max(spare, WORKSPACE) // share))
         resident = arch.processors if taps * tile.block_i * tile.block_j > 128 * 128 else 2 * arch.processors
         splits = max(1, min(resident // programs, most))
@@ -375,7 +396,7 @@ class ConvWgradProblem(NamedTuple):
         return adjusted_splits(config, n, p, q)
 
     def is_legal(self, config: ConvConfig) -> bool:
-        n, p, q, o, c, bundles, bundle, dtype, precision, arch, vec, tma, spare = self
+        n, p, q, o, c, group_tiles, groups_per_tile, dtype, precision, arch, vec, tma, spare = self
         size, tile = ITEMSIZE[dtype], config.block_i * config.block_j
         by_registers = needs_registers(self, tma=config.tma)
         stages = stages_in_memory(replace(config, block_j=config.taps * config.block_j), size, arch)
@@ -395,8 +416,8 @@ class ConvWgradProblem(NamedTuple):
             and line
             and prod(config.box) == config.block_l
             and sparing(config, self.choose(), n, p, q)
-            and legal_splits(config, n, p, q, max(size, 4) * 9 * o * c * bundles, spare)
-            and (config.bundle, config.group) == (bundle, ConvConfig.group)
+            and legal_splits(config, n, p, q, max(size, 4) * 9 * o * c * group_tiles, spare)
+            and (config.groups_per_tile, config.group) == (groups_per_tile, ConvConfig.group)
         )
 
 

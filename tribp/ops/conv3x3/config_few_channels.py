@@ -1,4 +1,4 @@
-"""Configs of convolutions of few channels: up to seven input channels, or each channel by itself."""
+"""Configs of convolutions of few input channels."""
 
 from dataclasses import replace
 from math import prod
@@ -17,7 +17,7 @@ from ...launch.matmul import (
     unrounded,
 )
 from ...launch.neighbors import Steps, all_registers, doubled, one_more
-from .config import ConvConfig, adjusted_splits, beside, choose_box, even_splits, legal_splits, sparing
+from .config import ConvConfig, adjusted_splits, beside, choose_box, even_splits, legal_splits, sparing, with_rows
 
 FEW_CHANNELS = 7  # input channels up to which nine taps of them fit the 64 summed elements of one product
 
@@ -29,21 +29,6 @@ def few_channels_stages(dtype: str, arch: Arch) -> int:
     """
     early = arch.has_wgmma and (ITEMSIZE[dtype] == 4 or not versions.fences_copies())
     return 1 if early or arch.backend == "interpreter" else 2
-
-
-def with_rows(
-    config: ConvConfig, images: int, columns: int, n: int, p: int, q: int, tiles: int, arch: Arch, *, rim: int = 0,
-    choices: tuple[int, ...] = (32, 16, 8, 4),
-) -> ConvConfig:  # fmt: skip
-    """The config, with boxes of as many rows as leave four programs a processor.
-
-    Derived: of two rows each neighbours read both, which is a sixteenth then. tiles: of channels; rim: as in `boxes`.
-    """
-    for rows in choices:
-        config = replace(config, box=(images, rows, columns))
-        if config.boxes(n, p, q, rim) * tiles >= 4 * arch.processors:
-            break
-    return config
 
 
 class FewChannelsProblem(NamedTuple):
@@ -193,83 +178,4 @@ class FewChannelsDgradProblem(NamedTuple):
             and 1 <= rows <= MAX_TILE
             and (config.num_stages == 1 if chosen.num_stages == 1 else config.num_stages >= 1)
             and copies * config.block_i * config.block_l * size < self.arch.shared_memory - 16 * 1024
-        )
-
-
-class DepthwiseProblem(NamedTuple):
-    """Each channel by itself: a few rows of pixels × channels, wide in what is contiguous."""
-
-    n: int
-    p: int
-    q: int
-    c: int
-    dtype: str
-    arch: Arch
-    last: bool
-    wgrad: bool
-    crowded: bool = False  # a costly activation, or a stride: registers are short
-
-    def steps(self) -> Steps:
-        return dict(num_warps=doubled, max_registers=all_registers, box=beside, block_j=doubled, splits=doubled)
-
-    def choose(self) -> ConvConfig:
-        n, p, q, c, dtype, arch, last, wgrad, crowded = self
-        most = 64  # channels
-        if arch.backend == "interpreter":
-            elements, rows, warps, reason = 256, 2, 1, REASON_INTERPRETED
-        else:
-            threads = 256 if arch.backend == "hip" else 128
-            elements, rows, warps = threads * max(4, 16 // ITEMSIZE[dtype]), 4, 4
-            reason = "compiled: 16 bytes a thread to a row; rows share what they read"
-            if not last or (wgrad and ITEMSIZE[dtype] == 8) or c % (16 // ITEMSIZE[dtype]):
-                # Compiled: nine weights of each of 8 channels a thread, or sums of two registers, or rows of single
-                # elements spill.
-                elements //= 2
-            elif ITEMSIZE[dtype] == 2 and arch.has_wgmma and not crowded and c % 128 == 0:
-                # Compiled: others spill, up to 236 bytes (120 channels; 64 with a stride of 2; 32; tanh with Triton
-                # 3.9), and rows that are not whole boxes of eight 76.
-                # 64×384 of 56², µs: forward and dgrad with 1,024 elements a row 141, 142, with 2,048 113, 109; wgrad
-                # with boxes of four rows 162, of eight 144.
-                if wgrad:
-                    rows = 4 if p % 8 else 8
-                else:
-                    elements, most = 2 * elements, 128
-                reason = "measured on sm_90: two accesses of 16 bytes a thread to a row, or eight rows"
-        if last:
-            channels = min(power_of_2(c), most)
-            images, _, columns = choose_box(elements // channels, n, 1, q)
-        else:
-            columns = min(power_of_2(q), 128)
-            channels = min(power_of_2(c), elements // columns)
-            images = elements // columns // channels
-        box = (images, min(rows, power_of_2(p)), columns)
-        chosen = ConvConfig(images * columns, channels, 1, warps, 1, reason, box=box, max_registers=unrounded(arch))
-        if not wgrad:
-            # What begins and ends a box's rows makes fours of them.
-            return with_rows(chosen, images, columns, n, p, q, cdiv(c, channels), arch, choices=(30, 14, 6))
-        boxes = chosen.boxes(n, p, q)
-        # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results.
-        splits = max(1, min(4 * arch.processors // cdiv(c, channels), cdiv(boxes, 4)))
-        return replace(chosen, splits=even_splits(boxes, splits))
-
-    def adjusted(self, config: ConvConfig) -> ConvConfig:
-        config = replace(config, block_i=config.box[0] * config.box[2])
-        return adjusted_splits(config, self.n, self.p, self.q) if self.wgrad else config
-
-    def is_legal(self, config: ConvConfig) -> bool:
-        n, p, q, c, dtype, arch, _, wgrad, _ = self
-        images, rows, columns = config.box
-        chosen, channels = self.choose(), config.block_j
-
-        def covered(s: ConvConfig) -> int:
-            return s.boxes(n, p, q) * prod(s.box) * cdiv(c, s.block_j) * s.block_j
-
-        return (
-            legal_threads(config, arch)
-            and config.block_i == images * columns
-            and 1 <= rows <= (8 if wgrad else 64)  # rows of wgrad are unrolled
-            and max(images, columns, channels) <= MAX_TILE
-            and 64 <= images * columns * channels <= 2048
-            and 4 * covered(config) <= 5 * covered(chosen)
-            and (legal_splits(config, n, p, q, max(ITEMSIZE[dtype], 4) * 9 * c) if wgrad else config.splits == 1)
         )

@@ -16,7 +16,7 @@ from ...launch.plan import Plan
 from ...launch.reduce import Partials, partials_of
 from ...versions import descriptor_unit
 from ..activations import Activation
-from .config import Box, RelayoutConfig, RelayoutProblem
+from .config import BoxSize, RelayoutConfig, RelayoutProblem
 
 
 class Image(NamedTuple):
@@ -34,7 +34,7 @@ class Image(NamedTuple):
         return Strided(self.tensor, *self.strides)
 
     def argument(
-        self, use_tma: bool, box: Box, channels: int, precision: str, step: tuple[int, int] = (1, 1)
+        self, use_tma: bool, box: BoxSize, channels: int, precision: str, step: tuple[int, int] = (1, 1)
     ) -> object:
         """The kernel argument: the tensor itself, or a descriptor of boxes of every step-th pixel (`load_box`)."""
         if not use_tma:
@@ -89,7 +89,7 @@ def with_unit_stride(plan: Plan, tensor: Buffer, channels_last: bool) -> Image:
     return image(tensor, channels_last)
 
 
-class Move(NamedTuple):
+class PackJob(NamedTuple):
     """One tensor to be packed."""
 
     src: "Planes"
@@ -113,7 +113,7 @@ class Move(NamedTuple):
 
     def compiled(self, vecs: tuple[int, ...], third: kernels.Relayout | None = None) -> kernels.Relayout:
         vec, vec_p, vec_c, vec_dst = vecs
-        layout = kernels.Layout(self.src.pixels, self.src.channels, vec)
+        layout = kernels.Contiguous(self.src.pixels, self.src.channels, vec)
         return kernels.Relayout(self.config.block_p, self.config.block_c, vec_p, vec_c, vec_dst, layout, THIRD=third)
 
     @property
@@ -127,11 +127,11 @@ class Move(NamedTuple):
 
 
 class Packing:
-    """What a call's dense kernels read, and the launches that pack those of it that do not lie so: one, if possible."""
+    """What a call's dense kernels read, and the launches that pack what is laid out otherwise: one, if possible."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._moves: list[Move] = []
+        self._jobs: list[PackJob] = []
         self.others: list[Launch] = []  # that write what is needed, too
 
     def image(self, tensor: Buffer, groups: int) -> Image:
@@ -156,7 +156,7 @@ class Packing:
         pixels, channels = height * width, dst.shape[1]
         s = self._plan.config(RelayoutProblem(n, pixels, channels, dtype_name(src.dtype), self._plan.arch))
         vecs = (plane.vec, *(vector_length(src.element_size(), length) for length in (pixels, c, channels)))
-        self._moves.append(Move(plane, dst, (s.tiles, n, pixels, c, channels, *plane.strides), vecs, s))
+        self._jobs.append(PackJob(plane, dst, (s.tiles, n, pixels, c, channels, *plane.strides), vecs, s))
         return image(dst, True)
 
     def launch(self) -> None:
@@ -164,32 +164,32 @@ class Packing:
         for launch in self.others:
             self._plan.add(launch)
         self.others = []
-        while self._moves:
-            first = self._moves.pop(0)
-            second = self._take([move for move in self._moves if move.form == first.form])
-            third = self._take([move for move in self._moves if move.launched == first.launched])
+        while self._jobs:
+            first = self._jobs.pop(0)
+            second = self._take([job for job in self._jobs if job.form == first.form])
+            third = self._take([job for job in self._jobs if job.launched == first.launched])
             pack(self._plan, first, second, third)
 
-    def _take(self, moves: list[Move]) -> Move | None:
+    def _take(self, jobs: list[PackJob]) -> PackJob | None:
         """The first of some of them, if there is one."""
-        first = next(iter(moves), None)
-        self._moves = [move for move in self._moves if move is not first]
+        first = next(iter(jobs), None)
+        self._jobs = [job for job in self._jobs if job is not first]
         return first
 
 
-def pack(plan: Plan, first: Move, second: Move | None, third: Move | None) -> None:
+def pack(plan: Plan, first: PackJob, second: PackJob | None, third: PackJob | None) -> None:
     """Pack up to three tensors in one launch, the second of the first one's form."""
-    again, last = second or first, third or first
-    programs = [0 if move is None else move.programs for move in (first, second, third)]
+    like_first, last_job = second or first, third or first
+    programs = [0 if job is None else job.programs for job in (first, second, third)]
     plan.launch(
         kernels.pack,
-        (sum(n * move.columns for n, move in zip(programs, (first, again, last), strict=True)),),
+        (sum(n * job.columns for n, job in zip(programs, (first, like_first, last_job), strict=True)),),
         (
             first.argument(programs[0]),
-            again.argument(programs[1]),  # with no programs if there is none: the kernel is the same
+            like_first.argument(programs[1]),  # with no programs if there is none: the kernel is the same
             None if third is None else third.argument(programs[2]),
         ),
-        first.compiled(tuple(map(min, first.vecs, again.vecs)), last.compiled(last.vecs)),
+        first.compiled(tuple(map(min, first.vecs, like_first.vecs)), last_job.compiled(last_job.vecs)),
         first.config,
     )  # fmt: skip
 
@@ -207,15 +207,15 @@ def output_grad(
     """dz, which is dy or dy·act′(y), in the layout that its readers want, and the partial sums of a db."""
     if dense and needed and y is None and db is None:
         return packing.image(dy, groups), Partials(None, None)
-    last = dense or is_channels_last(dy if y is None else y)
+    channels_last = dense or is_channels_last(dy if y is None else y)
     dz: Image | None = None
     out: Buffer | None = None
-    if needed and y is None and (fits_dense(dy) if dense else dy.stride(1 if last else 3) == 1):
-        dz = image(dy, last)
+    if needed and y is None and (fits_dense(dy) if dense else dy.stride(1 if channels_last else 3) == 1):
+        dz = image(dy, channels_last)
     elif needed:
         channels = padded(dy.shape[1], dy.element_size()) if dense and groups == 1 else dy.shape[1]
-        out = channels_last_scratch(plan, dy, channels) if last else plan.scratch(dy.shape, dy.dtype)
-        dz = image(out, last)
+        out = channels_last_scratch(plan, dy, channels) if channels_last else plan.scratch(dy.shape, dy.dtype)
+        dz = image(out, channels_last)
     sums = Partials(None, None)
     if out is not None or db is not None:
         sums = relayout(plan, dy, y, activation, out, db)
@@ -240,7 +240,7 @@ def relayout(
     sums = partials_of(plan, db, programs, accumulator(src.dtype))
     tensors = [planes(plan, t) for t in (src, y, dst)]
     vec_p, vec_c, vec_dst = (vector_length(src.element_size(), length) for length in (pixels, c, channels))
-    of_src, of_y, of_dst = (kernels.Layout(plane.pixels, plane.channels, plane.vec) for plane in tensors)
+    of_src, of_y, of_dst = (kernels.Contiguous(plane.pixels, plane.channels, plane.vec) for plane in tensors)
     plan.launch(
         kernels.relayout,
         (programs, cdiv(channels, s.block_c)),
@@ -263,9 +263,9 @@ class Planes(NamedTuple):
     vec: int
 
     @property
-    def strided(self) -> kernels.Planes | None:
+    def strided(self) -> kernels.StridedPlanes | None:
         """As a kernel's argument."""
-        return None if self.tensor is None else kernels.Planes(self.tensor, *self.strides)
+        return None if self.tensor is None else kernels.StridedPlanes(self.tensor, *self.strides)
 
 
 def planes(plan: Plan, tensor: Buffer | None) -> Planes:

@@ -74,7 +74,7 @@ def conv3x3(
         whose default is TF32. Under autocast the arguments are cast as for `torch.nn.functional.conv2d`.
 
     The backward pass computes only what is asked for, and for an activation keeps only the output. Double backward,
-    `torch.func` and forward-mode differentiation go torch's way; `torch.compile` sees one operator.
+    `torch.func` and forward-mode differentiation use torch's own code; `torch.compile` sees one operator.
 
     Raises:
         ValueError: shapes, devices or options that do not fit together, or that only `torch.nn.Conv2d` takes.

@@ -6,7 +6,7 @@ layouts are packed first, all that a direction needs in one launch.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -26,9 +26,10 @@ from .config import (
     ConvConfig,
     ConvProblem,
     ConvWgradProblem,
-    bundle_of,
+    choose_groups_per_tile,
 )
-from .config_few_channels import FEW_CHANNELS, DepthwiseProblem, FewChannelsDgradProblem, FewChannelsProblem
+from .config_depthwise import DepthwiseProblem
+from .config_few_channels import FEW_CHANNELS, FewChannelsDgradProblem, FewChannelsProblem
 from .images import (
     Image,
     Packing,
@@ -42,7 +43,7 @@ from .images import (
 )
 from .reference import ChannelsLast, Window, conv3x3_format, formats, grad_sizes, output_size
 
-Sums = tuple[Partials, Partials]  # what is left to add up of dw and db
+WgradPartials = tuple[Partials, Partials]  # what is left to add up of dw and db
 
 
 def forward(
@@ -82,13 +83,15 @@ def _depthwise_forward(
     n, c, p, q = y.tensor.shape
     xs, w = with_unit_stride(plan, x, y.channels_last), plan.contiguous(w)
     crowded = activation.costly or window.stride != (1, 1)
-    s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(x.dtype), plan.arch, y.channels_last, False, crowded))
+    s = plan.config(DepthwiseProblem(
+        n, p, q, c, dtype_name(x.dtype), plan.arch, channels_last=y.channels_last, wgrad=False, crowded=crowded
+    ))  # fmt: skip
     arguments = (xs.strided, w, b, y.strided, n, *x.shape[2:], p, q, c, *window.padding)
     constants = conv3x3_depthwise.Depthwise(
         s.block_j, conv3x3.Box(*s.box), *window.stride, CHANNELS_LAST=y.channels_last, VEC=xs.vec, VEC_STORE=y.vec,
         ACT=activation, PTX=plan.arch.backend != "hip",
     )  # fmt: skip
-    return _launch(
+    return Launch.of(
         conv3x3_depthwise.depthwise_forward, (s.boxes(n, p, q) * cdiv(c, s.block_j),), arguments, constants, s
     )
 
@@ -108,7 +111,7 @@ def _few_channels_forward(
         STEP_W=window.stride[1], VEC_STORE=y.vec, ACT=activation, PTX=plan.arch.backend != "hip",
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * cdiv(o, s.block_j),)
-    return _launch(conv3x3_few_channels.few_channels_forward, grid, arguments, constants, s)
+    return Launch.of(conv3x3_few_channels.few_channels_forward, grid, arguments, constants, s)
 
 
 def _dense_forward(
@@ -120,28 +123,28 @@ def _dense_forward(
     packing = Packing(plan)
     xs = packing.image(x, groups)
     og, cg = o // groups, xs.tensor.shape[1] // groups
-    bundle = bundle_of(groups, cg, og, 64 if arch.has_tma else 32)
-    ws = _packed_weight(plan, packing, w, o, cg, bundle, groups)
+    groups_per_tile = choose_groups_per_tile(groups, cg, og, 64 if arch.has_tma else 32)
+    ws = _packed_weight(plan, packing, w, o, cg, groups_per_tile, groups)
     packing.launch()
-    bundles = cdiv(groups, bundle)
-    vec = _tile_vec(xs, groups, bundle)
+    group_tiles = cdiv(groups, groups_per_tile)
+    vec = _tile_vec(xs, groups, groups_per_tile)
     s = plan.config(ConvProblem(
-        n, p, q, bundle * og, bundle * cg, bundles, bundle, 1, dtype, precision, arch,
+        n, p, q, groups_per_tile * og, groups_per_tile * cg, group_tiles, groups_per_tile, 1, dtype, precision, arch,
         vec=vec, tma=xs.tma and ws.tma and _steppable(x, window), along=True,
-        whole=bundles > 1 or window.stride[1] == 2, wide=not y.channels_last, stepped=max(window.stride) > 1,
+        whole=group_tiles > 1 or window.stride[1] == 2, wide=not y.channels_last, stepped=max(window.stride) > 1,
     ))  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
         xs.argument(s.tma, s.box, s.block_l, precision, window.stride), xs.strides,
         _weight_argument(ws, s.tma, s.block_j, s.block_l, precision),
-        (xs.tensor, ws.tensor) if bundle > 1 else None, b, y.strided,
+        (xs.tensor, ws.tensor) if groups_per_tile > 1 else None, b, y.strided,
         n, *x.shape[2:], p, q, groups, og, cg, *window.padding, *window.stride,
     )  # fmt: skip
     constants = conv3x3.Product(
-        **_dense_config(s, precision, y), VEC=vec, VEC_W=ws.vec, VEC_STORE=_tile_vec(y, groups, bundle),
+        **_dense_config(s, precision, y), VEC=vec, VEC_W=ws.vec, VEC_STORE=_tile_vec(y, groups, groups_per_tile),
         ACT=activation, PTX=arch.backend != "hip",
     )  # fmt: skip
-    return _launch(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, constants, s)
+    return Launch.of(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, constants, s)
 
 
 def backward(
@@ -169,13 +172,14 @@ def backward_layer(
 ) -> None:  # fmt: skip
     """Those of dx, dw and db that are given. y is given if there is an activation; x for dw, w for dx."""
     activation = as_stored(activation, dy.dtype)
+    # Of db alone no algorithm's kernel is launched, and any number of channels will do.
     image_like = dx if dx is not None else x
     c = image_like.shape[1] if image_like is not None else 0
     algorithm = algorithm_for(c, dy.shape[1], window.groups, x)
     if algorithm == "few_channels" and dw is not None and dx is None:
         assert x is not None
-        last = is_channels_last(dy if y is None else y)
-        pending = _few_channels_wgrad(plan, with_unit_stride(plan, dy, last), y, x, dw, db, window, activation, tf32)
+        dys = with_unit_stride(plan, dy, is_channels_last(dy if y is None else y))
+        pending = _few_channels_wgrad(plan, dys, y, x, dw, db, window, activation, tf32)
         reduce_partials(plan, *pending)
         return
     summed = y is not None or dw is None  # db: on the way to dz, else wgrad has it for nothing
@@ -184,6 +188,7 @@ def backward_layer(
     dense = algorithm != "depthwise"
     dz, sums = output_grad(plan, dy, y, activation, db if summed else None, needed, dense, window.groups, packing)
     xs = packing.image(x, window.groups) if algorithm == "dense" and x is not None and dw is not None else None
+    # Built before wgrad, for it may add its weight to what is packed; launched after it, so as to add up its sums.
     dgrad = None
     if dx is not None:
         assert w is not None
@@ -199,15 +204,15 @@ def backward_layer(
     if dw is not None:
         assert x is not None
         assert dz is not None
-        rest = (x, dw, None if summed else db, window)
+        tensors = (x, dw, None if summed else db, window)
         if algorithm == "depthwise":
-            pending = _depthwise_wgrad(plan, dz, *rest)
+            pending = _depthwise_wgrad(plan, dz, *tensors)
         elif algorithm == "few_channels":
-            pending = _few_channels_wgrad(plan, dz, None, *rest, NONE, tf32)
+            pending = _few_channels_wgrad(plan, dz, None, *tensors, NONE, tf32)
         else:
             assert xs is not None
             spare = (x.numel() if dx is not None else dy.numel()) * x.element_size()
-            pending = _dense_wgrad(plan, dz, xs, *rest, tf32, spare)
+            pending = _dense_wgrad(plan, dz, xs, *tensors, tf32, spare)
     if dgrad is not None and dgrad.kernel is conv3x3.dgrad:
         plan.add(dgrad)
         reduce_partials(plan, *append_sums(plan, *pending, sums))
@@ -237,49 +242,51 @@ def _dense_dgrad(plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer,
     out = dense_image(dx)
     og = dz.tensor.shape[1] // groups  # with padding
     cg = padded(c, dx.element_size()) if groups == 1 else c // groups
-    bundle = bundle_of(groups, cg, og, 64 if arch.has_tma else 32)
+    groups_per_tile = choose_groups_per_tile(groups, cg, og, 64 if arch.has_tma else 32)
     # wgmma takes TF32 from rows that lie along the sum.
     along = precision == "tf32" and groups == 1 and (arch.has_wgmma or arch.backend == "interpreter")
     if along:
-        ws = _packed_weight(plan, packing, w, cg, og, bundle, groups, swapped=True)
+        ws = _packed_weight(plan, packing, w, cg, og, groups_per_tile, groups, swapped=True)
     else:
-        ws = _packed_weight(plan, packing, w, og * groups, cg, bundle, groups)
-    bundles = cdiv(groups, bundle)
-    vec = _tile_vec(dz, groups, bundle)
+        ws = _packed_weight(plan, packing, w, og * groups, cg, groups_per_tile, groups)
+    group_tiles = cdiv(groups, groups_per_tile)
+    vec = _tile_vec(dz, groups, groups_per_tile)
     p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
     s = plan.config(ConvProblem(
-        n, p, q, bundle * (c // groups), bundle * og, bundles, bundle, sh * sw, dtype, precision, arch,
-        vec=vec, tma=dz.tma and ws.tma, along=along, whole=bundles > 1, wide=not out.channels_last, stepped=sh * sw > 1,
+        n, p, q, groups_per_tile * (c // groups), groups_per_tile * og, group_tiles, groups_per_tile, sh * sw, dtype,
+        precision, arch, vec=vec, tma=dz.tma and ws.tma, along=along, whole=group_tiles > 1,
+        wide=not out.channels_last, stepped=sh * sw > 1,
     ))  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
         dz.argument(s.tma, s.box, s.block_l, precision), dz.strides,
         _weight_argument(ws, s.tma, *((s.block_j, s.block_l) if along else (s.block_l, s.block_j)), precision),
-        (dz.tensor, ws.tensor) if bundle > 1 else None, out.strided, None,
+        (dz.tensor, ws.tensor) if groups_per_tile > 1 else None, out.strided, None,
         n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding, sh, sw,
     )  # fmt: skip
     constants = conv3x3.Product(
         **_dense_config(s, precision, out), VEC=vec, VEC_W=ws.vec,
-        VEC_STORE=1 if sw == 2 and not out.channels_last else _tile_vec(out, groups, bundle), W_TRANSPOSED=along,
+        VEC_STORE=1 if sw == 2 and not out.channels_last else _tile_vec(out, groups, groups_per_tile),
+        W_TRANSPOSED=along,
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * s.columns(c // groups, groups), sh * sw)
-    return _launch(conv3x3.dgrad, grid, arguments, constants, s)
+    return Launch.of(conv3x3.dgrad, grid, arguments, constants, s)
 
 
 def _dense_wgrad(
     plan: Plan, dz: Image, xs: Image, x: Buffer, dw: Buffer, db: Buffer | None, window: Window, tf32: bool, spare: int
-) -> Sums:
+) -> WgradPartials:
     arch = plan.arch
     n, groups, (o, cg, *_) = x.shape[0], window.groups, dw.shape
     p, q = dz.tensor.shape[2:]
     dtype, partial = dtype_name(x.dtype), accumulator(x.dtype)
     precision = precision_of(dtype, tf32, arch)
     og = o // groups
-    bundle = bundle_of(groups, cg, og, 32)
-    bundles = cdiv(groups, bundle)
-    vec_o, vec_c = _tile_vec(dz, groups, bundle), _tile_vec(xs, groups, bundle)
+    groups_per_tile = choose_groups_per_tile(groups, cg, og, 32)
+    group_tiles = cdiv(groups, groups_per_tile)
+    vec_o, vec_c = _tile_vec(dz, groups, groups_per_tile), _tile_vec(xs, groups, groups_per_tile)
     s = plan.config(ConvWgradProblem(
-        n, p, q, bundle * og, bundle * cg, bundles, bundle, dtype, precision, arch,
+        n, p, q, groups_per_tile * og, groups_per_tile * cg, group_tiles, groups_per_tile, dtype, precision, arch,
         vec=min(vec_o, vec_c), tma=dz.tma and xs.tma and _steppable(x, window), spare=spare,
     ))  # fmt: skip
     shares, sums = partials_of(plan, dw, s.splits, partial, (o, 9, cg)), partials_of(plan, db, s.splits, partial)
@@ -293,19 +300,19 @@ def _dense_wgrad(
         *window.padding, *window.stride, cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
     constants = conv3x3.Wgrad(
-        s.block_i, s.block_j, conv3x3.Box(*s.box), s.taps, bundle, DIAGONAL=bundle > 1, TMA=s.tma,
+        s.block_i, s.block_j, conv3x3.Box(*s.box), s.taps, groups_per_tile, DIAGONAL=groups_per_tile > 1, TMA=s.tma,
         X_FIRST=s.x_first, TAPS_LAST=s.splits == 1 and not in_order, PRECISION=precision, VEC_O=vec_o, VEC_C=vec_c,
         VEC_STORE=vector_length(shares.element_size(), cg),
     )  # fmt: skip
-    grid = (s.tiles(bundle * og, bundle * cg) * bundles * (9 // s.taps), s.splits)
-    plan.add(_launch(conv3x3.wgrad, grid, arguments, constants, s))
+    grid = (s.tiles(groups_per_tile * og, groups_per_tile * cg) * group_tiles * (9 // s.taps), s.splits)
+    plan.launch(conv3x3.wgrad, grid, arguments, constants, s)
     return Partials(shares, dw, None if in_order else (9, cg)), Partials(sums, db)
 
 
 def _few_channels_wgrad(
     plan: Plan, dz: Image, y: Buffer | None, x: Buffer, dw: Buffer, db: Buffer | None, window: Window,
     activation: Activation, tf32: bool,
-) -> Sums:  # fmt: skip
+) -> WgradPartials:  # fmt: skip
     """With y, `dz` holds dy."""
     arch = plan.arch
     (n, c, *_), o, (p, q) = x.shape, dw.shape[0], dz.tensor.shape[2:]
@@ -325,7 +332,7 @@ def _few_channels_wgrad(
         PRECISION=precision_of(dtype, tf32, arch), CHANNELS_LAST=dz.channels_last, STEP_H=window.stride[0],
         STEP_W=window.stride[1], VEC=vec, FUSE_DZ=ys is not None, ACT=activation,
     )  # fmt: skip
-    plan.add(_launch(conv3x3_few_channels.few_channels_wgrad, (cdiv(o, s.block_i), s.splits), arguments, constants, s))
+    plan.launch(conv3x3_few_channels.few_channels_wgrad, (cdiv(o, s.block_i), s.splits), arguments, constants, s)
     return Partials(shares, dw), Partials(sums, db)
 
 
@@ -354,14 +361,16 @@ def _few_channels_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Wi
         CHANNELS_LAST=out.channels_last, VEC=dz.vec, VEC_STORE=out.vec if out.channels_last else 1, TMA=s.tma,
     )  # fmt: skip
     grid = (s.boxes(n, height, width, rim=2),)
-    return _launch(conv3x3_few_channels.few_channels_dgrad, grid, arguments, constants, s)
+    return Launch.of(conv3x3_few_channels.few_channels_dgrad, grid, arguments, constants, s)
 
 
-def _depthwise_wgrad(plan: Plan, dz: Image, x: Buffer, dw: Buffer, db: Buffer | None, window: Window) -> Sums:
+def _depthwise_wgrad(plan: Plan, dz: Image, x: Buffer, dw: Buffer, db: Buffer | None, window: Window) -> WgradPartials:
     (n, c, *_), (p, q) = x.shape, dz.tensor.shape[2:]
     partial = accumulator(x.dtype)
     stepped = window.stride != (1, 1)
-    s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(x.dtype), plan.arch, dz.channels_last, True, stepped))
+    s = plan.config(DepthwiseProblem(
+        n, p, q, c, dtype_name(x.dtype), plan.arch, channels_last=dz.channels_last, wgrad=True, crowded=stepped
+    ))  # fmt: skip
     xs = with_unit_stride(plan, x, dz.channels_last)
     shares, sums = partials_of(plan, dw, s.splits, partial), partials_of(plan, db, s.splits, partial)
     arguments = (
@@ -372,7 +381,7 @@ def _depthwise_wgrad(plan: Plan, dz: Image, x: Buffer, dw: Buffer, db: Buffer | 
         s.block_j, conv3x3.Box(*s.box), *window.stride, CHANNELS_LAST=dz.channels_last, VEC=xs.vec, VEC_Z=dz.vec,
         WHOLE=p % s.box[1] == 0,
     )  # fmt: skip
-    plan.add(_launch(conv3x3_depthwise.depthwise_wgrad, (cdiv(c, s.block_j), s.splits), arguments, constants, s))
+    plan.launch(conv3x3_depthwise.depthwise_wgrad, (cdiv(c, s.block_j), s.splits), arguments, constants, s)
     return Partials(shares, dw), Partials(sums, db)
 
 
@@ -382,7 +391,9 @@ def _depthwise_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Windo
     dz = with_unit_stride(plan, dz.tensor, out.channels_last)
     p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
     stepped = window.stride != (1, 1)
-    s = plan.config(DepthwiseProblem(n, p, q, c, dtype_name(dx.dtype), plan.arch, out.channels_last, False, stepped))
+    s = plan.config(DepthwiseProblem(
+        n, p, q, c, dtype_name(dx.dtype), plan.arch, channels_last=out.channels_last, wgrad=False, crowded=stepped
+    ))  # fmt: skip
     arguments = (
         dz.strided, plan.contiguous(w), out.strided, n, height, width, *dz.tensor.shape[2:], c, *window.padding,
     )  # fmt: skip
@@ -391,20 +402,14 @@ def _depthwise_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Windo
         VEC_STORE=1 if sw == 2 and not out.channels_last else out.vec,
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * cdiv(c, s.block_j), sh * sw)
-    return _launch(conv3x3_depthwise.depthwise_dgrad, grid, arguments, constants, s)
-
-
-def _launch(
-    kernel: Any, grid: tuple[int, ...], arguments: tuple[object, ...], constants: NamedTuple, s: ConvConfig
-) -> Launch:
-    return Launch(kernel, grid, arguments, dict(CONFIG=constants), s.num_warps, s.num_stages, s.max_registers)
+    return Launch.of(conv3x3_depthwise.depthwise_dgrad, grid, arguments, constants, s)
 
 
 def _dense_config(s: ConvConfig, precision: str, out: Image) -> dict[str, Any]:
     """The fields that `forward` and `dgrad` share, but for the lengths of vectors."""
     return dict(
         BLOCK_J=s.block_j, BLOCK_L=s.block_l, BOX=conv3x3.Box(*s.box), GROUP=s.group,
-        GROUPS_PER_TILE=s.bundle, DIAGONAL=s.bundle > 1, FLAT=s.flat, TMA=s.tma, PRECISION=precision,
+        GROUPS_PER_TILE=s.groups_per_tile, DIAGONAL=s.groups_per_tile > 1, FLAT=s.flat, TMA=s.tma, PRECISION=precision,
         CHANNELS_LAST=out.channels_last,
     )  # fmt: skip
 
@@ -420,14 +425,14 @@ def _steppable(x: Buffer, window: Window) -> bool:
     return all(length % step == 0 for length, step in zip(x.shape[2:], window.stride, strict=True))
 
 
-def _tile_vec(image: Image, groups: int, bundle: int) -> int:
+def _tile_vec(image: Image, groups: int, groups_per_tile: int) -> int:
     """Elements that divide all that `image.vec` does, and the channels of a tile's groups; so they divide a shorter
     last tile's.
     """
     if groups == 1 or not image.channels_last:
         return image.vec
     channels = image.tensor.shape[1] // groups
-    return min(image.vec, vector_length(image.tensor.element_size(), bundle * channels))
+    return min(image.vec, vector_length(image.tensor.element_size(), groups_per_tile * channels))
 
 
 def _weight_argument(w: Image, use_tma: bool, rows: int, cols: int, precision: str) -> object:
@@ -439,17 +444,18 @@ def _weight_argument(w: Image, use_tma: bool, rows: int, cols: int, precision: s
 
 
 def _packed_weight(
-    plan: Plan, packing: Packing, w: Buffer, rows: int, cols: int, bundle: int, groups: int, swapped: bool = False
-) -> Image:
+    plan: Plan, packing: Packing, w: Buffer, rows: int, cols: int, groups_per_tile: int, groups: int,
+    swapped: bool = False,
+) -> Image:  # fmt: skip
     """w as (rows, 9, cols) in memory, with zeros where it has no such output or input channel.
 
-    Of several groups a tile, their cols stand side by side: (rows, 9, bundle · cols). swapped: rows are input
+    Of several groups a tile, their cols stand side by side: (rows, 9, groups_per_tile · cols). swapped: rows are input
     channels.
     """
-    if bundle > 1:
-        out = channels_last_scratch(plan, w, bundle * cols)
+    if groups_per_tile > 1:
+        out = channels_last_scratch(plan, w, groups_per_tile * cols)
         arguments = (w, out, rows // groups, cols, *w.stride())
-        config = conv3x3.SpreadWeight(bundle, power_of_2(9 * bundle * cols))
+        config = conv3x3.SpreadWeight(groups_per_tile, power_of_2(9 * groups_per_tile * cols))
         packing.others.append(Launch(conv3x3.spread_weight, (rows,), arguments, dict(CONFIG=config), 4))
         return image(out, True)
     if not swapped and w.shape[:2] == (rows, cols) and w.is_contiguous(memory_format=torch.channels_last):
