@@ -424,7 +424,7 @@ def compiled(arch: Arch, everything: bool) -> Iterator[tuple[StepCase, Sequence[
 def expectations(launch: Launch, case: StepCase, arch: Arch) -> Iterator[Expectation]:
     """Every operand of a full, aligned block is read, and if it changes written, 16 bytes at a time."""
     given = launch.named
-    least = 0 if given["STRIDED"] else 1  # the smaller block of strided tensors makes do with narrower ones
+    least = 0 if given["LAYOUT_DIMS"] else 1  # the smaller block of strided tensors makes do with narrower ones
 
     def count(*names: str) -> int:
         """16-byte accesses a thread."""

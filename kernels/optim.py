@@ -3,142 +3,182 @@
 `multi_tensor_step` walks the tensors; what it does to an element is a pair of functions of `optim_rules.py` that it is
 given. CONFIG is a `tribp.launch.optim.StepConfig`, HYPER the columns of `hypers` by name.
 
-Tables, all of 8-byte words (`tribp/optim/triton_bucket.py` writes them):
-- `rows`, one row a tensor: the addresses and numbers of the columns below;
+Tables, of 8-byte words but for `chunks` (`tribp/optim/triton_bucket.py` writes them):
+- `rows`, a `Row` for each tensor;
 - `grads`, one address a tensor, 0 where there is no gradient: such a tensor is left as it is, its step too;
-- `chunks`, one row a program: which tensor, and which of its chunks;
+- `chunks`, int32, one row a program: which tensor, and which of its chunks;
 - `hypers`, one row a group: each float64 value, then the address of the device scalar that stands in for it (0: none).
 """
+
+from collections import namedtuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..launch import arch
 from . import optim_codes
 from .common import round_to
 from .optim_rules import divide, hyper
 
-# Columns of `rows`. RANDOM_STEP is a counter of its own where STEP does not count all of a parameter's life (SGD).
-# SCALAR0 and SCALAR1 are the addresses of states of one number; NEXT0 and NEXT1 hold, within a launch, what becomes of
-# them.
-PARAM, STATE0, STATE1, STATE2, EMA, STEP = (tl.constexpr(i) for i in range(6))
-EMA_STEP, RANDOM_STEP, NUMEL, GROUP, LAYOUT, STREAM = (tl.constexpr(i) for i in range(6, 12))
-SCALAR0, SCALAR1, NEXT0, NEXT1 = (tl.constexpr(i) for i in range(12, 16))
-SCALE0, SCALE1, SCALE2, RESIDUAL = (tl.constexpr(i) for i in range(16, 20))  # of states that are codes; the 8 bits more
-ROW = tl.constexpr(20)
 
-# A tensor whose parts differ in layout has a row of sizes and, for each part, of strides, in elements.
-MAX_DIMS = tl.constexpr(arch.MAX_DIMS)
+class Row(NamedTuple):
+    """What a launch knows of a tensor: addresses, 0 where it has no such thing, and three numbers."""
+
+    param: int
+    state0: int
+    state1: int
+    state2: int
+    ema: int
+    step: int  # counts its updates
+    ema_step: int
+    random_step: int  # counts all steps of its life, where `step` does not (SGD); random numbers depend on it
+    numel: int  # a number: of elements, real ones
+    group: int  # a number: which row of `hypers`
+    layout: int  # of sizes and strides, where its parts differ in layout (`strided`)
+    stream: int  # a number: that of its random numbers
+    scalar0: int  # states of one number
+    scalar1: int
+    code_scale0: int  # of states that are codes
+    code_scale1: int
+    code_scale2: int
+    residual: int  # the parameter's 8 bits more
+    next_scalar0: int = 0  # not an address: what becomes of scalar0, which the kernel keeps here within a launch
+    next_scalar1: int = 0
+
+
+# The columns by name, and how many there are.
+(
+    PARAM, STATE0, STATE1, STATE2, EMA, STEP, EMA_STEP, RANDOM_STEP, NUMEL, GROUP, LAYOUT, STREAM, SCALAR0, SCALAR1,
+    CODE_SCALE0, CODE_SCALE1, CODE_SCALE2, RESIDUAL, NEXT_SCALAR0, NEXT_SCALAR1,
+) = map(tl.constexpr, range(len(Row._fields)))  # fmt: skip
+COLUMNS = tl.constexpr(len(Row._fields))
+
+# A tensor's memory, as pointers; where the launch or (OPTIONAL) the tensor lacks a part, its pointer leads nowhere.
+Buffers = namedtuple("Buffers", "param grad state0 state1 state2 ema code_scale0 code_scale1 code_scale2 residual")
+# Some elements of a tensor: their numbers in it, their offsets in the parameter, the gradient and the states, and which
+# of them there are. A row of them is a block of codes: of these the numbers, and which of them there are.
+Elements = namedtuple("Elements", "index param grad state inside block block_inside")
+# What an update of a tensor takes besides its elements. rule: what `…_scalars` returns; grad_scale, clip: None where
+# gradients are not unscaled, not clipped.
+Scalars = namedtuple("Scalars", "lr eps sign decay shrink rule grad_scale clip ema_decay ema_first")
+# What an element's random numbers depend on, besides its number. key: `optim_codes.random_key` of the others.
+Seeds = namedtuple("Seeds", "seed step stream key")
+
+
+@triton.constexpr_function
+def pointer_to(dtype):
+    """The type of a buffer's pointer; any will do where the launch has none (None)."""
+    return tl.pointer_type(tl.int8 if dtype is None else dtype)
 
 
 @triton.jit
-def load_state(pointer, scale, at, inside, blocks, TYPE: tl.constexpr, CONFIG: tl.constexpr):
-    """A buffer's elements; 0 where this launch has none (TYPE is None), or (OPTIONAL) where this tensor has none.
-
-    Where they are codes, `scale` has their scales, and `blocks` says which, and which of them there are.
-    """
+def load_state(pointer, code_scale, elements, TYPE: tl.constexpr, CONFIG: tl.constexpr):
+    """A state's elements; 0 where this launch has none (TYPE is None), or (OPTIONAL) where this tensor has none."""
     if TYPE is None:
-        x = tl.zeros_like(at).to(CONFIG.ACC)
+        x = tl.zeros_like(elements.state).to(CONFIG.ACC)
     else:
+        inside, block_inside = elements.inside, elements.block_inside
         if CONFIG.OPTIONAL:
-            inside &= pointer.to(tl.int64) != 0
-            x = tl.load(pointer + at, mask=inside, other=0.0)
+            exists = pointer.to(tl.int64) != 0
+            inside &= exists
+            block_inside &= exists
+            x = tl.load(pointer + elements.state, mask=inside, other=0.0)
         else:
-            x = tl.load(pointer + at, mask=inside)
+            x = tl.load(pointer + elements.state, mask=inside)
         if optim_codes.is_code(TYPE):
-            block, there = blocks
-            if CONFIG.OPTIONAL:
-                there &= pointer.to(tl.int64) != 0
-            x = optim_codes.decode(x, tl.load(scale + block, mask=there, other=0.0), TYPE)
+            x = optim_codes.decode(x, tl.load(code_scale + elements.block, mask=block_inside, other=0.0), TYPE)
         x = x.to(CONFIG.ACC)
     return x
 
 
 @triton.jit
-def store_state(pointer, scale, at, x, inside, blocks, random, TYPE: tl.constexpr, CONFIG: tl.constexpr):
-    """random: 16 random bits for each element, where it becomes a code."""
+def store_state(pointer, code_scale, elements, x, dither, TYPE: tl.constexpr, CONFIG: tl.constexpr):
+    """dither: 16 random bits for each element, where it becomes a code."""
     if TYPE is not None:
-        there = True
+        exists = True
         if CONFIG.OPTIONAL:
-            there = pointer.to(tl.int64) != 0
+            exists = pointer.to(tl.int64) != 0
         if optim_codes.is_code(TYPE):
-            block, whole = blocks
-            x, scales = optim_codes.encode(x, inside, random, TYPE)
-            tl.store(scale + block, scales, mask=whole & there)
+            x, scales = optim_codes.encode(x, elements.inside, dither, TYPE)
+            tl.store(code_scale + elements.block, scales, mask=elements.block_inside & exists)
         else:
             x = round_to(x, pointer.dtype.element_ty)
-        tl.store(pointer + at, x, mask=inside & there)
+        tl.store(pointer + elements.state, x, mask=elements.inside & exists)
 
 
 @triton.jit
-def random_numbers(i, seed, step, stream):
+def random_numbers(i, seeds):
     """Philox's, of counter (element, step, tensor): the same numbers whatever the launch looks like."""
-    step, stream = step.to(tl.uint32), stream.to(tl.uint32)
+    step, stream = seeds.step.to(tl.uint32), seeds.stream.to(tl.uint32)
     zero = tl.zeros_like(i).to(tl.uint32)
     low, high = i.to(tl.uint32), (i >> 32).to(tl.uint32)
-    random, _, _, _ = tl.philox(seed, low, high, zero + step, zero + stream)
+    random, _, _, _ = tl.philox(seeds.seed, low, high, zero + step, zero + stream)
     return random
 
 
 @triton.jit
-def round_stochastically(x, i, seed, step, stream):
+def round_stochastically(x, i, seeds):
     """float32 → bfloat16, up or down with the probability that makes the mean right."""
-    random = random_numbers(i, seed, step, stream)
+    random = random_numbers(i, seeds)
     bits = (x.to(tl.uint32, bitcast=True) + (random & 0xFFFF)) >> 16
     return tl.where(x == x, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def update(
-    pointers, codes, i, at_param, at_grad, at_state, inside, blocks, scale, clip, scalars, rule_scalars,
-    RULE: tl.constexpr, CONFIG: tl.constexpr,
-):  # fmt: skip
-    """One block of one tensor, elements i: everything is read once, changed, and written once."""
-    param, grad, state0, state1, state2, ema = pointers
-    scale0, scale1, scale2, residual, key = codes
-    lr, eps, sign, decay, shrink, ema_decay, ema_first, seed, step, stream = scalars
-    p = tl.load(param + at_param, mask=inside)
+def store_param(p, buffers, elements, seeds, CONFIG: tl.constexpr):
+    """Write the parameter, rounded as the group's options say; returns what was written, residual included."""
     if CONFIG.RESIDUAL:
-        p = optim_codes.join(p, tl.load(residual + at_state, mask=inside))
-    p = p.to(CONFIG.ACC)
-    g = tl.load(grad + at_grad, mask=inside).to(CONFIG.ACC)
-    a = load_state(state0, scale0, at_state, inside, blocks, CONFIG.STATE0, CONFIG)
-    b = load_state(state1, scale1, at_state, inside, blocks, CONFIG.STATE1, CONFIG)
-    c = load_state(state2, scale2, at_state, inside, blocks, CONFIG.STATE2, CONFIG)
-    e = load_state(ema, None, at_state, inside, blocks, CONFIG.EMA_TYPE, CONFIG)
-    if scale is not None:
-        g = divide(g, scale)
-        tl.store(grad + at_grad, round_to(g, grad.dtype.element_ty), mask=inside)
-    if clip is not None:
-        g *= clip
-    g *= sign
-    g = tl.where(decay != 0.0, g + decay * p, g)  # without decay an infinite parameter does not spoil its gradient
-    p, a, b, c = RULE(p * shrink, g, a, b, c, lr, eps, rule_scalars, CONFIG)
-    if CONFIG.RESIDUAL:
-        below = 128
+        dither = 128
         if CONFIG.STOCHASTIC:
-            below = random_numbers(i, seed, step, stream) & 0xFF
-        rounded, low = optim_codes.split(p, below)
-        tl.store(residual + at_state, low, mask=inside)
+            dither = random_numbers(elements.index, seeds) & 0xFF
+        rounded, low = optim_codes.split(p, dither)
+        tl.store(buffers.residual + elements.state, low, mask=elements.inside)
         p = optim_codes.join(rounded, low).to(CONFIG.ACC)
     else:
         if CONFIG.STOCHASTIC:
-            rounded = round_stochastically(p, i, seed, step, stream)
+            rounded = round_stochastically(p, elements.index, seeds)
         else:
-            rounded = round_to(p, param.dtype.element_ty)
+            rounded = round_to(p, buffers.param.dtype.element_ty)
         p = rounded.to(CONFIG.ACC)
-    tl.store(param + at_param, rounded, mask=inside)
+    tl.store(buffers.param + elements.param, rounded, mask=elements.inside)
+    return p
+
+
+@triton.jit
+def update(
+    buffers, elements, scalars, seeds, RULE: tl.constexpr, CONFIG: tl.constexpr
+):  # fmt: skip
+    """Everything of these elements is read once, changed, and written once."""
+    p = tl.load(buffers.param + elements.param, mask=elements.inside)
+    if CONFIG.RESIDUAL:
+        p = optim_codes.join(p, tl.load(buffers.residual + elements.state, mask=elements.inside))
+    p = p.to(CONFIG.ACC)
+    g = tl.load(buffers.grad + elements.grad, mask=elements.inside).to(CONFIG.ACC)
+    a = load_state(buffers.state0, buffers.code_scale0, elements, CONFIG.STATE0, CONFIG)
+    b = load_state(buffers.state1, buffers.code_scale1, elements, CONFIG.STATE1, CONFIG)
+    c = load_state(buffers.state2, buffers.code_scale2, elements, CONFIG.STATE2, CONFIG)
+    ema = load_state(buffers.ema, None, elements, CONFIG.EMA_TYPE, CONFIG)
+    if scalars.grad_scale is not None:
+        g = divide(g, scalars.grad_scale)
+        tl.store(buffers.grad + elements.grad, round_to(g, buffers.grad.dtype.element_ty), mask=elements.inside)
+    if scalars.clip is not None:
+        g *= scalars.clip
+    g *= scalars.sign
+    # without decay an infinite parameter does not spoil its gradient
+    g = tl.where(scalars.decay != 0.0, g + scalars.decay * p, g)
+    p, a, b, c = RULE(p * scalars.shrink, g, a, b, c, scalars.lr, scalars.eps, scalars.rule, CONFIG)
+    p = store_param(p, buffers, elements, seeds, CONFIG)
     low = 0
     high = 0
     if CONFIG.CODED:
-        bits = optim_codes.random_bits(i, key)
+        bits = optim_codes.random_bits(elements.index, seeds.key)
         low = bits & 0xFFFF
         high = bits >> 16
-    store_state(state0, scale0, at_state, a, inside, blocks, low, CONFIG.STATE0, CONFIG)
-    store_state(state1, scale1, at_state, b, inside, blocks, high, CONFIG.STATE1, CONFIG)
-    store_state(state2, scale2, at_state, c, inside, blocks, high, CONFIG.STATE2, CONFIG)
-    e = tl.where(ema_first, p, e + (1.0 - ema_decay) * (p - e))
-    store_state(ema, None, at_state, e, inside, blocks, 0, CONFIG.EMA_TYPE, CONFIG)
+    store_state(buffers.state0, buffers.code_scale0, elements, a, low, CONFIG.STATE0, CONFIG)
+    store_state(buffers.state1, buffers.code_scale1, elements, b, high, CONFIG.STATE1, CONFIG)
+    store_state(buffers.state2, buffers.code_scale2, elements, c, high, CONFIG.STATE2, CONFIG)
+    ema = tl.where(scalars.ema_first, p, ema + (1.0 - scalars.ema_decay) * (p - ema))
+    store_state(buffers.ema, None, elements, ema, 0, CONFIG.EMA_TYPE, CONFIG)
 
 
 @triton.jit
@@ -155,14 +195,188 @@ def blocks_of(block, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def strided(i, layout, PART: tl.constexpr):
+def strided(i, layout, PART: tl.constexpr, CONFIG: tl.constexpr):
     """Where element i of a part lies: 0 the parameter, 1 the gradient, 2 the states. `layout`: sizes, then strides."""
-    at = tl.zeros_like(i)
-    for k in tl.static_range(MAX_DIMS):
-        size = tl.load(layout + (MAX_DIMS - 1 - k))
-        at += i % size * tl.load(layout + (MAX_DIMS * (1 + PART) + MAX_DIMS - 1 - k))
+    DIMS: tl.constexpr = CONFIG.LAYOUT_DIMS
+    offset = tl.zeros_like(i)
+    for k in tl.static_range(DIMS):
+        size = tl.load(layout + (DIMS - 1 - k))
+        offset += i % size * tl.load(layout + (DIMS * (1 + PART) + DIMS - 1 - k))
         i = i // size
-    return at
+    return offset
+
+
+@triton.jit
+def update_whole_block(
+    block, buffers, scalars, seeds, RULE: tl.constexpr, CONFIG: tl.constexpr
+):  # fmt: skip
+    """Update a block of aligned, dense memory all of whose elements exist."""
+    BLOCK: tl.constexpr = CONFIG.BLOCK
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    code_block = block
+    if CONFIG.CODED:
+        i = rows_of(block, BLOCK, optim_codes.BLOCK)
+        code_block = blocks_of(block, BLOCK)
+    update(buffers, Elements(i, i, i, i, True, code_block, True), scalars, seeds, RULE, CONFIG)
+
+
+@triton.jit
+def update_partial_block(
+    block, numel, layout, buffers, scalars, seeds, RULE: tl.constexpr, CONFIG: tl.constexpr
+):  # fmt: skip
+    """Update what there is of a block, wherever it lies.
+
+    In two dimensions, for the compiler gives one layout to all accesses of one shape. Counted: in that of 128-bit
+    accesses a warp's scalar ones would meet four times as many sectors. Codes take a quarter at a time: addresses of 8
+    elements a thread take 254 registers, of 2 128.
+    """
+    BLOCK: tl.constexpr = CONFIG.BLOCK
+    # No min or max: Triton 3.5 takes them for operations on tensors.
+    WIDEST: tl.constexpr = optim_codes.BLOCK if CONFIG.CODED else 128
+    COLS: tl.constexpr = WIDEST if BLOCK > WIDEST else BLOCK
+    QUARTER: tl.constexpr = BLOCK // 4 if BLOCK // 4 > COLS else COLS
+    PART: tl.constexpr = QUARTER if CONFIG.CODED else BLOCK
+    for k in range(0, BLOCK // PART):
+        part = block * (BLOCK // PART) + k
+        i = rows_of(part, PART, COLS)
+        inside = i < numel
+        code_block = part
+        if CONFIG.CODED:
+            code_block = blocks_of(part, PART)
+        code_block_inside = code_block * optim_codes.BLOCK < numel
+        i = tl.where(inside, i, 0)
+        in_param = i
+        in_grad = i
+        in_state = i
+        if CONFIG.LAYOUT_DIMS > 0:
+            if layout != 0:
+                sizes = layout.to(tl.pointer_type(tl.int64))
+                in_param = strided(i, sizes, 0, CONFIG)
+                in_grad = strided(i, sizes, 1, CONFIG)
+                in_state = strided(i, sizes, 2, CONFIG)
+        elements = Elements(i, in_param, in_grad, in_state, inside, code_block, code_block_inside)
+        update(buffers, elements, scalars, seeds, RULE, CONFIG)
+
+
+@triton.jit
+def load_counter(address):
+    return tl.load(address.to(tl.pointer_type(tl.float32)))
+
+
+@triton.jit
+def load_rule_scalars(row, h, step, chunk, SCALARS: tl.constexpr, HYPER: tl.constexpr, CONFIG: tl.constexpr):
+    """The rule's own scalars. Its states of one number become what they are to be next, for the launch's end.
+
+    Every program of a tensor has to read them before they change: the launch's last program changes them.
+    """
+    if CONFIG.SCALAR_TYPE is None:
+        scalars = SCALARS(h, step, HYPER, CONFIG)
+    else:
+        scalar0 = load_scalar(row + SCALAR0, CONFIG)
+        scalar1 = load_scalar(row + SCALAR1, CONFIG)
+        scalars, scalar0, scalar1 = SCALARS(h, step, scalar0, scalar1, HYPER, CONFIG)
+        if tl.load(chunk + 1) == 0:
+            tl.store(row + NEXT_SCALAR0, scalar0.to(tl.float64).to(tl.int64, bitcast=True))
+            tl.store(row + NEXT_SCALAR1, scalar1.to(tl.float64).to(tl.int64, bitcast=True))
+    return scalars
+
+
+@triton.jit
+def clip_coefficient(h, grad_norm, HYPER: tl.constexpr, CONFIG: tl.constexpr):
+    """torch.nn.utils.clip_grad_norm_'s; a norm that is NaN makes all gradients NaN, as there."""
+    fraction = hyper(h, HYPER.max_grad_norm, CONFIG) / (tl.load(grad_norm) + 1e-6)
+    return tl.where(fraction > 1.0, 1.0, fraction).to(CONFIG.ACC)
+
+
+@triton.jit
+def update_chunk(
+    row, grad, chunk, hypers, grad_scale, grad_norm, chunk_blocks, seed,
+    SCALARS: tl.constexpr, RULE: tl.constexpr, HYPER: tl.constexpr, CONFIG: tl.constexpr,
+):  # fmt: skip
+    """What one program updates: some blocks of one tensor. grad: the address of its gradient."""
+    ACC: tl.constexpr = CONFIG.ACC
+    h = hypers + tl.load(row + GROUP) * (2 * len(HYPER))
+    numel = tl.load(row + NUMEL)
+    step = load_counter(tl.load(row + STEP)).to(tl.float64) + 1.0
+    stream = tl.load(row + STREAM)
+    random_step = step
+    if CONFIG.STOCHASTIC or CONFIG.CODED:
+        random_counter = tl.load(row + RANDOM_STEP)
+        if random_counter != 0:
+            random_step = load_counter(random_counter).to(tl.float64) + 1.0
+    lr64 = hyper(h, HYPER.lr, CONFIG)
+    lr = lr64.to(ACC)
+    eps = hyper(h, HYPER.eps, CONFIG).to(ACC)
+    sign = hyper(h, HYPER.grad_sign, CONFIG).to(ACC)
+    decay = hyper(h, HYPER.weight_decay, CONFIG).to(ACC)
+    shrink = (1.0 - lr64 * hyper(h, HYPER.decoupled_decay, CONFIG)).to(ACC)
+    rule = load_rule_scalars(row, h, step, chunk, SCALARS, HYPER, CONFIG)
+    scale = None
+    clip = None
+    ema_decay = lr
+    ema_first = True
+    if grad_scale is not None:
+        scale = tl.load(grad_scale).to(ACC)
+    if grad_norm is not None:
+        clip = clip_coefficient(h, grad_norm, HYPER, CONFIG)
+    if CONFIG.EMA_TYPE is not None:
+        ema_decay = hyper(h, HYPER.ema_decay, CONFIG).to(ACC)
+        ema_counter = tl.load(row + EMA_STEP)
+        if ema_counter != 0:
+            ema_first = load_counter(ema_counter) == 0.0
+    key = seed
+    if CONFIG.CODED:
+        key = optim_codes.random_key(seed, random_step, stream)
+    scalars = Scalars(lr, eps, sign, decay, shrink, rule, scale, clip, ema_decay, ema_first)
+    seeds = Seeds(seed, random_step, stream, key)
+    first_block = tl.load(chunk + 1).to(tl.int64) * chunk_blocks
+    end_block = tl.minimum(first_block + chunk_blocks, tl.cdiv(numel, CONFIG.BLOCK))
+    update_blocks(row, grad, numel, first_block, end_block, scalars, seeds, RULE, CONFIG)
+
+
+@triton.jit
+def update_blocks(
+    row, grad, numel, first_block, end_block, scalars, seeds, RULE: tl.constexpr, CONFIG: tl.constexpr
+):  # fmt: skip
+    """Update the tensor's blocks from `first_block` to before `end_block`. grad: the address of its gradient."""
+    param = tl.load(row + PARAM)
+    state0 = tl.load(row + STATE0)
+    state1 = tl.load(row + STATE1)
+    state2 = tl.load(row + STATE2)
+    ema = tl.load(row + EMA)
+    layout = tl.load(row + LAYOUT)
+    aligned = ((param | grad | state0 | state1 | state2 | ema) % 16 == 0) & (layout == 0)
+    code_scale0 = row  # any pointer will do where there are no codes
+    code_scale1 = row
+    code_scale2 = row
+    residual = row
+    if CONFIG.CODED:
+        code_scale0 = tl.load(row + CODE_SCALE0).to(tl.pointer_type(tl.float32))
+        code_scale1 = tl.load(row + CODE_SCALE1).to(tl.pointer_type(tl.float32))
+        code_scale2 = tl.load(row + CODE_SCALE2).to(tl.pointer_type(tl.float32))
+    if CONFIG.RESIDUAL:
+        residual_address = tl.load(row + RESIDUAL)
+        residual = residual_address.to(tl.pointer_type(tl.int8))
+        aligned &= residual_address % 16 == 0
+    buffers = Buffers(
+        param.to(pointer_to(CONFIG.PARAM_TYPE)), grad.to(pointer_to(CONFIG.GRAD_TYPE)),
+        state0.to(pointer_to(CONFIG.STATE0)), state1.to(pointer_to(CONFIG.STATE1)),
+        state2.to(pointer_to(CONFIG.STATE2)), ema.to(pointer_to(CONFIG.EMA_TYPE)),
+        code_scale0, code_scale1, code_scale2, residual,
+    )  # fmt: skip
+    for block in range(first_block, end_block):
+        if aligned & ((block + 1) * CONFIG.BLOCK <= numel):
+            # 128-bit access needs both facts and no mask; without this branch every access is a scalar one. Said of
+            # pointers that are made in this function: what is said of another's results is lost when it is inlined.
+            wide = Buffers(
+                tl.multiple_of(buffers.param, 16), tl.multiple_of(buffers.grad, 16),
+                tl.multiple_of(buffers.state0, 16), tl.multiple_of(buffers.state1, 16),
+                tl.multiple_of(buffers.state2, 16), tl.multiple_of(buffers.ema, 16),
+                code_scale0, code_scale1, code_scale2, tl.multiple_of(residual, 16),
+            )  # fmt: skip
+            update_whole_block(block, wide, scalars, seeds, RULE, CONFIG)
+        else:
+            update_partial_block(block, numel, layout, buffers, scalars, seeds, RULE, CONFIG)
 
 
 @triton.jit(do_not_specialize=["tensors", "chunk_blocks", "seed"])
@@ -176,176 +390,66 @@ def multi_tensor_step(
     in memory, are divided by the scale and written back; nothing at all changes if found_inf is not 0. grad_norm: the
     float64 norm of all gradients (unscaled), or None: they are clipped to the group's max_grad_norm.
     """
-    BLOCK: tl.constexpr = CONFIG.BLOCK
     finite = True
     if found_inf is not None:
         finite = tl.load(found_inf) == 0.0
     if finite:
-        tensor = tl.load(chunks + 2 * tl.program_id(0))
-        row = rows + tensor.to(tl.int64) * ROW
-        grad_at = tl.load(grads + tensor)
-        if grad_at != 0:
-            h = hypers + tl.load(row + GROUP) * (2 * len(HYPER))
-            numel = tl.load(row + NUMEL)
-            step = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
-            stream = tl.load(row + STREAM)
-            random_step = step
-            if CONFIG.STOCHASTIC or CONFIG.CODED:
-                random_step_at = tl.load(row + RANDOM_STEP)
-                if random_step_at != 0:
-                    random_step = tl.load(random_step_at.to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
-            lr64 = hyper(h, HYPER.lr, CONFIG)
-            lr = lr64.to(CONFIG.ACC)
-            eps = hyper(h, HYPER.eps, CONFIG).to(CONFIG.ACC)
-            sign = hyper(h, HYPER.grad_sign, CONFIG).to(CONFIG.ACC)
-            decay = hyper(h, HYPER.weight_decay, CONFIG).to(CONFIG.ACC)
-            shrink = (1.0 - lr64 * hyper(h, HYPER.decoupled_decay, CONFIG)).to(CONFIG.ACC)
-            if CONFIG.SCALAR_TYPE is None:
-                rule_scalars = SCALARS(h, step, HYPER, CONFIG)
-            else:
-                # Every program of a tensor has to read them before they change: the launch's last one changes them.
-                scalar0 = load_scalar(row + SCALAR0, CONFIG)
-                scalar1 = load_scalar(row + SCALAR1, CONFIG)
-                rule_scalars, scalar0, scalar1 = SCALARS(h, step, scalar0, scalar1, HYPER, CONFIG)
-                if tl.load(chunks + 2 * tl.program_id(0) + 1) == 0:
-                    tl.store(row + NEXT0, scalar0.to(tl.float64).to(tl.int64, bitcast=True))
-                    tl.store(row + NEXT1, scalar1.to(tl.float64).to(tl.int64, bitcast=True))
-            scale = None
-            clip = None
-            ema_decay = lr
-            ema_first = True
-            if grad_scale is not None:
-                scale = tl.load(grad_scale).to(CONFIG.ACC)
-            if grad_norm is not None:
-                # torch.nn.utils.clip_grad_norm_'s coefficient; a norm that is NaN makes all gradients NaN, as there.
-                fraction = hyper(h, HYPER.max_grad_norm, CONFIG) / (tl.load(grad_norm) + 1e-6)
-                clip = tl.where(fraction > 1.0, 1.0, fraction).to(CONFIG.ACC)
-            if CONFIG.EMA_TYPE is not None:
-                ema_decay = hyper(h, HYPER.ema_decay, CONFIG).to(CONFIG.ACC)
-                ema_step = tl.load(row + EMA_STEP)
-                if ema_step != 0:
-                    ema_first = tl.load(ema_step.to(tl.pointer_type(tl.float32))) == 0.0
-
-            param_at = tl.load(row + PARAM)
-            state0_at = tl.load(row + STATE0)
-            state1_at = tl.load(row + STATE1)
-            state2_at = tl.load(row + STATE2)
-            ema_at = tl.load(row + EMA)
-            layout_at = tl.load(row + LAYOUT)
-            param = param_at.to(tl.pointer_type(CONFIG.PARAM_TYPE))
-            grad = grad_at.to(tl.pointer_type(CONFIG.GRAD_TYPE))
-            state0 = state0_at.to(tl.pointer_type(CONFIG.PARAM_TYPE if CONFIG.STATE0 is None else CONFIG.STATE0))
-            state1 = state1_at.to(tl.pointer_type(CONFIG.PARAM_TYPE if CONFIG.STATE1 is None else CONFIG.STATE1))
-            state2 = state2_at.to(tl.pointer_type(CONFIG.PARAM_TYPE if CONFIG.STATE2 is None else CONFIG.STATE2))
-            ema = ema_at.to(tl.pointer_type(CONFIG.PARAM_TYPE if CONFIG.EMA_TYPE is None else CONFIG.EMA_TYPE))
-            aligned = ((param_at | grad_at | state0_at | state1_at | state2_at | ema_at) % 16 == 0) & (layout_at == 0)
-
-            scale0 = rows  # any pointer will do where there are no codes
-            scale1 = rows
-            scale2 = rows
-            residual = rows
-            key = seed
-            if CONFIG.CODED:
-                scale0 = tl.load(row + SCALE0).to(tl.pointer_type(tl.float32))
-                scale1 = tl.load(row + SCALE1).to(tl.pointer_type(tl.float32))
-                scale2 = tl.load(row + SCALE2).to(tl.pointer_type(tl.float32))
-                key = optim_codes.random_key(seed, random_step, stream)
-            if CONFIG.RESIDUAL:
-                residual_at = tl.load(row + RESIDUAL)
-                residual = residual_at.to(tl.pointer_type(tl.int8))
-                aligned &= residual_at % 16 == 0
-            pointers = (param, grad, state0, state1, state2, ema)
-            codes = (scale0, scale1, scale2, residual, key)
-            scalars = (lr, eps, sign, decay, shrink, ema_decay, ema_first, seed, random_step, stream)
-            first_block = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * chunk_blocks
-            for block in range(first_block, tl.minimum(first_block + chunk_blocks, tl.cdiv(numel, BLOCK))):
-                if aligned & ((block + 1) * BLOCK <= numel):
-                    # 128-bit access needs both facts and no mask; without this branch every access is a scalar one.
-                    whole = block * BLOCK + tl.arange(0, BLOCK)
-                    at_block = block
-                    if CONFIG.CODED:
-                        whole = rows_of(block, BLOCK, optim_codes.BLOCK)
-                        at_block = blocks_of(block, BLOCK)
-                    wide = (
-                        tl.multiple_of(param, 16), tl.multiple_of(grad, 16), tl.multiple_of(state0, 16),
-                        tl.multiple_of(state1, 16), tl.multiple_of(state2, 16), tl.multiple_of(ema, 16),
-                    )  # fmt: skip
-                    wide_codes = (scale0, scale1, scale2, tl.multiple_of(residual, 16), key)
-                    update(
-                        wide, wide_codes, whole, whole, whole, whole, True, (at_block, True), scale, clip, scalars,
-                        rule_scalars, RULE, CONFIG,
-                    )  # fmt: skip
-                else:
-                    # Two dimensions, for the compiler gives one layout to all accesses of one shape. Counted: in that
-                    # of 128-bit accesses a warp's scalar ones would meet four times as many sectors.
-                    # Codes take a quarter at a time: addresses of 8 elements a thread take 254 registers, of 2 128.
-                    # No min or max: Triton 3.5 takes them for operations on tensors.
-                    WIDEST: tl.constexpr = optim_codes.BLOCK if CONFIG.CODED else 128
-                    COLS: tl.constexpr = WIDEST if BLOCK > WIDEST else BLOCK
-                    QUARTER: tl.constexpr = BLOCK // 4 if BLOCK // 4 > COLS else COLS
-                    PART: tl.constexpr = QUARTER if CONFIG.CODED else BLOCK
-                    for k in range(0, BLOCK // PART):
-                        part = block * (BLOCK // PART) + k
-                        i = rows_of(part, PART, COLS)
-                        inside = i < numel
-                        at_blocks = part
-                        if CONFIG.CODED:
-                            at_blocks = blocks_of(part, PART)
-                        blocks = (at_blocks, at_blocks * optim_codes.BLOCK < numel)
-                        i = tl.where(inside, i, 0)
-                        at_param = i
-                        at_grad = i
-                        at_state = i
-                        if CONFIG.STRIDED:
-                            if layout_at != 0:
-                                layout = layout_at.to(tl.pointer_type(tl.int64))
-                                at_param = strided(i, layout, 0)
-                                at_grad = strided(i, layout, 1)
-                                at_state = strided(i, layout, 2)
-                        update(
-                            pointers, codes, i, at_param, at_grad, at_state, inside, blocks, scale, clip, scalars,
-                            rule_scalars, RULE, CONFIG,
-                        )  # fmt: skip
+        chunk = chunks + 2 * tl.program_id(0)
+        tensor = tl.load(chunk)
+        row = rows + tensor.to(tl.int64) * COLUMNS
+        grad = tl.load(grads + tensor)
+        if grad != 0:
+            update_chunk(
+                row, grad, chunk, hypers, grad_scale, grad_norm, chunk_blocks, seed, SCALARS, RULE, HYPER, CONFIG
+            )
         # The counters may move only when every program has read them. The barrier keeps a slow warp of this program
         # from reading late; the last program to arrive moves them, and leaves `finished` at 0 for the next launch.
         tl.debug_barrier()
         if tl.atomic_add(finished, 1) == tl.num_programs(0) - 1:
             tl.store(finished, 0)
-            for first in range(0, tensors, BLOCK):
-                j = first + tl.arange(0, BLOCK)
-                moves = (j < tensors) & (tl.load(grads + j, mask=j < tensors, other=0) != 0)
-                advance(rows + j * ROW + STEP, moves)
-                if CONFIG.STOCHASTIC or CONFIG.CODED:
-                    advance(rows + j * ROW + RANDOM_STEP, moves)
-                if CONFIG.EMA_TYPE is not None:
-                    advance(rows + j * ROW + EMA_STEP, moves)
-                if CONFIG.SCALAR_TYPE is not None:
-                    store_scalar(rows + j * ROW + SCALAR0, rows + j * ROW + NEXT0, moves, CONFIG)
-                    store_scalar(rows + j * ROW + SCALAR1, rows + j * ROW + NEXT1, moves, CONFIG)
+            advance_all(rows, grads, tensors, CONFIG)
+
+
+@triton.jit
+def advance_all(rows, grads, tensors, CONFIG: tl.constexpr):
+    """Move the counters, and the states of one number, of all tensors that were updated."""
+    for first in range(0, tensors, CONFIG.BLOCK):
+        j = first + tl.arange(0, CONFIG.BLOCK)
+        moves = (j < tensors) & (tl.load(grads + j, mask=j < tensors, other=0) != 0)
+        row = rows + j * COLUMNS
+        advance(row + STEP, moves)
+        if CONFIG.STOCHASTIC or CONFIG.CODED:
+            advance(row + RANDOM_STEP, moves)
+        if CONFIG.EMA_TYPE is not None:
+            advance(row + EMA_STEP, moves)
+        if CONFIG.SCALAR_TYPE is not None:
+            store_scalar(row + SCALAR0, row + NEXT_SCALAR0, moves, CONFIG)
+            store_scalar(row + SCALAR1, row + NEXT_SCALAR1, moves, CONFIG)
 
 
 @triton.jit
 def advance(address, moves):
     """Add 1 to the counters at these addresses, where there is one."""
-    at = tl.load(address, mask=moves, other=0)
-    counter = at.to(tl.pointer_type(tl.float32))
-    tl.store(counter, tl.load(counter, mask=at != 0, other=0.0) + 1.0, mask=at != 0)
+    counter_address = tl.load(address, mask=moves, other=0)
+    exists = counter_address != 0
+    counter = counter_address.to(tl.pointer_type(tl.float32))
+    tl.store(counter, tl.load(counter, mask=exists, other=0.0) + 1.0, mask=exists)
 
 
 @triton.jit
 def load_scalar(address, CONFIG: tl.constexpr):
     """A state of one number, in the type it is kept in; 0 where the rule has none."""
-    at = tl.load(address)
-    return tl.load(at.to(tl.pointer_type(CONFIG.SCALAR_TYPE)), mask=at != 0, other=0.0)
+    scalar_address = tl.load(address)
+    return tl.load(scalar_address.to(tl.pointer_type(CONFIG.SCALAR_TYPE)), mask=scalar_address != 0, other=0.0)
 
 
 @triton.jit
 def store_scalar(address, value, moves, CONFIG: tl.constexpr):
     """Write the values, which other programs left, to these addresses, where there is one."""
-    at = tl.load(address, mask=moves, other=0)
+    scalar_address = tl.load(address, mask=moves, other=0)
     bits = tl.load(value, mask=moves, other=0, cache_modifier=".cg")  # from L2, where the other programs' results are
-    number = bits.to(tl.float64, bitcast=True).to(CONFIG.SCALAR_TYPE)
-    tl.store(at.to(tl.pointer_type(CONFIG.SCALAR_TYPE)), number, mask=at != 0)
+    scalar = bits.to(tl.float64, bitcast=True).to(CONFIG.SCALAR_TYPE)
+    tl.store(scalar_address.to(tl.pointer_type(CONFIG.SCALAR_TYPE)), scalar, mask=scalar_address != 0)
 
 
 @triton.jit(do_not_specialize=["first_program", "programs", "chunk_blocks"])
@@ -361,28 +465,29 @@ def gradient_norm(
     `tribp.launch.optim.NormConfig`.
     """
     BLOCK: tl.constexpr = CONFIG.BLOCK
-    tensor = tl.load(chunks + 2 * tl.program_id(0))
-    grad_at = tl.load(grads + tensor)
+    chunk = chunks + 2 * tl.program_id(0)
+    tensor = tl.load(chunk)
+    grad_address = tl.load(grads + tensor)
     total = tl.full((), 0.0, tl.float64)
-    if grad_at != 0:
-        row = rows + tensor.to(tl.int64) * ROW
+    if grad_address != 0:
+        row = rows + tensor.to(tl.int64) * COLUMNS
         numel = tl.load(row + NUMEL)
-        layout_at = tl.load(row + LAYOUT)
-        grad = grad_at.to(tl.pointer_type(CONFIG.GRAD_TYPE))
-        WIDE: tl.constexpr = tl.float64 if CONFIG.GRAD_TYPE == tl.float64 else tl.float32
-        squares = tl.zeros((BLOCK,), WIDE)
-        first_block = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * chunk_blocks
+        layout = tl.load(row + LAYOUT)
+        grad = grad_address.to(tl.pointer_type(CONFIG.GRAD_TYPE))
+        ACC: tl.constexpr = tl.float64 if CONFIG.GRAD_TYPE == tl.float64 else tl.float32
+        squares = tl.zeros((BLOCK,), ACC)
+        first_block = tl.load(chunk + 1).to(tl.int64) * chunk_blocks
         for block in range(first_block, tl.minimum(first_block + chunk_blocks, tl.cdiv(numel, BLOCK))):
             i = block * BLOCK + tl.arange(0, BLOCK)
-            if (grad_at % 16 == 0) & (layout_at == 0) & ((block + 1) * BLOCK <= numel):
-                g = tl.load(tl.multiple_of(grad, 16) + i).to(WIDE)
+            if (grad_address % 16 == 0) & (layout == 0) & ((block + 1) * BLOCK <= numel):
+                g = tl.load(tl.multiple_of(grad, 16) + i).to(ACC)
             else:
                 inside = i < numel
                 i = tl.where(inside, i, 0)
-                if CONFIG.STRIDED:
-                    if layout_at != 0:
-                        i = strided(i, layout_at.to(tl.pointer_type(tl.int64)), 1)
-                g = tl.load(grad + i, mask=inside, other=0.0).to(WIDE)
+                if CONFIG.LAYOUT_DIMS > 0:
+                    if layout != 0:
+                        i = strided(i, layout.to(tl.pointer_type(tl.int64)), 1, CONFIG)
+                g = tl.load(grad + i, mask=inside, other=0.0).to(ACC)
             squares += g * g
         total = tl.sum(squares.to(tl.float64), 0)
     tl.store(partials + first_program + tl.program_id(0), total)

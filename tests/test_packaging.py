@@ -17,7 +17,7 @@ FLOORS = {
     "_checkout": set(),
     "versions": set(),
     "launch.arch": set(),
-    "kernels": {"launch.arch", "versions"},
+    "kernels": {"versions"},
     "dispatch": {"launch.arch", "kernels.common"},
     "launch": {"dispatch", "kernels", "versions"},
     "ops": {"dispatch", "kernels", "launch", "versions"},

@@ -1,4 +1,4 @@
-"""GPUs, types and limits, as heuristics and kernels know them. Imports nothing but the standard library."""
+"""GPUs, types and limits, as heuristics know them. Imports nothing but the standard library."""
 
 from dataclasses import dataclass
 
@@ -58,6 +58,3 @@ def precision_of(dtype: str, tf32: bool, arch: Arch) -> str:
     if dtype != "float32" or arch.backend == "hip":
         return "ieee"
     return "tf32" if tf32 else "tf32x3" if arch.backend == "cuda" else "ieee"
-
-
-MAX_DIMS = 6  # of a tensor whose parameter, gradient and states do not lie alike: the kernel's loop is unrolled

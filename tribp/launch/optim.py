@@ -25,7 +25,7 @@ class StepConfig(NamedTuple):
     CODED: bool  # some states are codes of 8 bits
     RESIDUAL: bool  # parameters have 8 bits more
     OPTIONAL: bool  # some tensors lack a buffer that others have
-    STRIDED: bool  # some tensor's parts differ in layout
+    LAYOUT_DIMS: int  # of the rows of sizes and strides; 0: no tensor's parts differ in layout
     BLOCK: int  # elements
 
 
@@ -33,7 +33,7 @@ class NormConfig(NamedTuple):
     """What `gradient_norm` is compiled for."""
 
     GRAD_TYPE: Any
-    STRIDED: bool
+    LAYOUT_DIMS: int
     BLOCK: int
     LAST: bool  # the last launch of this norm: it adds up the partial results of all
 

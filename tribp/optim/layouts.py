@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch.arch import MAX_DIMS
-
 PLAIN = (Tensor, torch.nn.Parameter)
 GRAD: Callable[[Tensor], Tensor | None] = attrgetter("grad")
 _LOCAL: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")
+MAX_DIMS = 6  # of a tensor whose parameter, gradient and states differ in layout: the kernel's loop is unrolled
 
 
 def dtensor_type() -> type | None:

@@ -88,38 +88,18 @@ class TritonBucket:
         self._plans: dict[tuple[object, ...], Plan] = {}  # of the bucket's launches
 
     def _make_tables(self, groups: list[Group], dtypes: Dtypes, caller: str) -> "StepLaunch":
-        # of each tensor; empty where its parts have one layout
-        layout_rows = [layouts.layout([layouts.as_reals(t) for t in slot.tensors]) for slot in self.slots]
-        if None in layout_rows:
-            raise RuntimeError(
-                f"{caller}: the states of parameter {self.slots[layout_rows.index(None)].index} lie in "
-                "memory in different ways; give them one layout, e.g. by .contiguous()"
-            )
+        layout_rows = self._layout_rows(caller)
         strided = any(layout_rows)
-        self._layouts = _on(self.device, [word for row in layout_rows if row for word in row], torch.int64)
         lengths = [slot.param.numel() * (2 if slot.param.is_complex() else 1) for slot in self.slots]
         types = {dispatch.dtype_name(dtype) for dtype in dtypes if dtype is not None}
         arch = dispatch.arch_of(self.device.index)
         launched = config_for(MultiTensorProblem(sum(lengths), tuple(sorted(types)), strided, arch))
-        rows: list[int] = []
-        layout_at = self._layouts.data_ptr()
-        counters = self._adopt_counters()
         scalar_type = self._adopt_scalars()
-        for slot, layout, length, counter in zip(self.slots, layout_rows, lengths, counters, strict=True):
-            state = slot.state
-            scalars = [state[name] for name in self.rule.scalar_states]
-            rows += [  # in the order of the columns in kernels/optim.py
-                *map(_address, (slot.param, *_three(slot.states), slot.ema, counter, state.get("ema_step"))),
-                _address(None if self.rule.counts_steps else state.get("step")),
-                length, slot.group, layout_at if layout else 0, slot.index,
-                *map(_address, [*scalars, None, None][:2]), 0, 0,
-                *map(_address, (*_three(slot.scales), slot.residual)),
-            ]  # fmt: skip
-            layout_at += 8 * len(layout or ())
-        self._rows = _on(self.device, rows, torch.int64)
+        self._layouts = _on(self.device, [word for row in layout_rows for word in row], torch.int64)
+        words = self._row_words(layout_rows, lengths, self._adopt_counters())
+        self._rows = _on(self.device, words, torch.int64)
         self._chunks = _chunks(lengths, launched.chunk, self.device)
         group, p = groups[self.slots[0].group], self.slots[0].param
-        seed = _seed(group, p)
         param, grad, state0, state1, state2, ema = (_TYPES[dtype] for dtype in dtypes)
         config = StepConfig(
             param, grad, state0, state1, state2, ema, _TYPES[scalar_type],
@@ -130,7 +110,7 @@ class TritonBucket:
             CODED=torch.int8 in dtypes or torch.uint8 in dtypes,
             RESIDUAL=self.slots[0].has_residual,
             OPTIONAL=any(_dtypes(slot).count(None) != dtypes.count(None) for slot in self.slots),
-            STRIDED=strided,
+            LAYOUT_DIMS=layouts.MAX_DIMS if strided else 0,
             BLOCK=launched.block,
         )  # fmt: skip
         name = self.rule.formula.__name__
@@ -140,7 +120,39 @@ class TritonBucket:
             RULE=getattr(optim_rules, name),
             HYPER=namedtuple("Hyper", names)(*range(len(names))),
         )
-        return StepLaunch(len(self._chunks), len(self.slots), seed or 0, launched, config, constants)
+        return StepLaunch(len(self._chunks), len(self.slots), _seed(group, p) or 0, launched, config, constants)
+
+    def _layout_rows(self, caller: str) -> list[list[int]]:
+        """Of each slot sizes and strides; empty where its parts have one layout."""
+        rows: list[list[int]] = []
+        for slot in self.slots:
+            row = layouts.layout([layouts.as_reals(t) for t in slot.tensors])
+            if row is None:
+                raise RuntimeError(
+                    f"{caller}: the states of parameter {slot.index} lie in memory in different ways; give them one "
+                    "layout, e.g. by .contiguous()"
+                )
+            rows.append(row)
+        return rows
+
+    def _row_words(self, layout_rows: list[list[int]], lengths: list[int], counters: list[Tensor]) -> list[int]:
+        words: list[int] = []
+        layout_address = self._layouts.data_ptr()
+        for slot, layout, length, counter in zip(self.slots, layout_rows, lengths, counters, strict=True):
+            state0, state1, state2 = map(_address, _three(slot.states))
+            code_scale0, code_scale1, code_scale2 = map(_address, _three(slot.scales))
+            scalar0, scalar1, *_ = *(_address(slot.state[name]) for name in self.rule.scalar_states), 0, 0
+            words += kernels.Row(
+                param=_address(slot.param), state0=state0, state1=state1, state2=state2, ema=_address(slot.ema),
+                step=_address(counter), ema_step=_address(slot.state.get("ema_step")),
+                random_step=_address(None if self.rule.counts_steps else slot.state.get("step")),
+                numel=length, group=slot.group, layout=layout_address if layout else 0, stream=slot.index,
+                scalar0=scalar0, scalar1=scalar1,
+                code_scale0=code_scale0, code_scale1=code_scale1, code_scale2=code_scale2,
+                residual=_address(slot.residual),
+            )  # fmt: skip
+            layout_address += 8 * len(layout)
+        return words
 
     def _adopt_counters(self) -> list[Tensor]:
         """Brings the counters of the slots to the device; returns those that say how often a slot was updated."""
@@ -223,11 +235,11 @@ class TritonBucket:
         """Update all slots; the tables must be up to date."""
         with dispatch.on_device(self.device):
             tables = self._rows, self.grads, self._chunks, self.hypers, self._finished
-            numbers = [
+            scalars = [
                 None if t is None else t.to(self.device, non_blocking=True)
                 for t in (step.found_inf, step.grad_scale, step.norm)
             ]
-            self._perform(_step, tables, numbers, on_device=self._on_device)
+            self._perform(_step, tables, scalars, on_device=self._on_device)
 
     def add_to_norm(
         self, partials: Tensor, norm: Tensor, scale: Tensor | None, first: int, programs: int, last: bool
@@ -241,7 +253,7 @@ class TritonBucket:
     ) -> None:  # fmt: skip
         """Run a launch of the bucket. Its tables keep their layouts; to ask for them at every step would take 5 µs."""
         tensors = *tables, *others
-        key = build, *map(layout_of, others), *facts.values()
+        key = build, *map(layout_of, others), *facts.items()
         plan = self._plans.get(key)
         if plan is None:
             arch, layouts_of_all = dispatch.arch_of(self.device.index), list(map(layout_of, tensors))
@@ -271,9 +283,9 @@ def _step(
 ) -> None:  # fmt: skip
     """The launch that updates all slots of a bucket."""
     tensors = rows, grads, chunks, hypers, finished, found_inf, scale, norm
-    numbers = launch.slots, launch.launched.chunk_blocks, launch.seed
+    integers = launch.slots, launch.launched.chunk_blocks, launch.seed
     config = launch.config._replace(ON_DEVICE=on_device)
-    plan.add(launch.of(kernels.multi_tensor_step, tensors + numbers, **launch.constants, CONFIG=config))
+    plan.add(launch.of(kernels.multi_tensor_step, tensors + integers, **launch.constants, CONFIG=config))
 
 
 def _norm(
@@ -284,7 +296,7 @@ def _norm(
     arguments = (
         rows, grads, chunks, partials, norm, finished, scale, first, programs, launch.launched.chunk_blocks,
     )  # fmt: skip
-    config = NormConfig(launch.config.GRAD_TYPE, launch.config.STRIDED, launch.config.BLOCK, last)
+    config = NormConfig(launch.config.GRAD_TYPE, launch.config.LAYOUT_DIMS, launch.config.BLOCK, last)
     plan.add(launch.of(kernels.gradient_norm, arguments, CONFIG=config))
 
 
