@@ -4,12 +4,12 @@ Conventions, here and in the other kernel files: lower-case names are run-time v
 `constexpr` where a signature says so. A tensor is named as in the mathematics (`x`, `w`, `dy`) whether it arrives as a
 pointer or as a tensor descriptor (TMA).
 
-A kernel has one `constexpr`, CONFIG: a NamedTuple of plain values that holds all that is fixed when it is compiled,
-besides the types of its arguments and which of them are None. Values that belong together are a namedtuple (`Matrix`),
-as arguments too: a tensor and its strides. But not sizes, for in a tuple Triton specializes 1 and multiples of 16,
-whatever `do_not_specialize` says (`from_tuple`); nor tensor descriptors, which Triton before 3.9 does not launch there.
-Fields of CONFIG have a local name where they are read often, stand in a shape or (Triton 3.5) are strings or tuples
-themselves.
+A layer's kernel has one `constexpr`, CONFIG: a NamedTuple of plain values that holds all that is fixed when it is
+compiled, besides the types of its arguments and which of them are None. Values that belong together are a namedtuple
+(`Matrix`), as arguments too: a tensor and its strides. But not sizes, for in a tuple Triton specializes 1 and multiples
+of 16, whatever `do_not_specialize` says (`from_tuple`); nor tensor descriptors, which Triton before 3.9 does not launch
+there. Fields of CONFIG have a local name where they are read often, stand in a shape or (Triton 3.5) are strings or
+tuples themselves.
 
 Fields of a CONFIG, where several kernels have them; one that a kernel has no use for is None:
 

@@ -44,12 +44,12 @@ def encode(x, inside, random, TYPE: tl.constexpr):
     scale = tl.max(bits, 1, keep_dims=True).to(tl.float32, bitcast=True)
     scale = tl.where(scale < 1e36, scale, float("nan"))
     coded = scale > 0.0
-    above = random.to(tl.float32) * (1.0 / 65536.0)
+    dither = random.to(tl.float32) * (1.0 / 65536.0)
     if TYPE == tl.int8:
-        q = tl.floor(254.0 * x / tl.where(coded, scale + tl.abs(x), 1.0) + above)
+        q = tl.floor(254.0 * x / tl.where(coded, scale + tl.abs(x), 1.0) + dither)
         q = tl.clamp(q, -127.0, 127.0)
     else:
-        q = tl.floor(255.0 * tl.sqrt(x / tl.where(coded, scale, 1.0)) + above)
+        q = tl.floor(255.0 * tl.sqrt(x / tl.where(coded, scale, 1.0)) + dither)
         q = tl.where(x > 0.0, tl.clamp(q, 1.0, 255.0), 0.0)
     return tl.where(coded, q, 0.0).to(tl.int32).to(TYPE), scale
 
@@ -83,9 +83,9 @@ def join(p, residual):
 
 
 @triton.jit
-def split(x, below):
-    """float32 → the nearest bfloat16 and the 8 bits below it; `below`, in [0, 255], is added to the bits cut off."""
-    bits = (x.to(tl.float32).to(tl.uint32, bitcast=True) + below) >> 8
+def split(x, dither):
+    """float32 → the nearest bfloat16 and the 8 bits below it; `dither`, in [0, 255], is added to the bits cut off."""
+    bits = (x.to(tl.float32).to(tl.uint32, bitcast=True) + dither) >> 8
     bits = tl.where(x == x, bits, 0x7FC000)
     high = (bits + 128) >> 8
     low = bits.to(tl.int32) - (high.to(tl.int32) << 8)

@@ -121,13 +121,13 @@ def rmsprop(p, g, square_avg, buf, grad_avg, lr, eps, s, CONFIG: tl.constexpr):
 @triton.jit
 def adagrad_scalars(h, step, HYPER: tl.constexpr, CONFIG: tl.constexpr):
     lr_decay = hyper(h, HYPER.lr_decay, CONFIG)
-    return (hyper(h, HYPER.lr, CONFIG) / (1.0 + (step - 1.0) * lr_decay)).to(CONFIG.ACC), lr_decay
+    return ((hyper(h, HYPER.lr, CONFIG) / (1.0 + (step - 1.0) * lr_decay)).to(CONFIG.ACC),)
 
 
 @triton.jit
 def adagrad(p, g, state_sum, unused1, unused2, lr, eps, s, CONFIG: tl.constexpr):
     """G ← G + g², θ ← θ − η/(1 + (t − 1)·decay) · g/(√G + ε)."""
-    decayed_lr, _ = s
+    (decayed_lr,) = s
     state_sum += g * g
     return p - decayed_lr * divide(g, denominator(state_sum, eps, CONFIG)), state_sum, unused1, unused2
 
@@ -138,8 +138,14 @@ def adam_scalars(h, step, HYPER: tl.constexpr, CONFIG: tl.constexpr):
     beta1 = hyper(h, HYPER.beta1, CONFIG)
     beta2 = hyper(h, HYPER.beta2, CONFIG)
     step_size = hyper(h, HYPER.lr, CONFIG) / (1.0 - power(beta1, step))
-    corrects_root = 1.0 / tl.sqrt(1.0 - power(beta2, step))
-    return (1.0 - beta1).to(ACC), beta2.to(ACC), (1.0 - beta2).to(ACC), step_size.to(ACC), corrects_root.to(ACC)
+    bias_correction2_rsqrt = 1.0 / tl.sqrt(1.0 - power(beta2, step))
+    return (
+        (1.0 - beta1).to(ACC),
+        beta2.to(ACC),
+        (1.0 - beta2).to(ACC),
+        step_size.to(ACC),
+        bias_correction2_rsqrt.to(ACC),
+    )
 
 
 @triton.jit
@@ -148,14 +154,14 @@ def adam(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, lr, eps, s, CONFIG: tl.const
 
     Kingma and Ba 2015. With amsgrad the largest v so far takes the place of v.
     """
-    one_minus_beta1, beta2, one_minus_beta2, step_size, corrects_root = s
+    one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction2_rsqrt = s
     exp_avg += one_minus_beta1 * (g - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
     max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
     if CONFIG.EPS_INSIDE:
-        d = root(max_exp_avg_sq * (corrects_root * corrects_root) + eps)
+        d = root(max_exp_avg_sq * (bias_correction2_rsqrt * bias_correction2_rsqrt) + eps)
     else:
-        d = root(max_exp_avg_sq) * corrects_root + eps
+        d = root(max_exp_avg_sq) * bias_correction2_rsqrt + eps
     return p - step_size * divide(exp_avg, d), exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
@@ -195,21 +201,21 @@ def adamax(p, g, exp_avg, exp_inf, unused, lr, eps, s, CONFIG: tl.constexpr):
 @triton.jit
 def rprop_scalars(h, step, HYPER: tl.constexpr, CONFIG: tl.constexpr):
     ACC: tl.constexpr = CONFIG.ACC
-    shrinks = hyper(h, HYPER.etaminus, CONFIG)
-    grows = hyper(h, HYPER.etaplus, CONFIG)
-    least = hyper(h, HYPER.step_size_min, CONFIG)
-    most = hyper(h, HYPER.step_size_max, CONFIG)
-    return shrinks.to(ACC), grows.to(ACC), least.to(ACC), most.to(ACC)
+    etaminus = hyper(h, HYPER.etaminus, CONFIG)
+    etaplus = hyper(h, HYPER.etaplus, CONFIG)
+    step_size_min = hyper(h, HYPER.step_size_min, CONFIG)
+    step_size_max = hyper(h, HYPER.step_size_max, CONFIG)
+    return etaminus.to(ACC), etaplus.to(ACC), step_size_min.to(ACC), step_size_max.to(ACC)
 
 
 @triton.jit
 def rprop(p, g, prev, step_size, unused, lr, eps, s, CONFIG: tl.constexpr):
     """δ ← δ·η⁺ where g has the sign of the one before, δ·η⁻ where it has the other one, and then g ← 0; δ within its
     bounds; θ ← θ − δ·sign(g)."""
-    shrinks, grows, least, most = s
+    etaminus, etaplus, step_size_min, step_size_max = s
     product = g * prev
-    step_size *= tl.where(product > 0.0, grows, tl.where(product < 0.0, shrinks, 1.0))
-    step_size = tl.minimum(tl.maximum(step_size, least), most)
+    step_size *= tl.where(product > 0.0, etaplus, tl.where(product < 0.0, etaminus, 1.0))
+    step_size = tl.minimum(tl.maximum(step_size, step_size_min), step_size_max)
     g = tl.where(product < 0.0, 0.0, g)
     sign = (g > 0.0).to(CONFIG.ACC) - (g < 0.0).to(CONFIG.ACC)  # of NaN it is 0, as torch's
     return p - sign * step_size, g, step_size, unused
@@ -228,12 +234,12 @@ def nadam_scalars(h, step, mu_product, unused, HYPER: tl.constexpr, CONFIG: tl.c
     mu_next = beta1 * (1.0 - 0.5 * power(fades, (step + 1.0) * momentum_decay))
     mu_product *= mu.to(mu_product.dtype)  # rounded as in torch, which keeps it from step to step
     product = mu_product.to(tl.float64)
-    of_grad = lr * (1.0 - mu) / (1.0 - product)
-    of_avg = lr * mu_next / (1.0 - product * mu_next)
-    corrects_root = 1.0 / tl.sqrt(1.0 - power(beta2, step))
+    grad_step_size = lr * (1.0 - mu) / (1.0 - product)
+    avg_step_size = lr * mu_next / (1.0 - product * mu_next)
+    bias_correction2_rsqrt = 1.0 / tl.sqrt(1.0 - power(beta2, step))
     scalars = (
-        (1.0 - beta1).to(ACC), beta2.to(ACC), (1.0 - beta2).to(ACC), of_grad.to(ACC), of_avg.to(ACC),
-        corrects_root.to(ACC),
+        (1.0 - beta1).to(ACC), beta2.to(ACC), (1.0 - beta2).to(ACC), grad_step_size.to(ACC), avg_step_size.to(ACC),
+        bias_correction2_rsqrt.to(ACC),
     )  # fmt: skip
     return scalars, mu_product, unused
 
@@ -241,31 +247,31 @@ def nadam_scalars(h, step, mu_product, unused, HYPER: tl.constexpr, CONFIG: tl.c
 @triton.jit
 def nadam(p, g, exp_avg, exp_avg_sq, unused, lr, eps, s, CONFIG: tl.constexpr):
     """θ ← θ − η·((1 − μₜ)·g/(1 − Πμ) + μₜ₊₁·m/(1 − μₜ₊₁·Πμ))/(√v̂ + ε), with Adam's m and v."""
-    one_minus_beta1, beta2, one_minus_beta2, of_grad, of_avg, corrects_root = s
+    one_minus_beta1, beta2, one_minus_beta2, grad_step_size, avg_step_size, bias_correction2_rsqrt = s
     exp_avg += one_minus_beta1 * (g - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
     if CONFIG.EPS_INSIDE:
-        d = root(exp_avg_sq * (corrects_root * corrects_root) + eps)
+        d = root(exp_avg_sq * (bias_correction2_rsqrt * bias_correction2_rsqrt) + eps)
     else:
-        d = root(exp_avg_sq) * corrects_root + eps
-    return p - divide(of_grad * g + of_avg * exp_avg, d), exp_avg, exp_avg_sq, unused
+        d = root(exp_avg_sq) * bias_correction2_rsqrt + eps
+    return p - divide(grad_step_size * g + avg_step_size * exp_avg, d), exp_avg, exp_avg_sq, unused
 
 
 @triton.jit
 def radam_scalars(h, step, HYPER: tl.constexpr, CONFIG: tl.constexpr):
-    """ρ is the length of the average that v amounts to; above 5 its variance is known, and the step rectified by r."""
+    """ρₜ is the length of the average that v amounts to; above 5 its variance is known, and rectifies the step."""
     ACC: tl.constexpr = CONFIG.ACC
     beta1 = hyper(h, HYPER.beta1, CONFIG)
     beta2 = hyper(h, HYPER.beta2, CONFIG)
-    taken = one_minus_power(beta2, step)
-    longest = 2.0 / (1.0 - beta2) - 1.0
-    length = longest - 2.0 * step * (1.0 - taken) / taken
-    rectified = length > 5.0
-    length = tl.where(rectified, length, 5.0)
-    longest = tl.where(rectified, longest, 5.0)  # then r = 1, which nobody asks for
-    r = tl.sqrt((length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length))
+    bias_correction2 = one_minus_power(beta2, step)
+    rho_inf = 2.0 / (1.0 - beta2) - 1.0
+    rho_t = rho_inf - 2.0 * step * (1.0 - bias_correction2) / bias_correction2
+    rectified = rho_t > 5.0
+    rho_t = tl.where(rectified, rho_t, 5.0)
+    rho_inf = tl.where(rectified, rho_inf, 5.0)  # then rect = 1, which nobody asks for
+    rect = tl.sqrt((rho_t - 4.0) * (rho_t - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho_t))
     step_size = hyper(h, HYPER.lr, CONFIG) / (1.0 - power(beta1, step))
-    step_size *= tl.where(rectified, r * tl.sqrt(taken), 1.0)
+    step_size *= tl.where(rectified, rect * tl.sqrt(bias_correction2), 1.0)
     return (1.0 - beta1).to(ACC), beta2.to(ACC), (1.0 - beta2).to(ACC), step_size.to(ACC), rectified
 
 

@@ -132,13 +132,13 @@ def _radam(s: Steps, g: Wide, o: dict[str, Any]) -> Wide:
     one, two = map(_number, o["betas"])
     m, v = s.average("exp_avg", g, one), s.average("exp_avg_sq", g * g, two)
     change = _number(o["lr"]) * m / (1 - one**s.t)
-    longest = 2 / (1 - two) - 1
+    rho_inf = 2 / (1 - two) - 1
     decayed = two**s.t * (1 + np.longdouble(s.off))
-    length = longest - 2 * s.t * decayed / (1 - decayed)
-    if length <= 5:
+    rho_t = rho_inf - 2 * s.t * decayed / (1 - decayed)
+    if rho_t <= 5:
         return change
-    r = np.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
-    return change * r * np.sqrt(1 - decayed) / (np.sqrt(v) + _number(o["eps"]))
+    rect = np.sqrt((rho_t - 4) * (rho_t - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho_t))
+    return change * rect * np.sqrt(1 - decayed) / (np.sqrt(v) + _number(o["eps"]))
 
 
 def _asgd(s: Steps, g: Wide, o: dict[str, Any]) -> Wide:

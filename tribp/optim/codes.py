@@ -49,11 +49,11 @@ def encode(x: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
     largest = x.abs().amax(1)  # NaN where one is
     scale.copy_(torch.where(largest < 1e36, largest, torch.nan))
     coded = (scale > 0)[:, None]
-    above: Tensor | float = 0.5 if random is None else _blocks(random).float() / 65536
+    dither: Tensor | float = 0.5 if random is None else _blocks(random).float() / 65536
     if codes.dtype == torch.int8:
-        q = (254 * x / torch.where(coded, scale[:, None] + x.abs(), 1) + above).floor().clamp(-127, 127)
+        q = (254 * x / torch.where(coded, scale[:, None] + x.abs(), 1) + dither).floor().clamp(-127, 127)
     else:
-        q = (255 * (x / torch.where(coded, scale[:, None], 1)).sqrt() + above).floor()
+        q = (255 * (x / torch.where(coded, scale[:, None], 1)).sqrt() + dither).floor()
         q = torch.where(x > 0, q.clamp_min(1), 0)
     q = torch.where(coded, q, 0)
     codes.copy_(q.view(-1)[: codes.numel()].as_strided(codes.shape, codes.stride()))
@@ -78,9 +78,9 @@ def join(p: Tensor, residual: Tensor) -> Tensor:
     return ((high << 16) + (low << 8)).view(torch.float32)
 
 
-def split(x: Tensor, below: Tensor | int) -> tuple[Tensor, Tensor]:
-    """float32 → the nearest bfloat16 and the 8 bits below it; `below`, in [0, 255], is added to the bits cut off."""
-    bits = (x.view(torch.int32).long() & 0xFFFFFFFF) + below >> 8
+def split(x: Tensor, dither: Tensor | int) -> tuple[Tensor, Tensor]:
+    """float32 → the nearest bfloat16 and the 8 bits below it; `dither`, in [0, 255], is added to the bits cut off."""
+    bits = (x.view(torch.int32).long() & 0xFFFFFFFF) + dither >> 8
     bits = torch.where(x == x, bits, 0x7FC000)
     high = bits + 128 >> 8
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 8)).to(torch.int8)

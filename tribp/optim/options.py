@@ -48,7 +48,7 @@ EXCLUSIVE = ("state_dtype", "state_bits")  # at most one of them is on
 # Options that decide how a group is updated, whatever the class; the others are numbers.
 SWITCHES = (
     "differentiable", "fused", "foreach", "capturable", "state_dtype", "stochastic_rounding", "seed",
-    "eps_inside_sqrt", "state_bits", "master_bits", "max_grad_norm", "ema_decay",
+    "eps_inside_sqrt", "state_bits", "master_bits", "max_grad_norm",
 )  # fmt: skip
 
 

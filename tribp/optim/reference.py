@@ -199,13 +199,13 @@ def radam(
     _average_square_(exp_avg_sq, g, h.beta2)
     lr = lr / (1 - h.beta1**t)
     decayed = h.beta2**t
-    longest = 2 / (1 - h.beta2) - 1
-    length = longest - 2 * t * decayed / (1 - decayed)
-    if length <= 5:
+    rho_inf = 2 / (1 - h.beta2) - 1
+    rho_t = rho_inf - 2 * t * decayed / (1 - decayed)
+    if rho_t <= 5:
         return p.sub_(exp_avg, alpha=lr), exp_avg, exp_avg_sq
-    r = math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
+    rect = math.sqrt((rho_t - 4) * (rho_t - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho_t))
     d = _denominator(exp_avg_sq, eps, eps_inside)
-    return p.addcdiv_(exp_avg, d, value=-lr * r * math.sqrt(1 - decayed)), exp_avg, exp_avg_sq
+    return p.addcdiv_(exp_avg, d, value=-lr * rect * math.sqrt(1 - decayed)), exp_avg, exp_avg_sq
 
 
 class ASGDHyper(NamedTuple):

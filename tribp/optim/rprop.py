@@ -35,8 +35,8 @@ class RpropRule(FunctionRule):
         return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
 
     def arguments(self, group: Group) -> Group:
-        (etaminus, etaplus), (least, most) = group["etas"], group["step_sizes"]
-        return dict(etaminus=etaminus, etaplus=etaplus, step_size_min=least, step_size_max=most)
+        (etaminus, etaplus), (step_size_min, step_size_max) = group["etas"], group["step_sizes"]
+        return dict(etaminus=etaminus, etaplus=etaplus, step_size_min=step_size_min, step_size_max=step_size_max)
 
 
 class Rprop(Optimizer, TorchRprop):

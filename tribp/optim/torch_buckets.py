@@ -547,8 +547,8 @@ class ReferenceBucket:
         of_random = group.get("seed", 0), int(random_step), slot.index
         stochastic = rounds_stochastically(group, p)
         if slot.residual is not None:
-            below = reference.random_numbers(p, *of_random) & 0xFF if stochastic else 128
-            changed, low = codes.split(changed.float(), below)
+            dither = reference.random_numbers(p, *of_random) & 0xFF if stochastic else 128
+            changed, low = codes.split(changed.float(), dither)
             slot.residual.copy_(low)
         elif stochastic:
             changed = reference.round_stochastically(changed, p, *of_random)

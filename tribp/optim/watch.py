@@ -2,8 +2,8 @@
 
 - the groups: the same parameter objects, the same objects as options. Hyperparameters may be replaced: they are
   written again; those that can change in place, as tensors and lists do, are written at every step;
-- the gradients: the type, strides and kind of each (torch's own guards do it in C++), their memory, and which of them
-  are there;
+- the gradients: the type, strides and kind of each (torch's own guards do it in C++), that their storages hold them,
+  and which of them are there. Where they lie may change: a bucket uploads their addresses whenever it does;
 - how and where the parameters lie, for `p.data = …` and `module.to(…)` keep the object;
 - the states, which tell (`WatchedState`) of a tensor that was replaced, and that somebody was given one. From then on
   and for as long as somebody holds one, how and where they lie is compared.
@@ -38,7 +38,7 @@ class Options:
     def __init__(self, rule: Rule, groups: list[Group]) -> None:
         self._rule = rule
         self._keys = list(map(tuple, groups))
-        keys = [k for k in (*rule.options, *SWITCHES) if any(k in group for group in groups)]
+        keys = [k for k in (*rule.options, *SWITCHES, "ema_decay") if any(k in group for group in groups)]
         complete = all(k in group for k in keys for group in groups)
         self._read = itemgetter(*keys) if complete else lambda group: tuple(map(group.get, keys))
         self._remember(groups)
@@ -62,7 +62,7 @@ class Options:
         if list(map(dict_version, groups)) == self._versions:
             if not self._unsteady:
                 return True
-            self.values = list(self.values)
+            self.values = list(self.values)  # another list: buckets compare it by identity, and read it again
             return all(self._variant(groups[number]) == self._variants[number] for number in self._unsteady)
         if list(map(tuple, groups)) != self._keys:
             return False
@@ -75,7 +75,7 @@ class Options:
     def _variant(self, group: Group) -> object:
         """What a group's options decide beyond numbers."""
         fused = self._rule.fused_on_cpu(group, torch.float32) if self._fused else None
-        return fused, self._rule.states(group), bool(group.get("ema_decay")), *map(group.get, SWITCHES[:-1])
+        return fused, self._rule.states(group), bool(group.get("ema_decay")), *map(group.get, SWITCHES)
 
 
 def _steady(values: Iterable[Any]) -> bool:
