@@ -118,9 +118,9 @@ def random_numbers(i, seeds):
 
 @triton.jit
 def round_stochastically(x, i, seeds):
-    """float32 → bfloat16, up or down with the probability that makes the mean right."""
+    """To bfloat16, up or down with the probability that makes the mean right."""
     random = random_numbers(i, seeds)
-    bits = (x.to(tl.uint32, bitcast=True) + (random & 0xFFFF)) >> 16
+    bits = (x.to(tl.float32).to(tl.uint32, bitcast=True) + (random & 0xFFFF)) >> 16
     return tl.where(x == x, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 

@@ -304,10 +304,13 @@ def live_checkpoint(rank: int, world: int, spec: Spec) -> list[list[Tensor]]:
     return [full_parameters(first), full_parameters(second)]
 
 
-def placed(rank: int, world: int, spec: Spec, backend: str) -> list[list[Tensor]]:
-    """Gradients placed unlike their parameters: sums still to be formed, whole ones of shards. Ours, then torch's."""
+def placed(rank: int, world: int, spec: Spec, backend: str, late: bool) -> list[list[Tensor]]:
+    """Gradients placed unlike their parameters: sums still to be formed, whole ones of shards. Ours, then torch's.
+
+    late: from the second step on, and only such as have the same memory.
+    """
     mesh = init_device_mesh("cpu", (world,))
-    placements: list[tuple[Placement, Placement]] = [(Replicate(), Partial()), (Shard(0), Replicate())]
+    placements: list[tuple[Placement, Placement]] = [(Replicate(), Partial()), (Shard(0), Replicate())][: 2 - late]
     found = []
     for library in (tribp.optim, torch.optim):
         params = []
@@ -316,7 +319,11 @@ def placed(rank: int, world: int, spec: Spec, backend: str) -> list[list[Tensor]
             params.append(torch.nn.Parameter(distribute_tensor(whole, mesh, [placement])))
         optimizer = optimizer_of(spec, params, library)
         for step in range(2):
-            for p, (_, placement) in zip(params, placements, strict=True):
+            for p, (like, unlike) in zip(params, placements, strict=True):
+                if late and step == 0:
+                    p.grad = distribute_tensor(torch.ones(4, dtype=torch.float64), mesh, [like])
+                    continue
+                placement = unlike
                 local = torch.ones(4, dtype=torch.float64) * (1 + step + (rank if placement.is_partial() else 0))
                 p.grad = DTensor.from_local(local, mesh, [placement])
             with tribp.use_backend(backend):

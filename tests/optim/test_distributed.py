@@ -207,10 +207,13 @@ def test_a_live_sharded_checkpoint_is_not_shared(processes: Processes, tmp_path:
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
-def test_gradients_placed_unlike_their_parameters(backend: str, processes: Processes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_gradients_placed_unlike_their_parameters(
+    backend: str, late: bool, processes: Processes, tmp_path: Path
+) -> None:
     """Their local parts do not belong together: adding them element by element would be wrong without a word."""
     spec: Spec = ("SGD", dict(lr=0.1, momentum=0.9))
-    for ours, theirs in processes.run(workers.placed, 2, tmp_path, spec, backend):
+    for ours, theirs in processes.run(workers.placed, 2, tmp_path, spec, backend, late):
         close(ours, theirs)
 
 

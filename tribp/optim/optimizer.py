@@ -14,6 +14,7 @@ from .layouts import is_dtensor, local, separate_gradients
 from .options import enable_options, enabled_options
 from .plan import UpdatePlan
 from .rule import Group, Rule
+from .tracked_state import all_or_none
 
 T = TypeVar("T")
 
@@ -150,7 +151,9 @@ class Optimizer(torch.optim.Optimizer):
                         "graph: the first step makes the states and tables"
                     )
                 uncounted = plan is None and _only_makes_states(self)
-                plan = self._plan = UpdatePlan(self._rule(self.defaults), self, plan)
+                with all_or_none(self.state):
+                    plan = UpdatePlan(self._rule(self.defaults), self, plan)
+                self._plan = plan
                 grads = plan.watch.checked_gradients(self)
                 assert grads is not None, "a new plan fits what it was made from"
             if capturing and plan not in self._captured:
@@ -254,6 +257,12 @@ class Optimizer(torch.optim.Optimizer):
         if getattr(self, "_step_supports_amp_scaling", False):
             kept["_step_supports_amp_scaling"] = True
         return kept
+
+    def __copy__(self) -> "Optimizer":
+        """As torch's copies do, it shares groups and states with the original."""
+        twin = type(self).__new__(type(self))
+        twin.__setstate__(super().__getstate__())
+        return twin
 
     @_of_any
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
 
 from .. import dispatch
 from . import checks, codes, layouts, torch_buckets
@@ -65,6 +66,8 @@ class UpdatePlan:
                     optimizer.state[p]  # made now, in torch's order
                 if index in entangled:
                     in_turn.add(number)
+                if before is not None and before.is_unused(peek(optimizer.state.get(p, {}), "momentum_buffer")):
+                    del optimizer.state[p]["momentum_buffer"]  # torch's code takes one that is there for begun
             elif kind is not None:
                 slots[kind].append(self._slot(optimizer, groups[number], number, index))
         self._kernels: list[TritonBucket] = []
@@ -90,6 +93,8 @@ class UpdatePlan:
         """What the update of a parameter uses of its state, checked; None before the first gradient."""
         group = optimizer.param_groups[number]
         p = group["params"][position]
+        if is_lazy(p) and p.grad is None:
+            return None
         state = optimizer.state.get(p, {})
         names = [*self._rule.states(group), *self._rule.scalar_states, "step" if self._rule.counts_steps else None]
         if p.grad is None and any(name is not None and peek(state, name) is None for name in names):
@@ -180,7 +185,7 @@ class UpdatePlan:
                 checks.check_scalar(f"{self._optimizer_name}: {name}", scalar)
         if not self._only_kernels and found_inf is not None:
             if found_inf.item() != 0:
-                return None
+                return None if self.max_grad_norm is None else self._norm_by_torch(grad_scale)
             found_inf = None
         watch = self.watch
         step = Step(
@@ -205,8 +210,11 @@ class UpdatePlan:
             from . import triton_bucket
 
             return triton_bucket.gradient_norm(self._kernels, step)
+        return self._norm_by_torch(step.grad_scale)
+
+    def _norm_by_torch(self, grad_scale: Tensor | None) -> Tensor:
         norm = torch_buckets.total_norm([p.grad for p in dict.fromkeys(self.params) if p.grad is not None])
-        return norm if step.grad_scale is None else norm / step.grad_scale.to(norm.device)
+        return norm if grad_scale is None else norm / grad_scale.to(norm.device)
 
 
 def _entangled(params: Sequence[Tensor], used: Sequence[dict[str, Any] | None]) -> set[int]:

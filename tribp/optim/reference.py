@@ -229,9 +229,9 @@ def asgd(
 
 
 def round_stochastically(x: Tensor, like: Tensor, seed: int, step: int, stream: int) -> Tensor:
-    """float32 → bfloat16, up or down with the probability that makes the mean right."""
+    """To bfloat16, up or down with the probability that makes the mean right."""
     random = random_numbers(like, seed, step, stream)
-    bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    bits = x.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     rounded = (bits + (random & 0xFFFF)) >> 16
     rounded = torch.where(x == x, rounded, 0x7FC0)
     return torch.where(rounded >= 1 << 15, rounded - (1 << 16), rounded).to(torch.int16).view(torch.bfloat16)

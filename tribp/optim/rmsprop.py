@@ -48,11 +48,14 @@ class RMSpropRule(Rule):
         check_fused(group)
         has_complex, lists = init_group(optimizer, group, 6)
         params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
+        grads = prepare(grads)
+        if has_complex:
+            grads = [grad.resolve_conj() for grad in grads]  # as pairs of reals they are seen below
         # Three times as fast on the CPU for many small tensors; large ones would double torch's memory.
         together = sum(p.numel() for p in params) <= 1 << 20 and len(set(map(id, params))) == len(params)
         if group["centered"] and not (group["differentiable"] or group["capturable"]):
             torch._foreach_add_(steps, 1)
-            lists = [params, prepare(grads), square_avgs, grad_avgs, momentum_buffers]
+            lists = [params, grads, square_avgs, grad_avgs, momentum_buffers]
             lists = [[as_reals(t) for t in tensors] for tensors in lists]
             for some in [slice(None)] if together else [slice(k, k + 1) for k in range(len(params))]:
                 _centered(group, *(tensors[some] for tensors in lists))
@@ -61,7 +64,7 @@ class RMSpropRule(Rule):
         if foreach is None and not group["differentiable"] and together:
             foreach = all(type(p) in (Tensor, torch.nn.Parameter) and p.device.type == "cpu" for p in params) or None
         torch_rmsprop(
-            params, prepare(grads), square_avgs, grad_avgs, momentum_buffers, steps, lr=group["lr"],
+            params, grads, square_avgs, grad_avgs, momentum_buffers, steps, lr=group["lr"],
             alpha=group["alpha"], eps=group["eps"], weight_decay=group["weight_decay"], momentum=group["momentum"],
             centered=group["centered"], foreach=foreach, maximize=group["maximize"],
             differentiable=group["differentiable"], capturable=group["capturable"], has_complex=has_complex,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .. import dispatch
 from . import codes, layouts, reference
@@ -30,7 +31,7 @@ _SMALL, _MANY = 4096, 6
 
 
 def worth_packing(params: Sequence[Tensor]) -> bool:
-    return sum(p.numel() <= _SMALL for p in params) >= _MANY
+    return sum(not is_lazy(p) and p.numel() <= _SMALL for p in params) >= _MANY
 
 
 def kind_of(rule: Rule, group: Group, tensors: Sequence[Tensor], pack: bool) -> str:
@@ -143,8 +144,16 @@ def update_average(p: Tensor, state: dict[str, Any], decay: float) -> None:
 
 
 def join(slots: Sequence[ParamSlot], name: str, dtype: torch.dtype) -> Tensor:
-    """Puts a state of one number, of all these slots, into one tensor, which is returned."""
+    """Puts a state of one number, of all these slots, into one tensor, which is returned.
+
+    Where the last plan has done so it stays: whoever holds a counter has the one that counts.
+    """
     numbers = [slot.state[name] for slot in slots]
+    base = getattr(numbers[0], "_base", None)
+    if base is not None and base.shape == (len(slots),) and base.dtype == dtype:
+        places = [t.storage_offset() if getattr(t, "_base", None) is base else None for t in numbers]
+        if places == list(range(len(slots))):
+            return base  # type: ignore[no-any-return]
     joined = torch.tensor([0.0 if t is None else float(t) for t in numbers], dtype=dtype, device="cpu")
     for slot, view in zip(slots, joined.unbind(), strict=True):
         slot.state[name] = view

@@ -1,8 +1,9 @@
-"""A parameter's state that says when it is changed, or looked at."""
+"""A parameter's state that says when it is changed, or looked at; and states that are made all, or not at all."""
 
+import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 from torch.utils import _pytree
@@ -55,6 +56,22 @@ class WatchedState(dict[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OrderedDict, (), None, None, iter(self.items())  # torch.load(weights_only=True) knows it
+
+
+@contextlib.contextmanager
+def all_or_none(states: MutableMapping[Any, Any]) -> Iterator[None]:
+    """If the `with` block raises, remove the states that it has made: another try would take them for begun."""
+    before = {p: set(dict.keys(state)) for p, state in states.items() if isinstance(state, dict)}
+    try:
+        yield
+    except BaseException:
+        for p, state in [*states.items()]:
+            if p not in before:
+                del states[p]
+            elif isinstance(state, dict):
+                for name in set(dict.keys(state)) - before[p]:
+                    del state[name]
+        raise
 
 
 def _noted(name: str, changes: bool) -> Callable[..., Any]:

@@ -143,6 +143,9 @@ class Watch:
 
     def _watch_params_and_gradients(self, kinds: Sequence[str | None]) -> None:
         self.sharded = any(layouts.is_dtensor(p) for p in self.params)
+        self._sharded = [
+            p for p, kind in zip(self.params, kinds, strict=True) if kind != "torch" and layouts.is_dtensor(p)
+        ]
         self._watched: list[int] = []  # of the parameters
         self._unwatched: list[Tensor] = []  # with sparse gradients, say, that no kernel takes
         self._expected: dict[int, tuple[object, ...]] = {}  # of their gradients, where one may come
@@ -168,10 +171,11 @@ class Watch:
         states: dict[Any, Any] = optimizer.state
         for p, state in states.items():
             if type(state) is WatchedState:
+                state.changes.append("another plan")  # of another optimizer, maybe, which shares this state
                 state.changes, state.accesses = self._changes, self.accesses
-            elif isinstance(state, dict):
+            elif isinstance(state, dict) and isinstance(p, Tensor):
                 states[p] = WatchedState(state, self._changes, self.accesses)
-        self._states, self._states_version = list(states.values()), dict_version(states)
+        self._owners, self._states, self._states_version = list(states), list(states.values()), dict_version(states)
         self._used: list[Tensor] = []
         for group in optimizer.param_groups:
             entries = [*rule.entries(group), *keys(rule, group)]
@@ -206,6 +210,8 @@ class Watch:
             return None
         if self._unwatched and any(p.grad is not None and is_plain(p.grad) for p in self._unwatched):
             return None
+        if self._sharded and not layouts.sharded_alike(self._sharded):
+            return None
         grads = layouts.local_grads(params) if self.sharded else list(map(layouts.GRAD, params))
         return grads if self._fit(self._select(grads)) else None
 
@@ -223,7 +229,8 @@ class Watch:
         """Whether every parameter has the same dict as its state; they are looked at only if an entry has changed."""
         version = dict_version(states)
         if version != self._states_version:
-            if len(states) != len(self._states) or not all(map(is_, states.values(), self._states)):
+            same = all(map(is_, states, self._owners)) and all(map(is_, states.values(), self._states))
+            if len(states) != len(self._states) or not same:
                 return False
             self._states_version = version
         return True
@@ -234,8 +241,9 @@ class Watch:
         if not self._state_footprint.fits(states):
             return False
         self.accesses.clear()
-        if self._holders is not None and not self._by_torch:  # else torch's own code will look again anyway
-            self.shared = not all(map(eq, holders(states), self._holders))
+        # Who holds one stays unknown where torch's own code asks for them, or somebody did before the first step's end.
+        unknown = self._by_torch or self._holders is None
+        self.shared = unknown or not all(map(eq, holders(states), self._holders or ()))
         return True
 
     def _fit(self, grads: Sequence[Tensor | None]) -> bool:
