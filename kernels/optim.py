@@ -329,16 +329,14 @@ def update_chunk(
         key = optim_codes.random_key(seed, random_step, stream)
     scalars = Scalars(lr, eps, sign, decay, shrink, rule, scale, clip, ema_decay, ema_first)
     seeds = Seeds(seed, random_step, stream, key)
-    first_block = tl.load(chunk + 1).to(tl.int64) * chunk_blocks
-    end_block = tl.minimum(first_block + chunk_blocks, tl.cdiv(numel, CONFIG.BLOCK))
-    update_blocks(row, grad, numel, first_block, end_block, scalars, seeds, RULE, CONFIG)
+    update_blocks(row, grad, numel, chunk, chunk_blocks, scalars, seeds, RULE, CONFIG)
 
 
 @triton.jit
 def update_blocks(
-    row, grad, numel, first_block, end_block, scalars, seeds, RULE: tl.constexpr, CONFIG: tl.constexpr
+    row, grad, numel, chunk, chunk_blocks, scalars, seeds, RULE: tl.constexpr, CONFIG: tl.constexpr
 ):  # fmt: skip
-    """Update the tensor's blocks from `first_block` to before `end_block`. grad: the address of its gradient."""
+    """Update the chunk's blocks, once their tensor's scalars are known. grad: the address of its gradient."""
     param = tl.load(row + PARAM)
     state0 = tl.load(row + STATE0)
     state1 = tl.load(row + STATE1)
@@ -364,7 +362,8 @@ def update_blocks(
         state2.to(pointer_to(CONFIG.STATE2)), ema.to(pointer_to(CONFIG.EMA_TYPE)),
         code_scale0, code_scale1, code_scale2, residual,
     )  # fmt: skip
-    for block in range(first_block, end_block):
+    first_block = tl.load(chunk + 1).to(tl.int64) * chunk_blocks
+    for block in range(first_block, tl.minimum(first_block + chunk_blocks, tl.cdiv(numel, CONFIG.BLOCK))):
         if aligned & ((block + 1) * CONFIG.BLOCK <= numel):
             # 128-bit access needs both facts and no mask; without this branch every access is a scalar one. Said of
             # pointers that are made in this function: what is said of another's results is lost when it is inlined.
