@@ -27,7 +27,7 @@ import tribp
 from tribp import dispatch, optim
 from tribp.launch.arch import ARCHS
 from tribp.optim.footprint import guard, places, storage_sizes
-from tribp.optim.layouts import GRAD, local_grads
+from tribp.optim.layouts import GRAD, gradients, local_all
 
 from .no_gpu import always, pretending_h100, pretending_h100_anew, running_on
 from .options import Options
@@ -96,16 +96,25 @@ def optimizers(
 
 @contextlib.contextmanager
 def one_rank() -> Iterator[Callable[[int], Tensor]]:
-    """A process group of this process alone; given is what makes tensors that are sharded over it."""
+    """A process group of this process alone; given is what makes tensors that are sharded over it.
+
+    As FSDP2 does it, which gives a parameter and its gradients one description.
+    """
     from torch import distributed as dist
     from torch._C._distributed_c10d import HashStore
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        yield lambda n: distribute_tensor(torch.randn(n), mesh, [Shard(0)])
+        distributed: Any = DTensor
+
+        @functools.cache
+        def parameter(n: int) -> Any:
+            return Parameter(distribute_tensor(torch.empty(n), mesh, [Shard(0)]))
+
+        yield lambda n: distributed(torch.randn(n), parameter(n)._spec, requires_grad=False)
     finally:
         dist.destroy_process_group()
 
@@ -209,7 +218,7 @@ class Unchecked:
             self._optimizer.step()
         else:
             with torch.no_grad():
-                grads = local_grads(plan.params) if plan.watch.sharded else list(map(GRAD, plan.params))
+                grads = local_all(gradients(plan.params)) if plan.watch.sharded else list(map(GRAD, plan.params))
                 plan.run(self._optimizer, grads, None, None, False)
 
 

@@ -143,9 +143,8 @@ class Watch:
 
     def _watch_params_and_gradients(self, kinds: Sequence[str | None]) -> None:
         self.sharded = any(layouts.is_dtensor(p) for p in self.params)
-        self._sharded = [
-            p for p, kind in zip(self.params, kinds, strict=True) if kind != "torch" and layouts.is_dtensor(p)
-        ]
+        ours = zip(self.params, kinds, strict=True)
+        self._sharded = [n for n, (p, kind) in enumerate(ours) if kind != "torch" and layouts.is_dtensor(p)]
         self._watched: list[int] = []  # of the parameters
         self._unwatched: list[Tensor] = []  # with sparse gradients, say, that no kernel takes
         self._expected: dict[int, tuple[object, ...]] = {}  # of their gradients, where one may come
@@ -210,9 +209,12 @@ class Watch:
             return None
         if self._unwatched and any(p.grad is not None and is_plain(p.grad) for p in self._unwatched):
             return None
-        if self._sharded and not layouts.sharded_alike(self._sharded):
-            return None
-        grads = layouts.local_grads(params) if self.sharded else list(map(layouts.GRAD, params))
+        grads = layouts.gradients(params) if self.sharded else list(map(layouts.GRAD, params))
+        if self.sharded:
+            some = (params, grads) if len(self._sharded) == len(params) else map(self._select_sharded, (params, grads))
+            if not layouts.sharded_alike(*some):
+                return None
+            grads = layouts.local_all(grads)
         return grads if self._fit(self._select(grads)) else None
 
     def shares_memory(self, grads: list[Tensor | None]) -> bool:
@@ -270,6 +272,9 @@ class Watch:
 
     def _select(self, items: list[Any]) -> list[Any]:
         return items if self._all else [items[i] for i in self._watched]
+
+    def _select_sharded(self, items: list[Any]) -> list[Any]:
+        return [items[n] for n in self._sharded]
 
     def _memory(self, params: list[Tensor]) -> list[Tensor]:
         """That of the watched ones."""
