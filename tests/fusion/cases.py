@@ -241,3 +241,11 @@ def changed(module: nn.Module, **values: object) -> nn.Module:
 def hooked(module: nn.Module, kind: str = "forward_hook") -> nn.Module:
     getattr(module, f"register_{kind}")(lambda *_: None)
     return module
+
+
+def frozen(module: nn.Module, name: str = "weight") -> nn.Module:
+    """The module with a parameter that has become a buffer."""
+    parameter = module._parameters.pop(name)
+    assert parameter is not None
+    module.register_buffer(name, parameter.detach())
+    return module

@@ -14,7 +14,7 @@ import tribp
 from tribp.fusion import FoldedBatchNorm, FusedActivation, Left, Replaced, Report
 from tribp.nn import Conv3x3, Linear
 
-from .cases import MODELS, ResNet18, changed, hooked, image, kinds, reasons
+from .cases import MODELS, ResNet18, changed, frozen, hooked, image, kinds, reasons
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -197,6 +197,14 @@ class MyNorm(nn.BatchNorm2d):
     pass
 
 
+def trained(norm: nn.Module, name: str) -> nn.Module:
+    """The batch norm with a statistic that has become a parameter."""
+    statistic = norm._buffers.pop(name)
+    assert statistic is not None
+    norm.register_parameter(name, nn.Parameter(statistic))
+    return norm
+
+
 LEFT: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: nn.BatchNorm2d(2, track_running_stats=False), "it has no running statistics"),
     (lambda: hooked(nn.BatchNorm2d(2)), "it has forward hooks"),
@@ -205,6 +213,8 @@ LEFT: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: changed(nn.BatchNorm2d(2), forward=F.relu), "it has a forward of its own"),
     (lambda: nn.utils.parametrize.register_parametrization(nn.BatchNorm2d(2), "weight", nn.Identity()), "it is param"),
     (lambda: nn.BatchNorm2d(3), "its weight has the shape (3,), the layer's weight (2, 2, 3, 3)"),
+    (lambda: frozen(nn.BatchNorm2d(2)), "it has a weight that is no parameter"),
+    (lambda: trained(nn.BatchNorm2d(2), "running_var"), "it has a running_var that is no buffer"),
     (lambda: nn.BatchNorm2d(2, device="meta"), "its weight is on meta, the layer's weight on cpu"),
 ]
 
@@ -220,7 +230,7 @@ def test_norms_that_are_left(make: Callable[[], nn.Module], reason: str) -> None
 
 
 def test_layers_that_are_left() -> None:
-    for layer in (hooked(nn.Conv2d(2, 2, 3)), type("Mine", (nn.Conv2d,), {})(2, 2, 3)):
+    for layer in (hooked(nn.Conv2d(2, 2, 3)), frozen(nn.Conv2d(2, 2, 3)), type("Mine", (nn.Conv2d,), {})(2, 2, 3)):
         model = prepared(nn.Sequential(layer, nn.BatchNorm2d(2)))
         assert "1" in reasons(tribp.fuse(model, fold_batchnorm=True))
         assert model[0] is layer

@@ -16,7 +16,7 @@ from tribp.fusion import FusedActivation, Left, Replaced, Report
 from tribp.fusion.modules import activation_like
 from tribp.nn import Conv3x3, LinearSigmoid
 
-from .cases import changed, hooked, kinds, reasons, sigmoid_after
+from .cases import changed, frozen, hooked, kinds, reasons, sigmoid_after
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,6 +82,8 @@ OF_BOTH: list[tuple[str, Callable[[nn.Module], nn.Module], str]] = [
     ("parameter", lambda m: changed(m, scale=nn.Parameter(torch.ones(1))), "it has more than its parameters: scale"),
     ("no weight", lambda m: without_parameter(m, "weight"), "it lacks the parameter weight"),
     ("no bias", lambda m: without_parameter(m, "bias"), "it lacks the parameter bias"),
+    ("weight in a buffer", frozen, "it has a weight that is no parameter"),
+    ("bias in a buffer", lambda m: frozen(m, "bias"), "it has a bias that is no parameter"),
     ("complex", lambda m: m.to(torch.complex64), "its weight is complex64"),
     ("double bias", lambda m: changed(m, bias=nn.Parameter(torch.ones(1, 2))), "its parameters have the shapes"),
     (
@@ -216,6 +218,15 @@ def test_activations_of_torch_alone() -> None:
     ]
     assert type(others) is Others
     torch.testing.assert_close(others(x), y)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("make", [LinearSigmoid, tribp.nn.Linear, Conv3x3])
+def test_unfuse_leaves_what_is_no_parameter(make: Callable[..., nn.Module], name: str) -> None:
+    layer = frozen(make(2, 2), name)
+    model = nn.Sequential(layer)
+    assert reasons(tribp.unfuse(model)) == {"0": f"it has a {name} that is no parameter"}
+    assert model[0] is layer
 
 
 SIGMOIDS: list[tuple[Callable[[], nn.Module], str]] = [

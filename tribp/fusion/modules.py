@@ -135,14 +135,21 @@ def obstacle(subject: str, module: nn.Module, kind: type[nn.Module]) -> str:
     for name, value in vars(module).items():
         if name not in MODULE and value is not getattr(kind, name, value):
             return f"{subject} has a {name} of its own"  # forward, say; or what Module.compile leaves
-    expected = PARAMETERS if kind in LAYERS else PARAMETERS | STATISTICS if kind in BATCH_NORMS else set()
-    present = {*module._parameters, *module._buffers, *module._modules}
+    parameters = PARAMETERS if kind in (*LAYERS, *BATCH_NORMS) else set()
+    buffers = STATISTICS if kind in BATCH_NORMS else set()
+    expected, present = parameters | buffers, {*module._parameters, *module._buffers, *module._modules}
     for verb, names in (
         ("lacks the parameter", expected - present),
         ("has more than its parameters:", present - expected),
     ):
         if names:
             return f"{subject} {verb} {', '.join(sorted(names))}"
+    for place, names, tensors in (
+        ("parameter", parameters, module._parameters),
+        ("buffer", buffers, module._buffers),
+    ):
+        for name in sorted(names - tensors.keys()):
+            return f"{subject} has a {name} that is no {place}"
     return ""
 
 
