@@ -244,6 +244,23 @@ def test_layers_that_are_left() -> None:
     assert tribp.fuse(model, fold_batchnorm=True) == Report()
 
 
+class Taps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x := layer(x) for layer in self.features]
+
+
+def test_a_sequential_whose_outputs_are_read_between() -> None:
+    model, x = prepared(Taps()), torch.randn(2, 2, 5, 5)
+    y = model(x)
+    report = tribp.fuse(model, fold_batchnorm=True)
+    assert reasons(report) == {"features.1": "Taps.forward does something else with features than to call it"}
+    torch.testing.assert_close(model(x), y)
+
+
 def test_two_batch_norms_in_a_row() -> None:
     model = prepared(nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.BatchNorm2d(2), nn.ReLU()))
     assert len(tribp.fuse(model, fold_batchnorm=True).replaced) == 2

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import tribp
-from tribp.fusion import Left, Replaced, Report
+from tribp.fusion import FusedActivation, Left, Replaced, Report
 from tribp.nn import Conv3x3
 
 from .cases import FunctionalLeNet, TorchvisionBlock, changed, hooked, image, reasons
@@ -103,7 +103,8 @@ def check(model: Any, x: Tensor | None = None) -> Report:
     assert isinstance(model, kind)
     assert (type(model).__name__, type(model).__module__) == (kind.__name__, kind.__module__)
     replaced = {entry.name for entry in report.replaced}
-    assert all(module is modules[name] for name, module in model.named_modules() if name not in replaced)
+    kept = {n: m for n, m in model.named_modules() if n not in replaced and not isinstance(m, FusedActivation)}
+    assert all(module is modules[name] for name, module in kept.items())
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other) is type(model)
         assert all(map(torch.equal, run(other, x), expected))
@@ -374,6 +375,63 @@ def test_a_module_whose_layer_another_calls(net: Callable[..., Any]) -> None:
         Replaced("inner.fc", "Linear + Sigmoid", "LinearSigmoid"),
     )
     assert reasons(report) == {"inner.act": "Net.forward takes a conv from another module"}
+
+
+# What forward does with a Sequential of a layer and its activation, which are taken together.
+WHOLE = {
+    "called": "return self.seq(x)",
+    "a loop": "for layer in self.seq:\n    x = layer(x)\nreturn x",
+    "two loops": "for layer in self.seq:\n    x = layer(x)\nfor layer in self.seq:\n    x = layer(x)\nreturn x",
+    "asked for": "if self.seq is not None:\n    x = self.seq(x)\nreturn self.seq(x) if self.seq else x",
+    "the weight is read": "return self.seq(x.to(self.seq[0].weight.dtype))",
+    "modes": "self.seq.train(self.training)\nreturn self.seq.forward(x)",
+}
+# What else, so that they are not.
+APART = {
+    "indices": "y = self.seq[0](x)\nreturn self.seq[1](y) - y",
+    "called, and an index": "return self.seq(x) + self.seq[0](x)",
+    "a slice": "return self.seq[:1](x)",
+    "outputs that are kept": "y = []\nfor layer in self.seq:\n    x = layer(x)\n    y.append(x)\nreturn y[0] + y[1]",
+    "outputs with numbers": (
+        "for n, layer in enumerate(self.seq):\n    x = layer(x)\n    if n == 0:\n        y = x\nreturn x + y"
+    ),
+    "another input": "y = self.fc(x)\nfor layer in self.seq:\n    x = layer(y)\nreturn x",
+    "what a loop leaves": "for layer in self.seq:\n    x = layer(x)\nreturn x + layer(x - 1)",
+    "a closure": "f = lambda: layer(x)\nfor layer in self.seq:\n    x = layer(x)\nreturn x + f()",
+    "another Sequential": "return nn.Sequential(self.seq[0], nn.Tanh())(x)",
+    "a list": "first, second = [*self.seq]\nreturn second(first(x)) + first(x)",
+    "another name": "seq = self.seq\nreturn seq[1](seq[0](x)) + seq[0](x)",
+    "getattr": "return getattr(self, 'seq')[0](x)",
+    "_modules": "return self.seq._modules['0'](x)",
+}
+
+
+@pytest.mark.parametrize("case", [*WHOLE, *APART])
+def test_a_sequential_that_forward_uses(net: Callable[..., Any], case: str) -> None:
+    model = net((WHOLE | APART)[case])
+    model.seq = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    report = check(model)
+    reason = "Net.forward does something else with seq than to call it"
+    assert report.left == (() if case in WHOLE else (Left("seq.0", "Linear", reason),))
+
+
+def test_a_sequential_that_other_code_takes_apart(net: Callable[..., Any]) -> None:
+    """Another method, or module; by another name; from within another Sequential; and not the one that it has."""
+    model = net("return self.seq(x) + self.first(x)", "def first(self, x):\n    return self.seq[0](x)")
+    model.seq = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    reason = "Net.{} does something else with {} than to call it"
+    assert check(model).left == (Left("seq.0", "Linear", reason.format("first", "seq")),)
+    model = net("return self.seq(x) + self.alias[0](x)")
+    model.seq = model.alias = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), nn.ReLU())
+    assert check(model).left == (Left("seq.0.0", "Linear", reason.format("forward", "alias")),)
+    model = net("return self.inner.seq(x) + self.inner.seq[0](x)")
+    model.inner = net("return self.seq(x)")
+    model.inner.seq = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    assert check(model).left == (Left("inner.seq.0", "Linear", "Net.forward takes a seq from another module"),)
+    model = net("return self.inner.seq(x)", "def reset(self):\n    self.seq = nn.Sequential()")
+    model.inner = net("return self.seq(x)")
+    model.inner.seq = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    assert check(model).left == ()
 
 
 def test_two_of_one_class(net: Callable[..., Any]) -> None:

@@ -7,7 +7,7 @@ without those calls. So branches, flags, counters and modes mean what they did.
 import ast
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from .modules import (
 from .source import Source, Use, names_in
 
 Site = tuple[str, ...]  # the attribute that is a layer, and what is applied to its output, as `Use.text`
+Foreign = Callable[[Source, frozenset[str]], set[str]]  # which of its attributes a method takes from others than self
 SITES = "_tribp_sites"  # of a class that was made here: the class it was made of, and its sites
 HARMLESS = frozenset(PARAMETERS)  # to read of a layer
 # What a class may define that need not work in a class derived from it.
@@ -90,6 +91,18 @@ def doubt_about(module: nn.Module, key: str, reached: Mapping[str, str], harmles
     kind, _ = class_and_sites(module)
     outside = f"{reached[key]} takes a {key} from another module" if key in reached else ""
     return _doubt(read_forward(kind), module, kind, key, harmless) or outside
+
+
+def taken_apart(module: nn.Module, key: str, parts: Mapping[str, str], harmless: frozenset[str]) -> str:
+    """Why the modules of the Sequential that is the child `key` may run otherwise than in their order; nothing if not.
+
+    Only code that can be read is looked at. `parts` is what `parts_from_outside` says of the whole model.
+    """
+    for function in _functions(class_and_sites(module)[0]):
+        source = _read(function) if key in _names_later(function) else ""
+        if isinstance(source, Source) and not source.only_runs(key, harmless):
+            return f"{function.__qualname__} does something else with {key} than to call it"
+    return f"{parts[key]} takes a {key} from another module" if key in parts else ""
 
 
 def calls_once(module: nn.Module, key: str) -> bool:
@@ -225,19 +238,30 @@ def _doubt(source: Source, module: nn.Module, kind: type[nn.Module], key: str, h
 
 def reached_from_outside(model: nn.Module, harmless: frozenset[str]) -> dict[str, str]:
     """Attributes that methods of the model's classes take from other objects than self, and a method for each."""
+    return _from_outside(model, Source.foreign_attributes, harmless)
+
+
+def parts_from_outside(model: nn.Module, harmless: frozenset[str]) -> dict[str, str]:
+    """Attributes of which methods of the model's classes take a part, as reached_from_outside has it."""
+    return _from_outside(model, Source.foreign_parts, harmless)
+
+
+def _from_outside(model: nn.Module, foreign: Foreign, harmless: frozenset[str]) -> dict[str, str]:
     reached: dict[str, str] = {}
     for module in model.modules():
-        reached |= _reaches(class_and_sites(module)[0], harmless)  # type: ignore[arg-type]
+        reached |= _reaches(class_and_sites(module)[0], foreign, harmless)  # type: ignore[arg-type]
     return reached
 
 
 @functools.cache
-def _reaches(kind: type[nn.Module], harmless: frozenset[str]) -> dict[str, str]:
+def _reaches(kind: type[nn.Module], foreign: Foreign, harmless: frozenset[str]) -> dict[str, str]:
     reached: dict[str, str] = {}
     for function in () if kind.__module__.startswith(("torch.", f"{NAMESPACE}.")) else _functions(kind):
         source, names = _read(function), _names_later(function)
         if isinstance(source, Source):
-            names = names & source.foreign_attributes(harmless)
+            names = names & foreign(source, harmless)
+        elif foreign is Source.foreign_parts:
+            continue
         reached |= {str(name): function.__qualname__ for name in names}
     return reached
 

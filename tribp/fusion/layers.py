@@ -54,11 +54,13 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
     The Parameters are the same objects, so that an optimizer built before goes on; mode, device, dtype, attributes that
     were set on a module, and the state_dict's keys are the same. What stands at several places, or is called several
     times, becomes one module again; its activation is taken in only if the same follows each time. Left are modules
-    with hooks, parametrizations or more parameters, subclasses, lazy and scripted modules, what FSDP holds, and layers
-    in front of another activation of torch's, as `nn.GELU`.
+    with hooks, parametrizations or more parameters, subclasses, lazy and scripted modules, what FSDP holds, layers in
+    front of another activation of torch's, as `nn.GELU`, and what is in a Sequential that the model's own code takes
+    apart: that does more than call it or run `for layer in self.layers: x = layer(x)`.
 
-    Not seen is code outside the model that takes it apart: `model.layers[0](x)` and `model.conv(x)` now have the
-    activation applied. Nor is what changes after fuse: a class's `forward`, or the module in an activation's place.
+    Not seen is code outside the model that takes it apart, or code without a source: `model.layers[0](x)` and
+    `model.conv(x)` now have the activation applied. Nor is what changes after fuse: a class's `forward`, or the module
+    in an activation's place.
 
     Args:
         fold_batchnorm: whether to fold each `BatchNorm2d` directly behind a convolution, of any size, and each

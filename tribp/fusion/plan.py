@@ -6,13 +6,23 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .forward import HARMLESS, Behind, Site, behind_calls, class_with_changed_sites, reached_from_outside
+from .forward import (
+    HARMLESS,
+    Behind,
+    Site,
+    behind_calls,
+    class_with_changed_sites,
+    parts_from_outside,
+    reached_from_outside,
+    taken_apart,
+)
 from .modules import LAYERS, FoldedBatchNorm, obstacle
 from .report import Left, Replaced, Report
 from .sequential import FusedSequential
 
 FSDP = {"FSDPModule", "FullyShardedDataParallel"}  # by name: to import them takes long, and a torch with distributed
 
+ROWS = (nn.Sequential, nn.ModuleList)
 _ANY_ORDER = "the {} around {} need not run its modules in their order"
 
 
@@ -32,28 +42,62 @@ class Place(NamedTuple):
 
 
 def places_below(
-    parent: nn.Module, prefix: str, seen: set[int], reached: Mapping[str, str], harmless: frozenset[str]
+    parent: nn.Module,
+    prefix: str,
+    seen: set[int],
+    reached: Mapping[str, str],
+    doubts: Mapping[int, str],
+    harmless: frozenset[str],
 ) -> Iterator[Place]:
-    """All places below `parent`, in the order of `named_modules`, but each place of a module that has several."""
+    """All places below `parent`, in the order of `named_modules`, but each place of a module that has several.
+
+    `reached` is what `reached_from_outside` says of the whole model, `doubts` what `doubts_about_rows` does.
+    """
     if id(parent) in seen or isinstance(parent, torch.jit.ScriptModule):
         return
     seen.add(id(parent))
     children = [(key, child) for key, child in parent._modules.items() if child is not None]
-    row = isinstance(parent, (nn.Sequential, nn.ModuleList))
+    row = isinstance(parent, ROWS)
     nothing: tuple[str, nn.Module | None] = ("", None)
     for i, (key, child) in enumerate(children):
         name = prefix + key
         if row:
             _, before = next((c for c in reversed(children[:i]) if not isinstance(c[1], FoldedBatchNorm)), nothing)
             behind_key, behind = next((c for c in children[i + 1 :] if not isinstance(c[1], FoldedBatchNorm)), nothing)
-            doubt = "" if runs_in_order(parent) else _ANY_ORDER.format(type(parent).__name__, name)
+            order = "" if runs_in_order(parent) else _ANY_ORDER.format(type(parent).__name__, name)
+            doubt = order or doubts.get(id(parent), "")
             yield Place(parent, key, name, child, before, behind, behind_key, prefix + behind_key, doubt=doubt)
         else:
             calls = (behind_calls(parent, key, reached, harmless) if isinstance(child, LAYERS) else []) or [Behind()]
             for behind, behind_key, site, doubt in calls:
                 behind_name = prefix + behind_key if behind_key else name
                 yield Place(parent, key, name, child, None, behind, behind_key, behind_name, site, doubt)
-        yield from places_below(child, f"{name}.", seen, reached, harmless)
+        yield from places_below(child, f"{name}.", seen, reached, doubts, harmless)
+
+
+def doubts_about_rows(model: nn.Module, harmless: frozenset[str]) -> dict[int, str]:
+    """Why modules of Sequentials may run otherwise than in their order, by the identity of the Sequential.
+
+    The code of the module that holds one decides, also about Sequentials inside it.
+    """
+    parts = parts_from_outside(model, harmless)
+    doubts: dict[int, str] = {}
+    for holder in model.modules():
+        rows = {} if isinstance(holder, ROWS) else holder._modules
+        for key, row in rows.items():
+            doubt = taken_apart(holder, key, parts, harmless) if isinstance(row, nn.Sequential) else ""
+            if doubt and row is not None:
+                doubts |= dict.fromkeys(map(id, _rows_in(row, set())), doubt)
+    return doubts
+
+
+def _rows_in(row: nn.Module, seen: set[nn.Module]) -> set[nn.Module]:
+    """The row, and those directly inside it, and inside them."""
+    if isinstance(row, ROWS) and row not in seen:
+        seen.add(row)
+        for child in row.children():
+            _rows_in(child, seen)
+    return seen
 
 
 class Plan:
@@ -73,7 +117,8 @@ class Plan:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
         self.harmless, self.reached = harmless, reached_from_outside(model, harmless)
-        places = [Place(None, "", "", model), *places_below(model, "", set(), self.reached, self.harmless)]
+        doubts = doubts_about_rows(model, harmless)
+        places = [Place(None, "", "", model), *places_below(model, "", set(), self.reached, doubts, harmless)]
         self.order = {place.name: i for i, place in enumerate(places)}
         self.places: dict[int, list[Place]] = {}  # by the module's identity
         for place in places:

@@ -21,6 +21,11 @@ INDIRECT = frozenset(
     {"getattr", "vars", "eval", "exec", "locals", "__dict__", "__getattr__", "__getattribute__", "_modules", "modules",
      "named_modules", "children", "named_children", "get_submodule"}
 )  # fmt: skip
+# What may be read of a Sequential: it takes no single module out.
+WHOLE = frozenset(
+    {"apply", "eval", "forward", "load_state_dict", "parameters", "requires_grad_", "state_dict", "to", "train",
+     "training"}
+)  # fmt: skip
 
 
 class Use(NamedTuple):
@@ -75,15 +80,32 @@ class Source:
 
     def only_calls(self, attribute: str, harmless: frozenset[str]) -> bool:
         """Whether all it does with an attribute of that name is to call self's, or to read what is harmless of it."""
-        if self.me in self.stored or self.arguments.count(self.me) != 1:
-            return False
-        strings = [node for node in self.nodes if isinstance(node, ast.Constant) and node.value == attribute]
         taken = [node for node in self._attributes(harmless) if node.attr == attribute]
-        return len(strings) + len(taken) == len(self.calls(attribute))
+        return self._is_clear(attribute) and len(taken) == len(self.calls(attribute))
+
+    def only_runs(self, attribute: str, harmless: frozenset[str]) -> bool:
+        """Whether it never takes a module out of self's Sequential of that name, but to read what is harmless of it.
+
+        It may call it, run it in a loop `for layer in self.attribute: x = layer(x)`, and set another in its place.
+        """
+        taken = [node for node in self._parts(harmless) if node.attr == attribute and isinstance(node.ctx, ast.Load)]
+        return self._is_clear(attribute) and all(map(self.own_attribute, taken)) and all(map(self._is_loop, taken))
+
+    def _is_clear(self, attribute: str) -> bool:
+        """Whether self is what it seems, and the attribute is taken by no string."""
+        strings = [node for node in self.nodes if isinstance(node, ast.Constant) and node.value == attribute]
+        return self.me not in self.stored and self.arguments.count(self.me) == 1 and not strings
 
     def foreign_attributes(self, harmless: frozenset[str]) -> set[str]:
         """The attributes that it takes from something else than self or a Python module, as only_calls has it."""
-        taken = [node for node in self._attributes(harmless) if not self.own_attribute(node)]
+        return self._foreign(self._attributes(harmless))
+
+    def foreign_parts(self, harmless: frozenset[str]) -> set[str]:
+        """Those of them of which it may take a part, as only_runs has it."""
+        return self._foreign(self._parts(harmless))
+
+    def _foreign(self, attributes: Iterator[ast.Attribute]) -> set[str]:
+        taken = [node for node in attributes if not self.own_attribute(node)]
         return {node.attr for node in taken if not isinstance(self.resolve(node.value), ModuleType)}
 
     def _attributes(self, harmless: frozenset[str]) -> Iterator[ast.Attribute]:
@@ -92,6 +114,27 @@ class Source:
                 outer = self.parent[node]
                 if not (isinstance(outer, ast.Attribute) and outer.attr in harmless):
                     yield node
+
+    def _parts(self, harmless: frozenset[str]) -> Iterator[ast.Attribute]:
+        """Attributes that are not called, nor asked whether they are there; nor is what they hold only read."""
+        for node in self._attributes(WHOLE):
+            outer = self.parent[node]
+            called = isinstance(outer, ast.Call) and outer.func is node
+            test = isinstance(outer, (ast.If, ast.IfExp)) and outer.test is node
+            compared = isinstance(outer, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in outer.ops)
+            read = self.parent[outer] if isinstance(outer, ast.Subscript) and outer.value is node else None
+            if not (called or test or compared or (isinstance(read, ast.Attribute) and read.attr in harmless)):
+                yield node
+
+    def _is_loop(self, node: ast.expr) -> bool:
+        """Whether it stands in `for layer in …: x = layer(x)`, and every layer of that name is called in such loops."""
+        loop = self.parent[node]
+        if not isinstance(loop, ast.For) or loop.iter is not node or not _runs_in_order(loop):
+            return False
+        (layer,) = (name.id for name in ast.walk(loop.target) if isinstance(name, ast.Name))
+        loads = [name for name in self.names if name.id == layer and isinstance(name.ctx, ast.Load)]
+        called = {name for n in self.nodes if _runs_in_order(n) for name in ast.walk(n)}
+        return layer not in self.captured and called.issuperset(loads)
 
     def indirect(self) -> str:
         """A name by which it may reach attributes without writing out theirs, if there is one."""
@@ -224,6 +267,14 @@ def _variable(line: ast.AST) -> str:
     """The variable that a line sets, and nothing else; nothing for another line."""
     targets = line.targets if isinstance(line, ast.Assign) else []
     return targets[0].id if len(targets) == 1 and isinstance(targets[0], ast.Name) else ""
+
+
+def _runs_in_order(loop: ast.AST) -> bool:
+    """Whether it is `for layer in …: x = layer(x)`."""
+    if not isinstance(loop, ast.For) or not isinstance(loop.target, ast.Name) or loop.orelse or len(loop.body) != 1:
+        return False
+    variable, layer = _variable(loop.body[0]), loop.target.id
+    return variable != layer and ast.unparse(loop.body[0]) == f"{variable} = {layer}({variable})"
 
 
 def names_in(code: CodeType) -> set[object]:
