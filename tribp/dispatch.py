@@ -168,6 +168,14 @@ def kernels_cannot_see(*tensors: Tensor | None) -> bool:
     return False
 
 
+def kernels_cannot_read(*tensors: Tensor | None) -> bool:
+    """As `kernels_cannot_see`, or for sparse and mkldnn tensors, which have no memory that a kernel could read.
+
+    The quick way of a call need not ask: its plan refuses them.
+    """
+    return kernels_cannot_see(*tensors) or any(t is not None and t.layout is not torch.strided for t in tensors)
+
+
 def alive(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors. Of one that outlived its transform, what it wraps: the wrapper itself has no memory."""
     return unwrap_dead_wrappers(tensors)
@@ -242,4 +250,6 @@ def backward_by_torch(grad: Tensor, operator: bool) -> bool:
     For whoever differentiates them again (create_graph=True), where torch asks for many at once
     (is_grads_batched=True), and (operators see to it themselves) for gradients that are no plain memory.
     """
-    return torch.is_grad_enabled() or transform_active(grad) or (not operator and kernels_cannot_see(grad))
+    if torch.is_grad_enabled() or transform_active(grad):
+        return True
+    return not operator and (kernels_cannot_see(grad) or grad.layout is not torch.strided)

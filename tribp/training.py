@@ -152,7 +152,7 @@ class TrainStep:
         """The model's layers, or why these tensors, or this model, take the ordinary way."""
         if any(not isinstance(t, Tensor) for t in (input, target)):
             return "input and target must be tensors"
-        if dispatch.needs_operator() or dispatch.kernels_cannot_see(input, target):
+        if dispatch.needs_operator() or dispatch.kernels_cannot_read(input, target):
             return "something looks on that does not see kernels"
         if dispatch.backend_of(input) != "triton":
             return "Triton's kernels do not run here"
@@ -168,7 +168,7 @@ class TrainStep:
         parameters = [t for layer in layers for t in layer[:2] if t is not None]
         if len({id(p) for p in parameters}) != len(parameters):
             return "layers share parameters"
-        if dispatch.kernels_cannot_see(*parameters) or any(map(_has_hooks, parameters)):
+        if dispatch.kernels_cannot_read(*parameters) or any(map(_has_hooks, parameters)):
             return "a parameter is no plain tensor, or has hooks"
         if not all(p.is_contiguous() and p.is_leaf for p in parameters):
             return "a parameter has gaps, or is computed from others"

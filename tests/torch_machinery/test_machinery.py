@@ -324,3 +324,34 @@ def test_negative_views_are_negative(place: int, operation: Operation, tensors: 
     grads = torch.autograd.grad(operation.ours(*tensors), tensors, torch._neg_view(dy))
     for ours, torchs in zip(grads, torch.autograd.grad(operation.theirs(*tensors), tensors, -dy), strict=True):
         torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_sparse_tensors_go_through_torch(activation: Any, layout: torch.layout, device: str) -> None:
+    x, w, dy = torch.randn(6, 5, device=device), torch.randn(5, 5, device=device), torch.randn(6, 5, device=device)
+    layers = {
+        "linear": lambda x, w: tribp.linear(x, w, activation=activation),
+        "mlp": lambda x, w: tribp.mlp(x, [w, w], activation=activation, output_activation=activation),
+    }
+    for ours in layers.values():
+        expected = ours(x, w)
+        torch.testing.assert_close(ours(x.to_sparse(layout=layout), w), expected)
+        torch.testing.assert_close(ours(x, w.to_sparse(layout=layout)), expected)
+    if layout is torch.sparse_coo and activation is None:
+        for ours in layers.values():
+            inputs = x.clone().requires_grad_(), w.clone().requires_grad_()
+            found = torch.autograd.grad(ours(*inputs), inputs, dy.to_sparse())
+            for ours_grad, dense_grad in zip(found, torch.autograd.grad(ours(*inputs), inputs, dy), strict=True):
+                torch.testing.assert_close(ours_grad, dense_grad)
+
+
+def test_mkldnn_tensors_go_through_torch(kernels: str) -> None:
+    if kernels != "cpu":
+        pytest.skip("they are on the CPU alone")
+    x, w, image, filters = torch.randn(6, 5), torch.randn(5, 5), torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
+    y = tribp.linear(x.to_mkldnn(), w.to_mkldnn())
+    torch.testing.assert_close(y.to_dense(), tribp.linear(x, w))
+    y = tribp.conv3x3(image.to_mkldnn(), filters.to_mkldnn())
+    torch.testing.assert_close(y.to_dense(), tribp.conv3x3(image, filters))

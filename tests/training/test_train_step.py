@@ -236,6 +236,8 @@ def test_tensors_that_kernels_do_not_take(kernels: str) -> None:
     step = tribp.train_step(model, step.optimizer, lambda y, t: (y - t).square().mean())
     step(x, target)
     assert "function" in str(step.reason)
+    expected = step_of(copy.deepcopy(model), "mse_loss")(x, target)
+    torch.testing.assert_close(step_of(model, "mse_loss")(x.to_sparse(), target), expected)
 
 
 def changed(loss: nn.Module, **attributes: Any) -> nn.Module:

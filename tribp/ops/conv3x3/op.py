@@ -17,7 +17,7 @@ from ...dispatch import (
     autocasting,
     backward_by_torch,
     kernels_alone,
-    kernels_cannot_see,
+    kernels_cannot_read,
     needs_operator,
     plain_cpu_call,
     without_autocast,
@@ -113,7 +113,7 @@ def conv3x3(
 
 
 def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: Activation) -> Tensor:
-    if kernels_cannot_see(input, weight, bias) or not (needs_operator() or dispatch.backend_of(input) == "triton"):
+    if kernels_cannot_read(input, weight, bias) or not (needs_operator() or dispatch.backend_of(input) == "triton"):
         return reference.conv3x3(input, weight, bias, window, activation)
     if needs_operator():
         output: Tensor = operator(input, weight, bias, *window, *activation)

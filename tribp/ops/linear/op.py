@@ -18,7 +18,7 @@ from ...dispatch import (
     autocasting,
     backward_by_torch,
     kernels_alone,
-    kernels_cannot_see,
+    kernels_cannot_read,
     needs_operator,
     plain_cpu_call,
     without_autocast,
@@ -117,7 +117,7 @@ def activated_linear(
     if bias is not None and bias.shape != weight.shape[:1]:
         bias = bias.expand(weight.shape[0])
     check_dtypes(function, input, weight=weight, bias=bias)
-    if kernels_cannot_see(input, weight, bias) or not (needs_operator() or dispatch.backend_of(input) == "triton"):
+    if kernels_cannot_read(input, weight, bias) or not (needs_operator() or dispatch.backend_of(input) == "triton"):
         return reference.linear(input, weight, bias, activation)
     if needs_operator():
         output: Tensor = operator(input, weight, bias, *activation)

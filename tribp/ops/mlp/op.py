@@ -18,7 +18,7 @@ from ...dispatch import (
     autocasting,
     backward_by_torch,
     kernels_alone,
-    kernels_cannot_see,
+    kernels_cannot_read,
     needs_operator,
     without_autocast,
 )
@@ -90,7 +90,7 @@ def mlp(
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     by_operator = needs_operator()
     # Without a derivative an operator for all layers would do nothing but hold all their outputs at once.
-    if kernels_cannot_see(*tensors) or not (needs_grad if by_operator else _kernels_run(input, weights)):
+    if kernels_cannot_read(*tensors) or not (needs_grad if by_operator else _kernels_run(input, weights)):
         for n, (w, b, act) in enumerate(zip(weights, given, _each(len(weights), both), strict=True)):
             input = activated_linear(f"mlp, layer {n}", input, w, b, act)
         return input
