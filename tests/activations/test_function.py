@@ -167,6 +167,10 @@ WRONG: list[tuple[object, list[str]]] = [
     (("elu", 1.0, 2.0), ["elu takes alpha, each a Python int or float, got 1.0, 2.0"]),
     (("leaky_relu", -0.1), ["negative_slope of leaky_relu must be at least 0", "-0.1"]),
     (("elu", float("nan")), ["alpha of elu must be at least 0", "nan"]),
+    (("elu", math.inf), ["alpha of elu must be a finite float32, got inf"]),
+    (("leaky_relu", math.inf), ["negative_slope of leaky_relu must be a finite float32, got inf"]),
+    (("leaky_relu", 1e39), ["negative_slope of leaky_relu must be a finite float32, got 1e+39"]),
+    (("softplus", 1e39), ["beta of softplus must be a finite float32, got 1e+39"]),
     (["elu", 0.5], ["or a tuple of a name and its numbers", "got ['elu', 0.5]"]),
     (("elu", 10**400), ["elu takes alpha, each a Python int or float, got 1000"]),
     (("softplus", 0), ["beta of softplus must be above 0", "got 0.0 and 20.0"]),
@@ -229,6 +233,31 @@ def test_elu_is_flat_where_it_is_flat(dtype: torch.dtype, device: str) -> None:
     one = torch.ones(1, 1, device=device, dtype=dtype)
     (dx,) = torch.autograd.grad(tribp.linear(x, one, None, ("elu", 0.7)).sum(), x)
     assert dx.flatten().tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, "mlp"])
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    [
+        (("elu", 66000.0), torch.float16),
+        (("elu", 3.4e38), torch.bfloat16),
+        (("leaky_relu", 3.4e38), torch.float32),
+        (("softplus", 3.4e38), torch.float32),
+        (("hardtanh", 0.0, math.inf), torch.float32),
+    ],
+    ids=str,
+)
+def test_large_numbers_of_activations_reach_no_other_row(
+    activation: Any, dtype: torch.dtype, layer: str, device: str
+) -> None:
+    """Rows that a tile has beyond the tensor have gradients of 0, which no number may turn into NaN."""
+    ours, theirs, sizes = LAYERS["linear" if layer == "mlp" else layer](activation)
+    if layer == "mlp":
+        ours = lambda x, w, b: tribp.mlp(x, [w, torch.eye(7).to(w)], [b, None], activation)  # noqa: E731
+    inputs = [t.detach().abs().requires_grad_() for t in draw(sizes, dtype, device)]  # so that each z is positive
+    found, expected = (torch.autograd.grad(f(*inputs).sum(), inputs) for f in (ours, theirs))
+    for ours_grad, torchs_grad in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours_grad, torchs_grad, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("activation", ["relu", ("softplus", 2.0), None], ids=str)

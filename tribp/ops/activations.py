@@ -27,6 +27,7 @@ class Activation(NamedTuple):
 
 
 NONE = Activation(None)
+LARGEST = torch.finfo(torch.float32).max
 # By what users call them: what torch's function takes besides its input, with torch's defaults.
 DEFAULTS: dict[str, dict[str, float]] = {
     "sigmoid": {},
@@ -68,6 +69,9 @@ def _with_numbers(caller: str, name: str, numbers: Sequence[Any]) -> Activation:
     a, b = [*values, 0.0][:2]
     if name in ("leaky_relu", "elu") and not a >= 0:
         raise ValueError(f"{caller}: {names[0]} of {name} must be at least 0, else two z have one output, got {a}")
+    if name in ("leaky_relu", "elu", "softplus") and a > LARGEST:
+        # Gradients of 0 would become 0·∞.
+        raise ValueError(f"{caller}: {names[0]} of {name} must be a finite float32, got {a}")
     if name == "softplus" and not (a > 0 and b >= 17):
         # Beyond the threshold softplus is z itself, and between it and log(1 + e^threshold) y comes of two z: the
         # derivative is wrong there by e^-threshold, which from 17 on is nothing to a float32.
@@ -80,10 +84,12 @@ def _with_numbers(caller: str, name: str, numbers: Sequence[Any]) -> Activation:
 def as_stored(activation: Activation, dtype: torch.dtype) -> Activation:
     """The activation with the numbers that outputs of this dtype reach, for backward to find an output at its end.
 
-    Those are the bounds of hardtanh, and −α of elu.
+    Those are the bounds of hardtanh, and −α of elu, which stays finite: a gradient of 0 times ∞ would be NaN.
     """
-    name, *numbers = activation
-    return Activation(name, *(_stored(x, dtype) for x in numbers)) if name in ("hardtanh", "elu") else activation
+    name, a, b = activation
+    if name == "elu":
+        return Activation(name, min(_stored(a, dtype), torch.finfo(dtype).max), b)
+    return Activation(name, _stored(a, dtype), _stored(b, dtype)) if name == "hardtanh" else activation
 
 
 def _stored(x: float, dtype: torch.dtype) -> float:
