@@ -322,6 +322,20 @@ def test_what_may_be_changed_before_backward(device: str) -> None:
             torch.autograd.grad(y.sum(), inputs, create_graph=True)
 
 
+def test_inference_tensors(device: str) -> None:
+    """As torch takes them: where backward does not read them. Features of a frozen backbone, say."""
+    with torch.inference_mode():
+        x, b = torch.randn(4, 5, device=device), torch.zeros(6, device=device)
+    model = tribp.nn.MLP([5, 6, 3]).to(device)
+    model.layers[0].weight.requires_grad_(False)
+    model(x).sum().backward()
+    assert model.layers[0].bias.grad is not None
+    x, w = x.clone(), torch.randn(6, 5, device=device, requires_grad=True)
+    (dw,) = torch.autograd.grad(tribp.mlp(x, [w], [b], output_activation="tanh").sum(), w, create_graph=True)
+    (expected,) = torch.autograd.grad(tribp.linear(x, w).tanh().sum(), w)
+    torch.testing.assert_close(dw, expected)
+
+
 def test_frozen_layers_and_second_derivatives(device: str) -> None:
     inputs = draw((5, 6, 4, 3), 4, torch.float64, device)
     for frozen in ([0], [0, 1, 2], [0, 1, 2, 3, 4], [1, 3], [0, 1]):

@@ -171,7 +171,7 @@ def _save(
     )  # fmt: skip
     ctx.operator, ctx.first, ctx.source, ctx.layers = operator, first, source, layers[first:]
     ctx.both = layers[0].activation, layers[-1].activation
-    ctx.versions = [t._version for t in _recomputed(ctx)]
+    ctx.versions = _versions(ctx)
 
 
 def _lowest(needs: Sequence[bool]) -> int:
@@ -180,8 +180,10 @@ def _lowest(needs: Sequence[bool]) -> int:
     return 0 if needs[0] else next((n for n in range(count) if needs[1 + n] or needs[1 + count + n]), 0)
 
 
-def _recomputed(ctx: Any) -> list[Tensor]:
-    return [ctx.source, *(t for layer in ctx.layers for t in layer[:2] if t is not None)]
+def _versions(ctx: Any) -> list[int | None]:
+    """Of what a second derivative reads: how often it was changed. Inference tensors do not count that."""
+    tensors = [ctx.source, *(t for layer in ctx.layers for t in layer[:2] if t is not None)]
+    return [None if t.is_inference() else t._version for t in tensors]
 
 
 def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -193,7 +195,7 @@ def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | N
     # As in linear's backward.
     with without_autocast(grad.device.type):
         if torch.is_grad_enabled():
-            if [t._version for t in _recomputed(ctx)] != ctx.versions:
+            if _versions(ctx) != ctx.versions:
                 raise RuntimeError("mlp: what a second derivative computes again was changed in place")
             *hidden, output = reference.mlp(ctx.source, ctx.layers)
             sources, weights = [ctx.source, *hidden], [layer.weight for layer in ctx.layers]
