@@ -20,7 +20,8 @@ __all__ = ["TrainStep", "train_step"]
 
 Loss = Callable[..., Tensor]
 LINEARS = (nn.Linear, Linear, LinearSigmoid)
-REDUCTIONS = ("mean", "sum", "batchmean")
+OF_MODULES = ("mean", "sum")  # what torch's modules of these losses reduce by, to a number
+REDUCTIONS = (*OF_MODULES, "batchmean")
 
 
 def half_squared_error(output: Tensor, target: Tensor, reduction: str = "sum") -> Tensor:
@@ -84,7 +85,7 @@ def _named(loss: str | Loss, reduction: str) -> tuple[str, str] | None:
     if isinstance(loss, str):
         return loss, reduction
     if isinstance(loss, nn.Module):
-        plain = type(loss) in MODULES and runs_forward_alone(loss) and loss.reduction in REDUCTIONS
+        plain = type(loss) in MODULES and runs_forward_alone(loss) and loss.reduction in OF_MODULES
         usual = plain and all(getattr(loss, name, value) == value for name, value in DEFAULTS.items())
         return (MODULES[type(loss)], str(loss.reduction)) if usual else None
     name = FUNCTIONS.get(loss)

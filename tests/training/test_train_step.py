@@ -283,6 +283,14 @@ def test_losses_of_torch(loss: Any, known: bool, kernels: str) -> None:
         assert step.reason is not None
 
 
+@pytest.mark.parametrize("kind", [nn.MSELoss, nn.BCELoss])
+def test_a_reduction_that_torchs_modules_do_not_have(kind: Any, kernels: str) -> None:
+    model = network((8, 6, 3), "tanh", "sigmoid").to(kernels)
+    x, target = (t.to(kernels) for t in draw((8, 3), 6, "binary_cross_entropy"))
+    with pytest.raises(ValueError, match="batchmean is not a valid value for reduction"):
+        step_of(model, kind(reduction="batchmean"))(x, target)
+
+
 def test_a_layer_that_grows(kernels: str) -> None:
     """Its gradient has no room where the last one was."""
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double().to(kernels)
