@@ -140,6 +140,23 @@ def test_rows_that_count_nowhere(kernels: str) -> None:
             assert torch.equal(grad(p), torch.zeros_like(p))
 
 
+@pytest.mark.parametrize("target_outside", [1.5, -0.25, float("nan")])
+def test_targets_that_are_no_probability(target_outside: float, kernels: str) -> None:
+    """The loss is NaN, where torch raises; they leave no gradient."""
+    model = network((8, 6, 3), "tanh", "sigmoid").to(kernels)
+    x, target = (t.to(kernels) for t in draw((8, 3), 6, "binary_cross_entropy"))
+    twin = copy.deepcopy(model)
+    target[4, 1] = target_outside
+    step = step_of(model, "binary_cross_entropy")
+    assert step(x, target).isnan()
+    assert step.reason is None
+    y = twin(x)
+    inside = torch.arange(18, device=kernels).reshape(6, 3) != 13
+    F.binary_cross_entropy(y[inside], target[inside], reduction="sum").div(18).backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(grad(ours), grad(theirs))
+
+
 def test_gradients_are_what_backward_leaves(kernels: str) -> None:
     """In the tensors of the last step; none for what is frozen, and none left on what is not in the model."""
     model, other = network((8, 6, 3), "relu", None).to(kernels), nn.Parameter(torch.ones(2, device=kernels))
