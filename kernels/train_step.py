@@ -31,6 +31,7 @@ class Train(NamedTuple):
 
     SIZES: tuple[int, ...]  # K, and each layer's N
     ACTS: tuple[Act, ...]  # each layer's
+    STORED_ACTS: tuple[Act, ...]  # with the numbers that outputs reach as they are stored
     LOSS: str
     FIRST: int  # the first layer that `train_rows` computes: 0, or 1
     REDUCTION: str  # "sum" of all elements (of cross_entropy: of rows), their "mean", or "batchmean": the sum over rows
@@ -61,6 +62,12 @@ def tiles(n, k, block_n, block_k):
 def act_of(config, number):
     """A layer's activation. Triton can't index a tuple of tuples; up to 3.6 its interpreter hands over unnamed ones."""
     return NamedAct(*Train(*config).ACTS[number])
+
+
+@triton.constexpr_function
+def stored_act_of(config, number):
+    """A layer's activation for its gradient."""
+    return NamedAct(*Train(*config).STORED_ACTS[number])
 
 
 @triton.jit
@@ -167,7 +174,7 @@ def store_dz(dz, dy, y, m, M, LAYER: tl.constexpr, CONFIG: tl.constexpr):
     """Rows from m on of dz = dy·act′."""
     SIZES: tl.constexpr = CONFIG.SIZES
     N: tl.constexpr = SIZES[LAYER + 1]
-    tile = gradient(dy, y, act_of(CONFIG, LAYER))
+    tile = gradient(dy, y, stored_act_of(CONFIG, LAYER))
     store_tile(dense(dz, M, N), tile, m, 0, CONFIG.BLOCK_M, side(N), 1)
 
 

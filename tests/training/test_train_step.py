@@ -140,6 +140,23 @@ def test_rows_that_count_nowhere(kernels: str) -> None:
             assert torch.equal(grad(p), torch.zeros_like(p))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bounds", [(-0.3, 0.1), (-0.1, 0.3)], ids=str)
+def test_nothing_passes_where_an_output_is_at_a_rounded_bound(
+    bounds: tuple[float, float], dtype: torch.dtype, kernels: str
+) -> None:
+    """0.1 and 0.3 lie on either side of what float16 and bfloat16 make of them."""
+    model = network((8, 6, 3), ("hardtanh", *bounds), ("hardtanh", *bounds)).to(kernels, dtype)
+    x, target = (4 * t.to(kernels, dtype) for t in draw((8, 3), 20, "mse_loss"))
+    twin = copy.deepcopy(model).double()
+    step = step_of(model, "mse_loss", "sum")
+    step(x, target)
+    assert step.reason is None
+    F.mse_loss(twin(x.double()), target.double(), reduction="sum").backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(grad(ours).double(), grad(theirs), rtol=0.05, atol=0.2)
+
+
 @pytest.mark.parametrize("target_outside", [1.5, -0.25, float("nan")])
 def test_targets_that_are_no_probability(target_outside: float, kernels: str) -> None:
     """The loss is NaN, where torch raises; they leave no gradient."""

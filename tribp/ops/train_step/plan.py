@@ -9,7 +9,7 @@ from ...launch.arch import cdiv, power_of_2, precision_of
 from ...launch.buffer import Buffer
 from ...launch.layout import accumulator
 from ...launch.plan import Plan
-from ..activations import Activation
+from ..activations import Activation, as_stored
 from ..linear.plan import forward_layer
 from .config import TrainProblem
 
@@ -30,9 +30,10 @@ def train(
     programs = cdiv(m, s.block_m)
     precision = precision_of(dtype_name(x.dtype), tf32, plan.arch)
     config = kernels.Train(
-        SIZES=sizes, ACTS=tuple(activations), FIRST=s.first, LOSS=kind, REDUCTION=reduction, BLOCK_M=s.block_m,
-        BLOCK_L=s.block_l, BLOCK_N=s.block_n, BLOCK_K=s.block_k, BLOCK_ROWS=s.block_rows, PARTS=power_of_2(programs),
-        PRECISION=precision, PTX=plan.arch.backend != "hip",
+        SIZES=sizes, ACTS=tuple(activations), STORED_ACTS=tuple(as_stored(act, x.dtype) for act in activations),
+        FIRST=s.first, LOSS=kind, REDUCTION=reduction, BLOCK_M=s.block_m, BLOCK_L=s.block_l, BLOCK_N=s.block_n,
+        BLOCK_K=s.block_k, BLOCK_ROWS=s.block_rows, PARTS=power_of_2(programs), PRECISION=precision,
+        PTX=plan.arch.backend != "hip",
     )  # fmt: skip
     x, target = plan.contiguous(x), plan.contiguous(target)
     losses = plan.scratch((programs,), accumulator(x.dtype))
