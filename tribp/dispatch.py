@@ -233,7 +233,7 @@ def plain_cpu_call(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def kernels_alone(input: Tensor, *parameters: Tensor | None) -> bool:
+def kernels_compute(input: Tensor, *parameters: Tensor | None) -> bool:
     """Whether the kernels compute a call, or its plan refuses it, so that nothing need be checked before."""
     return (
         not has_torch_function_variadic(input, *parameters)

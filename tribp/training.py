@@ -13,7 +13,7 @@ from .fusion.sequential import flatten
 from .nn import MLP, Linear, LinearSigmoid, runs_forward_alone
 from .ops.activations import ActivationLike, activation_of
 from .ops.mlp.reference import Layer
-from .ops.shared import launching, uses_tf32
+from .ops.shared import import_plan, uses_tf32
 from .ops.train_step.config import TrainProblem
 
 __all__ = ["TrainStep", "train_step"]
@@ -202,7 +202,7 @@ class TrainStep:
 
     def _by_kernels(self, input: Tensor, target: Tensor, layers: list[Layer], loss: str, reduction: str) -> Tensor:
         """The loss; leaves the gradients where `backward` would."""
-        perform, plan = launching("train_step")
+        perform, plan = import_plan("train_step")
         own = {id(t): t for layer in layers for t in layer[:2] if t is not None and t.requires_grad}
         for group in self.optimizer.param_groups:
             for p in group["params"]:

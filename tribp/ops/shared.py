@@ -34,7 +34,7 @@ def unless_refused(by_kernels: Callable[..., Tensor], *arguments: object) -> Ten
         raise
 
 
-def in_places(present: Sequence[bool], values: Iterable[T]) -> list[T | None]:
+def scatter(present: Sequence[bool], values: Iterable[T]) -> list[T | None]:
     """The values, each in its place, and None where there is none: gradients that an operator returned, say."""
     remaining = iter(values)
     return [next(remaining) if here else None for here in present]
@@ -50,13 +50,13 @@ def uses_tf32(tensor: Tensor, convolution: bool = False) -> bool:
 
 
 def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without what it asks about torch.func: 3 µs of a call's 24. `alive` and `kernels_alone` know."""
+    """`function.apply` without what it asks of torch.func: 3 µs of a call's 24. `alive` and `kernels_compute` know."""
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
 
 
 @functools.cache
-def launching(operation: str) -> tuple[Any, Any]:
+def import_plan(operation: str) -> tuple[Any, Any]:
     """`perform` and the operation's plan.py, which import triton, imported where kernels are to run.
 
     Once: an import statement takes 0.5 µs each time.

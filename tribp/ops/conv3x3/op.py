@@ -16,8 +16,8 @@ from ...dispatch import (
     alive,
     autocasting,
     backward_by_torch,
-    kernels_alone,
     kernels_cannot_read,
+    kernels_compute,
     needs_operator,
     plain_cpu_call,
     without_autocast,
@@ -31,8 +31,8 @@ from ..shared import (
     Needs,
     autocast_all,
     bare_apply,
-    in_places,
-    launching,
+    import_plan,
+    scatter,
     unless_refused,
     uses_tf32,
 )
@@ -90,7 +90,7 @@ def conv3x3(
                 # As they were given: torch refuses True and 1.0, which the cache takes for 1.
                 output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
                 return output if activation is None else activate_(output, act)
-        alone = weight is not None and kernels_alone(input, weight, bias) and input.ndim == 4
+        alone = weight is not None and kernels_compute(input, weight, bias) and input.ndim == 4
         if alone:
             window, act = known_window(stride, padding, groups, dilation), activation_of("conv3x3", activation)
     except REFUSALS:
@@ -162,7 +162,7 @@ class _Conv3x3(torch.autograd.Function):
                 grads = reference.conv3x3_backward(grad, input, weight, output, size, window, act, needs)
             elif operator:
                 found = backward_operator(grad, input, weight, output, size, *window, *act, needs, *ctx.formats)
-                grads = in_places(needs, found)
+                grads = scatter(needs, found)
             else:
                 grads = backward(grad, input, weight, output, size, window, act, needs, ctx.formats, "triton")
         return *grads, None, None
@@ -176,7 +176,7 @@ def forward(
 ) -> Tensor:
     """act(input ⋆ weight + bias). input: (N, C, H, W), weight: (O, C / groups, 3, 3), bias: (O,)."""
     if backend == "triton":
-        perform, plan = launching("conv3x3")
+        perform, plan = import_plan("conv3x3")
         tf32 = uses_tf32(input, convolution=True)
         done = perform(plan.forward, (input, weight, bias), window=window, activation=activation, tf32=tf32)
         if done:
@@ -195,7 +195,7 @@ def backward(
     each may be None otherwise.
     """
     if backend == "triton":
-        perform, plan = launching("conv3x3")
+        perform, plan = import_plan("conv3x3")
         facts = dict(input_size=tuple(input_size), window=window, activation=activation, needs=needs, last=last)
         tf32 = uses_tf32(grad, convolution=True)
         done = perform(plan.backward, (grad, input, weight, output), **facts, tf32=tf32)

@@ -17,8 +17,8 @@ from ...dispatch import (
     alive,
     autocasting,
     backward_by_torch,
-    kernels_alone,
     kernels_cannot_read,
+    kernels_compute,
     needs_operator,
     plain_cpu_call,
     without_autocast,
@@ -32,8 +32,8 @@ from ..shared import (
     Needs,
     autocast_all,
     bare_apply,
-    in_places,
-    launching,
+    import_plan,
+    scatter,
     unless_refused,
     uses_tf32,
 )
@@ -70,12 +70,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         TypeError: dtypes that differ or are not among the four; arguments that are no tensors.
     """
     try:
-        if torchs_alone(input, weight, bias):
+        if torch_computes(input, weight, bias):
             if activation is None:
                 return F.linear(input, weight, bias)
             act = activation_of("linear", activation)
             return activate_(F.linear(input, weight, bias), act)
-        act, alone = activation_of("linear", activation), weight is not None and kernels_alone(input, weight, bias)
+        act, alone = activation_of("linear", activation), weight is not None and kernels_compute(input, weight, bias)
     except REFUSALS:
         alone = False  # the checks know a better sentence
     if alone and (output := unless_refused(by_kernels, input, weight, bias, act)) is not None:
@@ -89,9 +89,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """σ(input · weightᵀ + bias) with σ(z) = 1 / (1 + e⁻ᶻ): `linear` with the activation "sigmoid"."""
     try:
-        if torchs_alone(input, weight, bias):
+        if torch_computes(input, weight, bias):
             return activate_(F.linear(input, weight, bias), SIGMOID)
-        alone = weight is not None and kernels_alone(input, weight, bias)
+        alone = weight is not None and kernels_compute(input, weight, bias)
     except REFUSALS:
         alone = False
     if alone and (output := unless_refused(by_kernels, input, weight, bias, SIGMOID)) is not None:
@@ -102,7 +102,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return activated_linear("linear_sigmoid", input, weight, bias, SIGMOID)
 
 
-def torchs_alone(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def torch_computes(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether torch's own functions compute a call, or raise, so that nothing need be checked before."""
     return plain_cpu_call(input, weight, bias) and weight.ndim == 2 and (bias is None or bias.ndim < 2)
 
@@ -165,7 +165,7 @@ class _Linear(torch.autograd.Function):
             if backward_by_torch(grad, operator):
                 grads = reference.linear_backward(grad, input, weight, output, act, needs)
             elif operator:
-                grads = in_places(needs, backward_operator(grad, input, weight, output, *act, needs))
+                grads = scatter(needs, backward_operator(grad, input, weight, output, *act, needs))
             else:
                 grads = backward(grad, input, weight, output, act, needs, "triton")
         return *grads, None
@@ -177,7 +177,7 @@ apply = bare_apply(_Linear)
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, backend: str) -> Tensor:
     """act(input·weightᵀ + bias), contiguous. input: (*, K), weight: (N, K), bias: (N,); all of one dtype and device."""
     if backend == "triton":
-        perform, plan = launching("linear")
+        perform, plan = import_plan("linear")
         done = perform(plan.forward, (input, weight, bias), activation=activation, tf32=uses_tf32(input))
         if done:
             return done[0]  # type: ignore[no-any-return]
@@ -194,7 +194,7 @@ def backward(
     each may be None otherwise.
     """
     if backend == "triton":
-        perform, plan = launching("linear")
+        perform, plan = import_plan("linear")
         tensors, tf32 = (grad, input, weight, output), uses_tf32(grad)
         done = perform(plan.backward, tensors, activation=activation, needs=needs, tf32=tf32)
         if done:

@@ -17,16 +17,16 @@ from ...dispatch import (
     alive,
     autocasting,
     backward_by_torch,
-    kernels_alone,
     kernels_cannot_read,
+    kernels_compute,
     needs_operator,
     without_autocast,
 )
 from ..activations import Activation, ActivationLike, activate_, activation_of
 from ..checks import check_dtypes, check_tensors, matrices_fit
 from ..linear.checks import check_linear
-from ..linear.op import activated_linear, torchs_alone
-from ..shared import NAMESPACE, REFUSALS, autocast_all, bare_apply, in_places, launching, unless_refused, uses_tf32
+from ..linear.op import activated_linear, torch_computes
+from ..shared import NAMESPACE, REFUSALS, autocast_all, bare_apply, import_plan, scatter, unless_refused, uses_tf32
 from . import reference
 from .reference import Layer
 
@@ -71,12 +71,12 @@ def mlp(
     if not weights or len(given) != len(weights):
         raise ValueError(f"mlp: biases must be one for each of at least 1 weights, got {len(given)} and {len(weights)}")
     try:
-        if all(torchs_alone(input, w, b) for w, b in zip(weights, given, strict=True)):
+        if all(torch_computes(input, w, b) for w, b in zip(weights, given, strict=True)):
             x = input
             for w, b, act in zip(weights, given, _each(len(weights), both), strict=True):
                 x = activate_(F.linear(x, w, b), act)
             return x
-        alone = all(w is not None for w in weights) and kernels_alone(input, *weights, *given)
+        alone = all(w is not None for w in weights) and kernels_compute(input, *weights, *given)
     except REFUSALS:
         alone = False  # the checks know a better sentence
     if alone and (output := unless_refused(by_kernels, input, weights, given, both)) is not None:
@@ -203,7 +203,7 @@ def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | N
         if backward_by_torch(grad, by_operator):
             grads = backward(grad, *read, ctx.both, needs, "torch")
         elif by_operator:
-            grads = in_places(needs, backward_operator(grad, *read, *ctx.both[0], *ctx.both[1], needs))
+            grads = scatter(needs, backward_operator(grad, *read, *ctx.both[0], *ctx.both[1], needs))
         else:
             grads = backward(grad, *read, ctx.both, needs, "triton")
     lower: list[Tensor | None] = [None] * first  # no gradient of these layers is wanted
@@ -213,7 +213,7 @@ def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | N
 def forward(input: Tensor, layers: Sequence[Layer], backend: str, keep: bool = True) -> list[Tensor]:
     """Every layer's output, or (not `keep`) the last one's."""
     if backend == "triton":
-        perform, plan = launching("mlp")
+        perform, plan = import_plan("mlp")
         weights, biases, acts = zip(*layers, strict=True)
         tensors, tf32 = (input, *weights, *biases), uses_tf32(input)
         done: list[Tensor] = perform(plan.forward, tensors, activations=acts, keep=keep, tf32=tf32)
@@ -234,7 +234,7 @@ def backward(
     """
     acts = _each(len(hidden) + 1, both)
     if backend == "triton":
-        perform, plan = launching("mlp")
+        perform, plan = import_plan("mlp")
         tensors = (grad, input, *hidden, output, weight, *weights)
         facts = dict(activations=tuple(acts), needs=tuple(needs), tf32=uses_tf32(grad))
         done: list[Tensor | None] = perform(plan.backward, tensors, **facts)
@@ -250,7 +250,7 @@ def operator(
 ) -> list[Tensor]:  # fmt: skip
     """Every layer's output. biases: of the layers that have one, for autograd sees no tensors in a list with None."""
     both = Activation(activation, a, b), Activation(output_activation, output_a, output_b)
-    layers = _layers(weights, in_places(has_bias, biases), both)
+    layers = _layers(weights, scatter(has_bias, biases), both)
     with without_autocast(input.device.type):
         return forward(input, layers, dispatch.backend_of(input))
 
@@ -268,7 +268,7 @@ def decomposed(
     activation: str | None, a: float, b: float, output_activation: str | None, output_a: float, output_b: float,
 ) -> list[Tensor]:  # fmt: skip
     both = Activation(activation, a, b), Activation(output_activation, output_a, output_b)
-    return reference.mlp(input, _layers(weights, in_places(has_bias, biases), both))
+    return reference.mlp(input, _layers(weights, scatter(has_bias, biases), both))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::mlp_backward", mutates_args=())
@@ -299,15 +299,15 @@ def _save_of_operator(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
     both = Activation(act, a, b), Activation(output_act, output_a, output_b)
     needs_input, *needs = ctx.needs_input_grad  # here without the lists' structure
     count = len(weights)
-    needs = [needs_input, *needs[:count], *in_places(ctx.has_bias, needs[count:])]
-    _save(ctx, input, _layers(weights, in_places(ctx.has_bias, biases), both), output, needs, operator=True)
+    needs = [needs_input, *needs[:count], *scatter(ctx.has_bias, needs[count:])]
+    _save(ctx, input, _layers(weights, scatter(ctx.has_bias, biases), both), output, needs, operator=True)
     ctx.mark_non_differentiable(*output[:-1])
     ctx.set_materialize_grads(False)  # no zeros for those
 
 
 def _backward_of_operator(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     needs_input, weights, biases = ctx.needs_input_grad[:3]
-    needs = [needs_input, *weights, *in_places(ctx.has_bias, biases)]
+    needs = [needs_input, *weights, *scatter(ctx.has_bias, biases)]
     grad = grads[-1]
     dx, *others = [None] * len(needs) if grad is None else _gradients(ctx, grad, needs)
     count = len(weights)
