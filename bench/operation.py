@@ -200,6 +200,7 @@ def precision(tf32: bool) -> Iterator[None]:
 
 
 OPTIONAL = ("grad_scale", "grad_norm", "lower_y", "EMA_TYPE")  # of kernels, what is None where it is not wanted
+COUNTS = ("TAPS", "GROUPS_PER_TILE", "LAYOUT_DIMS")  # of kernels, where they are more than one
 
 
 def describe(launch: Launch) -> str:
@@ -216,7 +217,7 @@ def describe(launch: Launch) -> str:
         words.append("box" + "×".join(str(given[f"BOX_{side}"]) for side in "NHW"))
     if max(steps := [given.get(f"STEP_{side}", given.get(f"step_{side.lower()}", 1)) for side in "HW"]) > 1:
         words.append("step{}×{}".format(*steps))
-    words += [f"{name.lower()}{n}" for name in ("TAPS", "GROUPS_PER_TILE") if (n := given.get(name, 1)) > 1]
+    words += [f"{name.lower()}{n}" for name in COUNTS if (n := given.get(name, 1)) > 1]
     words += [name.lower() for name, value in settings.items() if value is True and name != "PTX"]
     words += [name.lower() for name in OPTIONAL if given.get(name) is not None]
     return " ".join(filter(None, [*words, given.get("ACT_name")]))

@@ -162,7 +162,7 @@ def test_every_rule_and_switch_of_the_optimizers_is_compiled(rows: list[Row], ta
     assert rules >= {("adam", dtype) for dtype in ("bfloat16", "float16", "float64")}
     switches = {name for row in steps for name in row["settings"].split()}
     assert switches >= {
-        "grad_scale", "grad_norm", "ema_type", "on_device", "eps_inside", "stochastic", "optional", "strided",
+        "grad_scale", "grad_norm", "ema_type", "on_device", "eps_inside", "stochastic", "optional", "layout_dims6",
         "fp32,fp32,fp32", "bf16,bf16",
     }  # fmt: skip
     assert {row["dtype"] for row in mine if row["kernel"] == "gradient_norm"} >= set(dtypes)
