@@ -186,7 +186,7 @@ def test_one_pass(
     dz = gradient(dy.double(), y.double(), acts[0]) if act else dy.double()
     stored = dz.to(dtype).double()  # rounded on its way into the products, as torch's is on its way to memory
     exact = gradient(stored @ w.double(), x.double(), acts[1]) if lower else stored @ w.double()
-    assert_close(dx, exact.cpu(), (stored @ w.double()).to(dtype))
+    assert_close(dx, exact.cpu())  # compiled, float32 in three parts has more than one rounding
     assert_close(dw, (stored.t() @ x.double()).cpu())
     assert_close(db, dz.sum(0).cpu(), scale=dz.norm(dim=0).cpu())
     if lower:
