@@ -129,7 +129,7 @@ def _read(launch: Launch, arch: Arch, kernel: Any, said: str, code: list[Instruc
     faults = wgmma.faults(code, kernel.asm.get("ptx", ""), said, as_loaded=as_loaded)
     return Compiled(
         arch.shared_memory, registers, spilled, int(kernel.metadata.shared), len(code), sass.count(code),
-        tuple(sass.matrix_loops(code)), faults,
+        tuple(sass.matrix_loops(code)), faults, sass.unawaited(code) if launch.early else "",
     ), code  # fmt: skip
 
 

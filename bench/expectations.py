@@ -31,6 +31,7 @@ class Compiled:
     counts: Mapping[str, int] = field(default_factory=dict)
     loops: tuple[Loop, ...] = ()  # the innermost ones around matrix instructions
     wgmma: Mapping[str, str] = field(default_factory=dict)  # what is wrong with asynchronous products: `wgmma.faults`
+    unawaited: str = ""  # what accesses memory before a kernel that is launched early has waited
     error: str = ""  # what the compiler said, if it gave up
 
 
@@ -79,7 +80,10 @@ def accesses(code: Compiled, kind: str, *widths: str) -> int:
 
 NO_SPILLS = Expectation("spills", _spills, "a spilled register costs a trip through memory in the loop")
 SHARED_MEMORY = Expectation("shared memory", _shared_memory, "a launch that needs more is refused")
-ALWAYS = (NO_SPILLS, SHARED_MEMORY)
+AWAITED = Expectation(
+    "the launch before", lambda code: code.unawaited or None, "what it writes may not be there, or still be read"
+)
+ALWAYS = (NO_SPILLS, SHARED_MEMORY, AWAITED)
 ASYNCHRONOUS = tuple(
     Expectation(name, lambda code, name=name: code.wgmma.get(name), reason)  # type: ignore[misc]
     for name, reason in EXPECTED.items()

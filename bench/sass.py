@@ -19,6 +19,8 @@ COPIES = {"UTMALDG", "LDGSTS", "load_lds"}  # from global to shared memory, past
 LOADS = {"LDG", "load"}
 SPILLS = {"LDL", "STL", "scratch"}
 STORES = {"STG", "store"}
+AWAIT = "ACQBULK"  # griddepcontrol.wait
+ACCESSES = LOADS | STORES | COPIES | {"LD", "ST", "UTMASTG", "ATOM", "ATOMG", "RED", "REDG"}  # to global memory
 COUNTED = MATRIX | COPIES | LOADS | STORES | SPILLS | {
     *(f"{name}.{bits}" for name in LOADS | STORES for bits in (64, 128)),
     "UTMASTG", "FFMA", "DFMA", "v_fma", "LDS", "STS", "MUFU.EX2", "MUFU.RCP", "v_exp", "v_rcp",
@@ -121,6 +123,16 @@ def count(code: Sequence[Instruction]) -> dict[str, int]:
     counts = Counter(i.name for i in code)
     counts.update(f"{i.name}.{8 * i.bytes}" for i in code)
     return {name: n for name, n in sorted(counts.items()) if name in COUNTED}
+
+
+def unawaited(code: Sequence[Instruction]) -> str:
+    """What accesses memory before the code waits for the launch before, or that it never does; "" where all is well."""
+    for i in code:
+        if i.name == AWAIT:
+            return ""
+        if i.name in ACCESSES:
+            return f"{i.name} before {AWAIT}"
+    return f"no {AWAIT}"
 
 
 def matrix_loops(code: Sequence[Instruction]) -> list[Loop]:

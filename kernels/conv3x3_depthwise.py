@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .activations import Act, activate
-from .common import accumulator, masked_range, round_to, zeros
+from .common import accumulator, await_previous, masked_range, round_to, zeros
 from .conv3x3 import Batch, Box, Pixels, box_at, offsets, pixels_of, row_of_class, rows_of_class
 
 SIZES = ["N", "H", "W", "P", "Q", "C", "pad_h", "pad_w"]
@@ -101,6 +101,7 @@ def depthwise_forward(x, w, b, y, N, H, W, P, Q, C, pad_h, pad_w, CONFIG: tl.con
 
     A row of x is read once and added to the rows of y that it meets: the one it completes, and those begun with it.
     """
+    await_previous()
     ACT: tl.constexpr = CONFIG.ACT
     BOX: tl.constexpr = CONFIG.BOX
     PIXELS: tl.constexpr = BOX.N * BOX.W  # of a row
@@ -148,6 +149,7 @@ def depthwise_dgrad(dz, w, dx, N, H, W, P, Q, C, pad_h, pad_w, CONFIG: tl.conste
 
     With a stride of 2, pixels that meet the same taps make a class, program_id(1), as in `conv3x3.dgrad`.
     """
+    await_previous()
     BOX: tl.constexpr = CONFIG.BOX
     PIXELS: tl.constexpr = BOX.N * BOX.W  # of a row
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
@@ -198,6 +200,7 @@ def depthwise_wgrad(dz, x, dw, db, N, H, W, P, Q, C, pad_h, pad_w, boxes_per_spl
 
     Where dz does not exist its zero must meet a zero, for an infinity of x would make it NaN.
     """
+    await_previous()
     BOX: tl.constexpr = CONFIG.BOX
     PIXELS: tl.constexpr = BOX.N * BOX.W  # of a row
     ROWS: tl.constexpr = BOX.H

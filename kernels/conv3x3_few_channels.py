@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .activations import Act, activate, gradient
-from .common import accumulator, dot, masked_range, round_operand, round_to
+from .common import accumulator, await_previous, dot, masked_range, round_operand, round_to
 from .conv3x3 import Batch, Box, PixelMap, Pixels, box_at, load_box, offsets, pixels_of, store_box
 from .conv3x3_depthwise import store_row
 
@@ -104,6 +104,7 @@ def few_channels_forward(x, w, b, y, N, H, W, P, Q, O, pad_h, pad_w, CONFIG: tl.
 
     Row by row: what is gathered of a row of x serves the rows of y that it meets.
     """
+    await_previous()
     ACT: tl.constexpr = CONFIG.ACT
     BOX: tl.constexpr = CONFIG.BOX
     PIXELS: tl.constexpr = BOX.N * BOX.W
@@ -168,6 +169,7 @@ def few_channels_dgrad(dz, strides, w, dx, N, H, W, P, Q, O, pad_h, pad_w, CONFI
     three and the last bit, and four lanes share the others, so rows are added and taps taken apart within a thread.
     Only neighbours meet through shared memory.
     """
+    await_previous()
     BOX: tl.constexpr = CONFIG.BOX
     BLOCK_K: tl.constexpr = CONFIG.BLOCK_K
     C: tl.constexpr = CONFIG.C
@@ -214,6 +216,7 @@ def few_channels_wgrad(dz, y, x, dw, db, N, H, W, P, Q, O, pad_h, pad_w, boxes_p
 
     With FUSE_DZ the argument `dz` holds dy, and dz = dy·act′ is formed on the way in: nobody else needs it.
     """
+    await_previous()
     ACT: tl.constexpr = CONFIG.ACT
     BOX: tl.constexpr = CONFIG.BOX
     PIXELS: tl.constexpr = BOX.N * BOX.H * BOX.W

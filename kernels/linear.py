@@ -32,6 +32,7 @@ from .common import (
     Reduce,
     accumulator,
     add_appended,
+    await_previous,
     dot,
     element_type,
     load_tile,
@@ -120,6 +121,7 @@ def forward_tile(x, w, b, y, tile, CONFIG: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "N", "K", "ldx", "ldw"])
 def forward(x, w, b, y, M, N, K, ldx, ldw, CONFIG: tl.constexpr):
     """y = act(x·wᵀ + b). One tile of y a program, or (PERSISTENT) every num_programs-th."""
+    await_previous()
     x = Matrix(x, M, K, ldx)
     w = Matrix(w, K, N, ldw)
     y = Matrix(y, M, N, N)
@@ -137,6 +139,7 @@ def output_grad(dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program, C
 
     dz or db may be None, and y if there is no activation.
     """
+    await_previous()
     ACT: tl.constexpr = CONFIG.ACT
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
@@ -181,6 +184,7 @@ def dgrad(dz, y, w, dx, lower_y, lower_db, sums, M, N, K, ldy, ldw, CONFIG: tl.c
 
     The programs behind those of dx add up partial results of launches before.
     """
+    await_previous()
     SUMS: tl.constexpr = CONFIG.SUMS
     ACT: tl.constexpr = CONFIG.ACT
     LOWER_ACT: tl.constexpr = CONFIG.LOWER_ACT
@@ -236,6 +240,7 @@ def wgrad(dz, y, x, dw, dz_out, db, M, N, K, ldy, ldx, rows_per_split, CONFIG: t
     itself wrote to shared memory, but ptxas puts arithmetic between the product and the wait: 88 of a turn's 260
     instructions. STAGES, `num_stages` again: without it loads for the next turn's dz would not run ahead.
     """
+    await_previous()
     ACT: tl.constexpr = CONFIG.ACT
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
@@ -293,6 +298,7 @@ def backward(dz, y, x, w, dx, dw, db, lower_db, sums, M, N, K, ldy, ldx, ldw, ro
     dw: (splits, N, K). db: (splits, N) or None, by the programs of the first columns. lower_db, sums of dx's rows:
     (splits, K) or None. The programs behind add up partial results of launches before.
     """
+    await_previous()
     SUMS: tl.constexpr = CONFIG.SUMS
     FUSE_DZ: tl.constexpr = CONFIG.FUSE_DZ
     ACT: tl.constexpr = CONFIG.ACT

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import optim_codes
-from .common import round_to
+from .common import await_previous, round_to
 from .optim_rules import divide, hyper
 
 
@@ -389,6 +389,7 @@ def multi_tensor_step(
     in memory, are divided by the scale and written back; nothing at all changes if found_inf is not 0. grad_norm: the
     float64 norm of all gradients (unscaled), or None: they are clipped to the group's max_grad_norm.
     """
+    await_previous()
     finite = True
     if found_inf is not None:
         finite = tl.load(found_inf) == 0.0
@@ -463,6 +464,7 @@ def gradient_norm(
     time. norm: a float64 scalar, divided by the GradScaler's grad_scale if there is one. CONFIG: a
     `tribp.launch.optim.NormConfig`.
     """
+    await_previous()
     BLOCK: tl.constexpr = CONFIG.BLOCK
     chunk = chunks + 2 * tl.program_id(0)
     tensor = tl.load(chunk)

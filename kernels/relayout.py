@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .activations import Act, gradient
-from .common import accumulator, from_tuple, masked_range, round_to
+from .common import accumulator, await_previous, from_tuple, masked_range, round_to
 
 
 class Contiguous(NamedTuple):
@@ -66,6 +66,7 @@ def relayout(src, y, dst, db, N, P, C, dst_c, tiles_per_program, CONFIG: tl.cons
 
     y, and dst or db, may be None.
     """
+    await_previous()
     ACT: tl.constexpr = CONFIG.ACT
     BLOCK_P: tl.constexpr = CONFIG.BLOCK_P
     BLOCK_C: tl.constexpr = CONFIG.BLOCK_C
@@ -131,6 +132,7 @@ def pack(first, second, third, CONFIG: tl.constexpr):
 
     Images have the same layout, so they share the code; one that is not there has no programs.
     """
+    await_previous()
     program = tl.program_id(0)
     program2 = program - from_tuple(first.programs) * tl.cdiv(from_tuple(first.dst_c), CONFIG.BLOCK_C)
     program3 = program2 - from_tuple(second.programs) * tl.cdiv(from_tuple(second.dst_c), CONFIG.BLOCK_C)

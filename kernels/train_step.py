@@ -21,7 +21,17 @@ import triton
 import triton.language as tl
 
 from .activations import Act, activate, gradient, log1p_fraction
-from .common import Matrix, accumulator, load_tile, masked_range, product, round_to, store_tile, transposed
+from .common import (
+    Matrix,
+    accumulator,
+    await_previous,
+    load_tile,
+    masked_range,
+    product,
+    round_to,
+    store_tile,
+    transposed,
+)
 
 NamedAct = namedtuple("NamedAct", "name a b")
 
@@ -194,6 +204,7 @@ def train_rows(x, target, losses, weights, biases, ys, dzs, M, CONFIG: tl.conste
 
     Tuples, an entry a layer: weights; biases, or None; ys, None for the last; dzs. With FIRST the first y is there.
     """
+    await_previous()
     SIZES: tl.constexpr = CONFIG.SIZES
     FIRST: tl.constexpr = CONFIG.FIRST
     LAST: tl.constexpr = len(SIZES) - 2
@@ -240,6 +251,7 @@ def weight_tile(program, y, dz, dw, db, M, N: tl.constexpr, K: tl.constexpr, CON
 @triton.jit(do_not_specialize=["M", "parts"])
 def train_weights(x, losses, loss, ys, dzs, dws, dbs, M, parts, CONFIG: tl.constexpr):
     """Every gradient that has a place, and the loss, of its `parts`."""
+    await_previous()
     SIZES: tl.constexpr = CONFIG.SIZES
     program = tl.program_id(0)
     if program == 0:

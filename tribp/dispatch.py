@@ -104,7 +104,9 @@ def _arch_of(index: int) -> Arch:
         return Arch("hip", number, properties.multi_processor_count, 64 * 1024, name)
     capability = 10 * properties.major + properties.minor
     memory = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)  # 99 KB: what every GPU since sm_80 has
-    return Arch("cuda", capability, properties.multi_processor_count, memory, f"sm_{capability}")
+    # Programmatic dependent launch: since Hopper, and in CUDA graphs since 12.3.
+    early = capability >= 90 and torch._C._cuda_getDriverVersion() >= 12030  # type: ignore[attr-defined]
+    return Arch("cuda", capability, properties.multi_processor_count, memory, f"sm_{capability}", early)
 
 
 def arch_of(index: int | None) -> Arch:

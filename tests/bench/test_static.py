@@ -11,7 +11,17 @@ import pytest
 
 from bench import sass as machine_code
 from bench import wgmma
-from bench.expectations import NO_SPILLS, PIPELINED, SHARED_MEMORY, Compiled, broken, multiplies_with, vectors, wide
+from bench.expectations import (
+    AWAITED,
+    NO_SPILLS,
+    PIPELINED,
+    SHARED_MEMORY,
+    Compiled,
+    broken,
+    multiplies_with,
+    vectors,
+    wide,
+)
 from bench.optim import THOROUGH
 from bench.sass import Loop
 from tribp.launch.arch import ARCHS
@@ -84,7 +94,10 @@ def complaints(rows: list[Row], expectation: str) -> list[str]:
     ]
 
 
-EXPECTATIONS = ["spills", "shared memory", "matrix instructions", "pipelined", "wide stores", "wide loads", "vectors"]
+EXPECTATIONS = [
+    "spills", "shared memory", "matrix instructions", "pipelined", "wide stores", "wide loads", "vectors",
+    "the launch before",
+]  # fmt: skip
 
 
 @each_target
@@ -359,6 +372,22 @@ def test_a_pipelined_loop_is_seen_and_one_that_is_not() -> None:
     assert machine_code.matrix_loops(late) == [Loop(1, loads=1, loads_before=1, loads_early=False, spills=0)]
 
 
+@pytest.mark.parametrize(
+    ("instructions", "complaint"),
+    [
+        (["ACQBULK", "LDG.E R1, [R2.64]", "EXIT"], ""),
+        (["LDC R1, c[0x0][0x28]", "ACQBULK", "UTMALDG.2D [UR8], [UR4]", "EXIT"], ""),  # an argument is there
+        (["LDG.E R1, [R2.64]", "ACQBULK", "EXIT"], "LDG before ACQBULK"),
+        (["UTMALDG.2D [UR8], [UR4]", "ACQBULK", "EXIT"], "UTMALDG before ACQBULK"),
+        (["STG.E [R2.64], R1", "ACQBULK", "EXIT"], "STG before ACQBULK"),
+        (["ATOMG.E.ADD R1, [R2.64], R3", "EXIT"], "ATOMG before ACQBULK"),
+        (["MOV R1, R1", "EXIT"], "no ACQBULK"),
+    ],
+)
+def test_what_does_not_wait_for_the_launch_before_is_seen(instructions: list[str], complaint: str) -> None:
+    assert machine_code.unawaited(sass(*instructions)) == complaint
+
+
 def test_a_loop_around_the_loop_is_not_its_prologue() -> None:
     """A persistent kernel loads its bias after the inner loop and comes back: that is no load ahead of it."""
     code = sass(
@@ -407,13 +436,14 @@ def test_checks_on_made_up_findings() -> None:
                     (Loop(4, 2, 4, True, 0),))  # fmt: skip
     matrix = multiplies_with("HGMMA", reason="")
     stores = wide("stores", 128, "")
-    checks = [NO_SPILLS, SHARED_MEMORY, matrix, PIPELINED, stores]
+    checks = [NO_SPILLS, SHARED_MEMORY, AWAITED, matrix, PIPELINED, stores]
     assert broken(good, checks) == []
 
     def bad(**changes: Any) -> list[str]:
         return [s.split(":")[0] for s in broken(Compiled(**{**good.__dict__, **changes}), checks)]
 
     assert bad(spilled=4) == ["spills"]
+    assert bad(unawaited="no ACQBULK") == ["the launch before"]
     assert bad(shared_memory=1001) == ["shared memory"]
     assert bad(counts={"HMMA": 4, "STG.128": 1, "STG": 1}) == ["matrix instructions"]
     assert bad(loops=()) == ["matrix instructions", "pipelined"]

@@ -22,9 +22,13 @@ from ..conv3x3.cases import ieee as ieee
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
+from bench.operation import find
 from tribp.kernels import common
 from tribp.launch import plan as plans
-from tribp.launch.arch import INTERPRETER
+from tribp.launch.arch import ARCHS, INTERPRETER
 from tribp.launch.buffer import Buffer, Layout, Memory, dense_strides, layout_of
 from tribp.launch.launches import CachedLaunch, Launch
 from tribp.launch.layout import matrix
@@ -501,6 +505,23 @@ def test_repeated_calls_hand_the_driver_what_triton_would(target: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "compared" in done.stdout
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_launches_begin_early_where_their_kernels_wait(target: str) -> None:
+    """All of ours do. One that would not, and began before what it reads is written, must begin after it."""
+    arch = ARCHS[target]
+    for operation in find():
+        for direction in operation.directions:
+            for launch in operation.launches(operation.cases[0], direction, arch):
+                assert launch.early == (target in ("sm_90", "sm_100")), launch.kernel.__name__
+                assert ("launch_pdl" in launch.options) == launch.early
+
+    @triton.jit
+    def hasty(x) -> None:  # type: ignore[no-untyped-def]
+        tl.store(x, 1.0)
+
+    assert not Launch(hasty, (1,), (), {}, 1).for_arch(arch).early
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ class Arch:
     processors: int  # multiprocessors or compute units
     shared_memory: int  # bytes one program may use
     name: str
+    early_launches: bool = False  # whether a launch can begin while the one before ends
 
     @property
     def has_tma(self) -> bool:
@@ -31,8 +32,8 @@ class Arch:
 # The machines the static checks compile for; on a real one `tribp.dispatch.arch_of` reads the numbers off the device.
 ARCHS = {
     "sm_80": Arch("cuda", 80, 108, 163 * 1024, "sm_80"),
-    "sm_90": Arch("cuda", 90, 132, 227 * 1024, "sm_90"),
-    "sm_100": Arch("cuda", 100, 148, 227 * 1024, "sm_100"),
+    "sm_90": Arch("cuda", 90, 132, 227 * 1024, "sm_90", early_launches=True),
+    "sm_100": Arch("cuda", 100, 148, 227 * 1024, "sm_100", early_launches=True),
     "gfx942": Arch("hip", 942, 304, 64 * 1024, "gfx942"),
 }
 INTERPRETER = Arch("interpreter", 0, 4, 1 << 30, "interpreter")

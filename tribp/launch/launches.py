@@ -16,6 +16,8 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import versions
+from ..kernels import common
+from .arch import Arch
 from .buffer import Buffer
 
 REMEMBERED = 4096  # launches' descriptors, of some hundred bytes each; the one not used for longest is forgotten first
@@ -34,6 +36,7 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int = 1
     max_registers: int | None = None
+    early: bool = False  # it may begin while the launch before ends
 
     @staticmethod
     def of(
@@ -71,7 +74,14 @@ class Launch(NamedTuple):
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         if self.max_registers is not None:
             options["maxnreg"] = self.max_registers  # CUDA only: on AMD it is no option
+        if self.early:
+            options["launch_pdl"] = True  # programmatic dependent launch
         return options
+
+    def for_arch(self, arch: Arch) -> "Launch":
+        """The launch on such a GPU: early where that can be, if its kernel then waits for the launch before."""
+        waits = arch.early_launches and common.await_previous.__name__ in self.kernel.fn.__code__.co_names
+        return self._replace(early=waits)
 
     def run(self) -> object:
         """Returns the compiled kernel, or None where it was interpreted."""

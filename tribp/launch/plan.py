@@ -113,7 +113,7 @@ class Plan:
         self.add(Launch.of(kernel, grid, arguments, constants, config, max_registers=max_registers))
 
     def add(self, launch: Launch) -> None:
-        self.steps.append(launch)
+        self.steps.append(launch.for_arch(self.arch))
 
     def returns(self, *results: Buffer | None) -> None:
         """Say what the launches write: outputs, or tensors of the call. Without any, the call is not tuned."""
