@@ -1,9 +1,11 @@
 """Which backend runs what; and that importing tribp asks nothing of a GPU and nothing of triton."""
 
+import ctypes
 import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +116,36 @@ def test_works_without_triton() -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "the Triton backend was asked for, but triton is not installed: pip install triton"
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "early"),
+    [
+        ((9, 0), 13000, True),
+        ((10, 0), 12030, True),
+        ((9, 0), 12020, False),
+        ((9, 0), None, False),
+        ((8, 0), 13000, False),
+    ],
+)
+def test_launches_begin_early_where_gpu_and_driver_can(
+    capability: tuple[int, int], driver: int | None, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Library:
+        def __init__(self, name: str) -> None:
+            if driver is None:
+                raise OSError(name)
+
+        def cuDriverGetVersion(self, version: object) -> None:
+            version._obj.value = driver  # type: ignore[attr-defined]
+
+    major, minor = capability
+    properties = SimpleNamespace(major=major, minor=minor, multi_processor_count=132, shared_memory_per_block_optin=9)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    arch = dispatch._arch_of.__wrapped__(0)
+    assert (arch.name, arch.early_launches) == (f"sm_{10 * major + minor}", early)
 
 
 def test_importing_queries_no_gpu() -> None:

@@ -5,9 +5,11 @@
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,6 +97,16 @@ def _supported(index: int) -> bool:
     return arch.backend != "cuda" or arch.capability >= 80
 
 
+def _driver_version() -> int:
+    """CUDA's newest version that the driver knows, 12030 for 12.3; torch does not say."""
+    version = ctypes.c_int()
+    with contextlib.suppress(OSError):  # of another name here
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuDriverGetVersion(
+            ctypes.byref(version)
+        )
+    return version.value
+
+
 @functools.cache
 def _arch_of(index: int) -> Arch:
     properties = torch.cuda.get_device_properties(index)
@@ -104,8 +116,7 @@ def _arch_of(index: int) -> Arch:
         return Arch("hip", number, properties.multi_processor_count, 64 * 1024, name)
     capability = 10 * properties.major + properties.minor
     memory = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)  # 99 KB: what every GPU since sm_80 has
-    # Programmatic dependent launch: since Hopper, and in CUDA graphs since 12.3.
-    early = capability >= 90 and torch._C._cuda_getDriverVersion() >= 12030  # type: ignore[attr-defined]
+    early = capability >= 90 and _driver_version() >= 12030  # CUDA graphs take early launches since 12.3
     return Arch("cuda", capability, properties.multi_processor_count, memory, f"sm_{capability}", early)
 
 
