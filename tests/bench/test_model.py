@@ -494,10 +494,11 @@ def test_work_of_an_optimizers_step(
     shapes = [(1000,), (4096, 1024)]
     case = StepCase(optimizer, "two", shapes, options=options, beyond=beyond, scaler=scaler)
     assert case.lengths == [1000, 1 << 22]
-    found = [work_of(launch, case) for launch in launches_of(case, "step")]
+    launches = launches_of(case, "step")
+    found = [work_of(launch, case) for launch in launches]
     assert [w.bytes / case.elements for w in found] == moved
     assert operation_of(case).work(case, "step").bytes == sum(moved) * case.elements
-    assert all(w.turns == 1 for w in found)
+    assert [w.turns for w in found] == [launch.named["chunk_blocks"] for launch in launches]
 
 
 def test_an_optimizers_programs_take_turns() -> None:

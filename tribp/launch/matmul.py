@@ -159,7 +159,9 @@ def candidates(of: Product, l: int) -> list[MatmulConfig]:
         if arch.backend == "cuda":
             wide = replace(wide, max_registers=255)  # compiled: ptxas would hold it to 96 on sm_89, and spill 232 bytes
         small = replace(wide, block_i=64, block_j=64, num_warps=4, reason="derived: odd pitch: 64×64 fills the GPU")
-        tiny = replace(small, block_i=32, block_j=32, reason="derived: odd pitch: a small result")
+        # 1000×77×333, µs: forward with 32 deep tiles 10.2, 64 8.4, 128 10.7; weight and bias 22.6 and 20.4.
+        tiny = replace(small, block_i=32, block_j=32, block_l=64 if l > 128 else 32)
+        tiny = replace(tiny, reason="measured on sm_90: odd pitch: a small result, a long sum in few steps")
         return [wide, replace(wide, block_j=64), small, tiny]
     if arch.backend == "hip":
         depth = {"float64": 16, "float32": 32}.get(dtype, 64)
@@ -241,18 +243,35 @@ def choose_product(of: Product, i: int, j: int, l: int) -> MatmulConfig:
         tiles = tiles[1:]
     filling = [tile for tile in tiles if fills(tile.tiles(i, j), of.arch)]
     chosen = fitted((filling or tiles[-1:])[0], of, i, j, l)
-    return deepened(chosen, of, chosen.tiles(i, j))
+    return staged(chosen, of, chosen.tiles(i, j))
 
 
-def deepened(config: M, of: Product, programs: int) -> M:
-    """The config with more stages, if each program has a processor's shared memory to itself.
+def three_each(config: MatmulConfig, of: Product, programs: int) -> bool:
+    """Whether all programs are there at once if a processor takes three: tiles of 128×128, of two stages.
+
+    Measured on an H200, 3×3, µs, with three stages and two: 64×128 of 28², forward and dgrad (392 programs), 34.2, 33.4
+    and 28.1, 27.8. 256×512 of 7², with 196 tiles of 128×256: 101.8, 101.7; with 392 of these 96.0, 100.3.
+    """
+    small = (config.block_i, config.block_j, config.num_warps) == (128, 128, 4)
+    return small and asynchronous(config, of) and 2 * of.arch.processors < programs <= 3 * of.arch.processors
+
+
+def staged(config: M, of: Product, programs: int) -> M:
+    """The config with more stages, if each program has a processor's shared memory to itself; fewer for `three_each`.
 
     Measured on an H200, 3×3 on 64×512 images of 7² (100 programs), dgrad and forward, with three stages and four: 36.7,
     38.0 and 29.0, 30.1 µs; five are no faster.
     """
-    alone = of.arch.has_wgmma and config.tma and ITEMSIZE[of.dtype] == 2 and programs <= of.arch.processors
-    config = replace(config, num_stages=max(config.num_stages, 4)) if alone else config
+    if three_each(config, of, programs):
+        config = replace(config, num_stages=min(config.num_stages, 2))
+    elif asynchronous(config, of) and programs <= of.arch.processors:
+        config = replace(config, num_stages=max(config.num_stages, 4))
     return replace(config, num_stages=stages_that_fit(config, ITEMSIZE[of.dtype], of.arch))
+
+
+def asynchronous(config: MatmulConfig, of: Product) -> bool:
+    """Whether descriptors load the tiles that wgmma multiplies as they are."""
+    return of.arch.has_wgmma and config.tma and ITEMSIZE[of.dtype] == 2
 
 
 def stages_that_fit(config: MatmulConfig, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:
@@ -331,7 +350,7 @@ def legal_product(
     by_registers = needs_registers(of, tma=config.tma) and not config.prefetch  # which copies nothing asynchronously
     most, deepest, widest = RESULT, 128, MAX_TILE
     if config.prefetch:  # what is prefetched lies in registers as well, and where it comes from
-        most, deepest, widest = RESULT // (2 if config.num_warps == 8 else 4), 32, 128
+        most, deepest, widest = RESULT // (2 if config.num_warps == 8 else 4), 64 if tile <= 32 * 32 else 32, 128
     stages = stages_in_memory(config, itemsize, arch, extra=extra, output=output)
     single = config.prefetch or arch.backend == "interpreter"  # one pipeline on top of another does not compile
     return (

@@ -21,15 +21,16 @@ from ...launch.matmul import (
     adjusted_product,
     by_mma_sync,
     candidates,
-    deepened,
     fills,
     fit,
     fitted,
     legal_threads,
     needs_registers,
     registers,
+    staged,
     stages_in_memory,
     stages_that_fit,
+    three_each,
     unrounded,
 )
 from ...launch.neighbors import Steps, all_registers, doubled, toggled
@@ -235,12 +236,17 @@ class ConvProblem(NamedTuple):
             most = 128 * 128 if ITEMSIZE[dtype] == 2 else 128 * 64 // classes
             small = [replace(t, block_l=min(t.block_l, 32)) for t in tiles if t.block_i * t.block_j <= most]
             tiles = small or tiles[-1:]
-        filling = [tile for tile in tiles if fills(tile.tiles(i, j) * group_tiles * classes, arch)]
-        chosen = fitted((filling or tiles[-1:])[0], self, i, j, l)
+
+        def programs(tile: MatmulConfig) -> int:
+            return tile.tiles(i, j) * group_tiles * classes
+
+        filling = [tile for tile in tiles if fills(programs(tile), arch)]
+        at_once = [tile for tile in filling if three_each(tile, self, programs(tile))]
+        chosen = fitted((at_once or filling or tiles[-1:])[0], self, i, j, l)
         if self.wide and chosen.block_i * chosen.block_j == 128 * 128:
             # Compiled: beside stores of single columns four warps have no registers for tanh, and spill 384 bytes.
             chosen = replace(chosen, num_warps=8)
-        chosen = deepened(chosen, self, chosen.tiles(i, j) * group_tiles * classes)
+        chosen = staged(chosen, self, programs(chosen))
         if needs_registers(self, tma=chosen.tma):
             chosen = by_mma_sync(chosen, self.precision)
         if chosen.tma and self.whole and l % chosen.block_l:

@@ -43,12 +43,12 @@ class DepthwiseProblem(NamedTuple):
                 # Compiled: others spill, up to 236 bytes (120 channels; 64 with a stride of 2; 32; tanh with Triton
                 # 3.9), and rows that are not whole boxes of eight 76.
                 # 64×384 of 56², µs: forward and dgrad with 1,024 elements a row 141, 142, with 2,048 113, 109; wgrad
-                # with boxes of four rows 162, of eight 144.
+                # with boxes of four rows 162, of eight 142, by two warps 130: its programs then are there all at once.
                 if wgrad:
-                    rows = 4 if p % 8 else 8
+                    elements, rows, warps = elements // 2, 4 if p % 8 else 8, 2
                 else:
                     elements, most = 2 * elements, 128
-                reason = "measured on sm_90: two accesses of 16 bytes a thread to a row, or eight rows"
+                reason = "measured on sm_90: two accesses of 16 bytes a thread to a row, or eight rows by two warps"
         if channels_last:
             channels = min(power_of_2(c), most)
             images, _, columns = choose_box(elements // channels, n, 1, q)
@@ -79,7 +79,7 @@ class DepthwiseProblem(NamedTuple):
             return s.boxes(n, p, q) * prod(s.box) * cdiv(c, s.block_j) * s.block_j
 
         return (
-            legal_threads(config, arch)
+            legal_threads(config, arch, wgmma=False)
             and config.block_i == images * columns
             and 1 <= rows <= (8 if wgrad else 64)  # rows of wgrad are unrolled
             and max(images, columns, channels) <= MAX_TILE

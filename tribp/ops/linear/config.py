@@ -172,8 +172,8 @@ class WgradProblem(NamedTuple):
         m, n, k, _, _, arch, *_ = self
 
         def most_splits(tile: MatmulConfig) -> int:
-            """Splits of under eight steps do little but write partial results."""
-            return max(1, min(cdiv(m, 8 * tile.block_l), self.most_splits))
+            """Splits of under eight steps, where loads run ahead, do little but write partial results."""
+            return max(1, min(cdiv(m, 256 if tile.prefetch else 8 * tile.block_l), self.most_splits))
 
         tiles = turned(candidates(self, m), n, k)
         filling = [tile for tile in tiles if fills(tile.tiles(n, k) * most_splits(tile), arch)]
