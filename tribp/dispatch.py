@@ -99,11 +99,10 @@ def _supported(index: int) -> bool:
 
 def _driver_version() -> int:
     """CUDA's newest version that the driver knows, 12030 for 12.3; torch does not say."""
+    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     version = ctypes.c_int()
-    with contextlib.suppress(OSError):  # of another name here
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuDriverGetVersion(
-            ctypes.byref(version)
-        )
+    with contextlib.suppress(OSError):  # it has another name here
+        ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(version))
     return version.value
 
 
