@@ -6,6 +6,7 @@ import pytest
 
 from tribp.launch.arch import ARCHS, Arch
 from tribp.launch.matmul import fills
+from tribp.launch.optim import MultiTensorProblem
 from tribp.ops.conv3x3.config import ConvProblem
 from tribp.ops.linear.config import DgradProblem, ForwardProblem, WgradProblem
 
@@ -50,6 +51,50 @@ def test_short_sums_have_tiles_that_share_a_processor(target: str, most: int) ->
     for k, columns in ((most, 128), (most + 1, 256)):
         problem = ForwardProblem(65536, 4096, k, "bfloat16", "ieee", arch, vec=8, tma=arch.has_tma)
         assert problem.choose().block_j == columns
+
+
+@pytest.mark.parametrize(
+    ("rows", "tile"), [(33, (128, 256, 4)), (34, (128, 128, 2)), (49, (128, 128, 2)), (50, (128, 256, 4))]
+)
+def test_programs_that_are_there_all_at_once_have_two_stages(rows: int, tile: tuple[int, int, int]) -> None:
+    """Eight columns of 128×128: 272 to 392 programs on 132 processors, three for each; or half as many of 128×256."""
+    forward = ForwardProblem(128 * rows, 1024, 2048, "bfloat16", "ieee", H100, vec=8, tma=True).choose()
+    assert (forward.block_i, forward.block_j, forward.num_stages) == tile
+    dgrad = DgradProblem(128 * rows, 2048, 1024, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=False).choose()
+    assert (dgrad.block_i, dgrad.block_j, dgrad.num_stages) == tile
+    image = ConvProblem(
+        1, rows, 128, 1024, 256, 1, 1, 1, "bfloat16", "ieee", H100,
+        vec=8, tma=True, along=True, whole=False, wide=False, stepped=False,
+    ).choose()  # fmt: skip
+    assert (image.block_i, image.block_j, image.num_stages) == tile
+
+
+def test_dgrad_of_four_programs_a_processor_is_shallow() -> None:
+    def depth(m: int, n: int, k: int, **more: bool) -> int:
+        facts = dict(may_fuse=False) | more
+        return DgradProblem(m, n, k, "bfloat16", "ieee", H100, vec=8, tma=True, **facts).choose().block_l
+
+    assert depth(8192, 1024, 1024) == depth(4096, 1024, 2048) == depth(8192, 512, 1024) == 32
+    assert depth(8192, 1024, 1024, along=True) == depth(8192, 1024, 1024, for_lower=True) == 64
+    assert depth(16384, 1024, 1024) == depth(6272, 1024, 1024) == 64
+
+
+@pytest.mark.parametrize(
+    ("elements", "types", "expected"),
+    [
+        (8_000, ("float32",), (512, 1, 2)),
+        (4_096_000, ("float32",), (512, 8, 2)),
+        (10**8, ("float32",), (1024, 8, 4)),
+        (10**8, ("bfloat16", "float32"), (512, 16, 2)),
+        (10**8, ("bfloat16", "int8"), (512, 16, 2)),
+        (10**8, ("float64",), (512, 8, 4)),
+    ],
+)
+def test_steps_take_the_blocks_that_were_measured(
+    elements: int, types: tuple[str, ...], expected: tuple[int, int, int]
+) -> None:
+    config = MultiTensorProblem(elements, types, False, H100).choose()
+    assert (config.block, config.chunk_blocks, config.num_warps) == expected
 
 
 def test_the_shapes_that_the_rule_names() -> None:

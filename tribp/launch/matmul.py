@@ -9,6 +9,7 @@ and the reason begins with what it rests on (`basis`):
 - "measured on sm_90": timed on that GPU (`python -m bench tune`, or TRIBP_AUTOTUNE=1); on any other one, derived.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -241,16 +242,25 @@ def choose_product(of: Product, i: int, j: int, l: int) -> MatmulConfig:
     tiles = turned(candidates(of, l), i, j)
     if tiles[0].tma and tiles[0].block_i * tiles[0].block_j > 128 * 128 and j <= 128:
         tiles = tiles[1:]
-    filling = [tile for tile in tiles if fills(tile.tiles(i, j), of.arch)]
-    chosen = fitted((filling or tiles[-1:])[0], of, i, j, l)
+    chosen = fitted(filling(tiles, of, lambda tile: tile.tiles(i, j)), of, i, j, l)
     return staged(chosen, of, chosen.tiles(i, j))
+
+
+def filling(tiles: Sequence[MatmulConfig], of: Product, programs: Callable[[MatmulConfig], int]) -> MatmulConfig:
+    """The first tile, with so many programs, that fills the GPU; before it, one whose programs are there all at once.
+
+    Larger ones than those would be one and a half for each processor, which take the time of two.
+    """
+    enough = [tile for tile in tiles if fills(programs(tile), of.arch)] or tiles[-1:]
+    return next((tile for tile in enough if three_each(tile, of, programs(tile))), enough[0])
 
 
 def three_each(config: MatmulConfig, of: Product, programs: int) -> bool:
     """Whether all programs are there at once if a processor takes three: tiles of 128×128, of two stages.
 
-    Measured on an H200, 3×3, µs, with three stages and two: 64×128 of 28², forward and dgrad (392 programs), 34.2, 33.4
-    and 28.1, 27.8. 256×512 of 7², with 196 tiles of 128×256: 101.8, 101.7; with 392 of these 96.0, 100.3.
+    Measured on an H200, µs, 392 programs of three stages and of two: 3×3 on 64×128 of 28², forward and dgrad, 34.2,
+    33.4 and 28.1, 27.8; forward of 6272×1024×1024 28.8 and 25.4. With 196 tiles of 128×256, and with these: 3×3 on
+    256×512 of 7² 101.8, 101.7 and 93, 99.9; 12544×512×2048 54.7 and 40.7; 6272×1024×4096 96.8 and 73.7.
     """
     small = (config.block_i, config.block_j, config.num_warps) == (128, 128, 4)
     return small and asynchronous(config, of) and 2 * of.arch.processors < programs <= 3 * of.arch.processors

@@ -21,7 +21,7 @@ from ...launch.matmul import (
     adjusted_product,
     by_mma_sync,
     candidates,
-    fills,
+    filling,
     fit,
     fitted,
     legal_threads,
@@ -30,7 +30,6 @@ from ...launch.matmul import (
     staged,
     stages_in_memory,
     stages_that_fit,
-    three_each,
     unrounded,
 )
 from ...launch.neighbors import Steps, all_registers, doubled, toggled
@@ -240,9 +239,7 @@ class ConvProblem(NamedTuple):
         def programs(tile: MatmulConfig) -> int:
             return tile.tiles(i, j) * group_tiles * classes
 
-        filling = [tile for tile in tiles if fills(programs(tile), arch)]
-        at_once = [tile for tile in filling if three_each(tile, self, programs(tile))]
-        chosen = fitted((at_once or filling or tiles[-1:])[0], self, i, j, l)
+        chosen = fitted(filling(tiles, self, programs), self, i, j, l)
         if self.wide and chosen.block_i * chosen.block_j == 128 * 128:
             # Compiled: beside stores of single columns four warps have no registers for tanh, and spill 384 bytes.
             chosen = replace(chosen, num_warps=8)
