@@ -218,13 +218,12 @@ def dgrad(dz, y, w, dx, lower_y, lower_db, sums, M, N, K, ldy, ldw, CONFIG: tl.c
     else:
         acc = product(dz, w, m, k, 0, False, CONFIG.W_TRANSPOSED, BLOCK_M, BLOCK_K, BLOCK_N, CONFIG)
     if LOWER_ACT is not None:
-        i, i_inside = masked_range(m, M, BLOCK_M, 1)
-        j, j_inside = masked_range(k, K, BLOCK_K, CONFIG.VEC_LOWER)
-        at = lower_y + (i[:, None] * (K // CONFIG.VEC_LOWER * CONFIG.VEC_LOWER) + j[None, :])
-        tile = tl.load(at, mask=i_inside[:, None] & j_inside[None, :], other=0.0)
-        acc = gradient(acc, tile, LOWER_ACT)
+        y_tile = load_tile(Matrix(lower_y, M, K, K), m, k, BLOCK_M, BLOCK_K, False, CONFIG.VEC_LOWER)
+        acc = gradient(acc, y_tile, LOWER_ACT)
         if lower_db is not None:
-            total = tl.sum(tl.where(i_inside[:, None], acc, 0.0), 0)  # other rows are of anything (`product`)
+            inside = tl.arange(0, BLOCK_M) < M - m  # other rows are of anything (`product`)
+            total = tl.sum(tl.where(inside[:, None], acc, 0.0), 0)
+            j, j_inside = masked_range(k, K, BLOCK_K, 1)
             tl.store(lower_db + row.to(tl.int64) * K + j, round_to(total, lower_db.dtype.element_ty), mask=j_inside)
     store_tile(Matrix(dx, M, K, K), acc, m, k, BLOCK_M, BLOCK_K, CONFIG.VEC_STORE)
 

@@ -544,8 +544,8 @@ def test_batches_of_many_sizes_take_few_kernels() -> None:
     pytest.importorskip("triton")
     counts = called("test_run.kernels_of_batches")
     assert 4 <= counts["MLP"] <= 14
-    # Small batches have a stage more where a program is alone.
-    assert 9 <= counts["channels_last"] <= 47
+    # Small batches have a stage more where a program is alone, and one less where a processor takes three at once.
+    assert 9 <= counts["channels_last"] <= 53
     assert 9 <= counts["contiguous"] <= 89
 
 

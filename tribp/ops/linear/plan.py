@@ -303,6 +303,7 @@ def dgrad(
     store_tma = s.tma and out.tma
     precision = precision_in_kernel(precision, s.tma)
     lower_y, lower_act, lower_db = lower or (None, None, None)
+    beneath = None if lower_y is None else operand(plan, lower_y)
     plan.launch(
         kernels.dgrad,
         (s.tiles(m, k),),
@@ -311,14 +312,15 @@ def dgrad(
             y.argument(s.tma, s.block_i, s.block_l) if s.fuse_dz and y is not None else None,
             w.argument(s.tma, s.block_l, s.block_j, precision),
             out.argument(store_tma, s.block_i, s.block_j),
-            lower_y, lower_db, None, m, n, k, dz.ld, w.ld,
+            None if beneath is None else beneath.argument(s.tma and beneath.tma, s.block_i, s.block_j),
+            lower_db, None, m, n, k, dz.ld, w.ld,
         ),
         kernels.Product(
             BLOCK_M=s.block_i, BLOCK_N=s.block_l, BLOCK_K=s.block_j, GROUP=s.group, STAGES=s.num_stages,
             PRECISION=precision, FUSE_DZ=s.fuse_dz, ACT=activation if s.fuse_dz else None, TMA=s.tma,
             TMA_STORE=store_tma, W_TRANSPOSED=w.transposed,
             LOWER_ACT=None if lower_act is None else as_stored(lower_act, dx.dtype),
-            VEC_LOWER=None if lower_y is None else operand(plan, lower_y).vec,
+            VEC_LOWER=None if beneath is None else beneath.vec,
             PREFETCH=prefetched(s, dz, w), VEC=min(t.vec for t in (dz, w, y) if t is not None), VEC_STORE=out.vec,
         ),
         s,
