@@ -155,7 +155,6 @@ class CpuMeter:
 
     def release(self) -> None:
         """Give back memory that nothing uses."""
-        gc.collect()
 
     # The ceilings that floors are computed from, each measured when it is first asked for.
 
@@ -244,7 +243,7 @@ class CudaMeter(CpuMeter):
         return torch.cuda.memory_allocated()
 
     def release(self) -> None:
-        super().release()
+        gc.collect()
         torch.cuda.empty_cache()
 
     def peak_bytes(self, call: Call) -> int | None:
