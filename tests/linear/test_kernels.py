@@ -230,12 +230,13 @@ def test_backward_as_a_whole(needs: str, expanded: bool, dtype: torch.dtype, ker
         launch.named.get("FUSE_DZ", False) for launch in run(whole_backward, tensors, activation=SIGMOID, tf32=False)
     )
     # Somebody's product may carry it: not for db alone, nor for dx beside db. Whether it does, the heuristics say for
-    # the GPU; the interpreter's always do.
+    # the GPU; the interpreter's always do with descriptors, which Triton 3.5 interprets of some strides only.
     configs = plan_of(whole_backward, tensors, activation=SIGMOID, tf32=False).configs
     may = any(getattr(problem, "may_fuse", False) for problem in configs)
     assert may == (not expanded and ("w" in needs or needs == "x"))
     assert fused == any(getattr(config, "fuse_dz", False) for config in configs.values())
-    assert fused == may or not common.INTERPRETED
+    described = any(getattr(config, "tma", False) for config in configs.values())
+    assert fused == (may and described) or not common.INTERPRETED
     exact_dx, exact_dw, exact_db, terms = LinearSigmoid(x, w, None).gradients(dy, y)
     for result, exact in ((dx, exact_dx), (dw, exact_dw)):
         if result is not None:
