@@ -70,11 +70,12 @@ class MultiTensorProblem(NamedTuple):
         elements, types, strided, arch = self
         if arch.backend == "interpreter":
             return MultiTensorConfig(64, 2, 1, REASON_INTERPRETED)
-        narrow, warps, most = bool({"float16", "bfloat16", "int8"} & set(types)), 4, 8
+        half, warps, most = bool({"float16", "bfloat16"} & set(types)), 4, 8
+        narrow = half or "int8" in types
         if "float64" in types:
             block, reason = 512, "derived: 4 elements a thread: two 16-byte accesses to each operand"
         elif arch.backend == "hip":
-            block = 2048 if narrow else 1024
+            block = 2048 if half else 1024
             reason = "derived: 8 elements a thread: a 16-byte access to each 16-bit operand"
         elif strided:
             # Compiled: the addresses of 8 elements a thread leave no registers if all is on (44 bytes).
