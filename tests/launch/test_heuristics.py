@@ -79,6 +79,21 @@ def test_dgrad_of_four_programs_a_processor_is_shallow() -> None:
     assert depth(16384, 1024, 1024) == depth(6272, 1024, 1024) == 64
 
 
+def test_dgrad_above_another_layer_shares_its_processor() -> None:
+    """By fewer registers, where wgmma takes 16 bits; float32 may take what it needs, as without that layer."""
+
+    def limit(dtype: str, precision: str, *, for_lower: bool) -> int | None:
+        problem = DgradProblem(
+            8192, 1024, 1024, dtype, precision, H100, vec=4, tma=True, may_fuse=False, along=True, for_lower=for_lower
+        )  # fmt: skip
+        config = problem.choose()
+        assert config.block_i * config.block_j == 128 * 128
+        return config.max_registers
+
+    assert limit("bfloat16", "ieee", for_lower=True) == limit("float16", "ieee", for_lower=True) == 128
+    assert limit("float32", "tf32", for_lower=True) == limit("float32", "tf32", for_lower=False) == 255
+
+
 @pytest.mark.parametrize(
     ("elements", "types", "expected"),
     [

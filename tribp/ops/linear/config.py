@@ -123,7 +123,8 @@ class DgradProblem(NamedTuple):
             # Compiled: beside the layer below's output four warps spill up to 290 bytes. Eight take 168 registers, and
             # with them a whole processor (measured on an H200: 54 µs for 31 without that output, 8192×1024×1024); of
             # 128, two programs share one.
-            chosen = replace(chosen, num_warps=8, max_registers=128 if asynchronous(chosen, self) else None)
+            limit = 128 if asynchronous(chosen, self) else chosen.max_registers
+            chosen = replace(chosen, num_warps=8, max_registers=limit)
         may_fuse = self.may_fuse and not needs_registers(self, tma=self.tma)
         chosen = fuse_dz(chosen, self) if may_fuse else chosen
         return chosen if chosen.fuse_dz or self.along else self._shallow(chosen)
