@@ -437,8 +437,14 @@ def expectations(launch: Launch, case: StepCase, arch: Arch) -> Iterator[Expecta
         yield vectors(count("GRAD_TYPE"), 0, "a gradient is read in whole vectors")
         return
     written = count(*(name for name in TYPES if name != "GRAD_TYPE"))
-    scaled = count("GRAD_TYPE") if isinstance(given["grad_scale"], Tensor) else 0
+    unscales = isinstance(given["grad_scale"], Tensor)
+    scaled = count("GRAD_TYPE") if unscales else 0
     yield vectors(count("GRAD_TYPE") + written, scaled + written, "full, aligned blocks go in whole vectors")
+    if given["CODED"] and not unscales:
+        yield Expectation(
+            "approximate", lambda code: f"{n} exact divisions" if (n := code.counts.get("FCHK")) else None,
+            "beside codes the last place is nothing, and exact divisions and roots are a quarter of the instructions",
+        )  # fmt: skip
 
 
 TYPES = ("PARAM_TYPE", "GRAD_TYPE", "STATE0", "STATE1", "STATE2", "EMA_TYPE")

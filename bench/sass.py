@@ -23,7 +23,7 @@ AWAIT = "ACQBULK"  # griddepcontrol.wait
 ACCESSES = LOADS | STORES | COPIES | {"LD", "ST", "UTMASTG", "ATOM", "ATOMG", "RED", "REDG"}  # to global memory
 COUNTED = MATRIX | COPIES | LOADS | STORES | SPILLS | {
     *(f"{name}.{bits}" for name in LOADS | STORES for bits in (64, 128)),
-    "UTMASTG", "FFMA", "DFMA", "v_fma", "LDS", "STS", "MUFU.EX2", "MUFU.RCP", "v_exp", "v_rcp",
+    "UTMASTG", "FFMA", "DFMA", "v_fma", "LDS", "STS", "MUFU.EX2", "MUFU.RCP", "FCHK", "v_exp", "v_rcp",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import ctypes
 import triton
 import triton.language as tl
 
-from .common import INTERPRETED, accumulator, ptx
+from .common import INTERPRETED, accumulator, ptx, reciprocal
 
 Act = tuple[str | None, float, float]  # an `Activation`, which device code does not import
 
@@ -30,20 +30,9 @@ def exp2_approx(x):
 
 
 @triton.jit
-def reciprocal_approx(x):
-    """1/x by the special-function unit: within 1 unit in the last place."""
-    return 1.0 / x if INTERPRETED else ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", x)
-
-
-@triton.jit
 def number(VALUE: tl.constexpr, DTYPE: tl.constexpr):
     """VALUE in DTYPE. As it is, a number that is compared with a float64 would be rounded to float32 before."""
     return tl.full((), VALUE, DTYPE)
-
-
-@triton.jit
-def reciprocal(x, PTX: tl.constexpr):
-    return reciprocal_approx(x) if PTX and x.dtype == tl.float32 else 1.0 / x
 
 
 @triton.constexpr_function

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from . import optim_codes
 from .common import await_previous, round_to
-from .optim_rules import divide, hyper
+from .optim_rules import divide_exactly, hyper
 
 
 class Row(NamedTuple):
@@ -61,8 +61,8 @@ Elements = namedtuple("Elements", "index param grad state inside block block_ins
 # What an update of a tensor takes besides its elements. rule: what `…_scalars` returns; grad_scale, clip: None where
 # gradients are not unscaled, not clipped.
 Scalars = namedtuple("Scalars", "lr eps sign decay shrink rule grad_scale clip ema_decay ema_first")
-# What an element's random numbers depend on, besides its number. key: `optim_codes.random_key` of the others.
-Seeds = namedtuple("Seeds", "seed step stream key")
+# What an element's random bits depend on, besides its number: those that round its codes, and its parameter.
+Keys = namedtuple("Keys", "codes param")
 
 
 @triton.constexpr_function
@@ -86,20 +86,22 @@ def load_state(pointer, code_scale, elements, TYPE: tl.constexpr, CONFIG: tl.con
         else:
             x = tl.load(pointer + elements.state, mask=inside)
         if optim_codes.is_code(TYPE):
-            x = optim_codes.decode(x, tl.load(code_scale + elements.block, mask=block_inside, other=0.0), TYPE)
+            x = optim_codes.decode(
+                x, tl.load(code_scale + elements.block, mask=block_inside, other=0.0), TYPE, CONFIG.PTX
+            )
         x = x.to(CONFIG.ACC)
     return x
 
 
 @triton.jit
 def store_state(pointer, code_scale, elements, x, dither, TYPE: tl.constexpr, CONFIG: tl.constexpr):
-    """dither: 16 random bits for each element, where it becomes a code."""
+    """dither: random bits for each element, the last 15 of which are used where it becomes a code."""
     if TYPE is not None:
         exists = True
         if CONFIG.OPTIONAL:
             exists = pointer.to(tl.int64) != 0
         if optim_codes.is_code(TYPE):
-            x, scales = optim_codes.encode(x, elements.inside, dither, TYPE)
+            x, scales = optim_codes.encode(x, elements.inside, dither, TYPE, CONFIG.PTX)
             tl.store(code_scale + elements.block, scales, mask=elements.block_inside & exists)
         else:
             x = round_to(x, pointer.dtype.element_ty)
@@ -107,36 +109,25 @@ def store_state(pointer, code_scale, elements, x, dither, TYPE: tl.constexpr, CO
 
 
 @triton.jit
-def random_numbers(i, seeds):
-    """Philox's, of counter (element, step, tensor): the same numbers whatever the launch looks like."""
-    step, stream = seeds.step.to(tl.uint32), seeds.stream.to(tl.uint32)
-    zero = tl.zeros_like(i).to(tl.uint32)
-    low, high = i.to(tl.uint32), (i >> 32).to(tl.uint32)
-    random, _, _, _ = tl.philox(seeds.seed, low, high, zero + step, zero + stream)
-    return random
-
-
-@triton.jit
-def round_stochastically(x, i, seeds):
-    """To bfloat16, up or down with the probability that makes the mean right."""
-    random = random_numbers(i, seeds)
+def round_stochastically(x, random):
+    """To bfloat16, up or down with the probability that makes the mean right. random: bits, the last 16 are used."""
     bits = (x.to(tl.float32).to(tl.uint32, bitcast=True) + (random & 0xFFFF)) >> 16
     return tl.where(x == x, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def store_param(p, buffers, elements, seeds, CONFIG: tl.constexpr):
+def store_param(p, buffers, elements, keys, CONFIG: tl.constexpr):
     """Write the parameter, rounded as the group's options say; returns what was written, residual included."""
     if CONFIG.RESIDUAL:
         dither = 128
         if CONFIG.STOCHASTIC:
-            dither = random_numbers(elements.index, seeds) & 0xFF
+            dither = optim_codes.random_bits(elements.index, keys.param) & 0xFF
         rounded, low = optim_codes.split(p, dither)
         tl.store(buffers.residual + elements.state, low, mask=elements.inside)
         p = optim_codes.join(rounded, low).to(CONFIG.ACC)
     else:
         if CONFIG.STOCHASTIC:
-            rounded = round_stochastically(p, elements.index, seeds)
+            rounded = round_stochastically(p, optim_codes.random_bits(elements.index, keys.param))
         else:
             rounded = round_to(p, buffers.param.dtype.element_ty)
         p = rounded.to(CONFIG.ACC)
@@ -146,7 +137,7 @@ def store_param(p, buffers, elements, seeds, CONFIG: tl.constexpr):
 
 @triton.jit
 def update(
-    buffers, elements, scalars, seeds, RULE: tl.constexpr, CONFIG: tl.constexpr
+    buffers, elements, scalars, keys, RULE: tl.constexpr, CONFIG: tl.constexpr
 ):  # fmt: skip
     """Everything of these elements is read once, changed, and written once."""
     p = tl.load(buffers.param + elements.param, mask=elements.inside)
@@ -159,7 +150,7 @@ def update(
     c = load_state(buffers.state2, buffers.code_scale2, elements, CONFIG.STATE2, CONFIG)
     ema = load_state(buffers.ema, None, elements, CONFIG.EMA_TYPE, CONFIG)
     if scalars.grad_scale is not None:
-        g = divide(g, scalars.grad_scale)
+        g = divide_exactly(g, scalars.grad_scale)
         tl.store(buffers.grad + elements.grad, round_to(g, buffers.grad.dtype.element_ty), mask=elements.inside)
     if scalars.clip is not None:
         g *= scalars.clip
@@ -167,13 +158,12 @@ def update(
     # without decay an infinite parameter does not spoil its gradient
     g = tl.where(scalars.decay != 0.0, g + scalars.decay * p, g)
     p, a, b, c = RULE(p * scalars.shrink, g, a, b, c, scalars.lr, scalars.eps, scalars.rule, CONFIG)
-    p = store_param(p, buffers, elements, seeds, CONFIG)
+    p = store_param(p, buffers, elements, keys, CONFIG)
     low = 0
     high = 0
     if CONFIG.CODED:
-        bits = optim_codes.random_bits(elements.index, seeds.key)
-        low = bits & 0xFFFF
-        high = bits >> 16
+        low = optim_codes.random_bits(elements.index, keys.codes)
+        high = low >> 16
     store_state(buffers.state0, buffers.code_scale0, elements, a, low, CONFIG.STATE0, CONFIG)
     store_state(buffers.state1, buffers.code_scale1, elements, b, high, CONFIG.STATE1, CONFIG)
     store_state(buffers.state2, buffers.code_scale2, elements, c, high, CONFIG.STATE2, CONFIG)
@@ -208,7 +198,7 @@ def strided(i, layout, PART: tl.constexpr, CONFIG: tl.constexpr):
 
 @triton.jit
 def update_whole_block(
-    block, buffers, scalars, seeds, RULE: tl.constexpr, CONFIG: tl.constexpr
+    block, buffers, scalars, keys, RULE: tl.constexpr, CONFIG: tl.constexpr
 ):  # fmt: skip
     """Update a block of aligned, dense memory all of whose elements exist."""
     BLOCK: tl.constexpr = CONFIG.BLOCK
@@ -217,12 +207,12 @@ def update_whole_block(
     if CONFIG.CODED:
         i = rows_of(block, BLOCK, optim_codes.BLOCK)
         code_block = blocks_of(block, BLOCK)
-    update(buffers, Elements(i, i, i, i, True, code_block, True), scalars, seeds, RULE, CONFIG)
+    update(buffers, Elements(i, i, i, i, True, code_block, True), scalars, keys, RULE, CONFIG)
 
 
 @triton.jit
 def update_partial_block(
-    block, numel, layout, buffers, scalars, seeds, RULE: tl.constexpr, CONFIG: tl.constexpr
+    block, numel, layout, buffers, scalars, keys, RULE: tl.constexpr, CONFIG: tl.constexpr
 ):  # fmt: skip
     """Update what there is of a block, wherever it lies.
 
@@ -255,7 +245,7 @@ def update_partial_block(
                 in_grad = strided(i, sizes, 1, CONFIG)
                 in_state = strided(i, sizes, 2, CONFIG)
         elements = Elements(i, in_param, in_grad, in_state, inside, code_block, code_block_inside)
-        update(buffers, elements, scalars, seeds, RULE, CONFIG)
+        update(buffers, elements, scalars, keys, RULE, CONFIG)
 
 
 @triton.jit
@@ -298,12 +288,13 @@ def update_chunk(
     h = hypers + tl.load(row + GROUP) * (2 * len(HYPER))
     numel = tl.load(row + NUMEL)
     step = load_counter(tl.load(row + STEP)).to(tl.float64) + 1.0
-    stream = tl.load(row + STREAM)
-    random_step = step
+    keys = None
     if CONFIG.STOCHASTIC or CONFIG.CODED:
+        random_step = step
         random_counter = tl.load(row + RANDOM_STEP)
         if random_counter != 0:
             random_step = load_counter(random_counter).to(tl.float64) + 1.0
+        keys = Keys(*optim_codes.random_keys(seed, random_step, tl.load(row + STREAM)))
     lr64 = hyper(h, HYPER.lr, CONFIG)
     lr = lr64.to(ACC)
     eps = hyper(h, HYPER.eps, CONFIG).to(ACC)
@@ -324,17 +315,13 @@ def update_chunk(
         ema_counter = tl.load(row + EMA_STEP)
         if ema_counter != 0:
             ema_first = load_counter(ema_counter) == 0.0
-    key = seed
-    if CONFIG.CODED:
-        key = optim_codes.random_key(seed, random_step, stream)
     scalars = Scalars(lr, eps, sign, decay, shrink, rule, scale, clip, ema_decay, ema_first)
-    seeds = Seeds(seed, random_step, stream, key)
-    update_blocks(row, grad, numel, chunk, chunk_blocks, scalars, seeds, RULE, CONFIG)
+    update_blocks(row, grad, numel, chunk, chunk_blocks, scalars, keys, RULE, CONFIG)
 
 
 @triton.jit
 def update_blocks(
-    row, grad, numel, chunk, chunk_blocks, scalars, seeds, RULE: tl.constexpr, CONFIG: tl.constexpr
+    row, grad, numel, chunk, chunk_blocks, scalars, keys, RULE: tl.constexpr, CONFIG: tl.constexpr
 ):  # fmt: skip
     """Update the chunk's blocks, once their tensor's scalars are known. grad: the address of its gradient."""
     param = tl.load(row + PARAM)
@@ -373,9 +360,9 @@ def update_blocks(
                 tl.multiple_of(buffers.state2, 16), tl.multiple_of(buffers.ema, 16),
                 code_scale0, code_scale1, code_scale2, tl.multiple_of(residual, 16),
             )  # fmt: skip
-            update_whole_block(block, wide, scalars, seeds, RULE, CONFIG)
+            update_whole_block(block, wide, scalars, keys, RULE, CONFIG)
         else:
-            update_partial_block(block, numel, layout, buffers, scalars, seeds, RULE, CONFIG)
+            update_partial_block(block, numel, layout, buffers, scalars, keys, RULE, CONFIG)
 
 
 @triton.jit(do_not_specialize=["tensors", "chunk_blocks", "seed"])

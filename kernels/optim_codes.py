@@ -14,6 +14,9 @@ block over the last code, where the next integer is 0 or of the other sign: henc
 import triton
 import triton.language as tl
 
+from .common import reciprocal, root_approx
+
+SMALLEST = tl.constexpr(2.0**-110)  # scale, of which 255² times the reciprocal is finite
 BLOCK = tl.constexpr(32)
 
 
@@ -23,49 +26,59 @@ def is_code(dtype):
 
 
 @triton.jit
-def decode(q, scale, TYPE: tl.constexpr):
+def decode(q, scale, TYPE: tl.constexpr, PTX: tl.constexpr):
     """Codes, a block a row, and their scales: numbers in float32."""
     q = q.to(tl.float32)
     if TYPE == tl.int8:
-        x = scale * (q / (254.0 - tl.abs(q)))
+        x = scale * (q * reciprocal(254.0 - tl.abs(q), PTX))
     else:
-        part = q * (1.0 / 255.0)
-        x = scale * (part * part)
+        x = (scale * (1.0 / 65025.0)) * (q * q)
     return x
 
 
 @triton.jit
-def encode(x, inside, random, TYPE: tl.constexpr):
-    """The codes of numbers, a block a row, and the scales. random: 16 bits each. A block that holds NaN or
+def encode(x, inside, random, TYPE: tl.constexpr, PTX: tl.constexpr):
+    """The codes of numbers, a block a row, and the scales. random: 15 bits each. A block that holds NaN or
     a number from 1e36 on becomes NaN."""
     x = x.to(tl.float32)
     # As integers the bits of |x| have its order, and those of NaN are largest.
     bits = tl.where(inside, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-    scale = tl.max(bits, 1, keep_dims=True).to(tl.float32, bitcast=True)
-    scale = tl.where(scale < 1e36, scale, float("nan"))
-    coded = scale > 0.0
-    dither = random.to(tl.float32) * (1.0 / 65536.0)
+    largest = tl.max(bits, 1, keep_dims=True).to(tl.float32, bitcast=True)
+    scale = tl.where(largest < 1e36, tl.maximum(largest, SMALLEST), float("nan"))
     if TYPE == tl.int8:
-        q = tl.floor(254.0 * x / tl.where(coded, scale + tl.abs(x), 1.0) + dither)
-        q = tl.clamp(q, -127.0, 127.0)
+        part = x * (254.0 / scale)
+        q = tl.clamp(part * reciprocal(1.0 + tl.abs(part) * (1.0 / 254.0), PTX), -127.0, 127.0)
+        q = round_at_random(q, 128, random) - 128
     else:
-        q = tl.floor(255.0 * tl.sqrt(x / tl.where(coded, scale, 1.0)) + dither)
-        q = tl.where(x > 0.0, tl.clamp(q, 1.0, 255.0), 0.0)
-    return tl.where(coded, q, 0.0).to(tl.int32).to(TYPE), scale
+        q = root_approx(x * (65025.0 / scale), PTX)
+        q = round_at_random(tl.where(x > 0.0, tl.clamp(q, 1.0, 255.0), 0.0), 0, random)
+    return q.to(TYPE), scale
 
 
 @triton.jit
-def random_key(seed, step, stream):
-    """What `random_bits` of one tensor in one step begin with."""
-    key, _, _, _ = tl.philox(seed, step.to(tl.uint32), stream.to(tl.uint32), 0, 0)
-    return key
+def round_at_random(x, OFFSET: tl.constexpr, random):
+    """⌊x + OFFSET + random/2¹⁵⌋, which lies in [0, 255], in the last 8 bits of an integer.
+
+    From 256 to 512 the last 15 bits of a float32 number are its fraction. Counted: two instructions; rounding and
+    conversion are two of a unit that has a quarter of the others' width.
+    """
+    BITS: tl.constexpr = 0x43800000 + (OFFSET << 15)  # of 256 + OFFSET
+    dither = ((random & 0x7FFF) | BITS).to(tl.float32, bitcast=True)
+    return (x + dither).to(tl.int32, bitcast=True) >> 15
+
+
+@triton.jit
+def random_keys(seed, step, stream):
+    """What two rows of `random_bits` of one tensor in one step begin with."""
+    first, second, _, _ = tl.philox(seed, step.to(tl.uint32), stream.to(tl.uint32), 0, 0)
+    return first, second
 
 
 @triton.jit
 def random_bits(i, key):
     """32 random bits for element i: Wellons' "lowbias32" of its number and the key.
 
-    Counted: 12 instructions; Philox takes 100, and what they decide is the last place of a code.
+    Counted: 12 instructions; Philox takes 100, and what they decide is a last place.
     """
     x = (i.to(tl.uint32) ^ key) + (i >> 32).to(tl.uint32) * 0x9E3779B9
     x = (x ^ (x >> 16)) * 0x7FEB352D

@@ -25,6 +25,7 @@ class StepConfig(NamedTuple):
     EPS_INSIDE: bool  # √(v + ε) in place of √v + ε
     STOCHASTIC: bool  # round parameters at random
     CODED: bool  # some states are codes of 8 bits
+    PTX: bool  # the target takes PTX; AMD's do not
     RESIDUAL: bool  # parameters have 8 bits more
     OPTIONAL: bool  # some tensors lack a buffer that others have
     LAYOUT_DIMS: int  # of the rows of sizes and strides; 0: no tensor's parts differ in layout
@@ -91,7 +92,7 @@ class MultiTensorProblem(NamedTuple):
         # so many that a processor gets fewer than 8 programs.
         blocks = min(most, power_of_2(max(1, elements // (block * 8 * arch.processors))))
         # Compiled: left to itself, ptxas holds float64 to a step of occupancy, and Adagrad spills 8 bytes for it. So
-        # does Triton 3.6's with strided codes if all is on: 12 bytes for 128 registers.
+        # does Triton 3.7's with strided codes if all is on: 4 bytes for 128 registers.
         holds = "float64" in types or (strided and "int8" in types)
         limit = 255 if holds and arch.backend == "cuda" else None
         return MultiTensorConfig(block, blocks, warps, reason, limit)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .layouts import fits_storage, is_dtensor, local
 from .options import Group, compresses, keeps_residual
-from .reference import philox
 from .rule import Rule
 from .tracked_state import peek
 
 BLOCK = 32
+SMALLEST = 2.0**-110  # scale, of which 255² times the reciprocal is finite
 CODES = (torch.int8, torch.uint8)
 RESIDUAL = "residual"
 
@@ -41,34 +41,21 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def encode(x: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None) -> None:
-    """Writes codes and scales. random: 16 bits for every element as it lies in memory; rounds to nearest without.
+    """Writes codes and scales. random: 15 bits for every element as it lies in memory; rounds to nearest without.
 
     What was decoded is then encoded as it was. A block that holds NaN or a number from 1e36 on becomes NaN.
     """
     x = _blocks(torch.empty_like(codes, dtype=torch.float32).copy_(x))
     largest = x.abs().amax(1)  # NaN where one is
-    scale.copy_(torch.where(largest < 1e36, largest, torch.nan))
-    coded = (scale > 0)[:, None]
-    dither: Tensor | float = 0.5 if random is None else _blocks(random).float() / 65536
+    scale.copy_(torch.where(largest < 1e36, largest.clamp_min(SMALLEST), torch.nan))
+    part = x / scale[:, None]
+    dither: Tensor | float = 0.5 if random is None else (_blocks(random) & 0x7FFF).float() / 0x8000
     if codes.dtype == torch.int8:
-        q = (254 * x / torch.where(coded, scale[:, None] + x.abs(), 1) + dither).floor().clamp(-127, 127)
+        q = (254 * part / (1 + part.abs())).clamp(-127, 127)
     else:
-        q = (255 * (x / torch.where(coded, scale[:, None], 1)).sqrt() + dither).floor()
-        q = torch.where(x > 0, q.clamp_min(1), 0)
-    q = torch.where(coded, q, 0)
+        q = torch.where(x > 0, (255 * part.sqrt()).clamp(1, 255), 0)
+    q = (q + dither).floor().nan_to_num(0)
     codes.copy_(q.view(-1)[: codes.numel()].as_strided(codes.shape, codes.stride()))
-
-
-def random_bits(like: Tensor, seed: int, step: int, stream: int) -> Tensor:
-    """32 random bits, as int64, for each element of `like` as it lies in memory: Wellons' "lowbias32" of its number and
-    a key of Philox's."""
-    zero = torch.zeros((), dtype=torch.int64, device="cpu")
-    key = int(philox(seed, (zero + step, zero + stream, zero, zero)))
-    i = torch.arange(like.numel(), device=like.device)
-    x = ((i & 0xFFFFFFFF) ^ key) + (i >> 32) * 0x9E3779B9 & 0xFFFFFFFF
-    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
-    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
-    return x ^ (x >> 16)
 
 
 def join(p: Tensor, residual: Tensor) -> Tensor:

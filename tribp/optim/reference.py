@@ -9,7 +9,6 @@ last and as they are kept, and returns these numbers last.
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -228,32 +227,37 @@ def asgd(
     return p, ax, lr / (1 + h.lambd * lr * t) ** h.alpha, 1 / max(1.0, t - h.t0)
 
 
-def round_stochastically(x: Tensor, like: Tensor, seed: int, step: int, stream: int) -> Tensor:
-    """To bfloat16, up or down with the probability that makes the mean right."""
-    random = random_numbers(like, seed, step, stream)
+def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
+    """To bfloat16, up or down with the probability that makes the mean right. random: bits, the last 16 are used."""
     bits = x.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     rounded = (bits + (random & 0xFFFF)) >> 16
     rounded = torch.where(x == x, rounded, 0x7FC0)
     return torch.where(rounded >= 1 << 15, rounded - (1 << 16), rounded).to(torch.int16).view(torch.bfloat16)
 
 
-def random_numbers(like: Tensor, seed: int, step: int, stream: int) -> Tensor:
-    """32 random bits for each element, which depend on these numbers and its place in memory alone."""
+def random_bits(like: Tensor, key: int) -> Tensor:
+    """32 random bits, as int64, for each element, in the order that they have in memory: Wellons' "lowbias32" of its
+    number and the key."""
     strides = like.stride()
     order = sorted(range(like.dim()), key=lambda d: -strides[d])
     i = torch.arange(like.numel(), device=like.device).view([like.shape[d] for d in order])
     i = i.permute([order.index(d) for d in range(like.dim())])
-    return philox(seed, (i & 0xFFFFFFFF, i >> 32, torch.full_like(i, step), torch.full_like(i, stream)))
+    x = ((i & 0xFFFFFFFF) ^ key) + (i >> 32) * 0x9E3779B9 & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
-def philox(seed: int, counter: Sequence[Tensor]) -> Tensor:
-    """The first of the four 32-bit numbers of Philox4×32-10, as int64 (Salmon et al. 2011)."""
+def random_keys(seed: int, step: int, stream: int) -> tuple[int, int]:
+    """Of the random bits that round codes, and parameters, of one tensor in one step."""
+    return philox(seed, (step, stream, 0, 0))
 
-    def product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-        """The high and the low half of a 64-bit product, from parts that int64 holds."""
-        low = (a & 0xFFFF) * b
-        high = (a >> 16) * b + (low >> 16)
-        return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+def philox(seed: int, counter: tuple[int, int, int, int]) -> tuple[int, int]:
+    """The first two of the four 32-bit numbers of Philox4×32-10 (Salmon et al. 2011)."""
+
+    def product(a: int, b: int) -> tuple[int, int]:
+        return a * b >> 32, a * b & 0xFFFFFFFF
 
     c0, c1, c2, c3 = counter
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
@@ -261,4 +265,4 @@ def philox(seed: int, counter: Sequence[Tensor]) -> Tensor:
         (high_a, low_a), (high_b, low_b) = product(c0, 0xD2511F53), product(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0
+    return c0, c1

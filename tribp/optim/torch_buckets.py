@@ -553,23 +553,23 @@ class ReferenceBucket:
         p = layouts.as_reals(slot.param)
         weight = layouts.as_reals(slot.weight)
         changed, moments, results = Formula(self.rule, group)(weight, layouts.as_reals(grad), values, scalars, count)
-        of_random = group.get("seed", 0), int(random_step), slot.index
+        code_key, param_key = reference.random_keys(group.get("seed", 0), int(random_step), slot.index)
         stochastic = rounds_stochastically(group, p)
         if slot.residual is not None:
-            dither = reference.random_numbers(p, *of_random) & 0xFF if stochastic else 128
+            dither = reference.random_bits(p, param_key) & 0xFF if stochastic else 128
             changed, low = codes.split(changed.float(), dither)
             slot.residual.copy_(low)
         elif stochastic:
-            changed = reference.round_stochastically(changed, p, *of_random)
+            changed = reference.round_stochastically(changed, reference.random_bits(p, param_key))
         p.copy_(changed)
-        bits = codes.random_bits(p, *of_random) if compresses(group, p) else None
+        bits = reference.random_bits(p, code_key) if compresses(group, p) else None
         for k, (state, scale, moment) in enumerate(zip(states, slot.scales, moments, strict=True)):
             if state is None or moment is None:
                 continue
             if scale is None or bits is None:
                 state.copy_(moment)
             else:
-                codes.encode(moment, state, scale, bits & 0xFFFF if k == 0 else bits >> 16)
+                codes.encode(moment, state, scale, bits if k == 0 else bits >> 16)
         for scalar, result in zip(scalars, results, strict=True):
             scalar.fill_(result)
 

@@ -108,6 +108,7 @@ class TritonBucket:
             EPS_INSIDE=bool(group.get("eps_inside_sqrt")),
             STOCHASTIC=rounds_stochastically(group, p),
             CODED=torch.int8 in dtypes or torch.uint8 in dtypes,
+            PTX=arch.backend != "hip",
             RESIDUAL=self.slots[0].has_residual,
             OPTIONAL=any(_dtypes(slot).count(None) != dtypes.count(None) for slot in self.slots),
             LAYOUT_DIMS=layouts.MAX_DIMS if strided else 0,
