@@ -341,14 +341,14 @@ def test_copies_and_layouts() -> None:
     params, optimizer = trained(Adam, **BITS)
     copied = copy.deepcopy(optimizer)
     copies = copied.param_groups[0]["params"]
-    before = codes.numbers(dict(optimizer.state[params[0]]), "exp_avg")
+    before = codes.decoded(dict(optimizer.state[params[0]]), "exp_avg")
     params[0].data = plain(params[0])
     for each, own in ((copied, copies), (optimizer, params)):
         continued(own, each, [3])
     assert optimizer.state[params[0]]["exp_avg"].stride() == params[0].stride() == (40, 1)
     assert_close(params[0], plain(copies[0]), rtol=0, atol=0.01 * 0.05)
     assert torch.equal(params[1], copies[1])
-    moved = codes.numbers(dict(optimizer.state[params[0]]), "exp_avg")
+    moved = codes.decoded(dict(optimizer.state[params[0]]), "exp_avg")
     assert_close(moved, 0.9 * before + 0.1 * values((5, 40), torch.float32, 13, 0), rtol=0, atol=0.05)
 
 

@@ -246,7 +246,7 @@ def test_shared_memory() -> None:
 def test_another_type_and_back(device: str) -> None:
     """The codes stay; a residual is of the parameter that it was the rest of, and of no other."""
     run = Run(device, torch.bfloat16).step(0, 1)
-    moments = [codes.numbers(state, "exp_avg") for state in run.states]
+    moments = [codes.decoded(state, "exp_avg") for state in run.states]
     for p in run.params:
         p.data = p.data.float()
     for group in run.optimizer.param_groups:
@@ -256,7 +256,7 @@ def test_another_type_and_back(device: str) -> None:
     for p, old, state, moment in zip(run.params, before, run.states, moments, strict=True):
         assert torch.equal(p, old)
         assert codes.RESIDUAL not in state
-        found = codes.numbers(state, "exp_avg")
+        found = codes.decoded(state, "exp_avg")
         assert p.grad is not None
         exact = 0.9 * moment + 0.1 * p.grad
         code = 4 * exact.abs().max() / 254 if p.numel() else torch.zeros(())
@@ -273,7 +273,7 @@ def test_another_type_and_back(device: str) -> None:
 def test_another_layout(device: str) -> None:
     """… keeps 24 bits and the moments, and the kernel."""
     run = Run(device, torch.bfloat16, SGD, momentum=0.9).step(0, 1)
-    full, moment = weights(run), codes.numbers(run.states[0], "momentum_buffer")
+    full, moment = weights(run), codes.decoded(run.states[0], "momentum_buffer")
     run.params[0].data = transposed(run.params[0].data)
     for group in run.optimizer.param_groups:
         group["lr"], group["momentum"] = 0.0, 1.0
@@ -284,7 +284,7 @@ def test_another_layout(device: str) -> None:
         assert torch.equal(w, old)
     state = run.states[0]
     assert state["residual"].stride() == state["momentum_buffer"].stride() == run.params[0].stride()
-    found = codes.numbers(state, "momentum_buffer")
+    found = codes.decoded(state, "momentum_buffer")
     assert_close(found, moment, rtol=0, atol=1.5 * 4 / 254 * float(moment.abs().max()))
     assert {type(bucket).__name__ for bucket in run.optimizer._plan.buckets} == {
         "TritonBucket" if tribp.dispatch.backend_of(run.params[0]) == "triton" else "ReferenceBucket"
@@ -303,7 +303,7 @@ def test_a_moment_that_somebody_set(device: str) -> None:
     state = run.states[0]
     assert state["momentum_buffer"].dtype == torch.int8
     code = 4 / 254 * float(new.abs().max())
-    assert_close(codes.numbers(state, "momentum_buffer"), 0.5 * new, rtol=0, atol=0.75 * code)
+    assert_close(codes.decoded(state, "momentum_buffer"), 0.5 * new, rtol=0, atol=0.75 * code)
     run.optimizer.state[run.params[0]]["momentum_buffer"] = new.clone()
     run.optimizer.param_groups[0]["state_bits"] = None
     run.optimizer.step()
@@ -355,7 +355,7 @@ def test_a_checkpoint_of_another_layout(compressed: bool, device: str) -> None:
     assert_close(other.params[0], run.step(2).params[0], rtol=0, atol=0.05 * 0.01)  # of a step of about 0.01
     exact = 0.9 * numbers["exp_avg"] + 0.1 * values((5, 40), torch.float32, 12, 0).to(device)
     code = 4 / 254 * float(torch.maximum(exact.abs().max(), numbers["exp_avg"].abs().max()))
-    assert_close(codes.numbers(other.states[0], "exp_avg"), exact, rtol=0, atol=1.5 * code)
+    assert_close(codes.decoded(other.states[0], "exp_avg"), exact, rtol=0, atol=1.5 * code)
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -300,7 +300,7 @@ def test_codes_of_shards(spec: Spec, backend: str, world: int, processes: Proces
                     assert_close(local[key], value, rtol=1e-6, atol=0)
         for key in ("exp_avg", "exp_avg_sq") if name == "Adam" else ("momentum_buffer",):
             for number, saved in enumerate(result["saved"]):
-                parts = [codes.numbers(dict(each.state[each.param_groups[0]["params"][number]]), key)
+                parts = [codes.decoded(dict(each.state[each.param_groups[0]["params"][number]]), key)
                          for each in optimizers]  # fmt: skip
                 assert saved[key].dtype == torch.float32
                 assert_close(saved[key], torch.cat(parts), rtol=1e-6, atol=0)

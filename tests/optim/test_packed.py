@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tribp.optim import torch_buckets
+from tribp.optim import packed_bucket, torch_buckets
 
 from .cases import LIVELY, TORCHS, Twins, channels_last
 
@@ -15,7 +15,7 @@ DTYPES = [torch.float64, torch.complex128]
 def kinds(twins: Twins) -> list[type]:
     """Of what the only bucket consists of."""
     (bucket,) = twins.ours._plan.buckets
-    assert isinstance(bucket, torch_buckets.PackedBucket)
+    assert isinstance(bucket, packed_bucket.PackedBucket)
     return [type(pack) for pack in bucket._of_everyone]
 
 
@@ -28,8 +28,9 @@ def test_a_large_tensor_in_pieces(
     """Whole pieces and a rest, dense in two layouts."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    monkeypatch.setattr(torch_buckets, "_PIECE", 40)
-    monkeypatch.setattr(torch_buckets, "_GRAIN", 100)  # larger ones are not packed
+    monkeypatch.setattr(packed_bucket, "PIECE", 40)
+    for module in (packed_bucket, torch_buckets):
+        monkeypatch.setattr(module, "GRAIN", 100)  # larger ones are not packed
     try:
         twins = Twins(name, shapes=((3, 5, 7, 2), (401,)), dtype=dtype, **LIVELY[name])
         twins.params[0].data = channels_last(twins.params[0])
@@ -40,7 +41,7 @@ def test_a_large_tensor_in_pieces(
             twins.params[0].grad = channels_last(grads[0])
             twins.each(lambda optimizer: optimizer.step())
             twins.check()
-        assert kinds(twins) == [torch_buckets.Pieces] * 2
+        assert kinds(twins) == [packed_bucket.Pieces] * 2
     finally:
         torch.set_num_threads(before)
 
@@ -53,7 +54,7 @@ def test_small_tensors_side_by_side(name: str, dtype: torch.dtype, shapes: list[
     twins = Twins(name, shapes=shapes, dtype=dtype, **LIVELY[name])
     for present in ((), (), (0, 2), (), (1, 2, 3, 4), ()):
         twins.step(*present)
-    assert kinds(twins) == [torch_buckets.Pack]
+    assert kinds(twins) == [packed_bucket.Pack]
 
 
 @by_formula

@@ -21,7 +21,7 @@ from torch.utils._device import _device_constructors
 
 import tribp
 import tribp.optim
-from tribp.optim import torch_buckets
+from tribp.optim import cpu_updates
 from tribp.optim.adam import AdamRule
 
 from ..test_dispatch import python
@@ -403,7 +403,7 @@ def test_one_thread_is_a_matter_of_the_thread_that_steps(monkeypatch: pytest.Mon
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-    own = 3 if torch_buckets.set_own_threads() is None else 1  # without OpenMP, all of them
+    own = 3 if cpu_updates.set_own_threads() is None else 1  # without OpenMP, all of them
     assert seen == [own, 3, own, 3]
     if sys.platform == "linux" and "OpenMP" in torch.__config__.parallel_info():
         assert own == 1

@@ -47,7 +47,7 @@ def states_of(
         if not compressed:
             codes.expand(copy)
         on_device = rule.numbers_on_device(group)
-        for key in rule.numbers():
+        for key in rule.scalars():
             if not isinstance(copy.get(key), Tensor):
                 continue
             by_kernel = key == "step" and copy[key].dtype == torch.float32
@@ -84,7 +84,7 @@ def export_state(
 
 
 @contextlib.contextmanager
-def keep_loaded_state(optimizer: torch.optim.Optimizer, numbers: Collection[str]) -> Iterator[None]:
+def keep_loaded_state(optimizer: torch.optim.Optimizer, scalars: Collection[str]) -> Iterator[None]:
     """While torch loads a checkpoint: keep the types of its states, share none of its memory, keep our options.
 
     torch casts states to their parameter's type (float32 moments of bfloat16 parameters are cut), and uses the very
@@ -106,7 +106,7 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer, numbers: Collection[str]
             for p, number in zip(group["params"], packed["params"], strict=True):
                 source = loaded["state"].get(number)
                 if source:
-                    _restore(group, optimizer.state[p], source, numbers)
+                    _restore(group, optimizer.state[p], source, scalars)
                     optimizer.state[p] = WatchedState(optimizer.state[p])  # nobody has been given one yet
 
     handles = [
@@ -120,11 +120,11 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer, numbers: Collection[str]
             handle.remove()
 
 
-def _restore(group: State, state: State, source: State, numbers: Collection[str]) -> None:
+def _restore(group: State, state: State, source: State, scalars: Collection[str]) -> None:
     for key, value in source.items():
         if not isinstance(value, Tensor) or not isinstance(state.get(key), Tensor):
             continue
-        if key not in (*numbers, "ema") and value.is_floating_point():
+        if key not in (*scalars, "ema") and value.is_floating_point():
             dtype = group.get("state_dtype") or value.dtype
         else:
             dtype = state[key].dtype if key == "step" else value.dtype

@@ -15,12 +15,12 @@ from .rule import Group
 
 def check_tensors(
     optimizer: torch.optim.Optimizer, number: int, position: int, grad: Tensor | None, state: Mapping[str, Any],
-    numbers: Collection[str], coded: Collection[str],
+    scalars: Collection[str], coded: Collection[str],
 ) -> None:  # fmt: skip
     """Raise ValueError or TypeError if a gradient or an entry of `state` can't belong to its parameter.
 
     number, position: of the group, and of the parameter in it. state: of what the update uses. None: there is none yet.
-    numbers: the entries that hold one number each. coded: those that are codes, of whatever kind the parameter is.
+    scalars: the entries that hold one number each. coded: those that are codes, of whatever kind the parameter is.
     """
     group = optimizer.param_groups[number]
     p: Tensor = group["params"][position]
@@ -34,10 +34,10 @@ def check_tensors(
         if t is None:
             continue
         if not isinstance(t, Tensor):
-            if name in numbers:
+            if name in scalars:
                 continue  # torch's own code takes numbers too
             raise TypeError(f"{caller}: {described(name)} must be a tensor, got {type(t).__name__}")
-        if name in numbers:
+        if name in scalars:
             if t.numel() != 1 or t.is_complex():
                 raise ValueError(
                     f"{caller}: {described(name)} must be one real number, got {_kind(t)} of shape {tuple(t.shape)}"

@@ -103,7 +103,7 @@ def put(state: dict[str, Any], name: str, x: Tensor, p: Tensor, dtype: torch.dty
     state[name], state[scale_of(name)] = codes, scale
 
 
-def numbers(state: dict[str, Any], name: str) -> Tensor:
+def decoded(state: dict[str, Any], name: str) -> Tensor:
     """A state that is kept as codes, as float32 numbers."""
     codes: Tensor = peek(state, name)
     x = torch.empty_like(codes, dtype=torch.float32, memory_format=torch.preserve_format)
@@ -114,7 +114,7 @@ def numbers(state: dict[str, Any], name: str) -> Tensor:
 def expand(state: dict[str, Any]) -> None:
     """Puts float32 numbers in the place of all states that are codes."""
     for name in coded(state) - {RESIDUAL}:
-        state[name] = numbers(state, name)
+        state[name] = decoded(state, name)
         del state[scale_of(name)]
 
 
@@ -135,7 +135,7 @@ def conform(rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:
         if name in are_codes:
             if wanted is not None and is_as_made(value, wanted):
                 continue
-            value = numbers(state, name)
+            value = decoded(state, name)
         if wanted is not None and value.is_floating_point():
             put(state, name, value, p, wanted)
         elif name in are_codes:

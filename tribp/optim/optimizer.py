@@ -240,7 +240,7 @@ class Optimizer(torch.optim.Optimizer):
         Unlike torch's, it keeps the type of a loaded state (unless `state_dtype` says otherwise), copies what it
         loads, and leaves options that the checkpoint does not know as they are.
         """
-        with checkpoint.keep_loaded_state(self, self._rule.numbers()):
+        with checkpoint.keep_loaded_state(self, self._rule.scalars()):
             super().load_state_dict(state_dict)
 
     def _is_unused(self, buffer: object) -> bool:
@@ -253,7 +253,7 @@ class Optimizer(torch.optim.Optimizer):
         kept["state"] = defaultdict(dict, states)
         # A spawned process is given memory by its file descriptor, after this returns: the copies must live until then.
         dicts = [state for state in states.values() if isinstance(state, dict)]
-        self._shared["sent"] = [state[key] for state in dicts for key in self._rule.numbers() if key in state]
+        self._shared["sent"] = [state[key] for state in dicts for key in self._rule.scalars() if key in state]
         if getattr(self, "_step_supports_amp_scaling", False):
             kept["_step_supports_amp_scaling"] = True
         return kept

@@ -101,7 +101,7 @@ class UpdatePlan:
             return None  # torch makes a state when it sees the first gradient
         entries = [*self._rule.entries(group), *([codes.RESIDUAL] if keeps_residual(group, p) else [])]
         used = {name: value for name in entries if (value := peek(state, name)) is not None}
-        checks.check_tensors(optimizer, number, position, p.grad, used, self._rule.numbers(), codes.coded(state))
+        checks.check_tensors(optimizer, number, position, p.grad, used, self._rule.scalars(), codes.coded(state))
         return used
 
     def _kind(self, group: Group, p: Tensor, used: dict[str, Any] | None, entangled: bool) -> str | None:
@@ -109,7 +109,7 @@ class UpdatePlan:
         if used is None:
             return None
         g = p if p.grad is None else p.grad
-        states = [t for name, t in used.items() if name not in self._rule.numbers()]
+        states = [t for name, t in used.items() if name not in self._rule.scalars()]
         kind = "torch"
         if not (g.layout != torch.strided or p.layout != torch.strided or group.get("differentiable")):
             tensors = layouts.local_parts(p, g, *states)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 @functools.lru_cache(64)
-def number(x: float, dtype: torch.dtype) -> Tensor:
+def scalar(x: float, dtype: torch.dtype) -> Tensor:
     """A tensor of no dimensions. An operation makes one of a Python number: that takes 1 µs, as long as the operation.
 
     Not of `alpha` and `value`, nor of the arguments of `lerp` and `clamp`.
@@ -29,12 +29,12 @@ def number(x: float, dtype: torch.dtype) -> Tensor:
 def _denominator(square: Tensor, eps: float, eps_inside: bool, correction: float = 1.0) -> Tensor:
     """√v̂ + ε or √(v̂ + ε), where v̂ is v divided by the correction."""
     if eps_inside:
-        return torch.add(number(eps, square.dtype), square, alpha=1 / correction).sqrt_()
-    return torch.add(number(eps, square.dtype), square.sqrt(), alpha=1 / math.sqrt(correction))
+        return torch.add(scalar(eps, square.dtype), square, alpha=1 / correction).sqrt_()
+    return torch.add(scalar(eps, square.dtype), square.sqrt(), alpha=1 / math.sqrt(correction))
 
 
 def _average_square_(square_avg: Tensor, g: Tensor, decay: float) -> Tensor:
-    return square_avg.mul_(number(decay, g.dtype)).addcmul_(g, g, value=1 - decay)
+    return square_avg.mul_(scalar(decay, g.dtype)).addcmul_(g, g, value=1 - decay)
 
 
 class SGDHyper(NamedTuple):
@@ -133,7 +133,7 @@ def adamax(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """m ← β₁·m + (1 − β₁)·g, u ← max(β₂·u, |g| + ε), θ ← θ − η/(1 − β₁ᵗ)·m/u."""
     exp_avg.lerp_(g, 1 - h.beta1)
-    torch.maximum(exp_inf.mul_(number(h.beta2, g.dtype)), g.abs().add_(number(eps, g.dtype)), out=exp_inf)
+    torch.maximum(exp_inf.mul_(scalar(h.beta2, g.dtype)), g.abs().add_(scalar(eps, g.dtype)), out=exp_inf)
     return p.addcdiv_(exp_avg, exp_inf, value=-lr / (1 - h.beta1**t)), exp_avg, exp_inf
 
 
@@ -150,10 +150,10 @@ def rprop(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """δ ← δ·η⁺ where g has the sign of the one before, δ·η⁻ where it has the other one, and then g ← 0; δ within its
     bounds; θ ← θ − δ·sign(g)."""
-    product, zero = prev.mul_(g), number(0.0, g.dtype)
+    product, zero = prev.mul_(g), scalar(0.0, g.dtype)
     turned = product < zero
-    shorter = torch.where(turned, step_size * number(h.etaminus, g.dtype), step_size)
-    step_size = torch.where(product > zero, step_size * number(h.etaplus, g.dtype), shorter)
+    shorter = torch.where(turned, step_size * scalar(h.etaminus, g.dtype), step_size)
+    step_size = torch.where(product > zero, step_size * scalar(h.etaplus, g.dtype), shorter)
     step_size.clamp_(h.step_size_min, h.step_size_max)
     g = torch.where(turned, zero, g)
     return p.addcmul_(g.sign(), step_size, value=-1), g, step_size

@@ -118,10 +118,10 @@ class Rule:
 
     def entries(self, group: Group) -> list[str]:
         """The keys of a parameter's state that the update may use."""
-        return list(dict.fromkeys([*self.numbers(), *filter(None, self.states(group)), "ema"]))
+        return list(dict.fromkeys([*self.scalars(), *filter(None, self.states(group)), "ema"]))
 
     @classmethod
-    def numbers(cls) -> tuple[str, ...]:
+    def scalars(cls) -> tuple[str, ...]:
         """The keys of a parameter's state that hold one number each."""
         return ("step", "ema_step", *cls.scalar_states)
 

@@ -1,0 +1,122 @@
+"""What the updates without a kernel share: the rule's formula, gradients, averages, counters, threads."""
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import layouts
+from .buckets import ParamSlot, Step
+from .rule import Group, Rule
+from .tracked_state import peek
+
+# torch's fused CPU kernels wake all threads for more than 16 elements, its other operations for this many and more.
+# Measured, two idle cores: 200 tensors of 17 elements 254 µs with two threads, 75 with one; of 1,000 elements 381 and
+# 159. While other processes keep the cores busy, a single small tensor may wait 5 to 15 ms for the second thread.
+GRAIN = 32768
+
+
+class Formula:
+    """A rule's formula, with the hyperparameters of one group as numbers."""
+
+    def __init__(self, rule: Rule, group: Group) -> None:
+        own = rule.hyper(group)
+        self._formula, self._own = rule.formula, own._make(map(float, own))
+        self._lr, self._eps, self._sign, self._decay, decoupled, *_ = map(float, rule.common(group))
+        self._shrinkage = self._lr * decoupled
+        self._eps_inside = bool(group.get("eps_inside_sqrt"))
+
+    def __call__(
+        self, p: Tensor, grad: Tensor, states: Sequence[Tensor | None], scalars: Sequence[Tensor], count: float
+    ) -> tuple[Tensor, list[Tensor | None], list[float]]:  # fmt: skip
+        """The parameter (all tensors are real) and the states in at least float32, and the states of one number.
+
+        It may overwrite the parameter and the states, and return them.
+        """
+        wide = torch.float64 if torch.float64 in [x.dtype for x in (p, *states) if x is not None] else torch.float32
+        x, g, *kept = [None if t is None else t if t.dtype == wide else t.to(wide) for t in (p, grad, *states)]
+        assert x is not None
+        assert g is not None
+        if self._sign != 1:
+            g = -g
+        if self._decay:
+            g = g.add(x, alpha=self._decay)
+        if self._shrinkage:
+            x.mul_(1 - self._shrinkage)
+        changed, *others = self._formula(x, g, *kept, self._lr, self._eps, self._own, count, self._eps_inside, *scalars)
+        return changed, others[: len(states)], others[len(states) :]
+
+
+def unscaled_and_clipped(grads: list[Tensor], group: Group, step: Step) -> list[Tensor]:
+    """Gradients divided by the GradScaler's scale, in place as torch's fused steps do it, and clipped copies."""
+    if step.grad_scale is not None:
+        for grad in {id(grad): grad for grad in grads}.values():  # a parameter may be listed twice
+            grad.div_(step.grad_scale.to(grad.device))
+    if step.norm is None:
+        return grads
+    coefficient = (group["max_grad_norm"] / (step.norm + 1e-6)).clamp(max=1.0)
+    return [grad * coefficient.to(grad.device, grad.real.dtype) for grad in grads]
+
+
+def update_average(p: Tensor, state: dict[str, Any], decay: float) -> None:
+    """v₁ = x₁, then v ← d·v + (1 − d)·x."""
+    if "ema" not in state:
+        state["ema"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        state["ema_step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+    ema, count = layouts.local(peek(state, "ema")), peek(state, "ema_step")
+    first = bool(count == 0)
+    count += 1
+    weight = layouts.local(p).to(ema.dtype)
+    ema.copy_(weight) if first else ema.lerp_(weight, 1.0 - decay)
+
+
+def gather_scalars(slots: Sequence[ParamSlot], name: str, dtype: torch.dtype) -> Tensor:
+    """Puts a state of one number, of all these slots, into one tensor, which is returned.
+
+    Where the last plan has done so it stays: whoever holds a counter has the one that counts.
+    """
+    scalars = [slot.state[name] for slot in slots]
+    base = getattr(scalars[0], "_base", None)
+    if base is not None and base.shape == (len(slots),) and base.dtype == dtype:
+        places = [t.storage_offset() if getattr(t, "_base", None) is base else None for t in scalars]
+        if places == list(range(len(slots))):
+            return base  # type: ignore[no-any-return]
+    joined = torch.tensor([0.0 if t is None else float(t) for t in scalars], dtype=dtype, device="cpu")
+    for slot, view in zip(slots, joined.unbind(), strict=True):
+        slot.state[name] = view
+    return joined
+
+
+@functools.cache
+def set_own_threads() -> Callable[[int], object] | None:
+    """OpenMP's function that sets how many threads the calling thread's operations take; None where there is none.
+
+    `torch.set_num_threads` sets it for the process: a thread that first asks meanwhile keeps that number for life.
+    """
+    try:
+        set_threads: Callable[[int], object] = ctypes.CDLL(None).omp_set_num_threads
+    except (AttributeError, OSError, TypeError):  # the last one: Windows has no library that is called None
+        return None
+    threads = torch.get_num_threads()
+    set_threads(threads + 1)
+    is_torchs = torch.get_num_threads() == threads + 1  # or another library's OpenMP, or torch's own thread pool
+    set_threads(threads)
+    return set_threads if is_torchs else None
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the `with` block the calling thread's operations take no other thread, where that can be arranged."""
+    threads = torch.get_num_threads()
+    set_threads = set_own_threads() if threads > 1 else None
+    try:
+        if set_threads is not None:
+            set_threads(1)
+        yield
+    finally:
+        if set_threads is not None:
+            set_threads(threads)
