@@ -14,6 +14,7 @@ from tribp import dispatch
 
 from . import operation
 from .options import Options
+from .variant import variant
 
 DESCRIPTION = """\
 Measures tribp, from a checkout of its repository. For example:
@@ -25,6 +26,7 @@ Measures tribp, from a checkout of its repository. For example:
   python -m bench host --case Adam
   python -m bench static --target sm_90 --dtype bfloat16 --json found.json
   python -m bench static linear --model         the time that a model of the GPU predicts from the machine code
+  python -m bench counts conv --case 64x64-64x56x56 --set Conv.block_i=256     what another config would cost
 """
 
 # By name, the module: the first line of its docstring is the command in a line, all of it its --help.
@@ -82,8 +84,11 @@ def _perform(options: Options) -> int:
         raise ValueError(f"{name} needs triton, which is not installed: pip install triton")
     if name in ("static", "counts") and dispatch.interpreting():
         raise ValueError(f"{name} compiles, and under TRITON_INTERPRET=1 nothing can be: unset it")
+    if name == "run" and options.set and not (options.out or options.smoke):
+        raise ValueError("run --set needs --out: its results are not those of the library's own configs")
     module = "model.predict" if options.model else COMMANDS[name]
-    return int(importlib.import_module(f".{module}", __package__).main(options))
+    with variant(options.set):
+        return int(importlib.import_module(f".{module}", __package__).main(options))
 
 
 if __name__ == "__main__":

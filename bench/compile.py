@@ -36,6 +36,7 @@ from .operation import Operation, describe
 from .options import Options
 from .results import markdown, write_json
 from .sass import MATRIX, Instruction
+from .variant import variant
 
 Result = TypeVar("Result")
 
@@ -214,7 +215,9 @@ def read_all(calls: Calls, read: Read[Result], options: Options) -> tuple[Kernel
 
 
 def _share(calls: Calls, read: Read[Result], options: Options, first: int) -> dict[str, Result]:
-    return _read_some(dict(itertools.islice(collect(calls(options)).items(), first, None, options.jobs)), read)
+    with variant(options.set):
+        kernels = collect(calls(options))
+    return _read_some(dict(itertools.islice(kernels.items(), first, None, options.jobs)), read)
 
 
 def _read_some(kernels: Kernels, read: Read[Result]) -> dict[str, Result]:

@@ -60,6 +60,10 @@ class Options(argparse.Namespace):
     smoke: bool = option("run tune all host", "walk through on a CPU with tiny shapes", **GIVEN)
     out: Path | None = option("run tune all", "folder for results (smoke: a temporary one)", metavar="DIR", **PATH)  # noqa: RUF009
     json: Path | None = option("host static counts", "write what was found", metavar="FILE", **PATH)  # noqa: RUF009
+    set: Sequence[str] = option(
+        "run static counts", "a field of every config that has it, as num_warps=4 or Conv.block_i=256; repeatable",
+        metavar="FIELD=VALUE", **REPEATED,
+    )  # fmt: skip
     first: int | None = option("run", "only the first N of these, the most valuable", None, type=COUNT, metavar="N")
     missing: bool = option("run", "only what the results lack of the present code", **GIVEN)
     compile: bool = option(

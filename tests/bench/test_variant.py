@@ -1,0 +1,51 @@
+"""`--set`: configs with some fields set by hand."""
+
+import pytest
+
+from bench.__main__ import main
+from bench.variant import variant
+
+pytest.importorskip("triton")
+
+from tribp.launch.arch import ARCHS
+from tribp.launch.plan import config_for
+from tribp.ops.conv3x3.config import ConvProblem
+from tribp.ops.linear.config import ForwardProblem
+
+LINEAR = ForwardProblem(4096, 4096, 4096, "bfloat16", "ieee", ARCHS["sm_90"], vec=8, tma=True)
+CONV = ConvProblem(
+    256, 56, 56, 64, 64, group_tiles=1, groups_per_tile=1, classes=1, dtype="bfloat16", precision="ieee",
+    arch=ARCHS["sm_90"], vec=8, tma=True, along=True, whole=False, wide=False, stepped=False,
+)  # fmt: skip
+
+
+def test_fields_are_set_and_what_follows_follows() -> None:
+    rule = config_for(CONV)
+    with variant(["Conv.block_i=256", "num_stages=2"]):
+        conv, linear = config_for(CONV), config_for(LINEAR)
+    assert (conv.block_i, conv.num_stages, linear.num_stages) == (256, 2, 2)
+    assert conv.box[0] * conv.box[1] * conv.box[2] == 256 != rule.block_i
+    assert linear.block_i == LINEAR.choose().block_i, "of another kind"
+    assert config_for(CONV) == rule
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["num_warps"], "FIELD=VALUE or KIND.FIELD=VALUE, got 'num_warps'"),
+        (["num_warps=four"], "got 'num_warps=four'"),
+        (["num_stages=2", "Conv.speed=9"], r"--set Conv.speed=9: no config"),
+        (["block_i=4096"], "Conv can't be ConvConfig.block_i=4096"),
+    ],
+)
+def test_what_cannot_be_set(settings: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message), variant(settings):
+        config_for(CONV)
+
+
+def test_results_of_a_variant_are_kept_apart(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert main(["run", "linear", "--set", "num_warps=4"]) == 2
+    assert "--set needs --out" in capsys.readouterr().err
