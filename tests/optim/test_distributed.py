@@ -289,7 +289,7 @@ def test_codes_of_shards(spec: Spec, backend: str, world: int, processes: Proces
     assert min(min(result["shards"]) for result in results) == 0
     for rank, result in enumerate(results):
         assert result["launched"] == ["TritonBucket" if backend == "triton" else "ReferenceBucket"]
-        close(result["parameters"], expected)
+        assert_close(result["parameters"], expected, rtol=1e-6, atol=1e-7)  # decoded moments are float32 numbers
         states = list(optimizers[rank].state.values())
         for local, state in zip(result["local"], states, strict=True):
             assert list(local) == list(state)
