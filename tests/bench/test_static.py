@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 @pytest.mark.parametrize("options", [("--dtype", "float99"), ("--case", "9x9")], ids=lambda words: words[0])
 def test_what_selects_nothing_is_an_error(options: tuple[str, str]) -> None:
-    done = python("-m", "bench", "static", "linear", *options)
+    done = python("-m", "bench", "static", "linear", "--jobs", "1", *options)
     assert done.returncode == 2
     assert done.stderr.startswith("bench: there is no such case; there are types bfloat16")
 

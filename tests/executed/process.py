@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -60,6 +61,9 @@ def _start(target: str) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
 
+    from tests.executed import cases  # noqa: F401
+    from tests.executor import executed  # noqa: F401
+
     torch.set_num_threads(1)
 
 
@@ -72,6 +76,8 @@ def _problems(case: "Case", settings: dict[str, Any]) -> tuple[list[str], set[Fo
 
     torch.manual_seed(0)
     plans.forget()
+    gc.collect()
+    gc.freeze()  # half a million objects and more, among which the executor would look for tensors
     few = replace(ARCHS[_target], processors=case.processors)
     with mock.patch.dict(ARCHS, {_target: few}), _recorded() as forms, executed(_target, **settings) as report:
         wrong = case.wrong()
