@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from .. import versions
 from .arch import ARCHS, ITEMSIZE, Arch, cdiv, power_of_2
-from .neighbors import Steps, all_registers, doubled, one_more, toggled
+from .neighbors import Steps, all_registers, by_one, by_two, toggled
 
 BASES = ("derived", "compiled", "measured")
 REASON_INTERPRETED = "derived: interpreted, a program takes 6 ms whatever its size"
@@ -318,8 +318,8 @@ RESULT = 128  # registers a thread may keep of a result: 128×256 in float32 wit
 
 # What every product can vary.
 STEPS: Steps = dict(
-    num_warps=doubled, num_stages=one_more, block_l=doubled, block_i=doubled, block_j=doubled, tma=toggled,
-    max_registers=all_registers, group=doubled,
+    num_warps=by_two, num_stages=by_one, block_l=by_two, block_i=by_two, block_j=by_two, tma=toggled,
+    max_registers=all_registers, group=by_two,
 )  # fmt: skip
 
 
@@ -400,7 +400,7 @@ class ReduceProblem(NamedTuple):
     vec: int = 4  # elements an access
 
     def steps(self) -> Steps:
-        return dict(block_parts=doubled, block=doubled, num_warps=doubled)
+        return dict(block_parts=by_two, block=by_two, num_warps=by_two)
 
     def choose(self) -> ReduceConfig:
         parts, _, arch, rows, vec = self

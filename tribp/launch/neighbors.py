@@ -35,13 +35,14 @@ def neighbors(problem: Problem[C], config: C) -> list[C]:
     return list(found)
 
 
-def doubled(value: int) -> Iterator[int]:
+def by_two(value: int) -> Iterator[int]:
+    """Half of it, and twice."""
     if value > 1:
         yield value // 2
     yield value * 2
 
 
-def one_more(value: int) -> Iterator[int]:
+def by_one(value: int) -> Iterator[int]:
     yield value - 1
     yield value + 1
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from .arch import Arch, power_of_2
 from .matmul import REASON_INTERPRETED, legal_threads
-from .neighbors import Steps, doubled
+from .neighbors import Steps, by_two
 
 SMALL = 1 << 22  # elements of float32, up to which blocks of 512 were the faster ones
 
@@ -65,7 +65,7 @@ class MultiTensorProblem(NamedTuple):
     arch: Arch
 
     def steps(self) -> Steps:
-        return dict(chunk_blocks=doubled, block=doubled, num_warps=doubled)
+        return dict(chunk_blocks=by_two, block=by_two, num_warps=by_two)
 
     def choose(self) -> MultiTensorConfig:
         elements, types, strided, arch = self

@@ -32,7 +32,7 @@ from ...launch.matmul import (
     stages_that_fit,
     unrounded,
 )
-from ...launch.neighbors import Steps, all_registers, doubled, toggled
+from ...launch.neighbors import Steps, all_registers, by_two, toggled
 
 BoxSize = tuple[int, int, int]
 
@@ -337,7 +337,7 @@ class ConvWgradProblem(NamedTuple):
         return False
 
     def steps(self) -> Steps:
-        return {**STEPS, "box": beside, "splits": doubled, "taps": one_or_three}
+        return {**STEPS, "box": beside, "splits": by_two, "taps": one_or_three}
 
     def choose(self) -> ConvConfig:
         n, p, q, o, c, group_tiles, groups_per_tile, dtype, precision, arch, vec, tma, spare = self
@@ -439,7 +439,7 @@ class RelayoutProblem(NamedTuple):
     arch: Arch
 
     def steps(self) -> Steps:
-        return dict(tiles=doubled, block_p=doubled, block_c=doubled, num_warps=doubled, max_registers=all_registers)
+        return dict(tiles=by_two, block_p=by_two, block_c=by_two, num_warps=by_two, max_registers=all_registers)
 
     def choose(self) -> RelayoutConfig:
         n, p, c, dtype, arch = self

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
 from ...launch.matmul import MAX_TILE, REASON_INTERPRETED, legal_threads, unrounded
-from ...launch.neighbors import Steps, all_registers, doubled
+from ...launch.neighbors import Steps, all_registers, by_two
 from .config import ConvConfig, adjusted_splits, beside, choose_box, even_splits, legal_splits, with_rows
 
 
@@ -24,7 +24,7 @@ class DepthwiseProblem(NamedTuple):
     crowded: bool = False  # a costly activation, or a stride: registers are short
 
     def steps(self) -> Steps:
-        return dict(num_warps=doubled, max_registers=all_registers, box=beside, block_j=doubled, splits=doubled)
+        return dict(num_warps=by_two, max_registers=all_registers, box=beside, block_j=by_two, splits=by_two)
 
     def choose(self) -> ConvConfig:
         n, p, q, c, dtype, arch, channels_last, wgrad, crowded = self

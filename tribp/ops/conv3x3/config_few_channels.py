@@ -16,7 +16,7 @@ from ...launch.matmul import (
     stages_in_memory,
     unrounded,
 )
-from ...launch.neighbors import Steps, all_registers, doubled, one_more
+from ...launch.neighbors import Steps, all_registers, by_one, by_two
 from .config import ConvConfig, adjusted_splits, beside, choose_box, even_splits, legal_splits, sparing, with_rows
 
 FEW_CHANNELS = 7  # input channels up to which nine taps of them fit the 64 summed elements of one product
@@ -49,8 +49,8 @@ class FewChannelsProblem(NamedTuple):
 
     def steps(self) -> Steps:
         return dict(
-            box=beside, num_warps=doubled, num_stages=one_more, block_i=doubled, block_j=doubled, block_l=doubled,
-            splits=doubled, max_registers=all_registers,
+            box=beside, num_warps=by_two, num_stages=by_one, block_i=by_two, block_j=by_two, block_l=by_two,
+            splits=by_two, max_registers=all_registers,
         )  # fmt: skip
 
     def choose(self) -> ConvConfig:
@@ -140,7 +140,7 @@ class FewChannelsDgradProblem(NamedTuple):
     tma: bool
 
     def steps(self) -> Steps:
-        return dict(box=beside, num_warps=doubled, num_stages=one_more, max_registers=all_registers)
+        return dict(box=beside, num_warps=by_two, num_stages=by_one, max_registers=all_registers)
 
     def choose(self) -> ConvConfig:
         n, h, w, o, dtype, _, arch, tma = self

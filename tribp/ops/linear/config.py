@@ -27,7 +27,7 @@ from ...launch.matmul import (
     unrounded,
     whole_splits,
 )
-from ...launch.neighbors import Steps, doubled, one_more, toggled
+from ...launch.neighbors import Steps, by_one, by_two, toggled
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class WgradProblem(NamedTuple):
     spare: int  # bytes that float32 partial results may take: what torch would have allocated here, and tribp does not
 
     def steps(self) -> Steps:
-        return {**STEPS, "fuse_dz": toggled, "splits": doubled}
+        return {**STEPS, "fuse_dz": toggled, "splits": by_two}
 
     @property
     def along(self) -> bool:
@@ -231,7 +231,7 @@ class BackwardProblem(NamedTuple):
     vec: int  # of x
 
     def steps(self) -> Steps:
-        return dict(num_stages=one_more, block_i=doubled, block_j=doubled, splits=doubled)
+        return dict(num_stages=by_one, block_i=by_two, block_j=by_two, splits=by_two)
 
     @property
     def pays(self) -> bool:
@@ -329,7 +329,7 @@ class OutputGradProblem(NamedTuple):
     arch: Arch
 
     def steps(self) -> Steps:
-        return dict(rows=doubled, block_m=doubled, block_n=doubled, num_warps=doubled)
+        return dict(rows=by_two, block_m=by_two, block_n=by_two, num_warps=by_two)
 
     def choose(self) -> ElementwiseConfig:
         m, n, dtype, arch = self
