@@ -240,8 +240,8 @@ class CudaMeter(CpuMeter):
             return kernels_of(json.loads(file.read_text()))
 
     def allocated(self) -> int | None:
-        """As it was asked for: in blocks, which the allocator rounds up to 2 MB or not, torch's own loops differ by
-        0.1 %."""
+        """As they were asked for. Measured: the allocator rounds some blocks up to 2 MB, by which torch's own for-loop
+        and foreach step differ by 0.1 %."""
         return self._requested("current")
 
     def _requested(self, when: str) -> int:

@@ -43,7 +43,8 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
 def encode(x: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None) -> None:
     """Writes codes and scales. random: 15 bits for every element as it lies in memory; rounds to nearest without.
 
-    What was decoded is then encoded as it was. A block that holds NaN or a number from 1e36 on becomes NaN.
+    What was decoded is then encoded as it was. A block that holds NaN or a number from 1e36 on becomes NaN; one whose
+    numbers are all below 2⁻¹¹⁰ has the steps of that scale.
     """
     x = _blocks(torch.empty_like(codes, dtype=torch.float32).copy_(x))
     largest = x.abs().amax(1)  # NaN where one is
