@@ -106,12 +106,6 @@ def reciprocal(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def root_approx(x, PTX: tl.constexpr):
-    """√x of float32. With PTX within 1 unit in the last place, and subnormal numbers count as 0."""
-    return tl.sqrt(x) if INTERPRETED or not PTX else ptx("sqrt.approx.ftz.f32 $0, $1;", "=f,f", x)
-
-
-@triton.jit
 def round_to(x, DTYPE: tl.constexpr):
     """`x` as DTYPE, rounded to nearest even, also where the interpreter would truncate."""
     if INTERPRETED and DTYPE == tl.bfloat16:

@@ -14,7 +14,7 @@ block over the last code, where the next integer is 0 or of the other sign: henc
 import triton
 import triton.language as tl
 
-from .common import reciprocal, root_approx
+from .common import reciprocal
 
 SMALLEST = tl.constexpr(2.0**-110)  # scale, of which 255² times the reciprocal is finite
 BLOCK = tl.constexpr(32)
@@ -40,6 +40,7 @@ def decode(q, scale, TYPE: tl.constexpr, PTX: tl.constexpr):
 def encode(x, inside, random, TYPE: tl.constexpr, PTX: tl.constexpr):
     """The codes of numbers, a block a row, and the scales. random: 15 bits each. A block that holds NaN or
     a number from 1e36 on becomes NaN."""
+    positive = x > 0.0  # float32 may make 0 of it
     x = x.to(tl.float32)
     # As integers the bits of |x| have its order, and those of NaN are largest.
     bits = tl.where(inside, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
@@ -50,8 +51,8 @@ def encode(x, inside, random, TYPE: tl.constexpr, PTX: tl.constexpr):
         q = tl.clamp(part * reciprocal(1.0 + tl.abs(part) * (1.0 / 254.0), PTX), -127.0, 127.0)
         q = round_at_random(q, 128, random) - 128
     else:
-        q = root_approx(x * (65025.0 / scale), PTX)
-        q = round_at_random(tl.where(x > 0.0, tl.clamp(q, 1.0, 255.0), 0.0), 0, random)
+        q = tl.sqrt(x * (65025.0 / scale))
+        q = round_at_random(tl.where(positive, tl.clamp(q, 1.0, 255.0), 0.0), 0, random)
     return q.to(TYPE), scale
 
 

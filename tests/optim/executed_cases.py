@@ -159,6 +159,25 @@ class Coded(NamedTuple):
         return wrong
 
 
+class Tiny(NamedTuple):
+    """A step with states in 8 bits whose gradients have squares that are subnormal, or are 0, beside torch's."""
+
+    name: str
+    own: lies.Options
+    processors: int = 1
+
+    def wrong(self) -> list[str]:
+        rate, moves = 2.0**-10, []
+        for make, more in ((lies.ours, {"state_bits": 8}), (lies.genuine, {})):
+            p = torch.ones(64)
+            p.grad = torch.full((64,), 1e-3)
+            p.grad[4], p.grad[5], p.grad[40:] = 1e-18, 0.0, 2e-18
+            make(self.name, [p], lr=rate, **self.own, **more).step()
+            moves.append((1 - p) / rate)
+        mine, exact = moves[0], moves[1].double()
+        return differences("the update", mine, exact, 1e-3 * exact.abs() + 2.0**-13)
+
+
 class Exact:
     """One step in float64 by torch's own class, from where an optimizer stands."""
 
@@ -238,6 +257,8 @@ QUICK: dict[str, Case] = {
     ),
     "clipping, GradScaler": Beyond("SGD", (HALF, SINGLE), {"max_grad_norm": 1.0, "state_dtype": SINGLE}, 8.0),
     "8 bits": Coded("AdamW", BRAIN, {}),
+    "8 bits, tiny squares": Tiny("Adam", {"eps": 1e-30}),
+    "8 bits, tiny squares and ε": Tiny("RMSprop", {"eps": 1e-40}),
     "averages, stochastic rounding": Beyond("AdamW", (BRAIN,), {"ema_decay": 0.9, "stochastic_rounding": True}),
 }
 

@@ -46,6 +46,7 @@ def encode(x: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
     What was decoded is then encoded as it was. A block that holds NaN or a number from 1e36 on becomes NaN; one whose
     numbers are all below 2⁻¹¹⁰ has the steps of that scale.
     """
+    positive = _blocks(torch.empty_like(codes, dtype=torch.bool).copy_(x > 0))  # float32 may make 0 of it
     x = _blocks(torch.empty_like(codes, dtype=torch.float32).copy_(x))
     largest = x.abs().amax(1)  # NaN where one is
     scale.copy_(torch.where(largest < 1e36, largest.clamp_min(SMALLEST), torch.nan))
@@ -54,7 +55,7 @@ def encode(x: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
     if codes.dtype == torch.int8:
         q = (254 * part / (1 + part.abs())).clamp(-127, 127)
     else:
-        q = torch.where(x > 0, (255 * part.sqrt()).clamp(1, 255), 0)
+        q = torch.where(positive, (255 * part.sqrt()).clamp(1, 255), 0)
     q = (q + dither).floor().nan_to_num(0)
     codes.copy_(q.view(-1)[: codes.numel()].as_strided(codes.shape, codes.stride()))
 
