@@ -26,7 +26,7 @@ Measures tribp, from a checkout of its repository. For example:
   python -m bench host --case Adam
   python -m bench static --target sm_90 --dtype bfloat16 --json found.json
   python -m bench static linear --model         the time that a model of the GPU predicts from the machine code
-  python -m bench counts conv --case 64x64-64x56x56 --set Conv.block_i=256     what another config would cost
+  python -m bench counts linear --case "8192x1024x1024 bfloat16" --set Forward.num_stages=2    what others would cost
 """
 
 # By name, the module: the first line of its docstring is the command in a line, all of it its --help.

@@ -30,17 +30,42 @@ def test_fields_are_set_and_what_follows_follows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("setting", "message"),
     [
-        (["num_warps"], "FIELD=VALUE or KIND.FIELD=VALUE, got 'num_warps'"),
-        (["num_warps=four"], "got 'num_warps=four'"),
-        (["num_stages=2", "Conv.speed=9"], r"--set Conv.speed=9: no config"),
-        (["block_i=4096"], "Conv can't be ConvConfig.block_i=4096"),
+        ("num_warps", "FIELD=VALUE or KIND.FIELD=VALUE, got 'num_warps'"),
+        ("num_warps=four", "got 'num_warps=four'"),
+        ("num_warps=4.0", r"num_warps must be int, numbers above 0, got 4\.0"),
+        ("tma=1", "tma must be bool"),
+        ("Conv.box=(0, 8, 8)", r"box must be tuple\[int, int, int\]"),
+        ("max_registers=0", r"max_registers must be int \| None"),
+        ("num_wraps=4", "no field 'num_wraps'; there are block, "),
+        ("Convolution.block_i=64", "no kind 'Convolution'; there are Backward, Conv, "),
+        ("reason='mine'", "no field 'reason'"),
     ],
 )
-def test_what_cannot_be_set(settings: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message), variant(settings):
+def test_what_is_no_setting(setting: str, message: str) -> None:
+    """It is said before anything is done."""
+    with pytest.raises(ValueError, match=message), variant([setting]):
+        pytest.fail("never run")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("block_i=4096", "block_i=4096: no kernel is made with block_i=4096, .* for ConvProblem"),
+        ("Conv.box=(1, 8, 8)", "box can be .* beside the others"),
+        ("Forward.num_stages=2", "nothing that was asked for has such a config"),
+    ],
+)
+def test_what_cannot_be_set(setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message), variant([setting]):
         config_for(CONV)
+
+
+def test_none_is_a_value() -> None:
+    with variant(["max_registers=None", "tma=True"]):
+        config = config_for(CONV)
+    assert (config.max_registers, config.tma) == (None, True)
 
 
 def test_results_of_a_variant_are_kept_apart(
