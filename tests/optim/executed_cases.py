@@ -196,6 +196,10 @@ class Exact:
             self.averages[i] = values.pop("ema", None)
             values.pop("ema_step", None)
             state[i] = {key: value if key == "step" else value.double() for key, value in values.items()}
+        if case.name == "Rprop" and not state:  # step sizes begin as the rate, rounded to the type that keeps them
+            for i, p in enumerate(self.before):
+                kept = torch.full_like(p, options["lr"], dtype=case.extra.get("state_dtype") or p.dtype).double()
+                state[i] = {"step": torch.zeros(()), "prev": torch.zeros_like(kept), "step_size": kept}
         if any(state.values()):
             self.twin.load_state_dict({"state": state, "param_groups": self.twin.state_dict()["param_groups"]})
         for p, g in zip(self.params, grads, strict=True):
