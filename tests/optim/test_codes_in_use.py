@@ -166,6 +166,17 @@ def test_grad_scaler(fused: bool, dtype: torch.dtype, device: str) -> None:
     run.same(plain.step(0, 1, 2))
 
 
+def test_a_square_below_float32_is_not_0(device: str) -> None:
+    """Of float64: √v of 0 beside a momentum that is not would make the update infinite."""
+    p = torch.ones(32, dtype=torch.float64, device=device)
+    optimizer = Adam([p], lr=1e-3, eps=0.0, state_bits=8)
+    for small in (1e-24, 0.0):
+        p.grad = torch.full_like(p, small)
+        p.grad[:4] = 1e-3
+        optimizer.step()
+    assert ((1 - p).abs() <= 2.1e-3).all()
+
+
 @types
 def test_averages_of_parameters_with_all_their_bits(dtype: torch.dtype, device: str) -> None:
     """They swap in and out, and training goes on as if nothing was."""
