@@ -1,6 +1,6 @@
-"""Fuse a model that exists already: `tribp.fuse` puts its layers in the place of torch's, and `unfuse` takes them out.
+"""Fuse a model that exists already: `tribp.fuse` has tribp's kernels run its layers, and `unfuse` undoes that.
 
-Printed: the report of what was replaced and what was left; the largest difference of an output before and after (0, or
+Printed: the report of what runs together and what was left; the largest difference of an output before and after (0, or
 the rounding of float32); and the losses of two steps of an optimizer that was made before `fuse`.
 """
 
@@ -21,7 +21,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         y = F.relu(self.first(x))
-        return F.relu(x + self.second(y))  # an addition comes between: only the convolution is replaced
+        return F.relu(x + self.second(y))  # an addition comes between: the convolution runs alone
 
 
 device = "cuda" if torch.cuda.is_available() else "cpu"

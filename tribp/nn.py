@@ -117,11 +117,15 @@ class LinearSigmoid(Linear):
 
 def runs_forward_alone(module: nn.Module) -> bool:
     """Whether to call a module does nothing but run the forward of its class: no hooks, no forward of its own."""
-    hooked = (
+    return not (is_watched(module) or _has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of a module does more than the forward of its class, hooks on all modules aside."""
+    return bool(
         module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-        or _has_any_global_hook()  # type: ignore[no-untyped-call]
+        or "forward" in module.__dict__ or module._compiled_call_impl
     )  # fmt: skip
-    return not (hooked or "forward" in module.__dict__ or module._compiled_call_impl)
 
 
 class MLP(nn.Module):

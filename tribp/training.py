@@ -8,8 +8,9 @@ from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 from . import dispatch
-from .fusion.modules import ACTIVATIONS, FusedActivation, activation_like, full_name, refused
-from .fusion.sequential import flatten
+from .fusion.activations import ACTIVATIONS, activation_like, refused
+from .fusion.places import full_name
+from .fusion.rows import flatten
 from .nn import MLP, Linear, LinearSigmoid, runs_forward_alone
 from .ops.activations import ActivationLike, activation_of
 from .ops.mlp.reference import Layer
@@ -266,6 +267,6 @@ def _layers_of(model: nn.Module) -> list[Layer] | str:
             layers[-1] = layers[-1]._replace(activation=activation_of("train_step", activation_like(module)))
         elif isinstance(module, MLP) and any(type(layer) not in LINEARS for layer in module.layers):
             return "a layer of the MLP was replaced"
-        elif kind not in (MLP, FusedActivation, nn.Identity):
+        elif kind not in (MLP, nn.Identity):
             return f"it has a {full_name(module)}"
     return layers or "it has no linear layer"

@@ -1,11 +1,15 @@
 """Models that `tribp.fuse` is tried on, and what tests ask of them."""
 
+import functools
 from collections import OrderedDict
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import tribp
 from tribp.fusion import Report
 
 
@@ -218,6 +222,28 @@ MODELS = {
 def image() -> Tensor:
     """What all of them take."""
     return torch.randn(3, 2, 12, 12)
+
+
+class Called:
+    """Which of tribp's functions modules call, and with which activations."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.activations: list[object] = []
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> "Called":
+        for name in ("linear", "conv3x3", "mlp"):
+            self._patch.setattr(f"tribp.fusion.rows.{name}", functools.partial(self._call, name, getattr(tribp, name)))
+        return self
+
+    def _call(self, name: str, function: Callable[..., Tensor], *args: object) -> Tensor:
+        self.names.append(name)
+        self.activations += args[3:] if name != "conv3x3" else args[6:]
+        return function(*args)
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
 
 
 def sigmoid_after(module: nn.Module) -> nn.Sequential:

@@ -38,7 +38,7 @@ def test_a_fused_model_counts_as_before(frozen: str, backward: bool, device: str
     for layer in (model[0], model[4]):
         layer.weight.requires_grad_(frozen != "weight")
     expected = count(model, x, backward=backward)
-    assert len(tribp.fuse(model).replaced) == 3
+    assert len(tribp.fuse(model).replaced) == 4
     assert count(model, x, backward=backward) == expected > 0
 
 

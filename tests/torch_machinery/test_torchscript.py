@@ -21,7 +21,7 @@ pytestmark = [
 
 def fused() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Sigmoid(), nn.Flatten(1), nn.Linear(36, 10), nn.Sigmoid())
-    assert len(tribp.fuse(model).replaced) == 2
+    assert len(tribp.fuse(model).replaced) == 3
     return model
 
 

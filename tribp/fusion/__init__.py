@@ -1,15 +1,13 @@
-"""Whole models: torch's layers exchanged for tribp's in place, and back."""
+"""Whole models: what tribp's kernels can run of torch's modules, found in place, and the way back."""
 
-from .layers import fuse, unfuse
-from .modules import FoldedBatchNorm, FusedActivation, FusedSigmoid
+from .fusing import fuse
 from .report import Left, Replaced, Report
-from .sequential import FusedSequential
+from .rows import FusedConv2d, FusedSequential
+from .unfusing import unfuse
 
 __all__ = [
-    "FoldedBatchNorm",
-    "FusedActivation",
+    "FusedConv2d",
     "FusedSequential",
-    "FusedSigmoid",
     "Left",
     "Replaced",
     "Report",

@@ -1,154 +1,99 @@
-"""Batch norms folded into the layer before them, for inference, and taken out again."""
+"""Batch norms that become part of the weight and bias of the layer before them, where no gradient is wanted."""
+
+import operator
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..nn import Conv3x3, Linear
-from .forward import calls_once, doubt_about
-from .modules import (
-    BATCH_NORMS,
-    LAYERS,
-    FoldedBatchNorm,
-    copy_layer,
-    layer_kind,
-    obstacle,
-    shown_name,
-    unusual,
-)
-from .plan import Place, Plan
-from .report import Report
+from ..dispatch import needs_operator
+from ..nn import is_watched
+
+PLAIN = {"Parameter", "Tensor", "FakeTensor", "FunctionalTensor"}  # types; the latter stand for tensors in tracing
 
 
-def fold_batchnorms(model: nn.Module) -> Report:
-    """Fold each batch norm that is directly behind a linear layer or a convolution into its weight and bias.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+FOLDS = "_folds_into_layer"  # attribute of a batch norm that may
 
-    Raises:
-        ValueError: the model, or a batch norm in it, is in training mode.
+
+def is_folding(module: nn.Module) -> bool:
+    """Whether a module is a batch norm that `fuse` was told to fold."""
+    return type(module) in BATCH_NORMS and FOLDS in vars(module)
+
+
+def can_fold(layer: nn.Module, norm: nn.Module) -> bool:
+    """Whether a batch norm in evaluation mode, behind a readable layer, only scales and shifts the layer's outputs."""
+    if not isinstance(norm, BATCH_NORMS) or is_watched(norm):
+        return False
+    weight, tensors = layer._parameters.get("weight"), (*norm._parameters.values(), *norm._buffers.values())
+    mean, var = norm._buffers.get("running_mean"), norm._buffers.get("running_var")
+    if weight is None or mean is None or var is None:
+        return False
+    sizes = {tuple(t.shape) for t in tensors if t is not None and t.dim()}
+    plain = all(t is None or (type(t).__name__ in PLAIN and t.device == weight.device) for t in tensors)
+    return plain and sizes == {(weight.shape[0],)} and weight.dim() == (4 if isinstance(norm, nn.BatchNorm2d) else 2)
+
+
+def folds_now(layer: nn.Module, norm: nn.Module, input: Tensor) -> bool:
+    """Whether a batch norm that can be folded shall be for this input: nothing is trained, and nothing traces."""
+    if norm.training or not isinstance(input, Tensor) or torch._C._get_tracing_state() is not None:
+        return False
+    if input.dim() != (4 if isinstance(norm, nn.BatchNorm2d) else 2):  # of other inputs it takes other channels
+        return False
+    parameters = (*layer._parameters.values(), *norm._parameters.values())
+    return not (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters))
+
+
+class _Known(NamedTuple):
+    tensors: Sequence[Tensor | None]  # of which it was made, held so that their memory is nobody else's
+    state: list[object]
+    weight: Tensor
+    bias: Tensor
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+
+
+def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the layer that computes both.
+
+    They are kept until one of the tensors that they are made of is another, or was written to; what `.data` writes is
+    not seen.
     """
-    for name, module in model.named_modules():
-        if module.training and (module is model or isinstance(module, BATCH_NORMS)):
-            where = f"{type(module).__name__} at {name}" if name else "model"
-            raise ValueError(
-                f"fuse: fold_batchnorm=True needs a model in eval mode, but the {where} is in training mode"
-            )
-    stand_ins: dict[int, nn.Module] = {}
-    plan = Plan("fuse", model, lambda norm: stand_ins[id(norm)], harmless=frozenset())
-    folded = [module for module, _ in plan.modules if isinstance(module, FoldedBatchNorm)]
-    for module, places in plan.modules:
-        before_norm = [place for place in places if isinstance(place.behind, BATCH_NORMS)]
-        if not isinstance(module, LAYERS) or not before_norm or _has_activation(module):
-            continue
-        place, norm = before_norm[0], before_norm[0].behind
-        assert norm is not None
-        reason = plan.obstacle(module, layer_kind(module))
-        if not reason and any(other.is_behind(module) for other in folded):
-            reason = "another batch norm is folded into the layer before it"
-        if not reason and len(places) + len(plan.places[id(norm)]) > 2:
-            reason = "it or the layer before it stands at several places, or is called several times"
-        reason = reason or place.doubt or (_doubt_about_norm(plan, place) if place.site else "")
-        reason = reason or _unfoldable(module, norm)
-        if reason:
-            plan.leave_activations(before_norm, reason)
-            continue
-        made = copy_layer(module)
-        parameters = _folded(module, norm)
-        vars(made)["_parameters"] = {name: nn.Parameter(p, requires_grad=False) for name, p in parameters.items()}
-        stand_ins[id(norm)] = FoldedBatchNorm(norm, module, made.weight)
-        was = f"{shown_name(module)} + {type(norm).__name__}"
-        plan.replace([place._replace(site=())], made, was, shown_name(module))
-    return plan.carry_out()
+    tensors = (layer.weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    # A step of training writes the statistics without a word, and counts the batch.
+    given = [t for t in (*tensors, norm.num_batches_tracked) if t is not None]
+    if needs_operator() or any(t.is_inference() for t in given):  # which count no versions
+        return _fold(*tensors, norm.eps)
+    state = [norm.eps, *(fact for t in given for fact in (t._version, t.data_ptr(), t.dtype))]
+    known = _known.get(norm)
+    if known is None or known.state != state or not all(map(operator.is_, known.tensors, tensors)):
+        known = _known[norm] = _Known(tensors, state, *_fold(*tensors, norm.eps))
+    return known.weight, known.bias
 
 
-def unfold_batchnorms(model: nn.Module) -> Report:
-    """Put batch norms and the parameters of layers back, the same objects, where no activation lies between them."""
-    plan = Plan("unfuse", model, _original)
-    for module, places in plan.modules:
-        if not isinstance(module, FoldedBatchNorm):
-            continue
-        for place in places:
-            parent = place.parent
-            layers = [] if parent is None else [*parent._modules.items()]
-            key, layer = next(((k, m) for k, m in layers if m is not None and module.is_behind(m)), ("", None))
-            reason = obstacle("it", module, FoldedBatchNorm)
-            if not reason and layer is None:
-                reason = "the layer that it was folded into is not beside it"
-            elif not reason and layer is not None:
-                name = place.name.removesuffix(place.key) + key
-                subject = f"the layer at {name}"
-                reason = obstacle(subject, layer, layer_kind(layer))
-                if not reason and _has_activation(layer):
-                    reason = f"{subject} computes an activation"
-            if reason or layer is None:
-                plan.leave([place], reason)
-                continue
-            made = copy_layer(layer)
-            vars(made)["_parameters"] = dict(module.layer._parameters)
-            now = f"{shown_name(layer)} + {type(module.original).__name__}"
-            pair = Place(parent, key, name, layer, None, module, place.key, place.name)
-            plan.replace([pair], made, shown_name(layer), now)
-    return plan.carry_out()
-
-
-def _has_activation(layer: nn.Module) -> bool:
-    return isinstance(layer, (Linear, Conv3x3)) and layer.activation is not None
-
-
-def _doubt_about_norm(plan: Plan, place: Place) -> str:
-    """Why a batch norm in a module's own forward may take something else than the layer's output."""
-    assert place.parent is not None
-    if not calls_once(place.parent, place.behind_key):
-        return f"{type(place.parent).__name__}.forward calls it several times"
-    return doubt_about(place.parent, place.behind_key, plan.reached, plan.harmless)
-
-
-def _unfoldable(layer: nn.Module, norm: nn.Module) -> str:
-    """Why a batch norm cannot become part of a layer's parameters; nothing if it can."""
-    convolution = isinstance(layer, (nn.Conv2d, Conv3x3))
-    kind = nn.BatchNorm2d if convolution else nn.BatchNorm1d
-    reason = obstacle("it", norm, kind) if isinstance(norm, kind) else f"it is no {kind.__name__}"
-    if reason:
-        return reason
-    if norm._buffers["running_mean"] is None or norm._buffers["running_var"] is None:
-        return "it has no running statistics"
-    tensors: dict[str, Tensor | None] = {f"the layer's {name}": p for name, p in layer._parameters.items()}
-    tensors |= {f"its {name}": norm._parameters[name] for name in ("weight", "bias")}
-    tensors |= {f"its {name}": norm._buffers[name] for name in ("running_mean", "running_var")}
-    weight = layer._parameters["weight"]
-    for name, tensor in tensors.items():
-        if tensor is None and name != "the layer's weight":
-            continue
-        reason = unusual(name, tensor)
-        if reason:
-            return reason
-        assert weight is not None
-        assert tensor is not None
-        if tensor.shape != weight.shape[:1] and tensor is not weight:
-            return f"{name} has the shape {tuple(tensor.shape)}, the layer's weight {tuple(weight.shape)}"
-        if tensor.device != weight.device:
-            return f"{name} is on {tensor.device}, the layer's weight on {weight.device}"
-    assert weight is not None
-    return "" if weight.dim() == (4 if convolution else 2) else f"the layer's weight has {weight.dim()} dimensions"
-
-
-@torch.no_grad()
-def _folded(layer: nn.Module, norm: nn.Module) -> dict[str, Tensor]:
-    """Weight and bias of the layer that computes both, in float64 until they are stored."""
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    assert weight is not None
-    mean, var = (norm.get_buffer(name).double() for name in ("running_mean", "running_var"))
-    eps = norm.eps
-    assert isinstance(eps, float)
-    scale, shift = torch.rsqrt(var + eps), -mean if bias is None else bias.double() - mean
-    if norm._parameters["weight"] is not None:
-        scale = scale * norm._parameters["weight"]
-    shift = shift * scale
-    if norm._parameters["bias"] is not None:
-        shift = shift + norm._parameters["bias"]
-    scaled = weight.double() * scale.view(-1, *(1,) * (weight.dim() - 1))
-    # in the layout of the old weight, channels last perhaps
-    return {"weight": torch.empty_like(weight).copy_(scaled), "bias": shift.to(weight.dtype)}
-
-
-def _original(folded: nn.Module) -> nn.Module:
-    assert isinstance(folded, FoldedBatchNorm)
-    return folded.original.train(folded.training)
+def _fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """In float64 until they are stored."""
+    with torch.no_grad():
+        scale, shift = (
+            torch.rsqrt(var.double() + eps),
+            -mean.double() if bias is None else bias.double() - mean.double(),
+        )
+        if gamma is not None:
+            scale = scale * gamma
+        shift = shift * scale
+        if beta is not None:
+            shift = shift + beta
+        scaled = weight.double() * scale.view(-1, *(1,) * (weight.dim() - 1))
+        # in the layout of the old weight, channels last perhaps
+        return torch.empty_like(weight).copy_(scaled), shift.to(weight.dtype)

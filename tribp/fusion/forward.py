@@ -1,14 +1,15 @@
-"""What a module's own `forward` applies to the output of a layer, and classes whose `forward` leaves that to the layer.
+"""What a module's own `forward` calls one after the other, and classes whose `forward` has `run` call it.
 
-Nothing is run and nothing traced: the source tells what is applied on every path, and the new `forward` is the old one
-without those calls. So branches, flags, counters and modes mean what they did.
+Nothing is run and nothing traced: the source tells which calls take nothing but each other's output, and the new
+`forward` is the old one with `run((self.conv, self.act), x)` in the place of `self.act(self.conv(x))`. So branches,
+flags, counters and modes mean what they did, and what the attributes hold is looked at when they are called.
 """
 
 import ast
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Set
-from types import CodeType, FunctionType
+from collections.abc import Iterator, Mapping, Sequence, Set
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,36 +18,16 @@ from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from ..nn import Linear
 from ..ops.activations import DEFAULTS
-from ..ops.shared import NAMESPACE
-from .modules import (
-    ACTIVATIONS,
-    BATCH_NORMS,
-    LAYERS,
-    OTHER_ACTIVATIONS,
-    PARAMETERS,
-    FoldedBatchNorm,
-    FusedActivation,
-    activation_kind,
-    is_other_activation,
-)
-from .source import Source, Use, names_in
+from .activations import ACTIVATIONS, OTHER_ACTIVATIONS, activation_kind
+from .rows import FusedSequential, is_plain_sequential, row_at, run
+from .source import IS_SCRIPTING, RUN, Call, Source, Use, shown
 
-Site = tuple[str, ...]  # the attribute that is a layer, and what is applied to its output, as `Use.text`
-Foreign = Callable[[Source, frozenset[str]], set[str]]  # which of its attributes a method takes from others than self
+Site = tuple[str, ...]  # calls that take each other's output, as `shown`; or a loop
 SITES = "_tribp_sites"  # of a class that was made here: the class it was made of, and its sites
-HARMLESS = frozenset(PARAMETERS)  # to read of a layer
 # What a class may define that need not work in a class derived from it.
-OWN = {
-    "__reduce__",
-    "__reduce_ex__",
-    "__getnewargs_ex__",
-    "__deepcopy__",
-    "__copy__",
-    "__getattr__",
-    "__getattribute__",
-}
-OWN |= {"__init_subclass__"}
+OWN = {"__reduce__", "__reduce_ex__", "__getnewargs_ex__", "__deepcopy__", "__copy__", "__init_subclass__"}
 KINDS = {name: kind for kind, (name, *_) in ACTIVATIONS.items()}
 KINDS |= {name: kind for kind, name in OTHER_ACTIVATIONS.items()}
 METHODS = {ending: name for name in DEFAULTS for ending in (name, name + "_") if hasattr(Tensor, ending)}
@@ -59,118 +40,130 @@ FUNCTIONS = {
 }
 
 
-class Behind(NamedTuple):
-    """What takes the output of one call of a layer."""
+class Link(NamedTuple):
+    """A call that takes nothing but another call's output."""
 
-    module: nn.Module | None = None  # an activation, for a function the module that computes the same; or a batch norm
-    key: str = ""  # the module's name among the children; nothing for a function
-    site: Site = ()
-    doubt: str = ""  # why the call need not be all that happens to the layer's output
+    call: ast.Call
+    input: ast.expr
+    child: str = ""  # the attribute that is called; nothing for a function
+    activation: nn.Module | None = None  # the module that computes what a function does
+    doubt: str = ""  # why it cannot be taken together with what is before it
+
+    @property
+    def text(self) -> str:
+        return shown(self.call, self.input)
 
 
-def behind_calls(module: nn.Module, key: str, reached: Mapping[str, str], harmless: frozenset[str]) -> list[Behind]:
-    """What takes the output at each call of the child `key` in the module's forward; nothing where that is not known.
+class Line(NamedTuple):
+    """Modules of which the code calls one after the other, by their names."""
 
-    `reached` is what `reached_from_outside` says of the whole model.
+    names: Sequence[str]
+    modules: Sequence[nn.Module]
+    site: Site = ()  # in a forward
+    doubt: str = ""  # why they cannot run together
+
+
+def lines_of(module: nn.Module, prefix: str, norms: bool) -> list[Line]:
+    """What a module's forward calls one after the other; with a site, where some of it can run together.
+
+    prefix: of its children's names. norms: as for `row_at`. Raises ValueError with the reason if there is no source.
     """
-    kind, sites = class_and_sites(module)
-    try:
-        source = read_forward(kind)
-    except ValueError:
-        return []
-    calls = [_behind(source, module, key, call) for call in source.calls(key)]
-    if not any(behind.module for behind in calls):
-        return []
-    doubt = doubt_about(module, key, reached, harmless)
-    calls = [behind._replace(doubt=behind.doubt or doubt) for behind in calls]
-    return [b._replace(module=FusedActivation(b.module)) if b.module and b.site in sites else b for b in calls]
+    kind = made_of(module)
+    source = read_forward(kind)
+    every = [_links(source, call) for call in source.calls()]
+    inner = {link.call for links in every for link in links[1:]}
+    lines = [_line(module, prefix, links, norms) for links in every if links[0].call not in inner]
+    for call in source.calls():
+        lines += _lines_in_doubt(source, module, kind, prefix, call)
+    for loop in source.loops():
+        key = source.own_attribute(loop.iter)
+        row = _child(module, key)
+        if isinstance(row, (nn.Sequential, nn.ModuleList)):
+            named = [*named_flatten(f"{prefix}{key}.", row)]
+            lines.append(Line([n for n, _ in named], [m for _, m in named], (f"for {key}",), underivable(module)))
+    return lines
 
 
-def doubt_about(module: nn.Module, key: str, reached: Mapping[str, str], harmless: frozenset[str]) -> str:
-    """Why something else may happen to the child `key` than its calls in forward; nothing if nothing else can."""
-    kind, _ = class_and_sites(module)
-    outside = f"{reached[key]} takes a {key} from another module" if key in reached else ""
-    return _doubt(read_forward(kind), module, kind, key, harmless) or outside
+def named_flatten(prefix: str, modules: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What `flatten` makes of a module's children, with the name of each."""
+    for key, module in modules._modules.items():
+        if is_plain_sequential(module):
+            yield from named_flatten(f"{prefix}{key}.", module)
+        elif module is not None:
+            yield prefix + key, module
 
 
-def taken_apart(module: nn.Module, key: str, parts: Mapping[str, str], harmless: frozenset[str]) -> str:
-    """Why the modules of the Sequential that is the child `key` may run otherwise than in their order; nothing if not.
-
-    Only code that can be read is looked at. `parts` is what `parts_from_outside` says of the whole model.
-    """
-    for function in _functions(class_and_sites(module)[0]):
-        source = _read(function) if key in _names_later(function) else ""
-        if isinstance(source, Source) and not source.only_runs(key, harmless):
-            return f"{function.__qualname__} does something else with {key} than to call it"
-    return f"{parts[key]} takes a {key} from another module" if key in parts else ""
-
-
-def calls_once(module: nn.Module, key: str) -> bool:
-    return len(read_forward(class_and_sites(module)[0]).calls(key)) == 1
-
-
-def unread_forward(module: nn.Module) -> str:
-    """Why it is not known what a module applies to the layers that it holds itself; nothing if it is known."""
-    kind, _ = class_and_sites(module)
-    if isinstance(module, (nn.Sequential, nn.ModuleList)) or not any(isinstance(m, LAYERS) for m in module.children()):
-        return ""
-    try:
-        read_forward(kind)
-    except ValueError as error:
-        return f"what its forward applies to its layers is not known: {error}"
-    return ""
+def _line(module: nn.Module, prefix: str, links: Sequence[Link], norms: bool) -> Line:
+    """As far as what is called is a module; from the first link to the last that something else joins."""
+    names: list[str] = []
+    modules: list[nn.Module] = []
+    where: list[int] = []  # the link of each module
+    for n, link in enumerate(links):
+        called = link.activation if link.activation else _child(module, link.child)
+        if called is None or link.doubt:
+            break
+        name = prefix + link.child if link.child else names[-1]
+        named = list(named_flatten(f"{name}.", called)) if is_plain_sequential(called) else [(name, called)]
+        names += [name for name, _ in named]
+        modules += [module for _, module in named]
+        where += [n] * len(named)
+    ends = joined(modules, where, norms)
+    doubt = underivable(module)
+    site = tuple(link.text for link in links[min(ends) : max(ends) + 1]) if ends and not doubt else ()
+    return Line(names, modules, site, doubt)
 
 
-def read_forward(kind: type[nn.Module]) -> Source:
-    """The source of a class's forward; raises ValueError with the reason if there is none."""
-    function = inspect.getattr_static(kind, "forward")
-    if not isinstance(function, FunctionType):
-        raise ValueError("forward is no Python function")
-    source = _read(function)
-    if isinstance(source, str):
-        raise ValueError(source)
-    return source
+def joined(modules: Sequence[nn.Module], where: Sequence[int], norms: bool) -> set[int]:
+    """Where rows of modules begin and end that cross from one place to another; `where` has each module's place."""
+    ends: set[int] = set()
+    start = 0
+    while start < len(modules):
+        row = row_at(modules, start, None, norms)
+        stop = row[-1].stop if row else start + 1
+        if where[stop - 1] > where[start]:
+            ends |= {where[start], where[stop - 1]}
+        start = stop
+    return ends
 
 
-@functools.cache
-def _read(function: FunctionType) -> Source | str:
-    try:
-        return Source(function)
-    except ValueError as error:
-        return str(error)
-
-
-def _behind(source: Source, module: nn.Module, key: str, call: ast.Call) -> Behind:
+def _lines_in_doubt(
+    source: Source, module: nn.Module, kind: type[nn.Module], prefix: str, call: ast.Call
+) -> Iterator[Line]:
+    """Activations that take a call's output, which something else takes, too, or whose arguments are not known."""
+    name = source.own_attribute(call.func)
+    layer = _child(module, name)
     use = source.use(call)
-    site: Site = (key,)
-    while use and isinstance(_child(module, source.own_attribute(use.call.func)), FoldedBatchNorm):
-        site = (*site, use.text)
-        use = source.use(use.call)
-    if use:
-        return _activation(source, module, site, use)
-    others = (_activation(source, module, site, use) for use in source.other_uses(call))
-    doubt = f"{type(module).__name__}.forward may do something else with what {key} returns"
-    return next((behind._replace(doubt=doubt) for behind in others if behind.module), Behind())
+    uses = [use] if use else source.other_uses(call)
+    for link in (_link(source, use) for use in uses):
+        called = None if link is None else link.activation or _child(module, link.child)
+        doubt = "" if link is None else link.doubt
+        if not use:
+            doubt = f"{kind.__name__}.forward may do something else with what {name} returns"
+        if layer is not None and link is not None and called is not None and doubt:
+            yield Line([prefix + name, prefix + (link.child or name)], [layer, called], doubt=doubt)
+            break
 
 
-def _activation(source: Source, module: nn.Module, site: Site, use: Use) -> Behind:
-    """What a call is that takes the layer's output, if it is an activation or a batch norm."""
-    site = (*site, use.text)
-    child = source.own_attribute(use.call.func)
-    if child:
-        activation = _child(module, child)
-        alone = len(use.call.args) == 1 and not use.call.keywords
-        known = activation_kind(activation) or is_other_activation(activation) or isinstance(activation, BATCH_NORMS)
-        return Behind(activation, child, site) if alone and known else Behind()
+def _links(source: Source, call: ast.Call) -> list[Link]:
+    """A call of an attribute of self, and the calls that take its output and each other's."""
+    links = [Link(call, call.args[0], source.own_attribute(call.func))]
+    while (use := source.use(links[-1].call)) and (link := _link(source, use)):
+        links.append(link)
+    return links
+
+
+def _link(source: Source, use: Use) -> Link | None:
+    if source.is_own_call(use.call) and use.call.args[0] is use.input:
+        return Link(use.call, use.input, source.own_attribute(use.call.func))
     name = _function(source, use)
     if name is None:
-        return Behind()
+        return None
     if name not in DEFAULTS:
-        return Behind(KINDS[name](), "", site)
+        return Link(use.call, use.input, "", KINDS[name]())
     try:
-        return Behind(KINDS[name](**_numbers(name, use)), "", site)
+        return Link(use.call, use.input, "", KINDS[name](**_numbers(name, use)))
     except ValueError as error:
-        return Behind(KINDS[name](), "", site, str(error))
+        return Link(use.call, use.input, "", KINDS[name](), str(error))
 
 
 def _function(source: Source, use: Use) -> str | None:
@@ -209,139 +202,142 @@ def _child(module: nn.Module, key: str) -> nn.Module | None:
     return None if key in vars(module) or hasattr(type(module), key) else module._modules.get(key)
 
 
-def _doubt(source: Source, module: nn.Module, kind: type[nn.Module], key: str, harmless: frozenset[str]) -> str:
-    """Why something else than its calls in forward may happen to a layer, or why forward cannot be another."""
-    name = kind.__name__
+def underivable(module: nn.Module) -> str:
+    """Why a module cannot get a class derived from its own; nothing if it can."""
+    kind = made_of(module)
     if "forward" in vars(module):
-        return f"the {name} around it has a forward of its own"
-    if _child(module, key) is None:
-        return f"{name} has another attribute {key}"
-    own = {attribute for base in _bases(kind) for attribute in vars(base)} & OWN
+        return f"the {kind.__name__} around it has a forward of its own"
+    own = {attribute for base in kind.__mro__ if base not in (nn.Module, object) for attribute in vars(base)} & OWN
     if own or type(kind) is not type:
-        return f"{name} has a {min(own, default='metaclass')} of its own"
+        return f"{kind.__name__} has a {min(own, default='metaclass')} of its own"
     if parametrize.is_parametrized(module) or isinstance(module, LazyModuleMixin):
-        return f"the {name} around it is parametrized or lazy, and may change its class"
-    if not source.only_calls(key, harmless):
-        return f"{name}.forward does something else with {key}, too"
-    if source.indirect():
-        return f"{name}.forward uses {source.indirect()}, which may reach {key}"
-    if any(getattr(value, "__func__", None) is source.function for value in vars(module).values()):
-        return f"the {name} around it holds its forward in an attribute"
-    for function in _functions(kind):
-        if function is source.function or key not in _names_later(function):
-            continue
-        other = _read(function)
-        if isinstance(other, str) or other.calls(key) or not other.only_calls(key, harmless):
-            return f"{function.__qualname__} mentions {key}, too"
+        return f"the {kind.__name__} around it is parametrized or lazy, and may change its class"
     return ""
 
 
-def reached_from_outside(model: nn.Module, harmless: frozenset[str]) -> dict[str, str]:
-    """Attributes that methods of the model's classes take from other objects than self, and a method for each."""
-    return _from_outside(model, Source.foreign_attributes, harmless)
-
-
-def parts_from_outside(model: nn.Module, harmless: frozenset[str]) -> dict[str, str]:
-    """Attributes of which methods of the model's classes take a part, as reached_from_outside has it."""
-    return _from_outside(model, Source.foreign_parts, harmless)
-
-
-def _from_outside(model: nn.Module, foreign: Foreign, harmless: frozenset[str]) -> dict[str, str]:
-    reached: dict[str, str] = {}
-    for module in model.modules():
-        reached |= _reaches(class_and_sites(module)[0], foreign, harmless)  # type: ignore[arg-type]
-    return reached
+def read_forward(kind: type[nn.Module]) -> Source:
+    """The source of a class's forward; raises ValueError with the reason if there is none."""
+    function = inspect.getattr_static(kind, "forward")
+    if not isinstance(function, FunctionType):
+        raise ValueError("forward is no Python function")
+    source = _read(function)
+    if isinstance(source, str):
+        raise ValueError(source)
+    return source
 
 
 @functools.cache
-def _reaches(kind: type[nn.Module], foreign: Foreign, harmless: frozenset[str]) -> dict[str, str]:
-    reached: dict[str, str] = {}
-    for function in () if kind.__module__.startswith(("torch.", f"{NAMESPACE}.")) else _functions(kind):
-        source, names = _read(function), _names_later(function)
-        if isinstance(source, Source):
-            names = names & foreign(source, harmless)
-        elif foreign is Source.foreign_parts:
-            continue
-        reached |= {str(name): function.__qualname__ for name in names}
-    return reached
+def _read(function: FunctionType) -> Source | str:
+    try:
+        return Source(function)
+    except ValueError as error:
+        return str(error)
 
 
-def _names_later(function: FunctionType) -> set[object]:
-    """What a method mentions that may run after the module was made: of __init__, the functions in it."""
-    codes = [function.__code__]
-    if function.__name__ == "__init__":
-        codes = [constant for constant in function.__code__.co_consts if isinstance(constant, CodeType)]
-    return set().union(*map(names_in, codes))
+def made_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before `class_for`."""
+    kind: type[nn.Module] = vars(type(module)).get(SITES, (type(module), ()))[0]
+    return kind
 
 
-def _bases(kind: type) -> Iterator[type]:
-    return (base for base in kind.__mro__ if base not in (nn.Module, object))
+def shown_name(kind: type[nn.Module]) -> str:
+    """A class, in a way that tells tribp's from torch's, and those that were made here from what they were made of."""
+    return f"fused {kind.__name__}" if SITES in vars(kind) else "tribp.nn.Linear" if kind is Linear else kind.__name__
 
 
-def _functions(kind: type) -> Iterator[FunctionType]:
-    """All functions that a class and its bases define, as they were before decorators."""
-    for base in _bases(kind):
-        for value in vars(base).values():
-            wrapped = (getattr(value, name, None) for name in ("fget", "func", "__func__"))  # properties and the like
-            value = inspect.unwrap(next((function for function in wrapped if function is not None), value))
-            if isinstance(value, FunctionType):
-                yield value
+def sites_of(module: nn.Module) -> Set[Site]:
+    """Where the forward of a module has `run`."""
+    return frozenset(vars(type(module)).get(SITES, (None, ()))[1])
 
 
-def class_and_sites(module: nn.Module) -> tuple[type[nn.Module], Set[Site]]:
-    """The class that a module had before `class_with_changed_sites`, and what its forward lacks."""
-    kind, sites = vars(type(module)).get(SITES, (type(module), ()))
-    return kind, frozenset(sites)
+def class_for(module: nn.Module, sites: Set[Site]) -> type[nn.Module]:
+    """The class for a module whose forward shall have `run` at these sites."""
+    kind = made_of(module)
+    return _with_run(kind, tuple(sorted(sites))) if sites else kind
 
 
-def class_with_changed_sites(module: nn.Module, sites: Set[Site]) -> type[nn.Module]:
-    """The class for a module whose forward shall leave out what it applies at these sites, or apply it again."""
-    kind, present = class_and_sites(module)
-    return _class_without(kind, present ^ sites)
+def class_in_order(kind: type[nn.Sequential]) -> type[nn.Sequential]:
+    """The class for a Sequential that shall `run` its modules."""
+    if kind is nn.Sequential:
+        return FusedSequential
+    return _derived(kind, FusedSequential.forward, ())  # type: ignore[arg-type, return-value]
 
 
-def _class_without(kind: type[nn.Module], sites: Set[Site]) -> type[nn.Module]:
-    """The class with a forward that leaves out what it applies at these sites.
-
-    Raises:
-        ValueError: its forward has no such sites, or has others.
-    """
-    forward: Any = inspect.getattr_static(kind, "forward")
-    return _derived(kind, forward, tuple(sorted(sites))) if sites else kind  # type: ignore[arg-type]
+def _with_run(kind: type[nn.Module], sites: tuple[Site, ...]) -> type[nn.Module]:
+    return _derived(kind, inspect.getattr_static(kind, "forward"), sites)  # type: ignore[arg-type]
 
 
 @functools.cache  # so that modules of one class stay modules of one class
 def _derived(kind: type[nn.Module], forward: FunctionType, sites: tuple[Site, ...]) -> type[nn.Module]:
-    source = read_forward(kind)
-    uses: dict[ast.Call, ast.expr] = {}
-    seen: set[Site] = set()
-    for key in sorted({site[0] for site in sites}):
-        for call in source.calls(key):
-            use = source.use(call)
-            site: Site = (key,)
-            while use and (site := (*site, use.text)) not in sites:
-                use = source.use(use.call)
-            if use is None:
-                raise ValueError(f"{kind.__qualname__}.forward has another call of {key} than {sites}")
-            uses[use.call] = use.input
-            seen.add(site)
-    if seen != set(sites):
-        raise ValueError(f"{kind.__qualname__}.forward lacks some of {sites}")
     space = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    space |= {"forward": source.without(uses), "__reduce_ex__": _reduce, SITES: (kind, sites)}
+    space |= {"forward": _running(read_forward(kind), sites) if sites else forward}
+    space |= {"__reduce_ex__": _reduce, SITES: (kind, sites)}
     return type(kind.__name__, (kind,), space)
 
 
+def _running(source: Source, sites: Sequence[Site]) -> FunctionType:
+    """The forward with `run` at these sites, as far as it still has them."""
+    found: list[list[Link]] = []
+    for call in source.calls():
+        links = _links(source, call)
+        texts = tuple(link.text for link in links)
+        lengths = [len(site) for site in sites if site == texts[: len(site)]]
+        if lengths:
+            found.append(links[: max(lengths)])
+    calls: dict[ast.AST, Call] = {}
+    values: dict[str, object] = {RUN: run, IS_SCRIPTING: torch.jit.is_scripting}  # type: ignore[attr-defined]
+    taken: set[ast.Call] = set()
+    for links in sorted(found, key=len, reverse=True):  # a part of a longer one is done with it
+        if taken.isdisjoint(link.call for link in links):
+            taken.update(link.call for link in links)
+            calls |= _calls(source, links, values)
+    for loop in source.loops():
+        (assign,) = loop.body
+        if (f"for {source.own_attribute(loop.iter)}",) in sites and isinstance(assign, ast.Assign):
+            assert isinstance(assign.value, ast.Call)
+            (variable,) = assign.targets
+            calls[loop] = Call([loop.iter], assign.value.args[0], ast.unparse(variable))
+    return source.running(calls, values)
+
+
+def _calls(source: Source, links: Sequence[Link], values: dict[str, object]) -> Mapping[ast.AST, Call]:
+    """The last call becomes that of `run`; what a variable holds before is what the first takes."""
+    modules: list[ast.expr] = []
+    calls: dict[ast.AST, Call] = {}
+    base = links[0].input
+    for before, link in zip((None, *links), links, strict=False):
+        if before and link.input is not before.call:  # a variable holds what is before it
+            calls[before.call] = Call((), base)
+            base = link.input
+        if link.activation:
+            name = f"_tribp_activation_{len(values)}"
+            values[name] = link.activation
+            modules.append(ast.Name(name, ast.Load()))
+        else:
+            modules.append(ast.Attribute(ast.Name(source.me, ast.Load()), link.child, ast.Load()))
+    calls[links[-1].call] = Call(modules, base)
+    return calls
+
+
 def _reduce(module: nn.Module, protocol: Any) -> Any:
-    """By what pickle finds: the class that a program defines, and what its forward shall lack."""
-    made_of = vars(type(module)).get(SITES)
-    if made_of is None:  # a class derived from one of these
+    """By what pickle finds: the class that a program defines, and where its forward shall have `run`."""
+    made = vars(type(module)).get(SITES)
+    if made is None:  # a class derived from one of these
         return object.__reduce_ex__(module, protocol)
-    made = object.__reduce_ex__(module, max(protocol, 2))
-    assert isinstance(made, tuple)
-    return _restore, (*made_of, *made[1][1:]), *made[2:]
+    reduced = object.__reduce_ex__(module, max(protocol, 2))
+    assert isinstance(reduced, tuple)
+    return _restore, (*made, *reduced[1][1:]), *reduced[2:]
 
 
 def _restore(kind: type[nn.Module], sites: tuple[Site, ...], *arguments: object) -> nn.Module:
-    made = _class_without(kind, frozenset(sites))
+    if issubclass(kind, nn.Sequential) and not sites:
+        made: type[nn.Module] = class_in_order(kind)
+    else:
+        made = _with_run(kind, sites)
     return made.__new__(made, *arguments)
+
+
+def activation_of_torch(module: nn.Module | None) -> type[nn.Module] | None:
+    """Which activation of torch's a module is, whether tribp computes it or not."""
+    other = next((kind for kind in OTHER_ACTIVATIONS if isinstance(module, kind)), None)
+    return activation_kind(module) or other

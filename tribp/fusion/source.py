@@ -1,4 +1,4 @@
-"""Reads a method's source and makes the same method without some of its calls. It runs nothing."""
+"""Reads a method's source and makes the same method with some of its calls made as one. It runs nothing."""
 
 import __future__
 
@@ -8,24 +8,15 @@ import functools
 import hashlib
 import inspect
 import linecache
-from collections.abc import Iterator, Mapping
-from types import CodeType, FunctionType, ModuleType
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import CellType, CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
 
 FUTURE = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
 SCOPES = (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.comprehension)
-# By these, a method reaches attributes without writing out their names.
-INDIRECT = frozenset(
-    {"getattr", "vars", "eval", "exec", "locals", "__dict__", "__getattr__", "__getattribute__", "_modules", "modules",
-     "named_modules", "children", "named_children", "get_submodule"}
-)  # fmt: skip
-# What may be read of a Sequential: it takes no single module out.
-WHOLE = frozenset(
-    {"apply", "eval", "forward", "load_state_dict", "parameters", "requires_grad_", "state_dict", "to", "train",
-     "training"}
-)  # fmt: skip
+RUN, IS_SCRIPTING = "_tribp_run", "_tribp_is_scripting"  # what a method that was made here calls
 
 
 class Use(NamedTuple):
@@ -60,7 +51,6 @@ class Source:
         self.function, self.tree = function, tree
         self.nodes = list(ast.walk(tree))
         self.parent = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
-        self.arguments = [node.arg for node in self.nodes if isinstance(node, ast.arg)]
         first = [*tree.args.posonlyargs, *tree.args.args][:1]
         self.me = first[0].arg if first else ""
         self.tangled = any(type(node).__name__ in ("Try", "TryStar", "Global", "Nonlocal") for node in self.nodes)
@@ -69,77 +59,30 @@ class Source:
         self.captured = {name for inner in _codes(code) for name in inner.co_cellvars}
         self.local = self.stored.union(*((*c.co_varnames, *c.co_freevars) for c in _codes(code)))
 
-    def calls(self, attribute: str) -> list[ast.Call]:
-        """Each `self.attribute(…)`."""
-        return [n for n in self.nodes if isinstance(n, ast.Call) and self.own_attribute(n.func) == attribute]
+    def calls(self) -> list[ast.Call]:
+        """Each `self.attribute(x)`: calls of one argument."""
+        return [node for node in self.nodes if isinstance(node, ast.Call) and self.is_own_call(node)]
+
+    def is_own_call(self, call: ast.Call) -> bool:
+        alone = len(call.args) == 1 and not isinstance(call.args[0], ast.Starred) and not call.keywords
+        return alone and bool(self.own_attribute(call.func))
 
     def own_attribute(self, node: ast.expr) -> str:
         """The name of an attribute of self, or nothing for another expression."""
         own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.me
         return node.attr if own and isinstance(node, ast.Attribute) else ""
 
-    def only_calls(self, attribute: str, harmless: frozenset[str]) -> bool:
-        """Whether all it does with an attribute of that name is to call self's, or to read what is harmless of it."""
-        taken = [node for node in self._attributes(harmless) if node.attr == attribute]
-        return self._is_clear(attribute) and len(taken) == len(self.calls(attribute))
-
-    def only_runs(self, attribute: str, harmless: frozenset[str]) -> bool:
-        """Whether it never takes a module out of self's Sequential of that name, but to read what is harmless of it.
-
-        It may call it, run it in a loop `for layer in self.attribute: x = layer(x)`, and set another in its place.
-        """
-        taken = [node for node in self._parts(harmless) if node.attr == attribute and isinstance(node.ctx, ast.Load)]
-        return self._is_clear(attribute) and all(map(self.own_attribute, taken)) and all(map(self._is_loop, taken))
-
-    def _is_clear(self, attribute: str) -> bool:
-        """Whether self is what it seems, and the attribute is taken by no string."""
-        strings = [node for node in self.nodes if isinstance(node, ast.Constant) and node.value == attribute]
-        return self.me not in self.stored and self.arguments.count(self.me) == 1 and not strings
-
-    def foreign_attributes(self, harmless: frozenset[str]) -> set[str]:
-        """The attributes that it takes from something else than self or a Python module, as only_calls has it."""
-        return self._foreign(self._attributes(harmless))
-
-    def foreign_parts(self, harmless: frozenset[str]) -> set[str]:
-        """Those of them of which it may take a part, as only_runs has it."""
-        return self._foreign(self._parts(harmless))
-
-    def _foreign(self, attributes: Iterator[ast.Attribute]) -> set[str]:
-        taken = [node for node in attributes if not self.own_attribute(node)]
-        return {node.attr for node in taken if not isinstance(self.resolve(node.value), ModuleType)}
-
-    def _attributes(self, harmless: frozenset[str]) -> Iterator[ast.Attribute]:
-        for node in self.nodes:
-            if isinstance(node, ast.Attribute):
-                outer = self.parent[node]
-                if not (isinstance(outer, ast.Attribute) and outer.attr in harmless):
-                    yield node
-
-    def _parts(self, harmless: frozenset[str]) -> Iterator[ast.Attribute]:
-        """Attributes that are not called, nor asked whether they are there; nor is what they hold only read."""
-        for node in self._attributes(WHOLE):
-            outer = self.parent[node]
-            called = isinstance(outer, ast.Call) and outer.func is node
-            test = isinstance(outer, (ast.If, ast.IfExp)) and outer.test is node
-            compared = isinstance(outer, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in outer.ops)
-            read = self.parent[outer] if isinstance(outer, ast.Subscript) and outer.value is node else None
-            if not (called or test or compared or (isinstance(read, ast.Attribute) and read.attr in harmless)):
-                yield node
-
-    def _is_loop(self, node: ast.expr) -> bool:
-        """Whether it stands in `for layer in …: x = layer(x)`, and every layer of that name is called in such loops."""
-        loop = self.parent[node]
-        if not isinstance(loop, ast.For) or loop.iter is not node or not _runs_in_order(loop):
-            return False
-        (layer,) = (name.id for name in ast.walk(loop.target) if isinstance(name, ast.Name))
-        loads = [name for name in self.names if name.id == layer and isinstance(name.ctx, ast.Load)]
-        called = {name for n in self.nodes if _runs_in_order(n) for name in ast.walk(n)}
-        return layer not in self.captured and called.issuperset(loads)
-
-    def indirect(self) -> str:
-        """A name by which it may reach attributes without writing out theirs, if there is one."""
-        attributes = (node.attr for node in self.nodes if isinstance(node, ast.Attribute))
-        return next((name for name in (*attributes, *(n.id for n in self.names)) if name in INDIRECT), "")
+    def loops(self) -> list[ast.For]:
+        """Each `for layer in self.attribute: x = layer(x)` whose layer nothing else reads."""
+        loops = [node for node in self.nodes if _runs_in_order(node) and isinstance(node, ast.For)]
+        called = {name for loop in loops for name in ast.walk(loop)}
+        result = []
+        for loop in loops:
+            (layer,) = (name.id for name in ast.walk(loop.target) if isinstance(name, ast.Name))
+            loads = [name for name in self.names if name.id == layer and isinstance(name.ctx, ast.Load)]
+            if self.own_attribute(loop.iter) and layer not in self.captured and called.issuperset(loads):
+                result.append(loop)
+        return result
 
     def use(self, node: ast.expr) -> Use | None:
         """The call that alone takes the value of `node`, at once or from the variable that holds it for one line."""
@@ -163,10 +106,7 @@ class Source:
         outer = self.parent[method] if method else outer
         if not isinstance(outer, ast.Call) or not (outer.func is method if method else outer.args[:1] == [node]):
             return None
-        blank = ast.Name("_")
-        function = ast.Attribute(blank, method.attr) if method else outer.func
-        shown = ast.Call(function, outer.args if method else [blank, *outer.args[1:]], outer.keywords)
-        return Use(outer, node, ast.unparse(shown))
+        return Use(outer, node, shown(outer, node))
 
     def _only_load(self, assign: ast.Assign) -> ast.Name | None:
         """Where the next line reads the variable that `assign` sets, if nothing else can."""
@@ -197,31 +137,44 @@ class Source:
         value = self.resolve(node.value) if isinstance(node, ast.Attribute) else None
         return getattr(value, node.attr, None) if isinstance(value, ModuleType) else None  # type: ignore[attr-defined]
 
-    def without(self, uses: Mapping[ast.Call, ast.expr]) -> FunctionType:
-        """The same method, in which each call that is a key has given way to its input."""
+    def running(self, calls: Mapping[ast.AST, "Call"], values: Mapping[str, object]) -> FunctionType:
+        """The same method, with other calls in the place of some nodes.
+
+        Under TorchScript it does what it did. values: what names mean that the calls use.
+        """
         tree = copy.deepcopy(self.tree)
         twin = dict(zip(ast.walk(self.tree), ast.walk(tree), strict=True))
         tree.decorator_list = []  # the old method is what they left as it was
-        _Replace({twin[call]: twin[input] for call, input in uses.items()}).visit(tree)
-        text = ast.unparse(tree) + "\n"
+        changed = copy.deepcopy(tree)
+        other = dict(zip(ast.walk(tree), ast.walk(changed), strict=True))
+        _Replace({other[twin[node]]: call.on(lambda n: other[twin[n]]) for node, call in calls.items()}).visit(changed)
+        if any(isinstance(node, (ast.Global, ast.Nonlocal)) for node in self.nodes):  # which stand once in a function
+            tree = changed
+        else:
+            test = ast.Call(ast.Name(IS_SCRIPTING), [], [])
+            docstring = tree.body[:1] if ast.get_docstring(tree, clean=False) is not None else []
+            old, new = tree.body[len(docstring) :], changed.body[len(docstring) :]
+            tree.body = [*docstring, ast.If(test, old or [ast.Pass()], new or [ast.Pass()])]
+        text = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
         filename = f"<tribp.fuse {self.function.__qualname__} {hashlib.sha256(text.encode()).hexdigest()[:8]}>"
         # For tracebacks, and for torch.jit.script, which compiles what inspect reads.
         linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
         (definition,) = ast.parse(text).body
-        old = self.function
-        cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
-        code = self._compile(definition, filename)
+        old_function = self.function
+        cells = dict(zip(old_function.__code__.co_freevars, old_function.__closure__ or (), strict=True))
+        cells |= {name: CellType(value) for name, value in values.items()}
+        code = self._compile(definition, filename, [*cells])
         closure = tuple(cells[name] for name in code.co_freevars)
-        made = FunctionType(code, old.__globals__, old.__name__, old.__defaults__, closure)
-        functools.update_wrapper(made, old)
+        made = FunctionType(code, old_function.__globals__, old_function.__name__, old_function.__defaults__, closure)
+        functools.update_wrapper(made, old_function)
         del made.__wrapped__  # type: ignore[attr-defined]  # else inspect, and with it TorchScript, reads the old one
-        made.__kwdefaults__ = old.__kwdefaults__
+        made.__kwdefaults__ = old_function.__kwdefaults__
         return made
 
-    def _compile(self, definition: ast.stmt, filename: str) -> CodeType:
-        """The definition's code, with the free variables of the method and the private names of its class."""
+    def _compile(self, definition: ast.stmt, filename: str, free_variables: Sequence[str]) -> CodeType:
+        """The definition's code, with these free variables and the private names of the method's class."""
         code = self.function.__code__
-        free = ", ".join(name for name in code.co_freevars if name != "__class__")
+        free = ", ".join(name for name in free_variables if name != "__class__")
         owner = self.function.__qualname__.split(".")[-2:][0]
         module = ast.parse(f"def enclosing({free}):\n class {owner if owner.isidentifier() else '_'}: pass")
         module.body[0].body[0].body = [definition]  # type: ignore[attr-defined]
@@ -246,13 +199,38 @@ def _parse(text: str, flags: int) -> tuple[dict[tuple[str, int], ast.FunctionDef
     return nodes, set(_codes(code))
 
 
+class Call(NamedTuple):
+    """`run((module, …), input)`, without modules the input alone; assigned to a variable, if one is given."""
+
+    modules: Sequence[ast.expr]  # or one expression, of which the modules are the elements
+    input: ast.expr
+    variable: str = ""
+
+    def on(self, twin: Callable[[ast.AST], Any]) -> "Call":
+        """The same with the nodes of a copy; expressions that are in no tree stay."""
+        return self._replace(input=twin(self.input))
+
+    def node(self, input: ast.expr) -> ast.AST:
+        modules: ast.expr = self.modules[0] if self.variable else ast.Tuple(list(self.modules), ast.Load())
+        call = ast.Call(ast.Name(RUN), [modules, input], []) if self.modules else input
+        return ast.Assign([ast.Name(self.variable, ast.Store())], call) if self.variable else call
+
+
 class _Replace(ast.NodeTransformer):
-    def __init__(self, by: Mapping[ast.AST, ast.AST]) -> None:
+    def __init__(self, by: Mapping[ast.AST, Call]) -> None:
         self.by = by
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
-        return self.by.get(node, node)
+    def visit(self, node: ast.AST) -> Any:
+        call = self.by.get(node)
+        return self.generic_visit(node) if call is None else call.node(self.visit(call.input))
+
+
+def shown(call: ast.Call, input: ast.expr) -> str:
+    """A call, with _ for its input, which is its first argument or, of a method, its object."""
+    blank = ast.Name("_")
+    if isinstance(call.func, ast.Attribute) and call.func.value is input:
+        return ast.unparse(ast.Call(ast.Attribute(blank, call.func.attr), call.args, call.keywords))
+    return ast.unparse(ast.Call(call.func, [blank, *call.args[1:]], call.keywords))
 
 
 def _can_be_written(tree: ast.FunctionDef) -> bool:
@@ -275,13 +253,6 @@ def _runs_in_order(loop: ast.AST) -> bool:
         return False
     variable, layer = _variable(loop.body[0]), loop.target.id
     return variable != layer and ast.unparse(loop.body[0]) == f"{variable} = {layer}({variable})"
-
-
-def names_in(code: CodeType) -> set[object]:
-    """Attributes, globals and strings that a function's code, and code within it, mentions."""
-    constants = {constant for inner in _codes(code) for constant in inner.co_consts}
-    names = {name for inner in _codes(code) for name in inner.co_names}
-    return names.union(constants, *(constant for constant in constants if isinstance(constant, (tuple, frozenset))))
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -1,0 +1,67 @@
+"""torch's modules of activations, and what tribp calls them."""
+
+from torch import nn
+
+from ..ops.activations import DEFAULTS, ActivationLike, activation_of
+
+# What tribp calls them, and the attributes that are their numbers. A subclass before its base.
+ACTIVATIONS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Sigmoid: ("sigmoid",),
+    nn.Tanh: ("tanh",),
+    nn.ReLU: ("relu",),
+    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
+    nn.ELU: ("elu", "alpha"),
+    nn.Softplus: ("softplus", "beta", "threshold"),
+    nn.Hardsigmoid: ("hardsigmoid",),
+    nn.ReLU6: ("relu6",),
+    nn.Hardtanh: ("hardtanh", "min_val", "max_val"),
+}
+# Those that tribp does not compute, which the report names, and the names of torch's functions.
+OTHER_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.CELU: "celu",
+    nn.GELU: "gelu",
+    nn.GLU: "glu",
+    nn.Hardshrink: "hardshrink",
+    nn.Hardswish: "hardswish",
+    nn.LogSigmoid: "logsigmoid",
+    nn.LogSoftmax: "log_softmax",
+    nn.Mish: "mish",
+    nn.PReLU: "prelu",
+    nn.RReLU: "rrelu",
+    nn.SELU: "selu",
+    nn.SiLU: "silu",
+    nn.Softmax: "softmax",
+    nn.Softshrink: "softshrink",
+    nn.Softsign: "softsign",
+    nn.Tanhshrink: "tanhshrink",
+}
+
+
+def activation_kind(module: nn.Module | None) -> type[nn.Module] | None:
+    """Which of the activations that tribp computes a module is, itself or as a subclass."""
+    return next((kind for kind in ACTIVATIONS if isinstance(module, kind)), None)
+
+
+def activation_like(module: nn.Module) -> ActivationLike:
+    """What tribp calls an activation of torch's."""
+    kind = activation_kind(module)
+    assert kind is not None
+    name, *attributes = ACTIVATIONS[kind]
+    numbers = tuple(float(getattr(module, attribute)) for attribute in attributes)
+    return name if numbers == tuple(DEFAULTS[name].values()) else (name, *numbers)
+
+
+def refused(subject: str, module: nn.Module) -> str:
+    """Why tribp does not take an activation's numbers; nothing if it does."""
+    try:
+        activation_of(subject, activation_like(module))
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def torch_activation(activation: ActivationLike) -> nn.Module:
+    """The module of torch's that computes it."""
+    name, *numbers = activation if isinstance(activation, tuple) else (activation,)
+    kind = next(kind for kind, (known, *_) in ACTIVATIONS.items() if known == name)
+    return kind(*numbers)

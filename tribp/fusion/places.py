@@ -1,0 +1,80 @@
+"""Where modules stand, and why one cannot be taken for what it seems."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from ..dispatch import FLOATS
+from .folding import PLAIN
+from .rows import parameter
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # which a call runs
+
+
+def places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules in the order of `named_modules`, with each name of a module that has several.
+
+    What is below a module with several names is given once, by its first.
+    """
+    yield "", model
+    yield from _below(model, "", set())
+
+
+def _below(parent: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if id(parent) in seen or isinstance(parent, torch.jit.ScriptModule):
+        return
+    seen.add(id(parent))
+    for key, child in parent._modules.items():
+        if child is not None:
+            yield prefix + key, child
+            yield from _below(child, f"{prefix}{key}.", seen)
+
+
+def another(subject: str, module: nn.Module, *kinds: type[nn.Module]) -> str:
+    """Why a module's forward need not be that of one of these kinds; nothing if it is."""
+    if parametrize.is_parametrized(module):
+        return f"{subject} is parametrized"
+    if isinstance(module, LazyModuleMixin):
+        return f"{subject} is lazy: run the model once before"
+    if type(module) not in kinds:
+        return f"{subject} is a subclass of {kinds[0].__name__}: {full_name(module)}"
+    return f"{subject} has a forward of its own" if "forward" in vars(module) else ""
+
+
+def watched(subject: str, module: nn.Module) -> str:
+    """Why somebody would miss that a module is called; nothing if nobody would."""
+    if module._compiled_call_impl is not None:
+        return f"{subject} was compiled by itself"
+    names = (name.strip("_").replace("_", " ") for name in HOOKS if getattr(module, name))
+    return next((f"{subject} has {name}" for name in names), "")
+
+
+def unreadable(module: nn.Module, dimensions: int) -> str:
+    """Why a kernel does not take a layer's parameters, which users replace too; nothing if one does."""
+    weight, bias = parameter(module, "weight"), parameter(module, "bias")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None and (name == "weight" or getattr(module, name, 0) is not None):
+            return f"its {name} is no parameter"
+        if tensor is not None and (reason := unusual(f"its {name}", tensor)):
+            return reason
+    assert weight is not None
+    if weight.dim() != dimensions or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = " and ".join(str(tuple(p.shape)) for p in (weight, bias) if p is not None)
+        return f"its parameters have the shapes {shapes}"
+    return ""
+
+
+def unusual(subject: str, tensor: Tensor) -> str:
+    """Why a tensor is none that a kernel takes; nothing if it is one."""
+    if type(tensor).__name__ not in PLAIN:  # of a tensor subclass, a Parameter has the subclass's type
+        return f"{subject} is a {type(tensor).__name__}"
+    if tensor.layout != torch.strided:
+        return f"{subject} is {str(tensor.layout).removeprefix('torch.')}"
+    return "" if tensor.dtype in FLOATS else f"{subject} is {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def full_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

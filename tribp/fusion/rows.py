@@ -1,0 +1,248 @@
+"""Modules that run one after the other, in as few kernels as tribp has for them.
+
+They stay torch's own, each complete where it stands. What is computed together is looked for in each call, so that a
+module which is replaced, wrapped, inserted, hooked or moved counts from the next call on.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..dispatch import FLOATS
+from ..nn import Conv3x3, Linear, LinearSigmoid, is_watched
+from ..ops.activations import ActivationLike, activation_of
+from ..ops.conv3x3.op import conv3x3
+from ..ops.linear.op import linear
+from ..ops.mlp.op import mlp
+from .activations import ACTIVATIONS, activation_like
+from .folding import BATCH_NORMS, PLAIN, can_fold, folded, folds_now, is_folding
+
+STRIDES = {(1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)}  # that conv3x3 takes
+
+
+class FusedConv2d(nn.Conv2d):
+    """`nn.Conv2d`, by tribp's `conv3x3` where that takes it. `fuse` makes one by changing an `nn.Conv2d`'s class."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if self.padding_mode != "zeros":
+                padded = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+                return F.conv2d(padded, weight, bias, self.stride, [0, 0], self.dilation, self.groups)
+            return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        else:  # TorchScript would compile what stands behind the branch
+            if _is_readable(self, "conv2d") and _is_3x3(self):
+                return _convolve(self, input, weight, bias, None)
+            return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
+
+
+class FusedSequential(nn.Sequential):
+    """An `nn.Sequential` that runs what it has in as few kernels as tribp has for it: `run`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            for module in self:
+                input = module(input)
+            return input
+        else:
+            return run(self, input)
+
+
+# How the classes of layers are computed, and whether they are tribp's own, which check their arguments themselves.
+LAYERS: dict[type[nn.Module], tuple[str, bool]] = {
+    nn.Linear: ("linear", False),
+    Linear: ("linear", True),
+    LinearSigmoid: ("linear", True),
+    nn.Conv2d: ("conv2d", False),
+    FusedConv2d: ("conv2d", False),
+    Conv3x3: ("conv3x3", True),
+}
+
+
+def run(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
+    """What modules compute that take each other's output.
+
+    Together run: a linear layer or a 3×3 convolution, and the activation behind it; linear layers with one activation
+    that follow each other, and another behind, as one `mlp`; a layer and the folded batch norm behind it, where no
+    gradient is wanted. Rows cross plain Sequentials. Every other module is called.
+    """
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        for module in modules:
+            input = module(input)
+        return input
+    flat, start = flatten(modules), 0
+    while start < len(flat):
+        row = row_at(flat, start, input)
+        if row:
+            input, start = _run_row(row, input), row[-1].stop
+        else:
+            input, start = flat[start](input), start + 1
+    return input
+
+
+class Part(NamedTuple):
+    """A layer, and what is behind it that is computed with it."""
+
+    layer: Any
+    function: str  # that computes it
+    norm: nn.Module | None
+    activation: ActivationLike
+    stop: int  # the index of what is behind
+
+
+def row_at(modules: Sequence[nn.Module], start: int, input: Tensor | None = None, norms: bool = False) -> list[Part]:
+    """What starts at `start` and runs together: one convolution, or linear layers with one activation between them.
+
+    Empty if that module is called. Without an input, it says what can be: with one in evaluation mode where no gradient
+    is wanted. norms: whether every batch norm may be folded, or those that are marked.
+    """
+    row: list[Part] = []
+    stop = start
+    while part := _part_at(modules, stop, input, norms):
+        if row and (part.function != "linear" or not _same(row[0].activation, row[-1].activation)):
+            break
+        row.append(part)
+        stop = part.stop
+        if part.function != "linear" or part.activation is None:
+            break
+    return row if stop > start + 1 else []
+
+
+def _same(first: ActivationLike, second: ActivationLike) -> bool:
+    return first == second or activation_of("", first) == activation_of("", second)
+
+
+def function_of(row: Sequence[Part]) -> str:
+    return "mlp" if len(row) > 1 else row[0].function
+
+
+def _run_row(row: Sequence[Part], input: Tensor) -> Tensor:
+    layer, function, _, activation, _ = row[0]
+    if len(row) > 1:
+        weights, biases = zip(*(_parameters(part, input) for part in row), strict=True)
+        return mlp(input, weights, biases, activation, row[-1].activation)
+    weight, bias = _parameters(row[0], input)
+    if function == "linear":
+        return linear(input, weight, bias, activation)
+    if function == "conv3x3":
+        return _convolve(layer, input, weight, bias, activation)
+    return layer._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
+
+
+def _parameters(part: Part, input: Any) -> tuple[Any, Tensor | None]:
+    layer, norm = part.layer, part.norm
+    if norm is not None:
+        return folded(layer, norm)
+    if isinstance(input, Tensor):  # 1 µs less than by their names
+        return parameter(layer, "weight"), parameter(layer, "bias")
+    return layer.weight, layer.bias  # what torch.fx puts in their places
+
+
+def _part_at(modules: Sequence[nn.Module], start: int, input: Tensor | None, norms: bool) -> Part | None:
+    """What a layer at `start` is computed with; nothing if there is none of which nobody would miss a call."""
+    if start == len(modules):
+        return None
+    layer: Any = modules[start]
+    function, own = LAYERS.get(type(layer), ("", False))
+    if not function or is_watched(layer) or not (own or _is_readable(layer, function)):
+        return None
+    if function == "conv2d" and _is_3x3(layer):
+        function = "conv3x3"
+    norm: nn.Module | None = None
+    activation = layer.activation if own else None
+    if activation is None and start + 1 < len(modules):
+        start += 1
+        behind = modules[start]
+        if type(behind) in BATCH_NORMS and _folds(layer, behind, input, norms):
+            norm = behind
+            start += 1
+            behind = modules[start] if start < len(modules) else norm
+        if type(behind) in ACTIVATIONS and function != "conv2d":
+            activation = _taken(behind)
+        start -= activation is None
+    return Part(layer, function, norm, activation, start + 1)
+
+
+def _folds(layer: nn.Module, norm: nn.Module, input: Tensor | None, norms: bool) -> bool:
+    if not ((norms or is_folding(norm)) and can_fold(layer, norm)):
+        return False
+    return input is None or folds_now(layer, norm, input)
+
+
+def _taken(module: nn.Module) -> ActivationLike:
+    """What tribp calls an activation of torch's; None if somebody would miss its call, or its numbers are not taken."""
+    if is_watched(module):
+        return None
+    names = ACTIVATIONS[type(module)]
+    if len(names) == 1:
+        return names[0]
+    try:
+        activation = activation_like(module)
+        activation_of("", activation)
+    except (TypeError, ValueError):
+        return None
+    return activation
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, or what DataParallel and FSDP put in its place: no other tensor, and no tracer's stand-in."""
+    found = module._parameters.get(name)
+    return vars(module).get(name) if found is None else found
+
+
+def _is_readable(layer: nn.Module, function: str) -> bool:
+    """Whether a kernel takes weight and bias, which users replace, too."""
+    weight, bias = parameter(layer, "weight"), parameter(layer, "bias")
+    if weight is None or weight.dim() != (2 if function == "linear" else 4) or not _is_plain(weight):
+        return False
+    if bias is None:
+        return getattr(layer, "bias", weight) is None
+    return _is_plain(bias) and bias.shape == weight.shape[:1]
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t).__name__ in PLAIN and t.dtype in FLOATS and t.layout is torch.strided
+
+
+def _is_3x3(layer: Any) -> bool:
+    """Whether `conv3x3` takes a readable convolution of torch's."""
+    weight = parameter(layer, "weight")
+    assert weight is not None
+    return weight.shape[2:] == (3, 3) and layer.stride in STRIDES and layer.dilation in ((1, 1), (1,))
+
+
+def _convolve(layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: ActivationLike) -> Tensor:
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        if isinstance(layer, Conv3x3):
+            (vertical, horizontal), padding = padding, (0, 0)
+            pads = [horizontal, horizontal, vertical, vertical]
+        else:
+            pads, padding = layer._reversed_padding_repeated_twice, (0, 0)
+        input = F.pad(input, pads, mode=layer.padding_mode)
+    return conv3x3(input, weight, bias, layer.stride, padding, layer.groups, activation)
+
+
+def flatten(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Modules that run one after the other, a plain Sequential's in its place."""
+    flat: list[nn.Module] = []
+    for module in modules:
+        if is_plain_sequential(module):
+            flat += flatten(module)
+        else:
+            flat.append(module)
+    return flat
+
+
+def is_plain_sequential(module: nn.Module | None) -> TypeGuard[nn.Sequential]:
+    """Whether a module is a Sequential of which nobody would miss that it is called."""
+    return isinstance(module, nn.Sequential) and runs_in_order(type(module)) and not is_watched(module)
+
+
+def runs_in_order(kind: type[nn.Sequential]) -> bool:
+    """Whether a class of Sequentials runs its modules in their order, and does nothing else."""
+    in_order = kind.forward is nn.Sequential.forward or kind.forward is FusedSequential.forward
+    return in_order and kind.__iter__ is nn.Sequential.__iter__

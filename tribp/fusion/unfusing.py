@@ -1,0 +1,100 @@
+"""`unfuse`: torch's classes again, and torch's modules where tribp's stand."""
+
+from collections.abc import Set
+
+from torch import nn
+
+from ..nn import Conv3x3, Linear, LinearSigmoid
+from .activations import torch_activation
+from .folding import FOLDS, is_folding
+from .forward import made_of, shown_name
+from .places import another, places
+from .report import Left, Replaced, Report
+from .rows import FusedConv2d, FusedSequential
+
+HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+CLASSES: dict[type[nn.Module], type[nn.Module]] = {FusedSequential: nn.Sequential, FusedConv2d: nn.Conv2d}
+
+
+def unfuse(model: nn.Module) -> Report:
+    """Undo what `fuse` did, in place, and put torch's modules where tribp's stand.
+
+    A layer that a user wrote with `tribp.nn` becomes torch's; with an activation, an `nn.Sequential` of two in its
+    place: its keys in the state_dict then have a "0." more, as the report says. Left are those with hooks,
+    parametrizations or more than their parameters, subclasses, and one that is the model itself.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfuse: model must be a torch.nn.Module, got {type(model).__name__}")
+    replaced: list[Replaced] = []
+    left: list[Left] = []
+    made: dict[nn.Module, nn.Module] = {}  # what stands at several places stays one module
+    folding: list[nn.Module] = []
+    classes: dict[nn.Module, type[nn.Module]] = {}
+    for name, module in places(model):
+        kind = CLASSES.get(type(module), made_of(module))
+        if kind is not type(module):
+            classes[module] = kind
+            replaced.append(Replaced(name, shown_name(type(module)), kind.__name__))
+        elif is_folding(module):
+            folding.append(module)
+            replaced.append(Replaced(name, f"folded {kind.__name__}", kind.__name__))
+        elif isinstance(module, (Linear, Conv3x3)):
+            reason = "it is the model itself: no module that could hold another is around it" if not name else ""
+            if reason := reason or _obstacle(module):
+                left.append(Left(name, type(module).__name__, reason))
+                continue
+            made[module] = _torchs(module)
+            shown = " + ".join(type(m).__name__ for m in made[module].modules() if not isinstance(m, nn.Sequential))
+            now = f"Sequential({shown.replace(' +', ',')}), keys with 0." if module.activation else f"torch.nn.{shown}"
+            replaced.append(Replaced(name, shown_name(type(module)), now))
+    for module, kind in classes.items():
+        module.__class__ = kind
+    for norm in folding:
+        vars(norm).pop(FOLDS, None)
+    for parent in list(model.modules()):
+        new = {key: made[child] for key, child in parent._modules.items() if child in made}
+        parent._modules.update(new)  # setattr may mean something else to the parent
+    return Report(tuple(replaced), tuple(left))
+
+
+def _obstacle(module: Linear | Conv3x3) -> str:
+    """Why a module is more than one of tribp's with its parameters; nothing if it is not."""
+    if reason := another("it", module, *((Conv3x3,) if isinstance(module, Conv3x3) else (Linear, LinearSigmoid))):
+        return reason
+    for name in HOOKS:
+        if getattr(module, name):
+            return f"it has {name.strip('_').replace('_', ' ')}"
+    if module._compiled_call_impl is not None:
+        return "it was compiled by itself"
+    more = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    if more:
+        return f"it has more than its parameters: {', '.join(sorted(more))}"
+    missing = {"weight", "bias"} - module._parameters.keys()
+    return f"it has a {min(missing)} that is no parameter" if missing else ""
+
+
+def _torchs(module: Linear | Conv3x3) -> nn.Module:
+    """torch's module, or two, that compute what one of tribp's does."""
+    # On meta a constructor allocates nothing and draws no random numbers.
+    made: nn.Module
+    if isinstance(module, Conv3x3):
+        made = nn.Conv2d(
+            module.in_channels, module.out_channels, 3, module.stride, module.padding, 1, module.groups,
+            module.bias is not None, module.padding_mode, device="meta",  # type: ignore[arg-type]
+        )  # fmt: skip
+    else:
+        made = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    _hand_over(module, made, {"activation", "_act"})
+    if module.activation is None:
+        return made
+    return nn.Sequential(made, torch_activation(module.activation)).train(module.training)
+
+
+def _hand_over(old: nn.Module, new: nn.Module, without: Set[str]) -> None:
+    """Give `new` the parameters, the mode, and the attributes of `old` that it does not have itself."""
+    vars(new)["_parameters"] = old._parameters.copy()
+    new.training = old.training
+    vars(new).update({name: value for name, value in vars(old).items() if name not in without | vars(new).keys()})
