@@ -18,7 +18,7 @@ from tribp.fusion import FusedSequential, Replaced, Report
 from tribp.fusion.rows import flatten, row_at
 
 from ..torch_machinery.cases import Seen
-from .cases import Called, hooked, kinds, reasons
+from .cases import Called, compile_anew, hooked, kinds, reasons
 from .test_fusion import process_group as process_group
 from .test_fusion import run, same, targets
 
@@ -584,6 +584,7 @@ def test_compiled_exported_traced_and_called_with_other_weights(layout: Callable
                 torch.testing.assert_close(a, b)
             if not fused:
                 tribp.fuse(model)
+                compile_anew()
 
     assert targets(compiled).count("tribp.mlp") == 1
     with Seen() as seen:
