@@ -129,7 +129,7 @@ def rmsprop(p, g, square_avg, buf, grad_avg, lr, eps, s, CONFIG: tl.constexpr):
     v − ḡ² is a variance: where all gradients are alike rounding may make it negative, which counts as 0.
     """
     alpha, one_minus_alpha, momentum, grad_avg_weight = s
-    square_avg = alpha * square_avg + one_minus_alpha * (g * g)
+    square_avg = alpha * square_avg + one_minus_alpha * g * g
     grad_avg += grad_avg_weight * (g - grad_avg)
     variance = tl.maximum(square_avg - grad_avg * grad_avg, 0.0, propagate_nan=tl.PropagateNan.ALL)
     buf = momentum * buf + divide(g, denominator(variance, eps, CONFIG), CONFIG)
@@ -174,7 +174,7 @@ def adam(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, lr, eps, s, CONFIG: tl.const
     """
     one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction2_rsqrt = s
     exp_avg += one_minus_beta1 * (g - exp_avg)
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g
     max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
     if CONFIG.EPS_INSIDE:
         d = root(max_exp_avg_sq * (bias_correction2_rsqrt * bias_correction2_rsqrt) + eps, CONFIG)
@@ -193,9 +193,9 @@ def adadelta_scalars(h, step, HYPER: tl.constexpr, CONFIG: tl.constexpr):
 def adadelta(p, g, square_avg, acc_delta, unused, lr, eps, s, CONFIG: tl.constexpr):
     """v ← ρ·v + (1 − ρ)·g², Δ = √(u + ε)/√(v + ε)·g, u ← ρ·u + (1 − ρ)·Δ², θ ← θ − η·Δ."""
     rho, one_minus_rho = s
-    square_avg = rho * square_avg + one_minus_rho * (g * g)
+    square_avg = rho * square_avg + one_minus_rho * g * g
     delta = divide(root(acc_delta + eps, CONFIG), root(square_avg + eps, CONFIG), CONFIG) * g
-    acc_delta = rho * acc_delta + one_minus_rho * (delta * delta)
+    acc_delta = rho * acc_delta + one_minus_rho * delta * delta
     return p - lr * delta, square_avg, acc_delta, unused
 
 
@@ -267,7 +267,7 @@ def nadam(p, g, exp_avg, exp_avg_sq, unused, lr, eps, s, CONFIG: tl.constexpr):
     """θ ← θ − η·((1 − μₜ)·g/(1 − Πμ) + μₜ₊₁·m/(1 − μₜ₊₁·Πμ))/(√v̂ + ε), with Adam's m and v."""
     one_minus_beta1, beta2, one_minus_beta2, grad_step_size, avg_step_size, bias_correction2_rsqrt = s
     exp_avg += one_minus_beta1 * (g - exp_avg)
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g
     if CONFIG.EPS_INSIDE:
         d = root(exp_avg_sq * (bias_correction2_rsqrt * bias_correction2_rsqrt) + eps, CONFIG)
     else:
@@ -298,7 +298,7 @@ def radam(p, g, exp_avg, exp_avg_sq, unused, lr, eps, s, CONFIG: tl.constexpr):
     """m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g², θ ← θ − η·m̂·r·√(1 − β₂ᵗ)/(√v + ε); θ − η·m̂ while ρ ≤ 5."""
     one_minus_beta1, beta2, one_minus_beta2, step_size, rectified = s
     exp_avg += one_minus_beta1 * (g - exp_avg)
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g
     d = tl.where(rectified, denominator(exp_avg_sq, eps, CONFIG), 1.0)
     return p - step_size * divide(exp_avg, d, CONFIG), exp_avg, exp_avg_sq, unused
 

@@ -142,6 +142,24 @@ def test_gradients_that_are_not_finite(variant: tuple[str, Options], bad: float,
     assert all(bool(p.isfinite().all()) for p in twins.params)
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adadelta"])
+def test_squares_beyond_float32(name: str, device: str) -> None:
+    """(1 − β)·g² is finite where g² is not, and no denormal number sooner than it need be."""
+    gradient = torch.tensor([3e19, -3e19, 3e-21, 1.0], device=device)
+    states = []
+    for module in (torch.optim, tribp.optim):
+        p = torch.zeros(4, device=device)
+        p.grad = gradient.clone()
+        optimizer = getattr(module, name)([p], lr=1e-3)
+        optimizer.step()
+        square = optimizer.state[p]["square_avg" if name in ("RMSprop", "Adadelta") else "exp_avg_sq"]
+        assert bool(p.isfinite().all())
+        assert bool(square.isfinite().all())
+        states.append((square, p))
+    compared = 1 if name == "NAdam" else 2  # torch's v̂ overflows there, and its step is 0
+    torch.testing.assert_close(*(state[:compared] for state in states), rtol=1e-5, atol=0)
+
+
 def copied(optimizer: Any, params: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     states = [{k: v.clone() for k, v in optimizer.state.get(p, {}).items() if v is not None} for p in params]
     return [p.clone() for p in params], states
