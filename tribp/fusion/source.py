@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 import linecache
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -142,33 +142,32 @@ class Source:
 
         Under TorchScript it does what it did. values: what names mean that the calls use.
         """
-        tree = copy.deepcopy(self.tree)
-        twin = dict(zip(ast.walk(self.tree), ast.walk(tree), strict=True))
-        tree.decorator_list = []  # the old method is what they left as it was
-        changed = copy.deepcopy(tree)
-        other = dict(zip(ast.walk(tree), ast.walk(changed), strict=True))
-        _Replace({other[twin[node]]: call.on(lambda n: other[twin[n]]) for node, call in calls.items()}).visit(changed)
-        if any(isinstance(node, (ast.Global, ast.Nonlocal)) for node in self.nodes):  # which stand once in a function
-            tree = changed
-        else:
-            test = ast.Call(ast.Name(IS_SCRIPTING), [], [])
-            docstring = tree.body[:1] if ast.get_docstring(tree, clean=False) is not None else []
-            old, new = tree.body[len(docstring) :], changed.body[len(docstring) :]
-            tree.body = [*docstring, ast.If(test, old or [ast.Pass()], new or [ast.Pass()])]
-        text = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+        made = copy.deepcopy(self.tree)
+        twin: dict[ast.AST, Any] = dict(zip(ast.walk(self.tree), ast.walk(made), strict=True))
+        _Replace({twin[node]: call._replace(input=twin[call.input]) for node, call in calls.items()}).visit(made)
+        made.decorator_list = []  # the old method is what they left as it was
+        if not any(isinstance(node, (ast.Global, ast.Nonlocal)) for node in self.nodes):  # which a function has once
+            first = int(ast.get_docstring(made, clean=False) is not None)
+            scripting = ast.If(ast.Call(ast.Name(IS_SCRIPTING), [], []), self.tree.body[first:], made.body[first:])
+            made.body[first:] = [scripting] if scripting.body else []
+        text = ast.unparse(ast.fix_missing_locations(made)) + "\n"
         filename = f"<tribp.fuse {self.function.__qualname__} {hashlib.sha256(text.encode()).hexdigest()[:8]}>"
         # For tracebacks, and for torch.jit.script, which compiles what inspect reads.
         linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
         (definition,) = ast.parse(text).body
-        old_function = self.function
-        cells = dict(zip(old_function.__code__.co_freevars, old_function.__closure__ or (), strict=True))
+        return self._function(definition, filename, values)
+
+    def _function(self, definition: ast.stmt, filename: str, values: Mapping[str, object]) -> FunctionType:
+        """The definition as a function with all that is the method's, and with further free variables."""
+        old = self.function
+        cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
         cells |= {name: CellType(value) for name, value in values.items()}
         code = self._compile(definition, filename, [*cells])
         closure = tuple(cells[name] for name in code.co_freevars)
-        made = FunctionType(code, old_function.__globals__, old_function.__name__, old_function.__defaults__, closure)
-        functools.update_wrapper(made, old_function)
+        made = FunctionType(code, old.__globals__, old.__name__, old.__defaults__, closure)
+        functools.update_wrapper(made, old)
         del made.__wrapped__  # type: ignore[attr-defined]  # else inspect, and with it TorchScript, reads the old one
-        made.__kwdefaults__ = old_function.__kwdefaults__
+        made.__kwdefaults__ = old.__kwdefaults__
         return made
 
     def _compile(self, definition: ast.stmt, filename: str, free_variables: Sequence[str]) -> CodeType:
@@ -205,10 +204,6 @@ class Call(NamedTuple):
     modules: Sequence[ast.expr]  # or one expression, of which the modules are the elements
     input: ast.expr
     variable: str = ""
-
-    def on(self, twin: Callable[[ast.AST], Any]) -> "Call":
-        """The same with the nodes of a copy; expressions that are in no tree stay."""
-        return self._replace(input=twin(self.input))
 
     def node(self, input: ast.expr) -> ast.AST:
         modules: ast.expr = self.modules[0] if self.variable else ast.Tuple(list(self.modules), ast.Load())
