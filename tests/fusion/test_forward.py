@@ -459,6 +459,45 @@ def test_a_loop_over_a_list(net: Callable[..., Any]) -> None:
     assert report.left == ()
 
 
+# What forward calls of lists, and how often tribp's functions run then.
+OF_LISTS = {
+    "loop": ("for layer in self.layers:\n    x = F.relu(layer(x))\nreturn x", 3),
+    "lines in a loop": ("for layer in self.layers:\n    x = layer(x)\n    x = F.relu(x)\nreturn x", 3),
+    "slice": ("for layer in self.layers[:-1]:\n    x = F.relu(layer(x))\nreturn self.layers[-1](x)", 2),
+    "numbers": (
+        "for i, layer in enumerate(self.layers):\n    x = layer(x) if i == 2 else self.act(layer(x))\nreturn x", 2
+    ),
+    "two lists": ("for layer, act in zip(self.layers, self.acts):\n    x = act(layer(x))\nreturn x", 2),
+    "comprehension": ("return sum([F.relu(layer(x)) for layer in self.layers])", 3),
+    "index": ("return self.layers[1](F.relu(self.layers[0](x)))", 1),
+    "index that is computed": (
+        "for i in range(3):\n    x = self.acts[i](self.layers[len(self.layers) - 1 - i](x))\nreturn x", 2
+    ),
+    "dictionary": ("return self.named['act'](self.named['fc'](x))", 1),
+    "another in between": (
+        "y = self.fc(x)\nfor layer in self.layers:\n    layer = self.gelu\n    x = F.relu(layer(x))\nreturn x + y", 0
+    ),
+    "one of a Sequential": ("return F.relu(self.seq[0](x)) + self.seq(x)", 2),
+    "any attribute": ("for layer in self.parts:\n    x = F.relu(layer(x))\nreturn x", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OF_LISTS)
+def test_lists(net: Callable[..., Any], case: str) -> None:
+    forward, calls = OF_LISTS[case]
+    model = net(forward)
+    model.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+    model.acts = nn.ModuleList([nn.Tanh(), nn.GELU(), nn.Tanh()])
+    model.named = nn.ModuleDict({"fc": nn.Linear(6, 6), "act": nn.ReLU()})
+    model.seq = nn.Sequential(nn.Linear(6, 6), nn.Softplus())
+    model.parts = list(model.layers)
+    check(model)
+    tribp.fuse(model)
+    with Called() as called:
+        model(torch.randn(3, 2, 6, 6))
+    assert len(called.names) == calls
+
+
 def test_two_of_one_class(net: Callable[..., Any]) -> None:
     """They stay of one class where the same was taken, and each has its own where not."""
     first = net("return self.act(self.conv(x))")

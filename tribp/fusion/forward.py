@@ -22,7 +22,7 @@ from ..nn import Linear
 from ..ops.activations import DEFAULTS
 from .activations import ACTIVATIONS, OTHER_ACTIVATIONS, activation_kind
 from .rows import FusedSequential, is_plain_sequential, row_at, run
-from .source import IS_SCRIPTING, RUN, Call, Source, Use, shown
+from .source import EVERY, IS_SCRIPTING, RUN, Call, Called, Source, Use, shown
 
 Site = tuple[str, ...]  # calls that take each other's output, as `shown`; or a loop
 SITES = "_tribp_sites"  # of a class that was made here: the class it was made of, and its sites
@@ -45,7 +45,7 @@ class Link(NamedTuple):
 
     call: ast.Call
     input: ast.expr
-    child: str = ""  # the attribute that is called; nothing for a function
+    called: Called | None = None  # nothing for a function
     activation: nn.Module | None = None  # the module that computes what a function does
     doubt: str = ""  # why it cannot be taken together with what is before it
 
@@ -72,7 +72,7 @@ def lines_of(module: nn.Module, prefix: str, norms: bool) -> list[Line]:
     source = read_forward(kind)
     every = [_links(source, call) for call in source.calls()]
     inner = {link.call for links in every for link in links[1:]}
-    lines = [_line(module, prefix, links, norms) for links in every if links[0].call not in inner]
+    lines = [line for links in every if links[0].call not in inner for line in _lines(module, prefix, links, norms)]
     for call in source.calls():
         lines += _lines_in_doubt(source, module, kind, prefix, call)
     for loop in source.loops():
@@ -93,16 +93,36 @@ def named_flatten(prefix: str, modules: nn.Module) -> Iterator[tuple[str, nn.Mod
             yield prefix + key, module
 
 
-def _line(module: nn.Module, prefix: str, links: Sequence[Link], norms: bool) -> Line:
-    """As far as what is called is a module; from the first link to the last that something else joins."""
+def _lines(module: nn.Module, prefix: str, links: Sequence[Link], norms: bool) -> Iterator[Line]:
+    """As far as what is called is a module; several where a link calls one of several modules."""
+    choices: list[list[tuple[str, nn.Module]]] = []
+    for link in links:
+        found = [(choices[-1][0][0], link.activation)] if link.activation else _called(module, prefix, link.called)
+        if not found or link.doubt:
+            break
+        choices.append(found)
+    for n in range(max(map(len, choices), default=0)):
+        yield _line(module, [found[min(n, len(found) - 1)] for found in choices], links, norms)
+
+
+def _called(module: nn.Module, prefix: str, called: Called | None) -> list[tuple[str, nn.Module]]:
+    """The modules that a call may call, by their names."""
+    child = None if called is None else _child(module, called.attribute)
+    if called is None or child is None:
+        return []
+    name = prefix + called.attribute
+    if not called.key:
+        return [(name, child)]
+    children = [(f"{name}.{key}", m) for key, m in child._modules.items() if m and called.key in (key, EVERY)]
+    return children if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else []
+
+
+def _line(module: nn.Module, calls: Sequence[tuple[str, nn.Module]], links: Sequence[Link], norms: bool) -> Line:
+    """From the first link to the last that something else joins."""
     names: list[str] = []
     modules: list[nn.Module] = []
     where: list[int] = []  # the link of each module
-    for n, link in enumerate(links):
-        called = link.activation if link.activation else _child(module, link.child)
-        if called is None or link.doubt:
-            break
-        name = prefix + link.child if link.child else names[-1]
+    for n, (name, called) in enumerate(calls):
         named = list(named_flatten(f"{name}.", called)) if is_plain_sequential(called) else [(name, called)]
         names += [name for name, _ in named]
         modules += [module for _, module in named]
@@ -135,35 +155,37 @@ def _lines_in_doubt(
     use = source.use(call)
     uses = [use] if use else source.other_uses(call)
     for link in (_link(source, use) for use in uses):
-        called = None if link is None else link.activation or _child(module, link.child)
+        key = link.called.attribute if link and link.called else ""
+        called = None if link is None else link.activation or _child(module, key)
         doubt = "" if link is None else link.doubt
         if not use:
             doubt = f"{kind.__name__}.forward may do something else with what {name} returns"
         if layer is not None and link is not None and called is not None and doubt:
-            yield Line([prefix + name, prefix + (link.child or name)], [layer, called], doubt=doubt)
+            yield Line([prefix + name, prefix + (key or name)], [layer, called], doubt=doubt)
             break
 
 
 def _links(source: Source, call: ast.Call) -> list[Link]:
-    """A call of an attribute of self, and the calls that take its output and each other's."""
-    links = [Link(call, call.args[0], source.own_attribute(call.func))]
+    """A call of what an attribute of self holds, and the calls that take its output and each other's."""
+    links = [Link(call, call.args[0], source.called(call))]
     while (use := source.use(links[-1].call)) and (link := _link(source, use)):
         links.append(link)
     return links
 
 
 def _link(source: Source, use: Use) -> Link | None:
-    if source.is_own_call(use.call) and use.call.args[0] is use.input:
-        return Link(use.call, use.input, source.own_attribute(use.call.func))
+    called = source.called(use.call)
+    if called and use.call.args[0] is use.input:
+        return Link(use.call, use.input, called)
     name = _function(source, use)
     if name is None:
         return None
     if name not in DEFAULTS:
-        return Link(use.call, use.input, "", KINDS[name]())
+        return Link(use.call, use.input, None, KINDS[name]())
     try:
-        return Link(use.call, use.input, "", KINDS[name](**_numbers(name, use)))
+        return Link(use.call, use.input, None, KINDS[name](**_numbers(name, use)))
     except ValueError as error:
-        return Link(use.call, use.input, "", KINDS[name](), str(error))
+        return Link(use.call, use.input, None, KINDS[name](), str(error))
 
 
 def _function(source: Source, use: Use) -> str | None:
@@ -314,7 +336,7 @@ def _calls(source: Source, links: Sequence[Link], values: dict[str, object]) -> 
             values[name] = link.activation
             modules.append(ast.Name(name, ast.Load()))
         else:
-            modules.append(ast.Attribute(ast.Name(source.me, ast.Load()), link.child, ast.Load()))
+            modules.append(link.call.func)
     calls[links[-1].call] = Call(modules, base)
     return calls
 

@@ -44,7 +44,8 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
 
     They may follow each other in an `nn.Sequential`, also through Sequentials inside it, or in the source of a
     `forward`: `self.act(self.conv(x))`, `F.relu(self.conv(x))`, `self.conv(x).relu()`, in the line after
-    `y = self.conv(x)` where nothing else reads that y, or as `for layer in self.layers: x = layer(x)`.
+    `y = self.conv(x)` where nothing else reads that y, or as `for layer in self.layers: x = layer(x)`; layers of a list
+    as `F.relu(self.layers[i](x))`, or `F.relu(layer(x))` in a loop over it.
 
     No module is replaced: a Sequential becomes a `FusedSequential`, a convolution a `FusedConv2d`, and a module with
     another `forward` gets a class derived from its own, whose `forward` is the same code with those calls made

@@ -16,6 +16,7 @@ FUTURE = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
 SCOPES = (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.comprehension)
+EVERY = "*"
 RUN, IS_SCRIPTING = "_tribp_run", "_tribp_is_scripting"  # what a method that was made here calls
 
 
@@ -25,6 +26,13 @@ class Use(NamedTuple):
     call: ast.Call
     input: ast.expr  # the other call, or the variable that holds its output
     text: str  # the call, with _ for the input
+
+
+class Called(NamedTuple):
+    """What an attribute of self holds."""
+
+    attribute: str
+    key: str = ""  # of one of its children; EVERY for one that is not known
 
 
 class Source:
@@ -57,15 +65,43 @@ class Source:
         self.names = [node for node in self.nodes if isinstance(node, ast.Name)]
         self.stored = {node.id for node in self.names if not isinstance(node.ctx, ast.Load)}
         self.captured = {name for inner in _codes(code) for name in inner.co_cellvars}
+        self.elements = dict(self._elements())
         self.local = self.stored.union(*((*c.co_varnames, *c.co_freevars) for c in _codes(code)))
 
     def calls(self) -> list[ast.Call]:
-        """Each `self.attribute(x)`: calls of one argument."""
-        return [node for node in self.nodes if isinstance(node, ast.Call) and self.is_own_call(node)]
+        """Each call, of one argument, of what an attribute of self holds."""
+        return [node for node in self.nodes if isinstance(node, ast.Call) and self.called(node)]
 
-    def is_own_call(self, call: ast.Call) -> bool:
-        alone = len(call.args) == 1 and not isinstance(call.args[0], ast.Starred) and not call.keywords
-        return alone and bool(self.own_attribute(call.func))
+    def called(self, call: ast.Call) -> Called | None:
+        """What a call of one argument calls, if an attribute of self holds it."""
+        if len(call.args) != 1 or isinstance(call.args[0], ast.Starred) or call.keywords:
+            return None
+        function = call.func
+        if name := self.own_attribute(function):
+            return Called(name)
+        if isinstance(function, ast.Subscript) and (name := self.own_attribute(function.value)):
+            index = function.slice.value if isinstance(function.slice, ast.Constant) else None
+            return Called(name, EVERY if index is None else str(index))
+        if isinstance(function, ast.Name) and (name := self.elements.get(function.id, "")):
+            return Called(name, EVERY)
+        return None
+
+    def _elements(self) -> Iterator[tuple[str, str]]:
+        """Variables that a loop sets, and the attribute of self whose elements they are."""
+        for node in self.nodes:
+            if not isinstance(node, (ast.For, ast.comprehension)):
+                continue
+            within, targets = [node.iter], [node.target]
+            if isinstance(node.iter, ast.Call) and isinstance(node.target, ast.Tuple):
+                match ast.unparse(node.iter.func):
+                    case "enumerate":
+                        within, targets = node.iter.args[:1], node.target.elts[1:]
+                    case "zip":
+                        within, targets = node.iter.args, node.target.elts
+            for source, target in zip(within, targets, strict=False):
+                source = source.value if isinstance(source, ast.Subscript) else source  # a slice
+                if isinstance(target, ast.Name) and (name := self.own_attribute(source)):
+                    yield target.id, name
 
     def own_attribute(self, node: ast.expr) -> str:
         """The name of an attribute of self, or nothing for another expression."""
