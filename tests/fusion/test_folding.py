@@ -1,11 +1,12 @@
 """`fuse(model, fold_batchnorm=True)`: what is folded and when, what is left, and that every tensor stays."""
 
+import contextlib
 import copy
 import gc
 import pickle
 import unittest.mock
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from tribp.fusion import Replaced, Report
 from tribp.fusion.folding import folded
 from tribp.nn import Conv3x3, Linear
 
-from .cases import MODELS, Called, ResNet18, changed, frozen, hooked, image, reasons
+from .cases import MODELS, Called, ResNet18, changed, hooked, image, reasons
+from .cases import frozen as buffered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +41,17 @@ def tensors(model: nn.Module) -> dict[str, int]:
     return {name: id(tensor) for name, tensor in named}
 
 
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Its parameters want no gradient."""
+    wanting = [p for p in model.parameters() if p.requires_grad]
+    for p in wanting:
+        p.requires_grad_(False)
+    yield
+    for p in wanting:
+        p.requires_grad_(True)
+
+
 def folds(model: nn.Module, x: Tensor) -> int:
     """How many batch norms are part of a layer in a call."""
     with unittest.mock.patch("tribp.fusion.rows.folded", wraps=folded) as seen:
@@ -55,7 +68,7 @@ def check(model: Any, x: Tensor) -> Report:
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert list(other.state_dict()) == keys
         assert torch.equal(other(x), y), "gradients are wanted"
-        with torch.no_grad():
+        with frozen(other):
             assert folds(other, x) == norms
             torch.testing.assert_close(other(x), y, rtol=1e-4, atol=1e-5)
     assert tribp.fuse(model, fold_batchnorm=True).replaced == ()
@@ -90,7 +103,7 @@ def test_a_resnet_is_taken_whole() -> None:
         + [f"{block}.conv1: Conv2d + BatchNorm2d + ReLU → conv3x3" for block in blocks]
         + [f"{block}.conv2: Conv2d + BatchNorm2d → conv3x3" for block in blocks]
     )
-    with torch.no_grad(), Called() as called:
+    with frozen(model), Called() as called:
         model(image())
     assert called.activations == ["relu", None] * 4
 
@@ -151,7 +164,7 @@ def test_layers_in_a_sequential(
     y = model(x)
     report = tribp.fuse(model, fold_batchnorm=True)
     assert f" + {type(norm).__name__}" in report.replaced[1].was
-    with torch.no_grad(), Called() as called:
+    with frozen(model), Called() as called:
         assert folds(model, x) == 1
         torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
     taken = getattr(layer, "kernel_size", None) != (1, 1)
@@ -172,7 +185,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert (weight.dtype, bias.dtype) == (dtype, dtype)
     assert weight.is_contiguous(memory_format=torch.channels_last)
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-12
-    with torch.no_grad():
+    with frozen(model):
         torch.testing.assert_close(model(x), y, rtol=tolerance, atol=tolerance)
 
 
@@ -189,11 +202,12 @@ def test_in_training_the_batch_norm_runs() -> None:
         m(x).square().sum().backward()
     assert all(map(torch.equal, model.buffers(), plain.buffers()))
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
-    with torch.no_grad():
+    with frozen(model):
         assert folds(model, x) == 0
-    model[1].eval()
-    with torch.no_grad():
+        model[1].eval()
         assert folds(model, x) == 1
+    with torch.no_grad():
+        assert folds(model, x) == 0, "what is trained may be written without a count"
 
 
 def test_gradients_are_none_the_worse() -> None:
@@ -214,11 +228,14 @@ def test_gradients_are_none_the_worse() -> None:
 CHANGES: dict[str, Callable[[Any], object]] = {
     "weight": lambda m: m[0].weight.mul_(2),
     "bias": lambda m: m[0].bias.zero_(),
-    "another weight": lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(2, 2, 3, 3))),
+    "another weight": lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(2, 2, 3, 3), False)),
+    "weight as an attribute": lambda m: vars(m[0]).update(weight=torch.ones(2, 2, 3, 3)),
+    "two other weights": lambda m: [m[0].weight.set_(torch.full((2, 2, 3, 3), v)) for v in (1.0, 2.0)],
+    "there and back": lambda m: m[0].to(torch.float8_e5m2).to(torch.float32),
     "data of the weight": lambda m: setattr(m[0].weight, "data", torch.ones(2, 2, 3, 3)),
     "mean": lambda m: m[1].running_mean.add_(1),
     "variance": lambda m: m[1].running_var.mul_(3),
-    "another variance": lambda m: setattr(m[1], "running_var", torch.ones(2)),
+    "another variance": lambda m: m[1]._buffers.update(running_var=torch.ones(2)),
     "gamma": lambda m: m[1].weight.neg_(),
     "beta": lambda m: m[1].bias.neg_(),
     "no gamma": lambda m: setattr(m[1], "weight", None),
@@ -237,11 +254,11 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_is_changed_counts_in_the_next_call(change: Callable[[Any], object]) -> None:
-    model, x = network(), torch.randn(2, 2, 5, 5)
+    model, x = network().requires_grad_(False), torch.randn(2, 2, 5, 5)
     plain = copy.deepcopy(model)
     tribp.fuse(model, fold_batchnorm=True)
     with torch.no_grad():
-        model(x)
+        assert folds(model, x) == 1
         with torch.random.fork_rng():
             change(model)
         change(plain)
@@ -259,11 +276,10 @@ def test_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     made = unittest.mock.Mock(wraps=folding._fold)
     monkeypatch.setattr(folding, "_fold", made)
-    model, x = network(), torch.randn(2, 2, 5, 5)
+    model, x = network().requires_grad_(False), torch.randn(2, 2, 5, 5)
     tribp.fuse(model, fold_batchnorm=True)
-    with torch.no_grad():
-        y = model(x)
-        assert torch.equal(model(x), y)
+    y = model(x)
+    assert torch.equal(model(x), y)
     assert made.call_count == 1
     norm = weakref.ref(model[1])
     assert norm() in folding._known
@@ -271,21 +287,43 @@ def test_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     assert norm() is None
     with torch.inference_mode():
-        model = network()
+        model = network().requires_grad_(False)
         tribp.fuse(model, fold_batchnorm=True)
         assert folds(model, x) == folds(model, x) == 1
     assert made.call_count == 3
 
 
+def test_under_transforms() -> None:
+    """And with tensors that are attributes, whose gradients are another's."""
+    model, x = network().requires_grad_(False), torch.randn(2, 2, 5, 5)
+    weights = torch.stack([model[0].weight, 2 * model[0].weight])
+
+    def ensemble(m: nn.Module) -> Any:
+        return torch.func.vmap(lambda w: torch.func.functional_call(m, {"0.weight": w}, (x,)))(weights)
+
+    def tangent(m: nn.Module) -> Any:
+        call = lambda w: torch.func.functional_call(m, {"0.weight": w}, (x,))  # noqa: E731
+        return torch.func.jvp(call, (weights[0],), (weights[1],))[1]
+
+    expected = ensemble(model), tangent(model)
+    tribp.fuse(model, fold_batchnorm=True)
+    for found, value in zip((ensemble(model), tangent(model)), expected, strict=True):
+        torch.testing.assert_close(found, value)
+    gamma = torch.ones(2, requires_grad=True)
+    del model[1].weight
+    model[1].weight = 2 * gamma
+    assert model(x).requires_grad
+
+
 def test_of_other_dimensions_it_is_another_function() -> None:
     model, x = prepared(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))), torch.randn(2, 4, 3)
-    with torch.no_grad():
+    with frozen(model):
         y = model(x)
         tribp.fuse(model, fold_batchnorm=True)
         assert torch.equal(model(x), y)
-    model = prepared(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    model = prepared(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).requires_grad_(False)
     tribp.fuse(model, fold_batchnorm=True)
-    with pytest.raises(ValueError, match="expected 4D input"), torch.no_grad():
+    with pytest.raises(ValueError, match="expected 4D input"):
         model(torch.randn(3, 4, 4))
 
 
@@ -326,7 +364,7 @@ def test_norms_that_are_left(make: Callable[[], nn.Module], reason: str) -> None
 
 
 def test_layers_that_are_left() -> None:
-    for layer in (hooked(nn.Conv2d(2, 2, 3)), frozen(nn.Conv2d(2, 2, 3)), type("Mine", (nn.Conv2d,), {})(2, 2, 3)):
+    for layer in (hooked(nn.Conv2d(2, 2, 3)), buffered(nn.Conv2d(2, 2, 3)), type("Mine", (nn.Conv2d,), {})(2, 2, 3)):
         model = prepared(nn.Sequential(layer, nn.BatchNorm2d(2)))
         assert {"0", "1"} & reasons(tribp.fuse(model, fold_batchnorm=True)).keys()
         assert type(model[1]) is nn.BatchNorm2d
@@ -341,7 +379,7 @@ def test_what_is_shared_is_folded_at_each_place() -> None:
         model = prepared(nn.Sequential(*modules))
         check(model, x)
         tribp.fuse(model, fold_batchnorm=True)
-        with torch.no_grad():
+        with frozen(model):
             assert folds(model, x) == 2
         tribp.unfuse(model)
 
@@ -429,7 +467,7 @@ def test_in_a_forward(how: str) -> None:
     report = check(model, x)
     assert set(reasons(report).values()) <= {"Used.forward may do something else with what conv returns"}
     tribp.fuse(model, fold_batchnorm=True)
-    with torch.no_grad():
+    with frozen(model):
         assert folds(model, x) == {"NormTwice": 2, "Used": 0}.get(how, 1)
     if how == "Plain":
         assert list(map(str, report.replaced)) == [
@@ -442,7 +480,7 @@ def test_in_a_forward(how: str) -> None:
 def test_fused_before() -> None:
     """To fold as well is one more call."""
     model, x = prepared(InForward("Plain")), torch.randn(2, 2, 5, 5)
-    with torch.no_grad():
+    with frozen(model):
         y = model(x)
         assert len(tribp.fuse(model).replaced) == 2
         assert folds(model, x) == 0

@@ -4,6 +4,7 @@ Each forward is written into a file of its own, since it is its source that `fus
 """
 
 import copy
+import gc
 import importlib.util
 import inspect
 import io
@@ -12,6 +13,7 @@ import linecache
 import pickle
 import sys
 import textwrap
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,14 @@ TAKEN = {
     "in an input": ("return F.relu(self.conv(x + F.relu(self.fc(x)) + self.act(self.fc(x))))", "conv fc"),
     "a tuple": ("y, z = F.relu(self.conv(x)), self.act(self.fc(x))\nreturn y + z", "conv fc"),
     "yields": ("def some():\n    yield F.relu(self.conv(x))\nreturn next(some())", "conv"),
+    "its own class": (
+        "Net.total = getattr(Net, 'total', 0) + 1\nreturn F.relu(self.conv(x)) * (type(self) is not Base)",
+        "conv",
+    ),
+    "annotated variable": ("y: torch.Tensor = self.conv(x)\ny = F.relu(y)\nreturn y", "conv"),
+    "arguments of others": ("return F.relu(self.fc(F.gelu(F.relu(self.conv(x)), approximate='tanh')))", "conv fc"),
+    "softmax in between": ("return F.relu(self.fc(F.softmax(F.relu(self.conv(x)), dim=1)))", "conv fc"),
+    "first of two": ("y = self.conv(x)\nreturn F.relu(y) + x.mul(2)", "conv"),
     "annotated": (
         "def forward(self, x: 'Missing') -> 'Missing':\n    '''Say.'''\n    return F.relu(self.conv(x))",
         "conv",
@@ -233,6 +243,16 @@ ALONE = {
     "in place": ("y = self.conv(x)\nself.act(y)\nreturn F.relu_(y)", "Net.forward may do something else with"),
     "on one path": (
         "y = self.conv(x)\nif self.flag:\n    y = F.relu(y)\nreturn y",
+        "Net.forward may do something else",
+    ),
+    "not first": ("y = self.conv(x)\nreturn x.mul(2) + F.relu(y)", "Net.forward may do something else"),
+    "not always": (
+        "y = self.conv(x)\nz = F.relu(y) if self.flag else x * self.conv.weight.sum()\nreturn z",
+        "Net.forward may do something else",
+    ),
+    "locals": ("y = self.conv(x)\nz = F.relu(y)\nreturn z + locals()['y']", "Net.forward may do something else"),
+    "variables of a class": (
+        "class Inner:\n    y = self.conv(x)\n    z = F.relu(y)\nreturn Inner.y + Inner.z",
         "Net.forward may do something else",
     ),
     "a lambda later": (
@@ -357,6 +377,98 @@ def test_instances_that_are_left(
     assert left[name].startswith(reason)
     assert type(model) is kind
     assert torch.equal(model(x), y)
+
+
+def test_a_function_stays_a_function(net: Callable[..., Any]) -> None:
+    """Where a row falls apart: in place as it was, seen by no hook, traced by torch.fx."""
+    model, x = (
+        net("y = F.relu(self.fc(x), inplace=True)\nreturn y + torch.sigmoid(self.conv(x))"),
+        torch.randn(2, 2, 6, 6),
+    )
+    plain = copy.deepcopy(model)
+    tribp.fuse(model)
+    kept: list[list[Tensor]] = [[], []]
+    for m, outputs in zip((model, plain), kept, strict=True):
+        m.fc.register_forward_hook(lambda m, i, y, outputs=outputs: outputs.append(y))
+        m.conv.register_forward_hook(lambda m, i, y, outputs=outputs: outputs.append(y))
+    assert torch.equal(model(x), plain(x))
+    assert same(*kept)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), plain(x))
+    seen: list[list[type]] = []
+    for m in (model, plain):
+        seen.append([])
+        handle = nn.modules.module.register_module_forward_hook(lambda m, i, y: seen[-1].append(type(m)))
+        m(x)
+        handle.remove()
+    assert len(seen[0]) == len(seen[1])
+    assert all(map(issubclass, *seen))
+    for m in (model, plain):
+        m.fc = nn.Identity()
+    assert torch.equal(model(x.clone()), plain(x.clone()))
+
+
+def test_a_module_that_keeps_what_is_set(net: Callable[..., Any]) -> None:
+    more = """
+    frozen = False
+    def __setattr__(self, name, value):
+        if self.frozen:
+            raise AttributeError("frozen")
+        super().__setattr__(name, value)
+    """
+    model = net("return F.relu(self.conv(x))", more)
+    type(model).frozen = True
+    assert [entry.name for entry in tribp.fuse(model).replaced] == ["", "conv"]
+    assert [entry.name for entry in tribp.unfuse(model).replaced] == ["", "conv"]
+
+
+def test_a_decorated_forward(net: Callable[..., Any]) -> None:
+    model = net("@torch.no_grad()\ndef forward(self, x):\n    return F.relu(self.conv(x))")
+    assert reasons(tribp.fuse(model)) == {
+        "": "what its forward applies to its layers is not known: forward is decorated"
+    }
+
+
+def test_pickles_where_there_is_no_source(net: Callable[..., Any]) -> None:
+    model, x = net("return F.relu(self.conv(x))"), torch.randn(2, 2, 5, 5)
+    y = model(x)
+    tribp.fuse(model)
+    data, path = pickle.dumps(model), Path(inspect.getfile(type(model)))
+    path.unlink()
+    linecache.checkcache(str(path))
+    kind: Any = type(model).__mro__[1]
+    del model
+    gc.collect()
+    other: Any = pickle.loads(data)
+    assert type(other) is kind
+    assert torch.equal(other(x), y)
+
+
+def test_classes_are_not_kept(net: Callable[..., Any]) -> None:
+    model = net("return F.relu(self.conv(x))")
+    tribp.fuse(model)
+    kinds = [weakref.ref(kind) for kind in type(model).__mro__[:2]]
+    del model
+    name = next(name for name in sys.modules if name.startswith("fused_net_"))
+    vars(sys.modules[name]).clear()
+    for _ in range(2):  # what was derived, and what it was derived from
+        gc.collect()
+    assert [kind() for kind in kinds] == [None, None]
+
+
+def test_private_names_of_a_function_that_becomes_a_method(net: Callable[..., Any]) -> None:
+    model = net("return x")
+    module: Any = sys.modules[type(model).__module__]
+    path = Path(inspect.getfile(type(model)))
+    path.write_text(
+        path.read_text() + "\ndef outer(self, x):\n    self.__n = 2\n    return F.relu(self.conv(x)) * self.__n\n"
+    )
+    spec = importlib.util.spec_from_file_location(module.__name__, path)
+    assert spec is not None
+    assert spec.loader is not None
+    linecache.checkcache(str(path))
+    spec.loader.exec_module(module)
+    module.Net.forward = module.outer
+    check(module.Net())
 
 
 MEDDLING: dict[str, Callable[[Any], object]] = {

@@ -28,8 +28,9 @@ REPLACED = {
         "Conv2d → conv3x3": [f"layer{i}.{j}.conv{k}" for i in (1, 2) for j in (0, 1) for k in (1, 2)],
     },
     "nested": {
-        "Conv2d → conv3x3": ["gate.convs.0", "conv"],
-        "Conv2d + Sigmoid → conv3x3": ["body.0", "tail.0", "tail.2"],
+        "Gate → fused Gate": ["gate", "again"],
+        "Conv2d → conv3x3": ["conv"],
+        "Conv2d + Sigmoid → conv3x3": ["gate.convs.0", "body.0", "tail.0", "tail.2"],
         "Linear + Sigmoid → mlp": ["gate.heads.a.0", "gate.heads.a.2.0", "head.0", "head.2"],
         "Sequential → FusedSequential": ["gate.heads.a", "gate.heads.a.2", "body", "tail", "head"],
     },
@@ -271,6 +272,14 @@ def test_options_that_are_changed_after_fuse() -> None:
         m[1].padding = (1, 1)
     x = torch.randn(1, 1, 19, 19)
     assert torch.equal(model(x), plain(x))
+    for value in ([2, 2], 2, (3, 3)):
+        for m in (model, plain):
+            m[0].stride = value
+        assert torch.equal(model[:1](x), plain[:1](x))
+    empty, x = nn.Sequential(nn.Conv2d(0, 4, 3, padding=1), nn.ReLU()), torch.randn(1, 0, 5, 5)
+    y = empty(x)
+    tribp.fuse(empty)
+    assert torch.equal(empty(x), y)
 
 
 def test_a_layer_is_itself_wherever_it_is_called() -> None:

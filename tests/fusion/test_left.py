@@ -312,6 +312,42 @@ def test_containers_in_another_order(container: Callable[..., nn.Module]) -> Non
     assert tribp.unfuse(model).replaced == (Replaced("0", "FusedConv2d", "Conv2d"),)
 
 
+class Doubled(nn.Sequential):
+    def __call__(self, *inputs: Any) -> Any:
+        return 2 * super().__call__(*inputs)
+
+
+def test_a_sequential_with_a_call_of_its_own() -> None:
+    model, x = nn.Sequential(Doubled(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4)
+    y = model(x)
+    report = tribp.fuse(model)
+    assert torch.equal(model(x), y)
+    assert reasons(report) == {"0.0": "the Doubled around it need not run its modules in their order"}
+
+
+class Alike(nn.Module):
+    """All of them are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x))
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def test_modules_that_are_equal() -> None:
+    model = nn.Sequential(Alike(), Alike())
+    assert [entry.name for entry in tribp.fuse(model).replaced] == ["0.body", "0.body.0", "1.body", "1.body.0"]
+    assert len(tribp.unfuse(model).replaced) == 2
+
+
 def test_a_sequential_subclass_in_order() -> None:
     model = Ordered(nn.Linear(2, 2), nn.Sigmoid())
     hooked(model)
@@ -357,7 +393,7 @@ def test_a_module_that_holds_its_parent() -> None:
     model = sigmoid_after(nn.Linear(2, 2))
     model.append(nn.Module())
     model[2].parent = model
-    assert [entry.name for entry in tribp.fuse(model).replaced] == ["", "0"]
+    assert [entry.name for entry in tribp.fuse(model).replaced] == ["", "0", "2.parent"]
 
 
 def test_the_model_itself() -> None:

@@ -55,7 +55,7 @@ def refused(subject: str, module: nn.Module) -> str:
     """Why tribp does not take an activation's numbers; nothing if it does."""
     try:
         activation_of(subject, activation_like(module))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         return str(error)
     return ""
 

@@ -1,6 +1,5 @@
-"""Batch norms that become part of the weight and bias of the layer before them, where no gradient is wanted."""
+"""Batch norms that become part of the weight and bias of the layer before them, where those are frozen."""
 
-import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import needs_operator
+from ..dispatch import needs_operator, transform_active
 from ..nn import is_watched
 
 PLAIN = {"Parameter", "Tensor", "FakeTensor", "FunctionalTensor"}  # types; the latter stand for tensors in tracing
@@ -29,7 +28,8 @@ def can_fold(layer: nn.Module, norm: nn.Module) -> bool:
         return False
     weight, tensors = layer._parameters.get("weight"), (*norm._parameters.values(), *norm._buffers.values())
     mean, var = norm._buffers.get("running_mean"), norm._buffers.get("running_var")
-    if weight is None or mean is None or var is None:
+    complete = {"weight", "bias"} <= layer._parameters.keys() & norm._parameters.keys()  # none is another attribute
+    if not complete or weight is None or mean is None or var is None:
         return False
     sizes = {tuple(t.shape) for t in tensors if t is not None and t.dim()}
     plain = all(t is None or (type(t).__name__ in PLAIN and t.device == weight.device) for t in tensors)
@@ -37,17 +37,20 @@ def can_fold(layer: nn.Module, norm: nn.Module) -> bool:
 
 
 def folds_now(layer: nn.Module, norm: nn.Module, input: Tensor) -> bool:
-    """Whether a batch norm that can be folded shall be for this input: nothing is trained, and nothing traces."""
-    if norm.training or not isinstance(input, Tensor) or torch._C._get_tracing_state() is not None:
+    """Whether a batch norm that can be folded shall be for this input: in evaluation mode, its parameters frozen.
+
+    Frozen, and not merely in `torch.no_grad`: torch's fused optimizers write parameters without counting a version, so
+    that what is kept of trained ones could be old.
+    """
+    if norm.training or not isinstance(input, Tensor) or transform_active(input):
         return False
     if input.dim() != (4 if isinstance(norm, nn.BatchNorm2d) else 2):  # of other inputs it takes other channels
         return False
-    parameters = (*layer._parameters.values(), *norm._parameters.values())
-    return not (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters))
+    return not any(p is not None and p.requires_grad for m in (layer, norm) for p in m._parameters.values())
 
 
 class _Known(NamedTuple):
-    tensors: Sequence[Tensor | None]  # of which it was made, held so that their memory is nobody else's
+    tensors: Sequence[Tensor]  # of which it was made: while they are held, their memory is nobody else's
     state: list[object]
     weight: Tensor
     bias: Tensor
@@ -59,19 +62,26 @@ _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of the layer that computes both.
 
-    They are kept until one of the tensors that they are made of is another, or was written to; what `.data` writes is
-    not seen.
+    They are kept until one of the tensors that they are made of lies elsewhere, or was written to; what `.data` writes
+    is not seen.
     """
     tensors = (layer.weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
     # A step of training writes the statistics without a word, and counts the batch.
     given = [t for t in (*tensors, norm.num_batches_tracked) if t is not None]
     if needs_operator() or any(t.is_inference() for t in given):  # which count no versions
         return _fold(*tensors, norm.eps)
-    state = [norm.eps, *(fact for t in given for fact in (t._version, t.data_ptr(), t.dtype))]
+    state = [norm.eps, *(None if t is None else (t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors)]
+    state.append(norm.num_batches_tracked is not None and norm.num_batches_tracked._version)
     known = _known.get(norm)
-    if known is None or known.state != state or not all(map(operator.is_, known.tensors, tensors)):
-        known = _known[norm] = _Known(tensors, state, *_fold(*tensors, norm.eps))
+    if known is None or known.state != state:
+        known = _known[norm] = _Known([t.detach() for t in given], state, *_fold(*tensors, norm.eps))
     return known.weight, known.bias
+
+
+def forget(norm: nn.Module) -> None:
+    """Fold a batch norm no longer."""
+    vars(norm).pop(FOLDS, None)
+    _known.pop(norm, None)
 
 
 def _fold(

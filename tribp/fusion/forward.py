@@ -6,8 +6,10 @@ flags, counters and modes mean what they did, and what the attributes hold is lo
 """
 
 import ast
+import contextlib
 import functools
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping, Sequence, Set
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -21,13 +23,14 @@ from torch.nn.utils import parametrize
 from ..nn import Linear
 from ..ops.activations import DEFAULTS
 from .activations import ACTIVATIONS, OTHER_ACTIVATIONS, activation_kind
-from .rows import FusedSequential, is_plain_sequential, row_at, run
+from .rows import Applied, FusedSequential, Step, is_plain_sequential, row_at, run
 from .source import EVERY, IS_SCRIPTING, RUN, Call, Called, Source, Use, shown
 
 Site = tuple[str, ...]  # calls that take each other's output, as `shown`; or a loop
 SITES = "_tribp_sites"  # of a class that was made here: the class it was made of, and its sites
 # What a class may define that need not work in a class derived from it.
-OWN = {"__reduce__", "__reduce_ex__", "__getnewargs_ex__", "__deepcopy__", "__copy__", "__init_subclass__"}
+OWN = {"__reduce__", "__reduce_ex__", "__getnewargs_ex__", "__deepcopy__", "__copy__", "__init_subclass__", "__class__"}
+ITERATIONS = (nn.Sequential.__iter__, nn.ModuleList.__iter__)
 KINDS = {name: kind for kind, (name, *_) in ACTIVATIONS.items()}
 KINDS |= {name: kind for kind, name in OTHER_ACTIVATIONS.items()}
 METHODS = {ending: name for name in DEFAULTS for ending in (name, name + "_") if hasattr(Tensor, ending)}
@@ -46,7 +49,7 @@ class Link(NamedTuple):
     call: ast.Call
     input: ast.expr
     called: Called | None = None  # nothing for a function
-    activation: nn.Module | None = None  # the module that computes what a function does
+    activation: Applied | None = None
     doubt: str = ""  # why it cannot be taken together with what is before it
 
     @property
@@ -58,7 +61,7 @@ class Line(NamedTuple):
     """Modules of which the code calls one after the other, by their names."""
 
     names: Sequence[str]
-    modules: Sequence[nn.Module]
+    modules: Sequence[Step]
     site: Site = ()  # in a forward
     doubt: str = ""  # why they cannot run together
 
@@ -78,13 +81,13 @@ def lines_of(module: nn.Module, prefix: str, norms: bool) -> list[Line]:
     for loop in source.loops():
         key = source.own_attribute(loop.iter)
         row = _child(module, key)
-        if isinstance(row, (nn.Sequential, nn.ModuleList)):
+        if isinstance(row, (nn.Sequential, nn.ModuleList)) and type(row).__iter__ in ITERATIONS:
             named = [*named_flatten(f"{prefix}{key}.", row)]
             lines.append(Line([n for n, _ in named], [m for _, m in named], (f"for {key}",), underivable(module)))
     return lines
 
 
-def named_flatten(prefix: str, modules: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def named_flatten(prefix: str, modules: nn.Module) -> Iterator[tuple[str, Step]]:
     """What `flatten` makes of a module's children, with the name of each."""
     for key, module in modules._modules.items():
         if is_plain_sequential(module):
@@ -95,10 +98,11 @@ def named_flatten(prefix: str, modules: nn.Module) -> Iterator[tuple[str, nn.Mod
 
 def _lines(module: nn.Module, prefix: str, links: Sequence[Link], norms: bool) -> Iterator[Line]:
     """As far as what is called is a module; several where a link calls one of several modules."""
-    choices: list[list[tuple[str, nn.Module]]] = []
+    choices: list[Sequence[tuple[str, Step]]] = []
     for link in links:
-        found = [(choices[-1][0][0], link.activation)] if link.activation else _called(module, prefix, link.called)
-        if not found or link.doubt:
+        found: Sequence[tuple[str, Step]] = _called(module, prefix, link.called)
+        found = [(choices[-1][0][0], link.activation)] if link.activation else found
+        if not found:
             break
         choices.append(found)
     for n in range(max(map(len, choices), default=0)):
@@ -117,13 +121,15 @@ def _called(module: nn.Module, prefix: str, called: Called | None) -> list[tuple
     return children if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else []
 
 
-def _line(module: nn.Module, calls: Sequence[tuple[str, nn.Module]], links: Sequence[Link], norms: bool) -> Line:
+def _line(module: nn.Module, calls: Sequence[tuple[str, Step]], links: Sequence[Link], norms: bool) -> Line:
     """From the first link to the last that something else joins."""
     names: list[str] = []
-    modules: list[nn.Module] = []
+    modules: list[Step] = []
     where: list[int] = []  # the link of each module
     for n, (name, called) in enumerate(calls):
-        named = list(named_flatten(f"{name}.", called)) if is_plain_sequential(called) else [(name, called)]
+        named: list[tuple[str, Step]] = [(name, called)]
+        if is_plain_sequential(called):
+            named = list(named_flatten(f"{name}.", called))
         names += [name for name, _ in named]
         modules += [module for _, module in named]
         where += [n] * len(named)
@@ -133,7 +139,7 @@ def _line(module: nn.Module, calls: Sequence[tuple[str, nn.Module]], links: Sequ
     return Line(names, modules, site, doubt)
 
 
-def joined(modules: Sequence[nn.Module], where: Sequence[int], norms: bool) -> set[int]:
+def joined(modules: Sequence[Step], where: Sequence[int], norms: bool) -> set[int]:
     """Where rows of modules begin and end that cross from one place to another; `where` has each module's place."""
     ends: set[int] = set()
     start = 0
@@ -168,7 +174,7 @@ def _lines_in_doubt(
 def _links(source: Source, call: ast.Call) -> list[Link]:
     """A call of what an attribute of self holds, and the calls that take its output and each other's."""
     links = [Link(call, call.args[0], source.called(call))]
-    while (use := source.use(links[-1].call)) and (link := _link(source, use)):
+    while (use := source.use(links[-1].call)) and (link := _link(source, use)) and not link.doubt:
         links.append(link)
     return links
 
@@ -180,12 +186,14 @@ def _link(source: Source, use: Use) -> Link | None:
     name = _function(source, use)
     if name is None:
         return None
-    if name not in DEFAULTS:
-        return Link(use.call, use.input, None, KINDS[name]())
+    module = KINDS[name]()
     try:
-        return Link(use.call, use.input, None, KINDS[name](**_numbers(name, use)))
+        if name not in DEFAULTS:
+            raise ValueError(f"tribp computes no {name}")
+        module = KINDS[name](**_numbers(name, use))
     except ValueError as error:
-        return Link(use.call, use.input, None, KINDS[name](), str(error))
+        return Link(use.call, use.input, None, Applied(module, module), str(error))
+    return Link(use.call, use.input, None, Applied(module, source.applied(use)))
 
 
 def _function(source: Source, use: Use) -> str | None:
@@ -242,14 +250,17 @@ def read_forward(kind: type[nn.Module]) -> Source:
     function = inspect.getattr_static(kind, "forward")
     if not isinstance(function, FunctionType):
         raise ValueError("forward is no Python function")
-    source = _read(function)
+    if hasattr(function, "__wrapped__"):
+        raise ValueError("forward is decorated")
+    source = read(function)
     if isinstance(source, str):
         raise ValueError(source)
     return source
 
 
-@functools.cache
-def _read(function: FunctionType) -> Source | str:
+@functools.lru_cache(maxsize=64)
+def read(function: FunctionType) -> Source | str:
+    """The source of a function, or why there is none; remembered while `fuse` runs."""
     try:
         return Source(function)
     except ValueError as error:
@@ -286,11 +297,21 @@ def class_in_order(kind: type[nn.Sequential]) -> type[nn.Sequential]:
 
 
 def _with_run(kind: type[nn.Module], sites: tuple[Site, ...]) -> type[nn.Module]:
-    return _derived(kind, inspect.getattr_static(kind, "forward"), sites)  # type: ignore[arg-type]
+    return _derived(kind, inspect.getattr_static(kind, "forward"), sites)
 
 
-@functools.cache  # so that modules of one class stay modules of one class
+# So that modules of one class stay modules of one class.
+_classes: weakref.WeakValueDictionary[object, type[nn.Module]] = weakref.WeakValueDictionary()
+
+
 def _derived(kind: type[nn.Module], forward: FunctionType, sites: tuple[Site, ...]) -> type[nn.Module]:
+    made = _classes.get((kind, forward, sites))
+    if made is None:
+        made = _classes[kind, forward, sites] = _derive(kind, forward, sites)
+    return made
+
+
+def _derive(kind: type[nn.Module], forward: FunctionType, sites: tuple[Site, ...]) -> type[nn.Module]:
     space = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     space |= {"forward": _running(read_forward(kind), sites) if sites else forward}
     space |= {"__reduce_ex__": _reduce, SITES: (kind, sites)}
@@ -352,14 +373,13 @@ def _reduce(module: nn.Module, protocol: Any) -> Any:
 
 
 def _restore(kind: type[nn.Module], sites: tuple[Site, ...], *arguments: object) -> nn.Module:
-    if issubclass(kind, nn.Sequential) and not sites:
-        made: type[nn.Module] = class_in_order(kind)
-    else:
-        made = _with_run(kind, sites)
+    made: type[nn.Module] = kind
+    with contextlib.suppress(ValueError):  # where there is no source, it does what it did before `fuse`
+        made = class_in_order(kind) if issubclass(kind, nn.Sequential) and not sites else _with_run(kind, sites)
     return made.__new__(made, *arguments)
 
 
-def activation_of_torch(module: nn.Module | None) -> type[nn.Module] | None:
+def activation_of_torch(module: nn.Module) -> type[nn.Module] | None:
     """Which activation of torch's a module is, whether tribp computes it or not."""
     other = next((kind for kind in OTHER_ACTIVATIONS if isinstance(module, kind)), None)
     return activation_kind(module) or other

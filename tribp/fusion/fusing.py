@@ -20,13 +20,14 @@ from .forward import (
     lines_of,
     made_of,
     named_flatten,
+    read,
     shown_name,
     sites_of,
     underivable,
 )
 from .places import another, full_name, places, unreadable, watched
 from .report import Left, Replaced, Report
-from .rows import LAYERS, FusedConv2d, FusedSequential, function_of, row_at, runs_in_order
+from .rows import LAYERS, Applied, FusedConv2d, FusedSequential, Step, function_of, row_at, runs_in_order
 
 Entry = TypeVar("Entry", Replaced, Left)
 BASES = (nn.Linear, nn.Conv2d, Linear, Conv3x3)
@@ -58,9 +59,9 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
     Args:
         fold_batchnorm: whether each `BatchNorm2d` directly behind a convolution, of any size, and each `BatchNorm1d`
             directly behind a linear layer may become part of that layer's weight and bias. An activation behind the
-            batch norm is then behind the layer. It is done in evaluation mode, where no gradient of their parameters is
-            wanted (`torch.no_grad`, `requires_grad_(False)`); otherwise the batch norm runs as before. What they make
-            is kept until one of the tensors is written to, other than by `.data`. Outputs are equal but for rounding.
+            batch norm is then behind the layer. It is done where the batch norm is in evaluation mode and no parameter
+            of the two requires a gradient; otherwise it runs as before. What they make is kept until one of the tensors
+            is written to, other than by `.data`. Outputs are equal but for rounding.
 
     Raises:
         TypeError: model is no module.
@@ -68,22 +69,23 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model must be a torch.nn.Module, got {type(model).__name__}")
     plan = _Plan(model, fold_batchnorm)
-    seen: set[nn.Module] = set()
+    seen: set[int] = set()
     for name, module in plan.places:
         prefix = f"{name}." if name else ""
         if isinstance(module, torch.jit.ScriptModule):
             plan.leave(name, module, "it is compiled by TorchScript")
-        elif module in seen:
+        elif id(module) in seen:
             continue
         elif isinstance(module, (nn.Sequential, nn.ModuleList)):
             plan.add_container(name, prefix, module)
         elif any(isinstance(child, (*BASES, nn.Sequential, nn.ModuleList)) for child in module.children()):
             plan.add_forward(name, prefix, module)
-        seen.add(module)
+        seen.add(id(module))
     for name, module in plan.places:
         plan.add_convolution(name, module)
     for line in plan.lines:
         plan.leave_layers(line)
+    read.cache_clear()  # which would keep the model's classes
     return plan.carry_out()
 
 
@@ -95,7 +97,7 @@ class _Plan:
         self.order = {name: n for n, (name, _) in reversed(list(enumerate(self.places)))}
         self.norms = fold_batchnorm
         self.folded: list[nn.Module] = []
-        self.classes: dict[nn.Module, type[nn.Module]] = {}
+        self.classes: dict[int, tuple[nn.Module, type[nn.Module]]] = {}  # by the module's identity
         self.replaced: dict[str, Replaced] = {}
         self.left: dict[str, Left] = {}
         self.lines: list[Line] = []
@@ -123,8 +125,7 @@ class _Plan:
         assert isinstance(module, nn.Sequential)
         new = type(module).forward is not FusedSequential.forward
         if new:
-            self.classes[module] = class_in_order(type(module))
-            self.replaced.setdefault(name, Replaced(name, type(module).__name__, shown_name(self.classes[module])))
+            self.classes[id(module)] = module, class_in_order(type(module))
         self.add_rows(line, new)
 
     def add_forward(self, name: str, prefix: str, module: nn.Module) -> None:
@@ -137,8 +138,7 @@ class _Plan:
         self.lines += lines
         kind = class_for(module, {line.site for line in lines if line.site})
         if kind is not type(module):
-            self.classes[module] = kind
-            self.replaced.setdefault(name, Replaced(name, made_of(module).__name__, shown_name(kind)))
+            self.classes[id(module)] = module, kind
         for line in lines:
             if line.site:
                 self.add_rows(line, line.site not in sites_of(module))
@@ -154,7 +154,7 @@ class _Plan:
                 if folds := part.norm is not None and not is_folding(part.norm):
                     self.folded.append(part.norm)
                 if (new or folds) and name not in self.joined:
-                    was = " + ".join(shown_name(type(m)).removeprefix("Fused") for m in modules)
+                    was = " + ".join(shown_name(type(module_of(m))).removeprefix("Fused") for m in modules)
                     self.replaced.setdefault(name, Replaced(name, was, function_of(row)))
                 self.joined |= {*names}
                 self.pairs |= {*itertools.pairwise(names)}
@@ -167,7 +167,7 @@ class _Plan:
         if isinstance(module, nn.Conv2d):
             reason = _untaken(module)
             if not reason and type(module) is nn.Conv2d:
-                self.classes[module] = FusedConv2d
+                self.classes[id(module)] = module, FusedConv2d
                 self.replaced.setdefault(name, Replaced(name, "Conv2d", "conv3x3"))
             elif name not in self.joined:
                 self.leave(name, module, reason)
@@ -177,7 +177,7 @@ class _Plan:
     def leave_layers(self, line: Line) -> None:
         """Report what stands behind layers and does not run with them: as the layer, if that is a Linear of torch's."""
         for n, (name, layer) in enumerate(zip(line.names[:-1], line.modules[:-1], strict=True)):
-            behind_name, behind = line.names[n + 1], line.modules[n + 1]
+            behind_name, behind = line.names[n + 1], module_of(line.modules[n + 1])
             if not isinstance(layer, BASES) or (name, behind_name) in self.pairs or name in self.left:
                 continue
             if isinstance(layer, torch.jit.ScriptModule) or getattr(layer, "_act", (None,))[0] is not None:
@@ -195,15 +195,24 @@ class _Plan:
             self.leave(*((name, layer) if at_layer else (behind_name, behind)), reason)
 
     def carry_out(self) -> Report:
-        for module, kind in self.classes.items():
-            module.__class__ = kind
+        for name, module in self.places:
+            if id(module) in self.classes:
+                _, kind = self.classes[id(module)]
+                self.replaced.setdefault(name, Replaced(name, made_of(module).__name__, shown_name(kind)))
+        for module, kind in self.classes.values():
+            object.__setattr__(module, "__class__", kind)  # a module's own may do something else
         for norm in self.folded:
-            setattr(norm, FOLDS, True)
+            vars(norm)[FOLDS] = True
         return Report(self._entries(self.replaced), self._entries(self.left))
 
     def _entries(self, found: Mapping[str, Entry]) -> tuple[Entry, ...]:
         """In the order of the places; not by further names of what stands in a container that has several."""
         return tuple(sorted((found[name] for name in found if name in self.order), key=lambda e: self.order[e.name]))
+
+
+def module_of(step: Step) -> nn.Module:
+    """A module, or the one that computes what a function does."""
+    return step.module if isinstance(step, Applied) else step
 
 
 def _untaken(layer: nn.Module) -> str:

@@ -4,7 +4,7 @@ They stay torch's own, each complete where it stands. What is computed together 
 module which is replaced, wrapped, inserted, hooked or moved counts from the next call on.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -18,7 +18,7 @@ from ..ops.activations import ActivationLike, activation_of
 from ..ops.conv3x3.op import conv3x3
 from ..ops.linear.op import linear
 from ..ops.mlp.op import mlp
-from .activations import ACTIVATIONS, activation_like
+from .activations import ACTIVATIONS, activation_like, refused
 from .folding import BATCH_NORMS, PLAIN, can_fold, folded, folds_now, is_folding
 
 STRIDES = {(1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)}  # that conv3x3 takes
@@ -62,7 +62,22 @@ LAYERS: dict[type[nn.Module], tuple[str, bool]] = {
 }
 
 
-def run(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
+class Applied:
+    """An activation that a forward calls as a function of torch's, or as a method of a tensor."""
+
+    def __init__(self, module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        """module: one that computes the same."""
+        self.module, self.function = module, function
+        self.activation = _taken(module)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self.function(input)
+
+
+Step = nn.Module | Applied
+
+
+def run(modules: Iterable[Step], input: Tensor) -> Tensor:
     """What modules compute that take each other's output.
 
     Together run: a linear layer or a 3×3 convolution, and the activation behind it; linear layers with one activation
@@ -93,7 +108,7 @@ class Part(NamedTuple):
     stop: int  # the index of what is behind
 
 
-def row_at(modules: Sequence[nn.Module], start: int, input: Tensor | None = None, norms: bool = False) -> list[Part]:
+def row_at(modules: Sequence[Step], start: int, input: Tensor | None = None, norms: bool = False) -> list[Part]:
     """What starts at `start` and runs together: one convolution, or linear layers with one activation between them.
 
     Empty if that module is called. Without an input, it says what can be: with one in evaluation mode where no gradient
@@ -141,7 +156,7 @@ def _parameters(part: Part, input: Any) -> tuple[Any, Tensor | None]:
     return layer.weight, layer.bias  # what torch.fx puts in their places
 
 
-def _part_at(modules: Sequence[nn.Module], start: int, input: Tensor | None, norms: bool) -> Part | None:
+def _part_at(modules: Sequence[Step], start: int, input: Tensor | None, norms: bool) -> Part | None:
     """What a layer at `start` is computed with; nothing if there is none of which nobody would miss a call."""
     if start == len(modules):
         return None
@@ -151,46 +166,40 @@ def _part_at(modules: Sequence[nn.Module], start: int, input: Tensor | None, nor
         return None
     if function == "conv2d" and _is_3x3(layer):
         function = "conv3x3"
-    norm: nn.Module | None = None
+    stop = start + 1
+    norm: Any = None
     activation = layer.activation if own else None
-    if activation is None and start + 1 < len(modules):
-        start += 1
-        behind = modules[start]
-        if type(behind) in BATCH_NORMS and _folds(layer, behind, input, norms):
-            norm = behind
-            start += 1
-            behind = modules[start] if start < len(modules) else norm
-        if type(behind) in ACTIVATIONS and function != "conv2d":
-            activation = _taken(behind)
-        start -= activation is None
-    return Part(layer, function, norm, activation, start + 1)
+    if activation is None and stop < len(modules) and _folds(layer, modules[stop], input, norms):
+        norm = modules[stop]
+        stop += 1
+    if activation is None and stop < len(modules) and function != "conv2d":
+        activation = _taken(modules[stop])
+        stop += activation is not None
+    return Part(layer, function, norm, activation, stop)
 
 
-def _folds(layer: nn.Module, norm: nn.Module, input: Tensor | None, norms: bool) -> bool:
+def _folds(layer: nn.Module, norm: Step, input: Tensor | None, norms: bool) -> bool:
+    if not isinstance(norm, BATCH_NORMS) or type(norm) not in BATCH_NORMS:
+        return False
     if not ((norms or is_folding(norm)) and can_fold(layer, norm)):
         return False
     return input is None or folds_now(layer, norm, input)
 
 
-def _taken(module: nn.Module) -> ActivationLike:
+def _taken(step: Step) -> ActivationLike:
     """What tribp calls an activation of torch's; None if somebody would miss its call, or its numbers are not taken."""
-    if is_watched(module):
+    if isinstance(step, Applied):
+        return step.activation
+    names = ACTIVATIONS.get(type(step))
+    if names is None or is_watched(step):
         return None
-    names = ACTIVATIONS[type(module)]
-    if len(names) == 1:
-        return names[0]
-    try:
-        activation = activation_like(module)
-        activation_of("", activation)
-    except (TypeError, ValueError):
-        return None
-    return activation
+    return names[0] if len(names) == 1 else None if refused("", step) else activation_like(step)
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter, or what DataParallel and FSDP put in its place: no other tensor, and no tracer's stand-in."""
-    found = module._parameters.get(name)
-    return vars(module).get(name) if found is None else found
+    """A parameter, or what DataParallel and FSDP put before it: no buffer, and no tracer's stand-in."""
+    attributes = module.__dict__
+    return attributes[name] if name in attributes else module._parameters.get(name)
 
 
 def _is_readable(layer: nn.Module, function: str) -> bool:
@@ -211,7 +220,10 @@ def _is_3x3(layer: Any) -> bool:
     """Whether `conv3x3` takes a readable convolution of torch's."""
     weight = parameter(layer, "weight")
     assert weight is not None
-    return weight.shape[2:] == (3, 3) and layer.stride in STRIDES and layer.dilation in ((1, 1), (1,))
+    _, channels, *size = weight.shape
+    if size != [3, 3] or not channels or layer.dilation not in ((1, 1), (1,)):
+        return False
+    return type(layer.stride) is tuple and layer.stride in STRIDES
 
 
 def _convolve(layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: ActivationLike) -> Tensor:
@@ -226,9 +238,9 @@ def _convolve(layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None, ac
     return conv3x3(input, weight, bias, layer.stride, padding, layer.groups, activation)
 
 
-def flatten(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def flatten(modules: Iterable[Step]) -> list[Any]:
     """Modules that run one after the other, a plain Sequential's in its place."""
-    flat: list[nn.Module] = []
+    flat: list[Any] = []
     for module in modules:
         if is_plain_sequential(module):
             flat += flatten(module)
@@ -237,12 +249,13 @@ def flatten(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return flat
 
 
-def is_plain_sequential(module: nn.Module | None) -> TypeGuard[nn.Sequential]:
+def is_plain_sequential(module: Step | None) -> TypeGuard[nn.Sequential]:
     """Whether a module is a Sequential of which nobody would miss that it is called."""
     return isinstance(module, nn.Sequential) and runs_in_order(type(module)) and not is_watched(module)
 
 
 def runs_in_order(kind: type[nn.Sequential]) -> bool:
     """Whether a class of Sequentials runs its modules in their order, and does nothing else."""
+    called = kind.__call__ is nn.Module.__call__ and kind._call_impl is nn.Module._call_impl
     in_order = kind.forward is nn.Sequential.forward or kind.forward is FusedSequential.forward
-    return in_order and kind.__iter__ is nn.Sequential.__iter__
+    return called and in_order and kind.__iter__ is nn.Sequential.__iter__

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 import linecache
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ FUTURE = functools.reduce(
 )
 SCOPES = (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.comprehension)
 EVERY = "*"
+TANGLING = tuple(getattr(ast, name) for name in ("Try", "TryStar", "Global", "Nonlocal") if hasattr(ast, name))
 RUN, IS_SCRIPTING = "_tribp_run", "_tribp_is_scripting"  # what a method that was made here calls
 
 
@@ -61,8 +62,10 @@ class Source:
         self.parent = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
         first = [*tree.args.posonlyargs, *tree.args.args][:1]
         self.me = first[0].arg if first else ""
-        self.tangled = any(type(node).__name__ in ("Try", "TryStar", "Global", "Nonlocal") for node in self.nodes)
         self.names = [node for node in self.nodes if isinstance(node, ast.Name)]
+        # Where a variable may be read without its name, or after an exception.
+        self.tangled = any(isinstance(node, TANGLING) for node in self.nodes)
+        self.tangled |= any(node.id in ("locals", "vars", "dir", "eval", "exec") for node in self.names)
         self.stored = {node.id for node in self.names if not isinstance(node.ctx, ast.Load)}
         self.captured = {name for inner in _codes(code) for name in inner.co_cellvars}
         self.elements = dict(self._elements())
@@ -123,14 +126,14 @@ class Source:
     def use(self, node: ast.expr) -> Use | None:
         """The call that alone takes the value of `node`, at once or from the variable that holds it for one line."""
         outer = self.parent[node]
-        held = self._only_load(outer) if isinstance(outer, ast.Assign) and outer.value is node else node
+        held = self._only_load(outer) if _variable(outer) else node
         return self._taken_by(held) if held else None
 
     def other_uses(self, node: ast.expr) -> list[Use]:
         """Calls that take the value of `node` from the variable that holds it, until that is set again."""
         assign = self.parent[node]
         variable = _variable(assign)
-        if not variable or not isinstance(assign, ast.Assign):
+        if not variable or not isinstance(assign, ast.stmt):
             return []
         same = [name for name in self.names if name.id == variable and name.lineno > assign.lineno]
         end = min((name.lineno for name in same if isinstance(name.ctx, ast.Store)), default=self.tree.end_lineno or 0)
@@ -144,8 +147,13 @@ class Source:
             return None
         return Use(outer, node, shown(outer, node))
 
-    def _only_load(self, assign: ast.Assign) -> ast.Name | None:
-        """Where the next line reads the variable that `assign` sets, if nothing else can."""
+    def _only_load(self, assign: ast.AST) -> ast.Name | None:
+        """Where the next line reads the variable that `assign` sets, if nothing else can, and nothing is done before.
+
+        What was assigned may then be computed there, too.
+        """
+        if isinstance(self.parent[assign], ast.ClassDef):  # whose variables are attributes
+            return None
         block = next(b for _, b in ast.iter_fields(self.parent[assign]) if isinstance(b, list) and assign in b)
         following = block[block.index(assign) + 1 :][:1]
         variable = _variable(assign)
@@ -159,12 +167,29 @@ class Source:
             return None
         if isinstance(line, ast.Return):
             gone = len(uses) == 1
-        elif isinstance(line, ast.Assign):
+        elif isinstance(line, (ast.Assign, ast.AnnAssign)):
             set_again = _variable(line) == variable and len(uses) == 2
-            gone = set_again or sum(name.id == variable for name in self.names) == 2
+            gone = set_again or sum(name.id == variable for name in self.names) == 2  # there, and here
         else:
             gone = False
-        return loads[0] if gone else None
+        return loads[0] if gone and self._is_first(loads[0]) else None
+
+    def _is_first(self, node: ast.expr) -> bool:
+        """Whether a line evaluates `node` before anything else but names and attributes of names."""
+        outer = self.parent[node]
+        if isinstance(outer, ast.stmt):
+            return getattr(outer, "value", None) is node
+        if isinstance(outer, ast.Call):
+            first = outer.func is node or (outer.args[:1] == [node] and _is_dotted(outer.func))
+        elif isinstance(outer, (ast.Attribute, ast.Subscript)):
+            first = outer.value is node
+        elif isinstance(outer, (ast.BinOp, ast.Compare)):
+            first = outer.left is node
+        elif isinstance(outer, (ast.Tuple, ast.List)):
+            first = outer.elts[0] is node
+        else:
+            first = isinstance(outer, ast.UnaryOp)
+        return first and isinstance(outer, ast.expr) and self._is_first(outer)
 
     def resolve(self, node: ast.expr) -> object:
         """What a dotted name means, if it starts with a global and goes through modules."""
@@ -172,6 +197,12 @@ class Source:
             return None if node.id in self.local else self.function.__globals__.get(node.id)
         value = self.resolve(node.value) if isinstance(node, ast.Attribute) else None
         return getattr(value, node.attr, None) if isinstance(value, ModuleType) else None  # type: ignore[attr-defined]
+
+    def applied(self, use: Use) -> Callable[[Any], Any]:
+        """The call of a global, or of a method, as a function of its input."""
+        code = compile(f"lambda _: {use.text}", "<tribp.fuse>", "eval", self.function.__code__.co_flags & FUTURE)
+        made: FunctionType = eval(code, self.function.__globals__)
+        return made
 
     def running(self, calls: Mapping[ast.AST, "Call"], values: Mapping[str, object]) -> FunctionType:
         """The same method, with other calls in the place of some nodes.
@@ -203,6 +234,7 @@ class Source:
         made = FunctionType(code, old.__globals__, old.__name__, old.__defaults__, closure)
         functools.update_wrapper(made, old)
         del made.__wrapped__  # type: ignore[attr-defined]  # else inspect, and with it TorchScript, reads the old one
+        vars(made).update({name: value for name, value in vars(old).items() if name == "__wrapped__"})
         made.__kwdefaults__ = old.__kwdefaults__
         return made
 
@@ -210,11 +242,13 @@ class Source:
         """The definition's code, with these free variables and the private names of the method's class."""
         code = self.function.__code__
         free = ", ".join(name for name in free_variables if name != "__class__")
-        owner = self.function.__qualname__.split(".")[-2:][0]
-        module = ast.parse(f"def enclosing({free}):\n class {owner if owner.isidentifier() else '_'}: pass")
-        module.body[0].body[0].body = [definition]  # type: ignore[attr-defined]
+        *_, owner, _ = ["_", *self.function.__qualname__.split(".")]
+        owner = owner if owner.isidentifier() else "_"  # which mangles nothing
+        known = "" if owner in free_variables else f"global {owner}; "  # what the method means by its class's name
+        module = ast.parse(f"def enclosing({free}):\n {known}pass\n class {owner}: pass")
+        module.body[0].body[-1].body = [definition]  # type: ignore[attr-defined]
         compiled: CodeType = compile(module, filename, "exec", code.co_flags & FUTURE, dont_inherit=True)
-        for name in ("enclosing", owner if owner.isidentifier() else "_", code.co_name):
+        for name in ("enclosing", owner, code.co_name):
             constants: tuple[object, ...] = compiled.co_consts
             compiled = next(c for c in constants if isinstance(c, CodeType) and c.co_name == name)
         assert isinstance(compiled, CodeType)
@@ -264,6 +298,10 @@ def shown(call: ast.Call, input: ast.expr) -> str:
     return ast.unparse(ast.Call(call.func, [blank, *call.args[1:]], call.keywords))
 
 
+def _is_dotted(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) or (isinstance(node, ast.Attribute) and _is_dotted(node.value))
+
+
 def _can_be_written(tree: ast.FunctionDef) -> bool:
     """Whether unparse gives the same definition, which some f-strings keep it from in Python 3.11 and older."""
     try:
@@ -274,7 +312,7 @@ def _can_be_written(tree: ast.FunctionDef) -> bool:
 
 def _variable(line: ast.AST) -> str:
     """The variable that a line sets, and nothing else; nothing for another line."""
-    targets = line.targets if isinstance(line, ast.Assign) else []
+    targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
     return targets[0].id if len(targets) == 1 and isinstance(targets[0], ast.Name) else ""
 
 

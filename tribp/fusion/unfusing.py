@@ -6,7 +6,7 @@ from torch import nn
 
 from ..nn import Conv3x3, Linear, LinearSigmoid
 from .activations import torch_activation
-from .folding import FOLDS, is_folding
+from .folding import forget, is_folding
 from .forward import made_of, shown_name
 from .places import another, places
 from .report import Left, Replaced, Report
@@ -30,14 +30,16 @@ def unfuse(model: nn.Module) -> Report:
         raise TypeError(f"unfuse: model must be a torch.nn.Module, got {type(model).__name__}")
     replaced: list[Replaced] = []
     left: list[Left] = []
-    made: dict[nn.Module, nn.Module] = {}  # what stands at several places stays one module
+    made: dict[int, nn.Module] = {}  # by the old one's identity: what stands at several places stays one module
     folding: list[nn.Module] = []
-    classes: dict[nn.Module, type[nn.Module]] = {}
+    classes: list[tuple[nn.Module, type[nn.Module]]] = []
     for name, module in places(model):
         kind = CLASSES.get(type(module), made_of(module))
         if kind is not type(module):
-            classes[module] = kind
+            classes.append((module, kind))
             replaced.append(Replaced(name, shown_name(type(module)), kind.__name__))
+        elif isinstance(module, tuple(CLASSES)):
+            left.append(Left(name, type(module).__name__, another("it", module, *CLASSES)))
         elif is_folding(module):
             folding.append(module)
             replaced.append(Replaced(name, f"folded {kind.__name__}", kind.__name__))
@@ -46,16 +48,16 @@ def unfuse(model: nn.Module) -> Report:
             if reason := reason or _obstacle(module):
                 left.append(Left(name, type(module).__name__, reason))
                 continue
-            made[module] = _torchs(module)
-            shown = " + ".join(type(m).__name__ for m in made[module].modules() if not isinstance(m, nn.Sequential))
+            made[id(module)] = _torchs(module)
+            shown = " + ".join(type(m).__name__ for m in made[id(module)].modules() if not isinstance(m, nn.Sequential))
             now = f"Sequential({shown.replace(' +', ',')}), keys with 0." if module.activation else f"torch.nn.{shown}"
             replaced.append(Replaced(name, shown_name(type(module)), now))
-    for module, kind in classes.items():
-        module.__class__ = kind
+    for module, kind in classes:
+        object.__setattr__(module, "__class__", kind)
     for norm in folding:
-        vars(norm).pop(FOLDS, None)
+        forget(norm)
     for parent in list(model.modules()):
-        new = {key: made[child] for key, child in parent._modules.items() if child in made}
+        new = {key: made[id(child)] for key, child in parent._modules.items() if id(child) in made}
         parent._modules.update(new)  # setattr may mean something else to the parent
     return Report(tuple(replaced), tuple(left))
 
