@@ -432,6 +432,21 @@ def test_weights_beyond_32_bit_offsets_go_through_torch(
     assert not launched
 
 
+@pytest.mark.parametrize("size", [(2, 5, 6), (2, 6, 7), (1, 6, 6)], ids=str)
+def test_a_gradient_of_another_size_reaches_no_kernel(
+    size: tuple[int, int, int], kernels: str, launched: list[str]
+) -> None:
+    """They derive its size from the input's, and would read past its end. Only direct calls of the operator do it."""
+    n, p, q = size
+    x, w, dy = (torch.randn(s, device=kernels) for s in ((2, 8, 6, 6), (16, 8, 3, 3), (n, 16, p, q)))
+    for needs in ([True, False, False], [False, True, False]):
+        with pytest.raises(RuntimeError):
+            torch.ops.tribp.conv3x3_backward(
+                dy, x, w, None, list(x.shape), [1, 1], [1, 1], 1, None, 0.0, 0.0, needs, False, False
+            )
+    assert not launched
+
+
 def test_a_descriptor_does_not_run_into_the_next_pixel(kernels: str) -> None:
     """Every second pixel is a row of two pixels' channels: 48 of them are a step and a half."""
     x, w = tensor((1, 48, 4, 4), torch.float32, kernels, True), tensor((8, 48, 3, 3), torch.float32, kernels, True)
