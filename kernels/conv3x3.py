@@ -38,11 +38,11 @@ from .common import (
     zeros,
 )
 
-# A group has OG output and CG input channels in w or dw, OZ output channels in wgrad's dz, CX input channels in wgrad's
-# x and dgrad's dx. Where rows are padded to whole 16 bytes, forward's and dgrad's w, dz and x are, dw and dx are not.
-# Not specialized: no recompile for a batch of 1 or a stride of 2. Distances in memory are, as numbers of a tuple: 16
-# divides them or does not. What else does, VEC says.
-SIZES = "N H W P Q groups OG CG OZ CX pad_h pad_w step_h step_w".split()
+# A group has OG output and CG input channels in w or dw, CX input channels in dgrad's dx. Where rows are padded to
+# whole 16 bytes, forward's and dgrad's w, dz and x are, dw and dx are not, and wgrad rounds up. Of y, P and Q follow
+# from H and W (`output_size`). Not specialized: no recompile for a batch of 1 or a stride of 2. Distances in memory
+# are, as numbers of a tuple: 16 divides them or does not. What else does, VEC says.
+SIZES = "N H W groups OG CG CX step_h step_w".split()
 
 
 class Box(NamedTuple):
@@ -59,6 +59,8 @@ class Product(NamedTuple):
     BLOCK_J: int  # channels of the result
     BLOCK_L: int  # channels of the sum
     BOX: Box
+    PAD_H: int  # the padding
+    PAD_W: int
     GROUP: int
     GROUPS_PER_TILE: int
     DIAGONAL: bool  # several groups a tile
@@ -81,6 +83,8 @@ class Wgrad(NamedTuple):
     BLOCK_O: int
     BLOCK_C: int
     BOX: Box
+    PAD_H: int
+    PAD_W: int
     TAPS: int  # that a program takes: 1, or the 3 of a row
     GROUPS_PER_TILE: int
     DIAGONAL: bool
@@ -115,6 +119,14 @@ Taps = namedtuple("Taps", "row column step_h step_w")
 # their channels that a program computes. Of a group LG channels are summed and JG computed: CG and OG, in dgrad OG and
 # CG.
 Groups = namedtuple("Groups", "tile count OG CG col")
+
+
+@triton.jit
+def output_size(H, W, step_h, step_w, CONFIG: tl.constexpr):
+    """P and Q: the rows and columns of the convolution of an image of H × W. A step is 1 or 2: a shift divides."""
+    P = ((H + (2 * CONFIG.PAD_H - 3)) >> (step_h - 1)) + 1
+    Q = ((W + (2 * CONFIG.PAD_W - 3)) >> (step_w - 1)) + 1
+    return P, Q
 
 
 @triton.jit
@@ -417,15 +429,14 @@ def convolve(image, w, memory, box, pixel_map, taps, groups, DGRAD: tl.constexpr
 
 
 @triton.jit(do_not_specialize=SIZES)
-def forward(
-    x, strides, w, memory, b, y, N, H, W, P, Q, groups, OG, CG, pad_h, pad_w, step_h, step_w, CONFIG: tl.constexpr
-):
+def forward(x, strides, w, memory, b, y, N, H, W, groups, OG, CG, step_h, step_w, CONFIG: tl.constexpr):
     """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_J of a tile's groups' output channels a program."""
     await_previous()
     ACT: tl.constexpr = CONFIG.ACT
     BOX: tl.constexpr = CONFIG.BOX
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
     GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
+    P, Q = output_size(H, W, step_h, step_w, CONFIG)
     columns = tl.cdiv(GROUPS_PER_TILE * OG, BLOCK_J)
     boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H) * tl.cdiv(Q, BOX.W)
     index, column = tile_of(tl.program_id(0), boxes, columns * tl.cdiv(groups, GROUPS_PER_TILE), CONFIG.GROUP)
@@ -435,7 +446,7 @@ def forward(
     groups_here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
     of_tile = Groups(tile, groups_here, OG, CG, col)
     image = Batch(x, *strides, N, H, W, CG)
-    pixel_map = PixelMap(step_h, step_w, -pad_h, -pad_w)
+    pixel_map = PixelMap(step_h, step_w, -CONFIG.PAD_H, -CONFIG.PAD_W)
     z = convolve(image, w, memory, box, pixel_map, Taps(0, 0, 1, 1), of_tile, False, CONFIG)
     first = tile * (GROUPS_PER_TILE * OG)
     y = from_channel(Batch(*y, N, P, Q, groups_here * OG), first, CONFIG)
@@ -447,10 +458,7 @@ def forward(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def dgrad(
-    dz, strides, w, memory, dx, sums, N, H, W, P, Q, groups, OG, CG, CX, pad_h, pad_w, step_h, step_w,
-    CONFIG: tl.constexpr,
-):  # fmt: skip
+def dgrad(dz, strides, w, memory, dx, sums, N, H, W, groups, OG, CG, CX, step_h, step_w, CONFIG: tl.constexpr):
     """dx from dz: a box of dx's pixels and BLOCK_J of a tile's groups' input channels, of CX a group, a program.
 
     W_TRANSPOSED: w is (C, 9, O), of a single group; its rows then lie along the sum.
@@ -481,8 +489,9 @@ def dgrad(
     col = column % columns * BLOCK_J
     groups_here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
     dx = from_channel(Batch(*dx, N, H, W, groups_here * CX), tile * (GROUPS_PER_TILE * CX), CONFIG)
-    rows, first_h = rows_of_class(H, pad_h, class_h, step_h)
-    cols, first_w = rows_of_class(W, pad_w, class_w, step_w)
+    P, Q = output_size(H, W, step_h, step_w, CONFIG)
+    rows, first_h = rows_of_class(H, CONFIG.PAD_H, class_h, step_h)
+    cols, first_w = rows_of_class(W, CONFIG.PAD_W, class_w, step_w)
     box = box_at(index, rows, cols, BOX)
     of_tile = Groups(tile, groups_here, OG, CG, col)
     image = Batch(dz, *strides, N, P, Q, OG)
@@ -490,23 +499,22 @@ def dgrad(
     taps = Taps(class_h, class_w, step_h, step_w)
     total = convolve(image, w, memory, box, pixel_map, taps, of_tile, True, CONFIG)
     n, i, j = pixels_of(box, BOX)
-    h = row_of_class(i, first_h, pad_h, class_h, step_h)
+    h = row_of_class(i, first_h, CONFIG.PAD_H, class_h, step_h)
     v = j  # step_w is 1; the compiler sees columns side by side
     if CONFIG.CHANNELS_LAST or VEC == 1:
-        v = row_of_class(j, first_w, pad_w, class_w, step_w)
+        v = row_of_class(j, first_w, CONFIG.PAD_W, class_w, step_w)
     store_box(dx, total, Pixels(n, h, v), col, BLOCK_J, CONFIG)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "boxes_per_split"])
 def wgrad(
-    dz, z_strides, x, strides, dw, db, N, H, W, P, Q, groups, OG, CG, OZ, CX, pad_h, pad_w, step_h, step_w,
-    boxes_per_split, CONFIG: tl.constexpr,
-):  # fmt: skip
+    dz, z_strides, x, strides, dw, db, N, H, W, groups, OG, CG, step_h, step_w, boxes_per_split, CONFIG: tl.constexpr
+):
     """dw[split] = Σ dzᵀ·x[tap] over the boxes of split = program_id(1): a tap or (TAPS = 3) a row of taps a program.
 
     dw: (splits, O, 9, C / groups), or (splits, O, C / groups, 9) with TAPS_LAST. db: (splits, O) or None, the sums of
-    dz, which the programs of the first tap and the first input channels write. A group of dz has OZ channels and one of
-    x CX: OG and CG or, where rows were padded, more.
+    dz, which the programs of the first tap and the first input channels write. Where rows of dz or x were padded, their
+    zeros up to a multiple of VEC_O or VEC_C are read.
 
     A descriptor's box is a line, of images or of columns: dz is the first operand (`convolve`). X_FIRST: x is, where
     products take operands from registers. Compiled: with several products in a loop, each warp has rows of its own and
@@ -543,15 +551,18 @@ def wgrad(
     r = taps if TAPS == 3 else taps // 3
     s = 0 if TAPS == 3 else taps % 3
     split = tl.program_id(1)
+    P, Q = output_size(H, W, step_h, step_w, CONFIG)
     boxes = tl.cdiv(N, BOX.N) * tl.cdiv(P, BOX.H) * tl.cdiv(Q, BOX.W)
-    origin_o = group_tile * (GROUPS_PER_TILE * OZ // CONFIG.VEC_O * CONFIG.VEC_O)
-    origin_c = group_tile * (GROUPS_PER_TILE * CX // CONFIG.VEC_C * CONFIG.VEC_C)
+    origin_o = group_tile * (GROUPS_PER_TILE * OG // CONFIG.VEC_O * CONFIG.VEC_O)
+    origin_c = group_tile * (GROUPS_PER_TILE * CG // CONFIG.VEC_C * CONFIG.VEC_C)
     start_o = origin_o if TMA else 0  # as in `convolve`
     start_c = origin_c if TMA else 0
     dz = dz if TMA else dz + origin_o
     x = x if TMA else x + origin_c
-    image = Batch(x, *strides, N, H, W, start_c + groups_here * CX)
-    dz = Batch(dz, *z_strides, N, P, Q, start_o + groups_here * OZ)
+    end_o = start_o + tl.cdiv(groups_here * OG, CONFIG.VEC_O) * CONFIG.VEC_O
+    end_c = start_c + tl.cdiv(groups_here * CG, CONFIG.VEC_C) * CONFIG.VEC_C
+    image = Batch(x, *strides, N, H, W, end_c)
+    dz = Batch(dz, *z_strides, N, P, Q, end_o)
     acc = zeros(TAPS, BLOCK_C if X_FIRST else BLOCK_O, BLOCK_O if X_FIRST else BLOCK_C, ACC)
     ones = round_to(tl.full((16, PIXELS) if X_FIRST else (PIXELS, 16), 1.0, ACC), DTYPE)
     if BY_PRODUCT:
@@ -571,7 +582,7 @@ def wgrad(
         added = ()
         for t in tl.static_range(TAPS):
             # Where dz does not exist its zero must meet a zero: an infinity of x would make it NaN.
-            met = PixelMap(step_h, step_w, r - pad_h, s + t - pad_w)
+            met = PixelMap(step_h, step_w, r - CONFIG.PAD_H, s + t - CONFIG.PAD_W)
             x_tile = load_box(image, box, met, start_c + col_c, BOX, BLOCK_C, CONFIG.VEC_C, X_FIRST, WITHIN=(P, Q))
             a, b = (x_tile, z_tile) if X_FIRST else (z_tile if O_FIRST else tl.trans(z_tile), x_tile)
             added = added + (dot(a, b, acc[t], PRECISION),)

@@ -138,11 +138,11 @@ def _dense_forward(
         xs.argument(s.tma, s.box, s.block_l, precision, window.stride), xs.strides,
         _weight_argument(ws, s.tma, s.block_j, s.block_l, precision),
         (xs.tensor, ws.tensor) if groups_per_tile > 1 else None, b, y.strided,
-        n, *x.shape[2:], p, q, groups, og, cg, *window.padding, *window.stride,
+        n, *x.shape[2:], groups, og, cg, *window.stride,
     )  # fmt: skip
     constants = conv3x3.Product(
-        **_dense_config(s, precision, y), VEC=vec, VEC_W=ws.vec, VEC_STORE=_tile_vec(y, groups, groups_per_tile),
-        ACT=activation, PTX=arch.backend != "hip",
+        **_dense_config(s, window, precision, y), VEC=vec, VEC_W=ws.vec,
+        VEC_STORE=_tile_vec(y, groups, groups_per_tile), ACT=activation, PTX=arch.backend != "hip",
     )  # fmt: skip
     return Launch.of(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, constants, s)
 
@@ -156,6 +156,7 @@ def backward(
     output is given if there is an activation; input for dw, weight for dx.
     """
     small = small_enough(grad.shape[1], input_size[1] // window.groups)
+    # Kernels derive the size of dz's images from that of x's.
     same_window = (input_size[0], *window.output_size(*input_size[2:])) == (grad.shape[0], *grad.shape[2:])
     if not (small and same_window and images_fit(grad, input, weight)) or 0 in input_size:
         return
@@ -263,10 +264,10 @@ def _dense_dgrad(plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer,
         dz.argument(s.tma, s.box, s.block_l, precision), dz.strides,
         _weight_argument(ws, s.tma, *((s.block_j, s.block_l) if along else (s.block_l, s.block_j)), precision),
         (dz.tensor, ws.tensor) if groups_per_tile > 1 else None, out.strided, None,
-        n, height, width, *dz.tensor.shape[2:], groups, og, cg, c // groups, *window.padding, sh, sw,
+        n, height, width, groups, og, cg, c // groups, sh, sw,
     )  # fmt: skip
     constants = conv3x3.Product(
-        **_dense_config(s, precision, out), VEC=vec, VEC_W=ws.vec,
+        **_dense_config(s, window, precision, out), VEC=vec, VEC_W=ws.vec,
         VEC_STORE=1 if sw == 2 and not out.channels_last else _tile_vec(out, groups, groups_per_tile),
         W_TRANSPOSED=along,
     )  # fmt: skip
@@ -297,13 +298,12 @@ def _dense_wgrad(
     arguments = (
         dz.argument(s.tma, s.box, s.block_i, precision), dz.strides,
         xs.argument(s.tma, s.box, s.block_j, precision, window.stride), xs.strides, shares, sums,
-        n, *x.shape[2:], p, q, groups, og, cg, dz.tensor.shape[1] // groups, xs.tensor.shape[1] // groups,
-        *window.padding, *window.stride, cdiv(s.boxes(n, p, q), s.splits),
+        n, *x.shape[2:], groups, og, cg, *window.stride, cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
     constants = conv3x3.Wgrad(
-        s.block_i, s.block_j, conv3x3.Box(*s.box), s.taps, groups_per_tile, DIAGONAL=groups_per_tile > 1, TMA=s.tma,
-        X_FIRST=s.x_first, TAPS_LAST=s.splits == 1 and not in_order, PRECISION=precision, VEC_O=vec_o, VEC_C=vec_c,
-        VEC_STORE=vector_length(shares.element_size(), cg),
+        s.block_i, s.block_j, conv3x3.Box(*s.box), *window.padding, s.taps, groups_per_tile,
+        DIAGONAL=groups_per_tile > 1, TMA=s.tma, X_FIRST=s.x_first, TAPS_LAST=s.splits == 1 and not in_order,
+        PRECISION=precision, VEC_O=vec_o, VEC_C=vec_c, VEC_STORE=vector_length(shares.element_size(), cg),
     )  # fmt: skip
     grid = (s.tiles(groups_per_tile * og, groups_per_tile * cg) * group_tiles * (9 // s.taps), s.splits)
     plan.launch(conv3x3.wgrad, grid, arguments, constants, s)
@@ -406,10 +406,11 @@ def _depthwise_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Windo
     return Launch.of(conv3x3_depthwise.depthwise_dgrad, grid, arguments, constants, s)
 
 
-def _dense_config(s: ConvConfig, precision: str, out: Image) -> dict[str, Any]:
+def _dense_config(s: ConvConfig, window: Window, precision: str, out: Image) -> dict[str, Any]:
     """The fields that `forward` and `dgrad` share, but for the lengths of vectors."""
+    pad_h, pad_w = window.padding
     return dict(
-        BLOCK_J=s.block_j, BLOCK_L=s.block_l, BOX=conv3x3.Box(*s.box), GROUP=s.group,
+        BLOCK_J=s.block_j, BLOCK_L=s.block_l, BOX=conv3x3.Box(*s.box), PAD_H=pad_h, PAD_W=pad_w, GROUP=s.group,
         GROUPS_PER_TILE=s.groups_per_tile, DIAGONAL=s.groups_per_tile > 1, FLAT=s.flat, TMA=s.tma, PRECISION=precision,
         CHANNELS_LAST=out.channels_last,
     )  # fmt: skip
