@@ -24,7 +24,7 @@ from ..nn import Linear
 from ..ops.activations import DEFAULTS
 from .activations import ACTIVATIONS, OTHER_ACTIVATIONS, activation_kind
 from .rows import Applied, FusedSequential, Step, is_plain_sequential, row_at, run
-from .source import EVERY, IS_SCRIPTING, RUN, Call, Called, Source, Use, shown
+from .source import EVERY, IS_SCRIPTING, RUN, Called, Instead, Source, Use, call_of_run, shown
 
 Site = tuple[str, ...]  # calls that take each other's output, as `shown`; or a loop
 SITES = "_tribp_sites"  # of a class that was made here: the class it was made of, and its sites
@@ -327,30 +327,27 @@ def _running(source: Source, sites: Sequence[Site]) -> FunctionType:
         lengths = [len(site) for site in sites if site == texts[: len(site)]]
         if lengths:
             found.append(links[: max(lengths)])
-    calls: dict[ast.AST, Call] = {}
+    instead: dict[ast.AST, Instead] = {}
     values: dict[str, object] = {RUN: run, IS_SCRIPTING: torch.jit.is_scripting}  # type: ignore[attr-defined]
     taken: set[ast.Call] = set()
     for links in sorted(found, key=len, reverse=True):  # a part of a longer one is done with it
         if taken.isdisjoint(link.call for link in links):
             taken.update(link.call for link in links)
-            calls |= _calls(source, links, values)
+            instead |= _instead_of_links(links, values)
     for loop in source.loops():
-        (assign,) = loop.body
-        if (f"for {source.own_attribute(loop.iter)}",) in sites and isinstance(assign, ast.Assign):
-            assert isinstance(assign.value, ast.Call)
-            (variable,) = assign.targets
-            calls[loop] = Call([loop.iter], assign.value.args[0], ast.unparse(variable))
-    return source.running(calls, values)
+        if (f"for {source.own_attribute(loop.iter)}",) in sites:
+            instead[loop] = _instead_of_loop(loop)
+    return source.running(instead, values)
 
 
-def _calls(source: Source, links: Sequence[Link], values: dict[str, object]) -> Mapping[ast.AST, Call]:
-    """The last call becomes that of `run`; what a variable holds before is what the first takes."""
+def _instead_of_links(links: Sequence[Link], values: dict[str, object]) -> Mapping[ast.AST, Instead]:
+    """The last call becomes that of `run`; a variable that held an output holds what the first call takes."""
     modules: list[ast.expr] = []
-    calls: dict[ast.AST, Call] = {}
+    instead: dict[ast.AST, Instead] = {}
     base = links[0].input
     for before, link in zip((None, *links), links, strict=False):
-        if before and link.input is not before.call:  # a variable holds what is before it
-            calls[before.call] = Call((), base)
+        if before and link.input is not before.call:
+            instead[before.call] = Instead(base, lambda input: input)
             base = link.input
         if link.activation:
             name = f"_tribp_activation_{len(values)}"
@@ -358,8 +355,18 @@ def _calls(source: Source, links: Sequence[Link], values: dict[str, object]) -> 
             modules.append(ast.Name(name, ast.Load()))
         else:
             modules.append(link.call.func)
-    calls[links[-1].call] = Call(modules, base)
-    return calls
+    together = ast.Tuple(modules, ast.Load())
+    instead[links[-1].call] = Instead(base, lambda input: call_of_run(together, input))
+    return instead
+
+
+def _instead_of_loop(loop: ast.For) -> Instead:
+    """`x = run(self.layers, x)` of `for layer in self.layers: x = layer(x)`."""
+    (assign,) = loop.body
+    assert isinstance(assign, ast.Assign)
+    assert isinstance(assign.value, ast.Call)
+    targets = assign.targets
+    return Instead(assign.value.args[0], lambda input: ast.Assign(targets, call_of_run(loop.iter, input)))
 
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:

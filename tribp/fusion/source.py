@@ -204,14 +204,14 @@ class Source:
         made: FunctionType = eval(code, self.function.__globals__)
         return made
 
-    def running(self, calls: Mapping[ast.AST, "Call"], values: Mapping[str, object]) -> FunctionType:
-        """The same method, with other calls in the place of some nodes.
+    def running(self, instead: Mapping[ast.AST, "Instead"], values: Mapping[str, object]) -> FunctionType:
+        """The same method, with others in the place of some calls and loops.
 
-        Under TorchScript it does what it did. values: what names mean that the calls use.
+        Under TorchScript it does what it did. values: what names mean that those use.
         """
         made = copy.deepcopy(self.tree)
         twin: dict[ast.AST, Any] = dict(zip(ast.walk(self.tree), ast.walk(made), strict=True))
-        _Replace({twin[node]: call._replace(input=twin[call.input]) for node, call in calls.items()}).visit(made)
+        _Replace({twin[node]: found._replace(input=twin[found.input]) for node, found in instead.items()}).visit(made)
         made.decorator_list = []  # the old method is what they left as it was
         if not any(isinstance(node, (ast.Global, ast.Nonlocal)) for node in self.nodes):  # which a function has once
             first = int(ast.get_docstring(made, clean=False) is not None)
@@ -268,26 +268,24 @@ def _parse(text: str, flags: int) -> tuple[dict[tuple[str, int], ast.FunctionDef
     return nodes, set(_codes(code))
 
 
-class Call(NamedTuple):
-    """`run((module, …), input)`, without modules the input alone; assigned to a variable, if one is given."""
+class Instead(NamedTuple):
+    """What takes the place of a call, or of a loop: made of the expression that it takes as its input."""
 
-    modules: Sequence[ast.expr]  # or one expression, of which the modules are the elements
     input: ast.expr
-    variable: str = ""
+    made_of: Callable[[ast.expr], ast.AST]
 
-    def node(self, input: ast.expr) -> ast.AST:
-        modules: ast.expr = self.modules[0] if self.variable else ast.Tuple(list(self.modules), ast.Load())
-        call = ast.Call(ast.Name(RUN), [modules, input], []) if self.modules else input
-        return ast.Assign([ast.Name(self.variable, ast.Store())], call) if self.variable else call
+
+def call_of_run(modules: ast.expr, input: ast.expr) -> ast.Call:
+    return ast.Call(ast.Name(RUN), [modules, input], [])
 
 
 class _Replace(ast.NodeTransformer):
-    def __init__(self, by: Mapping[ast.AST, Call]) -> None:
+    def __init__(self, by: Mapping[ast.AST, Instead]) -> None:
         self.by = by
 
     def visit(self, node: ast.AST) -> Any:
-        call = self.by.get(node)
-        return self.generic_visit(node) if call is None else call.node(self.visit(call.input))
+        found = self.by.get(node)
+        return self.generic_visit(node) if found is None else found.made_of(self.visit(found.input))
 
 
 def shown(call: ast.Call, input: ast.expr) -> str:
