@@ -56,8 +56,8 @@ def unreadable(module: nn.Module, dimensions: int) -> str:
     """Why a kernel does not take a layer's parameters, which users replace too; nothing if one does."""
     weight, bias = parameter(module, "weight"), parameter(module, "bias")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None and (name == "weight" or getattr(module, name, 0) is not None):
-            return f"its {name} is no parameter"
+        if tensor is None and (name == "weight" or not hasattr(module, name)):
+            return f"it has no {name}"
         if tensor is not None and (reason := unusual(f"its {name}", tensor)):
             return reason
     assert weight is not None

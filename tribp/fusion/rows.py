@@ -81,8 +81,8 @@ def run(modules: Iterable[Step], input: Tensor) -> Tensor:
     """What modules compute that take each other's output.
 
     Together run: a linear layer or a 3×3 convolution, and the activation behind it; linear layers with one activation
-    that follow each other, and another behind, as one `mlp`; a layer and the folded batch norm behind it, where no
-    gradient is wanted. Rows cross plain Sequentials. Every other module is called.
+    that follow each other, and another behind, as one `mlp`; a layer and the folded batch norm behind it, where both
+    are frozen. Rows cross plain Sequentials. Every other module is called.
     """
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         for module in modules:
@@ -111,8 +111,8 @@ class Part(NamedTuple):
 def row_at(modules: Sequence[Step], start: int, input: Tensor | None = None, norms: bool = False) -> list[Part]:
     """What starts at `start` and runs together: one convolution, or linear layers with one activation between them.
 
-    Empty if that module is called. Without an input, it says what can be: with one in evaluation mode where no gradient
-    is wanted. norms: whether every batch norm may be folded, or those that are marked.
+    Empty if that module is called. Without an input, it says what can be: with frozen layers in evaluation mode, say.
+    norms: whether every batch norm may be folded, or those that are marked.
     """
     row: list[Part] = []
     stop = start
@@ -151,7 +151,7 @@ def _parameters(part: Part, input: Any) -> tuple[Any, Tensor | None]:
     layer, norm = part.layer, part.norm
     if norm is not None:
         return folded(layer, norm)
-    if isinstance(input, Tensor):  # 1 µs less than by their names
+    if isinstance(input, Tensor):
         return parameter(layer, "weight"), parameter(layer, "bias")
     return layer.weight, layer.bias  # what torch.fx puts in their places
 
@@ -197,9 +197,11 @@ def _taken(step: Step) -> ActivationLike:
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter, or what DataParallel and FSDP put before it: no buffer, and no tracer's stand-in."""
-    attributes = module.__dict__
-    return attributes[name] if name in attributes else module._parameters.get(name)
+    """What an attribute is, a parameter in most cases: not what a tracer puts in its place, and 0.5 µs sooner."""
+    for attributes in (module.__dict__, module._parameters):
+        if name in attributes:
+            return attributes[name]
+    return getattr(module, name, None)
 
 
 def _is_readable(layer: nn.Module, function: str) -> bool:
@@ -208,7 +210,7 @@ def _is_readable(layer: nn.Module, function: str) -> bool:
     if weight is None or weight.dim() != (2 if function == "linear" else 4) or not _is_plain(weight):
         return False
     if bias is None:
-        return getattr(layer, "bias", weight) is None
+        return hasattr(layer, "bias")
     return _is_plain(bias) and bias.shape == weight.shape[:1]
 
 
