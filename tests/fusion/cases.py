@@ -1,8 +1,10 @@
 """Models that `tribp.fuse` is tried on, and what tests ask of them."""
 
+import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -229,6 +231,16 @@ def compile_anew() -> None:
     """torch.compile in torch 2.9 does not see that a Sequential has another class."""
     if parse(torch.__version__) < (2, 11):
         torch.compiler.reset()
+
+
+def done_to_both(change: Callable[[Any], object], model: nn.Module, **options: bool) -> nn.Module:
+    """Fuse the model and change it, and a copy of it that is not fused alike; returns the copy."""
+    plain = copy.deepcopy(model)
+    tribp.fuse(model, **options)
+    with torch.random.fork_rng():
+        change(model)
+    change(plain)
+    return plain
 
 
 class Called:

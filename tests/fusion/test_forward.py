@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import tribp
 from tribp.fusion import Left, Replaced, Report
 
-from .cases import Called, FunctionalLeNet, TorchvisionBlock, changed, hooked, image, reasons
+from .cases import Called, FunctionalLeNet, TorchvisionBlock, changed, done_to_both, hooked, image, reasons
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -490,11 +490,7 @@ MEDDLING: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("meddle", MEDDLING.values(), ids=MEDDLING)
 def test_what_is_done_after_fuse(net: Callable[..., Any], meddle: Callable[[Any], object]) -> None:
     model, x = net("return self.act(self.conv(x))"), torch.randn(2, 2, 5, 5)
-    plain = copy.deepcopy(model)
-    tribp.fuse(model)
-    with torch.random.fork_rng():
-        meddle(model)
-    meddle(plain)
+    plain = done_to_both(meddle, model)
     assert torch.equal(model(x), plain(x))
     tribp.unfuse(model)
     assert torch.equal(model(x), plain(x))

@@ -18,7 +18,7 @@ from tribp.fusion import FusedSequential, Replaced, Report
 from tribp.fusion.rows import flatten, row_at
 
 from ..torch_machinery.cases import Seen
-from .cases import Called, compile_anew, hooked, kinds, reasons
+from .cases import Called, compile_anew, done_to_both, hooked, kinds, reasons
 from .test_fusion import process_group as process_group
 from .test_fusion import run, same, targets
 
@@ -269,11 +269,7 @@ def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor | None, ...]:
 def test_what_is_done_to_a_layer_after_fuse(meddle: Callable[[Any], object], x: Tensor) -> None:
     """It does what it would have done before; what runs together still is looked for anew."""
     model = perceptron(nn.Tanh, nn.Tanh)
-    plain = copy.deepcopy(model)
-    tribp.fuse(model)
-    with torch.random.fork_rng():
-        meddle(model)
-    meddle(plain)
+    plain = done_to_both(meddle, model)
     assert torch.equal(model(x), plain(x))
     for a, b in zip(*(gradients(m, x) for m in (model, plain)), strict=True):
         assert (a is None) == (b is None)
