@@ -93,7 +93,7 @@ def test_models(name: str) -> None:
 
 
 def test_a_resnet_is_taken_whole() -> None:
-    model: Any = prepared(ResNet18())
+    model: Any = prepared(ResNet18()).requires_grad_(False)
     report = tribp.fuse(model, fold_batchnorm=True)
     blocks = [f"layer{i}.{j}" for i in (1, 2) for j in (0, 1)]
     assert sorted(map(str, report.replaced)) == sorted(
@@ -208,6 +208,9 @@ def test_in_training_the_batch_norm_runs() -> None:
         assert folds(model, x) == 1
     with torch.no_grad():
         assert folds(model, x) == 0, "what is trained may be written without a count"
+    assert str(tribp.fuse(network(), fold_batchnorm=True)).splitlines()[2] == (
+        "0: Conv2d + BatchNorm2d + ReLU → conv3x3 once frozen, in evaluation mode"
+    )
 
 
 def test_gradients_are_none_the_worse() -> None:
@@ -225,12 +228,24 @@ def test_gradients_are_none_the_worse() -> None:
         torch.testing.assert_close(*grads)
 
 
+def trained_by_fused(model: Any) -> None:
+    """Which writes parameters, and no version is counted."""
+    model.requires_grad_(True)
+    with torch.enable_grad():
+        model(torch.ones(2, 2, 5, 5)).square().sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1, fused=True).step()
+    model.requires_grad_(False)
+
+
 CHANGES: dict[str, Callable[[Any], object]] = {
     "weight": lambda m: m[0].weight.mul_(2),
     "bias": lambda m: m[0].bias.zero_(),
     "another weight": lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(2, 2, 3, 3), False)),
     "weight as an attribute": lambda m: vars(m[0]).update(weight=torch.ones(2, 2, 3, 3)),
     "two other weights": lambda m: [m[0].weight.set_(torch.full((2, 2, 3, 3), v)) for v in (1.0, 2.0)],
+    "turned": lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.transpose(2, 3), False)),
+    "negative": lambda m: setattr(m[0], "weight", nn.Parameter(torch._neg_view(m[0].weight), False)),
+    "a step of a fused optimizer": trained_by_fused,
     "there and back": lambda m: m[0].to(torch.float8_e5m2).to(torch.float32),
     "data of the weight": lambda m: setattr(m[0].weight, "data", torch.ones(2, 2, 3, 3)),
     "mean": lambda m: m[1].running_mean.add_(1),
@@ -291,6 +306,18 @@ def test_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
         tribp.fuse(model, fold_batchnorm=True)
         assert folds(model, x) == folds(model, x) == 1
     assert made.call_count == 3
+
+
+def test_batches_that_are_not_counted() -> None:
+    model, x = network().requires_grad_(False), torch.randn(2, 2, 5, 5)
+    model[1].num_batches_tracked = None
+    tribp.fuse(model, fold_batchnorm=True)
+    for _ in range(2):
+        plain = copy.deepcopy(model)
+        tribp.unfuse(plain)
+        torch.testing.assert_close(model(x), plain(x))
+        model.train()(x)
+        model.eval()
 
 
 def test_under_transforms() -> None:
@@ -472,7 +499,7 @@ def test_in_a_forward(how: str) -> None:
     if how == "Plain":
         assert list(map(str, report.replaced)) == [
             "(the model): Plain → fused Plain",
-            "conv: Conv2d + BatchNorm2d + ReLU → conv3x3",
+            "conv: Conv2d + BatchNorm2d + ReLU → conv3x3 once frozen, in evaluation mode",
             "second: Conv2d → conv3x3",
         ]
 

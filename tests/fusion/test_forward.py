@@ -30,9 +30,11 @@ from .cases import Called, FunctionalLeNet, TorchvisionBlock, changed, done_to_b
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEAD = """
+import contextlib
 import functools
 import torch
 import torch.nn.functional as F
+import torch.nn.functional as _
 from torch import nn
 from torch.nn.functional import leaky_relu, relu as rectify
 from torch.utils.checkpoint import checkpoint
@@ -121,6 +123,7 @@ TAKEN = {
     "function": ("return F.relu(self.conv(x))", "conv"),
     "torch's": ("return torch.sigmoid(self.conv(x))", "conv"),
     "whole name": ("return torch.nn.functional.relu6(self.conv(x))", "conv"),
+    "underscore": ("return _.relu(self.conv(x))", "conv"),
     "imported": ("return leaky_relu(self.conv(x))", "conv"),
     "method": ("return self.conv(x).relu()", "conv"),
     "method in place": ("return self.conv(x).tanh_()", "conv"),
@@ -248,6 +251,10 @@ ALONE = {
     "not first": ("y = self.conv(x)\nreturn x.mul(2) + F.relu(y)", "Net.forward may do something else"),
     "not always": (
         "y = self.conv(x)\nz = F.relu(y) if self.flag else x * self.conv.weight.sum()\nreturn z",
+        "Net.forward may do something else",
+    ),
+    "suppressed": (
+        "with contextlib.suppress(TypeError):\n    y = self.conv(x)\n    y = F.relu(y)\nreturn y",
         "Net.forward may do something else",
     ),
     "locals": ("y = self.conv(x)\nz = F.relu(y)\nreturn z + locals()['y']", "Net.forward may do something else"),
@@ -421,6 +428,28 @@ def test_a_module_that_keeps_what_is_set(net: Callable[..., Any]) -> None:
     assert [entry.name for entry in tribp.unfuse(model).replaced] == ["", "conv"]
 
 
+@pytest.mark.parametrize("kind", ["self.__class__", "type(self)"])
+def test_a_method_that_asks_for_super_of_its_class(net: Callable[..., Any], kind: str) -> None:
+    """Which in a derived class would be the method itself again, without end."""
+    more = f"def train(self, mode=True):\n    super({kind}, self).train(mode)\n    return self"
+    model = net("return F.relu(self.conv(x))", more)
+    assert reasons(tribp.fuse(model)) == {"conv": "Net.train asks for super of self's class"}
+    model.eval()
+
+
+def test_buffers_that_torch_fx_sees(net: Callable[..., Any]) -> None:
+    """What layers make of them is traced with their parameters, not kept as a constant."""
+    model, x = net("return self.fc(x) + F.relu(self.conv(self.image)) + self.seq(self.image)"), torch.randn(2, 2, 6, 6)
+    model.register_buffer("image", torch.randn(2, 2, 6, 6))
+    model.seq = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    tribp.fuse(model)
+    traced = torch.fx.symbolic_trace(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert torch.equal(traced(x), model(x))
+
+
 def test_a_decorated_forward(net: Callable[..., Any]) -> None:
     model = net("@torch.no_grad()\ndef forward(self, x):\n    return F.relu(self.conv(x))")
     assert reasons(tribp.fuse(model)) == {
@@ -579,13 +608,20 @@ OF_LISTS = {
     "comprehension": ("return sum([F.relu(layer(x)) for layer in self.layers])", 3),
     "index": ("return self.layers[1](F.relu(self.layers[0](x)))", 1),
     "index that is computed": (
-        "for i in range(3):\n    x = self.acts[i](self.layers[len(self.layers) - 1 - i](x))\nreturn x", 2
+        "for i in range(3):\n    x = self.acts[i](self.layers[2 - i](x))\nreturn x", 2
     ),
     "dictionary": ("return self.named['act'](self.named['fc'](x))", 1),
     "another in between": (
         "y = self.fc(x)\nfor layer in self.layers:\n    layer = self.gelu\n    x = F.relu(layer(x))\nreturn x + y", 0
     ),
     "one of a Sequential": ("return F.relu(self.seq[0](x)) + self.seq(x)", 2),
+    "index with an effect": (
+        "rest = [0, 1, 2]\nreturn self.layers[rest.pop()](torch.relu(self.layers[rest.pop()](x)))", 0
+    ),
+    "walrus": ("i = 0\ny = self.layers[i](x * (i := 1))\nreturn F.relu(y)", 0),
+    "in a try": (
+        "try:\n    for layer in self.layers:\n        x = layer(x)\nfinally:\n    pass\nreturn x", 0
+    ),
     "any attribute": ("for layer in self.parts:\n    x = F.relu(layer(x))\nreturn x", 0),
 }  # fmt: skip
 

@@ -318,6 +318,8 @@ def backwards(*modules: nn.Module) -> nn.Module:
 def test_containers_in_another_order(container: Callable[..., nn.Module]) -> None:
     model = container(nn.Linear(2, 2), nn.Sigmoid())
     reason = f"the {type(model).__name__} around it need not run its modules in their order"
+    if isinstance(model, nn.ModuleList):
+        reason = "forward does not run the ModuleList around it as a row"
     assert tribp.fuse(model) == Report((), (Left("0", "Linear", reason),))
     model = container(conv(), nn.Sigmoid())
     report = tribp.fuse(model)

@@ -46,7 +46,10 @@ def folds_now(layer: nn.Module, norm: nn.Module, input: Tensor) -> bool:
         return False
     if input.dim() != (4 if isinstance(norm, nn.BatchNorm2d) else 2):  # of other inputs it takes other channels
         return False
-    return not any(p is not None and p.requires_grad for m in (layer, norm) for p in m._parameters.values())
+    if any(p is not None and p.requires_grad for m in (layer, norm) for p in m._parameters.values()):
+        _known.pop(norm, None)
+        return False
+    return True
 
 
 class _Known(NamedTuple):
@@ -62,16 +65,16 @@ _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of the layer that computes both.
 
-    They are kept until one of the tensors that they are made of lies elsewhere, or was written to; what `.data` writes
-    is not seen.
+    They are kept until one of the tensors that they are made of lies elsewhere, or torch counts that it was written to.
     """
     tensors = (layer.weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    # A step of training writes the statistics without a word, and counts the batch.
-    given = [t for t in (*tensors, norm.num_batches_tracked) if t is not None]
-    if needs_operator() or any(t.is_inference() for t in given):  # which count no versions
+    batches = norm.num_batches_tracked  # which a step of training counts; it writes the statistics without a word
+    given = [t for t in (*tensors, batches) if t is not None]
+    if needs_operator() or batches is None or any(t.is_inference() for t in given):  # which count no versions
         return _fold(*tensors, norm.eps)
-    state = [norm.eps, *(None if t is None else (t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors)]
-    state.append(norm.num_batches_tracked is not None and norm.num_batches_tracked._version)
+    state = [norm.eps, batches._version]
+    for t in tensors:
+        state += [None] if t is None else [t.data_ptr(), t._version, t.dtype, t.shape, t.stride(), t.is_neg()]
     known = _known.get(norm)
     if known is None or known.state != state:
         known = _known[norm] = _Known([t.detach() for t in given], state, *_fold(*tensors, norm.eps))

@@ -242,7 +242,27 @@ def underivable(module: nn.Module) -> str:
         return f"{kind.__name__} has a {min(own, default='metaclass')} of its own"
     if parametrize.is_parametrized(module) or isinstance(module, LazyModuleMixin):
         return f"the {kind.__name__} around it is parametrized or lazy, and may change its class"
-    return ""
+    return next((f"{f.__qualname__} asks for super of self's class" for f in _functions(kind) if _asks_super(f)), "")
+
+
+def _functions(kind: type[nn.Module]) -> Iterator[FunctionType]:
+    """The methods that a class and its bases define, torch's own aside."""
+    for base in kind.__mro__:
+        if not base.__module__.startswith("torch."):
+            yield from (value for value in vars(base).values() if isinstance(value, FunctionType))
+
+
+def _asks_super(function: FunctionType) -> bool:
+    """Whether a method says `super(type(self), self)`, which in a derived class is the method itself again."""
+    names = set(function.__code__.co_names)
+    if "super" not in names or names.isdisjoint(("type", "__class__")):
+        return False
+    source = read(function)
+    if isinstance(source, str):
+        return True
+    asked = {f"type({source.me})", f"{source.me}.__class__"}
+    calls = (node for node in source.nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "super")
+    return any(call.args and ast.unparse(call.args[0]) in asked for call in calls)
 
 
 def read_forward(kind: type[nn.Module]) -> Source:

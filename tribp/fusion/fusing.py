@@ -27,7 +27,7 @@ from .forward import (
 )
 from .places import another, full_name, places, unreadable, watched
 from .report import Left, Replaced, Report
-from .rows import LAYERS, Applied, FusedConv2d, FusedSequential, Step, function_of, row_at, runs_in_order
+from .rows import LAYERS, Applied, FusedConv2d, FusedSequential, Part, Step, function_of, row_at, runs_in_order
 
 Entry = TypeVar("Entry", Replaced, Left)
 BASES = (nn.Linear, nn.Conv2d, Linear, Conv3x3)
@@ -116,6 +116,8 @@ class _Plan:
         doubt = ""
         if isinstance(module, nn.ModuleList) or not runs_in_order(type(module)) or "forward" in vars(module):
             doubt = f"the {type(module).__name__} around it need not run its modules in their order"
+            if isinstance(module, nn.ModuleList):
+                doubt = "forward does not run the ModuleList around it as a row"
         elif type(module) not in (nn.Sequential, FusedSequential):
             doubt = underivable(module)
         line = Line(names, modules, doubt=doubt)
@@ -155,7 +157,8 @@ class _Plan:
                     self.folded.append(part.norm)
                 if (new or folds) and name not in self.joined:
                     was = " + ".join(shown_name(type(module_of(m))).removeprefix("Fused") for m in modules)
-                    self.replaced.setdefault(name, Replaced(name, was, function_of(row)))
+                    once = " once frozen, in evaluation mode" if part.norm is not None and _trains(part) else ""
+                    self.replaced.setdefault(name, Replaced(name, was, function_of(row) + once))
                 self.joined |= {*names}
                 self.pairs |= {*itertools.pairwise(names)}
             start += not row
@@ -210,6 +213,12 @@ class _Plan:
         return tuple(sorted((found[name] for name in found if name in self.order), key=lambda e: self.order[e.name]))
 
 
+def _trains(part: Part) -> bool:
+    """Whether a batch norm that may fold does not yet."""
+    assert part.norm is not None
+    return part.norm.training or any(p.requires_grad for m in (part.layer, part.norm) for p in m.parameters())
+
+
 def module_of(step: Step) -> nn.Module:
     """A module, or the one that computes what a function does."""
     return step.module if isinstance(step, Applied) else step
@@ -243,7 +252,11 @@ def _not_behind(layer: nn.Module, behind: nn.Module, name: str) -> str:
     if isinstance(behind, BATCH_NORMS):
         kind = next(kind for kind in BATCH_NORMS if isinstance(behind, kind))
         reason = another("it", behind, kind) or watched("it", behind)
-        return reason or ("" if can_fold(layer, behind) else "its tensors do not fit to the layer's weight")
+        return reason or (
+            ""
+            if can_fold(layer, behind)
+            else "its tensors do not fit to the layer's weight, or are no parameters and buffers"
+        )
     activation = activation_kind(behind)
     assert activation is not None
     subject = f"the {activation.__name__} at {name}"

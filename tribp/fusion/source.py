@@ -17,8 +17,12 @@ FUTURE = functools.reduce(
 )
 SCOPES = (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.comprehension)
 EVERY = "*"
-TANGLING = tuple(getattr(ast, name) for name in ("Try", "TryStar", "Global", "Nonlocal") if hasattr(ast, name))
-RUN, IS_SCRIPTING = "_tribp_run", "_tribp_is_scripting"  # what a method that was made here calls
+TANGLING = tuple(
+    getattr(ast, name) for name in ("Try", "TryStar", "Global", "Nonlocal", "NamedExpr") if hasattr(ast, name)
+)
+# What an index may be made of that stands in another order after: nothing that it does can be seen.
+INDEX = (ast.Constant, ast.Name, ast.Load, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop)
+RUN, IS_SCRIPTING, INPUT = "_tribp_run", "_tribp_is_scripting", "_tribp_input"  # what a method that was made here calls
 
 
 class Use(NamedTuple):
@@ -65,7 +69,8 @@ class Source:
         self.names = [node for node in self.nodes if isinstance(node, ast.Name)]
         # Where a variable may be read without its name, or after an exception.
         self.tangled = any(isinstance(node, TANGLING) for node in self.nodes)
-        self.tangled |= any(node.id in ("locals", "vars", "dir", "eval", "exec") for node in self.names)
+        words = {node.id for node in self.names} | {n.attr for n in self.nodes if isinstance(n, ast.Attribute)}
+        self.tangled |= not words.isdisjoint(("locals", "vars", "dir", "eval", "exec", "suppress"))
         self.stored = {node.id for node in self.names if not isinstance(node.ctx, ast.Load)}
         self.captured = {name for inner in _codes(code) for name in inner.co_cellvars}
         self.elements = dict(self._elements())
@@ -83,6 +88,8 @@ class Source:
         if name := self.own_attribute(function):
             return Called(name)
         if isinstance(function, ast.Subscript) and (name := self.own_attribute(function.value)):
+            if not all(isinstance(node, INDEX) for node in ast.walk(function.slice)):
+                return None
             index = function.slice.value if isinstance(function.slice, ast.Constant) else None
             return Called(name, EVERY if index is None else str(index))
         if isinstance(function, ast.Name) and (name := self.elements.get(function.id, "")):
@@ -119,7 +126,8 @@ class Source:
         for loop in loops:
             (layer,) = (name.id for name in ast.walk(loop.target) if isinstance(name, ast.Name))
             loads = [name for name in self.names if name.id == layer and isinstance(name.ctx, ast.Load)]
-            if self.own_attribute(loop.iter) and layer not in self.captured and called.issuperset(loads):
+            alone = layer not in self.captured and called.issuperset(loads) and not self.tangled
+            if self.own_attribute(loop.iter) and alone:
                 result.append(loop)
         return result
 
@@ -200,7 +208,8 @@ class Source:
 
     def applied(self, use: Use) -> Callable[[Any], Any]:
         """The call of a global, or of a method, as a function of its input."""
-        code = compile(f"lambda _: {use.text}", "<tribp.fuse>", "eval", self.function.__code__.co_flags & FUTURE)
+        text = f"lambda {INPUT}: {shown(use.call, use.input, INPUT)}"
+        code = compile(text, "<tribp.fuse>", "eval", self.function.__code__.co_flags & FUTURE)
         made: FunctionType = eval(code, self.function.__globals__)
         return made
 
@@ -288,9 +297,9 @@ class _Replace(ast.NodeTransformer):
         return self.generic_visit(node) if found is None else found.made_of(self.visit(found.input))
 
 
-def shown(call: ast.Call, input: ast.expr) -> str:
-    """A call, with _ for its input, which is its first argument or, of a method, its object."""
-    blank = ast.Name("_")
+def shown(call: ast.Call, input: ast.expr, name: str = "_") -> str:
+    """A call, with a name for its input, which is its first argument or, of a method, its object."""
+    blank = ast.Name(name)
     if isinstance(call.func, ast.Attribute) and call.func.value is input:
         return ast.unparse(ast.Call(ast.Attribute(blank, call.func.attr), call.args, call.keywords))
     return ast.unparse(ast.Call(call.func, [blank, *call.args[1:]], call.keywords))
