@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -379,6 +381,17 @@ def test_fused_after_compile() -> None:
             torch.testing.assert_close(wrapped(x), y)
 
     assert "tribp.conv3x3" in targets(run)
+
+
+def test_nothing_is_printed() -> None:
+    code = """
+import torch, tribp
+model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+tribp.fuse(model)
+model(torch.ones(1, 2)).sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
 def test_symbolic_trace() -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.fx._symbolic_trace import is_fx_tracing
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -152,7 +152,7 @@ def _parameters(part: Part, input: Any) -> tuple[Any, Tensor | None]:
     layer, norm = part.layer, part.norm
     if norm is not None:
         return folded(layer, norm)
-    if isinstance(input, Tensor) and not is_fx_tracing():
+    if isinstance(input, Tensor) and not is_fx_symbolic_tracing():
         return parameter(layer, "weight"), parameter(layer, "bias")
     return layer.weight, layer.bias  # what torch.fx puts in their places
 
