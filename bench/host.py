@@ -236,7 +236,8 @@ def shards(smoke: bool) -> Iterator[Comparison]:
             continue  # torch's own writes by a mask, which DTensors do not know
         # To the others' fused kernels DTensors are unknown.
         modes = ["foreach", "fused"] if name in ("Adam", "AdamW") else ["foreach"]
-        providers = {"tribp": provider(optim, name), "torch": provider(torch.optim, name)}
+        ours = provider(optim, name)
+        providers = {"tribp": ours, "torch": provider(torch.optim, name), "tribp, unchecked": unchecked(ours)}
         providers |= {f"torch {mode}": provider(torch.optim, name, **{mode: True}) for mode in modes}
         targets = [HostTarget(f"torch {mode}", "tribp", 10) for mode in modes]
         yield optimizers(f"{name}, {len(sizes)} DTensors", sizes, providers, *targets, sharded=True)

@@ -6,6 +6,7 @@ not launched.
 """
 
 import contextlib
+import copy
 import importlib
 import itertools
 import json
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tribp
@@ -93,6 +94,24 @@ def on_cpu(ours: Function, theirs: Function, sizes: Sequence[tuple[int, ...]]) -
     return contextlib.nullcontext({name: Repeated(call, contextlib.nullcontext).sample for name, call in calls.items()})
 
 
+def fused(backward: bool) -> Started:
+    """A small model of torch's on the CPU, and what `tribp.fuse` makes of it. backward: and all gradients."""
+    layers = [nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)]
+    plain = nn.Sequential(*layers).requires_grad_(backward)
+    taken, x, grad = copy.deepcopy(plain), torch.randn(1, 8), torch.ones(1, 8)
+    tribp.fuse(taken)
+
+    def call(model: nn.Module) -> None:
+        y = model(x)
+        if backward:
+            torch.autograd.grad(y, list(model.parameters()), grad)
+
+    models = {"tribp": taken, "torch": plain}
+    return contextlib.nullcontext(
+        {name: Repeated(partial(call, model), contextlib.nullcontext).sample for name, model in models.items()}
+    )
+
+
 # -- the first training step ------------------------------------------------------------------------------------------
 
 BATCH = 64
@@ -162,7 +181,16 @@ def comparisons() -> list[Comparison]:
             ("conv3x3", "1 to 6 channels, 32²", [(1, 1, 32, 32), (6, 1, 3, 3), (6,)]),
         )
     ]
-    return [*repeated, *on_the_cpu, *(Comparison(f"first step, {of}", partial(first_step, of)) for of in STEPS)]
+    models = [
+        Comparison(f"fuse on the CPU, {'with gradients' if backward else 'forward'}", partial(fused, backward))
+        for backward in (False, True)
+    ]
+    return [
+        *repeated,
+        *on_the_cpu,
+        *models,
+        *(Comparison(f"first step, {of}", partial(first_step, of)) for of in STEPS),
+    ]
 
 
 def time_step(name: str) -> tuple[float, int]:
