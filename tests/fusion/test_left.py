@@ -199,6 +199,29 @@ def test_linears_that_are_left(make: Callable[[], nn.Module], reason: str) -> No
         assert tribp.fuse(nn.Sequential(module)) == Report()  # not of interest without a Sigmoid
 
 
+@pytest.mark.parametrize("parametrization", [parametrizations.spectral_norm, parametrizations.weight_norm])
+def test_a_convolution_parametrized_after_fuse(parametrization: Callable[[nn.Module], nn.Module]) -> None:
+    """Its weight is computed once a call: spectral_norm iterates each time, and keeps what it comes to."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GELU())
+    plain, x = copy.deepcopy(model), torch.randn(1, 2, 6, 6)
+    tribp.fuse(model)
+    for m in (model, plain):
+        torch.manual_seed(1)
+        parametrization(m[0])
+    for _ in range(3):
+        torch.testing.assert_close(model(x), plain(x))
+    torch.testing.assert_close(dict(model.state_dict()), dict(plain.state_dict()))
+
+
+def test_another_weight_than_the_layers() -> None:
+    """What `_conv_forward` is given counts, be it of another size."""
+    model: Any = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GELU())
+    x, w = torch.randn(1, 2, 6, 6), torch.randn(3, 2, 1, 1)
+    tribp.fuse(model)
+    torch.testing.assert_close(model[0]._conv_forward(x, w, None), F.conv2d(x, w))
+
+
 def test_what_is_not_of_interest() -> None:
     model = nn.Sequential(
         nn.Linear(2, 2), nn.Linear(2, 2), nn.Identity(), nn.Sigmoid(), nn.BatchNorm1d(2), nn.Conv1d(2, 2, 3),

@@ -35,7 +35,10 @@ class FusedConv2d(nn.Conv2d):
                 return F.conv2d(padded, weight, bias, self.stride, [0, 0], self.dilation, self.groups)
             return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         else:  # TorchScript would compile what stands behind the branch
-            if _is_readable(self, "conv2d") and _is_3x3(self):
+            w, b = weight, bias
+            if is_fx_symbolic_tracing():  # which puts other objects in their places
+                w, b = parameter(self, "weight"), parameter(self, "bias")  # type: ignore[assignment]
+            if _is_readable(w, b, 4) and _is_3x3(self, w):
                 return _convolve(self, input, weight, bias, None)
             return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
@@ -163,10 +166,16 @@ def _part_at(modules: Sequence[Step], start: int, input: Tensor | None, norms: b
         return None
     layer: Any = modules[start]
     function, own = LAYERS.get(type(layer), ("", False))
-    if not function or is_watched(layer) or not (own or _is_readable(layer, function)):
+    if not function or is_watched(layer):
         return None
-    if function == "conv2d" and _is_3x3(layer):
-        function = "conv3x3"
+    if not own:
+        weight, bias = parameter(layer, "weight"), parameter(layer, "bias")
+        if not _is_readable(weight, bias, 2 if function == "linear" else 4) or (
+            bias is None and not hasattr(layer, "bias")
+        ):
+            return None
+        if function == "conv2d" and _is_3x3(layer, weight):
+            function = "conv3x3"
     stop = start + 1
     norm: Any = None
     activation = layer.activation if own else None
@@ -179,10 +188,8 @@ def _part_at(modules: Sequence[Step], start: int, input: Tensor | None, norms: b
     return Part(layer, function, norm, activation, stop)
 
 
-def _folds(layer: nn.Module, norm: Step, input: Tensor | None, norms: bool) -> bool:
-    if not isinstance(norm, BATCH_NORMS) or type(norm) not in BATCH_NORMS:
-        return False
-    if not ((norms or is_folding(norm)) and can_fold(layer, norm)):
+def _folds(layer: nn.Module, norm: Any, input: Tensor | None, norms: bool) -> bool:
+    if type(norm) not in BATCH_NORMS or not (norms or is_folding(norm)) or not can_fold(layer, norm):
         return False
     return input is None or folds_now(layer, norm, input)
 
@@ -205,24 +212,19 @@ def parameter(module: nn.Module, name: str) -> Tensor | None:
     return getattr(module, name, None)
 
 
-def _is_readable(layer: nn.Module, function: str) -> bool:
+def _is_readable(weight: Tensor | None, bias: Tensor | None, dims: int) -> TypeGuard[Tensor]:
     """Whether a kernel takes weight and bias, which users replace, too."""
-    weight, bias = parameter(layer, "weight"), parameter(layer, "bias")
-    if weight is None or weight.dim() != (2 if function == "linear" else 4) or not _is_plain(weight):
+    if weight is None or weight.dim() != dims or not _is_plain(weight):
         return False
-    if bias is None:
-        return hasattr(layer, "bias")
-    return _is_plain(bias) and bias.shape == weight.shape[:1]
+    return bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1])
 
 
 def _is_plain(t: Tensor) -> bool:
     return type(t).__name__ in PLAIN and t.dtype in FLOATS and t.layout is torch.strided
 
 
-def _is_3x3(layer: Any) -> bool:
-    """Whether `conv3x3` takes a readable convolution of torch's."""
-    weight = parameter(layer, "weight")
-    assert weight is not None
+def _is_3x3(layer: Any, weight: Tensor) -> bool:
+    """Whether `conv3x3` takes a convolution of torch's with this readable weight."""
     _, channels, *size = weight.shape
     if size != [3, 3] or not channels or layer.dilation not in ((1, 1), (1,)):
         return False
