@@ -309,6 +309,45 @@ def test_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.call_count == 3
 
 
+def test_folded_first_in_inference_mode() -> None:
+    """What is kept serves a call that backward will pass: a frozen network within a loss."""
+    model, x = network().requires_grad_(False), torch.randn(2, 2, 5, 5, requires_grad=True)
+    plain = copy.deepcopy(model)
+    tribp.fuse(model, fold_batchnorm=True)
+    with torch.inference_mode():
+        model(x)
+    grads = [torch.autograd.grad(m(x).square().sum(), x)[0] for m in (model, plain)]
+    torch.testing.assert_close(*grads)
+
+
+def test_a_model_that_moves_leaves_nothing_behind() -> None:
+    model, x = network().requires_grad_(False), torch.randn(2, 2, 5, 5)
+    tribp.fuse(model, fold_batchnorm=True)
+    expected = model(x)
+    held = [weakref.ref(t.untyped_storage()) for t in (model[0].weight, model[1].running_var)]
+    model.double()
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
+    torch.testing.assert_close(model(x.double()), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_folds_at_every_replay() -> None:
+    model, x = network().cuda().requires_grad_(False), torch.randn(2, 2, 5, 5, device="cuda")
+    plain = copy.deepcopy(model)
+    tribp.fuse(model, fold_batchnorm=True)
+    for _ in range(3):
+        model(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+    for m in (model, plain):
+        m.load_state_dict({k: 2 * v for k, v in m.state_dict().items()})
+    model(x)  # what was kept is made anew
+    graph.replay()
+    torch.testing.assert_close(y, plain(x), rtol=1e-2, atol=1e-2)
+
+
 def test_batches_that_are_not_counted() -> None:
     model, x = network().requires_grad_(False), torch.randn(2, 2, 5, 5)
     model[1].num_batches_tracked = None

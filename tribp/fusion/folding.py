@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..dispatch import needs_operator, transform_active
 from ..nn import is_watched
@@ -53,7 +54,7 @@ def folds_now(layer: nn.Module, norm: nn.Module, input: Tensor) -> bool:
 
 
 class _Known(NamedTuple):
-    tensors: Sequence[Tensor]  # of which it was made: while they are held, their memory is nobody else's
+    storages: Sequence[Any]  # weak references, of what it was made of: while they live, their memory is nobody else's
     state: list[object]
     weight: Tensor
     bias: Tensor
@@ -72,12 +73,16 @@ def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
     given = [t for t in (*tensors, batches) if t is not None]
     if needs_operator() or batches is None or any(t.is_inference() for t in given):  # which count no versions
         return _fold(*tensors, norm.eps)
+    if layer.weight.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph shall fold what it finds at replay
+        return _fold(*tensors, norm.eps)
     state = [norm.eps, batches._version]
     for t in tensors:
         state += [None] if t is None else [t.data_ptr(), t._version, t.dtype, t.shape, t.stride(), t.is_neg()]
     known = _known.get(norm)
-    if known is None or known.state != state:
-        known = _known[norm] = _Known([t.detach() for t in given], state, *_fold(*tensors, norm.eps))
+    if known is None or known.state != state or any(storage.expired() for storage in known.storages):
+        storages: list[Any] = [StorageWeakRef(t.untyped_storage()) for t in given]  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False):  # or a later call could not save them for backward
+            known = _known[norm] = _Known(storages, state, *_fold(*tensors, norm.eps))
     return known.weight, known.bias
 
 
@@ -96,17 +101,17 @@ def _fold(
     var: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """In float64 until they are stored."""
+    """In float64 until they are stored, where there is float64."""
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64
     with torch.no_grad():
-        scale, shift = (
-            torch.rsqrt(var.double() + eps),
-            -mean.double() if bias is None else bias.double() - mean.double(),
-        )
+        scale, shift = torch.rsqrt(var.to(wide) + eps), -mean.to(wide)
+        if bias is not None:
+            shift = bias.to(wide) + shift
         if gamma is not None:
             scale = scale * gamma
         shift = shift * scale
         if beta is not None:
             shift = shift + beta
-        scaled = weight.double() * scale.view(-1, *(1,) * (weight.dim() - 1))
+        scaled = weight.to(wide) * scale.view(-1, *(1,) * (weight.dim() - 1))
         # in the layout of the old weight, channels last perhaps
         return torch.empty_like(weight).copy_(scaled), shift.to(weight.dtype)
