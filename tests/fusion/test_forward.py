@@ -1,7 +1,10 @@
 """Layers and activations that a module's own forward calls: what runs together, and what is left."""
 
 import copy
+import importlib
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -360,3 +363,24 @@ def test_batch_norm_between() -> None:
     model = TorchvisionBlock(2, 2, 1).eval()
     assert tribp.fuse(model) == Report(tuple(Replaced(f"conv{i}", "Conv2d", "conv3x3") for i in (1, 2)))
     assert type(model) is TorchvisionBlock
+
+
+def test_warnings_of_a_users_file_come_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python, when it compiled the file."""
+    body = "def forward(self, x):\n        return torch.relu(self.fc(x))"
+    text = f"""import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 3)
+    {body}
+def other(n): return n is 1
+"""
+    (tmp_path / "net_that_warns.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = importlib.import_module("net_that_warns").Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tribp.fuse(model).replaced

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import inspect
 import linecache
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -256,7 +257,9 @@ class Source:
         known = "" if owner in free_variables else f"global {owner}; "  # what the method means by its class's name
         module = ast.parse(f"def enclosing({free}):\n {known}pass\n class {owner}: pass")
         module.body[0].body[-1].body = [definition]  # type: ignore[attr-defined]
-        compiled: CodeType = compile(module, filename, "exec", code.co_flags & FUTURE, dont_inherit=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled: CodeType = compile(module, filename, "exec", code.co_flags & FUTURE, dont_inherit=True)
         for name in ("enclosing", owner, code.co_name):
             constants: tuple[object, ...] = compiled.co_consts
             compiled = next(c for c in constants if isinstance(c, CodeType) and c.co_name == name)
@@ -267,8 +270,10 @@ class Source:
 @functools.lru_cache(maxsize=16)
 def _parse(text: str, flags: int) -> tuple[dict[tuple[str, int], ast.FunctionDef], set[CodeType]]:
     """The functions of a file, by name and first line, and all code in it."""
-    module = ast.parse(text)
-    code = compile(module, "", "exec", flags, dont_inherit=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python has given them when it compiled the file
+        module = ast.parse(text)
+        code = compile(module, "", "exec", flags, dont_inherit=True)
     nodes: dict[tuple[str, int], ast.FunctionDef] = {}
     for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef):
