@@ -181,11 +181,12 @@ def kernels_cannot_see(*tensors: Tensor | None) -> bool:
 
 
 def kernels_cannot_read(*tensors: Tensor | None) -> bool:
-    """As `kernels_cannot_see`, or for sparse and mkldnn tensors, which have no memory that a kernel could read.
+    """As `kernels_cannot_see`, or for sparse, mkldnn and nested tensors, which no strides describe.
 
     The quick way of a call need not ask: its plan refuses them.
     """
-    return kernels_cannot_see(*tensors) or any(t is not None and t.layout is not torch.strided for t in tensors)
+    strided = all(t is None or (t.layout is torch.strided and not t.is_nested) for t in tensors)
+    return not strided or kernels_cannot_see(*tensors)
 
 
 def alive(*tensors: Tensor | None) -> tuple[Any, ...]:

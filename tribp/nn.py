@@ -1,6 +1,7 @@
 """Modules, with torch.nn's parameter names, shapes, initialization and state_dict."""
 
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -159,7 +160,7 @@ class MLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(sizes, Iterable) or not all(isinstance(size, int) for size in sizes):
+        if not isinstance(sizes, Iterable) or not all(hasattr(size, "__index__") for size in sizes):
             raise TypeError(f"MLP: sizes must be a sequence of whole numbers, got {sizes!r}")
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes must be at least two, of the input and of each layer, got {tuple(sizes)}")
@@ -167,7 +168,7 @@ class MLP(nn.Module):
             raise ValueError(f"MLP: sizes must be at least 0, got {tuple(sizes)}")
         for given in (activation, output_activation):
             activation_of("MLP", given)
-        self.sizes = tuple(sizes)
+        self.sizes = tuple(map(operator.index, sizes))
         self.activation = activation
         self.output_activation = output_activation
         for n, (before, after) in enumerate(itertools.pairwise(self.sizes)):

@@ -89,7 +89,7 @@ def _named(loss: str | Loss, reduction: str) -> tuple[str, str] | None:
         plain = type(loss) in MODULES and runs_forward_alone(loss) and loss.reduction in OF_MODULES
         usual = plain and all(getattr(loss, name, value) == value for name, value in DEFAULTS.items())
         return (MODULES[type(loss)], str(loss.reduction)) if usual else None
-    name = FUNCTIONS.get(loss)
+    name = next((name for function, name in FUNCTIONS.items() if function is loss), None)  # it may have no hash
     return (name, "mean") if name else None
 
 

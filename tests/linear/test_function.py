@@ -1,14 +1,16 @@
 """`tribp.linear_sigmoid` as its users see it, on the fallback and on the kernels (`device` runs each test on both)."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import tribp
+from tribp.ops.activations import DEFAULTS, activate, activation_of
 
 from ..oracle import TF32_TOLERANCE, LinearSigmoid, assert_close
 
@@ -342,6 +344,60 @@ def test_autocast_leaves_float64_alone(device: str) -> None:
     x, w, b = make(3, 2, 4, torch.float64, device)
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         assert tribp.linear_sigmoid(x, w, b).dtype == torch.float64
+
+
+WIDE: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] = {
+    "linear": (tribp.linear, (2, 8), (8, 8)),
+    "conv3x3": (tribp.conv3x3, (2, 8, 5, 5), (8, 8, 3, 3)),
+    "mlp": (lambda x, w, b, activation: tribp.mlp(x, [w, w], [b, b], "relu", activation), (2, 8), (8, 8)),
+}
+
+
+@pytest.mark.parametrize("activation", [None, *DEFAULTS])
+@pytest.mark.parametrize("function", WIDE)
+def test_cudas_autocast_computes_softplus_in_float32(
+    function: str, activation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the rounded output of the layer, and returns float32. As torch.export sees it: there need be no GPU."""
+    call, size, weight_size = WIDE[function]
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            x, w, b = (torch.empty(s, device="cuda") for s in (size, weight_size, (8,)))
+            y = call(x, w, b, activation=activation)
+            z = torch.empty_like(y, dtype=torch.bfloat16)
+            expected = z if activation is None else activate(z, *activation_of("", activation))
+            assert y.dtype == expected.dtype == (torch.float32 if activation == "softplus" else torch.bfloat16)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", WIDE)
+def test_softplus_under_autocast_on_a_gpu(function: str) -> None:
+    call, size, weight_size = WIDE[function]
+    inputs = [torch.randn(s, device="cuda", requires_grad=True) for s in (size, weight_size, (8,))]
+    with torch.autocast("cuda", torch.bfloat16):
+        y, z = call(*inputs, activation="softplus"), call(*inputs, activation=None)
+        expected = F.softplus(z)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, expected)
+    for a, b in zip(*(torch.autograd.grad(t.sum(), inputs) for t in (y, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nested_tensors(device: str) -> None:
+    """Strided ones, that is, which torch's linear takes; they have no sizes to look at."""
+    _, w, b = make(1, 2, 4, torch.float32, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], device=device)
+    expected = F.relu(F.linear(x, w, b))
+    for found in (tribp.linear(x, w, b, "relu"), tribp.mlp(x, [w], [b], output_activation="relu")):
+        for y, z in zip(found.unbind(), expected.unbind(), strict=True):
+            torch.testing.assert_close(y, z)
 
 
 # ---- errors: one line that names the argument, what was given and what is needed

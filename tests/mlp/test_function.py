@@ -2,8 +2,11 @@
 
 import copy
 import itertools
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -156,6 +159,23 @@ def test_checkpoint_and_autocast(device: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_what_is_kept_is_freed_with_the_backward_pass(checkpointed: bool, device: str) -> None:
+    """Or, where somebody else keeps it, is not kept at all: the input's memory counts."""
+    x, *parameters = draw((8, 16, 4), 12, torch.float32, device)
+    kept: list[Any] = []
+
+    def call(x: Tensor) -> Tensor:
+        inner = x * 1
+        kept.append(weakref.ref(inner))
+        return ours("relu", None, inner, *parameters)
+
+    y = checkpoint(call, x, use_reentrant=False) if checkpointed else call(x)
+    assert (kept[0]() is None) == checkpointed
+    y.sum().backward()
+    assert kept[0]() is None
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_what_sees_operators_alone(device: str) -> None:
     layer, x = tribp.nn.MLP((5, 4, 3), "relu", "tanh").to(device), torch.randn(6, 5, device=device)
@@ -220,6 +240,8 @@ def test_errors(device: str) -> None:
     for wrong in (5, [5, 2.5]):
         with pytest.raises(TypeError, match=r"^MLP: sizes must be a sequence of whole numbers"):
             tribp.nn.MLP(wrong)  # type: ignore[arg-type]
+    sizes: Any = [np.prod((2, 3)), 2]
+    assert tribp.nn.MLP(sizes).sizes == (6, 2), "numpy's whole numbers, as nn.Linear takes them"
     with pytest.raises(ValueError, match=r"^MLP: activation must be"):
         tribp.nn.MLP([3, 4], "swish")
 

@@ -1,6 +1,7 @@
 """`tribp.train_step` against the separate steps by torch, on the fallback and on the kernels."""
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -323,6 +324,23 @@ def test_a_reduction_that_torchs_modules_do_not_have(kind: Any, kernels: str) ->
     x, target = (t.to(kernels) for t in draw((8, 3), 6, "binary_cross_entropy"))
     with pytest.raises(ValueError, match="batchmean is not a valid value for reduction"):
         step_of(model, kind(reduction="batchmean"))(x, target)
+
+
+@dataclasses.dataclass
+class Huber:
+    """As dataclasses are, without a hash."""
+
+    delta: float = 1.0
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.huber_loss(output, target, delta=self.delta)
+
+
+def test_a_loss_without_a_hash() -> None:
+    model, x, target = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
+    expected = Huber()(model(x), target)
+    step = tribp.train_step(model, torch.optim.SGD(model.parameters(), 0.1), Huber())
+    assert torch.equal(step(x, target), expected)
 
 
 def test_a_layer_that_grows(kernels: str) -> None:

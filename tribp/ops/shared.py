@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from .activations import Activation
 
 Needs = tuple[bool, bool, bool]  # of input, weight and bias
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -38,6 +39,11 @@ def scatter(present: Sequence[bool], values: Iterable[T]) -> list[T | None]:
     """The values, each in its place, and None where there is none: gradients that an operator returned, say."""
     remaining = iter(values)
     return [next(remaining) if here else None for here in present]
+
+
+def autocast_activates(device_type: str, activation: Activation) -> bool:
+    """Whether autocast has an activation computed in float32, of what the layer has rounded, as CUDA's has softplus."""
+    return activation.name == "softplus" and device_type == "cuda" and dispatch.autocasting(device_type)
 
 
 def autocast_all(*tensors: Tensor | None) -> tuple[Any, ...]:

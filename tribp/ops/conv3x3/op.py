@@ -22,13 +22,14 @@ from ...dispatch import (
     plain_cpu_call,
     without_autocast,
 )
-from ..activations import NONE, Activation, ActivationLike, activate_, activation_of
+from ..activations import NONE, Activation, ActivationLike, activate, activate_, activation_of
 from ..checks import check_dtypes
 from ..shared import (
     NAMESPACE,
     REFUSALS,
     Grads,
     Needs,
+    autocast_activates,
     autocast_all,
     bare_apply,
     import_plan,
@@ -104,6 +105,8 @@ def conv3x3(
         )
     window = check_conv3x3(input, weight, bias, stride, padding, groups, dilation)
     act = activation_of("conv3x3", activation)
+    if autocast_activates(input.device.type, act):
+        return activate(conv3x3(input, weight, bias, stride, padding, groups, dilation=dilation), *act)
     if autocasting(input.device.type):
         input, weight, bias = autocast_all(input, weight, bias)
     check_dtypes("conv3x3", input, weight=weight, bias=bias)

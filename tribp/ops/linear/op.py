@@ -23,13 +23,14 @@ from ...dispatch import (
     plain_cpu_call,
     without_autocast,
 )
-from ..activations import Activation, ActivationLike, activate_, activation_of
+from ..activations import NONE, Activation, ActivationLike, activate, activate_, activation_of
 from ..checks import check_dtypes
 from ..shared import (
     NAMESPACE,
     REFUSALS,
     Grads,
     Needs,
+    autocast_activates,
     autocast_all,
     bare_apply,
     import_plan,
@@ -111,7 +112,11 @@ def activated_linear(
     function: str, input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
 ) -> Tensor:
     """What no quick way takes. function: the name that errors bear."""
+    if isinstance(input, Tensor) and input.is_nested:
+        return reference.linear(input, weight, bias, activation)
     check_linear(function, input, weight, bias)
+    if autocast_activates(input.device.type, activation):
+        return activate(activated_linear(function, input, weight, bias, NONE), *activation)
     if autocasting(input.device.type):
         input, weight, bias = autocast_all(input, weight, bias)
     if bias is not None and bias.shape != weight.shape[:1]:

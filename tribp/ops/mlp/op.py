@@ -22,11 +22,21 @@ from ...dispatch import (
     needs_operator,
     without_autocast,
 )
-from ..activations import Activation, ActivationLike, activate_, activation_of
+from ..activations import Activation, ActivationLike, activate, activate_, activation_of
 from ..checks import check_dtypes, check_tensors, matrices_fit
 from ..linear.checks import check_linear
 from ..linear.op import activated_linear, torch_computes
-from ..shared import NAMESPACE, REFUSALS, autocast_all, bare_apply, import_plan, scatter, unless_refused, uses_tf32
+from ..shared import (
+    NAMESPACE,
+    REFUSALS,
+    autocast_activates,
+    autocast_all,
+    bare_apply,
+    import_plan,
+    scatter,
+    unless_refused,
+    uses_tf32,
+)
 from . import reference
 from .reference import Layer
 
@@ -87,6 +97,8 @@ def mlp(
         return torch.overrides.handle_torch_function(mlp, tensors, *arguments)
     optional = {f"biases[{n}]": b for n, b in enumerate(given)}
     check_tensors("mlp", *optional, input=input, **{f"weights[{n}]": w for n, w in enumerate(weights)}, **optional)
+    if autocast_activates(input.device.type, both[1]):
+        return activate(mlp(input, weights, given, activation), *both[1])
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     by_operator = needs_operator()
     # Without a derivative an operator for all layers would do nothing but hold all their outputs at once.
@@ -169,7 +181,8 @@ def _save(
         source if needs[1 + first] else None, *hidden, outputs[-1] if layers[-1].activation.name else None,
         weight if needs[0] else None, *weights,
     )  # fmt: skip
-    ctx.operator, ctx.first, ctx.source, ctx.layers = operator, first, source, layers[first:]
+    ctx.operator, ctx.first, ctx.layers = operator, first, layers[first:]
+    ctx.source = None if needs[1 + first] else source  # autograd frees what it keeps, with the backward pass
     ctx.both = layers[0].activation, layers[-1].activation
     ctx.versions = _versions(ctx)
 
@@ -182,8 +195,8 @@ def _lowest(needs: Sequence[bool]) -> int:
 
 def _versions(ctx: Any) -> list[int | None]:
     """Of what a second derivative reads: how often it was changed. Inference tensors do not count that."""
-    tensors = [ctx.source, *(t for layer in ctx.layers for t in layer[:2] if t is not None)]
-    return [None if t.is_inference() else t._version for t in tensors]
+    tensors = [ctx.source, *(t for layer in ctx.layers for t in layer[:2])]
+    return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
 def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -197,8 +210,9 @@ def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | N
         if torch.is_grad_enabled():
             if _versions(ctx) != ctx.versions:
                 raise RuntimeError("mlp: what a second derivative computes again was changed in place")
-            *hidden, output = reference.mlp(ctx.source, ctx.layers)
-            sources, weights = [ctx.source, *hidden], [layer.weight for layer in ctx.layers]
+            source = sources[0] if ctx.source is None else ctx.source
+            *hidden, output = reference.mlp(source, ctx.layers)
+            sources, weights = [source, *hidden], [layer.weight for layer in ctx.layers]
         read = sources[0], sources[1:], output, weights[0], weights[1:]
         if backward_by_torch(grad, by_operator):
             grads = backward(grad, *read, ctx.both, needs, "torch")
