@@ -192,10 +192,38 @@ def fsdp(
     found["shards"] = [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)]
     found["launched"] = [type(bucket).__name__ for bucket in optimizer._plan.buckets]
     if "ema_decay" in spec[1]:
-        with optimizer.swap_ema():
+        with optimizer.swap_ema(model):
             found["averages"] = full_parameters(model)
         found["back"] = full_parameters(model)
     return found
+
+
+def evaluations(model: torch.nn.Module, optimizer: Any, swapped: Sequence[Any], steps: Sequence[int]) -> list[Tensor]:
+    """What each step, then the weights and their averages compute. swapped: the arguments of swap_ema."""
+    found: list[Tensor] = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            found += [loss.detach(), loss_of(model, 0)]
+            with optimizer.swap_ema(*swapped):
+                found.append(loss_of(model, 0))
+    return found
+
+
+def fsdp_averages(rank: int, world: int, spec: Spec, steps: Sequence[int]) -> tuple[list[Tensor], str]:
+    """The root's own parameters, which FSDP2 keeps gathered after a forward pass until there is a backward pass."""
+    model = network()
+    fully_shard(model)
+    optimizer: Any = optimizer_of(spec, model.parameters())
+    found = evaluations(model, optimizer, (model,), steps)
+    try:
+        with optimizer.swap_ema():
+            return found, "nothing is refused"
+    except RuntimeError as error:
+        return found, str(error)
 
 
 def fsdp_in_part(rank: int, world: int, spec: Spec, steps: Sequence[int]) -> dict[str, Any]:

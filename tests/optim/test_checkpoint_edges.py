@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map_only
 
+import tribp.optim
 from tribp.optim import SGD, Adam, Momentum
 
 from .checkpoint_cases import (
@@ -303,6 +306,53 @@ def test_averages_are_saved_and_go_on(device: str) -> None:
     train(late, range(2, 3))
     for p in parameters(late)[:3]:
         assert torch.equal(late.state[p]["ema"], p)
+
+
+def test_checkpoints_from_several_threads() -> None:
+    """An asynchronous saver's, and another's: neither trips over the other's hooks."""
+    optimizer = Adam([Parameter(torch.ones(2)) for _ in range(20)])
+    train(optimizer, range(2))
+    expected = optimizer.state_dict()["state"]
+
+    def save(_: int) -> bool:
+        found = optimizer.state_dict()["state"]
+        return found.keys() == expected.keys() and torch.equal(found[0]["exp_avg"], expected[0]["exp_avg"])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(save, range(400)))
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RAdam"])
+def test_a_checkpoint_of_another_class(name: str, device: str) -> None:
+    """torch misses a state with the first step; so do we, rather than begin it beside a step count of long ago."""
+    params = weights(device)
+    saved = torch.optim.Adamax(params)
+    train(saved, range(2))
+    optimizer: Any = getattr(tribp.optim, name)(params)
+    optimizer.load_state_dict(saved.state_dict())
+    with pytest.raises(KeyError, match="exp_avg_sq"):
+        train(optimizer, range(2, 3))
+
+
+def test_an_option_may_add_a_state_late(device: str) -> None:
+    params = weights(device)
+    optimizer = Adam(params)
+    train(optimizer, range(2))
+    optimizer.param_groups[0]["amsgrad"] = True
+    train(optimizer, range(2, 3))
+    assert "max_exp_avg_sq" in optimizer.state[params[0]]
+
+
+def test_narrow_states_become_as_wide_as_their_parameters(device: str) -> None:
+    """In bfloat16 a moment of float32 gradients would stand still: 0.999·v rounds to v."""
+    params = weights(device, torch.float32)
+    a = Adam(params)
+    train(a, range(2))
+    saved = tree_map_only(Tensor, lambda t: t.bfloat16() if t.dim() else t, a.state_dict())
+    b, kept = Adam(params), Adam(params, state_dtype=torch.bfloat16)
+    for optimizer, dtype in ((b, torch.float32), (kept, torch.bfloat16)):
+        optimizer.load_state_dict(saved)
+        assert optimizer.state[params[0]]["exp_avg"].dtype == dtype
 
 
 def test_nothing_is_saved_half_swapped() -> None:

@@ -377,6 +377,10 @@ def test_what_is_refused() -> None:
     sparse.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (3, 2))
     with pytest.raises(RuntimeError, match="state_bits can't be combined with a sparse_coo gradient"):
         SGD([sparse], lr=0.1, momentum=0.9, state_bits=8).step()
+    other = type("Other", (torch.nn.Parameter,), {})(torch.zeros(3))
+    other.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="state_bits can't be combined with a Other of"):
+        Adam([other], state_bits=8).step()
 
 
 def test_codes_without_their_scales() -> None:

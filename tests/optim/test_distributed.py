@@ -107,6 +107,16 @@ def test_the_norm_is_that_of_all_shards(shape: tuple[int, ...], processes: Proce
         assert_close(result["back"], result["parameters"], rtol=0, atol=0)
 
 
+def test_averages_are_what_fsdp_computes_with(processes: Processes, tmp_path: Path) -> None:
+    """… within swap_ema(model), and the weights again behind it: nothing gathered before goes on being used."""
+    model = workers.network()
+    optimizer = workers.optimizer_of(EVERYTHING, model.parameters(), tribp.optim)
+    expected = workers.evaluations(model, optimizer, (), STEPS)
+    for found, refused in processes.run(workers.fsdp_averages, 2, tmp_path, EVERYTHING, STEPS):
+        close(found, expected)
+        assert "swap_ema(model)" in refused
+
+
 def test_norm_of_one_type(processes: Processes, tmp_path: Path) -> None:
     """Each process must clip by the same norm, to the bit: else replicas drift apart."""
     first, second = processes.run(workers.fsdp, 2, tmp_path, EVERYTHING, STEPS, "torch", torch.float32)

@@ -396,6 +396,7 @@ def test_epsilon_inside_the_root(name: str, device: str) -> None:
         ({"state_dtype": torch.int32}, ValueError, "state_dtype"),
         ({"state_dtype": torch.complex64}, ValueError, "state_dtype"),
         ({"state_dtype": "float32"}, ValueError, "state_dtype"),
+        *[({"seed": seed}, ValueError, "seed") for seed in (1.5, 3.0, "1", True, 2**64, -(2**63) - 1)],
         ({"no_such_option": 1}, TypeError, "no_such_option"),
         ({"lr": -1.0}, ValueError, "lr|learning rate"),
     ],

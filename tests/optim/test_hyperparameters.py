@@ -97,6 +97,28 @@ def test_a_tensor_that_groups_share(name: str, device: str) -> None:
     assert len(twins.ours._plan.buckets) == 1, "one tensor is one rate: the groups share a call"
 
 
+NUMBERS_OF_OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", dict(momentum=0.9, nesterov=1, maximize=np.True_)),
+    ("SGD", dict(lr=np.array(0.25), momentum=np.float64(0.5), maximize=0)),
+    ("SGD", dict(lr=1, weight_decay=1)),
+    ("Adam", dict(amsgrad=1, lr=np.array(0.25), betas=(np.float64(0.5), np.float64(0.75)))),
+    ("AdamW", dict(amsgrad=np.False_, lr=np.array(0.25), maximize=1)),
+    ("RMSprop", dict(maximize=1, lr=np.array(0.25))),
+    ("Adagrad", dict(maximize=0, lr=np.array(0.25))),
+    ("NAdam", dict(maximize=1, decoupled_weight_decay=1, lr=np.array(0.25))),
+]
+
+
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("case", NUMBERS_OF_OTHERS, ids=lambda case: case[0])
+def test_numbers_of_other_kinds(case: tuple[str, dict[str, Any]], count: int, device: str) -> None:
+    """Flags that are 1, as argparse and YAML give them, numbers of numpy's: torch's loop takes them all."""
+    name, options = case
+    twins = Twins(name, [(3,)] * count, device, **options)
+    for _ in range(3):
+        twins.step()
+
+
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_betas_in_a_list(name: str, device: str) -> None:
     """And tensors as betas, and lists of the same numbers in several groups."""

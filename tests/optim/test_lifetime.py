@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 
 from tribp import dispatch
-from tribp.optim import SGD, Adam, Momentum, RMSprop
+from tribp.optim import SGD, Adam, Momentum, NAdam, RMSprop
 
 from ..test_dispatch import WITHOUT_TRITON, python
 from .cases import CLASSES
@@ -231,6 +231,33 @@ def test_replaced_states_are_freed(device: str) -> None:
     optimizer.step()
     gc.collect()
     assert [ref() for ref in held if ref() is not None] == []
+
+
+@pytest.mark.parametrize("kind", [SGD, Momentum, Adam, NAdam])
+def test_states_moved_away_are_freed(kind: Any, device: str) -> None:
+    """At once, not with the next step: what offloads them between steps does it to have their memory."""
+    params = weights(device)
+    optimizer = kind(params, **({"momentum": 0.9} if kind is SGD else {}))
+    for i in range(2):
+        gradients(params, i)
+        optimizer.step()
+    states = [optimizer.state[p] for p in params]
+    held = [weakref.ref(v.untyped_storage()) for state in states for v in state.values() if v.dim()]
+    assert held
+    for state in states:
+        for key, value in state.items():
+            state[key] = value.clone()
+    del value
+    gc.collect()
+    assert [ref() for ref in held if ref() is not None] == []
+    before = copy.deepcopy(params), copy.deepcopy(optimizer.state_dict())
+    gradients(params, 2)
+    optimizer.step()
+    again = kind(before[0], **({"momentum": 0.9} if kind is SGD else {}))
+    again.load_state_dict(before[1])
+    gradients(before[0], 2)
+    again.step()
+    assert_close(params, before[0])
 
 
 def test_two_threads(device: str) -> None:

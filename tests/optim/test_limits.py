@@ -80,6 +80,19 @@ def test_a_variance_that_is_not_a_number_is_seen(options: str, device: str) -> N
         assert p.isnan().tolist() == [True, True, False], p.dtype
 
 
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_variance_beyond_float32(count: int) -> None:
+    """∞ − ḡ² is ∞ where ḡ² alone would be ∞ too: parameters stay, as torch's do."""
+    params = [torch.ones(3) for _ in range(count)]
+    for p in params:
+        p.grad = torch.full_like(p, 1e25)
+    optimizer = ours("RMSprop", params, centered=True)
+    for _ in range(2):
+        optimizer.step()
+    for p in params:
+        assert torch.equal(p, torch.ones_like(p))
+
+
 @pytest.mark.parametrize("foreach", [None, False])
 def test_a_constant_gradient(foreach: bool | None) -> None:
     """α = 0.9: from some step on rounding makes the variances of half the parameters negative."""

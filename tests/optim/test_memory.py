@@ -344,9 +344,9 @@ def test_states_are_looked_at_only_while_somebody_holds_one(device: str, monkeyp
         lambda s: [*s.values()], lambda s: [*s.items()], lambda s: s.copy(), lambda s: s.setdefault("step"),
     ]  # fmt: skip
     for way in ways:
-        state.accesses.clear()
+        state.notes.accessed = False
         way(state)
-        assert state.accesses, "unnoticed"
+        assert state.notes.accessed, "unnoticed"
 
 
 # ---- what is listed twice, or shares memory
@@ -487,7 +487,7 @@ def test_states_of_our_own_making_are_nobodys(name: str, device: str) -> None:
             twins.give(twins.grads())
             optimizer.step()
         watch = optimizer._plan.watch
-        return watch.shared or bool(watch.accesses)
+        return bool(watch.shared or watch.notes.accessed)
 
     if held():
         assert isinstance(optimizer._plan.buckets[-1], TorchBucket), "only torch's own code looks at every step"

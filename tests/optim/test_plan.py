@@ -13,7 +13,7 @@ from tribp.launch.buffer import layout_of
 from tribp.optim import Adam, device_tables, footprint, layouts
 from tribp.optim.layouts import MAX_DIMS
 
-from .cases import genuine, ours
+from .cases import Twins, genuine, ours
 
 LIKE = torch.zeros(4, 6)
 UNLIKE: dict[str, Any] = {
@@ -208,6 +208,65 @@ def test_layouts_in_as_few_dimensions_as_possible() -> None:
     sizes, param, grad, state = (row[i : i + MAX_DIMS] for i in range(0, 4 * MAX_DIMS, MAX_DIMS))
     assert sizes[-3:] == [2, 20, 3]  # height and width lie together in both
     assert (param[-3:], grad[-3:], state[-3:]) == ([60, 3, 1], [60, 1, 20], [60, 3, 1])
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD", "NAdam"])
+def test_a_plan_is_kept_where_gradients_come_and_go(name: str, device: str) -> None:
+    """The first step sees half of them. Parameters are `Parameter`s, as users have them, and gradients are not."""
+    params = [torch.nn.Parameter(torch.ones(4, device=device)) for _ in range(8)]
+    optimizer = ours(name, params)
+    plans = []
+    for step in range(8):
+        for k, p in enumerate(params):
+            p.grad = torch.ones_like(p) if k % 2 == step % 2 else None
+        optimizer.step()
+        plans.append(optimizer._plan)
+    assert len({id(plan) for plan in plans[1:]}) == 1
+
+
+WRAPPERS: dict[str, Callable[[Any, Tensor], object]] = {
+    "a state of their own": lambda o, p: o.state[p].__setitem__("previous", p.detach().clone()),
+    "and taken out": lambda o, p: (o.state[p].setdefault("mine", 1), o.state[p].pop("mine")),
+    "other memory": lambda o, p: setattr(p, "data", p.data.clone()),
+    "a view of other memory": lambda o, p: setattr(p, "data", torch.cat([p.data, p.data])[: len(p)]),
+}
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD", "NAdam"])
+@pytest.mark.parametrize("what", WRAPPERS)
+def test_a_plan_is_kept_within_other_optimizers(what: str, name: str, device: str) -> None:
+    """SAM and Lookahead change this before every step."""
+    twins = Twins(name, [(4,)] * 8, device)
+    twins.step()
+    plans = []
+    for _ in range(4):
+        twins.give(twins.grads())
+        for optimizer, params in twins.both:
+            for p in params:
+                old = p.data
+                WRAPPERS[what](optimizer, p)
+                if p.data_ptr() != old.data_ptr():
+                    old.fill_(torch.nan)  # stale addresses are seen
+            optimizer.step()
+        plans.append(twins.ours._plan)
+    for p, twin in zip(twins.params, twins.twins, strict=True):
+        torch.testing.assert_close(p.cpu(), twin, rtol=1e-12, atol=1e-13)
+    assert len(set(map(id, plans))) == 1
+
+
+def test_parameters_that_move_onto_each_other(device: str) -> None:
+    """… are no longer updated side by side: torch's loop takes them in turn."""
+    twins = Twins("Adam", [(4,), (4,)], device)
+    twins.step()
+
+    def tie(optimizer: Any) -> None:
+        first, second = optimizer.param_groups[0]["params"]
+        second.data = first.data
+
+    twins.each(tie)
+    plan = twins.ours._plan
+    twins.step()
+    assert twins.ours._plan is not plan
 
 
 @pytest.mark.parametrize("versions", [True, False], ids=["versions", "none"])

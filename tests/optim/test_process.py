@@ -7,7 +7,7 @@ import io
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +373,34 @@ def assert_near(found: Any, expected: Any) -> None:
             assert_near(a, b)
     else:
         assert found == pytest.approx(expected, rel=1e-12, abs=1e-13)
+
+
+def _count_elsewhere(params: Sequence[Tensor], optimizer: Any) -> None:
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_counters_in_shared_memory_stay_there(method: str) -> None:
+    """Hogwild, A3C: workers share parameters and states. One after the other, so that the numbers are known."""
+    found = []
+    for kind in (torch.optim.Adam, tribp.optim.Adam):
+        params = [Parameter(torch.ones(4).share_memory_()) for _ in range(2)]
+        optimizer: Any = kind(params, lr=0.1)
+        for p in params:
+            state = dict(step=torch.zeros(()), exp_avg=torch.zeros(4), exp_avg_sq=torch.zeros(4))
+            optimizer.state[p].update({key: value.share_memory_() for key, value in state.items()})
+        for _ in range(2):
+            context: Any = multiprocessing.get_context(method)
+            worker = context.Process(target=_count_elsewhere, args=(params, optimizer))
+            worker.start()
+            worker.join(timeout=120)
+            assert worker.exitcode == 0
+        _count_elsewhere(params, optimizer)
+        found.append([params, [dict(optimizer.state[p]) for p in params]])
+        assert float(optimizer.state[params[0]]["step"]) == 3
+    torch.testing.assert_close(found[1], found[0])
 
 
 # ---- threads

@@ -17,6 +17,7 @@ from .rule import Group, Prepare, Rule, Tensors, init_group, takes_fused
 class AdamRule(Rule):
     formula = staticmethod(reference.adam)
     options = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+    optional_states = ("max_exp_avg_sq",)
     squares = ("exp_avg_sq", "max_exp_avg_sq")
 
     def states(self, group: Group) -> tuple[str | None, ...]:
@@ -30,7 +31,7 @@ class AdamRule(Rule):
 
     def fused_update(self, group: Group, t: Tensors) -> None:
         run = torch._fused_adamw_ if group.get("decoupled_weight_decay") else torch._fused_adam_
-        beta1, beta2 = map(float, group["betas"])
+        beta1, beta2 = group["betas"]
         run(
             t.params, t.grads, t.states[0], t.states[1], t.states[2] if group["amsgrad"] else [], t.steps,
             lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],

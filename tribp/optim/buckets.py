@@ -1,7 +1,7 @@
 """What a plan consists of: parameters in slots, buckets that update them together, what a bucket is told of a step."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .tracked_state import peek
 class UpdateCount:
     """How often a momentum buffer was updated since it was made; SGD keeps no `step` that would say so."""
 
-    owner: Tensor  # the buffer, or where there is none the parameter
+    owner: Tensor | None  # the buffer, or where there is none the parameter; None: whatever it was, it has begun
     value: Tensor | int  # a tensor where the kernel counts
 
 
@@ -26,12 +26,17 @@ class ParamSlot:
 
     index: int  # among all parameters of the optimizer
     group: int
-    param: Tensor
+    whole: Tensor  # the parameter, of which this process may have a shard
     grad: Tensor  # an example, while the plan is made; afterwards, and where there was none, the parameter itself
     state: dict[str, Any]
     names: tuple[str | None, ...]  # of the rule's states, in its order; None: not used in this group
     has_residual: bool  # whether the parameter has 24 bits
     count: UpdateCount
+
+    @property
+    def param(self) -> Tensor:
+        """Asked for each time: to hold a shard would keep its memory when the model is moved away."""
+        return local(self.whole)
 
     @property
     def states(self) -> list[Tensor | None]:
@@ -75,10 +80,14 @@ class Step(NamedTuple):
     capturing: bool
 
 
-class Bucket(Protocol):
+class Bucket:
     """Some parameters that are updated together."""
 
     slots: list[ParamSlot]
     groups: list[int]  # that must go on having the same options
 
-    def run(self, step: Step) -> None: ...
+    def run(self, step: Step) -> None:
+        raise NotImplementedError
+
+    def follow(self) -> None:
+        """Parameters were given other memory, of the same kind: `p.data = …`."""

@@ -1,6 +1,7 @@
 """Checkpoints: out with torch's keys and types, in without loss of precision or of options."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from . import codes
 from .options import DEFAULTS, EXCLUSIVE
-from .rule import Rule, counter_dtype
+from .rule import Rule, counter_dtype, is_shared
 from .tracked_state import WatchedState
 
 State = dict[str, Any]
+_hooking = threading.RLock()  # torch's loops over hooks stop at one that is added meanwhile
 
 
 def states_of(
@@ -52,6 +54,8 @@ def states_of(
                 continue
             by_kernel = key == "step" and copy[key].dtype == torch.float32
             dtype = counter_dtype(bool(group.get("fused"))) if by_kernel else copy[key].dtype
+            if is_shared(copy[key]):
+                continue  # another process counts, too
             if copy[key].is_cpu or on_device:
                 device = p.device if on_device and p.is_cuda else copy[key].device
                 copy[key] = copy[key].to(device, dtype, copy=True)  # not a view of all counters
@@ -76,11 +80,12 @@ def export_state(
     def convert(_: Any, packed: State) -> None:
         packed["state"] = states_of(optimizer, packed["state"], is_unused, rule, compressed)
 
-    handle = optimizer.register_state_dict_post_hook(convert, prepend=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with _hooking:
+        handle = optimizer.register_state_dict_post_hook(convert, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -109,15 +114,16 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer, scalars: Collection[str]
                     _restore(group, optimizer.state[p], source, scalars)
                     optimizer.state[p] = WatchedState(optimizer.state[p])  # nobody has been given one yet
 
-    handles = [
-        optimizer.register_load_state_dict_pre_hook(capture),
-        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _hooking:
+        handles = [
+            optimizer.register_load_state_dict_pre_hook(capture),
+            optimizer.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _restore(group: State, state: State, source: State, scalars: Collection[str]) -> None:
@@ -125,7 +131,8 @@ def _restore(group: State, state: State, source: State, scalars: Collection[str]
         if not isinstance(value, Tensor) or not isinstance(state.get(key), Tensor):
             continue
         if key not in (*scalars, "ema") and value.is_floating_point():
-            dtype = group.get("state_dtype") or value.dtype
+            wide = value.dtype if group.get("state_bits") else torch.promote_types(value.dtype, state[key].dtype)
+            dtype = group.get("state_dtype") or wide
         else:
             dtype = state[key].dtype if key == "step" else value.dtype
         if state[key].dtype != dtype:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import layouts
 from .rule import Group
+from .tracked_state import peek
 
 
 def check_tensors(
@@ -59,6 +60,19 @@ def check_tensors(
                 f"{part.storage_offset()} in {part.dtype}, but its memory was cut to "
                 f"{part.untyped_storage().nbytes()} bytes (storage.resize_)"
             )
+
+
+def check_complete(
+    optimizer: torch.optim.Optimizer, number: int, position: int, state: Mapping[str, Any], needed: Collection[str]
+) -> None:  # fmt: skip
+    """Raise KeyError, as torch does, if a state has begun, but with only some of the entries that it needs."""
+    missing = [name for name in needed if peek(state, name) is None]
+    if missing and len(missing) < len(needed):
+        there = ", ".join(name for name in needed if name not in missing)
+        raise KeyError(
+            f"{type(optimizer).__name__}: the state of {_parameter(optimizer.param_groups[number], number, position)} "
+            f"has {there}, but no {', '.join(missing)}, as if it were another class's"
+        )
 
 
 def check_scalar(name: str, t: Tensor) -> None:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .buckets import ParamSlot, Step
+from .buckets import Bucket, ParamSlot, Step
 from .cpu_updates import GRAIN, gather_scalars, set_own_threads, unscaled_and_clipped, update_average
 from .layouts import local
 from .rule import Group, Rule, Tensors, counter_dtype
 from .tracked_state import peek
 
 
-class FusedBucket:
+class FusedBucket(Bucket):
     """Slots of one set of options, by one call of torch's fused CPU kernel, all tensors dense and lying alike."""
 
     def __init__(self, rule: Rule, slots: list[ParamSlot], groups: list[Group]) -> None:
@@ -37,6 +37,8 @@ class FusedBucket:
         self._script_lists = [torch.ScriptList(some) for some in (*self._states, self._steps) if some]
         self._zeros: Tensor | None = None  # the memory of `_scratch`
         self._scratch: list[Tensor] = []
+        self._values: list[Any] | None = None  # that the options were read from
+        self._options: Group
         self._begun = False  # whether every momentum buffer is known to have begun
 
     def _make_scratch(self) -> list[Tensor]:
@@ -53,6 +55,8 @@ class FusedBucket:
 
     def run(self, step: Step) -> None:
         group = step.groups[self.slots[0].group]
+        if step.values is not self._values:
+            self._options, self._values = self.rule.for_torch(group), step.values
         grads: list[Any] = step.grads if self._every else [step.grads[i] for i in self._indices]
         scratch = self._make_scratch() if self.rule.needs_scratch else []
         slots, params, states, steps = self.slots, self._params, self._states, self._steps
@@ -79,10 +83,10 @@ class FusedBucket:
             if set_threads is not None:
                 set_threads(1)
             if len(params) <= 8:
-                self.rule.fused_update(group, tensors)
+                self.rule.fused_update(self._options, tensors)
             else:  # autograd would copy every list; to leave it out takes 0.4 µs
                 with torch._C._AutoDispatchBelowAutograd():
-                    self.rule.fused_update(group, tensors)
+                    self.rule.fused_update(self._options, tensors)
         finally:
             if set_threads is not None:
                 set_threads(threads)

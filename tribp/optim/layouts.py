@@ -22,8 +22,7 @@ def dtensor_type() -> type | None:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    kind = dtensor_type()
-    return kind is not None and type(tensor) not in PLAIN and isinstance(tensor, kind)
+    return type(tensor) not in PLAIN and (kind := dtensor_type()) is not None and isinstance(tensor, kind)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -133,14 +132,15 @@ def separate_gradients(params: Iterable[Tensor]) -> bool:
     return separated
 
 
+def stretch(t: Tensor) -> tuple[str, int, int]:
+    """The memory that a tensor lies in: the device, where it begins and ends."""
+    start = t.data_ptr()
+    return str(t.device), start, start + (t.nbytes if t.is_contiguous() else extent(t))
+
+
 def overlapping(owned: Iterable[tuple[int, Tensor]]) -> set[int]:
     """The owners of tensors whose stretches of memory meet, be it with another's or with another of their own."""
-    stretches = []
-    for owner, t in owned:
-        if length := t.nbytes if t.is_contiguous() else extent(t):
-            start = t.data_ptr()
-            stretches.append((str(t.device), start, start + length, owner))
-    stretches.sort()
+    stretches = sorted((*stretch(t), owner) for owner, t in owned if t.numel())
     owners: set[int] = set()
     device, end, last = "", 0, 0  # of the stretch that reaches furthest so far
     for where, start, stop, owner in stretches:

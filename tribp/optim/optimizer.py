@@ -2,12 +2,13 @@
 
 import contextlib
 import functools
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checkpoint, hooked
 from .layouts import is_dtensor, local, separate_gradients
@@ -156,7 +157,8 @@ class Optimizer(torch.optim.Optimizer):
                 self._plan = plan
                 grads = plan.watch.checked_gradients(self)
                 assert grads is not None, "a new plan fits what it was made from"
-            if capturing and plan not in self._captured:
+            if capturing and not plan.watch.captured:
+                plan.watch.captured = True
                 self._captured.append(plan)  # the graph reads this plan's tables as long as it lives
             norm = plan.run(self, grads, grad_scale, getattr(self, "found_inf", None), capturing)
             if norm is not None:
@@ -190,16 +192,24 @@ class Optimizer(torch.optim.Optimizer):
         return True
 
     @contextlib.contextmanager
-    def swap_ema(self) -> Iterator[None]:
+    def swap_ema(self, model: nn.Module | None = None) -> Iterator[None]:
         """Within the `with` block the parameters hold their moving averages (`ema_decay`), for evaluation.
 
-        Parameters without an average yet keep their values. Raises RuntimeError if ema_decay is off.
+        Parameters without an average yet keep their values. model: whose parameters they are, needed where those are
+        distributed: FSDP2 keeps what a forward pass gathered until there is a backward pass, and would go on with it.
+        Raises RuntimeError if ema_decay is off, without that model, or if FSDP1 has flattened its parameters.
         """
         if not any(group.get("ema_decay") for group in self.param_groups):
             raise RuntimeError(f"swap_ema() needs {type(self).__name__}(…, ema_decay=…): no average is kept")
         if self._in_swap:
             raise RuntimeError("swap_ema() within swap_ema(): the parameters already are their averages")
         averaged = [(p, state["ema"]) for p, state in self.state.items() if "ema" in state and _started(state)]
+        if model is None and any(is_dtensor(p) or hasattr(p, "_is_flat_param") for p, _ in averaged):
+            raise RuntimeError(
+                "swap_ema() of distributed parameters needs the model, swap_ema(model): it may hold gathered ones, "
+                "which must go before its shards are exchanged"
+            )
+        _drop_gathered(model)
         with torch.no_grad():
             weights = [p.detach().clone() for p, _ in averaged]
             for p, ema in averaged:
@@ -209,6 +219,7 @@ class Optimizer(torch.optim.Optimizer):
             yield
         finally:
             self._in_swap = False
+            _drop_gathered(model)
             with torch.no_grad():
                 for (p, _), weight in zip(averaged, weights, strict=True):
                     p.copy_(weight)
@@ -287,6 +298,18 @@ def _only_makes_states(optimizer: Optimizer) -> bool:
 
 def _started(state: Group) -> bool:
     return bool(state["ema_step"].item() > 0)
+
+
+def _drop_gathered(model: nn.Module | None) -> None:
+    """Have FSDP's modules gather their parameters anew."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if model is None or fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise RuntimeError("swap_ema() does not know the flat parameters of FSDP1; FSDP2 (fully_shard) works")
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]

@@ -15,7 +15,8 @@ class ExtraOptions(TypedDict, total=False):
     seed: of the random numbers by which parameters (stochastic rounding) and states of 8 bits are rounded. They depend
         on it, the step, the parameter's place in the optimizer and the element alone.
     ema_decay: keep in `state[p]["ema"]` an exponential moving average of the parameters, in float32 at least:
-        v₁ = x₁, then v ← d·v + (1 − d)·x after every step. `swap_ema()` puts it in their place.
+        v₁ = x₁, then v ← d·v + (1 − d)·x after every step that updates x: without a gradient both stay. `swap_ema()`
+        puts it in their place.
     state_dtype: keep the moments of real parameters in this type; the default is the parameter's.
     stochastic_rounding: round bfloat16 parameters up or down at random, right on average: updates that are too small
         for the type are then not lost. Other types are rounded to nearest.
@@ -68,6 +69,9 @@ def enabled_options(group: Group, caller: str) -> Group:
         raise ValueError(f"{caller}: ema_decay must be in [0, 1), got {decay!r}")
     if norm is not None and not norm > 0.0:
         raise ValueError(f"{caller}: max_grad_norm must be positive, got {norm!r}")
+    seed = options.get("seed", 0)
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{caller}: seed must be a whole number of 64 bits, got {seed!r}")
     dtype = options.get("state_dtype")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2):
         raise ValueError(f"{caller}: state_dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")

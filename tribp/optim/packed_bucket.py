@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import layouts, reference
-from .buckets import ParamSlot, Step
+from .buckets import Bucket, ParamSlot, Step
 from .cpu_updates import GRAIN, Formula, gather_scalars, one_thread, unscaled_and_clipped, update_average
 from .layouts import local
 from .rule import Group, Rule, counter_dtype
@@ -19,7 +19,7 @@ from .tracked_state import peek
 PIECE = 65536
 
 
-class PackedBucket:
+class PackedBucket(Bucket):
     """Dense slots of one set of options that lie alike, by the formula: small ones side by side, large ones in pieces.
 
     An operation takes as long on one tensor of 8 elements as on one of 1,000, and torch's loop has a dozen for each. Of
@@ -40,9 +40,13 @@ class PackedBucket:
         self._columns = [scalars.unbind() for scalars in self._scalars]
         self._everyone = tuple(range(len(slots)))
         self._packs: dict[tuple[int, ...], list[Pack | Pieces]] = {}  # by the slots that are updated together
-        self._of_everyone = self._make_packs(self._everyone)
+        self.follow()
         self._values: list[Any] | None = None  # that the formula was made with
         self._formula: Formula
+
+    def follow(self) -> None:
+        self._packs.clear()
+        self._of_everyone = self._make_packs(self._everyone)
 
     def _make_packs(self, members: tuple[int, ...]) -> "list[Pack | Pieces]":
         """Neighbours share a pack while they are few enough for one thread."""

@@ -5,6 +5,7 @@ Finding out what can be updated how costs 5 ms for 1,000 parameters; `watch.py` 
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from . import checks, codes, layouts, torch_buckets
 from .buckets import Bucket, ParamSlot, Step, UpdateCount
 from .layouts import local
 from .options import common_max_grad_norm, compresses, keeps_residual, rounds_stochastically
-from .rule import Group, Rule, counter_dtype
+from .rule import Group, Rule, counter_dtype, is_shared
 from .tracked_state import WatchedState, peek
 from .watch import Options, Watch, is_plain
 
@@ -42,7 +43,7 @@ class UpdatePlan:
         for slot in before.slots if before is not None else ():
             self._counts[id(slot.count.owner)] = UpdateCount(slot.count.owner, slot.count.value)
         shared = (before is not None and before.watch.shared) or any(
-            type(state) is not WatchedState or bool(state.accesses) for state in optimizer.state.values()
+            type(state) is not WatchedState or state.notes.accessed for state in optimizer.state.values()
         )
         positions = [(number, i) for number, group in enumerate(groups) for i in range(len(group["params"]))]
         self.params: list[Tensor] = [groups[number]["params"][i] for number, i in positions]
@@ -85,9 +86,11 @@ class UpdatePlan:
         self._only_kernels = len(self.buckets) == len(self._kernels)
         self.slots = [slot for kind in slots.values() for slot in kind]
         self._counts = {id(slot.count.owner): slot.count for slot in self.slots}
-        self.watch = Watch(rule, optimizer, options, self.buckets, kinds, shared)
+        self.watch = Watch(rule, optimizer, options, self.buckets, kinds, shared, apart=not entangled)
+        self._running = False
+        self.watch.notes.on_change = WeakMethod(self._release)
         for slot in self.slots:
-            slot.grad = slot.param  # or a whole set of gradients would live as long as the plan
+            slot.grad = slot.whole  # or a whole set of gradients would live as long as the plan
 
     def _used(self, optimizer: torch.optim.Optimizer, number: int, position: int) -> dict[str, Any] | None:
         """What the update of a parameter uses of its state, checked; None before the first gradient."""
@@ -99,6 +102,8 @@ class UpdatePlan:
         names = [*self._rule.states(group), *self._rule.scalar_states, "step" if self._rule.counts_steps else None]
         if p.grad is None and any(name is not None and peek(state, name) is None for name in names):
             return None  # torch makes a state when it sees the first gradient
+        needed = [name for name in names if name is not None and name not in self._rule.optional_states]
+        checks.check_complete(optimizer, number, position, state, needed)
         entries = [*self._rule.entries(group), *([codes.RESIDUAL] if keeps_residual(group, p) else [])]
         used = {name: value for name in entries if (value := peek(state, name)) is not None}
         checks.check_tensors(optimizer, number, position, p.grad, used, self._rule.scalars(), codes.coded(state))
@@ -125,7 +130,8 @@ class UpdatePlan:
                 ):
                     return "triton"
                 kind = torch_buckets.kind_of(self._rule, group, tensors, self._pack)
-        if kind in ("fused", "packed") and entangled:
+        numbers = (used.get(name) for name in self._rule.scalars())
+        if kind in ("fused", "packed") and (entangled or any(isinstance(t, Tensor) and is_shared(t) for t in numbers)):
             kind = "torch"
         if kind == "torch":
             torch_buckets.refuse_options(self._optimizer_name, group, p, g)
@@ -166,12 +172,22 @@ class UpdatePlan:
         if count is None:  # a buffer that was there before us has begun
             count = self._counts[id(owner)] = UpdateCount(owner, 0 if any(owner is t for t in made) else 1)
         grad = local(p if p.grad is None else p.grad)
-        return ParamSlot(index, number, local(p), grad, state, names, keeps_residual(group, p), count)
+        return ParamSlot(index, number, p, grad, state, names, keeps_residual(group, p), count)
 
     def is_unused(self, buffer: object) -> bool:
         """Whether this plan made a momentum buffer that no step has used yet, for the first one was skipped."""
         count = self._counts.get(id(buffer))
-        return not self._rule.counts_steps and count is not None and count.owner is buffer and float(count.value) == 0
+        return not self._rule.counts_steps and count is not None and count.owner is buffer and not float(count.value)
+
+    def _release(self) -> None:
+        """Let go of states that somebody replaces, perhaps by copies elsewhere, to have their memory before a step."""
+        if self._running or self.watch.captured:
+            return
+        self.buckets, self._kernels = [], []
+        self.watch.release()
+        for slot in self.slots:
+            if self._rule.counts_steps or float(slot.count.value):
+                slot.count.owner = None
 
     # The step.
 
@@ -192,12 +208,16 @@ class UpdatePlan:
             optimizer, optimizer.param_groups, watch.options.values, grads, watch.complete, grad_scale, None, found_inf,
             capturing,
         )  # fmt: skip
-        for kernels in self._kernels:
-            kernels.write_tables(step)
-        if self.max_grad_norm is not None:
-            step = step._replace(norm=self._norm(step))
-        for bucket in self.buckets:
-            bucket.run(step)
+        self._running = True  # torch's own code replaces counters
+        try:
+            for kernels in self._kernels:
+                kernels.write_tables(step)
+            if self.max_grad_norm is not None:
+                step = step._replace(norm=self._norm(step))
+            for bucket in self.buckets:
+                bucket.run(step)
+        finally:
+            self._running = False
         # Autograd then refuses a backward pass that needs what they were. Kernels, torch's fused too, don't tell it.
         increment_version(self.params if watch.complete else [p for p in self.params if p.grad is not None])
         watch.after_step()

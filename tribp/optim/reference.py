@@ -70,7 +70,7 @@ def rmsprop(
     square = square_avg = h.alpha * square_avg + (1 - h.alpha) * g * g
     if grad_avg is not None:
         grad_avg = grad_avg + (1 - h.alpha) * (g - grad_avg)
-        square = (square_avg - grad_avg * grad_avg).clamp_min(0)  # leaves NaN as it is
+        square = torch.addcmul(square_avg, grad_avg, grad_avg, value=-1).clamp_min(0)  # leaves NaN as it is
     update = g / _denominator(square, eps, eps_inside)
     if buf is not None:
         update = buf = h.momentum * buf + update

@@ -17,6 +17,7 @@ from .rule import Group, Prepare, Rule, Tensors, check_fused, init_group
 class RMSpropRule(Rule):
     formula = staticmethod(reference.rmsprop)
     options = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
+    optional_states = ("momentum_buffer", "grad_avg")
     squares = ("square_avg",)
     needs_scratch = True
 

@@ -16,6 +16,7 @@ from .layouts import PLAIN
 
 Group = dict[str, Any]
 Number = float | Tensor
+FLAGS = ("amsgrad", "decoupled_weight_decay", "maximize", "nesterov")
 Prepare = Callable[[list[Tensor]], list[Tensor]]
 
 
@@ -49,6 +50,7 @@ class Rule:
     options: ClassVar[tuple[str, ...]]  # of a group: everything the update depends on
     counts_steps: ClassVar[bool] = True  # whether torch keeps a `step` for every parameter
     scalar_states: ClassVar[tuple[str, ...]] = ()  # besides: up to two states of one number a parameter
+    optional_states: ClassVar[tuple[str, ...]] = ()  # that an option adds, which may come later
     squares: ClassVar[tuple[str, ...] | None] = None  # the states that are never negative; None: none can be 8 bits
     adds_eps_to_root: ClassVar[bool] = True  # whether there is a √v + ε, which `eps_inside_sqrt` changes
     needs_scratch: ClassVar[bool] = False  # whether the fused CPU kernel writes more than the update needs
@@ -86,7 +88,7 @@ class Rule:
         return False
 
     def fused_update(self, group: Group, t: Tensors) -> None:
-        """The update by that kernel."""
+        """The update by that kernel. group: of `for_torch`."""
         raise NotImplementedError
 
     def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
@@ -102,6 +104,18 @@ class Rule:
     def numbers_on_device(cls, group: Group) -> bool:
         """Whether torch keeps a parameter's states of one number on its device, rather than on the CPU."""
         return bool(group.get("capturable") or group.get("fused"))
+
+    def for_torch(self, group: Group) -> Group:
+        """A group's options as torch's fused kernels take them: its other code takes 1 and numpy's numbers, too."""
+        plain = {name: group[name] for name in self.options if name in group}
+        for name, value in plain.items():
+            if name in FLAGS:
+                plain[name] = bool(value)
+            elif name == "betas":
+                plain[name] = tuple(map(float, value))
+            elif not (name == "lr" and isinstance(value, Tensor)):
+                plain[name] = float(value)
+        return plain
 
     def has_torch_update(self) -> bool:
         return type(self).torch_update is not Rule.torch_update
@@ -143,6 +157,11 @@ def init_group(optimizer: torch.optim.Optimizer, group: Group, number: int) -> t
 def counter_dtype(fused: bool) -> torch.dtype:
     """The type of torch's `step`."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 and not fused else torch.float32
+
+
+def is_shared(t: Tensor) -> bool:
+    """Whether other processes may have a tensor's memory, as Hogwild's have: what counts there must stay there."""
+    return t.is_cpu and t.untyped_storage().is_shared()
 
 
 def check_fused(group: Group) -> None:

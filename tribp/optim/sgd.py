@@ -18,6 +18,7 @@ from .rule import Group, Prepare, Rule, Tensors, init_group
 class SGDRule(Rule):
     formula = staticmethod(reference.sgd)
     options = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+    optional_states = ("momentum_buffer",)
     squares = ()
     counts_steps = False
     adds_eps_to_root = False
@@ -33,8 +34,8 @@ class SGDRule(Rule):
         return dtype in (torch.float32, torch.float64)
 
     def fused_update(self, group: Group, t: Tensors) -> None:
-        lr, decay = group["lr"], float(group["weight_decay"])
-        if len(t.params) == 1 and not t.states and not decay:
+        lr = group["lr"]
+        if len(t.params) == 1 and not t.states and not group["weight_decay"]:
             # Measured on two cores, 1 to 16 M elements: faster than the fused kernel. For 1,000 tensors of 8 that one
             # takes a third of torch._foreach_add_'s time, for large ones as long.
             t.params[0].add_(t.grads[0], alpha=float(lr) if group["maximize"] else -float(lr))
@@ -46,9 +47,9 @@ class SGDRule(Rule):
             )
             if params:
                 torch._fused_sgd_(
-                    params, grads, states[0] if states else [], weight_decay=decay, momentum=float(group["momentum"]),
-                    lr=lr, dampening=float(group["dampening"]), nesterov=group["nesterov"], maximize=group["maximize"],
-                    is_first_step=first,
+                    params, grads, states[0] if states else [], weight_decay=group["weight_decay"],
+                    momentum=group["momentum"], lr=lr, dampening=group["dampening"], nesterov=group["nesterov"],
+                    maximize=group["maximize"], is_first_step=first,
                 )  # fmt: skip
 
         if t.fresh is None:

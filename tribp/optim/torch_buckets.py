@@ -60,7 +60,8 @@ def refuse_options(caller: str, group: Group, p: Tensor, grad: Tensor) -> None:
     elif group.get("differentiable"):
         what = "differentiable=True"
     else:
-        what = f"a {type(grad).__name__} of {grad.dtype} on {grad.device}"
+        odd = grad if type(p) in layouts.PLAIN else p
+        what = f"a {type(odd).__name__} of {odd.dtype} on {odd.device}"
     raise RuntimeError(f"{caller}: {', '.join(options)} can't be combined with {what}")
 
 
@@ -112,7 +113,7 @@ def total_norm(grads: list[Tensor]) -> Tensor:
     return norm
 
 
-class ReferenceBucket:
+class ReferenceBucket(Bucket):
     """Slots with options that torch does not have, one by one, by the rule's formula."""
 
     def __init__(self, rule: Rule, slots: list[ParamSlot]) -> None:
@@ -174,7 +175,7 @@ class ReferenceBucket:
             scalar.fill_(result)
 
 
-class TorchBucket:
+class TorchBucket(Bucket):
     """Parameters of one group that only torch's own code updates: sparse, differentiable, on another device …"""
 
     def __init__(self, rule: Rule, group: int, params: list[Tensor], in_turn: bool) -> None:

@@ -19,7 +19,7 @@ from ..launch.launches import Launch
 from ..launch.optim import MultiTensorConfig, MultiTensorProblem, NormConfig, StepConfig
 from ..launch.plan import Build, Plan, build_plan, config_for
 from . import layouts
-from .buckets import ParamSlot, Step
+from .buckets import Bucket, ParamSlot, Step
 from .device_tables import Table, bits
 from .options import compresses, rounds_stochastically
 from .rule import CommonHyper, Group, Rule
@@ -66,7 +66,7 @@ def _seed(group: Group, p: Tensor) -> int | None:
     return group.get("seed", 0) if rounds_stochastically(group, p) or compresses(group, p) else None
 
 
-class TritonBucket:
+class TritonBucket(Bucket):
     """One launch: slots on one device, of one combination of types, of however many groups."""
 
     def __init__(self, rule: Rule, optimizer: torch.optim.Optimizer, slots: list[ParamSlot], dtypes: Dtypes) -> None:
@@ -96,8 +96,8 @@ class TritonBucket:
         launched = config_for(MultiTensorProblem(sum(lengths), tuple(sorted(types)), strided, arch))
         scalar_type = self._adopt_scalars()
         self._layouts = _on(self.device, [word for row in layout_rows for word in row], torch.int64)
-        words = self._row_words(layout_rows, lengths, self._adopt_counters())
-        self._rows = _on(self.device, words, torch.int64)
+        self._row_words = self._words_of_rows(layout_rows, lengths, self._adopt_counters())
+        self._rows = _on(self.device, self._row_words, torch.int64)
         self._chunks = _chunks(lengths, launched.chunk, self.device)
         group, p = groups[self.slots[0].group], self.slots[0].param
         param, grad, state0, state1, state2, ema = (_TYPES[dtype] for dtype in dtypes)
@@ -136,7 +136,7 @@ class TritonBucket:
             rows.append(row)
         return rows
 
-    def _row_words(self, layout_rows: list[list[int]], lengths: list[int], counters: list[Tensor]) -> list[int]:
+    def _words_of_rows(self, layout_rows: list[list[int]], lengths: list[int], counters: list[Tensor]) -> list[int]:
         words: list[int] = []
         layout_address = self._layouts.data_ptr()
         for slot, layout, length, counter in zip(self.slots, layout_rows, lengths, counters, strict=True):
@@ -189,6 +189,12 @@ class TritonBucket:
 
         new = iter(_on(self.device, [float(c or 0) for c in counters if not stays(c)], dtype).unbind())
         return [c if stays(c) else next(new) for c in counters]  # type: ignore[misc]
+
+    def follow(self) -> None:
+        fields = kernels.Row._fields
+        self._row_words[fields.index("param") :: len(fields)] = [_address(slot.param) for slot in self.slots]
+        with dispatch.on_device(self.device):
+            self._rows = _on(self.device, self._row_words, torch.int64)
 
     # Every step.
 

@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, compress
+from itertools import chain, compress, pairwise
 from operator import eq, is_, itemgetter
 from typing import Any
 
@@ -20,12 +20,12 @@ from torch import Tensor
 from .. import dispatch
 from . import layouts
 from .buckets import Bucket
-from .codes import keys
+from .codes import RESIDUAL, keys
 from .footprint import Footprint, dict_version, guard, holders, places, signature, storage_sizes
 from .layouts import PLAIN, local
 from .options import SWITCHES
 from .rule import Group, Rule
-from .tracked_state import WatchedState, peek
+from .tracked_state import Notes, WatchedState, peek
 
 _PARAMS: Callable[[Group], list[Tensor]] = itemgetter("params")
 # Types of hyperparameters that can't change in place.
@@ -127,12 +127,16 @@ class Watch:
 
     def __init__(
         self, rule: Rule, optimizer: torch.optim.Optimizer, options: Options, buckets: Sequence[Bucket],
-        kinds: Sequence[str | None], shared: bool,
+        kinds: Sequence[str | None], shared: bool, apart: bool,
     ) -> None:  # fmt: skip
-        """kinds: which code updates each parameter, in `UpdatePlan`'s words. shared: whether others may hold states."""
+        """kinds: which code updates each parameter, in `UpdatePlan`'s words. shared: whether others may hold states.
+
+        apart: whether no two parameters or states share memory.
+        """
         groups: list[Group] = optimizer.param_groups
         self.options, self._buckets, self.shared = options, buckets, shared
-        self._by_torch = "torch" in kinds
+        self._by_torch, self._apart = "torch" in kinds, apart
+        self.captured = False  # whether a CUDA graph reads the buckets' tables
         options.remember_variants(groups, "fused" in kinds)
         self._backend = dispatch.backend()
         lists = list(map(_PARAMS, groups))
@@ -156,30 +160,30 @@ class Watch:
                 continue
             self._watched.append(index)
             if kinds[index] is not None:
-                self._expected[index] = signature(grad)
+                self._expected[index] = signature(grad.detach() if grad is p else grad)  # a gradient is no Parameter
                 self._overlapping |= layouts.overlaps_itself(grad)
         self._all = len(self._watched) == len(self.params)
         self._masks: list[GradMask] = []
         self.complete = False  # whether every parameter that the plan updates has a gradient
         memory = self._memory(self.params)
         self._alike, self._there = guard(memory), places(memory)
+        self._stretches: list[tuple[str, int, int]] | None = None  # of the states, once parameters have moved
 
     def _watch_states(self, rule: Rule, optimizer: torch.optim.Optimizer) -> None:
-        self._changes: list[object] = []  # told by states
-        self.accesses: list[object] = []  # told by them too
         states: dict[Any, Any] = optimizer.state
+        entries = [[*rule.entries(group), *keys(rule, group)] for group in optimizer.param_groups]
+        self.notes = Notes({*chain.from_iterable(entries), RESIDUAL})
         for p, state in states.items():
             if type(state) is WatchedState:
-                state.changes.append("another plan")  # of another optimizer, maybe, which shares this state
-                state.changes, state.accesses = self._changes, self.accesses
+                state.notes.change()  # for another optimizer, maybe, which shares this state
+                state.notes = self.notes
             elif isinstance(state, dict) and isinstance(p, Tensor):
-                states[p] = WatchedState(state, self._changes, self.accesses)
+                states[p] = WatchedState(state, self.notes)
         self._owners, self._states, self._states_version = list(states), list(states.values()), dict_version(states)
         self._used: list[Tensor] = []
-        for group in optimizer.param_groups:
-            entries = [*rule.entries(group), *keys(rule, group)]
+        for group, names in zip(optimizer.param_groups, entries, strict=True):
             for state in (states.get(p, {}) for p in group["params"]):
-                used = (peek(state, name) for name in entries)
+                used = (peek(state, name) for name in names)
                 self._used += [t for t in used if isinstance(t, Tensor) and is_plain(t)]
         self._state_shards = not set(map(type, self._used)) <= set(PLAIN)
         self._state_footprint = Footprint(self._state_tensors())
@@ -189,11 +193,11 @@ class Watch:
 
     def checked_gradients(self, optimizer: torch.optim.Optimizer) -> list[Tensor | None] | None:
         """The gradients of all parameters (their local parts), or None if the plan no longer fits."""
-        if self._changes or dispatch.backend() != self._backend:
+        if self.notes.changed or dispatch.backend() != self._backend:
             return None
         if not self._same_states(optimizer.state):
             return None
-        if (self.accesses or self.shared) and not self._states_lie_still():
+        if (self.notes.accessed or self.shared) and not self._states_lie_still():
             return None
         groups: list[Group] = optimizer.param_groups
         lists = list(map(_PARAMS, groups))
@@ -205,7 +209,7 @@ class Watch:
         memory = self._memory(params)
         # The guard first: it is all C++, and memory that both read is waited for in less time than between calls from
         # Python. That is 1 to 5 % of a step of 400 shards that are in no cache; otherwise the order is all the same.
-        if not (self._alike(memory) and self._there(memory)):
+        if not (self._alike(memory) and (self._there(memory) or self._follow(memory))):
             return None
         if self._unwatched and any(p.grad is not None and is_plain(p.grad) for p in self._unwatched):
             return None
@@ -217,14 +221,38 @@ class Watch:
             grads = layouts.local_all(grads)
         return grads if self._fit(self._select(grads)) else None
 
+    def _follow(self, memory: list[Tensor]) -> bool:
+        """Have the buckets go on with parameters that were given other memory, of the same kind; False if they can't.
+
+        Optimizers around this one do so at every step (SAM's `p.data = old_p`): another plan takes ten times as long.
+        """
+        if not (self._apart and self._all) or self.sharded or self.captured:
+            return False
+        if self._stretches is None:
+            self._stretches = list(map(layouts.stretch, self._state_tensors()))
+        stretches = sorted(s for s in (*map(layouts.stretch, memory), *self._stretches) if s[1] < s[2])
+        meet = any(a[0] == b[0] and b[1] < a[2] for a, b in pairwise(stretches))
+        if meet or not all(map(layouts.fits_storage, memory)):
+            return False
+        for bucket in self._buckets:
+            bucket.follow()
+        self._there = places(memory)
+        return True
+
     def shares_memory(self, grads: list[Tensor | None]) -> bool:
         """Whether two elements of these gradients are one in memory, which then can't be divided in place."""
         addresses = [grad.data_ptr() for grad in self._select(grads) if grad is not None and grad.numel()]
         return self._overlapping or len(set(addresses)) < len(addresses)
 
+    def release(self) -> None:
+        """Hold no state any longer; the plan does not hold."""
+        self.notes.changed = True
+        self._buckets, self._used, self._states = [], [], []
+        del self._state_footprint
+
     def after_step(self) -> None:
         """Remember who holds the states, if nobody else does."""
-        if self._holders is None and not (self.shared or self.accesses):
+        if self._holders is None and not (self.shared or self.notes.accessed):
             self._holders = list(holders(self._state_tensors()))
 
     def _same_states(self, states: Mapping[Any, Any]) -> bool:
@@ -242,7 +270,7 @@ class Watch:
         states = self._state_tensors()
         if not self._state_footprint.fits(states):
             return False
-        self.accesses.clear()
+        self.notes.accessed = False
         # Who holds one stays unknown where torch's own code asks for them, or somebody did before the first step's end.
         unknown = self._by_torch or self._holders is None
         self.shared = unknown or not all(map(eq, holders(states), self._holders or ()))
