@@ -107,6 +107,8 @@ class Part(NamedTuple):
 
     layer: Any
     function: str  # that computes it
+    weight: Any
+    bias: Tensor | None
     norm: nn.Module | None
     activation: ActivationLike
     stop: int  # the index of what is behind
@@ -138,12 +140,14 @@ def function_of(row: Sequence[Part]) -> str:
     return "mlp" if len(row) > 1 else row[0].function
 
 
-def _run_row(row: Sequence[Part], input: Tensor) -> Tensor:
-    layer, function, _, activation, _ = row[0]
+def _run_row(row: Sequence[Part], input: Any) -> Tensor:
+    layer, function, weight, bias, norm, activation, _ = row[0]
+    traced = not isinstance(input, Tensor) or is_fx_symbolic_tracing()
     if len(row) > 1:
-        weights, biases = zip(*(_parameters(part, input) for part in row), strict=True)
+        weights, biases = zip(*(_parameters(part, traced) for part in row), strict=True)
         return mlp(input, weights, biases, activation, row[-1].activation)
-    weight, bias = _parameters(row[0], input)
+    if traced or norm is not None:
+        weight, bias = _parameters(row[0], traced)
     if function == "linear":
         return linear(input, weight, bias, activation)
     if function == "conv3x3":
@@ -151,13 +155,12 @@ def _run_row(row: Sequence[Part], input: Tensor) -> Tensor:
     return layer._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
 
-def _parameters(part: Part, input: Any) -> tuple[Any, Tensor | None]:
-    layer, norm = part.layer, part.norm
-    if norm is not None:
-        return folded(layer, norm)
-    if isinstance(input, Tensor) and not is_fx_symbolic_tracing():
-        return parameter(layer, "weight"), parameter(layer, "bias")
-    return layer.weight, layer.bias  # what torch.fx puts in their places
+def _parameters(part: Part, traced: bool) -> tuple[Any, Tensor | None]:
+    if part.norm is not None:
+        return folded(part.layer, part.norm)
+    if traced:
+        return part.layer.weight, part.layer.bias  # what torch.fx puts in their places
+    return part.weight, part.bias
 
 
 def _part_at(modules: Sequence[Step], start: int, input: Tensor | None, norms: bool) -> Part | None:
@@ -168,8 +171,8 @@ def _part_at(modules: Sequence[Step], start: int, input: Tensor | None, norms: b
     function, own = LAYERS.get(type(layer), ("", False))
     if not function or is_watched(layer):
         return None
+    weight, bias = parameter(layer, "weight"), parameter(layer, "bias")
     if not own:
-        weight, bias = parameter(layer, "weight"), parameter(layer, "bias")
         if not _is_readable(weight, bias, 2 if function == "linear" else 4) or (
             bias is None and not hasattr(layer, "bias")
         ):
@@ -179,17 +182,18 @@ def _part_at(modules: Sequence[Step], start: int, input: Tensor | None, norms: b
     stop = start + 1
     norm: Any = None
     activation = layer.activation if own else None
-    if activation is None and stop < len(modules) and _folds(layer, modules[stop], input, norms):
-        norm = modules[stop]
+    behind = modules[stop] if stop < len(modules) else None
+    if activation is None and type(behind) in BATCH_NORMS and _folds(layer, behind, input, norms):
+        norm = behind
         stop += 1
     if activation is None and stop < len(modules) and function != "conv2d":
         activation = _taken(modules[stop])
         stop += activation is not None
-    return Part(layer, function, norm, activation, stop)
+    return Part(layer, function, weight, bias, norm, activation, stop)
 
 
 def _folds(layer: nn.Module, norm: Any, input: Tensor | None, norms: bool) -> bool:
-    if type(norm) not in BATCH_NORMS or not (norms or is_folding(norm)) or not can_fold(layer, norm):
+    if not (norms or is_folding(norm)) or not can_fold(layer, norm):
         return False
     return input is None or folds_now(layer, norm, input)
 
@@ -216,7 +220,7 @@ def _is_readable(weight: Tensor | None, bias: Tensor | None, dims: int) -> TypeG
     """Whether a kernel takes weight and bias, which users replace, too."""
     if weight is None or weight.dim() != dims or not _is_plain(weight):
         return False
-    return bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1])
+    return bias is None or (_is_plain(bias) and bias.dim() == 1)
 
 
 def _is_plain(t: Tensor) -> bool:
@@ -247,7 +251,7 @@ def flatten(modules: Iterable[Step]) -> list[Any]:
     """Modules that run one after the other, a plain Sequential's in its place."""
     flat: list[Any] = []
     for module in modules:
-        if is_plain_sequential(module):
+        if isinstance(module, nn.Sequential) and is_plain_sequential(module):
             flat += flatten(module)
         else:
             flat.append(module)
