@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
         return 130
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
 
@@ -74,8 +75,8 @@ def _perform(options: Options) -> int:
     """What each command needs is asked for before its module is imported."""
     name = options.command
     operation.find(options.operation)
-    if options.json and not options.json.parent.is_dir():
-        raise ValueError(f"{options.json} cannot be written: there is no folder {options.json.parent}")
+    if options.json:
+        _try_to_write(options.json)
     if name in ("run", "tune", "all") and not options.smoke and not torch.cuda.is_available():
         raise ValueError(f"{name} needs CUDA, and torch finds no GPU here (--smoke walks through it on a CPU)")
     if name == "tune" and options.smoke:
@@ -89,6 +90,15 @@ def _perform(options: Options) -> int:
     module = "model.predict" if options.model else COMMANDS[name]
     with variant(options.set):
         return int(importlib.import_module(f".{module}", __package__).main(options))
+
+
+def _try_to_write(path: Path) -> None:
+    """Raise what would be raised when everything is measured."""
+    if path.is_dir():
+        raise ValueError(f"{path} cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+    tempfile.TemporaryFile(dir=path.parent).close()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ code. Writes the report and a table of the steps last. Exits with 1 if a step fa
 
 import contextlib
 import datetime
-import json
 import os
 import shutil
 import signal
@@ -128,7 +127,9 @@ class Journal:
         self.file, self.log, self.smoke = folder / "steps.json", folder / "log.txt", smoke
         stored: dict[str, Any] = {"smoke": smoke, "steps": {}}
         if self.file.exists():
-            stored = json.loads(self.file.read_text())
+            stored = results.read_json(self.file)
+        if stored.keys() != {"smoke", "steps"}:
+            raise ValueError(f"{self.file} is not what `all` writes")
         if stored["smoke"] != smoke:
             raise ValueError(f"{folder} holds results {'of' if stored['smoke'] else 'that are not of'} a smoke test")
         self.code = {"commit": results.commit(), "sources": results.digest()}

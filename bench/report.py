@@ -4,7 +4,6 @@ Writes DIR/README.md (every target with what was measured, the missed first; the
 from the JSON in DIR alone. Without any results it prints the targets.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from .results import Row, markdown
 Stored = Mapping[str, dict[str, Any]]  # what each operation's JSON holds, by the operation's name
 MOST_MISSED = 20  # targets in the short form
 ORDER = ("missed", "unmeasured", "met")
+MADE_BY = "Made by `python -m bench report` from the JSON beside it."  # says that a page may be written anew
 
 
 class Goal(NamedTuple):
@@ -46,18 +46,20 @@ def main(options: Options) -> int:
 
 def write(folder: Path) -> None:
     """The folder's page and, with matplotlib, its pictures: each operation's bars against the peers and roofline."""
-    stored = load(folder)
+    stored, file = load(folder), folder / "README.md"
+    if file.exists() and MADE_BY not in file.read_text():
+        raise ValueError(f"{file} is somebody's, and no page of results")
     for entry in operation.find():
         if held := stored.get(entry.name):
             heading, ceilings = results.heading(held), (held["copy_bytes_per_second"], held["operations_per_second"])
             pictures.bars(folder / f"{entry.name}.png", heading, held["rows"], entry.peers)
             pictures.roofline(folder / f"roofline-{entry.name}.png", heading, held["rows"], *ceilings)
-    results.write(folder / "README.md", page(folder, stored))
+    results.write(file, page(folder, stored))
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     files = {name: folder / f"{name}.json" for name in (*operation.operations(), "host")}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    return {name: results.read_json(file) for name, file in files.items() if file.exists()}
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ def short(folder: Path) -> str:
 
 
 def page(folder: Path, stored: Stored) -> str:
-    parts = [f"# {title(stored)}", "Made by `python -m bench report` from the JSON beside it.", "## Targets"]
+    parts = [f"# {title(stored)}", MADE_BY, "## Targets"]
     parts.append(targets(stored))
     for entry in operation.find():
         if entry.name in stored:
@@ -174,7 +176,7 @@ def steps_section(folder: Path) -> list[str]:
     file = folder / "steps.json"
     if not file.exists():
         return []
-    entries = json.loads(file.read_text())["steps"].items()
+    entries = results.read_json(file)["steps"].items()
     rows = [[name, e["status"], f"{e['seconds']:.0f}", e["date"], e["commit"], e["note"]] for name, e in entries]
     return [
         "## Steps",

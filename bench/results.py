@@ -200,7 +200,7 @@ class Store:
         }  # fmt: skip
         date = datetime.datetime.now().isoformat(timespec="minutes")
         self.stamp = {"date": date, "commit": commit(), "sources": digest()}
-        self.rows: list[Row] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+        self.rows: list[Row] = read_json(self.path)["rows"] if self.path.exists() else []
 
     def has(self, case: Any, *, compiled: bool) -> bool:
         """Whether the case has been measured with the present code, and beside torch.compile if that is wanted."""
@@ -245,6 +245,13 @@ def write(path: Path, text: str) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(text + "\n")
     os.replace(new, path)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def write_json(path: Path, content: object) -> None:

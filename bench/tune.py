@@ -79,7 +79,7 @@ class Tuning:
         self.head = {"operation": operation.name, "smoke": options.smoke, **conditions(meter.name)}
         self.stamp = {"commit": results.commit(), "versions": meter.versions()}
         self.found: list[dict[str, Any]] = []
-        before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        before = results.read_json(self.path) if self.path.exists() else {}
         mine = all(before.get(key) == value for key, value in self.head.items())
         self.entries: dict[str, dict[str, Any]] = before["entries"] if mine else {}  # by what is measured
         if before and not mine:

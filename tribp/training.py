@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from . import dispatch
 from .fusion.activations import ACTIVATIONS, activation_like, refused
@@ -156,6 +158,8 @@ class TrainStep:
             return "input and target must be tensors"
         if dispatch.needs_operator() or dispatch.kernels_cannot_read(input, target):
             return "something looks on that does not see kernels"
+        if torch.is_anomaly_enabled() or _function_mode():
+            return "anomalies are looked for, or a mode looks on at torch's functions"
         if dispatch.backend_of(input) != "triton":
             return "Triton's kernels do not run here"
         if dispatch.autocasting(input.device.type):
@@ -233,6 +237,11 @@ def layout_of(t: Tensor) -> tuple[object, ...]:
     return t.shape, t.stride(), t.dtype, t.device
 
 
+def _function_mode() -> bool:
+    """Whether somebody's mode sees the functions that are called; that of `torch.set_default_device` aside."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
 def _has_hooks(p: Tensor) -> bool:
     return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
 
@@ -255,7 +264,7 @@ def _layers_of(model: nn.Module) -> list[Layer] | str:
         if not runs_forward_alone(module):
             return f"a {kind.__name__} has hooks, or a forward of its own"
         if isinstance(module, nn.Linear | Linear) and kind in LINEARS:
-            act = vars(module).get("activation")
+            act = module.activation if isinstance(module, Linear) else None  # torch's own may have a note of that name
             if act is not None and follows is not None:
                 return "two activations follow on one layer"
             layers.append(Layer(module.weight, module.bias, activation_of("train_step", act or follows)))

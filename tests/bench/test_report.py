@@ -203,6 +203,21 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Capt
     assert re.search(r"(\d+) targets: 0 missed, \1 unmeasured", (tmp_path / "README.md").read_text())
 
 
+def test_a_readme_of_somebody_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DIR may be taken for the folder to write to."""
+    (tmp_path / "README.md").write_text("# My project\n")
+    assert main(["report", str(tmp_path)]) == 2
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    assert "no page of results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["linear.json", "steps.json"])
+def test_a_damaged_file_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_text('{"rows": [')
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path / name} cannot be read" in capsys.readouterr().err
+
+
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 

@@ -185,6 +185,8 @@ def test_run_on_a_gpu(tmp_path: Path) -> None:
         ),
         (["host", "--smoke", "--case", "9x9"], "bench: there is no such case; there are: Adam"),
         (["static", "--json", "nowhere/x.json"], "bench: nowhere/x.json cannot be written: there is no folder nowhere"),
+        (["host", "--smoke", "--json", "."], "bench: . cannot be written: it is a folder"),
+        (["run", "--smoke", "--out", __file__], "bench: [Errno 17] File exists"),
     ],
 )
 def test_errors_are_one_line_that_lists_what_there_is(

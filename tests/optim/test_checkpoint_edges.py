@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -320,6 +321,23 @@ def test_checkpoints_from_several_threads() -> None:
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(save, range(400)))
+
+
+def test_hooks_may_wait_for_another_optimizers() -> None:
+    """As ranks that are threads do, in a collective."""
+    both = threading.Barrier(2, timeout=20)
+
+    def save(_: int) -> int:
+        optimizer = Adam([Parameter(torch.ones(2))])
+
+        def meet(*_: Any) -> None:
+            both.wait()
+
+        optimizer.register_state_dict_post_hook(meet)
+        return len(optimizer.state_dict()["param_groups"])
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(save, range(2))) == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RAdam"])

@@ -1,5 +1,6 @@
 """Options beyond torch's: averages, clipping, wide moments, stochastic rounding, ε inside the root."""
 
+import itertools
 import math
 from typing import Any
 
@@ -396,7 +397,7 @@ def test_epsilon_inside_the_root(name: str, device: str) -> None:
         ({"state_dtype": torch.int32}, ValueError, "state_dtype"),
         ({"state_dtype": torch.complex64}, ValueError, "state_dtype"),
         ({"state_dtype": "float32"}, ValueError, "state_dtype"),
-        *[({"seed": seed}, ValueError, "seed") for seed in (1.5, 3.0, "1", True, 2**64, -(2**63) - 1)],
+        *[({"seed": seed}, ValueError, "seed") for seed in (1.5, 3.0, "1", True, None, 2**64, -(2**63) - 1)],
         ({"no_such_option": 1}, TypeError, "no_such_option"),
         ({"lr": -1.0}, ValueError, "lr|learning rate"),
     ],
@@ -408,6 +409,21 @@ def test_options_that_make_no_sense(name: str, options: Options, error: type[Exc
     if "ema_decay" in options or "state_dtype" in options:  # in one group, too
         with pytest.raises(error, match=match):
             ours(name, [{"params": [torch.ones(2)], **options}])
+
+
+def test_a_seed_of_numpys(device: str) -> None:
+    """Any whole number, as torch.manual_seed takes it; it is kept as Python's."""
+    found: list[Tensor] = []
+    seeds: list[Any] = [3, np.int64(3)]
+    for seed, in_group in itertools.product(seeds, [False, True]):
+        p = torch.ones(40, dtype=torch.bfloat16, device=device)
+        p.grad = torch.full_like(p, 2.0**-10)
+        group, rest = ({"params": [p], "seed": seed}, {}) if in_group else ({"params": [p]}, {"seed": seed})
+        optimizer = ours("SGD", [group], lr=1.0, stochastic_rounding=True, **rest)
+        optimizer.step()
+        assert type(optimizer.param_groups[0]["seed"]) is int
+        found.append(p)
+    assert all(torch.equal(p, found[0]) for p in found)
 
 
 def test_options_that_a_class_has_not() -> None:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from tribp import dispatch
 from tribp.optim import SGD, Adam, Momentum, NAdam, RMSprop
+from tribp.optim.adam import AdamRule
 
 from ..test_dispatch import WITHOUT_TRITON, python
 from .cases import CLASSES
@@ -45,6 +46,7 @@ def _swap(optimizer: Optimizer) -> None:
 
 # Ways in which resetting, offloading or quantizing code changes a live optimizer's state.
 EDITS: dict[str, Callable[[Any], object]] = {
+    "step in other memory": lambda o: setattr(_state(o)["step"], "data", torch.full_like(_state(o)["step"], 7)),
     "replaced": lambda o: _state(o).__setitem__("exp_avg", _ones(o)),
     "updated": lambda o: _state(o).update(exp_avg=_ones(o)),
     "in place": lambda o: _state(o)["exp_avg"].mul_(2),
@@ -258,6 +260,30 @@ def test_states_moved_away_are_freed(kind: Any, device: str) -> None:
     gradients(before[0], 2)
     again.step()
     assert_close(params, before[0])
+
+
+@pytest.mark.parametrize("reset", [lambda o: o.state.clear(), lambda o: setattr(o, "state", defaultdict(dict))])
+def test_states_thrown_away_are_gone_before_others_are_made(
+    reset: Callable[[Any], object], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the first step after a reset would need twice the memory."""
+    params = weights(device)
+    optimizer = Adam(params)
+    for i in range(2):
+        gradients(params, i)
+        optimizer.step()
+    held = [weakref.ref(optimizer.state[p]["exp_avg"].untyped_storage()) for p in params]
+    alive: list[int] = []
+    made = AdamRule.new_state
+
+    def make(*arguments: Any) -> Tensor:
+        alive.append(sum(ref() is not None for ref in held))
+        return made(*arguments)
+
+    monkeypatch.setattr(AdamRule, "new_state", make)
+    reset(optimizer)
+    optimizer.step()
+    assert alive == [0] * 2 * len(params)
 
 
 def test_two_threads(device: str) -> None:

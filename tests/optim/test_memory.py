@@ -349,6 +349,24 @@ def test_states_are_looked_at_only_while_somebody_holds_one(device: str, monkeyp
         assert state.notes.accessed, "unnoticed"
 
 
+@pytest.mark.parametrize("how", [lambda p: p.set_(torch.empty(0)), lambda p: setattr(p, "data", torch.empty(0))])
+def test_parameters_without_gradients_may_give_their_memory_away(how: Callable[[Tensor], object]) -> None:
+    """Blocks that are not trained for the time being: torch leaves them alone."""
+    params = [torch.ones(4) for _ in range(2)]
+    optimizer = ours("Adam", params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    params[0].grad = None
+    how(params[0])
+    optimizer.step()
+    assert float(optimizer.state[params[1]]["step"]) == 2
+    params[0].data = torch.ones(4)
+    params[0].grad = torch.ones(4)
+    optimizer.step()
+    assert float(optimizer.state[params[0]]["step"]) == 2
+
+
 # ---- what is listed twice, or shares memory
 
 

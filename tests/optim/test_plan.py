@@ -211,7 +211,7 @@ def test_layouts_in_as_few_dimensions_as_possible() -> None:
 
 
 @pytest.mark.parametrize("name", ["Adam", "SGD", "NAdam"])
-def test_a_plan_is_kept_where_gradients_come_and_go(name: str, device: str) -> None:
+def test_one_plan_where_gradients_come_and_go(name: str, device: str) -> None:
     """The first step sees half of them. Parameters are `Parameter`s, as users have them, and gradients are not."""
     params = [torch.nn.Parameter(torch.ones(4, device=device)) for _ in range(8)]
     optimizer = ours(name, params)
@@ -234,7 +234,7 @@ WRAPPERS: dict[str, Callable[[Any, Tensor], object]] = {
 
 @pytest.mark.parametrize("name", ["Adam", "SGD", "NAdam"])
 @pytest.mark.parametrize("what", WRAPPERS)
-def test_a_plan_is_kept_within_other_optimizers(what: str, name: str, device: str) -> None:
+def test_one_plan_within_other_optimizers(what: str, name: str, device: str) -> None:
     """SAM and Lookahead change this before every step."""
     twins = Twins(name, [(4,)] * 8, device)
     twins.step()

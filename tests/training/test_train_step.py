@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -324,6 +325,40 @@ def test_a_reduction_that_torchs_modules_do_not_have(kind: Any, kernels: str) ->
     x, target = (t.to(kernels) for t in draw((8, 3), 6, "binary_cross_entropy"))
     with pytest.raises(ValueError, match="batchmean is not a valid value for reduction"):
         step_of(model, kind(reduction="batchmean"))(x, target)
+
+
+@pytest.mark.parametrize("note", ["relu", "gelu", F.relu])
+def test_a_note_on_a_layer_of_torchs(note: Any, kernels: str) -> None:
+    """An attribute that nn.Linear's forward never reads: `calculate_gain(layer.activation)` may."""
+    layer: Any = nn.Linear(4, 5)
+    layer.activation = note
+    model = nn.Sequential(layer, nn.Linear(5, 3)).to(kernels)
+    x, target = torch.randn(6, 4, device=kernels), torch.randn(6, 3, device=kernels)
+    expected = F.mse_loss(model(x), target)
+    step = tribp.train_step(model, torch.optim.SGD(model.parameters(), 0.0), "mse_loss")
+    torch.testing.assert_close(step(x, target), expected.detach())
+    assert step.reason is None
+
+
+class Tenfold(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return result * 10 if function is F.linear else result
+
+
+def test_who_looks_on_at_torchs_functions(kernels: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).to(kernels)
+    x, target = torch.randn(6, 4, device=kernels), torch.randn(6, 3, device=kernels)
+    step = tribp.train_step(model, torch.optim.SGD(model.parameters(), 0.0), "mse_loss")
+    with Tenfold():
+        expected = F.mse_loss(model(x), target)
+        torch.testing.assert_close(step(x, target), expected.detach())
+        assert "mode" in str(step.reason)
+    with warnings.catch_warnings(), torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="nan"):
+        step(x * float("nan"), target)
+    with torch.device(kernels):  # torch's own mode, which torch.set_default_device leaves on
+        step(x, target)
+        assert step.reason is None
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,15 @@ from .rule import Rule, counter_dtype, is_shared
 from .tracked_state import WatchedState
 
 State = dict[str, Any]
-_hooking = threading.RLock()  # torch's loops over hooks stop at one that is added meanwhile
+# torch's loops over an optimizer's hooks stop at one that is added meanwhile.
+_hooking: weakref.WeakKeyDictionary[torch.optim.Optimizer, threading.RLock] = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def _hooking_of(optimizer: torch.optim.Optimizer) -> Any:
+    """An optimizer's lock. All of them together would wait for each other where hooks do."""
+    with _making:
+        return _hooking.setdefault(optimizer, threading.RLock())
 
 
 def states_of(
@@ -80,7 +89,7 @@ def export_state(
     def convert(_: Any, packed: State) -> None:
         packed["state"] = states_of(optimizer, packed["state"], is_unused, rule, compressed)
 
-    with _hooking:
+    with _hooking_of(optimizer):
         handle = optimizer.register_state_dict_post_hook(convert, prepend=True)
         try:
             yield
@@ -114,7 +123,7 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer, scalars: Collection[str]
                     _restore(group, optimizer.state[p], source, scalars)
                     optimizer.state[p] = WatchedState(optimizer.state[p])  # nobody has been given one yet
 
-    with _hooking:
+    with _hooking_of(optimizer):
         handles = [
             optimizer.register_load_state_dict_pre_hook(capture),
             optimizer.register_load_state_dict_post_hook(restore, prepend=True),

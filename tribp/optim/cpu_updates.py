@@ -82,8 +82,9 @@ def gather_scalars(slots: Sequence[ParamSlot], name: str, dtype: torch.dtype) ->
     scalars = [slot.state[name] for slot in slots]
     base = getattr(scalars[0], "_base", None)
     if base is not None and base.shape == (len(slots),) and base.dtype == dtype:
-        places = [t.storage_offset() if getattr(t, "_base", None) is base else None for t in scalars]
-        if places == list(range(len(slots))):
+        first, size = base.data_ptr(), base.element_size()
+        places = [t.data_ptr() if getattr(t, "_base", None) is base else None for t in scalars]  # `.data =` keeps _base
+        if places == [first + size * n for n in range(len(slots))]:
             return base  # type: ignore[no-any-return]
     joined = torch.tensor([0.0 if t is None else float(t) for t in scalars], dtype=dtype, device="cpu")
     for slot, view in zip(slots, joined.unbind(), strict=True):

@@ -103,6 +103,7 @@ class Optimizer(torch.optim.Optimizer):
             for name, value in self._options.items():
                 param_group.setdefault(name, value)
             options, caller = enabled_options(param_group, type(self).__name__), type(self).__name__
+            param_group.update({name: options[name] for name in ("seed",) if name in options})  # numpy's, as an int
             if options.get("eps_inside_sqrt") and not self._rule.adds_eps_to_root:
                 raise TypeError(f"{caller} has no √v + ε, so there is no eps_inside_sqrt")
             if options.get("state_bits") and self._rule.squares is None:
@@ -152,6 +153,8 @@ class Optimizer(torch.optim.Optimizer):
                         "graph: the first step makes the states and tables"
                     )
                 uncounted = plan is None and _only_makes_states(self)
+                if plan is not None:
+                    plan.release()  # states that were thrown away must not live until there are others
                 with all_or_none(self.state):
                     plan = UpdatePlan(self._rule(self.defaults), self, plan)
                 self._plan = plan

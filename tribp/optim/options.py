@@ -1,5 +1,6 @@
 """Keyword arguments beyond torch's."""
 
+import operator
 from typing import Any, TypedDict
 
 import torch
@@ -69,9 +70,12 @@ def enabled_options(group: Group, caller: str) -> Group:
         raise ValueError(f"{caller}: ema_decay must be in [0, 1), got {decay!r}")
     if norm is not None and not norm > 0.0:
         raise ValueError(f"{caller}: max_grad_norm must be positive, got {norm!r}")
-    seed = options.get("seed", 0)
-    if type(seed) is not int or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{caller}: seed must be a whole number of 64 bits, got {seed!r}")
+    if "seed" in options:
+        seed = options["seed"]
+        whole = not isinstance(seed, bool) and hasattr(seed, "__index__")
+        if not whole or not -(2**63) <= operator.index(seed) < 2**64:
+            raise ValueError(f"{caller}: seed must be a whole number of 64 bits, got {seed!r}")
+        options["seed"] = operator.index(seed)
     dtype = options.get("state_dtype")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2):
         raise ValueError(f"{caller}: state_dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")

@@ -30,7 +30,6 @@ KERNEL_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, *co
 class UpdatePlan:
     """How every parameter of an optimizer is updated; valid while `watch.checked_gradients` returns them."""
 
-    slots: list[ParamSlot]
     watch: Watch
 
     def __init__(self, rule: Rule, optimizer: torch.optim.Optimizer, before: "UpdatePlan | None") -> None:
@@ -40,8 +39,8 @@ class UpdatePlan:
         options = Options(rule, groups)
         self.max_grad_norm = common_max_grad_norm(groups)
         self._counts: dict[int, UpdateCount] = {}  # by owner
-        for slot in before.slots if before is not None else ():
-            self._counts[id(slot.count.owner)] = UpdateCount(slot.count.owner, slot.count.value)
+        for count in before._counts.values() if before is not None else ():
+            self._counts[id(count.owner)] = UpdateCount(count.owner, count.value)
         shared = (before is not None and before.watch.shared) or any(
             type(state) is not WatchedState or state.notes.accessed for state in optimizer.state.values()
         )
@@ -84,12 +83,12 @@ class UpdatePlan:
             *(torch_buckets.TorchBucket(rule, n, params, n in in_turn) for n, params in by_torch.items()),
         ]
         self._only_kernels = len(self.buckets) == len(self._kernels)
-        self.slots = [slot for kind in slots.values() for slot in kind]
-        self._counts = {id(slot.count.owner): slot.count for slot in self.slots}
+        every = [slot for kind in slots.values() for slot in kind]
+        self._counts = {id(slot.count.owner): slot.count for slot in every}
         self.watch = Watch(rule, optimizer, options, self.buckets, kinds, shared, apart=not entangled)
-        self._running = False
-        self.watch.notes.on_change = WeakMethod(self._release)
-        for slot in self.slots:
+        self._running = self._released = False
+        self.watch.notes.on_change = WeakMethod(self.release)
+        for slot in every:
             slot.grad = slot.whole  # or a whole set of gradients would live as long as the plan
 
     def _used(self, optimizer: torch.optim.Optimizer, number: int, position: int) -> dict[str, Any] | None:
@@ -106,7 +105,12 @@ class UpdatePlan:
         checks.check_complete(optimizer, number, position, state, needed)
         entries = [*self._rule.entries(group), *([codes.RESIDUAL] if keeps_residual(group, p) else [])]
         used = {name: value for name in entries if (value := peek(state, name)) is not None}
-        checks.check_tensors(optimizer, number, position, p.grad, used, self._rule.scalars(), codes.coded(state))
+        try:
+            checks.check_tensors(optimizer, number, position, p.grad, used, self._rule.scalars(), codes.coded(state))
+        except (TypeError, ValueError):
+            if p.grad is None:  # nothing is updated: memory may have been given away meanwhile
+                return None
+            raise
         return used
 
     def _kind(self, group: Group, p: Tensor, used: dict[str, Any] | None, entangled: bool) -> str | None:
@@ -179,15 +183,25 @@ class UpdatePlan:
         count = self._counts.get(id(buffer))
         return not self._rule.counts_steps and count is not None and count.owner is buffer and not float(count.value)
 
-    def _release(self) -> None:
-        """Let go of states that somebody replaces, perhaps by copies elsewhere, to have their memory before a step."""
-        if self._running or self.watch.captured:
+    def release(self) -> None:
+        """Let go of all states: somebody replaces them, perhaps by copies elsewhere, and wants their memory.
+
+        What is left says which momentum buffers have not begun.
+        """
+        if self._running or self._released or self.watch.captured:
             return
+        self._released = True
         self.buckets, self._kernels = [], []
         self.watch.release()
-        for slot in self.slots:
-            if self._rule.counts_steps or float(slot.count.value):
-                slot.count.owner = None
+        counts = list(self._counts.values())
+        begun: Sequence[object] = [True] * len(counts)
+        if not self._rule.counts_steps:
+            values = [count.value for count in counts]
+            on_device = [value for value in values if isinstance(value, Tensor)]
+            begun = torch.stack(on_device).tolist() if on_device and len(on_device) == len(values) else values
+        for count, has_begun in zip(counts, begun, strict=True):
+            if has_begun:
+                count.owner = None
 
     # The step.
 

@@ -228,6 +228,8 @@ class Watch:
         """
         if not (self._apart and self._all) or self.sharded or self.captured:
             return False
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return False  # it would upload tables
         if self._stretches is None:
             self._stretches = list(map(layouts.stretch, self._state_tensors()))
         stretches = sorted(s for s in (*map(layouts.stretch, memory), *self._stretches) if s[1] < s[2])
