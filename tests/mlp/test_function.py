@@ -129,6 +129,22 @@ def test_gradcheck(device: str) -> None:
     torch.autograd.gradgradcheck(lambda *t: ours("sigmoid", "tanh", *t), inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_integers_are_exact(dtype: torch.dtype, device: str) -> None:
+    """Every sum is at most 256, which bfloat16 holds: ReLU's outputs and all gradients are right to the last bit."""
+    made = torch.Generator().manual_seed(0)
+    shapes = [(12, 16), (8, 16), (8,), (3, 8), (3,)]
+    exact = [torch.randint(-1, 2, shape, generator=made).double().requires_grad_() for shape in shapes]
+    inputs = [t.detach().to(device, dtype).requires_grad_() for t in exact]
+    y, expected = ours("relu", "relu", *inputs), theirs("relu", "relu", *exact)
+    assert torch.equal(y.double().cpu(), expected)
+    dy = torch.randint(-1, 2, y.shape, generator=made)
+    grads = torch.autograd.grad(y, inputs, dy.to(device, dtype)), torch.autograd.grad(expected, exact, dy.double())
+    for a, b in zip(*grads, strict=True):
+        assert 0 < b.abs().max() <= 256
+        assert torch.equal(a.double().cpu(), b)
+
+
 def test_batched_gradients(device: str) -> None:
     inputs = draw((3, 5, 4), 6, torch.float64, device)
     y, expected = ours("tanh", None, *inputs), theirs("tanh", None, *inputs)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import tribp.optim
 from tribp.optim import packed_bucket, torch_buckets
 
 from .cases import LIVELY, TORCHS, Twins, channels_last
@@ -28,7 +29,7 @@ def test_a_large_tensor_in_pieces(
     """Whole pieces and a rest, dense in two layouts."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    monkeypatch.setattr(packed_bucket, "PIECE", 40)
+    monkeypatch.setattr(getattr(tribp.optim, name)._rule, "piece", 40)
     for module in (packed_bucket, torch_buckets):
         monkeypatch.setattr(module, "GRAIN", 100)  # larger ones are not packed
     try:

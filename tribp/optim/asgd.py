@@ -18,6 +18,7 @@ class ASGDRule(FunctionRule):
     lists = ("ax", "mu", "eta", "step")
     options = ("lr", "lambd", "alpha", "t0", "weight_decay", "maximize")
     adds_eps_to_root = False
+    piece = 1 << 20  # of three passes over memory, caches save less than smaller pieces cost
     scalar_states = ("eta", "mu")
 
     @classmethod

@@ -15,9 +15,6 @@ from .layouts import local
 from .rule import Group, Rule, counter_dtype
 from .tracked_state import peek
 
-# Of a large tensor so many elements a thread are updated at a time: 256 KiB of each tensor, of 2 MiB of cache.
-PIECE = 65536
-
 
 class PackedBucket(Bucket):
     """Dense slots of one set of options that lie alike, by the formula: small ones side by side, large ones in pieces.
@@ -58,7 +55,7 @@ class PackedBucket(Bucket):
                 runs.append([])
                 elements = slot.param.numel()
             runs[-1].append(slot)
-        return [Pack(slots) if len(slots) > 1 else Pieces(*slots) for slots in runs]
+        return [Pack(slots) if len(slots) > 1 else Pieces(slots[0], self.rule.piece) for slots in runs]
 
     def run(self, step: Step) -> None:
         group = step.groups[self.slots[0].group]
@@ -144,8 +141,9 @@ class Pieces:
 
     members = 1
 
-    def __init__(self, slot: ParamSlot) -> None:
-        self._size = PIECE * torch.get_num_threads()
+    def __init__(self, slot: ParamSlot, size: int) -> None:
+        """size: of a piece, in elements a thread."""
+        self._size = size * torch.get_num_threads()
         params = self._split(slot.param)
         states = [[None] * len(params) if t is None else self._split(t) for t in slot.states]
         self._pieces: list[tuple[Tensor, Sequence[Tensor | None]]] = [

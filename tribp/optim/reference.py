@@ -220,8 +220,8 @@ def asgd(
     """θ ← (1 − λ·ηₜ)·θ − ηₜ·g, a ← a + μₜ·(θ − a); ηₜ₊₁ = η/(1 + λ·η·t)^α, μₜ₊₁ = 1/max(1, t − t₀)."""
     rate, weight = float(eta), float(mu)
     p.mul_(1 - h.lambd * rate)
-    if weight == 1:  # in this order large tensors take a tenth less time
-        p.copy_(torch.sub(p, g, alpha=rate, out=ax))
+    if weight == 1:
+        ax.copy_(p.sub_(g, alpha=rate))
     else:
         ax.lerp_(p.sub_(g, alpha=rate), weight)
     return p, ax, lr / (1 + h.lambd * lr * t) ** h.alpha, 1 / max(1.0, t - h.t0)
