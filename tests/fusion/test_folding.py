@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 import tribp
@@ -324,10 +325,10 @@ def test_a_model_that_moves_leaves_nothing_behind() -> None:
     model, x = network().requires_grad_(False), torch.randn(2, 2, 5, 5)
     tribp.fuse(model, fold_batchnorm=True)
     expected = model(x)
-    held = [weakref.ref(t.untyped_storage()) for t in (model[0].weight, model[1].running_var)]
+    held: list[Any] = [StorageWeakRef(t.untyped_storage()) for t in (model[0].weight, model[1].running_var)]
     model.double()
     gc.collect()
-    assert [ref() for ref in held] == [None, None]
+    assert [ref.expired() for ref in held] == [True, True]
     torch.testing.assert_close(model(x.double()), expected.double(), rtol=1e-5, atol=1e-5)
 
 

@@ -182,6 +182,14 @@ def takes_fused(group: Group, steps: list[Tensor]) -> bool | None:
     return True if group["fused"] and any(type(step) not in PLAIN for step in steps) else None
 
 
+def _makes_on_cpu() -> bool:
+    """Whether tensors are made on the CPU by default."""
+    try:
+        return torch.get_default_device().type == "cpu"
+    except AttributeError:  # torch 2.9's, where another default was set and taken back
+        return True
+
+
 class FunctionRule(Rule):
     """The rule of a class that torch has no fused kernel for, but a function of lists."""
 
@@ -197,9 +205,8 @@ class FunctionRule(Rule):
         check_fused(group)
         has_complex, (params, grads, *_) = init_group(optimizer, group, 2 + len(self.lists))
         states = [[optimizer.state[p][name] for p in params] for name in self.lists]
-        elsewhere = torch.get_default_device().type != "cpu"
         # ASGD's makes tensors of one number, and reads them at once.
-        with torch.device("cpu") if elsewhere else contextlib.nullcontext():
+        with contextlib.nullcontext() if _makes_on_cpu() else torch.device("cpu"):
             type(self).function(
                 params, prepare(grads), *states, has_complex=has_complex, foreach=group["foreach"],
                 maximize=group["maximize"], differentiable=group["differentiable"], capturable=group["capturable"],
