@@ -103,7 +103,8 @@ class Optimizer(torch.optim.Optimizer):
             for name, value in self._options.items():
                 param_group.setdefault(name, value)
             options, caller = enabled_options(param_group, type(self).__name__), type(self).__name__
-            param_group.update({name: options[name] for name in ("seed",) if name in options})  # numpy's, as an int
+            if "seed" in options:
+                param_group["seed"] = options["seed"]  # numpy's, as an int
             if options.get("eps_inside_sqrt") and not self._rule.adds_eps_to_root:
                 raise TypeError(f"{caller} has no √v + ε, so there is no eps_inside_sqrt")
             if options.get("state_bits") and self._rule.squares is None:
