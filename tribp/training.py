@@ -18,6 +18,7 @@ from .ops.activations import ActivationLike, activation_of
 from .ops.mlp.reference import Layer
 from .ops.shared import import_plan, uses_tf32
 from .ops.train_step.config import TrainProblem
+from .ops.train_step.graphs import StepGraphs
 
 __all__ = ["TrainStep", "train_step"]
 
@@ -42,8 +43,9 @@ LOSSES: dict[str, Loss] = {
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: str | Loss, reduction: str | None = None
-) -> "TrainStep":
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: str | Loss, reduction: str | None = None,
+    *, cuda_graph: bool = False,
+) -> "TrainStep":  # fmt: skip
     """A function that trains `model` on one batch: `step(input, target)` returns the loss before the update.
 
         step = tribp.train_step(model, optimizer, "cross_entropy")
@@ -65,12 +67,16 @@ def train_step(
             these three. For any other function of output and target the model takes the ordinary way.
         reduction: of a loss that is a name: "mean" (the default) of all elements (of cross_entropy: of rows whose
             target is not −100), their "sum", or "batchmean", the sum by the number of rows (cross_entropy: the mean).
+        cuda_graph: whether the launches, the update's among them, become a CUDA graph where a step is like the one
+            before, and are replayed until something moves or an option changes. An `lr` that is to change at every step
+            must be a tensor on the device. Gradients are then the same tensors in every step.
 
     Raises:
         TypeError: model is no module, optimizer no optimizer, loss neither a name nor a function.
-        ValueError: a name that is not known; a reduction of a loss that is no name; LBFGS.
+        ValueError: a name that is not known; a reduction of a loss that is no name; LBFGS; cuda_graph with an optimizer
+            that is not `capturable`.
     """
-    return TrainStep(model, optimizer, loss, reduction)
+    return TrainStep(model, optimizer, loss, reduction, cuda_graph=cuda_graph)
 
 
 # Modules that compute a loss of LOSSES, and what must be as it is by default.
@@ -101,8 +107,9 @@ class TrainStep:
     reason: str | None = "no call was made"
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: str | Loss, reduction: str | None = None
-    ) -> None:
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: str | Loss, reduction: str | None = None,
+        *, cuda_graph: bool = False,
+    ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"train_step: model must be a torch.nn.Module, got {type(model).__name__}")
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -118,7 +125,12 @@ class TrainStep:
                 f"train_step: reduction must be one of {', '.join(REDUCTIONS)}, for a loss that is a name, got "
                 f"{reduction!r}"
             )
+        if cuda_graph and not all(group.get("capturable") for group in optimizer.param_groups):
+            raise ValueError(
+                f"train_step: cuda_graph=True needs capturable=True in every group of {type(optimizer).__name__}"
+            )
         self.model, self.optimizer, self.loss, self.reduction = model, optimizer, loss, reduction or "mean"
+        self._graphs = StepGraphs(optimizer) if cuda_graph else None
         self._grads: dict[int, Tensor] = {}  # by parameter, what the last step wrote
 
     def __repr__(self) -> str:
@@ -131,9 +143,27 @@ class TrainStep:
         self.reason = layers if isinstance(layers, str) else None
         if isinstance(layers, str) or named is None:
             return self._ordinary(input, target)
-        value = self._by_kernels(input, target, layers, *named)
-        self.optimizer.step()
-        return value
+        trained = self._take_gradients(layers)
+        increment_version([*self._grads.values(), *trained])  # what autograd keeps of them must not be taken for theirs
+
+        def step(input: Tensor, target: Tensor) -> Tensor:
+            value = self._by_kernels(input, target, layers, *named)
+            self.optimizer.step()
+            return value
+
+        if self._graphs is None:
+            return step(input, target)
+        grads = [(key, grad.data_ptr()) for key, grad in self._grads.items()]
+        lie = [t.data_ptr() for layer in layers for t in layer[:2] if t is not None]
+        facts = grads, lie, [layer.activation for layer in layers]
+        return self._graphs(step, input, target, (*named, uses_tf32(input)), facts)
+
+    @property
+    def graph_reason(self) -> str | None:
+        """Why the last call was no replay of a CUDA graph; None if it was."""
+        if self._graphs is None:
+            return "cuda_graph is off"
+        return self.reason or self._graphs.reason
 
     def _ordinary(self, input: Tensor, target: Tensor) -> Tensor:
         self.optimizer.zero_grad()
@@ -205,15 +235,19 @@ class TrainStep:
         arch = dispatch.arch_of(input.device.index)
         return TrainProblem(len(input), tuple(sizes), dispatch.dtype_name(input.dtype), arch).obstacle()
 
-    def _by_kernels(self, input: Tensor, target: Tensor, layers: list[Layer], loss: str, reduction: str) -> Tensor:
-        """The loss; leaves the gradients where `backward` would."""
-        perform, plan = import_plan("train_step")
+    def _take_gradients(self, layers: list[Layer]) -> list[Tensor]:
+        """Give each parameter that is trained the tensor of its gradient, no other one any; returns the parameters."""
         own = {id(t): t for layer in layers for t in layer[:2] if t is not None and t.requires_grad}
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 if id(p) not in own:
                     p.grad = None
         self._grads = {key: self._grad_of(p) for key, p in own.items()}
+        return list(own.values())
+
+    def _by_kernels(self, input: Tensor, target: Tensor, layers: list[Layer], loss: str, reduction: str) -> Tensor:
+        """The loss; leaves the gradients where `backward` would."""
+        perform, plan = import_plan("train_step")
         value = torch.empty((), dtype=input.dtype, device=input.device)
         tensors: list[Tensor | None] = [input.detach(), target.detach(), value]
         for w, b, _ in layers:
@@ -222,14 +256,16 @@ class TrainStep:
         facts = dict(activations=acts, kind=loss, reduction=reduction, tf32=uses_tf32(input))
         with torch.no_grad():
             perform(plan.train, tensors, **facts)
-        increment_version(list(self._grads.values()))  # what autograd keeps of them must not be taken for theirs
         return value
 
     def _grad_of(self, p: Tensor) -> Tensor:
         """Where a parameter's gradient goes: what the last step wrote is written anew, and no other's gradient."""
-        grad = p.grad
-        if grad is None or grad is not self._grads.get(id(p)) or grad.requires_grad or layout_of(grad) != layout_of(p):
-            grad = p.grad = torch.empty_like(p, memory_format=torch.contiguous_format).detach()
+        last = self._grads.get(id(p))
+        grad = last if p.grad is None and self._graphs is not None else p.grad
+        if grad is None or grad is not last or grad.requires_grad or layout_of(grad) != layout_of(p):
+            grad = torch.empty_like(p, memory_format=torch.contiguous_format).detach()
+        if p.grad is not grad:
+            p.grad = grad
         return grad
 
 
