@@ -1,4 +1,4 @@
-"""`train_step(…, cuda_graph=True)`: what a graph repeats, and when it must not. Without a GPU, launches are recorded."""
+"""`train_step(…, cuda_graph=True)`: what a graph repeats, and what it must not. Without a GPU launches are recorded."""
 
 import copy
 from collections.abc import Callable
@@ -84,7 +84,7 @@ class Pair:
     def graphed(self) -> TrainStep:
         return self.steps[0]
 
-    def each(self, change: Callable[[nn.Sequential, Any], object]) -> None:
+    def each(self, change: Callable[[Any, Any], object]) -> None:
         for model, optimizer in zip(self.models, self.optimizers, strict=True):
             change(model, optimizer)
 
@@ -128,36 +128,36 @@ def test_options_of_the_optimizer(options: dict[str, Any], recording: str) -> No
     assert pair.many(4) == [False, True, True, True]
 
 
-def scaled_lr(model: nn.Sequential, optimizer: Any) -> None:
+def scaled_lr(model: Any, optimizer: Any) -> None:
     optimizer.param_groups[0]["lr"] *= 0.5
 
 
-def filled_lr(model: nn.Sequential, optimizer: Any) -> None:
+def filled_lr(model: Any, optimizer: Any) -> None:
     optimizer.param_groups[0]["lr"].mul_(0.5)
 
 
-def loaded(model: nn.Sequential, optimizer: Any) -> None:
+def loaded(model: Any, optimizer: Any) -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
-def moved(model: nn.Sequential, optimizer: Any) -> None:
+def moved(model: Any, optimizer: Any) -> None:
     model[0].weight.data = model[0].weight.data.clone()
 
 
-def frozen(model: nn.Sequential, optimizer: Any) -> None:
+def frozen(model: Any, optimizer: Any) -> None:
     model[0].weight.requires_grad_(False)
 
 
-def steeper(model: nn.Sequential, optimizer: Any) -> None:
+def steeper(model: Any, optimizer: Any) -> None:
     model[1].negative_slope = 0.3
 
 
-def with_own_grads(model: nn.Sequential, optimizer: Any) -> None:
+def with_own_grads(model: Any, optimizer: Any) -> None:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
 
 
-def grown(model: nn.Sequential, optimizer: Any) -> None:
+def grown(model: Any, optimizer: Any) -> None:
     torch.manual_seed(0)
     new = nn.Linear(3, 3).to(model[0].weight.device)
     model.append(new)
@@ -227,7 +227,7 @@ def test_why_a_step_is_performed(recording: str) -> None:
     pair.many(2)
     handles: list[Any] = []
 
-    def hook(model: nn.Sequential, optimizer: Any) -> None:
+    def hook(model: Any, optimizer: Any) -> None:
         handles.append(optimizer.register_step_post_hook(lambda *_: None))
 
     pair.each(hook)

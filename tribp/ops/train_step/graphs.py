@@ -100,10 +100,9 @@ def obstacle(optimizer: Any, device: torch.device) -> str | None:
 
 
 def facts_of(optimizer: torch.optim.Optimizer) -> list[object]:
-    """Where an optimizer's tensors lie, and its options that are no tensors on the device."""
+    """Where an optimizer's states lie, and its options, of tensors on the device their places."""
     facts: list[object] = []
     for group in optimizer.param_groups:
-        facts += map(Tensor.data_ptr, group["params"])
         facts += [_fact(group.get(name)) for name in optimizer.defaults]
     for state in optimizer.state.values():
         facts += [value.data_ptr() for value in state.values() if isinstance(value, Tensor)]
