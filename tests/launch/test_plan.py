@@ -29,6 +29,7 @@ from bench.operation import find
 from tribp.kernels import common
 from tribp.launch import plan as plans
 from tribp.launch.arch import ARCHS, INTERPRETER
+from tribp.launch.autotune import perform
 from tribp.launch.buffer import Buffer, Layout, Memory, dense_strides, layout_of
 from tribp.launch.launches import CachedLaunch, Launch
 from tribp.launch.layout import matrix
@@ -232,7 +233,7 @@ def test_a_view_is_copied_as_the_view_it_is() -> None:
         plan.add(Launch(Copy, (1,), (plan.contiguous(src.transpose(0, 1)), out.transpose(0, 1)), {}, 1))
 
     for _ in range(2):
-        plans.perform(build, (src, out))
+        perform(build, (src, out))
         assert torch.equal(out, src.transpose(0, 1))
         src = torch.randn(6, 4, 3, 6)[..., ::2]
 
@@ -350,7 +351,7 @@ def test_scratch_lives_no_longer_than_its_launches(kernels: str, monkeypatch: py
 
     for _ in range(3):
         a, b = torch.ones(4), torch.zeros(4)
-        plans.perform(build, (a, b))
+        perform(build, (a, b))
         assert torch.equal(b, torch.ones(4))
     assert len(alive) == 6
     assert most == 1
@@ -375,7 +376,7 @@ def test_zeros_are_zero_again() -> None:
 
     for _ in range(3):
         a = torch.ones(4)
-        plans.perform(build, (a,))
+        perform(build, (a,))
         assert torch.equal(a, torch.zeros(4))
 
 
@@ -418,7 +419,7 @@ def test_threads_share_a_plan() -> None:
     def work(number: int) -> None:
         for value in (number, 10 * number):
             a, b = torch.full((4,), float(value)), torch.zeros(4)
-            plans.perform(build, (a, b))
+            perform(build, (a, b))
             found[value] = b
 
     threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2)]

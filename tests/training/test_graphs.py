@@ -239,8 +239,10 @@ def test_why_a_step_is_performed(recording: str) -> None:
     with torch.autocast(recording, torch.bfloat16):
         assert not pair.both()
     assert "autocast" in str(pair.graphed.graph_reason)
+    assert pair.many(2) == [False, True]
     with pair.optimizers[0].swap_ema(), pytest.raises(RuntimeError, match="within swap_ema"):
         pair.graphed(*batch(recording, 0))
+    assert pair.both()
     step = pair.optimizers[0].step
     pair.optimizers[0].step = lambda: step()
     assert not pair.both()

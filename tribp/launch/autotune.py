@@ -49,11 +49,17 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def perform(build: plans.Build, tensors: Sequence[Tensor | None], **facts: object) -> list[Tensor | None]:
-    """`plan.perform`; and before it, if TRIBP_AUTOTUNE=1 asks for that, the search for its configs."""
+    """Run the launches of `build(plan, *buffers, **facts)`, on the first tensor's device; returns its results.
+
+    build: a pure function of the tensors' layouts and the facts. What it raises bears a mark, for `unless_refused`
+    of ops/shared.py. If TRIBP_AUTOTUNE=1 asks for that, configs are searched before.
+    """
+    plan = plans.plan_of(build, tensors, facts)
     if tuner is not None:
-        plans.plan_of(build, tensors, facts)  # raises here what the plan refuses, which is not searched then
         tuner.prepare(build, tensors, facts)
-    return plans.perform(build, tensors, **facts)
+        plan = plans.plan_of(build, tensors, facts)  # with what was found
+    with dispatch.on_device(plan.device):
+        return plan.run(tensors)
 
 
 # -- the search

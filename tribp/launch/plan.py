@@ -11,10 +11,10 @@ function works that out on `Buffer`s, which have a layout but no memory:
         plan.returns(y)
 
 It checks the layouts, too: what it raises is raised at each such call, and calls of a layout that is known are not
-checked again. `perform` builds the plan of a call, or finds the one of an earlier call, and runs it on the call's
-tensors. To work a plan out, and to let Triton inspect every argument again, is most of what a call costs the host
-(`python -m bench host`). What is set for Triton later (TRITON_DEBUG, instrumentation) holds for plans that are built
-after it.
+checked again. `plan_of` builds the plan of a call, or finds the one of an earlier call; `autotune.perform`, which all
+calls go through, runs it on the call's tensors. To work a plan out, and to let Triton inspect every argument again, is
+most of what a call costs the host (`python -m bench host`). What is set for Triton later (TRITON_DEBUG,
+instrumentation) holds for plans that are built after it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -203,19 +203,8 @@ def _view(memory: Sequence[Tensor | None], buffer: Buffer) -> Tensor:
 Build = Callable[..., None]
 
 
-def perform(build: Build, tensors: Sequence[Tensor | None], **facts: object) -> list[Tensor | None]:
-    """Run the launches of `build(plan, *buffers, **facts)`, on the first tensor's device; returns its results.
-
-    build: a pure function of the tensors' layouts and the facts. What it raises bears a mark, for `unless_refused`
-    of ops/shared.py.
-    """
-    plan = plan_of(build, tensors, facts)
-    with dispatch.on_device(plan.device):
-        return plan.run(tensors)
-
-
 def plan_of(build: Build, tensors: Sequence[Tensor | None], facts: Mapping[str, object]) -> Plan:
-    """The plan that `perform` runs."""
+    """The plan of a call: what `build` makes of it, or made of an earlier one."""
     try:
         return planned(build, *map(layout_of, tensors), **facts)
     except Exception as error:
