@@ -141,7 +141,8 @@ def loaded(model: Any, optimizer: Any) -> None:
 
 
 def moved(model: Any, optimizer: Any) -> None:
-    model[0].weight.data = model[0].weight.data.clone()
+    model.before = model[0].weight.data  # what a graph of before would write
+    model[0].weight.data = model.before.clone()
 
 
 def frozen(model: Any, optimizer: Any) -> None:
