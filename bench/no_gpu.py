@@ -139,21 +139,15 @@ def _driving(arch: Arch, launcher: object, **functions: Any) -> Iterator[None]:
         get_device_properties=always({"max_shared_mem": arch.shared_memory, "multiprocessor_count": arch.processors}),
         **functions,
     )
-    before = driver._active
-    driver.set_active(
-        SimpleNamespace(
-            launcher_cls=launcher,
-            utils=utils,
-            get_current_device=always(0),
-            get_current_stream=always(0),
-            get_current_target=always(target_of(arch)),
-        )
+    active = SimpleNamespace(
+        launcher_cls=launcher,
+        utils=utils,
+        get_current_device=always(0),
+        get_current_stream=always(0),
+        get_current_target=always(target_of(arch)),
     )
-    try:
-        with running_on(arch):
-            yield
-    finally:
-        driver._active = before
+    with running_on(arch), mock.patch.object(driver, "_active", active):
+        yield
 
 
 def always(value: object) -> Callable[..., object]:
