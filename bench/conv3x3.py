@@ -126,6 +126,9 @@ def work(case: ConvCase, direction: str) -> Work:
     return layer_work(case, direction, x=x, w=w, b=b, y=y, dz=dz, operations=operations)
 
 
+FORWARD = {**dict.fromkeys(RESNET, 1.0), **dict.fromkeys(FEW, 1.3), FIRST: 2.0, THREE: 2.0}
+
+
 def targets(case: ConvCase, direction: str) -> Sequence[Target]:
     """Ratios of cuDNN's time, with its benchmark mode on, to tribp's; of depthwise also a share of the copy's rate."""
     if case.dtype != BF16 or not case.bias or case.activation:
@@ -140,11 +143,7 @@ def targets(case: ConvCase, direction: str) -> Sequence[Target]:
         return [Target("eager", 0.9)]
     if direction == "wgrad":
         return [Target("eager", 1.5 if case.shape in (FIRST, THREE, ODD) else 0.9)]
-    if case.shape in (FIRST, THREE):
-        return [Target("eager", 2.0)]
-    if case.shape in FEW:
-        return [Target("eager", 1.3)]
-    return [Target("eager", 1.0)] if case.shape in RESNET and case.groups == 1 else []
+    return [Target("eager", FORWARD[case.shape])] if case.shape in FORWARD and case.groups == 1 else []
 
 
 # Elements of input and output that are convolved in float64 at a time. torch keeps some four copies of them for the

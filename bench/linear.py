@@ -93,8 +93,7 @@ def targets(case: Case, direction: str) -> list[Target]:
         targets.append(Target("compile", 1.0))  # never slower
         ratio = REACHABLE.get(case.shape, {"forward": 1.0}).get(direction)
         targets += [Target("eager", ratio)] if ratio else []
-    named = case.shape in REACHABLE
-    if case.dtype == torch.float32 and not case.tf32 and direction in ("forward", "backward") and named:
+    elif direction in ("forward", "backward") and case.dtype_name == "float32" and case.shape in REACHABLE:
         targets.append(Target("eager", 1.5))
     return targets
 

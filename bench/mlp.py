@@ -16,14 +16,13 @@ from .operation import Case, DifferentiableWorkload, KernelTests, Operation, Tar
 
 TALL, DEEP, DIGITS = (65536, 784, 256, 10), (8192, 1024, 1024, 1024, 1024), (128, 784, 256, 64, 10)
 FIELD = (262144, 64, 64, 64, 16)  # a function of points: every layer has few outputs
+SHAPES = (TALL, DEEP, DIGITS, FIELD)
 BF16, FP32 = torch.bfloat16, torch.float32
 OPTIONS: dict[str, Any] = dict(activation="sigmoid", last="sigmoid")
 
 
 def cases() -> list[Case]:
-    return [
-        Case(shape, dtype, small=shape == DIGITS) for dtype in (BF16, FP32) for shape in (TALL, DEEP, DIGITS, FIELD)
-    ]
+    return [Case(shape, dtype, small=shape == DIGITS) for dtype in (BF16, FP32) for shape in SHAPES]
 
 
 def ours(x: Tensor, *layers: Tensor, activation: str, last: str) -> Tensor:
@@ -70,12 +69,7 @@ def targets(case: Case, direction: str) -> list[Target]:
 def compiled(arch: Arch, everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
     """What the linear layer's own cases have not: a dgrad that goes on to the layer below."""
     odd = (1000, 333, 77, 10)
-    some = [
-        *(Case(shape, BF16) for shape in (TALL, DEEP, FIELD)),
-        Case(odd, BF16),
-        Case(DEEP, FP32),
-        Case(odd, torch.float64),
-    ]
+    some = [*(Case(shape, BF16) for shape in (TALL, DEEP, FIELD, odd)), Case(DEEP, FP32), Case(odd, torch.float64)]
     yield from ((case, ["backward"]) for case in [*some, *(cases() if everything else [])])
 
 

@@ -257,11 +257,7 @@ best_compiled = functools.partial(torch.compile, mode="max-autotune-no-cudagraph
 
 def functions(ours: Callable[..., Tensor], eager: Callable[..., Tensor]) -> Callable[[Any, str], Mapping[str, Any]]:
     """The providers of a differentiable function."""
-
-    def providers(case: Any, without_compile: str) -> Mapping[str, Any]:
-        return {"tribp": ours, "eager": eager, "compile": without_compile or best_compiled(eager)}
-
-    return providers
+    return lambda case, without: {"tribp": ours, "eager": eager, "compile": without or best_compiled(eager)}
 
 
 def layer_work(case: Any, direction: str, *, x: int, w: int, b: int, y: int, dz: int, operations: float) -> Work:

@@ -428,10 +428,9 @@ def expectations(launch: Launch, case: StepCase, arch: Arch) -> Iterator[Expecta
 
     def count(*names: str) -> int:
         """16-byte accesses a thread."""
-        kinds = [given[name] for name in names if given[name] is not None]
+        bits = [given[name].primitive_bitwidth for name in names if given[name] is not None]
         share = 128 * threads(launch, arch)
-        kinds = [kind for kind in kinds if kind.primitive_bitwidth > 8]  # 8 elements of 8 bits are half of one
-        return sum(max(least, given["BLOCK"] * kind.primitive_bitwidth // share) for kind in kinds)
+        return sum(max(least, given["BLOCK"] * n // share) for n in bits if n > 8)  # 8 of 8 bits are half an access
 
     if launch.kernel.__name__ == "gradient_norm":
         yield vectors(count("GRAD_TYPE"), 0, "a gradient is read in whole vectors")
