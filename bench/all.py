@@ -125,9 +125,7 @@ class Journal:
     def __init__(self, folder: Path, smoke: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.log, self.smoke = folder / "steps.json", folder / "log.txt", smoke
-        stored: dict[str, Any] = {"smoke": smoke, "steps": {}}
-        if self.file.exists():
-            stored = results.read_json(self.file)
+        stored: dict[str, Any] = results.read_json(self.file) if self.file.exists() else {"smoke": smoke, "steps": {}}
         if stored.keys() != {"smoke", "steps"}:
             raise ValueError(f"{self.file} is not what `all` writes")
         if stored["smoke"] != smoke:

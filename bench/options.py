@@ -42,12 +42,9 @@ class Options(argparse.Namespace):
 
     command: str = ""
     operation: Sequence[str] = option(
-        "run tune static counts",
-        f"of: {', '.join(operations())} (default: all)",
-        word="operation",
+        "run tune static counts", f"of: {', '.join(operations())} (default: all)", word="operation", metavar="OP",
         nargs="*",
-        metavar="OP",
-    )
+    )  # fmt: skip
     folder: Sequence[Path] = option(
         "report", "default: every folder in bench/results", word="folder", nargs="*", type=Path, metavar="DIR"
     )

@@ -25,7 +25,6 @@ Call = Callable[[], object]
 Conditions = Callable[[], contextlib.AbstractContextManager[object]]
 SAMPLE_US = 1e4  # calls that take less are repeated within a sample
 
-
 Times = dict[str, float]  # of repeated measurements, in µs: "median", "p20", "p80"
 
 

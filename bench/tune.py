@@ -30,7 +30,6 @@ from .timing import Call, CpuMeter
 SECONDS = 0.03  # that a config is measured for
 SMOKE_NEIGHBORS = 2  # of each problem: interpreted, one takes a second
 
-
 Attempt = Callable[[], tuple[str, Call]]  # what is wrong with its results, if anything; and the call, to be timed
 
 
@@ -54,15 +53,15 @@ def main(options: Options) -> int:
     end = time.monotonic() + (math.inf if options.budget is None else 60 * options.budget)
     good = True
     with tribp.use_backend("triton"):
-        for left, (operation, cases) in zip(range(len(each), 0, -1), each, strict=True):
+        for n, (operation, cases) in enumerate(each):
             now = time.monotonic()
-            share = (end - now) / left  # what one leaves, the next ones have
+            share = (end - now) / (len(each) - n)  # what one leaves, the next ones have
             tuning = Tuning(operation, options, meter, folder, now + share)
             tuning.run(cases)
             print(f"\n{tuning.table()}\n")
             good &= tuning.good
     print(f"written to {folder}")
-    return 0 if good else 1
+    return int(not good)
 
 
 class Tuning:

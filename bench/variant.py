@@ -64,9 +64,8 @@ def parsed(text: str, configs: dict[str, type[Any]]) -> Setting:
     if kind and kind not in configs:
         raise ValueError(f"--set {text}: there is no kind {kind!r}; there are {', '.join(sorted(configs))}")
     asked = [configs[kind]] if kind else list(configs.values())
-    types: dict[str, Any] = {
-        each.name: each.type for config in asked for each in fields(config) if each.name != "reason"
-    }
+    types: dict[str, Any] = {each.name: each.type for config in asked for each in fields(config)}
+    types.pop("reason", None)
     if field not in types:
         raise ValueError(f"--set {text}: there is no field {field!r}; there are {', '.join(sorted(types))}")
     if not _is_of(value, types[field]):
