@@ -179,10 +179,13 @@ ROUNDS = 15  # samples of each provider
 SIZES = (1, 100, 10_000, 1_000_000, 16_000_000)
 
 
-def provider(module: Any, name: str, **options: bool) -> Provider:
-    """A class of CLASSES, out of tribp.optim or torch.optim."""
+def beside_torch(name: str, *modes: str) -> dict[str, Provider]:
+    """A class of CLASSES: tribp's, also unchecked, and torch's, as a user calls it by default and in these modes."""
     class_name, fixed, _ = CLASSES[name]
-    return Provider(functools.partial(getattr(module, class_name), **fixed, **options))
+    ours, theirs = (functools.partial(getattr(module, class_name), **fixed) for module in (optim, torch.optim))
+    unchecked = Provider(lambda groups: Unchecked(ours(groups)))
+    providers = {"tribp": Provider(ours), "torch": Provider(theirs), "tribp, unchecked": unchecked}
+    return providers | {f"torch {mode}": Provider(functools.partial(theirs, **{mode: True})) for mode in modes}
 
 
 def fallbacks(smoke: bool) -> Iterator[Comparison]:
@@ -190,15 +193,12 @@ def fallbacks(smoke: bool) -> Iterator[Comparison]:
     count = 5 if smoke else 1000
     for backward in (False, True):
         for name, (class_name, _, limit) in CLASSES.items():
-            ours = provider(optim, name)
-            providers = {"tribp": ours, "torch": provider(torch.optim, name), "tribp, unchecked": unchecked(ours)}
-            targets = [HostTarget("torch", "tribp", limit)]
-            if "fused" in inspect.signature(getattr(torch.optim, class_name)).parameters:
-                providers["torch fused"] = provider(torch.optim, name, fused=True)
-                targets.append(HostTarget("torch fused", "tribp", 1.2))
-            yield optimizers(f"{name}, {count}x8", [8] * count, providers, *targets, backward=backward)
+            modes = ["fused"] if "fused" in inspect.signature(getattr(torch.optim, class_name)).parameters else []
+            targets = [HostTarget("torch", "tribp", limit), *(HostTarget(f"torch {m}", "tribp", 1.2) for m in modes)]
+            yield optimizers(f"{name}, {count}x8", [8] * count, beside_torch(name, *modes), *targets, backward=backward)
     for name in CLASSES:
-        providers = {"tribp": provider(optim, name), "torch": provider(torch.optim, name)}
+        providers = beside_torch(name)
+        del providers["tribp, unchecked"]
         target = HostTarget("torch", "tribp", 1)
         yield from (optimizers(f"{name}, {n}", [n], providers, target) for n in SIZES[: 1 if smoke else None])
 
@@ -222,10 +222,6 @@ class Unchecked:
                 plan.run(self._optimizer, grads, None, None, False)
 
 
-def unchecked(provider: Provider) -> Provider:
-    return replace(provider, make=lambda groups: Unchecked(provider.make(groups)))
-
-
 def shards(smoke: bool) -> Iterator[Comparison]:
     """tribp on DTensors, as FSDP2's parameters are, beside torch's default, foreach and, where there is one, fused."""
     if not torch.distributed.is_available():
@@ -236,13 +232,10 @@ def shards(smoke: bool) -> Iterator[Comparison]:
             continue  # torch's own writes by a mask, which DTensors do not know
         # To the others' fused kernels DTensors are unknown.
         modes = ["foreach", "fused"] if name in ("Adam", "AdamW") else ["foreach"]
-        ours = provider(optim, name)
-        providers = {"tribp": ours, "torch": provider(torch.optim, name), "tribp, unchecked": unchecked(ours)}
-        providers |= {f"torch {mode}": provider(torch.optim, name, **{mode: True}) for mode in modes}
         targets = [HostTarget(f"torch {mode}", "tribp", 10) for mode in modes]
-        yield optimizers(f"{name}, {len(sizes)} DTensors", sizes, providers, *targets, sharded=True)
-    ours = provider(optim, "Adam")
-    providers = {"tribp": ours, "tribp, unchecked": unchecked(ours)}
+        yield optimizers(f"{name}, {len(sizes)} DTensors", sizes, beside_torch(name, *modes), *targets, sharded=True)
+    providers = beside_torch("Adam")
+    del providers["torch"]
     yield optimizers(f"Adam, {len(sizes)} DTensors, in no cache", sizes, providers, sharded=True, cold=True)
 
 
