@@ -5,7 +5,7 @@ Checks every result against float64, times what is right, and writes bench/resul
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from .timing import CpuMeter, CudaMeter
 # Up to so many times what is allowed a peer's result is called inexact, and timed all the same. torch's fused Adam has
 # an exp_avg_sq that is 1.3e-5 off on CUDA, of 5e-6 that are allowed: it forms 1 − β₂ in float32.
 INEXACT = 16.0
+
+Errors = dict[str, float]  # relative ones, by the names of the results
 
 
 def main(options: Options) -> int:
@@ -104,18 +106,18 @@ def measure(operation: Operation, case: Any, options: Options, meter: CpuMeter) 
 
 def attempt(
     operation: Operation, case: Any, direction: str, workload: Workload, provider: Any, name: str,
-    baseline: Mapping[str, float], meter: CpuMeter,
+    baseline: Errors, meter: CpuMeter,
 ) -> Row:  # fmt: skip
     """One provider's results, checked, and its times if they are right. baseline: the errors of torch's own.
 
     A peer need not be as exact as tribp has to be: see INEXACT.
     """
     try:
-        errors, wrong = check(workload, provider, direction, baseline)
+        errors = relative_errors(workload, provider, direction)
         verdict: Row = {"status": "ok", "errors": errors}
-        if wrong:
+        if wrong := complaint(workload, errors, baseline):
             verdict |= {"status": "wrong", "note": wrong}
-            if name == "tribp" or check(workload, provider, direction, baseline, INEXACT)[1]:
+            if name == "tribp" or complaint(workload, errors, baseline, INEXACT):
                 return verdict
             verdict["status"] = "inexact"
         return verdict | timed(operation, case, direction, workload, provider, meter)
@@ -131,21 +133,21 @@ def sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def check(
-    workload: Workload, provider: Any, direction: str, baseline: Mapping[str, float], leniency: float = 1.0
-) -> tuple[dict[str, float], str]:
-    """The relative error of each result (NaN where there is one), and what is wrong with them, or nothing.
-
-    leniency: how many times what is allowed.
-    """
+def relative_errors(workload: Workload, provider: Any, direction: str) -> Errors:
+    """Of each result; NaN where there is one."""
     errors, reference = {}, workload.reference
     for name, value in workload.results(provider, direction).items():
         exact = reference[name]
         errors[name] = float((value.double() - exact.value).norm()) / max(exact.scale, 1e-300)
+    return errors
+
+
+def complaint(workload: Workload, errors: Errors, baseline: Errors, leniency: float = 1.0) -> str:
+    """What is wrong with results of these errors, or nothing. leniency: how many times what is allowed."""
     for name, error in errors.items():
         if not error <= (allowed := leniency * workload.allowed(name, baseline.get(name, 0.0))):
-            return errors, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
-    return errors, ""
+            return f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
+    return ""
 
 
 def timed(operation: Operation, case: Any, direction: str, workload: Workload, provider: Any, meter: CpuMeter) -> Row:

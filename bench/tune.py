@@ -24,7 +24,7 @@ from . import results
 from .operation import Operation, precision
 from .options import Options
 from .results import markdown
-from .run import check, meter_and_folder, sentence
+from .run import complaint, meter_and_folder, relative_errors, sentence
 from .timing import Call, CpuMeter
 
 SECONDS = 0.03  # that a config is measured for
@@ -174,11 +174,11 @@ def subjects(operation: Operation, case: Any, meter: CpuMeter) -> Iterator[tuple
         for direction in operation.directions:
             if direction == "both":
                 continue  # forward, then backward
-            theirs = {} if isinstance(baseline, str) else check(workload, baseline, direction, {})[0]
+            theirs = {} if isinstance(baseline, str) else relative_errors(workload, baseline, direction)
 
             def attempt(direction: str = direction, theirs: dict[str, float] = theirs) -> tuple[str, Call]:
                 meter.release()
-                _, wrong = check(workload, ours, direction, theirs)
+                wrong = complaint(workload, relative_errors(workload, ours, direction), theirs)
                 return wrong, workload.action(ours, direction).call
 
             yield f"{case.name} {direction}".removesuffix(" step"), attempt
