@@ -314,7 +314,7 @@ def main(options: Options) -> int:
         print("calls of layers are left out: under TRITON_INTERPRET=1 Triton compiles nothing")
     smoke = options.smoke
     there = list(comparisons(smoke))
-    chosen = [c for c in there if not options.case or any(part in c.name for part in options.case)]
+    chosen = [c for c in there if options.selects(c)]
     if not chosen:
         raise ValueError(f"there is no such case; there are: {', '.join(c.name for c in there)}")
     rows = []

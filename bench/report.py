@@ -74,13 +74,11 @@ def goals(stored: Stored) -> list[Goal]:
         measured = {(place(row), t["target"]): (row, t) for row in held["rows"] for t in row["targets"]}
         for row in rows:
             for target in row["targets"]:
-                value = "–"
-                if (place(row), target["target"]) in measured:
-                    measurement, target = measured[place(row), target["target"]]
-                    status = measurement.get("providers", {}).get("tribp", {}).get("status")
-                    value = status if status in ("wrong", "failed") else figure(target)
-                    if (commit := measurement.get("commit", held["commit"])) != held["commit"]:
-                        value += f" at {commit}"
+                measurement, target = measured.get((place(row), target["target"]), (row, target))
+                status = measurement.get("providers", {}).get("tribp", {}).get("status")
+                value = status if status in ("wrong", "failed") else figure(target)
+                if (commit := measurement.get("commit", held["commit"])) != held["commit"]:
+                    value += f" at {commit}"
                 judged.append(Goal(name, place(row), target["target"], value, target["verdict"]))
     return sorted(judged, key=lambda goal: ORDER.index(goal.verdict))
 

@@ -34,13 +34,10 @@ Attempt = Callable[[], tuple[str, Call]]  # what is wrong with its results, if a
 
 
 class Asked(dict[Any, Any]):
-    """No configs; and the problems for which one was asked."""
-
-    def __init__(self) -> None:
-        self.problems: dict[Any, None] = {}
+    """No configs; by its keys, the problems for which one was asked."""
 
     def get(self, problem: Any, default: Any = None) -> Any:
-        self.problems[problem] = None
+        self[problem] = default
         return default
 
 
@@ -97,7 +94,7 @@ class Tuning:
             for name, attempt in subjects(self.operation, case, self.meter):
                 with plans.using(Asked()) as asked:
                     attempt()
-                for problem in asked.problems:
+                for problem in asked:
                     # Optimizers ask alike for very different kernels; a layer's problem says which it is.
                     what = name if self.operation.name == "optim" else repr(problem)
                     if what not in tuned and not self.over():
