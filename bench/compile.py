@@ -44,9 +44,7 @@ Result = TypeVar("Result")
 
 
 def target_of(arch: Arch) -> GPUTarget:
-    if arch.backend == "cuda":
-        return GPUTarget("cuda", arch.capability, 32)
-    return GPUTarget("hip", arch.name, 64)
+    return GPUTarget("cuda", arch.capability, 32) if arch.backend == "cuda" else GPUTarget("hip", arch.name, 64)
 
 
 def source_of(launch: Launch, arch: Arch) -> tuple[ASTSource, dict[str, Any]]:

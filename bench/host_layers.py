@@ -119,14 +119,11 @@ BATCH = 64
 
 def resnet18(batch: int, dtype: torch.dtype, *, last: bool) -> list[ConvCase]:
     """The 3×3 convolutions of a ResNet-18 for images of 224²: without bias, for a BatchNorm follows each."""
-    sizes = [(64, 56), (128, 28), (256, 14), (512, 7)]
-    layers = [ConvCase((batch, c, c, side, side), dtype, last=last, bias=False) for c, side in sizes]
-    steps = [
-        ConvCase((batch, c, o, side, side), dtype, last=last, bias=False, stride=2)
-        for (c, side), (o, _) in itertools.pairwise(sizes)
-    ]
-    stages = [[step, *3 * [layer]] for step, layer in zip(steps, layers[1:], strict=True)]
-    return [*4 * layers[:1], *itertools.chain.from_iterable(stages)]
+    layer = partial(ConvCase, dtype=dtype, last=last, bias=False)
+    layers = 4 * [layer((batch, 64, 64, 56, 56))]
+    for (c, before), (o, after) in itertools.pairwise([(64, 56), (128, 28), (256, 14), (512, 7)]):
+        layers += [layer((batch, c, o, before, before), stride=2), *3 * [layer((batch, o, o, after, after))]]
+    return layers
 
 
 def step_of_model(name: str) -> Callable[[], object]:

@@ -48,12 +48,9 @@ def recording(arch: Arch) -> Iterator[list[Launch]]:
         launches.extend(plan.bound(memory))
         return plan.returned(memory)
 
-    plans.forget()  # which GPU they are for is no part of what they are remembered by
-    try:
-        with running_on(arch), mock.patch.object(plans.Plan, "run", record):
-            yield launches
-    finally:
-        plans.forget()
+    # The same configs, but plans are forgotten: which GPU they are for is no part of what they are remembered by.
+    with running_on(arch), plans.using(plans.tuned), mock.patch.object(plans.Plan, "run", record):
+        yield launches
 
 
 def pretending(arch: Arch, performed: Performed = lambda metadata, grid, arguments: None) -> Pretended:
