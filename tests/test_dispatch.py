@@ -49,6 +49,22 @@ def test_use_backend_nests_and_restores() -> None:
     assert dispatch._backend == "auto"
 
 
+def test_use_backend_within_a_compiled_function(kernels: str, launched: list[str]) -> None:
+    """It holds for the calls in its block, as without the compiler."""
+    x, w = torch.randn(3, 4, device=kernels), torch.randn(2, 4, device=kernels)
+
+    def asked(backend: str) -> torch.Tensor:
+        with tribp.use_backend(backend):
+            return tribp.linear(x, w)
+
+    compiled = torch.compile(asked, backend="eager")
+    for _ in range(2):
+        for backend, launches in (("triton", ["forward"]), ("torch", [])):
+            launched.clear()
+            torch.testing.assert_close(compiled(backend), torch.nn.functional.linear(x, w))
+            assert launched == launches
+
+
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="'auto', 'triton', 'torch', got 'cuda'"), tribp.use_backend("cuda"):
         pass

@@ -159,6 +159,13 @@ def test_types(page: str, tmp_path: Path) -> None:
     run(copy(page, tmp_path), "-m", "mypy")
 
 
+def test_mistakes_to_plant_are_there_to_be_planted() -> None:
+    page = (ROOT / "docs" / "checking-kernels.md").read_text()
+    (before, file), *others = re.findall(r"^\$ sed -i 's/(.*?)/.*?/' (\S+)$", page, re.M)
+    assert not others
+    assert before in (ROOT / file).read_text()
+
+
 def planted() -> list[str]:
     return re.findall(r"^sed -i '(s/.*?/.*?/)' kernels/bias_relu.py", (ROOT / "docs" / OPERATION).read_text(), re.M)
 

@@ -39,9 +39,11 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the `with` block, run every tribp operation on backend `name`: "auto", "triton" or "torch".
 
     Like torch's own backend flags it holds for the whole process, not for a thread. A backward pass uses the backend
-    its forward pass used. Raises ValueError for another name.
+    its forward pass used. Within a compiled function it breaks the graph. Raises ValueError for another name.
     """
     global _backend
+    if dynamo_compiling():  # a graph runs when the block, which would be traced away, is over
+        torch._dynamo.graph_break()
     before, _backend = _backend, _checked(name, "backend")
     try:
         yield
@@ -168,14 +170,15 @@ def kernels_cannot_see(*tensors: Tensor | None) -> bool:
     Traced: by `torch.jit.trace` and by ONNX's exporter, which knows no operators but torch's.
 
     A kernel would read the memory behind a wrapped tensor and return a result without its tangent, batch or trace; of
-    a negative view (`z.conj().imag`) the numbers before their sign is turned.
+    a negative view (`z.conj().imag`) the numbers before their sign is turned; a zero tensor (`sgn`'s gradient) has no
+    memory.
     """
     if _any_transform():
         return True
     if torch.compiler.is_compiling():  # fake tensors are subclasses too, and the operators take them
         return torch.onnx.is_in_onnx_export()
     for t in tensors:  # noqa: SIM110 (a generator takes 0.3 µs more)
-        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor()):
             return True
     return False
 

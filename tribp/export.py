@@ -25,3 +25,9 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
         operators.mlp.default: mlp.decomposed,
         operators.conv3x3.default: conv3x3.decomposed,
     }
+
+
+# Under torch.func an operator is these: its own derivative knows no transform, and torch would drop a tangent unsaid.
+_TRANSFORMED: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+for _operator, _function in decompositions().items():
+    _TRANSFORMED.impl(_operator, _function, "FuncTorchDynamicLayerFrontMode")

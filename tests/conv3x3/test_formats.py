@@ -132,7 +132,8 @@ def test_one_column_of_results(width: int, padding: int, activation: str | None)
         operator = torch.ops.tribp.conv3x3(x, w, b, [1, 2], [1, padding], 1, activation)
         with torch.autocast("cpu", torch.bfloat16):
             autocast = case.ours(x, w, b)
-        for y in (case.ours(x, w, b), operator, autocast):
+            of_float32 = case.ours(*(t.float() for t in (x, w, b)))
+        for y in (case.ours(x, w, b), operator, autocast, of_float32):
             assert_close(y, exact.y)
             dx, dw, db, terms = exact.gradients(dy, y)
             found = torch.autograd.grad(y, (x, w, b), dy)

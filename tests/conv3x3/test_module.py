@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tribp
+from tribp.ops.conv3x3.checks import cached_window
 
 from ..oracle import TF32_TOLERANCE, assert_close
 from .cases import Case
@@ -225,6 +226,18 @@ def test_errors(error: type[Exception], words: list[str], arguments: dict[str, A
     assert message.startswith("conv3x3: ")
     for word in words:
         assert word in message, message
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "groups", "dilation"])
+def test_whole_numbers_of_numpys(name: str, device: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    x, w = X.to(device), W.to(device)
+    cached_window.cache_clear()  # which takes them for Python's, once it knows those
+    usual: dict[str, Any] = {name: 1}
+    for n in (numpy.int64(1), numpy.int8(1)):
+        given: dict[str, Any] = {name: n}
+        assert torch.equal(tribp.conv3x3(x, w, **given), tribp.conv3x3(x, w, **usual))
+        assert repr(tribp.nn.Conv3x3(2, 2, **given)) == repr(tribp.nn.Conv3x3(2, 2, **usual))
 
 
 @pytest.mark.parametrize(

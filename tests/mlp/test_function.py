@@ -232,6 +232,16 @@ def test_module_is_the_sequential_it_stands_for(device: str) -> None:
     assert tribp.fuse(nn.Sequential(ours)).replaced == ()
 
 
+def test_parameters_from_generators_under_a_mode(device: str) -> None:
+    layers = [torch.nn.Linear(3, 3).to(device) for _ in range(2)]
+    x = torch.randn(2, 3, device=device)
+    weights: Any = (layer.weight for layer in layers)
+    biases: Any = (layer.bias for layer in layers)
+    with torch.device(device):
+        y = tribp.mlp(x, weights, biases)
+    torch.testing.assert_close(y, layers[1](torch.sigmoid(layers[0](x))))
+
+
 def test_errors(device: str) -> None:
     x, w0, b0, w1, _ = draw((5, 4, 3), 2, torch.float32, device)
     cases: list[tuple[type[Exception], str, list[object]]] = [

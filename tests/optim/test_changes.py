@@ -391,3 +391,17 @@ def test_random_sequences_on_the_kernels(
     variant: tuple[str, Options], sequence: list[tuple[str, Any]], kernels: str
 ) -> None:
     follow(*variant, sequence, kernels)
+
+
+@each_class
+def test_gradients_without_memory(name: str, device: str) -> None:
+    """That of torch.sgn is zeros that lie nowhere, now and then, or from the first step on."""
+    twins = Twins(name, device=device)
+    for first in (True, False, True):
+        twins.give(twins.grads())
+        for _, params in twins.both:
+            p = params[0 if first else 1]
+            p.grad = torch._efficientzerotensor(p.shape, dtype=p.dtype, device=p.device)
+        for optimizer, _ in twins.both:
+            optimizer.step()
+        twins.check()

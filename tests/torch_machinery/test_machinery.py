@@ -238,6 +238,49 @@ def test_torch_func(transform: str, compiled: bool, operation: Operation, detach
     torch.testing.assert_close(ours(*detached), apply(operation.theirs)(*detached))
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_operators_under_torch_func(transform: str, operation: Operation, detached: list[Tensor]) -> None:
+    """As an exported module calls them, with parameters that need no gradient."""
+    if operation is CONV and transform in ("vmap", "per-sample gradients"):
+        pytest.skip("the operator takes batches of images alone")
+    apply = TRANSFORMS[transform]
+    torch.testing.assert_close(apply(operation.bare)(*detached), apply(operation.theirs)(*detached))
+
+
+def test_an_operator_loses_no_tangent(operation: Operation, detached: list[Tensor]) -> None:
+    x, *others = detached
+    with forward_ad.dual_level():
+        assert torch.equal(operation.bare(x, *others), operation.bare(*detached))
+        with pytest.raises(NotImplementedError, match="decompositions"):
+            operation.bare(forward_ad.make_dual(x, x), *others)
+
+
+def test_zeros_without_memory(operation: Operation, tensors: list[Tensor]) -> None:
+    """The gradient of torch.sgn: a tensor that kernels cannot read."""
+    for f in (operation.ours, operation.bare):
+        for grad in torch.autograd.grad(torch.sgn(f(*tensors)).sum(), tensors):
+            assert torch.equal(grad, torch.zeros_like(grad))
+    x, *others = (t.detach() for t in tensors)
+    zero = torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device)
+    torch.testing.assert_close(operation.ours(zero, *others), operation.theirs(torch.zeros_like(x), *others))
+
+
+EXCHANGED: dict[str, Callable[[Tensor], Tensor]] = {
+    "type": lambda t: t.half(),
+    "rows": lambda t: t[: len(t) // 2].clone(),
+    "columns": lambda t: t[:, 1:],
+}
+
+
+@pytest.mark.parametrize("what", EXCHANGED)
+def test_hooks_that_give_back_another_tensor(what: str, operation: Operation, tensors: list[Tensor]) -> None:
+    """torch's code refuses it, each in its own words; kernels would read past its end."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, EXCHANGED[what]):
+        y = operation.ours(*tensors)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(y.square().sum(), tensors)
+
+
 def test_a_fake_tensor_may_be_on_a_gpu_that_is_not_there(operation: Operation) -> None:
     with FakeTensorMode():
         fakes = [torch.empty(t.shape, device="cuda") for t in operation.make("cpu")]

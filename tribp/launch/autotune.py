@@ -245,6 +245,7 @@ class Tuner:
         while problems and self._clock() < end:
             config = with_reason(trial.search(problems[0], lambda: self._clock() >= end), problems[0])
             self._use({problems[0]: config})
+            log.warning("tribp: %s: %s", type(problems[0]).__name__, config.reason)
             store(problems[0], config, self._gpu())
             problems = trial.problems()  # another config may raise other problems
 

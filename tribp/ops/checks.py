@@ -38,6 +38,24 @@ def images_fit(*tensors: Described | None) -> bool:
     return _fit(tensors, lambda t: max(t.shape))
 
 
+def saved_fit(
+    grad: Described, input: Described | None, outputs: Sequence[Described | None], weights: Sequence[Described | None]
+) -> bool:
+    """Whether what autograd gives back of linear layers is what it was given: hooks may return anything.
+
+    The last output has the gradient's shape. Any tensor may be None where it is not read.
+    """
+    *hidden, output = outputs
+    tensors = [t for t in (input, *outputs, *weights) if t is not None]
+    rows = [t for t in (input, *hidden, output) if t is not None]
+    if any(t.dtype != grad.dtype for t in tensors) or any(t.shape[:-1] != grad.shape[:-1] for t in rows):
+        return False
+    sizes = [None if t is None else t.shape[-1] for t in (input, *hidden)] + [grad.shape[-1]]
+    layers = zip(weights, sizes, sizes[1:], strict=False)
+    linked = all(w is None or (w.dim() == 2 and w.shape[0] == n and k in (None, w.shape[1])) for w, k, n in layers)
+    return linked and (output is None or output.shape == grad.shape)
+
+
 def _fit(tensors: Sequence[Described | None], longest: Callable[[Described], int]) -> bool:
     for t in tensors:
         if t is None or 0 < (numel := t.numel()) <= MAX_SIZE:  # then no dimension is longer

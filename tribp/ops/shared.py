@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import dispatch
 from .activations import Activation
@@ -53,6 +54,18 @@ def autocast_all(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def uses_tf32(tensor: Tensor, convolution: bool = False) -> bool:
     return tensor.dtype == torch.float32 and dispatch.tf32_allowed(convolution)
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError where an operator, whose derivative has no forward mode, would lose a tangent."""
+    if forward_ad._current_level < 0:
+        return
+    unpack: Any = forward_ad.unpack_dual  # untyped
+    if any(t is not None and unpack(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"{NAMESPACE}'s operators have no forward mode but under torch.func; in an exported program, "
+            "run_decompositions(tribp.decompositions()) writes torch's operations in their place"
+        )
 
 
 def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ def dict_version(mapping: object) -> object:
 def signature(t: Tensor) -> tuple[object, ...]:
     """What a guard compares."""
     strides = t.stride() if t.layout == torch.strided else None
-    return type(t), t.dtype, t.device, t.shape, t.layout, strides, t.is_conj(), t.is_neg()
+    return type(t), t.dtype, t.device, t.shape, t.layout, strides, t.is_conj(), t.is_neg(), t._is_zerotensor()
 
 
 def guard(examples: Sequence[Tensor]) -> Callable[[Sequence[Any]], bool]:

@@ -132,6 +132,14 @@ def separate_gradients(params: Iterable[Tensor]) -> bool:
     return separated
 
 
+def give_memory(params: Iterable[Tensor]) -> bool:
+    """Put zeros in the place of gradients that are zero without memory, as that of `sgn`; return whether any was."""
+    without = [p for p in dict.fromkeys(params) if p.grad is not None and local(p.grad)._is_zerotensor()]
+    for p in without:
+        p.grad = p.grad.clone()  # type: ignore[union-attr]
+    return bool(without)
+
+
 def stretch(t: Tensor) -> tuple[str, int, int]:
     """The memory that a tensor lies in: the device, where it begins and ends."""
     start = t.data_ptr()

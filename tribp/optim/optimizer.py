@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, hooked
-from .layouts import is_dtensor, local, separate_gradients
+from .layouts import give_memory, is_dtensor, local, separate_gradients
 from .options import enable_options, enabled_options
 from .plan import UpdatePlan
 from .rule import Group, Rule
@@ -181,8 +181,12 @@ class Optimizer(torch.optim.Optimizer):
         """
         grads = None if plan is None else plan.watch.checked_gradients(self)
         may_share = scaled and (plan is None or grads is None or plan.watch.shares_memory(grads))
-        if may_share and separate_gradients(p for group in self.param_groups for p in group["params"]):
-            grads = None if plan is None else plan.watch.checked_gradients(self)
+        if grads is not None and not may_share:
+            return grads
+        params = [p for group in self.param_groups for p in group["params"]]
+        replaced = give_memory(params), may_share and separate_gradients(params)
+        if plan is not None and any(replaced):
+            grads = plan.watch.checked_gradients(self)
         return grads
 
     def _capturing(self) -> bool:

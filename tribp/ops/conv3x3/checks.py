@@ -1,6 +1,7 @@
 """Argument checks of the convolution. Every error names the argument, what was expected and what was given."""
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,9 +87,9 @@ def window_of(
     paddings = _pair(caller, "padding", padding)
     if min(paddings) < 0:
         raise ValueError(f"{caller}: padding must be at least 0, got {padding}")
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+    if not _is_whole(groups) or groups < 1:
         raise ValueError(f"{caller}: groups must be a whole number of at least 1, got {groups!r}")
-    return Window(strides, paddings, groups)
+    return Window(strides, paddings, operator.index(groups))
 
 
 @functools.lru_cache
@@ -117,10 +118,14 @@ def known_window(*arguments: Any) -> Window:
 def _pair(caller: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
     if type(value) is int:  # what is usual, at once
         return value, value
-    values = (value, value) if isinstance(value, int) else value
-    if isinstance(values, (tuple, list)) and len(values) == 1:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if len(values) == 1:
         values = (*values, *values)  # torch takes (1,) for both
-    whole = isinstance(values, (tuple, list)) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
-    if not whole or len(values) != 2:
+    if len(values) != 2 or not all(map(_is_whole, values)):
         raise TypeError(f"{caller}: {name} must be a whole number or a pair of them, got {value!r}")
-    return values[0], values[1]
+    return operator.index(values[0]), operator.index(values[1])
+
+
+def _is_whole(value: object) -> bool:
+    """Whether torch takes a value for a whole number: numpy's too, no bool, and here no tensor."""
+    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))

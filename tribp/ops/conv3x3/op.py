@@ -33,6 +33,7 @@ from ..shared import (
     autocast_all,
     bare_apply,
     import_plan,
+    refuse_tangents,
     scatter,
     unless_refused,
     uses_tf32,
@@ -87,7 +88,8 @@ def conv3x3(
             act = NONE if activation is None else activation_of("conv3x3", activation)
             _, channels, height, width = weight.shape
             # What `reference` works around torch for has several groups, or is in bfloat16 with a stride of 2.
-            if channels and height == width == 3 and (window.stride[1] == 1 or input.dtype != torch.bfloat16):
+            in_bfloat16 = input.dtype == torch.bfloat16 or autocasting("cpu")
+            if channels and height == width == 3 and (window.stride[1] == 1 or not in_bfloat16):
                 # As they were given: torch refuses True and 1.0, which the cache takes for 1.
                 output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
                 return output if activation is None else activate_(output, act)
@@ -220,6 +222,7 @@ def operator(
     stride: Sequence[int], padding: Sequence[int], groups: int,
     activation: str | None = None, a: float = 0.0, b: float = 0.0,
 ) -> Tensor:  # fmt: skip
+    refuse_tangents(input, weight, bias)
     with without_autocast(input.device.type):  # as for linear
         act = Activation(activation, a, b)
         return forward(input, weight, bias, as_window(stride, padding, groups), act, dispatch.backend_of(input))

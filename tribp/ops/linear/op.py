@@ -34,6 +34,7 @@ from ..shared import (
     autocast_all,
     bare_apply,
     import_plan,
+    refuse_tangents,
     scatter,
     unless_refused,
     uses_tf32,
@@ -211,6 +212,7 @@ def backward(
 def operator(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None, a: float = 0.0, b: float = 0.0
 ) -> Tensor:
+    refuse_tangents(input, weight, bias)
     with without_autocast(input.device.type):  # the result has the type of the arguments, as the compiler was told
         return forward(input, weight, bias, Activation(activation, a, b), dispatch.backend_of(input))
 
@@ -264,6 +266,7 @@ operator.register_autograd(
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_sigmoid", mutates_args=())
 def sigmoid_operator(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    refuse_tangents(input, weight, bias)
     with without_autocast(input.device.type):
         return forward(input, weight, bias, SIGMOID, dispatch.backend_of(input))
 

@@ -20,7 +20,7 @@ from ...launch.matmul import MatmulConfig, rows_per_split
 from ...launch.plan import Plan
 from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
 from ..activations import Activation, as_stored
-from ..checks import check_dtypes, matrices_fit
+from ..checks import check_dtypes, matrices_fit, saved_fit
 from ..shared import Needs
 from .checks import check_layouts
 from .config import BackwardProblem, DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
@@ -139,7 +139,7 @@ def backward(
 
     output is given if there is an activation; input for dw, weight for dx.
     """
-    if not matrices_fit(grad, input, weight):
+    if not (matrices_fit(grad, input, weight) and saved_fit(grad, input, [output], [weight])):
         return
     sizes = zip(grad_sizes(grad, input, weight), needs, strict=True)
     dx, dw, db = (plan.output(size, grad.dtype) if need else None for size, need in sizes)

@@ -33,6 +33,7 @@ from ..shared import (
     autocast_all,
     bare_apply,
     import_plan,
+    refuse_tangents,
     scatter,
     unless_refused,
     uses_tf32,
@@ -95,7 +96,7 @@ def mlp(
         return output
     tensors = [t for t in (input, *weights, *given) if t is not None]
     if torch.overrides.has_torch_function(tensors):
-        arguments = (input, weights, biases, activation, output_activation)
+        arguments = (input, weights, None if biases is None else given, activation, output_activation)
         return torch.overrides.handle_torch_function(mlp, tensors, *arguments)
     optional = {f"biases[{n}]": b for n, b in enumerate(given)}
     check_tensors("mlp", *optional, input=input, **{f"weights[{n}]": w for n, w in enumerate(weights)}, **optional)
@@ -272,6 +273,7 @@ def operator(
     """Every layer's output. biases: of the layers that have one, for autograd sees no tensors in a list with None."""
     both = Activation(activation, a, b), Activation(output_activation, output_a, output_b)
     layers = _layers(weights, scatter(has_bias, biases), both)
+    refuse_tangents(input, *weights, *biases)
     with without_autocast(input.device.type):
         return forward(input, layers, dispatch.backend_of(input))
 

@@ -8,7 +8,7 @@ from ...launch.layout import matrix
 from ...launch.plan import Plan
 from ...launch.reduce import Partials, reduce_partials
 from ..activations import NONE, Activation
-from ..checks import matrices_fit
+from ..checks import matrices_fit, saved_fit
 from ..linear.plan import LowerLayer, backward_layer, check_call, forward_layer
 from .reference import grad_sizes
 
@@ -60,10 +60,10 @@ def backward(
     What hands a gradient down multiplies it by the derivative of the layer below, and leaves partial sums of its db: a
     dz is written once, and at most the last one is formed by a pass over memory.
     """
-    if not matrices_fit(grad, *tensors):
-        return
     count = len(activations)
     (input, *outputs), weights = tensors[: count + 1], tensors[count + 1 :]
+    if not (matrices_fit(grad, *tensors) and saved_fit(grad, input, outputs, weights)):
+        return
     sizes = zip(grad_sizes(grad, input, outputs[:-1], weights[0]), needs, strict=True)
     dx, *grads = [plan.output(size, grad.dtype) if need else None for size, need in sizes]
     dy, x, flat_dx, *ys = [None if t is None else matrix(plan, t) for t in (grad, input, dx, *outputs)]
