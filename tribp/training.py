@@ -10,7 +10,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from . import dispatch
-from .fusion.activations import ACTIVATIONS, activation_like, refused
+from .fusion.activations import ACTIVATIONS, activation_like
 from .fusion.places import full_name
 from .fusion.rows import flatten
 from .nn import MLP, Linear, LinearSigmoid, runs_forward_alone
@@ -299,7 +299,7 @@ def _layers_of(model: nn.Module) -> list[Layer] | str:
         kind = type(module)
         if not runs_forward_alone(module):
             return f"a {kind.__name__} has hooks, or a forward of its own"
-        if isinstance(module, nn.Linear | Linear) and kind in LINEARS:
+        if isinstance(module, LINEARS) and kind in LINEARS:
             act = module.activation if isinstance(module, Linear) else None  # torch's own may have a note of that name
             if act is not None and follows is not None:
                 return "two activations follow on one layer"
@@ -307,9 +307,11 @@ def _layers_of(model: nn.Module) -> list[Layer] | str:
         elif kind in ACTIVATIONS:
             if not layers or layers[-1].activation.name is not None:
                 return f"a {kind.__name__} stands behind no linear layer"
-            if reason := refused(f"the {kind.__name__}", module):
-                return reason
-            layers[-1] = layers[-1]._replace(activation=activation_of("train_step", activation_like(module)))
+            try:
+                activation = activation_of(f"the {kind.__name__}", activation_like(module))
+            except (TypeError, ValueError, OverflowError) as error:
+                return str(error)
+            layers[-1] = layers[-1]._replace(activation=activation)
         elif isinstance(module, MLP) and any(type(layer) not in LINEARS for layer in module.layers):
             return "a layer of the MLP was replaced"
         elif kind not in (MLP, nn.Identity):
