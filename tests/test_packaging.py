@@ -23,7 +23,7 @@ FLOORS = {
     "dispatch": {"launch.arch", "kernels.common"},
     "launch": {"dispatch", "kernels", "versions"},
     "ops": {"dispatch", "kernels", "launch", "versions"},
-    "export": {"ops"},
+    "export": {"dispatch", "ops"},
     "functional": {"ops"},
     "nn": {"ops"},
     "fusion": {"dispatch", "nn", "ops"},

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
+from .dispatch import without_autocast
 from .ops.conv3x3 import op as conv3x3
 from .ops.linear import op as linear
 from .ops.mlp import op as mlp
@@ -30,4 +32,9 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
 # Under torch.func an operator is these: its own derivative knows no transform, and torch would drop a tangent unsaid.
 _TRANSFORMED: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 for _operator, _function in decompositions().items():
-    _TRANSFORMED.impl(_operator, _function, "FuncTorchDynamicLayerFrontMode")
+
+    def _compute(input: Tensor, *others: Any, function: Callable[..., Any] = _function) -> Any:
+        with without_autocast(input.device.type):  # as where no transform is
+            return function(input, *others)
+
+    _TRANSFORMED.impl(_operator, _compute, "FuncTorchDynamicLayerFrontMode")

@@ -127,10 +127,11 @@ class TrainStep:
             )
         if cuda_graph and not all(group.get("capturable") for group in optimizer.param_groups):
             raise ValueError(
-                f"train_step: cuda_graph=True needs capturable=True in every group of {type(optimizer).__name__}"
+                f"train_step: cuda_graph=True needs capturable=True in every group of {type(optimizer).__name__}; each "
+                "class of tribp.optim takes it"
             )
         self.model, self.optimizer, self.loss, self.reduction = model, optimizer, loss, reduction or "mean"
-        self._graphs = StepGraphs(optimizer) if cuda_graph else None
+        self._graphs = StepGraphs() if cuda_graph else None
         self._grads: dict[int, Tensor] = {}  # by parameter, what the last step wrote
 
     def __repr__(self) -> str:
@@ -154,9 +155,9 @@ class TrainStep:
         if self._graphs is None:
             return step(input, target)
         grads = [(key, grad.data_ptr()) for key, grad in self._grads.items()]
-        lie = [t.data_ptr() for layer in layers for t in layer[:2] if t is not None]
+        lie = [(t.data_ptr(), t.shape) for layer in layers for t in layer[:2] if t is not None]
         facts = grads, lie, [layer.activation for layer in layers]
-        return self._graphs(step, input, target, (*named, uses_tf32(input)), facts)
+        return self._graphs(self.optimizer, step, input, target, (*named, uses_tf32(input)), facts)
 
     @property
     def graph_reason(self) -> str | None:

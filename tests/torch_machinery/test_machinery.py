@@ -253,6 +253,8 @@ def test_an_operator_loses_no_tangent(operation: Operation, detached: list[Tenso
         assert torch.equal(operation.bare(x, *others), operation.bare(*detached))
         with pytest.raises(NotImplementedError, match="decompositions"):
             operation.bare(forward_ad.make_dual(x, x), *others)
+        compiled = torch.compile(operation.bare, backend="aot_eager")
+        assert torch.equal(compiled(x, *others), operation.bare(*detached))
 
 
 def test_zeros_without_memory(operation: Operation, tensors: list[Tensor]) -> None:

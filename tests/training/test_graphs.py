@@ -1,7 +1,12 @@
 """`train_step(…, cuda_graph=True)`: what a graph repeats, and what it must not. Without a GPU launches are recorded."""
 
 import copy
+import functools
+import gc
+import warnings
+import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,31 +24,24 @@ from ..optim.test_gpu import CLASSES
 SIZES = (6, 8, 3)
 
 
-class Recorded:
-    """As `CapturedStep`: runs nothing while it records, then repeats the launches on the tensors they had."""
+class Recorded(graphs.CapturedStep):
+    """Runs nothing while it records, then repeats the launches on the tensors they had."""
 
     made = 0
 
-    def __init__(self, step: graphs.Step, input: Tensor, target: Tensor) -> None:
+    def capture(self, step: graphs.Step) -> None:
         from tribp.launch.plan import Plan
 
-        self._batch = [input.clone(), target.clone()]
-        self._runs: list[tuple[Plan, list[Tensor | None]]] = []
+        runs: list[tuple[Plan, list[Tensor | None]]] = []
 
         def record(plan: Plan, tensors: Any, into: object = None) -> list[Tensor | None]:
-            self._runs.append((plan, list(tensors)))
+            runs.append((plan, list(tensors)))
             return []
 
         with mock.patch.object(Plan, "run", record):
             self._loss = step(*self._batch)
+        self._graph = SimpleNamespace(replay=lambda: [plan.run(tensors) for plan, tensors in runs])  # type: ignore[assignment]
         Recorded.made += 1
-
-    def replay(self, input: Tensor, target: Tensor) -> Tensor:
-        for own, given in zip(self._batch, (input, target), strict=True):
-            own.copy_(given)
-        for plan, tensors in self._runs:
-            plan.run(tensors)
-        return self._loss.clone()
 
 
 @pytest.fixture
@@ -53,6 +51,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, kernels: str) -> str:
         obstacle, cuda = graphs.obstacle, torch.device("cuda")
         monkeypatch.setattr(graphs, "CapturedStep", Recorded)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         monkeypatch.setattr(graphs, "obstacle", lambda optimizer, device: obstacle(optimizer, cuda))
     return kernels
 
@@ -165,9 +164,39 @@ def grown(model: Any, optimizer: Any) -> None:
     optimizer.add_param_group({"params": list(new.parameters())})
 
 
+def listed(model: Any, optimizer: Any) -> None:
+    optimizer.param_groups[0]["betas"][0] = 0.1
+
+
+def of_another_group(model: Any, optimizer: Any) -> None:
+    one, other = optimizer.param_groups
+    other["params"].append(one["params"].pop())
+
+
+def clipped(model: Any, optimizer: Any) -> None:
+    optimizer.param_groups[0]["max_grad_norm"] = optimizer.param_groups[1]["max_grad_norm"] = 1e-3
+
+
+def noted(model: Any, optimizer: Any) -> None:
+    next(iter(optimizer.state.values())).update(seen=torch.ones(()))
+
+
+def scheduled(model: Any, optimizer: Any) -> None:
+    torch.optim.lr_scheduler.StepLR(optimizer, 100)
+
+
+def cut(model: Any, optimizer: Any) -> None:
+    model.before = [p.data for p in model.parameters()]
+    model[0].weight.data, model[0].bias.data = model[0].weight.data[:4], model[0].bias.data[:4]
+    model[2].weight.data = model[2].weight.data[:, :4].contiguous()
+    for p in (model[0].weight, model[0].bias, model[2].weight):
+        optimizer.state[p] = {k: v if v.dim() == 0 else torch.zeros_like(p) for k, v in optimizer.state[p].items()}
+
+
 CHANGES = {
     "lr": scaled_lr, "states loaded": loaded, "a parameter moved": moved, "a parameter frozen": frozen,
     "an activation's argument": steeper, "gradients of others": with_own_grads, "a layer more": grown,
+    "betas in place": listed, "another group": of_another_group, "clipping": clipped, "layers cut": cut,
 }  # fmt: skip
 
 
@@ -175,9 +204,92 @@ CHANGES = {
 def test_what_changes_is_not_repeated(change: Any, recording: str) -> None:
     """The first step after it is performed; then it is what the graph repeats."""
     pair = Pair(recording)
+    for optimizer, model in zip(pair.optimizers, pair.models, strict=True):
+        optimizer.param_groups[0]["betas"] = [0.9, 0.99]  # as from a file
+        optimizer.param_groups[0]["params"].pop()
+        optimizer.add_param_group({"params": [list(model.parameters())[-1]], "lr": 0.1})
     pair.many(3)
     pair.each(change)
     assert pair.many(3) == [False, True, True]
+
+
+@pytest.mark.parametrize("change", [noted, scheduled])
+def test_what_a_graph_may_find_after_one_step(change: Any, recording: str) -> None:
+    """The next step makes another plan, which is nothing to be captured."""
+    pair = Pair(recording)
+    assert not pair.both()
+    pair.each(change)
+    assert pair.many(3) == [False, True, True]
+
+
+def test_another_optimizer(recording: str) -> None:
+    pair = Pair(recording)
+    pair.many(3)
+    for n, step in enumerate(pair.steps):
+        pair.optimizers[n] = step.optimizer = tribp.optim.SGD(step.model.parameters(), lr=0.5, capturable=True)
+    assert pair.many(3) == [False, True, True]
+
+
+def test_copies_and_schedules(recording: str) -> None:
+    """A copy captures its own; a schedule that is made after replays finds that steps were made."""
+    pair = Pair(recording)
+    pair.many(3)
+    twin = copy.deepcopy(pair.graphed)
+    for seed in range(3):
+        twin(*batch(recording, seed))
+    assert twin.graph_reason is None
+    assert pair.both(), "the original's parameters are where they were"
+    pair.optimizers[0]._opt_called = False
+    assert pair.both()
+    schedule = torch.optim.lr_scheduler.StepLR(pair.optimizers[0], 100)
+    pair.optimizers[0]._opt_called = False
+    pair.graphed(*batch(recording, 0))
+    pair.graphed(*batch(recording, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.step()
+
+
+def test_states_that_were_loaded_are_let_go(recording: str) -> None:
+    """Of a plan that a graph has read nothing is kept once another is made."""
+    pair = Pair(recording)
+    pair.many(3)
+    held = [weakref.ref(s["exp_avg"].untyped_storage()) for s in pair.optimizers[0].state.values()]
+    pair.each(loaded)
+    assert pair.many(3) == [False, True, True]
+    gc.collect()
+    assert [ref() for ref in held] == [None] * len(held)
+    assert not pair.optimizers[0]._captured
+
+
+def test_a_step_in_its_own_names_place(recording: str) -> None:
+    pair = Pair(recording)
+    pair.many(2)
+    calls: list[int] = []
+    inner = pair.optimizers[0].step
+
+    @functools.wraps(inner)
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return inner(*arguments)
+
+    pair.optimizers[0].step = counted
+    assert not any(pair.many(3))
+    assert len(calls) == 3
+
+
+def test_no_layout_of_a_batch_is_new_to_the_capture(recording: str) -> None:
+    """Whatever the caller's lie like, kernels were compiled for the graph's own when it is captured."""
+    from tribp.launch import plan as plans
+
+    pair = Pair(recording)
+    x, target = torch.randn(9, 8, device=recording), torch.randint(3, (9,), device=recording)
+    made = []
+    for _ in range(3):
+        pair.graphed(x[1:8, 1:7], target[1:8])
+        made.append(plans.planned.cache_info().misses)
+    assert pair.graphed.graph_reason is None
+    assert made[0] == made[-1]
 
 
 def test_what_a_graph_follows(recording: str) -> None:
@@ -243,7 +355,7 @@ def test_why_a_step_is_performed(recording: str) -> None:
     assert pair.many(2) == [False, True]
     with pair.optimizers[0].swap_ema(), pytest.raises(RuntimeError, match="within swap_ema"):
         pair.graphed(*batch(recording, 0))
-    assert pair.both()
+    assert pair.many(2) == [False, True]
     step = pair.optimizers[0].step
     pair.optimizers[0].step = lambda: step()
     assert not pair.both()

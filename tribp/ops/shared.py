@@ -58,14 +58,19 @@ def uses_tf32(tensor: Tensor, convolution: bool = False) -> bool:
 
 def refuse_tangents(*tensors: Tensor | None) -> None:
     """Raise NotImplementedError where an operator, whose derivative has no forward mode, would lose a tangent."""
-    if forward_ad._current_level < 0:
-        return
-    unpack: Any = forward_ad.unpack_dual  # untyped
-    if any(t is not None and unpack(t).tangent is not None for t in tensors):
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
         raise NotImplementedError(
             f"{NAMESPACE}'s operators have no forward mode but under torch.func; in an exported program, "
             "run_decompositions(tribp.decompositions()) writes torch's operations in their place"
         )
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    unpack: Any = forward_ad.unpack_dual  # untyped
+    try:
+        return tensor is not None and unpack(tensor).tangent is not None
+    except RuntimeError:  # it can't be asked where a graph that AOTAutograd made runs
+        return False
 
 
 def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

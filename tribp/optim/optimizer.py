@@ -189,6 +189,12 @@ class Optimizer(torch.optim.Optimizer):
             grads = plan.watch.checked_gradients(self)
         return grads
 
+    def _steady_plan(self) -> UpdatePlan | None:
+        """The plan that the next step is to follow; None if it makes another. For who repeats steps without it."""
+        self._before_step()
+        plan = None if self._in_swap else self._plan
+        return plan if plan is not None and plan.watch.checked_gradients(self) is not None else None
+
     def _capturing(self) -> bool:
         """Whether a CUDA graph is being captured. Raises RuntimeError, as torch does, if that was not announced."""
         if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():

@@ -1,7 +1,6 @@
 """A training step in a CUDA graph: captured when a call is like the one before, repeated as long as nothing moves."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.optim import optimizer as torch_optimizer
 from ..shared import NAMESPACE
 
 Step = Callable[[Tensor, Tensor], Tensor]  # of input and target, to the loss
-KEPT = 8  # graphs, one for each kind of batch, with the memory of its step; the oldest goes first
+KEPT = 8  # graphs, one for each kind of batch, with the memory of its step; the one not used for longest goes first
 # Modules whose optimizers' steps do nothing that a graph would not repeat; a class of somebody's own may.
 OWN_STEPS = ("torch.optim.", f"{NAMESPACE}.optim.")
 
@@ -19,27 +18,47 @@ OWN_STEPS = ("torch.optim.", f"{NAMESPACE}.optim.")
 class CapturedStep:
     """A graph of one step, and the batch and loss that it reads and writes."""
 
-    def __init__(self, step: Step, input: Tensor, target: Tensor) -> None:
-        self._batch = [t.clone(memory_format=torch.contiguous_format) for t in (input, target)]
-        self._graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(input.device)  # type: ignore[no-untyped-call]
-        # thread_local: a loader of data pins memory in its own thread meanwhile.
-        capturing = torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local")
-        with torch.cuda.device(input.device), capturing:
-            self._loss = step(*self._batch)
+    def __init__(self, input: Tensor, target: Tensor) -> None:
+        self._batch = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (input, target)]
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.performed = False  # whether a step was, which the next one is to repeat
+        self.norm: Tensor | None = None  # of the gradients, if the graph writes one
+
+    def perform(self, step: Step, input: Tensor, target: Tensor) -> Tensor:
+        """On the graph's own batch, lest another layout's kernels be compiled while it is captured."""
+        self._load(input, target)
+        value = step(*self._batch)
+        self.performed = True
+        return value
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
 
     def replay(self, input: Tensor, target: Tensor) -> Tensor:
-        for own, given in zip(self._batch, (input, target), strict=True):
-            own.copy_(given)
+        assert self._graph is not None
+        self._load(input, target)
         self._graph.replay()
         return self._loss.clone()
 
+    def capture(self, step: Step) -> None:
+        graph, device = torch.cuda.CUDAGraph(), self._batch[0].device
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # thread_local: a loader of data pins memory in its own thread meanwhile.
+        capturing = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
+        with torch.cuda.device(device), capturing:
+            self._loss = step(*self._batch)
+        self._graph = graph
 
-@dataclass
-class _Seen:
-    facts: object  # what a graph would repeat without looking, as the last step of its kind left it
-    captured: CapturedStep | None = None
-    norm: Tensor | None = None  # of the gradients, which the graph writes
+    def drop(self) -> None:
+        """What a graph reads must outlive its last replay."""
+        if self._graph is not None:
+            torch.cuda.synchronize(self._batch[0].device)
+        self._graph, self.performed = None, False
+
+    def _load(self, input: Tensor, target: Tensor) -> None:
+        for own, given in zip(self._batch, (input, target), strict=True):
+            own.copy_(given)
 
 
 class StepGraphs:
@@ -47,36 +66,61 @@ class StepGraphs:
 
     reason: str | None = "no call was made"
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._seen: dict[Hashable, _Seen] = {}
+    def __init__(self) -> None:
+        self._facts: object = None  # what the graphs repeat without looking, as the last step left it
+        self._graphs: dict[Hashable, CapturedStep] = {}
 
-    def __call__(self, step: Step, input: Tensor, target: Tensor, kind: Hashable, own: object) -> Tensor:
+    def __reduce__(self) -> tuple[type["StepGraphs"], tuple[()]]:
+        return StepGraphs, ()  # a copy captures its own
+
+    def __call__(
+        self, optimizer: torch.optim.Optimizer, step: Step, input: Tensor, target: Tensor, kind: Hashable, own: object
+    ) -> Tensor:
         """The loss of a step, performed or replayed.
 
         kind: of the batch, besides its layout: each has a graph of its own. own: of the facts that the graph would
         repeat, those that are not the optimizer's.
         """
-        self.reason = obstacle(self._optimizer, input.device)
+        self.reason = obstacle(optimizer, input.device)
         if self.reason:
             return step(input, target)
+        self._compare((optimizer, own, facts_of(optimizer)))
         kind = (input.shape, input.dtype, target.shape, target.dtype, kind)
-        seen = self._seen.get(kind)
-        if seen is None or seen.facts != (own, facts_of(self._optimizer)):
+        graph = self._graphs.pop(kind, None) or CapturedStep(input, target)
+        if not graph.performed:
             self.reason = "the step before had other tensors or options, or there was none"
-            value = step(input, target)
-            while len(self._seen) >= KEPT:
-                self._seen.pop(next(iter(self._seen)))
-            self._seen.pop(kind, None)
-            self._seen[kind] = _Seen((own, facts_of(self._optimizer)))
-            return value
-        if seen.captured is None:
-            seen.captured = CapturedStep(step, input, target)
-            seen.norm = getattr(self._optimizer, "grad_norm", None)
-        value = seen.captured.replay(input, target)
-        if seen.norm is not None:
-            self._optimizer.grad_norm = seen.norm.clone()  # type: ignore[attr-defined]
+            value = graph.perform(step, input, target)
+            self._compare((optimizer, own, facts_of(optimizer)))
+        else:
+            if not graph.captured:
+                _capture(graph, optimizer, step)
+            value = graph.replay(input, target)
+            _tell(optimizer, graph)
+        while len(self._graphs) >= KEPT:
+            self._graphs.pop(next(iter(self._graphs))).drop()
+        self._graphs[kind] = graph
         return value
+
+    def _compare(self, facts: object) -> None:
+        if facts != self._facts:
+            for graph in self._graphs.values():
+                graph.drop()
+            self._facts = facts
+
+
+def _capture(graph: CapturedStep, optimizer: Any, step: Step) -> None:
+    captured = getattr(optimizer, "_captured", [])
+    before = len(captured)
+    graph.capture(step)
+    del captured[before:]  # the plan that the graph reads is among the facts, and lives no longer than these
+    graph.norm = getattr(optimizer, "grad_norm", None)
+
+
+def _tell(optimizer: Any, graph: CapturedStep) -> None:
+    """What a step leaves on the optimizer."""
+    optimizer._opt_called = True  # schedulers warn of steps that were not made
+    if graph.norm is not None:
+        optimizer.grad_norm = graph.norm.clone()
 
 
 def obstacle(optimizer: Any, device: torch.device) -> str | None:
@@ -87,29 +131,40 @@ def obstacle(optimizer: Any, device: torch.device) -> str | None:
         return "another graph is being captured"
     if not all(group.get("capturable") for group in optimizer.param_groups):
         return "capturable is not True in every group of the optimizer"
-    if not optimizer.step.__module__.startswith(OWN_STEPS):
+    if not _steps_as_its_class(optimizer):
         return "the optimizer has a step of its own"
     everywhere = torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
     if everywhere or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return "a hook waits for the optimizer's steps"
     if any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
         return "the optimizer divides by a GradScaler's scale"
-    if getattr(optimizer, "_in_swap", False):
-        return "the parameters are their averages"  # the step raises
     return None
 
 
-def facts_of(optimizer: torch.optim.Optimizer) -> list[object]:
-    """Where an optimizer's states lie, and its options, of tensors on the device their places."""
-    facts: list[object] = []
-    for group in optimizer.param_groups:
-        facts += [_fact(group.get(name)) for name in optimizer.defaults]
-    for state in optimizer.state.values():
-        facts += [value.data_ptr() for value in state.values() if isinstance(value, Tensor)]
-    return facts
+def _steps_as_its_class(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is torch's or tribp's, and nobody has put another step in the place of its own; schedulers may."""
+    kind, step = type(optimizer), vars(optimizer).get("step")
+    of_scheduler = getattr(step, "_wrapped_by_lr_sched", False) and getattr(step, "__wrapped__", None) is kind.step
+    own = kind.__module__.startswith(OWN_STEPS) and kind.step.__module__.startswith(OWN_STEPS)
+    return own and (step is None or of_scheduler)
+
+
+def facts_of(optimizer: Any) -> object:
+    """What a captured step of the optimizer would repeat: equal as long as the next step is that one.
+
+    tribp's own looks at its plan as at every step. Of torch's: where states lie, and the groups' options.
+    """
+    if hasattr(optimizer, "_steady_plan"):
+        plan = optimizer._steady_plan()
+        return object() if plan is None else (plan, _fact(plan.watch.options.values))
+    states = [_fact([*state.items()]) for state in optimizer.state.values() if isinstance(state, dict)]
+    return states, [_fact([*group.items()]) for group in optimizer.param_groups]
 
 
 def _fact(value: object) -> object:
+    """Constants by value, tensors on the device by their place, all else by identity."""
     if isinstance(value, Tensor):
-        return value.data_ptr() if value.is_cuda else value.tolist()
-    return tuple(map(_fact, value)) if isinstance(value, tuple) else value
+        return value.tolist() if value.is_cpu else (value.data_ptr(), value.shape)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_fact, value))
+    return value if isinstance(value, (str, int, float, type(None))) else id(value)
