@@ -158,6 +158,13 @@ def test_a_contender_that_raises_leaves_the_others_their_times(tmp_path: Path) -
     assert all(row["providers"]["eager"]["device_us"]["median"] > 0 for row in rows)
 
 
+def test_the_librarys_own_configs_are_measured_whatever_the_shell_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRIBP_AUTOTUNE", "1")
+    code = "import bench.run, os; from tribp.launch import autotune; print(autotune.tuner, os.getenv('TRIBP_AUTOTUNE'))"
+    assert python("-c", code).stdout == "None None\n", "no search, here or in what is started from here"
+
+
 def test_results_of_an_earlier_run_stay_until_measured_again(tmp_path: Path) -> None:
     only = dataclasses.replace(linear(), directions=["forward"])
     smoke(only, tmp_path, "16x16x32", "33x7x19 float16")
