@@ -150,7 +150,7 @@ class Journal:
 
     def say(self, text: str) -> None:
         print(text, flush=True)
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             log.write(text + "\n")
 
     def table(self, planned: Sequence[Step]) -> str:

@@ -229,8 +229,8 @@ def describe(launch: Launch) -> str:
 @functools.cache
 def operations() -> dict[str, Operation]:
     """Every OPERATION of this folder's files, by name."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    modules = [file.stem for file in files if re.search(r"^OPERATION = ", file.read_text(), re.MULTILINE)]
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))}
+    modules = [name for name, text in texts.items() if re.search(r"^OPERATION = ", text, re.MULTILINE)]
     entries: list[Operation] = [importlib.import_module(f"{__package__}.{module}").OPERATION for module in modules]
     return {operation.name: operation for operation in entries}
 

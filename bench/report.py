@@ -47,7 +47,7 @@ def main(options: Options) -> int:
 def write(folder: Path) -> None:
     """The folder's page and, with matplotlib, its pictures: each operation's bars against the peers and roofline."""
     stored, file = load(folder), folder / "README.md"
-    if file.exists() and MADE_BY not in file.read_text():
+    if file.exists() and MADE_BY not in file.read_text(encoding="utf-8"):
         raise ValueError(f"{file} is somebody's, and no page of results")
     for entry in operation.find():
         if held := stored.get(entry.name):

@@ -243,13 +243,13 @@ def conditions(head: Mapping[str, Any]) -> str:
 def write(path: Path, text: str) -> None:
     """All of the text, or what was there before: the process may be killed at any time."""
     new = path.with_name(path.name + ".new")
-    new.write_text(text + "\n")
+    new.write_text(text + "\n", encoding="utf-8")
     os.replace(new, path)
 
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 

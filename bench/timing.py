@@ -236,7 +236,7 @@ class CudaMeter(CpuMeter):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(file))
-            return kernels_of(json.loads(file.read_text()))
+            return kernels_of(json.loads(file.read_text(encoding="utf-8")))
 
     def allocated(self) -> int | None:
         """As they were asked for. Measured: the allocator rounds some blocks up to 2 MB, by which torch's own for-loop

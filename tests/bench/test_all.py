@@ -493,8 +493,8 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch
     results.write(file, "old")
     write_text = Path.write_text
 
-    def killed(path: Path, text: str) -> int:
-        write_text(path, text[:2])
+    def killed(path: Path, text: str, encoding: str) -> int:
+        write_text(path, text[:2], encoding)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
