@@ -125,9 +125,9 @@ class Journal:
     def __init__(self, folder: Path, smoke: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.log, self.smoke = folder / "steps.json", folder / "log.txt", smoke
-        stored: dict[str, Any] = results.read_json(self.file) if self.file.exists() else {"smoke": smoke, "steps": {}}
-        if stored.keys() != {"smoke", "steps"}:
-            raise ValueError(f"{self.file} is not what `all` writes")
+        stored: dict[str, Any] = {"smoke": smoke, "steps": {}}
+        if self.file.exists():
+            stored = results.read_json(self.file, "smoke steps")
         if stored["smoke"] != smoke:
             raise ValueError(f"{folder} holds results {'of' if stored['smoke'] else 'that are not of'} a smoke test")
         self.code = {"commit": results.commit(), "sources": results.digest()}

@@ -269,6 +269,9 @@ def comparisons(smoke: bool) -> Iterator[Comparison]:
     yield from shards(smoke)
 
 
+KEYS = "smoke commit cpus load versions rows"  # of the file that is written
+
+
 # -- measuring and showing --------------------------------------------------------------------------------------------
 
 

@@ -58,8 +58,9 @@ def write(folder: Path) -> None:
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    files = {name: folder / f"{name}.json" for name in (*operation.operations(), "host")}
-    return {name: results.read_json(file) for name, file in files.items() if file.exists()}
+    keys = dict.fromkeys(operation.operations(), results.KEYS) | {"host": host.KEYS}
+    files = {name: folder / f"{name}.json" for name in keys}
+    return {name: results.read_json(file, keys[name]) for name, file in files.items() if file.exists()}
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def steps_section(folder: Path) -> list[str]:
     file = folder / "steps.json"
     if not file.exists():
         return []
-    entries = results.read_json(file)["steps"].items()
+    entries = results.read_json(file, "steps")["steps"].items()
     rows = [[name, e["status"], f"{e['seconds']:.0f}", e["date"], e["commit"], e["note"]] for name, e in entries]
     return [
         "## Steps",

@@ -183,6 +183,9 @@ def _cell(row: Row, column: str) -> object:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+KEYS = "operation summary gpu smoke versions date commit copy_bytes_per_second operations_per_second rows"
+
+
 class Store:
     """`<folder>/<operation>.json`, written anew after every case: a run that is cut off loses one at most.
 
@@ -200,7 +203,7 @@ class Store:
         }  # fmt: skip
         date = datetime.datetime.now().isoformat(timespec="minutes")
         self.stamp = {"date": date, "commit": commit(), "sources": digest()}
-        self.rows: list[Row] = read_json(self.path)["rows"] if self.path.exists() else []
+        self.rows: list[Row] = read_json(self.path, KEYS)["rows"] if self.path.exists() else []
 
     def has(self, case: Any, *, compiled: bool) -> bool:
         """Whether the case has been measured with the present code, and beside torch.compile if that is wanted."""
@@ -247,11 +250,15 @@ def write(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, keys: str = "") -> Any:
+    """What the file holds. Raises ValueError if that is no JSON, or no object with these keys."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if keys and not (isinstance(content, dict) and content.keys() >= set(keys.split())):
+        raise ValueError(f"{path} is not what the bench writes: an object with {keys}")
+    return content
 
 
 def write_json(path: Path, content: object) -> None:

@@ -223,11 +223,24 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest
     assert "≥ 1.40x eager" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["linear.json", "steps.json"])
-def test_a_damaged_file_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / name).write_text('{"rows": [')
-    assert main(["report", str(tmp_path)]) == 2
-    assert f"{tmp_path / name} cannot be read" in capsys.readouterr().err
+@pytest.mark.parametrize("text", ['{"rows": [', "[]", "{}"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("linear.json", ["report"]),
+        ("host.json", ["report"]),
+        ("steps.json", ["report"]),
+        ("linear.json", ["run", "linear", "--smoke", "--out"]),
+        ("steps.json", ["all", "--smoke", "--out"]),
+    ],
+)
+def test_a_damaged_file_is_named(
+    name: str, words: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert main([*words, str(tmp_path)]) == 2
+    reason = "cannot be read: " if "[" in text[1:] else "is not what the bench writes: "
+    assert capsys.readouterr().err.startswith(f"bench: {tmp_path / name} {reason}")
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
