@@ -3,8 +3,9 @@
 GPU tests, measurements, compute-sanitizer where it is installed, torch.compile beside them, tuning of launch configs,
 and the long tail of cases: the most valuable first, for it may be cut off at any time, each step in a process of its
 own. What was found is in DIR at once: steps.json says what became of each step, log.txt holds what they printed, and
-<op>.json the measurements. With the same DIR it goes on: what is done is not done again, what failed only with other
-code. Writes the report and a table of the steps last. Exits with 1 if a step failed, with 2 without CUDA.
+<op>.json the measurements. With the same DIR it goes on, on the same GPU: what is done is not done again, what failed
+only with other code. Writes the report and a table of the steps last. Exits with 1 if a step failed, with 2 without
+CUDA.
 """
 
 import contextlib
@@ -20,10 +21,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
 
+import torch
+
 from . import report, results
 from .operation import Operation, find
 from .options import Options
 from .results import markdown
+from .timing import CpuMeter
 
 BENCH = (sys.executable, "-m", "bench")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
@@ -122,16 +126,13 @@ def sanitizer() -> str | None:
 class Journal:
     """What became of the steps, in this call and in those before it."""
 
-    def __init__(self, folder: Path, smoke: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file, self.log, self.smoke = folder / "steps.json", folder / "log.txt", smoke
-        stored: dict[str, Any] = {"smoke": smoke, "steps": {}}
-        if self.file.exists():
-            stored = results.read_json(self.file, "smoke steps")
-        if stored["smoke"] != smoke:
-            raise ValueError(f"{folder} holds results {'of' if stored['smoke'] else 'that are not of'} a smoke test")
+    def __init__(self, folder: Path, gpu: str) -> None:
+        results.open_folder(folder, gpu)
+        self.file, self.log, self.gpu = folder / "steps.json", folder / "log.txt", gpu
         self.code = {"commit": results.commit(), "sources": results.digest()}
-        self.entries: dict[str, dict[str, Any]] = stored["steps"]
+        self.entries: dict[str, dict[str, Any]] = {}
+        if self.file.exists():
+            self.entries = results.read_json(self.file, "gpu steps")["steps"]
 
     def is_finished(self, step: Step) -> bool:
         """Whether there is nothing left to do: what failed is tried again once the code is another."""
@@ -146,7 +147,7 @@ class Journal:
             "status": status, "seconds": round(seconds, 1), "note": note, **self.code, "date": date,
             "command": " ".join(step.command),
         }  # fmt: skip
-        results.write_json(self.file, {"smoke": self.smoke, "steps": self.entries})
+        results.write_json(self.file, {"gpu": self.gpu, "steps": self.entries})
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -170,7 +171,7 @@ def main(options: Options) -> int:
     planned = [s for s in everything if not only or any(part in s.name for part in only)]
     if not planned:
         raise ValueError(f"there is no such step; there are: {', '.join(step.name for step in everything)}")
-    journal, code = Journal(folder, smoke), 0
+    journal, code = Journal(folder, CpuMeter.name if smoke else torch.cuda.get_device_name()), 0
     if not sanitizer():
         journal.say("compute-sanitizer is not installed: its steps are left out")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `timeout` sends it

@@ -78,10 +78,16 @@ def goals(stored: Stored) -> list[Goal]:
                 measurement, target = measured.get((place(row), target["target"]), (row, target))
                 status = measurement.get("providers", {}).get("tribp", {}).get("status")
                 value = status if status in ("wrong", "failed") else figure(target)
-                if (commit := measurement.get("commit", held["commit"])) != held["commit"]:
-                    value += f" at {commit}"
+                value += earlier(measurement, held)
                 judged.append(Goal(name, place(row), target["target"], value, target["verdict"]))
     return sorted(judged, key=lambda goal: ORDER.index(goal.verdict))
+
+
+def earlier(row: Row, head: Row) -> str:
+    """The row's commit and versions where they are not those of the latest rows; "" for these."""
+    commit = row.get("commit", head["commit"])
+    others = [f"{name} {held}" for name, held in row.get("versions", {}).items() if held != head["versions"].get(name)]
+    return (f" at {commit}" if commit != head["commit"] else "") + (f" with {', '.join(others)}" if others else "")
 
 
 def place(row: Row) -> str:
@@ -153,10 +159,10 @@ def section(folder: Path, entry: Operation, held: dict[str, Any]) -> list[str]:
     for picture in (folder / f"{entry.name}.png", folder / f"roofline-{entry.name}.png"):
         if picture.exists():
             parts.append(f"![{picture.stem}]({picture.name})")
-    earlier = Counter(row["commit"] for row in held["rows"] if row["commit"] != held["commit"])
-    if earlier:
-        others = ", ".join(f"{rows} at {commit}" for commit, rows in sorted(earlier.items()))
-        parts.append(f"Of {len(held['rows'])} rows, not at {held['commit']} but earlier: {others}.")
+    kinds = Counter(kind for row in held["rows"] if (kind := earlier(row, held)))
+    if kinds:
+        others = ", ".join(f"{rows}{kind}" for kind, rows in sorted(kinds.items()))
+        parts.append(f"Of {len(held['rows'])} rows, earlier: {others}.")
     return [*parts, results.table(entry, held["rows"])]
 
 

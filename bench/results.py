@@ -189,28 +189,29 @@ KEYS = "operation summary gpu smoke versions date commit copy_bytes_per_second o
 class Store:
     """`<folder>/<operation>.json`, written anew after every case: a run that is cut off loses one at most.
 
-    Rows of earlier runs stay until their case is measured again; each carries its date, commit and sources, and whether
-    torch.compile was asked for.
+    Rows of earlier runs stay until their case is measured again; each carries its date, commit, sources and versions,
+    and whether torch.compile was asked for.
     """
 
     def __init__(self, folder: Path, operation: Operation, meter: CpuMeter, *, smoke: bool) -> None:
         self.operation = operation
-        folder.mkdir(parents=True, exist_ok=True)
+        open_folder(folder, meter.name)
         self.path = folder / f"{operation.name}.json"
         self.head: dict[str, Any] = {
             "operation": operation.name, "summary": operation.summary, "gpu": meter.name, "smoke": smoke,
-            "versions": meter.versions(),
         }  # fmt: skip
         date = datetime.datetime.now().isoformat(timespec="minutes")
-        self.stamp = {"date": date, "commit": commit(), "sources": digest()}
-        self.rows: list[Row] = read_json(self.path, KEYS)["rows"] if self.path.exists() else []
+        self.stamp = {"date": date, "commit": commit(), "sources": digest(), "versions": meter.versions()}
+        self.rows: list[Row] = []
+        if self.path.exists():
+            stored = read_json(self.path, KEYS)
+            self.rows = [{"versions": stored["versions"]} | row for row in stored["rows"]]
 
     def has(self, case: Any, *, compiled: bool) -> bool:
-        """Whether the case has been measured with the present code, and beside torch.compile if that is wanted."""
+        """Whether the case has been measured with this code and these versions, and beside torch.compile if wanted."""
         rows = self.rows_of([case])
-        return bool(rows) and all(
-            r["sources"] == self.stamp["sources"] and (r.get("compiled") or not compiled) for r in rows
-        )
+        present = all(r[key] == self.stamp[key] for r in rows for key in ("sources", "versions"))
+        return bool(rows) and present and all(r.get("compiled") or not compiled for r in rows)
 
     def add(self, rows: Sequence[Row], *, bandwidth: float, rates: Mapping[str, float], compiled: bool) -> None:
         fresh = {(r["case"], r["direction"]) for r in rows}
@@ -241,6 +242,15 @@ def conditions(head: Mapping[str, Any]) -> str:
         f"{head['date']}, commit {head['commit']}; {', '.join(versions)}. Measured in the same run: copy "
         f"{head['copy_bytes_per_second'] / 1e12:.3g} TB/s{products}."
     )
+
+
+def open_folder(folder: Path, gpu: str) -> None:
+    """Make the folder, or raise ValueError if it holds results of another GPU. A smoke test's are of the CPU."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(folder.glob("*.json")):
+        stored = read_json(file)
+        if isinstance(stored, dict) and stored.get("gpu", gpu) != gpu:
+            raise ValueError(f"{file} holds results of {stored['gpu']}: give another --out")
 
 
 def write(path: Path, text: str) -> None:

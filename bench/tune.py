@@ -70,7 +70,7 @@ class Tuning:
     def __init__(self, operation: Operation, options: Options, meter: CpuMeter, folder: Path, end: float) -> None:
         self.operation, self.options, self.meter, self.end = operation, options, meter, end
         self.good = True
-        folder.mkdir(parents=True, exist_ok=True)
+        results.open_folder(folder, meter.name)
         self.path = folder / f"tune-{operation.name}.json"
         self.head = {"operation": operation.name, "smoke": options.smoke, **conditions(meter.name)}
         self.stamp = {"commit": results.commit(), "versions": meter.versions()}
@@ -81,7 +81,7 @@ class Tuning:
         if before and not mine:
             kept = self.path.with_suffix(".old.json")
             self.path.replace(kept)
-            print(f"{self.path.name} is of another GPU, version or state of the sources; it is now {kept.name}")
+            print(f"{self.path.name} is of another version or state of the sources; it is now {kept.name}")
 
     def over(self) -> bool:
         return time.monotonic() >= self.end

@@ -21,10 +21,12 @@ from bench import operation, results, run
 from bench.__main__ import main, parse
 from bench.all import Journal, Step, walk
 from bench.options import Options
+from bench.timing import CpuMeter
 
 from .processes import ROOT
 from .test_run import NO_CUDA, linear, run_with, smoke
 
+GPU = CpuMeter.name
 with mock.patch.object(bench_all, "sanitizer", return_value="compute-sanitizer"):
     PLAN = bench_all.plan(Path("DIR"), smoke=False)
 
@@ -201,7 +203,7 @@ class World:
         """What was begun, and what is known of every step."""
         self.begun = []
         with mock.patch.multiple(bench_all, execute=self.execute, monotonic=self.clock):
-            walk(planned, Journal(self.folder, smoke=True), seconds + bench_all.RESERVE)
+            walk(planned, Journal(self.folder, GPU), seconds + bench_all.RESERVE)
         stored = json.loads((self.folder / "steps.json").read_text())["steps"]
         return self.begun, {name: entry["status"] for name, entry in stored.items()}
 
@@ -242,7 +244,7 @@ def test_what_failed_is_tried_again_with_other_code(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(results, "digest", lambda: "2222222")
     world.codes.clear()
     assert world.walk(planned, 100) == (["a"], {"a": "done", "b": "done"})
-    commits = {name: entry["commit"] for name, entry in Journal(tmp_path, smoke=True).entries.items()}
+    commits = {name: entry["commit"] for name, entry in Journal(tmp_path, GPU).entries.items()}
     assert commits == {"a": "2222222", "b": "1111111"}
 
 
@@ -258,7 +260,7 @@ def test_a_call_that_is_killed_leaves_its_step_cut_off(tmp_path: Path) -> None:
         raise Killed
 
     with pytest.raises(Killed), mock.patch.object(bench_all, "execute", execute):
-        walk([step("a")], Journal(tmp_path, smoke=True), 100)
+        walk([step("a")], Journal(tmp_path, GPU), 100)
     assert World(tmp_path, a=10).walk([step("a")], 100) == (["a"], {"a": "done"})
 
 
@@ -303,7 +305,7 @@ def test_a_step_is_stopped_with_its_children(leader: str, tmp_path: Path, monkey
     code = bench_all.main(Options(budget=10, out=tmp_path, smoke=True))
     assert time.monotonic() - began < 15
     assert ended(int(file.read_text()))
-    entries = Journal(tmp_path, smoke=True).entries
+    entries = Journal(tmp_path, GPU).entries
     assert entries["hangs"]["status"] == ("failed" if "sleep" in leader else "done")
     assert entries["after"]["status"] == "done"
     assert code == ("sleep" in leader)
@@ -323,7 +325,7 @@ def test_a_failing_step_stops_no_other_and_shows_its_last_lines(
     )
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # of the shell: a GPU's steps are not interpreted
     assert bench_all.main(Options(budget=10, out=tmp_path, smoke=True)) == 1
-    entries = Journal(tmp_path, smoke=True).entries
+    entries = Journal(tmp_path, GPU).entries
     assert {name: entry["status"] for name, entry in entries.items()} == {
         "first": "failed", "no such program": "failed", "killed": "failed", "last": "done",
     }  # fmt: skip
@@ -357,7 +359,7 @@ def test_an_interrupt_stops_the_step_and_shows_what_there_is(
     given_plan(monkeypatch, python("done", ""), python("interrupted", interrupt), python("never", ""))
     assert bench_all.main(Options(budget=10, out=tmp_path, smoke=True)) == 130
     assert ended(int(file.read_text()))
-    entries = Journal(tmp_path, smoke=True).entries
+    entries = Journal(tmp_path, GPU).entries
     assert {name: entry["status"] for name, entry in entries.items()} == {"done": "done", "interrupted": "cut off"}
     assert entries["interrupted"]["note"] == "interrupted"
     printed = capsys.readouterr().out
@@ -389,9 +391,11 @@ def test_what_is_asked_for_wrongly_is_said_in_a_line(
     error = capsys.readouterr().err
     assert error.startswith("bench: there is no such step; there are: tests ")
     assert "tests conv, " in error
-    Journal(tmp_path, smoke=True).write(step("a"), "done")
+    Journal(tmp_path, GPU).write(step("a"), "done")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU X")
     assert main(["all", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"bench: {tmp_path} holds results of a smoke test\n"
+    sentence = f"bench: {tmp_path / 'steps.json'} holds results of {GPU}: give another --out\n"
+    assert capsys.readouterr().err == sentence
     for budget in ("0", "-1", "nan", "inf", "soon"):
         with pytest.raises(SystemExit):
             main(["all", "--budget", budget])
@@ -414,7 +418,7 @@ def test_smoke_walks_through_under_the_interpreter_and_goes_on(
     words = ["all", "--smoke", "--out", str(out), "--only", "tests linear", "--only", "linear: first 20"]
     words += ["--only", "memory linear"]
     assert main(words) == 1
-    entries = Journal(out, smoke=True).entries
+    entries = Journal(out, GPU).entries
     assert {name: (entry["status"], entry["note"]) for name, entry in entries.items()} == {
         "tests linear": ("done", ""),
         "linear: first 20": ("done", ""),
@@ -433,7 +437,7 @@ def test_smoke_walks_through_under_the_interpreter_and_goes_on(
     dates = {name: entry["date"] for name, entry in entries.items()}
     capsys.readouterr()
     assert main(words) == 1
-    assert {name: Journal(out, smoke=True).entries[name]["date"] for name in dates} == dates
+    assert {name: Journal(out, GPU).entries[name]["date"] for name in dates} == dates
     assert "bench run" not in capsys.readouterr().out
 
 

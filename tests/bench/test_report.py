@@ -149,7 +149,28 @@ def test_rows_of_another_commit_say_so(tmp_path: Path) -> None:
     known = {(row[1], row[2]): row[3] for row in rows_of(page)}
     assert known[f"{TALL} forward", "≥ 1.40x eager"] == "1.41x at 1111111"
     assert known[f"{SQUARE} forward", "≥ 1.04x eager"] == "1.04x"
-    assert "Of 2 rows, not at 2222222 but earlier: 1 at 1111111." in page
+    assert "Of 2 rows, earlier: 1 at 1111111." in page
+
+
+def test_rows_of_other_versions_say_so_and_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear(tmp_path, TALL, "forward", commit="1111111", tribp=entry(100), eager=entry(141))
+    file = tmp_path / "linear.json"
+    held = json.loads(file.read_text())
+    del held["rows"][0]["versions"]  # those of the file, as it was written once
+    file.write_text(json.dumps(held))
+    (entry_of_linear,) = operation.find(["linear"])
+    tall, square = case_of(entry_of_linear, TALL), case_of(entry_of_linear, SQUARE)
+    assert store(tmp_path, "linear").has(tall, compiled=True)
+    monkeypatch.setattr(Gpu, "versions", lambda meter: {"torch": "2.13", "driver": "580"})
+    linear(tmp_path, SQUARE, "forward", commit="1111111", tribp=entry(100), eager=entry(104))
+    stored = store(tmp_path, "linear")
+    assert (stored.has(tall, compiled=True), stored.has(square, compiled=True)) == (False, True)
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text()
+    known = {(row[1], row[2]): row[3] for row in rows_of(page)}
+    assert known[f"{TALL} forward", "≥ 1.40x eager"] == "1.41x with torch 2.11"
+    assert known[f"{SQUARE} forward", "≥ 1.04x eager"] == "1.04x"
+    assert "Of 2 rows, earlier: 1 with torch 2.11." in page
 
 
 def test_what_the_host_took_is_on_the_page(tmp_path: Path) -> None:

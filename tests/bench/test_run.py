@@ -173,6 +173,21 @@ def test_results_of_an_earlier_run_stay_until_measured_again(tmp_path: Path) -> 
     assert all(row["date"] and row["commit"] for row in rows)
 
 
+@pytest.mark.parametrize("words", ["run optim", "tune optim", "all --budget 0.1"])
+def test_a_folder_is_of_one_gpu(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the CPU, if it is a smoke test's. Nothing is measured for another one, and nothing is written."""
+    if "tune" in words:
+        pytest.importorskip("triton")
+    (tmp_path / "linear.json").write_text('{"gpu": "GPU X"}')
+    (tmp_path / "model.json").write_text("[]")  # of `static`, which has no GPU
+    assert main([*words.split(), "--smoke", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr() == (
+        "",
+        f"bench: {tmp_path / 'linear.json'} holds results of GPU X: give another --out\n",
+    )
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.gpu
 def test_run_on_a_gpu(tmp_path: Path) -> None:
     options = dict(case=["64x10x128", "1000x77x333"], dtype=["bfloat16"], compile=False, out=tmp_path)
