@@ -189,16 +189,19 @@ KEYS = "operation summary gpu smoke versions date commit copy_bytes_per_second o
 class Store:
     """`<folder>/<operation>.json`, written anew after every case: a run that is cut off loses one at most.
 
+    `settings`, of `--set`, are part of the name: those times are not of the library's own configs.
     Rows of earlier runs stay until their case is measured again; each carries its date, commit, sources and versions,
     and whether torch.compile was asked for.
     """
 
-    def __init__(self, folder: Path, operation: Operation, meter: CpuMeter, *, smoke: bool) -> None:
-        self.operation = operation
+    def __init__(
+        self, folder: Path, operation: Operation, meter: CpuMeter, *, smoke: bool, settings: Sequence[str] = ()
+    ) -> None:
+        self.operation, name = operation, " --set ".join([operation.name, *settings])
         open_folder(folder, meter.name)
-        self.path = folder / f"{operation.name}.json"
+        self.path = folder / f"{name}.json"
         self.head: dict[str, Any] = {
-            "operation": operation.name, "summary": operation.summary, "gpu": meter.name, "smoke": smoke,
+            "operation": name, "summary": operation.summary, "gpu": meter.name, "smoke": smoke,
         }  # fmt: skip
         date = datetime.datetime.now().isoformat(timespec="minutes")
         self.stamp = {"date": date, "commit": commit(), "sources": digest(), "versions": meter.versions()}

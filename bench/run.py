@@ -47,7 +47,7 @@ def meter_and_folder(options: Options) -> tuple[CpuMeter, Path]:
 
 def run(operation: Operation, cases: Sequence[Any], options: Options, meter: CpuMeter, folder: Path) -> bool:
     """Measure these cases of one operation; whether all results were right."""
-    store = results.Store(folder, operation, meter, smoke=options.smoke)
+    store = results.Store(folder, operation, meter, smoke=options.smoke, settings=options.set)
     todo = [case for case in cases if not (options.missing and store.has(case, compiled=options.compile))]
     for case in todo:
         print(f"{operation.name} {case.name}", flush=True)

@@ -1,9 +1,13 @@
 """`--set`: configs with some fields set by hand."""
 
+from pathlib import Path
+
 import pytest
 
 from bench.__main__ import main
 from bench.variant import variant
+
+from .test_run import NO_CUDA
 
 pytest.importorskip("triton")
 
@@ -68,9 +72,23 @@ def test_none_is_a_value() -> None:
     assert (config.max_registers, config.tma) == (None, True)
 
 
-def test_results_of_a_variant_are_kept_apart(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert main(["run", "linear", "--set", "num_warps=4"]) == 2
-    assert "--set needs --out" in capsys.readouterr().err
+@NO_CUDA
+def test_results_of_a_variant_are_kept_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each variant: the library's own configs are still missing, and so are other variants."""
+    words = [
+        "run",
+        "linear",
+        "--smoke",
+        "--case",
+        "33x7x19 float16",
+        "--missing",
+        "--no-compile",
+        "--out",
+        str(tmp_path),
+    ]
+    for settings in (["--set", "Forward.block_i=16"], [], ["--set", "Forward.block_l=16"]):
+        assert main([*words, *settings]) == 0
+        said = capsys.readouterr().out
+        assert f"{' '.join(['linear', *settings])} (smoke" in said, "it is measured, and the heading tells of what"
+        assert (tmp_path / f"{' '.join(['linear', *settings])}.json").exists()
+    assert len(list(tmp_path.iterdir())) == 3
