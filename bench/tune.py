@@ -1,10 +1,11 @@
 """`python -m bench tune`: time the configs beside every heuristic's choice on a CUDA GPU.
 
 Of every problem in a case: times the heuristic's config and those one step away, goes on from the fastest, and checks
-every result against float64. Writes bench/results/<gpu>/tune-<op>.json after every config; a second run goes on where
-the first stopped. Exits with 1 if a heuristic's choice is wrong, with 2 without CUDA.
+every result against float64. Writes bench/results/<gpu>/tune-<op>-<digest>.json after every config; a second run goes
+on where the first stopped. Exits with 1 if a heuristic's choice is wrong, with 2 without CUDA.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -62,26 +63,24 @@ def main(options: Options) -> int:
 
 
 class Tuning:
-    """One operation's, kept in `<folder>/tune-<operation>.json`: every time as soon as it is measured.
+    """One operation's, kept in `<folder>/tune-<operation>-<digest>.json`: every time as soon as it is measured.
 
-    Entries of an earlier run on the same GPU, versions and sources are not measured again.
+    The digest is of GPU, versions and sources: what was measured with the same ones is not measured again, and what was
+    measured with others stays in files of its own.
     """
 
     def __init__(self, operation: Operation, options: Options, meter: CpuMeter, folder: Path, end: float) -> None:
         self.operation, self.options, self.meter, self.end = operation, options, meter, end
         self.good = True
         results.open_folder(folder, meter.name)
-        self.path = folder / f"tune-{operation.name}.json"
         self.head = {"operation": operation.name, "smoke": options.smoke, **conditions(meter.name)}
+        digest = hashlib.sha256(json.dumps(self.head).encode()).hexdigest()[:8]
+        self.path = folder / f"tune-{operation.name}-{digest}.json"
         self.stamp = {"commit": results.commit(), "versions": meter.versions()}
         self.found: list[dict[str, Any]] = []
-        before = results.read_json(self.path) if self.path.exists() else {}
-        mine = all(before.get(key) == value for key, value in self.head.items())
-        self.entries: dict[str, dict[str, Any]] = before["entries"] if mine else {}  # by what is measured
-        if before and not mine:
-            kept = self.path.with_suffix(".old.json")
-            self.path.replace(kept)
-            print(f"{self.path.name} is of another version or state of the sources; it is now {kept.name}")
+        self.entries: dict[str, dict[str, Any]] = {}  # by what is measured
+        if self.path.exists():
+            self.entries = results.read_json(self.path, "entries")["entries"]
 
     def over(self) -> bool:
         return time.monotonic() >= self.end
