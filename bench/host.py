@@ -219,7 +219,7 @@ class Unchecked:
         else:
             with torch.no_grad():
                 grads = local_all(gradients(plan.params)) if plan.watch.sharded else list(map(GRAD, plan.params))
-                plan.run(self._optimizer, grads, None, None, False)
+                plan.run(self._optimizer, grads, None, None)
 
 
 def shards(smoke: bool) -> Iterator[Comparison]:

@@ -159,7 +159,9 @@ def test_what_a_graph_reads_is_never_written_again(table: device_tables.Table) -
     Staging.made[0].pending.clear()
     table.reserve(2)
     stock = len(Staging.made)
-    captured = [table.write([n, n], capturing=True) for n in (7, 8)]
+    kept: list[object] = []
+    captured = [table.write([n, n], captured=kept) for n in (7, 8)]
+    assert len(kept) == 2, "the graph's owner holds what it reads"
     assert len(Staging.made) == stock, "allocated during the capture"
     taken = [staging for staging in Staging.made if staging.words in ([7, 7], [8, 8])]
     for n in range(20, 40):
@@ -174,7 +176,7 @@ def test_what_a_graph_reads_is_never_written_again(table: device_tables.Table) -
 
 def test_eager_steps_go_on_with_their_own_table(table: device_tables.Table) -> None:
     before = table.write([1, 2])
-    table.write([3, 4], capturing=True)
+    table.write([3, 4], captured=[])
     assert table.write([1, 2]) is before
     assert before.tolist() == [1, 2]
 
@@ -188,7 +190,7 @@ def test_a_table_keeps_its_layout(table: device_tables.Table, staged: bool) -> N
     assert table.write([2]) is first
     assert (first.tolist(), layout_of(first)) == ([2], lies)
     if staged:
-        captured = table.write([3], capturing=True)
+        captured = table.write([3], captured=[])
         assert captured is not first
         assert layout_of(captured) == lies
 

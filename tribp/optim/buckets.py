@@ -77,7 +77,7 @@ class Step(NamedTuple):
     grad_scale: Tensor | None
     norm: Tensor | None  # what to clip by
     found_inf: Tensor | None
-    capturing: bool
+    captured: list[object] | None  # what a CUDA graph that is being captured reads; None: there is none
 
 
 class Bucket:

@@ -46,15 +46,14 @@ class Table:
         self._tensor = torch.empty(0, dtype=torch.int64, device=device if self._staged else "cpu")
         self._written: list[int] | None = None
         self._staging: list[_Staging] = []
-        self._captured: list[tuple[_Staging, Tensor]] = []
 
-    def write(self, words: list[int], *, capturing: bool = False) -> Tensor:
-        """The words on the device. `capturing`: a CUDA graph is being captured, and will read them at every replay."""
-        if capturing:
-            # The graph repeats this copy, so what it copies from and to is its own, and lives as long as this table.
-            staging, tensor = self._free_staging(len(words), capturing), torch.empty_like(self._tensor)
+    def write(self, words: list[int], *, captured: list[object] | None = None) -> Tensor:
+        """The words on the device. captured: a CUDA graph is, and will read them at every replay; what it reads."""
+        if captured is not None:
+            # The graph repeats this copy, so what it copies from and to is its own.
+            staging, tensor = self._free_staging(len(words), capturing=True), torch.empty_like(self._tensor)
             staging.upload(words, tensor.resize_(len(words)))
-            self._captured.append((staging, tensor))
+            captured.append((staging, tensor))
             return tensor
         if words != self._written:
             if self._staged:

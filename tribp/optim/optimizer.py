@@ -68,7 +68,7 @@ class Optimizer(torch.optim.Optimizer):
 
     _options: Group  # those beyond torch's that are on
     _shared: dict[str, Any]
-    _captured: list[UpdatePlan]
+    _captured: list[object]  # what CUDA graphs read at their replays: plans, their tables
     _plan = Shared[UpdatePlan | None](None)
     _in_swap = Shared(False)
     grad_norm = Shared[Tensor | None](None)  # of the last step, where max_grad_norm is on
@@ -163,8 +163,9 @@ class Optimizer(torch.optim.Optimizer):
                 assert grads is not None, "a new plan fits what it was made from"
             if capturing and not plan.watch.captured:
                 plan.watch.captured = True
-                self._captured.append(plan)  # the graph reads this plan's tables as long as it lives
-            norm = plan.run(self, grads, grad_scale, getattr(self, "found_inf", None), capturing)
+                self._captured.append(plan)  # the graph reads its tables as long as it lives
+            captured = self._captured if capturing else None
+            norm = plan.run(self, grads, grad_scale, getattr(self, "found_inf", None), captured)
             if norm is not None:
                 self.grad_norm = norm
             if uncounted:

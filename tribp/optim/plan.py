@@ -207,7 +207,7 @@ class UpdatePlan:
 
     def run(
         self, optimizer: torch.optim.Optimizer, grads: list[Tensor | None], grad_scale: Tensor | None,
-        found_inf: Tensor | None, capturing: bool,
+        found_inf: Tensor | None, captured: list[object] | None = None,
     ) -> Tensor | None:  # fmt: skip
         """One step; returns the gradients' norm if they are clipped by it. grad_scale, found_inf: a GradScaler's."""
         for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):
@@ -220,7 +220,7 @@ class UpdatePlan:
         watch = self.watch
         step = Step(
             optimizer, optimizer.param_groups, watch.options.values, grads, watch.complete, grad_scale, None, found_inf,
-            capturing,
+            captured,
         )  # fmt: skip
         self._running = True  # torch's own code replaces counters
         try:

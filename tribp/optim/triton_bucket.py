@@ -208,12 +208,12 @@ class TritonBucket(Bucket):
                 addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
             for i in self._empty:
                 addresses[i] = 0 if grads[i] is None else 16  # an empty tensor has no address, and its step counts
-            self.grads = self._grads.write(addresses, capturing=step.capturing)
+            self.grads = self._grads.write(addresses, captured=step.captured)
             if step.values is not self._values:
                 self._words = self._hyper_words(step.groups)
                 self._values = step.values
-            self.hypers = self._hypers.write(self._words, capturing=step.capturing)
-            if self._capturable and not step.capturing:
+            self.hypers = self._hypers.write(self._words, captured=step.captured)
+            if self._capturable and step.captured is None:
                 self._grads.reserve(len(addresses))
                 self._hypers.reserve(len(self._words))
 

@@ -23,6 +23,7 @@ class CapturedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self.performed = False  # whether a step was, which the next one is to repeat
         self.norm: Tensor | None = None  # of the gradients, if the graph writes one
+        self.reads: list[object] = []  # what of the optimizer's
 
     def perform(self, step: Step, input: Tensor, target: Tensor) -> Tensor:
         """On the graph's own batch, lest another layout's kernels be compiled while it is captured."""
@@ -46,7 +47,8 @@ class CapturedStep:
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # thread_local: a loader of data pins memory in its own thread meanwhile.
         capturing = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
-        with torch.cuda.device(device), capturing:
+        # The stream, outermost: of a capture that failed torch leaves its own the current one.
+        with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.device(device), capturing:
             self._loss = step(*self._batch)
         self._graph = graph
 
@@ -54,7 +56,7 @@ class CapturedStep:
         """What a graph reads must outlive its last replay."""
         if self._graph is not None:
             torch.cuda.synchronize(self._batch[0].device)
-        self._graph, self.performed = None, False
+        self._graph, self.performed, self.reads = None, False, []
 
     def _load(self, input: Tensor, target: Tensor) -> None:
         for own, given in zip(self._batch, (input, target), strict=True):
@@ -112,7 +114,7 @@ def _capture(graph: CapturedStep, optimizer: Any, step: Step) -> None:
     captured = getattr(optimizer, "_captured", [])
     before = len(captured)
     graph.capture(step)
-    del captured[before:]  # the plan that the graph reads is among the facts, and lives no longer than these
+    graph.reads, captured[before:] = captured[before:], []  # held as long as the graph, not as long as the optimizer
     graph.norm = getattr(optimizer, "grad_norm", None)
 
 
