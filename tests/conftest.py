@@ -126,6 +126,15 @@ def launched(kernels: str, every_launch: None, monkeypatch: pytest.MonkeyPatch) 
     return names
 
 
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """This process alone, for what asks for one."""
+    distributed = pytest.importorskip("torch.distributed")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny tensors: on a busy machine waking a second thread costs a thousand times what it computes."""

@@ -175,8 +175,10 @@ def kernels_cannot_see(*tensors: Tensor | None) -> bool:
     """
     if _any_transform():
         return True
-    if torch.compiler.is_compiling():  # fake tensors are subclasses too, and the operators take them
-        return torch.onnx.is_in_onnx_export()
+    if torch.compiler.is_compiling():
+        # Dynamo knows the tensors' own types; elsewhere fake tensors stand for them, which the operators take.
+        others = dynamo_compiling() and any(t is not None and type(t) not in _PLAIN for t in tensors)
+        return others or torch.onnx.is_in_onnx_export()
     for t in tensors:  # noqa: SIM110 (a generator takes 0.3 µs more)
         if t is not None and (type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor()):
             return True
@@ -190,6 +192,31 @@ def kernels_cannot_read(*tensors: Tensor | None) -> bool:
     """
     strided = all(t is None or (t.layout is torch.strided and not t.is_nested) for t in tensors)
     return not strided or kernels_cannot_see(*tensors)
+
+
+def way_of(input: Tensor, *parameters: Tensor | None) -> str:
+    """What computes a call: the "kernels", "torch", or the registered "operator", which whoever looks on sees.
+
+    A dispatch mode also sees torch's operations, which therefore compute what they would without it: as many tensors
+    are saved for backward, which a checkpoint counts.
+    """
+    if kernels_cannot_read(input, *parameters):
+        return "torch"
+    if dynamo_compiling() or compiler._is_compiling_flag:
+        return "operator"
+    if backend_of(input) != "triton":
+        return "torch"
+    return "operator" if dispatch_modes() else "kernels"
+
+
+def shows_call(*tensors: object) -> bool:
+    """Whether the call itself is shown to a `__torch_function__`: of a mode, or of an object that is no tensor.
+
+    A subclass of tensors knows torch's functions, not ours: it is shown those that compute the call.
+    """
+    if not has_torch_function_variadic(*tensors):
+        return False
+    return torch._C._len_torch_function_stack() > 0 or not all(t is None or isinstance(t, Tensor) for t in tensors)
 
 
 def alive(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -232,14 +259,14 @@ def autocast(tensor: Tensor) -> Tensor:
 
 
 def plain_cpu_call(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether these are plain CPU tensors of one of our types, with no compiler, mode or override about.
+    """Whether these are plain CPU tensors of one of our types, with no compiler or override about.
 
     Then torch's own operators compute the call, or raise, and the checks can be skipped. What those would not refuse
     (a weight on the meta device, some biases of another type) is asked here. A question takes 40 ns, a function for
     some of them 60 more.
     """
     return (
-        not (has_torch_function_variadic(input, weight, bias) or dynamo_compiling() or dispatch_modes())
+        not (has_torch_function_variadic(input, weight, bias) or dynamo_compiling())
         and not compiler._is_compiling_flag
         and _backend != "triton"  # of a tensor on the CPU `backend_of` asks no more
         and input.is_cpu

@@ -5,7 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -304,14 +304,6 @@ def test_a_weight_put_in_by_hand() -> None:
     assert len(tribp.fuse(model).replaced) == 2
     assert torch.equal(model(x), y)
     assert model[0].in_channels == 3
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    distributed = pytest.importorskip("torch.distributed")
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -17,9 +17,7 @@ import tribp
 from tribp.fusion import FusedSequential, Replaced, Report
 from tribp.fusion.rows import flatten, row_at
 
-from ..torch_machinery.cases import Seen
 from .cases import Called, compile_anew, done_to_both, hooked, kinds, reasons
-from .test_fusion import process_group as process_group
 from .test_fusion import run, same, targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,9 +103,6 @@ def test_rows_through_sequentials(layout: Callable[[Any], Any], x: Tensor) -> No
     report = tribp.fuse(model)
     assert report.left == ()
     assert lengths(model) == [3]
-    with Seen() as seen:
-        model(x).sum().backward()
-    assert [name for name in seen.names if "tribp" in name] == ["tribp.mlp.default", "tribp.mlp_backward.default"]
     assert same(run(model, x), expected)
     assert [m for m in model.modules() if isinstance(m, nn.Sequential)] == containers
     assert [list(container._modules) for container in containers] == indices
@@ -583,9 +578,6 @@ def test_compiled_exported_traced_and_called_with_other_weights(layout: Callable
                 compile_anew()
 
     assert targets(compiled).count("tribp.mlp") == 1
-    with Seen() as seen:
-        model(x).sum().backward()
-    assert [name for name in seen.names if "tribp" in name] == ["tribp.mlp.default", "tribp.mlp_backward.default"]
     y = expected[0].detach()
     program = torch.export.export(model, (x,))
     assert "tribp.mlp.default" in {str(node.target) for node in program.graph.nodes}

@@ -42,10 +42,10 @@ def test_a_fused_model_counts_as_before(frozen: str, backward: bool, device: str
     assert count(model, x, backward=backward) == expected > 0
 
 
-def test_groups_count_once(device: str) -> None:
-    """torch counts the weight's gradient as if there were no groups."""
-    x = torch.randn(2, 6, 5, 4, device=device, requires_grad=True)
-    layer = tribp.nn.Conv3x3(6, 9, padding=1, groups=3, device=device)
+def test_groups_count_once(kernels: str) -> None:
+    """torch counts the weight's gradient as if there were no groups, where it computes one."""
+    x = torch.randn(2, 6, 5, 4, device=kernels, requires_grad=True)
+    layer = tribp.nn.Conv3x3(6, 9, padding=1, groups=3, device=kernels)
     forward = 2 * 2 * 9 * 20 * 2 * 9  # outputs, and 2 channels × 9 taps each
     assert count(layer, x, backward=False) == forward
     assert count(layer, x) == 3 * forward

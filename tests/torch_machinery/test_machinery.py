@@ -3,6 +3,7 @@
 What asks for an operation's own arguments is in test_torch_integration.py and test_conv3x3_integration.py.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import tribp
+from tribp.versions import parse
 
 from ..conv3x3.cases import ieee as ieee
 from .cases import OPERATIONS, Function, Operation, Seen, assert_same_gradients
@@ -75,10 +77,15 @@ def test_make_fx_and_jit_trace_record_the_computation(operation: Operation, deta
         torch.testing.assert_close(traced(*others), operation.theirs(*others))
 
 
-def test_dispatch_modes_see_the_operators(operation: Operation, tensors: list[Tensor]) -> None:
+def test_dispatch_modes_see_the_operators(
+    operation: Operation, tensors: list[Tensor], request: pytest.FixtureRequest
+) -> None:
+    """Of the kernels; where torch computes a call, its own."""
     with Seen() as seen:
         operation.ours(*tensors).sum().backward()
-    assert {f"tribp.{operation.operator}{kind}.default" for kind in ("", "_backward")} <= set(seen.names)
+    ours = [f"tribp.{operation.operator}{kind}.default" for kind in ("", "_backward")]
+    kernels = request.node.callspec.params["device"] == "triton"
+    assert [name for name in seen.names if "tribp" in name] == (ours if kernels else [])
 
 
 # -- the operators as such, and graphs that hold them ------------------------------------------------------------------
@@ -334,6 +341,35 @@ def test_checkpointing(operation: Operation, tensors: list[Tensor]) -> None:
     assert_same_gradients(y, operation.theirs(*tensors), tensors)
 
 
+@pytest.mark.parametrize("around", ["forward", "backward"])
+def test_a_mode_around_one_pass_of_a_checkpoint(around: str, operation: Operation, tensors: list[Tensor]) -> None:
+    """What is computed again saves what was saved, in the same order: a checkpoint compares them."""
+
+    def seen(where: str) -> contextlib.AbstractContextManager[object]:
+        return Seen() if where == around else contextlib.nullcontext()
+
+    with seen("forward"):
+        y = checkpoint(operation.ours, *tensors, use_reentrant=False)
+    expected = operation.theirs(*tensors)
+    dy = torch.randn_like(expected)
+    with seen("backward"):
+        grads = torch.autograd.grad(y, tensors, dy)
+    for ours, torchs in zip(grads, torch.autograd.grad(expected, tensors, dy), strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+def test_compiled_autograd_of_a_reentrant_checkpoint(operation: Operation, tensors: list[Tensor]) -> None:
+    """What is computed again is traced, and so the operator, whose derivative Dynamo then reads."""
+    if operation.name == "mlp" and parse(torch.__version__) < (2, 13):
+        pytest.skip("compiled autograd takes no operator of lists of tensors")
+    y, expected = checkpoint(operation.ours, *tensors, use_reentrant=True), operation.theirs(*tensors)
+    dy = torch.randn_like(expected)
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        y.backward(dy)
+    for tensor, torchs in zip(tensors, torch.autograd.grad(expected, tensors, dy), strict=True):
+        torch.testing.assert_close(tensor.grad, torchs)
+
+
 # -- tensors that are no plain memory ---------------------------------------------------------------------------------
 
 
@@ -348,6 +384,57 @@ def test_tensor_subclasses_are_not_read_as_memory(operation: Operation, detached
 
     x, w, b = detached
     torch.testing.assert_close(operation.ours(x.as_subclass(Doubled), w, b), operation.theirs(2 * x, w, b))
+
+
+class Scaled(torch.Tensor):
+    """A third of what it means, to torch's products alone: as weights in few bits have a scale."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.nn.functional.linear, torch.nn.functional.conv2d):
+            args = [3 * a.as_subclass(Tensor) if isinstance(a, Scaled) else a for a in args]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["input", "weight", "bias"])
+def test_subclasses_are_shown_the_functions_that_they_know(
+    place: int, operation: Operation, detached: list[Tensor]
+) -> None:
+    scaled = [(t / 3).as_subclass(Scaled) if n == place else t for n, t in enumerate(detached)]
+    found, expected = (f(*scaled).as_subclass(Tensor) for f in (operation.ours, operation.theirs))
+    torch.testing.assert_close(found, expected)
+    if operation.name != "mlp":  # whose second layer is given what the first made of it, again a subclass
+        torch.testing.assert_close(found, operation.theirs(*detached))
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu"])
+def test_subclasses_are_not_changed_in_place(activation: str, device: str) -> None:
+    """A DTensor may be a summand in each process, which torch 2.9 changes where it lies."""
+    names = []
+
+    class Named(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.__name__)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x, w = torch.randn(3, 4, device=device).as_subclass(Named), torch.randn(5, 4, device=device)
+    tribp.linear(x, w, None, activation)
+    tribp.mlp(x, [w], activation=None, output_activation=activation)
+    tribp.conv3x3(x.expand(1, 1, 3, 4), torch.randn(1, 1, 3, 3, device=device), activation=activation)
+    assert names.count(activation) == 3
+    assert f"{activation}_" not in names
+
+
+def test_compile_of_dtensors(process_group: None, operation: Operation) -> None:
+    """Their rules know torch's functions."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    tensors = [distribute_tensor(t, mesh).requires_grad_() for t in operation.make("cpu")]
+    y = torch.compile(operation.ours, fullgraph=True, backend="aot_eager")(*tensors)
+    assert_same_gradients(y, operation.theirs(*tensors), tensors)
 
 
 def test_wrapper_subclasses_go_through_torch(operation: Operation, detached: list[Tensor]) -> None:

@@ -139,9 +139,11 @@ IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {
 def activate_(z: Tensor, activation: Activation) -> Tensor:
     """act(z) of a tensor that nobody else has: in its place, except where autograd would copy a view of it first.
 
-    Nor while torch.jit.trace looks on: it traces again without gradients, and must find the same operations.
+    Nor while torch.jit.trace looks on: it traces again without gradients, and must find the same operations. Nor of a
+    subclass: a DTensor may be a summand in each process, which torch 2.9 changes where it lies.
     """
-    if z.requires_grad or activation.name not in IN_PLACE or torch._C._get_tracing_state() is not None:
+    in_place = activation.name in IN_PLACE and type(z) is Tensor and not z.requires_grad
+    if not in_place or torch._C._get_tracing_state() is not None:
         return activate(z, *activation)
     return IN_PLACE[activation.name](z)
 

@@ -16,10 +16,11 @@ from ...dispatch import (
     alive,
     autocasting,
     backward_by_torch,
-    kernels_cannot_read,
     kernels_compute,
     needs_operator,
     plain_cpu_call,
+    shows_call,
+    way_of,
     without_autocast,
 )
 from ..activations import NONE, Activation, ActivationLike, activate, activate_, activation_of
@@ -100,7 +101,7 @@ def conv3x3(
         alone = False
     if alone and (done := unless_refused(by_kernels, input, weight, bias, window, act)) is not None:
         return done
-    if torch.overrides.has_torch_function((input, weight, bias)):
+    if shows_call(input, weight, bias):
         tensors = (input, weight, bias)
         return torch.overrides.handle_torch_function(
             conv3x3, tensors, *tensors, stride, padding, groups, activation, dilation=dilation
@@ -118,9 +119,10 @@ def conv3x3(
 
 
 def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: Activation) -> Tensor:
-    if kernels_cannot_read(input, weight, bias) or not (needs_operator() or dispatch.backend_of(input) == "triton"):
+    way = way_of(input, weight, bias)
+    if way == "torch":
         return reference.conv3x3(input, weight, bias, window, activation)
-    if needs_operator():
+    if way == "operator":
         output: Tensor = operator(input, weight, bias, *window, *activation)
         return output
     input, weight, bias = alive(input, weight, bias)
@@ -158,22 +160,24 @@ class _Conv3x3(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, output = ctx.saved_tensors
-        needs, window, act, size = ctx.needs_input_grad[:3], ctx.window, ctx.activation, ctx.input_size
-        operator = ctx.operator or needs_operator()
-        grads: Sequence[Tensor | None]
-        with without_autocast(grad.device.type):
-            if backward_by_torch(grad, operator):
-                grads = reference.conv3x3_backward(grad, input, weight, output, size, window, act, needs)
-            elif operator:
-                found = backward_operator(grad, input, weight, output, size, *window, *act, needs, *ctx.formats)
-                grads = scatter(needs, found)
-            else:
-                grads = backward(grad, input, weight, output, size, window, act, needs, ctx.formats, "triton")
-        return *grads, None, None
+        return *_gradients(ctx, grad), None, None
 
 
 apply = bare_apply(_Conv3x3)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
+    """Of input, weight and bias, as linear's."""
+    input, weight, output = ctx.saved_tensors
+    needs, window, act, size = ctx.needs_input_grad[:3], ctx.window, ctx.activation, ctx.input_size
+    operator = ctx.operator or needs_operator()
+    with without_autocast(grad.device.type):
+        if backward_by_torch(grad, operator):
+            return reference.conv3x3_backward(grad, input, weight, output, size, window, act, needs)
+        if operator:
+            found = backward_operator(grad, input, weight, output, size, *window, *act, needs, *ctx.formats)
+            return scatter(needs, found)
+        return backward(grad, input, weight, output, size, window, act, needs, ctx.formats, "triton")
 
 
 def forward(
@@ -286,6 +290,4 @@ def _save_of_operator(ctx: Any, inputs: Any, output: Tensor) -> None:
     _Conv3x3.save(ctx, input, weight, window, Activation(*activation), output, operator=True)
 
 
-operator.register_autograd(
-    lambda ctx, grad: (*_Conv3x3.backward(ctx, grad)[:3], *[None] * 6), setup_context=_save_of_operator
-)
+operator.register_autograd(lambda ctx, grad: (*_gradients(ctx, grad), *[None] * 6), setup_context=_save_of_operator)

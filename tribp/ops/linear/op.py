@@ -17,10 +17,11 @@ from ...dispatch import (
     alive,
     autocasting,
     backward_by_torch,
-    kernels_cannot_read,
     kernels_compute,
     needs_operator,
     plain_cpu_call,
+    shows_call,
+    way_of,
     without_autocast,
 )
 from ..activations import NONE, Activation, ActivationLike, activate, activate_, activation_of
@@ -82,7 +83,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         alone = False  # the checks know a better sentence
     if alone and (output := unless_refused(by_kernels, input, weight, bias, act)) is not None:
         return output
-    if torch.overrides.has_torch_function((input, weight, bias)):
+    if shows_call(input, weight, bias):
         tensors = (input, weight, bias)
         return torch.overrides.handle_torch_function(linear, tensors, *tensors, activation)
     return activated_linear("linear", input, weight, bias, activation_of("linear", activation))
@@ -98,7 +99,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         alone = False
     if alone and (output := unless_refused(by_kernels, input, weight, bias, SIGMOID)) is not None:
         return output
-    if torch.overrides.has_torch_function((input, weight, bias)):
+    if shows_call(input, weight, bias):
         tensors = (input, weight, bias)
         return torch.overrides.handle_torch_function(linear_sigmoid, tensors, *tensors)
     return activated_linear("linear_sigmoid", input, weight, bias, SIGMOID)
@@ -123,9 +124,10 @@ def activated_linear(
     if bias is not None and bias.shape != weight.shape[:1]:
         bias = bias.expand(weight.shape[0])
     check_dtypes(function, input, weight=weight, bias=bias)
-    if kernels_cannot_read(input, weight, bias) or not (needs_operator() or dispatch.backend_of(input) == "triton"):
+    way = way_of(input, weight, bias)
+    if way == "torch":
         return reference.linear(input, weight, bias, activation)
-    if needs_operator():
+    if way == "operator":
         output: Tensor = operator(input, weight, bias, *activation)
         return output
     input, weight, bias = alive(input, weight, bias)
@@ -162,22 +164,24 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, output = ctx.saved_tensors
-        needs, act = ctx.needs_input_grad[:3], ctx.activation
-        operator = ctx.operator or needs_operator()
-        grads: Sequence[Tensor | None]
-        # Backward under autocast, which torch advises against, would cast the operands of float32 products.
-        with without_autocast(grad.device.type):
-            if backward_by_torch(grad, operator):
-                grads = reference.linear_backward(grad, input, weight, output, act, needs)
-            elif operator:
-                grads = scatter(needs, backward_operator(grad, input, weight, output, *act, needs))
-            else:
-                grads = backward(grad, input, weight, output, act, needs, "triton")
-        return *grads, None
+        return *_gradients(ctx, grad), None
 
 
 apply = bare_apply(_Linear)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
+    """Of input, weight and bias. Not `_Linear.backward`: Dynamo takes that for another call of the Function."""
+    input, weight, output = ctx.saved_tensors
+    needs, act = ctx.needs_input_grad[:3], ctx.activation
+    operator = ctx.operator or needs_operator()
+    # Backward under autocast, which torch advises against, would cast the operands of float32 products.
+    with without_autocast(grad.device.type):
+        if backward_by_torch(grad, operator):
+            return reference.linear_backward(grad, input, weight, output, act, needs)
+        if operator:
+            return scatter(needs, backward_operator(grad, input, weight, output, *act, needs))
+        return backward(grad, input, weight, output, act, needs, "triton")
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, backend: str) -> Tensor:
@@ -257,7 +261,7 @@ def _save_of_operator(ctx: Any, inputs: Any, output: Tensor) -> None:
 
 
 operator.register_autograd(
-    lambda ctx, grad: (*_Linear.backward(ctx, grad)[:3], None, None, None), setup_context=_save_of_operator
+    lambda ctx, grad: (*_gradients(ctx, grad), None, None, None), setup_context=_save_of_operator
 )
 
 
@@ -277,6 +281,6 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 sigmoid_operator.register_autograd(
-    lambda ctx, grad: _Linear.backward(ctx, grad)[:3],
+    lambda ctx, grad: tuple(_gradients(ctx, grad)),
     setup_context=lambda ctx, inputs, output: _save_of_operator(ctx, (*inputs, *SIGMOID), output),
 )

@@ -17,9 +17,10 @@ from ...dispatch import (
     alive,
     autocasting,
     backward_by_torch,
-    kernels_cannot_read,
     kernels_compute,
     needs_operator,
+    shows_call,
+    way_of,
     without_autocast,
 )
 from ..activations import Activation, ActivationLike, activate, activate_, activation_of
@@ -95,17 +96,20 @@ def mlp(
     if alone and (output := unless_refused(by_kernels, input, weights, given, both)) is not None:
         return output
     tensors = [t for t in (input, *weights, *given) if t is not None]
-    if torch.overrides.has_torch_function(tensors):
+    if shows_call(*tensors):
         arguments = (input, weights, None if biases is None else given, activation, output_activation)
         return torch.overrides.handle_torch_function(mlp, tensors, *arguments)
     optional = {f"biases[{n}]": b for n, b in enumerate(given)}
     check_tensors("mlp", *optional, input=input, **{f"weights[{n}]": w for n, w in enumerate(weights)}, **optional)
     if autocast_activates(input.device.type, both[1]):
         return activate(mlp(input, weights, given, activation), *both[1])
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    by_operator = needs_operator()
-    # Without a derivative an operator for all layers would do nothing but hold all their outputs at once.
-    if kernels_cannot_read(*tensors) or not (needs_grad if by_operator else _kernels_run(input, weights)):
+    way = way_of(*tensors)
+    if way == "operator":
+        # Without a derivative an operator for all layers would do nothing but hold all their outputs at once.
+        at_once = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    else:
+        at_once = way == "kernels" and matrices_fit(input, *weights)
+    if not at_once:
         for n, (w, b, act) in enumerate(zip(weights, given, _each(len(weights), both), strict=True)):
             input = activated_linear(f"mlp, layer {n}", input, w, b, act)
         return input
@@ -120,7 +124,7 @@ def mlp(
         check_dtypes(f"mlp, layer {n}", input, weight=w, bias=b)
     given = [b if b is None or b.shape == w.shape[:1] else b.expand(w.shape[0])
              for w, b in zip(weights, given, strict=True)]  # fmt: skip
-    if by_operator:
+    if way == "operator":
         present = [b for b in given if b is not None]
         outputs: list[Tensor] = operator(input, weights, present, [b is not None for b in given], *both[0], *both[1])
         return outputs[-1]
@@ -137,10 +141,6 @@ def by_kernels(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *weights, *biases)):
         return apply(both, input, *weights, *biases)  # type: ignore[no-any-return]
     return forward(input, _layers(weights, biases, both), "triton", keep=False)[-1]
-
-
-def _kernels_run(input: Tensor, weights: Sequence[Tensor]) -> bool:
-    return dispatch.backend_of(input) == "triton" and matrices_fit(input, *weights)
 
 
 def _each(count: int, both: Both) -> list[Activation]:
