@@ -122,10 +122,15 @@ def runs_forward_alone(module: nn.Module) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a call of a module does more than the forward of its class, hooks on all modules aside."""
+    """Whether a call of a module does more than the forward of its class, hooks on all modules aside.
+
+    Or its class was given another forward, as some tools do for all layers of a program.
+    """
+    kind = type(module)
     return bool(
         module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
         or "forward" in module.__dict__ or module._compiled_call_impl
+        or (kind in FORWARDS and kind.forward is not FORWARDS[kind])
     )  # fmt: skip
 
 
@@ -283,3 +288,19 @@ class Conv3x3(_Activated):
             return activate(F.conv2d(input, self.weight, self.bias, self.stride, padding, 1, self.groups), name, a, b)
         else:
             return conv3x3(input, self.weight, self.bias, self.stride, padding, self.groups, self.activation)
+
+
+def _defined_forward(kind: type[nn.Module]) -> object:
+    """The forward that a class was defined with, by itself or by a base; None where another has taken its place."""
+    base = next(base for base in kind.__mro__ if "forward" in vars(base))
+    forward = vars(base)["forward"]
+    own = forward.__module__ == base.__module__ and not hasattr(forward, "__wrapped__")
+    return forward if own else None
+
+
+# Of the classes whose calls tribp leaves out, and computes the same by itself, and of others that cost nothing.
+FORWARDS = {
+    kind: _defined_forward(kind)
+    for kind in (*vars(nn).values(), Linear, LinearSigmoid, Conv3x3)
+    if isinstance(kind, type) and issubclass(kind, nn.Module)
+}

@@ -495,6 +495,60 @@ def test_modules_that_a_user_built() -> None:
     torch.testing.assert_close(model(x), y)
 
 
+@pytest.mark.parametrize("activation", ["relu", None])
+@pytest.mark.parametrize("output_activation", [("leaky_relu", 0.2), None], ids=str)
+def test_perceptrons_that_a_user_built(activation: Any, output_activation: Any) -> None:
+    model: Any = nn.Sequential(tribp.nn.MLP([4, 6, 5, 3], activation, output_activation)).eval()
+    x, keys = torch.randn(2, 4), list(model.state_dict())
+    y = model(x)
+    report = tribp.unfuse(model)
+    between, last = ("ReLU" if activation else "Identity"), ", LeakyReLU" * (output_activation is not None)
+    assert report.replaced[0].now == f"Sequential(Linear, {between}, Linear, {between}, Linear{last})"
+    assert report.left == ()
+    assert {type(m).__module__.split(".")[0] for m in model.modules()} == {"torch"}
+    assert {m.training for m in model.modules()} == {False}
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model(x), y)
+    tribp.fuse(model)
+    assert torch.equal(model(x), y)
+
+
+def test_perceptrons_that_unfuse_leaves() -> None:
+    """Whole: their layers by themselves would be computed one by one. One layer that is left is called in its place."""
+    mlp = tribp.nn.MLP([4, 6, 3])
+    assert reasons(tribp.unfuse(mlp)) == {"": "it is the model itself: no module that could hold another is around it"}
+    assert {type(layer) for layer in mlp.layers} == {tribp.nn.Linear}
+    hooked(mlp)
+    assert list(reasons(tribp.unfuse(nn.Sequential(mlp)))) == ["0"]
+    assert {type(layer) for layer in mlp.layers} == {tribp.nn.Linear}
+    model: Any = nn.Sequential(tribp.nn.MLP([4, 6, 3]))
+    hooked(model[0].layers[1])
+    x = torch.randn(2, 4)
+    y = model(x)
+    assert list(reasons(tribp.unfuse(model))) == ["0.2"]
+    assert kinds(model[0]) == ["Linear", "Sigmoid", "Linear"]
+    torch.testing.assert_close(model(x), y)
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.act, self.gate = nn.Linear(4, 4), nn.ReLU(), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.fc(x))
+        return y * self.gate
+
+
+def test_unfuse_names_what_something_was_derived_from() -> None:
+    model = Gated()
+    tribp.fuse(model)
+    nn.utils.parametrize.register_parametrization(model, "gate", nn.Softplus())
+    assert reasons(tribp.unfuse(model)) == {"": "it is parametrized"}
+    nn.utils.parametrize.remove_parametrizations(model, "gate")
+    assert [entry.now for entry in tribp.unfuse(model).replaced] == ["Gated"]
+
+
 def test_unfuse_leaves_what_is_more() -> None:
     class Mine(Conv3x3):
         pass

@@ -293,6 +293,11 @@ def made_of(module: nn.Module) -> type[nn.Module]:
     return kind
 
 
+def made_base(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class made here that this one was derived from, by a parametrization or `fully_shard`, say."""
+    return next((base for base in kind.__mro__[1:] if SITES in vars(base)), None)
+
+
 def shown_name(kind: type[nn.Module]) -> str:
     """A class, in a way that tells tribp's from torch's, and those that were made here from what they were made of."""
     return f"fused {kind.__name__}" if SITES in vars(kind) else "tribp.nn.Linear" if kind is Linear else kind.__name__

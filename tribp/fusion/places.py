@@ -8,8 +8,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from ..dispatch import FLOATS
+from ..nn import FORWARDS
 from .folding import PLAIN
-from .rows import parameter
+from .rows import convolves_as_torch, parameter
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # which a call runs
 
@@ -41,7 +42,12 @@ def another(subject: str, module: nn.Module, *kinds: type[nn.Module]) -> str:
         return f"{subject} is lazy: run the model once before"
     if type(module) not in kinds:
         return f"{subject} is a subclass of {kinds[0].__name__}: {full_name(module)}"
-    return f"{subject} has a forward of its own" if "forward" in vars(module) else ""
+    if not {"forward", "_conv_forward"}.isdisjoint(vars(module)):
+        return f"{subject} has a forward of its own"
+    kind = type(module)
+    torchs = convolves_as_torch(module) if isinstance(module, nn.Conv2d) else True
+    given = not torchs or kind.forward is not FORWARDS.get(kind, kind.forward)
+    return f"{subject} has a class that was given another forward" if given else ""
 
 
 def watched(subject: str, module: nn.Module) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..dispatch import FLOATS
-from ..nn import Conv3x3, Linear, LinearSigmoid, is_watched
+from ..nn import FORWARDS, Conv3x3, Linear, LinearSigmoid, is_watched
 from ..ops.activations import ActivationLike, activation_of
 from ..ops.conv3x3.op import conv3x3
 from ..ops.linear.op import linear
@@ -23,6 +23,7 @@ from .activations import ACTIVATIONS, activation_like, refused
 from .folding import BATCH_NORMS, PLAIN, can_fold, folded, folds_now, is_folding
 
 STRIDES = {(1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)}  # that conv3x3 takes
+CONV_FORWARD = nn.Conv2d._conv_forward
 
 
 class FusedConv2d(nn.Conv2d):
@@ -38,7 +39,7 @@ class FusedConv2d(nn.Conv2d):
             w, b = weight, bias
             if is_fx_symbolic_tracing():  # which puts other objects in their places
                 w, b = parameter(self, "weight"), parameter(self, "bias")  # type: ignore[assignment]
-            if _is_readable(w, b, 4) and _is_3x3(self, w):
+            if nn.Conv2d._conv_forward is CONV_FORWARD and _is_readable(w, b, 4) and _is_3x3(self, w):
                 return _convolve(self, input, weight, bias, None)
             return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
@@ -52,7 +53,13 @@ class FusedSequential(nn.Sequential):
                 input = module(input)
             return input
         else:
-            return run(self, input)
+            return _run_in_order(self, input)
+
+
+def _run_in_order(modules: nn.Sequential, input: Tensor) -> Tensor:
+    if nn.Sequential.forward is FORWARDS[nn.Sequential]:
+        return run(modules, input)
+    return nn.Sequential.forward(modules, input)  # type: ignore[no-any-return, no-untyped-call]  # somebody's, for all
 
 
 # How the classes of layers are computed, and whether they are tribp's own, which check their arguments themselves.
@@ -177,8 +184,11 @@ def _part_at(modules: Sequence[Step], start: int, input: Tensor | None, norms: b
             bias is None and not hasattr(layer, "bias")
         ):
             return None
-        if function == "conv2d" and _is_3x3(layer, weight):
-            function = "conv3x3"
+        if function == "conv2d":
+            if not convolves_as_torch(layer):
+                return None
+            if _is_3x3(layer, weight):
+                function = "conv3x3"
     stop = start + 1
     norm: Any = None
     activation = layer.activation if own else None
@@ -227,6 +237,12 @@ def _is_plain(t: Tensor) -> bool:
     return type(t).__name__ in PLAIN and t.dtype in FLOATS and t.layout is torch.strided
 
 
+def convolves_as_torch(layer: nn.Module) -> bool:
+    """Whether nobody has put another method in the place of `nn.Conv2d`'s, as for images whose edges meet."""
+    defined = nn.Conv2d.forward is FORWARDS[nn.Conv2d] and nn.Conv2d._conv_forward is CONV_FORWARD
+    return defined and "_conv_forward" not in layer.__dict__
+
+
 def _is_3x3(layer: Any, weight: Tensor) -> bool:
     """Whether `conv3x3` takes a convolution of torch's with this readable weight."""
     _, channels, *size = weight.shape
@@ -266,5 +282,5 @@ def is_plain_sequential(module: Step | None) -> TypeGuard[nn.Sequential]:
 def runs_in_order(kind: type[nn.Sequential]) -> bool:
     """Whether a class of Sequentials runs its modules in their order, and does nothing else."""
     called = kind.__call__ is nn.Module.__call__ and kind._call_impl is nn.Module._call_impl
-    in_order = kind.forward is nn.Sequential.forward or kind.forward is FusedSequential.forward
+    in_order = kind.forward is FORWARDS[nn.Sequential] or kind.forward is FusedSequential.forward
     return called and in_order and kind.__iter__ is nn.Sequential.__iter__

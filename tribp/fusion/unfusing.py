@@ -4,14 +4,15 @@ from collections.abc import Set
 
 from torch import nn
 
-from ..nn import Conv3x3, Linear, LinearSigmoid
+from ..nn import MLP, Conv3x3, Linear, LinearSigmoid
 from .activations import torch_activation
 from .folding import forget, is_folding
-from .forward import made_of, shown_name
+from .forward import made_base, made_of, shown_name
 from .places import another, places
 from .report import Left, Replaced, Report
 from .rows import FusedConv2d, FusedSequential
 
+OWN = (Linear, LinearSigmoid), (Conv3x3,), (MLP,)
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 CLASSES: dict[type[nn.Module], type[nn.Module]] = {FusedSequential: nn.Sequential, FusedConv2d: nn.Conv2d}
 
@@ -20,8 +21,9 @@ def unfuse(model: nn.Module) -> Report:
     """Undo what `fuse` did, in place, and put torch's modules where tribp's stand.
 
     A layer that a user wrote with `tribp.nn` becomes torch's; with an activation, an `nn.Sequential` of two in its
-    place: its keys in the state_dict then have a "0." more, as the report says. Left are those with hooks,
-    parametrizations or more than their parameters, subclasses, and one that is the model itself.
+    place: its keys in the state_dict then have a "0." more, as the report says. An `MLP` becomes the `nn.Sequential`
+    that it stands for, with the same keys. Left are those with hooks, parametrizations or more than their parameters,
+    subclasses, and one that is the model itself.
 
     Raises:
         TypeError: model is no module.
@@ -31,6 +33,7 @@ def unfuse(model: nn.Module) -> Report:
     replaced: list[Replaced] = []
     left: list[Left] = []
     made: dict[int, nn.Module] = {}  # by the old one's identity: what stands at several places stays one module
+    kept: set[int] = set()  # layers of an MLP that stays
     folding: list[nn.Module] = []
     classes: list[tuple[nn.Module, type[nn.Module]]] = []
     for name, module in places(model):
@@ -40,46 +43,54 @@ def unfuse(model: nn.Module) -> Report:
             replaced.append(Replaced(name, shown_name(type(module)), kind.__name__))
         elif isinstance(module, tuple(CLASSES)):
             left.append(Left(name, type(module).__name__, another("it", module, *CLASSES)))
+        elif (base := made_base(kind)) is not None:
+            left.append(Left(name, kind.__name__, another("it", module, base)))
         elif is_folding(module):
             folding.append(module)
             replaced.append(Replaced(name, f"folded {kind.__name__}", kind.__name__))
-        elif isinstance(module, (Linear, Conv3x3)):
+        elif isinstance(module, (Linear, Conv3x3, MLP)) and id(module) not in kept:
             reason = "it is the model itself: no module that could hold another is around it" if not name else ""
             if reason := reason or _obstacle(module):
                 left.append(Left(name, type(module).__name__, reason))
+                kept |= {id(layer) for layer in module.children()}
                 continue
-            made[id(module)] = _torchs(module)
-            shown = " + ".join(type(m).__name__ for m in made[id(module)].modules() if not isinstance(m, nn.Sequential))
-            now = f"Sequential({shown.replace(' +', ',')}), keys with 0." if module.activation else f"torch.nn.{shown}"
+            made[id(module)] = torchs = _torchs(module)
+            now = f"torch.nn.{type(torchs).__name__}"
+            if isinstance(torchs, nn.Sequential):
+                more = "" if isinstance(module, MLP) else ", keys with 0."
+                now = f"Sequential({', '.join(type(m).__name__ for m in torchs)}){more}"
             replaced.append(Replaced(name, shown_name(type(module)), now))
     for module, kind in classes:
         object.__setattr__(module, "__class__", kind)
     for norm in folding:
         forget(norm)
-    for parent in list(model.modules()):
+    for parent in (*model.modules(), *made.values()):
         new = {key: made[id(child)] for key, child in parent._modules.items() if id(child) in made}
         parent._modules.update(new)  # setattr may mean something else to the parent
     return Report(tuple(replaced), tuple(left))
 
 
-def _obstacle(module: Linear | Conv3x3) -> str:
+def _obstacle(module: Linear | Conv3x3 | MLP) -> str:
     """Why a module is more than one of tribp's with its parameters; nothing if it is not."""
-    if reason := another("it", module, *((Conv3x3,) if isinstance(module, Conv3x3) else (Linear, LinearSigmoid))):
+    if reason := another("it", module, *next(kinds for kinds in OWN if isinstance(module, kinds))):
         return reason
     for name in HOOKS:
         if getattr(module, name):
             return f"it has {name.strip('_').replace('_', ' ')}"
     if module._compiled_call_impl is not None:
         return "it was compiled by itself"
-    more = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
-    if more:
+    own = {"weight", "bias"} if not isinstance(module, MLP) else {str(2 * n) for n in range(len(module.sizes) - 1)}
+    held = {*module._parameters, *module._buffers, *module._modules}
+    if more := held - own:
         return f"it has more than its parameters: {', '.join(sorted(more))}"
-    missing = {"weight", "bias"} - module._parameters.keys()
+    missing = own - (module._modules if isinstance(module, MLP) else module._parameters).keys()
     return f"it has a {min(missing)} that is no parameter" if missing else ""
 
 
-def _torchs(module: Linear | Conv3x3) -> nn.Module:
-    """torch's module, or two, that compute what one of tribp's does."""
+def _torchs(module: Linear | Conv3x3 | MLP) -> nn.Module:
+    """torch's module, or several in a row, that compute what one of tribp's does."""
+    if isinstance(module, MLP):
+        return _row_of(module)
     # On meta a constructor allocates nothing and draws no random numbers.
     made: nn.Module
     if isinstance(module, Conv3x3):
@@ -93,6 +104,21 @@ def _torchs(module: Linear | Conv3x3) -> nn.Module:
     if module.activation is None:
         return made
     return nn.Sequential(made, torch_activation(module.activation)).train(module.training)
+
+
+def _row_of(module: MLP) -> nn.Sequential:
+    """The layers as they are, and the activations at the numbers between."""
+    row = nn.Sequential()
+    for n, layer in enumerate(module.layers):
+        last = n == len(module.sizes) - 2
+        activation = module.output_activation if last else module.activation
+        row.append(layer)
+        if activation is not None:
+            row.append(torch_activation(activation))
+        elif not last:
+            row.append(nn.Identity())
+    _hand_over(module, row.train(module.training), {"sizes", "activation", "output_activation"})
+    return row
 
 
 def _hand_over(old: nn.Module, new: nn.Module, without: Set[str]) -> None:

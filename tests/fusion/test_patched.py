@@ -1,0 +1,85 @@
+"""Methods of torch's classes, or of a single layer, that a tool has replaced: before `fuse`, or after it."""
+
+import copy
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tribp
+
+from .cases import reasons
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EVERYTHING = nn.Sequential(
+    nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 4)
+)
+NORM = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval().requires_grad_(False)
+METHODS = [
+    (EVERYTHING, nn.Linear, "forward"),
+    (EVERYTHING, nn.Conv2d, "forward"),
+    (EVERYTHING, nn.Conv2d, "_conv_forward"),
+    (EVERYTHING, nn.ReLU, "forward"),
+    (EVERYTHING, nn.Tanh, "forward"),
+    (EVERYTHING, nn.Sequential, "forward"),
+    (NORM, nn.BatchNorm2d, "forward"),
+]
+each_moment = pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+
+
+@each_moment
+@pytest.mark.parametrize(("model", "kind", "method"), METHODS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_methods_of_classes(
+    before: bool, model: nn.Module, kind: type[nn.Module], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tools for LoRA or few bits replace them, for all the layers of a program."""
+    ours, x = copy.deepcopy(model), torch.randn(2, 3, 8, 8)
+    before or tribp.fuse(ours, fold_batchnorm=True)
+    old: Callable[..., Tensor] = getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda self, *inputs: old(self, *inputs) + 0.5)
+    report = tribp.fuse(ours, fold_batchnorm=True)
+    assert torch.equal(ours(x), model(x))
+    if before and kind in (nn.Linear, nn.Conv2d):
+        assert any("a class that was given another forward" in reason for reason in reasons(report).values())
+    monkeypatch.undo()
+    tribp.fuse(ours, fold_batchnorm=True)
+    torch.testing.assert_close(ours(x), model(x))
+
+
+def meets(conv: nn.Conv2d) -> None:
+    """As everybody writes it for images whose edges meet."""
+
+    def _conv_forward(self: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(F.pad(input, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    conv._conv_forward = types.MethodType(_conv_forward, conv)  # type: ignore[method-assign]
+
+
+@each_moment
+def test_the_convolution_of_one_layer(before: bool) -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+    ours, x = copy.deepcopy(model), torch.randn(1, 3, 8, 8)
+    meets(model[0])
+    before or tribp.fuse(ours)
+    meets(ours[0])
+    report = tribp.fuse(ours)
+    assert torch.equal(ours(x), model(x))
+    assert not before or reasons(report) == {"0": "it has a forward of its own"}
+
+
+def test_a_training_step(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).to(kernels)
+    step = tribp.train_step(model, torch.optim.SGD(model.parameters()), "mse_loss")
+    batch = torch.randn(6, 5, device=kernels), torch.randn(6, 3, device=kernels)
+    step(*batch)
+    assert step.reason is None
+    old = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: old(self, x) + 0.5)
+    expected = F.mse_loss(model(batch[0]), batch[1])
+    torch.testing.assert_close(step(*batch), expected.detach())
+    assert step.reason == "a Linear has hooks, or a forward of its own"
