@@ -374,7 +374,7 @@ class Twins:
 LIVELY: dict[str, Options] = {
     "SGD": {"momentum": 0.9, "weight_decay": 0.1},
     "Momentum": {},
-    "RMSprop": {"momentum": 0.9, "centered": True},
+    "RMSprop": {"momentum": 0.9, "centered": True, "weight_decay": 0.1},
     "Adagrad": {"lr_decay": 0.1, "initial_accumulator_value": 0.2},
     "Adam": {"amsgrad": True, "weight_decay": 0.1},
     "AdamW": {"weight_decay": 0.1},

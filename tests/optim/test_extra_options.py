@@ -72,6 +72,29 @@ def test_average_of_the_parameters(name: str, device: str) -> None:
     optimizer.step()
 
 
+@each_class
+def test_an_average_that_is_turned_off_stays(name: str, device: str) -> None:
+    """While another group's goes on, and until it is turned on again."""
+    a, b = (torch.nn.Parameter(torch.ones(5, device=device)) for _ in range(2))
+    optimizer = ours(name, [{"params": [a]}, {"params": [b]}], lr=0.1, ema_decay=0.75)
+
+    def step(*decays: float | None) -> list[tuple[Tensor, float]]:
+        for p, group, decay in zip((a, b), optimizer.param_groups, decays, strict=True):
+            p.grad, group["ema_decay"] = torch.ones_like(p), decay
+        optimizer.step()
+        return [(state["ema"].clone(), float(state["ema_step"])) for state in (optimizer.state[p] for p in (a, b))]
+
+    (average, count), _ = step(0.75, 0.75)
+    for decays in ((None, 0.75), (None, None)):
+        (now, counted), (other, _) = step(*decays)
+        assert torch.equal(now, average)
+        assert counted == count == 1
+        assert not torch.equal(other, average)
+    (now, counted), _ = step(0.75, None)
+    torch.testing.assert_close(now, 0.75 * average + 0.25 * a.detach())
+    assert counted == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_average_is_kept_in_float32(dtype: torch.dtype, device: str) -> None:
     """Of the parameters as they are stored. A β of 0.999 moves a bfloat16 average by less than its last place."""

@@ -31,6 +31,7 @@ class ParamSlot:
     state: dict[str, Any]
     names: tuple[str | None, ...]  # of the rule's states, in its order; None: not used in this group
     has_residual: bool  # whether the parameter has 24 bits
+    has_ema: bool  # whether its average goes on: one that was kept before stays as it is
     count: UpdateCount
 
     @property
@@ -58,7 +59,7 @@ class ParamSlot:
 
     @property
     def ema(self) -> Tensor | None:
-        return local(peek(self.state, "ema")) if "ema" in self.state else None
+        return local(peek(self.state, "ema")) if self.has_ema else None
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -176,7 +176,8 @@ class UpdatePlan:
         if count is None:  # a buffer that was there before us has begun
             count = self._counts[id(owner)] = UpdateCount(owner, 0 if any(owner is t for t in made) else 1)
         grad = local(p if p.grad is None else p.grad)
-        return ParamSlot(index, number, p, grad, state, names, keeps_residual(group, p), count)
+        has_residual, has_ema = keeps_residual(group, p), bool(group.get("ema_decay"))
+        return ParamSlot(index, number, p, grad, state, names, has_residual, has_ema, count)
 
     def is_unused(self, buffer: object) -> bool:
         """Whether this plan made a momentum buffer that no step has used yet, for the first one was skipped."""

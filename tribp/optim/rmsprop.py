@@ -54,6 +54,7 @@ class RMSpropRule(Rule):
             grads = [grad.resolve_conj() for grad in grads]  # as pairs of reals they are seen below
         # Three times as fast on the CPU for many small tensors; large ones would double torch's memory.
         together = sum(p.numel() for p in params) <= 1 << 20 and len(set(map(id, params))) == len(params)
+        together &= group["foreach"] is not False  # as those have it, in turn, that share memory
         if group["centered"] and not (group["differentiable"] or group["capturable"]):
             torch._foreach_add_(steps, 1)
             lists = [params, grads, square_avgs, grad_avgs, momentum_buffers]

@@ -145,7 +145,7 @@ class TritonBucket(Bucket):
             scalar0, scalar1, *_ = *(_address(slot.state[name]) for name in self.rule.scalar_states), 0, 0
             words += kernels.Row(
                 param=_address(slot.param), state0=state0, state1=state1, state2=state2, ema=_address(slot.ema),
-                step=_address(counter), ema_step=_address(slot.state.get("ema_step")),
+                step=_address(counter), ema_step=_address(slot.state["ema_step"] if slot.has_ema else None),
                 random_step=_address(None if self.rule.counts_steps else slot.state.get("step")),
                 numel=length, group=slot.group, layout=layout_address if layout else 0, stream=slot.index,
                 scalar0=scalar0, scalar1=scalar1,
