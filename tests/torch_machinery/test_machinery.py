@@ -428,6 +428,8 @@ def test_subclasses_are_not_changed_in_place(activation: str, device: str) -> No
 
 def test_compile_of_dtensors(process_group: None, operation: Operation) -> None:
     """Their rules know torch's functions."""
+    if operation.name == "conv3x3" and parse(torch.__version__) < (2, 11):
+        pytest.skip("torch 2.9 has no rule for such a convolution")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
