@@ -12,6 +12,7 @@ from tribp.ops.linear.config import BackwardProblem, DgradProblem, ForwardProble
 
 PRODUCTS = [(4096, 4096, 4096), (65536, 256, 784), (8192, 1024, 1024), (512, 128, 784), (64, 10, 128), (1000, 77, 333)]
 IMAGES = [(64, 56, 56, 64, 64), (256, 7, 7, 512, 512), (3, 33, 29, 7, 9), (1, 1, 300, 24, 200), (256, 14, 14, 256, 256)]
+COLUMNS = [(64, 100, 1, 512, 512), (600, 50, 1, 2, 2)]  # images of one column: sequences, of many channels and of few
 DTYPES = list(ITEMSIZE)
 
 
@@ -57,12 +58,14 @@ def _convolutions(dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -
         for classes, whole, wide in ((1, False, False), (1, True, False), (4, False, True)):
             yield ConvProblem(n, p, q, o, c, 1, 1, classes, *facts, tma, classes == 1, whole, wide, classes > 1)
         yield ConvProblem(n, p, q, 32, 32, 4, 8, 1, *facts, False, True, True, False, False)
+        # One output channel a group: descriptors can read a pixel's row of all groups, but not a tile's one channel.
+        yield ConvProblem(n, p, q, 128, 1, 8, 1, 1, *facts[:3], 1, tma, False, True, False, False)
 
 
 def _passes(dtype: str, arch: Arch) -> Iterator[Any]:
     for m, n, _ in PRODUCTS:
         yield OutputGradProblem(m, n, dtype, arch)
-    for n, p, q, o, c in IMAGES:
+    for n, p, q, o, c in (*IMAGES, *COLUMNS):
         yield RelayoutProblem(n, p * q, c, dtype, arch)
         for flag in (False, True):
             for wgrad in (False, True):

@@ -298,7 +298,7 @@ class ConvProblem(NamedTuple):
             and registers(tile, dtype, config.num_warps, arch) <= RESULT
             and 1 <= config.num_stages <= (1 if arch.backend == "interpreter" else stages)
             and (not by_registers or config == by_mma_sync(config, precision))
-            and (tma and arch.has_tma if config.tma else vec * size >= 4 or not (tma and arch.has_tma))
+            and (tma and arch.has_tma if config.tma else vec * size >= 4 or not chosen.tma)
             # A step would read the next pixel.
             and not (config.tma and self.whole and l % config.block_l)
             # By pointers and with 8 warps, https://github.com/pytorch/pytorch/issues/173068: see `conv3x3.convolve`.

@@ -51,11 +51,11 @@ class DepthwiseProblem(NamedTuple):
                 reason = "measured on sm_90: two accesses of 16 bytes a thread to a row, or eight rows by two warps"
         if channels_last:
             channels = min(power_of_2(c), most)
-            images, _, columns = choose_box(elements // channels, n, 1, q)
+            images, _, columns = choose_box(min(elements // channels, MAX_TILE), n, 1, q)
         else:
             columns = min(power_of_2(q), 128)
-            channels = min(power_of_2(c), elements // columns)
-            images = elements // columns // channels
+            channels = min(power_of_2(c), elements // columns, MAX_TILE)
+            images = min(elements // columns // channels, MAX_TILE)
         box = (images, min(rows, power_of_2(p)), columns)
         chosen = ConvConfig(images * columns, channels, 1, warps, 1, reason, box=box, max_registers=unrounded(arch))
         if not wgrad:
