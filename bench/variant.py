@@ -100,7 +100,9 @@ class _Configs(dict[Any, Any]):
         if not mine:
             return config
         self.idle = [text for text in self.idle if all(text != setting.text for setting in mine)]
-        changed = problem.adjusted(replace(config, **{setting.field: setting.value for setting in mine}))
+        # Kernels of this kind may not read what no step varies: it stays as it is, and the setting is refused below.
+        free = {*problem.steps(), "max_registers"}
+        changed = problem.adjusted(replace(config, **{each.field: each.value for each in mine if each.field in free}))
         for text, _, field, value in mine:
             if (found := getattr(changed, field)) != value:
                 raise ValueError(f"--set {text}: {field} can be {found!r} beside the others, for {problem}")

@@ -1,6 +1,7 @@
 """`--set`: configs with some fields set by hand."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,11 @@ from .test_run import NO_CUDA
 pytest.importorskip("triton")
 
 from tribp.launch.arch import ARCHS
+from tribp.launch.optim import MultiTensorProblem
 from tribp.launch.plan import config_for
 from tribp.ops.conv3x3.config import ConvProblem
+from tribp.ops.conv3x3.config_depthwise import DepthwiseProblem
+from tribp.ops.conv3x3.config_few_channels import FewChannelsDgradProblem, FewChannelsProblem
 from tribp.ops.linear.config import ForwardProblem
 
 LINEAR = ForwardProblem(4096, 4096, 4096, "bfloat16", "ieee", ARCHS["sm_90"], vec=8, tma=True)
@@ -21,6 +25,11 @@ CONV = ConvProblem(
     256, 56, 56, 64, 64, group_tiles=1, groups_per_tile=1, classes=1, dtype="bfloat16", precision="ieee",
     arch=ARCHS["sm_90"], vec=8, tma=True, along=True, whole=False, wide=False, stepped=False,
 )  # fmt: skip
+
+FEW_CHANNELS = FewChannelsProblem(64, 56, 56, 64, 3, "bfloat16", ARCHS["sm_90"], wgrad=False)
+FEW_CHANNELS_DGRAD = FewChannelsDgradProblem(64, 56, 56, 64, "bfloat16", "ieee", ARCHS["sm_90"], tma=True)
+DEPTHWISE = DepthwiseProblem(64, 56, 56, 384, "bfloat16", ARCHS["sm_90"], channels_last=True, wgrad=False)
+STEP = MultiTensorProblem(1 << 24, ("float32",), strided=False, arch=ARCHS["sm_90"])
 
 
 def test_fields_are_set_and_what_follows_follows() -> None:
@@ -64,6 +73,27 @@ def test_what_is_no_setting(setting: str, message: str) -> None:
 def test_what_cannot_be_set(setting: str, message: str) -> None:
     with pytest.raises(ValueError, match=message), variant([setting]):
         config_for(CONV)
+
+
+@pytest.mark.parametrize(
+    ("problem", "setting"),
+    [
+        (FEW_CHANNELS_DGRAD, "block_l=16"),
+        (FEW_CHANNELS, "persistent=True"),
+        (DEPTHWISE, "tma=True"),
+        (DEPTHWISE, "num_stages=5"),
+        (CONV, "prefetch=True"),
+    ],
+)
+def test_what_no_kernel_reads_is_not_ignored(problem: Any, setting: str) -> None:
+    with pytest.raises(ValueError, match=f"--set {setting}: .* beside the others"), variant([setting]):
+        config_for(problem)
+
+
+def test_registers_can_be_set_everywhere() -> None:
+    problems: list[Any] = [CONV, LINEAR, FEW_CHANNELS, FEW_CHANNELS_DGRAD, DEPTHWISE, STEP]
+    with variant(["max_registers=64"]):
+        assert {config_for(problem).max_registers for problem in problems} == {64}
 
 
 def test_none_is_a_value() -> None:

@@ -35,6 +35,12 @@ def neighbors(problem: Problem[C], config: C) -> list[C]:
     return list(found)
 
 
+def differs_by_steps(problem: Problem[C], config: C) -> bool:
+    """Whether what no step varies is as the heuristic chooses it, but for the reason."""
+    varied = {field: getattr(config, field) for field in (*problem.steps(), "reason")}
+    return config == replace(problem.choose(), **varied)  # type: ignore[type-var]
+
+
 def by_two(value: int) -> Iterator[int]:
     """Half of it, and twice."""
     if value > 1:

@@ -16,7 +16,7 @@ from ...launch.matmul import (
     stages_in_memory,
     unrounded,
 )
-from ...launch.neighbors import Steps, all_registers, by_one, by_two
+from ...launch.neighbors import Steps, all_registers, by_one, by_two, differs_by_steps
 from .config import ConvConfig, adjusted_splits, beside, choose_box, even_splits, legal_splits, sparing, with_rows
 
 FEW_CHANNELS = 7  # input channels up to which nine taps of them fit the 64 summed elements of one product
@@ -174,6 +174,7 @@ class FewChannelsDgradProblem(NamedTuple):
         copies = config.num_stages - (not self.arch.has_tma) if config.num_stages > 1 else 0
         return (
             legal_threads(config, self.arch)
+            and differs_by_steps(self, config)
             and (images, columns) == (chosen.box[0], chosen.box[2])
             and 1 <= rows <= MAX_TILE
             and (config.num_stages == 1 if chosen.num_stages == 1 else config.num_stages >= 1)

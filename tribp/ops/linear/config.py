@@ -27,7 +27,7 @@ from ...launch.matmul import (
     unrounded,
     whole_splits,
 )
-from ...launch.neighbors import Steps, by_one, by_two, toggled
+from ...launch.neighbors import Steps, by_one, by_two, differs_by_steps, toggled
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class BackwardProblem(NamedTuple):
             and 16 <= config.block_j <= most.block_j
             and 1 <= config.num_stages <= (1 if arch.backend == "interpreter" else (arch.shared_memory - 1024) // stage)
             and (config.splits <= most.splits or config.splits * n * k * max(4, itemsize) <= WORKSPACE)
-            and config == replace(most, **{field: getattr(config, field) for field in self.steps()})
+            and differs_by_steps(self, config)
         )
 
 
