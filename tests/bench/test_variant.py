@@ -66,6 +66,9 @@ def test_what_is_no_setting(setting: str, message: str) -> None:
     ("setting", "message"),
     [
         ("block_i=4096", "block_i=4096: no kernel is made with block_i=4096, .* for ConvProblem"),
+        ("block_i=48", "no kernel is made with block_i=48"),
+        ("num_warps=6", "no kernel is made with .* num_warps=6"),
+        ("max_registers=1", "max_registers=1: no kernel is made"),
         ("Conv.box=(1, 8, 8)", "box can be .* beside the others"),
         ("Forward.num_stages=2", "nothing that was asked for has such a config"),
     ],

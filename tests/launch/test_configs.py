@@ -89,6 +89,22 @@ def check(problem: Any, config: Any) -> None:
         assert config.splits == 1 or config.splits * share <= max(problem.spare, WORKSPACE)
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+def test_what_does_not_compile_is_not_legal(machine: str) -> None:
+    """Sides of tiles and warps that are no powers of two, and fewer registers than ptxas takes."""
+    for problem in problems(MACHINES[machine]):
+        first = problem.choose()
+        for field, value in asdict(first).items():
+            if field.startswith("block") or field == "num_warps":
+                for odd in (3, value + value // 2, value - 1):
+                    if odd & (odd - 1):
+                        config = problem.adjusted(replace(first, **{field: odd}))
+                        assert getattr(config, field) != odd or not problem.is_legal(config), (problem, config)
+        if hasattr(first, "max_registers"):
+            assert not problem.is_legal(replace(first, max_registers=1))
+            assert not problem.is_legal(replace(first, max_registers=256))
+
+
 def test_a_kernel_of_one_form_has_no_other() -> None:
     """With other fields `few_channels_dgrad` computes something else."""
     problem = FewChannelsDgradProblem(2, 5, 30, 40, "float16", "ieee", SM_90, True)

@@ -336,12 +336,24 @@ def registers(elements: int, dtype: str, num_warps: int, arch: Arch) -> int:
     return elements * (2 if dtype == "float64" else 1) // threads
 
 
+def is_compilable(config: Any) -> bool:
+    """Whether sides of tiles and warps are powers of two, as Triton takes them, and registers as many as ptxas takes.
+
+    Compiled: below 28 it refuses every product, below 90 and 146 some large ones of sm_90 and sm_100.
+    """
+    sizes = [value for field, value in vars(config).items() if field.startswith("block") or field == "num_warps"]
+    limit = getattr(config, "max_registers", None)
+    return all(size > 0 and size & (size - 1) == 0 for size in sizes) and (limit is None or 28 <= limit <= 255)
+
+
 def legal_threads(config: Any, arch: Arch, *, wgmma: bool = True, tile: int = 0) -> bool:
-    """Whether warps and registers are as the GPU has them.
+    """Whether the config compiles, and warps and registers are as the GPU has them.
 
     wgmma: whether tensor cores may be wgmma's, which need four warps. tile: elements of a product's result; a small one
     is not worth more than four.
     """
+    if not is_compilable(config):
+        return False
     if arch.backend == "interpreter":
         return bool(config.num_warps == 1 and config.max_registers is None)
     least, most = 4 if arch.has_tma and wgmma else 2, 4 if 0 < tile < 64 * 64 else 8
@@ -421,10 +433,11 @@ class ReduceProblem(NamedTuple):
     def is_legal(self, config: ReduceConfig) -> bool:
         interpreted = self.arch.backend == "interpreter"
         return (
-            1 <= config.block_parts <= 128
+            is_compilable(config)
+            and config.block_parts <= 128
             and config.block >= (8 * power_of_2(self.rows) if self.rows > 1 else 32)
             and (interpreted or config.block * config.block_parts <= 1024 * self.vec)
-            and 1 <= config.num_warps <= (1 if interpreted else 8)
+            and config.num_warps <= (1 if interpreted else 8)
         )
 
 

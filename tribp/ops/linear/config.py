@@ -269,7 +269,8 @@ class BackwardProblem(NamedTuple):
         most, itemsize = self.choose(), ITEMSIZE[dtype]
         stage = config.block_i * (config.block_j + 2 * config.block_l) * itemsize  # x, dy and y
         return (
-            16 <= config.block_i <= most.block_i
+            legal_threads(config, arch, wgmma=False)
+            and 16 <= config.block_i <= most.block_i
             and 16 <= config.block_j <= most.block_j
             and 1 <= config.num_stages <= (1 if arch.backend == "interpreter" else (arch.shared_memory - 1024) // stage)
             and (config.splits <= most.splits or config.splits * n * k * max(4, itemsize) <= WORKSPACE)
