@@ -89,6 +89,34 @@ def check(problem: Any, config: Any) -> None:
         assert config.splits == 1 or config.splits * share <= max(problem.spare, WORKSPACE)
 
 
+WGRAD = ConvWgradProblem(64, 16, 16, 256, 256, 1, 1, "float16", "ieee", SM_90, 8, True, 0)
+SM_86 = Arch("cuda", 86, 84, 99 << 10, "sm_86")
+
+
+def product(dtype: str, arch: Arch) -> ForwardProblem:
+    return ForwardProblem(1024, 512, 512, dtype, "ieee", arch, 16 // ITEMSIZE[dtype], True)
+
+
+@pytest.mark.parametrize(
+    ("problem", "tile", "stages", "fits"),
+    [
+        (WGRAD, (64, 128, 128), 2, False),  # 233,472 bytes of 232,448: ones lie beside the stages
+        (WGRAD, (64, 128, 64), 4, True),
+        (product("float64", ARCHS["sm_80"]), (64, 128, 128), 1, False),  # 196,608 bytes of 166,912
+        (product("float64", SM_86), (64, 64, 128), 1, False),
+        (product("float32", SM_86), (64, 256, 128), 1, False),
+        (product("float32", SM_86), (128, 128, 128), 1, True),  # 65,536 bytes: one operand after the other
+        (product("float16", ARCHS["gfx942"]), (128, 128, 128), 1, True),
+        (product("float32", ARCHS["gfx942"]), (128, 256, 128), 1, False),
+    ],
+)
+def test_legal_stages_fit_shared_memory(problem: Any, tile: tuple[int, int, int], stages: int, fits: bool) -> None:
+    """Bytes are those that Triton 3.7 took."""
+    sides = dict(zip(("block_i", "block_j", "block_l"), tile, strict=True))
+    config = problem.adjusted(replace(problem.choose(), **sides, tma=False, num_warps=8, num_stages=stages))
+    assert (config.num_stages == stages and problem.is_legal(config)) is fits
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 def test_what_does_not_compile_is_not_legal(machine: str) -> None:
     """Sides of tiles and warps that are no powers of two, and fewer registers than ptxas takes."""

@@ -294,10 +294,18 @@ def stages_that_fit(config: MatmulConfig, itemsize: int, arch: Arch, *, extra: i
 
 
 def stages_in_memory(config: MatmulConfig, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:
-    """How many stages shared memory holds; arguments as in `stages_that_fit`."""
-    stage = ((config.block_i + config.block_j) * config.block_l + extra) * itemsize
+    """How many stages shared memory holds; arguments as in `stages_that_fit`.
+
+    Compiled: where operands lie in registers, those of a single stage get there one after the other; CUDA's of float64
+    at once.
+    """
+    i, j, l = config.block_i, config.block_j, config.block_l
+    stage = ((i + j) * l + extra) * itemsize
     in_memory = (arch.shared_memory - 1024 - output * itemsize) // stage
-    return in_memory if arch.has_tma else in_memory + 1
+    if arch.has_tma:
+        return in_memory
+    at_once = i + j if itemsize == 8 and arch.backend == "cuda" else max(i, j)
+    return in_memory + 1 if in_memory else int(at_once * l * itemsize <= arch.shared_memory)
 
 
 def rows_per_split(m: int, splits: int, block: int) -> int:

@@ -374,11 +374,9 @@ class ConvWgradProblem(NamedTuple):
         box = line or choose_box(tile.block_l, n, p, q)
         tile = replace(tile, block_l=prod(box))
         tile = replace(tile, tma=tma, max_registers=unrounded(arch) if size >= 4 or few or not tma else None)
-        stages = stages_that_fit(replace(tile, block_j=taps * tile.block_j), size, arch)
         x_first = taps > 1 and not tma and (not arch.has_tma or arch.backend == "interpreter")
-        chosen = convolution(
-            replace(tile, num_stages=stages), box=box, groups_per_tile=groups_per_tile, taps=taps, x_first=x_first
-        )
+        chosen = convolution(tile, box=box, groups_per_tile=groups_per_tile, taps=taps, x_first=x_first)
+        chosen = replace(chosen, num_stages=stages_that_fit(chosen, size, arch, **self._beside_tiles(chosen)))
         programs = chosen.tiles(o, c) * group_tiles * (9 // taps)
         share = max(size, 4) * 9 * o * c * group_tiles
         most = max(1, min(cdiv(chosen.boxes(n, p, q), 8), max(spare, WORKSPACE) // share))
@@ -394,15 +392,22 @@ class ConvWgradProblem(NamedTuple):
         line = choose_line((config.block_l,), n, q, dtype, arch) if config.tma else None
         if line or prod(config.box) != config.block_l:
             config = replace(config, box=line or choose_box(config.block_l, n, p, q))
-        more_columns = (config.taps - 1) * config.block_j * config.block_l
-        config = adjusted_product(config, self, extra=more_columns)
+        config = adjusted_product(config, self, **self._beside_tiles(config))
         return adjusted_splits(config, n, p, q)
+
+    def _beside_tiles(self, config: ConvConfig) -> dict[str, int]:
+        """What lies in shared memory beside a tile of dz and one of x, as `stages_in_memory` takes it.
+
+        Each stage has one of x for each tap. db is the product of dz of 16 bits with 16 columns of ones, which stay.
+        """
+        ones = 16 * config.block_l if ITEMSIZE[self.dtype] == 2 and self.arch.has_tma else 0
+        return dict(extra=(config.taps - 1) * config.block_j * config.block_l, output=ones)
 
     def is_legal(self, config: ConvConfig) -> bool:
         n, p, q, o, c, group_tiles, groups_per_tile, dtype, precision, arch, vec, tma, spare = self
         size, tile = ITEMSIZE[dtype], config.block_i * config.block_j
         by_registers = needs_registers(self, tma=config.tma)
-        stages = stages_in_memory(replace(config, block_j=config.taps * config.block_j), size, arch)
+        stages = stages_in_memory(config, size, arch, **self._beside_tiles(config))
         # A descriptor's box is a line: it knows x's edges, but not dz's.
         line = not config.tma or config.box == choose_line((config.block_l,), n, q, dtype, arch)
         return (
