@@ -226,6 +226,12 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Capt
     assert re.search(r"(\d+) targets: 0 missed, \1 unmeasured", (tmp_path / "README.md").read_text())
 
 
+@pytest.mark.parametrize("folder", sorted(results.ROOT.glob("*/")), ids=lambda folder: folder.name)
+def test_the_stored_page_is_what_report_writes(folder: Path) -> None:
+    written = report.page(folder, report.load(folder)) + "\n"
+    assert (folder / "README.md").read_text(encoding="utf-8") == written
+
+
 def test_a_readme_of_somebody_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DIR may be taken for the folder to write to."""
     (tmp_path / "README.md").write_text("# My project\n")
