@@ -3,12 +3,15 @@
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +43,45 @@ def test_readme() -> None:
     assert len(text.splitlines()) <= 120
     for command in ("pip install -e '.[demo]' && python -m tribp\n", "pip install -e '.[test]' && python -m pytest\n"):
         assert f"```sh\n{command}```" in text
+
+
+def test_readme_has_what_was_measured() -> None:
+    """The ranges in its table are those of the stored rows."""
+
+    def stored(name: str) -> Any:
+        return json.loads((ROOT / f"bench/results/nvidia-h200/{name}.json").read_text(encoding="utf-8"))
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        return stored(name)["rows"]  # type: ignore[no-any-return]
+
+    def span(ratios: Iterable[float]) -> str:
+        """The least and the largest, of two digits."""
+        each = list(ratios)
+        return f"{min(each):#.2g} to {max(each):#.2g} times"
+
+    def in_graph(name: str) -> list[float]:
+        both = [row["providers"] for row in rows(name) if row["providers"]["tribp"].get("graph_us")]
+        return [each["eager"]["graph_us"] / each["tribp"]["graph_us"] for each in both]
+
+    def large(name: str, *directions: str) -> list[float]:
+        """Of the large shapes: small ones were timed in a CUDA graph, too."""
+        each = [row for row in rows(name) if not row["providers"]["tribp"].get("graph_us")]
+        return [row["ratios"]["eager"] for row in each if row["direction"] in directions]
+
+    adam, sgd = rows("optim")[:2]
+    # A step of Adam reads and writes seven times four bytes a parameter.
+    rate = 28e8 / (1e-6 * adam["providers"]["tribp"]["device_us"]["median"]) / stored("optim")["copy_bytes_per_second"]
+    shapes = len({row["case"] for row in rows("conv")})
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for words in (
+        f"| {span(large('linear', 'forward', 'backward', 'both'))} as fast as eager torch (four large shapes) |",
+        f"| {span(row['ratios']['eager'] for row in rows('conv'))} as fast as cuDNN ({shapes} shapes, channels_last) |",
+        f"| {span(large('mlp', 'forward', 'backward'))} as fast as eager torch (three large ones)",
+        f"128 rows in a CUDA graph: {span(in_graph('mlp'))} |",
+        f"10⁸ float32: {100 * rate:.0f} % of a copy's rate; {span(row['ratios']['fused'] for row in (adam, sgd))} as",
+        f"captured by hand in a CUDA graph {span(in_graph('train'))} as fast as eager torch (five float32 models,",
+    ):
+        assert words in text, words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
