@@ -68,8 +68,8 @@ class Options(argparse.Namespace):
         dest="compile", action="store_false",
     )  # fmt: skip
     budget: float | None = option(
-        "tune all", "tune: stops after so long, in equal shares of the operations (default: when all is done); "
-        "all: ends within (default: 60)", None, type=MINUTES, metavar="MINUTES",
+        "tune all", "tune: stop after so long, shared equally by the operations (default: when all is done). "
+        "all: end within so long (default: 60).", None, type=MINUTES, metavar="MINUTES",
     )  # fmt: skip
     only: Sequence[str] = option("all", "only steps whose name contains this; repeatable", metavar="STEP", **REPEATED)
     target: Sequence[str] = option(

@@ -62,9 +62,10 @@ def train_step(
             that `tribp.linear` knows: up to 8 layers of up to 256 outputs (of float64 128), weights above the first
             layer of up to 1 MiB, on batches of up to 1,024 rows. Any other takes the ordinary way.
         optimizer: torch's or tribp's; its hooks and schedulers work.
-        loss: "half_squared_error" (½ Σ (output − target)²), "mse_loss", "cross_entropy" (of classes, int64 `(N,)`) or
-            "binary_cross_entropy" (of outputs between 0 and 1), with torch's values; or torch's module or function of
-            these three. For any other function of output and target the model takes the ordinary way.
+        loss: "mse_loss", "cross_entropy" (of classes, int64 `(N,)`) or "binary_cross_entropy" (of outputs between 0 and
+            1), with torch's values, or torch's module or function of these three; or "half_squared_error", which is
+            ½ (output − target)², averaged over all elements unless `reduction` says otherwise. For any other function
+            of output and target the model takes the ordinary way.
         reduction: of a loss that is a name: "mean" (the default) of all elements (of cross_entropy: of rows whose
             target is not −100), their "sum", or "batchmean", the sum by the number of rows (cross_entropy: the mean).
         cuda_graph: whether the launches, the update's among them, become a CUDA graph where a step is like the one
