@@ -2,7 +2,7 @@
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from .ops.activations import ActivationLike, activate, activation_of
+from .ops.checks import is_whole
 from .ops.conv3x3.checks import window_of
 from .ops.conv3x3.op import conv3x3
 from .ops.linear.op import linear
@@ -23,10 +24,17 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # torch.nn's
 
 def _check_sizes(caller: str, smallest: int, **sizes: int) -> None:
     for name, size in sizes.items():
-        if not hasattr(size, "__index__"):  # as torch.nn's layers take them: numpy's whole numbers too
+        if not is_whole(size):
             raise TypeError(f"{caller}: {name} must be a whole number, got {size!r}")
         if size < smallest:
             raise ValueError(f"{caller}: {name} must be at least {smallest}, got {size}")
+
+
+def _check_bias(caller: str, bias: object) -> None:
+    """An activation by position may get there, and would count as True; else it is as for torch.nn's layers."""
+    if isinstance(bias, (str, tuple)):
+        takes = "an activation goes into activation=, which Linear, MLP and Conv3x3 have"
+        raise TypeError(f"{caller}: bias must be True or False, got {bias!r}; {takes}")
 
 
 class _Activated(nn.Module):
@@ -74,6 +82,7 @@ class Linear(_Activated):
     ) -> None:
         super().__init__()
         _check_sizes(type(self).__name__, 0, in_features=in_features, out_features=out_features)
+        _check_bias(type(self).__name__, bias)
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
@@ -165,15 +174,17 @@ class MLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(sizes, Iterable) or not all(hasattr(size, "__index__") for size in sizes):
-            raise TypeError(f"MLP: sizes must be a sequence of whole numbers, got {sizes!r}")
-        if len(sizes) < 2:
-            raise ValueError(f"MLP: sizes must be at least two, of the input and of each layer, got {tuple(sizes)}")
-        if min(sizes) < 0:
-            raise ValueError(f"MLP: sizes must be at least 0, got {tuple(sizes)}")
-        for given in (activation, output_activation):
-            activation_of("MLP", given)
-        self.sizes = tuple(map(operator.index, sizes))
+        try:
+            self.sizes = tuple(map(operator.index, sizes))
+        except TypeError:
+            raise TypeError(f"MLP: sizes must be a sequence of whole numbers, got {sizes!r}") from None
+        if len(self.sizes) < 2:
+            raise ValueError(f"MLP: sizes must be at least two, of the input and of each layer, got {self.sizes}")
+        if min(self.sizes) < 0:
+            raise ValueError(f"MLP: sizes must be at least 0, got {self.sizes}")
+        activation_of("MLP", activation)
+        activation_of("MLP", output_activation, "output_activation")
+        _check_bias("MLP", bias)
         self.activation = activation
         self.output_activation = output_activation
         for n, (before, after) in enumerate(itertools.pairwise(self.sizes)):
@@ -251,6 +262,7 @@ class Conv3x3(_Activated):
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"Conv3x3: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
         _check_sizes("Conv3x3", 1, in_channels=in_channels, out_channels=out_channels)
+        _check_bias("Conv3x3", bias)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
                 raise ValueError(f"Conv3x3: {name} must be a multiple of groups ({groups}), got {channels}")

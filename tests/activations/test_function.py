@@ -175,7 +175,8 @@ WRONG: list[tuple[object, list[str]]] = [
     (("elu", 10**400), ["elu takes alpha, each a Python int or float, got 1000"]),
     (("softplus", 0), ["beta of softplus must be above 0", "got 0.0 and 20.0"]),
     (("softplus", 1, 3), ["threshold at least 17, got 1.0 and 3.0"]),
-    (("hardtanh", 2, 1), ["min_val of hardtanh must not be above max_val", "got 2.0 and 1.0"]),
+    (("hardtanh", 2, 1), ["bounds of hardtanh must be numbers, min_val not above max_val", "got 2.0 and 1.0"]),
+    (("hardtanh", math.nan, 1), ["bounds of hardtanh must be numbers", "got nan and 1.0"]),
 ]
 
 

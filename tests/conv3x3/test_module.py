@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -186,8 +187,6 @@ X, W = torch.ones(2, 4, 5, 6), torch.ones(6, 4, 3, 3)
         (ValueError, ["groups", "6 out_channels", "got 4"], dict(weight=W[:, :1], groups=4)),
         (ValueError, ["0 out_channels"], dict(weight=W[:0])),
         (ValueError, ["groups", "at least 1", "got 0"], dict(groups=0)),
-        (ValueError, ["groups", "whole number", "2.0"], dict(groups=2.0)),
-        (ValueError, ["groups", "True"], dict(groups=True)),
         (ValueError, ["bias", "(6,)", "(1,)"], dict(bias=torch.ones(1))),
         (ValueError, ["bias", "(6,)", "(6, 1)"], dict(bias=torch.ones(6, 1))),
         (ValueError, ["stride", "1 or 2", "got 3", "torch.nn.Conv2d"], dict(stride=3)),
@@ -197,6 +196,9 @@ X, W = torch.ones(2, 4, 5, 6), torch.ones(6, 4, 3, 3)
         (TypeError, ["stride", "(1, 1, 1)"], dict(stride=(1, 1, 1))),
         (TypeError, ["stride", "1.0"], dict(stride=1.0)),
         (TypeError, ["stride", "True"], dict(stride=True)),
+        (TypeError, ["stride", "array([1, 2])"], dict(stride=np.array([1, 2]))),
+        *((TypeError, ["groups must be a whole number", repr(groups)], dict(groups=groups))
+          for groups in (1.0, True, False, None, (1,), np.array([1, 2]), torch.tensor(1))),
         (ValueError, ["padding", "at least 0", "(0, -1)"], dict(padding=(0, -1))),
         (ValueError, ["padding", "'same', 'valid'", "'full'"], dict(padding="full")),
         (ValueError, ["padding='same'", "stride 1", "(1, 2)"], dict(padding="same", stride=(1, 2))),
@@ -264,6 +266,10 @@ def test_errors_of_the_module(words: list[str], arguments: dict[str, Any]) -> No
         assert word in str(caught.value), str(caught.value)
     with pytest.raises(TypeError, match=r"^Conv3x3: out_channels must be a whole number, got 4\.0$"):
         tribp.nn.Conv3x3(4, 4.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^Conv3x3: padding must be a whole number or a pair of them, got array"):
+        tribp.nn.Conv3x3(4, 4, padding=np.array([1, 1]))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^Conv3x3: bias must be True or False, got 'relu'; an activation goes into"):
+        tribp.nn.Conv3x3(4, 4, 1, 0, 1, "relu")  # type: ignore[arg-type]
 
 
 # ---- the module

@@ -2,7 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -478,6 +480,25 @@ def test_sizes_of_the_module() -> None:
         tribp.nn.LinearSigmoid(1, -2)
     with pytest.raises(TypeError, match=r"^Linear: out_features must be a whole number, got 2\.0$"):
         tribp.nn.Linear(1, 2.0)  # type: ignore[arg-type]
+    for wrong in (np.array([3, 4]), torch.tensor(3.0)):
+        with pytest.raises(TypeError, match=r"^Linear: in_features must be a whole number, got (array|tensor)"):
+            tribp.nn.Linear(wrong, 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layer", [tribp.nn.Linear, tribp.nn.LinearSigmoid])
+def test_an_activation_is_not_taken_for_bias(layer: Any) -> None:
+    for activation in ("relu", ("leaky_relu", 0.2)):
+        with pytest.raises(TypeError) as caught:
+            layer(4, 3, activation)
+        said = f"{layer.__name__}: bias must be True or False, got {activation!r}; an activation goes into activation="
+        assert str(caught.value).startswith(said)
+    assert [layer(4, 3, bias).bias is None for bias in (1, 0, None, np.True_, np.False_)] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_module_on_meta_device() -> None:

@@ -245,13 +245,15 @@ def test_parameters_from_generators_under_a_mode(device: str) -> None:
 def test_errors(device: str) -> None:
     x, w0, b0, w1, _ = draw((5, 4, 3), 2, torch.float32, device)
     cases: list[tuple[type[Exception], str, list[object]]] = [
-        (ValueError, "biases must be one for each of at least 1 weights, got 1 and 2", [x, [w0, w1], [b0]]),
-        (ValueError, "biases must be one for each of at least 1 weights, got 0 and 0", [x, []]),
+        (ValueError, "biases must be one for each of 2 weights, got 1", [x, [w0, w1], [b0]]),
+        (ValueError, "weights must be at least one, got none", [x, []]),
+        (ValueError, "weights must be at least one, got none", [x, [], [b0]]),
         (ValueError, r"layer 1: weight must have shape \(4, 4\)", [x, [w0, w0]]),
         (ValueError, r"layer 1: bias must have shape \(3,\)", [x, [w0, w1], [b0, b0]]),
         (TypeError, r"weights\[1\] must be a tensor, got int", [x, [w0, 3]]),
         (TypeError, "layer 1: weight must have input's dtype float32, got float64", [x, [w0, w1.double()]]),
-        (ValueError, "activation must be None, one of", [x, [w0], None, "swish"]),
+        (ValueError, ": activation must be None, one of", [x, [w0], None, "swish"]),
+        (ValueError, ": output_activation must be None, one of", [x, [w0], None, "relu", "swish"]),
         (ValueError, "input must have shape", [x[0, 0], [w0]]),
         (TypeError, "weights must be a list of tensors, got Tensor", [x, w0]),
         (TypeError, "biases must be a list of tensors and None, or None, got int", [x, [w0], 3]),
@@ -263,13 +265,20 @@ def test_errors(device: str) -> None:
         tribp.nn.MLP([3])
     with pytest.raises(ValueError, match=r"^MLP: sizes must be at least 0, got \(-1, 2\)$"):
         tribp.nn.MLP([-1, 2])
-    for wrong in (5, [5, 2.5]):
+    for wrong in (5, [5, 2.5], np.array(3), torch.tensor([3.0, 4.0]), "34"):
         with pytest.raises(TypeError, match=r"^MLP: sizes must be a sequence of whole numbers"):
             tribp.nn.MLP(wrong)  # type: ignore[arg-type]
     sizes: Any = [np.prod((2, 3)), 2]
     assert tribp.nn.MLP(sizes).sizes == (6, 2), "numpy's whole numbers, as nn.Linear takes them"
+    assert tribp.nn.MLP(size for size in (3, 4)).sizes == (3, 4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^MLP: activation must be"):
         tribp.nn.MLP([3, 4], "swish")
+    with pytest.raises(ValueError, match=r"^MLP: output_activation must be"):
+        tribp.nn.MLP([3, 4], "relu", "swish")
+    with pytest.raises(
+        TypeError, match=r"^MLP: bias must be True or False, got 'tanh'; an activation goes into activation="
+    ):
+        tribp.nn.MLP([3, 4], "relu", None, "tanh")  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

@@ -45,17 +45,17 @@ NAMED["relu6"] = Activation("hardtanh", 0.0, 6.0)
 ActivationLike = str | tuple[str | float, ...] | None  # as users give one
 
 
-def activation_of(caller: str, activation: ActivationLike) -> Activation:
+def activation_of(caller: str, activation: ActivationLike, argument: str = "activation") -> Activation:
     """What `activation` means: None, a name, or a tuple of a name and numbers, in the order of torch's function.
 
-    Raises ValueError, in the name of `caller`, for what is not known.
+    Raises ValueError, in the name of `caller` and its argument, for what is not known.
     """
     if activation is None:
         return NONE
     name, *numbers = activation if isinstance(activation, tuple) and activation else (activation,)
     if not isinstance(name, str) or name not in NAMED:
         known = f"None, one of {', '.join(map(repr, NAMED))}, or a tuple of a name and its numbers"
-        raise ValueError(f"{caller}: activation must be {known}, got {activation!r}")
+        raise ValueError(f"{caller}: {argument} must be {known}, got {activation!r}")
     return _with_numbers(caller, name, numbers) if numbers else NAMED[name]
 
 
@@ -77,7 +77,7 @@ def _with_numbers(caller: str, name: str, numbers: Sequence[Any]) -> Activation:
         # derivative is wrong there by e^-threshold, which from 17 on is nothing to a float32.
         raise ValueError(f"{caller}: beta of softplus must be above 0 and its threshold at least 17, got {a} and {b}")
     if name == "hardtanh" and not a <= b:
-        raise ValueError(f"{caller}: min_val of hardtanh must not be above max_val, got {a} and {b}")
+        raise ValueError(f"{caller}: bounds of hardtanh must be numbers, min_val not above max_val, got {a} and {b}")
     return Activation(name, a, b)
 
 

@@ -1,5 +1,6 @@
 """Argument checks that operations share. Every error names the argument, what was expected and what was given."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -62,6 +63,15 @@ def _fit(tensors: Sequence[Described | None], longest: Callable[[Described], int
             continue
         if numel == 0 or longest(t) > MAX_SIZE:
             return False
+    return True
+
+
+def is_whole(value: object) -> bool:
+    """Whether it stands for one whole number, as numpy's do; arrays and tensors of any kind have the method."""
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
     return True
 
 

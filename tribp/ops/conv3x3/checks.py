@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import Described, check_devices, check_tensors
+from ..checks import Described, check_devices, check_tensors, is_whole
 from .reference import Window
 
 
@@ -87,8 +87,10 @@ def window_of(
     paddings = _pair(caller, "padding", padding)
     if min(paddings) < 0:
         raise ValueError(f"{caller}: padding must be at least 0, got {padding}")
-    if not _is_whole(groups) or groups < 1:
-        raise ValueError(f"{caller}: groups must be a whole number of at least 1, got {groups!r}")
+    if not _is_whole(groups):
+        raise TypeError(f"{caller}: groups must be a whole number, got {groups!r}")
+    if groups < 1:
+        raise ValueError(f"{caller}: groups must be at least 1, got {groups}")
     return Window(strides, paddings, operator.index(groups))
 
 
@@ -128,4 +130,4 @@ def _pair(caller: str, name: str, value: int | Sequence[int]) -> tuple[int, int]
 
 def _is_whole(value: object) -> bool:
     """Whether torch takes a value for a whole number: numpy's too, no bool, and here no tensor."""
-    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
+    return is_whole(value) and not isinstance(value, (bool, Tensor))

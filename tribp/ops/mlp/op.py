@@ -78,10 +78,12 @@ def mlp(
     if biases is not None and not _is_list(biases):
         raise TypeError(f"mlp: biases must be a list of tensors and None, or None, got {type(biases).__name__}")
     weights = list(weights)
-    both = activation_of("mlp", activation), activation_of("mlp", output_activation)
+    both = activation_of("mlp", activation), activation_of("mlp", output_activation, "output_activation")
     given = [None] * len(weights) if biases is None else list(biases)
-    if not weights or len(given) != len(weights):
-        raise ValueError(f"mlp: biases must be one for each of at least 1 weights, got {len(given)} and {len(weights)}")
+    if not weights:
+        raise ValueError("mlp: weights must be at least one, got none")
+    if len(given) != len(weights):
+        raise ValueError(f"mlp: biases must be one for each of {len(weights)} weights, got {len(given)}")
     try:
         x = input
         for w, b, act in zip(weights, given, _each(len(weights), both), strict=True):
