@@ -157,6 +157,12 @@ def test_a_first_step_at_rate_0_begins_an_average(name: str, device: str) -> Non
     torch.testing.assert_close(optimizer.state[p]["ema"], 0.75 + 0.25 * p)
 
 
+def test_a_swap_takes_a_module() -> None:
+    optimizer = tribp.optim.SGD([torch.ones(2)], ema_decay=0.9)
+    with pytest.raises(TypeError, match=r"swap_ema: model must be a torch\.nn\.Module, got int"):
+        optimizer.swap_ema(3).__enter__()  # type: ignore[arg-type]
+
+
 def test_no_average_no_swap() -> None:
     with pytest.raises(RuntimeError, match="ema_decay"), tribp.optim.SGD([torch.ones(2)]).swap_ema():
         pass
@@ -415,6 +421,13 @@ def test_epsilon_inside_the_root(name: str, device: str) -> None:
     [
         ({"ema_decay": 1.0}, ValueError, "ema_decay"),
         ({"ema_decay": -0.1}, ValueError, "ema_decay"),
+        ({"ema_decay": "0.9"}, ValueError, r"ema_decay must be a number in \[0, 1\), got '0\.9'"),
+        *[
+            ({"max_grad_norm": norm}, ValueError, "max_grad_norm must be a positive number, got")
+            for norm in ("1", True, np.array([1.0, 2.0]), torch.ones(2))
+        ],
+        ({"stochastic_rounding": "no"}, ValueError, "stochastic_rounding must be True or False, got 'no'"),
+        ({"state_bits": np.array([8, 8])}, ValueError, "state_bits must be 8 or None, got array"),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
         ({"max_grad_norm": math.nan}, ValueError, "max_grad_norm"),
         ({"state_dtype": torch.int32}, ValueError, "state_dtype"),
@@ -453,9 +466,11 @@ def test_options_that_a_class_has_not() -> None:
     for name in ("SGD", "Momentum"):
         with pytest.raises(TypeError, match="eps_inside_sqrt"):
             ours(name, [torch.ones(2)], eps_inside_sqrt=True)
-    for beta in (1.0, -0.1):
-        with pytest.raises(ValueError, match="beta"):
-            tribp.optim.Momentum([torch.ones(2)], beta=beta)
+    with pytest.raises(ValueError, match="AdamW: eps_inside_sqrt must be True or False, got 'no'"):
+        ours("AdamW", [torch.ones(2)], eps_inside_sqrt="no")
+    for beta in (1.0, -0.1, None, "0.9"):
+        with pytest.raises(ValueError, match=r"beta must be a number in \[0, 1\), got"):
+            tribp.optim.Momentum([torch.ones(2)], beta=beta)  # type: ignore[arg-type]
 
 
 def test_one_norm_has_one_limit(device: str) -> None:

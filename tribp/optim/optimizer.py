@@ -212,8 +212,11 @@ class Optimizer(torch.optim.Optimizer):
 
         Parameters without an average yet keep their values. model: whose parameters they are, needed where those are
         distributed: FSDP2 keeps what a forward pass gathered until there is a backward pass, and would go on with it.
-        Raises RuntimeError if ema_decay is off, without that model, or if FSDP1 has flattened its parameters.
+        Raises RuntimeError if ema_decay is off, without that model, or if FSDP1 has flattened its parameters; TypeError
+        if the model is none.
         """
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"swap_ema: model must be a torch.nn.Module, got {type(model).__name__}")
         if not any(group.get("ema_decay") for group in self.param_groups):
             raise RuntimeError(f"swap_ema() needs {type(self).__name__}(…, ema_decay=…): no average is kept")
         if self._in_swap:

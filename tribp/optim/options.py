@@ -1,18 +1,21 @@
 """Keyword arguments beyond torch's."""
 
 import operator
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 import torch
 
 Group = dict[str, Any]
+Requirement = tuple[str, Callable[[Any], object]]
 
 
 class ExtraOptions(TypedDict, total=False):
-    """Keyword arguments beyond torch's, off by default. All but the first two may also be set in one parameter group.
+    """Keyword arguments beyond torch's, off by default. All but the first may also be set in one group.
 
     max_grad_norm: clip all gradients together to this L2 norm, as `torch.nn.utils.clip_grad_norm_` does, within the
-        step: the gradients are read once more and not written. The norm is then in `grad_norm`, a float64 tensor.
+        step: the gradients are read once more and not written. The norm is then in `grad_norm`, a float64 tensor. It
+        is of all groups: the step raises ValueError where they differ.
     seed: of the random numbers by which parameters (stochastic rounding) and states of 8 bits are rounded. They depend
         on it, the step, the parameter's place in the optimizer and the element alone.
     ema_decay: keep in `state[p]["ema"]` an exponential moving average of the parameters, in float32 at least:
@@ -45,6 +48,21 @@ DEFAULTS: Group = dict(
     state_bits=None, master_bits=None, capturable=False, fused=None,
 )  # fmt: skip
 
+# What those that are on must be: in words, and as a function of the value. torch checks its own.
+FLAG: Requirement = ("True or False", lambda flag: flag in (True, False, None))
+REQUIREMENTS: dict[str, Requirement] = dict(
+    max_grad_norm=("a positive number", lambda norm: norm > 0 and not isinstance(norm, bool)),
+    seed=("a whole number of 64 bits",
+          lambda seed: -(2**63) <= operator.index(seed) < 2**64 and not isinstance(seed, bool)),
+    ema_decay=("a number in [0, 1)", lambda decay: 0 <= decay < 1),
+    state_dtype=("float16, bfloat16, float32 or float64",
+                 lambda dtype: dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
+    stochastic_rounding=FLAG,
+    eps_inside_sqrt=FLAG,
+    state_bits=("8 or None", lambda bits: type(bits) is int and bits == 8),
+    master_bits=("24 or None", lambda bits: type(bits) is int and bits == 24),
+)  # fmt: skip
+
 EXCLUSIVE = ("state_dtype", "state_bits")  # at most one of them is on
 
 # Options that decide how a group is updated, whatever the class; the others are numbers.
@@ -62,26 +80,23 @@ def enable_options(extra: Group, caller: str) -> Group:
     return enabled_options(extra, caller)
 
 
+def satisfy(requirement: Callable[..., object], *values: Any) -> bool:
+    """Whether the values do; what those of the wrong kind raise, as texts or arrays, means no."""
+    try:
+        return bool(requirement(*values))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
 def enabled_options(group: Group, caller: str) -> Group:
     """Those of a group's extra options that are on. Raises ValueError for a value out of range."""
-    options = {name: value for name, value in group.items() if name in DEFAULTS and value != DEFAULTS[name]}
-    decay, norm = options.get("ema_decay"), options.get("max_grad_norm")
-    if decay is not None and not 0.0 <= decay < 1.0:
-        raise ValueError(f"{caller}: ema_decay must be in [0, 1), got {decay!r}")
-    if norm is not None and not norm > 0.0:
-        raise ValueError(f"{caller}: max_grad_norm must be positive, got {norm!r}")
+    extra = {name: value for name, value in group.items() if name in DEFAULTS}
+    options = {name: value for name, value in extra.items() if not satisfy(operator.eq, value, DEFAULTS[name])}
+    for name, value in options.items():
+        if name in REQUIREMENTS and not satisfy(REQUIREMENTS[name][1], value):
+            raise ValueError(f"{caller}: {name} must be {REQUIREMENTS[name][0]}, got {value!r}")
     if "seed" in options:
-        seed = options["seed"]
-        whole = not isinstance(seed, bool) and hasattr(seed, "__index__")
-        if not whole or not -(2**63) <= operator.index(seed) < 2**64:
-            raise ValueError(f"{caller}: seed must be a whole number of 64 bits, got {seed!r}")
-        options["seed"] = operator.index(seed)
-    dtype = options.get("state_dtype")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2):
-        raise ValueError(f"{caller}: state_dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
-    for name, bits in (("state_bits", 8), ("master_bits", 24)):
-        if type(options.get(name, bits)) is not int or options.get(name, bits) != bits:
-            raise ValueError(f"{caller}: {name} must be {bits} or None, got {options[name]!r}")
+        options["seed"] = operator.index(options["seed"])
     if all(name in options for name in EXCLUSIVE):
         raise ValueError(f"{caller}: state_bits and state_dtype exclude each other")
     return options

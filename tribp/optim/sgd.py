@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from . import reference
 from .optimizer import Optimizer
-from .options import ExtraOptions
+from .options import ExtraOptions, satisfy
 from .rule import Group, Prepare, Rule, Tensors, init_group
 
 
@@ -126,8 +126,8 @@ class Momentum(SGD):
         capturable: bool = False,
         **extra: Unpack[ExtraOptions],
     ) -> None:
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"beta must be in [0, 1), got {beta!r}")
+        if not satisfy(lambda: 0.0 <= beta < 1.0):
+            raise ValueError(f"beta must be a number in [0, 1), got {beta!r}")
         super().__init__(
             params, lr, beta, beta, weight_decay, maximize=maximize, foreach=foreach, differentiable=differentiable,
             fused=fused, capturable=capturable, **extra,
