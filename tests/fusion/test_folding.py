@@ -98,11 +98,11 @@ def test_a_resnet_is_taken_whole() -> None:
     report = tribp.fuse(model, fold_batchnorm=True)
     blocks = [f"layer{i}.{j}" for i in (1, 2) for j in (0, 1)]
     assert sorted(map(str, report.replaced)) == sorted(
-        [f"{block}: TorchvisionBlock → fused TorchvisionBlock" for block in blocks]
-        + ["layer2.0.downsample: Sequential → FusedSequential"]
-        + ["layer2.0.downsample.0: Conv2d + BatchNorm2d → conv2d"]
-        + [f"{block}.conv1: Conv2d + BatchNorm2d + ReLU → conv3x3" for block in blocks]
-        + [f"{block}.conv2: Conv2d + BatchNorm2d → conv3x3" for block in blocks]
+        [f"{block}: TorchvisionBlock -> fused TorchvisionBlock" for block in blocks]
+        + ["layer2.0.downsample: Sequential -> FusedSequential"]
+        + ["layer2.0.downsample.0: Conv2d + BatchNorm2d -> conv2d"]
+        + [f"{block}.conv1: Conv2d + BatchNorm2d + ReLU -> conv3x3" for block in blocks]
+        + [f"{block}.conv2: Conv2d + BatchNorm2d -> conv3x3" for block in blocks]
     )
     with frozen(model), Called() as called:
         model(image())
@@ -210,7 +210,7 @@ def test_in_training_the_batch_norm_runs() -> None:
     with torch.no_grad():
         assert folds(model, x) == 0, "what is trained may be written without a count"
     assert str(tribp.fuse(network(), fold_batchnorm=True)).splitlines()[2] == (
-        "0: Conv2d + BatchNorm2d + ReLU → conv3x3 once frozen, in evaluation mode"
+        "0: Conv2d + BatchNorm2d + ReLU -> conv3x3 once frozen, in evaluation mode"
     )
 
 
@@ -539,9 +539,9 @@ def test_in_a_forward(how: str) -> None:
         assert folds(model, x) == {"NormTwice": 2, "Used": 0}.get(how, 1)
     if how == "Plain":
         assert list(map(str, report.replaced)) == [
-            "(the model): Plain → fused Plain",
-            "conv: Conv2d + BatchNorm2d + ReLU → conv3x3 once frozen, in evaluation mode",
-            "second: Conv2d → conv3x3",
+            "(the model): Plain -> fused Plain",
+            "conv: Conv2d + BatchNorm2d + ReLU -> conv3x3 once frozen, in evaluation mode",
+            "second: Conv2d -> conv3x3",
         ]
 
 

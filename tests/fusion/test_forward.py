@@ -115,11 +115,11 @@ def test_layers_in_a_row(net: Callable[..., Any]) -> None:
     model.second, model.third = nn.Linear(6, 6), nn.Linear(6, 6)
     report = check(model)
     assert [str(entry) for entry in report.replaced] == [
-        "(the model): Net → fused Net",
-        "conv: Conv2d → conv3x3",
-        "fc: Linear + ReLU → mlp",
-        "second: Linear + ReLU → mlp",
-        "third: Linear → mlp",
+        "(the model): Net -> fused Net",
+        "conv: Conv2d -> conv3x3",
+        "fc: Linear + ReLU -> mlp",
+        "second: Linear + ReLU -> mlp",
+        "third: Linear -> mlp",
     ]
     tribp.fuse(model)
     with Called() as called:
@@ -257,7 +257,7 @@ def test_a_loop_over_a_list(net: Callable[..., Any]) -> None:
     model.layers = nn.ModuleList([nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)])
     report = check(model)
     assert [str(entry) for entry in report.replaced][2:] == [
-        "layers.0: Linear + ReLU → mlp", "layers.2: Linear + ReLU → mlp", "layers.4: Linear → mlp"
+        "layers.0: Linear + ReLU -> mlp", "layers.2: Linear + ReLU -> mlp", "layers.4: Linear -> mlp"
     ]  # fmt: skip
     assert report.left == ()
 

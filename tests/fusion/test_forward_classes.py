@@ -315,7 +315,7 @@ def test_a_program_that_has_another_forward(net: Callable[..., Any]) -> None:
 def test_saved_and_loaded_whole() -> None:
     model, x, file = TorchvisionNet().eval(), torch.randn(2, 2, 5, 5), io.BytesIO()
     y = model(x)
-    assert [str(entry) for entry in tribp.fuse(model).replaced][1:] == ["conv: Conv2d + ReLU → conv3x3"]
+    assert [str(entry) for entry in tribp.fuse(model).replaced][1:] == ["conv: Conv2d + ReLU -> conv3x3"]
     torch.save(model, file)
     file.seek(0)
     other = torch.load(file, weights_only=False)

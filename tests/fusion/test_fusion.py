@@ -21,40 +21,40 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 REPLACED = {
     "lenet": {
-        "Conv2d + Sigmoid → conv3x3": ["0.0", "0.3"],
-        "Linear + Sigmoid → mlp": ["2.0", "2.2"],
-        "Linear → mlp": ["2.4"],
-        "Sequential → FusedSequential": ["0", "2"],
+        "Conv2d + Sigmoid -> conv3x3": ["0.0", "0.3"],
+        "Linear + Sigmoid -> mlp": ["2.0", "2.2"],
+        "Linear -> mlp": ["2.4"],
+        "Sequential -> FusedSequential": ["0", "2"],
     },
     "resnet": {
-        "Conv2d → conv3x3": [f"layer{i}.{j}.conv{k}" for i in (1, 2) for j in (0, 1) for k in (1, 2)],
+        "Conv2d -> conv3x3": [f"layer{i}.{j}.conv{k}" for i in (1, 2) for j in (0, 1) for k in (1, 2)],
     },
     "nested": {
-        "Gate → fused Gate": ["gate", "again"],
-        "Conv2d → conv3x3": ["conv"],
-        "Conv2d + Sigmoid → conv3x3": ["gate.convs.0", "body.0", "tail.0", "tail.2"],
-        "Linear + Sigmoid → mlp": ["gate.heads.a.0", "gate.heads.a.2.0", "head.0", "head.2"],
-        "Sequential → FusedSequential": ["gate.heads.a", "gate.heads.a.2", "body", "tail", "head"],
+        "Gate -> fused Gate": ["gate", "again"],
+        "Conv2d -> conv3x3": ["conv"],
+        "Conv2d + Sigmoid -> conv3x3": ["gate.convs.0", "body.0", "tail.0", "tail.2"],
+        "Linear + Sigmoid -> mlp": ["gate.heads.a.0", "gate.heads.a.2.0", "head.0", "head.2"],
+        "Sequential -> FusedSequential": ["gate.heads.a", "gate.heads.a.2", "body", "tail", "head"],
     },
     "vgg": {
-        "Conv2d + ReLU → conv3x3": [f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 23, 25, 27)],
-        "Linear + ReLU → linear": ["classifier.0"],
-        "Linear + ReLU → mlp": ["classifier.3"],
-        "Linear → mlp": ["classifier.5"],
-        "Sequential → FusedSequential": ["features", "classifier"],
+        "Conv2d + ReLU -> conv3x3": [f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 23, 25, 27)],
+        "Linear + ReLU -> linear": ["classifier.0"],
+        "Linear + ReLU -> mlp": ["classifier.3"],
+        "Linear -> mlp": ["classifier.5"],
+        "Sequential -> FusedSequential": ["features", "classifier"],
     },
     "functional_lenet": {
-        "FunctionalLeNet → fused FunctionalLeNet": [""],
-        "Conv2d + ReLU → conv3x3": ["conv1"],
-        "Conv2d + Tanh → conv3x3": ["conv2"],
-        "Linear + LeakyReLU → linear": ["fc1"],
-        "Linear + Sigmoid → mlp": ["fc2"],
-        "Linear → mlp": ["fc3"],
+        "FunctionalLeNet -> fused FunctionalLeNet": [""],
+        "Conv2d + ReLU -> conv3x3": ["conv1"],
+        "Conv2d + Tanh -> conv3x3": ["conv2"],
+        "Linear + LeakyReLU -> linear": ["fc1"],
+        "Linear + Sigmoid -> mlp": ["fc2"],
+        "Linear -> mlp": ["fc3"],
     },
     "unet": {
-        "DoubleConv → fused DoubleConv": ["inc", "down", "up2"],
-        "Conv2d + ReLU6 → conv3x3": [f"{block}.conv1" for block in ("inc", "down", "up2")],
-        "Conv2d + ReLU → conv3x3": [f"{block}.conv2" for block in ("inc", "down", "up2")],
+        "DoubleConv -> fused DoubleConv": ["inc", "down", "up2"],
+        "Conv2d + ReLU6 -> conv3x3": [f"{block}.conv1" for block in ("inc", "down", "up2")],
+        "Conv2d + ReLU -> conv3x3": [f"{block}.conv2" for block in ("inc", "down", "up2")],
     },
 }
 REPLACED["resnet18"] = REPLACED["resnet"]
@@ -113,11 +113,12 @@ def attributes(model: nn.Module) -> list[tuple[int, dict[str, object]]]:
 
 def test_report_of_a_model(name: str, model: nn.Module) -> None:
     report = tribp.fuse(model)
-    expected = [(place, *change.split(" → ")) for change, places in REPLACED[name].items() for place in places]
+    expected = [(place, *change.split(" -> ")) for change, places in REPLACED[name].items() for place in places]
     assert sorted(report.replaced) == sorted(expected)
     order = [place for place, _ in model.named_modules(remove_duplicate=False)]
     assert [entry.name for entry in report.replaced] == sorted((e.name for e in report.replaced), key=order.index)
     assert list(report.left) == [Left(*left) for left in LEFT[name]]
+    assert str(report).isascii(), "any terminal's encoding has it"
 
 
 def test_nothing_else_changes_and_everything_comes_back(name: str, model: nn.Module) -> None:
@@ -140,7 +141,7 @@ def test_nothing_else_changes_and_everything_comes_back(name: str, model: nn.Mod
     assert [type(module) for module in model.modules()] == kinds_before
     assert same(run(model, x), expected)
     changed = {(name, was) for name, now, was in report.replaced if now != "FusedConv2d"}
-    assert changed == {(p, c.split(" → ")[0]) for c, ps in REPLACED[name].items() for p in ps if "used" in c}
+    assert changed == {(p, c.split(" -> ")[0]) for c, ps in REPLACED[name].items() for p in ps if "used" in c}
     assert report.left == ()
 
 

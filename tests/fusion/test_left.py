@@ -394,15 +394,15 @@ def test_a_sequential_subclass_in_order() -> None:
     y = model(x)
     report = tribp.fuse(model)
     assert [str(entry) for entry in report.replaced] == [
-        "(the model): Ordered → fused Ordered",
-        "0: Linear + Sigmoid → linear",
+        "(the model): Ordered -> fused Ordered",
+        "0: Linear + Sigmoid -> linear",
     ]
     for other in (model, copy.deepcopy(model)):
         with Called() as called:
             assert torch.equal(other.features(x), y)
         assert called.activations == ["sigmoid"]
         assert isinstance(other, Ordered)
-    assert [str(entry) for entry in tribp.unfuse(model).replaced] == ["(the model): fused Ordered → Ordered"]
+    assert [str(entry) for entry in tribp.unfuse(model).replaced] == ["(the model): fused Ordered -> Ordered"]
     assert type(model) is Ordered
 
 
@@ -460,11 +460,11 @@ def test_no_model(change: Callable[[Any], Report], model: object) -> None:
 def test_the_report_can_be_read() -> None:
     model = nn.Sequential(conv(), nn.Sigmoid(), conv(kernel_size=5))
     assert str(tribp.fuse(model)) == (
-        "2 replaced, 1 left\n(the model): Sequential → FusedSequential\n0: Conv2d + Sigmoid → conv3x3\n"
+        "2 replaced, 1 left\n(the model): Sequential -> FusedSequential\n0: Conv2d + Sigmoid -> conv3x3\n"
         "2: Conv2d left: its kernel size is (5, 5)"
     )
     assert str(tribp.unfuse(model)) == (
-        "2 replaced, 0 left\n(the model): FusedSequential → Sequential\n0: FusedConv2d → Conv2d"
+        "2 replaced, 0 left\n(the model): FusedSequential -> Sequential\n0: FusedConv2d -> Conv2d"
     )
     assert str(tribp.fuse(conv(kernel_size=1))).splitlines()[1].startswith("(the model): Conv2d left: ")
 
@@ -575,9 +575,9 @@ def test_tribps_layers_before_torchs_activations() -> None:
     x = torch.randn(1, 2, 6, 6)
     y = model(x)
     assert [str(entry) for entry in tribp.fuse(model).replaced] == [
-        "(the model): Sequential → FusedSequential",
-        "0: Conv3x3 + Sigmoid → conv3x3",
-        "2: Conv2d → conv3x3",
+        "(the model): Sequential -> FusedSequential",
+        "0: Conv3x3 + Sigmoid -> conv3x3",
+        "2: Conv2d -> conv3x3",
     ]
     for activations in (["sigmoid", None], ["sigmoid", "sigmoid"]):
         with Called() as called:

@@ -76,17 +76,17 @@ def test_one_mlp_and_back(bias: bool, x: Tensor) -> None:
     report = tribp.fuse(model)
     assert str(report).splitlines() == [
         "4 replaced, 0 left",
-        "(the model): Sequential → FusedSequential",
-        "0: Linear + ReLU → mlp",
-        "2: Linear + ReLU → mlp",
-        "4: Linear → mlp",
+        "(the model): Sequential -> FusedSequential",
+        "0: Linear + ReLU -> mlp",
+        "2: Linear + ReLU -> mlp",
+        "4: Linear -> mlp",
     ]
     assert lengths(model) == [3]
     assert same(run(model, x), expected)
     assert list(model.state_dict()) == keys
     assert tribp.fuse(model).replaced == ()
     report = tribp.unfuse(model)
-    assert str(report).splitlines()[1] == "(the model): FusedSequential → Sequential"
+    assert str(report).splitlines()[1] == "(the model): FusedSequential -> Sequential"
     assert repr(model) == before
     assert list(model.state_dict()) == keys
     assert same(run(model, x), expected)
@@ -122,12 +122,12 @@ def test_report_of_nested_sequentials() -> None:
     model: Any = in_blocks(perceptron(nn.ReLU, nn.ReLU))
     assert str(tribp.fuse(model)).splitlines() == [
         "6 replaced, 0 left",
-        "(the model): Sequential → FusedSequential",
-        "0: Sequential → FusedSequential",
-        "0.0: Linear + ReLU → mlp",
-        "1: Sequential → FusedSequential",
-        "1.0: Linear + ReLU → mlp",
-        "2: Linear → mlp",
+        "(the model): Sequential -> FusedSequential",
+        "0: Sequential -> FusedSequential",
+        "0.0: Linear + ReLU -> mlp",
+        "1: Sequential -> FusedSequential",
+        "1.0: Linear + ReLU -> mlp",
+        "2: Linear -> mlp",
     ]
     inner = perceptron(nn.ReLU)
     model = nn.Sequential(nn.Sequential(inner, nn.Dropout()), nn.Sequential(nn.Linear(3, 3)))

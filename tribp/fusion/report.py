@@ -12,7 +12,7 @@ class Replaced(NamedTuple):
     now: str
 
     def __str__(self) -> str:
-        return f"{self.name or '(the model)'}: {self.was} → {self.now}"
+        return f"{self.name or '(the model)'}: {self.was} -> {self.now}"
 
 
 class Left(NamedTuple):
