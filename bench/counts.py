@@ -32,6 +32,9 @@ def main(options: Options) -> int:
     """Print a table and, if there were any, the executor's problems; 1 then. Raises ValueError where no case is."""
     from tests.executor.table import details
 
+    directions = [d for d in dict.fromkeys(d for o in options.operations for d in o.directions) if d != "both"]
+    if unknown := [direction for direction in options.direction if direction not in directions]:
+        raise ValueError(f"--direction must be one of {', '.join(directions)}, got {unknown[0]}")
     rows, problems = [], []
     for operation in options.operations:
         # A whole name means this case alone, where others' names contain it.
@@ -47,7 +50,7 @@ def main(options: Options) -> int:
                 for counts in report.launches:
                     print(details(counts, options.worst), flush=True)
     if not rows:
-        raise ValueError("no case has such a name and direction")
+        raise ValueError("no case has such a name, or none of its operation such a direction")
     print(table(rows))
     for problem in problems:
         print("PROBLEM", problem)
@@ -65,8 +68,6 @@ def _executed(operation: Operation, case: Any, direction: str, options: Options)
     from .compile import source_of, target_of
 
     target = (options.target or ["sm_90"])[-1]
-    if target not in ("sm_80", "sm_90"):
-        raise ValueError(f"counts executes code of sm_80 and sm_90, not of {target}")
     if operation.call:
         with executed(target, ctas=options.programs) as report:
             operation.call(case)

@@ -26,13 +26,17 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
 
 def option(commands: str, help: str, default: Any = (), word: str = "", **how: Any) -> Any:
-    """A field with this default that these commands have. word: as `add_argument` has it, if not the field's name."""
+    """A field with this default that these commands have. word: as `add_argument` has it, if not the field's name.
+
+    how: for `add_argument`; choices of each command by its name, where those differ.
+    """
     return field(default=default, metadata={"commands": commands.split(), "word": word, "help": help, **how})
 
 
 REPEATED: dict[str, Any] = dict(action="append")
 GIVEN: dict[str, Any] = dict(default=False, action="store_true")
 PATH: dict[str, Any] = dict(default=None, type=Path)
+EXECUTED = ["sm_80", "sm_90"]  # whose code tests/executor executes
 COUNT, MINUTES = positive(int), positive(float)
 
 
@@ -73,8 +77,9 @@ class Options(argparse.Namespace):
     )  # fmt: skip
     only: Sequence[str] = option("all", "only steps whose name contains this; repeatable", metavar="STEP", **REPEATED)
     target: Sequence[str] = option(
-        "static counts", "only this GPU; repeatable (counts, --model: sm_90)", choices=list(ARCHS), **REPEATED
-    )
+        "static counts", "only this GPU; repeatable (counts, --model: sm_90)",
+        choices={"static": list(ARCHS), "counts": EXECUTED}, **REPEATED,
+    )  # fmt: skip
     all: bool = option("static", "every type at every shape; several minutes", **GIVEN)
     model: bool = option("static", "predict the time of what `run` measures", **GIVEN)
     jobs: int = option("static", "processes (default: 2)", min(2, os.cpu_count() or 1), type=COUNT)

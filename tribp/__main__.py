@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -41,10 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # an epoch of the CNN took 0.6 s of CPU time, and 4.4 with two.
     torch.set_num_threads(1)
     try:
-        return _run(_options(argv))
+        status = _run(_options(argv))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt as stop:
         print(f"stopped {stop}".rstrip(), file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads has enough; Python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         return _failed(str(error))
     finally:
@@ -55,8 +61,9 @@ def _run(options: dict[str, Any]) -> int:
     if missing := [name.partition(".")[0] for name in EXTRAS if not _importable(name)]:
         return _failed(f"{', '.join(missing)} cannot be imported; this installs it: pip install -e '.[demo]'")
     try:
-        dispatch.backend_of(torch.empty(0, device=options["device"]))
-    except RuntimeError as error:  # TRIBP_BACKEND=triton where no kernel can run
+        if dispatch.backend_of(torch.empty(0, device=options["device"])) == "triton":
+            importlib.import_module("tribp.launch.autotune")
+    except (RuntimeError, ValueError) as error:  # TRIBP_BACKEND=triton where no kernel can run; TRIBP_AUTOTUNE=yes
         return _failed(str(error))
     from .demo import report
 

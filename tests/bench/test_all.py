@@ -18,8 +18,9 @@ import torch
 
 from bench import all as bench_all
 from bench import operation, results, run
-from bench.__main__ import main, parse
+from bench.__main__ import main
 from bench.all import Journal, Step, walk
+from bench.command_line import parse
 from bench.options import Options
 from bench.timing import CpuMeter
 

@@ -78,6 +78,17 @@ def test_launches_are_counted(words: list[str], kernels: list[str], tmp_path: Pa
     assert sum(line.startswith("| ") for line in done.stdout.splitlines()) == len(rows) + 1
 
 
+def test_what_is_taken_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"^--direction must be one of forward, backward, wgrad only, got foo$"):
+        counts.main(Options(operation=["linear"], direction=["forward", "foo"]))
+    with pytest.raises(SystemExit):
+        main(["counts", "--help"])
+    assert "--target {sm_80,sm_90}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["static", "--help"])
+    assert "--target {sm_80,sm_90,sm_100,gfx942}" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_name_that_no_case_has(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no case"):
         counts.main(Options(operation=["linear"], target=["sm_90"], case=["no such case"]))

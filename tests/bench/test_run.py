@@ -208,7 +208,7 @@ def test_run_on_a_gpu(tmp_path: Path) -> None:
         (["host", "--smoke", "--case", "9x9"], "bench: there is no such case; there are: Adam"),
         (["static", "--json", "nowhere/x.json"], "bench: nowhere/x.json cannot be written: there is no folder nowhere"),
         (["host", "--smoke", "--json", "."], "bench: . cannot be written: it is a folder"),
-        (["run", "--smoke", "--out", __file__], "bench: [Errno 17] File exists"),
+        (["run", "--smoke", "--out", __file__], f"bench: --out must be a folder, got {__file__}"),
     ],
 )
 def test_errors_are_one_line_that_lists_what_there_is(
@@ -218,6 +218,42 @@ def test_errors_are_one_line_that_lists_what_there_is(
     error = capsys.readouterr().err
     assert error.startswith(sentence)
     assert error.count("\n") == 1
+
+
+def bench(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """What the program does, as a shell starts it."""
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *words],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | environment, timeout=600,
+    )  # fmt: skip
+
+
+def test_an_encoding_that_lacks_letters_stops_nothing() -> None:
+    done = bench("run", "linear", "--smoke", "--no-compile", "--case", "16x16x32", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_backend_that_is_none_is_one_sentence() -> None:
+    done = bench("run", TRIBP_BACKEND="gpu")
+    expected = "bench: TRIBP_BACKEND must be one of 'auto', 'triton', 'torch', got 'gpu'\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
+def test_interrupted_while_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    done = bench("run", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (130, "bench: interrupted\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_reader_that_has_enough() -> None:
+    """As `| head -1`: what is written later has nobody who reads it."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "bench", "run", "linear", "--smoke", "--no-compile", "--case", "16x16x32"]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=600)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_help_teaches_all_commands(capsys: pytest.CaptureFixture[str]) -> None:

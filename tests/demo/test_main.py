@@ -269,6 +269,37 @@ def test_kernels_that_cannot_run(
     assert "TRITON_INTERPRET=1" in captured.err
 
 
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"TRIBP_BACKEND": "gpu"}, "TRIBP_BACKEND must be one of 'auto', 'triton', 'torch', got 'gpu'"),
+        (
+            {"TRIBP_BACKEND": "triton", "TRITON_INTERPRET": "1", "TRIBP_AUTOTUNE": "yes"},
+            "python -m tribp: TRIBP_AUTOTUNE must be 0 or 1, got 'yes'",
+        ),
+    ],
+)
+def test_variables_that_say_nothing_known(variables: dict[str, str], sentence: str) -> None:
+    if "TRITON_INTERPRET" in variables:
+        pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "tribp", "--device", "cpu"],
+        cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{sentence}\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_reader_that_has_enough(tmp_path: Path) -> None:
+    """As `| head -1`: what is written later has nobody who reads it."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "tribp", "--device", "cpu", "--epochs", "1", "--output", str(tmp_path / "a.png")]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=600)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 @pytest.fixture(params=["load", "epoch", "draw"])
 def interrupted(
     request: pytest.FixtureRequest, few: None, demo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
