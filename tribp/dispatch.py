@@ -31,12 +31,7 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-try:
-    _backend = _checked(os.environ.get("TRIBP_BACKEND") or "auto", "TRIBP_BACKEND")
-except ValueError as error:
-    if sys.argv[:1] == ["-m"]:  # so it is while `python -m tribp` imports its package: a sentence, and status 1
-        sys.exit(str(error))
-    raise
+_backend = _checked(os.environ.get("TRIBP_BACKEND") or "auto", "TRIBP_BACKEND")
 
 
 @contextlib.contextmanager

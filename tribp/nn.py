@@ -302,17 +302,18 @@ class Conv3x3(_Activated):
             return conv3x3(input, self.weight, self.bias, self.stride, padding, self.groups, self.activation)
 
 
-def _defined_forward(kind: type[nn.Module]) -> object:
-    """The forward that a class was defined with, by itself or by a base; None where another has taken its place."""
-    base = next(base for base in kind.__mro__ if "forward" in vars(base))
-    forward = vars(base)["forward"]
-    own = forward.__module__ == base.__module__ and not hasattr(forward, "__wrapped__")
-    return forward if own else None
+def defined(kind: type[nn.Module], name: str) -> object:
+    """The method that a class of torch's or of ours was defined with; None where another has taken its place."""
+    base = next(base for base in kind.__mro__ if name in vars(base))
+    method = vars(base)[name]
+    theirs = base.__module__ == __name__ or base.__module__.startswith("torch.nn.modules.")
+    own = theirs and getattr(method, "__module__", None) == base.__module__ and not hasattr(method, "__wrapped__")
+    return method if own else None
 
 
 # Of the classes whose calls tribp leaves out, and computes the same by itself, and of others that cost nothing.
 FORWARDS = {
-    kind: _defined_forward(kind)
-    for kind in (*vars(nn).values(), Linear, LinearSigmoid, Conv3x3)
+    kind: defined(kind, "forward")
+    for kind in (*vars(nn).values(), Linear, LinearSigmoid, Conv3x3, MLP)
     if isinstance(kind, type) and issubclass(kind, nn.Module)
 }

@@ -522,11 +522,12 @@ def test_perceptrons_that_unfuse_leaves() -> None:
     assert list(reasons(tribp.unfuse(nn.Sequential(mlp)))) == ["0"]
     assert {type(layer) for layer in mlp.layers} == {tribp.nn.Linear}
     model: Any = nn.Sequential(tribp.nn.MLP([4, 6, 3]))
-    hooked(model[0].layers[1])
+    hooked(model[0].layers[1]).eval()
     x = torch.randn(2, 4)
     y = model(x)
     assert list(reasons(tribp.unfuse(model))) == ["0.2"]
     assert kinds(model[0]) == ["Linear", "Sigmoid", "Linear"]
+    assert [m.training for m in model[0]] == [True, True, False]
     torch.testing.assert_close(model(x), y)
 
 

@@ -1,6 +1,8 @@
 """Methods of torch's classes, or of a single layer, that a tool has replaced: before `fuse`, or after it."""
 
 import copy
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +51,28 @@ def test_methods_of_classes(
     monkeypatch.undo()
     tribp.fuse(ours, fold_batchnorm=True)
     torch.testing.assert_close(ours(x), model(x))
+
+
+def test_methods_that_were_replaced_before_the_import() -> None:
+    """A class of another name in torch's place, too, and one whose forward is no function."""
+    code = """if True:
+        import torch
+        from torch import nn
+        class MyLinear(nn.Linear):
+            def forward(self, x): return super(MyLinear, self).forward(x) + 1
+        class Chosen(nn.Module):
+            forward = property(lambda self: torch.relu)
+        old = nn.Conv2d._conv_forward
+        nn.Linear, nn.Chosen, nn.Conv2d._conv_forward = MyLinear, Chosen, lambda *inputs: old(*inputs) + 1
+        import tribp
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4), nn.ReLU())
+        x = torch.randn(2, 3, 5, 5)
+        y = model(x)
+        tribp.fuse(model)
+        assert torch.equal(model(x), y)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def meets(conv: nn.Conv2d) -> None:

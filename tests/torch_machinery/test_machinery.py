@@ -88,6 +88,22 @@ def test_dispatch_modes_see_the_operators(
     assert [name for name in seen.names if "tribp" in name] == (ours if kernels else [])
 
 
+def test_dispatch_modes_may_keep_what_they_see(operation: Operation, detached: list[Tensor]) -> None:
+    """What an activation is given, without gradients, is not overwritten by it."""
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    class Keeper(Seen):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = super().__torch_dispatch__(func, types, args, kwargs)
+            kept.extend((t, t.clone()) for t in (output,) if isinstance(t, Tensor))
+            return output
+
+    with torch.no_grad(), Keeper():
+        operation.ours(*detached)
+    assert kept
+    assert all(torch.equal(*pair) for pair in kept)
+
+
 # -- the operators as such, and graphs that hold them ------------------------------------------------------------------
 
 LINEAR, CONV, MLP = OPERATIONS

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..dispatch import FLOATS
-from ..nn import FORWARDS, Conv3x3, Linear, LinearSigmoid, is_watched
+from ..nn import FORWARDS, Conv3x3, Linear, LinearSigmoid, defined, is_watched
 from ..ops.activations import ActivationLike, activation_of
 from ..ops.conv3x3.op import conv3x3
 from ..ops.linear.op import linear
@@ -23,7 +23,7 @@ from .activations import ACTIVATIONS, activation_like, refused
 from .folding import BATCH_NORMS, PLAIN, can_fold, folded, folds_now, is_folding
 
 STRIDES = {(1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)}  # that conv3x3 takes
-CONV_FORWARD = nn.Conv2d._conv_forward
+CONV_FORWARD = defined(nn.Conv2d, "_conv_forward")
 
 
 class FusedConv2d(nn.Conv2d):

@@ -114,10 +114,10 @@ def _row_of(module: MLP) -> nn.Sequential:
         activation = module.output_activation if last else module.activation
         row.append(layer)
         if activation is not None:
-            row.append(torch_activation(activation))
+            row.append(torch_activation(activation).train(module.training))
         elif not last:
-            row.append(nn.Identity())
-    _hand_over(module, row.train(module.training), {"sizes", "activation", "output_activation"})
+            row.append(nn.Identity().train(module.training))
+    _hand_over(module, row, {"sizes", "activation", "output_activation"})
     return row
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+dispatch_modes = torch._C._len_torch_dispatch_stack
+
 
 class Activation(NamedTuple):
     """One activation with its numbers, both of which are 0 where it has none."""
@@ -139,11 +141,12 @@ IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {
 def activate_(z: Tensor, activation: Activation) -> Tensor:
     """act(z) of a tensor that nobody else has: in its place, except where autograd would copy a view of it first.
 
-    Nor while torch.jit.trace looks on: it traces again without gradients, and must find the same operations. Nor of a
-    subclass: a DTensor may be a summand in each process, which torch 2.9 changes where it lies.
+    Nor while torch.jit.trace looks on: it traces again without gradients, and must find the same operations. Nor under
+    a dispatch mode, which may keep z. Nor of a subclass: a DTensor may be a summand in each process, which torch 2.9
+    changes where it lies.
     """
     in_place = activation.name in IN_PLACE and type(z) is Tensor and not z.requires_grad
-    if not in_place or torch._C._get_tracing_state() is not None:
+    if not in_place or torch._C._get_tracing_state() is not None or dispatch_modes():
         return activate(z, *activation)
     return IN_PLACE[activation.name](z)
 
