@@ -15,7 +15,7 @@ from tribp.launch.arch import Arch, cdiv
 from tribp.ops.activations import activate, activation_of
 
 from . import expectations as expect
-from .expectations import Expectation, Launch, size, threads
+from .expectations import Expectation, Extent, Launch, size, threads
 from .model import work as model
 from .operation import Case, DifferentiableWorkload, Given, KernelTests, Operation, Target, Work, functions, layer_work
 
@@ -185,31 +185,36 @@ WIDE = (256, 512, 512, 7, 7)  # in NCHW: boxes of images, stored column by colum
 APART = ("forward", "dgrad", "wgrad")
 
 
-def compiled(arch: Arch, everything: bool) -> Iterator[tuple[ConvCase, Sequence[str]]]:
+def compiled(extent: Extent) -> Iterator[tuple[ConvCase, Sequence[str]]]:
     few, three, depthwise = ConvCase(FEW[0], BF16), ConvCase(THREE, BF16), ConvCase(DEPTHWISE, BF16, groups=384)
-    apart = [
-        few, ConvCase(MIDDLE, BF16), ConvCase(MANY, BF16), three, ConvCase(FIRST, BF16), depthwise,
-        ConvCase(STRIDED, BF16, stride=2), ConvCase(GROUPED, BF16, groups=32), ConvCase(NARROW, BF16),
-        *(replace(case, last=False) for case in (few, three, depthwise)),
-        *(replace(case, dtype=FP32, tf32=tf32) for case in (few, three) for tf32 in (False, True)),
-        *(replace(case, dtype=FP64) for case in (few, three, depthwise)),
-        *(replace(case, dtype=FP16) for case in (few, three)),
-        replace(depthwise, dtype=FP32),
+    some = [
+        few, ConvCase(MIDDLE, BF16), three, depthwise, ConvCase(STRIDED, BF16, stride=2),
+        ConvCase(GROUPED, BF16, groups=32), *(replace(case, last=False) for case in (few, three, depthwise)),
+        *(replace(few, dtype=FP32, tf32=tf32) for tf32 in (False, True)), replace(three, dtype=FP32),
+        replace(few, dtype=FP64), replace(depthwise, dtype=FP32),
     ]  # fmt: skip
-    yield from ((case, APART) for case in apart)
-    yield ConvCase(LENET, BF16), ("dgrad",)
+    yield from ((case, APART) for case in some)
     yield replace(few, activation="sigmoid"), ("forward", "backward")
     yield replace(few, last=False, activation="sigmoid"), ("backward",)
     yield replace(three, activation="sigmoid"), ("forward", "wgrad")
+    yield ConvCase((64, 512, 512, 7, 7), BF16, last=False, activation="tanh"), ("forward",)
+    if not extent:
+        return
+    more = [
+        ConvCase(MANY, BF16), ConvCase(FIRST, BF16), ConvCase(NARROW, BF16), replace(three, dtype=FP32, tf32=True),
+        *(replace(case, dtype=FP64) for case in (three, depthwise)),
+        *(replace(case, dtype=FP16) for case in (few, three)),
+    ]  # fmt: skip
+    yield from ((case, APART) for case in more)
+    yield ConvCase(LENET, BF16), ("dgrad",)
     for activation in ("tanh", "elu", "softplus"):  # those that take most registers
         yield from ((replace(case, activation=activation), ("forward",)) for case in (few, depthwise))
     yield replace(depthwise, dtype=FP16), ("forward",)
     for channels, side, stride in ((64, 112, 2), (120, 56, 1), (256, 28, 1)):  # those that spilled
         yield ConvCase((8, channels, channels, side, side), BF16, groups=channels, stride=stride), APART
-    yield ConvCase((64, 512, 512, 7, 7), BF16, last=False, activation="tanh"), ("forward",)
     yield ConvCase(WIDE, FP32, last=False, activation="tanh"), ("forward",)
     yield ConvCase(UNEVEN, BF16), ("wgrad",)
-    if everything:  # all that is measured, and float64
+    if extent == Extent.ALL:  # all that is measured, and float64
         measured = [*cases(), *(replace(case, dtype=FP64) for case in BASE)]
         measured += [ConvCase(shape, dtype, tf32) for shape in (UNEVEN, FEWER) for dtype, tf32 in UNEVEN_TYPES]
         yield from ((case, (*APART, "backward")) for case in measured)

@@ -16,14 +16,15 @@ from tribp.launch.arch import Arch, cdiv
 from tribp.ops.activations import activate, activation_of
 
 from . import expectations as expect
-from .expectations import Expectation, Launch, size
+from .expectations import Expectation, Extent, Launch, size
 from .model import work as model
 from .operation import Case, DifferentiableWorkload, Given, KernelTests, Operation, Target, Work, functions, layer_work
 
 SQUARE, SQUARISH, TALL = (4096, 4096, 4096), (8192, 1024, 1024), (65536, 256, 784)
 TINY, ODD = (64, 10, 128), (1000, 77, 333)
-SHAPES: list[tuple[int, ...]] = [SQUARE, TALL, SQUARISH, (65536, 1024, 256), (512, 128, 784), TINY, ODD]
-SMALL = {(512, 128, 784), TINY, ODD}  # under 10 µs of work: a launch costs as much
+WIDER, DIGITS = (65536, 1024, 256), (512, 128, 784)
+SHAPES: list[tuple[int, ...]] = [SQUARE, TALL, SQUARISH, WIDER, DIGITS, TINY, ODD]
+SMALL = {DIGITS, TINY, ODD}  # under 10 µs of work: a launch costs as much
 PRECISIONS = [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True), (torch.float16, False)]
 
 # Of bfloat16, what the model leaves room for: eager torch's kernels at the same ceilings, over tribp's with one launch
@@ -101,26 +102,28 @@ def targets(case: Case, direction: str) -> list[Target]:
 # What is compiled without a GPU: bf16 over the whole grid, the others where their rules differ from it.
 EVEN = (1000, 78, 334)  # rows of an even length: 4-byte loads, the narrowest that pipeline
 APART = ("forward", "backward", "wgrad only", "dgrad only")
-COMPILED: list[tuple[torch.dtype, bool, list[tuple[int, ...]], tuple[str, ...]]] = [
-    (torch.bfloat16, False, SHAPES, APART),
-    (torch.bfloat16, False, [EVEN], ("forward", "backward")),
-    (torch.float32, False, [SQUARISH, TINY, ODD], APART),
-    (torch.float32, True, [SQUARISH], APART),
-    (torch.float16, False, [ODD], ("forward", "backward")),
-    (torch.float64, False, [SQUARISH, ODD], ("forward", "backward")),
-]
+Shapes = Sequence[tuple[int, ...]]
+COMPILED: dict[tuple[torch.dtype, bool], tuple[Shapes, Shapes, tuple[str, ...]]] = {  # some, and what most adds
+    (torch.bfloat16, False): ([SQUARE, TALL, SQUARISH, ODD], [WIDER, DIGITS, TINY, EVEN], APART),
+    (torch.float32, False): ([SQUARISH, ODD], [TINY], APART),
+    (torch.float32, True): ([SQUARISH], [], APART),
+    (torch.float16, False): ([ODD], [], ("forward", "backward")),
+    (torch.float64, False): ([SQUARISH], [ODD], ("forward", "backward")),
+}
 
 
-def compiled(arch: Arch, everything: bool) -> Iterator[tuple[LinearCase, Sequence[str]]]:
-    for dtype, tf32, shapes, directions in COMPILED:
-        main = shapes is SHAPES
-        for shape in [*SHAPES, EVEN] if everything else shapes:
+def compiled(extent: Extent) -> Iterator[tuple[LinearCase, Sequence[str]]]:
+    everything = extent == Extent.ALL
+    for (dtype, tf32), (some, more, directions) in COMPILED.items():
+        main = dtype == torch.bfloat16
+        for shape in [*SHAPES, EVEN] if everything else [*some, *(more if extent else ())]:
             bias_only = ["bias only"] if everything or (main and shape == SQUARE) else []
             yield LinearCase(shape, dtype, tf32), [*(APART if everything else directions), *bias_only]
         if everything or main:
             for side in "xw":
                 yield LinearCase(SQUARISH, dtype, tf32, transposed=side), ("forward", "backward")
-            for activation in ("relu", "tanh", "elu", "softplus"):  # none, and those of most instructions
+            # None, and those of most instructions.
+            for activation in ("relu", "tanh", "elu", "softplus") if extent else ("softplus",):
                 yield LinearCase(SQUARISH, dtype, tf32, activation=activation), ("forward", "backward")
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import tribp
-from tribp.launch.arch import Arch
 
 from . import linear
+from .expectations import Extent
 from .operation import Case, DifferentiableWorkload, KernelTests, Operation, Target, Work, functions
 
 TALL, DEEP, DIGITS = (65536, 784, 256, 10), (8192, 1024, 1024, 1024, 1024), (128, 784, 256, 64, 10)
@@ -66,11 +66,12 @@ def targets(case: Case, direction: str) -> list[Target]:
     return [Target("eager", 1.0), Target("compile", 1.0)] if case.dtype == BF16 else []
 
 
-def compiled(arch: Arch, everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
+def compiled(extent: Extent) -> Iterator[tuple[Case, Sequence[str]]]:
     """What the linear layer's own cases have not: a dgrad that goes on to the layer below."""
     odd = (1000, 333, 77, 10)
-    some = [*(Case(shape, BF16) for shape in (TALL, DEEP, FIELD, odd)), Case(DEEP, FP32), Case(odd, torch.float64)]
-    yield from ((case, ["backward"]) for case in [*some, *(cases() if everything else [])])
+    some = [*(Case(shape, BF16) for shape in (DEEP, FIELD, odd)), Case(DEEP, FP32)]
+    more = [Case(TALL, BF16), Case(odd, torch.float64)] if extent else []
+    yield from ((case, ["backward"]) for case in [*some, *more, *(cases() if extent == Extent.ALL else [])])
 
 
 OPERATION = Operation(

@@ -16,7 +16,7 @@ from tribp import optim
 from tribp.dispatch import dtype_name
 from tribp.launch.arch import Arch, cdiv
 
-from .expectations import Expectation, Launch, threads, vectors
+from .expectations import Expectation, Extent, Launch, threads, vectors
 from .operation import TOLERANCE, Action, Given, KernelTests, Operation, Reference, Target, Work
 
 Shapes = Sequence[tuple[int, ...]]
@@ -387,9 +387,7 @@ EVERYTHING = replace(
     irregular=True,
 )  # fmt: skip
 
-# What is compiled without a GPU: a case, its types; and further types for one target, to save time: the machine code
-# differs little between them. --all compiles every type of every case.
-THOROUGH = "sm_90"
+# What is compiled without a GPU: a case, its types; and further types. All: every type of every case.
 SELECTION: list[tuple[StepCase, Sequence[torch.dtype], Sequence[torch.dtype]]] = [
     (ADAM, DTYPES, ()),
     (replace(ADAM, optimizer="SGD"), (FP32,), ()),
@@ -413,12 +411,12 @@ SELECTION: list[tuple[StepCase, Sequence[torch.dtype], Sequence[torch.dtype]]] =
 ]
 
 
-def compiled(arch: Arch, everything: bool) -> Iterator[tuple[StepCase, Sequence[str]]]:
-    for case, dtypes, others in SELECTION:
-        if everything:
-            dtypes, others = DTYPES if "stochastic_rounding" not in case.beyond else (BF16,), ()
-        for dtype in [*dtypes, *(others if arch.name == THOROUGH else ())]:
-            yield replace(case, dtype=dtype), ("step",)
+def compiled(extent: Extent) -> Iterator[tuple[StepCase, Sequence[str]]]:
+    for case, some, more in SELECTION:
+        dtypes = [*some, *(more if extent else ())]
+        if extent == Extent.ALL:
+            dtypes = [*DTYPES] if "stochastic_rounding" not in case.beyond else [BF16]
+        yield from ((replace(case, dtype=dtype), ("step",)) for dtype in dtypes)
 
 
 def expectations(launch: Launch, case: StepCase, arch: Arch) -> Iterator[Expectation]:

@@ -80,7 +80,7 @@ class Options(argparse.Namespace):
         "static counts", "only this GPU; repeatable (counts, --model: sm_90)",
         choices={"static": list(ARCHS), "counts": EXECUTED}, **REPEATED,
     )  # fmt: skip
-    all: bool = option("static", "every type at every shape; several minutes", **GIVEN)
+    all: bool = option("static", "every type at every shape, for all targets alike; many minutes", **GIVEN)
     model: bool = option("static", "predict the time of what `run` measures", **GIVEN)
     jobs: int = option("static", "processes (default: 2)", min(2, os.cpu_count() or 1), type=COUNT)
     direction: Sequence[str] = option("counts", "only this one; repeatable", **REPEATED)

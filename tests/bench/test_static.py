@@ -11,6 +11,7 @@ import pytest
 
 from bench import sass as machine_code
 from bench import wgmma
+from bench.compile import THOROUGH
 from bench.expectations import (
     AWAITED,
     NO_SPILLS,
@@ -22,7 +23,6 @@ from bench.expectations import (
     vectors,
     wide,
 )
-from bench.optim import THOROUGH
 from bench.sass import Loop
 from tribp.launch.arch import ARCHS
 from tribp.versions import keeps_shared_tiles, triton_version
@@ -143,7 +143,7 @@ def test_every_form_of_the_convolution_is_compiled(rows: list[Row], target: str)
     found = {(row["kernel"], row["dtype"]) for row in mine}
     dense, small = {"forward", "dgrad", "wgrad"}, {"few_channels_forward", "few_channels_wgrad"}
     depthwise = {"depthwise_forward", "depthwise_dgrad", "depthwise_wgrad"}
-    for dtype in ("bfloat16", "float16", "float32", "float64"):
+    for dtype in ("bfloat16", "float16", "float32", "float64") if target == THOROUGH else ("bfloat16", "float32"):
         assert found >= {(kernel, dtype) for kernel in dense | small}
         assert found >= {(kernel, dtype) for kernel in depthwise if dtype != "float16"}
     assert {kernel for kernel, dtype in found if dtype == "bfloat16"} >= {"relayout", "pack", "reduce_partials"}

@@ -9,9 +9,18 @@ from typing import Any, cast
 import pytest
 import torch
 
-from bench.conv3x3 import DEPTHWISE, FEW, OPERATION, ConvCase, cases, compiled, expectations, row_accesses
-from bench.expectations import ALWAYS, Compiled, Expectation, broken, matrix_instructions, multiplies_with, tile_stores
-from bench.operation import describe
+from bench.conv3x3 import DEPTHWISE, FEW, OPERATION, ConvCase, expectations, row_accesses
+from bench.expectations import (
+    ALWAYS,
+    Compiled,
+    Expectation,
+    Extent,
+    broken,
+    matrix_instructions,
+    multiplies_with,
+    tile_stores,
+)
+from bench.operation import describe, find
 from bench.sass import Loop
 from tribp.kernels.conv3x3 import Box
 from tribp.launch.arch import ARCHS, Arch
@@ -119,16 +128,16 @@ def test_rows_of_a_depthwise_box_are_counted_by_hand() -> None:
     assert row_accesses(two, "depthwise_dgrad") == (4 * (1 + 2) * 2, 4 * 4)
 
 
-@pytest.mark.parametrize("target", ARCHS)
-def test_a_selection_holds_a_kernel_once_and_everything_holds_the_selection(target: str) -> None:
-    quick, all_of_it = (
-        {(case.name, d) for case, directions in compiled(ARCHS[target], everything) for d in directions}
-        for everything in (False, True)
-    )
-    assert quick <= all_of_it
-    assert len(all_of_it) > 3 * len(quick)
-    for case in cases():
-        assert {(case.name, d) for d in ("forward", "dgrad", "wgrad", "backward")} <= all_of_it
+def test_every_selection_holds_the_smaller_ones() -> None:
+    for operation in find():
+        some, most, everything = (
+            {(case.name, direction) for case, directions in operation.compiled(extent) for direction in directions}
+            for extent in Extent
+        )
+        assert some < most < everything, operation.name
+        if operation.name == "conv":
+            directions = ("forward", "dgrad", "wgrad", "backward")
+            assert {(case.name, direction) for case in operation.cases for direction in directions} <= everything
 
 
 def test_settings_are_shown_in_words() -> None:
