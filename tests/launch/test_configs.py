@@ -323,7 +323,7 @@ def test_problems_and_neighbors_are_the_same_in_every_process() -> None:
             [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed},
             capture_output=True, text=True, check=True,
         ).stdout
-        for seed in "123"
+        for seed in "12"
     }  # fmt: skip
     assert len(said) == 1
     assert "0x" not in said.pop()
