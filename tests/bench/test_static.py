@@ -38,6 +38,7 @@ def test_what_selects_nothing_is_an_error(options: tuple[str, str]) -> None:
     done = python("-m", "bench", "static", "linear", "--jobs", "1", *options)
     assert done.returncode == 2
     assert done.stderr.startswith("bench: there is no such case; there are types bfloat16")
+    assert done.stderr.endswith("; --all has more\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
