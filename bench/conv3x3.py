@@ -188,7 +188,7 @@ APART = ("forward", "dgrad", "wgrad")
 def compiled(extent: Extent) -> Iterator[tuple[ConvCase, Sequence[str]]]:
     few, three, depthwise = ConvCase(FEW[0], BF16), ConvCase(THREE, BF16), ConvCase(DEPTHWISE, BF16, groups=384)
     some = [
-        few, ConvCase(MIDDLE, BF16), three, depthwise, ConvCase(STRIDED, BF16, stride=2),
+        few, ConvCase(MIDDLE, BF16), ConvCase(NARROW, BF16), three, depthwise, ConvCase(STRIDED, BF16, stride=2),
         ConvCase(GROUPED, BF16, groups=32), *(replace(case, last=False) for case in (few, three, depthwise)),
         *(replace(few, dtype=FP32, tf32=tf32) for tf32 in (False, True)), replace(three, dtype=FP32),
         replace(few, dtype=FP64), replace(depthwise, dtype=FP32),
@@ -201,7 +201,7 @@ def compiled(extent: Extent) -> Iterator[tuple[ConvCase, Sequence[str]]]:
     if not extent:
         return
     more = [
-        ConvCase(MANY, BF16), ConvCase(FIRST, BF16), ConvCase(NARROW, BF16), replace(three, dtype=FP32, tf32=True),
+        ConvCase(MANY, BF16), ConvCase(FIRST, BF16), replace(three, dtype=FP32, tf32=True),
         *(replace(case, dtype=FP64) for case in (three, depthwise)),
         *(replace(case, dtype=FP16) for case in (few, three)),
     ]  # fmt: skip
