@@ -87,7 +87,7 @@ def _keep_shapes(core: Any, semantic: Any) -> None:
         number, tensor = (a, b) if type(b) is core.tensor else (b, a)
         if type(number) not in (int, float) or type(tensor) is not core.tensor:
             return prepare(self, a, b, *how)
-        key = (number if type(number) is int else number.hex(), tensor.dtype.name, id(tensor.shape))  # 0.0 == -0.0
+        key = (number if type(number) is int else number.hex(), tensor.dtype.name, id(tensor.shape))  # 2 == 2.0
         if key not in constants:
             prepared = prepare(self, a, b, *how)
             if not (prepared[0] is tensor or prepared[1] is tensor):
