@@ -31,7 +31,7 @@ from tribp.launch.arch import ARCHS, Arch
 from tribp.launch.launches import Launch
 
 from . import sass, wgmma
-from .expectations import Compiled, Expectation, Extent, always, broken
+from .expectations import Compiled, Expectation, always, broken
 from .operation import Operation, describe
 from .options import Options
 from .results import markdown, write_json
@@ -239,19 +239,12 @@ def collect(calls: Iterable[tuple[Arch, Operation, Any, str]]) -> Kernels:
     return kernels
 
 
-THOROUGH = "sm_90"  # of the other targets, whose machine code differs little, some is compiled, to save minutes
-
-
 def calls(options: Options) -> Iterator[tuple[Arch, Operation, Any, str]]:
     """What to compile. Raises ValueError if nothing is asked for."""
-
-    def extent(target: str) -> Extent:
-        return Extent.ALL if options.all else Extent.MOST if target == THOROUGH else Extent.SOME
-
     everything = [
         (ARCHS[target], operation, case, directions)
         for operation, target in itertools.product(options.operations, options.target or ARCHS)
-        for case, directions in operation.compiled(extent(target))
+        for case, directions in operation.compiled(options.all)
     ]
     if not any(options.selects(case) for _, _, case, _ in everything):
         types, names = ({getattr(case, of): None for _, _, case, _ in everything} for of in ("dtype_name", "name"))

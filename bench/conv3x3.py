@@ -15,7 +15,7 @@ from tribp.launch.arch import Arch, cdiv
 from tribp.ops.activations import activate, activation_of
 
 from . import expectations as expect
-from .expectations import Expectation, Extent, Launch, size, threads
+from .expectations import Expectation, Launch, size, threads
 from .model import work as model
 from .operation import Case, DifferentiableWorkload, Given, KernelTests, Operation, Target, Work, functions, layer_work
 
@@ -185,7 +185,7 @@ WIDE = (256, 512, 512, 7, 7)  # in NCHW: boxes of images, stored column by colum
 APART = ("forward", "dgrad", "wgrad")
 
 
-def compiled(extent: Extent) -> Iterator[tuple[ConvCase, Sequence[str]]]:
+def compiled(everything: bool) -> Iterator[tuple[ConvCase, Sequence[str]]]:
     few, three, depthwise = ConvCase(FEW[0], BF16), ConvCase(THREE, BF16), ConvCase(DEPTHWISE, BF16, groups=384)
     some = [
         few, ConvCase(MIDDLE, BF16), ConvCase(NARROW, BF16), three, depthwise, ConvCase(STRIDED, BF16, stride=2),
@@ -198,7 +198,7 @@ def compiled(extent: Extent) -> Iterator[tuple[ConvCase, Sequence[str]]]:
     yield replace(few, last=False, activation="sigmoid"), ("backward",)
     yield replace(three, activation="sigmoid"), ("forward", "wgrad")
     yield ConvCase((64, 512, 512, 7, 7), BF16, last=False, activation="tanh"), ("forward",)
-    if not extent:
+    if not everything:
         return
     more = [
         ConvCase(MANY, BF16), ConvCase(FIRST, BF16), replace(three, dtype=FP32, tf32=True),
@@ -214,10 +214,10 @@ def compiled(extent: Extent) -> Iterator[tuple[ConvCase, Sequence[str]]]:
         yield ConvCase((8, channels, channels, side, side), BF16, groups=channels, stride=stride), APART
     yield ConvCase(WIDE, FP32, last=False, activation="tanh"), ("forward",)
     yield ConvCase(UNEVEN, BF16), ("wgrad",)
-    if extent == Extent.ALL:  # all that is measured, and float64
-        measured = [*cases(), *(replace(case, dtype=FP64) for case in BASE)]
-        measured += [ConvCase(shape, dtype, tf32) for shape in (UNEVEN, FEWER) for dtype, tf32 in UNEVEN_TYPES]
-        yield from ((case, (*APART, "backward")) for case in measured)
+    # All that is measured, and float64.
+    measured = [*cases(), *(replace(case, dtype=FP64) for case in BASE)]
+    measured += [ConvCase(shape, dtype, tf32) for shape in (UNEVEN, FEWER) for dtype, tf32 in UNEVEN_TYPES]
+    yield from ((case, (*APART, "backward")) for case in measured)
 
 
 # -- what machine code must show --------------------------------------------------------------------------------------

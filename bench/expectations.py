@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,14 +17,6 @@ if TYPE_CHECKING:
     from tribp.launch.launches import Launch as Launch
 else:
     Launch = Any  # the module imports triton, which `bench run` can do without
-
-
-class Extent(IntEnum):
-    """How much of what there is `static` compiles."""
-
-    SOME = 0  # every kernel, and its forms
-    MOST = 1  # besides: shapes, types and activations that ask most of a compiler
-    ALL = 2  # every type of every case
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 import tribp
 
 from . import linear
-from .expectations import Extent
 from .operation import Case, DifferentiableWorkload, KernelTests, Operation, Target, Work, functions
 
 TALL, DEEP, DIGITS = (65536, 784, 256, 10), (8192, 1024, 1024, 1024, 1024), (128, 784, 256, 64, 10)
@@ -66,12 +65,12 @@ def targets(case: Case, direction: str) -> list[Target]:
     return [Target("eager", 1.0), Target("compile", 1.0)] if case.dtype == BF16 else []
 
 
-def compiled(extent: Extent) -> Iterator[tuple[Case, Sequence[str]]]:
+def compiled(everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
     """What the linear layer's own cases have not: a dgrad that goes on to the layer below."""
     odd = (1000, 333, 77, 10)
     some = [*(Case(shape, BF16) for shape in (DEEP, FIELD, odd)), Case(DEEP, FP32)]
-    more = [Case(TALL, BF16), Case(odd, torch.float64)] if extent else []
-    yield from ((case, ["backward"]) for case in [*some, *more, *(cases() if extent == Extent.ALL else [])])
+    more = [Case(TALL, BF16), Case(odd, torch.float64), *cases()] if everything else []
+    yield from ((case, ["backward"]) for case in [*some, *more])
 
 
 OPERATION = Operation(

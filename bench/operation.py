@@ -18,7 +18,7 @@ from torch import Tensor
 from tribp.dispatch import dtype_name
 from tribp.launch.arch import Arch
 
-from .expectations import Expectation, Extent, Launch
+from .expectations import Expectation, Launch
 
 Given = Mapping[str, Any]  # a launch's arguments and constants by name
 
@@ -142,7 +142,7 @@ class Operation:
     targets: Callable[[Any, str], Sequence[Target]]
 
     # Its kernels.
-    compiled: Callable[[Extent], Iterable[tuple[Any, Sequence[str]]]]  # what `static` compiles, in which directions
+    compiled: Callable[[bool], Iterable[tuple[Any, Sequence[str]]]]  # what `static` compiles: each form, or everything
     expectations: Callable[[Launch, Any, Arch], Iterable[Expectation]]  # what a launch's machine code must show
     # By kernel, of a launch's arguments by name, its grid and the case: parts of `model.work.LaunchWork`.
     kernel_work: Mapping[str, Callable[[Given, tuple[int, ...], Any], dict[str, Any]]]

@@ -16,7 +16,7 @@ from tribp import optim
 from tribp.dispatch import dtype_name
 from tribp.launch.arch import Arch, cdiv
 
-from .expectations import Expectation, Extent, Launch, threads, vectors
+from .expectations import Expectation, Launch, threads, vectors
 from .operation import TOLERANCE, Action, Given, KernelTests, Operation, Reference, Target, Work
 
 Shapes = Sequence[tuple[int, ...]]
@@ -387,36 +387,34 @@ EVERYTHING = replace(
     irregular=True,
 )  # fmt: skip
 
-# What is compiled without a GPU: a case, its types; and further types. All: every type of every case.
-SELECTION: list[tuple[StepCase, Sequence[torch.dtype], Sequence[torch.dtype]]] = [
-    (ADAM, DTYPES, ()),
-    (replace(ADAM, optimizer="SGD"), (FP32,), ()),
-    (replace(ADAM, optimizer="Momentum"), (FP32,), (BF16,)),
-    (replace(ADAM, optimizer="RMSprop"), (FP32,), (BF16,)),
-    (replace(ADAM, optimizer="RMSprop", options={"centered": True, **MOMENTUM}), (), (FP32,)),
-    (replace(ADAM, optimizer="Adagrad"), (FP32,), (BF16,)),
-    *((replace(ADAM, optimizer=name), (FP32,), ()) for name in UNFUSED),
-    (replace(ADAM, beyond=CLIP), (FP32,), (FP64,)),
-    (replace(ADAM, options={"amsgrad": True}), (), (FP32,)),
-    (replace(ADAM, scaler=True), (), (FP32,)),
-    (replace(ADAM, beyond={"ema_decay": 0.9}), (), ()),
-    (replace(ADAM, beyond={"state_dtype": FP32}), (BF16,), ()),
-    (replace(ADAM, beyond={"stochastic_rounding": True}), (), ()),
-    (replace(ADAM, beyond=BITS), (BF16,), ()),
-    (replace(ADAM, optimizer="RMSprop", options={"centered": True, **MOMENTUM}, beyond=BITS), (), (BF16,)),
-    (replace(ADAM, optimizer="SGD", options=MOMENTUM, beyond={"state_bits": 8}), (), (FP32,)),
-    (EVERYTHING, (), ()),
-    (replace(EVERYTHING, beyond={**EVERYTHING.beyond, **BITS, "stochastic_rounding": True}), (), (BF16,)),
-    (replace(EVERYTHING, beyond={**EVERYTHING.beyond, **STOCHASTIC}), (BF16,), ()),
+# What is compiled without a GPU, in which types; with --all every case in every type.
+SELECTION: list[tuple[StepCase, Sequence[torch.dtype]]] = [
+    (ADAM, DTYPES),
+    (replace(ADAM, optimizer="SGD"), (FP32,)),
+    (replace(ADAM, optimizer="Momentum"), (FP32,)),
+    (replace(ADAM, optimizer="RMSprop"), (FP32,)),
+    (replace(ADAM, optimizer="RMSprop", options={"centered": True, **MOMENTUM}), ()),
+    (replace(ADAM, optimizer="Adagrad"), (FP32,)),
+    *((replace(ADAM, optimizer=name), (FP32,)) for name in UNFUSED),
+    (replace(ADAM, beyond=CLIP), (FP32,)),
+    (replace(ADAM, options={"amsgrad": True}), ()),
+    (replace(ADAM, scaler=True), ()),
+    (replace(ADAM, beyond={"ema_decay": 0.9}), ()),
+    (replace(ADAM, beyond={"state_dtype": FP32}), (BF16,)),
+    (replace(ADAM, beyond={"stochastic_rounding": True}), ()),
+    (replace(ADAM, beyond=BITS), (BF16,)),
+    (replace(ADAM, optimizer="RMSprop", options={"centered": True, **MOMENTUM}, beyond=BITS), ()),
+    (replace(ADAM, optimizer="SGD", options=MOMENTUM, beyond={"state_bits": 8}), ()),
+    (EVERYTHING, ()),
+    (replace(EVERYTHING, beyond={**EVERYTHING.beyond, **BITS, "stochastic_rounding": True}), ()),
+    (replace(EVERYTHING, beyond={**EVERYTHING.beyond, **STOCHASTIC}), (BF16,)),
 ]
 
 
-def compiled(extent: Extent) -> Iterator[tuple[StepCase, Sequence[str]]]:
-    for case, some, more in SELECTION:
-        dtypes = [*some, *(more if extent else ())]
-        if extent == Extent.ALL:
-            dtypes = [*DTYPES] if "stochastic_rounding" not in case.beyond else [BF16]
-        yield from ((replace(case, dtype=dtype), ("step",)) for dtype in dtypes)
+def compiled(everything: bool) -> Iterator[tuple[StepCase, Sequence[str]]]:
+    for case, some in SELECTION:
+        every = [BF16] if "stochastic_rounding" in case.beyond else DTYPES
+        yield from ((replace(case, dtype=dtype), ("step",)) for dtype in (every if everything else some))
 
 
 def expectations(launch: Launch, case: StepCase, arch: Arch) -> Iterator[Expectation]:

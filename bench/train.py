@@ -16,7 +16,7 @@ from tribp.launch.arch import Arch, cdiv
 from tribp.training import train_step
 
 from . import linear
-from .expectations import PIPELINED, Expectation, Extent, Launch, size
+from .expectations import PIPELINED, Expectation, Launch, size
 from .model import work as model
 from .operation import TOLERANCE, Action, Case, Given, KernelTests, Operation, Reference, Target, Work, best_compiled
 
@@ -132,11 +132,11 @@ def targets(case: Case, direction: str) -> list[Target]:
     return [Target("eager", 2.0), Target("compile", 1.0)] if case.dtype == FP32 else []
 
 
-def compiled(extent: Extent) -> Iterator[tuple[Case, Sequence[str]]]:
+def compiled(everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
     odd, float64 = (33, 77, 45, 7), torch.float64
     some = [Case((128, *DIGITS3), FP32), Case(odd, BF16), Case((128, *DIGITS), float64)]
-    more = [*cases()[:2], Case((128, *DIGITS3), BF16), Case(odd, float64)] if extent else []
-    yield from ((case, ["step"]) for case in [*some, *more, *(cases() if extent == Extent.ALL else [])])
+    more = [Case((128, *DIGITS3), BF16), Case(odd, float64), *cases()] if everything else []
+    yield from ((case, ["step"]) for case in [*some, *more])
 
 
 def expectations(launch: Launch, case: Case, arch: Arch) -> Iterator[Expectation]:
