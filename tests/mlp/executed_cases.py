@@ -106,8 +106,8 @@ QUICK: dict[str, Case] = {
     "train, float64, one layer": Train((16, 5), 33, "mse_loss", "mean", DOUBLE, last="softplus"),
     "mlp, bf16": MLP((72, 136, 10), 300),
     "mlp, three layers": MLP((40, 72, 64, 24), 200, HALF, "tanh", "sigmoid", input=True),
-    "mlp, float32, odd": MLP((33, 77, 45, 10), 70, SINGLE, "elu", bias=False),
-    "mlp, odd pitch": MLP((33, 77, 45, 10), 70, BRAIN, "elu"),
+    "mlp, float32, odd": MLP((33, 77, 10), 70, SINGLE, "elu", bias=False),
+    "mlp, odd pitch": MLP((33, 77, 10), 70, BRAIN, "elu"),
     "mlp, one row of tiles": MLP((24, 40, 16), 9, SINGLE, "softplus", input=True),
 }
 SLOW: dict[str, Case] = {
