@@ -192,7 +192,8 @@ Read = Callable[[Code], Result]
 
 def read_all(calls: Calls, read: Read[Result], options: Options) -> tuple[Kernels, dict[str, Result]]:
     """Every kernel that these calls launch, and what `read` makes of it. Each process compiles every jobs-th."""
-    if options.jobs == 1:
+    few = sum(1 for _ in itertools.islice(calls(options), 10)) < 10  # take less time than another process to start
+    if options.jobs == 1 or few:
         kernels = collect(calls(options))
         return kernels, _read_some(kernels, read)
     # spawn: the compiler's threads do not survive a fork.

@@ -50,8 +50,8 @@ def test_what_heuristics_choose_is_legal_and_what_is_beside_it_holds(machine: st
         assert first not in around
         assert len(set(around)) == len(around)
         tried[type(problem)] = tried.get(type(problem), 0) + len(around)
-        # A search goes on from there; a step from one of them takes turns, for all would be ten thousands.
-        further = neighbors(problem, around[at % len(around)]) if around else []
+        # A search goes on from there: of every fourth problem from one of them, for all would be ten thousands.
+        further = neighbors(problem, around[at % len(around)]) if around and at % 4 == 0 else []
         for config in [first, *around, *further]:
             check(problem, config)
             assert config.reason == first.reason
@@ -274,39 +274,38 @@ def test_configs_beside_the_heuristics_compute_the_same(name: str) -> None:
     assert not left
 
 
-def compiled() -> dict[str, list[str]]:
-    """What the compiler says to some configs for every target. Runs in a process without the interpreter."""
+def compiled(target: str) -> dict[str, list[str]]:
+    """What the compiler says to some configs. Runs in a process without the interpreter."""
     from bench import conv3x3, linear
     from bench.compile import read_launches
     from bench.conv3x3 import ConvCase
 
     found: dict[str, list[str]] = {}
-    for name, arch in ARCHS.items():
-        calls: list[Callable[[Arch], Any]] = [
-            partial(linear.OPERATION.launches, linear.LinearCase((4096, 1024, 1024), torch.bfloat16), "forward"),
-            partial(conv3x3.OPERATION.launches, ConvCase((64, 64, 64, 56, 56), torch.bfloat16), "forward"),
-        ]
-        for call in calls:
-            with plans.using(Asked()) as asked:
-                call(arch)
-            (problem,) = asked.problems
-            around = neighbors(problem, problem.choose())
-            smallest = min(around, key=lambda s: (s.block_i * s.block_j * s.block_l, s.num_stages))
-            with plans.using({problem: smallest}):
-                codes = [code for code, _ in read_launches(call(arch), arch)]
-            found[f"{name} {type(problem).__name__}"] = [
-                f"{code.error} {code.shared_memory <= code.shared_limit}" for code in codes
-            ]
+    arch = ARCHS[target]
+    calls: list[Callable[[Arch], Any]] = [
+        partial(linear.OPERATION.launches, linear.LinearCase((4096, 1024, 1024), torch.bfloat16), "forward"),
+        partial(conv3x3.OPERATION.launches, ConvCase((64, 64, 64, 56, 56), torch.bfloat16), "forward"),
+    ]
+    for call in calls:
+        with plans.using(Asked()) as asked:
+            call(arch)
+        (problem,) = asked.problems
+        around = neighbors(problem, problem.choose())
+        smallest = min(around, key=lambda s: (s.block_i * s.block_j * s.block_l, s.num_stages))
+        with plans.using({problem: smallest}):
+            codes = [code for code, _ in read_launches(call(arch), arch)]
+        found[type(problem).__name__] = [f"{code.error} {code.shared_memory <= code.shared_limit}" for code in codes]
     return found
 
 
-def test_configs_compile_for_every_target() -> None:
+@pytest.mark.parametrize("target", [t if t == "sm_90" else pytest.param(t, marks=pytest.mark.slow) for t in ARCHS])
+def test_small_configs_compile(target: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = "import json; from tests.launch.test_configs import compiled; print(json.dumps(compiled()))"
+    code = f"import json; from tests.launch.test_configs import compiled; print(json.dumps(compiled({target!r})))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 2 * len(ARCHS)
+    assert len(found) == 2
     assert {said for codes in found.values() for said in codes} == {" True"}, found
 
 

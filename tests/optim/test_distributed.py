@@ -287,8 +287,9 @@ def shards_in_one_process(spec: Spec, world: int, steps: Any) -> tuple[list[torc
     return workers.full_parameters(model), optimizers
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
+@pytest.mark.parametrize(
+    ("backend", "world"), [("torch", 2), ("torch", 3), pytest.param("triton", 3, marks=interpreted)]
+)
 @pytest.mark.parametrize("spec", [ADAM, MOMENTUM], ids=["Adam", "SGD"])
 def test_codes_of_shards(spec: Spec, backend: str, world: int, processes: Processes, tmp_path: Path) -> None:
     """Codes and scales are those of the shard as a tensor of its own, whatever the other processes have."""
