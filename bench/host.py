@@ -25,8 +25,8 @@ from torch.nn import Parameter
 
 import tribp
 from tribp import dispatch, optim
+from tribp.footprint import guard, places, storage_sizes
 from tribp.launch.arch import ARCHS
-from tribp.optim.footprint import guard, places, storage_sizes
 from tribp.optim.layouts import GRAD, gradients, local_all
 
 from .no_gpu import always, pretending_h100, pretending_h100_anew, running_on

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +30,10 @@ import tribp
 from tribp.demo import models
 from tribp.dispatch import plain_cpu_call
 from tribp.launch.arch import ARCHS
+from tribp.ops.train_step import graphs
 
 from .conv3x3 import ConvCase
-from .no_gpu import pretending, pretending_h100, pretending_h100_anew
+from .no_gpu import always, pretending, pretending_h100, pretending_h100_anew
 from .timing import Comparison, Conditions, Repeated, Samples
 
 Started = AbstractContextManager[Samples]
@@ -112,6 +115,50 @@ def fused(backward: bool) -> Started:
     )
 
 
+@contextlib.contextmanager
+def replaying_h100() -> Iterator[None]:
+    """As `pretending_h100`, with graphs that replay nothing."""
+    obstacle = graphs.obstacle
+
+    def capture(captured: graphs.CapturedStep, step: graphs.Step) -> None:
+        captured._loss = step(*captured._batch)
+        captured._graph = SimpleNamespace(replay=always(None))  # type: ignore[assignment]
+
+    with (
+        pretending_h100(),
+        mock.patch.object(graphs, "obstacle", lambda optimizer, device: obstacle(optimizer, torch.device("cuda"))),
+        mock.patch.object(graphs.CapturedStep, "capture", capture),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", always(False)),
+    ):
+        yield
+
+
+def train_steps() -> Started:
+    """A training step of a small perceptron, in three launches and replayed; torch's separate steps as in `calls`."""
+    torch.manual_seed(0)
+    batch, sizes = (torch.randn(16, 16), torch.randn(16, 4)), (16, 16, 4)
+
+    def repeated(conditions: Conditions, cuda_graph: bool) -> Repeated:
+        model = tribp.nn.MLP(sizes, "sigmoid", "sigmoid")
+        adam = tribp.optim.Adam(model.parameters(), capturable=True)
+        return Repeated(partial(tribp.train_step(model, adam, "mse_loss", cuda_graph=cuda_graph), *batch), conditions)
+
+    model = nn.Sequential(nn.Linear(*sizes[:2]), nn.Sigmoid(), nn.Linear(*sizes[1:]), nn.Sigmoid())
+    adam = torch.optim.Adam(model.parameters())
+
+    def separate() -> None:
+        adam.zero_grad()
+        F.mse_loss(model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+        adam.step()
+
+    providers = {
+        "tribp": repeated(pretending_h100, False),
+        "tribp, replayed": repeated(replaying_h100, True),
+        "torch, on the CPU": Repeated(separate, contextlib.nullcontext),
+    }
+    return contextlib.nullcontext({name: provider.sample for name, provider in providers.items()})
+
+
 # -- the first training step ------------------------------------------------------------------------------------------
 
 BATCH = 64
@@ -176,6 +223,7 @@ def comparisons() -> Iterator[Comparison]:
         yield Comparison(f"{name} on the CPU, {what}", partial(on_cpu, *FUNCTIONS[name][:2], sizes))
     for backward, what in whats:
         yield Comparison(f"fuse on the CPU, {what}", partial(fused, backward))
+    yield Comparison("train_step", train_steps)
     for of in STEPS:
         yield Comparison(f"first step, {of}", partial(first_step, of))
 

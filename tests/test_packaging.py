@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "_checkout": set(),
     "versions": set(),
+    "footprint": set(),
     "launch.arch": set(),
     "kernels": {"versions"},
     "dispatch": {"launch.arch", "kernels.common"},
@@ -26,9 +27,9 @@ FLOORS = {
     "export": {"dispatch", "ops"},
     "functional": {"ops"},
     "nn": {"ops"},
-    "fusion": {"dispatch", "nn", "ops"},
-    "training": {"dispatch", "fusion", "nn", "ops"},
-    "optim": {"dispatch", "kernels", "launch"},
+    "fusion": {"dispatch", "footprint", "nn", "ops"},
+    "training": {"dispatch", "footprint", "fusion", "nn", "ops"},
+    "optim": {"dispatch", "footprint", "kernels", "launch"},
     "demo": {"dispatch", "functional", "nn", "optim", "training"},
 }
 PACKAGE_FILES = {"__init__", "__main__"}  # they gather the floors and import from any

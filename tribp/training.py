@@ -1,6 +1,7 @@
 """A training step as one call: forward, loss, backward, update. A small perceptron's takes few launches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,9 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from . import dispatch
-from .fusion.activations import ACTIVATIONS, activation_like
-from .fusion.places import full_name
-from .fusion.rows import flatten
-from .nn import MLP, Linear, LinearSigmoid, runs_forward_alone
-from .ops.activations import ActivationLike, activation_of
+from .footprint import guard
+from .fusion.perceptron import Perceptron
+from .nn import runs_forward_alone
 from .ops.mlp.reference import Layer
 from .ops.shared import import_plan, uses_tf32
 from .ops.train_step.config import TrainProblem
@@ -23,7 +22,7 @@ from .ops.train_step.graphs import StepGraphs
 __all__ = ["TrainStep", "train_step"]
 
 Loss = Callable[..., Tensor]
-LINEARS = (nn.Linear, Linear, LinearSigmoid)
+_IS_LEAF = attrgetter("is_leaf")
 OF_MODULES = ("mean", "sum")  # what torch's modules of these losses reduce by, to a number
 REDUCTIONS = (*OF_MODULES, "batchmean")
 
@@ -102,6 +101,32 @@ def _named(loss: str | Loss, reduction: str) -> tuple[str, str] | None:
     return (name, "mean") if name else None
 
 
+class Taken:
+    """Tensors that a training step takes, and whether those of another call are like them."""
+
+    def __init__(self) -> None:
+        self._loss, self._parameters = "", list[Tensor]()
+        self._alike: Callable[[Sequence[Tensor]], bool] | None = None
+
+    def __reduce__(self) -> tuple[type["Taken"], tuple[()]]:
+        return Taken, ()  # a copy trains other parameters
+
+    def are_alike(self, loss: str, tensors: list[Tensor]) -> bool:
+        """Whether the parameters are the same objects, still leaves, and all tensors are of the same kind."""
+        parameters = tensors[2:]
+        return (
+            self._alike is not None
+            and loss == self._loss
+            and len(parameters) == len(self._parameters)
+            and all(map(is_, parameters, self._parameters))
+            and all(map(_IS_LEAF, parameters))
+            and self._alike(tensors)
+        )
+
+    def remember(self, loss: str, tensors: list[Tensor]) -> None:
+        self._loss, self._parameters, self._alike = loss, tensors[2:], guard(tensors)
+
+
 class TrainStep:
     """What `train_step` returns. `reason` says why the last call took the ordinary way; None if it did not."""
 
@@ -133,6 +158,7 @@ class TrainStep:
             )
         self.model, self.optimizer, self.loss, self.reduction = model, optimizer, loss, reduction or "mean"
         self._graphs = StepGraphs() if cuda_graph else None
+        self._perceptron, self._taken = Perceptron(), Taken()
         self._grads: dict[int, Tensor] = {}  # by parameter, what the last step wrote
 
     def __repr__(self) -> str:
@@ -188,7 +214,7 @@ class TrainStep:
         """The model's layers, or why these tensors, or this model, take the ordinary way."""
         if any(not isinstance(t, Tensor) for t in (input, target)):
             return "input and target must be tensors"
-        if dispatch.needs_operator() or dispatch.kernels_cannot_read(input, target):
+        if dispatch.needs_operator() or dispatch.kernels_cannot_see(input, target):
             return "something looks on that does not see kernels"
         if torch.is_anomaly_enabled() or _function_mode():
             return "anomalies are looked for, or a mode looks on at torch's functions"
@@ -198,24 +224,36 @@ class TrainStep:
             return "autocast is on"
         if not torch.is_grad_enabled() or input.requires_grad or target.requires_grad:
             return "gradients are off, or wanted of the input or target"
-        layers = _layers_of(self.model)
-        return layers if isinstance(layers, str) else self._misfit(input, target, layers, loss) or layers
-
-    def _misfit(self, input: Tensor, target: Tensor, layers: list[Layer], loss: str) -> str | None:
-        """Why the kernels don't take these tensors. What is wrong with them torch says, in the ordinary way."""
+        layers = self._perceptron.layers(self.model)
+        if isinstance(layers, str):
+            return layers
         parameters = [t for layer in layers for t in layer[:2] if t is not None]
-        if len({id(p) for p in parameters}) != len(parameters):
-            return "layers share parameters"
-        if dispatch.kernels_cannot_read(*parameters) or any(map(_has_hooks, parameters)):
-            return "a parameter is no plain tensor, or has hooks"
-        if not all(p.is_contiguous() and p.is_leaf for p in parameters):
-            return "a parameter has gaps, or is computed from others"
         trained = {id(p) for p in parameters if p.requires_grad}
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not trained or not trained <= held:
             return "no parameter is trained, or one is not the optimizer's"
         if getattr(self.optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
             return "the optimizer has a zero_grad of its own"
+        if any(map(_has_hooks, parameters)):
+            return "a parameter has hooks"
+        tensors = [input, target, *parameters]
+        if self._taken.are_alike(loss, tensors):
+            return layers
+        misfit = self._misfit(input, target, layers, parameters, loss)
+        if misfit is None:
+            self._taken.remember(loss, tensors)
+        return misfit or layers
+
+    def _misfit(
+        self, input: Tensor, target: Tensor, layers: list[Layer], parameters: list[Tensor], loss: str
+    ) -> str | None:
+        """Why the kernels don't take these tensors. What is wrong with them torch says, in the ordinary way."""
+        if len({id(p) for p in parameters}) != len(parameters):
+            return "layers share parameters"
+        if dispatch.kernels_cannot_read(input, target, *parameters):
+            return "a tensor is no plain memory"
+        if not all(p.is_contiguous() and p.is_leaf for p in parameters):
+            return "a parameter has gaps, or is computed from others"
         sizes = [input.shape[-1] if input.dim() else 0]
         for layer in layers:
             n, k = layer.weight.shape
@@ -264,15 +302,15 @@ class TrainStep:
         """Where a parameter's gradient goes: what the last step wrote is written anew, and no other's gradient."""
         last = self._grads.get(id(p))
         grad = last if p.grad is None and self._graphs is not None else p.grad
-        if grad is None or grad is not last or grad.requires_grad or layout_of(grad) != layout_of(p):
+        if grad is None or grad is not last or grad.requires_grad or not _lies_like(grad, p):
             grad = torch.empty_like(p, memory_format=torch.contiguous_format).detach()
         if p.grad is not grad:
             p.grad = grad
         return grad
 
 
-def layout_of(t: Tensor) -> tuple[object, ...]:
-    return t.shape, t.stride(), t.dtype, t.device
+def _lies_like(grad: Tensor, p: Tensor) -> bool:
+    return grad.stride() == p.stride() and grad.shape == p.shape and grad.dtype is p.dtype and grad.device == p.device
 
 
 def _function_mode() -> bool:
@@ -282,40 +320,3 @@ def _function_mode() -> bool:
 
 def _has_hooks(p: Tensor) -> bool:
     return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
-
-
-def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, ActivationLike]]:
-    """A model's modules in the order in which it calls them, each with the activation that an MLP gives it."""
-    for module in flatten([model]):
-        yield module, None
-        if type(module) is MLP:
-            layers = module.layers
-            for n, layer in enumerate(layers, 1):
-                yield layer, module.output_activation if n == len(layers) else module.activation
-
-
-def _layers_of(model: nn.Module) -> list[Layer] | str:
-    """The layers of a perceptron in their order, or why it is none."""
-    layers: list[Layer] = []
-    for module, follows in _modules(model):
-        kind = type(module)
-        if not runs_forward_alone(module):
-            return f"a {kind.__name__} has hooks, or a forward of its own"
-        if isinstance(module, LINEARS) and kind in LINEARS:
-            act = module.activation if isinstance(module, Linear) else None  # torch's own may have a note of that name
-            if act is not None and follows is not None:
-                return "two activations follow on one layer"
-            layers.append(Layer(module.weight, module.bias, activation_of("train_step", act or follows)))
-        elif kind in ACTIVATIONS:
-            if not layers or layers[-1].activation.name is not None:
-                return f"a {kind.__name__} stands behind no linear layer"
-            try:
-                activation = activation_of(f"the {kind.__name__}", activation_like(module))
-            except (TypeError, ValueError, OverflowError) as error:
-                return str(error)
-            layers[-1] = layers[-1]._replace(activation=activation)
-        elif isinstance(module, MLP) and any(type(layer) not in LINEARS for layer in module.layers):
-            return "a layer of the MLP was replaced"
-        elif kind not in (MLP, nn.Identity):
-            return f"it has a {full_name(module)}"
-    return layers or "it has no linear layer"

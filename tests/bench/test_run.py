@@ -636,6 +636,14 @@ def test_host_times_calls_of_layers_where_triton_compiles(tmp_path: Path) -> Non
         assert times["torch, on the CPU"]["median"] > 0
 
 
+@NO_CUDA
+def test_host_times_training_steps(tmp_path: Path) -> None:
+    """A replay, which looks at what may have changed, takes less than the launches, which do that too."""
+    (times,) = host_rows("train_step", tmp_path).values()
+    assert list(times) == ["tribp", "tribp, replayed", "torch, on the CPU"]
+    assert times["tribp, replayed"]["median"] < times["tribp"]["median"]
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_host_step_has_new_gradients(backward: bool) -> None:
     running = host.Running(host.Provider(torch.optim.SGD), [8] * 3, backward)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import tribp
+from tribp import footprint
 from tribp.launch.buffer import layout_of
-from tribp.optim import Adam, device_tables, footprint, layouts
+from tribp.optim import Adam, device_tables, layouts
 from tribp.optim.layouts import MAX_DIMS
 
 from .cases import Twins, genuine, ours

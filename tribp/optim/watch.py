@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..footprint import Footprint, dict_version, guard, holders, places, signature, storage_sizes
 from . import layouts
 from .buckets import Bucket
 from .codes import RESIDUAL, keys
-from .footprint import Footprint, dict_version, guard, holders, places, signature, storage_sizes
 from .layouts import PLAIN, local
 from .options import SWITCHES
 from .rule import Group, Rule

@@ -71,6 +71,8 @@ class StepGraphs:
     def __init__(self) -> None:
         self._facts: object = None  # what the graphs repeat without looking, as the last step left it
         self._graphs: dict[Hashable, CapturedStep] = {}
+        self._values: object = None  # of the options, as they were last read
+        self._fact_of_values: object = None
 
     def __reduce__(self) -> tuple[type["StepGraphs"], tuple[()]]:
         return StepGraphs, ()  # a copy captures its own
@@ -86,13 +88,13 @@ class StepGraphs:
         self.reason = obstacle(optimizer, input.device)
         if self.reason:
             return step(input, target)
-        self._compare((optimizer, own, facts_of(optimizer)))
+        self._compare((optimizer, own, self._facts_of(optimizer)))
         kind = (input.shape, input.dtype, target.shape, target.dtype, kind)
         graph = self._graphs.pop(kind, None) or CapturedStep(input, target)
         if not graph.performed:
             self.reason = "the step before had other tensors or options, or there was none"
             value = graph.perform(step, input, target)
-            self._compare((optimizer, own, facts_of(optimizer)))
+            self._compare((optimizer, own, self._facts_of(optimizer)))
         else:
             if not graph.captured:
                 _capture(graph, optimizer, step)
@@ -102,6 +104,22 @@ class StepGraphs:
             self._graphs.pop(next(iter(self._graphs))).drop()
         self._graphs[kind] = graph
         return value
+
+    def _facts_of(self, optimizer: Any) -> object:
+        """What a captured step of the optimizer would repeat: equal as long as the next step is that one.
+
+        tribp's own looks at its plan as at every step. Of torch's: where states lie, and the groups' options.
+        """
+        if hasattr(optimizer, "_steady_plan"):
+            plan = optimizer._steady_plan()
+            if plan is None:
+                return object()
+            values = plan.watch.options.values  # another list as soon as one of them may have changed
+            if values is not self._values:
+                self._values, self._fact_of_values = values, _fact(values)
+            return plan, self._fact_of_values
+        states = [_fact([*state.items()]) for state in optimizer.state.values() if isinstance(state, dict)]
+        return states, [_fact([*group.items()]) for group in optimizer.param_groups]
 
     def _compare(self, facts: object) -> None:
         if facts != self._facts:
@@ -138,7 +156,7 @@ def obstacle(optimizer: Any, device: torch.device) -> str | None:
     everywhere = torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
     if everywhere or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return "a hook waits for the optimizer's steps"
-    if any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
+    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         return "the optimizer divides by a GradScaler's scale"
     return None
 
@@ -149,18 +167,6 @@ def _steps_as_its_class(optimizer: torch.optim.Optimizer) -> bool:
     of_scheduler = getattr(step, "_wrapped_by_lr_sched", False) and getattr(step, "__wrapped__", None) is kind.step
     own = kind.__module__.startswith(OWN_STEPS) and kind.step.__module__.startswith(OWN_STEPS)
     return own and (step is None or of_scheduler)
-
-
-def facts_of(optimizer: Any) -> object:
-    """What a captured step of the optimizer would repeat: equal as long as the next step is that one.
-
-    tribp's own looks at its plan as at every step. Of torch's: where states lie, and the groups' options.
-    """
-    if hasattr(optimizer, "_steady_plan"):
-        plan = optimizer._steady_plan()
-        return object() if plan is None else (plan, _fact(plan.watch.options.values))
-    states = [_fact([*state.items()]) for state in optimizer.state.values() if isinstance(state, dict)]
-    return states, [_fact([*group.items()]) for group in optimizer.param_groups]
 
 
 def _fact(value: object) -> object:

@@ -1,7 +1,7 @@
-"""How and where tensors lie in memory, and whether that is as it was."""
+"""How and where tensors lie in memory, what dicts hold, and whether that is as it was."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,11 @@ def dict_version(mapping: object) -> object:
     So it is of an empty dict, for on Python 3.12 they miss that `update` fills one.
     """
     return _version(mapping) if _version is not None and isinstance(mapping, dict) and mapping else object()
+
+
+def dict_versions(mappings: Iterable[dict[Any, Any]]) -> list[object]:
+    """The versions of dicts that are not empty: equal to what they were while no entry of any has been changed."""
+    return [object()] if _version is None else list(map(_version, mappings))
 
 
 def signature(t: Tensor) -> tuple[object, ...]:
