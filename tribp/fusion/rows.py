@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..dispatch import FLOATS
+from ..dispatch import FLOATS, backend_of
 from ..nn import FORWARDS, Conv3x3, Linear, LinearSigmoid, defined, is_watched
 from ..ops.activations import ActivationLike, activation_of
 from ..ops.conv3x3.op import conv3x3
@@ -94,12 +95,15 @@ def run(modules: Iterable[Step], input: Tensor) -> Tensor:
     Together run: a linear layer or a 3×3 convolution, and the activation behind it; linear layers with one activation
     that follow each other, and another behind, as one `mlp`; a layer and the folded batch norm behind it, where both
     are frozen. Rows cross plain Sequentials. Every other module is called.
+
+    So is every module where torch computes whatever they do, unless a batch norm is folded: on the CPU fused rows took
+    0.9 to 1.1 times as long as modules of 256 features and more, and up to twice as long for fewer.
     """
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
-        for module in modules:
-            input = module(input)
-        return input
+        return _call_each(modules, input)
     flat, start = flatten(modules), 0
+    if _by_torch(input) and not any(map(is_folding, flat)):
+        return _call_each(flat, input)
     while start < len(flat):
         row = row_at(flat, start, input)
         if row:
@@ -107,6 +111,17 @@ def run(modules: Iterable[Step], input: Tensor) -> Tensor:
         else:
             input, start = flat[start](input), start + 1
     return input
+
+
+def _call_each(modules: Iterable[Step], input: Tensor) -> Tensor:
+    for module in modules:
+        input = module(input)
+    return input
+
+
+def _by_torch(input: Tensor) -> bool:
+    """Whether torch computes layers of such an input; a graph that is compiled or exported may run elsewhere."""
+    return isinstance(input, Tensor) and not is_compiling() and backend_of(input) == "torch"
 
 
 class Part(NamedTuple):
