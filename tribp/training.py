@@ -214,7 +214,7 @@ class TrainStep:
         """The model's layers, or why these tensors, or this model, take the ordinary way."""
         if any(not isinstance(t, Tensor) for t in (input, target)):
             return "input and target must be tensors"
-        if dispatch.needs_operator() or dispatch.kernels_cannot_see(input, target):
+        if dispatch.needs_operator() or dispatch.kernels_cannot_read(input, target):
             return "something looks on that does not see kernels"
         if torch.is_anomaly_enabled() or _function_mode():
             return "anomalies are looked for, or a mode looks on at torch's functions"
@@ -226,6 +226,7 @@ class TrainStep:
             return "gradients are off, or wanted of the input or target"
         layers = self._perceptron.layers(self.model)
         if isinstance(layers, str):
+            self._taken = Taken()
             return layers
         parameters = [t for layer in layers for t in layer[:2] if t is not None]
         trained = {id(p) for p in parameters if p.requires_grad}
@@ -250,8 +251,8 @@ class TrainStep:
         """Why the kernels don't take these tensors. What is wrong with them torch says, in the ordinary way."""
         if len({id(p) for p in parameters}) != len(parameters):
             return "layers share parameters"
-        if dispatch.kernels_cannot_read(input, target, *parameters):
-            return "a tensor is no plain memory"
+        if dispatch.kernels_cannot_read(*parameters):
+            return "a parameter is no plain tensor"
         if not all(p.is_contiguous() and p.is_leaf for p in parameters):
             return "a parameter has gaps, or is computed from others"
         sizes = [input.shape[-1] if input.dim() else 0]

@@ -132,6 +132,35 @@ def test_wrong_inputs_raise_as_torch_does(wrong: Any) -> None:
         model(wrong)
 
 
+class To(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return input.to("meta")
+
+
+@pytest.mark.skipif(not tribp.dispatch.has_triton(), reason="needs triton")
+def test_a_backend_that_is_not_asked_says_nothing() -> None:
+    """No row starts on the CPU tensor, which Triton could not run."""
+    moving = nn.Sequential(To(), nn.Linear(6, 6, device="meta"), nn.ReLU())
+    hooked = perceptron()
+    for module in (hooked[0], hooked[1][0], hooked[1][1]):  # type: ignore[index]
+        module.register_forward_hook(lambda *_: None)
+    for model in (moving, hooked):
+        tribp.fuse(model)
+        with mock.patch("tribp.dispatch.interpreting", return_value=False), tribp.use_backend("triton"):
+            assert len(model(torch.ones(2, 6))) == 2
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_each_layer_is_asked_anew() -> None:
+    """What moves to a GPU within a model is computed there."""
+    model, x = perceptron(), torch.randn(3, 6)
+    model.insert(0, nn.Identity())
+    tribp.fuse(model)
+    with Rows() as found, mock.patch.object(rows, "_by_torch", side_effect=[True, False]):
+        model(x)
+    assert found.run == 1
+
+
 def test_a_backend_that_cannot_run_says_so() -> None:
     model = perceptron()
     tribp.fuse(model)

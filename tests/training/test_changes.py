@@ -1,8 +1,12 @@
 """What changes between two calls of a training step: the second is that of a step made after the change."""
 
+import contextlib
 import copy
+import gc
 import pickle
-from collections.abc import Callable
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -45,6 +49,44 @@ def with_own_activations() -> nn.Sequential:
 def with_a_tensor_for_a_number() -> nn.Module:
     model: Any = network()
     model[0][1].negative_slope = torch.tensor(0.1)
+    return model  # type: ignore[no-any-return]
+
+
+def with_a_weight_in_a_buffer() -> nn.Module:
+    model: Any = network()
+    weight = model[0][0].weight.data
+    del model[0][0].weight
+    model[0][0].register_buffer("weight", weight)
+    return model  # type: ignore[no-any-return]
+
+
+def in_an_ordered_dict() -> nn.Module:
+    model = square()
+    vars(model)["_modules"] = OrderedDict(model._modules)
+    return model
+
+
+def with_sizes_in_a_list() -> nn.Module:
+    torch.manual_seed(0)
+    model: Any = tribp.nn.MLP((6, 3, 3), "tanh")
+    model.sizes = list(model.sizes)
+    return model  # type: ignore[no-any-return]
+
+
+class Hiding(nn.Sequential):
+    """Of which `modules` tells nothing."""
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        yield self
+
+
+def hidden() -> nn.Module:
+    return Hiding(*network())
+
+
+def with_a_script() -> nn.Module:
+    model: Any = network()
+    model[0][0].teacher = torch.jit.script(nn.Linear(2, 2))
     return model  # type: ignore[no-any-return]
 
 
@@ -103,6 +145,12 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Change]] = {
     "another class": (network, set_on(first, "__class__", Doubled)),
     "a number": (network, set_on(lambda m: m[0][1], "negative_slope", 0.5)),
     "a number in the dict": (network, lambda m: vars(m[0][1]).update(negative_slope=0.5)),
+    "another dict": (network, lambda m: setattr(m[0][1], "__dict__", {**vars(m[0][1]), "negative_slope": 0.5})),
+    "a weight in a buffer": (with_a_weight_in_a_buffer, set_on(first, "weight", lambda: torch.ones(8, 6))),
+    "children in another order": (in_an_ordered_dict, lambda m: [m._modules.move_to_end(key) for key in "02"]),
+    "sizes in place": (with_sizes_in_a_list, lambda m: m.sizes.pop()),
+    "a number that a subclass hides": (hidden, set_on(lambda m: m[0][1], "negative_slope", 0.5)),
+    "a number beside a script": (with_a_script, set_on(lambda m: m[0][1], "negative_slope", 0.5)),
     "a tensor for a number": (network, set_on(lambda m: m[0][1], "negative_slope", torch.tensor(0.5))),
     "a tensor for a number, in place": (with_a_tensor_for_a_number, lambda m: m[0][1].negative_slope.fill_(0.5)),
     "another activation": (network, replace_child),
@@ -240,6 +288,51 @@ def test_another_loss(kernels: str) -> None:
     assert observed.after(step, batch())[0] is None
     step.loss = "cross_entropy"  # of probabilities, then
     assert observed.after(step, batch())[0] == "the target has another shape"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (nn.LeakyReLU, "negative_slope", property(lambda module: 0.9)),
+        (nn.Sequential, "__call__", lambda module, input: nn.Module.__call__(module, input)),
+        (nn.Linear, "weight", property(lambda module: 2 * module._parameters["weight"])),
+        (nn.Linear, "__getattr__", lambda module, name: 2 * nn.Module.__getattr__(module, name)),  # type: ignore[operator]
+    ],
+)
+def test_what_a_class_is_given(kind: type, name: str, value: object, kernels: str) -> None:
+    found = []
+    for is_used in (True, False):
+        observed = Observed(network, kernels)
+        step = observed.step()
+        observed.after(step, batch())
+        with mock.patch.object(kind, name, value, create=True):
+            step = step if is_used else observed.step()
+            loss = step(*(t.to(kernels) for t in batch()))
+        found.append([step.reason, loss])
+    assert_same(*found)
+
+
+def test_nested_tensors_end_no_process(kernels: str) -> None:
+    """torch's guards do, of strided ones."""
+    observed = Observed(network, kernels)
+    step = observed.step()
+    observed.after(step, batch())
+    nested = [torch.nested.nested_tensor([torch.ones(2, n), torch.ones(3, n)], device=kernels) for n in (6, 3)]
+    with contextlib.suppress(RuntimeError):
+        step(*nested)
+    assert step.reason == "something looks on that does not see kernels"
+
+
+def test_nothing_of_before_is_held(kernels: str) -> None:
+    observed = Observed(network, kernels)
+    step, model = observed.step(), observed.model
+    observed.after(step, batch())
+    old = weakref.ref(model[0]), weakref.ref(model[0][0].weight)  # type: ignore[index]
+    model[0] = nn.Sequential(nn.Linear(6, 8), nn.GELU()).to(kernels)  # type: ignore[operator]
+    step.optimizer = observed.optimizer = tribp.optim.SGD(model.parameters(), lr=0.1)
+    step(*(t.to(kernels) for t in batch()))
+    gc.collect()
+    assert [reference() for reference in old] == [None, None]
 
 
 def test_a_copy_reads_its_own_model(kernels: str) -> None:

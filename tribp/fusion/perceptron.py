@@ -1,7 +1,9 @@
 """The layers of a perceptron, read off a model that is one."""
 
 from collections.abc import Iterator
+from operator import is_
 from types import NoneType
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -12,17 +14,31 @@ from ..ops.activations import ActivationLike, activation_of
 from ..ops.mlp.reference import Layer
 from .activations import ACTIVATIONS, activation_like
 from .places import HOOKS, full_name
-from .rows import flatten, runs_in_order
+from .rows import FusedSequential, flatten, runs_in_order
 
 LINEARS = (nn.Linear, Linear, LinearSigmoid)
+
+
+# What is read of a module of each class. Of any other class, and of a Sequential's subclass, nothing is remembered.
+READ: dict[type[nn.Module], tuple[str, ...]] = {
+    **{kind: known[1:] for kind, known in ACTIVATIONS.items()},
+    **dict.fromkeys((nn.Identity, nn.Sequential, FusedSequential), ()),
+    nn.Linear: ("weight", "bias"),
+    **dict.fromkeys((Linear, LinearSigmoid), ("weight", "bias", "activation")),
+    MLP: ("sizes", "layers", "activation", "output_activation"),
+}
 
 
 class Perceptron:
     """The layers of a model, which are read again when one of its modules has changed."""
 
     def __init__(self) -> None:
-        self._layers: list[Layer] = []
         self._model: nn.Module | None = None  # that they were read off
+        self._layers: list[Layer] = []
+        self._modules: list[nn.Module] = []
+        self._attributes: list[dict[str, Any]] = []  # of each module
+        self._dicts: list[dict[str, Any]] = []  # these, and those of parameters and children
+        self._hooks: list[dict[int, Any]] = []
 
     def __reduce__(self) -> tuple[type["Perceptron"], tuple[()]]:
         return Perceptron, ()  # a copy belongs to another model
@@ -31,37 +47,55 @@ class Perceptron:
         """The layers in their order, or why the model is no perceptron."""
         if model is self._model and self._is_as_it_was():
             return self._layers
-        self._model, layers = None, _layers_of(model)
+        self.__init__()  # type: ignore[misc]  # which holds nothing of before
+        layers = _layers_of(model)
         if not isinstance(layers, str):
-            self._layers = layers
-            self._remember(model)
+            self._remember(model, layers)
         return layers
 
-    def _remember(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._modules, self._kinds = modules, list[type[nn.Module]](map(type, modules))
-        self._forwards = [(kind, kind.forward) for kind in {*self._kinds}]
-        self._sequentials = [kind for kind in set(self._kinds) if issubclass(kind, nn.Sequential)]
-        # A module's own dict has its numbers, its forward if it has one, and the dicts that stand here beside it.
-        self._dicts = list(map(vars, modules))
+    def _remember(self, model: nn.Module, layers: list[Layer]) -> None:
+        self._modules = modules = list(_visited(model))
+        self._kinds = list[type[nn.Module]](map(type, modules))
+        if not READ.keys() >= {*self._kinds}:
+            return
+        self._attributes = list(map(vars, modules))
+        parameters = [m._parameters for m in modules if isinstance(m, LINEARS)]
+        self._dicts = [*self._attributes, *parameters]
         self._dicts += [m._modules for m in modules if isinstance(m, (nn.Sequential, MLP))]
-        self._dicts += [m._parameters for m in modules if isinstance(m, LINEARS)]
         self._hooks = [getattr(m, name) for m in modules for name in HOOKS]
-        self._versions = dict_versions(self._dicts)
-        names = {**ACTIVATIONS, Linear: ("", "activation"), MLP: ("", "activation", "output_activation")}
-        given = (getattr(m, name) for m in modules for name in names.get(type(m), ())[1:])
-        if all(self._dicts) and all(map(_cannot_change, given)):
-            self._model = model
+        self._of_classes = [
+            (kind, name, getattr(kind, name, None))
+            for kind in {*self._kinds}
+            for name in ("forward", "__getattr__", *READ[kind])
+        ]
+        numbers = (
+            getattr(m, name) for m in modules for name in READ[type(m)] if name not in ("weight", "bias", "layers")
+        )
+        # A dict that is not plain, or empty, may change unnoticed; so may a number that is an object, as a tensor is.
+        plain = all(type(mapping) is dict and mapping for mapping in self._dicts)
+        own = all("weight" in names and "bias" in names for names in parameters)
+        if plain and own and all(map(_cannot_change, numbers)):
+            self._model, self._layers, self._versions = model, layers, dict_versions(self._dicts)
 
     def _is_as_it_was(self) -> bool:
         return (
             dict_versions(self._dicts) == self._versions
+            and all(map(is_, map(vars, self._modules), self._attributes))
             and list(map(type, self._modules)) == self._kinds
             and not any(self._hooks)
             and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-            and all(kind.forward is forward for kind, forward in self._forwards)
-            and all(map(runs_in_order, self._sequentials))
+            and all(getattr(kind, name, None) is value for kind, name, value in self._of_classes)
+            and runs_in_order(nn.Sequential)
         )
+
+
+def _visited(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that `_modules` looks at, Sequentials too."""
+    yield model
+    if isinstance(model, (nn.Sequential, MLP)):
+        for child in model._modules.values():
+            if child is not None:
+                yield from _visited(child)
 
 
 def _cannot_change(given: object) -> bool:

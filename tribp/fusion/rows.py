@@ -14,7 +14,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..dispatch import FLOATS, backend_of
+from ..dispatch import FLOATS, backend
 from ..nn import FORWARDS, Conv3x3, Linear, LinearSigmoid, defined, is_watched
 from ..ops.activations import ActivationLike, activation_of
 from ..ops.conv3x3.op import conv3x3
@@ -100,12 +100,13 @@ def run(modules: Iterable[Step], input: Tensor) -> Tensor:
     0.9 to 1.1 times as long as modules of 256 features and more, and up to twice as long for fewer.
     """
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
-        return _call_each(modules, input)
+        for module in modules:
+            input = module(input)
+        return input
     flat, start = flatten(modules), 0
-    if _by_torch(input) and not any(map(is_folding, flat)):
-        return _call_each(flat, input)
+    folds = any(map(is_folding, flat))
     while start < len(flat):
-        row = row_at(flat, start, input)
+        row = row_at(flat, start, input) if folds or not _by_torch(input) else []
         if row:
             input, start = _run_row(row, input), row[-1].stop
         else:
@@ -113,15 +114,9 @@ def run(modules: Iterable[Step], input: Tensor) -> Tensor:
     return input
 
 
-def _call_each(modules: Iterable[Step], input: Tensor) -> Tensor:
-    for module in modules:
-        input = module(input)
-    return input
-
-
 def _by_torch(input: Tensor) -> bool:
-    """Whether torch computes layers of such an input; a graph that is compiled or exported may run elsewhere."""
-    return isinstance(input, Tensor) and not is_compiling() and backend_of(input) == "torch"
+    """Whether this is on the CPU, and torch computes there; a graph that is compiled or exported may run elsewhere."""
+    return isinstance(input, Tensor) and input.is_cpu and backend() != "triton" and not is_compiling()
 
 
 class Part(NamedTuple):
