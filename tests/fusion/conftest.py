@@ -8,4 +8,4 @@ from tribp.fusion import rows
 @pytest.fixture(autouse=True)
 def rows_on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.module.__name__.endswith("test_by_torch"):
-        monkeypatch.setattr(rows, "_by_torch", lambda input: False)
+        monkeypatch.setattr(rows, "_on_cpu", lambda input: False)

@@ -150,13 +150,12 @@ def test_a_backend_that_is_not_asked_says_nothing() -> None:
             assert len(model(torch.ones(2, 6))) == 2
 
 
-@pytest.mark.usefixtures("interpreter")
 def test_each_layer_is_asked_anew() -> None:
     """What moves to a GPU within a model is computed there."""
     model, x = perceptron(), torch.randn(3, 6)
     model.insert(0, nn.Identity())
     tribp.fuse(model)
-    with Rows() as found, mock.patch.object(rows, "_by_torch", side_effect=[True, False]):
+    with Rows() as found, mock.patch.object(rows, "_on_cpu", side_effect=[True, False]):
         model(x)
     assert found.run == 1
 

@@ -104,9 +104,10 @@ def run(modules: Iterable[Step], input: Tensor) -> Tensor:
             input = module(input)
         return input
     flat, start = flatten(modules), 0
-    folds = any(map(is_folding, flat))
+    # A graph that is compiled or exported may run elsewhere.
+    anywhere = backend() == "triton" or is_compiling() or any(map(is_folding, flat))
     while start < len(flat):
-        row = row_at(flat, start, input) if folds or not _by_torch(input) else []
+        row = row_at(flat, start, input) if anywhere or not _on_cpu(input) else []
         if row:
             input, start = _run_row(row, input), row[-1].stop
         else:
@@ -114,9 +115,8 @@ def run(modules: Iterable[Step], input: Tensor) -> Tensor:
     return input
 
 
-def _by_torch(input: Tensor) -> bool:
-    """Whether this is on the CPU, and torch computes there; a graph that is compiled or exported may run elsewhere."""
-    return isinstance(input, Tensor) and input.is_cpu and backend() != "triton" and not is_compiling()
+def _on_cpu(input: Tensor) -> bool:
+    return isinstance(input, Tensor) and input.is_cpu
 
 
 class Part(NamedTuple):
