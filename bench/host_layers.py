@@ -141,7 +141,13 @@ def train_steps() -> Started:
     def repeated(conditions: Conditions, cuda_graph: bool) -> Repeated:
         model = tribp.nn.MLP(sizes, "sigmoid", "sigmoid")
         adam = tribp.optim.Adam(model.parameters(), capturable=True)
-        return Repeated(partial(tribp.train_step(model, adam, "mse_loss", cuda_graph=cuda_graph), *batch), conditions)
+        step = tribp.train_step(model, adam, "mse_loss", cuda_graph=cuda_graph)
+        with conditions():
+            for _ in range(3):
+                step(*batch)
+        assert step.reason is None, step.reason
+        assert (step.graph_reason is None) == cuda_graph, step.graph_reason
+        return Repeated(partial(step, *batch), conditions)
 
     model = nn.Sequential(nn.Linear(*sizes[:2]), nn.Sigmoid(), nn.Linear(*sizes[1:]), nn.Sigmoid())
     adam = torch.optim.Adam(model.parameters())
