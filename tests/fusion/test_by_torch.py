@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import tribp
 from tribp.fusion import rows
@@ -77,6 +78,20 @@ def test_hooks_and_replaced_modules_are_called() -> None:
     expected = torch.relu(model[1][1](torch.relu(model[0](x))))
     assert torch.equal(model(x), expected)
     assert seen == ["relu"]
+
+
+def test_a_fake_gpu_is_not_asked_for() -> None:
+    """A fake tensor may name one that is not there."""
+    model = perceptron().requires_grad_(False)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        tribp.fuse(model)
+        parts = [
+            FakeTensor(mode, torch.empty(t.shape, device="meta"), torch.device("cuda:0")) for t in model.parameters()
+        ]
+        names = [name for name, _ in model.named_parameters()]
+        x = FakeTensor(mode, torch.empty(3, 6, device="meta"), torch.device("cuda:0"))
+        y = torch.func.functional_call(model, dict(zip(names, parts, strict=True)), (x,))
+    assert (y.shape, y.device.type) == ((3, 4), "cuda")
 
 
 @pytest.mark.usefixtures("interpreter")

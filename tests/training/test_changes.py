@@ -5,7 +5,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -64,6 +64,12 @@ def in_an_ordered_dict() -> nn.Module:
     model = square()
     vars(model)["_modules"] = OrderedDict(model._modules)
     return model
+
+
+def in_a_user_dict() -> nn.Module:
+    model: Any = network()
+    vars(model[0][0])["_parameters"] = UserDict(model[0][0]._parameters)
+    return model  # type: ignore[no-any-return]
 
 
 def with_sizes_in_a_list() -> nn.Module:
@@ -148,6 +154,7 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Change]] = {
     "another dict": (network, lambda m: setattr(m[0][1], "__dict__", {**vars(m[0][1]), "negative_slope": 0.5})),
     "a weight in a buffer": (with_a_weight_in_a_buffer, set_on(first, "weight", lambda: torch.ones(8, 6))),
     "children in another order": (in_an_ordered_dict, lambda m: [m._modules.move_to_end(key) for key in "02"]),
+    "a number beside a dict of another class": (in_a_user_dict, set_on(lambda m: m[0][1], "negative_slope", 0.5)),
     "sizes in place": (with_sizes_in_a_list, lambda m: m.sizes.pop()),
     "a number that a subclass hides": (hidden, set_on(lambda m: m[0][1], "negative_slope", 0.5)),
     "a number beside a script": (with_a_script, set_on(lambda m: m[0][1], "negative_slope", 0.5)),
