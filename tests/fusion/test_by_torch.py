@@ -82,15 +82,15 @@ def test_hooks_and_replaced_modules_are_called() -> None:
 
 def test_a_fake_gpu_is_not_asked_for() -> None:
     """A fake tensor may name one that is not there."""
-    model = perceptron().requires_grad_(False)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        tribp.fuse(model)
-        parts = [
-            FakeTensor(mode, torch.empty(t.shape, device="meta"), torch.device("cuda:0")) for t in model.parameters()
-        ]
-        names = [name for name, _ in model.named_parameters()]
-        x = FakeTensor(mode, torch.empty(3, 6, device="meta"), torch.device("cuda:0"))
-        y = torch.func.functional_call(model, dict(zip(names, parts, strict=True)), (x,))
+    model, mode = perceptron().requires_grad_(False), FakeTensorMode(allow_non_fake_inputs=True)
+    tribp.fuse(model)
+
+    def fake(*size: int) -> Tensor:
+        return FakeTensor(mode, torch.empty(size, device="meta"), torch.device("cuda:0"))
+
+    parameters, x = {name: fake(*p.shape) for name, p in model.named_parameters()}, fake(3, 6)
+    with mode, mock.patch("tribp.dispatch.interpreting", return_value=False):
+        y = torch.func.functional_call(model, parameters, (x,))
     assert (y.shape, y.device.type) == ((3, 4), "cuda")
 
 
