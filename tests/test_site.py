@@ -111,15 +111,8 @@ for page in map(pathlib.Path, sys.argv[1:]):
 """
 
 
-def test_code_of_the_course_runs() -> None:
-    """Where Triton compiles, which it does not beside its interpreter: in a process of its own."""
-    pytest.importorskip("triton")
-    pytest.importorskip("numpy")
-    run(ROOT, "-c", RUN, *map(str, PAGES))
-
-
 COUNTED = """
-import torch, tribp
+import torch, tribp, tribp.optim
 from docs.course.cost import cost
 p = torch.zeros(4096, requires_grad=True)
 p.grad = torch.ones(4096)
@@ -132,11 +125,15 @@ assert cost(lambda: None) == "no kernel was launched"
 """
 
 
-def test_cost_is_that_of_the_call() -> None:
-    """An SGD step reads parameter and gradient, and its tables; it writes the parameter, and counters."""
+def test_code_of_the_course_runs() -> None:
+    """Where Triton compiles, which it does not beside its interpreter: in a process of its own.
+
+    And what it says an SGD step costs: it reads parameter and gradient, and its tables; it writes the parameter, and
+    counters.
+    """
     pytest.importorskip("triton")
     pytest.importorskip("numpy")
-    run(ROOT, "-c", COUNTED)
+    run(ROOT, "-c", RUN + COUNTED, *map(str, PAGES))
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,15 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from bench import counts
 from bench.__main__ import main
+from bench.command_line import parse
+from bench.operation import Operation
 from bench.options import Options
 
 from ..executor.findings import Counts, Traffic
@@ -50,10 +54,26 @@ def test_the_table_says_what_is_balanced() -> None:
     assert "1.67×" in lines[1], "issue needs 100 cycles where tensor cores need 60"
 
 
-def test_a_case_is_taken_by_its_name_or_by_a_part_of_it(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("triton")
-    assert main(["counts", "linear"]) == 2
-    assert "TRITON_INTERPRET" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("word", "names"),
+    [
+        ("64x10x128 bfloat16", ["64x10x128 bfloat16"]),  # and not with an activation behind
+        ("64x10x128 bfloat16 r", ["64x10x128 bfloat16 relu"]),
+        ("64x10x128 bf", ["64x10x128 bfloat16", "64x10x128 bfloat16 relu"]),
+    ],
+)
+def test_a_case_is_taken_by_its_name_or_by_a_part_of_it(
+    word: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executed: list[str] = []
+
+    def execute(operation: Operation, case: Any, direction: str, options: Options) -> SimpleNamespace:
+        executed.append(case.name)
+        return SimpleNamespace(launches=[made()], problems=[])
+
+    monkeypatch.setattr(counts, "_executed", execute)
+    assert counts.main(parse(["counts", "linear", "--case", word, "--direction", "forward"])) == 0
+    assert executed == names
 
 
 @pytest.mark.parametrize(

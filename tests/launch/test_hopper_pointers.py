@@ -45,13 +45,13 @@ def read(name, launches):
             source, options = source_of(launch, arch)
             ptx = triton.compile(source, target=target_of(arch), options=options).asm["ptx"]
             found[f"{name} {launch.kernel.__name__}"] = [line.strip().split(" ")[0] for line in ptx.splitlines()]
-for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True)):
-    for pitch in (1004, 1003) if dtype == torch.bfloat16 else (1002,):  # no rows of 16 bytes: no descriptors
-        for direction in ("forward", "backward"):
-            case = linear.LinearCase((4096, pitch, pitch), dtype, tf32)
-            read(f"linear {pitch} {dtype} {direction}", linear.OPERATION.launches(case, direction, arch))
-    for shape in ((16, 128, 128, 13, 13), (64, 3, 64, 64, 64)):
-        read(f"conv {shape} {dtype}", conv.OPERATION.launches(ConvCase(shape, dtype, tf32=tf32), "wgrad", arch))
+# Rows that are no multiple of 16 bytes have no descriptors; of 2 bytes are not copied asynchronously either.
+for dtype, tf32, pitch in ((torch.bfloat16, False, 1004), (torch.float32, True, 1002)):
+    for direction in ("forward", "backward"):
+        case = linear.LinearCase((4096, pitch, pitch), dtype, tf32)
+        read(f"linear {pitch} {dtype} {direction}", linear.OPERATION.launches(case, direction, arch))
+for shape in ((16, 128, 128, 13, 13), (64, 3, 64, 64, 64)):
+    read(f"conv {shape}", conv.OPERATION.launches(ConvCase(shape, torch.bfloat16), "wgrad", arch))
 read("groups", conv.OPERATION.launches(ConvCase((64, 128, 128, 28, 28), torch.bfloat16, groups=32), "forward", arch))
 print(json.dumps(found))
 """

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import copy
 import io
+import os
 import pickle
 import sys
 import threading
@@ -149,19 +150,26 @@ def test_default_dtype(name: str, dtype: torch.dtype, fused: bool, device: str) 
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("how", ["torch.device('meta')", "torch.inference_mode()", "FakeTensorMode()", "half()"])
-def test_imported_within(how: str) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="a process that has torch forks")
+def test_imported_within() -> None:
     """A model's file that is imported late, in a block that makes tensors of another kind."""
     run = python(
         f"""
-        import contextlib, torch
+        import contextlib, os, torch
         from torch._subclasses.fake_tensor import FakeTensorMode
         @contextlib.contextmanager
         def half():
             torch.set_default_dtype(torch.float16)
             yield
             torch.set_default_dtype(torch.float32)
-        with {how}:
+        for how in (torch.device("meta"), torch.inference_mode(), FakeTensorMode(), half()):
+            if child := os.fork():
+                assert os.waitpid(child, 0)[1] == 0, how
+            else:
+                break
+        else:
+            os._exit(0)
+        with how:
             import tribp, tribp.optim
         for name in {TORCHS}:
             p, q = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
