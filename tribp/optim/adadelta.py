@@ -25,11 +25,6 @@ class AdadeltaRule(FunctionRule):
     def hyper(self, group: Group) -> reference.AdadeltaHyper:
         return reference.AdadeltaHyper(group["rho"])
 
-    def arguments(self, group: Group) -> Group:
-        return dict(
-            lr=group["lr"], rho=group["rho"], eps=group["eps"], weight_decay=group["weight_decay"]
-        )  # fmt: skip
-
 
 class Adadelta(Optimizer, TorchAdadelta):
     """`torch.optim.Adadelta` in one kernel launch a step.

@@ -23,8 +23,8 @@ class AdamRule(Rule):
     def states(self, group: Group) -> tuple[str | None, ...]:
         return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None
 
-    def hyper(self, group: Group) -> reference.AdamHyper:
-        return reference.AdamHyper(*group["betas"])
+    def hyper(self, group: Group) -> reference.BetasHyper:
+        return reference.BetasHyper(*group["betas"])
 
     def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
         return True

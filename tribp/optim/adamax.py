@@ -22,14 +22,8 @@ class AdamaxRule(FunctionRule):
     def states(self, group: Group) -> tuple[str | None, ...]:
         return "exp_avg", "exp_inf"
 
-    def hyper(self, group: Group) -> reference.AdamaxHyper:
-        return reference.AdamaxHyper(*group["betas"])
-
-    def arguments(self, group: Group) -> Group:
-        beta1, beta2 = group["betas"]
-        return dict(
-            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"]
-        )  # fmt: skip
+    def hyper(self, group: Group) -> reference.BetasHyper:
+        return reference.BetasHyper(*group["betas"])
 
 
 class Adamax(Optimizer, TorchAdamax):

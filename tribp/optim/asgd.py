@@ -34,9 +34,6 @@ class ASGDRule(FunctionRule):
     def new_scalar(self, group: Group, name: str) -> float:
         return float(group["lr"]) if name == "eta" else 1.0
 
-    def arguments(self, group: Group) -> Group:
-        return dict(lr=group["lr"], weight_decay=group["weight_decay"], **self.hyper(group)._asdict())
-
 
 class ASGD(Optimizer, TorchASGD):
     """`torch.optim.ASGD` in one kernel launch a step.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .codes import RESIDUAL, join, scale_of
 from .layouts import local
-from .rule import Group
+from .rule import Group, Rule
 from .tracked_state import peek
 
 
@@ -84,8 +84,15 @@ class Step(NamedTuple):
 class Bucket:
     """Some parameters that are updated together."""
 
-    slots: list[ParamSlot]
-    groups: list[int]  # that must go on having the same options
+    def __init__(self, rule: Rule, slots: list[ParamSlot], groups: list[Group]) -> None:
+        self.rule, self.slots = rule, slots
+        self.groups: list[int] = []  # that must go on having the same options
+        self._indices = [slot.index for slot in slots]
+        self._every = self._indices == list(range(sum(len(group["params"]) for group in groups)))
+
+    def gradients(self, step: Step) -> list[Any]:
+        """Those of its slots; None where there is none."""
+        return step.grads if self._every else [step.grads[i] for i in self._indices]
 
     def run(self, step: Step) -> None:
         raise NotImplementedError

@@ -19,10 +19,8 @@ class FusedBucket(Bucket):
     """Slots of one set of options, by one call of torch's fused CPU kernel, all tensors dense and lying alike."""
 
     def __init__(self, rule: Rule, slots: list[ParamSlot], groups: list[Group]) -> None:
-        self.rule, self.slots = rule, slots
+        super().__init__(rule, slots, groups)
         self.groups = sorted({slot.group for slot in slots})
-        self._indices = [slot.index for slot in slots]
-        self._every = self._indices == list(range(sum(len(group["params"]) for group in groups)))
         self._small = 16 < max(slot.param.numel() for slot in slots) < GRAIN  # up to 16 torch takes one thread anyway
         self._params = [slot.param for slot in slots]
         names = [name for name in (*slots[0].names, *rule.scalar_states) if name is not None]
@@ -57,7 +55,7 @@ class FusedBucket(Bucket):
         group = step.groups[self.slots[0].group]
         if step.values is not self._values:
             self._options, self._values = self.rule.for_torch(group), step.values
-        grads: list[Any] = step.grads if self._every else [step.grads[i] for i in self._indices]
+        grads = self.gradients(step)
         scratch = self._make_scratch() if self.rule.needs_scratch else []
         slots, params, states, steps = self.slots, self._params, self._states, self._steps
         if step.complete:

@@ -26,13 +26,6 @@ class NAdamRule(FunctionRule):
         beta1, beta2 = group["betas"]
         return reference.NAdamHyper(beta1, beta2, group["momentum_decay"])
 
-    def arguments(self, group: Group) -> Group:
-        beta1, beta2 = group["betas"]
-        return dict(
-            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
-            momentum_decay=group["momentum_decay"], decoupled_weight_decay=group["decoupled_weight_decay"],
-        )  # fmt: skip
-
 
 class NAdam(Optimizer, TorchNAdam):
     """`torch.optim.NAdam` in one kernel launch a step.

@@ -24,10 +24,8 @@ class PackedBucket(Bucket):
     """
 
     def __init__(self, rule: Rule, slots: list[ParamSlot], groups: list[Group]) -> None:
-        self.rule, self.slots = rule, slots
+        super().__init__(rule, slots, groups)
         self.groups = sorted({slot.group for slot in slots})
-        self._indices = [slot.index for slot in slots]
-        self._every = self._indices == list(range(sum(len(group["params"]) for group in groups)))
         self._scalars = []  # of the slots: the counters, then the rule's states of one number
         if rule.counts_steps:
             self._scalars.append(
@@ -61,7 +59,7 @@ class PackedBucket(Bucket):
         group = step.groups[self.slots[0].group]
         if step.values is not self._values:
             self._formula, self._values = Formula(self.rule, group), step.values
-        grads: list[Any] = step.grads if self._every else [step.grads[i] for i in self._indices]
+        grads = self.gradients(step)
         present = self._everyone
         if not step.complete:
             present = tuple(k for k, grad in enumerate(grads) if grad is not None)

@@ -21,15 +21,8 @@ class RAdamRule(FunctionRule):
     def states(self, group: Group) -> tuple[str | None, ...]:
         return "exp_avg", "exp_avg_sq"
 
-    def hyper(self, group: Group) -> reference.RAdamHyper:
-        return reference.RAdamHyper(*group["betas"])
-
-    def arguments(self, group: Group) -> Group:
-        beta1, beta2 = group["betas"]
-        return dict(
-            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-        )  # fmt: skip
+    def hyper(self, group: Group) -> reference.BetasHyper:
+        return reference.BetasHyper(*group["betas"])
 
 
 class RAdam(Optimizer, TorchRAdam):

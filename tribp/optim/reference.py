@@ -90,14 +90,14 @@ def adagrad(
     return p - lr * g / _denominator(state_sum, eps, eps_inside), state_sum
 
 
-class AdamHyper(NamedTuple):
+class BetasHyper(NamedTuple):
     beta1: float
     beta2: float
 
 
 def adam(
     p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None,
-    lr: float, eps: float, h: AdamHyper, t: float, eps_inside: bool,
+    lr: float, eps: float, h: BetasHyper, t: float, eps_inside: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g², θ ← θ − η·m̂/(√v̂ + ε), m̂ = m/(1 − β₁ᵗ), v̂ = v/(1 − β₂ᵗ)."""
     exp_avg = exp_avg + (1 - h.beta1) * (g - exp_avg)
@@ -122,14 +122,9 @@ def adadelta(
     return p.sub_(delta, alpha=lr), square_avg, _average_square_(acc_delta, delta, h.rho)
 
 
-class AdamaxHyper(NamedTuple):
-    beta1: float
-    beta2: float
-
-
 def adamax(
     p: Tensor, g: Tensor, exp_avg: Tensor, exp_inf: Tensor,
-    lr: float, eps: float, h: AdamaxHyper, t: float, eps_inside: bool,
+    lr: float, eps: float, h: BetasHyper, t: float, eps_inside: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """m ← β₁·m + (1 − β₁)·g, u ← max(β₂·u, |g| + ε), θ ← θ − η/(1 − β₁ᵗ)·m/u."""
     exp_avg.lerp_(g, 1 - h.beta1)
@@ -181,14 +176,9 @@ def nadam(
     return p, exp_avg, exp_avg_sq, product
 
 
-class RAdamHyper(NamedTuple):
-    beta1: float
-    beta2: float
-
-
 def radam(
     p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
-    lr: float, eps: float, h: RAdamHyper, t: float, eps_inside: bool,
+    lr: float, eps: float, h: BetasHyper, t: float, eps_inside: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g², θ ← θ − η·m̂·r·√(1 − β₂ᵗ)/(√v + ε); θ − η·m̂ while ρ ≤ 5,
 
@@ -249,17 +239,13 @@ def random_bits(like: Tensor, key: int) -> Tensor:
 
 
 def random_keys(seed: int, step: int, stream: int) -> tuple[int, int]:
-    """Of the random bits that round codes, and parameters, of one tensor in one step."""
-    return philox(seed, (step, stream, 0, 0))
-
-
-def philox(seed: int, counter: tuple[int, int, int, int]) -> tuple[int, int]:
-    """The first two of the four 32-bit numbers of Philox4×32-10 (Salmon et al. 2011)."""
+    """Of the random bits that round codes, and parameters, of one tensor in one step: the first two of the four 32-bit
+    numbers of Philox4×32-10 (Salmon et al. 2011)."""
 
     def product(a: int, b: int) -> tuple[int, int]:
         return a * b >> 32, a * b & 0xFFFFFFFF
 
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = step, stream, 0, 0
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     for _ in range(10):
         (high_a, low_a), (high_b, low_b) = product(c0, 0xD2511F53), product(c2, 0xCD9E8D57)

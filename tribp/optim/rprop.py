@@ -35,8 +35,7 @@ class RpropRule(FunctionRule):
         return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
 
     def arguments(self, group: Group) -> Group:
-        (etaminus, etaplus), (step_size_min, step_size_max) = group["etas"], group["step_sizes"]
-        return dict(etaminus=etaminus, etaplus=etaplus, step_size_min=step_size_min, step_size_max=step_size_max)
+        return self.hyper(group)._asdict()
 
 
 class Rprop(Optimizer, TorchRprop):

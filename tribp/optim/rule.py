@@ -200,7 +200,8 @@ class FunctionRule(Rule):
 
     def arguments(self, group: Group) -> Group:
         """Its own keyword arguments, but for those that each of these functions takes."""
-        raise NotImplementedError
+        single = {name: group[name] for name in self.options if name not in ("betas", "maximize")}
+        return {**single, **self.hyper(group)._asdict()}
 
     def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
         check_fused(group)

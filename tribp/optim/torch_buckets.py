@@ -89,7 +89,7 @@ def cpu_buckets(
         if "ema_step" in slot.state and slot.state["ema_step"] is None:
             slot.state["ema_step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     if by_formula:
-        buckets.append(ReferenceBucket(rule, by_formula))
+        buckets.append(ReferenceBucket(rule, by_formula, groups))
     return buckets
 
 
@@ -115,10 +115,6 @@ def total_norm(grads: list[Tensor]) -> Tensor:
 
 class ReferenceBucket(Bucket):
     """Slots with options that torch does not have, one by one, by the rule's formula."""
-
-    def __init__(self, rule: Rule, slots: list[ParamSlot]) -> None:
-        self.rule, self.slots = rule, slots
-        self.groups: list[int] = []
 
     def run(self, step: Step) -> None:
         unscaled: set[int] = set()  # a parameter may be listed twice
@@ -180,9 +176,8 @@ class TorchBucket(Bucket):
 
     def __init__(self, rule: Rule, group: int, params: list[Tensor], in_turn: bool) -> None:
         """in_turn: one after the other, for some are the same or share memory."""
-        self.rule, self.params, self.in_turn = rule, params, in_turn
-        self.slots: list[ParamSlot] = []
-        self.groups = [group]
+        super().__init__(rule, [], [])
+        self.params, self.in_turn, self.groups = params, in_turn, [group]
 
     def run(self, step: Step) -> None:
         group, states = step.groups[self.groups[0]], step.optimizer.state

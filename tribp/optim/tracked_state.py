@@ -54,16 +54,7 @@ class WatchedState(dict[str, Any]):
             super().__setitem__(key, value)
             self.notes.change(key)
 
-    def copy(self) -> dict[str, Any]:
-        return dict(self)
-
-    def __or__(self, other: Any) -> Any:
-        return dict(self) | other
-
-    def __ror__(self, other: Any) -> Any:
-        return other | dict(self)
-
-    __copy__ = copy
+    __copy__ = dict.copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         return copy.deepcopy(dict(self), memo)
@@ -108,7 +99,7 @@ for _name in ("__ior__", "clear", "popitem", "update"):
     setattr(WatchedState, _name, _noted(_name, True))
 for _name in ("__delitem__", "pop", "setdefault"):
     setattr(WatchedState, _name, _noted(_name, True, by_key=True))
-# With a method of its own in place of dict's `__iter__`, `dict(state)` and `{**state}` read by key.
+# With a method of its own in place of dict's `__iter__`, whatever copies it (`dict(state)`, `|`, `copy`) reads by key.
 for _name in ("__getitem__", "__iter__", "get", "items", "values"):
     setattr(WatchedState, _name, _noted(_name, False))
 

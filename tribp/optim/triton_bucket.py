@@ -70,12 +70,9 @@ class TritonBucket(Bucket):
     """One launch: slots on one device, of one combination of types, of however many groups."""
 
     def __init__(self, rule: Rule, optimizer: torch.optim.Optimizer, slots: list[ParamSlot], dtypes: Dtypes) -> None:
-        self.rule, self.slots = rule, slots
-        self.groups: list[int] = []
-        self.device = slots[0].param.device
         groups = optimizer.param_groups
-        self._indices = [slot.index for slot in slots]
-        self._every = self._indices == list(range(sum(len(group["params"]) for group in groups)))
+        super().__init__(rule, slots, groups)
+        self.device = slots[0].param.device
         self._empty = [i for i, slot in enumerate(slots) if not slot.param.numel()]
         self._capturable = all(group.get("capturable") for group in groups)
         self._grads, self._hypers = Table(self.device), Table(self.device)
@@ -201,9 +198,9 @@ class TritonBucket(Bucket):
     def write_tables(self, step: Step) -> None:
         """Bring the tables on the device up to date: before anything is launched."""
         with dispatch.on_device(self.device):
-            grads = step.grads if self._every else [step.grads[i] for i in self._indices]
+            grads = self.gradients(step)
             if step.complete:
-                addresses = list(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
+                addresses = list(map(Tensor.data_ptr, grads))
             else:
                 addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
             for i in self._empty:
