@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -229,17 +229,14 @@ def transform_active(grad: Tensor) -> bool:
     return _any_transform() or (not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad))
 
 
-def _constant_while_compiling(predicate: Callable[[], bool]) -> Callable[[], bool]:
-    """`torch.compiler.assume_constant_result`, which would import the whole compiler for setting this one mark."""
-    predicate._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return predicate
-
-
-@_constant_while_compiling  # and guarded: Dynamo has guards of its own on all three
 def _any_transform() -> bool:
     """Inside torch.func, in forward mode, or under jit.trace."""
     functorch, tracing = torch._C._are_functorch_transforms_active(), torch._C._get_tracing_state()
     return bool(functorch or tracing or forward_ad._current_level >= 0)
+
+
+# What `torch.compiler.assume_constant_result` does, which imports the whole compiler. Dynamo guards all three itself.
+_any_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def autocasting(device_type: str) -> bool:
@@ -287,7 +284,7 @@ def kernels_compute(input: Tensor, *parameters: Tensor | None) -> bool:
     )
 
 
-def backward_by_torch(grad: Tensor, operator: bool) -> bool:
+def backward_by_torch(grad: Tensor, by_operator: bool) -> bool:
     """Whether the gradients are left to torch's operations.
 
     For whoever differentiates them again (create_graph=True), where torch asks for many at once
@@ -295,4 +292,4 @@ def backward_by_torch(grad: Tensor, operator: bool) -> bool:
     """
     if torch.is_grad_enabled() or transform_active(grad):
         return True
-    return not operator and (kernels_cannot_see(grad) or grad.layout is not torch.strided)
+    return not by_operator and (kernels_cannot_see(grad) or grad.layout is not torch.strided)

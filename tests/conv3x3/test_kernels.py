@@ -17,6 +17,7 @@ import tribp
 from tribp.launch.arch import ARCHS, cdiv
 from tribp.launch.buffer import Buffer
 from tribp.launch.launches import Launch
+from tribp.launch.matmul import whole_splits
 from tribp.launch.plan import Plan, launches_of
 from tribp.launch.reduce import reduce_partials
 from tribp.ops.activations import NONE, Activation
@@ -28,7 +29,6 @@ from tribp.ops.conv3x3.config import (
     ConvWgradProblem,
     choose_box,
     choose_groups_per_tile,
-    even_splits,
 )
 from tribp.ops.conv3x3.config_depthwise import DepthwiseProblem
 from tribp.ops.conv3x3.config_few_channels import FewChannelsDgradProblem
@@ -188,7 +188,7 @@ def test_wgrad(window: str, form: str, splits: int, dtype: torch.dtype, kernels:
     bundles(case)
     config = case.fitted(WGRAD_FORMS[form])
     tma = config.tma and all(t.shape[1] % 16 == 0 for t in (case.x, case.dy))
-    splits = even_splits(config.boxes(3, *case.y.shape[2:]), splits)
+    splits = whole_splits(config.boxes(3, *case.y.shape[2:]), splits, 1)
     config = replace(config, tma=tma, splits=splits)
     dw, db = nan_like(case.w), nan_like(case.b)
     backward((case.dy, case.x, None, None, None, dw, db), case.window, {ConvWgradProblem: config})
@@ -265,7 +265,7 @@ def test_one_channel_a_group(rows: int, last: bool, stride: tuple[int, int], ker
     assert_close(y, z)
     dy = tensor(tuple(z.shape), dtype, kernels, last)
     backward((dy, None, w, None, dx, None, None), window, {DepthwiseProblem: config})
-    wgrad = replace(config, splits=even_splits(config.boxes(2, *z.shape[2:]), 3))
+    wgrad = replace(config, splits=whole_splits(config.boxes(2, *z.shape[2:]), 3, 1))
     backward((dy, x, None, None, None, dw, db), window, {DepthwiseProblem: wgrad})
     exact = conv3x3_backward(
         dy.double().cpu(), x.double().cpu(), w.double().cpu(), None, x.shape, window, NONE, (True, True, True)

@@ -311,36 +311,28 @@ def sites_of(module: nn.Module) -> Set[Site]:
 def class_for(module: nn.Module, sites: Set[Site]) -> type[nn.Module]:
     """The class for a module whose forward shall have `run` at these sites."""
     kind = made_of(module)
-    return _with_run(kind, tuple(sorted(sites))) if sites else kind
+    return _derived(kind, tuple(sorted(sites))) if sites else kind
 
 
 def class_in_order(kind: type[nn.Sequential]) -> type[nn.Sequential]:
     """The class for a Sequential that shall `run` its modules."""
-    if kind is nn.Sequential:
-        return FusedSequential
-    return _derived(kind, FusedSequential.forward, ())  # type: ignore[arg-type, return-value]
-
-
-def _with_run(kind: type[nn.Module], sites: tuple[Site, ...]) -> type[nn.Module]:
-    return _derived(kind, inspect.getattr_static(kind, "forward"), sites)
+    return FusedSequential if kind is nn.Sequential else _derived(kind, ())  # type: ignore[return-value]
 
 
 # So that modules of one class stay modules of one class.
 _classes: weakref.WeakValueDictionary[object, type[nn.Module]] = weakref.WeakValueDictionary()
 
 
-def _derived(kind: type[nn.Module], forward: FunctionType, sites: tuple[Site, ...]) -> type[nn.Module]:
+def _derived(kind: type[nn.Module], sites: tuple[Site, ...]) -> type[nn.Module]:
+    """The class made of this one whose forward has `run` at these sites; without any it is a Sequential's."""
+    forward = inspect.getattr_static(kind, "forward") if sites else FusedSequential.forward
     made = _classes.get((kind, forward, sites))
     if made is None:
-        made = _classes[kind, forward, sites] = _derive(kind, forward, sites)
+        space = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        space |= {"forward": _running(read_forward(kind), sites) if sites else forward}
+        space |= {"__reduce_ex__": _reduce, SITES: (kind, sites)}
+        made = _classes[kind, forward, sites] = type(kind.__name__, (kind,), space)
     return made
-
-
-def _derive(kind: type[nn.Module], forward: FunctionType, sites: tuple[Site, ...]) -> type[nn.Module]:
-    space = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    space |= {"forward": _running(read_forward(kind), sites) if sites else forward}
-    space |= {"__reduce_ex__": _reduce, SITES: (kind, sites)}
-    return type(kind.__name__, (kind,), space)
 
 
 def _running(source: Source, sites: Sequence[Site]) -> FunctionType:
@@ -407,7 +399,7 @@ def _reduce(module: nn.Module, protocol: Any) -> Any:
 def _restore(kind: type[nn.Module], sites: tuple[Site, ...], *arguments: object) -> nn.Module:
     made: type[nn.Module] = kind
     with contextlib.suppress(ValueError):  # where there is no source, it does what it did before `fuse`
-        made = class_in_order(kind) if issubclass(kind, nn.Sequential) and not sites else _with_run(kind, sites)
+        made = _derived(kind, sites)
     return made.__new__(made, *arguments)
 
 

@@ -25,9 +25,21 @@ from .forward import (
     sites_of,
     underivable,
 )
-from .places import another, full_name, places, unreadable, watched
+from .places import another, full_name, places, watched
 from .report import Left, Replaced, Report
-from .rows import LAYERS, Applied, FusedConv2d, FusedSequential, Part, Step, function_of, row_at, runs_in_order
+from .rows import (
+    LAYERS,
+    Applied,
+    FusedConv2d,
+    FusedSequential,
+    Part,
+    Step,
+    function_of,
+    parameter,
+    row_at,
+    runs_in_order,
+    unreadable,
+)
 
 Entry = TypeVar("Entry", Replaced, Left)
 BASES = (nn.Linear, nn.Conv2d, Linear, Conv3x3)
@@ -228,7 +240,7 @@ def _untaken(layer: nn.Module) -> str:
     """Why a kernel does not compute what a layer does; nothing if one does."""
     linear = isinstance(layer, (nn.Linear, Linear))
     kinds = [kind for kind, (function, _) in LAYERS.items() if (function == "linear") == linear]
-    reason = another("it", layer, *kinds) or unreadable(layer, 2 if linear else 4)
+    reason = another("it", layer, *kinds) or unreadable(layer, parameter(layer, "weight"), parameter(layer, "bias"))
     if reason or linear or isinstance(layer, Conv3x3):
         return reason
     assert isinstance(layer, nn.Conv2d)

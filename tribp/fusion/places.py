@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from ..dispatch import FLOATS
 from ..nn import FORWARDS
-from .folding import PLAIN
-from .rows import convolves_as_torch, parameter
+from .rows import convolves_as_torch
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # which a call runs
 
@@ -56,30 +54,6 @@ def watched(subject: str, module: nn.Module) -> str:
         return f"{subject} was compiled by itself"
     names = (name.strip("_").replace("_", " ") for name in HOOKS if getattr(module, name))
     return next((f"{subject} has {name}" for name in names), "")
-
-
-def unreadable(module: nn.Module, dimensions: int) -> str:
-    """Why a kernel does not take a layer's parameters, which users replace too; nothing if one does."""
-    weight, bias = parameter(module, "weight"), parameter(module, "bias")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None and (name == "weight" or not hasattr(module, name)):
-            return f"it has no {name}"
-        if tensor is not None and (reason := unusual(f"its {name}", tensor)):
-            return reason
-    assert weight is not None
-    if weight.dim() != dimensions or (bias is not None and bias.shape != weight.shape[:1]):
-        shapes = " and ".join(str(tuple(p.shape)) for p in (weight, bias) if p is not None)
-        return f"its parameters have the shapes {shapes}"
-    return ""
-
-
-def unusual(subject: str, tensor: Tensor) -> str:
-    """Why a tensor is none that a kernel takes; nothing if it is one."""
-    if type(tensor).__name__ not in PLAIN:  # of a tensor subclass, a Parameter has the subclass's type
-        return f"{subject} is a {type(tensor).__name__}"
-    if tensor.layout != torch.strided:
-        return f"{subject} is {str(tensor.layout).removeprefix('torch.')}"
-    return "" if tensor.dtype in FLOATS else f"{subject} is {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def full_name(module: nn.Module) -> str:

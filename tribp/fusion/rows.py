@@ -40,7 +40,7 @@ class FusedConv2d(nn.Conv2d):
             w, b = weight, bias
             if is_fx_symbolic_tracing():  # which puts other objects in their places
                 w, b = parameter(self, "weight"), parameter(self, "bias")  # type: ignore[assignment]
-            if nn.Conv2d._conv_forward is CONV_FORWARD and _is_readable(w, b, 4) and _is_3x3(self, w):
+            if nn.Conv2d._conv_forward is CONV_FORWARD and not unreadable(self, w, b) and _is_3x3(self, w):
                 return _convolve(self, input, weight, bias, None)
             return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
@@ -190,9 +190,7 @@ def _part_at(modules: Sequence[Step], start: int, input: Tensor | None, norms: b
         return None
     weight, bias = parameter(layer, "weight"), parameter(layer, "bias")
     if not own:
-        if not _is_readable(weight, bias, 2 if function == "linear" else 4) or (
-            bias is None and not hasattr(layer, "bias")
-        ):
+        if unreadable(layer, weight, bias):
             return None
         if function == "conv2d":
             if not convolves_as_torch(layer):
@@ -236,15 +234,27 @@ def parameter(module: nn.Module, name: str) -> Tensor | None:
     return getattr(module, name, None)
 
 
-def _is_readable(weight: Tensor | None, bias: Tensor | None, dims: int) -> TypeGuard[Tensor]:
-    """Whether a kernel takes weight and bias, which users replace, too."""
-    if weight is None or weight.dim() != dims or not _is_plain(weight):
-        return False
-    return bias is None or (_is_plain(bias) and bias.dim() == 1)
+def unreadable(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> str:
+    """Why a kernel does not take a layer's parameters, which users replace too; nothing if one does."""
+    if weight is None:
+        return "it has no weight"
+    if bias is None and not hasattr(layer, "bias"):
+        return "it has no bias"
+    if reason := _unusual("weight", weight) or ("" if bias is None else _unusual("bias", bias)):
+        return reason
+    dimensions = 4 if isinstance(layer, (nn.Conv2d, Conv3x3)) else 2
+    if weight.dim() != dimensions or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = " and ".join(str(tuple(p.shape)) for p in (weight, bias) if p is not None)
+        return f"its parameters have the shapes {shapes}"
+    return ""
 
 
-def _is_plain(t: Tensor) -> bool:
-    return type(t).__name__ in PLAIN and t.dtype in FLOATS and t.layout is torch.strided
+def _unusual(name: str, t: Tensor) -> str:
+    if type(t).__name__ not in PLAIN:  # of a tensor subclass, a Parameter has the subclass's type
+        return f"its {name} is a {type(t).__name__}"
+    if t.layout is not torch.strided:
+        return f"its {name} is {str(t.layout).removeprefix('torch.')}"
+    return "" if t.dtype in FLOATS else f"its {name} is {str(t.dtype).removeprefix('torch.')}"
 
 
 def convolves_as_torch(layer: nn.Module) -> bool:
@@ -253,7 +263,7 @@ def convolves_as_torch(layer: nn.Module) -> bool:
     return defined and "_conv_forward" not in layer.__dict__
 
 
-def _is_3x3(layer: Any, weight: Tensor) -> bool:
+def _is_3x3(layer: Any, weight: Any) -> bool:
     """Whether `conv3x3` takes a convolution of torch's with this readable weight."""
     _, channels, *size = weight.shape
     if size != [3, 3] or not channels or layer.dilation not in ((1, 1), (1,)):

@@ -423,7 +423,7 @@ class ReduceProblem(NamedTuple):
         return dict(block_parts=by_two, block=by_two, num_warps=by_two)
 
     def choose(self) -> ReduceConfig:
-        parts, _, arch, rows, vec = self
+        parts, arch, rows, vec = self.parts, self.arch, self.rows, self.vec
         if arch.backend == "interpreter":
             return ReduceConfig(4, 512, 1, REASON_INTERPRETED)
         # Derived: a sector of each row of a matrix, or a line of what is not transposed. Three forms are enough.

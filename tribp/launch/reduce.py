@@ -22,8 +22,8 @@ MANY = 16
 class Partials(NamedTuple):
     """A result to come: the sum of partial results."""
 
-    partials: Buffer | None
-    out: Buffer | None
+    partials: Buffer | None = None
+    out: Buffer | None = None
     transposed: tuple[int, int] | None = None  # (rows, cols) of the matrices whose transposes `out` consists of
 
     @property
@@ -75,7 +75,7 @@ def sums_of(pending: Sequence[Partials]) -> Sums | None:
     assert len(pending) <= 2
     if not pending:
         return None
-    (partials, out, transposed), (partials2, out2, transposed2) = (*pending, Partials(None, None))[:2]
+    (partials, out, transposed), (partials2, out2, transposed2) = (*pending, Partials())[:2]
     assert transposed2 is None
     assert partials is not None
     assert out is not None

@@ -31,6 +31,7 @@ from ...launch.matmul import (
     stages_in_memory,
     stages_that_fit,
     unrounded,
+    whole_splits,
 )
 from ...launch.neighbors import Steps, all_registers, by_two, toggled
 
@@ -142,12 +143,12 @@ def legal_splits(config: ConvConfig, n: int, p: int, q: int, share: int, spare: 
     """Whether there is room for the partial results, of `share` bytes each, and none of them is empty."""
     boxes = config.boxes(n, p, q)
     few = config.splits <= max(1, max(spare, WORKSPACE) // share)
-    return few and config.splits == even_splits(boxes, min(config.splits, boxes))
+    return few and config.splits == whole_splits(boxes, min(config.splits, boxes), 1)
 
 
 def adjusted_splits(config: ConvConfig, n: int, p: int, q: int) -> ConvConfig:
     boxes = config.boxes(n, p, q)
-    return replace(config, splits=even_splits(boxes, min(config.splits, boxes)))
+    return replace(config, splits=whole_splits(boxes, min(config.splits, boxes), 1))
 
 
 def choose_groups_per_tile(groups: int, channels_in: int, channels_out: int, columns: int) -> int:
@@ -382,7 +383,7 @@ class ConvWgradProblem(NamedTuple):
         most = max(1, min(cdiv(chosen.boxes(n, p, q), 8), max(spare, WORKSPACE) // share))
         resident = arch.processors if taps * tile.block_i * tile.block_j > 128 * 128 else 2 * arch.processors
         splits = max(1, min(resident // programs, most))
-        return replace(chosen, splits=even_splits(chosen.boxes(n, p, q), splits))
+        return replace(chosen, splits=whole_splits(chosen.boxes(n, p, q), splits, 1))
 
     def adjusted(self, config: ConvConfig) -> ConvConfig:
         n, p, q, dtype, arch = self.n, self.p, self.q, self.dtype, self.arch
@@ -427,11 +428,6 @@ class ConvWgradProblem(NamedTuple):
             and legal_splits(config, n, p, q, max(size, 4) * 9 * o * c * group_tiles, spare)
             and (config.groups_per_tile, config.group) == (groups_per_tile, ConvConfig.group)
         )
-
-
-def even_splits(boxes: int, splits: int) -> int:
-    """As many splits, or fewer, so that none is left without a box."""
-    return cdiv(boxes, cdiv(boxes, splits))
 
 
 class RelayoutProblem(NamedTuple):

@@ -5,9 +5,9 @@ from math import prod
 from typing import NamedTuple
 
 from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
-from ...launch.matmul import MAX_TILE, REASON_INTERPRETED, legal_threads, unrounded
+from ...launch.matmul import MAX_TILE, REASON_INTERPRETED, legal_threads, unrounded, whole_splits
 from ...launch.neighbors import Steps, all_registers, by_two
-from .config import ConvConfig, adjusted_splits, beside, choose_box, even_splits, legal_splits, with_rows
+from .config import ConvConfig, adjusted_splits, beside, choose_box, legal_splits, with_rows
 
 
 class DepthwiseProblem(NamedTuple):
@@ -64,14 +64,14 @@ class DepthwiseProblem(NamedTuple):
         boxes = chosen.boxes(n, p, q)
         # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results.
         splits = max(1, min(4 * arch.processors // cdiv(c, channels), cdiv(boxes, 4)))
-        return replace(chosen, splits=even_splits(boxes, splits))
+        return replace(chosen, splits=whole_splits(boxes, splits, 1))
 
     def adjusted(self, config: ConvConfig) -> ConvConfig:
         config = replace(config, block_i=config.box[0] * config.box[2])
         return adjusted_splits(config, self.n, self.p, self.q) if self.wgrad else config
 
     def is_legal(self, config: ConvConfig) -> bool:
-        n, p, q, c, dtype, arch, _, wgrad, _ = self
+        n, p, q, c, dtype, arch, wgrad = self.n, self.p, self.q, self.c, self.dtype, self.arch, self.wgrad
         images, rows, columns = config.box
         chosen, channels = self.choose(), config.block_j
 

@@ -15,9 +15,10 @@ from ...launch.matmul import (
     registers,
     stages_in_memory,
     unrounded,
+    whole_splits,
 )
 from ...launch.neighbors import Steps, all_registers, by_one, by_two, differs_by_steps
-from .config import ConvConfig, adjusted_splits, beside, choose_box, even_splits, legal_splits, sparing, with_rows
+from .config import ConvConfig, adjusted_splits, beside, choose_box, legal_splits, sparing, with_rows
 
 FEW_CHANNELS = 7  # input channels up to which nine taps of them fit the 64 summed elements of one product
 
@@ -84,7 +85,7 @@ class FewChannelsProblem(NamedTuple):
         boxes = chosen.boxes(n, p, q)
         # Derived: four programs a processor hide each other's gathers; splits of under four boxes mostly write results.
         splits = max(1, min(4 * arch.processors // cdiv(o, channels), cdiv(boxes, 4)))
-        return replace(chosen, splits=even_splits(boxes, splits))
+        return replace(chosen, splits=whole_splits(boxes, splits, 1))
 
     @property
     def _limit(self) -> int | None:
@@ -106,7 +107,7 @@ class FewChannelsProblem(NamedTuple):
         return adjusted_splits(replace(config, num_stages=min(config.num_stages, stages)), n, p, q)
 
     def is_legal(self, config: ConvConfig) -> bool:
-        n, p, q, o, c, dtype, arch, wgrad, _ = self
+        n, p, q, o, c, dtype, arch, wgrad = self.n, self.p, self.q, self.o, self.c, self.dtype, self.arch, self.wgrad
         chosen = self.choose()
         i, j, l = config.block_i, config.block_j, config.block_l
         largest = max(i * j, i * l, j * l) if wgrad else i * j
@@ -143,7 +144,7 @@ class FewChannelsDgradProblem(NamedTuple):
         return dict(box=beside, num_warps=by_two, num_stages=by_one, max_registers=all_registers)
 
     def choose(self) -> ConvConfig:
-        n, h, w, o, dtype, _, arch, tma = self
+        n, h, w, o, dtype, arch, tma = self.n, self.h, self.w, self.o, self.dtype, self.arch, self.tma
         block_l = fit(128, o)
         if arch.backend == "interpreter":
             pixels, warps, stages, reason = 32, 1, 1, REASON_INTERPRETED

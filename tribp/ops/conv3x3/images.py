@@ -10,7 +10,7 @@ from ...kernels import relayout as kernels
 from ...kernels.conv3x3 import Strided
 from ...launch.arch import cdiv
 from ...launch.buffer import Buffer
-from ...launch.launches import Launch, in_tuple
+from ...launch.launches import in_tuple
 from ...launch.layout import accumulator, descriptor, vector_length
 from ...launch.plan import Plan
 from ...launch.reduce import Partials, partials_of
@@ -132,7 +132,6 @@ class Packing:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._jobs: list[PackJob] = []
-        self.others: list[Launch] = []  # that write what is needed, too
 
     def image(self, tensor: Buffer, groups: int) -> Image:
         """The tensor as dense kernels read it: channels side by side, at least four bytes to an access.
@@ -161,9 +160,6 @@ class Packing:
 
     def launch(self) -> None:
         """Launch what packs all that was asked for, and has not been packed yet."""
-        for launch in self.others:
-            self._plan.add(launch)
-        self.others = []
         while self._jobs:
             first = self._jobs.pop(0)
             second = self._take([job for job in self._jobs if job.form == first.form])
@@ -206,7 +202,7 @@ def output_grad(
 ) -> tuple[Image | None, Partials]:  # fmt: skip
     """dz, which is dy or dy·act′(y), in the layout that its readers want, and the partial sums of a db."""
     if dense and needed and y is None and db is None:
-        return packing.image(dy, groups), Partials(None, None)
+        return packing.image(dy, groups), Partials()
     channels_last = dense or is_channels_last(dy if y is None else y)
     dz: Image | None = None
     out: Buffer | None = None
@@ -216,7 +212,7 @@ def output_grad(
         channels = padded(dy.shape[1], dy.element_size()) if dense and groups == 1 else dy.shape[1]
         out = channels_last_scratch(plan, dy, channels) if channels_last else plan.scratch(dy.shape, dy.dtype)
         dz = image(out, channels_last)
-    sums = Partials(None, None)
+    sums = Partials()
     if out is not None or db is not None:
         sums = relayout(plan, dy, y, activation, out, db)
     return dz, sums

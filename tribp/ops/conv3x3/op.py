@@ -94,12 +94,12 @@ def conv3x3(
                 # As they were given: torch refuses True and 1.0, which the cache takes for 1.
                 output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
                 return output if activation is None else activate_(output, act)
-        alone = weight is not None and kernels_compute(input, weight, bias) and input.ndim == 4
-        if alone:
+        quick = weight is not None and kernels_compute(input, weight, bias) and input.ndim == 4
+        if quick:
             window, act = known_window(stride, padding, groups, dilation), activation_of("conv3x3", activation)
     except REFUSALS:
-        alone = False
-    if alone and (done := unless_refused(by_kernels, input, weight, bias, window, act)) is not None:
+        quick = False
+    if quick and (done := unless_refused(by_kernels, input, weight, bias, window, act)) is not None:
         return done
     if shows_call(input, weight, bias):
         tensors = (input, weight, bias)
@@ -149,10 +149,10 @@ class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def save(
         ctx: Any, input: Tensor, weight: Tensor, window: Window, activation: Activation, output: Tensor,
-        operator: bool = False,
+        by_operator: bool = False,
     ) -> None:  # fmt: skip
-        ctx.operator, ctx.window, ctx.activation, ctx.input_size = operator, window, activation, input.shape
-        ctx.formats = channels_last_of(input, weight)
+        ctx.by_operator, ctx.window, ctx.activation, ctx.input_size = by_operator, window, activation, input.shape
+        ctx.last = channels_last_of(input, weight)
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(
             input if needs_weight else None, weight if needs_input else None, output if ctx.activation.name else None
@@ -170,14 +170,14 @@ def _gradients(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
     """Of input, weight and bias, as linear's."""
     input, weight, output = ctx.saved_tensors
     needs, window, act, size = ctx.needs_input_grad[:3], ctx.window, ctx.activation, ctx.input_size
-    operator = ctx.operator or needs_operator()
+    by_operator = ctx.by_operator or needs_operator()
     with without_autocast(grad.device.type):
-        if backward_by_torch(grad, operator):
+        if backward_by_torch(grad, by_operator):
             return reference.conv3x3_backward(grad, input, weight, output, size, window, act, needs)
-        if operator:
-            found = backward_operator(grad, input, weight, output, size, *window, *act, needs, *ctx.formats)
+        if by_operator:
+            found = backward_operator(grad, input, weight, output, size, *window, *act, needs, *ctx.last)
             return scatter(needs, found)
-        return backward(grad, input, weight, output, size, window, act, needs, ctx.formats, "triton")
+        return backward(grad, input, weight, output, size, window, act, needs, ctx.last, "triton")
 
 
 def forward(
@@ -287,7 +287,7 @@ def _needs(needs: Sequence[bool]) -> Needs:
 def _save_of_operator(ctx: Any, inputs: Any, output: Tensor) -> None:
     input, weight, _, stride, padding, groups, *activation = inputs
     window = as_window(stride, padding, groups)
-    _Conv3x3.save(ctx, input, weight, window, Activation(*activation), output, operator=True)
+    _Conv3x3.save(ctx, input, weight, window, Activation(*activation), output, by_operator=True)
 
 
 operator.register_autograd(lambda ctx, grad: (*_gradients(ctx, grad), *[None] * 6), setup_context=_save_of_operator)

@@ -70,16 +70,16 @@ def forward_layer(
     algorithm = algorithm_for(x.shape[1], y.shape[1], window.groups, x)
     b, ys = None if b is None else plan.contiguous(b), dense_image(y)
     if algorithm == "depthwise":
-        plan.add(_depthwise_forward(plan, x, w, b, ys, window, activation))
+        _depthwise_forward(plan, x, w, b, ys, window, activation)
     elif algorithm == "few_channels":
-        plan.add(_few_channels_forward(plan, x, w, b, ys, window, activation, tf32))
+        _few_channels_forward(plan, x, w, b, ys, window, activation, tf32)
     else:
-        plan.add(_dense_forward(plan, x, w, b, ys, window, activation, tf32))
+        _dense_forward(plan, x, w, b, ys, window, activation, tf32)
 
 
 def _depthwise_forward(
     plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, activation: Activation
-) -> Launch:
+) -> None:
     n, c, p, q = y.tensor.shape
     xs, w = with_unit_stride(plan, x, y.channels_last), plan.contiguous(w)
     crowded = activation.costly or window.stride != (1, 1)
@@ -91,14 +91,13 @@ def _depthwise_forward(
         s.block_j, conv3x3.Box(*s.box), *window.stride, CHANNELS_LAST=y.channels_last, VEC=xs.vec, VEC_STORE=y.vec,
         ACT=activation, PTX=plan.arch.backend != "hip",
     )  # fmt: skip
-    return Launch.of(
-        conv3x3_depthwise.depthwise_forward, (s.boxes(n, p, q) * cdiv(c, s.block_j),), arguments, constants, s
-    )
+    grid = (s.boxes(n, p, q) * cdiv(c, s.block_j),)
+    plan.launch(conv3x3_depthwise.depthwise_forward, grid, arguments, constants, s)
 
 
 def _few_channels_forward(
     plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, activation: Activation, tf32: bool
-) -> Launch:
+) -> None:
     (n, o, p, q), c = y.tensor.shape, x.shape[1]
     dtype = dtype_name(x.dtype)
     w = _either_order(plan, w)
@@ -111,12 +110,12 @@ def _few_channels_forward(
         STEP_W=window.stride[1], VEC_STORE=y.vec, ACT=activation, PTX=plan.arch.backend != "hip",
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * cdiv(o, s.block_j),)
-    return Launch.of(conv3x3_few_channels.few_channels_forward, grid, arguments, constants, s)
+    plan.launch(conv3x3_few_channels.few_channels_forward, grid, arguments, constants, s)
 
 
 def _dense_forward(
     plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, activation: Activation, tf32: bool
-) -> Launch:
+) -> None:
     (n, o, p, q), groups, arch = y.tensor.shape, window.groups, plan.arch
     dtype = dtype_name(x.dtype)
     precision = precision_of(dtype, tf32, arch)
@@ -144,7 +143,7 @@ def _dense_forward(
         **_dense_config(s, window, precision, y), VEC=vec, VEC_W=ws.vec,
         VEC_STORE=_tile_vec(y, groups, groups_per_tile), ACT=activation, PTX=arch.backend != "hip",
     )  # fmt: skip
-    return Launch.of(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, constants, s)
+    plan.launch(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, constants, s)
 
 
 def backward(
@@ -205,7 +204,7 @@ def backward_layer(
         else:
             dgrad = _dense_dgrad(plan, packing, dz, w, dx, window, tf32)
     packing.launch()
-    pending = Partials(None, None), Partials(None, None)
+    pending = Partials(), Partials()
     if dw is not None:
         assert x is not None
         assert dz is not None
@@ -461,7 +460,7 @@ def _packed_weight(
         out = channels_last_scratch(plan, w, groups_per_tile * cols)
         arguments = (w, out, rows // groups, cols, *w.stride())
         config = conv3x3.SpreadWeight(groups_per_tile, power_of_2(9 * groups_per_tile * cols))
-        packing.others.append(Launch(conv3x3.spread_weight, (rows,), arguments, dict(CONFIG=config), 4))
+        plan.add(Launch(conv3x3.spread_weight, (rows,), arguments, dict(CONFIG=config), 4))
         return image(out, True)
     if not swapped and w.shape[:2] == (rows, cols) and w.is_contiguous(memory_format=torch.channels_last):
         return image(w, True)

@@ -68,7 +68,7 @@ class ForwardProblem(NamedTuple):
         return {**STEPS, "persistent": toggled}
 
     def choose(self) -> MatmulConfig:
-        m, n, k, dtype, _, arch, *_ = self
+        m, n, k, dtype, arch = self.m, self.n, self.k, self.dtype, self.arch
         chosen = choose_product(self, m, n, k)
         if self.costly and not has_room(chosen, arch):
             chosen = self.adjusted(replace(chosen, block_j=chosen.block_j // 2))
@@ -190,7 +190,7 @@ class WgradProblem(NamedTuple):
         return max(1, max(self.spare, WORKSPACE) // ((8 if self.dtype == "float64" else 4) * self.n * self.k))
 
     def choose(self) -> MatmulConfig:
-        m, n, k, _, _, arch, *_ = self
+        m, n, k, arch = self.m, self.n, self.k, self.arch
 
         def most_splits(tile: MatmulConfig) -> int:
             """Splits of under eight steps, where loads run ahead, do little but write partial results."""
@@ -243,7 +243,7 @@ class BackwardProblem(NamedTuple):
         return self.n <= (64 if itemsize == 2 else 16) and self.vec * itemsize >= 4
 
     def choose(self) -> MatmulConfig:
-        m, n, k, dtype, _, arch, *_ = self
+        m, n, k, dtype, arch = self.m, self.n, self.k, self.dtype, self.arch
         if arch.backend == "interpreter":
             chosen = MatmulConfig(32, 32, 16, 1, 1, REASON_INTERPRETED)
         else:
@@ -265,7 +265,7 @@ class BackwardProblem(NamedTuple):
         return replace(config, splits=whole_splits(self.m, splits, config.block_i))
 
     def is_legal(self, config: MatmulConfig) -> bool:
-        _, n, k, dtype, _, arch, *_ = self
+        n, k, dtype, arch = self.n, self.k, self.dtype, self.arch
         most, itemsize = self.choose(), ITEMSIZE[dtype]
         stage = config.block_i * (config.block_j + 2 * config.block_l) * itemsize  # x, dy and y
         return (

@@ -78,10 +78,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
                 return F.linear(input, weight, bias)
             act = activation_of("linear", activation)
             return activate_(F.linear(input, weight, bias), act)
-        act, alone = activation_of("linear", activation), weight is not None and kernels_compute(input, weight, bias)
+        act, quick = activation_of("linear", activation), weight is not None and kernels_compute(input, weight, bias)
     except REFUSALS:
-        alone = False  # the checks know a better sentence
-    if alone and (output := unless_refused(by_kernels, input, weight, bias, act)) is not None:
+        quick = False  # the checks know a better sentence
+    if quick and (output := unless_refused(by_kernels, input, weight, bias, act)) is not None:
         return output
     if shows_call(input, weight, bias):
         tensors = (input, weight, bias)
@@ -94,10 +94,10 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     try:
         if torch_computes(input, weight, bias):
             return activate_(F.linear(input, weight, bias), SIGMOID)
-        alone = weight is not None and kernels_compute(input, weight, bias)
+        quick = weight is not None and kernels_compute(input, weight, bias)
     except REFUSALS:
-        alone = False
-    if alone and (output := unless_refused(by_kernels, input, weight, bias, SIGMOID)) is not None:
+        quick = False
+    if quick and (output := unless_refused(by_kernels, input, weight, bias, SIGMOID)) is not None:
         return output
     if shows_call(input, weight, bias):
         tensors = (input, weight, bias)
@@ -153,9 +153,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def save(
-        ctx: Any, input: Tensor, weight: Tensor, activation: Activation, output: Tensor, operator: bool = False
+        ctx: Any, input: Tensor, weight: Tensor, activation: Activation, output: Tensor, by_operator: bool = False
     ) -> None:
-        ctx.operator, ctx.activation = operator, activation
+        ctx.by_operator, ctx.activation = by_operator, activation
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         # A frozen weight needs no input, and an input without gradient no weight: neither is kept then.
         ctx.save_for_backward(
@@ -174,12 +174,12 @@ def _gradients(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
     """Of input, weight and bias. Not `_Linear.backward`: Dynamo takes that for another call of the Function."""
     input, weight, output = ctx.saved_tensors
     needs, act = ctx.needs_input_grad[:3], ctx.activation
-    operator = ctx.operator or needs_operator()
+    by_operator = ctx.by_operator or needs_operator()
     # Backward under autocast, which torch advises against, would cast the operands of float32 products.
     with without_autocast(grad.device.type):
-        if backward_by_torch(grad, operator):
+        if backward_by_torch(grad, by_operator):
             return reference.linear_backward(grad, input, weight, output, act, needs)
-        if operator:
+        if by_operator:
             return scatter(needs, backward_operator(grad, input, weight, output, *act, needs))
         return backward(grad, input, weight, output, act, needs, "triton")
 
@@ -257,7 +257,7 @@ def _(
 
 def _save_of_operator(ctx: Any, inputs: Any, output: Tensor) -> None:
     input, weight, _, *activation = inputs
-    _Linear.save(ctx, input, weight, Activation(*activation), output, operator=True)
+    _Linear.save(ctx, input, weight, Activation(*activation), output, by_operator=True)
 
 
 operator.register_autograd(

@@ -83,9 +83,6 @@ def forward_layer(
     )  # fmt: skip
 
 
-NO_SUMS = Partials(None, None)
-
-
 class LowerLayer(NamedTuple):
     """The layer whose output is this layer's x: its dz is wanted in place of dx."""
 
@@ -103,7 +100,7 @@ class OutputGradient:
         self.readable = not self.dy.transposed and self.dy.ld >= dy.shape[1]  # an expanded dy has no rows to load
         self.dz = self.dy if self.readable and y is None else None  # where it can be read
         self.db = db  # until its sums are formed
-        self.sums = NO_SUMS
+        self.sums = Partials()
         self._plan = plan
 
     @property
@@ -176,7 +173,7 @@ def backward_layer(
             return (*append_sums(plan, *pending), *own)
     if y is None:
         dz.formed()
-    shares = NO_SUMS
+    shares = Partials()
     if dw is not None:
         assert xs is not None
         shares = form_dw(plan, dz, xs, dw, precision, hand_on=dx is not None)
@@ -260,7 +257,7 @@ def form_dx(
     if s is None or not s.fuse_dz:
         source, y = dz.formed(), None
         s = config(source, None)
-    sums = NO_SUMS
+    sums = Partials()
     if lower is not None:
         sums = Partials(partials_of(plan, lower.db, cdiv(m, s.block_i), accumulator(dtype)), lower.db)
         lower = lower._replace(db=sums.partials)

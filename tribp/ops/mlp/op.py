@@ -92,10 +92,10 @@ def mlp(
             x = activate_(F.linear(x, w, b), act)
         else:
             return x
-        alone = all(w is not None for w in weights) and kernels_compute(input, *weights, *given)
+        quick = all(w is not None for w in weights) and kernels_compute(input, *weights, *given)
     except REFUSALS:
-        alone = False  # the checks know a better sentence
-    if alone and (output := unless_refused(by_kernels, input, weights, given, both)) is not None:
+        quick = False  # the checks know a better sentence
+    if quick and (output := unless_refused(by_kernels, input, weights, given, both)) is not None:
         return output
     tensors = [t for t in (input, *weights, *given) if t is not None]
     if shows_call(*tensors):
@@ -164,7 +164,7 @@ class _MLP(torch.autograd.Function):
         count = len(parameters) // 2
         layers = _layers(parameters[:count], parameters[count:], both)
         outputs = forward(input, layers, "triton")
-        _save(ctx, input, layers, outputs, ctx.needs_input_grad[1:], operator=False)
+        _save(ctx, input, layers, outputs, ctx.needs_input_grad[1:], by_operator=False)
         return outputs[-1]
 
     @staticmethod
@@ -176,8 +176,9 @@ apply = bare_apply(_MLP)
 
 
 def _save(
-    ctx: Any, input: Tensor, layers: Sequence[Layer], outputs: Sequence[Tensor], needs: Sequence[bool], operator: bool
-) -> None:
+    ctx: Any, input: Tensor, layers: Sequence[Layer], outputs: Sequence[Tensor], needs: Sequence[bool],
+    by_operator: bool,
+) -> None:  # fmt: skip
     """Backward goes from the last layer down to the lowest of which a gradient is wanted, `first`.
 
     Autograd keeps what that reads: inputs of layers whose weight's gradient or whose lower neighbour's derivative is
@@ -191,7 +192,7 @@ def _save(
         source if needs[1 + first] else None, *hidden, outputs[-1] if layers[-1].activation.name else None,
         weight if needs[0] else None, *weights,
     )  # fmt: skip
-    ctx.operator, ctx.first, ctx.layers = operator, first, layers[first:]
+    ctx.by_operator, ctx.first, ctx.layers = by_operator, first, layers[first:]
     ctx.source = None if needs[1 + first] else source  # autograd frees what it keeps, with the backward pass
     ctx.both = layers[0].activation, layers[-1].activation
     ctx.versions = _versions(ctx)
@@ -214,7 +215,7 @@ def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | N
     sources, output, weights = saved[:count], saved[count], saved[count + 1 :]
     of_weights, of_biases = needs[1 : 1 + first + count], needs[1 + first + count :]
     needs = [needs[0], *of_weights[first:], *of_biases[first:]]
-    by_operator = ctx.operator or needs_operator()
+    by_operator = ctx.by_operator or needs_operator()
     # As in linear's backward.
     with without_autocast(grad.device.type):
         if torch.is_grad_enabled():
@@ -325,7 +326,7 @@ def _save_of_operator(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
     needs_input, *needs = ctx.needs_input_grad  # here without the lists' structure
     count = len(weights)
     needs = [needs_input, *needs[:count], *scatter(ctx.has_bias, needs[count:])]
-    _save(ctx, input, _layers(weights, scatter(ctx.has_bias, biases), both), output, needs, operator=True)
+    _save(ctx, input, _layers(weights, scatter(ctx.has_bias, biases), both), output, needs, by_operator=True)
     ctx.mark_non_differentiable(*output[:-1])
     ctx.set_materialize_grads(False)  # no zeros for those
 
