@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -162,6 +163,31 @@ def test_launches_begin_early_where_gpu_and_driver_can(
     monkeypatch.setattr(ctypes, "CDLL", Library)
     arch = dispatch._arch_of.__wrapped__(0)
     assert (arch.name, arch.early_launches) == (f"sm_{10 * major + minor}", early)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("gfx942:sramecc+:xnack-", "triton"), ("gfx90a:sramecc+:xnack-", "triton"), ("gfx950", "triton"),
+        ("gfx1100", "torch"), ("gfx1201", "torch"), ("gfx906:sramecc+:xnack-", "torch"), ("gfx9", "torch"),
+        ("sm_80", "triton"), ("sm_121", "triton"), ("sm_75", "torch"), ("sm_70", "torch"), ("interpreted", "triton"),
+    ],
+)  # fmt: skip
+def test_which_gpus_run_kernels_by_themselves(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, Triton runs on the others too."""
+    pytest.importorskip("triton")
+    capability = int(name[3:]) if name.startswith("sm_") else 0
+    properties = SimpleNamespace(
+        major=capability // 10, minor=capability % 10, multi_processor_count=8, gcnArchName=name
+    )  # fmt: skip
+    monkeypatch.setattr(torch.version, "hip", None if capability else "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(dispatch, "_arch_of", dispatch._arch_of.__wrapped__)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: name == "interpreted")
+    tensor: Any = SimpleNamespace(is_cuda=True, is_meta=False, device=torch.device("cuda", 0))
+    assert dispatch.backend_of(tensor) == backend
+    with tribp.use_backend("triton"):
+        assert dispatch.backend_of(tensor) == "triton"
 
 
 def test_importing_queries_no_gpu() -> None:

@@ -1,7 +1,7 @@
 """Where a call goes: which backend runs a tensor, on what machine, and what sees operators but no launches.
 
-`auto` (the default): Triton kernels for CUDA and ROCm tensors, plain torch for everything else. Set `TRIBP_BACKEND` to
-`auto`, `triton` or `torch`, or use `tribp.use_backend`. Importing this module asks no GPU anything.
+`auto` (the default): Triton kernels for tensors on GPUs that they suit, plain torch for everything else. Set
+`TRIBP_BACKEND` to `auto`, `triton` or `torch`, or use `tribp.use_backend`. Importing this module asks no GPU anything.
 """
 
 import contextlib
@@ -94,9 +94,15 @@ def backend_of(tensor: Tensor) -> str:
 
 
 def _supported(index: int) -> bool:
-    """Triton compiles for AMD's matrix-core GPUs and for NVIDIA's from sm_80 on; older ones go torch's way."""
+    """Whether kernels compile well for a GPU: for NVIDIA's from sm_80 on, for AMD's with matrix cores for all types.
+
+    Compiled: none spills on gfx90a, gfx942 and gfx950; 19 of 156 do on gfx1100. On older ones of that family (gfx1010)
+    kernels of Triton are reported to write nothing, and to say nothing. They go torch's way.
+    """
     arch = arch_of(index)
-    return arch.backend != "cuda" or arch.capability >= 80
+    if arch.backend == "hip":
+        return arch.name in ("gfx90a", "gfx942", "gfx950")
+    return arch.backend == "interpreter" or arch.capability >= 80
 
 
 def _driver_version() -> int:
