@@ -1,6 +1,7 @@
 """Whole models: what `fuse` and `unfuse` leave, and the reason."""
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -197,6 +198,26 @@ def test_linears_that_are_left(make: Callable[[], nn.Module], reason: str) -> No
     assert type(model[1]) is nn.Sigmoid
     if not isinstance(module, torch.jit.ScriptModule):
         assert tribp.fuse(nn.Sequential(module)) == Report()  # not of interest without a Sigmoid
+
+
+@pytest.mark.parametrize(("layer", "size"), [(nn.Linear(4, 2), (3, 4)), (nn.Conv2d(4, 2, 3), (1, 4, 5, 5))], ids=str)
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_bias_of_another_length_is_for_torch_to_take_or_refuse(
+    layer: nn.Module, size: tuple[int, ...], length: int
+) -> None:
+    models: list[Any] = [nn.Sequential(copy.deepcopy(layer), nn.ReLU()) for _ in range(2)]
+    plain, fused = models
+    tribp.fuse(fused)
+    for model in models:
+        model[0].bias = nn.Parameter(torch.full((length,), 2.0))
+        model[0].weight = nn.Parameter(torch.ones_like(model[0].weight))
+    try:
+        expected = plain(torch.ones(size))
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            fused(torch.ones(size))
+    else:
+        torch.testing.assert_close(fused(torch.ones(size)), expected)
 
 
 @pytest.mark.parametrize("parametrization", [parametrizations.spectral_norm, parametrizations.weight_norm])

@@ -240,21 +240,20 @@ def unreadable(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> 
         return "it has no weight"
     if bias is None and not hasattr(layer, "bias"):
         return "it has no bias"
-    if reason := _unusual("weight", weight) or ("" if bias is None else _unusual("bias", bias)):
-        return reason
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if type(t).__name__ not in PLAIN:  # of a tensor subclass, a Parameter has the subclass's type
+            return f"its {name} is a {type(t).__name__}"
+        if t.layout is not torch.strided:
+            return f"its {name} is {str(t.layout).removeprefix('torch.')}"
+        if t.dtype not in FLOATS:
+            return f"its {name} is {str(t.dtype).removeprefix('torch.')}"
     dimensions = 4 if isinstance(layer, (nn.Conv2d, Conv3x3)) else 2
     if weight.dim() != dimensions or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = " and ".join(str(tuple(p.shape)) for p in (weight, bias) if p is not None)
         return f"its parameters have the shapes {shapes}"
     return ""
-
-
-def _unusual(name: str, t: Tensor) -> str:
-    if type(t).__name__ not in PLAIN:  # of a tensor subclass, a Parameter has the subclass's type
-        return f"its {name} is a {type(t).__name__}"
-    if t.layout is not torch.strided:
-        return f"its {name} is {str(t.layout).removeprefix('torch.')}"
-    return "" if t.dtype in FLOATS else f"its {name} is {str(t.dtype).removeprefix('torch.')}"
 
 
 def convolves_as_torch(layer: nn.Module) -> bool:
