@@ -50,8 +50,10 @@ for dtype, tf32, pitch in ((torch.bfloat16, False, 1004), (torch.float32, True, 
     for direction in ("forward", "backward"):
         case = linear.LinearCase((4096, pitch, pitch), dtype, tf32)
         read(f"linear {pitch} {dtype} {direction}", linear.OPERATION.launches(case, direction, arch))
-for shape in ((16, 128, 128, 13, 13), (64, 3, 64, 64, 64)):
-    read(f"conv {shape}", conv.OPERATION.launches(ConvCase(shape, torch.bfloat16), "wgrad", arch))
+for shape, dtype in (((16, 128, 128, 13, 13), torch.bfloat16), ((64, 3, 64, 64, 64), torch.bfloat16),
+                     ((64, 3, 64, 64, 64), torch.float32)):
+    case = ConvCase(shape, dtype, tf32=dtype == torch.float32)
+    read(f"conv {case.name}", conv.OPERATION.launches(case, "wgrad", arch))
 read("groups", conv.OPERATION.launches(ConvCase((64, 128, 128, 28, 28), torch.bfloat16, groups=32), "forward", arch))
 print(json.dumps(found))
 """

@@ -7,7 +7,7 @@ import importlib
 import io
 import threading
 import weakref
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -87,7 +87,10 @@ def test_states_are_dicts_to_every_tool(device: str) -> None:
     gradients(params, 0)
     optimizer.step()
     state = optimizer.state[params[0]]
-    for other in (copy.copy(state), copy.deepcopy(state), {**state}, state | {}, state.copy()):
+    others = copy.copy(state), copy.deepcopy(state), {**state}, state | {}, {} | state, state.copy(), dict(state)
+    assert {*map(type, others)} == {dict}
+    assert type(state | OrderedDict()) is type(dict(state) | OrderedDict()) is OrderedDict
+    for other in others:
         assert list(other) == ["step", "exp_avg", "exp_avg_sq"]
         other["exp_avg"] = None  # a copy is no part of the optimizer
     gradients(params, 1)

@@ -54,6 +54,9 @@ class WatchedState(dict[str, Any]):
             super().__setitem__(key, value)
             self.notes.change(key)
 
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | other  # of two dicts, the one on the right may say of which class
+
     __copy__ = dict.copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
