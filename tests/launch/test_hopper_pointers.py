@@ -45,14 +45,14 @@ def read(name, launches):
             source, options = source_of(launch, arch)
             ptx = triton.compile(source, target=target_of(arch), options=options).asm["ptx"]
             found[f"{name} {launch.kernel.__name__}"] = [line.strip().split(" ")[0] for line in ptx.splitlines()]
-# Rows that are no multiple of 16 bytes have no descriptors; of 2 bytes are not copied asynchronously either.
+# Rows that are no multiple of 16 bytes have no descriptors; of 4 bytes, they are not copied asynchronously either.
 for dtype, tf32, pitch in ((torch.bfloat16, False, 1004), (torch.float32, True, 1002)):
     for direction in ("forward", "backward"):
         case = linear.LinearCase((4096, pitch, pitch), dtype, tf32)
         read(f"linear {pitch} {dtype} {direction}", linear.OPERATION.launches(case, direction, arch))
-for shape, dtype in (((16, 128, 128, 13, 13), torch.bfloat16), ((64, 3, 64, 64, 64), torch.bfloat16),
-                     ((64, 3, 64, 64, 64), torch.float32)):
-    case = ConvCase(shape, dtype, tf32=dtype == torch.float32)
+few = 64, 3, 64, 64, 64
+for case in (ConvCase((16, 128, 128, 13, 13), torch.bfloat16), ConvCase(few, torch.bfloat16),
+             ConvCase(few, torch.float32, tf32=True)):
     read(f"conv {case.name}", conv.OPERATION.launches(case, "wgrad", arch))
 read("groups", conv.OPERATION.launches(ConvCase((64, 128, 128, 28, 28), torch.bfloat16, groups=32), "forward", arch))
 print(json.dumps(found))
