@@ -125,7 +125,14 @@ assert cost(lambda: None) == "no kernel was launched"
 """
 
 
-def test_code_of_the_course_runs() -> None:
+@pytest.mark.parametrize(
+    "pages",
+    [
+        pytest.param([COURSE / "gradient-descent.md", COURSE / "network.md"], id="two"),
+        pytest.param(PAGES, id="all", marks=pytest.mark.slow),  # as the site's build does
+    ],
+)
+def test_code_of_the_course_runs(pages: list[Path]) -> None:
     """Where Triton compiles, which it does not beside its interpreter: in a process of its own.
 
     And what it says an SGD step costs: it reads parameter and gradient, and its tables; it writes the parameter, and
@@ -133,7 +140,7 @@ def test_code_of_the_course_runs() -> None:
     """
     pytest.importorskip("triton")
     pytest.importorskip("numpy")
-    run(ROOT, "-c", RUN + COUNTED, *map(str, PAGES))
+    run(ROOT, "-c", RUN + COUNTED, *map(str, pages))
 
 
 @pytest.fixture(scope="module")

@@ -107,26 +107,12 @@ def conv(
 
 
 QUICK: dict[str, Case] = {
-    "conv, 64 columns": conv((2, 64, 16, 16), 64),
-    "conv, 128 columns": conv((1, 128, 16, 16), 136),
-    "conv, 40 columns, NCHW": conv((15, 40, 5, 8), 40, padding=(0, 1), x=images.contiguous, needs="x", processors=1),
-    "conv, box and rest": conv((4, 32, 7, 7), 40),
-    "conv, box and rest, sigmoid": conv((3, 24, 13, 11), 40, activation="sigmoid"),
-    "conv, lines of images": conv((32, 24, 3, 2), 72, needs="wb"),
-    "conv, lines of columns": conv((1, 24, 3, 32), 72, needs="wb", stride=(2, 1)),
     "conv, NCHW": conv((4, 32, 8, 16), 40, x=images.contiguous, w=images.contiguous, activation="sigmoid"),
     "conv, split sum": conv((4, 32, 16, 16), 32, groups=2, w=images.contiguous, needs="wb", processors=18),
-    "conv, split sum behind dx": conv((8, 32, 16, 16), 72, stride=2, w=images.contiguous, processors=18),
     "conv, padded channels": conv((2, 13, 9, 7), 11, x=images.contiguous, dtype=HALF),
-    "conv, stride 2": conv((2, 64, 16, 16), 72, stride=2),
     "conv, stride 2, odd": conv((2, 72, 11, 9), 24, stride=(1, 2), x=images.cropped_last, bias=False),
-    "conv, groups": conv((2, 64, 8, 8), 144, groups=2),
     "conv, bundles": conv((2, 40, 6, 7), 20, groups=5, activation="sigmoid"),
-    "conv, bundles of 64 columns": conv((15, 128, 5, 8), 128, groups=16, needs="x", processors=1),
-    "conv, groups taken apart": Apart(64, 16),
     "conv, image": conv((2, 3, 16, 12), 72, activation="sigmoid", needs="wb"),
-    "conv, image, no activation": conv((2, 3, 9, 12), 40, needs="wb", dtype=HALF),
-    "conv, dx of an image": conv((2, 3, 9, 140), 40, needs="x"),
     "conv, dx of an image, even pitch": conv((2, 2, 5, 9), 6, needs="x"),
     "conv, dx of an NCHW image": conv((5, 4, 7, 12), 6, padding=(2, 0), x=images.contiguous, w=images.contiguous),
     "conv, NCHW image, float32": conv(
@@ -140,6 +126,22 @@ QUICK: dict[str, Case] = {
     "conv, tf32": conv((1, 64, 8, 8), 64, dtype=SINGLE, tf32=True),
     "conv, float64": conv((1, 24, 8, 8), 24, dtype=DOUBLE),
     "conv, db alone": conv((2, 8, 9, 7), 72, needs="b"),
+}
+QUICK_ON_HOPPER: dict[str, Case] = {
+    "conv, 64 columns": conv((2, 64, 16, 16), 64),
+    "conv, 128 columns": conv((1, 128, 16, 16), 136),
+    "conv, 40 columns, NCHW": conv((15, 40, 5, 8), 40, padding=(0, 1), x=images.contiguous, needs="x", processors=1),
+    "conv, box and rest": conv((4, 32, 7, 7), 40),
+    "conv, box and rest, sigmoid": conv((3, 24, 13, 11), 40, activation="sigmoid"),
+    "conv, lines of images": conv((32, 24, 3, 2), 72, needs="wb"),
+    "conv, lines of columns": conv((1, 24, 3, 32), 72, needs="wb", stride=(2, 1)),
+    "conv, split sum behind dx": conv((8, 32, 16, 16), 72, stride=2, w=images.contiguous, processors=18),
+    "conv, stride 2": conv((2, 64, 16, 16), 72, stride=2),
+    "conv, groups": conv((2, 64, 8, 8), 144, groups=2),
+    "conv, bundles of 64 columns": conv((15, 128, 5, 8), 128, groups=16, needs="x", processors=1),
+    "conv, groups taken apart": Apart(64, 16),
+    "conv, image, no activation": conv((2, 3, 9, 12), 40, needs="wb", dtype=HALF),
+    "conv, dx of an image": conv((2, 3, 9, 140), 40, needs="x"),
 }
 
 DTYPES = (HALF, BRAIN, SINGLE, DOUBLE)

@@ -1,4 +1,4 @@
-"""The tests that every target's file runs: `test_executed_sm_80.py`, `test_executed_sm_90.py`.
+"""The tests that every target's file runs: `test_sm_80.py`, `test_sm_90.py`.
 
 Each case is computed by executed code: what Triton compiled for the target, thread by thread. It fails if a result is
 further from float64's than rounding explains, or if the code did something that no order of events may do: read what
@@ -13,8 +13,10 @@ import pytest
 from tribp import versions
 
 from ..optim.executed_cases import Beyond, Rule
-from .cases import QUICK, RANDOM, SLOW
+from .cases import QUICK, QUICK_ON_HOPPER, RANDOM, SLOW
 from .process import Executor
+
+CASES = QUICK | QUICK_ON_HOPPER | SLOW
 
 # Other events that the hardware may bring about: copies land at once, warps and programs run in any order.
 EVENTS: dict[str, dict[str, object]] = {
@@ -46,14 +48,24 @@ def report(problems: list[str]) -> None:
         pytest.fail("\n".join(problems), pytrace=False)
 
 
-@pytest.mark.parametrize("name", QUICK)
+def quick(target: str) -> list[str]:
+    return [*QUICK, *(QUICK_ON_HOPPER if target == "sm_90" else ())]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function is test_case:
+        at_once = quick(metafunc.module.TARGET)
+        names = [pytest.param(name, marks=[] if name in at_once else pytest.mark.slow) for name in CASES]
+        metafunc.parametrize("name", names)
+
+
 def test_case(name: str, gpu: Executor) -> None:
-    report(gpu.problems(QUICK[name]))
+    report(gpu.problems(CASES[name]))
 
 
 def test_every_form_was_executed(gpu: Executor, request: pytest.FixtureRequest) -> None:
     """By the cases above: every kernel, each compile-time switch on and off, each axis of a grid longer than 1."""
-    if gpu.cases < len(QUICK):
+    if gpu.cases < len(quick(request.module.TARGET)):
         pytest.skip("only some of the cases were run")
     alone = {"conv3x3.wgrad.X_FIRST"}  # before Hopper
     alone |= set() if versions.keeps_shared_tiles() else {"conv3x3.wgrad.TMA"}  # by products of 16 bits, on sm_90
@@ -69,16 +81,10 @@ def test_every_form_was_executed(gpu: Executor, request: pytest.FixtureRequest) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_slow_case(name: str, gpu: Executor) -> None:
-    report(gpu.problems(SLOW[name]))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("events", EVENTS)
-@pytest.mark.parametrize("name", QUICK | SLOW)
+@pytest.mark.parametrize("name", CASES)
 def test_other_events(name: str, events: str, gpu: Executor) -> None:
-    report(gpu.problems((QUICK | SLOW)[name], **EVENTS[events]))
+    report(gpu.problems(CASES[name], **EVENTS[events]))
 
 
 @pytest.mark.slow
@@ -92,6 +98,6 @@ def test_random_case(family: str, seed: int, gpu: Executor) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, case in QUICK.items() if not isinstance(case, (Rule, Beyond))])
+@pytest.mark.parametrize("name", [name for name in quick("sm_90") if not isinstance(CASES[name], (Rule, Beyond))])
 def test_every_setting_that_tuning_tries(name: str, gpu: Executor) -> None:
-    report(gpu.problems_of_variants(QUICK[name]))
+    report(gpu.problems_of_variants(CASES[name]))

@@ -4,7 +4,6 @@ Under Triton's interpreter they are skipped; tests/executor/test_command.py runs
 """
 # mypy: disable-error-code="no-untyped-def, name-defined"
 
-import itertools
 import os
 import re
 from typing import Any
@@ -113,7 +112,11 @@ def product(
     return torch.equal(c.double(), a.double() @ b.double()), report
 
 
-TRANSPOSED = list(itertools.product([False, True], [False, True]))
+def slow(*values: Any) -> Any:
+    """Ways that the cases of `tests/executed` take as well."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 KERNELS = [("sm_80", by_pointers), ("sm_90", by_pointers), ("sm_90", by_descriptors)]
 
 
@@ -121,12 +124,13 @@ KERNELS = [("sm_80", by_pointers), ("sm_90", by_pointers), ("sm_90", by_descript
 @pytest.mark.parametrize(
     ("trans", "dtype", "precision"),
     [
-        *((trans, torch.bfloat16, "ieee") for trans in TRANSPOSED),
-        ((False, True), torch.float16, "ieee"),
+        ((False, True), torch.bfloat16, "ieee"),
         ((True, False), torch.float32, "tf32"),
-        ((False, True), torch.float32, "tf32x3"),
         ((False, False), torch.float32, "ieee"),
-        ((True, True), torch.float64, "ieee"),
+        *(slow(trans, torch.bfloat16, "ieee") for trans in ((False, False), (True, False), (True, True))),
+        slow((False, True), torch.float16, "ieee"),
+        slow((False, True), torch.float32, "tf32x3"),
+        slow((True, True), torch.float64, "ieee"),
     ],
 )
 def test_products(target: str, kernel: Any, trans: tuple[bool, bool], dtype: torch.dtype, precision: str) -> None:
@@ -154,7 +158,8 @@ def test_products_of_all_sizes(target: str, kernel: Any, tile: Any, warps: int, 
 
 @pytest.mark.parametrize(("target", "kernel"), KERNELS)
 @pytest.mark.parametrize(
-    "options", [{}, dict(copies="early"), dict(schedule="random", order="random", seed=1), dict(threads=256)]
+    "options",
+    [{}, dict(schedule="random", order="random", seed=1), slow(dict(copies="early")), slow(dict(threads=256))],
 )
 def test_products_with_edges(target: str, kernel: Any, options: dict[str, Any]) -> None:
     dtype = torch.bfloat16

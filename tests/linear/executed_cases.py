@@ -81,11 +81,7 @@ class Linear(NamedTuple):
 
 QUICK: dict[str, Case] = {
     "linear, whole tiles": Linear((136, 264, 200)),
-    "linear, columns": Linear((136, 72, 136), HALF, lies.transposed, lies.transposed),
-    "linear, persistent": Linear((136, 264, 1032), needs="", processors=1),
     "linear, odd pitch": Linear((70, 77, 65), x=lies.transposed),
-    "linear, odd pitch, wide tiles": Linear((136, 137, 97), HALF),
-    "linear, odd pitch, short sums": Linear((40, 7, 9)),
     "linear, even pitch": Linear((72, 42, 78), HALF, w=lies.transposed),
     "linear, misaligned": Linear((40, 24, 72), x=lies.shifted, w=shifted_columns, dy=lies.gaps, bias=False),
     "linear, float32": Linear((136, 72, 104), SINGLE),
@@ -93,6 +89,12 @@ QUICK: dict[str, Case] = {
     "linear, float64": Linear((72, 40, 56), DOUBLE),
     "linear, frozen weight": Linear((72, 136, 72), needs="xb", dy=expanded),
     "linear, split sum": Linear((1100, 40, 72), HALF, needs="wb"),
+}
+QUICK_ON_HOPPER: dict[str, Case] = {
+    "linear, columns": Linear((136, 72, 136), HALF, lies.transposed, lies.transposed),
+    "linear, persistent": Linear((136, 264, 1032), needs="", processors=1),
+    "linear, odd pitch, wide tiles": Linear((136, 137, 97), HALF),
+    "linear, odd pitch, short sums": Linear((40, 7, 9)),
     "linear, split sum behind dx": Linear((1100, 40, 72), HALF),
     "linear, dx alone": Linear((136, 72, 72), needs="x"),
     "linear, wide dx": Linear((136, 72, 200), needs="x", processors=1),

@@ -241,12 +241,21 @@ def stored(kept: Tensor, exact: Tensor, halves: float = 1.0) -> Tensor:
 
 
 QUICK: dict[str, Case] = {
+    "Adam, amsgrad in one group": Rule("Adam", {}, DOUBLE, second={"amsgrad": True}),
+    "AdamW": Rule("AdamW", {}, BRAIN),
+    "aligned, clipping, ε inside": Beyond(
+        "Adagrad", (SINGLE,), {"max_grad_norm": 1.0, "eps_inside_sqrt": True}, layouts=ALIGNED
+    ),
+    "clipping, GradScaler": Beyond("SGD", (HALF, SINGLE), {"max_grad_norm": 1.0, "state_dtype": SINGLE}, 8.0),
+    "8 bits": Coded("AdamW", BRAIN, {}),
+    "8 bits, tiny squares and ε": Tiny("RMSprop", {"eps": 1e-40}),
+    "averages, stochastic rounding": Beyond("AdamW", (BRAIN,), {"ema_decay": 0.9, "stochastic_rounding": True}),
+}
+QUICK_ON_HOPPER: dict[str, Case] = {
     "SGD": Rule("SGD", {"momentum": 0.9, "dampening": 0.3}),
     "Momentum": Rule("Momentum", {}, BRAIN),
     "RMSprop": Rule("RMSprop", {"momentum": 0.9, "centered": True}, HALF),
     "Adagrad": Rule("Adagrad", {"lr_decay": 0.1, "initial_accumulator_value": 0.3}),
-    "Adam, amsgrad in one group": Rule("Adam", {}, DOUBLE, second={"amsgrad": True}),
-    "AdamW": Rule("AdamW", {}, BRAIN),
     "Adadelta": Rule("Adadelta", {}, HALF),
     "Adamax": Rule("Adamax", {}),
     "NAdam": Rule("NAdam", {"momentum_decay": 0.1}, DOUBLE, second={"decoupled_weight_decay": True}),
@@ -256,14 +265,7 @@ QUICK: dict[str, Case] = {
     "Adagrad, 600 tensors": Rule(
         "Adagrad", {"lr_decay": 0.1, "initial_accumulator_value": 0.3}, layouts=("0-d",) * 600
     ),
-    "aligned, clipping, ε inside": Beyond(
-        "Adagrad", (SINGLE,), {"max_grad_norm": 1.0, "eps_inside_sqrt": True}, layouts=ALIGNED
-    ),
-    "clipping, GradScaler": Beyond("SGD", (HALF, SINGLE), {"max_grad_norm": 1.0, "state_dtype": SINGLE}, 8.0),
-    "8 bits": Coded("AdamW", BRAIN, {}),
     "8 bits, tiny squares": Tiny("Adam", {"eps": 1e-30}),
-    "8 bits, tiny squares and ε": Tiny("RMSprop", {"eps": 1e-40}),
-    "averages, stochastic rounding": Beyond("AdamW", (BRAIN,), {"ema_decay": 0.9, "stochastic_rounding": True}),
 }
 
 DTYPES = (HALF, BRAIN, SINGLE, DOUBLE)
