@@ -1,10 +1,6 @@
 """Which backend runs what; and that importing tribp asks nothing of a GPU and nothing of triton."""
 
 import ctypes
-import os
-import subprocess
-import sys
-import textwrap
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,13 +11,7 @@ import tribp
 from tribp import dispatch
 
 from .conftest import HAS_GPU
-
-
-def python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    variables = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRIBP_BACKEND")} | environment
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=variables, timeout=120
-    )
+from .processes import forked
 
 
 def test_auto_sends_cpu_tensors_to_torch() -> None:
@@ -80,7 +70,7 @@ def test_backward_uses_the_backend_of_forward(kernels: str, launched: list[str])
 
 
 def test_unknown_backend_in_the_environment() -> None:
-    run = python("import tribp", TRIBP_BACKEND="fast")
+    run = forked("-c", "import tribp", TRIBP_BACKEND="fast")
     assert run.returncode != 0
     assert "TRIBP_BACKEND must be one of 'auto', 'triton', 'torch', got 'fast'" in run.stderr.splitlines()[-1]
 
@@ -95,11 +85,11 @@ def test_triton_on_cpu_tensors_without_the_interpreter() -> None:
         except RuntimeError as error:
             print(error)
     """
-    run = python(code, TRIBP_BACKEND="triton")
+    run = forked("-c", code, TRIBP_BACKEND="triton")
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) == 1
     assert "TRITON_INTERPRET=1" in run.stdout
-    run = python(code + "    print('ran')", TRIBP_BACKEND="triton", TRITON_INTERPRET="1")
+    run = forked("-c", code + "    print('ran')", TRIBP_BACKEND="triton", TRITON_INTERPRET="1")
     assert run.stdout == "" or "TRITON_INTERPRET" not in run.stdout, run.stdout
 
 
@@ -117,7 +107,8 @@ WITHOUT_TRITON = """
 
 
 def test_works_without_triton() -> None:
-    run = python(
+    run = forked(
+        "-c",
         WITHOUT_TRITON
         + """
     import torch, tribp
@@ -129,7 +120,7 @@ def test_works_without_triton() -> None:
             tribp.linear_sigmoid(x, torch.ones(4, 3))
     except RuntimeError as error:
         print(error)
-    """
+    """,
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "the Triton backend was asked for, but triton is not installed: pip install triton"
@@ -192,7 +183,8 @@ def test_which_gpus_run_kernels_by_themselves(name: str, backend: str, monkeypat
 
 def test_importing_queries_no_gpu() -> None:
     """Neither CUDA's initialization nor any query of a device; triton itself stays unimported too."""
-    run = python(
+    run = forked(
+        "-c",
         """
         import sys, torch
         def refuse(*args, **kwargs):
@@ -204,6 +196,6 @@ def test_importing_queries_no_gpu() -> None:
         import tribp, tribp.nn, tribp.functional, tribp.ops.linear.op
         tribp.nn.LinearSigmoid(3, 4)(torch.ones(2, 3))
         assert "tribp.kernels.common" not in sys.modules
-        """
+        """,
     )
     assert run.returncode == 0, run.stderr

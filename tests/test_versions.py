@@ -2,16 +2,14 @@
 
 import contextlib
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 from tribp import versions
 
-ROOT = Path(__file__).parents[1]
+from .processes import ROOT, forked
+
 PYPROJECT = (ROOT / "pyproject.toml").read_text()  # Python 3.10 has no tomllib
 CI = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
 
@@ -76,7 +74,7 @@ import tribp, tribp.ops.linear.plan, tribp.ops.conv3x3.plan, tribp.optim.triton_
 def test_untested_versions_are_named_once(torch: str, triton: str, said: list[str]) -> None:
     pytest.importorskip("triton")
     code = KERNELS.format(torch, triton)
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    run = forked("-c", code)
     assert run.returncode == 0, run.stderr
     found = [line for line in run.stderr.splitlines() if "arn" in line or "untested" in line]
     assert [line.partition("UserWarning: ")[2] for line in found] == [

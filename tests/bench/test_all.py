@@ -24,7 +24,7 @@ from bench.command_line import parse
 from bench.options import Options
 from bench.timing import CpuMeter
 
-from .processes import ROOT
+from ..processes import ROOT, forked
 from .test_run import NO_CUDA, linear, run_with, smoke
 
 GPU = CpuMeter.name
@@ -129,9 +129,8 @@ def test_every_selection_of_tests_meets_the_kernels() -> None:
         [["-m", "gpu", *f.gpu] for f in families] + [[*f.checked] for f in families] + [[*f.smoke] for f in families]
     )
     words += [[*every["tests large"]], [*every["tests kernels"]]]
-    done = subprocess.run(
-        [sys.executable, "-c", COLLECT, json.dumps(words)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = forked("-c", COLLECT, json.dumps(words))
+    assert done.returncode == 0, done.stderr
     *found, large, kernels = json.loads(done.stdout.splitlines()[-1])
     names = [{name.split("::")[1].split("[")[0] for name in one} for one in found]
     assert all(found)

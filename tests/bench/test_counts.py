@@ -15,7 +15,7 @@ from bench.operation import Operation
 from bench.options import Options
 
 from ..executor.findings import Counts, Traffic
-from .processes import python
+from ..processes import forked
 
 
 def made(**more: object) -> Counts:
@@ -89,7 +89,7 @@ def test_a_case_is_taken_by_its_name_or_by_a_part_of_it(
 def test_launches_are_counted(words: list[str], kernels: list[str], tmp_path: Path) -> None:
     pytest.importorskip("triton")
     file = tmp_path / "found.json"
-    done = python("-m", "bench", "counts", *words, "--programs", "1", "--json", str(file))
+    done = forked("-m", "bench", "counts", *words, "--programs", "1", "--json", str(file))
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())
     assert [row["kernel"] for row in rows] == kernels

@@ -29,7 +29,8 @@ from tribp import versions
 from tribp.launch.arch import ARCHS
 from tribp.launch.launches import Launch
 
-from .processes import python, sass
+from ..processes import forked
+from .machine_code import sass
 
 BF16, FP32 = torch.bfloat16, torch.float32
 H200, SM_90 = MACHINES["sm_90"], ARCHS["sm_90"]
@@ -512,7 +513,7 @@ def test_an_optimizers_programs_take_turns() -> None:
 def test_the_command_predicts_what_run_measures(tmp_path: Path) -> None:
     file, name = tmp_path / "found.json", LinearCase(SQUARISH, BF16).name
     words = ["--model", "--case", "8192x1024x1024", "--dtype", "bfloat16", "--jobs", "1", "--json", str(file)]
-    done = python("-m", "bench", "static", "linear", *words)
+    done = forked("-m", "bench", "static", "linear", *words)
     assert done.returncode == 0, done.stderr
     found = {(entry["case"], entry["direction"]): entry for entry in json.loads(file.read_text())}
     assert set(found) == {(of, d) for of in (name, f"{name} relu") for d in ("forward", "backward", "wgrad only")}

@@ -34,7 +34,7 @@ from bench.timing import CpuMeter, HostTarget, kernels_of, summary
 from tribp import dispatch
 from tribp.launch.arch import ARCHS
 
-from .processes import ROOT, called, python
+from ..processes import ROOT, called, forked, python
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
 
@@ -164,7 +164,7 @@ def test_the_librarys_own_configs_are_measured_whatever_the_shell_says(monkeypat
     pytest.importorskip("triton")
     monkeypatch.setenv("TRIBP_AUTOTUNE", "1")
     code = "import bench.run, os; from tribp.launch import autotune; print(autotune.tuner, os.getenv('TRIBP_AUTOTUNE'))"
-    assert python("-c", code).stdout == "None None\n", "no search, here or in what is started from here"
+    assert forked("-c", code).stdout == "None None\n", "no search, here or in what is started from here"
 
 
 def test_results_of_an_earlier_run_stay_until_measured_again(tmp_path: Path) -> None:
@@ -222,14 +222,6 @@ def test_errors_are_one_line_that_lists_what_there_is(
     assert error.count("\n") == 1
 
 
-def bench(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """What the program does, as a shell starts it."""
-    return subprocess.run(
-        [sys.executable, "-m", "bench", *words],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | environment, timeout=600,
-    )  # fmt: skip
-
-
 def test_an_encoding_that_lacks_letters_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
@@ -239,14 +231,14 @@ def test_an_encoding_that_lacks_letters_stops_nothing(monkeypatch: pytest.Monkey
 
 
 def test_a_backend_that_is_none_is_one_sentence() -> None:
-    done = bench("run", TRIBP_BACKEND="gpu")
+    done = forked("-m", "bench", "run", TRIBP_BACKEND="gpu")
     expected = "bench: TRIBP_BACKEND must be one of 'auto', 'triton', 'torch', got 'gpu'\n"
     assert (done.returncode, done.stderr) == (2, expected)
 
 
 def test_interrupted_while_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
-    done = bench("run", PYTHONPATH=str(tmp_path))
+    done = python("-m", "bench", "run", env={"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stderr) == (130, "bench: interrupted\n")
 
 
@@ -568,7 +560,7 @@ def host_rows(case: str, tmp_path: Path) -> dict[str, Any]:
     """Each row's times, from a process without the interpreter."""
     pytest.importorskip("triton")
     file = tmp_path / "host.json"
-    done = python("-m", "bench", "host", "--smoke", "--case", case, "--json", str(file))
+    done = forked("-m", "bench", "host", "--smoke", "--case", case, "--json", str(file))
     assert done.returncode == 0, done.stderr
     assert f"| {case}" in done.stdout
     return {row["case"]: row["host_us"] for row in json.loads(file.read_text())["rows"]}
@@ -609,7 +601,7 @@ def kernels_of_batches() -> dict[str, int]:
 @NO_CUDA
 def test_batches_of_many_sizes_take_few_kernels() -> None:
     pytest.importorskip("triton")
-    counts = called("test_run.kernels_of_batches")
+    counts = called(kernels_of_batches)
     assert 4 <= counts["MLP"] <= 14
     # Small batches have a stage more where a program is alone, and one less where a processor takes three at once.
     assert 9 <= counts["channels_last"] <= 53

@@ -27,7 +27,8 @@ from bench.sass import Loop
 from tribp.launch.arch import ARCHS
 from tribp.versions import keeps_shared_tiles, triton_version
 
-from .processes import called, python, sass
+from ..processes import called, forked, python
+from .machine_code import sass
 from .test_static_conv import BAD, GOOD
 
 Row = dict[str, Any]
@@ -44,7 +45,7 @@ def test_what_selects_nothing_is_an_error(options: tuple[str, str]) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_ctrl_c_ends_every_process_in_a_line() -> None:
     """It comes while the others still import torch, and goes to all of them, as from a terminal."""
-    code = """if True:
+    code = """
         import os, signal, sys, threading
         from bench.__main__ import main
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,7 +58,7 @@ def test_ctrl_c_ends_every_process_in_a_line() -> None:
 
 def compile_everything(folder: Path, *options: str) -> list[Row]:
     file = folder / "static.json"
-    done = python("-m", "bench", "static", "--json", str(file), *options)
+    done = forked("-m", "bench", "static", "--json", str(file), *options)
     assert done.returncode in (0, 1), done.stderr
     rows: list[Row] = json.loads(file.read_text())
     assert done.returncode == any(row["broken"] for row in rows)
@@ -306,7 +307,7 @@ def plant() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def planted() -> dict[str, Any]:
-    found: dict[str, Any] = called("test_static.plant")
+    found: dict[str, Any] = called(plant)
     return found
 
 

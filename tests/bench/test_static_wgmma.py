@@ -14,7 +14,8 @@ from bench import wgmma
 from bench.expectations import Compiled, always, broken
 from tribp.launch.arch import ARCHS
 
-from .processes import called, sass
+from ..processes import called
+from .machine_code import sass
 
 # -- kernels that Triton or ptxas compiles badly ----------------------------------------------------------------------
 
@@ -79,7 +80,7 @@ def plant() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def planted() -> dict[str, dict[str, list[str]]]:
-    found: dict[str, dict[str, list[str]]] = called("test_static_wgmma.plant")
+    found: dict[str, dict[str, list[str]]] = called(plant)
     return found
 
 

@@ -21,6 +21,7 @@ from tribp.demo import averages
 from tribp.demo.methods import METHODS
 from tribp.demo.models import MODELS
 
+from ..processes import forked
 from .cases import PNG, ROOT, new_training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,7 +167,7 @@ def test_program_through_the_kernels(
 
 
 def test_help_teaches_and_imports_no_extra() -> None:
-    code = """if True:
+    code = """
         import sys
         from tribp.__main__ import main
         try:
@@ -174,7 +175,7 @@ def test_help_teaches_and_imports_no_extra() -> None:
         finally:
             print("imported:", sorted({"matplotlib", "mlxtend", "rich"} & sys.modules.keys()))
     """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = forked("-c", code)
     assert done.returncode == 0, done.stderr
     assert "imported: []" in done.stdout
     for option in ("device", "batch-size", "epochs", "lr", "epsilon", "seed", "output", "html"):
@@ -272,10 +273,7 @@ def test_kernels_that_cannot_run(
 def test_a_wrong_value_of_tribp_autotune() -> None:
     pytest.importorskip("triton")
     variables = {"TRIBP_BACKEND": "triton", "TRITON_INTERPRET": "1", "TRIBP_AUTOTUNE": "yes"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tribp", "--device", "cpu"],
-        cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    done = forked("-m", "tribp", "--device", "cpu", **variables)
     sentence = "python -m tribp: TRIBP_AUTOTUNE must be 0 or 1, got 'yes'\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", sentence)
 

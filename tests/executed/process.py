@@ -4,13 +4,14 @@ import concurrent.futures
 import contextlib
 import gc
 import importlib
-import multiprocessing
 import os
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+from ..processes import with_torch
 
 if TYPE_CHECKING:
     from .checks import Case
@@ -24,8 +25,7 @@ class Executor:
     def __init__(self, target: str) -> None:
         self.cases = 0  # so far, and the forms of all their launches
         self.forms: set[Form] = set()
-        spawn = multiprocessing.get_context("spawn")
-        self._pool = concurrent.futures.ProcessPoolExecutor(1, spawn, _start, (target,))
+        self._pool = concurrent.futures.ProcessPoolExecutor(1, with_torch(), _start, (target,))
 
     def __enter__(self) -> "Executor":
         self._pool.__enter__()

@@ -2,32 +2,24 @@
 
 import contextlib
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ..processes import forked
 from . import __main__ as command
 from .machine import Options
 from .run import Report
 
-ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="nothing compiles without triton")
-
-
-def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRIBP_BACKEND")}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @needs_triton
 def test_small_kernels_are_executed() -> None:
-    done = python("-m", "pytest", "--execute", "sm_90", "-n", "0", "-q", "tests/executor/test_compiled.py")
+    done = forked("-m", "pytest", "--execute", "sm_90", "-n", "0", "-q", "tests/executor/test_compiled.py")
     assert done.returncode == 0, done.stdout
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
@@ -60,7 +52,7 @@ def test_a_script(tmp_path: Path, n: int, ending: str, status: int) -> None:
         f"{KERNEL}\ncopy(int(sys.argv[1]))\nprint('argument', sys.argv[1:])\n{ending}\n"
     )
     options = ["--target", "sm_90", "--copies", "early", "--schedule", "random", "--order", "random"]
-    done = python("-m", "tests.executor", *options, str(tmp_path / "script.py"), str(n), "--target")
+    done = forked("-m", "tests.executor", *options, str(tmp_path / "script.py"), str(n), "--target")
     assert done.returncode == status, done.stderr
     assert f"argument ['{n}', '--target']" in done.stdout
     assert "\ncopied " in done.stdout
@@ -72,7 +64,7 @@ def test_a_test_fails_for_what_its_kernels_do(tmp_path: Path) -> None:
     tests = "def test_right():\n    copy(8)\n\ndef test_wrong():\n    copy(9)\n"
     (tmp_path / "test_copies.py").write_text(KERNEL + "\n" + tests)
     plugin = ["-p", "tests.executor.plugin", "--execute", "sm_80", "-p", "no:cacheprovider"]
-    done = python("-m", "pytest", *plugin, str(tmp_path / "test_copies.py"))
+    done = forked("-m", "pytest", *plugin, str(tmp_path / "test_copies.py"))
     assert "1 failed, 1 passed" in done.stdout, done.stdout
     assert "AssertionError: out of bounds in copied" in done.stdout
     assert "executed 2 launches" in done.stdout

@@ -3,8 +3,6 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 import tribp
 from tribp.fusion import Left, Report
 
+from ..processes import forked
 from .cases import MODELS, Called, compile_anew, image, kinds, reasons, sigmoid_after
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -378,12 +377,14 @@ def test_fused_after_compile() -> None:
 
 def test_nothing_is_printed() -> None:
     code = """
+import warnings
+warnings.simplefilter("error")
 import torch, tribp
 model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
 tribp.fuse(model)
 model(torch.ones(1, 2)).sum().backward()
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    done = forked("-c", code)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 

@@ -1,8 +1,6 @@
 """Methods of torch's classes, or of a single layer, that a tool has replaced: before `fuse`, or after it."""
 
 import copy
-import subprocess
-import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +12,7 @@ from torch.nn import functional as F
 
 import tribp
 
+from ..processes import forked
 from .cases import reasons
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,7 +54,7 @@ def test_methods_of_classes(
 
 def test_methods_that_were_replaced_before_the_import() -> None:
     """A class of another name in torch's place, too, and one whose forward is no function."""
-    code = """if True:
+    code = """
         import torch
         from torch import nn
         class MyLinear(nn.Linear):
@@ -71,7 +70,7 @@ def test_methods_that_were_replaced_before_the_import() -> None:
         tribp.fuse(model)
         assert torch.equal(model(x), y)
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forked("-c", code)
     assert done.returncode == 0, done.stderr
 
 

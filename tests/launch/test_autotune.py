@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,9 +26,9 @@ from tribp.ops.linear import plan as linear_plan
 from tribp.ops.linear.config import ForwardProblem
 
 from ..oracle import LinearSigmoid, assert_close
+from ..processes import forked
 from .config_cases import problems
 
-ROOT = Path(__file__).parents[2]
 GPU = "Some GPU 80GB"
 PROBLEM = ForwardProblem(20, 16, 64, "float32", "ieee", INTERPRETER, 4, True)
 
@@ -164,8 +161,7 @@ def test_what_was_found_is_read_by_another_process(
         "    tribp.linear_sigmoid(torch.randn(20, 64), torch.randn(16, 64))\n"
         "print(*[config.block_l for config in plan.tuned.values()])"
     )
-    environment = os.environ | {"TRIBP_AUTOTUNE": "1", "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = forked("-c", code, TRIBP_AUTOTUNE="1", TRITON_INTERPRET="1")
     assert done.stdout.split() == ["64"], done.stderr
 
 

@@ -1,14 +1,10 @@
 """Configs: what the heuristics choose is legal, and what is beside it is legal too, and computes the same."""
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,9 +27,9 @@ from tribp.ops.linear.config import BackwardProblem, DgradProblem, ForwardProble
 
 from ..conv3x3.cases import ieee as ieee
 from ..oracle import TOLERANCE, error
+from ..processes import called, python
 from .config_cases import problems
 
-ROOT = Path(__file__).parents[2]
 MACHINES = {**ARCHS, "interpreter": INTERPRETER}
 SM_90 = ARCHS["sm_90"]
 
@@ -300,32 +296,23 @@ def compiled(target: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("target", [t if t == "sm_90" else pytest.param(t, marks=pytest.mark.slow) for t in ARCHS])
 def test_small_configs_compile(target: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = f"import json; from tests.launch.test_configs import compiled; print(json.dumps(compiled({target!r})))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = called(compiled, target)
     assert len(found) == 2
     assert {said for codes in found.values() for said in codes} == {" True"}, found
 
 
 def test_problems_and_neighbors_are_the_same_in_every_process() -> None:
-    """Under other seeds of Python's hashes sets have another order, and objects other addresses."""
-    code = (
-        "from tribp.launch.arch import ARCHS; from tribp.launch.neighbors import neighbors\n"
-        "from tribp.ops.linear.config import WgradProblem\n"
-        "problem = WgradProblem(80, 40, 48, 'float16', 'ieee', ARCHS['sm_90'], 8, True, True, 1 << 30)\n"
-        "print(problem, neighbors(problem, problem.choose()))"
-    )
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True, text=True, check=True,
-        ).stdout
-        for seed in "12"
-    }  # fmt: skip
-    assert len(said) == 1
-    assert "0x" not in said.pop()
+    """Under another seed of Python's hashes sets have another order, and objects other addresses."""
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    code = f"from {__name__} import *; print(a_problem_and_its_neighbors())"
+    said = python("-c", code, env={"PYTHONHASHSEED": seed}, check=True).stdout.strip()
+    assert said == a_problem_and_its_neighbors()
+    assert "0x" not in said
+
+
+def a_problem_and_its_neighbors() -> str:
+    problem = WgradProblem(80, 40, 48, "float16", "ieee", SM_90, 8, True, True, 1 << 30)
+    return f"{problem} {neighbors(problem, problem.choose())}"
 
 
 def test_a_config_replaces_the_choice_for_its_problem_and_no_other() -> None:

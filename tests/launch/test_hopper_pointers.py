@@ -5,10 +5,6 @@ decides which of the two it is (`tribp/versions.py`).
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +17,9 @@ from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem
 from tribp.ops.conv3x3.config_few_channels import FewChannelsProblem
 from tribp.ops.linear.config import ForwardProblem
 
+from ..processes import forked
 from .config_cases import problems
 
-ROOT = Path(__file__).parents[2]
 H100 = ARCHS["sm_90"]
 PRECISIONS = [("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "tf32x3")]
 
@@ -73,8 +69,7 @@ def unfenced(opcodes: list[str]) -> bool:
 
 
 def test_no_product_by_pointers_misses_its_fence() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = forked("-c", COMPILE)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert {name.rsplit(" ", 1)[1] for name in found} == {"forward", "dgrad", "wgrad", "few_channels_wgrad"}

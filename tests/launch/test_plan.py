@@ -1,14 +1,10 @@
 """Plans are made once for tensors of one layout: that a repeated plan does what a new one would have done."""
 
-import os
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +32,8 @@ from tribp.launch.layout import matrix
 from tribp.launch.plan import Plan
 from tribp.ops.activations import Activation
 from tribp.ops.linear import plan as linear_plan
+
+from ..processes import forked
 
 Make = Callable[[str], list[Tensor | None]]
 Compute = Callable[..., list[Tensor]]
@@ -499,11 +497,7 @@ def test_leading_dimensions_are_one_where_torch_has_a_view(name: str) -> None:
 @pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_repeated_calls_hand_the_driver_what_triton_would(target: str) -> None:
     """Compiled, with a driver that performs nothing: kernel, grid and arguments are those of a new call."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRIBP_BACKEND")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.launch.repeated_calls", target],
-        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = forked("-m", "tests.launch.repeated_calls", target)
     assert done.returncode == 0, done.stderr
     assert "compared" in done.stdout
 

@@ -18,9 +18,9 @@ from tribp.ops.activations import NONE
 from tribp.ops.checks import MAX_SIZE
 from tribp.ops.linear.config import OutputGradProblem
 
-from ..bench.processes import python
 from ..covering import DTYPES
 from ..oracle import TOLERANCE, LinearSigmoid, assert_close, matrix
+from ..processes import called
 
 dimension = st.integers(1, 70)
 
@@ -70,9 +70,7 @@ def rows_that_the_last_program_summed() -> tuple[float, int]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is executed are CPU tensors")
 def test_the_last_rows_of_all_are_summed() -> None:
     pytest.importorskip("triton")
-    done = python("-c", f"from {__name__} import *; print(*rows_that_the_last_program_summed())")
-    assert done.returncode == 0, done.stderr
-    summed, rows = map(float, done.stdout.split())
+    summed, rows = called(rows_that_the_last_program_summed)
     assert summed == rows > 0
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -33,6 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 import tribp
 import tribp.optim
 
+from ..processes import with_torch
+
 Spec = tuple[str, dict[str, Any]]  # class and options
 
 
@@ -45,7 +46,7 @@ class Processes:
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = with_torch()
         self._tasks = [context.Queue() for _ in range(self._size)]
         self._results = context.Queue()
         self._processes = [

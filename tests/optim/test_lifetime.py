@@ -25,7 +25,8 @@ from tribp import dispatch
 from tribp.optim import SGD, Adam, Momentum, NAdam, RMSprop
 from tribp.optim.adam import AdamRule
 
-from ..test_dispatch import WITHOUT_TRITON, python
+from ..processes import forked
+from ..test_dispatch import WITHOUT_TRITON
 from .cases import CLASSES
 from .ecosystem_cases import Options, close, gradients, loss_of, model, weights
 
@@ -318,7 +319,8 @@ def test_importing_is_light() -> None:
 
     torch itself imports its compiler when it first makes an optimizer. Ours may add nothing to that.
     """
-    run = python(
+    run = forked(
+        "-c",
         """
         import sys, torch
         heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "triton", "tribp.kernels.optim")
@@ -335,14 +337,15 @@ def test_importing_is_light() -> None:
         before = set(sys.modules)
         train(tribp)
         assert not new(before), new(before)
-        """
+        """,
     )
     assert run.returncode == 0, run.stderr
 
 
 def test_works_without_triton_and_imported_late() -> None:
     """Also when torch has wrapped the steps of its classes already: a mark copied from them would silence our hooks."""
-    run = python(
+    run = forked(
+        "-c",
         WITHOUT_TRITON
         + f"\n    CLASSES = {CLASSES}"
         + """
@@ -359,7 +362,7 @@ def test_works_without_triton_and_imported_late() -> None:
         assert not torch.equal(p, torch.ones(3))
         assert seen == [1], (name, seen)
     assert "triton" not in sys.modules
-    """
+    """,
     )
     assert run.returncode == 0, run.stderr
 

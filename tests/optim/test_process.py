@@ -25,7 +25,7 @@ import tribp.optim
 from tribp.optim import cpu_updates
 from tribp.optim.adam import AdamRule
 
-from ..test_dispatch import python
+from ..processes import forked, with_torch
 from .cases import (
     CLASSES,
     FUSED,
@@ -153,7 +153,8 @@ def test_default_dtype(name: str, dtype: torch.dtype, fused: bool, device: str) 
 @pytest.mark.skipif(os.name != "posix", reason="a process that has torch forks")
 def test_imported_within() -> None:
     """A model's file that is imported late, in a block that makes tensors of another kind."""
-    run = python(
+    run = forked(
+        "-c",
         f"""
         import contextlib, os, torch
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -180,7 +181,7 @@ def test_imported_within() -> None:
                 b.step()
             torch.testing.assert_close(p, q)
             assert bool((p < 1).all()), name
-        """
+        """,
     )
     assert run.returncode == 0, run.stderr
 
@@ -354,7 +355,7 @@ def answer(optimizers: list[Any], requests: Any, answers: Any) -> None:
 
 def test_used_optimizers_in_a_spawned_process(device: str) -> None:
     """Sent as an argument and through a queue, as torch's can be. What lies on the CPU is shared: expect before."""
-    context = multiprocessing.get_context("spawn")
+    context = with_torch()
     requests, answers = context.Queue(), context.Queue()
     optimizers = [used(name, device)[0] for name in CLASSES]
     expected = [[t.tolist() for t in after(copy.deepcopy(optimizer))] for optimizer in optimizers]
@@ -389,19 +390,19 @@ def _count_elsewhere(params: Sequence[Tensor], optimizer: Any) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_counters_in_shared_memory_stay_there(method: str) -> None:
+@pytest.mark.parametrize("way", ["inherited", "sent"])
+def test_counters_in_shared_memory_stay_there(way: str) -> None:
     """Hogwild, A3C: workers share parameters and states. One after the other, so that the numbers are known."""
     found = []
+    context: Any = multiprocessing.get_context("fork") if way == "inherited" else with_torch()
     for kind in (torch.optim.Adam, tribp.optim.Adam):
         params = [Parameter(torch.ones(4).share_memory_()) for _ in range(2)]
         optimizer: Any = kind(params, lr=0.1)
         for p in params:
             state = dict(step=torch.zeros(()), exp_avg=torch.zeros(4), exp_avg_sq=torch.zeros(4))
             optimizer.state[p].update({key: value.share_memory_() for key, value in state.items()})
-        workers = 2 if method == "fork" else 1  # which takes seconds to import torch
+        workers = 2 if way == "inherited" else 1  # which imports tribp
         for _ in range(workers):
-            context: Any = multiprocessing.get_context(method)
             worker = context.Process(target=_count_elsewhere, args=(params, optimizer))
             worker.start()
             worker.join(timeout=120)

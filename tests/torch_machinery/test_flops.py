@@ -1,9 +1,5 @@
 """What `torch.utils.flop_counter` counts of tribp's layers: what it counts of torch's."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tribp
 
-ROOT = Path(__file__).parents[2]
+from ..processes import forked
 
 
 def count(function: object, *inputs: Tensor, backward: bool = True) -> int:
@@ -63,5 +59,5 @@ with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
     tribp.linear_sigmoid(torch.ones(2, 3), torch.ones(4, 3))
 assert counter.get_total_flops() == 48
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    run = forked("-c", code)
     assert run.returncode == 0, run.stderr
