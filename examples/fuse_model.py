@@ -1,7 +1,7 @@
 """Fuse a model that exists already: `tribp.fuse` has tribp's kernels run its layers, and `unfuse` undoes that.
 
-Printed: the report of what runs together and what was left; the largest difference of an output before and after (0, or
-the rounding of float32); and the losses of two steps of an optimizer that was made before `fuse`.
+Printed: the report of what runs together and what was skipped; the largest difference of an output before and after (0,
+or the rounding of float32); and the losses of two steps of an optimizer that was made before `fuse`.
 """
 
 import torch

@@ -270,7 +270,7 @@ def sigmoid_after(module: nn.Module) -> nn.Sequential:
 
 
 def reasons(report: Report) -> dict[str, str]:
-    return {left.name: left.reason for left in report.left}
+    return {skipped.name: skipped.reason for skipped in report.skipped}
 
 
 def kinds(model: nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""`fuse(model, fold_batchnorm=True)`: what is folded and when, what is left, and that every tensor stays."""
+"""`fuse(model, fold_batchnorm=True)`: what is folded and when, what is skipped, and that every tensor stays."""
 
 import contextlib
 import copy
@@ -73,7 +73,7 @@ def check(model: Any, x: Tensor) -> Report:
             assert folds(other, x) == norms
             torch.testing.assert_close(other(x), y, rtol=1e-4, atol=1e-5)
     assert tribp.fuse(model, fold_batchnorm=True).replaced == ()
-    assert tribp.unfuse(model).left == ()
+    assert tribp.unfuse(model).skipped == ()
     assert tensors(model) == before
     assert list(model.state_dict()) == keys
     assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
@@ -408,7 +408,7 @@ def trained(norm: nn.Module, name: str) -> nn.Module:
 
 
 UNFIT = "its tensors do not fit"
-LEFT: list[tuple[Callable[[], nn.Module], str]] = [
+SKIPPED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: nn.BatchNorm2d(2, track_running_stats=False), UNFIT),
     (lambda: hooked(nn.BatchNorm2d(2)), "it has forward hooks"),
     (lambda: MyNorm(2), "it is a subclass of BatchNorm2d: "),
@@ -421,8 +421,8 @@ LEFT: list[tuple[Callable[[], nn.Module], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "reason"), LEFT)
-def test_norms_that_are_left(make: Callable[[], nn.Module], reason: str) -> None:
+@pytest.mark.parametrize(("make", "reason"), SKIPPED)
+def test_norms_that_are_skipped(make: Callable[[], nn.Module], reason: str) -> None:
     norm = make().eval()
     model = nn.Sequential(nn.Conv2d(2, 2, 3), norm, nn.ReLU()).eval()
     report = tribp.fuse(model, fold_batchnorm=True)
@@ -431,7 +431,7 @@ def test_norms_that_are_left(make: Callable[[], nn.Module], reason: str) -> None
     assert model[1] is norm
 
 
-def test_layers_that_are_left() -> None:
+def test_layers_that_are_skipped() -> None:
     for layer in (hooked(nn.Conv2d(2, 2, 3)), buffered(nn.Conv2d(2, 2, 3)), type("Mine", (nn.Conv2d,), {})(2, 2, 3)):
         model = prepared(nn.Sequential(layer, nn.BatchNorm2d(2)))
         assert {"0", "1"} & reasons(tribp.fuse(model, fold_batchnorm=True)).keys()
@@ -472,7 +472,7 @@ def test_a_sequential_whose_outputs_are_read_between() -> None:
 def test_two_batch_norms_in_a_row() -> None:
     model = prepared(nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.BatchNorm2d(2), nn.ReLU()))
     report = check(model, torch.randn(2, 2, 5, 5))
-    assert report.left == ()
+    assert report.skipped == ()
     assert [entry.was for entry in report.replaced] == ["Sequential", "Conv2d + BatchNorm2d"]
 
 

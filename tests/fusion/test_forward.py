@@ -1,4 +1,4 @@
-"""Layers and activations that a module's own forward calls: what runs together, and what is left."""
+"""Layers and activations that a module's own forward calls: what runs together, and what is skipped."""
 
 import copy
 import importlib
@@ -94,7 +94,7 @@ TAKEN = {
 def test_what_is_taken(net: Callable[..., Any], case: str) -> None:
     forward, layers = TAKEN[case]
     report = check(net(forward))
-    assert report.left == ()
+    assert report.skipped == ()
     assert [entry.name for entry in report.replaced if " + " in entry.was] == sorted(layers.split(), key="conv fc".find)
     model = net(forward)
     tribp.fuse(model)
@@ -199,14 +199,14 @@ ALONE = {
 
 
 @pytest.mark.parametrize("case", ALONE)
-def test_what_is_left(net: Callable[..., Any], case: str) -> None:
+def test_what_is_skipped(net: Callable[..., Any], case: str) -> None:
     forward, reason = ALONE[case]
     report = check(net(forward))
     assert report.replaced == (Replaced("conv", "Conv2d", "conv3x3"),)
-    for left in report.left:
+    for skipped in report.skipped:
         assert reason
-        assert left.reason.startswith(reason)
-    assert len(report.left) == (reason is not None)
+        assert skipped.reason.startswith(reason)
+    assert len(report.skipped) == (reason is not None)
 
 
 # What forward does with a Sequential of a layer and its activation, which are taken together.
@@ -243,7 +243,7 @@ APART = {
 def test_a_sequential_that_forward_uses(net: Callable[..., Any], case: str) -> None:
     model = net((WHOLE | APART)[case])
     model.seq = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
-    assert check(model).left == ()
+    assert check(model).skipped == ()
     tribp.fuse(model)
     with Called() as called:
         model(torch.randn(3, 2, 6, 6))
@@ -259,7 +259,7 @@ def test_a_loop_over_a_list(net: Callable[..., Any]) -> None:
     assert [str(entry) for entry in report.replaced][2:] == [
         "layers.0: Linear + ReLU -> mlp", "layers.2: Linear + ReLU -> mlp", "layers.4: Linear -> mlp"
     ]  # fmt: skip
-    assert report.left == ()
+    assert report.skipped == ()
 
 
 # What forward calls of lists, and how often tribp's functions run then.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import tribp
-from tribp.fusion import Left, Replaced, Report
+from tribp.fusion import Replaced, Report, Skipped
 
 from .cases import Called, changed, done_to_both, hooked, reasons
 from .written import check, same
@@ -62,7 +62,7 @@ def test_classes_from_which_none_can_be_derived(net: Callable[..., Any], name: s
     model = net("return F.relu(self.conv(x))", f"def {name}(self, *args):\n    return super().{name}(*args)")
     report = tribp.fuse(model)
     assert report.replaced == (Replaced("conv", "Conv2d", "conv3x3"),)
-    assert report.left == (Left("conv", "ReLU", f"Net has a {name} of its own"),)
+    assert report.skipped == (Skipped("conv", "ReLU", f"Net has a {name} of its own"),)
 
 
 def test_a_base_whose_forward_is_called(net: Callable[..., Any]) -> None:
@@ -74,7 +74,7 @@ def test_a_base_whose_forward_is_called(net: Callable[..., Any]) -> None:
 
     model, x = Derived(), torch.randn(2, 2, 5, 5)
     y = model(x)
-    assert tribp.fuse(model).left == ()
+    assert tribp.fuse(model).skipped == ()
     assert torch.equal(model(x), y)
 
 
@@ -89,15 +89,15 @@ INSTANCES: list[tuple[Callable[[Any], object], str, str]] = [
 
 
 @pytest.mark.parametrize(("change", "name", "reason"), INSTANCES, ids=[reason for *_, reason in INSTANCES])
-def test_instances_that_are_left(
+def test_instances_that_are_skipped(
     net: Callable[..., Any], change: Callable[[Any], object], name: str, reason: str
 ) -> None:
     model, x = net("return self.act(self.conv(x))"), torch.randn(2, 2, 5, 5)
     change(model)
     y, kind = model(x), type(model)
-    left = reasons(tribp.fuse(model))
-    assert list(left) == [name]
-    assert left[name].startswith(reason)
+    skipped = reasons(tribp.fuse(model))
+    assert list(skipped) == [name]
+    assert skipped[name].startswith(reason)
     assert type(model) is kind
     assert torch.equal(model(x), y)
 
@@ -256,7 +256,7 @@ def test_a_module_whose_layer_another_calls(net: Callable[..., Any]) -> None:
     """A decoder that runs its encoder's layers by hand, say."""
     model = net("x = self.inner.conv(x)\nx = F.linear(x, self.fc.weight)\nreturn self.inner.act(x) + self.inner(x)")
     model.inner = net("return self.act(self.fc(self.act(self.conv(x))))")
-    assert check(model).left == ()
+    assert check(model).skipped == ()
 
 
 def test_two_of_one_class(net: Callable[..., Any]) -> None:
@@ -277,13 +277,13 @@ def test_source_that_cannot_be_read(net: Callable[..., Any]) -> None:
     model = space["Net"]()
     model.fc = nn.Linear(2, 2)
     unknown = "what its forward applies to its layers is not known: "
-    assert tribp.fuse(model) == Report((), (Left("", "Net", unknown + "its source cannot be read"),))
+    assert tribp.fuse(model) == Report((), (Skipped("", "Net", unknown + "its source cannot be read"),))
     model = net("return F.relu(self.conv(x))")
     path = inspect.getfile(type(model))
     Path(path).write_text(Path(path).read_text().replace("F.relu(self.conv(x))", "self.conv(x).relu()  # edited"))
     linecache.checkcache(path)
     report = tribp.fuse(model)
-    assert report.left == (Left("", "Net", unknown + "its source is not what runs"),)
+    assert report.skipped == (Skipped("", "Net", unknown + "its source is not what runs"),)
     assert report.replaced == (Replaced("conv", "Conv2d", "conv3x3"),)
     model = net("return self.conv(x)")
     type(model).forward = staticmethod(lambda x: x)

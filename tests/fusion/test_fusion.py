@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tribp
-from tribp.fusion import Left, Report
+from tribp.fusion import Report, Skipped
 
 from ..processes import forked
 from .cases import MODELS, Called, compile_anew, image, kinds, reasons, sigmoid_after
@@ -57,7 +57,7 @@ REPLACED = {
     },
 }
 REPLACED["resnet18"] = REPLACED["resnet"]
-LEFT = {
+SKIPPED = {
     "lenet": [("0.6", "Conv2d", "its kernel size is (5, 5)")],
     "resnet": [
         ("stem", "Conv2d", "its kernel size is (7, 7)"),
@@ -68,7 +68,7 @@ LEFT = {
     "functional_lenet": [],
     "unet": [("outc", "Conv2d", "its kernel size is (1, 1)")],
 }
-LEFT["resnet18"] = LEFT["resnet"]
+SKIPPED["resnet18"] = SKIPPED["resnet"]
 
 
 @pytest.fixture(params=MODELS)
@@ -116,7 +116,7 @@ def test_report_of_a_model(name: str, model: nn.Module) -> None:
     assert sorted(report.replaced) == sorted(expected)
     order = [place for place, _ in model.named_modules(remove_duplicate=False)]
     assert [entry.name for entry in report.replaced] == sorted((e.name for e in report.replaced), key=order.index)
-    assert list(report.left) == [Left(*left) for left in LEFT[name]]
+    assert list(report.skipped) == [Skipped(*skipped) for skipped in SKIPPED[name]]
     assert str(report).isascii(), "any terminal's encoding has it"
 
 
@@ -141,14 +141,14 @@ def test_nothing_else_changes_and_everything_comes_back(name: str, model: nn.Mod
     assert same(run(model, x), expected)
     changed = {(name, was) for name, now, was in report.replaced if now != "FusedConv2d"}
     assert changed == {(p, c.split(" -> ")[0]) for c, ps in REPLACED[name].items() for p in ps if "used" in c}
-    assert report.left == ()
+    assert report.skipped == ()
 
 
 def test_twice_changes_nothing(name: str, model: nn.Module) -> None:
     first = tribp.fuse(model)
     kinds = [type(module) for module in model.modules()]
     second = tribp.fuse(model)
-    assert second == Report((), first.left)
+    assert second == Report((), first.skipped)
     assert [type(module) for module in model.modules()] == kinds
     tribp.unfuse(model)
     assert tribp.unfuse(model) == Report()
@@ -308,7 +308,7 @@ def test_a_weight_put_in_by_hand() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_ddp_and_fully_shard(process_group: None) -> None:
-    """Before `fuse`: what DDP holds is taken, what FSDP holds is left."""
+    """Before `fuse`: what DDP holds is taken, what FSDP holds is skipped."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -75,7 +75,7 @@ def test_one_mlp_and_back(bias: bool, x: Tensor) -> None:
     expected, before, keys = run(model, x), repr(model), list(model.state_dict())
     report = tribp.fuse(model)
     assert str(report).splitlines() == [
-        "4 replaced, 0 left",
+        "4 replaced, 0 skipped",
         "(the model): Sequential -> FusedSequential",
         "0: Linear + ReLU -> mlp",
         "2: Linear + ReLU -> mlp",
@@ -101,7 +101,7 @@ def test_rows_through_sequentials(layout: Callable[[Any], Any], x: Tensor) -> No
     indices = [list(container._modules) for container in containers]
     parts = [container(x) for container in containers]
     report = tribp.fuse(model)
-    assert report.left == ()
+    assert report.skipped == ()
     assert lengths(model) == [3]
     assert same(run(model, x), expected)
     assert [m for m in model.modules() if isinstance(m, nn.Sequential)] == containers
@@ -121,7 +121,7 @@ def test_report_of_nested_sequentials() -> None:
     """A Sequential changes where something runs through its children; one that lies in a child is the child's own."""
     model: Any = in_blocks(perceptron(nn.ReLU, nn.ReLU))
     assert str(tribp.fuse(model)).splitlines() == [
-        "6 replaced, 0 left",
+        "6 replaced, 0 skipped",
         "(the model): Sequential -> FusedSequential",
         "0: Sequential -> FusedSequential",
         "0.0: Linear + ReLU -> mlp",
@@ -314,7 +314,7 @@ def test_what_is_done_to_an_inner_sequential(meddle: Callable[[Any], object], x:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("where", [0, 2, 4])
 def test_what_was_done_to_an_inner_layer_before(where: int, x: Tensor) -> None:
-    """It is left, and says why; the others go on."""
+    """It is skipped, and says why; the others go on."""
     made: list[tuple[Callable[[nn.Module], object], str]] = [
         (hooked, "it has forward hooks"),
         (parametrizations.weight_norm, "it is parametrized"),
@@ -326,9 +326,9 @@ def test_what_was_done_to_an_inner_layer_before(where: int, x: Tensor) -> None:
         model = perceptron(nn.Tanh, nn.Tanh)
         change(model[where])
         expected = run(model, x) if "complex" not in reason else []
-        left = reasons(tribp.fuse(model))
-        assert list(left) == ([] if where == 4 else [str(where)])  # the last one has no activation
-        assert all(found.startswith(reason) for found in left.values())
+        skipped = reasons(tribp.fuse(model))
+        assert list(skipped) == ([] if where == 4 else [str(where)])  # the last one has no activation
+        assert all(found.startswith(reason) for found in skipped.values())
         assert lengths(model) == ([1, 1, 2] if where == 0 else [1, 1, 1, 1] if where == 2 else [2, 1])
         if expected:
             assert same(run(model, x), expected)
@@ -406,7 +406,7 @@ class Twice(nn.Sequential):
 def test_containers_of_other_classes(x: Tensor) -> None:
     model: Any = Ordered(*perceptron(nn.ReLU))
     expected = run(model, x)
-    assert tribp.fuse(model).left == ()
+    assert tribp.fuse(model).skipped == ()
     assert isinstance(model, Ordered)
     with Called() as called:
         assert same(run(model, x), expected)
@@ -420,7 +420,7 @@ def test_containers_of_other_classes(x: Tensor) -> None:
     assert same(run(model, x), expected)
     model = Indexing()
     expected = run(model, x)
-    assert tribp.fuse(model).left == ()
+    assert tribp.fuse(model).skipped == ()
     with Called() as called:
         assert same(run(model, x), expected)
     assert called.names == ["mlp", "mlp"], "of the slice and of the whole: what code calls one by one is torch's"
@@ -484,7 +484,7 @@ def test_shared_layers_and_weights(x: Tensor) -> None:
     last = nn.Linear(5, 5)  # behind a layer here, before an activation there
     model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), last, nn.Sequential(last, nn.Tanh()))
     expected = run(model, x)
-    assert tribp.fuse(model).left == ()
+    assert tribp.fuse(model).skipped == ()
     assert lengths(model) == [2, 1]
     assert same(run(model, x), expected)
     model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), last, nn.GELU(), last)

@@ -26,7 +26,7 @@ from .forward import (
     underivable,
 )
 from .places import another, full_name, places, watched
-from .report import Left, Replaced, Report
+from .report import Replaced, Report, Skipped
 from .rows import (
     LAYERS,
     Applied,
@@ -41,12 +41,12 @@ from .rows import (
     unreadable,
 )
 
-Entry = TypeVar("Entry", Replaced, Left)
+Entry = TypeVar("Entry", Replaced, Skipped)
 BASES = (nn.Linear, nn.Conv2d, Linear, Conv3x3)
 
 
 def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
-    """Have tribp's kernels run what they can of `model`, in place; the report tells what, and what was left, and why.
+    """Have tribp's kernels run what they can of `model`, in place; the report says what, and what not, and why.
 
     - every 3×3 `nn.Conv2d` that `tribp.conv3x3` takes, with the activation directly behind it;
     - `nn.Linear` with an activation directly behind it, as `tribp.linear`. Activations are `nn.Sigmoid`, `Tanh`,
@@ -65,7 +65,7 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
     together; nothing is traced, so that flags, modes and branches go on to mean what they do. All modules, Parameters,
     hooks, attributes and the state_dict's keys stay. What runs together is looked for in each call: a layer or an
     activation that was replaced, wrapped, hooked, parametrized or moved by then, or that other code calls, does what it
-    does by itself. Left are subclasses of layers and activations, those with hooks, a forward of their own or
+    does by itself. Skipped are subclasses of layers and activations, those with hooks, a forward of their own or
     parameters that kernels do not take, and scripted modules.
 
     Args:
@@ -85,7 +85,7 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
     for name, module in plan.places:
         prefix = f"{name}." if name else ""
         if isinstance(module, torch.jit.ScriptModule):
-            plan.leave(name, module, "it is compiled by TorchScript")
+            plan.skip(name, module, "it is compiled by TorchScript")
         elif id(module) in seen:
             continue
         elif isinstance(module, (nn.Sequential, nn.ModuleList)):
@@ -96,9 +96,9 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
     for name, module in plan.places:
         plan.add_convolution(name, module)
     for line in plan.lines:
-        plan.leave_layers(line)
+        plan.skip_layers(line)
     read.cache_clear()  # which would keep the model's classes
-    return plan.carry_out()
+    return plan.apply()
 
 
 class _Plan:
@@ -111,14 +111,14 @@ class _Plan:
         self.folded: list[nn.Module] = []
         self.classes: dict[int, tuple[nn.Module, type[nn.Module]]] = {}  # by the module's identity
         self.replaced: dict[str, Replaced] = {}
-        self.left: dict[str, Left] = {}
+        self.skipped: dict[str, Skipped] = {}
         self.lines: list[Line] = []
         self.joined: set[str] = set()  # names of what runs together with something else
         self.pairs: set[tuple[str, str]] = set()  # of layers and what is behind them
 
-    def leave(self, name: str, module: nn.Module, reason: str) -> None:
+    def skip(self, name: str, module: nn.Module, reason: str) -> None:
         if reason:
-            self.left.setdefault(name, Left(name, type(module).__name__, reason))
+            self.skipped.setdefault(name, Skipped(name, type(module).__name__, reason))
 
     def add_container(self, name: str, prefix: str, module: nn.Sequential | nn.ModuleList) -> None:
         """A Sequential gets another class if something crosses from one of its children to another."""
@@ -147,7 +147,7 @@ class _Plan:
             lines = lines_of(module, prefix, self.norms)
         except ValueError as error:
             if any(isinstance(child, BASES) for child in module.children()):
-                self.leave(name, module, f"what its forward applies to its layers is not known: {error}")
+                self.skip(name, module, f"what its forward applies to its layers is not known: {error}")
             return
         self.lines += lines
         kind = class_for(module, {line.site for line in lines if line.site})
@@ -176,8 +176,8 @@ class _Plan:
             start += not row
 
     def add_convolution(self, name: str, module: nn.Module) -> None:
-        """One by itself; what looks like one is left."""
-        if isinstance(module, torch.jit.ScriptModule) or name in self.left:
+        """One by itself; what looks like one is skipped."""
+        if isinstance(module, torch.jit.ScriptModule) or name in self.skipped:
             return
         if isinstance(module, nn.Conv2d):
             reason = _untaken(module)
@@ -185,15 +185,15 @@ class _Plan:
                 self.classes[id(module)] = module, FusedConv2d
                 self.replaced.setdefault(name, Replaced(name, "Conv2d", "conv3x3"))
             elif name not in self.joined:
-                self.leave(name, module, reason)
+                self.skip(name, module, reason)
         elif _looks_like_conv3x3(module):
-            self.leave(name, module, f"it is a {full_name(module)}, no torch.nn.Conv2d")
+            self.skip(name, module, f"it is a {full_name(module)}, no torch.nn.Conv2d")
 
-    def leave_layers(self, line: Line) -> None:
+    def skip_layers(self, line: Line) -> None:
         """Report what stands behind layers and does not run with them: as the layer, if that is a Linear of torch's."""
         for n, (name, layer) in enumerate(zip(line.names[:-1], line.modules[:-1], strict=True)):
             behind_name, behind = line.names[n + 1], module_of(line.modules[n + 1])
-            if not isinstance(layer, BASES) or (name, behind_name) in self.pairs or name in self.left:
+            if not isinstance(layer, BASES) or (name, behind_name) in self.pairs or name in self.skipped:
                 continue
             if isinstance(layer, torch.jit.ScriptModule) or getattr(layer, "_act", (None,))[0] is not None:
                 continue
@@ -207,9 +207,9 @@ class _Plan:
                 reason = _not_called(subject, layer) or line.doubt or _not_behind(layer, behind, behind_name)
             else:
                 continue
-            self.leave(*((name, layer) if at_layer else (behind_name, behind)), reason)
+            self.skip(*((name, layer) if at_layer else (behind_name, behind)), reason)
 
-    def carry_out(self) -> Report:
+    def apply(self) -> Report:
         for name, module in self.places:
             if id(module) in self.classes:
                 _, kind = self.classes[id(module)]
@@ -218,7 +218,7 @@ class _Plan:
             object.__setattr__(module, "__class__", kind)  # a module's own may do something else
         for norm in self.folded:
             vars(norm)[FOLDS] = True
-        return Report(self._entries(self.replaced), self._entries(self.left))
+        return Report(self._entries(self.replaced), self._entries(self.skipped))
 
     def _entries(self, found: Mapping[str, Entry]) -> tuple[Entry, ...]:
         """In the order of the places; not by further names of what stands in a container that has several."""

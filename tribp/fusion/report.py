@@ -15,15 +15,15 @@ class Replaced(NamedTuple):
         return f"{self.name or '(the model)'}: {self.was} -> {self.now}"
 
 
-class Left(NamedTuple):
-    """What was left at a place of the model, and why."""
+class Skipped(NamedTuple):
+    """What was skipped at a place of the model, and why."""
 
     name: str
     module: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name or '(the model)'}: {self.module} left: {self.reason}"
+        return f"{self.name or '(the model)'}: {self.module} skipped: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Report:
     """
 
     replaced: tuple[Replaced, ...] = ()
-    left: tuple[Left, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
     def __add__(self, other: "Report") -> "Report":
-        return Report(self.replaced + other.replaced, self.left + other.left)
+        return Report(self.replaced + other.replaced, self.skipped + other.skipped)
 
     def __str__(self) -> str:
-        lines: list[object] = [f"{len(self.replaced)} replaced, {len(self.left)} left", *self.replaced, *self.left]
-        return "\n".join(map(str, lines))
+        count = f"{len(self.replaced)} replaced, {len(self.skipped)} skipped"
+        return "\n".join(map(str, (count, *self.replaced, *self.skipped)))

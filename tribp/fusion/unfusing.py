@@ -9,7 +9,7 @@ from .activations import torch_activation
 from .folding import forget, is_folding
 from .forward import made_base, made_of, shown_name
 from .places import another, places
-from .report import Left, Replaced, Report
+from .report import Replaced, Report, Skipped
 from .rows import FusedConv2d, FusedSequential
 
 OWN = (Linear, LinearSigmoid), (Conv3x3,), (MLP,)
@@ -22,8 +22,8 @@ def unfuse(model: nn.Module) -> Report:
 
     A layer that a user wrote with `tribp.nn` becomes torch's; with an activation, an `nn.Sequential` of two in its
     place: its keys in the state_dict then have a "0." more, as the report says. An `MLP` becomes the `nn.Sequential`
-    that it stands for, with the same keys. Left are those with hooks, parametrizations or more than their parameters,
-    subclasses, and one that is the model itself.
+    that it stands for, with the same keys. Skipped are those with hooks, parametrizations or more than their
+    parameters, subclasses, and one that is the model itself.
 
     Raises:
         TypeError: model is no module.
@@ -31,7 +31,7 @@ def unfuse(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse: model must be a torch.nn.Module, got {type(model).__name__}")
     replaced: list[Replaced] = []
-    left: list[Left] = []
+    skipped: list[Skipped] = []
     made: dict[int, nn.Module] = {}  # by the old one's identity: what stands at several places stays one module
     kept: set[int] = set()  # layers of an MLP that stays
     folding: list[nn.Module] = []
@@ -42,16 +42,16 @@ def unfuse(model: nn.Module) -> Report:
             classes.append((module, kind))
             replaced.append(Replaced(name, shown_name(type(module)), kind.__name__))
         elif isinstance(module, tuple(CLASSES)):
-            left.append(Left(name, type(module).__name__, another("it", module, *CLASSES)))
+            skipped.append(Skipped(name, type(module).__name__, another("it", module, *CLASSES)))
         elif (base := made_base(kind)) is not None:
-            left.append(Left(name, kind.__name__, another("it", module, base)))
+            skipped.append(Skipped(name, kind.__name__, another("it", module, base)))
         elif is_folding(module):
             folding.append(module)
             replaced.append(Replaced(name, f"folded {kind.__name__}", kind.__name__))
         elif isinstance(module, (Linear, Conv3x3, MLP)) and id(module) not in kept:
             reason = "it is the model itself: no module that could hold another is around it" if not name else ""
             if reason := reason or _obstacle(module):
-                left.append(Left(name, type(module).__name__, reason))
+                skipped.append(Skipped(name, type(module).__name__, reason))
                 kept |= {id(layer) for layer in module.children()}
                 continue
             made[id(module)] = torchs = _torchs(module)
@@ -67,7 +67,7 @@ def unfuse(model: nn.Module) -> Report:
     for parent in (*model.modules(), *made.values()):
         new = {key: made[id(child)] for key, child in parent._modules.items() if id(child) in made}
         parent._modules.update(new)  # setattr may mean something else to the parent
-    return Report(tuple(replaced), tuple(left))
+    return Report(tuple(replaced), tuple(skipped))
 
 
 def _obstacle(module: Linear | Conv3x3 | MLP) -> str:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
 import tribp
-from tribp.fusion import Left, Replaced, Report
+from tribp.fusion import Replaced, Report, Skipped
 from tribp.fusion.activations import activation_like
 from tribp.nn import Conv3x3, LinearSigmoid
 
@@ -144,12 +144,12 @@ LEFT_CONV: list[tuple[str, Callable[[], nn.Module], str]] = [
 
 @pytest.mark.filterwarnings("ignore")  # of what torch deprecates: weight_norm, TorchScript, quantization
 @pytest.mark.parametrize(("make", "reason"), [case[1:] for case in LEFT_CONV], ids=[case[0] for case in LEFT_CONV])
-def test_convolutions_that_are_left(make: Callable[[], nn.Module], reason: str) -> None:
+def test_convolutions_that_are_skipped(make: Callable[[], nn.Module], reason: str) -> None:
     module = make()
     for model in (sigmoid_after(module), nn.ModuleDict({"0": module})):
-        (left,) = tribp.fuse(model).left
-        assert (left.name, left.module) == ("0", type(module).__name__)
-        assert left.reason.startswith(reason)
+        (skipped,) = tribp.fuse(model).skipped
+        assert (skipped.name, skipped.module) == ("0", type(module).__name__)
+        assert skipped.reason.startswith(reason)
         assert next(model.children()) is module
     assert list(model.children()) == [module]
 
@@ -180,7 +180,7 @@ def test_what_does_not_matter(
         pytest.skip("it is its own")
     model, x = sigmoid_after(change(layer)), torch.randn(1, 2, 4, 4)
     y = model(x)
-    assert tribp.fuse(model).left == ()
+    assert tribp.fuse(model).skipped == ()
     with Called() as called:
         assert torch.equal(model(x), y)
     assert called.activations == ["sigmoid"]
@@ -188,12 +188,12 @@ def test_what_does_not_matter(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("make", "reason"), [case[1:] for case in LEFT_LINEAR], ids=[case[0] for case in LEFT_LINEAR])
-def test_linears_that_are_left(make: Callable[[], nn.Module], reason: str) -> None:
+def test_linears_that_are_skipped(make: Callable[[], nn.Module], reason: str) -> None:
     module = make()
     model = sigmoid_after(module)
-    (left,) = tribp.fuse(model).left
-    assert left.name == "0"
-    assert left.reason.startswith(reason)
+    (skipped,) = tribp.fuse(model).skipped
+    assert skipped.name == "0"
+    assert skipped.reason.startswith(reason)
     assert model[0] is module
     assert type(model[1]) is nn.Sigmoid
     if not isinstance(module, torch.jit.ScriptModule):
@@ -279,7 +279,7 @@ def test_activations_of_torch_alone() -> None:
     )  # fmt: skip
     report = tribp.fuse(model)
     assert [entry.name for entry in report.replaced] == ["", "2", "4", "6"]
-    assert [tuple(entry) for entry in report.left] == [
+    assert [tuple(entry) for entry in report.skipped] == [
         ("0", "Linear", "tribp computes no SiLU, which is behind it"),
         ("3", "Hardswish", "tribp computes no Hardswish"),
         ("7", "GELU", "tribp computes no GELU"),
@@ -287,13 +287,13 @@ def test_activations_of_torch_alone() -> None:
         ("11", "PReLU", "tribp computes no PReLU"),
         ("14", "Conv2d", "its kernel size is (5, 5)"),
     ]
-    assert tribp.fuse(model) == Report((), report.left)
+    assert tribp.fuse(model) == Report((), report.skipped)
     others = Others()
     x = torch.randn(1, 2, 6, 6)
     y = others(x)
     report = tribp.fuse(others)
     assert [entry.name for entry in report.replaced] == ["conv"]
-    assert [tuple(entry) for entry in report.left] == [
+    assert [tuple(entry) for entry in report.skipped] == [
         ("fc", "Linear", "tribp computes no GELU, which is behind it"),
         ("out", "Linear", "tribp computes no LogSoftmax, which is behind it"),
         ("act", "GELU", "tribp computes no GELU"),
@@ -320,16 +320,16 @@ SIGMOIDS: list[tuple[Callable[[], nn.Module], str]] = [
 
 
 @pytest.mark.parametrize(("make", "reason"), SIGMOIDS, ids=[reason for _, reason in SIGMOIDS])
-def test_sigmoids_that_are_left(make: Callable[[], nn.Module], reason: str) -> None:
+def test_sigmoids_that_are_skipped(make: Callable[[], nn.Module], reason: str) -> None:
     sigmoid = make()
     model = nn.Sequential(conv(padding=1), sigmoid, nn.Linear(4, 4), sigmoid)
     x = torch.randn(1, 2, 4, 4)
     y = model(x)
     report = tribp.fuse(model)
     assert report.replaced == (Replaced("0", "Conv2d", "conv3x3"),)
-    assert [(left.name, left.module) for left in report.left] == [("1", type(sigmoid).__name__), ("2", "Linear")]
-    assert report.left[0].reason.startswith(f"the Sigmoid at 1 {reason}")
-    assert report.left[1].reason.startswith(f"the Sigmoid at 3 {reason}")
+    assert [entry[:2] for entry in report.skipped] == [("1", type(sigmoid).__name__), ("2", "Linear")]
+    assert report.skipped[0].reason.startswith(f"the Sigmoid at 1 {reason}")
+    assert report.skipped[1].reason.startswith(f"the Sigmoid at 3 {reason}")
     assert model[1] is model[3] is sigmoid
     assert torch.equal(model(x), y)
 
@@ -364,10 +364,10 @@ def test_containers_in_another_order(container: Callable[..., nn.Module]) -> Non
     reason = f"the {type(model).__name__} around it need not run its modules in their order"
     if isinstance(model, nn.ModuleList):
         reason = "forward does not run the ModuleList around it as a row"
-    assert tribp.fuse(model) == Report((), (Left("0", "Linear", reason),))
+    assert tribp.fuse(model) == Report((), (Skipped("0", "Linear", reason),))
     model = container(conv(), nn.Sigmoid())
     report = tribp.fuse(model)
-    assert report == Report((Replaced("0", "Conv2d", "conv3x3"),), (Left("1", "Sigmoid", reason),))
+    assert report == Report((Replaced("0", "Conv2d", "conv3x3"),), (Skipped("1", "Sigmoid", reason),))
     assert kinds(model) == ["FusedConv2d", "Sigmoid"]
     assert tribp.unfuse(model).replaced == (Replaced("0", "FusedConv2d", "Conv2d"),)
 
@@ -444,7 +444,7 @@ def test_a_layer_in_several_places() -> None:
     assert model[0] is model[1][0] is model[3] is linear
 
 
-def test_order_of_what_is_left() -> None:
+def test_order_of_what_is_skipped() -> None:
     large = conv(kernel_size=5)
     assert list(reasons(tribp.fuse(nn.Sequential(large, conv(kernel_size=7), large)))) == ["0", "1", "2"]
 
@@ -463,9 +463,9 @@ def test_the_model_itself() -> None:
     assert torch.equal(model(x), y)
     assert tribp.unfuse(model).replaced == (Replaced("", "FusedConv2d", "Conv2d"),)
     for module in (Conv3x3(2, 2), LinearSigmoid(2, 2)):
-        (left,) = tribp.unfuse(module).left
-        assert (left.name, left.module) == ("", type(module).__name__)
-        assert left.reason.startswith("it is the model itself")
+        (skipped,) = tribp.unfuse(module).skipped
+        assert (skipped.name, skipped.module) == ("", type(module).__name__)
+        assert skipped.reason.startswith("it is the model itself")
     assert tribp.fuse(nn.Linear(2, 2)) == Report()
 
 
@@ -481,13 +481,13 @@ def test_no_model(change: Callable[[Any], Report], model: object) -> None:
 def test_the_report_can_be_read() -> None:
     model = nn.Sequential(conv(), nn.Sigmoid(), conv(kernel_size=5))
     assert str(tribp.fuse(model)) == (
-        "2 replaced, 1 left\n(the model): Sequential -> FusedSequential\n0: Conv2d + Sigmoid -> conv3x3\n"
-        "2: Conv2d left: its kernel size is (5, 5)"
+        "2 replaced, 1 skipped\n(the model): Sequential -> FusedSequential\n0: Conv2d + Sigmoid -> conv3x3\n"
+        "2: Conv2d skipped: its kernel size is (5, 5)"
     )
     assert str(tribp.unfuse(model)) == (
-        "2 replaced, 0 left\n(the model): FusedSequential -> Sequential\n0: FusedConv2d -> Conv2d"
+        "2 replaced, 0 skipped\n(the model): FusedSequential -> Sequential\n0: FusedConv2d -> Conv2d"
     )
-    assert str(tribp.fuse(conv(kernel_size=1))).splitlines()[1].startswith("(the model): Conv2d left: ")
+    assert str(tribp.fuse(conv(kernel_size=1))).splitlines()[1].startswith("(the model): Conv2d skipped: ")
 
 
 def test_modules_that_a_user_built() -> None:
@@ -500,7 +500,7 @@ def test_modules_that_a_user_built() -> None:
     x, parameters = torch.randn(2, 2, 6, 8), list(model.parameters())
     y = model(x)
     report = tribp.unfuse(model)
-    assert report.left == ()
+    assert report.skipped == ()
     assert report.replaced == (
         Replaced("0", "Conv3x3", "torch.nn.Conv2d"),
         Replaced("1", "Conv3x3", "Sequential(Conv2d, Sigmoid), keys with 0."),
@@ -525,7 +525,7 @@ def test_perceptrons_that_a_user_built(activation: Any, output_activation: Any) 
     report = tribp.unfuse(model)
     between, last = ("ReLU" if activation else "Identity"), ", LeakyReLU" * (output_activation is not None)
     assert report.replaced[0].now == f"Sequential(Linear, {between}, Linear, {between}, Linear{last})"
-    assert report.left == ()
+    assert report.skipped == ()
     assert {type(m).__module__.split(".")[0] for m in model.modules()} == {"torch"}
     assert {m.training for m in model.modules()} == {False}
     assert list(model.state_dict()) == keys
@@ -535,7 +535,7 @@ def test_perceptrons_that_a_user_built(activation: Any, output_activation: Any) 
 
 
 def test_perceptrons_that_unfuse_leaves() -> None:
-    """Whole: their layers by themselves would be computed one by one. One layer that is left is called in its place."""
+    """Whole: their layers by themselves would be computed one by one. One layer that is skipped is called instead."""
     mlp = tribp.nn.MLP([4, 6, 3])
     assert reasons(tribp.unfuse(mlp)) == {"": "it is the model itself: no module that could hold another is around it"}
     assert {type(layer) for layer in mlp.layers} == {tribp.nn.Linear}
@@ -629,7 +629,7 @@ def test_every_activation(make: Callable[[], nn.Module]) -> None:
     x = torch.randn(2, 2, 4, 4)
     y = model(x)
     report = tribp.fuse(model)
-    assert report.left == ()
+    assert report.skipped == ()
     assert [entry.name for entry in report.replaced] == ["", "0", "2", "4", "6"]
     like = activation_like(act)
     for other in (model, copy.deepcopy(model)):
@@ -649,7 +649,7 @@ def test_numbers_that_are_not_taken() -> None:
     y = model(x)
     report = tribp.fuse(model)
     assert report.replaced == (Replaced("0", "Conv2d", "conv3x3"),)
-    assert [(left.name, left.module) for left in report.left] == [("1", "LeakyReLU"), ("2", "Linear")]
-    assert report.left[0].reason.startswith("the LeakyReLU at 1: negative_slope of leaky_relu must be at least 0")
-    assert report.left[1].reason.startswith("the Softplus at 3: beta of softplus must be above 0 and its threshold")
+    assert [(skipped.name, skipped.module) for skipped in report.skipped] == [("1", "LeakyReLU"), ("2", "Linear")]
+    assert report.skipped[0].reason.startswith("the LeakyReLU at 1: negative_slope of leaky_relu must be at least 0")
+    assert report.skipped[1].reason.startswith("the Softplus at 3: beta of softplus must be above 0 and its threshold")
     torch.testing.assert_close(model(x), y)
