@@ -242,7 +242,7 @@ def mistakes() -> list[str]:
     return re.findall(r"^sed -i 's/(.*?/.*?)/' kernels/optim_rules.py", (ROOT / "docs" / OPTIMIZER).read_text(), re.M)
 
 
-@pytest.mark.parametrize("mistake", mistakes())
+@pytest.mark.parametrize("mistake", [pytest.param(m, marks=pytest.mark.slow if "lr" in m else ()) for m in mistakes()])
 def test_mistakes_in_an_optimizer_are_seen(mistake: str, optimizer: Path) -> None:
     """By the kernel's tests, and by those alone."""
     kernels = optimizer / "kernels" / "optim_rules.py"

