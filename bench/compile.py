@@ -11,11 +11,13 @@ import io
 import itertools
 import multiprocessing
 import operator
+import os
 import re
 import signal
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -197,7 +199,7 @@ def read_all(calls: Calls, read: Read[Result], options: Options) -> tuple[Kernel
         kernels = collect(calls(options))
         return kernels, _read_some(kernels, read)
     # spawn: the compiler's threads do not survive a fork.
-    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         # A terminal sends Ctrl-C to every process: these ignore it from their start on, and are ended here.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -211,6 +213,18 @@ def read_all(calls: Calls, read: Read[Result], options: Options) -> tuple[Kernel
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+
+
+def end_with_parent() -> None:
+    """Called in a child, which would wait for work for ever behind a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _share(calls: Calls, read: Read[Result], options: Options, first: int) -> dict[str, Result]:

@@ -1,8 +1,13 @@
 """The machine code of every kernel, for GPUs that are not here: `python -m bench static`, and that it can fail."""
 
+import contextlib
 import functools
 import json
+import multiprocessing
 import os
+import select
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +59,37 @@ def test_ctrl_c_ends_every_process_in_a_line() -> None:
     """
     done = python("-c", code, start_new_session=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "bench: interrupted\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_children_of_a_process_that_was_killed_end() -> None:
+    read, write = os.pipe()
+    fork: Any = multiprocessing.get_context("fork")
+    parent = fork.Process(target=start_a_child, args=(fork, write))
+    parent.start()
+    os.close(write)
+    child = int(os.read(read, 20))
+    parent.kill()
+    try:
+        assert select.select([read], [], [], 10)[0], "the child still has its end of the pipe"
+    finally:
+        os.close(read)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def start_a_child(context: Any, write: int) -> None:
+    child = context.Process(target=wait_long)
+    child.start()
+    os.write(write, str(child.pid).encode())
+    time.sleep(60)
+
+
+def wait_long() -> None:
+    from bench.compile import end_with_parent
+
+    end_with_parent()
+    time.sleep(60)
 
 
 def compile_everything(folder: Path, *options: str) -> list[Row]:

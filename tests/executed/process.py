@@ -61,10 +61,12 @@ def _start(target: str) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
 
+    from bench.compile import end_with_parent
     from tests.executed import cases  # noqa: F401
     from tests.executor import executed  # noqa: F401
 
     torch.set_num_threads(1)
+    end_with_parent()
 
 
 def _problems(case: "Case", settings: dict[str, Any]) -> tuple[list[str], set[Form]]:
