@@ -3,6 +3,7 @@
 `python` starts one as a shell does. `forked` copies one that has imported torch, which takes seconds each time.
 """
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,16 +28,22 @@ def python(*words: str, env: dict[str, str] | None = None, **options: Any) -> Do
 
 
 def forked(*words: str, **env: str) -> Done:
-    """What `python -c code …` or `python -m module …` does and prints, where torch has been imported."""
+    """What `python -c code …` or `python -m module …` does and prints behind `import torch`.
+
+    Not for what Python asks the environment when it starts (PYTHONHASHSEED, say), nor for signals that end a process.
+    """
     with tempfile.TemporaryDirectory() as folder:
         printed = [str(Path(folder, name)) for name in ("stdout", "stderr")]
         process = with_torch().Process(target=_run, args=(words, environment(**env), printed))
         process.start()
-        process.join(timeout=600)
-        if process.exitcode is None:
+        try:
+            process.join(timeout=600)
+        finally:
             process.kill()
-            raise subprocess.TimeoutExpired(words, 600)
-        return subprocess.CompletedProcess(words, process.exitcode, *(Path(p).read_text("utf-8") for p in printed))
+        out, err = (Path(path).read_text("utf-8") for path in printed)
+        if process.exitcode is None:
+            raise subprocess.TimeoutExpired(words, 600, out, err)
+        return subprocess.CompletedProcess(words, process.exitcode, out, err)
 
 
 def called(function: Callable[..., Any], *args: object) -> Any:
@@ -67,12 +75,16 @@ def _run(words: tuple[str, ...], variables: dict[str, str], printed: list[str]) 
     os.chdir(ROOT)
     for number, path in enumerate(printed, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    # multiprocessing flushes them at the end.
-    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
+    # By lines, so that a crash keeps them.
+    sys.stdout, sys.stderr = (open(n, "w", 1, "utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
     sys.path.insert(0, "")
     how, what, *_ = words
     sys.argv = [how, *words[2:]]
-    if how == "-m":
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
-    else:
-        exec(compile(textwrap.dedent(what), "<string>", "exec"), {"__name__": "__main__"})
+    try:
+        if how == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(textwrap.dedent(what), "<string>", "exec"), vars(main))
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing does not call

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tribp
 from tribp.fusion import Report, Skipped
 
-from ..processes import forked
+from ..processes import python
 from .cases import MODELS, Called, compile_anew, image, kinds, reasons, sigmoid_after
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -377,14 +377,12 @@ def test_fused_after_compile() -> None:
 
 def test_nothing_is_printed() -> None:
     code = """
-import warnings
-warnings.simplefilter("error")
 import torch, tribp
 model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
 tribp.fuse(model)
 model(torch.ones(1, 2)).sum().backward()
 """
-    done = forked("-c", code)
+    done = python("-W", "error", "-c", code)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 

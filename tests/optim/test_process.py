@@ -353,7 +353,7 @@ def answer(optimizers: list[Any], requests: Any, answers: Any) -> None:
         answers.put([t.tolist() for t in after(optimizer)])
 
 
-def test_used_optimizers_in_a_spawned_process(device: str) -> None:
+def test_used_optimizers_sent_to_another_process(device: str) -> None:
     """Sent as an argument and through a queue, as torch's can be. What lies on the CPU is shared: expect before."""
     context = with_torch()
     requests, answers = context.Queue(), context.Queue()

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -228,19 +228,20 @@ class Optimizer(torch.optim.Optimizer):
                 "which must go before its shards are exchanged"
             )
         _drop_gathered(model)
-        with torch.no_grad():
-            weights = [p.detach().clone() for p, _ in averaged]
-            for p, ema in averaged:
-                p.copy_(ema)
+        weights = [(p, p.detach().clone()) for p, _ in averaged]
         self._in_swap = True
         try:
+            _copy_into(averaged)
             yield
         finally:
-            self._in_swap = False
-            _drop_gathered(model)
-            with torch.no_grad():
-                for (p, _), weight in zip(averaged, weights, strict=True):
-                    p.copy_(weight)
+            try:
+                self._in_swap = False
+                _drop_gathered(model)
+                _copy_into(weights)
+            except BaseException:  # Ctrl-C, say: there is no other copy of the weights
+                self._in_swap = False
+                _copy_into(weights)
+                raise
 
     # Checkpoints.
 
@@ -316,6 +317,12 @@ def _only_makes_states(optimizer: Optimizer) -> bool:
 
 def _started(state: Group) -> bool:
     return bool(state["ema_step"].item() > 0)
+
+
+@torch.no_grad()
+def _copy_into(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for p, value in pairs:
+        p.copy_(value)
 
 
 def _drop_gathered(model: nn.Module | None) -> None:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from . import layouts, reference
 from .buckets import Bucket, ParamSlot, Step
-from .cpu_updates import GRAIN, Formula, gather_scalars, one_thread, unscaled_and_clipped, update_average
+from .cpu_updates import (
+    GRAIN,
+    Formula,
+    gather_scalars,
+    held_in_cpp,
+    one_thread,
+    unscaled_and_clipped,
+    update_average,
+)
 from .layouts import local
 from .rule import Group, Rule, counter_dtype
 from .tracked_state import peek
@@ -131,7 +139,7 @@ class PackedBucket(Bucket):
 
 def _flat(t: Tensor) -> Tensor:
     """A dense tensor's elements, real ones, in the order in which they lie in memory."""
-    return layouts.as_reals(t.detach().as_strided((t.numel(),), (1,))).view(-1)
+    return layouts.as_reals(t.detach().as_strided((t.numel(),), (1,))).view(-1).detach()
 
 
 class Pieces:
@@ -183,8 +191,7 @@ class Pack:
             for name in slots[0].names
         ]  # fmt: skip
         self._one_thread = max(p.numel() for p in self._params) > 16  # up to 16 torch takes one anyway
-        lists = (self._params, self._grads, self._copies, *filter(None, self._states))
-        self._script_lists = list(map(torch.ScriptList, lists))  # as `FusedBucket` has them
+        self._held = held_in_cpp(self._params, self._grads, self._copies, *filter(None, self._states))
 
     def update(self, formula: Formula, grads: list[Tensor], scalars: list[Tensor], count: float) -> list[float]:
         """Updates parameters and states; returns what becomes of the states of one number."""
@@ -207,7 +214,7 @@ def _stretch(like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """One tensor with room for the elements of all these, and its pieces, which lie as these do."""
     memory = torch.empty(sum(t.numel() for t in like), dtype=like[0].dtype, device="cpu")
     pieces: Sequence[Tensor] = memory.split([t.numel() for t in like])
-    return memory, [piece.as_strided(t.shape, t.stride()) for piece, t in zip(pieces, like, strict=True)]
+    return memory, [piece.as_strided(t.shape, t.stride()).detach() for piece, t in zip(pieces, like, strict=True)]
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor], scratch: list[Tensor]) -> None:
