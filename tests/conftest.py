@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """The whole suite in two processes where pytest-xdist is installed: 11 minutes on two cores.
+    """The whole suite in two processes where pytest-xdist is installed: 14 minutes on two slow cores.
 
     Not on a GPU, which they would share, nor for a few files, nor where the command line says otherwise (`-n 0`).
     """
