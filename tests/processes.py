@@ -33,17 +33,20 @@ def forked(*words: str, **env: str) -> Done:
     Not for what Python asks the environment when it starts (PYTHONHASHSEED, say), nor for signals that end a process.
     """
     with tempfile.TemporaryDirectory() as folder:
-        printed = [str(Path(folder, name)) for name in ("stdout", "stderr")]
+        printed = [Path(folder, name) for name in ("stdout", "stderr")]
+        for path in printed:
+            path.touch()  # a child that dies early says nothing
         process = with_torch().Process(target=_run, args=(words, environment(**env), printed))
         process.start()
         try:
             process.join(timeout=600)
+            status = process.exitcode
         finally:
             process.kill()
-        out, err = (Path(path).read_text("utf-8") for path in printed)
-        if process.exitcode is None:
+        out, err = (path.read_text("utf-8") for path in printed)
+        if status is None:
             raise subprocess.TimeoutExpired(words, 600, out, err)
-        return subprocess.CompletedProcess(words, process.exitcode, out, err)
+        return subprocess.CompletedProcess(words, status, out, err)
 
 
 def called(function: Callable[..., Any], *args: object) -> Any:
@@ -69,12 +72,12 @@ def environment(**variables: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in own} | variables
 
 
-def _run(words: tuple[str, ...], variables: dict[str, str], printed: list[str]) -> None:
+def _run(words: tuple[str, ...], variables: dict[str, str], printed: list[Path]) -> None:
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(ROOT)
     for number, path in enumerate(printed, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(path, os.O_WRONLY), number)
     # By lines, so that a crash keeps them.
     sys.stdout, sys.stderr = (open(n, "w", 1, "utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
     sys.path.insert(0, "")
