@@ -263,8 +263,8 @@ def calls(options: Options) -> Iterator[tuple[Arch, Operation, Any, str]]:
     ]
     if not any(options.selects(case) for _, _, case, _ in everything):
         types, names = ({getattr(case, of): None for _, _, case, _ in everything} for of in ("dtype_name", "name"))
-        more = "" if options.all else "; --all has more"
-        raise ValueError(f"there is no such case; there are types {', '.join(types)}, and {'; '.join(names)}{more}")
+        hint = "" if options.all else "; --all has more"
+        raise ValueError(f"there is no such case; there are types {', '.join(types)}, and {'; '.join(names)}{hint}")
     for arch, operation, case, directions in everything:
         # gfx942 has no TF32: the same code again.
         if options.selects(case) and not (case.tf32 and arch.backend == "hip"):

@@ -200,12 +200,12 @@ def compiled(everything: bool) -> Iterator[tuple[ConvCase, Sequence[str]]]:
     yield ConvCase((64, 512, 512, 7, 7), BF16, last=False, activation="tanh"), ("forward",)
     if not everything:
         return
-    more = [
+    others = [
         ConvCase(MANY, BF16), ConvCase(FIRST, BF16), replace(three, dtype=FP32, tf32=True),
         *(replace(case, dtype=FP64) for case in (three, depthwise)),
         *(replace(case, dtype=FP16) for case in (few, three)),
     ]  # fmt: skip
-    yield from ((case, APART) for case in more)
+    yield from ((case, APART) for case in others)
     yield ConvCase(LENET, BF16), ("dgrad",)
     for activation in ("tanh", "elu", "softplus"):  # those that take most registers
         yield from ((replace(case, activation=activation), ("forward",)) for case in (few, depthwise))

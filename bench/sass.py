@@ -114,8 +114,8 @@ def _name(opcode: str) -> str:
     for family in ("scratch", "v_mfma", "v_fma", "v_exp", "v_rcp"):
         if opcode.startswith(family):
             return family
-    first, *rest = opcode.split(".")
-    return f"{first}.{rest[0]}" if first == "MUFU" and rest else first
+    first, *modifiers = opcode.split(".")
+    return f"{first}.{modifiers[0]}" if first == "MUFU" and modifiers else first
 
 
 def count(code: Sequence[Instruction]) -> dict[str, int]:

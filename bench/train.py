@@ -135,8 +135,8 @@ def targets(case: Case, direction: str) -> list[Target]:
 def compiled(everything: bool) -> Iterator[tuple[Case, Sequence[str]]]:
     odd, float64 = (33, 77, 45, 7), torch.float64
     some = [Case((128, *DIGITS3), FP32), Case(odd, BF16), Case((128, *DIGITS), float64)]
-    more = [Case((128, *DIGITS3), BF16), Case(odd, float64), *cases()] if everything else []
-    yield from ((case, ["step"]) for case in [*some, *more])
+    others = [Case((128, *DIGITS3), BF16), Case(odd, float64), *cases()] if everything else []
+    yield from ((case, ["step"]) for case in [*some, *others])
 
 
 def expectations(launch: Launch, case: Case, arch: Arch) -> Iterator[Expectation]:

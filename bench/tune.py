@@ -123,12 +123,12 @@ class Tuning:
             time: float | None = self.entries[key].get("device_us", {}).get("median")
             return time
 
-        found = search(first, around, measure, self.over)
-        if found is None:
+        best = search(first, around, measure, self.over)
+        if best is None:
             self.good = False
             print(f"{name}: the heuristic's own config is wrong or fails: {problem}")
         else:
-            self.found.append(line(name, problem, first, found))
+            self.found.append(line(name, problem, first, best))
         self._write()
 
     def _write(self) -> None:

@@ -43,14 +43,14 @@ def configs_by_kind() -> dict[str, type[Any]]:
     import tribp.launch
     import tribp.ops
 
-    found = {}
+    configs = {}
     for package in (tribp.launch, tribp.ops):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             if module.name.rpartition(".")[2].startswith(("config", "optim", "reduce")):
                 for name, kind in vars(importlib.import_module(module.name)).items():
                     if name.endswith("Problem") and hasattr(kind, "choose"):
-                        found[name.removesuffix("Problem")] = typing.get_type_hints(kind.choose)["return"]
-    return found
+                        configs[name.removesuffix("Problem")] = typing.get_type_hints(kind.choose)["return"]
+    return configs
 
 
 def parsed(text: str, configs: dict[str, type[Any]]) -> Setting:
@@ -104,8 +104,8 @@ class _Configs(dict[Any, Any]):
         free = {*problem.steps(), "max_registers"}
         changed = problem.adjusted(replace(config, **{each.field: each.value for each in mine if each.field in free}))
         for text, _, field, value in mine:
-            if (found := getattr(changed, field)) != value:
-                raise ValueError(f"--set {text}: {field} can be {found!r} beside the others, for {problem}")
+            if (possible := getattr(changed, field)) != value:
+                raise ValueError(f"--set {text}: {field} can be {possible!r} beside the others, for {problem}")
         if not problem.is_legal(changed):
             whole = ", ".join(f"{field.name}={getattr(changed, field.name)}" for field in fields(changed)[:5])
             raise ValueError(

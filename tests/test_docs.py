@@ -164,9 +164,16 @@ def operation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy(OPERATION, tmp_path_factory.mktemp("operation"))
 
 
+# Half a minute of compiling, for what the tree's own operations show in every run.
+SLOW = {"tune", "static", "tests/executed"}
+
+
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(c, marks=pytest.mark.slow if "tune" in c else (), id=" ".join(c)) for c in commands(OPERATION)],
+    [
+        pytest.param(words, marks=[] if SLOW.isdisjoint(words) else pytest.mark.slow, id=" ".join(words))
+        for words in commands(OPERATION)
+    ],
 )
 def test_an_operation(command: list[str], operation: Path) -> None:
     """Every command of the page, with no file changed that was there before (`copy` sees to it).

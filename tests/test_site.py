@@ -125,14 +125,8 @@ assert cost(lambda: None) == "no kernel was launched"
 """
 
 
-@pytest.mark.parametrize(
-    "pages",
-    [
-        pytest.param([COURSE / "gradient-descent.md", COURSE / "network.md"], id="two"),
-        pytest.param(PAGES, id="all", marks=pytest.mark.slow),  # as the site's build does
-    ],
-)
-def test_code_of_the_course_runs(pages: list[Path]) -> None:
+@pytest.mark.slow  # the site's build runs it, too
+def test_code_of_the_course_runs() -> None:
     """Where Triton compiles, which it does not beside its interpreter: in a process of its own.
 
     And what it says an SGD step costs: it reads parameter and gradient, and its tables; it writes the parameter, and
@@ -140,7 +134,7 @@ def test_code_of_the_course_runs(pages: list[Path]) -> None:
     """
     pytest.importorskip("triton")
     pytest.importorskip("numpy")
-    run(ROOT, "-c", RUN + COUNTED, *map(str, pages))
+    run(ROOT, "-c", RUN + COUNTED, *map(str, PAGES))
 
 
 @pytest.fixture(scope="module")

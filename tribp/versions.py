@@ -97,11 +97,11 @@ def bare_launcher(compiled: Any) -> BareLauncher | None:
         return None
     bare = copy.copy(outer)
     bare.launch = outer.launch.__closure__[code.co_freevars.index("launcher")].cell_contents
-    more = (None,) * (make.__code__.co_argcount - 2)  # 3.8 hands it the launch, too
+    unused = (None,) * (make.__code__.co_argcount - 2)  # 3.8 hands it the launch, too
 
     def encode(descriptors: Sequence[Any]) -> list[object]:
         pairs = zip(descriptors, metadata, strict=True)
-        return [part for descriptor, says in pairs for part in make(descriptor, says, *more)]
+        return [part for descriptor, says in pairs for part in make(descriptor, says, *unused)]
 
     return BareLauncher(bare, encode)
 

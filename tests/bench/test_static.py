@@ -101,24 +101,32 @@ def compile_everything(folder: Path, *options: str) -> list[Row]:
     return rows
 
 
+# A minute and a half; every type takes two.
+QUICK = [("linear", "conv", "mlp", "train", "--dtype", "bfloat16"), ("optim",)]
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Row]]:
-    """A target's kernels, compiled once."""
-    return functools.cache(lambda target: compile_everything(tmp_path_factory.mktemp("static"), "--target", target))
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], list[Row]]:
+    """A target's kernels, compiled once: all, or those that most steps are made of."""
+
+    def rows(target: str, every_type: bool) -> list[Row]:
+        some: list[tuple[str, ...]] = [()] if every_type else QUICK
+        folder = tmp_path_factory.mktemp("static")
+        return [row for words in some for row in compile_everything(folder, *words, "--target", target)]
+
+    return functools.cache(rows)
 
 
 @pytest.fixture
-def rows(compiled: Callable[[str], list[Row]], target: str) -> list[Row]:
+def rows(compiled: Callable[[str, bool], list[Row]], target: str, every_type: bool) -> list[Row]:
     """Of the test's target."""
-    return compiled(target)
+    return compiled(target, every_type)
 
 
-def on(target: str, *values: str) -> Any:
-    """Test parameters. A target's kernels take a minute to compile: `.ci/run` has the others compiled."""
-    return pytest.param(target, *values, marks=[] if target == "sm_90" else pytest.mark.slow)
-
-
-each_target = pytest.mark.parametrize("target", [on(target) for target in ARCHS])
+def on(target: str, *values: str, every_type: bool = True) -> Any:
+    """Test parameters. What a target's kernels take to compile: `.ci/run` and the workflow have the others compiled."""
+    slow = target != "sm_90" or every_type
+    return pytest.param(target, *values, every_type, marks=[pytest.mark.slow] * slow)
 
 
 def complaints(rows: list[Row], expectation: str) -> list[str]:
@@ -138,7 +146,7 @@ EXPECTATIONS = [
 ]  # fmt: skip
 
 
-@each_target
+@pytest.mark.parametrize(("target", "every_type"), [on("sm_90", every_type=False), *map(on, ARCHS)])
 @pytest.mark.parametrize("expectation", EXPECTATIONS)
 def test_machine_code(rows: list[Row], target: str, expectation: str) -> None:
     found = complaints(rows, expectation)
@@ -148,7 +156,7 @@ def test_machine_code(rows: list[Row], target: str, expectation: str) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("target", ["sm_90"])
+@pytest.mark.parametrize(("target", "every_type"), [on("sm_90", every_type=False), on("sm_90")])
 @pytest.mark.parametrize("expectation", wgmma.EXPECTED)
 def test_asynchronous_products(rows: list[Row], expectation: str) -> None:
     assert complaints(rows, expectation) == []
@@ -162,9 +170,31 @@ def test_machine_code_of_every_type_at_every_shape(target: str, tmp_path: Path) 
     assert [complaint for expectation in expected for complaint in complaints(rows, expectation)] == []
 
 
+@pytest.fixture(scope="module")
+def all_listed() -> list[Row]:
+    rows: list[Row] = called(list_kernels)
+    return rows
+
+
+def list_kernels() -> list[Row]:
+    """What `bench static` compiles for all targets, with nothing compiled."""
+    from bench.compile import calls, collect, row
+
+    return [row(kernel, Compiled(0)) for kernel in collect(calls(parse(["static"]))).values()]
+
+
+@pytest.fixture
+def listed(all_listed: list[Row], target: str) -> list[Row]:
+    """Of the test's target."""
+    return [row for row in all_listed if row["target"] == target]
+
+
+each_target = pytest.mark.parametrize("target", ARCHS)
+
+
 @each_target
-def test_every_kernel_and_type_is_compiled(rows: list[Row], target: str) -> None:
-    mine = [row for row in rows if row["operation"] == "linear"]
+def test_every_kernel_and_type_is_compiled(listed: list[Row], target: str) -> None:
+    mine = [row for row in listed if row["operation"] == "linear"]
     found = {(row["kernel"], row["dtype"]) for row in mine}
     for kernel in ("forward", "output_grad", "dgrad", "wgrad"):
         for dtype in ("bfloat16", "float16", "float32", "float64"):
@@ -176,8 +206,8 @@ def test_every_kernel_and_type_is_compiled(rows: list[Row], target: str) -> None
 
 
 @each_target
-def test_every_form_of_the_convolution_is_compiled(rows: list[Row], target: str) -> None:
-    mine = [row for row in rows if row["operation"] == "conv"]
+def test_every_form_of_the_convolution_is_compiled(listed: list[Row], target: str) -> None:
+    mine = [row for row in listed if row["operation"] == "conv"]
     found = {(row["kernel"], row["dtype"]) for row in mine}
     dense, small = {"forward", "dgrad", "wgrad"}, {"few_channels_forward", "few_channels_wgrad"}
     depthwise = {"depthwise_forward", "depthwise_dgrad", "depthwise_wgrad"}
@@ -202,8 +232,8 @@ def test_every_form_of_the_convolution_is_compiled(rows: list[Row], target: str)
 
 
 @each_target
-def test_every_rule_and_switch_of_the_optimizers_is_compiled(rows: list[Row], target: str) -> None:
-    mine = [row for row in rows if row["operation"] == "optim"]
+def test_every_rule_and_switch_of_the_optimizers_is_compiled(listed: list[Row], target: str) -> None:
+    mine = [row for row in listed if row["operation"] == "optim"]
     steps = [row for row in mine if row["kernel"] == "multi_tensor_step"]
     rules = {(row["settings"].split()[0], row["dtype"]) for row in steps}
     names = ("sgd", "rmsprop", "adagrad", "adam")
@@ -217,7 +247,7 @@ def test_every_rule_and_switch_of_the_optimizers_is_compiled(rows: list[Row], ta
     assert {row["dtype"] for row in mine if row["kernel"] == "gradient_norm"} >= {"float32"}
 
 
-@pytest.mark.parametrize("target", [on("sm_80"), on("sm_90"), on("sm_100")])
+@pytest.mark.parametrize(("target", "every_type"), [on("sm_80"), on("sm_90", every_type=False), on("sm_100")])
 def test_float32_adam_moves_its_seven_streams_in_whole_vectors(rows: list[Row], target: str) -> None:
     """Read off the counts, not through the expectations: a chunk's 4 loads and 3 stores, as often as a thread needs."""
     (row,) = (row for row in rows if row["cases"][0] == "Adam 1000+4M float32")
@@ -226,8 +256,8 @@ def test_float32_adam_moves_its_seven_streams_in_whole_vectors(rows: list[Row], 
 
 
 @pytest.mark.parametrize(
-    ("target", "instruction"),
-    [on("sm_80", "HMMA"), on("sm_90", "HGMMA"), on("sm_100", "UTCHMMA"), on("gfx942", "v_mfma")],
+    ("target", "instruction", "every_type"),
+    [on("sm_80", "HMMA"), on("sm_90", "HGMMA", every_type=False), on("sm_100", "UTCHMMA"), on("gfx942", "v_mfma")],
 )
 def test_large_bfloat16_products_use_the_targets_own_matrix_instruction(
     rows: list[Row], target: str, instruction: str

@@ -106,6 +106,7 @@ def test_accelerate_loop() -> None:
     assert numbers(out, "batches")[0] == 2 * numbers(out, "steps")[0] == 360
 
 
+@pytest.mark.slow  # three processes that import everything: the workflow's job of the examples has it
 @pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch has no gloo"
 )

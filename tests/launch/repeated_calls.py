@@ -43,7 +43,6 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Tensor]]]] = {
     "odd linear": (tribp.linear_sigmoid, lambda: linear(33, torch.float32)),
     "dense, stride 2": (conv(stride=2, activation="sigmoid"), lambda: [last(2, 16, 8, 8), last(16, 16, 3, 3)]),
     "NCHW": (conv(), lambda: [torch.randn(2, 9, 8, 8), torch.randn(8, 9, 3, 3), torch.randn(8)]),
-    "depthwise": (conv(groups=16), lambda: [last(2, 16, 8, 8), last(16, 1, 3, 3)]),
 }
 
 WITH_DESCRIPTORS = ("linear", "dense, stride 2", "NCHW")

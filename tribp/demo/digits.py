@@ -28,6 +28,6 @@ def load(device: torch.device, generator: torch.Generator) -> Digits:
     labels = torch.as_tensor(classes, dtype=torch.int64, device="cpu")
     order = torch.randperm(len(labels), generator=generator, device="cpu")
     order = order[labels[order].argsort(stable=True)].view(CLASSES, -1)  # shuffled within each class
-    held_out, rest = order[:, :HELD_OUT].flatten(), order[:, HELD_OUT:].flatten()
-    parts = (images[rest], labels[rest], images[held_out], labels[held_out])
+    held_out, train = order[:, :HELD_OUT].flatten(), order[:, HELD_OUT:].flatten()
+    parts = (images[train], labels[train], images[held_out], labels[held_out])
     return Digits(*(part.to(device) for part in parts))

@@ -43,12 +43,12 @@ def values(device: torch.device) -> Values:
         (H, hidden, hidden.grad), (V, second.weight, second.weight.grad), (("c",), second.bias, du), (("u",), u, du),
         (("y",), output, output.grad), (("t",), target, None), (("E",), loss, None),
     ]  # fmt: skip
-    found: Values = {}
+    values: Values = {}
     for names, value, gradient in tensors:
-        found |= zip(names, value.flatten().tolist(), strict=True)
+        values |= zip(names, value.flatten().tolist(), strict=True)
         if gradient is not None:
-            found |= zip((f"∂E/∂{name}" for name in names), gradient.flatten().tolist(), strict=True)
-    return found
+            values |= zip((f"∂E/∂{name}" for name in names), gradient.flatten().tolist(), strict=True)
+    return values
 
 
 class Box(NamedTuple):

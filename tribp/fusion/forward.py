@@ -100,13 +100,13 @@ def _lines(module: nn.Module, prefix: str, links: Sequence[Link], norms: bool) -
     """As far as what is called is a module; several where a link calls one of several modules."""
     choices: list[Sequence[tuple[str, Step]]] = []
     for link in links:
-        found: Sequence[tuple[str, Step]] = _called(module, prefix, link.called)
-        found = [(choices[-1][0][0], link.activation)] if link.activation else found
-        if not found:
+        choice: Sequence[tuple[str, Step]] = _called(module, prefix, link.called)
+        choice = [(choices[-1][0][0], link.activation)] if link.activation else choice
+        if not choice:
             break
-        choices.append(found)
+        choices.append(choice)
     for n in range(max(map(len, choices), default=0)):
-        yield _line(module, [found[min(n, len(found) - 1)] for found in choices], links, norms)
+        yield _line(module, [choice[min(n, len(choice) - 1)] for choice in choices], links, norms)
 
 
 def _called(module: nn.Module, prefix: str, called: Called | None) -> list[tuple[str, nn.Module]]:
@@ -337,17 +337,17 @@ def _derived(kind: type[nn.Module], sites: tuple[Site, ...]) -> type[nn.Module]:
 
 def _running(source: Source, sites: Sequence[Site]) -> FunctionType:
     """The forward with `run` at these sites, as far as it still has them."""
-    found: list[list[Link]] = []
+    runs: list[list[Link]] = []
     for call in source.calls():
         links = _links(source, call)
         texts = tuple(link.text for link in links)
         lengths = [len(site) for site in sites if site == texts[: len(site)]]
         if lengths:
-            found.append(links[: max(lengths)])
+            runs.append(links[: max(lengths)])
     instead: dict[ast.AST, Instead] = {}
     values: dict[str, object] = {RUN: run, IS_SCRIPTING: torch.jit.is_scripting}  # type: ignore[attr-defined]
     taken: set[ast.Call] = set()
-    for links in sorted(found, key=len, reverse=True):  # a part of a longer one is done with it
+    for links in sorted(runs, key=len, reverse=True):  # a part of a longer one is done with it
         if taken.isdisjoint(link.call for link in links):
             taken.update(link.call for link in links)
             instead |= _instead_of_links(links, values)

@@ -220,9 +220,10 @@ class _Plan:
             vars(norm)[FOLDS] = True
         return Report(self._entries(self.replaced), self._entries(self.skipped))
 
-    def _entries(self, found: Mapping[str, Entry]) -> tuple[Entry, ...]:
+    def _entries(self, entries: Mapping[str, Entry]) -> tuple[Entry, ...]:
         """In the order of the places; not by further names of what stands in a container that has several."""
-        return tuple(sorted((found[name] for name in found if name in self.order), key=lambda e: self.order[e.name]))
+        ours = (entry for name, entry in entries.items() if name in self.order)
+        return tuple(sorted(ours, key=lambda entry: self.order[entry.name]))
 
 
 def _trains(part: Part) -> bool:

@@ -221,7 +221,7 @@ class Source:
         """
         made = copy.deepcopy(self.tree)
         twin: dict[ast.AST, Any] = dict(zip(ast.walk(self.tree), ast.walk(made), strict=True))
-        _Replace({twin[node]: found._replace(input=twin[found.input]) for node, found in instead.items()}).visit(made)
+        _Replace({twin[node]: new._replace(input=twin[new.input]) for node, new in instead.items()}).visit(made)
         made.decorator_list = []  # the old method is what they left as it was
         if not any(isinstance(node, (ast.Global, ast.Nonlocal)) for node in self.nodes):  # which a function has once
             first = int(ast.get_docstring(made, clean=False) is not None)
@@ -298,8 +298,8 @@ class _Replace(ast.NodeTransformer):
         self.by = by
 
     def visit(self, node: ast.AST) -> Any:
-        found = self.by.get(node)
-        return self.generic_visit(node) if found is None else found.made_of(self.visit(found.input))
+        instead = self.by.get(node)
+        return self.generic_visit(node) if instead is None else instead.made_of(self.visit(instead.input))
 
 
 def shown(call: ast.Call, input: ast.expr, name: str = "_") -> str:

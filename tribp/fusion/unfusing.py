@@ -57,8 +57,8 @@ def unfuse(model: nn.Module) -> Report:
             made[id(module)] = torchs = _torchs(module)
             now = f"torch.nn.{type(torchs).__name__}"
             if isinstance(torchs, nn.Sequential):
-                more = "" if isinstance(module, MLP) else ", keys with 0."
-                now = f"Sequential({', '.join(type(m).__name__ for m in torchs)}){more}"
+                keys = "" if isinstance(module, MLP) else ", keys with 0."
+                now = f"Sequential({', '.join(type(m).__name__ for m in torchs)}){keys}"
             replaced.append(Replaced(name, shown_name(type(module)), now))
     for module, kind in classes:
         object.__setattr__(module, "__class__", kind)
@@ -81,8 +81,8 @@ def _obstacle(module: Linear | Conv3x3 | MLP) -> str:
         return "it was compiled by itself"
     own = {"weight", "bias"} if not isinstance(module, MLP) else {str(2 * n) for n in range(len(module.sizes) - 1)}
     held = {*module._parameters, *module._buffers, *module._modules}
-    if more := held - own:
-        return f"it has more than its parameters: {', '.join(sorted(more))}"
+    if extra := held - own:
+        return f"it has more than its parameters: {', '.join(sorted(extra))}"
     missing = own - (module._modules if isinstance(module, MLP) else module._parameters).keys()
     return f"it has a {min(missing)} that is no parameter" if missing else ""
 

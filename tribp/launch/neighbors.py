@@ -26,13 +26,13 @@ class Problem(Protocol[C]):
 
 def neighbors(problem: Problem[C], config: C) -> list[C]:
     """In a fixed order, each once; `config` itself is none of them."""
-    found: dict[C, None] = {}
+    legal: dict[C, None] = {}
     for field, step in problem.steps().items():
         for value in step(getattr(config, field)):
             other = problem.adjusted(replace(config, **{field: value}))  # type: ignore[type-var]
             if other != config and problem.is_legal(other):
-                found[other] = None
-    return list(found)
+                legal[other] = None
+    return list(legal)
 
 
 def differs_by_steps(problem: Problem[C], config: C) -> bool:

@@ -131,18 +131,18 @@ def conform(rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:
 
     are_codes = coded(state)
     for name in filter(None, rule.states(group)):
-        value, wanted = peek(state, name), code_type(rule, group, p, name)
+        value, code_dtype = peek(state, name), code_type(rule, group, p, name)
         if not fits(value):
             continue
         if name in are_codes:
-            if wanted is not None and is_as_made(value, wanted):
+            if code_dtype is not None and is_as_made(value, code_dtype):
                 continue
             value = decoded(state, name)
-        if wanted is not None and value.is_floating_point():
-            put(state, name, value, p, wanted)
+        if code_dtype is not None and value.is_floating_point():
+            put(state, name, value, p, code_dtype)
         elif name in are_codes:
             state[name] = value.to(group.get("state_dtype") or p.dtype)
-        if wanted is None and scale_of(name) in state:
+        if code_dtype is None and scale_of(name) in state:
             del state[scale_of(name)]
     residual = peek(state, RESIDUAL)
     if not keeps_residual(group, p):

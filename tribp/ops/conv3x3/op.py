@@ -175,8 +175,8 @@ def _gradients(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
         if backward_by_torch(grad, by_operator):
             return reference.conv3x3_backward(grad, input, weight, output, size, window, act, needs)
         if by_operator:
-            found = backward_operator(grad, input, weight, output, size, *window, *act, needs, *ctx.last)
-            return scatter(needs, found)
+            grads = backward_operator(grad, input, weight, output, size, *window, *act, needs, *ctx.last)
+            return scatter(needs, grads)
         return backward(grad, input, weight, output, size, window, act, needs, ctx.last, "triton")
 
 
@@ -272,8 +272,8 @@ def _(
     needs: Sequence[bool], input_last: bool, weight_last: bool,
 ) -> list[Tensor]:  # fmt: skip
     sizes = reference.grad_sizes(grad, input_size, as_window(stride, padding, groups))
-    wanted = zip(sizes, reference.formats(ChannelsLast(input_last, weight_last)), needs, strict=True)
-    return [_empty(size, grad, layout) for size, layout, need in wanted if need]
+    outputs = zip(sizes, reference.formats(ChannelsLast(input_last, weight_last)), needs, strict=True)
+    return [_empty(size, grad, layout) for size, layout, need in outputs if need]
 
 
 def as_window(stride: Sequence[int], padding: Sequence[int], groups: int) -> Window:

@@ -158,8 +158,8 @@ def backward(
     # Kernels derive the size of dz's images from that of x's; what was saved a hook may have exchanged.
     same_window = (input_size[0], *window.output_size(*input_size[2:])) == (grad.shape[0], *grad.shape[2:])
     weight_size = (grad.shape[1], input_size[1] // window.groups, 3, 3)
-    wanted = ((input, tuple(input_size)), (weight, weight_size), (output, grad.shape))
-    fits = all(t is None or (t.shape == size and t.dtype == grad.dtype) for t, size in wanted)
+    expected = ((input, tuple(input_size)), (weight, weight_size), (output, grad.shape))
+    fits = all(t is None or (t.shape == size and t.dtype == grad.dtype) for t, size in expected)
     if not (small and same_window and fits and images_fit(grad, input, weight)) or 0 in input_size:
         return
     sizes = zip(grad_sizes(grad, input_size, window), formats(last), needs, strict=True)

@@ -240,9 +240,9 @@ def backward_operator(
     activation: str | None, a: float, b: float, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that `needs` asks for, in the order input, weight, bias."""
-    act, wanted = Activation(activation, a, b), (needs[0], needs[1], needs[2])
+    act, of_three = Activation(activation, a, b), (needs[0], needs[1], needs[2])
     with without_autocast(grad.device.type):
-        grads = backward(grad, input, weight, output, act, wanted, dispatch.backend_of(grad))
+        grads = backward(grad, input, weight, output, act, of_three, dispatch.backend_of(grad))
     return [grad for grad in grads if grad is not None]
 
 

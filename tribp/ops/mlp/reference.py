@@ -54,7 +54,7 @@ def mlp_backward(
     for n in reversed(range(count)):
         assert dx is not None
         y = (*sources, output)[n + 1] if activations[n].name else None
-        wanted = n > 0 or needs[0], needs[1 + n], needs[1 + count + n]
-        dx, dw, db = linear.linear_backward(dx, sources[n], weights[n], y, activations[n], wanted)
+        of_layer = n > 0 or needs[0], needs[1 + n], needs[1 + count + n]
+        dx, dw, db = linear.linear_backward(dx, sources[n], weights[n], y, activations[n], of_layer)
         dws, dbs = [dw, *dws], [db, *dbs]
     return [dx, *dws, *dbs]
