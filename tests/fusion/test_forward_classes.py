@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import tribp
-from tribp.fusion import Replaced, Report, Skipped
+from tribp.fusion import Replaced, Report, Skipped, forward
 
 from .cases import Called, changed, done_to_both, hooked, reasons
 from .written import check, same
@@ -269,6 +269,22 @@ def test_two_of_one_class(net: Callable[..., Any]) -> None:
     tribp.fuse(model)
     assert type(first) is type(second) is not type(third)
     assert torch.equal(model(x), y)
+
+
+def test_two_of_one_class_in_two_threads(net: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other thread's is made while this one's is on its way."""
+    model = net("return self.act(self.conv(x))")
+    other = copy.deepcopy(model)
+    running = forward._running
+
+    def late(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        tribp.fuse(other)
+        return running(*arguments)
+
+    monkeypatch.setattr(forward, "_running", late)
+    tribp.fuse(model)
+    assert type(model) is type(other)
 
 
 def test_source_that_cannot_be_read(net: Callable[..., Any]) -> None:

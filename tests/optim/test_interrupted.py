@@ -12,6 +12,7 @@ import torch
 from torch.nn import Parameter
 
 import tribp.optim
+from tribp.optim import replacing
 
 from ..processes import called
 from .cases import LIVELY, NUMBERS, ours
@@ -100,3 +101,133 @@ def test_weights_come_back_where_an_average_does_not_fit() -> None:
         pass
     assert all(map(torch.equal, params, weights))
     optimizer.state_dict()
+
+
+def loaded(**own: Any) -> tuple[Any, list[Parameter]]:
+    """An optimizer that has just loaded a checkpoint: moments in float32, whatever its options say."""
+    params = [Parameter(torch.ones(40)), Parameter(torch.ones(8, 2))]
+    optimizer = tribp.optim.Adam(params, lr=0.1, **own)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    return optimizer, params
+
+
+def test_codes_outlive_a_step_that_is_refused() -> None:
+    """States become codes before everything is checked, which is no reason to lose them."""
+    optimizer, params = loaded(state_bits=8)
+    params[1].grad = torch.ones(8, 2).to_sparse()
+    with pytest.raises(RuntimeError, match="state_bits can't be combined with a sparse_coo gradient"):
+        optimizer.step()
+    params[1].grad = torch.ones(8, 2)
+    optimizer.step()
+    for state in optimizer.state_dict()["state"].values():
+        assert state["step"] == 2
+        torch.testing.assert_close(state["exp_avg"], torch.full_like(state["exp_avg"], 0.19), rtol=0.02, atol=0)
+
+
+def stopped_steps_on_codes() -> int:
+    """A first step after a checkpoint, stopped wherever it can be; then a whole one."""
+    optimizer, params = loaded(state_bits=8, master_bits=None)
+    runs = 0
+    for runs in interrupted(optimizer.step):
+        optimizer.step()
+        for state in optimizer.state_dict()["state"].values():
+            moment = state["exp_avg"]
+            assert moment.dtype == torch.float32, runs
+            assert 0.18 < float(moment.min()) <= float(moment.max()) < 0.28, runs  # two or three steps
+        optimizer, params[:] = loaded(state_bits=8)
+    return runs
+
+
+def test_codes_outlive_a_step_that_is_stopped() -> None:
+    assert called(stopped_steps_on_codes) > 200
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name not in ("SGD", "Momentum", "Adagrad")])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_torch_refuses_updates_nothing(name: str, groups: int) -> None:
+    """torch takes sparse gradients for SGD and Adagrad only."""
+    sparse, dense = Parameter(torch.ones(4, 2)), Parameter(torch.ones(3))
+    sparse.grad, dense.grad = torch.ones(4, 2).to_sparse(), torch.ones(3)
+    lists: Any = [sparse, dense] if groups == 1 else [{"params": [sparse]}, {"params": [dense]}]
+    optimizer: Any = ours(name, lists, **NUMBERS[name])
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert torch.equal(dense, torch.ones(3))
+    sparse.grad = torch.ones(4, 2)
+    optimizer.step()
+    assert optimizer.state[dense]["step"] == 1
+
+
+# Which code updates a momentum buffer: torch's fused kernel, the packed formula, or the formula one by one.
+MOMENTA: dict[str, dict[str, Any]] = {
+    "fused": {},
+    "packed": {"dtype": torch.complex64},
+    "by formula": {"state_dtype": torch.float64},
+}
+
+
+@pytest.mark.parametrize("code", MOMENTA)
+def test_a_momentum_buffer_has_begun_when_it_was_written(code: str) -> None:
+    """A first step that is stopped before leaves b = g to the next one, not the (1 − τ)·g of a second one."""
+    own = dict(MOMENTA[code])
+    dtype = own.pop("dtype", torch.float32)
+    params: list[Parameter] = []
+    optimizer: Any = None
+
+    def begin() -> None:
+        nonlocal optimizer
+        params[:] = [Parameter(torch.ones(3, dtype=dtype)) for _ in range(6)]  # as many as are packed
+        optimizer = tribp.optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.5, **own)
+        for p in params:
+            p.grad = torch.ones_like(p)
+
+    begin()
+    runs = 0
+    for runs in interrupted(lambda: optimizer.step()):
+        optimizer.step()
+        for p in params:
+            buffer = optimizer.state[p]["momentum_buffer"].real.tolist()
+            assert buffer == pytest.approx([1.0] * 3) or buffer == pytest.approx([1.4] * 3), runs
+        begin()
+    assert runs > 100
+
+
+def test_a_stopped_checkpoint_does_nothing_to_the_next() -> None:
+    """Hooks that are there while torch loads or packs are hooks of that call alone."""
+    first, second = Parameter(torch.ones(3, dtype=torch.bfloat16)), Parameter(torch.ones(2))
+    optimizer: Any = None
+
+    def checkpoint(moment: float, dtype: torch.dtype) -> dict[str, Any]:
+        state = {name: torch.full((3,), moment, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
+        groups = tribp.optim.Adam([first]).state_dict()["param_groups"]
+        return {"state": {0: {"step": torch.tensor(5.0), **state}}, "param_groups": groups}
+
+    wide, narrow = checkpoint(0.1, torch.float32), checkpoint(0.7, torch.bfloat16)
+
+    for action, arguments in (("load_state_dict", (wide,)), ("state_dict", ())):
+        runs = 0
+        optimizer = tribp.optim.Adam([first])
+        for runs in interrupted(lambda: getattr(optimizer, action)(*arguments)):  # noqa: B023
+            optimizer.load_state_dict(narrow)
+            assert torch.equal(optimizer.state[first]["exp_avg"], narrow["state"][0]["exp_avg"]), runs
+            optimizer.add_param_group({"params": [second]})
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer = tribp.optim.Adam([first])
+        assert runs > 20
+
+
+def test_a_stopped_patch_leaves_torchs_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = replacing._pairs
+
+    def stopping() -> Iterator[Any]:
+        monkeypatch.undo()
+        yield from itertools.islice(pairs(), 3)
+        raise Stop
+
+    monkeypatch.setattr(replacing, "_pairs", stopping)
+    with pytest.raises(Stop):
+        tribp.optim.patch()
+    assert tribp.optim.unpatch() == ()

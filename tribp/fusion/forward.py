@@ -331,7 +331,7 @@ def _derived(kind: type[nn.Module], sites: tuple[Site, ...]) -> type[nn.Module]:
         space = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
         space |= {"forward": _running(read_forward(kind), sites) if sites else forward}
         space |= {"__reduce_ex__": _reduce, SITES: (kind, sites)}
-        made = _classes[kind, forward, sites] = type(kind.__name__, (kind,), space)
+        made = _classes.setdefault((kind, forward, sites), type(kind.__name__, (kind,), space))  # another thread's
     return made
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from . import codes
 from .options import DEFAULTS, EXCLUSIVE
@@ -86,15 +87,21 @@ def export_state(
 ) -> Iterator[None]:
     """While torch packs a checkpoint: convert the states before any hook of the user's sees them."""
 
-    def convert(_: Any, packed: State) -> None:
-        packed["state"] = states_of(optimizer, packed["state"], is_unused, rule, compressed)
+    over = False
 
+    def convert(_: Any, packed: State) -> None:
+        if not over:
+            packed["state"] = states_of(optimizer, packed["state"], is_unused, rule, compressed)
+
+    handles: list[RemovableHandle] = []
     with _hooking_of(optimizer):
-        handle = optimizer.register_state_dict_post_hook(convert, prepend=True)
         try:
+            handles.append(optimizer.register_state_dict_post_hook(convert, prepend=True))
             yield
         finally:
-            handle.remove()
+            over = True  # an interrupt may leave the hook behind, which must not act in another call
+            for handle in handles:
+                handle.remove()
 
 
 @contextlib.contextmanager
@@ -107,11 +114,15 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer, scalars: Collection[str]
     """
     loaded: State = {}
     before = optimizer.param_groups
+    over = False
 
     def capture(_: Any, state_dict: State) -> None:
-        loaded.update(state_dict)
+        if not over:
+            loaded.update(state_dict)
 
     def restore(_: Any) -> None:
+        if over:
+            return
         for old, new in zip(before, optimizer.param_groups, strict=True):
             for name in DEFAULTS:
                 if name in old and not (name in EXCLUSIVE and any(map(new.get, EXCLUSIVE))):
@@ -123,14 +134,15 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer, scalars: Collection[str]
                     _restore(group, optimizer.state[p], source, scalars)
                     optimizer.state[p] = WatchedState(optimizer.state[p])  # nobody has been given one yet
 
+    handles: list[RemovableHandle] = []
     with _hooking_of(optimizer):
-        handles = [
-            optimizer.register_load_state_dict_pre_hook(capture),
-            optimizer.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
         try:
+            handles.append(optimizer.register_load_state_dict_pre_hook(capture))
+            handles.append(optimizer.register_load_state_dict_post_hook(restore, prepend=True))
             yield
         finally:
+            over = True  # as above
+            loaded.clear()
             for handle in handles:
                 handle.remove()
 

@@ -16,6 +16,7 @@ from .rule import Rule
 from .tracked_state import peek
 
 BLOCK = 32
+_set, _delete = dict.__setitem__, dict.__delitem__  # which no `WatchedState` notes: nobody has been given these tensors
 SMALLEST = 2.0**-110  # scale, of which 255² times the reciprocal is finite
 CODES = (torch.int8, torch.uint8)
 RESIDUAL = "residual"
@@ -98,11 +99,16 @@ def keys(rule: Rule, group: Group) -> list[str]:
 
 
 def put(state: dict[str, Any], name: str, x: Tensor, p: Tensor, dtype: torch.dtype) -> None:
-    """Gives a state its codes, of a parameter p's layout."""
+    """Gives a state its codes, of a parameter p's layout.
+
+    In an order that leaves the state's numbers there if it is interrupted: codes never stand beside others' scales.
+    """
     codes = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
     scale = torch.empty(-(-local(p).numel() // BLOCK), dtype=torch.float32, device=local(p).device)
     encode(local(x), local(codes), scale)
-    state[name], state[scale_of(name)] = codes, scale
+    _set(state, name, x)
+    _set(state, scale_of(name), scale)
+    _set(state, name, codes)
 
 
 def decoded(state: dict[str, Any], name: str) -> Tensor:
@@ -120,8 +126,16 @@ def expand(state: dict[str, Any]) -> None:
         del state[scale_of(name)]
 
 
+def conform_all(rule: Rule, optimizer: torch.optim.Optimizer) -> None:
+    """Brings the states that are there into the form that their groups ask for; what does not fit stays as it is."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if state := optimizer.state.get(p):
+                conform(rule, group, p, state)
+
+
 def conform(rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:
-    """Brings the states that are there into the form that the group asks for; what does not fit stays as it is."""
+    """As `conform_all`, for one parameter."""
 
     def fits(value: object) -> bool:
         return isinstance(value, Tensor) and value.shape == p.shape and is_dtensor(value) == is_dtensor(p)
@@ -141,16 +155,17 @@ def conform(rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:
         if code_dtype is not None and value.is_floating_point():
             put(state, name, value, p, code_dtype)
         elif name in are_codes:
-            state[name] = value.to(group.get("state_dtype") or p.dtype)
+            _set(state, name, value.to(group.get("state_dtype") or p.dtype))
         if code_dtype is None and scale_of(name) in state:
-            del state[scale_of(name)]
+            _delete(state, scale_of(name))
     residual = peek(state, RESIDUAL)
     if not keeps_residual(group, p):
         if residual is not None:
-            del state[RESIDUAL]  # or the bits below what the parameter was would be added to what it has become
+            _delete(state, RESIDUAL)  # or the bits below what the parameter was would be added to what it has become
     elif fits(residual) and not is_as_made(residual, torch.int8):  # torch's class makes bfloat16 numbers of them
-        state[RESIDUAL] = torch.empty_like(p, dtype=torch.int8, memory_format=torch.preserve_format)
-        local(state[RESIDUAL]).copy_(local(residual))
+        as_made = torch.empty_like(p, dtype=torch.int8, memory_format=torch.preserve_format)
+        local(as_made).copy_(local(residual))
+        _set(state, RESIDUAL, as_made)
 
 
 def coded(state: dict[str, Any]) -> set[str]:

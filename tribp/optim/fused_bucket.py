@@ -88,6 +88,9 @@ class FusedBucket(Bucket):
         finally:
             if set_threads is not None:
                 set_threads(threads)
+        if tensors.fresh is not None:
+            for slot in slots:
+                slot.count.value = 1
         if decay := group.get("ema_decay"):
             for slot in slots:
                 update_average(slot.param, slot.state, decay)
@@ -97,7 +100,7 @@ class FusedBucket(Bucket):
         if self._begun or self.rule.counts_steps or not self._states:
             return None
         fresh = [float(slot.count.value) == 0.0 for slot in slots]
-        for slot in slots:
-            slot.count.value = 1
+        if any(fresh):
+            return fresh
         self._begun = len(slots) == len(self.slots)
-        return fresh if any(fresh) else None
+        return None

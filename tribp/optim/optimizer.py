@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, hooked
+from . import checkpoint, codes, hooked
 from .layouts import give_memory, is_dtensor, local, separate_gradients
 from .options import enable_options, enabled_options
 from .plan import UpdatePlan
@@ -156,9 +156,10 @@ class Optimizer(torch.optim.Optimizer):
                 uncounted = plan is None and _only_makes_states(self)
                 if plan is not None:
                     plan.release()  # states that were thrown away must not live until there are others
+                rule = self._rule(self.defaults)
+                codes.conform_all(rule, self)  # which is no harm where the rest of this is refused, or interrupted
                 with all_or_none(self.state):
-                    plan = UpdatePlan(self._rule(self.defaults), self, plan)
-                self._plan = plan
+                    self._plan = plan = UpdatePlan(rule, self, plan)
                 grads = plan.watch.checked_gradients(self)
                 assert grads is not None, "a new plan fits what it was made from"
             if capturing and not plan.watch.captured:

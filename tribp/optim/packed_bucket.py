@@ -76,7 +76,8 @@ class PackedBucket(Bucket):
         if step.grad_scale is not None or step.norm is not None:
             scaled = iter(unscaled_and_clipped([grads[k] for k in present], group, step))
             grads = [None if grad is None else next(scaled) for grad in grads]
-        self._count(present)
+        if self.rule.counts_steps:
+            self._count(present)
         if present is self._everyone and self._agree():
             self._update(self._of_everyone, present, grads)
         else:
@@ -87,15 +88,15 @@ class PackedBucket(Bucket):
                         self._packs.clear()
                     packs = self._packs[members] = self._make_packs(members)
                 self._update(packs, members, [grads[k] for k in members])
+        if not self.rule.counts_steps:  # a momentum buffer has begun when it was written
+            for k in present:
+                self.slots[k].count.value = int(self.slots[k].count.value) + 1
         if decay := group.get("ema_decay"):
             for k in present:
                 update_average(self.slots[k].param, self.slots[k].state, decay)
 
     def _count(self, present: tuple[int, ...]) -> None:
-        if not self.rule.counts_steps:
-            for k in present:
-                self.slots[k].count.value = int(self.slots[k].count.value) + 1
-        elif present is self._everyone:
+        if present is self._everyone:
             self._scalars[0].add_(reference.scalar(1.0, torch.float32))
         else:
             self._scalars[0][torch.tensor(present, device="cpu")] += 1
@@ -122,7 +123,7 @@ class PackedBucket(Bucket):
     def _update(self, packs: "list[Pack | Pieces]", members: tuple[int, ...], grads: list[Tensor]) -> None:
         first, counts = members[0], self.rule.counts_steps
         scalars = [column[first] for column in self._columns]
-        count = float(scalars.pop(0) if counts else self.slots[first].count.value)
+        count = float(scalars.pop(0) if counts else self.slots[first].count.value + 1)
         results: list[float] = []
         start = 0
         with torch._C._AutoDispatchBelowAutograd():  # which has no part in this, and would copy every list

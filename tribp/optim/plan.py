@@ -47,9 +47,6 @@ class UpdatePlan:
         positions = [(number, i) for number, group in enumerate(groups) for i in range(len(group["params"]))]
         self.params: list[Tensor] = [groups[number]["params"][i] for number, i in positions]
         self._pack = torch_buckets.worth_packing(self.params)
-        for p, (number, _) in zip(self.params, positions, strict=True):
-            if state := optimizer.state.get(p):
-                codes.conform(rule, groups[number], p, state)
         used = [self._used(optimizer, number, i) for number, i in positions]
         entangled = _entangled(self.params, used)
         kinds = [  # of all, which may raise, before any state is made
@@ -76,11 +73,12 @@ class UpdatePlan:
 
             self._kernels = triton_bucket.triton_buckets(rule, optimizer, slots["triton"])
         self.buckets: list[Bucket] = [
+            # First, for torch may refuse (sparse gradients, say), and then nothing shall have been updated.
+            *(torch_buckets.TorchBucket(rule, n, params, n in in_turn) for n, params in by_torch.items()),
             *self._kernels,
             *torch_buckets.cpu_buckets(
                 rule, groups, slots["fused"], slots["packed"], slots["reference"], options.comparable
             ),
-            *(torch_buckets.TorchBucket(rule, n, params, n in in_turn) for n, params in by_torch.items()),
         ]
         self._only_kernels = len(self.buckets) == len(self._kernels)
         every = [slot for kind in slots.values() for slot in kind]

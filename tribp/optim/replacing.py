@@ -45,11 +45,15 @@ def patch() -> Patch:
         with tribp.optim.patch():
             trainer = Trainer(model, optimizer="AdamW")
     """
-    replaced = []
-    for name, torchs, ours in _pairs():
-        if getattr(torch.optim, name) is torchs:
-            setattr(torch.optim, name, ours)
-            replaced.append(name)
+    replaced: list[str] = []
+    try:
+        for name, torchs, ours in _pairs():
+            if getattr(torch.optim, name) is torchs:
+                replaced.append(name)
+                setattr(torch.optim, name, ours)
+    except BaseException:  # Ctrl-C: nobody has the names, to put them back
+        _put_back(replaced)
+        raise
     return Patch(replaced)
 
 

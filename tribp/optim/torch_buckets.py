@@ -140,7 +140,6 @@ class ReferenceBucket(Bucket):
             count = random_step = float(counter)
         if not self.rule.counts_steps:
             count = float(slot.count.value) + 1
-            slot.count.value = int(count)
         states = [None if x is None else layouts.as_reals(x) for x in slot.states]
         values = [
             x if x is None or scale is None else codes.decode(x, scale)
@@ -169,6 +168,8 @@ class ReferenceBucket(Bucket):
                 codes.encode(moment, state, scale, bits if k == 0 else bits >> 16)
         for scalar, result in zip(scalars, results, strict=True):
             scalar.fill_(result)
+        if not self.rule.counts_steps:  # a momentum buffer has begun when it was written
+            slot.count.value = int(count)
 
 
 class TorchBucket(Bucket):
