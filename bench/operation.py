@@ -208,7 +208,7 @@ def describe(launch: Launch) -> str:
     Of a convolution besides: its box of pixels, its steps where they are not 1, taps and groups that share a program.
     """
     given, settings = launch.named, launch.settings
-    states = [str(given[name]) for name in ("STATE0", "STATE1", "STATE2") if given.get(name) is not None]
+    states = [str(given[name]) for name in ("STATE0_TYPE", "STATE1_TYPE", "STATE2_TYPE") if given.get(name) is not None]
     sizes = [str(size) for name, size in settings.items() if name.startswith("BLOCK") and name[-1].isalpha()]
     words = [getattr(given.get("RULE"), "__name__", ""), ",".join(states), "×".join(sizes)]
     words += [f"w{launch.num_warps}", f"s{launch.num_stages}"]

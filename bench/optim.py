@@ -442,7 +442,7 @@ def expectations(launch: Launch, case: StepCase, arch: Arch) -> Iterator[Expecta
         )  # fmt: skip
 
 
-TYPES = ("PARAM_TYPE", "GRAD_TYPE", "STATE0", "STATE1", "STATE2", "EMA_TYPE")
+TYPES = ("PARAM_TYPE", "GRAD_TYPE", "STATE0_TYPE", "STATE1_TYPE", "STATE2_TYPE", "EMA_TYPE")
 
 
 def step_work(given: Given, grid: tuple[int, ...], case: StepCase) -> dict[str, Any]:

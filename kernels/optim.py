@@ -145,9 +145,9 @@ def update(
         p = optim_codes.join(p, tl.load(buffers.residual + elements.state, mask=elements.inside))
     p = p.to(CONFIG.ACC)
     g = tl.load(buffers.grad + elements.grad, mask=elements.inside).to(CONFIG.ACC)
-    a = load_state(buffers.state0, buffers.code_scale0, elements, CONFIG.STATE0, CONFIG)
-    b = load_state(buffers.state1, buffers.code_scale1, elements, CONFIG.STATE1, CONFIG)
-    c = load_state(buffers.state2, buffers.code_scale2, elements, CONFIG.STATE2, CONFIG)
+    a = load_state(buffers.state0, buffers.code_scale0, elements, CONFIG.STATE0_TYPE, CONFIG)
+    b = load_state(buffers.state1, buffers.code_scale1, elements, CONFIG.STATE1_TYPE, CONFIG)
+    c = load_state(buffers.state2, buffers.code_scale2, elements, CONFIG.STATE2_TYPE, CONFIG)
     ema = load_state(buffers.ema, None, elements, CONFIG.EMA_TYPE, CONFIG)
     if scalars.grad_scale is not None:
         g = divide_exactly(g, scalars.grad_scale)
@@ -164,9 +164,9 @@ def update(
     if CONFIG.CODED:
         low = optim_codes.random_bits(elements.index, keys.codes)
         high = low >> 16
-    store_state(buffers.state0, buffers.code_scale0, elements, a, low, CONFIG.STATE0, CONFIG)
-    store_state(buffers.state1, buffers.code_scale1, elements, b, high, CONFIG.STATE1, CONFIG)
-    store_state(buffers.state2, buffers.code_scale2, elements, c, high, CONFIG.STATE2, CONFIG)
+    store_state(buffers.state0, buffers.code_scale0, elements, a, low, CONFIG.STATE0_TYPE, CONFIG)
+    store_state(buffers.state1, buffers.code_scale1, elements, b, high, CONFIG.STATE1_TYPE, CONFIG)
+    store_state(buffers.state2, buffers.code_scale2, elements, c, high, CONFIG.STATE2_TYPE, CONFIG)
     ema = tl.where(scalars.ema_first, p, ema + (1.0 - scalars.ema_decay) * (p - ema))
     store_state(buffers.ema, None, elements, ema, 0, CONFIG.EMA_TYPE, CONFIG)
 
@@ -345,8 +345,8 @@ def update_blocks(
         aligned &= residual_address % 16 == 0
     buffers = Buffers(
         param.to(pointer_to(CONFIG.PARAM_TYPE)), grad.to(pointer_to(CONFIG.GRAD_TYPE)),
-        state0.to(pointer_to(CONFIG.STATE0)), state1.to(pointer_to(CONFIG.STATE1)),
-        state2.to(pointer_to(CONFIG.STATE2)), ema.to(pointer_to(CONFIG.EMA_TYPE)),
+        state0.to(pointer_to(CONFIG.STATE0_TYPE)), state1.to(pointer_to(CONFIG.STATE1_TYPE)),
+        state2.to(pointer_to(CONFIG.STATE2_TYPE)), ema.to(pointer_to(CONFIG.EMA_TYPE)),
         code_scale0, code_scale1, code_scale2, residual,
     )  # fmt: skip
     first_block = tl.load(chunk + 1).to(tl.int64) * chunk_blocks

@@ -15,9 +15,9 @@ class StepConfig(NamedTuple):
 
     PARAM_TYPE: Any
     GRAD_TYPE: Any
-    STATE0: Any
-    STATE1: Any
-    STATE2: Any
+    STATE0_TYPE: Any
+    STATE1_TYPE: Any
+    STATE2_TYPE: Any
     EMA_TYPE: Any
     SCALAR_TYPE: Any  # of the rule's states of one number a tensor
     ACC: Any  # the type that updates are computed in
