@@ -25,7 +25,7 @@ from torch.nn import Parameter
 
 import tribp
 from tribp import dispatch, optim
-from tribp.footprint import guard, places, storage_sizes
+from tribp.footprint import address_guard, layout_guard, storage_sizes
 from tribp.launch.arch import ARCHS
 from tribp.optim.layouts import GRAD, gradients, local_all
 
@@ -244,7 +244,7 @@ def questions(tensors: int) -> contextlib.AbstractContextManager[Samples]:
     params = [Parameter(torch.randn(8)) for _ in range(tensors)]
     for p in params:
         p.grad = torch.randn(8)
-    same, grads, alike, there = list(params), list(map(GRAD, params)), guard(params), places(params)
+    same, grads, alike, there = list(params), list(map(GRAD, params)), layout_guard(params), address_guard(params)
     questions: dict[str, Callable[[], object]] = {
         "same objects": lambda: all(map(is_, params, same)),
         "types, shapes, strides": lambda: alike(params),

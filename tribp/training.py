@@ -11,7 +11,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from . import dispatch
-from .footprint import guard
+from .footprint import layout_guard
 from .fusion.perceptron import Perceptron
 from .nn import runs_forward_alone
 from .ops.mlp.reference import Layer
@@ -106,7 +106,7 @@ class Taken:
 
     def __init__(self) -> None:
         self._loss, self._parameters = "", list[Tensor]()
-        self._alike: Callable[[Sequence[Tensor]], bool] | None = None
+        self._same_layouts: Callable[[Sequence[Tensor]], bool] | None = None
 
     def __reduce__(self) -> tuple[type["Taken"], tuple[()]]:
         return Taken, ()  # a copy trains other parameters
@@ -115,16 +115,16 @@ class Taken:
         """Whether the parameters are the same objects, still leaves, and all tensors are of the same kind."""
         parameters = tensors[2:]
         return (
-            self._alike is not None
+            self._same_layouts is not None
             and loss == self._loss
             and len(parameters) == len(self._parameters)
             and all(map(is_, parameters, self._parameters))
             and all(map(_IS_LEAF, parameters))
-            and self._alike(tensors)
+            and self._same_layouts(tensors)
         )
 
     def remember(self, loss: str, tensors: list[Tensor]) -> None:
-        self._loss, self._parameters, self._alike = loss, tensors[2:], guard(tensors)
+        self._loss, self._parameters, self._same_layouts = loss, tensors[2:], layout_guard(tensors)
 
 
 class TrainStep:

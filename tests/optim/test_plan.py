@@ -33,7 +33,7 @@ def check(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
     """The guard of two tensors, in both ways; the second takes over where torch has no such class."""
     if request.param == "Python":
         monkeypatch.delattr("torch._C._dynamo.guards.TensorGuards")
-    return footprint.guard([LIKE, torch.zeros(3)])
+    return footprint.layout_guard([LIKE, torch.zeros(3)])
 
 
 @pytest.mark.parametrize("what", UNLIKE)

@@ -97,5 +97,5 @@ class Bucket:
     def run(self, step: Step) -> None:
         raise NotImplementedError
 
-    def follow(self) -> None:
+    def parameters_moved(self) -> None:
         """Parameters were given other memory, of the same kind: `p.data = …`."""

@@ -43,11 +43,11 @@ class PackedBucket(Bucket):
         self._columns = [scalars.unbind() for scalars in self._scalars]
         self._everyone = tuple(range(len(slots)))
         self._packs: dict[tuple[int, ...], list[Pack | Pieces]] = {}  # by the slots that are updated together
-        self.follow()
+        self.parameters_moved()
         self._values: list[Any] | None = None  # that the formula was made with
         self._formula: Formula
 
-    def follow(self) -> None:
+    def parameters_moved(self) -> None:
         self._packs.clear()
         self._of_everyone = self._make_packs(self._everyone)
 

@@ -90,12 +90,12 @@ class TritonBucket(Bucket):
         lengths = [slot.param.numel() * (2 if slot.param.is_complex() else 1) for slot in self.slots]
         types = {dispatch.dtype_name(dtype) for dtype in dtypes if dtype is not None}
         arch = dispatch.arch_of(self.device.index)
-        launched = config_for(MultiTensorProblem(sum(lengths), tuple(sorted(types)), strided, arch))
+        pass_config = config_for(MultiTensorProblem(sum(lengths), tuple(sorted(types)), strided, arch))
         scalar_type = self._adopt_scalars()
         self._layouts = _on(self.device, [word for row in layout_rows for word in row], torch.int64)
         self._row_words = self._words_of_rows(layout_rows, lengths, self._adopt_counters())
         self._rows = _on(self.device, self._row_words, torch.int64)
-        self._chunks = _chunks(lengths, launched.chunk, self.device)
+        self._chunks = _chunks(lengths, pass_config.chunk, self.device)
         group, p = groups[self.slots[0].group], self.slots[0].param
         param, grad, state0, state1, state2, ema = (_TYPES[dtype] for dtype in dtypes)
         config = StepConfig(
@@ -109,7 +109,7 @@ class TritonBucket(Bucket):
             RESIDUAL=self.slots[0].has_residual,
             OPTIONAL=any(_dtypes(slot).count(None) != dtypes.count(None) for slot in self.slots),
             LAYOUT_DIMS=layouts.MAX_DIMS if strided else 0,
-            BLOCK=launched.block,
+            BLOCK=pass_config.block,
         )  # fmt: skip
         name = self.rule.formula.__name__
         names = CommonHyper._fields + self.rule.hyper(group)._fields
@@ -118,7 +118,7 @@ class TritonBucket(Bucket):
             RULE=getattr(optim_rules, name),
             HYPER=namedtuple("Hyper", names)(*range(len(names))),
         )
-        return StepLaunch(len(self._chunks), len(self.slots), _seed(group, p) or 0, launched, config, constants)
+        return StepLaunch(len(self._chunks), len(self.slots), _seed(group, p) or 0, pass_config, config, constants)
 
     def _layout_rows(self, caller: str) -> list[list[int]]:
         """Of each slot sizes and strides; empty where its parts have one layout."""
@@ -187,7 +187,7 @@ class TritonBucket(Bucket):
         new = iter(_on(self.device, [float(c or 0) for c in counters if not stays(c)], dtype).unbind())
         return [c if stays(c) else next(new) for c in counters]  # type: ignore[misc]
 
-    def follow(self) -> None:
+    def parameters_moved(self) -> None:
         fields = kernels.Row._fields
         self._row_words[fields.index("param") :: len(fields)] = [_address(slot.param) for slot in self.slots]
         with dispatch.on_device(self.device):
@@ -272,13 +272,15 @@ class StepLaunch:
     programs: int
     slots: int
     seed: int
-    launched: MultiTensorConfig
+    pass_config: MultiTensorConfig
     config: StepConfig
     constants: dict[str, object]
 
     def of(self, kernel: Any, arguments: tuple[object, ...], **constants: object) -> Launch:
-        s = self.launched
-        return Launch(kernel, (self.programs,), arguments, constants, s.num_warps, max_registers=s.max_registers)
+        config = self.pass_config
+        return Launch(
+            kernel, (self.programs,), arguments, constants, config.num_warps, max_registers=config.max_registers
+        )
 
 
 def _step(
@@ -287,7 +289,7 @@ def _step(
 ) -> None:  # fmt: skip
     """The launch that updates all slots of a bucket."""
     tensors = rows, grads, chunks, hypers, finished, found_inf, scale, norm
-    integers = launch.slots, launch.launched.chunk_blocks, launch.seed
+    integers = launch.slots, launch.pass_config.chunk_blocks, launch.seed
     config = launch.config._replace(ON_DEVICE=on_device)
     plan.add(launch.of(kernels.multi_tensor_step, tensors + integers, **launch.constants, CONFIG=config))
 
@@ -298,7 +300,7 @@ def _norm(
 ) -> None:  # fmt: skip
     """The launch that adds a bucket's gradients to a norm."""
     arguments = (
-        rows, grads, chunks, partials, norm, finished, scale, first, programs, launch.launched.chunk_blocks,
+        rows, grads, chunks, partials, norm, finished, scale, first, programs, launch.pass_config.chunk_blocks,
     )  # fmt: skip
     config = NormConfig(launch.config.GRAD_TYPE, launch.config.LAYOUT_DIMS, launch.config.BLOCK, last)
     plan.add(launch.of(kernels.gradient_norm, arguments, CONFIG=config))

@@ -1,12 +1,12 @@
-"""Notices, every step, whether what a plan rests on is as it was.
+"""Checks before every step that nothing a plan was built on has changed.
 
-- the groups: the same parameter objects, the same objects as options. Hyperparameters may be replaced: they are
-  written again; those that can change in place, as tensors and lists do, are written at every step;
-- the gradients: the type, strides and kind of each (torch's own guards do it in C++), that their storages hold them,
-  and which of them are there. Where they lie may change: a bucket uploads their addresses whenever it does;
-- how and where the parameters lie, for `p.data = …` and `module.to(…)` keep the object;
-- the states, which tell (`WatchedState`) of a tensor that was replaced, and that somebody was given one. From then on
-  and for as long as somebody holds one, how and where they lie is compared.
+- Groups: the same parameter objects, the same option objects. A hyperparameter may be replaced: it is written again.
+  One that can change in place (a tensor, a list) is written at every step.
+- Gradients: which parameters have one; its type, strides and kind (by torch's guards, in C++); that its storage holds
+  it. Its address may change: a bucket uploads addresses that changed.
+- Parameters: layout and address, because `p.data = …` and `module.to(…)` keep the object.
+- States: a `WatchedState` reports that a tensor was replaced or handed out. From then on, while somebody holds one,
+  layouts and addresses are compared.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..footprint import Footprint, dict_version, guard, holders, places, signature, storage_sizes
+from ..footprint import Footprint, address_guard, dict_version, layout_guard, reference_counts, signature, storage_sizes
 from . import layouts
 from .buckets import Bucket
 from .codes import RESIDUAL, keys
@@ -57,7 +57,7 @@ class Options:
         self._fused = fused
         self._variants = list(map(self._variant, groups))
 
-    def follow(self, groups: list[Group], buckets: Sequence[Bucket]) -> bool:
+    def accept_changes(self, groups: list[Group], buckets: Sequence[Bucket]) -> bool:
         """Take over options that were replaced; False if the plan can't follow them."""
         if list(map(dict_version, groups)) == self._versions:
             if not self._unsteady:
@@ -98,19 +98,19 @@ class GradMask:
     """
 
     def __init__(self, grads: Sequence[Tensor | None], planned: Sequence[bool]) -> None:
-        self._there = bytes(grad is not None for grad in grads)
-        self._missing = bytes(grad is None for grad in grads)
-        self._all = 1 not in self._missing
-        self.complete = all(there for there, needed in zip(self._there, planned, strict=True) if needed)
-        self._check = guard([grad for grad in grads if grad is not None])
+        self._present = bytes(grad is not None for grad in grads)
+        self._absent = bytes(grad is None for grad in grads)
+        self._all_present = 1 not in self._absent
+        self.complete = all(there for there, needed in zip(self._present, planned, strict=True) if needed)
+        self._check = layout_guard([grad for grad in grads if grad is not None])
         self._sizes: list[int] = []  # of the storages that were seen to hold the gradients
 
     def fits(self, grads: Sequence[Tensor | None]) -> bool:
         present: Sequence[Any] = grads
-        if not self._all:
-            if any(grad is not None for grad in compress(grads, self._missing)):
+        if not self._all_present:
+            if any(grad is not None for grad in compress(grads, self._absent)):
                 return False
-            present = list(compress(grads, self._there))
+            present = list(compress(grads, self._present))
         return self._check(present) and self._fit_storages(present)
 
     def _fit_storages(self, grads: Sequence[Tensor]) -> bool:
@@ -147,8 +147,10 @@ class Watch:
 
     def _watch_params_and_gradients(self, kinds: Sequence[str | None]) -> None:
         self.sharded = any(layouts.is_dtensor(p) for p in self.params)
-        ours = zip(self.params, kinds, strict=True)
-        self._sharded = [n for n, (p, kind) in enumerate(ours) if kind != "torch" and layouts.is_dtensor(p)]
+        params_and_kinds = zip(self.params, kinds, strict=True)
+        self._sharded_indices = [
+            n for n, (p, kind) in enumerate(params_and_kinds) if kind != "torch" and layouts.is_dtensor(p)
+        ]
         self._watched: list[int] = []  # of the parameters
         self._unwatched: list[Tensor] = []  # with sparse gradients, say, that no kernel takes
         self._expected: dict[int, tuple[object, ...]] = {}  # of their gradients, where one may come
@@ -166,7 +168,7 @@ class Watch:
         self._masks: list[GradMask] = []
         self.complete = False  # whether every parameter that the plan updates has a gradient
         memory = self._memory(self.params)
-        self._alike, self._there = guard(memory), places(memory)
+        self._same_layouts, self._same_addresses = layout_guard(memory), address_guard(memory)
         self._stretches: list[tuple[str, int, int]] | None = None  # of the states, once parameters have moved
 
     def _watch_states(self, rule: Rule, optimizer: torch.optim.Optimizer) -> None:
@@ -187,7 +189,7 @@ class Watch:
                 self._used += [t for t in used if isinstance(t, Tensor) and is_plain(t)]
         self._state_shards = not set(map(type, self._used)) <= set(PLAIN)
         self._state_footprint = Footprint(self._state_tensors())
-        self._holders: list[object] | None = None  # of the states, when nobody but us has one
+        self._reference_counts: list[object] | None = None  # of the states, when nobody but us has one
 
     # Every step.
 
@@ -204,24 +206,25 @@ class Watch:
         params = lists[0] if len(lists) == 1 else list(chain.from_iterable(lists))
         if list(map(len, lists)) != self._sizes or not all(map(is_, params, self.params)):
             return None
-        if not self.options.follow(groups, self._buckets):
+        if not self.options.accept_changes(groups, self._buckets):
             return None
         memory = self._memory(params)
         # The guard first: it is all C++, and memory that both read is waited for in less time than between calls from
         # Python. That is 1 to 5 % of a step of 400 shards that are in no cache; otherwise the order is all the same.
-        if not (self._alike(memory) and (self._there(memory) or self._follow(memory))):
+        if not (self._same_layouts(memory) and (self._same_addresses(memory) or self._accept_moved_parameters(memory))):
             return None
         if self._unwatched and any(p.grad is not None and is_plain(p.grad) for p in self._unwatched):
             return None
         grads = layouts.gradients(params) if self.sharded else list(map(layouts.GRAD, params))
         if self.sharded:
-            some = (params, grads) if len(self._sharded) == len(params) else map(self._select_sharded, (params, grads))
+            all_sharded = len(self._sharded_indices) == len(params)
+            some = (params, grads) if all_sharded else map(self._select_sharded, (params, grads))
             if not layouts.sharded_alike(*some):
                 return None
             grads = layouts.local_all(grads)
         return grads if self._fit(self._select(grads)) else None
 
-    def _follow(self, memory: list[Tensor]) -> bool:
+    def _accept_moved_parameters(self, memory: list[Tensor]) -> bool:
         """Have the buckets go on with parameters that were given other memory, of the same kind; False if they can't.
 
         Optimizers around this one do so at every step (SAM's `p.data = old_p`): another plan takes ten times as long.
@@ -237,8 +240,8 @@ class Watch:
         if meet or not all(map(layouts.fits_storage, memory)):
             return False
         for bucket in self._buckets:
-            bucket.follow()
-        self._there = places(memory)
+            bucket.parameters_moved()
+        self._same_addresses = address_guard(memory)
         return True
 
     def shares_memory(self, grads: list[Tensor | None]) -> bool:
@@ -254,8 +257,8 @@ class Watch:
 
     def after_step(self) -> None:
         """Remember who holds the states, if nobody else does."""
-        if self._holders is None and not (self.shared or self.notes.accessed):
-            self._holders = list(holders(self._state_tensors()))
+        if self._reference_counts is None and not (self.shared or self.notes.accessed):
+            self._reference_counts = list(reference_counts(self._state_tensors()))
 
     def _same_states(self, states: Mapping[Any, Any]) -> bool:
         """Whether every parameter has the same dict as its state; they are looked at only if an entry has changed."""
@@ -274,8 +277,8 @@ class Watch:
             return False
         self.notes.accessed = False
         # Who holds one stays unknown where torch's own code asks for them, or somebody did before the first step's end.
-        unknown = self._by_torch or self._holders is None
-        self.shared = unknown or not all(map(eq, holders(states), self._holders or ()))
+        unknown = self._by_torch or self._reference_counts is None
+        self.shared = unknown or not all(map(eq, reference_counts(states), self._reference_counts or ()))
         return True
 
     def _fit(self, grads: Sequence[Tensor | None]) -> bool:
@@ -304,7 +307,7 @@ class Watch:
         return items if self._all else [items[i] for i in self._watched]
 
     def _select_sharded(self, items: list[Any]) -> list[Any]:
-        return [items[n] for n in self._sharded]
+        return [items[n] for n in self._sharded_indices]
 
     def _memory(self, params: list[Tensor]) -> list[Tensor]:
         """That of the watched ones."""
