@@ -327,7 +327,7 @@ def test_a_schedule_of_every_step(recording: str) -> None:
 
 
 def test_few_graphs_are_kept(recording: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "KEPT", 2)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     pair = Pair(recording)
     for rows in (1, 2, 3):
         pair.both(rows)

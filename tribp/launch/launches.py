@@ -20,7 +20,8 @@ from ..kernels import common
 from .arch import Arch
 from .buffer import Buffer
 
-REMEMBERED = 4096  # launches' descriptors, of some hundred bytes each; the one not used for longest is forgotten first
+# Launches' descriptors, of some hundred bytes each; the one not used for longest is forgotten first.
+MAX_DESCRIPTORS = 4096
 
 
 class Launch(NamedTuple):
@@ -182,7 +183,7 @@ class CachedLaunch:
         return list(map(_based, self._descriptors, map(_Address, addresses)))
 
 
-@lru_cache(maxsize=REMEMBERED)
+@lru_cache(maxsize=MAX_DESCRIPTORS)
 def encoded(launch: CachedLaunch, encode: Encode, *addresses: int) -> list[object]:
     """What the driver gets in place of descriptors; remembered: most tensors come back to where they were last step."""
     return encode(launch.described(addresses))

@@ -34,7 +34,7 @@ from .buffer import Buffer, Layout, Memory, dense_strides, device_of, layout_of
 from .launches import CachedLaunch, Launch, buffers_of
 from .neighbors import Problem
 
-REMEMBERED = 4096  # plans, of a few kilobytes each; the one not used for longest is forgotten first
+MAX_PLANS = 4096  # plans, of a few kilobytes each; the one not used for longest is forgotten first
 
 versions.warn_if_untested()
 if common.INTERPRETED:
@@ -212,7 +212,7 @@ def plan_of(build: Build, tensors: Sequence[Tensor | None], facts: Mapping[str, 
         raise
 
 
-@lru_cache(maxsize=REMEMBERED)
+@lru_cache(maxsize=MAX_PLANS)
 def planned(build: Build, *layouts: tuple[Any, ...] | None, **facts: object) -> Plan:
     """The plan of all calls with these layouts and facts."""
     return build_plan(build, arch_of(layouts), layouts, facts, tuned)

@@ -10,7 +10,8 @@ from torch.optim import optimizer as torch_optimizer
 from ..shared import NAMESPACE
 
 Step = Callable[[Tensor, Tensor], Tensor]  # of input and target, to the loss
-KEPT = 8  # graphs, one for each kind of batch, with the memory of its step; the one not used for longest goes first
+# One for each kind of batch, with the memory of its step; the one not used for longest goes first.
+MAX_GRAPHS = 8
 # Modules whose optimizers' steps do nothing that a graph would not repeat; a class of somebody's own may.
 OWN_STEPS = ("torch.optim.", f"{NAMESPACE}.optim.")
 
@@ -100,7 +101,7 @@ class StepGraphs:
                 _capture(graph, optimizer, step)
             value = graph.replay(input, target)
             _tell(optimizer, graph)
-        while len(self._graphs) >= KEPT:
+        while len(self._graphs) >= MAX_GRAPHS:
             self._graphs.pop(next(iter(self._graphs))).drop()
         self._graphs[kind] = graph
         return value
