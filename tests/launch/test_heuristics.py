@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tribp.launch.arch import ARCHS, Arch
-from tribp.launch.matmul import fills
+from tribp.launch.matmul import fills_gpu
 from tribp.launch.optim import MultiTensorProblem
 from tribp.ops.conv3x3.config import ConvProblem
 from tribp.ops.linear.config import DgradProblem, ForwardProblem, WgradProblem
@@ -15,8 +15,8 @@ H100 = ARCHS["sm_90"]
 
 def test_three_quarters_of_the_processors_are_enough() -> None:
     assert H100.processors == 132
-    assert fills(99, H100)
-    assert not fills(98, H100)
+    assert fills_gpu(99, H100)
+    assert not fills_gpu(98, H100)
 
 
 @pytest.mark.parametrize(("rows", "side"), [(11, 128), (10, 64)])

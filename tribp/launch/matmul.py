@@ -77,12 +77,12 @@ class ReduceConfig:
     reason: str
 
 
-def fit(block: int, size: int) -> int:
+def fit_block(block: int, size: int) -> int:
     """The block, halved while half of it still covers `size`; a matrix instruction needs 16."""
     return max(16, min(block, power_of_2(size)))
 
 
-class Product(Protocol):
+class MatmulProblem(Protocol):
     """What a problem that is a matrix product says of its operands."""
 
     @property
@@ -106,7 +106,7 @@ class Product(Protocol):
         """Whether both operands are contiguous along the summed index."""
 
 
-def needs_registers(of: Product, *, tma: bool) -> bool:
+def needs_registers(problem: MatmulProblem, *, tma: bool) -> bool:
     """Whether a product must not go to wgmma, on a GPU that has it, but to mma.sync with operands in registers.
 
     wgmma reads its second operand from shared memory. What is formed in registers must be stored there, and the
@@ -117,10 +117,10 @@ def needs_registers(of: Product, *, tma: bool) -> bool:
 
     By pointers, 16 bits go wrong where Triton leaves out the fence between copy and product.
     """
-    if not of.arch.has_wgmma or of.dtype == "float64":
+    if not problem.arch.has_wgmma or problem.dtype == "float64":
         return False
-    if of.dtype == "float32":
-        return of.precision == "tf32x3" or not (tma and of.along and versions.descriptors_round_to_tf32())
+    if problem.dtype == "float32":
+        return problem.precision == "tf32x3" or not (tma and problem.along and versions.descriptors_round_to_tf32())
     return not tma and not versions.fences_copies()
 
 
@@ -141,53 +141,76 @@ def by_mma_sync(config: M, precision: str) -> M:
 # in tiles of 128×256 and of 128×128 with four warps, in µs: forward 8192×1024×1024 35.5 and 33.0, 65536×256×784 65.8
 # and 63.8; backward 65536×256×784 (dgrad sums 256; 256×128) 182 and 172, 8192×1024×1024 91.4 and 88.3, 65536×1024×256
 # 183 and 185. Elsewhere derived; on sm_100, by eight warps, up to half of that.
-SHORT = 1024
+SHORT_SUM = 1024
 
 
-def candidates(of: Product, l: int) -> list[MatmulConfig]:
+def candidates(problem: MatmulProblem, l: int) -> list[MatmulConfig]:
     """The tiles worth considering for a product summed over l, the largest first."""
-    dtype, precision, arch, vec = of.dtype, of.precision, of.arch, of.vec
-    tma = of.tma and arch.has_tma
-    odd = vec * ITEMSIZE[dtype] < 4 and not tma
+    dtype, arch = problem.dtype, problem.arch
+    tma = problem.tma and arch.has_tma
+    two_byte_loads = problem.vec * ITEMSIZE[dtype] < 4 and not tma
     if arch.backend == "interpreter":
         # Tiles just small enough that the tests' shapes take several.
-        return [MatmulConfig(32, 32, 32, 1, 1, REASON_INTERPRETED, tma=tma, prefetch=odd)]
-    if odd:
-        # Two-byte loads go through registers. One stage: the loop is its own pipeline, and a second one on top does not
-        # compile for sm_100 in Triton 3.5.
-        reason = "compiled: odd pitch: two-byte loads, prefetched by hand"
-        wide = MatmulConfig(128, 128, 32, 8, 1, reason, prefetch=True)
-        if arch.backend == "cuda":
-            wide = replace(wide, max_registers=255)  # compiled: ptxas would hold it to 96 on sm_89, and spill 232 bytes
-        small = replace(wide, block_i=64, block_j=64, num_warps=4, reason="derived: odd pitch: 64×64 fills the GPU")
-        # 1000×77×333, µs: forward with 32 deep tiles 10.2, 64 8.4, 128 10.7; weight and bias 22.6 and 20.4.
-        tiny = replace(small, block_i=32, block_j=32, block_l=64 if l > 128 else 32)
-        tiny = replace(tiny, reason="measured on sm_90: odd pitch: a small result, a long sum in few steps")
-        return [wide, replace(wide, block_j=64), small, tiny]
+        return [MatmulConfig(32, 32, 32, 1, 1, REASON_INTERPRETED, tma=tma, prefetch=two_byte_loads)]
+    if two_byte_loads:
+        return _odd_pitch_tiles(arch, l)
     if arch.backend == "hip":
-        depth = {"float64": 16, "float32": 32}.get(dtype, 64)
-        wide = MatmulConfig(128, 128, depth, 8, 2, "derived: MFMA; two stages fill 64 KB of LDS")
-        return [wide, replace(wide, block_i=64, block_j=64, num_warps=4)]
-    if needs_registers(of, tma=tma):
-        depth = 32 if dtype == "float32" else 64
-        reason = "compiled: mma.sync: two warps a program, or 32 rows"
-        wide = by_mma_sync(MatmulConfig(64, 128, depth, 2, 4, reason, tma=tma, max_registers=255), precision)
-        return [wide, replace(wide, block_i=32, block_j=32, num_warps=4, reason="derived: 32×32: a small result")]
+        return _amd_tiles(dtype)
+    if needs_registers(problem, tma=tma):
+        return _mma_sync_tiles(problem, tma)
     if dtype in ("float32", "float64"):
-        # Compiled: left to itself, ptxas rounds the registers of these down to a step of occupancy and spills 4–20
-        # bytes for it; with 255 allowed they take what they need. Before Hopper, whose tensor cores read shared memory,
-        # the halves that tf32x3 makes of both operands lie in registers: 128×128 spills there, 128×64 does not.
-        if dtype == "float64":
-            wide = MatmulConfig(64, 64, 16, 8, 2, "compiled: float64: DMMA", tma=tma, max_registers=255)
-        elif precision == "tf32x3" and not arch.has_tma:
-            wide = MatmulConfig(
-                128, 64, 32, 8, 3, "compiled: tf32x3 from registers: 128×64", tma=tma, max_registers=255
-            )
-        else:
-            wide = MatmulConfig(128, 128, 32, 8, 3, f"compiled: {precision}: 128×128", tma=tma, max_registers=255)
-        small = replace(wide, block_i=64, block_j=64, num_warps=4, reason=f"derived: {precision}: 64×64 fills the GPU")
-        tiny = replace(small, block_i=32, block_j=32, reason=f"derived: {precision}: a small result")
-        return [wide, tiny] if dtype == "float64" else [wide, small, tiny]
+        return _wide_type_tiles(problem, tma)
+    return _half_tiles(problem, l, tma)
+
+
+def _odd_pitch_tiles(arch: Arch, l: int) -> list[MatmulConfig]:
+    # Two-byte loads go through registers. One stage: the loop is its own pipeline, and a second one on top does not
+    # compile for sm_100 in Triton 3.5.
+    reason = "compiled: odd pitch: two-byte loads, prefetched by hand"
+    wide = MatmulConfig(128, 128, 32, 8, 1, reason, prefetch=True)
+    if arch.backend == "cuda":
+        wide = replace(wide, max_registers=255)  # compiled: ptxas would hold it to 96 on sm_89, and spill 232 bytes
+    small = replace(wide, block_i=64, block_j=64, num_warps=4, reason="derived: odd pitch: 64×64 fills the GPU")
+    # 1000×77×333, µs: forward with 32 deep tiles 10.2, 64 8.4, 128 10.7; weight and bias 22.6 and 20.4.
+    tiny = replace(small, block_i=32, block_j=32, block_l=64 if l > 128 else 32)
+    tiny = replace(tiny, reason="measured on sm_90: odd pitch: a small result, a long sum in few steps")
+    return [wide, replace(wide, block_j=64), small, tiny]
+
+
+def _amd_tiles(dtype: str) -> list[MatmulConfig]:
+    depth = {"float64": 16, "float32": 32}.get(dtype, 64)
+    wide = MatmulConfig(128, 128, depth, 8, 2, "derived: MFMA; two stages fill 64 KB of LDS")
+    return [wide, replace(wide, block_i=64, block_j=64, num_warps=4)]
+
+
+def _mma_sync_tiles(problem: MatmulProblem, tma: bool) -> list[MatmulConfig]:
+    """Where `needs_registers` rules out wgmma."""
+    depth = 32 if problem.dtype == "float32" else 64
+    reason = "compiled: mma.sync: two warps a program, or 32 rows"
+    wide = by_mma_sync(MatmulConfig(64, 128, depth, 2, 4, reason, tma=tma, max_registers=255), problem.precision)
+    return [wide, replace(wide, block_i=32, block_j=32, num_warps=4, reason="derived: 32×32: a small result")]
+
+
+def _wide_type_tiles(problem: MatmulProblem, tma: bool) -> list[MatmulConfig]:
+    """Of float32 and float64."""
+    precision = problem.precision
+    # Compiled: left to itself, ptxas rounds the registers of these down to a step of occupancy and spills 4–20 bytes
+    # for it; with 255 allowed they take what they need. Before Hopper, whose tensor cores read shared memory, the
+    # halves that tf32x3 makes of both operands lie in registers: 128×128 spills there, 128×64 does not.
+    if problem.dtype == "float64":
+        wide = MatmulConfig(64, 64, 16, 8, 2, "compiled: float64: DMMA", tma=tma, max_registers=255)
+    elif precision == "tf32x3" and not problem.arch.has_tma:
+        wide = MatmulConfig(128, 64, 32, 8, 3, "compiled: tf32x3 from registers: 128×64", tma=tma, max_registers=255)
+    else:
+        wide = MatmulConfig(128, 128, 32, 8, 3, f"compiled: {precision}: 128×128", tma=tma, max_registers=255)
+    small = replace(wide, block_i=64, block_j=64, num_warps=4, reason=f"derived: {precision}: 64×64 fills the GPU")
+    tiny = replace(small, block_i=32, block_j=32, reason=f"derived: {precision}: a small result")
+    return [wide, tiny] if problem.dtype == "float64" else [wide, small, tiny]
+
+
+def _half_tiles(problem: MatmulProblem, l: int, tma: bool) -> list[MatmulConfig]:
+    """Of 16 bits, summed over l."""
+    arch = problem.arch
     # Compiled: before Hopper a 128×256 result beside operands in registers leaves no room for 64 deep tiles.
     depth = 64 if arch.has_tma else 32
     big = MatmulConfig(128, 256, depth, 8, 4, "derived: 128×256: the most multiplication per byte of operand", tma=tma)
@@ -200,14 +223,14 @@ def candidates(of: Product, l: int) -> list[MatmulConfig]:
         # 39.5 and 36.7.
         reason = "measured on sm_90: 128×128: one warp group; two programs a processor or three"
         wide = replace(wide, num_warps=4, num_stages=2 if l <= 256 else 3, reason=reason)
-    if not arch.has_tma and vec * ITEMSIZE[dtype] < 8:
+    if not arch.has_tma and problem.vec * ITEMSIZE[problem.dtype] < 8:
         # Compiled: 4-byte accesses to 64 deep tiles have so many addresses that one spills with Triton 3.9 on sm_80.
         small = replace(small, block_l=32)
     tiles = [wide, small, replace(small, block_i=32, block_j=32, reason="derived: 32×32: a small result")]
-    return [big, *tiles] if l > (SHORT // 2 if tma and not arch.has_wgmma else SHORT) else tiles
+    return [big, *tiles] if l > (SHORT_SUM // 2 if tma and not arch.has_wgmma else SHORT_SUM) else tiles
 
 
-def turned(tiles: list[MatmulConfig], i: int, j: int) -> list[MatmulConfig]:
+def prefer_tall_tiles(tiles: list[MatmulConfig], i: int, j: int) -> list[MatmulConfig]:
     """The tiles, with 256×128 in place of 128×256 where less of it lies outside an i × j result.
 
     Measured on an H200, dw and db of 65536×256×784: 104 → 93 µs.
@@ -219,15 +242,15 @@ def turned(tiles: list[MatmulConfig], i: int, j: int) -> list[MatmulConfig]:
     return [tall, *tiles[1:]] if tall.covered(i, j) < big.covered(i, j) else tiles
 
 
-def fitted(config: MatmulConfig, of: Product, i: int, j: int, l: int) -> MatmulConfig:
+def fit_tile(config: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: int) -> MatmulConfig:
     """The config, no larger than an i × j result summed over l needs, with the stages that shared memory holds."""
-    block_i, block_j, block_l = fit(config.block_i, i), fit(config.block_j, j), fit(config.block_l, l)
+    block_i, block_j, block_l = fit_block(config.block_i, i), fit_block(config.block_j, j), fit_block(config.block_l, l)
     warps = config.num_warps if block_i * block_j >= 64 * 64 else min(config.num_warps, 4)
     config = replace(config, block_i=block_i, block_j=block_j, block_l=block_l, num_warps=warps)
-    return replace(config, num_stages=stages_that_fit(config, ITEMSIZE[of.dtype], of.arch))
+    return replace(config, num_stages=stages_that_fit(config, ITEMSIZE[problem.dtype], problem.arch))
 
 
-def fills(programs: int, arch: Arch) -> bool:
+def fills_gpu(programs: int, arch: Arch) -> bool:
     """Whether so many programs are enough for the GPU.
 
     Derived: three quarters of its processors are. The next smaller tile reads its operands about twice as often for a
@@ -237,51 +260,55 @@ def fills(programs: int, arch: Arch) -> bool:
     return 4 * programs >= 3 * arch.processors
 
 
-def choose_product(of: Product, i: int, j: int, l: int) -> MatmulConfig:
+def choose_product(problem: MatmulProblem, i: int, j: int, l: int) -> MatmulConfig:
     """The config for an i × j result summed over l: the largest tiles that fill the GPU."""
-    tiles = turned(candidates(of, l), i, j)
+    tiles = prefer_tall_tiles(candidates(problem, l), i, j)
     if tiles[0].tma and tiles[0].block_i * tiles[0].block_j > 128 * 128 and j <= 128:
         tiles = tiles[1:]
-    chosen = fitted(filling(tiles, of, lambda tile: tile.tiles(i, j)), of, i, j, l)
-    return staged(chosen, of, chosen.tiles(i, j))
+    chosen = fit_tile(pick_tile(tiles, problem, lambda tile: tile.tiles(i, j)), problem, i, j, l)
+    return set_stages(chosen, problem, chosen.tiles(i, j))
 
 
-def filling(tiles: Sequence[MatmulConfig], of: Product, programs: Callable[[MatmulConfig], int]) -> MatmulConfig:
+def pick_tile(
+    tiles: Sequence[MatmulConfig], problem: MatmulProblem, programs: Callable[[MatmulConfig], int]
+) -> MatmulConfig:
     """The first tile, with so many programs, that fills the GPU; before it, one whose programs are there all at once.
 
     Larger ones than those would be one and a half for each processor, which take the time of two.
     """
-    enough = [tile for tile in tiles if fills(programs(tile), of.arch)] or tiles[-1:]
-    return next((tile for tile in enough if three_each(tile, of, programs(tile))), enough[0])
+    enough = [tile for tile in tiles if fills_gpu(programs(tile), problem.arch)] or tiles[-1:]
+    return next((tile for tile in enough if takes_three_a_processor(tile, problem, programs(tile))), enough[0])
 
 
-def three_each(config: MatmulConfig, of: Product, programs: int) -> bool:
+def takes_three_a_processor(config: MatmulConfig, problem: MatmulProblem, programs: int) -> bool:
     """Whether all programs are there at once if a processor takes three: tiles of 128×128, of two stages.
 
     Measured on an H200, µs, 392 programs of three stages and of two: 3×3 on 64×128 of 28², forward and dgrad, 34.2,
     33.4 and 28.1, 27.8; forward of 6272×1024×1024 28.8 and 25.4. With 196 tiles of 128×256, and with these: 3×3 on
     256×512 of 7² 101.8, 101.7 and 93, 99.9; 12544×512×2048 54.7 and 40.7; 6272×1024×4096 96.8 and 73.7.
     """
-    small = (config.block_i, config.block_j, config.num_warps) == (128, 128, 4)
-    return small and asynchronous(config, of) and 2 * of.arch.processors < programs <= 3 * of.arch.processors
+    small, each = (config.block_i, config.block_j, config.num_warps) == (128, 128, 4), problem.arch.processors
+    return small and feeds_wgmma(config, problem) and 2 * each < programs <= 3 * each
 
 
-def staged(config: M, of: Product, programs: int) -> M:
-    """The config with more stages, if each program has a processor's shared memory to itself; fewer for `three_each`.
+def set_stages(config: M, problem: MatmulProblem, programs: int) -> M:
+    """The config with more stages, if each program has a processor's shared memory to itself.
+
+    Fewer where a processor takes three programs (`takes_three_a_processor`).
 
     Measured on an H200, 3×3 on 64×512 images of 7² (100 programs), dgrad and forward, with three stages and four: 36.7,
     38.0 and 29.0, 30.1 µs; five are no faster.
     """
-    if three_each(config, of, programs):
+    if takes_three_a_processor(config, problem, programs):
         config = replace(config, num_stages=min(config.num_stages, 2))
-    elif asynchronous(config, of) and programs <= of.arch.processors:
+    elif feeds_wgmma(config, problem) and programs <= problem.arch.processors:
         config = replace(config, num_stages=max(config.num_stages, 4))
-    return replace(config, num_stages=stages_that_fit(config, ITEMSIZE[of.dtype], of.arch))
+    return replace(config, num_stages=stages_that_fit(config, ITEMSIZE[problem.dtype], problem.arch))
 
 
-def asynchronous(config: MatmulConfig, of: Product) -> bool:
+def feeds_wgmma(config: MatmulConfig, problem: MatmulProblem) -> bool:
     """Whether descriptors load the tiles that wgmma multiplies as they are."""
-    return of.arch.has_wgmma and config.tma and ITEMSIZE[of.dtype] == 2
+    return problem.arch.has_wgmma and config.tma and ITEMSIZE[problem.dtype] == 2
 
 
 def stages_that_fit(config: MatmulConfig, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:
@@ -322,7 +349,7 @@ def whole_splits(m: int, splits: int, block: int) -> int:
 
 MAX_TILE = 256  # of a tile's sides, and of a descriptor's
 WORKSPACE = 32 << 20  # bytes that partial results may always take; cuDNN's algorithms ask for as much and more
-RESULT = 128  # registers a thread may keep of a result: 128×256 in float32 with 8 warps
+RESULT_REGISTERS = 128  # registers a thread may keep of a result: 128×256 in float32 with 8 warps
 
 # What every product can vary.
 STEPS: Steps = dict(
@@ -331,7 +358,7 @@ STEPS: Steps = dict(
 )  # fmt: skip
 
 
-def unrounded(arch: Arch) -> int | None:
+def register_limit(arch: Arch) -> int | None:
     """The limit that makes ptxas take what it needs; compiled, it rounds down to a step of occupancy, and spills."""
     return 255 if arch.backend == "cuda" else None
 
@@ -369,30 +396,32 @@ def legal_threads(config: Any, arch: Arch, *, wgmma: bool = True, tile: int = 0)
 
 
 def legal_product(
-    config: MatmulConfig, of: Product, i: int, j: int, l: int, *, extra: int = 0, output: int = 0
+    config: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: int, *, extra: int = 0, output: int = 0
 ) -> bool:
     """Whether an i × j result summed over l is computed right, and nothing that was seen to spill is asked for.
 
     extra and output as in `stages_that_fit`.
     """
-    arch, itemsize = of.arch, ITEMSIZE[of.dtype]
+    arch, itemsize = problem.arch, ITEMSIZE[problem.dtype]
     tile = config.block_i * config.block_j
-    by_registers = needs_registers(of, tma=config.tma) and not config.prefetch  # which copies nothing asynchronously
-    most, deepest, widest = RESULT, 128, MAX_TILE
+    # Prefetching copies nothing asynchronously.
+    by_registers = needs_registers(problem, tma=config.tma) and not config.prefetch
+    most, deepest, widest = RESULT_REGISTERS, 128, MAX_TILE
     if config.prefetch:  # what is prefetched lies in registers as well, and where it comes from
-        most, deepest, widest = RESULT // (2 if config.num_warps == 8 else 4), 64 if tile <= 32 * 32 else 32, 128
+        most = RESULT_REGISTERS // (2 if config.num_warps == 8 else 4)
+        deepest, widest = 64 if tile <= 32 * 32 else 32, 128
     stages = stages_in_memory(config, itemsize, arch, extra=extra, output=output)
     single = config.prefetch or arch.backend == "interpreter"  # one pipeline on top of another does not compile
     return (
         legal_threads(config, arch, wgmma=not by_registers, tile=tile)
-        and 16 <= config.block_i <= fit(widest, i)
-        and 16 <= config.block_j <= fit(widest, j)
-        and 16 <= config.block_l <= fit(deepest, l)
+        and 16 <= config.block_i <= fit_block(widest, i)
+        and 16 <= config.block_j <= fit_block(widest, j)
+        and 16 <= config.block_l <= fit_block(deepest, l)
         and 1 <= config.num_stages <= (1 if single else stages)
-        and registers(tile, of.dtype, config.num_warps, arch) <= most
-        and (not by_registers or config == by_mma_sync(config, of.precision))
+        and registers(tile, problem.dtype, config.num_warps, arch) <= most
+        and (not by_registers or config == by_mma_sync(config, problem.precision))
         # Narrower loads than four bytes are not pipelined.
-        and (of.tma and arch.has_tma if config.tma else (of.vec * itemsize < 4) == config.prefetch)
+        and (problem.tma and arch.has_tma if config.tma else (problem.vec * itemsize < 4) == config.prefetch)
         and not (config.tma and config.prefetch)
         # A single row or column of tiles has one order.
         and 1 <= config.group <= 32
@@ -400,13 +429,13 @@ def legal_product(
     )
 
 
-def adjusted_product(config: M, of: Product, *, extra: int = 0, output: int = 0) -> M:
+def adjusted_product(config: M, problem: MatmulProblem, *, extra: int = 0, output: int = 0) -> M:
     """The config with warps and stages as its tiles and the GPU's memory allow."""
-    if needs_registers(of, tma=config.tma) and not config.prefetch:
-        config = by_mma_sync(config, of.precision)
+    if needs_registers(problem, tma=config.tma) and not config.prefetch:
+        config = by_mma_sync(config, problem.precision)
     if config.block_i * config.block_j < 64 * 64:
         config = replace(config, num_warps=min(config.num_warps, 4))
-    stages = stages_in_memory(config, ITEMSIZE[of.dtype], of.arch, extra=extra, output=output)
+    stages = stages_in_memory(config, ITEMSIZE[problem.dtype], problem.arch, extra=extra, output=output)
     return replace(config, num_stages=min(config.num_stages, stages))
 
 
@@ -419,15 +448,20 @@ class ReduceProblem(NamedTuple):
     rows: int = 1  # of the matrices that are transposed
     vec: int = 4  # elements an access
 
+    @property
+    def least_block(self) -> int:
+        """Derived: a sector of each row of a matrix, or a line of what is not transposed."""
+        return 8 * power_of_2(self.rows) if self.rows > 1 else 32
+
     def steps(self) -> Steps:
         return dict(block_parts=by_two, block=by_two, num_warps=by_two)
 
     def choose(self) -> ReduceConfig:
-        parts, arch, rows, vec = self.parts, self.arch, self.rows, self.vec
+        parts, arch, vec = self.parts, self.arch, self.vec
         if arch.backend == "interpreter":
             return ReduceConfig(4, 512, 1, REASON_INTERPRETED)
-        # Derived: a sector of each row of a matrix, or a line of what is not transposed. Three forms are enough.
-        least = 8 * power_of_2(rows) if rows > 1 else 32
+        # Derived: three forms are enough.
+        least = self.least_block
         elements = 512 * vec
         block_parts = min(elements // least, 2 if parts <= 4 else 16 if parts <= 32 else 64)
         block = max(least, min(elements // block_parts, 256))  # compiled: 512 of few parts spill
@@ -443,7 +477,7 @@ class ReduceProblem(NamedTuple):
         return (
             is_compilable(config)
             and config.block_parts <= 128
-            and config.block >= (8 * power_of_2(self.rows) if self.rows > 1 else 32)
+            and config.block >= self.least_block
             and (interpreted or config.block * config.block_parts <= 1024 * self.vec)
             and config.num_warps <= (1 if interpreted else 8)
         )

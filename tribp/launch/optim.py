@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .arch import Arch, power_of_2
-from .matmul import REASON_INTERPRETED, legal_threads
+from .matmul import REASON_INTERPRETED, legal_threads, register_limit
 from .neighbors import Steps, by_two
 
-SMALL = 1 << 22  # elements of float32, up to which blocks of 512 were the faster ones
+SMALL_STEP = 1 << 22  # elements of float32, up to which blocks of 512 were the faster ones
 
 
 class StepConfig(NamedTuple):
@@ -81,7 +81,7 @@ class MultiTensorProblem(NamedTuple):
         elif strided:
             # Compiled: the addresses of 8 elements a thread leave no registers if all is on (44 bytes).
             block, reason = 512, "compiled: 4 elements a thread: strided addresses take many registers"
-        elif narrow or elements <= SMALL:
+        elif narrow or elements <= SMALL_STEP:
             # µs: 1,000 tensors of 512: 21 with blocks of 1,024, 13; Adam's states of 8 bits, 1e8: 588, 562; bfloat16's
             # of float32: 579, 561; 1,000 tensors of 4,096, a program for every tensor and for every 1,024: 37, 48.
             block, warps, reason = 512, 2, "measured on sm_90: 8 elements a thread; smaller blocks end sooner"
@@ -94,7 +94,7 @@ class MultiTensorProblem(NamedTuple):
         # Compiled: left to itself, ptxas holds float64 to a step of occupancy, and Adagrad spills 8 bytes for it. So
         # does Triton 3.7's with strided codes if all is on: 4 bytes for 128 registers.
         holds = "float64" in types or (strided and "int8" in types)
-        limit = 255 if holds and arch.backend == "cuda" else None
+        limit = register_limit(arch) if holds else None
         return MultiTensorConfig(block, blocks, warps, reason, limit)
 
     def adjusted(self, config: MultiTensorConfig) -> MultiTensorConfig:

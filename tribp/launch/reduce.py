@@ -11,12 +11,12 @@ from .arch import cdiv, power_of_2
 from .buffer import Buffer
 from .launches import Launch, in_tuple
 from .layout import accumulator, vector_length
-from .matmul import APPENDED_PARTS, ReduceConfig, ReduceProblem, appended_sums
+from .matmul import APPENDED_PARTS, ReduceConfig, ReduceProblem, appended_sums, register_limit
 from .plan import Plan
 
 # Turns of a loop. By the model: 512 parts, 8 at once, take 42 µs behind another kernel; 64 at once, 7 in a launch of
 # their own.
-MANY = 16
+MAX_TURNS = 16
 
 
 class Partials(NamedTuple):
@@ -100,7 +100,7 @@ def reduce_partials(plan: Plan, *results: Partials) -> None:
     if sums is None:
         return
     config = plan.config(ReduceProblem(sums.parts, sums.out.numel(), plan.arch, sums.rows, min(sums.vecs)))
-    if sums.parts2 > MANY * config.block_parts:
+    if sums.parts2 > MAX_TURNS * config.block_parts:
         for result in pending:
             reduce_partials(plan, result)
         return
@@ -111,7 +111,7 @@ def reduce_partials(plan: Plan, *results: Partials) -> None:
         sums.compiled(config),
         config,
         # Compiled: rounded down to a step of occupancy, float64 of odd length spills 8 bytes with Triton 3.5 and 3.6.
-        max_registers=255 if plan.arch.backend == "cuda" else None,
+        max_registers=register_limit(plan.arch),
     )
 
 
@@ -129,7 +129,7 @@ def append_sums(plan: Plan, *results: Partials) -> Sequence[Partials]:
         reduce_partials(plan, *results)
         return ()
     pending = [result for result in results if result.pending]
-    few = [result for result in pending if result.parts <= MANY * APPENDED_PARTS][:2]
+    few = [result for result in pending if result.parts <= MAX_TURNS * APPENDED_PARTS][:2]
     left = [result for result in pending if result not in few]
     sums = sums_of(few)
     if sums is None:
@@ -148,6 +148,6 @@ def append_sums(plan: Plan, *results: Partials) -> Sequence[Partials]:
         arguments=(*launch.arguments[:at], numbers, *launch.arguments[at + 1 :]),
         constants={"CONFIG": constants._replace(SUMS=sums.compiled(config))},
         # Compiled: as above, dgrads of 48 registers spill 4 bytes on sm_100.
-        max_registers=launch.max_registers or (255 if plan.arch.backend == "cuda" else None),
+        max_registers=launch.max_registers or register_limit(plan.arch),
     )
     return left

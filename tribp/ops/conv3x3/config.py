@@ -14,23 +14,23 @@ from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
 from ...launch.matmul import (
     MAX_TILE,
     REASON_INTERPRETED,
-    RESULT,
+    RESULT_REGISTERS,
     STEPS,
     WORKSPACE,
     MatmulConfig,
     adjusted_product,
     by_mma_sync,
     candidates,
-    filling,
-    fit,
-    fitted,
+    fit_block,
+    fit_tile,
     legal_threads,
     needs_registers,
+    pick_tile,
+    register_limit,
     registers,
-    staged,
+    set_stages,
     stages_in_memory,
     stages_that_fit,
-    unrounded,
     whole_splits,
 )
 from ...launch.neighbors import Steps, all_registers, by_two, toggled
@@ -240,11 +240,11 @@ class ConvProblem(NamedTuple):
         def programs(tile: MatmulConfig) -> int:
             return tile.tiles(i, j) * group_tiles * classes
 
-        chosen = fitted(filling(tiles, self, programs), self, i, j, l)
+        chosen = fit_tile(pick_tile(tiles, self, programs), self, i, j, l)
         if self.wide and chosen.block_i * chosen.block_j == 128 * 128:
             # Compiled: beside stores of single columns four warps have no registers for tanh, and spill 384 bytes.
             chosen = replace(chosen, num_warps=8)
-        chosen = staged(chosen, self, programs(chosen))
+        chosen = set_stages(chosen, self, programs(chosen))
         if needs_registers(self, tma=chosen.tma):
             chosen = by_mma_sync(chosen, self.precision)
         if chosen.tma and self.whole and l % chosen.block_l:
@@ -253,7 +253,7 @@ class ConvProblem(NamedTuple):
             chosen = replace(chosen, num_warps=min(chosen.num_warps, 4))
         # A loop over the channels of one tap that takes a single step can't be pipelined; one over all taps can.
         flat = chosen.tma or (l <= chosen.block_l and chosen.num_warps <= 4)
-        limit = chosen.max_registers if chosen.tma and groups_per_tile == 1 else unrounded(arch)
+        limit = chosen.max_registers if chosen.tma and groups_per_tile == 1 else register_limit(arch)
         config = convolution(
             replace(chosen, prefetch=False, max_registers=limit),
             box=choose_box(chosen.block_i, n, p, q, wide=self.wide),
@@ -268,7 +268,7 @@ class ConvProblem(NamedTuple):
     def adjusted(self, config: ConvConfig) -> ConvConfig:
         n, p, q, arch = self.n, self.p, self.q, self.arch
         if not config.tma or self.groups_per_tile > 1:
-            config = replace(config, max_registers=unrounded(arch))
+            config = replace(config, max_registers=register_limit(arch))
         config = adjusted_product(config, self)
         if prod(config.box) != config.block_i:
             config = replace(config, box=choose_box(config.block_i, n, p, q, wide=self.wide))
@@ -289,14 +289,14 @@ class ConvProblem(NamedTuple):
         stages = stages_in_memory(config, size, arch)
         return (
             legal_threads(config, arch, wgmma=not by_registers, tile=tile)
-            and 16 <= config.block_i <= (chosen.block_i if diagonal else fit(MAX_TILE, n * p * q))
+            and 16 <= config.block_i <= (chosen.block_i if diagonal else fit_block(MAX_TILE, n * p * q))
             # Beside more than 128 columns the addresses of pointers, and of stores of single columns, spill.
-            and 16 <= config.block_j <= min(fit(MAX_TILE, j), MAX_TILE if config.tma and not self.wide else 128)
+            and 16 <= config.block_j <= min(fit_block(MAX_TILE, j), MAX_TILE if config.tma and not self.wide else 128)
             and (not diagonal or config.block_j == chosen.block_j)
-            and 16 <= config.block_l <= fit(deepest, l)
+            and 16 <= config.block_l <= fit_block(deepest, l)
             and tile <= largest
             and not (self.wide and arch.has_wgmma and tile == 128 * 128 and config.num_warps < 8)
-            and registers(tile, dtype, config.num_warps, arch) <= RESULT
+            and registers(tile, dtype, config.num_warps, arch) <= RESULT_REGISTERS
             and 1 <= config.num_stages <= (1 if arch.backend == "interpreter" else stages)
             and (not by_registers or config == by_mma_sync(config, precision))
             and (tma and arch.has_tma if config.tma else vec * size >= 4 or not chosen.tma)
@@ -367,14 +367,14 @@ class ConvWgradProblem(NamedTuple):
             tile, taps = MatmulConfig(128, j, 32, 8, 3, f"compiled: 128×{j}, three taps: dz is read once for them"), 3
         else:
             tile, taps = MatmulConfig(64, 64, 32, 4, 3, "compiled: 64×64, three taps: dz is read once for them"), 3
-        tile = replace(tile, block_i=fit(tile.block_i, o), block_j=fit(tile.block_j, c))
+        tile = replace(tile, block_i=fit_block(tile.block_i, o), block_j=fit_block(tile.block_j, c))
         # Counted: one warp group reads a third less of shared memory than two.
         few = tile.block_i * tile.block_j <= 64 * 64
         if few:
             tile = replace(tile, num_warps=min(tile.num_warps, 4))
         box = line or choose_box(tile.block_l, n, p, q)
         tile = replace(tile, block_l=prod(box))
-        tile = replace(tile, tma=tma, max_registers=unrounded(arch) if size >= 4 or few or not tma else None)
+        tile = replace(tile, tma=tma, max_registers=register_limit(arch) if size >= 4 or few or not tma else None)
         x_first = taps > 1 and not tma and (not arch.has_tma or arch.backend == "interpreter")
         chosen = convolution(tile, box=box, groups_per_tile=groups_per_tile, taps=taps, x_first=x_first)
         chosen = replace(chosen, num_stages=stages_that_fit(chosen, size, arch, **self._beside_tiles(chosen)))
@@ -413,8 +413,8 @@ class ConvWgradProblem(NamedTuple):
         line = not config.tma or config.box == choose_line((config.block_l,), n, q, dtype, arch)
         return (
             legal_threads(config, arch, wgmma=not by_registers, tile=tile)
-            and 16 <= config.block_i <= fit(128, o)
-            and 16 <= config.block_j <= fit(128, c)
+            and 16 <= config.block_i <= fit_block(128, o)
+            and 16 <= config.block_j <= fit_block(128, c)
             and 16 <= config.block_l <= 128
             and config.taps in ((1,) if by_registers else (1, 3))
             and registers(config.taps * tile, dtype, config.num_warps, arch)
@@ -455,7 +455,7 @@ class RelayoutProblem(NamedTuple):
         programs = max(1, 8 * arch.processors // cdiv(c, block_c))
         tiles = cdiv(n * cdiv(p, block_p), programs)
         reason = "derived: 16 elements a thread, 64 × 32: whole sectors on either side"
-        return RelayoutConfig(block_p, block_c, tiles, 4, reason, unrounded(arch))
+        return RelayoutConfig(block_p, block_c, tiles, 4, reason, register_limit(arch))
 
     def adjusted(self, config: RelayoutConfig) -> RelayoutConfig:
         return config

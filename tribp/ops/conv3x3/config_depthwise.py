@@ -5,7 +5,7 @@ from math import prod
 from typing import NamedTuple
 
 from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
-from ...launch.matmul import MAX_TILE, REASON_INTERPRETED, legal_threads, unrounded, whole_splits
+from ...launch.matmul import MAX_TILE, REASON_INTERPRETED, legal_threads, register_limit, whole_splits
 from ...launch.neighbors import Steps, all_registers, by_two
 from .config import ConvConfig, adjusted_splits, beside, choose_box, legal_splits, with_rows
 
@@ -57,7 +57,9 @@ class DepthwiseProblem(NamedTuple):
             channels = min(power_of_2(c), elements // columns, MAX_TILE)
             images = min(elements // columns // channels, MAX_TILE)
         box = (images, min(rows, power_of_2(p)), columns)
-        chosen = ConvConfig(images * columns, channels, 1, warps, 1, reason, box=box, max_registers=unrounded(arch))
+        chosen = ConvConfig(
+            images * columns, channels, 1, warps, 1, reason, box=box, max_registers=register_limit(arch)
+        )
         if not wgrad:
             # What begins and ends a box's rows makes fours of them.
             return with_rows(chosen, images, columns, n, p, q, cdiv(c, channels), arch, choices=(30, 14, 6))

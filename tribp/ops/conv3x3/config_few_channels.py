@@ -9,12 +9,12 @@ from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
 from ...launch.matmul import (
     MAX_TILE,
     REASON_INTERPRETED,
-    RESULT,
-    fit,
+    RESULT_REGISTERS,
+    fit_block,
     legal_threads,
+    register_limit,
     registers,
     stages_in_memory,
-    unrounded,
     whole_splits,
 )
 from ...launch.neighbors import Steps, all_registers, by_one, by_two, differs_by_steps
@@ -70,7 +70,7 @@ class FewChannelsProblem(NamedTuple):
             pixels, reason = 32 * warps, "derived: a pixel a thread, which knows its taps when it is compiled"
             if fused:
                 pixels, reason = 64, "compiled: dz and its sums fit registers"
-        channels = fit(64 if ITEMSIZE[dtype] <= 4 and arch.backend != "interpreter" else 32, o)
+        channels = fit_block(64 if ITEMSIZE[dtype] <= 4 and arch.backend != "interpreter" else 32, o)
         if not wgrad:
             k = max(16, power_of_2(3 * c))
             if arch.backend == "cuda" and not arch.has_tma:
@@ -93,7 +93,7 @@ class FewChannelsProblem(NamedTuple):
         181 and 175 registers (Triton 3.6); as ptxas rounds them, 152 and 111, 597 and 626. Compiled: before Hopper a
         wgrad that forms dz on load spills 16 bytes if they are rounded.
         """
-        return None if ITEMSIZE[self.dtype] == 2 and self.arch.has_wgmma else unrounded(self.arch)
+        return None if ITEMSIZE[self.dtype] == 2 and self.arch.has_wgmma else register_limit(self.arch)
 
     def adjusted(self, config: ConvConfig) -> ConvConfig:
         if not self.wgrad:
@@ -114,11 +114,11 @@ class FewChannelsProblem(NamedTuple):
         return (
             legal_threads(config, arch)
             and min(i, j, l) >= 16
-            and (i if wgrad else j) <= fit(128, o)
+            and (i if wgrad else j) <= fit_block(128, o)
             # All that a pixel meets is one step: of wgrad nine taps, else a row of three.
             and (j == chosen.block_j and l <= MAX_TILE if wgrad else (i, l) == (chosen.block_i, chosen.block_l))
             and prod(config.box) == (l if wgrad else i * config.box[1])
-            and registers(largest, dtype, config.num_warps, arch) <= RESULT
+            and registers(largest, dtype, config.num_warps, arch) <= RESULT_REGISTERS
             and 1 <= config.num_stages <= (few_channels_stages(dtype, arch) if wgrad else 1)
             and sparing(config, chosen, n, p, q)
             and (legal_splits(config, n, p, q, max(ITEMSIZE[dtype], 4) * 9 * o * c) if wgrad else config.splits == 1)
@@ -145,7 +145,7 @@ class FewChannelsDgradProblem(NamedTuple):
 
     def choose(self) -> ConvConfig:
         n, h, w, o, dtype, arch, tma = self.n, self.h, self.w, self.o, self.dtype, self.arch, self.tma
-        block_l = fit(128, o)
+        block_l = fit_block(128, o)
         if arch.backend == "interpreter":
             pixels, warps, stages, reason = 32, 1, 1, REASON_INTERPRETED
         else:
@@ -162,7 +162,7 @@ class FewChannelsDgradProblem(NamedTuple):
         columns = min(widths, key=lambda columns: cdiv(w, columns - 2) * columns)
         images = 1 if tma else pixels // columns
         pixels = images * columns
-        chosen = ConvConfig(pixels, 64, block_l, warps, stages, reason, tma=tma, max_registers=unrounded(arch))
+        chosen = ConvConfig(pixels, 64, block_l, warps, stages, reason, tma=tma, max_registers=register_limit(arch))
         return with_rows(chosen, images, columns, n, h, w, 1, arch, rim=2)
 
     def adjusted(self, config: ConvConfig) -> ConvConfig:

@@ -13,18 +13,18 @@ from ...launch.matmul import (
     WORKSPACE,
     MatmulConfig,
     adjusted_product,
-    asynchronous,
     candidates,
     choose_product,
-    fills,
-    fit,
-    fitted,
+    feeds_wgmma,
+    fills_gpu,
+    fit_block,
+    fit_tile,
     legal_product,
     legal_threads,
     needs_registers,
+    prefer_tall_tiles,
+    register_limit,
     stages_that_fit,
-    turned,
-    unrounded,
     whole_splits,
 )
 from ...launch.neighbors import Steps, by_one, by_two, differs_by_steps, toggled
@@ -51,7 +51,7 @@ def has_room(config: MatmulConfig, arch: Arch) -> bool:
 
 
 class ForwardProblem(NamedTuple):
-    """y (m × n) = act(x·wᵀ + b), summed over k. What says how operands lie: `tribp.launch.matmul.Product`."""
+    """y (m × n) = act(x·wᵀ + b), summed over k. What says how operands lie: `tribp.launch.matmul.MatmulProblem`."""
 
     m: int
     n: int
@@ -123,7 +123,7 @@ class DgradProblem(NamedTuple):
             # Compiled: beside the layer below's output four warps spill up to 290 bytes. Eight take 168 registers, and
             # with them a whole processor (measured on an H200: 54 µs for 31 without that output, 8192×1024×1024); of
             # 128, two programs share one.
-            limit = 128 if asynchronous(chosen, self) else chosen.max_registers
+            limit = 128 if feeds_wgmma(chosen, self) else chosen.max_registers
             chosen = replace(chosen, num_warps=8, max_registers=limit)
         may_fuse = self.may_fuse and not needs_registers(self, tma=self.tma)
         chosen = fuse_dz(chosen, self) if may_fuse else chosen
@@ -139,10 +139,10 @@ class DgradProblem(NamedTuple):
         """
         tiles, each = chosen.tiles(self.m, self.k), self.arch.processors
         of_four = (chosen.block_i, chosen.block_j, chosen.num_warps) == (128, 128, 4)
-        if not (of_four and asynchronous(chosen, self) and 3 * each < tiles <= 4 * each):
+        if not (of_four and feeds_wgmma(chosen, self) and 3 * each < tiles <= 4 * each):
             return chosen
         reason = "measured on sm_90: 128×128, 32 deep: three programs a processor at a time"
-        return replace(chosen, block_l=fit(32, self.n), num_stages=4, reason=reason)
+        return replace(chosen, block_l=fit_block(32, self.n), num_stages=4, reason=reason)
 
     def adjusted(self, config: MatmulConfig) -> MatmulConfig:
         return adjusted_fusion(config, self)
@@ -196,9 +196,9 @@ class WgradProblem(NamedTuple):
             """Splits of under eight steps, where loads run ahead, do little but write partial results."""
             return max(1, min(cdiv(m, 256 if tile.prefetch else 8 * tile.block_l), self.most_splits))
 
-        tiles = turned(candidates(self, m), n, k)
-        enough = [tile for tile in tiles if fills(tile.tiles(n, k) * most_splits(tile), arch)]
-        chosen = fitted((enough or tiles[-1:])[0], self, n, k, m)
+        tiles = prefer_tall_tiles(candidates(self, m), n, k)
+        enough = [tile for tile in tiles if fills_gpu(tile.tiles(n, k) * most_splits(tile), arch)]
+        chosen = fit_tile((enough or tiles[-1:])[0], self, n, k, m)
         if self.may_fuse and not needs_registers(self, tma=self.tma):
             chosen = fuse_dz(chosen, self)
         resident = arch.processors if chosen.block_i * chosen.block_j > 128 * 128 else 2 * arch.processors
@@ -253,8 +253,10 @@ class BackwardProblem(NamedTuple):
             # descriptors, which a dz of few columns cannot have.
             rows, columns = {"float64": (16, 32), "float32": (32, 32)}.get(dtype, (16 if n > 32 else 32, 64))
             reason = f"compiled: w and dw in registers, beside {rows}×{columns} of dx"
-            chosen = MatmulConfig(rows, columns, 16, 2, 4, reason, max_registers=unrounded(arch))
-        chosen = replace(chosen, block_i=fit(chosen.block_i, m), block_j=fit(chosen.block_j, k), block_l=fit(64, n))
+            chosen = MatmulConfig(rows, columns, 16, 2, 4, reason, max_registers=register_limit(arch))
+        chosen = replace(
+            chosen, block_i=fit_block(chosen.block_i, m), block_j=fit_block(chosen.block_j, k), block_l=fit_block(64, n)
+        )
         # Derived: four programs of two warps have a processor's registers; under four steps a split does little but
         # write partial results.
         splits = max(1, min(4 * arch.processors // cdiv(k, chosen.block_j), cdiv(m, 4 * chosen.block_i)))
@@ -336,7 +338,7 @@ class OutputGradProblem(NamedTuple):
         m, n, dtype, arch = self
         if arch.backend == "interpreter":
             return ElementwiseConfig(16, 32, 32, 1, REASON_INTERPRETED)
-        block_n = fit(128, n)
+        block_n = fit_block(128, n)
         block_m = max(1, 4096 // block_n if ITEMSIZE[dtype] <= 4 else 2048 // block_n)
         blocks = cdiv(m, block_m)
         # Measured on an H200, dw and db of 65536×256×784 with four programs a processor and two: 104 and
@@ -359,6 +361,6 @@ class OutputGradProblem(NamedTuple):
             and (few or config.rows >= chosen.rows)
             and config.rows % config.block_m == 0
             and config.block_m >= 1
-            and 16 <= config.block_n <= fit(1024, max(n, 32))
+            and 16 <= config.block_n <= fit_block(1024, max(n, 32))
             and config.block_m * config.block_n <= 8192
         )

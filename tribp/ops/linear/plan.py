@@ -16,7 +16,7 @@ from ...kernels import linear as kernels
 from ...launch.arch import cdiv, precision_of
 from ...launch.buffer import Buffer
 from ...launch.layout import Operand, accumulator, matrix, operand, precision_in_kernel, vector_length
-from ...launch.matmul import MatmulConfig, rows_per_split
+from ...launch.matmul import MatmulConfig, register_limit, rows_per_split
 from ...launch.plan import Plan
 from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
 from ..activations import Activation, as_stored
@@ -274,14 +274,14 @@ def sum_rows(
     blocks = cdiv(m, s.rows)
     sums = partials_of(plan, db, blocks, accumulator(dy.dtype))
     # Compiled: each float64 of an odd row has an address. ptxas stays at 80 registers, and with Triton 3.9 spills.
-    unrounded = plan.arch.backend == "cuda" and dy.element_size() == 8 and vec == 1
+    limit = register_limit(plan.arch) if dy.element_size() == 8 and vec == 1 else None
     plan.launch(
         kernels.output_grad,
         (cdiv(n, s.block_n), blocks),  # the second axis ends at 65,535, and n can be larger
         (dy, y, dz, sums, m, n, dy.stride(0), dy.stride(1), s.rows),
         kernels.OutputGrad(s.block_m, s.block_n, activation, vec, vector_length(dy.element_size(), dy.stride(0))),
         s,
-        max_registers=255 if unrounded else None,
+        max_registers=limit,
     )
     return Partials(sums, db)
 

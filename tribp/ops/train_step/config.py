@@ -4,16 +4,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...launch.arch import ITEMSIZE, Arch, cdiv
-from ...launch.matmul import unrounded
+from ...launch.matmul import register_limit
 
-WIDEST = 256  # outputs of a layer, which are one tile beside 16 rows; of float64 half as many
-DEEPEST = 8  # layers: the code is as long
-LONGEST = 1024  # rows: a program of the second launch sums over all of them. By the model, 4,096 take 44 µs.
+MAX_OUTPUTS = 256  # outputs of a layer, which are one tile beside 16 rows; of float64 half as many
+MAX_LAYERS = 8  # layers: the code is as long
+MAX_BATCH_ROWS = 1024  # rows: a program of the second launch sums over all of them. By the model, 4,096 take 44 µs.
 # Of all weights but the first: each program reads them. By arithmetic, 64 bytes a clock: 1 MB takes a processor 9 µs.
-LARGEST = 1 << 20  # bytes
+MAX_WEIGHT_BYTES = 1 << 20
 # Weights of a first layer that is computed with the others. By the model, 128 rows in float32: 784-128-10 takes 12 µs
 # with it, 12 and 5 in two launches; 784-256-64-10 takes 23, 12 and 10.
-FEW = 1 << 17
+MAX_FIRST_WEIGHTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,20 @@ class TrainProblem(NamedTuple):
         """Why separate launches are to train this network."""
         layers, widest = len(self.sizes) - 1, max(self.sizes[1:])
         bytes = ITEMSIZE[self.dtype] * sum(n * k for k, n in zip(self.sizes[1:], self.sizes[2:], strict=False))
-        if layers > DEEPEST:
-            return f"it has {layers} layers, more than {DEEPEST}"
-        most = WIDEST if ITEMSIZE[self.dtype] < 8 else WIDEST // 2
+        if layers > MAX_LAYERS:
+            return f"it has {layers} layers, more than {MAX_LAYERS}"
+        most = MAX_OUTPUTS if ITEMSIZE[self.dtype] < 8 else MAX_OUTPUTS // 2
         if widest > most:
             return f"a layer has {widest} {self.dtype} outputs, more than {most}"
-        if self.m > LONGEST:
-            return f"the batch has {self.m} rows, more than {LONGEST}"
-        if bytes > LARGEST:
-            return f"its weights above the first take {bytes} bytes, more than {LARGEST}, which each program reads"
+        if self.m > MAX_BATCH_ROWS:
+            return f"the batch has {self.m} rows, more than {MAX_BATCH_ROWS}"
+        if bytes > MAX_WEIGHT_BYTES:
+            most = MAX_WEIGHT_BYTES
+            return f"its weights above the first take {bytes} bytes, more than {most}, which each program reads"
         return None
 
     def choose(self) -> TrainConfig:
-        first = int(len(self.sizes) > 2 and self.sizes[0] * self.sizes[1] > FEW)
+        first = int(len(self.sizes) > 2 and self.sizes[0] * self.sizes[1] > MAX_FIRST_WEIGHTS)
         if self.arch.backend == "interpreter":
             return TrainConfig(first, 16, 32, 32, 64, 32, 1, 1, 1, None)
         size = ITEMSIZE[self.dtype]
@@ -65,7 +66,7 @@ class TrainProblem(NamedTuple):
         step = deep // 2 if max(self.sizes[1:]) > 128 else deep
         # By the model, 784-256-64-10 in float32: with 8 warps 23 µs for 37, as each forms half of a row's sums.
         rows = 64 if self.m > 32 and size < 8 else 32
-        return TrainConfig(first, 16, max(step, 16), 32, deep, rows, 8, 4, 3, unrounded(self.arch))
+        return TrainConfig(first, 16, max(step, 16), 32, deep, rows, 8, 4, 3, register_limit(self.arch))
 
     def programs(self, config: TrainConfig) -> int:
         """Of the second launch."""
