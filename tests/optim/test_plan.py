@@ -203,10 +203,10 @@ def test_a_table_of_tensors_without_memory() -> None:
 
 def test_layouts_in_as_few_dimensions_as_possible() -> None:
     x = torch.zeros(2, 3, 4, 5)
-    assert layouts.layout([x, x.clone(), x.clone()]) == []
+    assert layouts.layout_row([x, x.clone(), x.clone()]) == []
     last = x.contiguous(memory_format=torch.channels_last)
-    assert layouts.layout([last, last.clone()]) == []
-    row = layouts.layout([last, x])
+    assert layouts.layout_row([last, last.clone()]) == []
+    row = layouts.layout_row([last, x])
     assert row is not None
     sizes, param, grad, state = (row[i : i + MAX_DIMS] for i in range(0, 4 * MAX_DIMS, MAX_DIMS))
     assert sizes[-3:] == [2, 20, 3]  # height and width lie together in both

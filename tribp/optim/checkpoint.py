@@ -57,7 +57,7 @@ def states_of(
             del copy["momentum_buffer"]
             copy.pop(codes.scale_of("momentum_buffer"), None)
         if not compressed:
-            codes.expand(copy)
+            codes.decode_states(copy)
         on_device = rule.numbers_on_device(group)
         for key in rule.scalars():
             if not isinstance(copy.get(key), Tensor):
@@ -128,8 +128,8 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer, scalars: Collection[str]
                 if name in old and not (name in EXCLUSIVE and any(map(new.get, EXCLUSIVE))):
                     new.setdefault(name, old[name])
         for group, packed in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
-            for p, number in zip(group["params"], packed["params"], strict=True):
-                source = loaded["state"].get(number)
+            for p, param_id in zip(group["params"], packed["params"], strict=True):
+                source = loaded["state"].get(param_id)
                 if source:
                     _restore(group, optimizer.state[p], source, scalars)
                     optimizer.state[p] = WatchedState(optimizer.state[p])  # nobody has been given one yet

@@ -14,20 +14,20 @@ from .rule import Group
 from .tracked_state import peek
 
 
-def check_tensors(
-    optimizer: torch.optim.Optimizer, number: int, position: int, grad: Tensor | None, state: Mapping[str, Any],
+def check_state_tensors(
+    optimizer: torch.optim.Optimizer, group_index: int, position: int, grad: Tensor | None, state: Mapping[str, Any],
     scalars: Collection[str], coded: Collection[str],
 ) -> None:  # fmt: skip
     """Raise ValueError or TypeError if a gradient or an entry of `state` can't belong to its parameter.
 
-    number, position: of the group, and of the parameter in it. state: of what the update uses. None: there is none yet.
-    scalars: the entries that hold one number each. coded: those that are codes, of whatever kind the parameter is.
+    group_index, position: of the group, and of the parameter in it. state: of what the update uses. None: there is none
+    yet. scalars: the entries that hold one number each. coded: those that are codes, of whatever kind the parameter is.
     """
-    group = optimizer.param_groups[number]
+    group = optimizer.param_groups[group_index]
     p: Tensor = group["params"][position]
 
     def described(name: str) -> str:
-        parameter = _parameter(group, number, position)
+        parameter = _parameter(group, group_index, position)
         return f"{name} of {parameter}" if name else parameter
 
     caller = type(optimizer).__name__
@@ -63,15 +63,16 @@ def check_tensors(
 
 
 def check_complete(
-    optimizer: torch.optim.Optimizer, number: int, position: int, state: Mapping[str, Any], needed: Collection[str]
+    optimizer: torch.optim.Optimizer, group_index: int, position: int, state: Mapping[str, Any], needed: Collection[str]
 ) -> None:  # fmt: skip
     """Raise KeyError, as torch does, if a state has begun, but with only some of the entries that it needs."""
     missing = [name for name in needed if peek(state, name) is None]
     if missing and len(missing) < len(needed):
         there = ", ".join(name for name in needed if name not in missing)
+        parameter = _parameter(optimizer.param_groups[group_index], group_index, position)
         raise KeyError(
-            f"{type(optimizer).__name__}: the state of {_parameter(optimizer.param_groups[number], number, position)} "
-            f"has {there}, but no {', '.join(missing)}, as if it were another class's"
+            f"{type(optimizer).__name__}: the state of {parameter} has {there}, but no {', '.join(missing)}, as if it "
+            "were another class's"
         )
 
 
@@ -82,10 +83,10 @@ def check_scalar(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} must hold one floating-point number, got {part.dtype} of shape {tuple(part.shape)}")
 
 
-def _parameter(group: Group, number: int, position: int) -> str:
+def _parameter(group: Group, group_index: int, position: int) -> str:
     names = group.get("param_names")
     name = f" ({names[position]!r})" if names else ""
-    return f"parameter {position} of group {number}{name}"
+    return f"parameter {position} of group {group_index}{name}"
 
 
 def _kind(t: Tensor) -> str:

@@ -92,13 +92,13 @@ def code_type(rule: Rule, group: Group, p: Tensor, name: str) -> torch.dtype | N
     return torch.uint8 if name in (rule.squares or ()) else torch.int8
 
 
-def keys(rule: Rule, group: Group) -> list[str]:
+def extra_keys(rule: Rule, group: Group) -> list[str]:
     """What a group's states may hold besides the rule's own."""
     scales = [scale_of(name) for name in filter(None, rule.states(group))] if group.get("state_bits") else []
     return [*scales, *([RESIDUAL] if group.get("master_bits") else [])]
 
 
-def put(state: dict[str, Any], name: str, x: Tensor, p: Tensor, dtype: torch.dtype) -> None:
+def store_codes(state: dict[str, Any], name: str, x: Tensor, p: Tensor, dtype: torch.dtype) -> None:
     """Gives a state its codes, of a parameter p's layout.
 
     In an order that leaves the state's numbers there if it is interrupted: codes never stand beside others' scales.
@@ -119,9 +119,9 @@ def decoded(state: dict[str, Any], name: str) -> Tensor:
     return x
 
 
-def expand(state: dict[str, Any]) -> None:
+def decode_states(state: dict[str, Any]) -> None:
     """Puts float32 numbers in the place of all states that are codes."""
-    for name in coded(state) - {RESIDUAL}:
+    for name in coded_entries(state) - {RESIDUAL}:
         state[name] = decoded(state, name)
         del state[scale_of(name)]
 
@@ -143,7 +143,7 @@ def conform(rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:
     def is_as_made(value: Tensor, dtype: torch.dtype) -> bool:
         return value.dtype == dtype and local(value).stride() == torch.empty_like(local(p), dtype=dtype).stride()
 
-    are_codes = coded(state)
+    are_codes = coded_entries(state)
     for name in filter(None, rule.states(group)):
         value, code_dtype = peek(state, name), code_type(rule, group, p, name)
         if not fits(value):
@@ -153,7 +153,7 @@ def conform(rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:
                 continue
             value = decoded(state, name)
         if code_dtype is not None and value.is_floating_point():
-            put(state, name, value, p, code_dtype)
+            store_codes(state, name, value, p, code_dtype)
         elif name in are_codes:
             _set(state, name, value.to(group.get("state_dtype") or p.dtype))
         if code_dtype is None and scale_of(name) in state:
@@ -168,7 +168,7 @@ def conform(rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:
         _set(state, RESIDUAL, as_made)
 
 
-def coded(state: dict[str, Any]) -> set[str]:
+def coded_entries(state: dict[str, Any]) -> set[str]:
     """The entries that are codes: states that have their scales, and the residual."""
 
     def has_scale(codes: Tensor, scale: object) -> bool:

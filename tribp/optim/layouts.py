@@ -140,7 +140,7 @@ def give_memory(params: Iterable[Tensor]) -> bool:
     return bool(without)
 
 
-def stretch(t: Tensor) -> tuple[str, int, int]:
+def memory_range(t: Tensor) -> tuple[str, int, int]:
     """The memory that a tensor lies in: the device, where it begins and ends."""
     start = t.data_ptr()
     return str(t.device), start, start + (t.nbytes if t.is_contiguous() else extent(t))
@@ -148,7 +148,7 @@ def stretch(t: Tensor) -> tuple[str, int, int]:
 
 def overlapping(owned: Iterable[tuple[int, Tensor]]) -> set[int]:
     """The owners of tensors whose stretches of memory meet, be it with another's or with another of their own."""
-    stretches = sorted((*stretch(t), owner) for owner, t in owned if t.numel())
+    stretches = sorted((*memory_range(t), owner) for owner, t in owned if t.numel())
     owners: set[int] = set()
     device, end, last = "", 0, 0  # of the stretch that reaches furthest so far
     for where, start, stop, owner in stretches:
@@ -179,7 +179,7 @@ def coalesce(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[li
     return (sizes, merged) if sizes else ([1], [[1] for _ in strides])
 
 
-def layout(tensors: Sequence[Tensor]) -> list[int] | None:
+def layout_row(tensors: Sequence[Tensor]) -> list[int] | None:
     """How the kernel walks a parameter, its gradient, its states: [] if all are dense in one layout, else a table row.
 
     The row: MAX_DIMS sizes, then MAX_DIMS strides each of the parameter, the gradient and the states, the innermost

@@ -182,8 +182,8 @@ class Pack:
         self.members = len(slots)
         params = [slot.param for slot in slots]
         self._params = list(map(_flat, params))
-        gradients, self._grads = _stretch(params)
-        copies, pieces = _stretch(params)
+        gradients, self._grads = _packed_buffer(params)
+        copies, pieces = _packed_buffer(params)
         self._grad, self._copy = _flat(gradients), _flat(copies)
         self._copies = list(map(_flat, pieces))
         self._one_dimensional = all(p.dim() == 1 and not p.is_complex() for p in params)
@@ -211,7 +211,7 @@ class Pack:
         return results
 
 
-def _stretch(like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _packed_buffer(like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """One tensor with room for the elements of all these, and its pieces, which lie as these do."""
     memory = torch.empty(sum(t.numel() for t in like), dtype=like[0].dtype, device="cpu")
     pieces: Sequence[Tensor] = memory.split([t.numel() for t in like])

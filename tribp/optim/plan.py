@@ -44,43 +44,43 @@ class UpdatePlan:
         shared = (before is not None and before.watch.shared) or any(
             type(state) is not WatchedState or state.notes.accessed for state in optimizer.state.values()
         )
-        positions = [(number, i) for number, group in enumerate(groups) for i in range(len(group["params"]))]
-        self.params: list[Tensor] = [groups[number]["params"][i] for number, i in positions]
+        positions = [(group_index, i) for group_index, group in enumerate(groups) for i in range(len(group["params"]))]
+        self.params: list[Tensor] = [groups[group_index]["params"][i] for group_index, i in positions]
         self._pack = torch_buckets.worth_packing(self.params)
-        used = [self._used(optimizer, number, i) for number, i in positions]
+        used = [self._checked_state(optimizer, group_index, i) for group_index, i in positions]
         entangled = _entangled(self.params, used)
         kinds = [  # of all, which may raise, before any state is made
-            self._kind(groups[number], p, used[index], index in entangled)
-            for index, (p, (number, _)) in enumerate(zip(self.params, positions, strict=True))
+            self._kind(groups[group_index], p, used[index], index in entangled)
+            for index, (p, (group_index, _)) in enumerate(zip(self.params, positions, strict=True))
         ]
         slots: dict[str, list[ParamSlot]] = {"triton": [], "fused": [], "packed": [], "reference": []}
         by_torch: dict[int, list[Tensor]] = {}  # by group
         in_turn: set[int] = set()  # groups whose parameters torch's own code updates one after the other
-        for index, (kind, p, (number, _)) in enumerate(zip(kinds, self.params, positions, strict=True)):
+        for index, (kind, p, (group_index, _)) in enumerate(zip(kinds, self.params, positions, strict=True)):
             if kind == "torch":
-                by_torch.setdefault(number, []).append(p)
-                if p.grad is not None and rule.has_state(groups[number]):
+                by_torch.setdefault(group_index, []).append(p)
+                if p.grad is not None and rule.has_state(groups[group_index]):
                     optimizer.state[p]  # made now, in torch's order
                 if index in entangled:
-                    in_turn.add(number)
+                    in_turn.add(group_index)
                 if before is not None and before.is_unused(peek(optimizer.state.get(p, {}), "momentum_buffer")):
                     del optimizer.state[p]["momentum_buffer"]  # torch's code takes one that is there for begun
             elif kind is not None:
-                slots[kind].append(self._slot(optimizer, groups[number], number, index))
-        self._kernels: list[TritonBucket] = []
+                slots[kind].append(self._slot(optimizer, groups[group_index], group_index, index))
+        self._triton_buckets: list[TritonBucket] = []
         if slots["triton"]:
             from . import triton_bucket
 
-            self._kernels = triton_bucket.triton_buckets(rule, optimizer, slots["triton"])
+            self._triton_buckets = triton_bucket.triton_buckets(rule, optimizer, slots["triton"])
         self.buckets: list[Bucket] = [
             # First, for torch may refuse (sparse gradients, say), and then nothing shall have been updated.
             *(torch_buckets.TorchBucket(rule, n, params, n in in_turn) for n, params in by_torch.items()),
-            *self._kernels,
+            *self._triton_buckets,
             *torch_buckets.cpu_buckets(
                 rule, groups, slots["fused"], slots["packed"], slots["reference"], options.comparable
             ),
         ]
-        self._only_kernels = len(self.buckets) == len(self._kernels)
+        self._all_triton = len(self.buckets) == len(self._triton_buckets)
         every = [slot for kind in slots.values() for slot in kind]
         self._counts = {id(slot.count.owner): slot.count for slot in every}
         self.watch = Watch(rule, optimizer, options, self.buckets, kinds, shared, apart=not entangled)
@@ -89,9 +89,11 @@ class UpdatePlan:
         for slot in every:
             slot.grad = slot.whole  # or a whole set of gradients would live as long as the plan
 
-    def _used(self, optimizer: torch.optim.Optimizer, number: int, position: int) -> dict[str, Any] | None:
+    def _checked_state(
+        self, optimizer: torch.optim.Optimizer, group_index: int, position: int
+    ) -> dict[str, Any] | None:
         """What the update of a parameter uses of its state, checked; None before the first gradient."""
-        group = optimizer.param_groups[number]
+        group = optimizer.param_groups[group_index]
         p = group["params"][position]
         if is_lazy(p) and p.grad is None:
             return None
@@ -100,11 +102,13 @@ class UpdatePlan:
         if p.grad is None and any(name is not None and peek(state, name) is None for name in names):
             return None  # torch makes a state when it sees the first gradient
         needed = [name for name in names if name is not None and name not in self._rule.optional_states]
-        checks.check_complete(optimizer, number, position, state, needed)
+        checks.check_complete(optimizer, group_index, position, state, needed)
         entries = [*self._rule.entries(group), *([codes.RESIDUAL] if keeps_residual(group, p) else [])]
         used = {name: value for name in entries if (value := peek(state, name)) is not None}
         try:
-            checks.check_tensors(optimizer, number, position, p.grad, used, self._rule.scalars(), codes.coded(state))
+            checks.check_state_tensors(
+                optimizer, group_index, position, p.grad, used, self._rule.scalars(), codes.coded_entries(state)
+            )
         except (TypeError, ValueError):
             if p.grad is None:  # nothing is updated: memory may have been given away meanwhile
                 return None
@@ -128,7 +132,7 @@ class UpdatePlan:
                     dispatch.backend_of(tensors[0]) == "triton"
                     and not entangled
                     and {t.dtype.to_real() for t in tensors} <= KERNEL_TYPES
-                    and layouts.layout([layouts.as_reals(t) for t in tensors]) is not None
+                    and layouts.layout_row([layouts.as_reals(t) for t in tensors]) is not None
                 ):
                     return "triton"
                 kind = torch_buckets.kind_of(self._rule, group, tensors, self._pack)
@@ -139,7 +143,7 @@ class UpdatePlan:
             torch_buckets.refuse_options(self._optimizer_name, group, p, g)
         return kind
 
-    def _slot(self, optimizer: torch.optim.Optimizer, group: Group, number: int, index: int) -> ParamSlot:
+    def _slot(self, optimizer: torch.optim.Optimizer, group: Group, group_index: int, index: int) -> ParamSlot:
         """Makes the states that are missing, as torch would; counters come later, all at once."""
         rule, p = self._rule, self.params[index]
         state: dict[str, Any] = optimizer.state[p] if rule.has_state(group) else {}
@@ -162,7 +166,7 @@ class UpdatePlan:
                 if code is None:
                     state[name] = new
                 else:
-                    codes.put(state, name, new, p, code)
+                    codes.store_codes(state, name, new, p, code)
                 made.append(peek(state, name))
         if keeps_residual(group, p) and codes.RESIDUAL not in state:
             state[codes.RESIDUAL] = torch.zeros_like(p, dtype=torch.int8)
@@ -175,7 +179,7 @@ class UpdatePlan:
             count = self._counts[id(owner)] = UpdateCount(owner, 0 if any(owner is t for t in made) else 1)
         grad = local(p if p.grad is None else p.grad)
         has_residual, has_ema = keeps_residual(group, p), bool(group.get("ema_decay"))
-        return ParamSlot(index, number, p, grad, state, names, has_residual, has_ema, count)
+        return ParamSlot(index, group_index, p, grad, state, names, has_residual, has_ema, count)
 
     def is_unused(self, buffer: object) -> bool:
         """Whether this plan made a momentum buffer that no step has used yet, for the first one was skipped."""
@@ -190,7 +194,7 @@ class UpdatePlan:
         if self._running or self._released or self.watch.captured:
             return
         self._released = True
-        self.buckets, self._kernels = [], []
+        self.buckets, self._triton_buckets = [], []
         self.watch.release()
         counts = list(self._counts.values())
         begun: Sequence[object] = [True] * len(counts)
@@ -212,7 +216,7 @@ class UpdatePlan:
         for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):
             if scalar is not None:
                 checks.check_scalar(f"{self._optimizer_name}: {name}", scalar)
-        if not self._only_kernels and found_inf is not None:
+        if not self._all_triton and found_inf is not None:
             if found_inf.item() != 0:
                 return None if self.max_grad_norm is None else self._norm_by_torch(grad_scale)
             found_inf = None
@@ -223,7 +227,7 @@ class UpdatePlan:
         )  # fmt: skip
         self._running = True  # torch's own code replaces counters
         try:
-            for kernels in self._kernels:
+            for kernels in self._triton_buckets:
                 kernels.write_tables(step)
             if self.max_grad_norm is not None:
                 step = step._replace(norm=self._norm(step))
@@ -238,11 +242,11 @@ class UpdatePlan:
 
     def _norm(self, step: Step) -> Tensor:
         """‖g‖₂ over all gradients, unscaled: by one more launch, or by torch where they are not all in one place."""
-        one_device = len({bucket.device for bucket in self._kernels}) == 1
-        if self._only_kernels and one_device and not self.watch.sharded:
+        one_device = len({bucket.device for bucket in self._triton_buckets}) == 1
+        if self._all_triton and one_device and not self.watch.sharded:
             from . import triton_bucket
 
-            return triton_bucket.gradient_norm(self._kernels, step)
+            return triton_bucket.gradient_norm(self._triton_buckets, step)
         return self._norm_by_torch(step.grad_scale)
 
     def _norm_by_torch(self, grad_scale: Tensor | None) -> Tensor:

@@ -147,12 +147,12 @@ class Rule:
 # For `torch_update`.
 
 
-def init_group(optimizer: torch.optim.Optimizer, group: Group, number: int) -> tuple[Any, list[list[Any]]]:
+def init_group(optimizer: torch.optim.Optimizer, group: Group, list_count: int) -> tuple[Any, list[list[Any]]]:
     """What torch's `_init_group` returns, and the lists, so many, that it fills.
 
     It makes the counters of new states on the default device, where reading one may cost a wait.
     """
-    lists: list[list[Any]] = [[] for _ in range(number)]
+    lists: list[list[Any]] = [[] for _ in range(list_count)]
     new = any(not optimizer.state.get(p) for p in group["params"])
     with torch.device("cpu") if new else contextlib.nullcontext():
         return optimizer._init_group(group, *lists), lists  # type: ignore[attr-defined]

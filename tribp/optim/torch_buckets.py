@@ -36,7 +36,7 @@ def kind_of(rule: Rule, group: Group, tensors: Sequence[Tensor], pack: bool) -> 
     if torch_lacks(group, p) or len(dtypes) > 1 or not rule.has_torch_update():
         return "reference"
     on_cpu = p.device.type == "cpu"
-    if on_cpu and layouts.layout(tensors) == []:
+    if on_cpu and layouts.layout_row(tensors) == []:
         if p.is_floating_point() and rule.fused_on_cpu(group, p.dtype):
             return "fused"
         real = p.dtype.to_real()
@@ -60,8 +60,8 @@ def refuse_options(caller: str, group: Group, p: Tensor, grad: Tensor) -> None:
     elif group.get("differentiable"):
         what = "differentiable=True"
     else:
-        odd = grad if type(p) in layouts.PLAIN else p
-        what = f"a {type(odd).__name__} of {odd.dtype} on {odd.device}"
+        offender = grad if type(p) in layouts.PLAIN else p
+        what = f"a {type(offender).__name__} of {offender.dtype} on {offender.device}"
     raise RuntimeError(f"{caller}: {', '.join(options)} can't be combined with {what}")
 
 
@@ -74,13 +74,13 @@ def cpu_buckets(
     Makes the counters that are missing.
     """
     buckets: list[Bucket] = []
-    for kind, small in ((FusedBucket, fused), (PackedBucket, packed)):
-        for _, neighbours in groupby(small, lambda slot: same_options[slot.group]):
+    for bucket_class, slots_of_class in ((FusedBucket, fused), (PackedBucket, packed)):
+        for _, neighbours in groupby(slots_of_class, lambda slot: same_options[slot.group]):
             by_type: dict[tuple[torch.dtype, bool], list[ParamSlot]] = {}
             for slot in neighbours:
                 by_type.setdefault((slot.param.dtype, slot.param.numel() < GRAIN), []).append(slot)
             for slots in by_type.values():
-                buckets.append(kind(rule, slots, groups))
+                buckets.append(bucket_class(rule, slots, groups))
     for slot in by_formula:
         if "step" in slot.state and slot.state["step"] is None:
             dtype = counter_dtype(bool(groups[slot.group].get("fused")))

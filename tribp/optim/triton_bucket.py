@@ -124,7 +124,7 @@ class TritonBucket(Bucket):
         """Of each slot sizes and strides; empty where its parts have one layout."""
         rows: list[list[int]] = []
         for slot in self.slots:
-            row = layouts.layout([layouts.as_reals(t) for t in slot.tensors])
+            row = layouts.layout_row([layouts.as_reals(t) for t in slot.tensors])
             if row is None:
                 raise RuntimeError(
                     f"{caller}: the states of parameter {slot.index} lie in memory in different ways; give them one "

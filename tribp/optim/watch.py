@@ -21,7 +21,7 @@ from .. import dispatch
 from ..footprint import Footprint, address_guard, dict_version, layout_guard, reference_counts, signature, storage_sizes
 from . import layouts
 from .buckets import Bucket
-from .codes import RESIDUAL, keys
+from .codes import RESIDUAL, extra_keys
 from .layouts import PLAIN, local
 from .options import SWITCHES
 from .rule import Group, Rule
@@ -49,7 +49,7 @@ class Options:
         self._unsteady: list[int] = []  # groups with options that can change in place
         self.comparable = self.values  # by group: equal where the options are, and as long as none is replaced
         if not _steady(chain.from_iterable(self.values)):
-            self._unsteady = [number for number, values in enumerate(self.values) if not _steady(values)]
+            self._unsteady = [group_index for group_index, values in enumerate(self.values) if not _steady(values)]
             self.comparable = list(map(_identity, self.values))
 
     def remember_variants(self, groups: list[Group], fused: bool) -> None:
@@ -63,13 +63,15 @@ class Options:
             if not self._unsteady:
                 return True
             self.values = list(self.values)  # another list: buckets compare it by identity, and read it again
-            return all(self._variant(groups[number]) == self._variants[number] for number in self._unsteady)
+            return all(
+                self._variant(groups[group_index]) == self._variants[group_index] for group_index in self._unsteady
+            )
         if list(map(tuple, groups)) != self._keys:
             return False
         self._remember(groups)
         same = self.comparable
         return list(map(self._variant, groups)) == self._variants and all(
-            same[number] == same[bucket.groups[0]] for bucket in buckets for number in bucket.groups
+            same[group_index] == same[bucket.groups[0]] for bucket in buckets for group_index in bucket.groups
         )
 
     def _variant(self, group: Group) -> object:
@@ -169,11 +171,11 @@ class Watch:
         self.complete = False  # whether every parameter that the plan updates has a gradient
         memory = self._memory(self.params)
         self._same_layouts, self._same_addresses = layout_guard(memory), address_guard(memory)
-        self._stretches: list[tuple[str, int, int]] | None = None  # of the states, once parameters have moved
+        self._state_ranges: list[tuple[str, int, int]] | None = None  # of the states, once parameters have moved
 
     def _watch_states(self, rule: Rule, optimizer: torch.optim.Optimizer) -> None:
         states: dict[Any, Any] = optimizer.state
-        entries = [[*rule.entries(group), *keys(rule, group)] for group in optimizer.param_groups]
+        entries = [[*rule.entries(group), *extra_keys(rule, group)] for group in optimizer.param_groups]
         self.notes = Notes({*chain.from_iterable(entries), RESIDUAL})
         for p, state in states.items():
             if type(state) is WatchedState:
@@ -233,9 +235,9 @@ class Watch:
             return False
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return False  # it would upload tables
-        if self._stretches is None:
-            self._stretches = list(map(layouts.stretch, self._state_tensors()))
-        stretches = sorted(s for s in (*map(layouts.stretch, memory), *self._stretches) if s[1] < s[2])
+        if self._state_ranges is None:
+            self._state_ranges = list(map(layouts.memory_range, self._state_tensors()))
+        stretches = sorted(s for s in (*map(layouts.memory_range, memory), *self._state_ranges) if s[1] < s[2])
         meet = any(a[0] == b[0] and b[1] < a[2] for a, b in pairwise(stretches))
         if meet or not all(map(layouts.fits_storage, memory)):
             return False
