@@ -1,4 +1,6 @@
-"""Where a call goes: which backend runs a tensor, on what machine, and what sees operators but no launches.
+"""Decides what computes a call: the backend of a tensor, its GPU, and who watches operators.
+
+Operators are watched by the compiler, transforms, modes and autocast.
 
 `auto` (the default): Triton kernels for tensors on GPUs that they suit, plain torch for everything else. Set
 `TRIBP_BACKEND` to `auto`, `triton` or `torch`, or use `tribp.use_backend`. Importing this module asks no GPU anything.
@@ -97,7 +99,7 @@ def _supported(index: int) -> bool:
     """Whether kernels compile well for a GPU: for NVIDIA's from sm_80 on, for AMD's with matrix cores for all types.
 
     Compiled: none spills on gfx90a, gfx942 and gfx950; 19 of 156 do on gfx1100. On older ones of that family (gfx1010)
-    kernels of Triton are reported to write nothing, and to say nothing. They go torch's way.
+    kernels of Triton are reported to write nothing, and to say nothing. Those GPUs run torch's code.
     """
     arch = arch_of(index)
     if arch.backend == "hip":
@@ -171,13 +173,12 @@ def needs_operator() -> bool:
 
 
 def kernels_cannot_see(*tensors: Tensor | None) -> bool:
-    """Whether torch must compute by itself: inside torch.func, in forward mode, for tensor subclasses, while traced.
+    """Whether kernels must not get these tensors, which torch then computes with.
 
-    Traced: by `torch.jit.trace` and by ONNX's exporter, which knows no operators but torch's.
-
-    A kernel would read the memory behind a wrapped tensor and return a result without its tangent, batch or trace; of
-    a negative view (`z.conj().imag`) the numbers before their sign is turned; a zero tensor (`sgn`'s gradient) has no
-    memory.
+    So it is inside torch.func, in forward mode, for tensor subclasses, and under `torch.jit.trace` and ONNX's exporter,
+    which knows torch's operators alone. A kernel would read the memory behind a wrapper, and return a result without
+    its tangent, batch or trace. Of a negative view (`z.conj().imag`) it would miss the sign; a zero tensor (`sgn`'s
+    gradient) has no memory.
     """
     if _any_transform():
         return True
@@ -194,17 +195,17 @@ def kernels_cannot_see(*tensors: Tensor | None) -> bool:
 def kernels_cannot_read(*tensors: Tensor | None) -> bool:
     """As `kernels_cannot_see`, or for sparse, mkldnn and nested tensors, which no strides describe.
 
-    The quick way of a call need not ask: its plan refuses them.
+    `kernels_compute` need not ask: the plan refuses such tensors.
     """
     strided = all(t is None or (t.layout is torch.strided and not t.is_nested) for t in tensors)
     return not strided or kernels_cannot_see(*tensors)
 
 
-def way_of(input: Tensor, *parameters: Tensor | None) -> str:
-    """What computes a call: the "kernels", "torch", or the registered "operator", which whoever looks on sees.
+def implementation_for(input: Tensor, *parameters: Tensor | None) -> str:
+    """Which code computes a call: the "kernels", "torch", or the registered "operator".
 
-    A dispatch mode also sees torch's operations, which therefore compute what they would without it: as many tensors
-    are saved for backward, which a checkpoint counts.
+    The compiler and dispatch modes see operators, not kernel launches. Under a dispatch mode, what torch computes
+    without it stays torch's: the same tensors are saved for backward, which a checkpoint counts.
     """
     if kernels_cannot_read(input, *parameters):
         return "torch"
@@ -225,7 +226,7 @@ def shows_call(*tensors: object) -> bool:
     return torch._C._len_torch_function_stack() > 0 or not all(t is None or isinstance(t, Tensor) for t in tensors)
 
 
-def alive(*tensors: Tensor | None) -> tuple[Any, ...]:
+def unwrap_dead(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors. Of one that outlived its transform, what it wraps: the wrapper itself has no memory."""
     return unwrap_dead_wrappers(tensors)
 

@@ -74,7 +74,10 @@ def _has_tangent(tensor: Tensor | None) -> bool:
 
 
 def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without what it asks of torch.func: 3 µs of a call's 24. `alive` and `kernels_compute` know."""
+    """`function.apply` without what it asks of torch.func: 3 µs of a call's 24.
+
+    `unwrap_dead` and `kernels_compute` know.
+    """
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
 

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from ... import dispatch
 from ...dispatch import (
-    alive,
     autocasting,
     backward_by_torch,
+    implementation_for,
     kernels_compute,
     needs_operator,
     plain_cpu_call,
     shows_call,
-    way_of,
+    unwrap_dead,
     without_autocast,
 )
 from ..activations import NONE, Activation, ActivationLike, activate, activate_, activation_of
@@ -119,13 +119,13 @@ def conv3x3(
 
 
 def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, activation: Activation) -> Tensor:
-    way = way_of(input, weight, bias)
-    if way == "torch":
+    implementation = implementation_for(input, weight, bias)
+    if implementation == "torch":
         return reference.conv3x3(input, weight, bias, window, activation)
-    if way == "operator":
+    if implementation == "operator":
         output: Tensor = operator(input, weight, bias, *window, *activation)
         return output
-    input, weight, bias = alive(input, weight, bias)
+    input, weight, bias = unwrap_dead(input, weight, bias)
     return by_kernels(input, weight, bias, window, activation)
 
 

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 from ... import dispatch
 from ...dispatch import (
-    alive,
     autocasting,
     backward_by_torch,
+    implementation_for,
     kernels_compute,
     needs_operator,
     plain_cpu_call,
     shows_call,
-    way_of,
+    unwrap_dead,
     without_autocast,
 )
 from ..activations import NONE, Activation, ActivationLike, activate, activate_, activation_of
@@ -124,13 +124,13 @@ def activated_linear(
     if bias is not None and bias.shape != weight.shape[:1]:
         bias = bias.expand(weight.shape[0])
     check_dtypes(function, input, weight=weight, bias=bias)
-    way = way_of(input, weight, bias)
-    if way == "torch":
+    implementation = implementation_for(input, weight, bias)
+    if implementation == "torch":
         return reference.linear(input, weight, bias, activation)
-    if way == "operator":
+    if implementation == "operator":
         output: Tensor = operator(input, weight, bias, *activation)
         return output
-    input, weight, bias = alive(input, weight, bias)
+    input, weight, bias = unwrap_dead(input, weight, bias)
     return by_kernels(input, weight, bias, activation)
 
 

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 from ... import dispatch
 from ...dispatch import (
-    alive,
     autocasting,
     backward_by_torch,
+    implementation_for,
     kernels_compute,
     needs_operator,
     shows_call,
-    way_of,
+    unwrap_dead,
     without_autocast,
 )
 from ..activations import Activation, ActivationLike, activate, activate_, activation_of
@@ -105,12 +105,12 @@ def mlp(
     check_tensors("mlp", *optional, input=input, **{f"weights[{n}]": w for n, w in enumerate(weights)}, **optional)
     if autocast_activates(input.device.type, both[1]):
         return activate(mlp(input, weights, given, activation), *both[1])
-    way = way_of(*tensors)
-    if way == "operator":
+    implementation = implementation_for(*tensors)
+    if implementation == "operator":
         # Without a derivative an operator for all layers would do nothing but hold all their outputs at once.
         at_once = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     else:
-        at_once = way == "kernels" and matrices_fit(input, *weights)
+        at_once = implementation == "kernels" and matrices_fit(input, *weights)
     if not at_once:
         for n, (w, b, act) in enumerate(zip(weights, given, _each(len(weights), both), strict=True)):
             input = activated_linear(f"mlp, layer {n}", input, w, b, act)
@@ -126,11 +126,11 @@ def mlp(
         check_dtypes(f"mlp, layer {n}", input, weight=w, bias=b)
     given = [b if b is None or b.shape == w.shape[:1] else b.expand(w.shape[0])
              for w, b in zip(weights, given, strict=True)]  # fmt: skip
-    if way == "operator":
+    if implementation == "operator":
         present = [b for b in given if b is not None]
         outputs: list[Tensor] = operator(input, weights, present, [b is not None for b in given], *both[0], *both[1])
         return outputs[-1]
-    input, *tensors = alive(input, *weights, *given)
+    input, *tensors = unwrap_dead(input, *weights, *given)
     return by_kernels(input, tensors[: len(weights)], tensors[len(weights) :], both)
 
 
