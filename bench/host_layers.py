@@ -120,7 +120,7 @@ def replaying_h100() -> Iterator[None]:
     """As `pretending_h100`, with graphs that replay nothing."""
     obstacle = graphs.obstacle
 
-    def capture(captured: graphs.CapturedStep, step: graphs.Step) -> None:
+    def capture(captured: graphs.CapturedStep, step: graphs.StepFunction) -> None:
         captured._loss = step(*captured._batch)
         captured._graph = SimpleNamespace(replay=always(None))  # type: ignore[assignment]
 

@@ -23,8 +23,8 @@ __all__ = ["TrainStep", "train_step"]
 
 Loss = Callable[..., Tensor]
 _IS_LEAF = attrgetter("is_leaf")
-OF_MODULES = ("mean", "sum")  # what torch's modules of these losses reduce by, to a number
-REDUCTIONS = (*OF_MODULES, "batchmean")
+MODULE_REDUCTIONS = ("mean", "sum")  # what torch's modules of these losses reduce by, to a number
+REDUCTIONS = (*MODULE_REDUCTIONS, "batchmean")
 
 
 def half_squared_error(output: Tensor, target: Tensor, reduction: str = "sum") -> Tensor:
@@ -80,36 +80,40 @@ def train_step(
 
 
 # Modules that compute a loss of LOSSES, and what must be as it is by default.
-MODULES: dict[type[nn.Module], str] = {
+LOSS_MODULES: dict[type[nn.Module], str] = {
     nn.CrossEntropyLoss: "cross_entropy",
     nn.MSELoss: "mse_loss",
     nn.BCELoss: "binary_cross_entropy",
 }
-DEFAULTS = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
-FUNCTIONS = {F.mse_loss: "mse_loss", F.cross_entropy: "cross_entropy", F.binary_cross_entropy: "binary_cross_entropy"}
+LOSS_DEFAULTS = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
+LOSS_FUNCTIONS = {
+    F.mse_loss: "mse_loss",
+    F.cross_entropy: "cross_entropy",
+    F.binary_cross_entropy: "binary_cross_entropy",
+}
 
 
-def _named(loss: str | Loss, reduction: str) -> tuple[str, str] | None:
+def _known_loss(loss: str | Loss, reduction: str) -> tuple[str, str] | None:
     """The name of a loss in LOSSES and its reduction, as it is now; None of any other."""
     if isinstance(loss, str):
         return loss, reduction
     if isinstance(loss, nn.Module):
-        plain = type(loss) in MODULES and runs_forward_alone(loss) and loss.reduction in OF_MODULES
-        usual = plain and all(getattr(loss, name, value) == value for name, value in DEFAULTS.items())
-        return (MODULES[type(loss)], str(loss.reduction)) if usual else None
-    name = next((name for function, name in FUNCTIONS.items() if function is loss), None)  # it may have no hash
+        plain = type(loss) in LOSS_MODULES and runs_forward_alone(loss) and loss.reduction in MODULE_REDUCTIONS
+        usual = plain and all(getattr(loss, name, value) == value for name, value in LOSS_DEFAULTS.items())
+        return (LOSS_MODULES[type(loss)], str(loss.reduction)) if usual else None
+    name = next((name for function, name in LOSS_FUNCTIONS.items() if function is loss), None)  # it may have no hash
     return (name, "mean") if name else None
 
 
-class Taken:
+class CheckedCall:
     """Tensors that a training step takes, and whether those of another call are like them."""
 
     def __init__(self) -> None:
         self._loss, self._parameters = "", list[Tensor]()
         self._same_layouts: Callable[[Sequence[Tensor]], bool] | None = None
 
-    def __reduce__(self) -> tuple[type["Taken"], tuple[()]]:
-        return Taken, ()  # a copy trains other parameters
+    def __reduce__(self) -> tuple[type["CheckedCall"], tuple[()]]:
+        return CheckedCall, ()  # a copy trains other parameters
 
     def are_alike(self, loss: str, tensors: list[Tensor]) -> bool:
         """Whether the parameters are the same objects, still leaves, and all tensors are of the same kind."""
@@ -158,20 +162,20 @@ class TrainStep:
             )
         self.model, self.optimizer, self.loss, self.reduction = model, optimizer, loss, reduction or "mean"
         self._graphs = StepGraphs() if cuda_graph else None
-        self._perceptron, self._taken = Perceptron(), Taken()
+        self._perceptron, self._checked_call = Perceptron(), CheckedCall()
         self._grads: dict[int, Tensor] = {}  # by parameter, what the last step wrote
 
     def __repr__(self) -> str:
-        way = "fused" if self.reason is None else self.reason
-        return f"train_step({type(self.model).__name__}, {type(self.optimizer).__name__}, {self.loss!r}): {way}"
+        outcome = "fused" if self.reason is None else self.reason
+        return f"train_step({type(self.model).__name__}, {type(self.optimizer).__name__}, {self.loss!r}): {outcome}"
 
     def __call__(self, input: Tensor, target: Tensor) -> Tensor:
-        named = _named(self.loss, self.reduction)
+        named = _known_loss(self.loss, self.reduction)
         layers = self._layers(input, target, named[0]) if named else "the loss is a function"
         self.reason = layers if isinstance(layers, str) else None
         if isinstance(layers, str) or named is None:
             return self._ordinary(input, target)
-        trained = self._take_gradients(layers)
+        trained = self._prepare_gradients(layers)
         increment_version([*self._grads.values(), *trained])  # what autograd keeps of them must not be taken for theirs
 
         def step(input: Tensor, target: Tensor) -> Tensor:
@@ -182,8 +186,8 @@ class TrainStep:
         if self._graphs is None:
             return step(input, target)
         grads = [(key, grad.data_ptr()) for key, grad in self._grads.items()]
-        lie = [(t.data_ptr(), t.shape) for layer in layers for t in layer[:2] if t is not None]
-        facts = grads, lie, [layer.activation for layer in layers]
+        addresses = [(t.data_ptr(), t.shape) for layer in layers for t in layer[:2] if t is not None]
+        facts = grads, addresses, [layer.activation for layer in layers]
         return self._graphs(self.optimizer, step, input, target, (*named, uses_tf32(input)), facts)
 
     @property
@@ -226,7 +230,7 @@ class TrainStep:
             return "gradients are off, or wanted of the input or target"
         layers = self._perceptron.layers(self.model)
         if isinstance(layers, str):
-            self._taken = Taken()
+            self._checked_call = CheckedCall()
             return layers
         parameters = [t for layer in layers for t in layer[:2] if t is not None]
         trained = {id(p) for p in parameters if p.requires_grad}
@@ -238,11 +242,11 @@ class TrainStep:
         if any(map(_has_hooks, parameters)):
             return "a parameter has hooks"
         tensors = [input, target, *parameters]
-        if self._taken.are_alike(loss, tensors):
+        if self._checked_call.are_alike(loss, tensors):
             return layers
         misfit = self._misfit(input, target, layers, parameters, loss)
         if misfit is None:
-            self._taken.remember(loss, tensors)
+            self._checked_call.remember(loss, tensors)
         return misfit or layers
 
     def _misfit(
@@ -276,15 +280,18 @@ class TrainStep:
         arch = dispatch.arch_of(input.device.index)
         return TrainProblem(len(input), tuple(sizes), dispatch.dtype_name(input.dtype), arch).obstacle()
 
-    def _take_gradients(self, layers: list[Layer]) -> list[Tensor]:
-        """Give each parameter that is trained the tensor of its gradient, no other one any; returns the parameters."""
-        own = {id(t): t for layer in layers for t in layer[:2] if t is not None and t.requires_grad}
+    def _prepare_gradients(self, layers: list[Layer]) -> list[Tensor]:
+        """Set each trained parameter's `p.grad` to the tensor that kernels write, the optimizer's other ones' to None.
+
+        Returns the trained parameters.
+        """
+        trained = {id(t): t for layer in layers for t in layer[:2] if t is not None and t.requires_grad}
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                if id(p) not in own:
+                if id(p) not in trained:
                     p.grad = None
-        self._grads = {key: self._grad_of(p) for key, p in own.items()}
-        return list(own.values())
+        self._grads = {key: self._grad_of(p) for key, p in trained.items()}
+        return list(trained.values())
 
     def _by_kernels(self, input: Tensor, target: Tensor, layers: list[Layer], loss: str, reduction: str) -> Tensor:
         """The loss; leaves the gradients where `backward` would."""
@@ -300,17 +307,20 @@ class TrainStep:
         return value
 
     def _grad_of(self, p: Tensor) -> Tensor:
-        """Where a parameter's gradient goes: what the last step wrote is written anew, and no other's gradient."""
+        """The tensor for a parameter's gradient: the last step's, or a new one where the gradient is anything else.
+
+        So nobody else's gradient is overwritten. With CUDA graphs the last step's also stands in for a missing one.
+        """
         last = self._grads.get(id(p))
         grad = last if p.grad is None and self._graphs is not None else p.grad
-        if grad is None or grad is not last or grad.requires_grad or not _lies_like(grad, p):
+        if grad is None or grad is not last or grad.requires_grad or not _has_layout_of(grad, p):
             grad = torch.empty_like(p, memory_format=torch.contiguous_format).detach()
         if p.grad is not grad:
             p.grad = grad
         return grad
 
 
-def _lies_like(grad: Tensor, p: Tensor) -> bool:
+def _has_layout_of(grad: Tensor, p: Tensor) -> bool:
     return grad.stride() == p.stride() and grad.shape == p.shape and grad.dtype is p.dtype and grad.device == p.device
 
 

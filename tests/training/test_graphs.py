@@ -29,7 +29,7 @@ class Recorded(graphs.CapturedStep):
 
     made = 0
 
-    def capture(self, step: graphs.Step) -> None:
+    def capture(self, step: graphs.StepFunction) -> None:
         from tribp.launch.plan import Plan
 
         runs: list[tuple[Plan, list[Tensor | None]]] = []

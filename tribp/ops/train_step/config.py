@@ -41,7 +41,7 @@ class TrainProblem(NamedTuple):
     arch: Arch
 
     def obstacle(self) -> str | None:
-        """Why separate launches are to train this network."""
+        """Why the kernels don't train this network; None if they do."""
         layers, widest = len(self.sizes) - 1, max(self.sizes[1:])
         bytes = ITEMSIZE[self.dtype] * sum(n * k for k, n in zip(self.sizes[1:], self.sizes[2:], strict=False))
         if layers > MAX_LAYERS:

@@ -9,7 +9,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from ..shared import NAMESPACE
 
-Step = Callable[[Tensor, Tensor], Tensor]  # of input and target, to the loss
+StepFunction = Callable[[Tensor, Tensor], Tensor]  # of input and target, to the loss
 # One for each kind of batch, with the memory of its step; the one not used for longest goes first.
 MAX_GRAPHS = 8
 # Modules whose optimizers' steps do nothing that a graph would not repeat; a class of somebody's own may.
@@ -26,7 +26,7 @@ class CapturedStep:
         self.norm: Tensor | None = None  # of the gradients, if the graph writes one
         self.reads: list[object] = []  # what of the optimizer's
 
-    def perform(self, step: Step, input: Tensor, target: Tensor) -> Tensor:
+    def perform(self, step: StepFunction, input: Tensor, target: Tensor) -> Tensor:
         """On the graph's own batch, lest another layout's kernels be compiled while it is captured."""
         self._load(input, target)
         value = step(*self._batch)
@@ -43,7 +43,7 @@ class CapturedStep:
         self._graph.replay()
         return self._loss.clone()
 
-    def capture(self, step: Step) -> None:
+    def capture(self, step: StepFunction) -> None:
         graph, device = torch.cuda.CUDAGraph(), self._batch[0].device
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # thread_local: a loader of data pins memory in its own thread meanwhile.
@@ -79,8 +79,9 @@ class StepGraphs:
         return StepGraphs, ()  # a copy captures its own
 
     def __call__(
-        self, optimizer: torch.optim.Optimizer, step: Step, input: Tensor, target: Tensor, kind: Hashable, own: object
-    ) -> Tensor:
+        self, optimizer: torch.optim.Optimizer, step: StepFunction, input: Tensor, target: Tensor, kind: Hashable,
+        own: object,
+    ) -> Tensor:  # fmt: skip
         """The loss of a step, performed or replayed.
 
         kind: of the batch, besides its layout: each has a graph of its own. own: of the facts that the graph would
@@ -100,7 +101,7 @@ class StepGraphs:
             if not graph.captured:
                 _capture(graph, optimizer, step)
             value = graph.replay(input, target)
-            _tell(optimizer, graph)
+            _finish_step(optimizer, graph)
         while len(self._graphs) >= MAX_GRAPHS:
             self._graphs.pop(next(iter(self._graphs))).drop()
         self._graphs[kind] = graph
@@ -129,7 +130,7 @@ class StepGraphs:
             self._facts = facts
 
 
-def _capture(graph: CapturedStep, optimizer: Any, step: Step) -> None:
+def _capture(graph: CapturedStep, optimizer: Any, step: StepFunction) -> None:
     captured = getattr(optimizer, "_captured", [])
     before = len(captured)
     graph.capture(step)
@@ -137,15 +138,15 @@ def _capture(graph: CapturedStep, optimizer: Any, step: Step) -> None:
     graph.norm = getattr(optimizer, "grad_norm", None)
 
 
-def _tell(optimizer: Any, graph: CapturedStep) -> None:
-    """What a step leaves on the optimizer."""
+def _finish_step(optimizer: Any, graph: CapturedStep) -> None:
+    """Set on the optimizer what `step` would have set."""
     optimizer._opt_called = True  # schedulers warn of steps that were not made
     if graph.norm is not None:
         optimizer.grad_norm = graph.norm.clone()
 
 
 def obstacle(optimizer: Any, device: torch.device) -> str | None:
-    """Why this step must be performed."""
+    """Why this step can't be captured or replayed; None if it can."""
     if device.type != "cuda":
         return f"there are no CUDA graphs on {device.type}"
     if torch.cuda.is_current_stream_capturing():

@@ -45,6 +45,4 @@ def train(
         forward_layer(plan, x, weights[0], biases[0], ys[0], activation=activations[0], tf32=tf32)
     plan.launch(kernels.train_rows, (programs,), (x, target, losses, weights, biases, ys, dzs, m), config, s)
     arguments = (x, losses, loss, ys, dzs, dws, dbs, m, programs)
-    plan.launch(
-        kernels.train_weights, (problem.programs(s),), arguments, config, replace(s, num_warps=s.weight_warps)
-    )  # fmt: skip
+    plan.launch(kernels.train_weights, (problem.programs(s),), arguments, config, replace(s, num_warps=s.weight_warps))
