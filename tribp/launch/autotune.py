@@ -49,10 +49,10 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def perform(build: plans.Build, tensors: Sequence[Tensor | None], **facts: object) -> list[Tensor | None]:
-    """Run the launches of `build(plan, *buffers, **facts)`, on the first tensor's device; returns its results.
+    """Run the launches that `build(plan, *buffers, **facts)` adds, on the first tensor's device; returns the results.
 
-    build: a pure function of the tensors' layouts and the facts. What it raises bears a mark, for `unless_refused`
-    of ops/shared.py. If TRIBP_AUTOTUNE=1 asks for that, configs are searched before.
+    build: depends on the tensors' layouts and the facts alone. Its exceptions get the attribute `refused_by_plan`, for
+    `unless_refused` of ops/shared.py. With TRIBP_AUTOTUNE=1 configs of a new call are searched first.
     """
     plan = plans.plan_of(build, tensors, facts)
     if tuner is not None:
@@ -78,12 +78,12 @@ def search(
     first: C,
     neighbors_of: Callable[[C], Iterable[C]],
     measure: Callable[[C, int], float | None],
-    over: Callable[[], bool] = lambda: False,
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> SearchResult[C] | None:
     """The fastest config that single steps from `first` lead to, or `first` if none is faster by GAIN.
 
-    measure: the time of a config, None if it is wrong or fails; the number says which repetition it is. over: whether
-    to stop here. None if `first` can't be measured.
+    measure: the time of a config, None if it is wrong or fails; the number says which repetition it is. out_of_time:
+    whether to stop here. None if `first` can't be measured.
     """
     start = measure(first, 0)
     if start is None:
@@ -93,12 +93,12 @@ def search(
     while True:
         fastest_before = fastest
         for other in neighbors_of(best):
-            if other not in times and not over():
+            if other not in times and not out_of_time():
                 times[other] = measure(other, 0)
         for other, measured in times.items():
             if measured is not None and measured < fastest:
                 best, fastest = other, measured
-        if not fastest < (1 - GAIN) * fastest_before or over():
+        if not fastest < (1 - GAIN) * fastest_before or out_of_time():
             break
     if best == first:
         return SearchResult(first, start, start)
@@ -283,7 +283,7 @@ def _key(problem: Any, gpu: str) -> str:
 
 
 def load(problem: Any, gpu: str) -> Any:
-    """The stored config for a problem; None if there is none, or none that can be read, which is told of."""
+    """The stored config for a problem; None if there is none, or none that can be read; an unreadable one is logged."""
     path = get_cache_manager(_key(problem, gpu)).get_file(FILE)
     if path is None:
         return None

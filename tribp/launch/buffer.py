@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """All that a launch can depend on of a tensor: all but the numbers in it."""
+    """A tensor's layout, as the key of plans: shape, strides, dtype, alignment, device."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]

@@ -1,6 +1,6 @@
-"""A kernel launch: of a plan, on buffers; on tensors; and repeated, without Triton's inspecting them again.
+"""Kernel launches: on a plan's buffers (`Launch`), and repeated on tensors (`CachedLaunch`).
 
-Imports triton.
+Of repeated ones Triton inspects the arguments once. Imports triton.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -116,7 +116,7 @@ class CachedLaunch:
         self._launch = launch
         self._descriptors = [argument for argument in launch.arguments if isinstance(argument, TensorDescriptor)]
         self._bases: list[int] = [descriptor.base.number for descriptor in self._descriptors]
-        self._fill = _Filling(launch, [1] * len(self._descriptors))
+        self._fill = _ArgumentPicker(launch, [1] * len(self._descriptors))
         self._compiled: CompiledKernel | None = None  # until Triton has inspected the arguments once
         self._repeat: Callable[[Sequence[Tensor | None]], object] | None = None
 
@@ -141,14 +141,14 @@ class CachedLaunch:
                 self._repeat = self._interpreted
             return
         if self._repeat is None:  # not at once: of ever new sizes no launch is repeated
-            self._repeat = self._as(self._compiled)
+            self._repeat = self._prepare_repeat(self._compiled)
         self._repeat(memory)
 
     def _interpreted(self, memory: Sequence[Tensor | None]) -> None:
         launch = self._launch
         launch.kernel[launch.grid](*self._named(self._filled(memory)), **launch.constants, **launch.options)
 
-    def _as(self, compiled: CompiledKernel) -> Callable[[Sequence[Tensor | None]], None]:
+    def _prepare_repeat(self, compiled: CompiledKernel) -> Callable[[Sequence[Tensor | None]], None]:
         """What launches this kernel on the current device. Triton would find it again by inspecting all arguments."""
         launch, bases = self._launch, self._bases
         x, y, z = (*launch.grid, 1, 1)[:3]
@@ -158,7 +158,7 @@ class CachedLaunch:
         run, fill = compiled.run, self._fill
         if bare is not None:
             run = bare.run
-            fill = _Filling(launch, [2 * len(descriptor.shape) + 1 for descriptor in self._descriptors])
+            fill = _ArgumentPicker(launch, [2 * len(descriptor.shape) + 1 for descriptor in self._descriptors])
         function, packed, hooks = compiled.function, compiled.packed_metadata, knobs.runtime
         device, stream_of = driver.active.get_current_device(), driver.active.get_current_stream
 
@@ -168,17 +168,17 @@ class CachedLaunch:
             else:
                 addresses = [memory[number].data_ptr() for number in bases]
                 arguments = fill(memory, encoded(self, bare.encode, *addresses))
-            stream, told = stream_of(device), None
+            stream, metadata = stream_of(device), None
             enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
             if _is_hook(enter) or _is_hook(leave):  # a profiler's
-                told = compiled.launch_metadata((x, y, z), stream, *arguments)
+                metadata = compiled.launch_metadata((x, y, z), stream, *arguments)
             else:  # to call none of them, and to tell it, takes 2 µs
                 enter = leave = None
-            run(x, y, z, stream, function, packed, told, enter, leave, *arguments, *constants)
+            run(x, y, z, stream, function, packed, metadata, enter, leave, *arguments, *constants)
 
         return repeat
 
-    def described(self, addresses: Sequence[int]) -> list[TensorDescriptor]:
+    def descriptors_at(self, addresses: Sequence[int]) -> list[TensorDescriptor]:
         """The descriptors of memory at these addresses."""
         return list(map(_based, self._descriptors, map(_Address, addresses)))
 
@@ -186,14 +186,14 @@ class CachedLaunch:
 @lru_cache(maxsize=MAX_DESCRIPTORS)
 def encoded(launch: CachedLaunch, encode: Encode, *addresses: int) -> list[object]:
     """What the driver gets in place of descriptors; remembered: most tensors come back to where they were last step."""
-    return encode(launch.described(addresses))
+    return encode(launch.descriptors_at(addresses))
 
 
-class _Filling:
-    """Picks the arguments of a launch, with plain tuples in place of NamedTuples, from one list.
+class _ArgumentPicker:
+    """Picks a launch's arguments out of one list, with plain tuples in place of NamedTuples.
 
-    That is: what is the same each time, the memory, what descriptors are (so many arguments each: `lengths`), and
-    tuples, which are made of all these.
+    The list holds what is the same each time, the memory, what descriptors become (`lengths` arguments each), and the
+    tuples made of these. Descriptors and tuples are counted from its end: how much memory a run has is not known here.
     """
 
     def __init__(self, launch: Launch, lengths: Sequence[int]) -> None:
