@@ -55,8 +55,9 @@ COLUMNS = tl.constexpr(len(Row._fields))
 
 # A tensor's memory, as pointers; where the launch or (OPTIONAL) the tensor lacks a part, its pointer leads nowhere.
 Buffers = namedtuple("Buffers", "param grad state0 state1 state2 ema code_scale0 code_scale1 code_scale2 residual")
-# Some elements of a tensor: their numbers in it, their offsets in the parameter, the gradient and the states, and which
-# of them there are. A row of them is a block of codes: of these the numbers, and which of them there are.
+# Some elements of a tensor. index: their numbers; param, grad, state: their offsets in these buffers; inside: a mask of
+# those that exist. Where states are codes, a row is a block of codes: block has the numbers of these, block_inside a
+# mask.
 Elements = namedtuple("Elements", "index param grad state inside block block_inside")
 # What an update of a tensor takes besides its elements. rule: what `…_scalars` returns; grad_scale, clip: None where
 # gradients are not unscaled, not clipped.
@@ -136,9 +137,7 @@ def store_param(p, buffers, elements, keys, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def update(
-    buffers, elements, scalars, keys, RULE: tl.constexpr, CONFIG: tl.constexpr
-):  # fmt: skip
+def update(buffers, elements, scalars, keys, RULE: tl.constexpr, CONFIG: tl.constexpr):
     """Everything of these elements is read once, changed, and written once."""
     p = tl.load(buffers.param + elements.param, mask=elements.inside)
     if CONFIG.RESIDUAL:
@@ -197,9 +196,7 @@ def strided(i, layout, PART: tl.constexpr, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def update_whole_block(
-    block, buffers, scalars, keys, RULE: tl.constexpr, CONFIG: tl.constexpr
-):  # fmt: skip
+def update_whole_block(block, buffers, scalars, keys, RULE: tl.constexpr, CONFIG: tl.constexpr):
     """Update a block of aligned, dense memory all of whose elements exist."""
     BLOCK: tl.constexpr = CONFIG.BLOCK
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -211,9 +208,7 @@ def update_whole_block(
 
 
 @triton.jit
-def update_partial_block(
-    block, numel, layout, buffers, scalars, keys, RULE: tl.constexpr, CONFIG: tl.constexpr
-):  # fmt: skip
+def update_partial_block(block, numel, layout, buffers, scalars, keys, RULE: tl.constexpr, CONFIG: tl.constexpr):
     """Update what there is of a block, wherever it lies.
 
     In two dimensions, for the compiler gives one layout to all accesses of one shape. Counted: in that of 128-bit
@@ -320,9 +315,7 @@ def update_chunk(
 
 
 @triton.jit
-def update_blocks(
-    row, grad, numel, chunk, chunk_blocks, scalars, keys, RULE: tl.constexpr, CONFIG: tl.constexpr
-):  # fmt: skip
+def update_blocks(row, grad, numel, chunk, chunk_blocks, scalars, keys, RULE: tl.constexpr, CONFIG: tl.constexpr):
     """Update the chunk's blocks, once their tensor's scalars are known. grad: the address of its gradient."""
     param = tl.load(row + PARAM)
     state0 = tl.load(row + STATE0)

@@ -176,9 +176,7 @@ class TritonBucket(Bucket):
                 slot.state[name] = scalar
         return dtype
 
-    def _adopt(
-        self, counters: Sequence[Tensor | int | None], dtype: torch.dtype = torch.float32
-    ) -> list[Tensor]:  # fmt: skip
+    def _adopt(self, counters: Sequence[Tensor | int | None], dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """Those that are there already stay, the others get a place in one tensor."""
 
         def stays(c: Tensor | int | None) -> bool:
@@ -252,9 +250,7 @@ class TritonBucket(Bucket):
         tables = self._rows, self.grads, self._chunks, self._finished
         self._perform(_norm, tables, [partials, norm, scale], first=first, programs=programs, last=last)
 
-    def _perform(
-        self, build: Build, tables: tuple[Tensor, ...], others: list[Tensor | None], **facts: object
-    ) -> None:  # fmt: skip
+    def _perform(self, build: Build, tables: tuple[Tensor, ...], others: list[Tensor | None], **facts: object) -> None:
         """Run a launch of the bucket. Its tables keep their layouts; to ask for them at every step would take 5 µs."""
         tensors = *tables, *others
         key = build, *map(layout_of, others), *facts.items()
