@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from . import reference
 from .optimizer import Optimizer
 from .options import ExtraOptions
-from .rule import Group, Prepare, Rule, Tensors, counter_dtype, init_group, takes_fused
+from .rule import FusedTensors, Group, Prepare, Rule, counter_dtype, full_state, fused_argument, init_group
 from .tracked_state import WatchedState
 
 
@@ -23,9 +23,7 @@ class AdagradRule(Rule):
         return ("sum",)
 
     def new_state(self, group: Group, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        value = self.defaults["initial_accumulator_value"]
-        start = complex(value, value) if p.is_complex() else value
-        return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
+        return full_state(p, self.defaults["initial_accumulator_value"], dtype)
 
     def hyper(self, group: Group) -> reference.AdagradHyper:
         return reference.AdagradHyper(group["lr_decay"])
@@ -33,7 +31,7 @@ class AdagradRule(Rule):
     def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
         return dtype != torch.float16  # in which torch's kernel rounds ε to 0
 
-    def fused_update(self, group: Group, t: Tensors) -> None:
+    def fused_update(self, group: Group, t: FusedTensors) -> None:
         torch._fused_adagrad_(
             t.params, t.grads, t.states[0], t.steps, lr=group["lr"], lr_decay=group["lr_decay"],
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
@@ -50,7 +48,7 @@ class AdagradRule(Rule):
             params, prepare(grads), sums, steps, has_sparse_grad=has_sparse_grad, foreach=group["foreach"],
             differentiable=group["differentiable"], has_complex=has_complex, lr=group["lr"],
             weight_decay=group["weight_decay"], lr_decay=group["lr_decay"], eps=group["eps"],
-            maximize=group["maximize"], fused=takes_fused(group, steps),
+            maximize=group["maximize"], fused=fused_argument(group, steps),
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from . import reference
 from .optimizer import Optimizer
 from .options import ExtraOptions
-from .rule import Group, Prepare, Rule, Tensors, init_group, takes_fused
+from .rule import FusedTensors, Group, Prepare, Rule, fused_argument, init_group
 
 
 class AdamRule(Rule):
@@ -29,7 +29,7 @@ class AdamRule(Rule):
     def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
         return True
 
-    def fused_update(self, group: Group, t: Tensors) -> None:
+    def fused_update(self, group: Group, t: FusedTensors) -> None:
         run = torch._fused_adamw_ if group.get("decoupled_weight_decay") else torch._fused_adam_
         beta1, beta2 = group["betas"]
         run(
@@ -47,7 +47,7 @@ class AdamRule(Rule):
             has_complex=has_complex, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=group["maximize"], foreach=group["foreach"], capturable=group["capturable"],
             differentiable=group["differentiable"], decoupled_weight_decay=group["decoupled_weight_decay"],
-            fused=takes_fused(group, steps),
+            fused=fused_argument(group, steps),
         )  # fmt: skip
 
 

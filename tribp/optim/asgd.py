@@ -22,7 +22,7 @@ class ASGDRule(FunctionRule):
     scalar_states = ("eta", "mu")
 
     @classmethod
-    def numbers_on_device(cls, group: Group) -> bool:
+    def scalars_on_device(cls, group: Group) -> bool:
         return True
 
     def states(self, group: Group) -> tuple[str | None, ...]:

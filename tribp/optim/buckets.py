@@ -78,7 +78,7 @@ class Step(NamedTuple):
     grad_scale: Tensor | None
     norm: Tensor | None  # what to clip by
     found_inf: Tensor | None
-    captured: list[object] | None  # what a CUDA graph that is being captured reads; None: there is none
+    captured: list[object] | None  # keeps what the CUDA graph reads that is being captured; None: no capture
 
 
 class Bucket:

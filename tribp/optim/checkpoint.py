@@ -58,7 +58,7 @@ def states_of(
             copy.pop(codes.scale_of("momentum_buffer"), None)
         if not compressed:
             codes.decode_states(copy)
-        on_device = rule.numbers_on_device(group)
+        on_device = rule.scalars_on_device(group)
         for key in rule.scalars():
             if not isinstance(copy.get(key), Tensor):
                 continue

@@ -64,7 +64,7 @@ def check_state_tensors(
 
 def check_complete(
     optimizer: torch.optim.Optimizer, group_index: int, position: int, state: Mapping[str, Any], needed: Collection[str]
-) -> None:  # fmt: skip
+) -> None:
     """Raise KeyError, as torch does, if a state has begun, but with only some of the entries that it needs."""
     missing = [name for name in needed if peek(state, name) is None]
     if missing and len(missing) < len(needed):

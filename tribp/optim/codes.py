@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .layouts import fits_storage, is_dtensor, local
-from .options import Group, compresses, keeps_residual
-from .rule import Rule
+from .options import compresses, keeps_residual
+from .rule import Group, Rule
 from .tracked_state import peek
 
 BLOCK = 32
@@ -86,7 +86,7 @@ def _blocks(t: Tensor) -> Tensor:
 
 
 def code_type(rule: Rule, group: Group, p: Tensor, name: str) -> torch.dtype | None:
-    """Of a state's codes; None where it is kept as it is."""
+    """The type of a state's codes; None if the state is kept as numbers."""
     if not compresses(group, p) or name in rule.uncoded(group):
         return None
     return torch.uint8 if name in (rule.squares or ()) else torch.int8

@@ -32,7 +32,7 @@ class Formula:
 
     def __call__(
         self, p: Tensor, grad: Tensor, states: Sequence[Tensor | None], scalars: Sequence[Tensor], count: float
-    ) -> tuple[Tensor, list[Tensor | None], list[float]]:  # fmt: skip
+    ) -> tuple[Tensor, list[Tensor | None], list[float]]:
         """The parameter (all tensors are real) and the states in at least float32, and the states of one number.
 
         It may overwrite the parameter and the states, and return them.

@@ -48,9 +48,12 @@ class Table:
         self._staging: list[_Staging] = []
 
     def write(self, words: list[int], *, captured: list[object] | None = None) -> Tensor:
-        """The words on the device. captured: a CUDA graph is, and will read them at every replay; what it reads."""
+        """The words on the device, uploaded if they changed.
+
+        captured: the list that keeps what a CUDA graph reads, while one is captured; else None. The graph repeats the
+        copy at every replay, from memory of its own.
+        """
         if captured is not None:
-            # The graph repeats this copy, so what it copies from and to is its own.
             staging, tensor = self._free_staging(len(words), capturing=True), torch.empty_like(self._tensor)
             staging.upload(words, tensor.resize_(len(words)))
             captured.append((staging, tensor))

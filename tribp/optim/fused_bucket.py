@@ -11,7 +11,7 @@ from . import reference
 from .buckets import Bucket, ParamSlot, Step
 from .cpu_updates import GRAIN, gather_scalars, held_in_cpp, set_own_threads, unscaled_and_clipped, update_average
 from .layouts import local
-from .rule import Group, Rule, Tensors, counter_dtype
+from .rule import FusedTensors, Group, Rule, counter_dtype
 from .tracked_state import peek
 
 
@@ -73,7 +73,7 @@ class FusedBucket(Bucket):
             return
         if step.grad_scale is not None or step.norm is not None:
             grads = unscaled_and_clipped(grads, group, step)
-        tensors = Tensors(params, grads, states, steps, scratch, self._fresh(slots))
+        tensors = FusedTensors(params, grads, states, steps, scratch, self._fresh(slots))
         plain_sgd = len(params) == 1 and not (states or group["weight_decay"])  # takes no fused kernel
         threads = torch.get_num_threads() if self._small and not plain_sgd else 1
         set_threads = set_own_threads() if threads > 1 else None

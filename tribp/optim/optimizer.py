@@ -20,7 +20,7 @@ from .tracked_state import all_or_none
 T = TypeVar("T")
 
 
-class Shared(Generic[T]):
+class SharedAttribute(Generic[T]):
     """An attribute that wrappers have in common with the optimizer they wrap.
 
     Lightning's and Fabric's optimizers copy the attributes of an optimizer once. What changes from step to step lies in
@@ -41,21 +41,22 @@ class Shared(Generic[T]):
         optimizer._shared[self._name] = value
 
 
-def _of_any(method: Callable[..., T], of: type | None = None) -> Callable[..., T]:
-    """Makes `torch.optim.Adam.step(self)` do so where that name is tribp's (`patch`) and `self` one of torch's.
+def _defer_to_torch(method: Callable[..., T], of: type | None = None) -> Callable[..., T]:
+    """Let a method take torch's own optimizers too, and pass those on to torch's method.
 
-    of: the class whose method it is, where that makes a difference.
+    After `patch()` the name `torch.optim.Adam` is tribp's class, but `torch.optim.Adam.step(optimizer)` may be called
+    on an optimizer made before. of: the class that defines the method, for `__init__`; default: the optimizer's class.
     """
     name = method.__name__
 
     @functools.wraps(method)
-    def of_any(optimizer: Any, *args: Any, **kwargs: Any) -> T:
+    def deferring(optimizer: Any, *args: Any, **kwargs: Any) -> T:
         if isinstance(optimizer, Optimizer):
             return method(optimizer, *args, **kwargs)
         kinds = (kind for kind in (of or type(optimizer)).__mro__ if kind.__module__.startswith("torch.optim."))
         return getattr(next(kinds), name)(optimizer, *args, **kwargs)  # type: ignore[no-any-return]
 
-    return of_any
+    return deferring
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -68,10 +69,11 @@ class Optimizer(torch.optim.Optimizer):
 
     _options: Group  # those beyond torch's that are on
     _shared: dict[str, Any]
-    _captured: list[object]  # what CUDA graphs read at their replays: plans, their tables
-    _plan = Shared[UpdatePlan | None](None)
-    _in_swap = Shared(False)
-    grad_norm = Shared[Tensor | None](None)  # of the last step, where max_grad_norm is on
+    # Kept alive for CUDA graphs, which read them at every replay: plans, staging memory, tables.
+    _captured: list[object]
+    _plan = SharedAttribute[UpdatePlan | None](None)
+    _in_swap = SharedAttribute(False)
+    grad_norm = SharedAttribute[Tensor | None](None)  # of the last step, where max_grad_norm is on
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Optimizer":
         optimizer = super().__new__(cls)
@@ -81,7 +83,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls) and any(base.__module__.startswith("torch.optim.") for base in cls.__bases__):
-            cls.__init__ = _of_any(cls.__init__, cls)  # type: ignore[method-assign]
+            cls.__init__ = _defer_to_torch(cls.__init__, cls)  # type: ignore[method-assign]
 
     @contextlib.contextmanager
     def _enabled(self, extra: Group) -> Iterator[None]:
@@ -97,7 +99,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
             self._step_supports_amp_scaling = True  # neither Adagrad of torch 2.11 nor RMSprop says so
 
-    @_of_any
+    @_defer_to_torch
     def add_param_group(self, param_group: Group) -> None:
         if isinstance(param_group, dict):
             for name, value in self._options.items():
@@ -118,7 +120,7 @@ class Optimizer(torch.optim.Optimizer):
 
     profile_hook_step = staticmethod(hooked.wrap)  # torch wraps a class's `step` in it
 
-    @_of_any
+    @_defer_to_torch
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -143,7 +145,7 @@ class Optimizer(torch.optim.Optimizer):
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # what torch.no_grad() does; its object costs 1 of a small step's 16 µs
         try:
-            plan, uncounted = self._plan, False
+            plan, restart_averages = self._plan, False
             grad_scale = getattr(self, "grad_scale", None)
             grads = self._planned_gradients(plan, scaled=grad_scale is not None)
             capturing = self._capturing()
@@ -153,7 +155,7 @@ class Optimizer(torch.optim.Optimizer):
                         "step() must have run at least once, on gradients like these, before it is captured in a CUDA "
                         "graph: the first step makes the states and tables"
                     )
-                uncounted = plan is None and _only_makes_states(self)
+                restart_averages = plan is None and _only_makes_states(self)
                 if plan is not None:
                     plan.release()  # states that were thrown away must not live until there are others
                 rule = self._rule(self.defaults)
@@ -169,7 +171,7 @@ class Optimizer(torch.optim.Optimizer):
             norm = plan.run(self, grads, grad_scale, getattr(self, "found_inf", None), captured)
             if norm is not None:
                 self.grad_norm = norm
-            if uncounted:
+            if restart_averages:
                 for state in self.state.values():
                     if "ema_step" in state:
                         state["ema_step"].zero_()
@@ -192,7 +194,10 @@ class Optimizer(torch.optim.Optimizer):
         return grads
 
     def _steady_plan(self) -> UpdatePlan | None:
-        """The plan that the next step is to follow; None if it makes another. For who repeats steps without it."""
+        """The plan that the next step will use; None if that step would make a new one.
+
+        For CUDA graphs, which replay steps without calling `step`.
+        """
         self._before_step()
         plan = None if self._in_swap else self._plan
         return plan if plan is not None and plan.watch.checked_gradients(self) is not None else None
@@ -246,7 +251,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # Checkpoints.
 
-    @_of_any
+    @_defer_to_torch
     def state_dict(self, *, compressed: bool = False) -> dict[str, Any]:
         """torch's, key for key: load it with either class. Options that are on add keys, those that are off do not.
 
@@ -264,7 +269,7 @@ class Optimizer(torch.optim.Optimizer):
         with checkpoint.export_state(self, self._is_unused, self._rule, compressed):
             return super().state_dict()
 
-    @_of_any
+    @_defer_to_torch
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of its torch counterpart.
 
@@ -277,7 +282,7 @@ class Optimizer(torch.optim.Optimizer):
     def _is_unused(self, buffer: object) -> bool:
         return self._plan is not None and self._plan.is_unused(buffer)
 
-    @_of_any
+    @_defer_to_torch
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(super().__getstate__())
         states = checkpoint.states_of(self, self.state, self._is_unused, self._rule, compressed=True)
@@ -295,7 +300,7 @@ class Optimizer(torch.optim.Optimizer):
         twin.__setstate__(super().__getstate__())
         return twin
 
-    @_of_any
+    @_defer_to_torch
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None
         with torch.device("cpu"):  # where torch makes counters of numbers in old checkpoints, whatever the default is

@@ -6,7 +6,8 @@ from typing import Any, TypedDict
 
 import torch
 
-Group = dict[str, Any]
+from .rule import Group
+
 Requirement = tuple[str, Callable[[Any], object]]
 
 
@@ -81,7 +82,7 @@ def enable_options(extra: Group, caller: str) -> Group:
 
 
 def satisfy(requirement: Callable[..., object], *values: Any) -> bool:
-    """Whether the values do; what those of the wrong kind raise, as texts or arrays, means no."""
+    """Whether the requirement holds; an exception from it, as of a value of the wrong kind, means no."""
     try:
         return bool(requirement(*values))
     except (TypeError, ValueError, RuntimeError):
@@ -113,7 +114,7 @@ def common_max_grad_norm(groups: list[Group]) -> float | None:
 
 
 def torch_lacks(group: Group, p: torch.Tensor) -> list[str]:
-    """The options that are on and that torch's code can't follow; not those that ask nothing of this parameter."""
+    """The options that are on, matter to this parameter, and are unknown to torch's code."""
     state_dtype = group.get("state_dtype")
     asked = {
         "eps_inside_sqrt": group.get("eps_inside_sqrt"),

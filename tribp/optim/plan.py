@@ -24,7 +24,7 @@ from .watch import Options, Watch, is_plain
 if TYPE_CHECKING:
     from .triton_bucket import TritonBucket
 
-KERNEL_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, *codes.CODES}
+KERNEL_TYPES = {*dispatch.FLOATS, *codes.CODES}
 
 
 class UpdatePlan:

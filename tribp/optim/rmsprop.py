@@ -8,10 +8,10 @@ from torch.optim.rmsprop import rmsprop as torch_rmsprop
 from typing_extensions import Unpack
 
 from . import reference
-from .layouts import as_reals
+from .layouts import PLAIN, as_reals
 from .optimizer import Optimizer
 from .options import ExtraOptions
-from .rule import Group, Prepare, Rule, Tensors, check_fused, init_group
+from .rule import FusedTensors, Group, Prepare, Rule, check_fused, init_group
 
 
 class RMSpropRule(Rule):
@@ -38,7 +38,7 @@ class RMSpropRule(Rule):
             and group["alpha"] < 1 - 4e-8
         )
 
-    def fused_update(self, group: Group, t: Tensors) -> None:
+    def fused_update(self, group: Group, t: FusedTensors) -> None:
         """torch has no fused RMSprop, but plain RMSprop is Adam late in its life, with β₁ = 0."""
         torch._fused_adam_(
             t.params, t.grads, t.scratch, t.states[0], [], t.steps, lr=group["lr"], beta1=0.0, beta2=group["alpha"],
@@ -64,7 +64,7 @@ class RMSpropRule(Rule):
             return
         foreach = group["foreach"]
         if foreach is None and not group["differentiable"] and together:
-            foreach = all(type(p) in (Tensor, torch.nn.Parameter) and p.device.type == "cpu" for p in params) or None
+            foreach = all(type(p) in PLAIN and p.device.type == "cpu" for p in params) or None
         torch_rmsprop(
             params, grads, square_avgs, grad_avgs, momentum_buffers, steps, lr=group["lr"],
             alpha=group["alpha"], eps=group["eps"], weight_decay=group["weight_decay"], momentum=group["momentum"],

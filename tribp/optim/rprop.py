@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from . import reference
 from .optimizer import Optimizer
 from .options import ExtraOptions
-from .rule import FunctionRule, Group, Number
+from .rule import FunctionRule, Group, Number, full_state
 
 
 class RpropRule(FunctionRule):
@@ -30,9 +30,7 @@ class RpropRule(FunctionRule):
         return 0.0, 0.0  # torch has none here, whatever a group holds
 
     def new_state(self, group: Group, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        value = float(group["lr"]) if name == "step_size" else 0.0
-        start = complex(value, value) if p.is_complex() else value
-        return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
+        return full_state(p, float(group["lr"]) if name == "step_size" else 0.0, dtype)
 
     def arguments(self, group: Group) -> Group:
         return self.hyper(group)._asdict()

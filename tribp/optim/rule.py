@@ -32,15 +32,15 @@ class CommonHyper(NamedTuple):
     max_grad_norm: float
 
 
-class Tensors(NamedTuple):
+class FusedTensors(NamedTuple):
     """What a fused CPU kernel takes, one list entry a parameter."""
 
     params: list[Tensor]
     grads: list[Tensor]
-    states: list[list[Tensor]]  # first all of the first kind
+    states: list[list[Tensor]]  # a list for each of the rule's states, an entry a parameter
     steps: list[Tensor]
     scratch: list[Tensor]
-    fresh: list[bool] | None  # which momentum buffers begin with this step
+    fresh: list[bool] | None  # whether this is the first step of a parameter's momentum buffer; None: of none
 
 
 class Rule:
@@ -91,7 +91,7 @@ class Rule:
         """Whether one of torch's fused CPU kernels computes this group's update, and right."""
         return False
 
-    def fused_update(self, group: Group, t: Tensors) -> None:
+    def fused_update(self, group: Group, t: FusedTensors) -> None:
         """The update by that kernel. group: of `for_torch`."""
         raise NotImplementedError
 
@@ -105,7 +105,7 @@ class Rule:
     # What follows from these.
 
     @classmethod
-    def numbers_on_device(cls, group: Group) -> bool:
+    def scalars_on_device(cls, group: Group) -> bool:
         """Whether torch keeps a parameter's states of one number on its device, rather than on the CPU."""
         return bool(group.get("capturable") or group.get("fused"))
 
@@ -144,6 +144,12 @@ class Rule:
         return ("step", "ema_step", *cls.scalar_states)
 
 
+def full_state(p: Tensor, value: float, dtype: torch.dtype) -> Tensor:
+    """A new state that holds `value`; for a complex parameter, value + value·i."""
+    start = complex(value, value) if p.is_complex() else value
+    return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
+
+
 # For `torch_update`.
 
 
@@ -175,10 +181,11 @@ def check_fused(group: Group) -> None:
             _device_dtype_check_for_fused(p)
 
 
-def takes_fused(group: Group, steps: list[Tensor]) -> bool | None:
-    """torch's argument `fused`: True only where counters are fake, for torch's other code reads their values.
+def fused_argument(group: Group, steps: list[Tensor]) -> bool | None:
+    """What to pass as torch's `fused`: True if it is on and a counter is no plain tensor (a FakeTensor), else None.
 
-    Parameters with true counters get here for how they lie in memory, which torch's fused kernels do not look at.
+    torch's other code reads the counters' values, which a fake one lacks. Parameters with real counters come here
+    because of their memory layout, which torch's fused kernels ignore.
     """
     return True if group["fused"] and any(type(step) not in PLAIN for step in steps) else None
 

@@ -185,7 +185,7 @@ class TorchBucket(Bucket):
         params = [p for p in self.params if p.grad is not None]
         if not params:
             return
-        if not self.rule.numbers_on_device(group):
+        if not self.rule.scalars_on_device(group):
             for p in params:  # counters that a kernel kept on the device go back to where torch has them
                 state = states.get(p, {})
                 if "step" in state and state["step"].device.type != "cpu":
