@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..dispatch import needs_operator, transform_active
 from ..nn import is_watched
 
-PLAIN = {"Parameter", "Tensor", "FakeTensor", "FunctionalTensor"}  # types; the latter stand for tensors in tracing
+PLAIN_TYPE_NAMES = {"Parameter", "Tensor", "FakeTensor", "FunctionalTensor"}  # the latter stand for tensors in tracing
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -33,7 +33,7 @@ def can_fold(layer: nn.Module, norm: nn.Module) -> bool:
     if not complete or weight is None or mean is None or var is None:
         return False
     sizes = {tuple(t.shape) for t in tensors if t is not None and t.dim()}
-    plain = all(t is None or (type(t).__name__ in PLAIN and t.device == weight.device) for t in tensors)
+    plain = all(t is None or (type(t).__name__ in PLAIN_TYPE_NAMES and t.device == weight.device) for t in tensors)
     return plain and sizes == {(weight.shape[0],)} and weight.dim() == (4 if isinstance(norm, nn.BatchNorm2d) else 2)
 
 

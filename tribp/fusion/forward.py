@@ -29,7 +29,9 @@ from .source import EVERY, IS_SCRIPTING, RUN, Called, Instead, Source, Use, call
 Site = tuple[str, ...]  # calls that take each other's output, as `shown`; or a loop
 SITES = "_tribp_sites"  # of a class that was made here: the class it was made of, and its sites
 # What a class may define that need not work in a class derived from it.
-OWN = {"__reduce__", "__reduce_ex__", "__getnewargs_ex__", "__deepcopy__", "__copy__", "__init_subclass__", "__class__"}
+NOT_DERIVABLE = {
+    "__reduce__", "__reduce_ex__", "__getnewargs_ex__", "__deepcopy__", "__copy__", "__init_subclass__", "__class__",
+}  # fmt: skip
 ITERATIONS = (nn.Sequential.__iter__, nn.ModuleList.__iter__)
 KINDS = {name: kind for kind, (name, *_) in ACTIVATIONS.items()}
 KINDS |= {name: kind for kind, name in OTHER_ACTIVATIONS.items()}
@@ -237,7 +239,8 @@ def underivable(module: nn.Module) -> str:
     kind = made_of(module)
     if "forward" in vars(module):
         return f"the {kind.__name__} around it has a forward of its own"
-    own = {attribute for base in kind.__mro__ if base not in (nn.Module, object) for attribute in vars(base)} & OWN
+    bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    own = {attribute for base in bases for attribute in vars(base)} & NOT_DERIVABLE
     if own or type(kind) is not type:
         return f"{kind.__name__} has a {min(own, default='metaclass')} of its own"
     if parametrize.is_parametrized(module) or isinstance(module, LazyModuleMixin):

@@ -13,7 +13,7 @@ from ..nn import MLP, Linear, LinearSigmoid, runs_forward_alone
 from ..ops.activations import ActivationLike, activation_of
 from ..ops.mlp.reference import Layer
 from .activations import ACTIVATIONS, activation_like
-from .places import HOOKS, full_name
+from .places import CALL_HOOKS, full_name
 from .rows import FusedSequential, flatten, runs_in_order
 
 LINEARS = (nn.Linear, Linear, LinearSigmoid)
@@ -62,7 +62,7 @@ class Perceptron:
         parameters = [m._parameters for m in modules if isinstance(m, LINEARS)]
         self._dicts = [*self._attributes, *parameters]
         self._dicts += [m._modules for m in modules if isinstance(m, (nn.Sequential, MLP))]
-        self._hooks = [getattr(m, name) for m in modules for name in HOOKS]
+        self._hooks = [getattr(m, name) for m in modules for name in CALL_HOOKS]
         self._of_classes = [
             (kind, name, getattr(kind, name, None))
             for kind in {*self._kinds}

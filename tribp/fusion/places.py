@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from ..nn import FORWARDS
 from .rows import convolves_as_torch
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # which a call runs
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # which a call runs
 
 
 def places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -52,7 +52,7 @@ def watched(subject: str, module: nn.Module) -> str:
     """Why somebody would miss that a module is called; nothing if nobody would."""
     if module._compiled_call_impl is not None:
         return f"{subject} was compiled by itself"
-    names = (name.strip("_").replace("_", " ") for name in HOOKS if getattr(module, name))
+    names = (name.strip("_").replace("_", " ") for name in CALL_HOOKS if getattr(module, name))
     return next((f"{subject} has {name}" for name in names), "")
 
 

@@ -21,7 +21,7 @@ from ..ops.conv3x3.op import conv3x3
 from ..ops.linear.op import linear
 from ..ops.mlp.op import mlp
 from .activations import ACTIVATIONS, activation_like, refused
-from .folding import BATCH_NORMS, PLAIN, can_fold, folded, folds_now, is_folding
+from .folding import BATCH_NORMS, PLAIN_TYPE_NAMES, can_fold, folded, folds_now, is_folding
 
 STRIDES = {(1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)}  # that conv3x3 takes
 CONV_FORWARD = defined(nn.Conv2d, "_conv_forward")
@@ -243,7 +243,7 @@ def unreadable(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> 
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None:
             continue
-        if type(t).__name__ not in PLAIN:  # of a tensor subclass, a Parameter has the subclass's type
+        if type(t).__name__ not in PLAIN_TYPE_NAMES:  # of a tensor subclass, a Parameter has the subclass's type
             return f"its {name} is a {type(t).__name__}"
         if t.layout is not torch.strided:
             return f"its {name} is {str(t.layout).removeprefix('torch.')}"

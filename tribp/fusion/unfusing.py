@@ -12,8 +12,8 @@ from .places import another, places
 from .report import Replaced, Report, Skipped
 from .rows import FusedConv2d, FusedSequential
 
-OWN = (Linear, LinearSigmoid), (Conv3x3,), (MLP,)
-HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+TRIBP_CLASSES = (Linear, LinearSigmoid), (Conv3x3,), (MLP,)
+ALL_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 CLASSES: dict[type[nn.Module], type[nn.Module]] = {FusedSequential: nn.Sequential, FusedConv2d: nn.Conv2d}
 
 
@@ -72,9 +72,9 @@ def unfuse(model: nn.Module) -> Report:
 
 def _obstacle(module: Linear | Conv3x3 | MLP) -> str:
     """Why a module is more than one of tribp's with its parameters; nothing if it is not."""
-    if reason := another("it", module, *next(kinds for kinds in OWN if isinstance(module, kinds))):
+    if reason := another("it", module, *next(kinds for kinds in TRIBP_CLASSES if isinstance(module, kinds))):
         return reason
-    for name in HOOKS:
+    for name in ALL_HOOKS:
         if getattr(module, name):
             return f"it has {name.strip('_').replace('_', ' ')}"
     if module._compiled_call_impl is not None:

@@ -67,7 +67,7 @@ class ParamSlot:
         return [t for t in (self.param, self.grad, *self.states, self.ema, self.residual) if t is not None]
 
 
-class Step(NamedTuple):
+class StepInputs(NamedTuple):
     """What a bucket needs to know of one step."""
 
     optimizer: torch.optim.Optimizer  # for torch's own code
@@ -90,11 +90,11 @@ class Bucket:
         self._indices = [slot.index for slot in slots]
         self._every = self._indices == list(range(sum(len(group["params"]) for group in groups)))
 
-    def gradients(self, step: Step) -> list[Any]:
+    def gradients(self, step: StepInputs) -> list[Any]:
         """Those of its slots; None where there is none."""
         return step.grads if self._every else [step.grads[i] for i in self._indices]
 
-    def run(self, step: Step) -> None:
+    def run(self, step: StepInputs) -> None:
         raise NotImplementedError
 
     def parameters_moved(self) -> None:

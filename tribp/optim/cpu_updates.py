@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import layouts
-from .buckets import ParamSlot, Step
+from .buckets import ParamSlot, StepInputs
 from .rule import Group, Rule
 from .tracked_state import peek
 
@@ -51,7 +51,7 @@ class Formula:
         return changed, others[: len(states)], others[len(states) :]
 
 
-def unscaled_and_clipped(grads: list[Tensor], group: Group, step: Step) -> list[Tensor]:
+def unscaled_and_clipped(grads: list[Tensor], group: Group, step: StepInputs) -> list[Tensor]:
     """Gradients divided by the GradScaler's scale, in place as torch's fused steps do it, and clipped copies."""
     if step.grad_scale is not None:
         for grad in {id(grad): grad for grad in grads}.values():  # a parameter may be listed twice

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .buckets import Bucket, ParamSlot, Step
+from .buckets import Bucket, ParamSlot, StepInputs
 from .cpu_updates import GRAIN, gather_scalars, held_in_cpp, set_own_threads, unscaled_and_clipped, update_average
 from .layouts import local
 from .rule import FusedTensors, Group, Rule, counter_dtype
@@ -51,7 +51,7 @@ class FusedBucket(Bucket):
         self._zeros.zero_()  # 0·∞ from an earlier gradient would stay NaN
         return self._scratch
 
-    def run(self, step: Step) -> None:
+    def run(self, step: StepInputs) -> None:
         group = step.groups[self.slots[0].group]
         if step.values is not self._values:
             self._options, self._values = self.rule.for_torch(group), step.values

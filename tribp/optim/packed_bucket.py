@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import layouts, reference
-from .buckets import Bucket, ParamSlot, Step
+from .buckets import Bucket, ParamSlot, StepInputs
 from .cpu_updates import (
     GRAIN,
     Formula,
@@ -63,7 +63,7 @@ class PackedBucket(Bucket):
             runs[-1].append(slot)
         return [Pack(slots) if len(slots) > 1 else Pieces(slots[0], self.rule.piece) for slots in runs]
 
-    def run(self, step: Step) -> None:
+    def run(self, step: StepInputs) -> None:
         group = step.groups[self.slots[0].group]
         if step.values is not self._values:
             self._formula, self._values = Formula(self.rule, group), step.values

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import dispatch
 from . import checks, codes, layouts, torch_buckets
-from .buckets import Bucket, ParamSlot, Step, UpdateCount
+from .buckets import Bucket, ParamSlot, StepInputs, UpdateCount
 from .layouts import local
 from .options import common_max_grad_norm, compresses, keeps_residual, rounds_stochastically
 from .rule import Group, Rule, counter_dtype, is_shared
@@ -221,7 +221,7 @@ class UpdatePlan:
                 return None if self.max_grad_norm is None else self._norm_by_torch(grad_scale)
             found_inf = None
         watch = self.watch
-        step = Step(
+        step = StepInputs(
             optimizer, optimizer.param_groups, watch.options.values, grads, watch.complete, grad_scale, None, found_inf,
             captured,
         )  # fmt: skip
@@ -240,7 +240,7 @@ class UpdatePlan:
         watch.after_step()
         return step.norm
 
-    def _norm(self, step: Step) -> Tensor:
+    def _norm(self, step: StepInputs) -> Tensor:
         """‖g‖₂ over all gradients, unscaled: by one more launch, or by torch where they are not all in one place."""
         one_device = len({bucket.device for bucket in self._triton_buckets}) == 1
         if self._all_triton and one_device and not self.watch.sharded:

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import dispatch
 from . import codes, layouts, reference
-from .buckets import Bucket, ParamSlot, Step
+from .buckets import Bucket, ParamSlot, StepInputs
 from .cpu_updates import GRAIN, Formula, unscaled_and_clipped, update_average
 from .fused_bucket import FusedBucket
 from .options import compresses, rounds_stochastically, torch_lacks
@@ -116,7 +116,7 @@ def total_norm(grads: list[Tensor]) -> Tensor:
 class ReferenceBucket(Bucket):
     """Slots with options that torch does not have, one by one, by the rule's formula."""
 
-    def run(self, step: Step) -> None:
+    def run(self, step: StepInputs) -> None:
         unscaled: set[int] = set()  # a parameter may be listed twice
         updated: dict[int, ParamSlot] = {}
         for slot in self.slots:
@@ -180,7 +180,7 @@ class TorchBucket(Bucket):
         super().__init__(rule, [], [])
         self.params, self.in_turn, self.groups = params, in_turn, [group]
 
-    def run(self, step: Step) -> None:
+    def run(self, step: StepInputs) -> None:
         group, states = step.groups[self.groups[0]], step.optimizer.state
         params = [p for p in self.params if p.grad is not None]
         if not params:

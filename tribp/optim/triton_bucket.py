@@ -19,7 +19,7 @@ from ..launch.launches import Launch
 from ..launch.optim import MultiTensorConfig, MultiTensorProblem, NormConfig, StepConfig
 from ..launch.plan import Build, Plan, build_plan, config_for
 from . import layouts
-from .buckets import Bucket, ParamSlot, Step
+from .buckets import Bucket, ParamSlot, StepInputs
 from .device_tables import Table, bits
 from .options import compresses, rounds_stochastically
 from .rule import CommonHyper, Group, Rule
@@ -193,7 +193,7 @@ class TritonBucket(Bucket):
 
     # Every step.
 
-    def write_tables(self, step: Step) -> None:
+    def write_tables(self, step: StepInputs) -> None:
         """Bring the tables on the device up to date: before anything is launched."""
         with dispatch.on_device(self.device):
             grads = self.gradients(step)
@@ -233,7 +233,7 @@ class TritonBucket(Bucket):
             words[k] = address
         return words
 
-    def run(self, step: Step) -> None:
+    def run(self, step: StepInputs) -> None:
         """Update all slots; the tables must be up to date."""
         with dispatch.on_device(self.device):
             tables = self._rows, self.grads, self._chunks, self.hypers, self._finished
@@ -302,7 +302,7 @@ def _norm(
     plan.add(launch.of(kernels.gradient_norm, arguments, CONFIG=config))
 
 
-def gradient_norm(buckets: "Sequence[TritonBucket]", step: Step) -> Tensor:
+def gradient_norm(buckets: "Sequence[TritonBucket]", step: StepInputs) -> Tensor:
     """‖g‖₂ over the gradients of all buckets, on one device, as a float64 scalar there: one launch a bucket."""
     device = buckets[0].device
     with dispatch.on_device(device):
