@@ -141,6 +141,15 @@ def box_at(index, rows, cols, BOX: tl.constexpr):
 
 
 @triton.jit
+def next_box(box, rows, cols, BOX: tl.constexpr):
+    """The box behind `box` of those of `box_at`, without its divisions."""
+    w = box.w + BOX.W
+    h = tl.where(w < cols, box.h, box.h + BOX.H)
+    n = tl.where(h < rows, box.n, box.n + BOX.N)
+    return Pixels(n, tl.where(h < rows, h, 0), tl.where(w < cols, w, 0))
+
+
+@triton.jit
 def pixels_of(box, BOX: tl.constexpr):
     """All pixels of the box whose first pixel is `box`."""
     m = tl.arange(0, BOX.N * BOX.H * BOX.W)
@@ -569,8 +578,9 @@ def wgrad(
         sums = tl.zeros((16, BLOCK_O) if X_FIRST else (BLOCK_O, 16), ACC)
     else:
         sums = tl.zeros((PIXELS, BLOCK_O), ACC)
-    for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
-        box = box_at(index, P, Q, BOX)
+    index = split * boxes_per_split
+    box = box_at(index, P, Q, BOX)
+    for _ in range(index, tl.minimum(index + boxes_per_split, boxes)):
         z_tile = load_box(dz, box, PixelMap(1, 1, 0, 0), start_o + col_o, BOX, BLOCK_O, CONFIG.VEC_O, O_FIRST)
         if db is not None:
             if BY_PRODUCT and X_FIRST:
@@ -587,6 +597,7 @@ def wgrad(
             a, b = (x_tile, z_tile) if X_FIRST else (z_tile if O_FIRST else tl.trans(z_tile), x_tile)
             added = added + (dot(a, b, acc[t], PRECISION),)
         acc = added
+        box = next_box(box, P, Q, BOX)
     first = group_tile * GROUPS_PER_TILE * OG
     o, o_inside = masked_range(col_o, groups_here * OG, BLOCK_O, 1)
     c, c_inside = masked_range(col_c, groups_here * CG, BLOCK_C, CONFIG.VEC_STORE)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .activations import Act, activate
 from .common import accumulator, await_previous, masked_range, round_to, zeros
-from .conv3x3 import Batch, Box, Pixels, box_at, offsets, pixels_of, row_of_class, rows_of_class
+from .conv3x3 import Batch, Box, Pixels, box_at, next_box, offsets, pixels_of, row_of_class, rows_of_class
 
 SIZES = ["N", "H", "W", "P", "Q", "C", "pad_h", "pad_w"]
 
@@ -214,8 +214,9 @@ def depthwise_wgrad(dz, x, dw, db, N, H, W, P, Q, C, pad_h, pad_w, boxes_per_spl
     x = Batch(*x, N, H, W, C)
     acc = zeros(9, PIXELS, BLOCK_C, ACC)
     sums = tl.zeros((PIXELS, BLOCK_C), ACC)
-    for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
-        box = box_at(index, P, Q, BOX)
+    index = split * boxes_per_split
+    box = box_at(index, P, Q, BOX)
+    for _ in range(index, tl.minimum(index + boxes_per_split, boxes)):
         i = box.h
         n, _, j = pixels_of(box, Box(BOX.N, 1, BOX.W))
         z = ()
@@ -234,6 +235,7 @@ def depthwise_wgrad(dz, x, dw, db, N, H, W, P, Q, C, pad_h, pad_w, boxes_per_spl
                         if not CONFIG.WHOLE:
                             met = tl.where(i + a < P, row, 0.0)
                         acc = replaced(acc, (t - a * STEP_H) * 3 + s, acc[(t - a * STEP_H) * 3 + s] + z[a] * met)
+        box = next_box(box, P, Q, BOX)
     if db is not None:
         total = round_to(tl.sum(sums, 0), db.dtype.element_ty)
         tl.store(db + split.to(tl.int64) * C + c, total, mask=c_inside)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .activations import Act, activate, gradient
 from .common import accumulator, await_previous, dot, masked_range, round_operand, round_to
-from .conv3x3 import Batch, Box, PixelMap, Pixels, box_at, load_box, offsets, pixels_of, store_box
+from .conv3x3 import Batch, Box, PixelMap, Pixels, box_at, load_box, next_box, offsets, pixels_of, store_box
 from .conv3x3_depthwise import store_row
 
 SIZES = ["N", "H", "W", "P", "Q", "O", "pad_h", "pad_w"]
@@ -240,8 +240,10 @@ def few_channels_wgrad(dz, y, x, dw, db, N, H, W, P, Q, O, pad_h, pad_w, boxes_p
     dz = Batch(*dz, N, P, Q, O)
     acc = tl.zeros((BLOCK_O, BLOCK_K), ACC)
     sums = tl.zeros((PIXELS, BLOCK_O), ACC)
-    for index in range(split * boxes_per_split, tl.minimum((split + 1) * boxes_per_split, boxes)):
-        pixels = pixels_of(box_at(index, P, Q, BOX), BOX)
+    index = split * boxes_per_split
+    box = box_at(index, P, Q, BOX)
+    for _ in range(index, tl.minimum(index + boxes_per_split, boxes)):
+        pixels = pixels_of(box, BOX)
         at, mask = offsets(dz, pixels, o, o_inside, CHANNELS_LAST, VEC, RUN)
         z = tl.load(dz.data + at, mask=mask, other=0.0)
         if CONFIG.FUSE_DZ:
@@ -251,6 +253,7 @@ def few_channels_wgrad(dz, y, x, dw, db, N, H, W, P, Q, O, pad_h, pad_w, boxes_p
             sums += z.to(ACC)
         g = gather(x, pixels, P, Q, (pad_h, pad_w), ONES, CONFIG)
         acc = dot(tl.trans(round_to(z, g.dtype)), tl.trans(g), acc, PRECISION)
+        box = next_box(box, P, Q, BOX)
     row = split.to(tl.int64) * O + o
     k, k_inside = masked_range(0, 9 * C, BLOCK_K, 1)
     if db is not None:
