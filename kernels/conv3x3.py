@@ -580,7 +580,7 @@ def wgrad(
         sums = tl.zeros((PIXELS, BLOCK_O), ACC)
     index = split * boxes_per_split
     box = box_at(index, P, Q, BOX)
-    for _ in range(index, tl.minimum(index + boxes_per_split, boxes)):
+    for _turn in range(index, tl.minimum(index + boxes_per_split, boxes)):
         z_tile = load_box(dz, box, PixelMap(1, 1, 0, 0), start_o + col_o, BOX, BLOCK_O, CONFIG.VEC_O, O_FIRST)
         if db is not None:
             if BY_PRODUCT and X_FIRST:

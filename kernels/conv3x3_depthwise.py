@@ -216,7 +216,7 @@ def depthwise_wgrad(dz, x, dw, db, N, H, W, P, Q, C, pad_h, pad_w, boxes_per_spl
     sums = tl.zeros((PIXELS, BLOCK_C), ACC)
     index = split * boxes_per_split
     box = box_at(index, P, Q, BOX)
-    for _ in range(index, tl.minimum(index + boxes_per_split, boxes)):
+    for _turn in range(index, tl.minimum(index + boxes_per_split, boxes)):  # Triton 3.6 carries a `_`
         i = box.h
         n, _, j = pixels_of(box, Box(BOX.N, 1, BOX.W))
         z = ()

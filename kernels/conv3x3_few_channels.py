@@ -242,7 +242,7 @@ def few_channels_wgrad(dz, y, x, dw, db, N, H, W, P, Q, O, pad_h, pad_w, boxes_p
     sums = tl.zeros((PIXELS, BLOCK_O), ACC)
     index = split * boxes_per_split
     box = box_at(index, P, Q, BOX)
-    for _ in range(index, tl.minimum(index + boxes_per_split, boxes)):
+    for _turn in range(index, tl.minimum(index + boxes_per_split, boxes)):  # Triton 3.6 carries a `_`
         pixels = pixels_of(box, BOX)
         at, mask = offsets(dz, pixels, o, o_inside, CHANNELS_LAST, VEC, RUN)
         z = tl.load(dz.data + at, mask=mask, other=0.0)
