@@ -131,14 +131,11 @@ QUICK_ON_HOPPER: dict[str, Case] = {
     "conv, 64 columns": conv((2, 64, 16, 16), 64),
     "conv, 128 columns": conv((1, 128, 16, 16), 136),
     "conv, 40 columns, NCHW": conv((15, 40, 5, 8), 40, padding=(0, 1), x=images.contiguous, needs="x", processors=1),
-    "conv, box and rest": conv((4, 32, 7, 7), 40),
     "conv, box and rest, sigmoid": conv((3, 24, 13, 11), 40, activation="sigmoid"),
     "conv, lines of images": conv((32, 24, 3, 2), 72, needs="wb"),
     "conv, lines of columns": conv((1, 24, 3, 32), 72, needs="wb", stride=(2, 1)),
     "conv, split sum behind dx": conv((8, 32, 16, 16), 72, stride=2, w=images.contiguous, processors=18),
-    "conv, stride 2": conv((2, 64, 16, 16), 72, stride=2),
     "conv, groups": conv((2, 64, 8, 8), 144, groups=2),
-    "conv, bundles of 64 columns": conv((15, 128, 5, 8), 128, groups=16, needs="x", processors=1),
     "conv, groups taken apart": Apart(64, 16),
     "conv, image, no activation": conv((2, 3, 9, 12), 40, needs="wb", dtype=HALF),
     "conv, dx of an image": conv((2, 3, 9, 140), 40, needs="x"),
@@ -146,6 +143,9 @@ QUICK_ON_HOPPER: dict[str, Case] = {
 
 DTYPES = (HALF, BRAIN, SINGLE, DOUBLE)
 SLOW: dict[str, Case] = {
+    "conv, box and rest": conv((4, 32, 7, 7), 40),
+    "conv, stride 2": conv((2, 64, 16, 16), 72, stride=2),
+    "conv, bundles of 64 columns": conv((15, 128, 5, 8), 128, groups=16, needs="x", processors=1),
     "conv, relu": conv((3, 24, 13, 11), 40, activation="relu"),
     "conv, NCHW, tanh": conv((2, 24, 7, 9), 40, x=images.contiguous, activation="tanh", dtype=SINGLE),
     "conv, image, hardtanh": conv((2, 3, 16, 12), 24, activation=("hardtanh", -0.3, 0.1), needs="wb"),
