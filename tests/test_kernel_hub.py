@@ -117,6 +117,7 @@ assert len({id(library.linear) for library in (tribp, hub, other)}) == 3
 """
 
 
+@pytest.mark.slow  # the workflow's job of the examples has it
 def test_versions_beside_each_other(hub: Path) -> None:
     """The library that is installed and two of the hub's, each by its own name, with its own operators."""
     pytest.importorskip("triton")

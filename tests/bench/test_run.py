@@ -598,6 +598,7 @@ def kernels_of_batches() -> dict[str, int]:
     return {name: len(kernels) for name, kernels in keys.items()}
 
 
+@pytest.mark.slow
 @NO_CUDA
 def test_batches_of_many_sizes_take_few_kernels() -> None:
     pytest.importorskip("triton")

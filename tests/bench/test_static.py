@@ -35,6 +35,7 @@ from tribp.versions import keeps_shared_tiles, triton_version
 from ..processes import called, forked, python
 from .machine_code import sass
 from .test_static_conv import BAD, GOOD
+from .test_static_conv import plant as plant_conv
 
 Row = dict[str, Any]
 
@@ -334,10 +335,6 @@ def plant() -> dict[str, Any]:
                 expected = [NO_SPILLS, *optim.expectations(step, optim.ADAM, ARCHS[target])]
                 found[f"{name} step, {target}"] = broken(code, expected)
 
-    from tests.bench.test_static_conv import plant as plant_conv
-
-    found |= plant_conv()
-
     x = torch.empty(1 << 20, 16, device="meta", dtype=torch.bfloat16)
     from tribp.ops.activations import Activation
     from tribp.ops.linear.plan import sum_rows
@@ -377,7 +374,13 @@ def planted() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["good", "good odd", "good amd", "good step, sm_80", "good step, gfx942", *GOOD])
+@pytest.fixture(scope="module")
+def planted_conv() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = called(plant_conv)
+    return found
+
+
+@pytest.mark.parametrize("name", ["good", "good odd", "good amd", "good step, sm_80", "good step, gfx942"])
 def test_a_good_launch_breaks_nothing(planted: dict[str, Any], name: str) -> None:
     assert planted[name] == []
 
@@ -396,11 +399,23 @@ def test_a_good_launch_breaks_nothing(planted: dict[str, Any], name: str) -> Non
         ("narrow step, sm_80", "vectors"),
         ("narrow step, gfx942", "vectors"),
         ("spilling step, sm_80", "spills"),
-        *((name, complaint) for name, (_, complaint, _) in BAD.items()),
     ],
 )
 def test_a_bad_launch_is_caught(planted: dict[str, Any], name: str, complaint: str) -> None:
     assert any(sentence.startswith(complaint) for sentence in planted[name]), planted[name]
+
+
+@pytest.mark.slow  # what is expected of which kernel is tested with nothing compiled: `test_static_conv.py`
+@pytest.mark.parametrize("name", GOOD)
+def test_a_good_convolution_breaks_nothing(planted_conv: dict[str, list[str]], name: str) -> None:
+    assert planted_conv[name] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_convolution_is_caught(planted_conv: dict[str, list[str]], name: str) -> None:
+    _, complaint, _ = BAD[name]
+    assert any(sentence.startswith(complaint) for sentence in planted_conv[name]), planted_conv[name]
 
 
 def test_arguments_are_specialized_as_at_a_launch(planted: dict[str, Any]) -> None:

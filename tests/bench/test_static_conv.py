@@ -64,7 +64,7 @@ def changed(launch: Launch, changes: dict[str, Any]) -> Launch:
 
 
 def plant() -> dict[str, list[str]]:
-    """What is wrong with each. Runs where the compiler does, in the process of `test_static.plant`."""
+    """What is wrong with each. Runs in a process of its own, without the interpreter."""
     from bench.compile import read_launches
 
     good = {name: (case, OPERATION.launches(case, direction, ARCH)[at]) for name, (case, direction, at) in GOOD.items()}

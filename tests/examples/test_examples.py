@@ -165,6 +165,7 @@ def test_bf16_stochastic_rounding() -> None:
     assert numbers(out, "bfloat16, stochastic") == pytest.approx([0.8], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_eight_bit_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["", "1", "3"])
     out = run("eight_bit_states.py")
