@@ -127,6 +127,27 @@ def test_codes_outlive_a_step_that_is_refused() -> None:
         torch.testing.assert_close(state["exp_avg"], torch.full_like(state["exp_avg"], 0.19), rtol=0.02, atol=0)
 
 
+def test_a_captured_plan_ends_with_the_states_it_was_made_on(device: str) -> None:
+    """It outlives a step that is refused, for a CUDA graph reads its tables, but not that codes became numbers."""
+    params = [Parameter(torch.ones(40, device=device)), Parameter(torch.ones(8, 2, device=device))]
+    optimizer: Any = tribp.optim.Adam(params, lr=0.1, state_bits=8, max_grad_norm=1e9)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.step()
+    optimizer._plan.watch.captured = True
+    optimizer.param_groups[0]["state_bits"] = None
+    params[1].grad = torch.ones_like(params[1]).to_sparse()
+    with pytest.raises(RuntimeError, match="max_grad_norm can't be combined"):
+        optimizer.step()
+    optimizer.param_groups[0]["state_bits"] = 8
+    params[1].grad = torch.ones_like(params[1])
+    optimizer.step()
+    for state in optimizer.state_dict()["state"].values():
+        assert state["step"] == 3
+        torch.testing.assert_close(state["exp_avg"], torch.full_like(state["exp_avg"], 0.271), rtol=0.02, atol=0)
+
+
 def stopped_steps_on_codes() -> int:
     """A first step after a checkpoint, stopped wherever it can be; then a whole one."""
     optimizer, params = loaded(state_bits=8, master_bits=None)

@@ -13,10 +13,9 @@ from torch import Tensor
 from .layouts import fits_storage, is_dtensor, local
 from .options import compresses, keeps_residual
 from .rule import Group, Rule
-from .tracked_state import peek
+from .tracked_state import WatchedState, peek
 
 BLOCK = 32
-_set, _delete = dict.__setitem__, dict.__delitem__  # which no `WatchedState` notes: nobody has been given these tensors
 SMALLEST = 2.0**-110  # scale, of which 255² times the reciprocal is finite
 CODES = (torch.int8, torch.uint8)
 RESIDUAL = "residual"
@@ -111,6 +110,16 @@ def store_codes(state: dict[str, Any], name: str, x: Tensor, p: Tensor, dtype: t
     _set(state, name, codes)
 
 
+def _set(state: dict[str, Any], name: str, value: Tensor | None) -> None:
+    """Gives a state another entry, or with None none: a change of which nobody else has the tensor."""
+    if value is None:
+        dict.__delitem__(state, name)
+    else:
+        dict.__setitem__(state, name, value)
+    if isinstance(state, WatchedState):
+        state.notes.changed = True  # whatever plan there is; `accessed` would have each step look at all states
+
+
 def decoded(state: dict[str, Any], name: str) -> Tensor:
     """A state that is kept as codes, as float32 numbers."""
     codes: Tensor = peek(state, name)
@@ -157,11 +166,11 @@ def conform(rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:
         elif name in are_codes:
             _set(state, name, value.to(group.get("state_dtype") or p.dtype))
         if code_dtype is None and scale_of(name) in state:
-            _delete(state, scale_of(name))
+            _set(state, scale_of(name), None)
     residual = peek(state, RESIDUAL)
     if not keeps_residual(group, p):
         if residual is not None:
-            _delete(state, RESIDUAL)  # or the bits below what the parameter was would be added to what it has become
+            _set(state, RESIDUAL, None)  # or the bits below what the parameter was would be added to what it has become
     elif fits(residual) and not is_as_made(residual, torch.int8):  # torch's class makes bfloat16 numbers of them
         as_made = torch.empty_like(p, dtype=torch.int8, memory_format=torch.preserve_format)
         local(as_made).copy_(local(residual))
