@@ -119,22 +119,19 @@ QUICK: dict[str, Case] = {
         (2, 3, 9, 12), 20, stride=2, x=images.contiguous, w=images.contiguous, bias=False, needs="w", dtype=SINGLE
     ),
     "conv, depthwise": conv((6, 72, 17, 11), 72, groups=72, stride=(2, 1), processors=108),  # boxes below each other
+    "conv, float32": conv((1, 32, 8, 8), 32, dtype=SINGLE),
+    "conv, tf32": conv((1, 64, 8, 8), 64, dtype=SINGLE, tf32=True),
+}
+QUICK_ON_HOPPER: dict[str, Case] = {
     "conv, NCHW depthwise, float32": conv(
         (2, 8, 8, 16), 8, groups=8, x=images.contiguous, stride=(1, 2), activation="sigmoid", bias=False, dtype=SINGLE
     ),
-    "conv, float32": conv((1, 32, 8, 8), 32, dtype=SINGLE),
-    "conv, tf32": conv((1, 64, 8, 8), 64, dtype=SINGLE, tf32=True),
     "conv, float64": conv((1, 24, 8, 8), 24, dtype=DOUBLE),
     "conv, db alone": conv((2, 8, 9, 7), 72, needs="b"),
-}
-QUICK_ON_HOPPER: dict[str, Case] = {
-    "conv, 64 columns": conv((2, 64, 16, 16), 64),
     "conv, 128 columns": conv((1, 128, 16, 16), 136),
-    "conv, 40 columns, NCHW": conv((15, 40, 5, 8), 40, padding=(0, 1), x=images.contiguous, needs="x", processors=1),
     "conv, box and rest, sigmoid": conv((3, 24, 13, 11), 40, activation="sigmoid"),
     "conv, lines of images": conv((32, 24, 3, 2), 72, needs="wb"),
     "conv, lines of columns": conv((1, 24, 3, 32), 72, needs="wb", stride=(2, 1)),
-    "conv, split sum behind dx": conv((8, 32, 16, 16), 72, stride=2, w=images.contiguous, processors=18),
     "conv, groups": conv((2, 64, 8, 8), 144, groups=2),
     "conv, groups taken apart": Apart(64, 16),
     "conv, image, no activation": conv((2, 3, 9, 12), 40, needs="wb", dtype=HALF),
@@ -143,6 +140,9 @@ QUICK_ON_HOPPER: dict[str, Case] = {
 
 DTYPES = (HALF, BRAIN, SINGLE, DOUBLE)
 SLOW: dict[str, Case] = {
+    "conv, 64 columns": conv((2, 64, 16, 16), 64),
+    "conv, 40 columns, NCHW": conv((15, 40, 5, 8), 40, padding=(0, 1), x=images.contiguous, needs="x", processors=1),
+    "conv, split sum behind dx": conv((8, 32, 16, 16), 72, stride=2, w=images.contiguous, processors=18),
     "conv, box and rest": conv((4, 32, 7, 7), 40),
     "conv, stride 2": conv((2, 64, 16, 16), 72, stride=2),
     "conv, bundles of 64 columns": conv((15, 128, 5, 8), 128, groups=16, needs="x", processors=1),

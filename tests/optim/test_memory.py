@@ -239,9 +239,16 @@ MOVES: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-@each_class
-@pytest.mark.parametrize("way", MOVES)
-@pytest.mark.parametrize("held", ["just looked up", "held since", "held by a checkpoint"])
+MOVED = [  # at once every pair of a class and a way, where kernels are interpreted
+    pytest.param(device, name, way, held, marks=[pytest.mark.slow] * (device == "triton" and (n + w) % 3 != h))
+    for device in ("torch", "triton")
+    for (n, name), (w, way), (h, held) in itertools.product(
+        enumerate(CLASSES), enumerate(MOVES), enumerate(["just looked up", "held since", "held by a checkpoint"])
+    )
+]
+
+
+@pytest.mark.parametrize(("device", "name", "way", "held"), MOVED, indirect=["device"])
 def test_states_that_move(name: str, way: str, held: str, device: str) -> None:
     """Whoever was given a state may move it at once, or many steps later."""
     if way == "resized" and device != "cpu":

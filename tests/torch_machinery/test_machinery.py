@@ -249,10 +249,16 @@ TRANSFORMS: dict[str, Callable[[Function], Function]] = {
 }
 
 
-WAYS = [(LINEAR, False), (LINEAR, True), (CONV, False), pytest.param(CONV, True, marks=pytest.mark.slow)]
+STANDING = (LINEAR, "triton")  # for the others, when compiled
+WAYS = [
+    pytest.param(operation, compiled, device, marks=[pytest.mark.slow] * (compiled and (operation, device) != STANDING))
+    for operation in (LINEAR, CONV)
+    for compiled in (False, True)
+    for device in ("torch", "triton")
+]
 
 
-@pytest.mark.parametrize(("operation", "compiled"), WAYS, indirect=["operation"], ids=str)
+@pytest.mark.parametrize(("operation", "compiled", "device"), WAYS, indirect=["operation", "device"], ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_torch_func(transform: str, compiled: bool, operation: Operation, detached: list[Tensor]) -> None:
     apply = TRANSFORMS[transform]
