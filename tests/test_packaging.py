@@ -29,7 +29,7 @@ FLOORS = {
     "fusion": {"dispatch", "footprint", "nn", "ops"},
     "training": {"dispatch", "footprint", "fusion", "nn", "ops"},
     "optim": {"dispatch", "footprint", "kernels", "launch"},
-    "demo": {"dispatch", "functional", "nn", "optim", "training"},
+    "demo": {"dispatch", "functional", "fusion", "nn", "optim", "training"},
 }
 PACKAGE_FILES = {"__init__", "__main__"}  # they gather the floors and import from any
 

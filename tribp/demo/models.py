@@ -1,5 +1,6 @@
 """The networks of the demo: layers of tribp, the same in plain torch, and what each is trained with unless told so."""
 
+import copy
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..fusion import unfuse
 from ..nn import MLP, Conv3x3, LinearSigmoid
 from .losses import CROSS_ENTROPY, HALF_SQUARED_ERROR, Loss
 from .methods import METHODS
@@ -113,23 +115,7 @@ MODELS = {
 
 
 def in_plain_torch(layers: nn.Sequential) -> nn.Sequential:
-    """`nn.Linear`, `nn.Conv2d`, `nn.Tanh`, `nn.Sigmoid` with the same parameters; what has none stays as it is."""
-    twins: list[nn.Module] = []
-    for layer in layers:
-        twin = layer
-        if isinstance(layer, MLP):
-            pairs = [(nn.Linear(k, n), nn.Tanh()) for k, n in itertools.pairwise(layer.sizes)]
-            twin = nn.Sequential(*itertools.chain.from_iterable(pairs))
-            twin[-1] = nn.Sigmoid()
-            twin.load_state_dict(layer.state_dict())
-            twins.append(twin)
-            continue
-        if isinstance(layer, LinearSigmoid):
-            twin = nn.Linear(layer.in_features, layer.out_features)
-        elif isinstance(layer, Conv3x3):
-            twin = nn.Conv2d(layer.in_channels, layer.out_channels, 3)
-        twins.append(twin)
-        if twin is not layer:
-            twin.load_state_dict(layer.state_dict())
-            twins.append(nn.Sigmoid())
-    return nn.Sequential(*twins)
+    """The same network of torch's modules, one behind the other, with the same parameters in memory of their own."""
+    twin = copy.deepcopy(layers)
+    unfuse(twin)
+    return nn.Sequential(*(module for module in twin.modules() if not list(module.children())))
