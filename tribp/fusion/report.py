@@ -36,9 +36,6 @@ class Report:
     replaced: tuple[Replaced, ...] = ()
     skipped: tuple[Skipped, ...] = ()
 
-    def __add__(self, other: "Report") -> "Report":
-        return Report(self.replaced + other.replaced, self.skipped + other.skipped)
-
     def __str__(self) -> str:
         count = f"{len(self.replaced)} replaced, {len(self.skipped)} skipped"
         return "\n".join(map(str, (count, *self.replaced, *self.skipped)))
