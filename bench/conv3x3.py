@@ -197,27 +197,19 @@ def compiled(everything: bool) -> Iterator[tuple[ConvCase, Sequence[str]]]:
     yield replace(few, activation="sigmoid"), ("forward", "backward")
     yield replace(few, last=False, activation="sigmoid"), ("backward",)
     yield replace(three, activation="sigmoid"), ("forward", "wgrad")
-    yield ConvCase((64, 512, 512, 7, 7), BF16, last=False, activation="tanh"), ("forward",)
+    yield ConvCase(MANY, BF16, last=False, activation="tanh"), ("forward",)
     if not everything:
         return
-    others = [
-        ConvCase(MANY, BF16), ConvCase(FIRST, BF16), replace(three, dtype=FP32, tf32=True),
-        *(replace(case, dtype=FP64) for case in (three, depthwise)),
-        *(replace(case, dtype=FP16) for case in (few, three)),
-    ]  # fmt: skip
-    yield from ((case, APART) for case in others)
-    yield ConvCase(LENET, BF16), ("dgrad",)
-    for activation in ("tanh", "elu", "softplus"):  # those that take most registers
-        yield from ((replace(case, activation=activation), ("forward",)) for case in (few, depthwise))
-    yield replace(depthwise, dtype=FP16), ("forward",)
-    for channels, side, stride in ((64, 112, 2), (120, 56, 1), (256, 28, 1)):  # those that spilled
-        yield ConvCase((8, channels, channels, side, side), BF16, groups=channels, stride=stride), APART
-    yield ConvCase(WIDE, FP32, last=False, activation="tanh"), ("forward",)
-    yield ConvCase(UNEVEN, BF16), ("wgrad",)
     # All that is measured, and float64.
     measured = [*cases(), *(replace(case, dtype=FP64) for case in BASE)]
     measured += [ConvCase(shape, dtype, tf32) for shape in (UNEVEN, FEWER) for dtype, tf32 in UNEVEN_TYPES]
     yield from ((case, (*APART, "backward")) for case in measured)
+    yield ConvCase(LENET, BF16), ("dgrad",)
+    for activation in ("tanh", "elu", "softplus"):  # those that take most registers
+        yield from ((replace(case, activation=activation), ("forward",)) for case in (few, depthwise))
+    for channels, side, stride in ((64, 112, 2), (120, 56, 1), (256, 28, 1)):  # those that spilled
+        yield ConvCase((8, channels, channels, side, side), BF16, groups=channels, stride=stride), APART
+    yield ConvCase(WIDE, FP32, last=False, activation="tanh"), ("forward",)
 
 
 # -- what machine code must show --------------------------------------------------------------------------------------
