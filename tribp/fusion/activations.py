@@ -17,24 +17,11 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Hardtanh: ("hardtanh", "min_val", "max_val"),
 }
 # Those that tribp does not compute, which the report names, and the names of torch's functions.
-OTHER_ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.CELU: "celu",
-    nn.GELU: "gelu",
-    nn.GLU: "glu",
-    nn.Hardshrink: "hardshrink",
-    nn.Hardswish: "hardswish",
-    nn.LogSigmoid: "logsigmoid",
-    nn.LogSoftmax: "log_softmax",
-    nn.Mish: "mish",
-    nn.PReLU: "prelu",
-    nn.RReLU: "rrelu",
-    nn.SELU: "selu",
-    nn.SiLU: "silu",
-    nn.Softmax: "softmax",
-    nn.Softshrink: "softshrink",
-    nn.Softsign: "softsign",
-    nn.Tanhshrink: "tanhshrink",
-}
+_OTHERS: tuple[type[nn.Module], ...] = (
+    nn.CELU, nn.GELU, nn.GLU, nn.Hardshrink, nn.Hardswish, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.RReLU, nn.SELU, nn.SiLU,
+    nn.Softmax, nn.Softshrink, nn.Softsign, nn.Tanhshrink,
+)  # fmt: skip
+OTHER_ACTIVATIONS = {**{kind: kind.__name__.lower() for kind in _OTHERS}, nn.LogSoftmax: "log_softmax"}
 
 
 def activation_kind(module: nn.Module | None) -> type[nn.Module] | None:
