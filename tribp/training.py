@@ -86,11 +86,6 @@ LOSS_MODULES: dict[type[nn.Module], str] = {
     nn.BCELoss: "binary_cross_entropy",
 }
 LOSS_DEFAULTS = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
-LOSS_FUNCTIONS = {
-    F.mse_loss: "mse_loss",
-    F.cross_entropy: "cross_entropy",
-    F.binary_cross_entropy: "binary_cross_entropy",
-}
 
 
 def _known_loss(loss: str | Loss, reduction: str) -> tuple[str, str] | None:
@@ -101,7 +96,7 @@ def _known_loss(loss: str | Loss, reduction: str) -> tuple[str, str] | None:
         plain = type(loss) in LOSS_MODULES and runs_forward_alone(loss) and loss.reduction in MODULE_REDUCTIONS
         usual = plain and all(getattr(loss, name, value) == value for name, value in LOSS_DEFAULTS.items())
         return (LOSS_MODULES[type(loss)], str(loss.reduction)) if usual else None
-    name = next((name for function, name in LOSS_FUNCTIONS.items() if function is loss), None)  # it may have no hash
+    name = next((name for name in LOSS_MODULES.values() if LOSSES[name] is loss), None)  # it may have no hash
     return (name, "mean") if name else None
 
 
