@@ -1,5 +1,6 @@
 """Memory as plans know it: how it lies, but not where. Imports no triton."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
@@ -52,10 +53,7 @@ class Buffer:
         return self.layout.strides if dim is None else self.layout.strides[dim]
 
     def numel(self) -> int:
-        numel = 1
-        for size in self.layout.shape:
-            numel *= size
-        return numel
+        return math.prod(self.layout.shape)
 
     def element_size(self) -> int:
         return self.layout.dtype.itemsize
