@@ -1,6 +1,7 @@
 """`python -m tribp`: back-propagation done and checked by this library, on worked examples and on real digits."""
 
 import argparse
+import functools
 import importlib
 import io
 import os
@@ -199,14 +200,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--output",
-        type=_output,
+        type=functools.partial(_writable, suffixes=PICTURES),
         default="tribp-demo.png",
         metavar="PATH",
         help="picture of loss, accuracy and what was learned, .png, .svg or .pdf (default: %(default)s)",
     )
     add(
         "--html",
-        type=_page,
+        type=functools.partial(_writable, suffixes=PAGES),
         default=argparse.SUPPRESS,
         metavar="PATH",
         help="page to write, with everything in one file: the worked examples, the computation graph of the network "
@@ -256,14 +257,6 @@ def _real(text: str) -> float:
     if not 0 < value <= LARGEST:
         raise argparse.ArgumentTypeError(f"must be a number above 0 and at most {LARGEST:g}, got {text!r}")
     return value
-
-
-def _output(text: str) -> Path:
-    return _writable(text, PICTURES)
-
-
-def _page(text: str) -> Path:
-    return _writable(text, PAGES)
 
 
 def _writable(text: str, suffixes: Sequence[str]) -> Path:
