@@ -1,7 +1,6 @@
 """Puts tribp's optimizers in the place of torch's, for scripts that can't be edited."""
 
 from collections.abc import Iterator
-from types import TracebackType
 
 import torch
 
@@ -29,9 +28,7 @@ class Patch(tuple[str, ...]):
     def __enter__(self) -> "Patch":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         _put_back(self)
 
 
