@@ -19,9 +19,6 @@ class AdadeltaRule(FunctionRule):
     options = ("lr", "rho", "eps", "weight_decay", "maximize")
     adds_eps_to_root = False  # it is inside already
 
-    def states(self, group: Group) -> tuple[str | None, ...]:
-        return "square_avg", "acc_delta"
-
     def hyper(self, group: Group) -> reference.AdadeltaHyper:
         return reference.AdadeltaHyper(group["rho"])
 

@@ -19,9 +19,6 @@ class AdamaxRule(FunctionRule):
     options = ("lr", "betas", "eps", "weight_decay", "maximize")
     adds_eps_to_root = False
 
-    def states(self, group: Group) -> tuple[str | None, ...]:
-        return "exp_avg", "exp_inf"
-
     def hyper(self, group: Group) -> reference.BetasHyper:
         return reference.BetasHyper(*group["betas"])
 

@@ -25,9 +25,6 @@ class ASGDRule(FunctionRule):
     def scalars_on_device(cls, group: Group) -> bool:
         return True
 
-    def states(self, group: Group) -> tuple[str | None, ...]:
-        return ("ax",)
-
     def hyper(self, group: Group) -> reference.ASGDHyper:
         return reference.ASGDHyper(group["lambd"], group["alpha"], group["t0"])
 

@@ -19,9 +19,6 @@ class NAdamRule(FunctionRule):
     options = ("lr", "betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay", "maximize")
     scalar_states = ("mu_product",)
 
-    def states(self, group: Group) -> tuple[str | None, ...]:
-        return "exp_avg", "exp_avg_sq"
-
     def hyper(self, group: Group) -> reference.NAdamHyper:
         beta1, beta2 = group["betas"]
         return reference.NAdamHyper(beta1, beta2, group["momentum_decay"])

@@ -18,9 +18,6 @@ class RAdamRule(FunctionRule):
     lists = ("exp_avg", "exp_avg_sq", "step")
     options = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
 
-    def states(self, group: Group) -> tuple[str | None, ...]:
-        return "exp_avg", "exp_avg_sq"
-
     def hyper(self, group: Group) -> reference.BetasHyper:
         return reference.BetasHyper(*group["betas"])
 

@@ -20,9 +20,6 @@ class RpropRule(FunctionRule):
     options = ("lr", "etas", "step_sizes", "maximize")
     adds_eps_to_root = False
 
-    def states(self, group: Group) -> tuple[str | None, ...]:
-        return "prev", "step_size"
-
     def hyper(self, group: Group) -> reference.RpropHyper:
         return reference.RpropHyper(*group["etas"], *group["step_sizes"])
 

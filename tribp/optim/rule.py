@@ -203,7 +203,14 @@ class FunctionRule(Rule):
 
     formula_on_cpu = True
     function: ClassVar[Callable[..., None]]  # torch's
-    lists: ClassVar[tuple[str, ...]]  # the keys of the states that it takes, in its order
+    lists: ClassVar[tuple[str, ...]]  # the keys of the states that it takes, in its order, which is the formula's
+
+    def __init__(self, defaults: Group) -> None:
+        super().__init__(defaults)
+        self._states = tuple(name for name in self.lists if name not in self.scalars())
+
+    def states(self, group: Group) -> tuple[str | None, ...]:
+        return self._states
 
     def arguments(self, group: Group) -> Group:
         """Its own keyword arguments, but for those that each of these functions takes."""
