@@ -49,13 +49,21 @@ def test_what_selects_nothing_is_an_error(options: tuple[str, str]) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_ctrl_c_ends_every_process_in_a_line() -> None:
-    """It comes while the others still import torch, and goes to all of them, as from a terminal."""
-    code = """
-        import os, signal, sys, threading
+@pytest.mark.parametrize("when", ["started", "importing torch"])
+def test_ctrl_c_ends_every_process_in_a_line(when: str) -> None:
+    """It comes while the others are started, or import torch, and goes to all of them, as from a terminal."""
+    code = f"""
+        import concurrent.futures, os, signal, sys, threading
         from bench.__main__ import main
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        threading.Timer(1, os.killpg, (0, signal.SIGINT)).start()
+        submit = concurrent.futures.ProcessPoolExecutor.submit
+        def interrupted(*arguments):
+            if {when == "started"}:
+                os.killpg(0, signal.SIGINT)
+            else:
+                threading.Timer(1, os.killpg, (0, signal.SIGINT)).start()
+            return submit(*arguments)
+        concurrent.futures.ProcessPoolExecutor.submit = interrupted
         sys.exit(main(["static", "linear", "--jobs", "2"]))
     """
     done = python("-c", code, start_new_session=True)
