@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tribp import versions
 from tribp.launch.arch import ARCHS, Arch
 from tribp.launch.matmul import fills_gpu
 from tribp.launch.optim import MultiTensorProblem
@@ -91,7 +92,8 @@ def test_dgrad_above_another_layer_shares_its_processor() -> None:
         return config.max_registers
 
     assert limit("bfloat16", "ieee", for_lower=True) == limit("float16", "ieee", for_lower=True) == 128
-    assert limit("float32", "tf32", for_lower=True) == limit("float32", "tf32", for_lower=False) == 255
+    if versions.descriptors_round_to_tf32():  # elsewhere mma.sync multiplies float32, in smaller tiles
+        assert limit("float32", "tf32", for_lower=True) == limit("float32", "tf32", for_lower=False) == 255
 
 
 @pytest.mark.parametrize(
