@@ -191,9 +191,9 @@ class MLP(nn.Module):
             self.add_module(str(2 * n), Linear(before, after, bias, device, dtype))
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> tuple[nn.Module, ...]:
         """The layers, without their activations: a `Linear` each, unless somebody replaced it."""
-        return [self.get_submodule(str(2 * n)) for n in range(len(self.sizes) - 1)]
+        return tuple(self.get_submodule(str(2 * n)) for n in range(len(self.sizes) - 1))
 
     def extra_repr(self) -> str:
         names = f"activation={self.activation!r}, output_activation={self.output_activation!r}"

@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
@@ -151,6 +151,53 @@ def test_a_method_that_asks_for_super_of_its_class(net: Callable[..., Any], kind
     model = net("return F.relu(self.conv(x))", more)
     assert reasons(tribp.fuse(model)) == {"conv": "Net.train asks for super of self's class"}
     model.eval()
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("def count(self):\n    type(self).calls += 1", "count sets an attribute of self's class"),
+        ("def count(self):\n    setattr(self.__class__, 'calls', 1)", "count sets an attribute of self's class"),
+        ("@classmethod\ndef count(cls):\n    cls.calls += 1", "count sets an attribute of self's class"),
+        ("@classmethod\ndef make(cls):\n    return super(cls, cls).make()", "make asks for super of self's class"),
+        ("def found(self):\n    return {Net: 1}[type(self)]", "found looks up self's class"),
+        ("def shown(self):\n    return f'{type(self).__name__} {type(self).calls} {isinstance(self, type(self))}'", ""),
+    ],
+)
+def test_methods_to_which_the_class_matters(net: Callable[..., Any], method: str, says: str) -> None:
+    model = net("return F.relu(self.conv(x))", f"calls = 0\n{method}")
+    assert reasons(tribp.fuse(model)) == ({"conv": f"Net.{says}"} if says else {})
+
+
+T = TypeVar("T")
+
+
+class Typed(nn.Module, Generic[T]):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x))
+
+
+def test_generic_classes() -> None:
+    model = Typed[int]()
+    assert check(model, torch.randn(2, 3)).skipped == ()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="type parameters")
+def test_a_forward_with_type_parameters(net: Callable[..., Any]) -> None:
+    model = net("def forward[T](self, x: T) -> T:\n    return F.relu(self.conv(x))")
+    (reason,) = reasons(tribp.fuse(model)).values()
+    assert reason.endswith("it has type parameters")
+
+
+def test_private_names(net: Callable[..., Any]) -> None:
+    head = "def __init__(self):\n    Base.__init__(self)\n    self.__mine = nn.Conv2d(2, 2, 3)\n"
+    model = net("return F.relu(self.__mine(x))", head)
+    assert [entry.name for entry in tribp.fuse(model).replaced] == ["", "_Net__mine"]
+    check(net("return F.relu(self.__mine(x))", head))
 
 
 def test_buffers_that_torch_fx_sees(net: Callable[..., Any]) -> None:
@@ -365,7 +412,7 @@ def test_traceback_and_help() -> None:
     tribp.fuse(model)
     line = "return _tribp_run((self.conv, self.relu), x)"
     assert line in inspect.getsource(model.forward)
-    with pytest.raises(ValueError, match="weight must have shape") as error:
+    with pytest.raises(RuntimeError, match="expected input") as error:
         model(torch.randn(2, 3, 5, 5))
     assert any(line in str(entry.statement) for entry in error.traceback)
 

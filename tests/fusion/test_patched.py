@@ -1,6 +1,7 @@
 """Methods of torch's classes, or of a single layer, that a tool has replaced: before `fuse`, or after it."""
 
 import copy
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,64 @@ def test_methods_of_classes(
     torch.testing.assert_close(ours(x), model(x))
 
 
+FUNCTIONS = [
+    (EVERYTHING, F, "linear"), (EVERYTHING, F, "conv2d"), (EVERYTHING, F, "relu"), (EVERYTHING, torch, "tanh"),
+    (NORM, F, "batch_norm"),
+]  # fmt: skip
+
+
+@each_moment
+@pytest.mark.parametrize(("model", "library", "name"), FUNCTIONS, ids=lambda value: getattr(value, "__name__", value))
+def test_functions_that_modules_call(
+    before: bool, model: nn.Module, library: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tools that count operations replace them."""
+    ours, x = copy.deepcopy(model), torch.randn(2, 3, 8, 8)
+    before or tribp.fuse(ours, fold_batchnorm=True)
+    old: Callable[..., Tensor] = getattr(library, name)
+    monkeypatch.setattr(library, name, lambda *arguments, **named: old(*arguments, **named) + 0.5)
+    tribp.fuse(ours, fold_batchnorm=True)
+    assert torch.equal(ours(x), model(x))
+    monkeypatch.undo()
+    tribp.fuse(ours, fold_batchnorm=True)
+    torch.testing.assert_close(ours(x), model(x))
+
+
+class Calls(nn.Module):
+    """Its forward calls activations as functions, each in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(5, 5) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = relu6(self.second(x))
+        x = self.third(x).tanh()
+        return x
+
+
+relu6 = F.relu6
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(F, "relu"), (sys.modules[__name__], "relu6"), (Tensor, "tanh")], ids=["F", "global", "method"]
+)
+def test_functions_that_a_forward_calls(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Calls()
+    ours, x = copy.deepcopy(model), torch.randn(2, 5)
+    assert sum(" + " in entry.was for entry in tribp.fuse(ours).replaced) == 3
+    torch.testing.assert_close(ours(x), model(x))
+    old: Callable[..., Tensor] = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda x: old(x) + 0.5)
+    assert torch.equal(ours(x), model(x))
+    if owner is not Tensor:  # a name that is gone
+        monkeypatch.delattr(owner, name)
+        for m in (model, ours):
+            with pytest.raises((AttributeError, NameError), match=name):
+                m(x)
+
+
 def test_methods_that_were_replaced_before_the_import() -> None:
     """A class of another name in torch's place, too, and one whose forward is no function."""
     code = """
@@ -95,14 +154,25 @@ def test_the_convolution_of_one_layer(before: bool) -> None:
     assert not before or reasons(report) == {"0": "it has a forward of its own"}
 
 
-def test_a_training_step(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("owner", "name", "reason"),
+    [
+        (nn.Linear, "forward", "a Linear has hooks, or a forward of its own"),
+        (F, "linear", "something else stands in the place of torch's linear"),
+        (F, "relu", "something else stands in the place of torch's relu"),
+    ],
+    ids=["method", "linear", "relu"],
+)
+def test_a_training_step(owner: Any, name: str, reason: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).to(kernels)
     step = tribp.train_step(model, torch.optim.SGD(model.parameters()), "mse_loss")
     batch = torch.randn(6, 5, device=kernels), torch.randn(6, 3, device=kernels)
-    step(*batch)
-    assert step.reason is None
-    old = nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: old(self, x) + 0.5)
+    reasons = []
+    for _ in range(2):
+        step(*batch)
+        reasons.append(step.reason)
+    old: Callable[..., Tensor] = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments, **named: old(*arguments, **named) + 0.5)
     expected = F.mse_loss(model(batch[0]), batch[1])
     torch.testing.assert_close(step(*batch), expected.detach())
-    assert step.reason == "a Linear has hooks, or a forward of its own"
+    assert [*reasons, step.reason] == [None, None, reason]

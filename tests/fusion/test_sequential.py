@@ -20,6 +20,15 @@ from tribp.fusion.rows import flatten, row_at
 from .cases import Called, compile_anew, done_to_both, hooked, kinds, reasons
 from .test_fusion import run, same, targets
 
+WRONG = {
+    "linear": (nn.Sequential(nn.Linear(5, 4), nn.ReLU()), torch.ones(2, 6)),
+    "type": (nn.Sequential(nn.Linear(5, 4), nn.ReLU()), torch.ones(2, 5, dtype=torch.float64)),
+    "layers": (nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh()), torch.ones(2, 6)),
+    "the second": (nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(3, 4), nn.Tanh()), torch.ones(2, 5)),
+    "convolution": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.ones(1, 2, 5, 5)),
+    "no activation": (nn.Sequential(nn.Conv2d(3, 4, 3)), torch.ones(1, 3, 5, 5, dtype=torch.int32)),
+}
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -619,3 +628,16 @@ def test_rows_through_folded_batch_norms(x: Tensor) -> None:
     tribp.unfuse(model)
     assert repr(model) == before
     assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_raises_what_torch_raises(case: str, device: str) -> None:
+    model, x = copy.deepcopy(WRONG[case][0]).to(device), WRONG[case][1].to(device)
+    raised = []
+    for fuse in (False, True):
+        if fuse:
+            assert tribp.fuse(model).replaced
+        with pytest.raises(RuntimeError) as error:
+            model(x)
+        raised.append((type(error.value), str(error.value)))
+    assert raised[0] == raised[1]

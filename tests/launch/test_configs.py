@@ -96,7 +96,7 @@ def product(dtype: str, arch: Arch) -> ForwardProblem:
 @pytest.mark.parametrize(
     ("problem", "tile", "stages", "fits"),
     [
-        # 233,472 bytes of 232,448: ones lie beside the stages. mma.sync, by older versions, reads operands from registers.
+        # 233,472 bytes of 232,448: ones lie beside the stages. mma.sync, in older versions, has them in registers.
         (WGRAD, (64, 128, 128), 2, not versions.fences_copies()),
         (WGRAD, (64, 128, 64), 4, True),
         (product("float64", ARCHS["sm_80"]), (64, 128, 128), 1, False),  # 196,608 bytes of 166,912

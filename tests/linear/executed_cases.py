@@ -80,7 +80,7 @@ class Linear(NamedTuple):
 
 
 # Parameters are constants of the compiled code: values of their own stand for the usual ones.
-KINDS = ["tanh", "relu", "hardsigmoid", *(activation for activation in ACTIVATIONS if isinstance(activation, tuple))]
+KINDS: list[Activation] = ["tanh", "relu", "hardsigmoid", *(act for act in ACTIVATIONS if isinstance(act, tuple))]
 
 QUICK: dict[str, Case] = {
     "linear, whole tiles": Linear((136, 264, 200)),

@@ -471,6 +471,9 @@ def test_options_that_a_class_has_not() -> None:
     for beta in (1.0, -0.1, None, "0.9"):
         with pytest.raises(ValueError, match=r"beta must be a number in \[0, 1\), got"):
             tribp.optim.Momentum([torch.ones(2)], beta=beta)  # type: ignore[arg-type]
+    for name in ("momentum", "dampening", "nesterov", "weigth_decay"):  # SGD's, and nobody's
+        with pytest.raises(TypeError, match=rf"^Momentum\(\) got an unexpected keyword argument '{name}'$"):
+            tribp.optim.Momentum([torch.ones(2)], **{name: True})  # type: ignore[arg-type]
 
 
 def test_one_norm_has_one_limit(device: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import tribp.optim
 
+from . import cases
 from .cases import DTYPES, NUMBERS, VARIANTS, Options, channels_last, gaps, ours, plain, shifted, title, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,6 +103,19 @@ def test_a_constant_gradient(foreach: bool | None) -> None:
         p.grad = g.clone()
         optimizer.step()
     assert bool(p.isfinite().all())
+
+
+@pytest.mark.parametrize("name", cases.TORCHS)
+def test_a_rate_without_end(name: str) -> None:
+    """Where nothing decays, ∞ · 0 decays nothing."""
+    p, q = (torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0])) for _ in range(2))
+    for make, param in ((ours, p), (cases.genuine, q)):
+        optimizer = make(name, [param], lr=math.inf)
+        for sign in (1, -1):
+            param.grad = sign * torch.tensor([0.5, -0.5, 0.25])
+            optimizer.step()
+    assert torch.equal(p.isnan(), q.isnan())
+    assert torch.equal(p.nan_to_num(0), q.nan_to_num(0))
 
 
 # ---- 1e-8 is 0 in float16

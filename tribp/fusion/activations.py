@@ -1,6 +1,10 @@
 """torch's modules of activations, and what tribp calls them."""
 
+from types import ModuleType
+
+import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..ops.activations import DEFAULTS, ActivationLike, activation_of
 
@@ -22,6 +26,29 @@ _OTHERS: tuple[type[nn.Module], ...] = (
     nn.Softmax, nn.Softshrink, nn.Softsign, nn.Tanhshrink,
 )  # fmt: skip
 OTHER_ACTIVATIONS = {**{kind: kind.__name__.lower() for kind in _OTHERS}, nn.LogSoftmax: "log_softmax"}
+
+
+def _torchs(library: ModuleType, name: str) -> object:
+    """A function of torch's; None where another took its place before tribp was imported."""
+    function = getattr(library, name)
+    own = getattr(function, "__module__", None) in (None, "torch", "torch._C._nn", library.__name__)
+    return function if own and not hasattr(function, "__wrapped__") else None
+
+
+# The functions that the forwards of torch's modules call, each where they look it up.
+_LIBRARIES = {"sigmoid": torch, "tanh": torch}
+_CALLED = {
+    name: (library := _LIBRARIES.get(name, F), _torchs(library, name))
+    for name in ("linear", "conv2d", "batch_norm", *(name for name, *_ in ACTIVATIONS.values()))
+}
+
+
+def is_torchs(name: str) -> bool:
+    """Whether the function of that name, which a module of torch's calls, is torch's: tools that count or change what
+    is computed put others there.
+    """
+    library, function = _CALLED[name]
+    return getattr(library, name) is function
 
 
 def activation_kind(module: nn.Module | None) -> type[nn.Module] | None:

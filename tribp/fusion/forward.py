@@ -12,7 +12,7 @@ import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence, Set
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +195,7 @@ def _link(source: Source, use: Use) -> Link | None:
         module = KINDS[name](**_numbers(name, use))
     except ValueError as error:
         return Link(use.call, use.input, None, Applied(module, module), str(error))
-    return Link(use.call, use.input, None, Applied(module, source.applied(use)))
+    return Link(use.call, use.input, None, Applied(module, *source.applied(use)))
 
 
 def _function(source: Source, use: Use) -> str | None:
@@ -239,33 +239,54 @@ def underivable(module: nn.Module) -> str:
     kind = made_of(module)
     if "forward" in vars(module):
         return f"the {kind.__name__} around it has a forward of its own"
-    bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    bases = [base for base in kind.__mro__ if base not in (nn.Module, Generic, object)]
     own = {attribute for base in bases for attribute in vars(base)} & NOT_DERIVABLE
     if own or type(kind) is not type:
         return f"{kind.__name__} has a {min(own, default='metaclass')} of its own"
     if parametrize.is_parametrized(module) or isinstance(module, LazyModuleMixin):
         return f"the {kind.__name__} around it is parametrized or lazy, and may change its class"
-    return next((f"{f.__qualname__} asks for super of self's class" for f in _functions(kind) if _asks_super(f)), "")
+    reasons = (f"{f.__qualname__} {said}" for f, of_class in _methods(bases) if (said := _by_class(f, of_class)))
+    return next(reasons, "")
 
 
-def _functions(kind: type[nn.Module]) -> Iterator[FunctionType]:
-    """The methods that a class and its bases define, torch's own aside."""
-    for base in kind.__mro__:
+def _methods(bases: Sequence[type]) -> Iterator[tuple[FunctionType, bool]]:
+    """The methods that these classes define, torch's own aside, and whether each is the class's."""
+    for base in bases:
         if not base.__module__.startswith("torch."):
-            yield from (value for value in vars(base).values() if isinstance(value, FunctionType))
+            for value in vars(base).values():
+                function = value.__func__ if isinstance(value, classmethod) else value
+                if isinstance(function, FunctionType):
+                    yield function, function is not value
 
 
-def _asks_super(function: FunctionType) -> bool:
-    """Whether a method says `super(type(self), self)`, which in a derived class is the method itself again."""
+def _by_class(function: FunctionType, of_class: bool) -> str:
+    """What a method does by self's class that is something else in a derived class; nothing if it does no such thing.
+
+    `super(type(self), self)` is the method itself again, `type(self).calls += 1` counts for the derived class alone,
+    and a dict of classes does not have that.
+    """
     names = set(function.__code__.co_names)
-    if "super" not in names or names.isdisjoint(("type", "__class__")):
-        return False
+    if not of_class and names.isdisjoint(("type", "__class__")):
+        return ""
     source = read(function)
     if isinstance(source, str):
-        return True
-    asked = {f"type({source.me})", f"{source.me}.__class__"}
-    calls = (node for node in source.nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "super")
-    return any(call.args and ast.unparse(call.args[0]) in asked for call in calls)
+        return "asks for super of self's class" if "super" in names else ""
+    asked = {source.me} if of_class else {f"type({source.me})", f"{source.me}.__class__"}
+
+    def is_asked(node: ast.expr) -> bool:
+        return ast.unparse(node) in asked
+
+    for node in source.nodes:
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and is_asked(node.value):
+            return "sets an attribute of self's class"
+        if isinstance(node, ast.Subscript) and is_asked(node.slice):
+            return "looks up self's class"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args and is_asked(node.args[0]):
+            if node.func.id == "super":
+                return "asks for super of self's class"
+            if node.func.id in ("setattr", "delattr"):
+                return "sets an attribute of self's class"
+    return ""
 
 
 def read_forward(kind: type[nn.Module]) -> Source:

@@ -12,7 +12,7 @@ from ..footprint import dict_versions
 from ..nn import MLP, Linear, LinearSigmoid, runs_forward_alone
 from ..ops.activations import ActivationLike, activation_of
 from ..ops.mlp.reference import Layer
-from .activations import ACTIVATIONS, activation_like
+from .activations import ACTIVATIONS, activation_like, is_torchs
 from .places import CALL_HOOKS, full_name
 from .rows import FusedSequential, flatten, runs_in_order
 
@@ -68,6 +68,7 @@ class Perceptron:
             for kind in {*self._kinds}
             for name in ("forward", "__getattr__", *READ[kind])
         ]
+        self._functions = [name for kind in {*self._kinds} if (name := _function_of(kind))]
         numbers = (
             getattr(m, name) for m in modules for name in READ[type(m)] if name not in ("weight", "bias", "layers")
         )
@@ -86,7 +87,13 @@ class Perceptron:
             and not _has_any_global_hook()  # type: ignore[no-untyped-call]
             and all(getattr(kind, name, None) is value for kind, name, value in self._of_classes)
             and runs_in_order(nn.Sequential)
+            and all(map(is_torchs, self._functions))
         )
+
+
+def _function_of(kind: type[nn.Module]) -> str:
+    """The function that the forward of a module of torch's calls; nothing for one of ours."""
+    return "linear" if kind is nn.Linear else ACTIVATIONS.get(kind, ("",))[0]
 
 
 def _visited(model: nn.Module) -> Iterator[nn.Module]:
@@ -120,6 +127,8 @@ def _layers_of(model: nn.Module) -> list[Layer] | str:
         kind = type(module)
         if not runs_forward_alone(module):
             return f"a {kind.__name__} has hooks, or a forward of its own"
+        if (function := _function_of(kind)) and not is_torchs(function):
+            return f"something else stands in the place of torch's {function}"
         if isinstance(module, LINEARS) and kind in LINEARS:
             act = module.activation if isinstance(module, Linear) else None  # torch's own may have a note of that name
             if act is not None and follows is not None:

@@ -20,7 +20,7 @@ from ..ops.activations import ActivationLike, activation_of
 from ..ops.conv3x3.op import conv3x3
 from ..ops.linear.op import linear
 from ..ops.mlp.op import mlp
-from .activations import ACTIVATIONS, activation_like, refused
+from .activations import ACTIVATIONS, activation_like, is_torchs, refused
 from .folding import BATCH_NORMS, PLAIN_TYPE_NAMES, can_fold, folded, folds_now, is_folding
 
 STRIDES = {(1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)}  # that conv3x3 takes
@@ -40,8 +40,11 @@ class FusedConv2d(nn.Conv2d):
             w, b = weight, bias
             if is_fx_symbolic_tracing():  # which puts other objects in their places
                 w, b = parameter(self, "weight"), parameter(self, "bias")  # type: ignore[assignment]
-            if nn.Conv2d._conv_forward is CONV_FORWARD and not unreadable(self, w, b) and _is_3x3(self, w):
-                return _convolve(self, input, weight, bias, None)
+            own = nn.Conv2d._conv_forward is CONV_FORWARD and is_torchs("conv2d")
+            if own and not unreadable(self, w, b) and _is_3x3(self, w):
+                output = _unless_refused(_convolve, self, input, weight, bias, None)
+                if output is not None:
+                    return output
             return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
 
@@ -77,10 +80,21 @@ LAYERS: dict[type[nn.Module], tuple[str, bool]] = {
 class Applied:
     """An activation that a forward calls as a function of torch's, or as a method of a tensor."""
 
-    def __init__(self, module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-        """module: one that computes the same."""
+    def __init__(
+        self, module: nn.Module, function: Callable[[Tensor], Tensor], look_up: Callable[[], object] = lambda: None
+    ) -> None:
+        """module: one that computes the same. look_up: what is called, which another may have taken the place of."""
         self.module, self.function = module, function
-        self.activation = _taken(module)
+        self._look_up, self._found = look_up, look_up()
+        self._activation = _taken(module)
+
+    @property
+    def activation(self) -> ActivationLike:
+        """None if somebody would miss that it is called, or its numbers are not taken."""
+        try:
+            return self._activation if self._look_up() is self._found else None
+        except (AttributeError, NameError):  # which its call raises again
+            return None
 
     def __call__(self, input: Tensor) -> Tensor:
         return self.function(input)
@@ -108,11 +122,20 @@ def run(modules: Iterable[Step], input: Tensor) -> Tensor:
     anywhere = backend() == "triton" or is_compiling() or any(map(is_folding, flat))
     while start < len(flat):
         row = row_at(flat, start, input) if anywhere or not _on_cpu(input) else []
-        if row:
-            input, start = _run_row(row, input), row[-1].stop
-        else:
+        output = _unless_refused(_run_row, row, input) if row else None
+        if output is None:
             input, start = flat[start](input), start + 1
+        else:
+            input, start = output, row[-1].stop
     return input
+
+
+def _unless_refused(compute: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
+    """None for arguments that tribp refuses. torch's modules do so, too, with errors of their own."""
+    try:
+        return compute(*arguments)
+    except (TypeError, ValueError):
+        return None
 
 
 def _on_cpu(input: Tensor) -> bool:
@@ -190,7 +213,7 @@ def _part_at(modules: Sequence[Step], start: int, input: Tensor | None, norms: b
         return None
     weight, bias = parameter(layer, "weight"), parameter(layer, "bias")
     if not own:
-        if unreadable(layer, weight, bias):
+        if unreadable(layer, weight, bias) or not is_torchs(function):
             return None
         if function == "conv2d":
             if not convolves_as_torch(layer):
@@ -211,7 +234,7 @@ def _part_at(modules: Sequence[Step], start: int, input: Tensor | None, norms: b
 
 
 def _folds(layer: nn.Module, norm: Any, input: Tensor | None, norms: bool) -> bool:
-    if not (norms or is_folding(norm)) or not can_fold(layer, norm):
+    if not (norms or is_folding(norm)) or not can_fold(layer, norm) or not is_torchs("batch_norm"):
         return False
     return input is None or folds_now(layer, norm, input)
 
@@ -221,7 +244,7 @@ def _taken(step: Step) -> ActivationLike:
     if isinstance(step, Applied):
         return step.activation
     names = ACTIVATIONS.get(type(step))
-    if names is None or is_watched(step):
+    if names is None or is_watched(step) or not is_torchs(names[0]):
         return None
     return names[0] if len(names) == 1 else None if refused("", step) else activation_like(step)
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 FUTURE = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
@@ -60,9 +62,13 @@ class Source:
         tree = nodes.get((code.co_name, code.co_firstlineno))
         if tree is None:
             raise ValueError("its source is no def of its own")
+        if getattr(tree, "type_params", ()):  # which stand in a scope of their own
+            raise ValueError("it has type parameters")
         if not _can_be_written(tree):
             raise ValueError("its source cannot be written again")
         self.function, self.tree = function, tree
+        owner = ["_", *function.__qualname__.split(".")][-2]
+        self.owner = owner if owner.isidentifier() else "_"  # the class that it was written in; or what mangles nothing
         self.nodes = list(ast.walk(tree))
         self.parent = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
         first = [*tree.args.posonlyargs, *tree.args.args][:1]
@@ -116,8 +122,11 @@ class Source:
 
     def own_attribute(self, node: ast.expr) -> str:
         """The name of an attribute of self, or nothing for another expression."""
-        own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.me
-        return node.attr if own and isinstance(node, ast.Attribute) else ""
+        if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.me):
+            return ""
+        private = node.attr.startswith("__") and not node.attr.endswith("__")
+        owner = self.owner.lstrip("_")
+        return f"_{owner}{node.attr}" if private and owner else node.attr
 
     def loops(self) -> list[ast.For]:
         """Each `for layer in self.attribute: x = layer(x)` whose layer nothing else reads."""
@@ -207,11 +216,18 @@ class Source:
         value = self.resolve(node.value) if isinstance(node, ast.Attribute) else None
         return getattr(value, node.attr, None) if isinstance(value, ModuleType) else None  # type: ignore[attr-defined]
 
-    def applied(self, use: Use) -> Callable[[Any], Any]:
-        """The call of a global, or of a method, as a function of its input."""
-        text = f"lambda {INPUT}: {shown(use.call, use.input, INPUT)}"
+    def applied(self, use: Use) -> tuple[Callable[[Any], Any], Callable[[], object]]:
+        """A call of a global, or of a tensor's method, as a function of its input; and what looks up what it calls."""
+        called, names = use.call.func, self.function.__globals__
+        if isinstance(called, ast.Attribute) and called.value is use.input:
+            look_up: Callable[[], object] = functools.partial(getattr, Tensor, called.attr)
+        else:
+            look_up = self._evaluated(f"lambda: {ast.unparse(called)}", names)
+        return self._evaluated(f"lambda {INPUT}: {shown(use.call, use.input, INPUT)}", names), look_up
+
+    def _evaluated(self, text: str, names: dict[str, Any]) -> FunctionType:
         code = compile(text, "<tribp.fuse>", "eval", self.function.__code__.co_flags & FUTURE)
-        made: FunctionType = eval(code, self.function.__globals__)
+        made: FunctionType = eval(code, names)
         return made
 
     def running(self, instead: Mapping[ast.AST, "Instead"], values: Mapping[str, object]) -> FunctionType:
@@ -252,8 +268,7 @@ class Source:
         """The definition's code, with these free variables and the private names of the method's class."""
         code = self.function.__code__
         free = ", ".join(name for name in free_variables if name != "__class__")
-        *_, owner, _ = ["_", *self.function.__qualname__.split(".")]
-        owner = owner if owner.isidentifier() else "_"  # which mangles nothing
+        owner = self.owner
         known = "" if owner in free_variables else f"global {owner}; "  # what the method means by its class's name
         module = ast.parse(f"def enclosing({free}):\n {known}pass\n class {owner}: pass")
         module.body[0].body[-1].body = [definition]  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ class Formula:
         own = rule.hyper(group)
         self._formula, self._own = rule.formula, own._make(map(float, own))
         self._lr, self._eps, self._sign, self._decay, decoupled, *_ = map(float, rule.common(group))
-        self._shrinkage = self._lr * decoupled
+        self._shrinkage = self._lr * decoupled if decoupled else 0.0  # ∞ · 0 is NaN
         self._eps_inside = bool(group.get("eps_inside_sqrt"))
 
     def __call__(

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from . import reference
 from .optimizer import Optimizer
-from .options import ExtraOptions, satisfy
+from .options import ExtraOptions, enable_options, satisfy
 from .rule import FusedTensors, Group, Prepare, Rule, init_group
 
 
@@ -128,6 +128,7 @@ class Momentum(SGD):
     ) -> None:
         if not satisfy(lambda: 0.0 <= beta < 1.0):
             raise ValueError(f"beta must be a number in [0, 1), got {beta!r}")
+        enable_options({**extra}, "Momentum")  # or SGD would take its own for an option
         super().__init__(
             params, lr, beta, beta, weight_decay, maximize=maximize, foreach=foreach, differentiable=differentiable,
             fused=fused, capturable=capturable, **extra,
