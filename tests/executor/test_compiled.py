@@ -159,7 +159,7 @@ def test_products_of_all_sizes(target: str, kernel: Any, tile: Any, warps: int, 
 @pytest.mark.parametrize(("target", "kernel"), KERNELS)
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(schedule="random", order="random", seed=1), slow(dict(copies="early")), slow(dict(threads=256))],
+    [dict(schedule="random", order="random", seed=1), slow({}), slow(dict(copies="early")), slow(dict(threads=256))],
 )
 def test_products_with_edges(target: str, kernel: Any, options: dict[str, Any]) -> None:
     dtype = torch.bfloat16

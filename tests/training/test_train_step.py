@@ -16,7 +16,7 @@ import tribp
 from tribp import dispatch
 from tribp.training import LOSSES, REDUCTIONS, TrainStep
 
-from ..covering import DTYPES, turn
+from ..covering import DTYPES, cover, turn
 from ..oracle import ACTIVATIONS, Activation, assert_close
 
 SIZES = [(33, 77, 45, 7), (784, 128, 10), (2, 2, 1), (16, 5), (1030, 128, 16, 3)]
@@ -44,9 +44,12 @@ def step_of(model: nn.Module, loss: Any, reduction: str | None = None, optimizer
     return tribp.train_step(model, optimizer(model.parameters(), lr=0.1), loss, reduction)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def _first(loss: str, reduction: str, sizes: tuple[int, ...]) -> bool:
+    """Every pair of two of these, once or twice."""
+    return ([*LOSSES].index(loss) + REDUCTIONS.index(reduction) + SIZES.index(sizes)) % len(REDUCTIONS) == 0
+
+
+@pytest.mark.parametrize(("loss", "reduction", "sizes"), cover(LOSSES, REDUCTIONS, SIZES, quick=_first))
 def test_matches_torch(loss: str, reduction: str, sizes: tuple[int, ...], kernels: str) -> None:
     """Loss and gradients: against float64, within a few times the error of torch's separate steps."""
     activation: Activation = turn(ACTIVATIONS, loss, reduction, str(sizes))
