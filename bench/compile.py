@@ -201,12 +201,12 @@ def read_all(calls: Calls, read: Read[Result], options: Options) -> tuple[Kernel
     # spawn: the compiler's threads do not survive a fork.
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         # A terminal sends Ctrl-C to every process. These never see it, and are ended here, where it waits meanwhile.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            shares = [pool.submit(_share, calls, read, options, first) for first in range(options.jobs)]
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        try:
+            try:
+                shares = [pool.submit(_share, calls, read, options, first) for first in range(options.jobs)]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             kernels = collect(calls(options))
             return kernels, dict(itertools.chain.from_iterable(share.result().items() for share in shares))
         except KeyboardInterrupt:

@@ -66,8 +66,10 @@ def test_ctrl_c_ends_every_process_in_a_line(when: str) -> None:
         concurrent.futures.ProcessPoolExecutor.submit = interrupted
         sys.exit(main(["static", "linear", "--jobs", "2"]))
     """
+    began = time.monotonic()
     done = python("-c", code, start_new_session=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "bench: interrupted\n")
+    assert time.monotonic() - began < 30, "the others are not waited for"  # a minute
 
 
 @pytest.mark.skipif(os.name != "posix", reason="forks")

@@ -160,13 +160,20 @@ def test_a_method_that_asks_for_super_of_its_class(net: Callable[..., Any], kind
         ("def count(self):\n    setattr(self.__class__, 'calls', 1)", "count sets an attribute of self's class"),
         ("@classmethod\ndef count(cls):\n    cls.calls += 1", "count sets an attribute of self's class"),
         ("@classmethod\ndef make(cls):\n    return super(cls, cls).make()", "make asks for super of self's class"),
-        ("def found(self):\n    return {Net: 1}[type(self)]", "found looks up self's class"),
+        ("def found(self):\n    return {Net: 1}[type(self)]", "found goes by self's class"),
+        ("def found(self):\n    return {Net: 1}.get(type(self), 2)", "found goes by self's class"),
+        ("def found(self):\n    return self.__class__ in (Net,)", "found goes by self's class"),
+        ("@property\ndef found(self):\n    kind = type(self)\n    return kind.calls", "found goes by self's class"),
+        ("def found(self):\n    return [type(self) not in (Net,) for _ in 'a']", "found goes by self's class"),
+        ("def found(self):\n    return type(self) is Net", ""),
+        ("@classmethod\ndef register(cls, name):\n    cls.calls = name\n    return {cls: name}[cls]", ""),
+        ("@staticmethod\ndef found(x):\n    return type(x).__name__", ""),
         ("def shown(self):\n    return f'{type(self).__name__} {type(self).calls} {isinstance(self, type(self))}'", ""),
     ],
 )
 def test_methods_to_which_the_class_matters(net: Callable[..., Any], method: str, says: str) -> None:
     model = net("return F.relu(self.conv(x))", f"calls = 0\n{method}")
-    assert reasons(tribp.fuse(model)) == ({"conv": f"Net.{says}"} if says else {})
+    assert reasons(tribp.fuse(model)) == ({"conv": f"Net.{says}"} if says else {}), method
 
 
 T = TypeVar("T")

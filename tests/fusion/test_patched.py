@@ -55,7 +55,7 @@ def test_methods_of_classes(
 
 FUNCTIONS = [
     (EVERYTHING, F, "linear"), (EVERYTHING, F, "conv2d"), (EVERYTHING, F, "relu"), (EVERYTHING, torch, "tanh"),
-    (NORM, F, "batch_norm"),
+    (EVERYTHING, torch, "relu"), (NORM, F, "batch_norm"), (NORM, torch, "batch_norm"),
 ]  # fmt: skip
 
 
@@ -103,6 +103,9 @@ def test_functions_that_a_forward_calls(owner: Any, name: str, monkeypatch: pyte
     torch.testing.assert_close(ours(x), model(x))
     old: Callable[..., Tensor] = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda x: old(x) + 0.5)
+    assert torch.equal(ours(x), model(x))
+    tribp.unfuse(ours)
+    tribp.fuse(ours)
     assert torch.equal(ours(x), model(x))
     if owner is not Tensor:  # a name that is gone
         monkeypatch.delattr(owner, name)

@@ -630,6 +630,22 @@ def test_rows_through_folded_batch_norms(x: Tensor) -> None:
     assert torch.equal(model(x), y)
 
 
+def test_what_hooks_raise_is_raised(kernels: str) -> None:
+    """Torch's modules compute what tribp's checks refuse, and nothing else a second time."""
+    model, packed = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh()).to(kernels), []
+    tribp.fuse(model)
+
+    def pack(t: Tensor) -> Tensor:
+        packed.append(t)
+        if len(packed) == 2:
+            raise ValueError("no room")
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), pytest.raises(ValueError, match="no room"):
+        model(torch.ones(2, 5, device=kernels))
+    assert len(packed) == 2
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_what_does_not_fit_raises_what_torch_raises(case: str, device: str) -> None:
     model, x = copy.deepcopy(WRONG[case][0]).to(device), WRONG[case][1].to(device)

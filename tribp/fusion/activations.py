@@ -28,19 +28,20 @@ _OTHERS: tuple[type[nn.Module], ...] = (
 OTHER_ACTIVATIONS = {**{kind: kind.__name__.lower() for kind in _OTHERS}, nn.LogSoftmax: "log_softmax"}
 
 
-def _torchs(library: ModuleType, name: str) -> object:
+def torchs(library: ModuleType, name: str) -> object:
     """A function of torch's; None where another took its place before tribp was imported."""
     function = getattr(library, name)
     own = getattr(function, "__module__", None) in (None, "torch", "torch._C._nn", library.__name__)
     return function if own and not hasattr(function, "__wrapped__") else None
 
 
-# The functions that the forwards of torch's modules call, each where they look it up.
+# The functions that the forwards of torch's modules call, each where they look it up, and what some of these call.
 _LIBRARIES = {"sigmoid": torch, "tanh": torch}
 _CALLED = {
-    name: (library := _LIBRARIES.get(name, F), _torchs(library, name))
+    name: (library := _LIBRARIES.get(name, F), torchs(library, name))
     for name in ("linear", "conv2d", "batch_norm", *(name for name, *_ in ACTIVATIONS.values()))
 }
+_BELOW = {name: torchs(torch, name) for name in ("relu", "batch_norm")}
 
 
 def is_torchs(name: str) -> bool:
@@ -48,7 +49,7 @@ def is_torchs(name: str) -> bool:
     is computed put others there.
     """
     library, function = _CALLED[name]
-    return getattr(library, name) is function
+    return getattr(library, name) is function and (name not in _BELOW or getattr(torch, name) is _BELOW[name])
 
 
 def activation_kind(module: nn.Module | None) -> type[nn.Module] | None:

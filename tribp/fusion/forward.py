@@ -11,7 +11,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence, Set
-from types import FunctionType
+from types import FunctionType, MethodDescriptorType
 from typing import Any, Generic, NamedTuple
 
 import torch
@@ -22,9 +22,9 @@ from torch.nn.utils import parametrize
 
 from ..nn import Linear
 from ..ops.activations import DEFAULTS
-from .activations import ACTIVATIONS, OTHER_ACTIVATIONS, activation_kind
+from .activations import ACTIVATIONS, OTHER_ACTIVATIONS, activation_kind, torchs
 from .rows import Applied, FusedSequential, Step, is_plain_sequential, row_at, run
-from .source import EVERY, IS_SCRIPTING, RUN, Called, Instead, Source, Use, call_of_run, shown
+from .source import EVERY, IS_SCRIPTING, RUN, Called, Instead, Source, Use, call_of_run, codes, shown
 
 Site = tuple[str, ...]  # calls that take each other's output, as `shown`; or a loop
 SITES = "_tribp_sites"  # of a class that was made here: the class it was made of, and its sites
@@ -32,16 +32,23 @@ SITES = "_tribp_sites"  # of a class that was made here: the class it was made o
 NOT_DERIVABLE = {
     "__reduce__", "__reduce_ex__", "__getnewargs_ex__", "__deepcopy__", "__copy__", "__init_subclass__", "__class__",
 }  # fmt: skip
+# Functions that say the same of a derived class.
+HARMLESS = {"isinstance", "issubclass", "repr", "str", "print"}
 ITERATIONS = (nn.Sequential.__iter__, nn.ModuleList.__iter__)
 KINDS = {name: kind for kind, (name, *_) in ACTIVATIONS.items()}
 KINDS |= {name: kind for kind, name in OTHER_ACTIVATIONS.items()}
-METHODS = {ending: name for name in DEFAULTS for ending in (name, name + "_") if hasattr(Tensor, ending)}
+METHODS = {
+    ending: (name, method)
+    for name in DEFAULTS
+    for ending in (name, name + "_")
+    if isinstance(method := getattr(Tensor, ending, None), MethodDescriptorType)  # else another's, in its place
+}
 FUNCTIONS = {
-    getattr(library, spelling): name
+    function: name
     for name in KINDS
     for library in (torch, F)
     for spelling in (name, name + "_")
-    if hasattr(library, spelling)
+    if hasattr(library, spelling) and (function := torchs(library, spelling)) is not None
 }
 
 
@@ -202,7 +209,8 @@ def _function(source: Source, use: Use) -> str | None:
     """The activation that a function or a method of the output is."""
     function = use.call.func
     if isinstance(function, ast.Attribute) and function.value is use.input:
-        return METHODS.get(function.attr)
+        name, method = METHODS.get(function.attr, (None, None))
+        return name if name and getattr(Tensor, function.attr) is method else None
     meant = source.resolve(function)
     spelled = ast.unparse(function).rpartition(".")[2]
     # A global with a name of its own is a setting, which may change.
@@ -250,43 +258,53 @@ def underivable(module: nn.Module) -> str:
 
 
 def _methods(bases: Sequence[type]) -> Iterator[tuple[FunctionType, bool]]:
-    """The methods that these classes define, torch's own aside, and whether each is the class's."""
+    """The methods and properties that these classes define, torch's own aside, and whether each is a classmethod."""
     for base in bases:
         if not base.__module__.startswith("torch."):
             for value in vars(base).values():
-                function = value.__func__ if isinstance(value, classmethod) else value
+                of_class = isinstance(value, classmethod)
+                function = value.__func__ if of_class else value.fget if isinstance(value, property) else value
                 if isinstance(function, FunctionType):
-                    yield function, function is not value
+                    yield function, of_class
 
 
 def _by_class(function: FunctionType, of_class: bool) -> str:
     """What a method does by self's class that is something else in a derived class; nothing if it does no such thing.
 
     `super(type(self), self)` is the method itself again, `type(self).calls += 1` counts for the derived class alone,
-    and a dict of classes does not have that.
+    and no dict of classes has that.
     """
-    names = set(function.__code__.co_names)
-    if not of_class and names.isdisjoint(("type", "__class__")):
+    names = {name for code in codes(function.__code__) for name in code.co_names}
+    asks = not names.isdisjoint(("type", "__class__"))
+    if not of_class and not asks:
         return ""
     source = read(function)
     if isinstance(source, str):
-        return "asks for super of self's class" if "super" in names else ""
-    asked = {source.me} if of_class else {f"type({source.me})", f"{source.me}.__class__"}
-
-    def is_asked(node: ast.expr) -> bool:
-        return ast.unparse(node) in asked
-
+        return "asks for super of self's class" if asks and "super" in names else ""
+    own = {source.me} if of_class else {f"type({source.me})", f"{source.me}.__class__"}
     for node in source.nodes:
-        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and is_asked(node.value):
-            return "sets an attribute of self's class"
-        if isinstance(node, ast.Subscript) and is_asked(node.slice):
-            return "looks up self's class"
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args and is_asked(node.args[0]):
-            if node.func.id == "super":
-                return "asks for super of self's class"
-            if node.func.id in ("setattr", "delattr"):
+        if not isinstance(node, (ast.Name, ast.Call, ast.Attribute)) or ast.unparse(node) not in own:
+            continue
+        outer = source.parent[node]
+        called = ast.unparse(outer.func) if isinstance(outer, ast.Call) and outer.func is not node else ""
+        stored = isinstance(outer, ast.Attribute) and not isinstance(outer.ctx, ast.Load)
+        if called == "super":
+            return "asks for super of self's class"
+        if of_class:  # in others it is a class's name for itself, whose attributes it may set for all
+            if stored and isinstance(source.parent[outer], ast.AugAssign):
                 return "sets an attribute of self's class"
+        elif stored or called in ("setattr", "delattr"):
+            return "sets an attribute of self's class"
+        elif _is_looked_up(outer, node) or (called and called not in HARMLESS):
+            return "goes by self's class"
     return ""
+
+
+def _is_looked_up(outer: ast.AST, kind: ast.expr) -> bool:
+    """Whether a class is sought among others, or gets another name, by which it may be."""
+    if isinstance(outer, ast.Compare):  # not by `is`, which the documentation warns of
+        return any(isinstance(operator, (ast.In, ast.NotIn)) for operator in outer.ops)
+    return isinstance(outer, (ast.Subscript, ast.Dict)) or (isinstance(outer, ast.Assign) and outer.value is kind)
 
 
 def read_forward(kind: type[nn.Module]) -> Source:

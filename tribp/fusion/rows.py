@@ -24,6 +24,7 @@ from .activations import ACTIVATIONS, activation_like, is_torchs, refused
 from .folding import BATCH_NORMS, PLAIN_TYPE_NAMES, can_fold, folded, folds_now, is_folding
 
 STRIDES = {(1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)}  # that conv3x3 takes
+REFUSED = object()
 CONV_FORWARD = defined(nn.Conv2d, "_conv_forward")
 
 
@@ -43,8 +44,8 @@ class FusedConv2d(nn.Conv2d):
             own = nn.Conv2d._conv_forward is CONV_FORWARD and is_torchs("conv2d")
             if own and not unreadable(self, w, b) and _is_3x3(self, w):
                 output = _unless_refused(_convolve, self, input, weight, bias, None)
-                if output is not None:
-                    return output
+                if output is not REFUSED:
+                    return output  # type: ignore[no-any-return]
             return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
 
@@ -122,20 +123,22 @@ def run(modules: Iterable[Step], input: Tensor) -> Tensor:
     anywhere = backend() == "triton" or is_compiling() or any(map(is_folding, flat))
     while start < len(flat):
         row = row_at(flat, start, input) if anywhere or not _on_cpu(input) else []
-        output = _unless_refused(_run_row, row, input) if row else None
-        if output is None:
+        output: Any = _unless_refused(_run_row, row, input) if row else REFUSED
+        if output is REFUSED:
             input, start = flat[start](input), start + 1
         else:
             input, start = output, row[-1].stop
     return input
 
 
-def _unless_refused(compute: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
-    """None for arguments that tribp refuses. torch's modules do so, too, with errors of their own."""
+def _unless_refused(compute: Callable[..., Tensor], *arguments: Any) -> Any:
+    """REFUSED for arguments that tribp's checks refuse: torch's modules do so, too, with errors of their own."""
     try:
         return compute(*arguments)
-    except (TypeError, ValueError):
-        return None
+    except (TypeError, ValueError) as error:
+        if is_compiling() or getattr(error, "refused_by_check", False):
+            return REFUSED
+        raise
 
 
 def _on_cpu(input: Tensor) -> bool:

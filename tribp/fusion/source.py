@@ -68,6 +68,8 @@ class Source:
             raise ValueError("its source cannot be written again")
         self.function, self.tree = function, tree
         owner = ["_", *function.__qualname__.split(".")][-2]
+        if owner == "<locals>" and any(isinstance(n, ast.Attribute) and _is_private(n.attr) for n in ast.walk(tree)):
+            raise ValueError("it has private names of what it was made in")
         self.owner = owner if owner.isidentifier() else "_"  # the class that it was written in; or what mangles nothing
         self.nodes = list(ast.walk(tree))
         self.parent = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
@@ -79,9 +81,9 @@ class Source:
         words = {node.id for node in self.names} | {n.attr for n in self.nodes if isinstance(n, ast.Attribute)}
         self.tangled |= not words.isdisjoint(("locals", "vars", "dir", "eval", "exec", "suppress"))
         self.stored = {node.id for node in self.names if not isinstance(node.ctx, ast.Load)}
-        self.captured = {name for inner in _codes(code) for name in inner.co_cellvars}
+        self.captured = {name for inner in codes(code) for name in inner.co_cellvars}
         self.elements = dict(self._elements())
-        self.local = self.stored.union(*((*c.co_varnames, *c.co_freevars) for c in _codes(code)))
+        self.local = self.stored.union(*((*c.co_varnames, *c.co_freevars) for c in codes(code)))
 
     def calls(self) -> list[ast.Call]:
         """Each call, of one argument, of what an attribute of self holds."""
@@ -124,9 +126,8 @@ class Source:
         """The name of an attribute of self, or nothing for another expression."""
         if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.me):
             return ""
-        private = node.attr.startswith("__") and not node.attr.endswith("__")
         owner = self.owner.lstrip("_")
-        return f"_{owner}{node.attr}" if private and owner else node.attr
+        return f"_{owner}{node.attr}" if owner and _is_private(node.attr) else node.attr
 
     def loops(self) -> list[ast.For]:
         """Each `for layer in self.attribute: x = layer(x)` whose layer nothing else reads."""
@@ -294,7 +295,7 @@ def _parse(text: str, flags: int) -> tuple[dict[tuple[str, int], ast.FunctionDef
         if isinstance(node, ast.FunctionDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             nodes[node.name, first] = node
-    return nodes, set(_codes(code))
+    return nodes, set(codes(code))
 
 
 class Instead(NamedTuple):
@@ -325,6 +326,10 @@ def shown(call: ast.Call, input: ast.expr, name: str = "_") -> str:
     return ast.unparse(ast.Call(call.func, [blank, *call.args[1:]], call.keywords))
 
 
+def _is_private(name: str) -> bool:
+    return name.startswith("__") and not name.endswith("__")
+
+
 def _is_dotted(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) or (isinstance(node, ast.Attribute) and _is_dotted(node.value))
 
@@ -351,8 +356,8 @@ def _runs_in_order(loop: ast.AST) -> bool:
     return variable != layer and ast.unparse(loop.body[0]) == f"{variable} = {layer}({variable})"
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def codes(code: CodeType) -> Iterator[CodeType]:
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _codes(constant)
+            yield from codes(constant)

@@ -1,13 +1,18 @@
 """Argument checks that operations share. Every error names the argument, what was expected and what was given."""
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..dispatch import FLOATS, dtype_name
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAX_SIZE = 2**31 - 256  # of a dimension: the start of a tile, which is at most 256 long, is an int32
 
@@ -75,6 +80,22 @@ def is_whole(value: object) -> bool:
     return True
 
 
+def refusing(check: Callable[P, T]) -> Callable[P, T]:
+    """The check, whose exceptions get the attribute `refused_by_check`: they come before anything is computed."""
+
+    @functools.wraps(check)
+    def marking(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return check(*arguments, **named)
+        except (TypeError, ValueError) as error:
+            if not is_compiling():  # which takes exceptions for what they are, without attributes
+                error.refused_by_check = True  # type: ignore[union-attr]
+            raise
+
+    return marking
+
+
+@refusing
 def check_tensors(function: str, *optional: str, **tensors: Tensor | None) -> None:
     """optional: names of those that may be None."""
     for name, tensor in tensors.items():
@@ -88,6 +109,7 @@ def check_devices(function: str, input: Described, **others: Described | None) -
             raise ValueError(f"{function}: {name} must be on input's device {input.device}, got {tensor.device}")
 
 
+@refusing
 def check_dtypes(function: str, input: Described, **others: Described | None) -> None:
     if input.dtype not in FLOATS:
         others = {"input": input}

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import Described, check_devices, check_tensors, is_whole
+from ..checks import Described, check_devices, check_tensors, is_whole, refusing
 from .reference import Window
 
 
+@refusing
 def check_conv3x3(
     input: Tensor, weight: Tensor, bias: Tensor | None,
     stride: int | Sequence[int], padding: str | int | Sequence[int], groups: int, dilation: int | Sequence[int],

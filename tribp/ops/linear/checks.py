@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from ..checks import Described, check_devices, check_tensors
+from ..checks import Described, check_devices, check_tensors, refusing
 
 
+@refusing
 def check_linear(function: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Of a call; autocast may change its dtypes, which are checked then."""
     check_tensors(function, "bias", input=input, weight=weight, bias=bias)
