@@ -200,19 +200,30 @@ def read_all(calls: Calls, read: Read[Result], options: Options) -> tuple[Kernel
         return kernels, _read_some(kernels, read)
     # spawn: the compiler's threads do not survive a fork.
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-        # A terminal sends Ctrl-C to every process. These never see it, and are ended here, where it waits meanwhile.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            try:
+            with _ctrl_c_waits():
                 shares = [pool.submit(_share, calls, read, options, first) for first in range(options.jobs)]
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             kernels = collect(calls(options))
             return kernels, dict(itertools.chain.from_iterable(share.result().items() for share in shares))
         except KeyboardInterrupt:
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """A terminal sends it to every process. Those that are started here never see it; this one does at the end."""
+    seen: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))  # another thread may get it
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def end_with_parent() -> None:

@@ -164,8 +164,8 @@ def operation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy(OPERATION, tmp_path_factory.mktemp("operation"))
 
 
-# Half a minute of compiling, for what the tree's own operations show in every run.
-SLOW = {"tune", "static", "tests/executed"}
+# More than half a minute, for what the tree's own operations show in every run.
+SLOW = {"tune", "static", "tests/executed", "--smoke"}
 
 
 @pytest.mark.parametrize(

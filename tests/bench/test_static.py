@@ -58,12 +58,12 @@ def test_ctrl_c_ends_every_process_in_a_line(when: str) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         submit = concurrent.futures.ProcessPoolExecutor.submit
         def interrupted(*arguments):
-            if {when == "started"}:
-                os.killpg(0, signal.SIGINT)
-            else:
-                threading.Timer(1, os.killpg, (0, signal.SIGINT)).start()
+            os.killpg(0, signal.SIGINT)
             return submit(*arguments)
-        concurrent.futures.ProcessPoolExecutor.submit = interrupted
+        if {when == "started"}:
+            concurrent.futures.ProcessPoolExecutor.submit = interrupted
+        else:
+            threading.Timer(1, os.killpg, (0, signal.SIGINT)).start()
         sys.exit(main(["static", "linear", "--jobs", "2"]))
     """
     began = time.monotonic()
@@ -116,8 +116,7 @@ def compile_everything(folder: Path, *options: str) -> list[Row]:
 QUICK = [
     "4096x4096x4096 bfloat16", "65536x256x784 bfloat16", "1000x77x333 bfloat16",
     "64x64-64x56x56 bfloat16 NHWC", "256x256-256x14x14 bfloat16", "64x13-11x33x29 bfloat16",
-    "256x3-64x224x224 bfloat16 NHWC", "64x384-384x56x56:384 bfloat16 NHWC",
-    "262144x64x64x64x16 bfloat16", "1000x333x77x10 bfloat16", "Adam ",
+    "256x3-64x224x224 bfloat16 NHWC", "262144x64x64x64x16 bfloat16", "Adam ",
 ]  # fmt: skip
 
 

@@ -133,13 +133,13 @@ QUICK_ON_HOPPER: dict[str, Case] = {
     "conv, lines of images": conv((32, 24, 3, 2), 72, needs="wb"),
     "conv, lines of columns": conv((1, 24, 3, 32), 72, needs="wb", stride=(2, 1)),
     "conv, groups": conv((2, 64, 8, 8), 144, groups=2),
-    "conv, groups taken apart": Apart(64, 16),
     "conv, image, no activation": conv((2, 3, 9, 12), 40, needs="wb", dtype=HALF),
     "conv, dx of an image": conv((2, 3, 9, 140), 40, needs="x"),
 }
 
 DTYPES = (HALF, BRAIN, SINGLE, DOUBLE)
 SLOW: dict[str, Case] = {
+    "conv, groups taken apart": Apart(64, 16),
     "conv, 64 columns": conv((2, 64, 16, 16), 64),
     "conv, 40 columns, NCHW": conv((15, 40, 5, 8), 40, padding=(0, 1), x=images.contiguous, needs="x", processors=1),
     "conv, split sum behind dx": conv((8, 32, 16, 16), 72, stride=2, w=images.contiguous, processors=18),

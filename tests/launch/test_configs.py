@@ -34,7 +34,9 @@ MACHINES = {**ARCHS, "interpreter": INTERPRETER}
 SM_90 = ARCHS["sm_90"]
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(
+    "machine", [pytest.param(name, marks=[pytest.mark.slow] * (name == "sm_100")) for name in MACHINES]
+)  # sm_90 has the same rules
 def test_what_heuristics_choose_is_legal_and_what_is_beside_it_holds(machine: str) -> None:
     tried: dict[type, int] = {}
     for at, problem in enumerate(problems(MACHINES[machine])):
