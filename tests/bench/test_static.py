@@ -112,7 +112,7 @@ def compile_everything(folder: Path, *options: str) -> list[Row]:
     return rows
 
 
-# A minute of a core; every shape and type takes four.
+# 59 kernels in 34 s of a core; of every shape and type there are 170, which take 116.
 QUICK = [
     "4096x4096x4096 bfloat16", "65536x256x784 bfloat16", "1000x77x333 bfloat16",
     "64x64-64x56x56 bfloat16 NHWC", "256x256-256x14x14 bfloat16", "64x13-11x33x29 bfloat16",

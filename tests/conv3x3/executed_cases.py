@@ -121,13 +121,13 @@ QUICK: dict[str, Case] = {
     "conv, depthwise": conv((6, 72, 17, 11), 72, groups=72, stride=(2, 1), processors=108),  # boxes below each other
     "conv, float32": conv((1, 32, 8, 8), 32, dtype=SINGLE),
     "conv, tf32": conv((1, 64, 8, 8), 64, dtype=SINGLE, tf32=True),
-}
-QUICK_ON_HOPPER: dict[str, Case] = {
     "conv, NCHW depthwise, float32": conv(
         (2, 8, 8, 16), 8, groups=8, x=images.contiguous, stride=(1, 2), activation="sigmoid", bias=False, dtype=SINGLE
     ),
-    "conv, float64": conv((1, 24, 8, 8), 24, dtype=DOUBLE),
     "conv, db alone": conv((2, 8, 9, 7), 72, needs="b"),
+}
+QUICK_ON_HOPPER: dict[str, Case] = {
+    "conv, float64": conv((1, 24, 8, 8), 24, dtype=DOUBLE),
     "conv, 128 columns": conv((1, 128, 16, 16), 136),
     "conv, box and rest, sigmoid": conv((3, 24, 13, 11), 40, activation="sigmoid"),
     "conv, lines of images": conv((32, 24, 3, 2), 72, needs="wb"),

@@ -1,8 +1,8 @@
 """All cases that the executor runs, of every operation: those of `executed_cases.py` in a folder of tests.
 
 QUICK: what every run of the tests executes. Shapes are small, and take the code of large ones.
-QUICK_ON_HOPPER: what every run executes for sm_90 and only `-m slow` for sm_80, where these launch no form of a product
-that those do not. `test_every_form_was_executed` holds both lists to what they are for.
+QUICK_ON_HOPPER: what every run executes for sm_90 and only `-m slow` for sm_80, where these launch no form that those
+do not, or are steps of optimizers. `test_every_form_was_executed` holds both lists to what they are for.
 SLOW: what `-m slow` adds: the same ways of the kernels in other types and sizes. RANDOM: what draws a case.
 """
 
