@@ -38,47 +38,35 @@ class UpdatePlan:
         self._rule, self._optimizer_name = rule, type(optimizer).__name__
         options = Options(rule, groups)
         self.max_grad_norm = common_max_grad_norm(groups)
-        self._counts: dict[int, UpdateCount] = {}  # by owner
-        for count in before._counts.values() if before is not None else ():
-            self._counts[id(count.owner)] = UpdateCount(count.owner, count.value)
+        counts = [] if before is None else list(before._counts.values())
+        self._counts: dict[int, UpdateCount] = {id(c.owner): UpdateCount(c.owner, c.value) for c in counts}  # by owner
         shared = (before is not None and before.watch.shared) or any(
             type(state) is not WatchedState or state.notes.accessed for state in optimizer.state.values()
         )
-        positions = [(group_index, i) for group_index, group in enumerate(groups) for i in range(len(group["params"]))]
-        self.params: list[Tensor] = [groups[group_index]["params"][i] for group_index, i in positions]
+        self.params: list[Tensor] = [p for group in groups for p in group["params"]]
+        self._group_of = [group_index for group_index, group in enumerate(groups) for _ in group["params"]]
         self._pack = torch_buckets.worth_packing(self.params)
-        used = [self._checked_state(optimizer, group_index, i) for group_index, i in positions]
+        used = [
+            self._checked_state(optimizer, group_index, position)
+            for group_index, group in enumerate(groups)
+            for position in range(len(group["params"]))
+        ]
         entangled = _entangled(self.params, used)
         kinds = [  # of all, which may raise, before any state is made
-            self._kind(groups[group_index], p, used[index], index in entangled)
-            for index, (p, (group_index, _)) in enumerate(zip(self.params, positions, strict=True))
+            self._kind(groups[group_index], p, state, index in entangled)
+            for index, (p, group_index, state) in enumerate(zip(self.params, self._group_of, used, strict=True))
         ]
-        slots: dict[str, list[ParamSlot]] = {"triton": [], "fused": [], "packed": [], "reference": []}
-        by_torch: dict[int, list[Tensor]] = {}  # by group
-        in_turn: set[int] = set()  # groups whose parameters torch's own code updates one after the other
-        for index, (kind, p, (group_index, _)) in enumerate(zip(kinds, self.params, positions, strict=True)):
-            if kind == "torch":
-                by_torch.setdefault(group_index, []).append(p)
-                if p.grad is not None and rule.has_state(groups[group_index]):
-                    optimizer.state[p]  # made now, in torch's order
-                if index in entangled:
-                    in_turn.add(group_index)
-                if before is not None and before.is_unused(peek(optimizer.state.get(p, {}), "momentum_buffer")):
-                    del optimizer.state[p]["momentum_buffer"]  # torch's code takes one that is there for begun
-            elif kind is not None:
-                slots[kind].append(self._slot(optimizer, groups[group_index], group_index, index))
+        slots, for_torch = self._make_states(optimizer, kinds, entangled, before)
         self._triton_buckets: list[TritonBucket] = []
         if slots["triton"]:
             from . import triton_bucket
 
             self._triton_buckets = triton_bucket.triton_buckets(rule, optimizer, slots["triton"])
+        cpu_slots = slots["fused"], slots["packed"], slots["reference"]
         self.buckets: list[Bucket] = [
-            # First, for torch may refuse (sparse gradients, say), and then nothing shall have been updated.
-            *(torch_buckets.TorchBucket(rule, n, params, n in in_turn) for n, params in by_torch.items()),
+            *for_torch,  # first, for torch may refuse (sparse gradients, say), and then nothing shall have been updated
             *self._triton_buckets,
-            *torch_buckets.cpu_buckets(
-                rule, groups, slots["fused"], slots["packed"], slots["reference"], options.comparable
-            ),
+            *torch_buckets.cpu_buckets(rule, groups, *cpu_slots, options.comparable),
         ]
         self._all_triton = len(self.buckets) == len(self._triton_buckets)
         every = [slot for kind in slots.values() for slot in kind]
@@ -143,8 +131,30 @@ class UpdatePlan:
             torch_buckets.refuse_options(self._optimizer_name, group, p, g)
         return kind
 
+    def _make_states(
+        self, optimizer: torch.optim.Optimizer, kinds: Sequence[str | None], entangled: set[int],
+        before: "UpdatePlan | None",
+    ) -> tuple[dict[str, list[ParamSlot]], list[torch_buckets.TorchBucket]]:  # fmt: skip
+        """Slots by kind, and buckets for torch's own code; makes the states that are missing, in torch's order."""
+        slots: dict[str, list[ParamSlot]] = {"triton": [], "fused": [], "packed": [], "reference": []}
+        by_group: dict[int, list[Tensor]] = {}
+        in_turn: set[int] = set()  # groups whose parameters torch's own code updates one after the other
+        for index, (kind, p, group_index) in enumerate(zip(kinds, self.params, self._group_of, strict=True)):
+            group = optimizer.param_groups[group_index]
+            if kind == "torch":
+                by_group.setdefault(group_index, []).append(p)
+                if p.grad is not None and self._rule.has_state(group):
+                    optimizer.state[p]  # made by being asked for
+                if index in entangled:
+                    in_turn.add(group_index)
+                if before is not None and before.is_unused(peek(optimizer.state.get(p, {}), "momentum_buffer")):
+                    del optimizer.state[p]["momentum_buffer"]  # torch's code takes one that is there for begun
+            elif kind is not None:
+                slots[kind].append(self._slot(optimizer, group, group_index, index))
+        return slots, [torch_buckets.TorchBucket(self._rule, n, ps, n in in_turn) for n, ps in by_group.items()]
+
     def _slot(self, optimizer: torch.optim.Optimizer, group: Group, group_index: int, index: int) -> ParamSlot:
-        """Makes the states that are missing, as torch would; counters come later, all at once."""
+        """A parameter with its states, as torch would make them; counters come later, all at once."""
         rule, p = self._rule, self.params[index]
         state: dict[str, Any] = optimizer.state[p] if rule.has_state(group) else {}
         if type(state) is not WatchedState and rule.has_state(group):
