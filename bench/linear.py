@@ -24,6 +24,8 @@ SQUARE, SQUARISH, TALL = (4096, 4096, 4096), (8192, 1024, 1024), (65536, 256, 78
 TINY, ODD = (64, 10, 128), (1000, 77, 333)
 WIDER, DIGITS = (65536, 1024, 256), (512, 128, 784)
 SHAPES: list[tuple[int, ...]] = [SQUARE, TALL, SQUARISH, WIDER, DIGITS, TINY, ODD]
+# A transformer's feed-forward layer of 512 and 2,048 tokens, the first of VGG-16's classifier: few tiles, long sums.
+MIDDLE = [(512, 768, 3072), (2048, 768, 3072), (64, 4096, 25088)]
 SMALL = {DIGITS, TINY, ODD}  # under 10 µs of work: a launch costs as much
 PRECISIONS = [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True), (torch.float16, False)]
 
@@ -56,7 +58,8 @@ def cases() -> list[LinearCase]:
     first, *others = [
         [LinearCase(shape, dtype, tf32, shape in SMALL) for shape in SHAPES] for dtype, tf32 in PRECISIONS
     ]
-    return [*first, *(replace(case, activation="relu") for case in first), *itertools.chain(*others)]
+    middle = [LinearCase(shape, torch.bfloat16, activation="relu") for shape in MIDDLE]
+    return [*first, *(replace(case, activation="relu") for case in first), *middle, *itertools.chain(*others)]
 
 
 # A size that tiles evenly and an odd one; interpreted, a program costs 6 ms.
@@ -115,7 +118,7 @@ COMPILED: dict[tuple[torch.dtype, bool], tuple[Shapes, tuple[str, ...]]] = {
 def compiled(everything: bool) -> Iterator[tuple[LinearCase, Sequence[str]]]:
     for (dtype, tf32), (some, directions) in COMPILED.items():
         main = dtype == torch.bfloat16
-        for shape in [*SHAPES, EVEN] if everything else some:
+        for shape in [*SHAPES, *MIDDLE, EVEN] if everything else some:
             bias_only = ["bias only"] if everything or (main and shape == SQUARE) else []
             yield LinearCase(shape, dtype, tf32), [*(APART if everything else directions), *bias_only]
         if everything or main:

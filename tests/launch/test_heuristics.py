@@ -20,19 +20,36 @@ def test_three_quarters_of_the_processors_are_enough() -> None:
     assert not fills_gpu(98, H100)
 
 
-@pytest.mark.parametrize(("rows", "side"), [(11, 128), (10, 64)])
-def test_products_take_the_largest_tile_that_fills_the_gpu(rows: int, side: int) -> None:
-    """Nine columns of 128×128 tiles: eleven rows make 99 programs, ten make 90."""
-    m, n, k = 128 * rows, 128 * 9, 512
-    forward = ForwardProblem(m, n, k, "bfloat16", "ieee", H100, vec=8, tma=True).choose()
-    assert (forward.block_i, forward.block_j) == (side, side)
-    dgrad = DgradProblem(m, k, n, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=False).choose()
-    assert (dgrad.block_i, dgrad.block_j) == (side, side)
+def tiles_of(m: int, n: int, arch: Arch, k: int = 512) -> set[tuple[int, int]]:
+    """Of forward, dgrad and a convolution whose result is m × n."""
+    facts: dict[str, Any] = dict(dtype="bfloat16", precision="ieee", arch=arch, vec=8, tma=True)
+    forward = ForwardProblem(m, n, k, **facts).choose()
+    dgrad = DgradProblem(m, k, n, **facts, may_fuse=False).choose()
     image = ConvProblem(
-        1, rows, 128, n, 128, 1, 1, 1, "bfloat16", "ieee", H100,
-        vec=8, tma=True, along=True, whole=False, wide=True, stepped=False,
+        1, m // 128, 128, n, 128, 1, 1, 1, **facts, along=True, whole=False, wide=True, stepped=False
     ).choose()  # fmt: skip
-    assert (image.block_i, image.block_j) == (side, side)
+    return {(config.block_i, config.block_j) for config in (forward, dgrad, image)}
+
+
+@pytest.mark.parametrize(("rows", "side"), [(13, 128), (12, 64)])
+def test_products_take_the_largest_tile_that_fills_the_gpu(rows: int, side: int) -> None:
+    """Nine columns of 128×128 tiles on 148 processors: 13 rows make 117 programs, 12 make 108."""
+    assert tiles_of(128 * rows, 128 * 9, ARCHS["sm_100"]) == {(side, side)}
+
+
+@pytest.mark.parametrize(("rows", "tile"), [(8, (128, 128)), (7, (64, 128)), (4, (64, 128)), (3, (64, 64))])
+def test_products_by_wgmma_take_the_cheapest_tile(rows: int, tile: tuple[int, int]) -> None:
+    """Nine columns: 72 programs of 128×128 on 132 processors, or 126 of 64×128, or 108 of 64×64.
+
+    A tile more than a processor, and two programs take turns there.
+    """
+    assert tiles_of(128 * rows, 128 * 9, H100) == {tile}
+
+
+def test_a_tile_that_reads_less_is_worth_idle_processors() -> None:
+    """96 programs for 132 processors. 32×32 would fill them, and read twice as much."""
+    assert tiles_of(512, 768, H100, 3072) == {(64, 64)}
+    assert tiles_of(2048, 768, H100, 3072) == {(128, 128)}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +145,15 @@ def test_the_shapes_that_the_rule_names() -> None:
     assert (conv.block_i, conv.block_j) == (128, 128)
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k", "splits"), [(8192, 768, 3072, 3), (4096, 4096, 4096, 1), (8192, 1024, 1024, 4)]
+)
+def test_splits_leave_no_round_of_programs_half_empty(m: int, n: int, k: int, splits: int) -> None:
+    """72 tiles of 128×256 on 132 processors: 216 programs are two rounds of a third of the sum each."""
+    wgrad = WgradProblem(m, n, k, "bfloat16", "ieee", H100, vec=8, tma=True, may_fuse=False, spare=0).choose()
+    assert (wgrad.block_i * wgrad.block_j, wgrad.splits) == (128 * 256, splits)
+
+
 def tile_of(n: int, side: int, arch: Arch = H100, dtype: str = "bfloat16", **more: Any) -> tuple[int, int, int]:
     """Pixels, stages and warps of 64 columns."""
     facts: dict[str, Any] = dict(vec=8, tma=arch.has_tma, along=True, whole=False, wide=False, stepped=False) | more
@@ -140,5 +166,6 @@ def test_64_columns_take_the_tile_that_was_measured() -> None:
     assert tile_of(256, 56) == tile_of(256, 56, dtype="float16") == tile_of(256, 56, wide=True) == (128, 3, 4)
     assert tile_of(256, 56, stepped=True) == (128, 3, 4)
     assert tile_of(17, 28) == (128, 4, 4), "105 programs, each alone on its processor"
-    assert tile_of(16, 28) == (64, 4, 4), "98 programs would leave processors idle"
+    assert tile_of(11, 28) == (128, 4, 4), "68 programs; of 64×64 some processors would have two"
+    assert tile_of(10, 28) == (64, 4, 4), "123 programs, each alone on its processor"
     assert tile_of(256, 56, ARCHS["sm_100"]) == (256, 4, 8), "not measured"

@@ -227,6 +227,8 @@ def _half_tiles(problem: MatmulProblem, l: int, tma: bool) -> list[MatmulConfig]
         # Compiled: 4-byte accesses to 64 deep tiles have so many addresses that one spills with Triton 3.9 on sm_80.
         small = replace(small, block_l=32)
     tiles = [wide, small, replace(small, block_i=32, block_j=32, reason="derived: 32×32: a small result")]
+    if arch.has_wgmma and tma:
+        tiles.insert(1, replace(small, block_j=128, reason="derived: 64×128: half the programs of 64×64, less to read"))
     return [big, *tiles] if l > (SHORT_SUM // 2 if tma and not arch.has_wgmma else SHORT_SUM) else tiles
 
 
@@ -261,23 +263,42 @@ def fills_gpu(programs: int, arch: Arch) -> bool:
 
 
 def choose_product(problem: MatmulProblem, i: int, j: int, l: int) -> MatmulConfig:
-    """The config for an i × j result summed over l: the largest tiles that fill the GPU."""
+    """The config for an i × j result summed over l."""
     tiles = prefer_tall_tiles(candidates(problem, l), i, j)
     if tiles[0].tma and tiles[0].block_i * tiles[0].block_j > 128 * 128 and j <= 128:
         tiles = tiles[1:]
-    chosen = fit_tile(pick_tile(tiles, problem, lambda tile: tile.tiles(i, j)), problem, i, j, l)
+    chosen = pick_tile([fit_tile(tile, problem, i, j, l) for tile in tiles], problem, lambda tile: tile.tiles(i, j))
     return set_stages(chosen, problem, chosen.tiles(i, j))
 
 
-def pick_tile(
-    tiles: Sequence[MatmulConfig], problem: MatmulProblem, programs: Callable[[MatmulConfig], int]
-) -> MatmulConfig:
-    """The first tile, with so many programs, that fills the GPU; before it, one whose programs are there all at once.
+def pick_tile(tiles: Sequence[M], problem: MatmulProblem, programs: Callable[[M], int]) -> M:
+    """Of tiles with so many programs each: by wgmma the cheapest, elsewhere the largest that fills the GPU."""
+    arch = problem.arch
+    filling = [tile for tile in tiles if fills_gpu(programs(tile), arch)] or tiles[-1:]
+    if not counts_by_wgmma(problem, tiles):
+        return filling[0]
+    # Measured: 64×256→256 images of 14² take 30 µs in 196 tiles of 128×128; by the model 32 in 98 of 256×128.
+    possible = [tile for tile in tiles if tile in filling or tile.block_i * tile.block_j <= 128 * 128]
+    return min(possible, key=lambda tile: step_cost(tile, arch, programs(tile)))
 
-    Larger ones than those would be one and a half for each processor, which take the time of two.
+
+def counts_by_wgmma(problem: MatmulProblem, tiles: Sequence[MatmulConfig]) -> bool:
+    """Whether `step_cost` says what the tiles take: wgmma multiplies what descriptors load."""
+    by_wgmma = problem.arch.has_wgmma and problem.dtype != "float64"
+    return by_wgmma and tiles[0].tma and not needs_registers(problem, tma=True)
+
+
+def step_cost(tile: MatmulConfig, arch: Arch, programs: int) -> float:
+    """What all programs take for one step of the sum, in the time that L2 takes to hand each processor one number.
+
+    Derived: 5,120 bytes a cycle for 132 processors are 39 each, in which time it multiplies 74 pairs of 16-bit numbers
+    for each of those (`bench/model/machines.py`); TF32 takes twice as long for both. They are added, for neither quite
+    hides the other. Larger tiles read less, smaller ones leave fewer processors idle: by the model 64×64 is 1.8 times
+    as fast as 32×32 at 512×768×3072, where 96 programs have 132 processors. It agrees with what was measured of three
+    programs a processor (`takes_three_a_processor`).
     """
-    enough = [tile for tile in tiles if fills_gpu(programs(tile), problem.arch)] or tiles[-1:]
-    return next((tile for tile in enough if takes_three_a_processor(tile, problem, programs(tile))), enough[0])
+    read = programs * (tile.block_i + tile.block_j) / arch.processors
+    return read + cdiv(programs, arch.processors) * tile.block_i * tile.block_j / 74
 
 
 def takes_three_a_processor(config: MatmulConfig, problem: MatmulProblem, programs: int) -> bool:

@@ -240,7 +240,7 @@ class ConvProblem(NamedTuple):
         def programs(tile: MatmulConfig) -> int:
             return tile.tiles(i, j) * group_tiles * classes
 
-        chosen = fit_tile(pick_tile(tiles, self, programs), self, i, j, l)
+        chosen = pick_tile([fit_tile(tile, self, i, j, l) for tile in tiles], self, programs)
         if self.wide and chosen.block_i * chosen.block_j == 128 * 128:
             # Compiled: beside stores of single columns four warps have no registers for tanh, and spill 384 bytes.
             chosen = replace(chosen, num_warps=8)
