@@ -73,12 +73,14 @@ def relayout(src, y, dst, db, N, P, C, dst_c, tiles_per_program, CONFIG: tl.cons
     SRC: tl.constexpr = CONFIG.SRC
     Y: tl.constexpr = CONFIG.Y
     DST: tl.constexpr = CONFIG.DST
-    c, c_inside = masked_range(tl.program_id(1) * BLOCK_C, C, BLOCK_C, CONFIG.VEC_C)
-    c_dst, c_dst_inside = masked_range(tl.program_id(1) * BLOCK_C, dst_c, BLOCK_C, CONFIG.VEC_DST)
-    tiles_p = tl.cdiv(P, BLOCK_P)
-    first = tl.program_id(0) * tiles_per_program
+    col = tl.program_id(0) * BLOCK_C  # there can be more than 65,535, where a grid's second axis ends
+    c, c_inside = masked_range(col, C, BLOCK_C, CONFIG.VEC_C)
+    c_dst, c_dst_inside = masked_range(col, dst_c, BLOCK_C, CONFIG.VEC_DST)
+    tiles_p = (P - 1) // BLOCK_P + 1  # P + BLOCK_P may pass 2³¹
+    first = tl.program_id(1) * tiles_per_program
+    last = first + tl.minimum(tiles_per_program, N * tiles_p - first)
     sums = tl.zeros((BLOCK_P, BLOCK_C), accumulator(src.data.dtype))
-    for tile in range(first, tl.minimum(first + tiles_per_program, N * tiles_p)):
+    for tile in range(first, last):
         n = tile // tiles_p
         p, p_inside = masked_range(tile % tiles_p * BLOCK_P, P, BLOCK_P, CONFIG.VEC_P)
         inside = p_inside[:, None] & c_inside[None, :]
@@ -92,7 +94,7 @@ def relayout(src, y, dst, db, N, P, C, dst_c, tiles_per_program, CONFIG: tl.cons
             tl.store(at, round_to(value, dst.data.dtype.element_ty), mask=p_inside[:, None] & c_dst_inside[None, :])
     if db is not None:
         total = round_to(tl.sum(sums, 0), db.dtype.element_ty)
-        tl.store(db + tl.program_id(0).to(tl.int64) * C + c, total, mask=c_inside)
+        tl.store(db + tl.program_id(1).to(tl.int64) * C + c, total, mask=c_inside)
 
 
 @triton.jit
@@ -105,10 +107,10 @@ def pack_tiles(move, program, CONFIG: tl.constexpr):
     col = program // move.programs * CONFIG.BLOCK_C
     c, c_inside = masked_range(col, move.C, CONFIG.BLOCK_C, CONFIG.VEC_C)
     c_dst, c_dst_inside = masked_range(col, move.dst_c, CONFIG.BLOCK_C, VEC_DST)
-    tiles_p = tl.cdiv(move.P, BLOCK_P)
+    tiles_p = (move.P - 1) // BLOCK_P + 1
     pitch = move.dst_c // VEC_DST * VEC_DST
     first = program % move.programs * move.tiles_per_program
-    for tile in range(first, tl.minimum(first + move.tiles_per_program, move.N * tiles_p)):
+    for tile in range(first, first + tl.minimum(move.tiles_per_program, move.N * tiles_p - first)):
         n = tile // tiles_p
         p, p_inside = masked_range(tile % tiles_p * BLOCK_P, move.P, BLOCK_P, CONFIG.VEC_P)
         value = tl.load(addresses(src, n, p, c, SRC), mask=p_inside[:, None] & c_inside[None, :], other=0.0)

@@ -4,11 +4,13 @@ What it builds around any operation is in test_torch_machinery.py.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tribp
 from tribp.ops.activations import NONE, Activation, activation_of
@@ -92,6 +94,44 @@ def test_export(static: bool, device: str) -> None:
     assert "tribp.conv3x3.default" in {str(node.target) for node in program.graph.nodes}
     x = torch.randn(3, 3, 3, 4, device=device) if static else torch.randn(1, 3, 5, 3, device=device)
     torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (1, 4)])
+def test_exported_sizes_are_as_free_as_torchs(stride: int, groups: int, named: bool, strict: bool) -> None:
+    """No size of the images becomes tied to the channels, nor height to width."""
+    ranges = []
+    for kind in (tribp.nn.Conv3x3, partial(torch.nn.Conv2d, kernel_size=3)):
+        layer = kind(16, 16, stride=stride, padding=1, groups=groups)
+        sizes: dict[int, Any] = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+        if named:
+            sizes = {0: torch.export.Dim("n"), **{d: torch.export.Dim(f"side{d}", min=8, max=512) for d in (2, 3)}}
+        x = torch.randn(2, 16, 20, 24)
+        program = torch.export.export(layer, (x,), dynamic_shapes=(sizes,), strict=strict)
+        larger = torch.randn(3, 16, 64, 9)
+        torch.testing.assert_close(program.module()(larger), layer(larger))
+        ranges.append(sorted((r.lower, r.upper) for r in program.range_constraints.values()))
+    assert ranges[0] == ranges[1]
+
+
+def test_what_a_mode_raises_of_one_group_is_raised_at_once(device: str) -> None:
+    """Where torch computes what has no groups, at once; nothing is computed again."""
+    convolutions = 0
+
+    class Budget(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal convolutions
+            if "conv" in str(function):
+                convolutions += 1
+                if convolutions == 1:
+                    raise RuntimeError("over budget")
+            return function(*args, **(kwargs or {}))
+
+    x, w = torch.randn(1, 2, 4, 4, device=device), torch.randn(3, 2, 3, 3, device=device)
+    with Budget(), pytest.raises(RuntimeError, match="over budget"):
+        tribp.conv3x3(x, w, activation="relu")
+    assert convolutions == 1
 
 
 # ---- the operators

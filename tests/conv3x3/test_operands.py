@@ -15,14 +15,17 @@ from torch.nn import functional as F
 
 from tribp import versions
 from tribp.launch.arch import ARCHS
+from tribp.launch.buffer import Buffer
 from tribp.launch.neighbors import neighbors
+from tribp.launch.plan import Plan
 from tribp.ops.activations import NONE
 from tribp.ops.conv3x3 import plan as ops
-from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem
+from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, RelayoutConfig, RelayoutProblem
 from tribp.ops.conv3x3.config_few_channels import FewChannelsProblem
+from tribp.ops.conv3x3.images import relayout
 from tribp.ops.conv3x3.reference import Window, conv3x3_backward
 
-from ..launch.plans import run
+from ..launch.plans import plan_of, run
 from ..oracle import assert_close
 from .test_kernels import BASE, WGRAD, WGRAD_FORMS, backward, nan_like, tensor
 
@@ -149,3 +152,28 @@ def test_a_box_that_is_no_line_is_refused(kernels: str) -> None:
     configs = {ConvWgradProblem: replace(WGRAD, tma=True, box=(2, 4, 4))}
     with pytest.raises(Exception, match="the box of a descriptor must be a line"):
         backward((dy, x, None, None, None, dw, None), Window((1, 1), (1, 1)), configs)
+
+
+# ---- sizes past what 32 bits and a grid hold
+
+
+def test_more_channels_than_a_grids_second_axis_has_programs() -> None:
+    """Of 65,536 blocks of 32 channels, which the first axis holds."""
+    channels = 65_536 * 32
+
+    def build(plan: Plan, src: Buffer, db: Buffer) -> None:
+        relayout(plan, src, None, NONE, None, db)
+
+    src, db = torch.zeros(1).expand(1, channels, 3, 3), torch.zeros(1).expand(channels)
+    config = RelayoutConfig(32, 32, 1, 4, "test")
+    (launch,) = plan_of(build, (src, db), {RelayoutProblem: config}).launches
+    assert launch.grid == (65_536, 1)
+
+
+@pytest.mark.parametrize(("channels", "launches"), [(238_609_294, 1), (238_609_295, 0)])
+def test_weights_past_32_bits_are_torchs(channels: int, launches: int) -> None:
+    """9 · 238,609,295 is the first that an offset within a weight of one output cannot be."""
+    x, w = (torch.zeros(1).expand(1, channels, size, size) for size in (1, 3))
+    window = Window((1, 1), (1, 1), 1)
+    plan = plan_of(ops.forward, (x, w, None), window=window, activation=NONE, tf32=False)
+    assert len([launch for launch in plan.launches if launch.kernel.__name__ == "forward"]) == launches

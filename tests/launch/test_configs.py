@@ -132,6 +132,16 @@ def test_what_does_not_compile_is_not_legal(machine: str) -> None:
             assert not problem.is_legal(replace(first, max_registers=256))
 
 
+def test_a_grids_second_axis_ends_at_65535() -> None:
+    wgrad = WgradProblem(2**24, 8, 8, "bfloat16", "ieee", SM_90, 8, True, False, 0)
+    assert wgrad.is_legal(replace(wgrad.choose(), splits=32_768))
+    assert not wgrad.is_legal(replace(wgrad.choose(), splits=65_536))
+    images = RelayoutProblem(2**20, 64, 8, "float16", SM_90)
+    assert not images.is_legal(replace(images.choose(), tiles=1))
+    channels = RelayoutProblem(1, 9, 2_097_121, "float16", SM_90)
+    assert channels.is_legal(channels.choose())
+
+
 def test_a_kernel_of_one_form_has_no_other() -> None:
     """With other fields `few_channels_dgrad` computes something else."""
     problem = FewChannelsDgradProblem(2, 5, 30, 40, "float16", "ieee", SM_90, True)

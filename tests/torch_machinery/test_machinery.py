@@ -43,6 +43,23 @@ def detached(tensors: list[Tensor]) -> list[Tensor]:
     return [t.detach() for t in tensors]
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, TypeError, AttributeError])
+def test_what_a_hook_raises_is_raised(operation: Operation, tensors: list[Tensor], error: type[Exception]) -> None:
+    """At once: nothing is computed again, by which a hook that raises a single time would be passed over."""
+    seen: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append(tensor)
+        if len(seen) == 1:
+            raise error("out of memory for what is saved")
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, pytest.raises(error, match="out of memory for what is saved"):
+        operation.ours(*tensors)
+    assert len(seen) == 1
+
+
 # -- the compiler -----------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ class ExtraOptions(TypedDict, total=False):
         on it, the step, the parameter's place in the optimizer and the element alone.
     ema_decay: keep in `state[p]["ema"]` an exponential moving average of the parameters, in float32 at least:
         v₁ = x₁, then v ← d·v + (1 − d)·x after every step that updates x: without a gradient both stay. `swap_ema()`
-        puts it in their place.
+        puts it in their place. None or 0: no average.
     state_dtype: keep the moments of real parameters in this type; the default is the parameter's.
     stochastic_rounding: round bfloat16 parameters up or down at random, right on average: updates that are too small
         for the type are then not lost. Other types are rounded to nearest.

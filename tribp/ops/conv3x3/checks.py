@@ -49,7 +49,8 @@ def check_layouts(input: Described, weight: Described, bias: Described | None, w
             f"got {tuple(bias.shape)}"
         )
     check_devices("conv3x3", input, weight=weight, bias=bias)
-    if min(channels, height, width, *window.output_size(height, width)) < 1:
+    # Each by itself: of sizes that an exported program leaves open, `min` would say which is smaller for good.
+    if any(size < 1 for size in (channels, height, width, *window.output_size(height, width))):
         raise ValueError(
             f"conv3x3: input must have channels and pixels, and be at least 3 high and wide with its padding, got "
             f"{channels} channels of {height} x {width} with padding {window.padding}"
@@ -57,7 +58,7 @@ def check_layouts(input: Described, weight: Described, bias: Described | None, w
 
 
 def small_enough(o: int, c: int) -> bool:
-    """Whether 32 bits hold an offset within the weight, as wgrad writes it."""
+    """Whether 32 bits hold an offset within the weight, as forward reads it and wgrad writes it."""
     return 9 * o * c < 2**31
 
 

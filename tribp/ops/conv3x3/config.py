@@ -142,7 +142,7 @@ def sparing(config: ConvConfig, chosen: ConvConfig, n: int, p: int, q: int) -> b
 def legal_splits(config: ConvConfig, n: int, p: int, q: int, share: int, spare: int = 0) -> bool:
     """Whether there is room for the partial results, of `share` bytes each, and none of them is empty."""
     boxes = config.boxes(n, p, q)
-    few = config.splits <= max(1, max(spare, WORKSPACE) // share)
+    few = config.splits <= min(65_535, max(1, max(spare, WORKSPACE) // share))  # the grid's second axis ends there
     return few and config.splits == whole_splits(boxes, min(config.splits, boxes), 1)
 
 
@@ -473,5 +473,5 @@ class RelayoutProblem(NamedTuple):
             and 1 <= config.block_p <= min(1024, max(16, power_of_2(p)))
             and 8 <= config.block_c <= min(256, max(32, power_of_2(c)))
             and 64 <= config.block_p * config.block_c <= 4096
-            and cdiv(c, config.block_c) <= 65_535  # the grid's second axis ends there
+            and programs(config) <= 65_535  # the grid's second axis ends there
         )

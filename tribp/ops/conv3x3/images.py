@@ -239,7 +239,7 @@ def relayout(
     of_src, of_y, of_dst = (kernels.Contiguous(plane.pixels, plane.channels, plane.vec) for plane in tensors)
     plan.launch(
         kernels.relayout,
-        (programs, cdiv(channels, s.block_c)),
+        (cdiv(channels, s.block_c), programs),
         (
             *(plane.strided for plane in tensors), sums, n, pixels, c, channels, s.tiles,
         ),

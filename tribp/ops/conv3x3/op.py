@@ -83,6 +83,7 @@ def conv3x3(
         ValueError: shapes, devices or options that do not fit together, or that only `torch.nn.Conv2d` takes.
         TypeError: dtypes that differ or are not among the four; arguments of the wrong kind.
     """
+    by_torch = False
     try:
         if plain_cpu_call(input, weight, bias) and groups == 1 and (bias is None or bias.is_cpu):
             window = cached_window(stride, padding, groups, dilation)
@@ -91,6 +92,7 @@ def conv3x3(
             # What `reference` works around torch for has several groups, or is in bfloat16 with a stride of 2.
             in_bfloat16 = input.dtype == torch.bfloat16 or autocasting("cpu")
             if channels and height == width == 3 and (window.stride[1] == 1 or not in_bfloat16):
+                by_torch = True
                 # As they were given: torch refuses True and 1.0, which the cache takes for 1.
                 output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
                 return output if activation is None else activate_(output, act)
@@ -98,6 +100,11 @@ def conv3x3(
         if quick:
             window, act = known_window(stride, padding, groups, dilation), activation_of("conv3x3", activation)
     except REFUSALS:
+        if by_torch:  # the checks may know a better sentence; if not, that was a hook or a mode
+            check_conv3x3(input, weight, bias, stride, padding, groups, dilation)
+            if not autocasting("cpu"):
+                check_dtypes("conv3x3", input, weight=weight, bias=bias)
+            raise
         quick = False
     if quick and (done := unless_refused(by_kernels, input, weight, bias, window, act)) is not None:
         return done

@@ -55,7 +55,7 @@ def forward(
         raise ValueError(f"conv3x3: input must have shape (N, C, H, W), got {tuple(input.shape)}")
     check_layouts(input, weight, bias, window)
     check_dtypes("conv3x3", input, weight=weight, bias=bias)
-    if not images_fit(input, weight):
+    if not (images_fit(input, weight) and small_enough(*weight.shape[:2])):
         return
     output = plan.output(output_size(input, weight, window), input.dtype, conv3x3_format(input, weight))
     forward_layer(plan, input, weight, bias, output, window=window, activation=activation, tf32=tf32)

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from ..checks import Described, check_devices, check_tensors, refusing
+from ...dispatch import autocasting
+from ..checks import Described, check_devices, check_dtypes, check_tensors, refusing
 
 
 @refusing
@@ -10,6 +11,14 @@ def check_linear(function: str, input: Tensor, weight: Tensor, bias: Tensor | No
     """Of a call; autocast may change its dtypes, which are checked then."""
     check_tensors(function, "bias", input=input, weight=weight, bias=bias)
     check_layouts(function, input, weight, bias)
+
+
+def check_refused(function: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise what the checks have against a call that torch raised for; if nothing, that was a hook or a mode."""
+    if not input.is_nested:
+        check_linear(function, input, weight, bias)
+        if not autocasting(input.device.type):
+            check_dtypes(function, input, weight=weight, bias=bias)
 
 
 def check_layouts(function: str, input: Described, weight: Described, bias: Described | None) -> None:

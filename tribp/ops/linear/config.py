@@ -227,7 +227,8 @@ class WgradProblem(NamedTuple):
         return replace(config, splits=whole_splits(self.m, splits, config.block_l))
 
     def is_legal(self, config: MatmulConfig) -> bool:
-        plain = config.splits <= self.most_splits and not config.persistent
+        # The grid's second axis ends at 65,535.
+        plain = config.splits <= min(65_535, self.most_splits) and not config.persistent
         return plain and legal_fusion(config, self, self.n, self.k, self.m)
 
 

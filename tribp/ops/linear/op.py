@@ -41,7 +41,7 @@ from ..shared import (
     uses_tf32,
 )
 from . import reference
-from .checks import check_linear
+from .checks import check_linear, check_refused
 
 SIGMOID = Activation("sigmoid")
 
@@ -72,15 +72,19 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         ValueError: shapes or devices that do not fit together; an activation that is not known.
         TypeError: dtypes that differ or are not among the four; arguments that are no tensors.
     """
+    by_torch = False
     try:
-        if torch_computes(input, weight, bias):
+        if by_torch := torch_computes(input, weight, bias):
             if activation is None:
                 return F.linear(input, weight, bias)
             act = activation_of("linear", activation)
             return activate_(F.linear(input, weight, bias), act)
         act, quick = activation_of("linear", activation), weight is not None and kernels_compute(input, weight, bias)
     except REFUSALS:
-        quick = False  # the checks know a better sentence
+        if by_torch:
+            check_refused("linear", input, weight, bias)  # which knows a better sentence
+            raise
+        quick = False
     if quick and (output := unless_refused(by_kernels, input, weight, bias, act)) is not None:
         return output
     if shows_call(input, weight, bias):
@@ -91,11 +95,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
 
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """σ(input · weightᵀ + bias) with σ(z) = 1 / (1 + e⁻ᶻ): `linear` with the activation "sigmoid"."""
+    by_torch = False
     try:
-        if torch_computes(input, weight, bias):
+        if by_torch := torch_computes(input, weight, bias):
             return activate_(F.linear(input, weight, bias), SIGMOID)
         quick = weight is not None and kernels_compute(input, weight, bias)
     except REFUSALS:
+        if by_torch:
+            check_refused("linear_sigmoid", input, weight, bias)
+            raise
         quick = False
     if quick and (output := unless_refused(by_kernels, input, weight, bias, SIGMOID)) is not None:
         return output

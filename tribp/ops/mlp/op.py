@@ -25,7 +25,7 @@ from ...dispatch import (
 )
 from ..activations import Activation, ActivationLike, activate, activate_, activation_of
 from ..checks import check_dtypes, check_tensors, matrices_fit
-from ..linear.checks import check_linear
+from ..linear.checks import check_linear, check_refused
 from ..linear.op import activated_linear, torch_computes
 from ..shared import (
     NAMESPACE,
@@ -84,17 +84,23 @@ def mlp(
         raise ValueError("mlp: weights must be at least one, got none")
     if len(given) != len(weights):
         raise ValueError(f"mlp: biases must be one for each of {len(weights)} weights, got {len(given)}")
+    done, by_torch = 0, False
     try:
         x = input
         for w, b, act in zip(weights, given, _each(len(weights), both), strict=True):
-            if not torch_computes(x, w, b):
+            by_torch = False  # until it is known of this layer
+            if not (by_torch := torch_computes(x, w, b)):
                 break
             x = activate_(F.linear(x, w, b), act)
+            done += 1
         else:
             return x
         quick = all(w is not None for w in weights) and kernels_compute(input, *weights, *given)
     except REFUSALS:
-        quick = False  # the checks know a better sentence
+        if by_torch:
+            check_refused(f"mlp, layer {done}", x, weights[done], given[done])  # which knows a better sentence
+            raise
+        quick = False
     if quick and (output := unless_refused(by_kernels, input, weights, given, both)) is not None:
         return output
     tensors = [t for t in (input, *weights, *given) if t is not None]
