@@ -24,8 +24,9 @@ SQUARE, SQUARISH, TALL = (4096, 4096, 4096), (8192, 1024, 1024), (65536, 256, 78
 TINY, ODD = (64, 10, 128), (1000, 77, 333)
 WIDER, DIGITS = (65536, 1024, 256), (512, 128, 784)
 SHAPES: list[tuple[int, ...]] = [SQUARE, TALL, SQUARISH, WIDER, DIGITS, TINY, ODD]
-# A transformer's feed-forward layer of 512 and 2,048 tokens, the first of VGG-16's classifier: few tiles, long sums.
-MIDDLE = [(512, 768, 3072), (2048, 768, 3072), (64, 4096, 25088)]
+# Few tiles, long sums: a transformer's feed-forward layer of 512 and 2,048 tokens, the first of VGG-16's classifier,
+# and one of a small network for digits.
+MIDDLE = [(512, 768, 3072), (2048, 768, 3072), (64, 4096, 25088), (64, 128, 9216)]
 SMALL = {DIGITS, TINY, ODD}  # under 10 µs of work: a launch costs as much
 PRECISIONS = [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True), (torch.float16, False)]
 
@@ -121,6 +122,8 @@ def compiled(everything: bool) -> Iterator[tuple[LinearCase, Sequence[str]]]:
         for shape in [*SHAPES, *MIDDLE, EVEN] if everything else some:
             bias_only = ["bias only"] if everything or (main and shape == SQUARE) else []
             yield LinearCase(shape, dtype, tf32), [*(APART if everything else directions), *bias_only]
+        if main and not everything:
+            yield LinearCase(MIDDLE[-1], dtype, tf32), ("forward",)  # of which the sum is in parts
         if everything or main:
             for side in "xw":
                 yield LinearCase(SQUARISH, dtype, tf32, transposed=side), ("forward", "backward")
@@ -149,6 +152,8 @@ def expectations(launch: Launch, case: Case, arch: Arch) -> Iterator[Expectation
         yield expect.wide("loads", 128, "rows of dy and y are multiples of 16 bytes")
         if given["dz"] is not None:
             yield expect.wide("stores", 128, "rows of dz are multiples of 16 bytes")
+    elif kernel == "output" and expect.row_bytes(launch, "partials", "VEC") == 16:
+        yield expect.wide("loads", 128, "rows of partial sums are multiples of 16 bytes")
     elif kernel == "reduce_partials":
         yield from expect.partial_sums(launch)
 
@@ -161,10 +166,11 @@ def product_work(given: Given, grid: tuple[int, ...], case: Any, operand: str, o
     (height, rows), (width, cols), (length, _) = (_tiles(given, side) for side in sides)
     block, itemsize, wgrad = f"BLOCK_{sides[2]}", model.itemsize(given, operand), out == "dw"
     outer = (cdiv(rows * cols, grid[0]),) if given.get("PERSISTENT") else ()
-    steps = cdiv(given["rows_per_split"] if wgrad else length, given[block])
+    share = given["rows_per_split"] if wgrad else given["columns_per_split"] if out == "y" else length
+    steps = cdiv(share, given[block])
     work = model.product(given, operand, steps, size(given, "BLOCK_M", "BLOCK_N", "BLOCK_K"), outer)
     if not wgrad and given["PREFETCH"]:  # by hand: what is left of the sum comes before the loop
-        work |= dict(turns=length // given[block])
+        work |= dict(turns=share // given[block])
     read = 2 if given.get("FUSE_DZ") else 1  # dy and y, or one tensor
     loaded = itemsize * length * (read * height * cols + width * rows)
     if given.get("lower_y") is not None:  # dgrad's epilogue
@@ -194,6 +200,11 @@ def backward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, A
     return work | model.traffic(given, loaded, stored, grid[0])
 
 
+def output_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    step = size(given, "BLOCK_PARTS", "BLOCK") * model.itemsize(given, "partials")
+    return dict(turns=cdiv(given["parts"], given["BLOCK_PARTS"]), step=step, chain=1)
+
+
 def output_grad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
     turns = cdiv(given["rows_per_program"], given["BLOCK_M"])
     return dict(turns=turns, step=2 * size(given, "BLOCK_M", "BLOCK_N") * model.itemsize(given, "y"), chain=0)
@@ -217,6 +228,7 @@ OPERATION = Operation(
         "wgrad": partial(product_work, operand="x", out="dw", sides="NKM"),
         "backward": backward_work,
         "output_grad": output_grad_work,
+        "output": output_work,
         "reduce_partials": model.reduce_partials,
     },
     tests=KernelTests(

@@ -2,7 +2,7 @@
 
     x: (M, K)    w: (N, K)    b: (N,)    y, dy, dz: (M, N)
 
-    forward       y  = act(x·wᵀ + b)
+    forward       y  = act(x·wᵀ + b), or with splits parts of x·wᵀ, and then output of these
     output_grad   dz = dy·act′,   db = Σ_rows dz
     dgrad         dx = dz·w
     wgrad         dw = dzᵀ·x
@@ -66,6 +66,7 @@ class Product(NamedTuple):
     X_TRANSPOSED: bool | None = None  # x lies column by column
     W_TRANSPOSED: bool | None = None
     PERSISTENT: bool | None = None  # a program takes several tiles of y
+    SPLIT: bool | None = None  # of forward: a program has a part of the sum
     FUSE_DZ: bool | None = None
     SUMS: Reduce | None = None
     STAGES: int | None = None
@@ -90,6 +91,16 @@ class Backward(NamedTuple):
     SUMS: Reduce | None = None
 
 
+class Output(NamedTuple):
+    """What is fixed when `output` is compiled; fields as in `common`."""
+
+    BLOCK: int  # elements of y, a program
+    BLOCK_PARTS: int  # partial results that are read at once
+    VEC: int
+    ACT: Act
+    PTX: bool
+
+
 class OutputGrad(NamedTuple):
     """What is fixed when `output_grad` is compiled; fields as in `common`."""
 
@@ -101,8 +112,8 @@ class OutputGrad(NamedTuple):
 
 
 @triton.jit
-def forward_tile(x, w, b, y, tile, CONFIG: tl.constexpr):
-    """One tile of y = act(x·wᵀ + b). x, w and y are a `Matrix` each."""
+def forward_tile(x, w, b, y, tile, first, CONFIG: tl.constexpr):
+    """One tile of y = act(x·wᵀ + b), summed from column `first` of x on. x, w and y are a `Matrix` each."""
     ACT: tl.constexpr = CONFIG.ACT
     BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
     BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
@@ -110,7 +121,7 @@ def forward_tile(x, w, b, y, tile, CONFIG: tl.constexpr):
     row, col = tile_of(tile, tl.cdiv(y.rows, BLOCK_M), tl.cdiv(y.cols, BLOCK_N), CONFIG.GROUP)
     m = row * BLOCK_M
     n = col * BLOCK_N
-    z = product(x, w, m, n, 0, CONFIG.X_TRANSPOSED, not W_TRANSPOSED, BLOCK_M, BLOCK_N, CONFIG.BLOCK_K, CONFIG)
+    z = product(x, w, m, n, first, CONFIG.X_TRANSPOSED, not W_TRANSPOSED, BLOCK_M, BLOCK_N, CONFIG.BLOCK_K, CONFIG)
     if b is not None:
         j, inside = masked_range(n, y.cols, BLOCK_N, 1)
         z += tl.load(b + j, mask=inside, other=0.0).to(z.dtype)[None, :]
@@ -118,19 +129,48 @@ def forward_tile(x, w, b, y, tile, CONFIG: tl.constexpr):
     store_tile(y, y_tile, m, n, BLOCK_M, BLOCK_N, CONFIG.VEC_STORE)
 
 
-@triton.jit(do_not_specialize=["M", "N", "K", "ldx", "ldw"])
-def forward(x, w, b, y, M, N, K, ldx, ldw, CONFIG: tl.constexpr):
-    """y = act(x·wᵀ + b). One tile of y a program, or (PERSISTENT) every num_programs-th."""
+@triton.jit(do_not_specialize=["M", "N", "K", "ldx", "ldw", "columns_per_split"])
+def forward(x, w, b, y, M, N, K, ldx, ldw, columns_per_split, CONFIG: tl.constexpr):
+    """y = act(x·wᵀ + b). One tile of y a program, or (PERSISTENT) every num_programs-th.
+
+    With SPLIT, y[s] = x·wᵀ over the columns of split s = program_id(1), y: (splits, M, N), without b and act.
+    """
     await_previous()
-    x = Matrix(x, M, K, ldx)
-    w = Matrix(w, K, N, ldw)
-    y = Matrix(y, M, N, N)
-    if CONFIG.PERSISTENT:
-        tiles = tl.cdiv(M, CONFIG.BLOCK_M) * tl.cdiv(N, CONFIG.BLOCK_N)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=False):
-            forward_tile(x, w, b, y, tile, CONFIG)
+    if CONFIG.SPLIT:
+        first = tl.program_id(1) * columns_per_split
+        last = first + tl.minimum(columns_per_split, K - first)  # their sum may pass 2³¹
+        pitch = N // CONFIG.VEC_STORE * CONFIG.VEC_STORE
+        y = Matrix(y + tl.program_id(1).to(tl.int64) * M * pitch, M, N, N)
+        forward_tile(Matrix(x, M, last, ldx), Matrix(w, last, N, ldw), b, y, tl.program_id(0), first, CONFIG)
     else:
-        forward_tile(x, w, b, y, tl.program_id(0), CONFIG)
+        x = Matrix(x, M, K, ldx)
+        w = Matrix(w, K, N, ldw)
+        y = Matrix(y, M, N, N)
+        if CONFIG.PERSISTENT:
+            tiles = tl.cdiv(M, CONFIG.BLOCK_M) * tl.cdiv(N, CONFIG.BLOCK_N)
+            for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=False):
+                forward_tile(x, w, b, y, tile, 0, CONFIG)
+        else:
+            forward_tile(x, w, b, y, tl.program_id(0), 0, CONFIG)
+
+
+@triton.jit(do_not_specialize=["parts", "M", "N"])
+def output(partials, b, y, parts, M, N, CONFIG: tl.constexpr):
+    """y = act(Σₛ partials[s] + b), always in the same order. partials: (parts, M, N), of `forward` with SPLIT."""
+    await_previous()
+    BLOCK: tl.constexpr = CONFIG.BLOCK
+    ACT: tl.constexpr = CONFIG.ACT
+    pitch = N // CONFIG.VEC * CONFIG.VEC
+    i, inside = masked_range(tl.program_id(0) * BLOCK, M * pitch, BLOCK, CONFIG.VEC)
+    z = tl.zeros((BLOCK,), partials.dtype.element_ty)
+    for first in range(0, parts, CONFIG.BLOCK_PARTS):
+        part, exists = masked_range(first, parts, CONFIG.BLOCK_PARTS, 1)
+        at = partials + (part[:, None] * (M * pitch) + i[None, :])
+        z += tl.sum(tl.load(at, mask=exists[:, None] & inside[None, :], other=0.0), 0)
+    if b is not None:
+        z += tl.load(b + i % N, mask=inside, other=0.0).to(z.dtype)
+    y_block = activate(z, ACT, y.dtype.element_ty, CONFIG.PTX)
+    tl.store(y + i, round_to(y_block, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "N", "rows_per_program"])

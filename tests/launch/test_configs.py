@@ -80,6 +80,11 @@ def check(problem: Any, config: Any) -> None:
         rows = cdiv(cdiv(problem.m, config.splits), config.block_i) * config.block_i
         assert rows * (config.splits - 1) < problem.m <= rows * config.splits
         assert config.block_l >= problem.n, "one step sums over all outputs"
+    if isinstance(problem, ForwardProblem):
+        columns = cdiv(cdiv(problem.k, config.splits), config.block_l) * config.block_l
+        assert columns * (config.splits - 1) < problem.k <= columns * config.splits
+        share = problem.m * problem.n * max(4, ITEMSIZE[problem.dtype])
+        assert config.splits == 1 or config.splits * share <= WORKSPACE
     if isinstance(problem, WgradProblem):
         rows = cdiv(cdiv(problem.m, config.splits), config.block_l) * config.block_l
         assert rows * (config.splits - 1) < problem.m <= rows * config.splits
@@ -152,7 +157,7 @@ def test_a_kernel_of_one_form_has_no_other() -> None:
 
 VARIED: dict[Any, set[str]] = {
     ForwardProblem: {"block_i", "block_j", "block_l", "num_warps", "num_stages", "tma", "persistent", "group",
-                     "max_registers"},
+                     "max_registers", "splits"},
     DgradProblem: {"fuse_dz"},
     WgradProblem: {"fuse_dz", "splits"},
     BackwardProblem: {"block_i", "block_j", "num_stages", "splits"},

@@ -154,6 +154,14 @@ def test_splits_leave_no_round_of_programs_half_empty(m: int, n: int, k: int, sp
     assert (wgrad.block_i * wgrad.block_j, wgrad.splits) == (128 * 256, splits)
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k", "splits"), [(64, 128, 9216, 9), (8, 10, 100_000, 92), (64, 4096, 25088, 1), (64, 128, 1024, 1)]
+)
+def test_long_sums_of_few_tiles_are_split(m: int, n: int, k: int, splits: int) -> None:
+    """Where four parts and more have 16 steps each, and a processor: 8 tiles of 144 steps; 1 of 1,563."""
+    assert ForwardProblem(m, n, k, "bfloat16", "ieee", H100, vec=8, tma=True).choose().splits == splits
+
+
 def tile_of(n: int, side: int, arch: Arch = H100, dtype: str = "bfloat16", **more: Any) -> tuple[int, int, int]:
     """Pixels, stages and warps of 64 columns."""
     facts: dict[str, Any] = dict(vec=8, tma=arch.has_tma, along=True, whole=False, wide=False, stepped=False) | more

@@ -91,6 +91,7 @@ QUICK: dict[str, Case] = {
     "linear, tf32": Linear((72, 72, 136), SINGLE, tf32=True),
     "linear, frozen weight": Linear((72, 136, 72), needs="xb", dy=expanded),
     "linear, split sum": Linear((1100, 40, 72), HALF, needs="wb"),
+    "linear, y in parts": Linear((24, 18, 4200), needs="", processors=8),
 }
 QUICK_ON_HOPPER: dict[str, Case] = {
     "linear, float64": Linear((72, 40, 56), DOUBLE),

@@ -21,7 +21,7 @@ from tribp.launch.layout import operand
 from tribp.launch.matmul import WORKSPACE, MatmulConfig
 from tribp.launch.plan import Plan
 from tribp.launch.reduce import Partials, reduce_partials
-from tribp.ops.activations import NONE, Activation, gradient
+from tribp.ops.activations import NONE, Activation, activate, gradient
 from tribp.ops.linear import plan as ops
 from tribp.ops.linear.config import BackwardProblem, ForwardProblem, WgradProblem
 from tribp.versions import descriptor_unit
@@ -42,6 +42,8 @@ FORMS = {
     "tma persistent": replace(BASE, tma=True, persistent=True),
     "deep and narrow": replace(BASE, block_i=16, block_j=64, block_l=16, group=8),
 }
+SPLIT_FORMS = {"split": replace(BASE, block_l=16, splits=3), "split tma": replace(BASE, block_l=16, tma=True, splits=2)}
+SPLIT_FORMS["split prefetch"] = replace(SPLIT_FORMS["split"], prefetch=True)
 
 
 @triton.jit
@@ -52,6 +54,25 @@ def round_to_bfloat16(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 def nan(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("bias", ["bias", "one", None])
+@pytest.mark.parametrize("act", [SIGMOID, Activation("relu"), NONE], ids=lambda act: str(act.name))
+@pytest.mark.parametrize("form", SPLIT_FORMS)
+def test_forward_of_parts(form: str, act: Activation, bias: str | None, kernels: str) -> None:
+    """Sums in parts, the last of them shorter than a step, then what adds them up, and bias and activation."""
+    k = K - 3 if form == "split prefetch" else K - 8
+    dtype = turn(DTYPES, form, act.name, bias)
+    x, w = matrix(M, k, dtype, kernels), matrix(N, k, dtype, kernels) / k**0.5
+    b = matrix(1, N, dtype, kernels)[0] if bias else None
+    y = nan(M, N, dtype=dtype, device=kernels)
+    given = b[1:2] if b is not None and bias == "one" else b
+    configs = {ForwardProblem: SPLIT_FORMS[form]}
+    launches = run(ops.forward_layer, (x, w, given, y), configs, activation=act, tf32=False)
+    assert [launch.kernel.__name__ for launch in launches] == ["forward", "output"]
+    assert launches[0].grid[1] == SPLIT_FORMS[form].splits
+    exact = torch.nn.functional.linear(x.double(), w.double(), None if given is None else given.double().expand(N))
+    assert_close(y, activate(exact, *act).cpu())
 
 
 @pytest.mark.parametrize(

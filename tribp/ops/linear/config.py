@@ -68,11 +68,21 @@ class ForwardProblem(NamedTuple):
     costly: bool = False  # the activation
 
     def steps(self) -> Steps:
-        return {**STEPS, "persistent": toggled}
+        return {**STEPS, "persistent": toggled, "splits": by_two}
+
+    @property
+    def most_splits(self) -> int:
+        """That the partial results have room for."""
+        return max(1, min(65_535, WORKSPACE // ((8 if self.dtype == "float64" else 4) * self.m * self.n)))
 
     def choose(self) -> MatmulConfig:
         m, n, k, dtype, arch = self.m, self.n, self.k, self.dtype, self.arch
         chosen = choose_product(self, m, n, k)
+        # By the model a step takes a lone program 0.12 µs, and the launch that adds up the parts 2.5: 16 steps a part.
+        parts = min(arch.processors // chosen.tiles(m, n), k // (16 * chosen.block_l), self.most_splits)
+        if parts > 3:
+            reason = chosen.reason + "; splits: few programs of many steps"
+            return replace(chosen, splits=whole_splits(k, parts, chosen.block_l), reason=reason)
         if self.costly and not has_room(chosen, arch):
             chosen = self.adjusted(replace(chosen, block_j=chosen.block_j // 2))
         if chosen.tma and chosen.block_i * chosen.block_j > 128 * 128 and chosen.tiles(m, n) > 2 * arch.processors:
@@ -91,11 +101,15 @@ class ForwardProblem(NamedTuple):
     def adjusted(self, config: MatmulConfig) -> MatmulConfig:
         output = config.block_i * config.block_j if config.persistent else 0
         config = adjusted_product(config, self, output=output)
-        return replace(config, persistent=config.persistent and config.tma, prefetch=config.prefetch and not config.tma)
+        persistent, prefetch = config.persistent and config.tma, config.prefetch and not config.tma
+        splits = min(config.splits, 1 if persistent else cdiv(self.k, config.block_l))
+        splits = whole_splits(self.k, splits, config.block_l)
+        return replace(config, persistent=persistent, prefetch=prefetch, splits=splits)
 
     def is_legal(self, config: MatmulConfig) -> bool:
         output = config.block_i * config.block_j if config.persistent else 0
-        plain = config.splits == 1 and not config.fuse_dz and config.persistent <= config.tma
+        plain = config.splits <= self.most_splits and not config.fuse_dz and config.persistent <= config.tma
+        plain = plain and not (config.persistent and config.splits > 1)
         plain = plain and (has_room(config, self.arch) or not self.costly)
         return plain and legal_product(config, self, self.m, self.n, self.k, output=output)
 

@@ -16,10 +16,10 @@ from ...kernels import linear as kernels
 from ...launch.arch import cdiv, precision_of
 from ...launch.buffer import Buffer
 from ...launch.layout import Operand, accumulator, matrix, operand, precision_in_kernel, vector_length
-from ...launch.matmul import MatmulConfig, register_limit, rows_per_split
+from ...launch.matmul import MatmulConfig, ReduceProblem, register_limit, rows_per_split
 from ...launch.plan import Plan
 from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
-from ..activations import Activation, as_stored
+from ..activations import NONE, Activation, as_stored
 from ..checks import check_dtypes, matrices_fit, saved_fit
 from ..shared import Needs
 from .checks import check_layouts
@@ -48,39 +48,62 @@ def check_call(input: Buffer, weight: Buffer, bias: Buffer | None) -> None:
 def forward_layer(
     plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Buffer, *, activation: Activation, tf32: bool
 ) -> None:
-    """y = act(x·wᵀ + b), one launch. x: (M, K), w: (N, K), b: (N,), or one number for all; y: (M, N) contiguous."""
+    """y = act(x·wᵀ + b), one launch, or two of a long sum for few tiles.
+
+    x: (M, K), w: (N, K), b: (N,), or one number for all; y: (M, N) contiguous.
+    """
     if b is not None and b.shape != y.shape[1:]:
         b = b.viewed(y.shape[1:], (0,))
     (m, k), n = x.shape, w.shape[0]
     dtype = dtype_name(x.dtype)
     precision = precision_of(dtype, tf32, plan.arch)
+    b = None if b is None else plan.contiguous(b)
     xs, ws, ys = operand(plan, x), operand(plan, w), operand(plan, y)
     vec = min(xs.vec, ws.vec)
     along = not (xs.transposed or ws.transposed)
     s = plan.config(
         ForwardProblem(m, n, k, dtype, precision, plan.arch, vec, xs.tma and ws.tma, along, activation.costly)
     )
-    store_tma = s.tma and ys.tma
+    split = s.splits > 1
+    shares = plan.scratch((s.splits, m, n), accumulator(x.dtype)) if split else None
+    store_tma = s.tma and ys.tma and not split
     precision = precision_in_kernel(precision, s.tma)
     tiles = s.tiles(m, n)
     plan.launch(
         kernels.forward,
-        (min(plan.arch.processors, tiles) if s.persistent else tiles,),
+        (min(plan.arch.processors, tiles) if s.persistent else tiles, s.splits),
         (
             xs.argument(s.tma, s.block_i, s.block_l, precision),
             ws.argument(s.tma, s.block_j, s.block_l, precision),
-            None if b is None else plan.contiguous(b),
-            ys.argument(store_tma, s.block_i, s.block_j),
-            m, n, k, xs.ld, ws.ld,
+            None if split else b,
+            ys.argument(store_tma, s.block_i, s.block_j) if shares is None else shares,
+            m, n, k, xs.ld, ws.ld, rows_per_split(k, s.splits, s.block_l),
         ),
         kernels.Product(
             BLOCK_M=s.block_i, BLOCK_N=s.block_j, BLOCK_K=s.block_l, GROUP=s.group, PRECISION=precision,
             TMA=s.tma, TMA_STORE=store_tma, X_TRANSPOSED=xs.transposed, W_TRANSPOSED=ws.transposed,
-            PREFETCH=prefetched(s, xs, ws), PERSISTENT=s.persistent, VEC=vec, VEC_STORE=ys.vec, ACT=activation,
-            PTX=plan.arch.backend != "hip",
+            PREFETCH=prefetched(s, xs, ws), PERSISTENT=s.persistent, VEC=vec,
+            VEC_STORE=ys.vec if shares is None else vector_length(shares.element_size(), n),
+            ACT=NONE if split else activation, PTX=plan.arch.backend != "hip", SPLIT=split,
         ),
         s,
     )  # fmt: skip
+    if shares is not None:
+        finish(plan, shares, b, y, activation)
+
+
+def finish(plan: Plan, shares: Buffer, b: Buffer | None, y: Buffer, activation: Activation) -> None:
+    """y = act(Σ shares + b)."""
+    (parts, m, n), vec = shares.shape, min(vector_length(t.element_size(), shares.shape[2]) for t in (shares, y))
+    s = plan.config(ReduceProblem(parts, m * n, plan.arch, vec=vec))
+    plan.launch(
+        kernels.output,
+        (cdiv(m * n, s.block),),
+        (shares, b, y, parts, m, n),
+        kernels.Output(s.block, s.block_parts, vec, activation, plan.arch.backend != "hip"),
+        s,
+        max_registers=register_limit(plan.arch),
+    )
 
 
 class LowerLayer(NamedTuple):
