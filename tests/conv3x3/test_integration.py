@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tribp
 from tribp.ops.activations import NONE, Activation, activation_of
+from tribp.versions import parse
 
 from ..torch_machinery.cases import CONV, Function, assert_same_gradients, images
 from .cases import WAYS, Case, last, one_pixel, sliced_last
@@ -101,6 +102,8 @@ def test_export(static: bool, device: str) -> None:
 @pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (1, 4)])
 def test_exported_sizes_are_as_free_as_torchs(stride: int, groups: int, named: bool, strict: bool) -> None:
     """No size of the images becomes tied to the channels, nor height to width."""
+    if strict and not named and parse(torch.__version__) < (2, 11):
+        pytest.skip("what torch 2.9 exports of its own Conv2d raises NameError")
     ranges = []
     for kind in (tribp.nn.Conv3x3, partial(torch.nn.Conv2d, kernel_size=3)):
         layer = kind(16, 16, stride=stride, padding=1, groups=groups)

@@ -60,8 +60,8 @@ def nan(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
 @pytest.mark.parametrize("act", [SIGMOID, Activation("relu"), NONE], ids=lambda act: str(act.name))
 @pytest.mark.parametrize("form", SPLIT_FORMS)
 def test_forward_of_parts(form: str, act: Activation, bias: str | None, kernels: str) -> None:
-    """Sums in parts, the last of them shorter than a step, then what adds them up, and bias and activation."""
-    k = K - 3 if form == "split prefetch" else K - 8
+    """Sums in parts, the last of them shorter, then what adds them up, and bias and activation."""
+    k = {"split": K - 8, "split tma": K, "split prefetch": K - 3}[form]
     dtype = turn(DTYPES, form, act.name, bias)
     x, w = matrix(M, k, dtype, kernels), matrix(N, k, dtype, kernels) / k**0.5
     b = matrix(1, N, dtype, kernels)[0] if bias else None
