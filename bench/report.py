@@ -48,7 +48,7 @@ def write(folder: Path) -> None:
     """The folder's page and, with matplotlib, its pictures: each operation's bars against the peers and roofline."""
     stored, file = load(folder), folder / "README.md"
     if file.exists() and MADE_BY not in file.read_text(encoding="utf-8"):
-        raise ValueError(f"{file} is somebody's, and no page of results")
+        raise ValueError(f"{file} was not written by `bench report`: move it, or give another folder")
     for entry in operation.find():
         if held := stored.get(entry.name):
             heading, ceilings = results.heading(held), (held["copy_bytes_per_second"], held["operations_per_second"])

@@ -57,10 +57,13 @@ def parsed(text: str, configs: dict[str, type[Any]]) -> Setting:
     """Raises ValueError, saying what there is, where no config of this kind has such a field, or such a value."""
     name, equals, literal = text.partition("=")
     kind, _, field = name.rpartition(".")
+    if not equals:
+        raise ValueError(f"--set takes FIELD=VALUE or KIND.FIELD=VALUE, got {text!r}")
     try:
-        value = ast.literal_eval(literal if equals else "")
+        value = ast.literal_eval(literal)
     except (SyntaxError, ValueError):
-        raise ValueError(f"--set takes FIELD=VALUE or KIND.FIELD=VALUE, got {text!r}") from None
+        kinds = "a number, True, False, None or a tuple"
+        raise ValueError(f"--set {text}: {field} must be {kinds}, got {literal!r}") from None
     if kind and kind not in configs:
         raise ValueError(f"--set {text}: there is no kind {kind!r}; there are {', '.join(sorted(configs))}")
     asked = [configs[kind]] if kind else list(configs.values())

@@ -5,7 +5,7 @@ each way to keep the numbers: the bytes a parameter (weight, gradient, moments),
 the model never saw. The ways differ by no more than the seeds do.
 
     python examples/eight_bit_states.py            # one seed, 30 steps
-    python examples/eight_bit_states.py 3 1000     # three seeds, 1,000 steps: several minutes on two cores
+    python examples/eight_bit_states.py 3 1000     # three seeds, 1,000 steps: a quarter of an hour on two cores
 """
 
 import pydoc_data.topics

@@ -224,10 +224,9 @@ def planted() -> list[str]:
 def test_planted_mistakes_are_seen(mistake: str, operation: Path) -> None:
     kernel = operation / "kernels" / "bias_relu.py"
     source = kernel.read_text()
-    _, before, after, _ = mistake.split("/")
     try:
-        assert source.count(before) == 1 or before == "first + rows_per_program, M"
-        kernel.write_text(source.replace(before, after))
+        subprocess.run(["sed", "-i", mistake, str(kernel)], check=True)
+        assert kernel.read_text() != source
         with pytest.raises(AssertionError, match=r"\d failed"):
             run(operation, "-m", "pytest", "-q", "tests/bias_relu")
     finally:
@@ -246,7 +245,7 @@ def test_an_optimizer(optimizer: Path) -> None:
 
 
 def mistakes() -> list[str]:
-    return re.findall(r"^sed -i 's/(.*?/.*?)/' kernels/optim_rules.py", (ROOT / "docs" / OPTIMIZER).read_text(), re.M)
+    return re.findall(r"^sed -i '(s/.*?/.*?/)' kernels/optim_rules.py", (ROOT / "docs" / OPTIMIZER).read_text(), re.M)
 
 
 @pytest.mark.parametrize("mistake", [pytest.param(m, marks=pytest.mark.slow if "lr" in m else ()) for m in mistakes()])
@@ -254,10 +253,9 @@ def test_mistakes_in_an_optimizer_are_seen(mistake: str, optimizer: Path) -> Non
     """By the kernel's tests, and by those alone."""
     kernels = optimizer / "kernels" / "optim_rules.py"
     source = kernels.read_text()
-    before, after = mistake.split("/")
     try:
-        assert source.count(before) == 1
-        kernels.write_text(source.replace(before, after))
+        subprocess.run(["sed", "-i", mistake, str(kernels)], check=True)
+        assert kernels.read_text() != source
         with pytest.raises(AssertionError, match=r"\d failed, \d passed"):
             run(optimizer, *commands(OPTIMIZER)[0])
     finally:

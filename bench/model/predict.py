@@ -23,8 +23,8 @@ Profiled = tuple[Compiled, Profile | None]  # no profile of what does not compil
 def selected(options: Options) -> Iterator[tuple[Arch, Operation, Any, str]]:
     """What to predict: every target, operation, case and direction."""
     for target in options.target or ["sm_90"]:
-        for operation in options.operations:
-            for case in options.cases_of(operation):
+        for operation, cases in options.cases_of_each():
+            for case in cases:
                 yield from ((ARCHS[target], operation, case, direction) for direction in directions(operation, case))
 
 

@@ -24,6 +24,7 @@ from bench.model.time import predict as predicted
 from bench.model.work import LaunchWork
 from bench.operation import Case, Operation, find
 from bench.optim import StepCase
+from bench.options import Options
 from bench.sass import parse_sass
 from tribp import versions
 from tribp.launch.arch import ARCHS
@@ -419,6 +420,11 @@ READ = {
     "relayout": ("src", "y"),
     "pack": ("first", "second"),
 }
+
+
+def test_a_case_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no such case; there are of linear: 4096x4096x4096"):
+        list(predict.selected(Options(operation=["linear"], case=["9x9"])))
 
 
 @pytest.mark.parametrize("case", [c for c in PRODUCTS if not getattr(c, "depthwise", False)], ids=lambda c: c.name)

@@ -237,7 +237,7 @@ def test_a_readme_of_somebody_stays(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "README.md").write_text("# My project\n")
     assert main(["report", str(tmp_path)]) == 2
     assert (tmp_path / "README.md").read_text() == "# My project\n"
-    assert "no page of results" in capsys.readouterr().err
+    assert "was not written by `bench report`" in capsys.readouterr().err
 
 
 def test_files_are_utf_8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,7 @@ QUICK: dict[str, Case] = {
     "linear, frozen weight": Linear((72, 136, 72), needs="xb", dy=expanded),
     "linear, split sum": Linear((1100, 40, 72), HALF, needs="wb"),
     "linear, y in parts": Linear((24, 18, 4200), needs="", processors=8),
+    "linear, y in parts, no bias": Linear((24, 17, 4200), HALF, needs="", bias=False, processors=8),
 }
 QUICK_ON_HOPPER: dict[str, Case] = {
     "linear, float64": Linear((72, 40, 56), DOUBLE),
