@@ -18,7 +18,7 @@ import tribp
 from tribp import dispatch
 from tribp.launch import plan as plans
 from tribp.launch.autotune import SearchResult, conditions, search
-from tribp.launch.matmul import basis
+from tribp.launch.configs import basis
 from tribp.launch.neighbors import neighbors
 
 from . import results

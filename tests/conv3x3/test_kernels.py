@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import tribp
 from tribp.launch.arch import ARCHS, cdiv
 from tribp.launch.buffer import Buffer
+from tribp.launch.configs import whole_splits
 from tribp.launch.launches import Launch
-from tribp.launch.matmul import whole_splits
 from tribp.launch.plan import Plan, launches_of
 from tribp.launch.reduce import reduce_partials
 from tribp.ops.activations import NONE, Activation

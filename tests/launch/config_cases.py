@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tribp.launch.arch import ITEMSIZE, Arch, precision_of
-from tribp.launch.matmul import ReduceProblem
+from tribp.launch.reduce_config import ReduceProblem
 from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, RelayoutProblem
 from tribp.ops.conv3x3.config_depthwise import DepthwiseProblem
 from tribp.ops.conv3x3.config_few_channels import FewChannelsDgradProblem, FewChannelsProblem

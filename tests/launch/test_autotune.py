@@ -18,9 +18,11 @@ from tribp.launch import plan as plans
 from tribp.launch.arch import ARCHS, INTERPRETER
 from tribp.launch.autotune import FILE, GAIN, Tuner, agrees, decode, load, search, store
 from tribp.launch.buffer import Buffer
+from tribp.launch.configs import basis
 from tribp.launch.launches import CachedLaunch, Launch
-from tribp.launch.matmul import MatmulConfig, ReduceProblem, basis
+from tribp.launch.matmul import MatmulConfig
 from tribp.launch.plan import Plan
+from tribp.launch.reduce_config import ReduceProblem
 from tribp.ops.activations import Activation
 from tribp.ops.linear import plan as linear_plan
 from tribp.ops.linear.config import ForwardProblem
@@ -205,7 +207,16 @@ def test_sources_are_those_of_kernels_heuristics_and_plans(monkeypatch: pytest.M
     monkeypatch.setattr(Path, "read_bytes", recorded)
     autotune.sources.cache_clear()
     autotune.sources()
-    assert {"linear.py", "matmul.py", "config.py", "common.py", "layout.py", "plan.py", "versions.py"} <= set(read)
+    assert {
+        "linear.py",
+        "matmul.py",
+        "tiles.py",
+        "config.py",
+        "common.py",
+        "layout.py",
+        "plan.py",
+        "versions.py",
+    } <= set(read)
 
 
 # -- what is stored

@@ -17,9 +17,11 @@ from tribp import versions
 from tribp.launch import plan as plans
 from tribp.launch.arch import ARCHS, INTERPRETER, ITEMSIZE, Arch, cdiv
 from tribp.launch.buffer import layout_of
-from tribp.launch.matmul import WORKSPACE, MatmulConfig, ReduceProblem, basis
+from tribp.launch.configs import WORKSPACE, basis
+from tribp.launch.matmul import MatmulConfig
 from tribp.launch.neighbors import neighbors
 from tribp.launch.optim import MultiTensorProblem
+from tribp.launch.reduce_config import ReduceProblem
 from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, RelayoutProblem
 from tribp.ops.conv3x3.config_depthwise import DepthwiseProblem
 from tribp.ops.conv3x3.config_few_channels import FewChannelsDgradProblem, FewChannelsProblem

@@ -6,8 +6,8 @@ import pytest
 
 from tribp import versions
 from tribp.launch.arch import ARCHS, Arch
-from tribp.launch.matmul import fills_gpu
 from tribp.launch.optim import MultiTensorProblem
+from tribp.launch.tiles import fills_gpu
 from tribp.ops.conv3x3.config import ConvProblem
 from tribp.ops.linear.config import DgradProblem, ForwardProblem, WgradProblem
 

@@ -11,8 +11,9 @@ import pytest
 
 from tribp import versions
 from tribp.launch.arch import ARCHS
-from tribp.launch.matmul import MatmulConfig, candidates, needs_registers
+from tribp.launch.matmul import MatmulConfig, needs_registers
 from tribp.launch.neighbors import neighbors
+from tribp.launch.tiles import candidates
 from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem
 from tribp.ops.conv3x3.config_few_channels import FewChannelsProblem
 from tribp.ops.linear.config import ForwardProblem
@@ -29,7 +30,7 @@ from bench import conv3x3 as conv
 from bench import linear
 from bench.compile import source_of, target_of
 from bench.conv3x3 import ConvCase
-from tribp.launch.matmul import ARCHS
+from tribp.launch.arch import ARCHS
 import triton
 
 arch = ARCHS["sm_90"]

@@ -17,8 +17,9 @@ from tribp import dispatch
 from tribp.kernels import common
 from tribp.launch.arch import ARCHS, cdiv
 from tribp.launch.buffer import Buffer, layout_of
+from tribp.launch.configs import WORKSPACE
 from tribp.launch.layout import operand
-from tribp.launch.matmul import WORKSPACE, MatmulConfig
+from tribp.launch.matmul import MatmulConfig
 from tribp.launch.plan import Plan
 from tribp.launch.reduce import Partials, reduce_partials
 from tribp.ops.activations import NONE, Activation, activate, gradient

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .arch import Arch, power_of_2
-from .matmul import REASON_INTERPRETED, legal_threads, register_limit
+from .configs import REASON_INTERPRETED, legal_threads, register_limit
 from .neighbors import Steps, by_two
 
 SMALL_STEP = 1 << 22  # elements of float32, up to which blocks of 512 were the faster ones

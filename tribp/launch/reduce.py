@@ -9,10 +9,11 @@ import torch
 from ..kernels import common
 from .arch import cdiv, power_of_2
 from .buffer import Buffer
+from .configs import register_limit
 from .launches import Launch, in_tuple
 from .layout import accumulator, vector_length
-from .matmul import APPENDED_PARTS, ReduceConfig, ReduceProblem, appended_sums, register_limit
 from .plan import Plan
+from .reduce_config import APPENDED_PARTS, ReduceConfig, ReduceProblem, appended_sums
 
 # Turns of a loop. By the model: 512 parts, 8 at once, take 42 µs behind another kernel; 64 at once, 7 in a launch of
 # their own.

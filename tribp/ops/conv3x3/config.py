@@ -1,6 +1,6 @@
 """Configs of the convolution's kernels, and the heuristics that choose them, each with its reason.
 
-`tribp.launch.matmul` says what a reason begins with, `tribp.launch.neighbors` what the parts of a problem are for.
+`tribp.launch.configs` says what a reason begins with, `tribp.launch.neighbors` what the parts of a problem are for.
 """
 
 from collections.abc import Iterator
@@ -11,29 +11,28 @@ from typing import NamedTuple
 
 from ... import versions
 from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
-from ...launch.matmul import (
+from ...launch.configs import (
     MAX_TILE,
     REASON_INTERPRETED,
+    WORKSPACE,
+    fit_block,
+    legal_threads,
+    register_limit,
+    registers,
+    whole_splits,
+)
+from ...launch.matmul import (
     RESULT_REGISTERS,
     STEPS,
-    WORKSPACE,
     MatmulConfig,
     adjusted_product,
     by_mma_sync,
-    candidates,
-    fit_block,
-    fit_tile,
-    legal_threads,
     needs_registers,
-    pick_tile,
-    register_limit,
-    registers,
-    set_stages,
     stages_in_memory,
     stages_that_fit,
-    whole_splits,
 )
 from ...launch.neighbors import Steps, all_registers, by_two, toggled
+from ...launch.tiles import candidates, fit_tile, pick_tile, set_stages
 
 BoxSize = tuple[int, int, int]
 

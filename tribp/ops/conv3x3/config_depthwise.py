@@ -5,7 +5,7 @@ from math import prod
 from typing import NamedTuple
 
 from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
-from ...launch.matmul import MAX_TILE, REASON_INTERPRETED, legal_threads, register_limit, whole_splits
+from ...launch.configs import MAX_TILE, REASON_INTERPRETED, legal_threads, register_limit, whole_splits
 from ...launch.neighbors import Steps, all_registers, by_two
 from .config import ConvConfig, adjusted_splits, beside, choose_box, legal_splits, with_rows
 

@@ -6,17 +6,16 @@ from typing import NamedTuple
 
 from ... import versions
 from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
-from ...launch.matmul import (
+from ...launch.configs import (
     MAX_TILE,
     REASON_INTERPRETED,
-    RESULT_REGISTERS,
     fit_block,
     legal_threads,
     register_limit,
     registers,
-    stages_in_memory,
     whole_splits,
 )
+from ...launch.matmul import RESULT_REGISTERS, stages_in_memory
 from ...launch.neighbors import Steps, all_registers, by_one, by_two, differs_by_steps
 from .config import ConvConfig, adjusted_splits, beside, choose_box, legal_splits, sparing, with_rows
 

@@ -1,36 +1,40 @@
 """Configs of the linear layer's kernels, a problem for each.
 
-Each problem chooses by the heuristics of `tribp.launch.matmul`; `tribp.launch.neighbors` says what its parts are for.
+Each problem chooses by the heuristics of `tribp.launch.tiles`; `tribp.launch.neighbors` says what its parts are for.
 """
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ...launch.arch import ITEMSIZE, Arch, cdiv
-from ...launch.matmul import (
+from ...launch.configs import (
     REASON_INTERPRETED,
-    STEPS,
     WORKSPACE,
+    fit_block,
+    legal_threads,
+    register_limit,
+    rows_per_split,
+    whole_splits,
+)
+from ...launch.matmul import (
+    STEPS,
     MatmulConfig,
     adjusted_product,
+    feeds_wgmma,
+    legal_product,
+    needs_registers,
+    stages_that_fit,
+)
+from ...launch.neighbors import Steps, by_one, by_two, differs_by_steps, toggled
+from ...launch.tiles import (
     candidates,
     choose_product,
     counts_by_wgmma,
-    feeds_wgmma,
     fills_gpu,
-    fit_block,
     fit_tile,
-    legal_product,
-    legal_threads,
-    needs_registers,
     prefer_tall_tiles,
-    register_limit,
-    rows_per_split,
-    stages_that_fit,
     step_cost,
-    whole_splits,
 )
-from ...launch.neighbors import Steps, by_one, by_two, differs_by_steps, toggled
 
 
 @dataclass(frozen=True)

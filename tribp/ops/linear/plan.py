@@ -15,10 +15,12 @@ from ...dispatch import dtype_name
 from ...kernels import linear as kernels
 from ...launch.arch import cdiv, precision_of
 from ...launch.buffer import Buffer
+from ...launch.configs import register_limit, rows_per_split
 from ...launch.layout import Operand, accumulator, matrix, operand, precision_in_kernel, vector_length
-from ...launch.matmul import MatmulConfig, ReduceProblem, register_limit, rows_per_split
+from ...launch.matmul import MatmulConfig
 from ...launch.plan import Plan
 from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
+from ...launch.reduce_config import ReduceProblem
 from ..activations import NONE, Activation, as_stored
 from ..checks import check_dtypes, matrices_fit, saved_fit
 from ..shared import Needs

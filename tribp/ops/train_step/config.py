@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...launch.arch import ITEMSIZE, Arch, cdiv
-from ...launch.matmul import register_limit
+from ...launch.configs import register_limit
 
 MAX_OUTPUTS = 256  # outputs of a layer, which are one tile beside 16 rows; of float64 half as many
 MAX_LAYERS = 8  # layers: the code is as long
