@@ -24,9 +24,9 @@ SQUARE, SQUARISH, TALL = (4096, 4096, 4096), (8192, 1024, 1024), (65536, 256, 78
 TINY, ODD = (64, 10, 128), (1000, 77, 333)
 WIDER, DIGITS = (65536, 1024, 256), (512, 128, 784)
 SHAPES: list[tuple[int, ...]] = [SQUARE, TALL, SQUARISH, WIDER, DIGITS, TINY, ODD]
-# Few tiles, long sums: a transformer's feed-forward layer of 512 and 2,048 tokens, the first of VGG-16's classifier,
-# and one of a small network for digits.
-MIDDLE = [(512, 768, 3072), (2048, 768, 3072), (64, 4096, 25088), (64, 128, 9216)]
+# Few tiles, long sums: a transformer's feed-forward layer of 512 and 2,048 tokens, the first of VGG-16's classifier, a
+# language model's head for 256 tokens (its dx in parts), and a layer of a small network for digits (its y in parts).
+MIDDLE = [(512, 768, 3072), (2048, 768, 3072), (64, 4096, 25088), (256, 32000, 512), (64, 128, 9216)]
 SMALL = {DIGITS, TINY, ODD}  # under 10 µs of work: a launch costs as much
 PRECISIONS = [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True), (torch.float16, False)]
 
@@ -123,7 +123,8 @@ def compiled(everything: bool) -> Iterator[tuple[LinearCase, Sequence[str]]]:
             bias_only = ["bias only"] if everything or (main and shape == SQUARE) else []
             yield LinearCase(shape, dtype, tf32), [*(APART if everything else directions), *bias_only]
         if main and not everything:
-            yield LinearCase(MIDDLE[-1], dtype, tf32), ("forward",)  # of which the sum is in parts
+            yield LinearCase(MIDDLE[-2], dtype, tf32), ("dgrad only",)
+            yield LinearCase(MIDDLE[-1], dtype, tf32), ("forward",)
         if everything or main:
             for side in "xw":
                 yield LinearCase(SQUARISH, dtype, tf32, transposed=side), ("forward", "backward")

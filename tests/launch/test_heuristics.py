@@ -155,11 +155,25 @@ def test_splits_leave_no_round_of_programs_half_empty(m: int, n: int, k: int, sp
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k", "splits"), [(64, 128, 9216, 9), (8, 10, 100_000, 92), (64, 4096, 25088, 1), (64, 128, 1024, 1)]
+    ("m", "n", "k", "tile", "splits"),
+    [
+        (64, 128, 9216, (32, 32), 16),
+        (8, 10, 100_000, (16, 16), 131),
+        (64, 4096, 25088, (64, 128), 4),
+        (256, 512, 32000, (128, 128), 16),  # by 128 programs of 32×32 it would read four times as much
+        (64, 1024, 21841, (64, 128), 16),
+        (64, 128, 1024, (32, 32), 1),  # a second launch would take as long
+        (256, 1000, 2048, (64, 64), 1),
+    ],
 )
-def test_long_sums_of_few_tiles_are_split(m: int, n: int, k: int, splits: int) -> None:
-    """Where four parts and more have 16 steps each, and a processor: 8 tiles of 144 steps; 1 of 1,563."""
-    assert ForwardProblem(m, n, k, "bfloat16", "ieee", H100, vec=8, tma=True).choose().splits == splits
+def test_long_sums_of_few_tiles_are_split(m: int, n: int, k: int, tile: tuple[int, int], splits: int) -> None:
+    """So that there is a program a processor, of the largest tile that allows it; for dx as for y."""
+    facts: dict[str, Any] = dict(vec=8 if k % 8 == 0 else 1, tma=k % 8 == 0)
+    chosen = ForwardProblem(m, n, k, "bfloat16", "ieee", H100, **facts).choose()
+    assert (chosen.block_i, chosen.block_j, chosen.splits) == (*tile, splits)
+    assert chosen.splits * chosen.tiles(m, n) <= H100.processors
+    dgrad = DgradProblem(m, k, n, "bfloat16", "ieee", H100, **facts, may_fuse=True)
+    assert dgrad.is_split == (splits > 1)
 
 
 def tile_of(n: int, side: int, arch: Arch = H100, dtype: str = "bfloat16", **more: Any) -> tuple[int, int, int]:

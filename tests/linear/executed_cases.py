@@ -93,6 +93,7 @@ QUICK: dict[str, Case] = {
     "linear, split sum": Linear((1100, 40, 72), HALF, needs="wb"),
     "linear, y in parts": Linear((24, 18, 4200), needs="", processors=8),
     "linear, y in parts, no bias": Linear((24, 17, 4200), HALF, needs="", bias=False, processors=8),
+    "linear, dx in parts": Linear((24, 4200, 18), needs="x", activation=None, processors=8),
 }
 QUICK_ON_HOPPER: dict[str, Case] = {
     "linear, float64": Linear((72, 40, 56), DOUBLE),
@@ -114,6 +115,8 @@ QUICK_ON_HOPPER: dict[str, Case] = {
 
 DTYPES = (HALF, BRAIN, SINGLE, DOUBLE)
 SLOW: dict[str, Case] = {
+    "linear, large y in parts": Linear((120, 120, 8200), needs="", processors=8),
+    "linear, large dx in parts": Linear((120, 8200, 120), HALF, needs="x", activation=None, processors=8),
     "linear, tf32 columns": Linear((72, 136, 72), SINGLE, lies.transposed, lies.transposed, tf32=True),
     "linear, odd pitch, wide tiles": Linear((136, 137, 97), HALF),
     "linear, no activation, db alone": Linear((70, 40, 72), HALF, needs="b", activation=None),

@@ -216,6 +216,43 @@ def test_one_pass(
     assert_close(sum_before, before.double().sum(0).cpu(), scale=before.double().norm(dim=0).cpu())
 
 
+@pytest.mark.parametrize("dw", [False, True])
+@pytest.mark.parametrize("act", [None, "sigmoid"])
+@pytest.mark.parametrize("lower", [None, "none", "elu"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_dx_of_parts(transposed: bool, lower: str | None, act: str | None, dw: bool, kernels: str) -> None:
+    """Of many outputs and few tiles: as `forward` forms a long sum. The layer below takes a pass of its own."""
+    m, n, k, dtype = 7, 4105 if transposed else 4104, 24, turn(DTYPES, transposed, lower, act, dw)
+    below = Activation(None if lower == "none" else lower)
+    x, w, dy = matrix(m, k, dtype, kernels), matrix(n, k, dtype, kernels, transposed), matrix(m, n, dtype, kernels)
+    y = torch.sigmoid(matrix(m, n, torch.float32, kernels)).to(dtype)
+    outputs = [nan(*shape, dtype=dtype, device=kernels) for shape in ((m, k), (n, k), (n,), (k,), (9,))]
+    before = torch.randn(4, 9, device=kernels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def build(plan: Plan, *tensors: Buffer | None) -> None:
+        *layer, lower_db, before, sum_before = tensors
+        layer_below = ops.LowerLayer(cast(Buffer, layer[1]), below, lower_db) if lower else None
+        facts: dict[str, Any] = dict(activation=Activation(act), tf32=False, pending=(Partials(before, sum_before),))
+        whole_backward(plan, *layer, lower=layer_below, **facts)
+
+    dx, grad, db, lower_db, sum_before = outputs
+    tensors = (dy, x, w, y if act else None, dx, grad if dw else None, db, lower_db, before, sum_before)
+    names = [launch.kernel.__name__ for launch in run(build, tensors)]
+    assert "forward" in names
+    assert "dgrad" not in names
+    dz = gradient(dy.double(), y.double(), Activation(act)) if act else dy.double()
+    stored = dz.to(dtype).double()
+    product = stored @ w.double()
+    exact = gradient(product.to(dtype).double() if lower else product, x.double(), below) if lower else product
+    assert_close(dx, exact.cpu())
+    assert_close(db, dz.sum(0).cpu(), scale=dz.norm(dim=0).cpu())
+    if dw:
+        assert_close(grad, (stored.t() @ x.double()).cpu())
+    if lower:
+        assert_close(lower_db, exact.sum(0).cpu(), scale=exact.norm(dim=0).cpu())
+    assert_close(sum_before, before.double().sum(0).cpu(), scale=before.double().norm(dim=0).cpu())
+
+
 def test_one_pass_of_rows_that_do_not_exist(kernels: str) -> None:
     """In a tile that ends behind the last row, 0·∞ of such a weight is no part of the sum."""
     x, w, dy = torch.rand(5, 16, device=kernels), torch.full((8, 16), torch.inf, device=kernels), torch.rand(5, 8)

@@ -110,6 +110,7 @@ QUICK_ON_HOPPER: dict[str, Case] = {
     "mlp, three layers": MLP((40, 72, 64, 24), 136, HALF, "tanh", "sigmoid", input=True),
 }
 SLOW: dict[str, Case] = {
+    "mlp, dz of parts": MLP((16, 24, 4200), 9, activation="tanh", processors=8),
     "train, float32, odd": Train((77, 45, 7), 19, "binary_cross_entropy", "batchmean", SINGLE, "tanh", "sigmoid"),
     "mlp, bf16": MLP((72, 136, 10), 300),
     "train, bf16, three layers": Train((40, 72, 24, 10), 37),

@@ -117,13 +117,15 @@ def reduce_partials(plan: Plan, *results: Partials) -> None:
 
 
 def append_sums(plan: Plan, *results: Partials) -> Sequence[Partials]:
-    """Let the last launch, of a kernel with an argument `sums`, add up what `reduce_partials` would, behind its own.
+    """Let the last launch, if its kernel has an argument `sums`, add up what `reduce_partials` would, behind its own.
 
     Two results at most, of few parts. Returns those that are left.
     """
     step = len(plan.steps) - 1
     launch = plan.steps[step]
     assert isinstance(launch, Launch)
+    if "sums" not in launch.kernel.arg_names:
+        return results
     constants: Any = launch.constants["CONFIG"]
     if getattr(constants, "PREFETCH", False):
         # Compiled: with a way past its loop ptxas gives that kernel 255 registers in place of 168, and spills on sm_80.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .arch import ITEMSIZE, Arch, cdiv
-from .configs import REASON_INTERPRETED, fit_block
+from .configs import REASON_INTERPRETED, fit_block, rows_per_split, whole_splits
 from .matmul import M, MatmulConfig, MatmulProblem, by_mma_sync, feeds_wgmma, needs_registers, stages_that_fit
 
 # Sums up to which a tile's end takes so long that another program on the processor should hide it. Measured on an H200,
@@ -173,6 +173,50 @@ def step_cost(tile: MatmulConfig, arch: Arch, programs: int) -> float:
     """
     read = programs * (tile.block_i + tile.block_j) / arch.processors
     return read + cdiv(programs, arch.processors) * tile.block_i * tile.block_j / 74
+
+
+def sum_cost(tile: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: int) -> float:
+    """What an i × j result summed over l takes, in the parts that `tile.splits` says, in the unit of `step_cost`.
+
+    Derived: float32 partial results are written and read, four numbers. By the model a launch more takes 3 µs, 100,000
+    numbers for each processor, and a program's step at least 0.12 µs: twice that where loads are prefetched by hand,
+    three times where operands are split into halves.
+    """
+    least = 4_100 * (3 if problem.precision == "tf32x3" else 2 if tile.prefetch else 1)
+    step = max(step_cost(tile, problem.arch, tile.splits * tile.tiles(i, j)), least / tile.block_l)
+    partials = 4 * tile.splits * i * j / problem.arch.processors + 100_000 if tile.splits > 1 else 0
+    return rows_per_split(l, tile.splits, tile.block_l) * step + partials
+
+
+def can_be_part(tile: MatmulConfig, problem: MatmulProblem) -> bool:
+    """Whether sums in parts of this tile do not spill.
+
+    Compiled: 8 bytes on sm_90 in tf32x3, of 16×128 whose columns pointers load.
+    """
+    return tile.tma or tile.block_j <= 64 or problem.precision != "tf32x3"
+
+
+def split_sum(whole: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: int, most: int) -> MatmulConfig:
+    """`whole`, or for a long sum and few tiles a config with the sum in up to `most` parts, where that takes less.
+
+    A program a processor: larger tiles in more parts read less. Sums of under 512 do little but start. By the model it
+    must be a tenth less; before Hopper nearly half, for there small tiles take less than `step_cost` says.
+    """
+    arch, configs = problem.arch, [whole]
+    for tile in candidates(problem, l):
+        # By the model pointers take two warps, of TF32, 2 µs a step for a tile of 64×64, and half a µs for 32×32.
+        is_slow = tile.num_warps < 4 and not tile.tma
+        if is_slow or tile.block_i * tile.block_j > 128 * 128 or not can_be_part(tile, problem):
+            continue
+        tile = fit_tile(tile, problem, i, j, l)
+        splits = min(arch.processors // tile.tiles(i, j), l // 512, most)
+        if splits > 1:
+            reason = f"{tile.reason}; in parts: a long sum for few tiles"
+            configs.append(replace(tile, splits=whole_splits(l, splits, tile.block_l), reason=reason))
+    costs = [sum_cost(config, problem, i, j, l) for config in configs]
+    chosen = configs[costs.index(min(costs))]
+    pays = min(costs) < (0.9 if arch.has_tma else 0.55) * costs[0]
+    return set_stages(chosen, problem, chosen.splits * chosen.tiles(i, j)) if pays else whole
 
 
 def takes_three_a_processor(config: MatmulConfig, problem: MatmulProblem, programs: int) -> bool:

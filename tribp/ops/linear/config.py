@@ -13,7 +13,6 @@ from ...launch.configs import (
     fit_block,
     legal_threads,
     register_limit,
-    rows_per_split,
     whole_splits,
 )
 from ...launch.matmul import (
@@ -27,13 +26,15 @@ from ...launch.matmul import (
 )
 from ...launch.neighbors import Steps, by_one, by_two, differs_by_steps, toggled
 from ...launch.tiles import (
+    can_be_part,
     candidates,
     choose_product,
     counts_by_wgmma,
     fills_gpu,
     fit_tile,
     prefer_tall_tiles,
-    step_cost,
+    split_sum,
+    sum_cost,
 )
 
 
@@ -82,11 +83,9 @@ class ForwardProblem(NamedTuple):
     def choose(self) -> MatmulConfig:
         m, n, k, dtype, arch = self.m, self.n, self.k, self.dtype, self.arch
         chosen = choose_product(self, m, n, k)
-        # By the model a step takes a lone program 0.12 µs, and the launch that adds up the parts 2.5: 16 steps a part.
-        parts = min(arch.processors // chosen.tiles(m, n), k // (16 * chosen.block_l), self.most_splits)
-        if parts > 3:
-            reason = chosen.reason + "; splits: few programs of many steps"
-            return replace(chosen, splits=whole_splits(k, parts, chosen.block_l), reason=reason)
+        chosen = split_sum(chosen, self, m, n, k, self.most_splits)
+        if chosen.splits > 1:
+            return chosen
         if self.costly and not has_room(chosen, arch):
             chosen = self.adjusted(replace(chosen, block_j=chosen.block_j // 2))
         if chosen.tma and chosen.block_i * chosen.block_j > 128 * 128 and chosen.tiles(m, n) > 2 * arch.processors:
@@ -113,7 +112,8 @@ class ForwardProblem(NamedTuple):
     def is_legal(self, config: MatmulConfig) -> bool:
         output = config.block_i * config.block_j if config.persistent else 0
         plain = config.splits <= self.most_splits and not config.fuse_dz and config.persistent <= config.tma
-        plain = plain and not (config.persistent and config.splits > 1)
+        if config.splits > 1:
+            plain = plain and not config.persistent and can_be_part(config, self)
         plain = plain and (has_room(config, self.arch) or not self.costly)
         return plain and legal_product(config, self, self.m, self.n, self.k, output=output)
 
@@ -132,6 +132,11 @@ class DgradProblem(NamedTuple):
     may_fuse: bool  # nobody else needs dz, so it may be formed on the way in
     along: bool = False
     for_lower: bool = False  # dx becomes the dz of the layer below, whose output is read, too
+
+    @property
+    def is_split(self) -> bool:
+        """Whether it should be left to `forward`, as dz times wᵀ turned: that splits long sums for few tiles."""
+        return ForwardProblem(self.m, self.k, self.n, *self[3:8], along=self.along).choose().splits > 1
 
     def steps(self) -> Steps:
         return {**STEPS, "fuse_dz": toggled}
@@ -227,18 +232,10 @@ class WgradProblem(NamedTuple):
         splits = max(1, min(resident // chosen.tiles(n, k), most_splits(chosen)))
         if area >= 128 * 128 and counts_by_wgmma(self, tiles):
             most = min(4 * arch.processors // chosen.tiles(n, k), most_splits(chosen))
-            splits = min(range(1, max(most, 1) + 1), key=lambda splits: self._cost(chosen, splits))
+            # By the model 8192×768×3072, of 72 tiles, takes 103 µs whole, and 78 in three parts.
+            possible = range(1, max(most, 1) + 1)
+            splits = min(possible, key=lambda splits: sum_cost(replace(chosen, splits=splits), self, n, k, m))
         return replace(chosen, splits=whole_splits(m, splits, chosen.block_l))
-
-    def _cost(self, tile: MatmulConfig, splits: int) -> float:
-        """What so many splits take, in the unit of `step_cost`.
-
-        Derived: a launch more takes 2 µs, 70,000 numbers for each processor; float32 is written and read, four numbers.
-        By the model 8192×768×3072, of 72 tiles, takes 103 µs whole, and 78 in three parts.
-        """
-        steps = rows_per_split(self.m, splits, tile.block_l)
-        partials = 4 * splits * self.n * self.k / self.arch.processors + 70_000 if splits > 1 else 0
-        return steps * step_cost(tile, self.arch, splits * tile.tiles(self.n, self.k)) + partials
 
     def adjusted(self, config: MatmulConfig) -> MatmulConfig:
         config = adjusted_fusion(config, self)

@@ -205,7 +205,7 @@ def backward_layer(
     if dx is None:
         return (shares, dz.sums, *pending)
     assert ws is not None
-    lower_sums = form_dx(plan, dz, ws, dx, precision, lower)
+    lower_sums = form_dx(plan, dz, ws, dx, precision, lower, tf32=tf32)
     return (*append_sums(plan, shares, dz.sums, *pending), lower_sums)
 
 
@@ -262,26 +262,32 @@ def form_dw(plan: Plan, dz: OutputGradient, x: Operand, dw: Buffer, precision: s
 
 
 def form_dx(
-    plan: Plan, dz: OutputGradient, w: Operand, dx: Buffer, precision: str, lower: LowerLayer | None
-) -> Partials:
+    plan: Plan, dz: OutputGradient, w: Operand, dx: Buffer, precision: str, lower: LowerLayer | None, *, tf32: bool
+) -> Partials:  # fmt: skip
     """dx, or with `lower` that layer's dz. Returns the sums that the lower layer's db is of."""
     (m, n), dtype, k = dz.dy.tensor.shape, dx.dtype, w.tensor.shape[1]
 
-    def config(source: Operand, y: Operand | None) -> MatmulConfig:
+    def problem(source: Operand, y: Operand | None) -> DgradProblem:
         """With `y`, which allows the fused form, `source` is dy."""
         read = [t for t in (source, w, y) if t is not None]
-        return plan.config(
-            DgradProblem(
-                m, n, k, dtype_name(dtype), precision, plan.arch, vec=min(t.vec for t in read),
-                tma=all(t.tma for t in read), may_fuse=y is not None, along=w.transposed, for_lower=lower is not None,
-            )
+        return DgradProblem(
+            m, n, k, dtype_name(dtype), precision, plan.arch, vec=min(t.vec for t in read),
+            tma=all(t.tma for t in read), may_fuse=y is not None, along=w.transposed, for_lower=lower is not None,
         )  # fmt: skip
 
     source, y = dz.dy, dz.y
-    s = config(source, y) if dz.fusable and dz.db is None else None
+    if problem(dz.dz or source, None).is_split:
+        product = dx if lower is None else plan.scratch((m, k), dtype)
+        turned = w.tensor.viewed((k, n), w.tensor.stride()[::-1])
+        forward_layer(plan, dz.formed().tensor, turned, None, product, activation=NONE, tf32=tf32)
+        if lower is None:
+            return Partials()
+        lower_y = lower.y if lower.activation.name else None
+        return sum_rows(plan, product, lower_y, as_stored(lower.activation, dtype), dx, lower.db)
+    s = plan.config(problem(source, y)) if dz.fusable and dz.db is None else None
     if s is None or not s.fuse_dz:
         source, y = dz.formed(), None
-        s = config(source, None)
+        s = plan.config(problem(source, None))
     sums = Partials()
     if lower is not None:
         sums = Partials(partials_of(plan, lower.db, cdiv(m, s.block_i), accumulator(dtype)), lower.db)
