@@ -40,8 +40,8 @@ _backend = _checked(os.environ.get("TRIBP_BACKEND") or "auto", "TRIBP_BACKEND")
 def use_backend(name: str) -> Iterator[None]:
     """Within the `with` block, run every tribp operation on backend `name`: "auto", "triton" or "torch".
 
-    Like torch's own backend flags it holds for the whole process, not for a thread. A backward pass uses the backend
-    its forward pass used. Within a compiled function it breaks the graph. Raises ValueError for another name.
+    Like torch's own backend flags it applies to the whole process, not to one thread. A backward pass uses the backend
+    that its forward pass used. Within a compiled function it breaks the graph. Raises ValueError for another name.
     """
     global _backend
     if dynamo_compiling():  # a graph runs when the block, which would be traced away, is over

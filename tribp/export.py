@@ -17,8 +17,8 @@ from .ops.shared import NAMESPACE
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """torch's operations for each of tribp's operators: a table for `torch.export.ExportedProgram.run_decompositions`.
 
-    The program then runs, and is exported further, where tribp is not installed. It is not in torch's own table of
-    decompositions: with one there, `torch.compile` refuses to call an operator where the variable CI is set.
+    The program then runs, and can be exported further, where tribp is not installed. These are not in torch's own table
+    of decompositions: then `torch.compile` would refuse to call the operators where the variable CI is set.
     """
     operators = getattr(torch.ops, NAMESPACE)
     return {

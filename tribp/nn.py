@@ -144,7 +144,7 @@ def is_watched(module: nn.Module) -> bool:
 
 
 class MLP(nn.Module):
-    """Linear layers with activations, whose backward pass crosses them: `tribp.mlp`.
+    """Linear layers with activations, whose backward pass is fused across the layers: `tribp.mlp`.
 
     The state_dict is that of the `nn.Sequential(nn.Linear, activation, nn.Linear, …)` it stands for: weight and bias of
     layer l are `2l.weight` and `2l.bias`. Their initialization and the random numbers it draws are `nn.Linear`'s, in

@@ -1,4 +1,4 @@
-"""A training step as one call: forward, loss, backward, update. A small perceptron's takes few launches."""
+"""A training step as one call: forward, loss, backward, update; for a small perceptron in a few kernel launches."""
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
@@ -52,24 +52,25 @@ def train_step(
             loss = step(input, target)
 
     It computes what `optimizer.zero_grad(); loss(model(input), target).backward(); optimizer.step()` computes, to
-    rounding. Where Triton's kernels run and the model is a small perceptron, forward and backward are two launches, or
-    three with a large first layer, and the update is the optimizer's one. Gradients are there afterwards, written into
-    the tensors of the step before.
+    rounding. Where Triton's kernels run and the model is a small perceptron, forward and backward take two launches, or
+    three with a large first layer, and the update takes the optimizer's one. Otherwise the step is done the ordinary
+    way, by the model, autograd and the optimizer; the attribute `reason` of what is returned says why. Gradients are in
+    `.grad` afterwards; the kernels write them into the tensors of the step before.
 
     Args:
-        model: for those launches an `MLP`, or an `nn.Sequential` of linear layers (torch's, tribp's) and activations
+        model: for the kernels an `MLP`, or an `nn.Sequential` of linear layers (torch's, tribp's) and activations
             that `tribp.linear` knows: up to 8 layers of up to 256 outputs (of float64 128), weights above the first
-            layer of up to 1 MiB, on batches of up to 1,024 rows. Any other takes the ordinary way.
+            layer of up to 1 MiB, on batches of up to 1,024 rows. Any other is trained the ordinary way.
         optimizer: torch's or tribp's; its hooks and schedulers work.
         loss: "mse_loss", "cross_entropy" (of classes, int64 `(N,)`) or "binary_cross_entropy" (of outputs between 0 and
             1), with torch's values, or torch's module or function of these three; or "half_squared_error", which is
-            ½ (output − target)², averaged over all elements unless `reduction` says otherwise. For any other function
-            of output and target the model takes the ordinary way.
+            ½ (output − target)², averaged over all elements unless `reduction` says otherwise. With any other function
+            of output and target the model is trained the ordinary way.
         reduction: of a loss that is a name: "mean" (the default) of all elements (of cross_entropy: of rows whose
             target is not −100), their "sum", or "batchmean", the sum by the number of rows (cross_entropy: the mean).
-        cuda_graph: whether the launches, the update's among them, become a CUDA graph where a step is like the one
-            before, and are replayed until something moves or an option changes. An `lr` that is to change at every step
-            must be a tensor on the device. Gradients are then the same tensors in every step.
+        cuda_graph: whether to capture the launches, the update's included, in a CUDA graph when a step has the tensors
+            and options of the one before, and to replay it until an address or an option changes. An `lr` that changes
+            at every step must be a tensor on the device. Gradients are then the same tensors in every step.
 
     Raises:
         TypeError: model is no module, optimizer no optimizer, loss neither a name nor a function.
@@ -127,7 +128,7 @@ class CheckedCall:
 
 
 class TrainStep:
-    """What `train_step` returns. `reason` says why the last call took the ordinary way; None if it did not."""
+    """What `train_step` returns. `reason` says why the last call did not use the kernels of a step; None if it did."""
 
     reason: str | None = "no call was made"
 
@@ -166,7 +167,7 @@ class TrainStep:
 
     def __call__(self, input: Tensor, target: Tensor) -> Tensor:
         named = _known_loss(self.loss, self.reduction)
-        layers = self._layers(input, target, named[0]) if named else "the loss is a function"
+        layers = self._layers(input, target, named[0]) if named else "the kernels do not compute this loss function"
         self.reason = layers if isinstance(layers, str) else None
         if isinstance(layers, str) or named is None:
             return self._ordinary(input, target)
@@ -214,15 +215,15 @@ class TrainStep:
         if any(not isinstance(t, Tensor) for t in (input, target)):
             return "input and target must be tensors"
         if dispatch.needs_operator() or dispatch.kernels_cannot_read(input, target):
-            return "something looks on that does not see kernels"
+            return "kernels do not run under torch.compile, modes and transforms, or on such tensors"
         if torch.is_anomaly_enabled() or _function_mode():
-            return "anomalies are looked for, or a mode looks on at torch's functions"
+            return "anomaly detection is on, or a mode for torch's functions (TorchFunctionMode) is active"
         if dispatch.backend_of(input) != "triton":
             return "Triton's kernels do not run here"
         if dispatch.autocasting(input.device.type):
             return "autocast is on"
         if not torch.is_grad_enabled() or input.requires_grad or target.requires_grad:
-            return "gradients are off, or wanted of the input or target"
+            return "gradients are disabled, or the input or target requires one"
         layers = self._perceptron.layers(self.model)
         if isinstance(layers, str):
             self._checked_call = CheckedCall()
@@ -231,7 +232,7 @@ class TrainStep:
         trained = {id(p) for p in parameters if p.requires_grad}
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not trained or not trained <= held:
-            return "no parameter is trained, or one is not the optimizer's"
+            return "no parameter requires a gradient, or one that does is not the optimizer's"
         if getattr(self.optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
             return "the optimizer has a zero_grad of its own"
         if any(map(_has_hooks, parameters)):
@@ -253,7 +254,7 @@ class TrainStep:
         if dispatch.kernels_cannot_read(*parameters):
             return "a parameter is no plain tensor"
         if not all(p.is_contiguous() and p.is_leaf for p in parameters):
-            return "a parameter has gaps, or is computed from others"
+            return "a parameter is not contiguous, or is not a leaf"
         sizes = [input.shape[-1] if input.dim() else 0]
         for layer in layers:
             n, k = layer.weight.shape
@@ -261,17 +262,17 @@ class TrainStep:
                 return "shapes of layers do not fit together"
             sizes.append(n)
         if input.dim() != 2 or 0 in (*input.shape, *sizes):
-            return "the input has not two dimensions, or something is empty"
+            return "the input does not have two dimensions, or a size is 0"
         classes = loss == "cross_entropy"
         if target.shape != (input.shape[:1] if classes else (len(input), sizes[-1])):
             return "the target has another shape"
         kinds = {p.dtype for p in parameters} | ({input.dtype} if classes else {input.dtype, target.dtype})
         if kinds != {input.dtype} or (classes and target.dtype != torch.int64):
-            return "types differ"
+            return "dtypes differ, or the targets of cross_entropy are not int64"
         if input.dtype not in dispatch.FLOATS or {t.device for t in (target, *parameters)} != {input.device}:
-            return "a type that kernels do not take, or several devices"
+            return "a dtype that kernels do not take, or several devices"
         if max(input.numel(), len(input) * max(sizes)) >= 2**31:
-            return "the batch is large"
+            return "the batch is too large: its elements are counted in 32 bits"
         arch = dispatch.arch_of(input.device.index)
         return TrainProblem(len(input), tuple(sizes), dispatch.dtype_name(input.dtype), arch).obstacle()
 

@@ -149,22 +149,22 @@ def test_a_method_that_asks_for_super_of_its_class(net: Callable[..., Any], kind
     """Which in a derived class would be the method itself again, without end."""
     more = f"def train(self, mode=True):\n    super({kind}, self).train(mode)\n    return self"
     model = net("return F.relu(self.conv(x))", more)
-    assert reasons(tribp.fuse(model)) == {"conv": "Net.train asks for super of self's class"}
+    assert reasons(tribp.fuse(model)) == {"conv": "Net.train calls super of type(self)"}
     model.eval()
 
 
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ("def count(self):\n    type(self).calls += 1", "count sets an attribute of self's class"),
-        ("def count(self):\n    setattr(self.__class__, 'calls', 1)", "count sets an attribute of self's class"),
-        ("@classmethod\ndef count(cls):\n    cls.calls += 1", "count sets an attribute of self's class"),
-        ("@classmethod\ndef make(cls):\n    return super(cls, cls).make()", "make asks for super of self's class"),
-        ("def found(self):\n    return {Net: 1}[type(self)]", "found goes by self's class"),
-        ("def found(self):\n    return {Net: 1}.get(type(self), 2)", "found goes by self's class"),
-        ("def found(self):\n    return self.__class__ in (Net,)", "found goes by self's class"),
-        ("@property\ndef found(self):\n    kind = type(self)\n    return kind.calls", "found goes by self's class"),
-        ("def found(self):\n    return [type(self) not in (Net,) for _ in 'a']", "found goes by self's class"),
+        ("def count(self):\n    type(self).calls += 1", "count sets an attribute of type(self)"),
+        ("def count(self):\n    setattr(self.__class__, 'calls', 1)", "count sets an attribute of type(self)"),
+        ("@classmethod\ndef count(cls):\n    cls.calls += 1", "count sets an attribute of type(self)"),
+        ("@classmethod\ndef make(cls):\n    return super(cls, cls).make()", "make calls super of type(self)"),
+        ("def found(self):\n    return {Net: 1}[type(self)]", "found depends on type(self)"),
+        ("def found(self):\n    return {Net: 1}.get(type(self), 2)", "found depends on type(self)"),
+        ("def found(self):\n    return self.__class__ in (Net,)", "found depends on type(self)"),
+        ("@property\ndef found(self):\n    kind = type(self)\n    return kind.calls", "found depends on type(self)"),
+        ("def found(self):\n    return [type(self) not in (Net,) for _ in 'a']", "found depends on type(self)"),
         ("def found(self):\n    return type(self) is Net", ""),
         ("@classmethod\ndef register(cls, name):\n    cls.calls = name\n    return {cls: name}[cls]", ""),
         ("@staticmethod\ndef found(x):\n    return type(x).__name__", ""),
@@ -353,7 +353,7 @@ def test_source_that_cannot_be_read(net: Callable[..., Any]) -> None:
     Path(path).write_text(Path(path).read_text().replace("F.relu(self.conv(x))", "self.conv(x).relu()  # edited"))
     linecache.checkcache(path)
     report = tribp.fuse(model)
-    assert report.skipped == (Skipped("", "Net", unknown + "its source is not what runs"),)
+    assert report.skipped == (Skipped("", "Net", unknown + "its source is not the code that runs"),)
     assert report.replaced == (Replaced("conv", "Conv2d", "conv3x3"),)
     model = net("return self.conv(x)")
     type(model).forward = staticmethod(lambda x: x)
@@ -367,7 +367,7 @@ def test_source_that_cannot_be_written(
     model = net("return F.relu(self.conv(x))")
     monkeypatch.setattr("ast.unparse", unparse)
     assert reasons(tribp.fuse(model)) == {
-        "": "what its forward applies to its layers is not known: its source cannot be written again"
+        "": "what its forward applies to its layers is not known: its source cannot be reproduced from its syntax tree"
     }
 
 

@@ -280,10 +280,10 @@ def test_activations_of_torch_alone() -> None:
     report = tribp.fuse(model)
     assert [entry.name for entry in report.replaced] == ["", "2", "4", "6"]
     assert [tuple(entry) for entry in report.skipped] == [
-        ("0", "Linear", "tribp computes no SiLU, which is behind it"),
+        ("0", "Linear", "tribp computes no SiLU, which follows it"),
         ("3", "Hardswish", "tribp computes no Hardswish"),
         ("7", "GELU", "tribp computes no GELU"),
-        ("8", "Linear", "tribp computes no Mish, which is behind it"),
+        ("8", "Linear", "tribp computes no Mish, which follows it"),
         ("11", "PReLU", "tribp computes no PReLU"),
         ("14", "Conv2d", "its kernel size is (5, 5)"),
     ]
@@ -294,8 +294,8 @@ def test_activations_of_torch_alone() -> None:
     report = tribp.fuse(others)
     assert [entry.name for entry in report.replaced] == ["conv"]
     assert [tuple(entry) for entry in report.skipped] == [
-        ("fc", "Linear", "tribp computes no GELU, which is behind it"),
-        ("out", "Linear", "tribp computes no LogSoftmax, which is behind it"),
+        ("fc", "Linear", "tribp computes no GELU, which follows it"),
+        ("out", "Linear", "tribp computes no LogSoftmax, which follows it"),
         ("act", "GELU", "tribp computes no GELU"),
     ]
     assert type(others) is Others
@@ -361,9 +361,9 @@ def backwards(*modules: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("container", [Backwards, Iterated, backwards, lambda *modules: nn.ModuleList(modules)])
 def test_containers_in_another_order(container: Callable[..., nn.Module]) -> None:
     model = container(nn.Linear(2, 2), nn.Sigmoid())
-    reason = f"the {type(model).__name__} around it need not run its modules in their order"
+    reason = f"the {type(model).__name__} around it may not run its modules in order"
     if isinstance(model, nn.ModuleList):
-        reason = "forward does not run the ModuleList around it as a row"
+        reason = "forward does not run the ModuleList around it in order"
     assert tribp.fuse(model) == Report((), (Skipped("0", "Linear", reason),))
     model = container(conv(), nn.Sigmoid())
     report = tribp.fuse(model)
@@ -382,7 +382,7 @@ def test_a_sequential_with_a_call_of_its_own() -> None:
     y = model(x)
     report = tribp.fuse(model)
     assert torch.equal(model(x), y)
-    assert reasons(report) == {"0.0": "the Doubled around it need not run its modules in their order"}
+    assert reasons(report) == {"0.0": "the Doubled around it may not run its modules in order"}
 
 
 class Alike(nn.Module):
@@ -481,11 +481,11 @@ def test_no_model(change: Callable[[Any], Report], model: object) -> None:
 def test_the_report_can_be_read() -> None:
     model = nn.Sequential(conv(), nn.Sigmoid(), conv(kernel_size=5))
     assert str(tribp.fuse(model)) == (
-        "2 replaced, 1 skipped\n(the model): Sequential -> FusedSequential\n0: Conv2d + Sigmoid -> conv3x3\n"
+        "2 changed, 1 skipped\n(the model): Sequential -> FusedSequential\n0: Conv2d + Sigmoid -> conv3x3\n"
         "2: Conv2d skipped: its kernel size is (5, 5)"
     )
     assert str(tribp.unfuse(model)) == (
-        "2 replaced, 0 skipped\n(the model): FusedSequential -> Sequential\n0: FusedConv2d -> Conv2d"
+        "2 changed, 0 skipped\n(the model): FusedSequential -> Sequential\n0: FusedConv2d -> Conv2d"
     )
     assert str(tribp.fuse(conv(kernel_size=1))).splitlines()[1].startswith("(the model): Conv2d skipped: ")
 

@@ -280,7 +280,7 @@ def _by_class(function: FunctionType, of_class: bool) -> str:
         return ""
     source = read(function)
     if isinstance(source, str):
-        return "asks for super of self's class" if asks and "super" in names else ""
+        return "calls super of type(self)" if asks and "super" in names else ""
     own = {source.me} if of_class else {f"type({source.me})", f"{source.me}.__class__"}
     for node in source.nodes:
         if not isinstance(node, (ast.Name, ast.Call, ast.Attribute)) or ast.unparse(node) not in own:
@@ -289,14 +289,14 @@ def _by_class(function: FunctionType, of_class: bool) -> str:
         called = ast.unparse(outer.func) if isinstance(outer, ast.Call) and outer.func is not node else ""
         stored = isinstance(outer, ast.Attribute) and not isinstance(outer.ctx, ast.Load)
         if called == "super":
-            return "asks for super of self's class"
+            return "calls super of type(self)"
         if of_class:  # in others it is a class's name for itself, whose attributes it may set for all
             if stored and isinstance(source.parent[outer], ast.AugAssign):
-                return "sets an attribute of self's class"
+                return "sets an attribute of type(self)"
         elif stored or called in ("setattr", "delattr"):
-            return "sets an attribute of self's class"
+            return "sets an attribute of type(self)"
         elif _is_looked_up(outer, node) or (called and called not in HARMLESS):
-            return "goes by self's class"
+            return "depends on type(self)"
     return ""
 
 

@@ -46,14 +46,14 @@ BASES = (nn.Linear, nn.Conv2d, Linear, Conv3x3)
 
 
 def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
-    """Have tribp's kernels run what they can of `model`, in place; the report says what, and what not, and why.
+    """Have tribp's kernels run what they can of `model`, in place. The report says what they run, what not, and why.
 
-    - every 3×3 `nn.Conv2d` that `tribp.conv3x3` takes, with the activation directly behind it;
-    - `nn.Linear` with an activation directly behind it, as `tribp.linear`. Activations are `nn.Sigmoid`, `Tanh`,
+    - every 3×3 `nn.Conv2d` that `tribp.conv3x3` takes, with the activation directly after it;
+    - `nn.Linear` with an activation directly after it, as `tribp.linear`. Activations are `nn.Sigmoid`, `Tanh`,
       `ReLU`, `LeakyReLU`, `ELU`, `Softplus`, `Hardsigmoid`, `Hardtanh` and `ReLU6`, in place or not, with numbers that
       `tribp.linear` takes, and torch's functions and methods of those;
-    - linear layers that follow each other with one activation between them, with or without another behind the last, as
-      one `tribp.mlp`.
+    - linear layers in a row with the same activation between them, with or without another after the last, as one
+      `tribp.mlp`.
 
     They may follow each other in an `nn.Sequential`, also through Sequentials inside it, or in the source of a
     `forward`: `self.act(self.conv(x))`, `F.relu(self.conv(x))`, `self.conv(x).relu()`, in the line after
@@ -62,18 +62,19 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
 
     No module is replaced: a Sequential becomes a `FusedSequential`, a convolution a `FusedConv2d`, and a module with
     another `forward` gets a class derived from its own, whose `forward` is the same code with those calls made
-    together; nothing is traced, so that flags, modes and branches go on to mean what they do. All modules, Parameters,
-    hooks, attributes and the state_dict's keys stay. What runs together is looked for in each call: a layer or an
-    activation that was replaced, wrapped, hooked, parametrized or moved by then, or that other code calls, does what it
-    does by itself. Skipped are subclasses of layers and activations, those with hooks, a forward of their own or
-    parameters that kernels do not take, and scripted modules.
+    together. Nothing is traced, so flags, modes and branches keep their meaning. All modules, Parameters, hooks,
+    attributes and the state_dict's keys stay. What runs together is decided in each call: a layer or an activation that
+    was replaced, wrapped, hooked, parametrized or moved by then, or that other code calls, is called by itself, as in
+    torch. Skipped are subclasses of layers and activations, those with hooks, a forward of their own or parameters that
+    kernels do not take, and scripted modules.
 
     Args:
-        fold_batchnorm: whether each `BatchNorm2d` directly behind a convolution, of any size, and each `BatchNorm1d`
-            directly behind a linear layer may become part of that layer's weight and bias. An activation behind the
-            batch norm is then behind the layer. It is done where the batch norm is in evaluation mode and no parameter
-            of the two requires a gradient; otherwise it runs as before. What they make is kept until one of the tensors
-            is written to, other than by `.data`. Outputs are equal but for rounding.
+        fold_batchnorm: whether each `BatchNorm2d` directly after a convolution, of any size, and each `BatchNorm1d`
+            directly after a linear layer may become part of that layer's weight and bias. An activation after the
+            batch norm then directly follows the layer. A batch norm is folded while it is in evaluation mode and no
+            parameter of the two requires a gradient; otherwise it runs as before. The folded weight and bias are kept
+            until torch counts that one of their tensors was written to; writes through `.data`, for instance, it does
+            not count. Outputs are equal but for rounding.
 
     Raises:
         TypeError: model is no module.
@@ -127,9 +128,9 @@ class _Plan:
         names, modules, where = zip(*named, strict=True) if named else ((), (), ())
         doubt = ""
         if isinstance(module, nn.ModuleList) or not runs_in_order(type(module)) or "forward" in vars(module):
-            doubt = f"the {type(module).__name__} around it need not run its modules in their order"
+            doubt = f"the {type(module).__name__} around it may not run its modules in order"
             if isinstance(module, nn.ModuleList):
-                doubt = "forward does not run the ModuleList around it as a row"
+                doubt = "forward does not run the ModuleList around it in order"
         elif type(module) not in (nn.Sequential, FusedSequential):
             doubt = underivable(module)
         line = Line(names, modules, doubt=doubt)
@@ -201,7 +202,7 @@ class _Plan:
             kind = activation_of_torch(behind)
             at_layer = isinstance(layer, nn.Linear) and not norm and name not in self.joined
             if kind and kind not in ACTIVATIONS:
-                reason = f"tribp computes no {type(behind).__name__}" + ", which is behind it" * at_layer
+                reason = f"tribp computes no {type(behind).__name__}" + ", which follows it" * at_layer
             elif kind or norm:
                 subject = "it" if at_layer else f"the {type(layer).__name__} at {name}"
                 reason = _not_called(subject, layer) or line.doubt or _not_behind(layer, behind, behind_name)
@@ -268,7 +269,7 @@ def _not_behind(layer: nn.Module, behind: nn.Module, name: str) -> str:
         return reason or (
             ""
             if can_fold(layer, behind)
-            else "its tensors do not fit to the layer's weight, or are no parameters and buffers"
+            else "its tensors do not fit the layer's weight, or are not parameters and buffers"
         )
     activation = activation_kind(behind)
     assert activation is not None

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Replaced(NamedTuple):
-    """What stood at a place of the model, and what stands there now."""
+    """What computed at a place of the model, and what does now: another class, or one function for several modules."""
 
     name: str
     was: str
@@ -28,8 +28,9 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What `fuse` or `unfuse` did, in the order of `named_modules`; a module with several names stands under each.
+    """What `fuse` or `unfuse` did, in the order of `named_modules`; a module with several names is listed under each.
 
+    replaced: what computes otherwise than before. `fuse` leaves every module in its place, and only changes classes.
     Names below a container that has several names itself are given once, by its first.
     """
 
@@ -37,5 +38,5 @@ class Report:
     skipped: tuple[Skipped, ...] = ()
 
     def __str__(self) -> str:
-        count = f"{len(self.replaced)} replaced, {len(self.skipped)} skipped"
+        count = f"{len(self.replaced)} changed, {len(self.skipped)} skipped"
         return "\n".join(map(str, (count, *self.replaced, *self.skipped)))

@@ -58,18 +58,18 @@ class Source:
         except (OSError, TypeError, SyntaxError, ValueError) as error:
             raise ValueError("its source cannot be read") from error
         if code not in compiled:
-            raise ValueError("its source is not what runs")
+            raise ValueError("its source is not the code that runs")
         tree = nodes.get((code.co_name, code.co_firstlineno))
         if tree is None:
-            raise ValueError("its source is no def of its own")
+            raise ValueError("it is not defined by a def statement of its own")
         if getattr(tree, "type_params", ()):  # which stand in a scope of their own
             raise ValueError("it has type parameters")
         if not _can_be_written(tree):
-            raise ValueError("its source cannot be written again")
+            raise ValueError("its source cannot be reproduced from its syntax tree")
         self.function, self.tree = function, tree
         owner = ["_", *function.__qualname__.split(".")][-2]
         if owner == "<locals>" and any(isinstance(n, ast.Attribute) and _is_private(n.attr) for n in ast.walk(tree)):
-            raise ValueError("it has private names of what it was made in")
+            raise ValueError("it is defined within a function and uses private names (__…)")
         self.owner = owner if owner.isidentifier() else "_"  # the class that it was written in; or what mangles nothing
         self.nodes = list(ast.walk(tree))
         self.parent = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}

@@ -20,10 +20,10 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {FusedSequential: nn.Sequentia
 def unfuse(model: nn.Module) -> Report:
     """Undo what `fuse` did, in place, and put torch's modules where tribp's stand.
 
-    A layer that a user wrote with `tribp.nn` becomes torch's; with an activation, an `nn.Sequential` of two in its
-    place: its keys in the state_dict then have a "0." more, as the report says. An `MLP` becomes the `nn.Sequential`
-    that it stands for, with the same keys. Skipped are those with hooks, parametrizations or more than their
-    parameters, subclasses, and one that is the model itself.
+    A layer of `tribp.nn` becomes torch's. One with an activation becomes an `nn.Sequential` of two modules, so its keys
+    in the state_dict gain a "0.", as the report says. An `MLP` becomes the `nn.Sequential` that it stands for, with the
+    same keys. Skipped are modules with hooks, parametrizations or more than their parameters, subclasses, and a module
+    that is the model itself.
 
     Raises:
         TypeError: model is no module.

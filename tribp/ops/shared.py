@@ -60,8 +60,8 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
     """Raise NotImplementedError where an operator, whose derivative has no forward mode, would lose a tangent."""
     if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
         raise NotImplementedError(
-            f"{NAMESPACE}'s operators have no forward mode but under torch.func; in an exported program, "
-            "run_decompositions(tribp.decompositions()) writes torch's operations in their place"
+            f"{NAMESPACE}'s operators have forward mode under torch.func only; in an exported program, "
+            "run_decompositions(tribp.decompositions()) replaces them by torch's operations"
         )
 
 

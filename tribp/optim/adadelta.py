@@ -26,9 +26,9 @@ class AdadeltaRule(FunctionRule):
 class Adadelta(Optimizer, TorchAdadelta):
     """`torch.optim.Adadelta` in one kernel launch a step.
 
-    v ← ρ·v + (1 − ρ)·g², Δ = √(u + ε)/√(v + ε)·g, u ← ρ·u + (1 − ρ)·Δ², θ ← θ − lr·Δ: Zeiler, "ADADELTA: An
-    Adaptive Learning Rate Method", 2012. Arguments, defaults and errors are torch's; `fused` (True: GradScaler's
-    unscaling within the step) is tribp's, and so are those in `tribp.optim.ExtraOptions`.
+    v ← ρ·v + (1 − ρ)·g², Δ = √(u + ε)/√(v + ε)·g, u ← ρ·u + (1 − ρ)·Δ², θ ← θ − lr·Δ: Zeiler, "ADADELTA: An Adaptive
+    Learning Rate Method", 2012. Arguments, defaults and errors are torch's; tribp adds `fused` (True: the step does
+    GradScaler's unscaling) and those in `tribp.optim.ExtraOptions`.
     """
 
     _rule = AdadeltaRule

@@ -57,7 +57,7 @@ class Adagrad(Optimizer, TorchAdagrad):
 
     G ← G + g², θ ← θ − lr/(1 + (t − 1)·lr_decay) · g/(√G + ε): Duchi et al., "Adaptive Subgradient Methods for Online
     Learning and Stochastic Optimization", 2011. The form with ε inside the root is `eps_inside_sqrt=True`. Arguments,
-    defaults and errors are torch's; `capturable` (CUDA graphs) is tribp's, and so are `tribp.optim.ExtraOptions`.
+    defaults and errors are torch's; tribp adds `capturable` (CUDA graphs) and those in `tribp.optim.ExtraOptions`.
     """
 
     _rule = AdagradRule

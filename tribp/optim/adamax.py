@@ -27,8 +27,8 @@ class Adamax(Optimizer, TorchAdamax):
     """`torch.optim.Adamax` in one kernel launch a step.
 
     m ← β₁·m + (1 − β₁)·g, u ← max(β₂·u, |g| + ε), θ ← θ − lr/(1 − β₁ᵗ)·m/u: Kingma and Ba, "Adam: A Method for
-    Stochastic Optimization", 2015, section 7.1. Arguments, defaults and errors are torch's; `fused` (True:
-    GradScaler's unscaling within the step) is tribp's, and so are those in `tribp.optim.ExtraOptions`.
+    Stochastic Optimization", 2015, section 7.1. Arguments, defaults and errors are torch's; tribp adds `fused` (True:
+    the step does GradScaler's unscaling) and those in `tribp.optim.ExtraOptions`.
     """
 
     _rule = AdamaxRule

@@ -36,8 +36,8 @@ class ASGD(Optimizer, TorchASGD):
     """`torch.optim.ASGD` in one kernel launch a step.
 
     θ ← (1 − λ·ηₜ)·θ − ηₜ·g with ηₜ₊₁ = lr/(1 + λ·lr·t)^α, and in `state[p]["ax"]` the average of θ from step t₀ on:
-    Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992. Arguments, defaults and
-    errors are torch's; `fused` (True: GradScaler's unscaling within the step) is tribp's, and so are those in
+    Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992. Arguments, defaults and errors
+    are torch's; tribp adds `fused` (True: the step does GradScaler's unscaling) and those in
     `tribp.optim.ExtraOptions`.
     """
 

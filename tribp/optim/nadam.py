@@ -27,11 +27,10 @@ class NAdamRule(FunctionRule):
 class NAdam(Optimizer, TorchNAdam):
     """`torch.optim.NAdam` in one kernel launch a step.
 
-    Adam with Nesterov's momentum: θ ← θ − lr·((1 − μₜ)·g/(1 − Πμ) + μₜ₊₁·m/(1 − μₜ₊₁·Πμ))/(√v̂ + ε), where μₜ =
-    β₁·(1 − 0.96^(t·momentum_decay)/2) and Πμ is the product of all so far: Dozat, "Incorporating Nesterov Momentum
-    into Adam", 2016. With `decoupled_weight_decay` θ ← θ − lr·λ·θ in place of an L2 penalty. Arguments, defaults
-    and errors are torch's; `fused` (True: GradScaler's unscaling within the step) is tribp's, and so are those in
-    `tribp.optim.ExtraOptions`.
+    Adam with Nesterov's momentum: θ ← θ − lr·((1 − μₜ)·g/(1 − Πμ) + μₜ₊₁·m/(1 − μₜ₊₁·Πμ))/(√v̂ + ε), where μₜ = β₁·(1 −
+    0.96^(t·momentum_decay)/2) and Πμ is the product of all so far: Dozat, "Incorporating Nesterov Momentum into Adam",
+    2016. With `decoupled_weight_decay` θ ← θ − lr·λ·θ in place of an L2 penalty. Arguments, defaults and errors are
+    torch's; tribp adds `fused` (True: the step does GradScaler's unscaling) and those in `tribp.optim.ExtraOptions`.
     """
 
     _rule = NAdamRule

@@ -216,10 +216,10 @@ class Optimizer(torch.optim.Optimizer):
     def swap_ema(self, model: nn.Module | None = None) -> Iterator[None]:
         """Within the `with` block the parameters hold their moving averages (`ema_decay`), for evaluation.
 
-        Parameters without an average yet keep their values. model: whose parameters they are, needed where those are
-        distributed: FSDP2 keeps what a forward pass gathered until there is a backward pass, and would go on with it.
-        Raises RuntimeError if ema_decay is off, without that model, or if FSDP1 has flattened its parameters; TypeError
-        if the model is none.
+        Parameters that have no average yet keep their values. model: the one that has these parameters; needed if they
+        are distributed, since FSDP2 keeps the gathered parameters of a forward pass until a backward pass, and would
+        use them again. Raises RuntimeError if ema_decay is off, if that model is missing, or if FSDP1 has flattened its
+        parameters; TypeError if the model is no module.
         """
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"swap_ema: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -230,8 +230,8 @@ class Optimizer(torch.optim.Optimizer):
         averaged = [(p, state["ema"]) for p, state in self.state.items() if "ema" in state and _started(state)]
         if model is None and any(is_dtensor(p) or hasattr(p, "_is_flat_param") for p, _ in averaged):
             raise RuntimeError(
-                "swap_ema() of distributed parameters needs the model, swap_ema(model): it may hold gathered ones, "
-                "which must go before its shards are exchanged"
+                "swap_ema() of distributed parameters needs the model, swap_ema(model): parameters that it gathered "
+                "must be freed first"
             )
         _drop_gathered(model)
         weights = [(p, p.detach().clone()) for p, _ in averaged]
@@ -253,11 +253,11 @@ class Optimizer(torch.optim.Optimizer):
 
     @_defer_to_torch
     def state_dict(self, *, compressed: bool = False) -> dict[str, Any]:
-        """torch's, key for key: load it with either class. Options that are on add keys, those that are off do not.
+        """torch's, key for key: either class can load it. Only options that are on add keys.
 
-        States of 8 bits are float32 there. compressed: they stay codes with their scales, which torch's classes do not
-        know. Raises RuntimeError within `swap_ema()`, and for the codes of distributed parameters, whose blocks are of
-        one process's shard.
+        States of 8 bits are float32 in it. compressed: keep them as codes with their scales, which torch's classes do
+        not know. Raises RuntimeError within `swap_ema()`, and for the codes of distributed parameters, whose blocks are
+        those of one process's shard.
         """
         if self._in_swap:
             raise RuntimeError("state_dict() within swap_ema(): leave the `with` block first")
@@ -273,8 +273,8 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of its torch counterpart.
 
-        Unlike torch's, it keeps the type of a loaded state (unless `state_dtype` says otherwise), copies what it
-        loads, and leaves options that the checkpoint does not know as they are.
+        Unlike torch's, it keeps the type of a loaded state if that is the wider one (unless `state_dtype` says
+        otherwise), copies what it loads, and leaves options that the checkpoint does not have as they are.
         """
         with checkpoint.keep_loaded_state(self, self._rule.scalars()):
             super().load_state_dict(state_dict)

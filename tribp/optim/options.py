@@ -15,21 +15,22 @@ class ExtraOptions(TypedDict, total=False):
     """Keyword arguments beyond torch's, off by default. All but the first may also be set in one group.
 
     max_grad_norm: clip all gradients together to this L2 norm, as `torch.nn.utils.clip_grad_norm_` does, within the
-        step: the gradients are read once more and not written. The norm is then in `grad_norm`, a float64 tensor. It
-        is of all groups: the step raises ValueError where they differ.
-    seed: of the random numbers by which parameters (stochastic rounding) and states of 8 bits are rounded. They depend
-        on it, the step, the parameter's place in the optimizer and the element alone.
+        step: the gradients are read once more and not written. The norm is then in `grad_norm`, a float64 tensor. It is
+        the norm over all groups; a step raises ValueError if their `max_grad_norm` differ.
+    seed: of the random numbers by which parameters (stochastic rounding) and states of 8 bits are rounded. A number
+        depends only on the seed, the step, the parameter's place in the optimizer and the element.
     ema_decay: keep in `state[p]["ema"]` an exponential moving average of the parameters, in float32 at least:
-        v₁ = x₁, then v ← d·v + (1 − d)·x after every step that updates x: without a gradient both stay. `swap_ema()`
-        puts it in their place. None or 0: no average.
+        v₁ = x₁, then v ← d·v + (1 − d)·x after every step that updates x; without a gradient both stay as they are.
+        `swap_ema()` puts the averages in the parameters' place. None or 0: no average.
     state_dtype: keep the moments of real parameters in this type; the default is the parameter's.
-    stochastic_rounding: round bfloat16 parameters up or down at random, right on average: updates that are too small
-        for the type are then not lost. Other types are rounded to nearest.
-    eps_inside_sqrt: √(v + ε) instead of √v + ε; not for classes that have no such root, as SGD.
-    state_bits: 8: keep the moments of real parameters in 8 bits a number and a float32 scale every 32 of them. For SGD,
-        Momentum, RMSprop (not its averages where it is `centered`: their difference needs every bit), Adagrad, Adam and
-        AdamW.
-    master_bits: 24: keep in `state[p]["residual"]` the 8 bits below a bfloat16 parameter. Other types have none.
+    stochastic_rounding: round bfloat16 parameters up or down at random, so that they are right on average: then
+        updates that are too small for the type are not lost. Other types are rounded to nearest.
+    eps_inside_sqrt: √(v + ε) instead of √v + ε; not for classes without such a root, such as SGD.
+    state_bits: with 8, keep the moments of real parameters in 8 bits a number, with a float32 scale for every 32.
+        For SGD, Momentum, RMSprop (but for its averages if it is `centered`: their difference needs every bit),
+        Adagrad, Adam and AdamW.
+    master_bits: with 24, keep 8 further bits of each bfloat16 parameter, in `state[p]["residual"]`. Other types have
+        none.
     """
 
     max_grad_norm: float | None

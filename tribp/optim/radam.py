@@ -25,11 +25,10 @@ class RAdamRule(FunctionRule):
 class RAdam(Optimizer, TorchRAdam):
     """`torch.optim.RAdam` in one kernel launch a step.
 
-    Adam whose steps are scaled by r, which rectifies the variance of 1/√v, and by momentum alone before that is
-    known: Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", 2020. With
-    `decoupled_weight_decay` θ ← θ − lr·λ·θ in place of an L2 penalty. Arguments, defaults and errors are torch's;
-    `fused` (True: GradScaler's unscaling within the step) is tribp's, and so are those in
-    `tribp.optim.ExtraOptions`.
+    Adam whose steps are scaled by r, which rectifies the variance of 1/√v; until that can be computed, steps follow the
+    momentum alone: Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", 2020. With
+    `decoupled_weight_decay` θ ← θ − lr·λ·θ in place of an L2 penalty. Arguments, defaults and errors are torch's; tribp
+    adds `fused` (True: the step does GradScaler's unscaling) and those in `tribp.optim.ExtraOptions`.
     """
 
     _rule = RAdamRule

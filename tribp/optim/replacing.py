@@ -36,8 +36,8 @@ def patch() -> Patch:
     """Make `torch.optim.Adam` be `tribp.optim.Adam`, and so every class that tribp has, until `unpatch()`.
 
     What has been imported by name before (`from torch.optim import Adam`) stays torch's, and so do optimizers that were
-    made before, which are no instances of the new classes. Returns the names that were replaced: none the second time,
-    nor those that something else than torch's class stands at. A `with` block undoes it:
+    made before, which are no instances of the new classes. Returns the names that were replaced: not those that were
+    replaced already, or that something else had put another class at. The end of a `with` block undoes it:
 
         with tribp.optim.patch():
             trainer = Trainer(model, optimizer="AdamW")

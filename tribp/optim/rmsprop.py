@@ -101,10 +101,10 @@ def _centered(
 class RMSprop(Optimizer, TorchRMSprop):
     """`torch.optim.RMSprop` in one kernel launch a step.
 
-    v ← α·v + (1 − α)·g², θ ← θ − lr·g/(√v + ε): Hinton, lecture 6 of "Neural Networks for Machine Learning", 2012.
-    With `centered` v − ḡ² takes the place of v (Graves, "Generating Sequences With Recurrent Neural Networks", 2013),
-    with `momentum` b ← μ·b + g/(√v + ε) that of the fraction. Arguments, defaults and errors are torch's; `fused`
-    (True: GradScaler's unscaling within the step) is tribp's, and so are those in `tribp.optim.ExtraOptions`.
+    v ← α·v + (1 − α)·g², θ ← θ − lr·g/(√v + ε): Hinton, lecture 6 of "Neural Networks for Machine Learning", 2012. With
+    `centered` v − ḡ² takes the place of v (Graves, "Generating Sequences With Recurrent Neural Networks", 2013), and
+    with `momentum` b ← μ·b + g/(√v + ε) takes the place of the fraction. Arguments, defaults and errors are torch's;
+    tribp adds `fused` (True: the step does GradScaler's unscaling) and those in `tribp.optim.ExtraOptions`.
     """
 
     _rule = RMSpropRule

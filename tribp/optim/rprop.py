@@ -36,10 +36,10 @@ class RpropRule(FunctionRule):
 class Rprop(Optimizer, TorchRprop):
     """`torch.optim.Rprop` in one kernel launch a step.
 
-    Every element has a step size δ, lr at first, times η⁺ while its gradient keeps its sign, times η⁻ when that
-    turns; θ ← θ − δ·sign(g), but where it turned: Riedmiller and Braun, "A direct adaptive method for faster
-    backpropagation learning: the RPROP algorithm", 1993. Arguments, defaults and errors are torch's; `fused` (True:
-    GradScaler's unscaling within the step) is tribp's, and so are those in `tribp.optim.ExtraOptions`.
+    Every element has a step size δ, lr at first, multiplied by η⁺ while its gradient keeps its sign and by η⁻ when that
+    changes; θ ← θ − δ·sign(g), except where it has just changed: Riedmiller and Braun, "A direct adaptive method for
+    faster backpropagation learning: the RPROP algorithm", 1993. Arguments, defaults and errors are torch's; tribp adds
+    `fused` (True: the step does GradScaler's unscaling) and those in `tribp.optim.ExtraOptions`.
     """
 
     _rule = RpropRule

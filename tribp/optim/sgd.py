@@ -75,7 +75,7 @@ class SGD(Optimizer, TorchSGD):
 
     b ← μ·b + (1 − τ)·g (the first time b ← g), θ ← θ − lr·b, or Nesterov's θ ← θ − lr·(g + μ·b): Sutskever et al., "On
     the importance of initialization and momentum in deep learning", 2013, in torch's form. Arguments, defaults and
-    errors are torch's; `capturable` (CUDA graphs) is tribp's, and so are those in `tribp.optim.ExtraOptions`.
+    errors are torch's; tribp adds `capturable` (CUDA graphs) and those in `tribp.optim.ExtraOptions`.
     """
 
     _rule = SGDRule

@@ -55,7 +55,7 @@ def conv3x3(
     *,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """A 3×3 convolution with bias and activation as one kernel: what `conv2d` of torch and an activation compute.
+    """A 3×3 convolution with bias and activation as one kernel: the same as torch's `conv2d` and an activation.
 
     y[n, o, p, q] = act(b[o] + Σ x[n, c, p·s + r − pad, q·s + t − pad] · w[o, c, r, t]), over r and t in 0, 1, 2 and the
     channels c of o's group, with zeros outside the image.
@@ -76,8 +76,8 @@ def conv3x3(
         float64); the precision of float32 products follows `torch.backends.cudnn.conv`, as torch's convolution does,
         whose default is TF32. Under autocast the arguments are cast as for `torch.nn.functional.conv2d`.
 
-    The backward pass computes only what is asked for, and for an activation keeps only the output. Double backward,
-    `torch.func` and forward-mode differentiation use torch's own code; `torch.compile` sees one operator.
+    The backward pass computes only the gradients that are needed, and for an activation keeps only the output. Double
+    backward, `torch.func` and forward-mode differentiation use torch's own code; `torch.compile` sees one operator.
 
     Raises:
         ValueError: shapes, devices or options that do not fit together, or that only `torch.nn.Conv2d` takes.

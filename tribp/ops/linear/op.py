@@ -47,7 +47,7 @@ SIGMOID = Activation("sigmoid")
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: ActivationLike = None) -> Tensor:
-    """act(input · weightᵀ + bias) as one kernel: what `linear` of torch and an activation compute.
+    """act(input · weightᵀ + bias) as one kernel: the same as torch's `linear` followed by an activation.
 
     Args:
         input: `(*, in_features)`, any number of leading dimensions, any strides.
@@ -64,9 +64,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         precision of float32 products follows `torch.backends.cuda.matmul`. Under autocast the arguments are cast as for
         `torch.nn.functional.linear`.
 
-    The backward pass (dz = dy·act′, dx = dz·W, dW = dzᵀ·x, db = Σ dz) keeps the output if there is an activation, for
-    the derivative is computed from it, and computes only what is asked for. Double backward, `torch.func` and
-    forward-mode differentiation go torch's way and are right; `torch.compile` sees one operator.
+    The backward pass (dz = dy·act′, dx = dz·W, dW = dzᵀ·x, db = Σ dz) computes only the gradients that are needed. If
+    there is an activation, it keeps the output, from which it computes the derivative. Double backward, `torch.func`
+    and forward-mode differentiation use torch's own code; `torch.compile` sees one operator.
 
     Raises:
         ValueError: shapes or devices that do not fit together; an activation that is not known.
@@ -121,7 +121,7 @@ def torch_computes(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def activated_linear(
     function: str, input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
 ) -> Tensor:
-    """What no quick way takes. function: the name that errors bear."""
+    """Any call that the quick checks above do not settle. function: the name that errors begin with."""
     if isinstance(input, Tensor) and input.is_nested:
         return reference.linear(input, weight, bias, activation)
     check_linear(function, input, weight, bias)

@@ -65,9 +65,9 @@ def mlp(
     Returns:
         `(*, sizes[-1])`, contiguous, of the same dtype; all else as for `linear`.
 
-    The backward pass crosses the layers: the product that hands a gradient down multiplies it by the derivative of the
-    layer below and sums that layer's bias gradient, so that no pass over memory does. `torch.compile` sees one
-    operator for all layers; where no gradient is wanted, one for each.
+    The backward pass is fused across the layers: the kernel that computes the gradient of a layer's input multiplies it
+    by the derivative of the activation below, and sums that lower layer's bias gradient, so neither needs a pass over
+    memory of its own. `torch.compile` sees one operator for all layers; where no gradient is wanted, one for each.
 
     Raises:
         ValueError: shapes or devices that do not fit together; an activation that is not known.
@@ -226,7 +226,7 @@ def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | N
     with without_autocast(grad.device.type):
         if torch.is_grad_enabled():
             if _versions(ctx) != ctx.versions:
-                raise RuntimeError("mlp: what a second derivative computes again was changed in place")
+                raise RuntimeError("mlp: the input or a parameter, read by a second derivative, was changed in place")
             source = sources[0] if ctx.source is None else ctx.source
             *hidden, output = reference.mlp(source, ctx.layers)
             sources, weights = [source, *hidden], [layer.weight for layer in ctx.layers]

@@ -154,10 +154,10 @@ def obstacle(optimizer: Any, device: torch.device) -> str | None:
     if not all(group.get("capturable") for group in optimizer.param_groups):
         return "capturable is not True in every group of the optimizer"
     if not _steps_as_its_class(optimizer):
-        return "the optimizer has a step of its own"
+        return "the optimizer has a step method of its own, not that of torch's or tribp's class"
     everywhere = torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
     if everywhere or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        return "a hook waits for the optimizer's steps"
+        return "the optimizer has hooks on its steps"
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         return "the optimizer divides by a GradScaler's scale"
     return None
