@@ -89,10 +89,12 @@ def random_bits(i, key):
 
 @triton.jit
 def join(p, residual):
-    """bfloat16 parameters and the 8 bits below them: float32. A parameter that somebody set to 0 is 0 or above it."""
+    """bfloat16 parameters and the 8 bits below them: float32. A parameter that somebody set to 0 is 0 or above it, and an
+    infinite one is infinite."""
     high = p.to(tl.uint16, bitcast=True).to(tl.int32)
     low = residual.to(tl.int32)
     low = tl.where(high & 0x7FFF == 0, tl.maximum(low, 0), low)
+    low = tl.where(high & 0x7F80 == 0x7F80, 0, low)
     return ((high << 16) + (low << 8)).to(tl.float32, bitcast=True)
 
 

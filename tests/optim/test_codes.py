@@ -410,3 +410,23 @@ def test_a_skipped_first_step_leaves_no_buffer() -> None:
     optimizer.step()
     assert torch.equal(p, torch.ones(40))
     assert set(optimizer.state_dict()["state"].get(0, {})) <= {"step"}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+def test_next_to_nothing_is_no_code(dtype: torch.dtype) -> None:
+    """Below 0 the least number, and random bits of 0, made −s/255 of it: 1 time in 32,768, beside a √v of 0."""
+    x = torch.full((2, 32), -1e-30 if dtype == torch.int8 else 0.0)
+    x[:, 31] = 1.0
+    for random in (0, 0x7FFF):
+        q, _ = coded(x, dtype, torch.full_like(x, random, dtype=torch.int64))
+        assert (q[:, :31] == 0).all()
+
+
+def test_gradients_whose_squares_vanish(device: str) -> None:
+    p = torch.zeros(40 if device == "cpu" else 4, 32, device=device)
+    optimizer = Adam([p], lr=1e-3, state_bits=8)
+    for _ in range(40):
+        p.grad = torch.full_like(p, -1e-25)
+        p.grad[:, 0] = 1.0
+        optimizer.step()
+    assert (p[:, 1:].abs() < 1e-15).all()

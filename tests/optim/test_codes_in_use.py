@@ -412,3 +412,131 @@ def test_a_residual_that_torchs_class_has_had(device: str) -> None:
         p.copy_(q)
     back.optimizer.load_state_dict(theirs.state_dict())
     run.step(2).same(back.step(2))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("option", [{}, {"state_dtype": torch.bfloat16}], ids=str)
+def test_a_checkpoint_whose_bits_are_taken_out(
+    compressed: bool, dtype: torch.dtype, option: Options, device: str
+) -> None:
+    """Its codes have their scales as they were, whatever type states are to have."""
+    run, other = Run(device, dtype).step(0), Run(device, dtype, state_bits=None, **option)
+    saved = run.optimizer.state_dict(compressed=compressed)
+    saved["param_groups"][0]["state_bits"] = None
+    other.optimizer.load_state_dict(saved)
+    other.step(1)
+    exact = 0.9 * codes.decoded(run.states[1], "exp_avg") + 0.1 * values((70,), dtype, 11, 1).to(device)
+    assert other.states[1]["exp_avg"].dtype == option.get("state_dtype", dtype)
+    assert_close(other.states[1]["exp_avg"].double(), exact.double(), rtol=0.02, atol=1e-3)
+
+
+def test_an_average_that_torchs_class_has_had(device: str) -> None:
+    """In float32 again: in the parameter's type it would not move."""
+    run = Run(device, torch.bfloat16, ema_decay=0.99).step(0, 1)
+    theirs = genuine("Adam", [p.clone() for p in run.params], lr=0.01)
+    theirs.load_state_dict(run.optimizer.state_dict())
+    run.optimizer.load_state_dict(theirs.state_dict())
+    run.step(2)
+    assert run.states[0]["ema"].dtype == torch.float32
+
+
+# ---- what else may happen
+
+
+@pytest.mark.parametrize("what", ["layout", "on", "off"])
+def test_a_buffer_that_was_not_used_yet(what: str, device: str) -> None:
+    """The first step is skipped, and then the buffer gets another form: the next one is still the first."""
+    p = torch.ones(4, 40, device=device)
+    bits = None if what == "on" else 8
+    optimizer: Any = SGD([p], lr=0.0, momentum=0.9, dampening=0.9, fused=True, state_bits=bits)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones((), device=device), torch.ones((), device=device)
+    p.grad = torch.full_like(p, 2.0)
+    optimizer.step()
+    optimizer.found_inf = torch.zeros((), device=device)
+    if what == "layout":
+        p.data = transposed(p.data)
+    else:
+        optimizer.param_groups[0]["state_bits"] = 8 if what == "on" else None
+    p.grad = torch.full_like(p, 2.0)
+    optimizer.step()
+    assert_close(optimizer.state_dict()["state"][0]["momentum_buffer"], p.grad)
+
+
+@pytest.mark.parametrize(
+    ("of", "dtype", "options", "later"),
+    [
+        ("AdamW", torch.bfloat16, {}, {"master_bits": 24}),
+        ("AdamW", torch.float32, {}, {"ema_decay": 0.9}),
+        ("AdamW", torch.bfloat16, {"master_bits": 24}, {}),
+        ("AdamW", torch.float32, {"state_bits": 8, "ema_decay": 0.9}, {}),
+        ("RMSprop", torch.float32, {"centered": True}, {"state_bits": 8, "momentum": 0.9}),
+    ],
+)
+def test_a_checkpoint_of_another_layout_keeps_the_kernel(
+    of: str, dtype: torch.dtype, options: Options, later: Options, device: str
+) -> None:
+    """Also where states of the checkpoint's layout meet new ones, or codes."""
+    kind = getattr(tribp.optim, of)
+    runs = []
+    for lie in (lambda x: x.clone(), transposed):
+        p = values((5, 40), dtype, 1).to(device)
+        first = kind([p], lr=0.01, **options)
+        p.grad = values((5, 40), dtype, 2).to(device)
+        first.step()
+        q = lie(p)
+        optimizer = kind([q], lr=0.01, **options, **later)
+        optimizer.load_state_dict(first.state_dict())
+        optimizer.param_groups[0].update(later)
+        q.grad = lie(values((5, 40), dtype, 3).to(device))
+        optimizer.step()
+        runs.append(q)
+        assert "TritonBucket" in str(optimizer._plan.buckets) or tribp.dispatch.backend_of(p) != "triton"
+    assert_close(*runs, rtol=0, atol=0.01 * 0.05)
+
+
+@pytest.mark.parametrize("of", ["NAdam", "RAdam", "Adamax"])
+def test_bits_that_a_group_was_given_later(of: str, device: str) -> None:
+    """… by an edit or a checkpoint are refused as the constructor refuses them, and not taken for others."""
+    p = torch.ones(40, device=device)
+    p.grad = torch.ones_like(p)
+    optimizer = getattr(tribp.optim, of)([p], lr=0.1)
+    optimizer.param_groups[0]["state_bits"] = 8
+    with pytest.raises(TypeError, match=f"{of} keeps no states in 8 bits"):
+        optimizer.step()
+    for bits, message in (({"state_bits": 4}, "8 or None, got 4"), ({"master_bits": 16}, "24 or None, got 16")):
+        wrong = Adam([p], lr=0.1)
+        wrong.param_groups[0].update(bits)
+        with pytest.raises(ValueError, match=message):
+            wrong.step()
+    both = Adam([p], lr=0.1, state_dtype=torch.bfloat16)
+    both.param_groups[0]["state_bits"] = 8
+    with pytest.raises(ValueError, match="exclude each other"):
+        both.step()
+    assert torch.equal(p, torch.ones_like(p))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_a_parameter_that_somebody_made_infinite(value: float, device: str) -> None:
+    """The residual that it had would make NaN of it, or a finite number."""
+    p = values((64,), torch.bfloat16, 1).to(device)
+    optimizer = SGD([p], lr=1e-3, momentum=0.9, **BITS)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    p.fill_(value)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert (codes.join(p, optimizer.state[p]["residual"]) == value).all()
+
+
+def test_a_gradient_that_is_a_negative_view(device: str) -> None:
+    """As `imag` of a conjugate is: its memory holds the other sign."""
+    runs = [Run(device).step(0), Run(device).step(0)]
+    for run, lazy in zip(runs, (False, True), strict=True):
+        run.give(1)
+        for p in run.params:
+            if lazy:
+                p.grad = torch._neg_view(-p.grad)  # type: ignore[operator]
+        run.optimizer.step()
+    runs[0].same(runs[1])

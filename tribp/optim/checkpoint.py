@@ -148,10 +148,13 @@ def keep_loaded_state(optimizer: torch.optim.Optimizer, scalars: Collection[str]
 
 
 def _restore(group: State, state: State, source: State, scalars: Collection[str]) -> None:
+    scales = set(map(codes.scale_of, codes.coded_entries(source)))  # float32 numbers, whatever the states' type
     for key, value in source.items():
         if not isinstance(value, Tensor) or not isinstance(state.get(key), Tensor):
             continue
-        if key not in (*scalars, "ema") and value.is_floating_point():
+        if key == "ema":  # torch's class makes one of the parameter's type, in which it would hardly move
+            dtype = torch.promote_types(value.dtype, torch.float32)
+        elif key not in scalars and key not in scales and value.is_floating_point():
             wide = value.dtype if group.get("state_bits") else torch.promote_types(value.dtype, state[key].dtype)
             dtype = group.get("state_dtype") or wide
         else:

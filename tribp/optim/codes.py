@@ -5,6 +5,7 @@ BLOCK of them, as they lie in memory. A parameter of 24 bits is the bfloat16 one
 `residual` in its state.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def encode(x: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
     largest = x.abs().amax(1)  # NaN where one is
     scale.copy_(torch.where(largest < 1e36, largest.clamp_min(SMALLEST), torch.nan))
     part = x / scale[:, None]
-    dither: Tensor | float = 0.5 if random is None else (_blocks(random) & 0x7FFF).float() / 0x8000
+    # Half a step of it more, as the kernel's sum rounds: else 0 lets the least number below a code fall to the next one.
+    dither: Tensor | float = 0.5 if random is None else ((_blocks(random) & 0x7FFF).float() + 0.5) / 0x8000
     if codes.dtype == torch.int8:
         q = (254 * part / (1 + part.abs())).clamp(-127, 127)
     else:
@@ -61,9 +63,11 @@ def encode(x: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
 
 
 def join(p: Tensor, residual: Tensor) -> Tensor:
-    """bfloat16 parameters and the 8 bits below them: float32. A parameter that somebody set to 0 is 0 or above it."""
+    """bfloat16 parameters and the 8 bits below them: float32. A parameter that somebody set to 0 is 0 or above it, and an
+    infinite one is infinite."""
     high, low = p.view(torch.int16).int(), residual.int()
     low = torch.where(high & 0x7FFF == 0, low.clamp_min(0), low)
+    low = torch.where(high & 0x7F80 == 0x7F80, 0, low)
     return ((high << 16) + (low << 8)).view(torch.float32)
 
 
@@ -135,11 +139,19 @@ def decode_states(state: dict[str, Any]) -> None:
         del state[scale_of(name)]
 
 
-def conform_all(rule: Rule, optimizer: torch.optim.Optimizer) -> None:
-    """Brings the states that are there into the form that their groups ask for; what does not fit stays as it is."""
+def conform_all(rule: Rule, optimizer: torch.optim.Optimizer, is_unused: Callable[[object], bool]) -> None:
+    """Brings the states that are there into the form that their groups ask for; what does not fit stays as it is.
+
+    is_unused: of a momentum buffer that no step has used yet: it goes, or another form of it would count as begun.
+    """
     for group in optimizer.param_groups:
         for p in group["params"]:
             if state := optimizer.state.get(p):
+                if (scale := scale_of("momentum_buffer")) in state or group.get("state_bits"):
+                    if is_unused(peek(state, "momentum_buffer")):
+                        _set(state, "momentum_buffer", None)
+                        if scale in state:
+                            _set(state, scale, None)
                 conform(rule, group, p, state)
 
 
@@ -165,16 +177,32 @@ def conform(rule: Rule, group: Group, p: Tensor, state: dict[str, Any]) -> None:
             store_codes(state, name, value, p, code_dtype)
         elif name in are_codes:
             _set(state, name, value.to(group.get("state_dtype") or p.dtype))
-        if code_dtype is None and scale_of(name) in state:
+        if code_dtype is None and scale_of(name) in state and peek(state, name).dtype not in CODES:
             _set(state, scale_of(name), None)
     residual = peek(state, RESIDUAL)
     if not keeps_residual(group, p):
         if residual is not None:
             _set(state, RESIDUAL, None)  # or the bits below what the parameter was would be added to what it has become
     elif fits(residual) and not is_as_made(residual, torch.int8):  # torch's class makes bfloat16 numbers of them
-        as_made = torch.empty_like(p, dtype=torch.int8, memory_format=torch.preserve_format)
-        local(as_made).copy_(local(residual))
-        _set(state, RESIDUAL, as_made)
+        _set(state, RESIDUAL, _as_made(residual, p, torch.int8))
+    names = [*filter(None, rule.states(group))]
+    if group.get("ema_decay"):
+        names.append("ema")
+    if keeps_residual(group, p):
+        names.append(RESIDUAL)
+    there = {name: value for name in names if fits(value := peek(state, name))}
+    if there and (len(there) < len(names) or len({local(value).stride() for value in there.values()}) > 1):
+        # Those of a checkpoint lie as its parameter did, new ones and codes as this one: no kernel takes both.
+        for name, value in there.items():
+            if not is_as_made(value, value.dtype):
+                _set(state, name, _as_made(value, p, value.dtype))
+
+
+def _as_made(value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
+    """A state in the layout of a new one."""
+    as_made = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    local(as_made).copy_(local(value))
+    return as_made
 
 
 def coded_entries(state: dict[str, Any]) -> set[str]:

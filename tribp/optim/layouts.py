@@ -133,11 +133,16 @@ def separate_gradients(params: Iterable[Tensor]) -> bool:
 
 
 def give_memory(params: Iterable[Tensor]) -> bool:
-    """Put zeros in the place of gradients that are zero without memory, as that of `sgn`; return whether any was."""
-    without = [p for p in dict.fromkeys(params) if p.grad is not None and local(p.grad)._is_zerotensor()]
-    for p in without:
-        p.grad = p.grad.clone()  # type: ignore[union-attr]
-    return bool(without)
+    """Put what they stand for in the place of gradients that are zero without memory, as that of `sgn`, or whose memory
+    holds their negative or conjugate, as that of `imag`; return whether any was."""
+    lazy = [p for p in dict.fromkeys(params) if p.grad is not None and _is_lazy(local(p.grad))]
+    for p in lazy:
+        p.grad = p.grad.resolve_neg().resolve_conj().clone()  # type: ignore[union-attr]
+    return bool(lazy)
+
+
+def _is_lazy(t: Tensor) -> bool:
+    return t._is_zerotensor() or t.is_neg() or t.is_conj()
 
 
 def memory_range(t: Tensor) -> tuple[str, int, int]:

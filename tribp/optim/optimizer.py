@@ -116,6 +116,15 @@ class Optimizer(torch.optim.Optimizer):
     def _before_step(self) -> None:
         """Last changes to the groups."""
 
+    def _check_bits(self) -> None:
+        """Of groups that were edited, or came with a checkpoint; `add_param_group` raises the same errors."""
+        caller = type(self).__name__
+        for group in self.param_groups:
+            on = {name: group[name] for name in ("state_bits", "master_bits", "state_dtype") if group.get(name)}
+            enabled_options(on, caller)
+            if "state_bits" in on and self._rule.squares is None:
+                raise TypeError(f"{caller} keeps no states in 8 bits, so there is no state_bits")
+
     # The step.
 
     profile_hook_step = staticmethod(hooked.wrap)  # torch wraps a class's `step` in it
@@ -159,7 +168,8 @@ class Optimizer(torch.optim.Optimizer):
                 if plan is not None:
                     plan.release()  # states that were thrown away must not live until there are others
                 rule = self._rule(self.defaults)
-                codes.conform_all(rule, self)  # which is no harm where the rest of this is refused, or interrupted
+                self._check_bits()
+                codes.conform_all(rule, self, self._is_unused)  # which is no harm where the rest of this is refused, or interrupted
                 with all_or_none(self.state):
                     self._plan = plan = UpdatePlan(rule, self, plan)
                 grads = plan.watch.checked_gradients(self)
