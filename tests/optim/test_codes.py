@@ -430,3 +430,20 @@ def test_gradients_whose_squares_vanish(device: str) -> None:
         p.grad[:, 0] = 1.0
         optimizer.step()
     assert (p[:, 1:].abs() < 1e-15).all()
+
+
+def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large tensor is updated in pieces where no kernel is: the same random numbers, the same bits."""
+    results: list[list[Tensor]] = []
+    for size in (1 << 16, 64):
+        monkeypatch.setattr("tribp.optim.torch_buckets._PIECE", size)
+        found: list[Tensor] = []
+        for kind, options in ((Adam, {"amsgrad": True}), (SGD, {"momentum": 0.9, "stochastic_rounding": True})):
+            p = transposed(values((7, 67), torch.bfloat16, 1))
+            optimizer = kind([p], lr=0.01, **options, **BITS)
+            for step in range(3):
+                p.grad = transposed(values((7, 67), torch.bfloat16, 2 + step))
+                optimizer.step()
+            found += [p, *optimizer.state[p].values()]
+        results.append(found)
+    assert all(map(torch.equal, *results))

@@ -52,7 +52,7 @@ def encode(x: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
     largest = x.abs().amax(1)  # NaN where one is
     scale.copy_(torch.where(largest < 1e36, largest.clamp_min(SMALLEST), torch.nan))
     part = x / scale[:, None]
-    # Half a step of it more, as the kernel's sum rounds: else 0 lets the least number below a code fall to the next one.
+    # Half a step more, as the kernel's sum rounds: with 0 the least number below a code would fall to the next one.
     dither: Tensor | float = 0.5 if random is None else ((_blocks(random) & 0x7FFF).float() + 0.5) / 0x8000
     if codes.dtype == torch.int8:
         q = (254 * part / (1 + part.abs())).clamp(-127, 127)
@@ -63,8 +63,8 @@ def encode(x: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
 
 
 def join(p: Tensor, residual: Tensor) -> Tensor:
-    """bfloat16 parameters and the 8 bits below them: float32. A parameter that somebody set to 0 is 0 or above it, and an
-    infinite one is infinite."""
+    """bfloat16 parameters and the 8 bits below them: float32. One that somebody set to 0 is 0 or above it, to infinity
+    infinity."""
     high, low = p.view(torch.int16).int(), residual.int()
     low = torch.where(high & 0x7FFF == 0, low.clamp_min(0), low)
     low = torch.where(high & 0x7F80 == 0x7F80, 0, low)
@@ -147,11 +147,11 @@ def conform_all(rule: Rule, optimizer: torch.optim.Optimizer, is_unused: Callabl
     for group in optimizer.param_groups:
         for p in group["params"]:
             if state := optimizer.state.get(p):
-                if (scale := scale_of("momentum_buffer")) in state or group.get("state_bits"):
-                    if is_unused(peek(state, "momentum_buffer")):
-                        _set(state, "momentum_buffer", None)
-                        if scale in state:
-                            _set(state, scale, None)
+                scale = scale_of("momentum_buffer")
+                if (scale in state or group.get("state_bits")) and is_unused(peek(state, "momentum_buffer")):
+                    _set(state, "momentum_buffer", None)
+                    if scale in state:
+                        _set(state, scale, None)
                 conform(rule, group, p, state)
 
 

@@ -169,7 +169,8 @@ class Optimizer(torch.optim.Optimizer):
                     plan.release()  # states that were thrown away must not live until there are others
                 rule = self._rule(self.defaults)
                 self._check_bits()
-                codes.conform_all(rule, self, self._is_unused)  # which is no harm where the rest of this is refused, or interrupted
+                # No harm where the rest of this is refused, or interrupted.
+                codes.conform_all(rule, self, self._is_unused)
                 with all_or_none(self.state):
                     self._plan = plan = UpdatePlan(rule, self, plan)
                 grads = plan.watch.checked_gradients(self)

@@ -225,12 +225,12 @@ def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
     return torch.where(rounded >= 1 << 15, rounded - (1 << 16), rounded).to(torch.int16).view(torch.bfloat16)
 
 
-def random_bits(like: Tensor, key: int) -> Tensor:
+def random_bits(like: Tensor, key: int, first: int = 0) -> Tensor:
     """32 random bits, as int64, for each element, in the order that they have in memory: Wellons' "lowbias32" of its
-    number and the key."""
+    number and the key. first: the number of the first one."""
     strides = like.stride()
     order = sorted(range(like.dim()), key=lambda d: -strides[d])
-    i = torch.arange(like.numel(), device=like.device).view([like.shape[d] for d in order])
+    i = torch.arange(first, first + like.numel(), device=like.device).view([like.shape[d] for d in order])
     i = i.permute([order.index(d) for d in range(like.dim())])
     x = ((i & 0xFFFFFFFF) ^ key) + (i >> 32) * 0x9E3779B9 & 0xFFFFFFFF
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF

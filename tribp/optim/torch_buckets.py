@@ -1,7 +1,8 @@
 """The update where no kernel runs: torch's fused CPU kernels, the rule's formula, or torch's own code."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,36 +141,82 @@ class ReferenceBucket(Bucket):
             count = random_step = float(counter)
         if not self.rule.counts_steps:
             count = float(slot.count.value) + 1
-        states = [None if x is None else layouts.as_reals(x) for x in slot.states]
-        values = [
-            x if x is None or scale is None else codes.decode(x, scale)
-            for x, scale in zip(states, slot.scales, strict=True)
-        ]
+        formula = Formula(self.rule, group)
+        keys = reference.random_keys(group.get("seed", 0), int(random_step), slot.index)
         scalars = [peek(slot.state, name) for name in self.rule.scalar_states]
-        p = layouts.as_reals(slot.param)
-        weight = layouts.as_reals(slot.weight)
-        changed, moments, results = Formula(self.rule, group)(weight, layouts.as_reals(grad), values, scalars, count)
-        code_key, param_key = reference.random_keys(group.get("seed", 0), int(random_step), slot.index)
+        results: list[float] = []
+        for piece in _pieces(slot, grad):
+            results = self._update_piece(piece, slot, group, formula, keys, scalars, count)
+        for scalar, result in zip(scalars, results, strict=True):
+            scalar.fill_(result)
+        if not self.rule.counts_steps:  # a momentum buffer has begun when it was written
+            slot.count.value = int(count)
+
+    @staticmethod
+    def _update_piece(
+        piece: "_Piece", slot: ParamSlot, group: Group, formula: Formula, keys: tuple[int, int], scalars: list[Tensor],
+        count: float,
+    ) -> list[float]:  # fmt: skip
+        """Returns what becomes of the states of one number."""
+        first, p, grad, residual, states, scales = piece
+        values = [
+            x if x is None or scale is None else codes.decode(x, scale) for x, scale in zip(states, scales, strict=True)
+        ]
+        weight = p if residual is None else codes.join(p, residual)
+        changed, moments, results = formula(weight, grad, values, scalars, count)
+        code_key, param_key = keys
         stochastic = rounds_stochastically(group, p)
-        if slot.residual is not None:
-            dither = reference.random_bits(p, param_key) & 0xFF if stochastic else 128
+        if residual is not None:
+            dither = reference.random_bits(p, param_key, first) & 0xFF if stochastic else 128
             changed, low = codes.split(changed.float(), dither)
-            slot.residual.copy_(low)
+            residual.copy_(low)
         elif stochastic:
-            changed = reference.round_stochastically(changed, reference.random_bits(p, param_key))
+            changed = reference.round_stochastically(changed, reference.random_bits(p, param_key, first))
         p.copy_(changed)
-        bits = reference.random_bits(p, code_key) if compresses(group, p) else None
-        for k, (state, scale, moment) in enumerate(zip(states, slot.scales, moments, strict=True)):
+        bits = reference.random_bits(p, code_key, first) if compresses(group, slot.param) else None
+        for k, (state, scale, moment) in enumerate(zip(states, scales, moments, strict=True)):
             if state is None or moment is None:
                 continue
             if scale is None or bits is None:
                 state.copy_(moment)
             else:
                 codes.encode(moment, state, scale, bits if k == 0 else bits >> 16)
-        for scalar, result in zip(scalars, results, strict=True):
-            scalar.fill_(result)
-        if not self.rule.counts_steps:  # a momentum buffer has begun when it was written
-            slot.count.value = int(count)
+        return results
+
+
+class _Piece(NamedTuple):
+    """Some elements of a slot, real ones."""
+
+    first: int  # the number of the first one
+    param: Tensor
+    grad: Tensor
+    residual: Tensor | None
+    states: list[Tensor | None]
+    scales: list[Tensor | None]
+
+
+# Elements, a whole number of blocks. Measured, one core: of 16 M elements each takes 290 ns in one piece, 60 in these.
+_PIECE = 1 << 16
+
+
+def _pieces(slot: ParamSlot, grad: Tensor) -> Iterator[_Piece]:
+    """A slot in pieces that stay in the caches: numbers of 8 bits become many of 64. In one where it is not dense."""
+    whole = [slot.param, grad, slot.residual, *slot.states]
+    tensors = [t for t in whole if t is not None]
+    n = slot.param.numel()
+    if n <= _PIECE or slot.param.is_complex() or layouts.layout_row(tensors) != []:
+        p, g, residual, *states = [None if t is None else layouts.as_reals(t) for t in whole]
+        assert p is not None
+        assert g is not None
+        yield _Piece(0, p, g, residual, states, slot.scales)
+        return
+    flat = [None if t is None else t.as_strided((n,), (1,)) for t in whole]
+    for first in range(0, n, _PIECE):
+        p, g, residual, *states = [None if t is None else t[first : first + _PIECE] for t in flat]
+        assert p is not None
+        assert g is not None
+        blocks = slice(first // codes.BLOCK, -(-(first + len(p)) // codes.BLOCK))
+        yield _Piece(first, p, g, residual, states, [None if t is None else t[blocks] for t in slot.scales])
 
 
 class TorchBucket(Bucket):
