@@ -89,8 +89,10 @@ def random_bits(i, key):
 
 @triton.jit
 def join(p, residual):
-    """bfloat16 parameters and the 8 bits below them: float32. One that somebody set to 0 is 0 or above it, to infinity
-    infinity."""
+    """bfloat16 parameters and the 8 bits below them: float32.
+
+    Of a parameter that somebody has set: 0 becomes no negative number, and an infinity stays one.
+    """
     high = p.to(tl.uint16, bitcast=True).to(tl.int32)
     low = residual.to(tl.int32)
     low = tl.where(high & 0x7FFF == 0, tl.maximum(low, 0), low)

@@ -237,6 +237,8 @@ class TrainStep:
             return "the optimizer has a zero_grad of its own"
         if any(map(_has_hooks, parameters)):
             return "a parameter has hooks"
+        if any(map(_has_gradients_of_another_type, parameters)):
+            return "a parameter's gradients are of another type than it is"
         tensors = [input, target, *parameters]
         if self._checked_call.are_alike(loss, tensors):
             return layers
@@ -327,3 +329,8 @@ def _function_mode() -> bool:
 
 def _has_hooks(p: Tensor) -> bool:
     return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
+
+
+def _has_gradients_of_another_type(p: Tensor) -> bool:
+    """Whether autograd is told to turn gradients into another type: newer torch's `grad_dtype`, which leaves have."""
+    return p.is_leaf and getattr(p, "grad_dtype", None) not in (None, p.dtype)

@@ -135,6 +135,11 @@ def double_precision(model: Any) -> None:
         p.data = p.data.double()
 
 
+def gradients_in_double_precision(model: Any) -> None:
+    model.zero_grad()
+    first(model).weight.grad_dtype = torch.float64  # before torch 2.10 a note of the user's
+
+
 def wider(model: Any) -> None:
     """Parameters that are the same objects, of another shape."""
     model[0][0].weight.data, model[0][0].bias.data = parameter(10, 6).data, parameter(10).data
@@ -179,6 +184,7 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Change]] = {
     "shapes": (network, wider),
     "a hook of a parameter": (network, lambda m: first(m).weight.register_hook(lambda g: 2 * g)),
     "a hook after accumulation": (network, lambda m: first(m).bias.register_post_accumulate_grad_hook(lambda p: p)),
+    "gradients of another type": (network, gradients_in_double_precision),
     "a shared parameter": (network, lambda m: m[0].insert(2, m[0][0]) and m[0].pop(0)),
     "a weight that is computed in place": (
         network, lambda m: first(m).weight.requires_grad_(False).mul_(torch.ones((), requires_grad=True))

@@ -63,8 +63,10 @@ def encode(x: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
 
 
 def join(p: Tensor, residual: Tensor) -> Tensor:
-    """bfloat16 parameters and the 8 bits below them: float32. One that somebody set to 0 is 0 or above it, to infinity
-    infinity."""
+    """bfloat16 parameters and the 8 bits below them: float32.
+
+    Of a parameter that somebody has set: 0 becomes no negative number, and an infinity stays one.
+    """
     high, low = p.view(torch.int16).int(), residual.int()
     low = torch.where(high & 0x7FFF == 0, low.clamp_min(0), low)
     low = torch.where(high & 0x7F80 == 0x7F80, 0, low)
