@@ -205,7 +205,7 @@ def split_sum(whole: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: in
     arch, configs = problem.arch, [whole]
     for tile in candidates(problem, l):
         # By the model pointers take two warps, of TF32, 2 µs a step for a tile of 64×64, and half a µs for 32×32.
-        is_slow = tile.num_warps < 4 and not tile.tma
+        is_slow = tile.num_warps == 2 and not tile.tma
         if is_slow or tile.block_i * tile.block_j > 128 * 128 or not can_be_part(tile, problem):
             continue
         tile = fit_tile(tile, problem, i, j, l)
