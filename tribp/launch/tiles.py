@@ -199,8 +199,8 @@ def can_be_part(tile: MatmulConfig, problem: MatmulProblem) -> bool:
 def split_sum(whole: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: int, most: int) -> MatmulConfig:
     """`whole`, or for a long sum and few tiles a config with the sum in up to `most` parts, where that takes less.
 
-    A program a processor: larger tiles in more parts read less. Sums of under 512 do little but start. By the model it
-    must be a tenth less; before Hopper nearly half, for there small tiles take less than `step_cost` says.
+    A program a processor: larger tiles in more parts read less. Sums of under 512 do little but start. By the model 16
+    bits must be a tenth less; wider types, and all before Hopper, nearly half, or some are slower than `whole`.
     """
     arch, configs = problem.arch, [whole]
     for tile in candidates(problem, l):
@@ -215,7 +215,7 @@ def split_sum(whole: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: in
             configs.append(replace(tile, splits=whole_splits(l, splits, tile.block_l), reason=reason))
     costs = [sum_cost(config, problem, i, j, l) for config in configs]
     chosen = configs[costs.index(min(costs))]
-    pays = min(costs) < (0.9 if arch.has_tma else 0.55) * costs[0]
+    pays = min(costs) < (0.9 if arch.has_tma and ITEMSIZE[problem.dtype] == 2 else 0.55) * costs[0]
     return set_stages(chosen, problem, chosen.splits * chosen.tiles(i, j)) if pays else whole
 
 
