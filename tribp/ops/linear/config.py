@@ -135,7 +135,7 @@ class DgradProblem(NamedTuple):
 
     @property
     def is_split(self) -> bool:
-        """Whether it should be left to `forward`, as dz times wᵀ turned: that splits long sums for few tiles."""
+        """Whether it should be left to `forward`, as the product of dz and wᵀ: that splits long sums for few tiles."""
         return ForwardProblem(self.m, self.k, self.n, *self[3:8], along=self.along).choose().splits > 1
 
     def steps(self) -> Steps:

@@ -264,7 +264,10 @@ def form_dw(plan: Plan, dz: OutputGradient, x: Operand, dw: Buffer, precision: s
 def form_dx(
     plan: Plan, dz: OutputGradient, w: Operand, dx: Buffer, precision: str, lower: LowerLayer | None, *, tf32: bool
 ) -> Partials:  # fmt: skip
-    """dx, or with `lower` that layer's dz. Returns the sums that the lower layer's db is of."""
+    """dx, or with `lower` that layer's dz. Returns the sums that the lower layer's db is of.
+
+    A long sum for few tiles is left to `forward`, which splits it; a pass of its own then forms the lower layer's dz.
+    """
     (m, n), dtype, k = dz.dy.tensor.shape, dx.dtype, w.tensor.shape[1]
 
     def problem(source: Operand, y: Operand | None) -> DgradProblem:
