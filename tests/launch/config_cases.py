@@ -11,6 +11,7 @@ from tribp.ops.conv3x3.config_few_channels import FewChannelsDgradProblem, FewCh
 from tribp.ops.linear.config import BackwardProblem, DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
 
 PRODUCTS = [(4096, 4096, 4096), (65536, 256, 784), (8192, 1024, 1024), (512, 128, 784), (64, 10, 128), (1000, 77, 333)]
+LONG = [(64, 128, 9216), (256, 512, 32000), (8, 512, 20000)]  # sums that forward has in parts
 IMAGES = [(64, 56, 56, 64, 64), (256, 7, 7, 512, 512), (3, 33, 29, 7, 9), (1, 1, 300, 24, 200), (256, 14, 14, 256, 256)]
 COLUMNS = [(64, 100, 1, 512, 512), (600, 50, 1, 2, 2)]  # images of one column: sequences, of many channels and of few
 DTYPES = list(ITEMSIZE)
@@ -35,6 +36,8 @@ def _problems(arch: Arch) -> Iterator[Any]:
 
 
 def _products(dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -> Iterator[Any]:
+    for m, n, k in LONG:
+        yield ForwardProblem(m, n, k, dtype, precision, arch, vec, tma)
     for m, n, k in PRODUCTS:
         facts = (m, n, k, dtype, precision, arch, vec, tma)
         for costly in (False, True):

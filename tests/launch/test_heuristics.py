@@ -1,5 +1,6 @@
 """What the heuristics choose, where a reason beside them names a shape."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -174,6 +175,41 @@ def test_long_sums_of_few_tiles_are_split(m: int, n: int, k: int, tile: tuple[in
     assert chosen.splits * chosen.tiles(m, n) <= H100.processors
     dgrad = DgradProblem(m, k, n, "bfloat16", "ieee", H100, **facts, may_fuse=True)
     assert dgrad.is_split == (splits > 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "precision", "arch", "tma", "tile", "splits"),
+    [
+        ((256, 512, 32000), "float32", "tf32x3", "sm_90", True, (32, 128), 4),
+        ((8, 512, 20000), "float32", "tf32x3", "sm_90", False, (16, 32), 8),  # 128 columns spill
+        ((64, 333, 4096), "float32", "tf32", "sm_90", False, (32, 32), 6),  # two warps of 64×64 load slowly
+        ((128, 77, 1024), "float32", "tf32x3", "sm_90", True, (32, 32), 1),  # in parts slower by the model
+        ((256, 1024, 2048), "float64", "ieee", "sm_90", True, (32, 32), 1),
+        ((64, 1000, 4096), "bfloat16", "ieee", "sm_90", True, (64, 64), 8),
+        ((64, 1000, 4096), "bfloat16", "ieee", "sm_80", False, (32, 32), 1),
+        ((128, 333, 2047), "bfloat16", "ieee", "sm_90", False, (32, 32), 3),  # odd pitch
+    ],
+)
+def test_parts_of_each_kind(
+    shape: tuple[int, int, int], dtype: str, precision: str, arch: str, tma: bool, tile: tuple[int, int], splits: int
+) -> None:
+    vec = 1 if shape[2] % 2 else 4
+    problem = ForwardProblem(*shape, dtype, precision, ARCHS[arch], vec, tma)
+    chosen = problem.choose()
+    assert (chosen.block_i, chosen.block_j, chosen.splits) == (*tile, splits)
+    assert problem.is_legal(chosen)
+    assert not problem.is_legal(replace(chosen, persistent=True, splits=2))
+    assert splits == 1 or not tma or chosen.num_stages == 4, "a processor has one program"
+
+
+def test_dx_in_parts_saves_what_it_costs() -> None:
+    """dgrad forms the lower layer's dz in its launch, and its own on load: `forward` needs a pass for each."""
+    facts: dict[str, Any] = dict(dtype="bfloat16", precision="ieee", arch=H100, vec=8, tma=True)
+    long, short = ((256, 32000, 512), (16, 2448, 1024))
+    assert DgradProblem(*long, **facts, may_fuse=True, for_lower=True).is_split
+    assert DgradProblem(*short, **facts, may_fuse=False).is_split
+    assert not DgradProblem(*short, **facts, may_fuse=False, for_lower=True).is_split
+    assert not DgradProblem(*short, **facts, may_fuse=True).is_split
 
 
 def tile_of(n: int, side: int, arch: Arch = H100, dtype: str = "bfloat16", **more: Any) -> tuple[int, int, int]:

@@ -438,9 +438,10 @@ def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (1 << 16, 64):
         monkeypatch.setattr("tribp.optim.torch_buckets._PIECE", size)
         found: list[Tensor] = []
-        for kind, options in ((Adam, {"amsgrad": True}), (SGD, {"momentum": 0.9, "stochastic_rounding": True})):
+        rounded = {"momentum": 0.9, "stochastic_rounding": True}
+        for kind, options in ((Adam, {"amsgrad": True} | BITS), (SGD, rounded | BITS), (SGD, rounded)):
             p = transposed(values((7, 67), torch.bfloat16, 1))
-            optimizer = kind([p], lr=0.01, **options, **BITS)
+            optimizer = kind([p], lr=0.01, **options)
             for step in range(3):
                 p.grad = transposed(values((7, 67), torch.bfloat16, 2 + step))
                 optimizer.step()

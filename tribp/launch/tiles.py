@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .arch import ITEMSIZE, Arch, cdiv
-from .configs import REASON_INTERPRETED, fit_block, rows_per_split, whole_splits
+from .configs import REASON_INTERPRETED, fit_block, register_limit, rows_per_split, whole_splits
 from .matmul import M, MatmulConfig, MatmulProblem, by_mma_sync, feeds_wgmma, needs_registers, stages_that_fit
 
 # Sums up to which a tile's end takes so long that another program on the processor should hide it. Measured on an H200,
@@ -191,9 +191,11 @@ def sum_cost(tile: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: int)
 def can_be_part(tile: MatmulConfig, problem: MatmulProblem) -> bool:
     """Whether sums in parts of this tile do not spill.
 
-    Compiled: 8 bytes on sm_90 in tf32x3, of 16×128 whose columns pointers load.
+    Compiled, by pointers: 8 bytes on sm_90 in tf32x3, of 16×128, and on sm_100 in float64, of 64×64.
     """
-    return tile.tma or tile.block_j <= 64 or problem.precision != "tf32x3"
+    if tile.tma or not problem.arch.has_tma:
+        return True
+    return tile.block_j <= (32 if problem.dtype == "float64" else 64 if problem.precision == "tf32x3" else 256)
 
 
 def split_sum(whole: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: int, most: int) -> MatmulConfig:
@@ -203,7 +205,7 @@ def split_sum(whole: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: in
     bits must be a tenth less; wider types, and all before Hopper, nearly half, or some are slower than `whole`.
     """
     arch, configs = problem.arch, [whole]
-    for tile in candidates(problem, l):
+    for tile in candidates(problem, l) if l >= 1024 else ():
         # By the model pointers take two warps, of TF32, 2 µs a step for a tile of 64×64, and half a µs for 32×32.
         is_slow = tile.num_warps == 2 and not tile.tma
         if is_slow or tile.block_i * tile.block_j > 128 * 128 or not can_be_part(tile, problem):
@@ -212,7 +214,10 @@ def split_sum(whole: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: in
         splits = min(arch.processors // tile.tiles(i, j), l // 512, most)
         if splits > 1:
             reason = f"{tile.reason}; in parts: a long sum for few tiles"
-            configs.append(replace(tile, splits=whole_splits(l, splits, tile.block_l), reason=reason))
+            splits = whole_splits(l, splits, tile.block_l)
+            # Compiled: left to itself, ptxas spills 4 bytes on sm_100, of 16×128. There is one program a processor.
+            limit = tile.max_registers or register_limit(arch)
+            configs.append(replace(tile, splits=splits, reason=reason, max_registers=limit))
     costs = [sum_cost(config, problem, i, j, l) for config in configs]
     chosen = configs[costs.index(min(costs))]
     pays = min(costs) < (0.9 if arch.has_tma and ITEMSIZE[problem.dtype] == 2 else 0.55) * costs[0]

@@ -152,8 +152,8 @@ def conform_all(rule: Rule, optimizer: torch.optim.Optimizer, is_unused: Callabl
                 scale = scale_of("momentum_buffer")
                 if (scale in state or group.get("state_bits")) and is_unused(peek(state, "momentum_buffer")):
                     _set(state, "momentum_buffer", None)
-                    if scale in state:
-                        _set(state, scale, None)
+                if scale in state and peek(state, "momentum_buffer") is None:
+                    _set(state, scale, None)
                 conform(rule, group, p, state)
 
 

@@ -135,8 +135,18 @@ class DgradProblem(NamedTuple):
 
     @property
     def is_split(self) -> bool:
-        """Whether it should be left to `forward`, as the product of dz and wᵀ: that splits long sums for few tiles."""
-        return ForwardProblem(self.m, self.k, self.n, *self[3:8], along=self.along).choose().splits > 1
+        """Whether it should be left to `forward`, as the product of dz and wᵀ: that splits long sums for few tiles.
+
+        It must save the passes that this kernel does without, over the lower layer's dz and to form its own.
+        """
+        m, n, k, arch = self.m, self.n, self.k, self.arch
+        problem = ForwardProblem(m, k, n, *self[3:8], along=self.along)
+        chosen = problem.choose()
+        if chosen.splits == 1:
+            return False
+        passes = [m * k] * self.for_lower + [m * n] * self.may_fuse
+        saved = sum_cost(choose_product(problem, m, k, n), self, m, k, n) - sum_cost(chosen, self, m, k, n)
+        return saved > sum(100_000 + 3 * elements / arch.processors for elements in passes)
 
     def steps(self) -> Steps:
         return {**STEPS, "fuse_dz": toggled}

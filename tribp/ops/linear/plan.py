@@ -279,7 +279,8 @@ def form_dx(
         )  # fmt: skip
 
     source, y = dz.dy, dz.y
-    if problem(dz.dz or source, None).is_split:
+    may_fuse = dz.fusable and dz.db is None
+    if problem(dz.dz or source, y if may_fuse else None).is_split:
         product = dx if lower is None else plan.scratch((m, k), dtype)
         turned = w.tensor.viewed((k, n), w.tensor.stride()[::-1])
         forward_layer(plan, dz.formed().tensor, turned, None, product, activation=NONE, tf32=tf32)
@@ -287,7 +288,7 @@ def form_dx(
             return Partials()
         lower_y = lower.y if lower.activation.name else None
         return sum_rows(plan, product, lower_y, as_stored(lower.activation, dtype), dx, lower.db)
-    s = plan.config(problem(source, y)) if dz.fusable and dz.db is None else None
+    s = plan.config(problem(source, y)) if may_fuse else None
     if s is None or not s.fuse_dz:
         source, y = dz.formed(), None
         s = plan.config(problem(source, None))
