@@ -168,7 +168,7 @@ def output(partials, b, y, parts, M, N, CONFIG: tl.constexpr):
         at = partials + (part[:, None] * (M * pitch) + i[None, :])
         z += tl.sum(tl.load(at, mask=exists[:, None] & inside[None, :], other=0.0), 0)
     if b is not None:
-        z += tl.load(b + i % N, mask=inside, other=0.0).to(z.dtype)
+        z += tl.load(b + i % pitch, mask=inside, other=0.0).to(z.dtype)
     y_block = activate(z, ACT, y.dtype.element_ty, CONFIG.PTX)
     tl.store(y + i, round_to(y_block, y.dtype.element_ty), mask=inside)
 

@@ -153,9 +153,9 @@ def test_a_parameter_has_24_bits() -> None:
     assert codes.join(*codes.split(worst, 128)).isnan().all()
 
 
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.0])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, torch.inf, -torch.inf])
 def test_a_parameter_that_somebody_set(value: float, device: str) -> None:
-    """Its residual is an old one: it moves the parameter by half a unit in the last place at most."""
+    """Its residual is an old one: it moves the parameter by half a unit in the last place at most, and no infinity."""
     p = values((64,), torch.bfloat16, 1).to(device)
     optimizer = SGD([p], lr=1e-3, **BITS)
     for _ in range(3):

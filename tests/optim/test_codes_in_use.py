@@ -516,20 +516,6 @@ def test_bits_that_a_group_was_given_later(of: str, device: str) -> None:
     assert torch.equal(p, torch.ones_like(p))
 
 
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
-def test_a_parameter_that_somebody_made_infinite(value: float, device: str) -> None:
-    """The residual that it had would make NaN of it, or a finite number."""
-    p = values((64,), torch.bfloat16, 1).to(device)
-    optimizer = SGD([p], lr=1e-3, momentum=0.9, **BITS)
-    for _ in range(3):
-        p.grad = torch.ones_like(p)
-        optimizer.step()
-    p.fill_(value)
-    p.grad = torch.zeros_like(p)
-    optimizer.step()
-    assert (codes.join(p, optimizer.state[p]["residual"]) == value).all()
-
-
 def test_a_gradient_that_is_a_negative_view(device: str) -> None:
     """As `imag` of a conjugate is: its memory holds the other sign."""
     runs = [Run(device).step(0), Run(device).step(0)]
