@@ -431,14 +431,15 @@ def test_a_checkpoint_whose_bits_are_taken_out(
     assert_close(other.states[1]["exp_avg"].double(), exact.double(), rtol=0.02, atol=1e-3)
 
 
-def test_an_average_that_torchs_class_has_had(device: str) -> None:
-    """In float32 again: in the parameter's type it would not move."""
-    run = Run(device, torch.bfloat16, ema_decay=0.99).step(0, 1)
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)], ids=str)
+def test_an_average_that_torchs_class_has_had(dtype: torch.dtype, wide: torch.dtype, device: str) -> None:
+    """In float32 again, at least: in the parameter's type it would not move."""
+    run = Run(device, dtype, ema_decay=0.99).step(0, 1)
     theirs = genuine("Adam", [p.clone() for p in run.params], lr=0.01)
     theirs.load_state_dict(run.optimizer.state_dict())
     run.optimizer.load_state_dict(theirs.state_dict())
     run.step(2)
-    assert run.states[0]["ema"].dtype == torch.float32
+    assert run.states[0]["ema"].dtype == wide
 
 
 # ---- what else may happen
@@ -526,3 +527,19 @@ def test_a_gradient_that_is_a_negative_view(device: str) -> None:
                 p.grad = torch._neg_view(-p.grad)  # type: ignore[operator]
         run.optimizer.step()
     runs[0].same(runs[1])
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_gradient_that_is_a_conjugate_view(negative: bool, device: str) -> None:
+    """Of complex parameters, whose numbers are read from memory: there they have the other imaginary part."""
+    g = torch.randn(40, dtype=torch.complex64, device=device)
+    results: list[Tensor] = []
+    for lazy in (False, True):
+        p = torch.ones_like(g)
+        optimizer = Adam([p], lr=0.1, max_grad_norm=1.0)
+        p.grad = torch.conj((-g if lazy and negative else g).conj().resolve_conj()) if lazy else g.clone()
+        if lazy and negative:
+            p.grad = torch._neg_view(p.grad)
+        optimizer.step()
+        results.append(p)
+    assert torch.equal(*results)
