@@ -71,7 +71,8 @@ RESNET = [*FEW, *((n, c, c, size, size) for c, size in ((128, 28), (256, 14), (5
 STRIDED, GROUPED, DEPTHWISE = (64, 128, 256, 28, 28), (64, 128, 128, 28, 28), (64, 384, 384, 56, 56)
 LENET, ODD = (1, 1, 6, 32, 32), (3, 5, 7, 33, 29)
 VGG = [(64, c, c, side, side) for c, side in ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14))]
-SMALL = {FIRST, LENET, ODD}  # around 10 µs of work and less: a launch costs as much
+FEW_IMAGES = [(1, 512, 512, 7, 7), (8, 512, 512, 7, 7), (2, 1280, 1280, 8, 8), (2, 1280, 1280, 16, 16)]  # sums in parts
+SMALL = {FIRST, LENET, ODD, FEW_IMAGES[0]}  # around 10 µs of work and less: a launch costs as much
 
 BASE = [ConvCase(shape, BF16, small=shape in SMALL) for shape in (FIRST, THREE, *RESNET)] + [
     ConvCase(DEPTHWISE, BF16, groups=384),
@@ -90,6 +91,7 @@ def cases() -> list[ConvCase]:
     nchw, *types = [[replace(case, **kind) for case in BASE] for kind in KINDS]
     return [
         *BASE,
+        *(ConvCase(shape, BF16, small=shape in SMALL) for shape in FEW_IMAGES),
         *nchw,
         lenet,
         replace(lenet, tf32=True),
@@ -198,11 +200,14 @@ def compiled(everything: bool) -> Iterator[tuple[ConvCase, Sequence[str]]]:
     yield replace(few, last=False, activation="sigmoid"), ("backward",)
     yield replace(three, activation="sigmoid"), ("forward", "wgrad")
     yield ConvCase(MANY, BF16, last=False, activation="tanh"), ("forward",)
+    yield ConvCase(FEW_IMAGES[0], BF16), ("forward", "dgrad")
     if not everything:
         return
     # All that is measured, and float64.
     measured = [*cases(), *(replace(case, dtype=FP64) for case in BASE)]
-    measured += [ConvCase(shape, dtype, tf32) for shape in (UNEVEN, FEWER) for dtype, tf32 in UNEVEN_TYPES]
+    some_shapes = (UNEVEN, FEWER, *FEW_IMAGES)
+    measured += [ConvCase(shape, dtype, tf32) for shape in some_shapes for dtype, tf32 in UNEVEN_TYPES]
+    measured += [ConvCase(FEW_IMAGES[0], dtype, last=False) for dtype in (BF16, FP32, FP64)]
     yield from ((case, (*APART, "backward")) for case in measured)
     yield ConvCase(LENET, BF16), ("dgrad",)
     for activation in ("tanh", "elu", "softplus"):  # those that take most registers
@@ -236,7 +241,7 @@ def expectations(launch: Launch, case: ConvCase, arch: Arch) -> Iterator[Expecta
         if across and loads + stores:
             reason = "16 bytes a thread, of every row that is read and every row that is written"
             yield expect.vectors(across * loads, across * stores, reason)
-    elif kernel == "reduce_partials":
+    elif kernel in ("output", "reduce_partials"):
         yield from expect.partial_sums(launch)
 
 
@@ -296,17 +301,19 @@ def pixels_of(given: Given) -> int:
     return size(given, "BOX_N", "BOX_H", "BOX_W")
 
 
-def product_work(given: Given, grid: tuple[int, ...], case: Any, operand: str, channels: str) -> dict[str, Any]:
-    """forward and dgrad: taps × steps through the channels. A class of pixels meets 9 / (classes) taps on average."""
+def product_work(given: Given, grid: tuple[int, ...], case: Any, operand: str, out: str, channels: str) -> dict[str, Any]:
+    """forward and dgrad: taps × steps through the channels. A class of pixels meets 9 / (classes) taps on average,
+    a part of a sum 9 / (parts).
+    """
     turns = cdiv(size(given, "GROUPS_PER_TILE", channels), given["BLOCK_L"])
-    taps = 9 / (size(given, "step_h", "step_w") if operand == "dx" else 1)
+    taps = 9 / grid[1]
     pixels = pixels_of(given)
     step = pixels * given["BLOCK_J"] * given["BLOCK_L"]
     read = (pixels + given["BLOCK_J"]) * given["BLOCK_L"] * model.itemsize(given, operand)
     loops = (taps * turns, step) if given["FLAT"] else (turns, step, (taps,))
     work = model.product(given, operand, *loops)
-    written = pixels * given["BLOCK_J"] * model.itemsize(given, operand)
-    if operand == "y" and given["b"] is not None:
+    written = pixels * given["BLOCK_J"] * model.itemsize(given, out)
+    if out == "y" and given["b"] is not None:
         work |= dict(chain=2)
     programs = math.prod(grid)
     return work | model.traffic(given, programs * taps * turns * read, programs * written, programs)
@@ -359,8 +366,8 @@ OPERATION = Operation(
     compiled=compiled,
     expectations=expectations,
     kernel_work={
-        "forward": partial(product_work, operand="y", channels="CG"),
-        "dgrad": partial(product_work, operand="dx", channels="OG"),
+        "forward": partial(product_work, operand="x", out="y", channels="CG"),
+        "dgrad": partial(product_work, operand="dz", out="dx", channels="OG"),
         "wgrad": wgrad_work,
         "spread_weight": lambda *_: {},
         "few_channels_forward": few_channels_forward_work,
@@ -374,6 +381,7 @@ OPERATION = Operation(
         "depthwise_wgrad": lambda given, *_: dict(turns=given["boxes_per_split"]),
         "relayout": relayout_work,
         "pack": pack_work,
+        "output": model.output,
         "reduce_partials": model.reduce_partials,
     },
     tests=KernelTests(

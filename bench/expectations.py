@@ -141,8 +141,8 @@ def product(rows: int, dtype: torch.dtype, launch: Launch, arch: Arch) -> Iterat
 
 
 def partial_sums(launch: Launch) -> Iterator[Expectation]:
-    """Of `reduce_partials`."""
-    if all(row_bytes(launch, "partials", vec) == 16 for vec in ("VEC", "VEC2")):
+    """Of `reduce_partials`, and of `output`."""
+    if all(row_bytes(launch, "partials", vec) == 16 for vec in ("VEC", "VEC2") if vec in launch.settings):
         yield wide("loads", 128, "rows of partial sums are multiples of 16 bytes")
 
 

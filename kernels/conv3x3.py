@@ -71,6 +71,7 @@ class Product(NamedTuple):
     VEC: int
     VEC_W: int
     VEC_STORE: int
+    SPLIT: bool | None = None  # a program has a part of the sum
     SUMS: Reduce | None = None
     W_TRANSPOSED: bool | None = None  # of dgrad: w is (C, 9, O), of a single group
     ACT: Act | None = None  # of forward
@@ -264,6 +265,14 @@ def from_channel(image, first, CONFIG: tl.constexpr):
 
 
 @triton.jit
+def part_of_output(image, N, VEC: tl.constexpr):
+    """Where a program writes its part of the sum: behind N images for each part before. image: a `Strided`."""
+    data, stride_n, stride_c, stride_h, stride_w = image
+    data += tl.program_id(1).to(tl.int64) * N * (stride_n // VEC * VEC)
+    return Strided(data, stride_n, stride_c, stride_h, stride_w)
+
+
+@triton.jit
 def store_box(image, tile, pixels, channel, BLOCK: tl.constexpr, CONFIG: tl.constexpr):
     """Write the pixels of a box from a channel on, rounded to the type of the image. VEC_STORE as in `offsets`."""
     BOX: tl.constexpr = CONFIG.BOX
@@ -376,6 +385,8 @@ def convolve(image, w, memory, box, pixel_map, taps, groups, DGRAD: tl.constexpr
 
     memory: pointers to image and w, if there are groups to take apart; these may be descriptors.
 
+    With SPLIT, program_id(1) says which part of the sum: its share of the turns of a FLAT loop.
+
     FLAT is one loop over taps and channels, so that loads are pipelined across taps, but not with 8 warps and pointers:
     Triton miscompiles that loop, https://github.com/pytorch/pytorch/issues/173068. Otherwise the loop over channels
     stands in one over taps; compiled, unrolling that took 3.6 times the code and as many registers.
@@ -390,6 +401,7 @@ def convolve(image, w, memory, box, pixel_map, taps, groups, DGRAD: tl.constexpr
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
     BLOCK_L: tl.constexpr = CONFIG.BLOCK_L
     FLAT: tl.constexpr = CONFIG.FLAT
+    SPLIT: tl.constexpr = CONFIG.SPLIT
     VEC: tl.constexpr = CONFIG.VEC
     PRECISION: tl.constexpr = CONFIG.PRECISION
     GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
@@ -408,13 +420,21 @@ def convolve(image, w, memory, box, pixel_map, taps, groups, DGRAD: tl.constexpr
     src = Batch(source, image.stride_n, 1, image.stride_h, image.stride_w, image.N, image.H, image.W, start + length)
     acc = tl.zeros((BLOCK_J, PIXELS) if WEIGHTS_FIRST else (PIXELS, BLOCK_J), accumulator(source.dtype))
     steps = tl.cdiv(length, BLOCK_L)
+    turns = taps_h * taps_w * steps if FLAT else steps
     t = 0
     for outer in range(0, 1 if FLAT else taps_h * taps_w):
         if not FLAT:
             t = outer
         l = 0
+        if SPLIT:
+            tl.static_assert(FLAT, "taps have a loop of their own")
+            share = tl.cdiv(turns, tl.num_programs(1))
+            done = tl.program_id(1) * share
+            turns = tl.minimum(share, turns - done)
+            t = done // steps
+            l = done % steps * BLOCK_L
         # One turn at least: `common.product`.
-        for _ in range(0, tl.maximum(taps_h * taps_w * steps if FLAT else steps, 1)):
+        for _ in range(0, tl.maximum(turns, 1)):
             t_h, t_w = tap_at(t, taps_w)
             tap = (taps.row + t_h * taps.step_h) * 3 + taps.column + t_w * taps.step_w
             shift_h, shift_w = pixel_map.shift_h + SIGN * t_h, pixel_map.shift_w + SIGN * t_w
@@ -439,7 +459,10 @@ def convolve(image, w, memory, box, pixel_map, taps, groups, DGRAD: tl.constexpr
 
 @triton.jit(do_not_specialize=SIZES)
 def forward(x, strides, w, memory, b, y, N, H, W, groups, OG, CG, step_h, step_w, CONFIG: tl.constexpr):
-    """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_J of a tile's groups' output channels a program."""
+    """y = act(x ⋆ w + b): a box of y's pixels and BLOCK_J of a tile's groups' output channels a program.
+
+    With SPLIT, y has the images of each part of the sum behind those of the one before, without b and act.
+    """
     await_previous()
     ACT: tl.constexpr = CONFIG.ACT
     BOX: tl.constexpr = CONFIG.BOX
@@ -458,6 +481,8 @@ def forward(x, strides, w, memory, b, y, N, H, W, groups, OG, CG, step_h, step_w
     pixel_map = PixelMap(step_h, step_w, -CONFIG.PAD_H, -CONFIG.PAD_W)
     z = convolve(image, w, memory, box, pixel_map, Taps(0, 0, 1, 1), of_tile, False, CONFIG)
     first = tile * (GROUPS_PER_TILE * OG)
+    if CONFIG.SPLIT:
+        y = part_of_output(y, N, CONFIG.VEC_STORE)
     y = from_channel(Batch(*y, N, P, Q, groups_here * OG), first, CONFIG)
     if b is not None:
         o, inside = masked_range(col, groups_here * OG, BLOCK_J, 1)
@@ -475,16 +500,19 @@ def dgrad(dz, strides, w, memory, dx, sums, N, H, W, groups, OG, CG, CX, step_h,
     With a stride of 2 the rows of dx fall into two classes, program_id(1): those that meet the taps 0 and 2, and those
     that meet tap 1; the columns likewise. Each class is a convolution of its own with the taps that it meets.
 
+    Of a single class the sum may be SPLIT, as in `forward`: dx then has the images of all parts.
+
     The programs behind those of dx add up wgrad's partial results.
     """
     await_previous()
     SUMS: tl.constexpr = CONFIG.SUMS
+    SPLIT: tl.constexpr = CONFIG.SPLIT
     BOX: tl.constexpr = CONFIG.BOX
     BLOCK_J: tl.constexpr = CONFIG.BLOCK_J
     GROUPS_PER_TILE: tl.constexpr = CONFIG.GROUPS_PER_TILE
     VEC: tl.constexpr = CONFIG.VEC_STORE
-    class_h = tl.program_id(1) >> (step_w - 1)
-    class_w = tl.program_id(1) & (step_w - 1)
+    class_h = 0 if SPLIT else tl.program_id(1) >> (step_w - 1)
+    class_w = 0 if SPLIT else tl.program_id(1) & (step_w - 1)
     columns = tl.cdiv(GROUPS_PER_TILE * CG, BLOCK_J)
     down = tl.cdiv((H + step_h - 1) >> (step_h - 1), BOX.H)
     boxes = tl.cdiv(N, BOX.N) * down * tl.cdiv((W + step_w - 1) >> (step_w - 1), BOX.W)
@@ -497,6 +525,8 @@ def dgrad(dz, strides, w, memory, dx, sums, N, H, W, groups, OG, CG, CX, step_h,
     tile = column // columns
     col = column % columns * BLOCK_J
     groups_here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
+    if SPLIT:
+        dx = part_of_output(dx, N, VEC)
     dx = from_channel(Batch(*dx, N, H, W, groups_here * CX), tile * (GROUPS_PER_TILE * CX), CONFIG)
     P, Q = output_size(H, W, step_h, step_w, CONFIG)
     rows, first_h = rows_of_class(H, CONFIG.PAD_H, class_h, step_h)

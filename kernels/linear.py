@@ -2,7 +2,7 @@
 
     x: (M, K)    w: (N, K)    b: (N,)    y, dy, dz: (M, N)
 
-    forward       y  = act(x·wᵀ + b), or with splits parts of x·wᵀ, and then output of these
+    forward       y  = act(x·wᵀ + b), or with SPLIT parts of x·wᵀ, which `output` makes y of
     output_grad   dz = dy·act′,   db = Σ_rows dz
     dgrad         dx = dz·w
     wgrad         dw = dzᵀ·x
@@ -91,16 +91,6 @@ class Backward(NamedTuple):
     SUMS: Reduce | None = None
 
 
-class Output(NamedTuple):
-    """What is fixed when `output` is compiled; fields as in `common`."""
-
-    BLOCK: int  # elements of y, a program
-    BLOCK_PARTS: int  # partial results that are read at once
-    VEC: int
-    ACT: Act
-    PTX: bool
-
-
 class OutputGrad(NamedTuple):
     """What is fixed when `output_grad` is compiled; fields as in `common`."""
 
@@ -152,25 +142,6 @@ def forward(x, w, b, y, M, N, K, ldx, ldw, columns_per_split, CONFIG: tl.constex
                 forward_tile(x, w, b, y, tile, 0, CONFIG)
         else:
             forward_tile(x, w, b, y, tl.program_id(0), 0, CONFIG)
-
-
-@triton.jit(do_not_specialize=["parts", "M", "N"])
-def output(partials, b, y, parts, M, N, CONFIG: tl.constexpr):
-    """y = act(Σₛ partials[s] + b), always in the same order. partials: (parts, M, N), of `forward` with SPLIT."""
-    await_previous()
-    BLOCK: tl.constexpr = CONFIG.BLOCK
-    ACT: tl.constexpr = CONFIG.ACT
-    pitch = N // CONFIG.VEC * CONFIG.VEC
-    i, inside = masked_range(tl.program_id(0) * BLOCK, M * pitch, BLOCK, CONFIG.VEC)
-    z = tl.zeros((BLOCK,), partials.dtype.element_ty)
-    for first in range(0, parts, CONFIG.BLOCK_PARTS):
-        part, exists = masked_range(first, parts, CONFIG.BLOCK_PARTS, 1)
-        at = partials + (part[:, None] * (M * pitch) + i[None, :])
-        z += tl.sum(tl.load(at, mask=exists[:, None] & inside[None, :], other=0.0), 0)
-    if b is not None:
-        z += tl.load(b + i % pitch, mask=inside, other=0.0).to(z.dtype)
-    y_block = activate(z, ACT, y.dtype.element_ty, CONFIG.PTX)
-    tl.store(y + i, round_to(y_block, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "N", "rows_per_program"])

@@ -96,3 +96,7 @@ def traffic(given: Given, loaded: float, stored: float, programs: int) -> dict[s
 def reduce_partials(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
     turns = cdiv(given["parts"], given["BLOCK_PARTS"])
     return dict(turns=turns, step=size(given, "BLOCK_PARTS", "BLOCK") * itemsize(given, "partials"), chain=0)
+
+
+def output(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
+    return reduce_partials(given, grid, case) | dict(chain=1)

@@ -125,6 +125,11 @@ QUICK: dict[str, Case] = {
         (2, 8, 8, 16), 8, groups=8, x=images.contiguous, stride=(1, 2), activation="sigmoid", bias=False, dtype=SINGLE
     ),
     "conv, db alone": conv((2, 8, 9, 7), 72, needs="b"),
+    "conv, y in parts": conv((1, 480, 6, 7), 24, activation="sigmoid", needs="", processors=8),
+    "conv, y in parts, NCHW": conv(
+        (2, 480, 5, 4), 20, x=images.contiguous, activation="relu", needs="", dtype=HALF, processors=8
+    ),
+    "conv, dx in parts": conv((1, 24, 6, 7), 480, needs="xw", processors=8),
 }
 QUICK_ON_HOPPER: dict[str, Case] = {
     "conv, float64": conv((1, 24, 8, 8), 24, dtype=DOUBLE),
@@ -139,6 +144,12 @@ QUICK_ON_HOPPER: dict[str, Case] = {
 
 DTYPES = (HALF, BRAIN, SINGLE, DOUBLE)
 SLOW: dict[str, Case] = {
+    "conv, y in parts, no bias, stride 2": conv((2, 480, 9, 8), 20, stride=2, bias=False, needs="", processors=8),
+    "conv, dx in parts, NCHW": conv((2, 20, 6, 7), 480, x=images.contiguous, needs="x", dtype=HALF, processors=8),
+    "conv, large y in parts": conv((1, 480, 16, 8), 128, needs="", processors=8),
+    "conv, dx in parts, float32": conv((1, 24, 6, 7), 480, needs="x", dtype=SINGLE, processors=8),
+    "conv, y in parts, tf32": conv((1, 480, 6, 7), 24, needs="", dtype=SINGLE, tf32=True, processors=8),
+    "conv, y in parts, float64": conv((1, 480, 6, 7), 24, needs="", dtype=DOUBLE, processors=8),
     "conv, groups taken apart": Apart(64, 16),
     "conv, 64 columns": conv((2, 64, 16, 16), 64),
     "conv, 40 columns, NCHW": conv((15, 40, 5, 8), 40, padding=(0, 1), x=images.contiguous, needs="x", processors=1),

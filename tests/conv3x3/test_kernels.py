@@ -164,6 +164,49 @@ def test_dgrad(window: str, form: str, dtype: torch.dtype, kernels: str, bundles
     assert_close(dx, case.gradients()[0])
 
 
+# Of 18 turns: four parts of four and one of two, which begin at either step of a tap; or a part each.
+SPLIT_FORMS = {
+    "pointers": replace(FORMS["flat"], splits=5),
+    "tma": replace(BASE, tma=True, flat=True, splits=18),
+    "tma, one image": replace(BASE, block_i=16, tma=True, flat=True, splits=5, box=(1, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("form", SPLIT_FORMS)
+@pytest.mark.parametrize("window", ["plain", "stride 2"])
+@pytest.mark.parametrize("last", [True, False], ids=["NHWC", "NCHW"])
+def test_forward_of_parts(last: bool, window: str, form: str, bias: bool, kernels: str) -> None:
+    """Sums in parts, then what adds them up, and bias and activation, in y's memory format."""
+    case = Case(window, turn(DTYPES, window, form, bias), kernels, last)
+    b, act = (case.b, SIGMOID) if bias else (None, NONE)
+    exact = torch.sigmoid(case.exact) if bias else case.exact - case.b.double().cpu()[:, None, None]
+    configs, tensors = {ConvProblem: SPLIT_FORMS[form]}, (case.x, case.w, b, case.y)
+    launches = run(ops.forward_layer, tensors, configs, window=case.window, activation=act, tf32=False)
+    product, output = launches[-2:]
+    assert (product.kernel.__name__, output.kernel.__name__) == ("forward", "output")
+    assert product.grid[1] == output.named["parts"] == SPLIT_FORMS[form].splits
+    assert_close(case.y, exact)
+
+
+@pytest.mark.parametrize("form", SPLIT_FORMS)
+@pytest.mark.parametrize("window", ["wide padding", "plain"])
+@pytest.mark.parametrize("last", [True, False], ids=["NHWC", "NCHW"])
+def test_dgrad_of_parts(last: bool, window: str, form: str, kernels: str) -> None:
+    """With wgrad before it, whose sums its programs add up; those of dx have a launch of their own."""
+    case = Case(window, turn(DTYPES, window, form), kernels, last)
+    dx, dw, db = nan_like(case.x), nan_like(case.w), nan_like(case.b)
+    whole = case.dy.shape[1] % 16 == 0
+    config = replace(SPLIT_FORMS[form], tma=SPLIT_FORMS[form].tma and whole, splits=5)
+    wgrad = replace(WGRAD, splits=2)
+    configs = {ConvProblem: config, ConvWgradProblem: wgrad}
+    launches = backward((case.dy, case.x, case.w, None, dx, dw, db), case.window, configs)
+    assert [launch.kernel.__name__ for launch in launches[-3:]] == ["wgrad", "dgrad", "reduce_partials"]
+    for found, exact in zip((dx, dw), case.gradients(), strict=False):
+        assert_close(found, exact)
+    assert_close(db, case.gradients()[2], scale=terms(case.dy))
+
+
 WGRAD = replace(BASE, block_i=16, block_j=16, block_l=32)
 WGRAD_FORMS = {
     "one tap": WGRAD,

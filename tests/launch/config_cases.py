@@ -12,6 +12,7 @@ from tribp.ops.linear.config import BackwardProblem, DgradProblem, ForwardProble
 
 PRODUCTS = [(4096, 4096, 4096), (65536, 256, 784), (8192, 1024, 1024), (512, 128, 784), (64, 10, 128), (1000, 77, 333)]
 LONG = [(64, 128, 9216), (256, 512, 32000), (8, 512, 20000)]  # sums that forward has in parts
+FEW_IMAGES = [(1, 7, 7, 512, 512), (2, 8, 8, 1280, 1280), (1, 16, 16, 64, 1280)]  # sums in parts
 IMAGES = [(64, 56, 56, 64, 64), (256, 7, 7, 512, 512), (3, 33, 29, 7, 9), (1, 1, 300, 24, 200), (256, 14, 14, 256, 256)]
 COLUMNS = [(64, 100, 1, 512, 512), (600, 50, 1, 2, 2)]  # images of one column: sequences, of many channels and of few
 DTYPES = list(ITEMSIZE)
@@ -54,6 +55,9 @@ def _products(dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -> It
 
 def _convolutions(dtype: str, precision: str, arch: Arch, vec: int, tma: bool) -> Iterator[Any]:
     facts = (dtype, precision, arch, vec)
+    for n, p, q, o, c in FEW_IMAGES:
+        for wide in (False, True):
+            yield ConvProblem(n, p, q, o, c, 1, 1, 1, *facts, tma, not wide, False, wide, False)
     for n, p, q, o, c in IMAGES:
         yield FewChannelsDgradProblem(n, p, q, min(o, 256 // ITEMSIZE[dtype]), dtype, precision, arch, tma)
         for spare in (0, 1 << 40):

@@ -69,13 +69,19 @@ def check(problem: Any, config: Any) -> None:
         assert problem.tma
         assert arch.has_tma
         assert max(sides) <= 256, "a descriptor's most"
-    if hasattr(config, "box"):
+    if hasattr(config, "box") and not isinstance(problem, ConvProblem):
         boxes = config.boxes(problem.n, *problem[1:3])
         each = cdiv(boxes, config.splits)
         assert each * (config.splits - 1) < boxes <= each * config.splits, "a split without a box"
     if isinstance(problem, (ConvProblem, ConvWgradProblem)):
         assert prod(config.box) == (config.block_l if isinstance(problem, ConvWgradProblem) else config.block_i)
     if isinstance(problem, ConvProblem):
+        turns = 9 * cdiv(problem.l, config.block_l)
+        each = cdiv(turns, config.splits)
+        assert each * (config.splits - 1) < turns <= each * config.splits, "a part without a turn"
+        assert config.splits == 1 or (config.flat and problem.classes * problem.group_tiles == 1)
+        share = problem.n * problem.p * problem.q * problem.j * max(4, ITEMSIZE[problem.dtype])
+        assert config.splits == 1 or config.splits * share <= WORKSPACE
         assert config.tma or not config.flat or config.num_warps <= 4, "pytorch #173068"
         assert not (config.tma and problem.whole and problem.l % config.block_l), "a step would read the next pixel"
     if isinstance(problem, BackwardProblem):
@@ -163,7 +169,7 @@ VARIED: dict[Any, set[str]] = {
     DgradProblem: {"fuse_dz"},
     WgradProblem: {"fuse_dz", "splits"},
     BackwardProblem: {"block_i", "block_j", "num_stages", "splits"},
-    ConvProblem: {"box", "flat", "block_i", "block_j", "block_l", "tma", "num_stages", "num_warps", "group"},
+    ConvProblem: {"box", "flat", "block_i", "block_j", "block_l", "tma", "num_stages", "num_warps", "group", "splits"},
     ConvWgradProblem: {"box", "taps", "splits", "block_i", "block_j", "block_l", "tma", "num_stages"},
     FewChannelsProblem: {"box", "block_i", "block_j", "num_warps", "splits"},
     FewChannelsDgradProblem: {"box", "num_warps", "num_stages"},

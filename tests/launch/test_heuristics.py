@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tribp import versions
-from tribp.launch.arch import ARCHS, Arch
+from tribp.launch.arch import ARCHS, ITEMSIZE, Arch
 from tribp.launch.optim import MultiTensorProblem
 from tribp.launch.tiles import fills_gpu
 from tribp.ops.conv3x3.config import ConvProblem
@@ -200,6 +200,39 @@ def test_parts_of_each_kind(
     assert problem.is_legal(chosen)
     assert not problem.is_legal(replace(chosen, persistent=True, splits=2))
     assert splits == 1 or not tma or chosen.num_stages == 4, "a processor has one program"
+
+
+@pytest.mark.parametrize(
+    ("shape", "arch", "dtype", "precision", "tile", "splits"),
+    [
+        ((1, 7, 512, 512), "sm_90", "bfloat16", "ieee", (64, 64), 9),
+        ((8, 7, 512, 512), "sm_90", "bfloat16", "ieee", (128, 128), 8),
+        ((2, 16, 1280, 1280), "sm_90", "bfloat16", "ieee", (128, 128), 3),
+        ((64, 7, 512, 512), "sm_90", "bfloat16", "ieee", (128, 128), 1),  # measured: a program a processor already
+        ((1, 14, 256, 256), "sm_90", "bfloat16", "ieee", (32, 32), 1),  # a second launch would take as long
+        ((1, 7, 512, 512), "sm_90", "float32", "tf32x3", (32, 128), 9),
+        ((1, 7, 512, 512), "sm_90", "float64", "ieee", (64, 64), 9),
+        ((1, 7, 512, 512), "sm_80", "bfloat16", "ieee", (64, 64), 9),
+        ((1, 16, 64, 1280), "sm_80", "float32", "tf32x3", (64, 64), 22),  # 128×64 by four warps spills
+        ((1, 7, 512, 512), "gfx942", "bfloat16", "ieee", (64, 64), 9),
+    ],
+)
+def test_convolutions_of_few_pixels_are_in_parts(
+    shape: tuple[int, int, int, int], arch: str, dtype: str, precision: str, tile: tuple[int, int], splits: int
+) -> None:
+    """n images of side² pixels, j columns, sums over nine taps of l channels."""
+    (n, side, j, l), gpu = shape, ARCHS[arch]
+    facts: dict[str, Any] = dict(vec=16 // ITEMSIZE[dtype], tma=gpu.has_tma, whole=False, stepped=False)
+    for wide in (False, True):
+        problem = ConvProblem(n, side, side, j, l, 1, 1, 1, dtype, precision, gpu, along=True, wide=wide, **facts)
+        chosen = problem.choose()
+        assert (chosen.block_i, chosen.block_j, chosen.splits) == (*tile, splits)
+        assert problem.is_legal(chosen)
+        if splits > 1:
+            assert not problem.is_legal(replace(chosen, flat=False)), "taps have a loop of their own"
+            for changes in (dict(classes=4), dict(group_tiles=2), dict(groups_per_tile=2)):
+                assert problem._replace(**changes).choose().splits == 1
+                assert not problem._replace(**changes).is_legal(chosen)
 
 
 def test_dx_in_parts_saves_what_it_costs() -> None:

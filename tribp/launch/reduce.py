@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..kernels import common
+from ..kernels import output as kernels
+from ..kernels.activations import Act
 from .arch import cdiv, power_of_2
 from .buffer import Buffer
 from .configs import register_limit
@@ -112,6 +114,25 @@ def reduce_partials(plan: Plan, *results: Partials) -> None:
         sums.compiled(config),
         config,
         # Compiled: rounded down to a step of occupancy, float64 of odd length spills 8 bytes with Triton 3.5 and 3.6.
+        max_registers=register_limit(plan.arch),
+    )
+
+
+def sum_parts(
+    plan: Plan, shares: Buffer, b: Buffer | None, y: Buffer, activation: Act, shape: tuple[int, int],
+    run: int | None = None,
+) -> None:  # fmt: skip
+    """Launch y = act(Σ shares + b). shares: (parts, …), b: (N,); shape and run as `output`'s M, N and run."""
+    (parts, *_), (m, n) = shares.shape, shape
+    length = n * (run or 1)
+    vec = min(vector_length(t.element_size(), length) for t in (shares, y))
+    config = plan.config(ReduceProblem(parts, m * length, plan.arch, vec=vec))
+    plan.launch(
+        kernels.output,
+        (cdiv(m * length, config.block),),
+        (shares, b, y, parts, m, n, run),
+        kernels.Output(config.block, config.block_parts, vec, activation, plan.arch.backend != "hip"),
+        config,
         max_registers=register_limit(plan.arch),
     )
 

@@ -4,7 +4,7 @@ A heuristic is a pure function of shapes, types and the GPU, by arithmetic that 
 the first call, and nothing but the standard library is imported. What its reasons rest on: `configs.basis`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from .arch import ITEMSIZE, Arch, cdiv
@@ -16,6 +16,7 @@ from .matmul import M, MatmulConfig, MatmulProblem, by_mma_sync, feeds_wgmma, ne
 # and 63.8; backward 65536×256×784 (dgrad sums 256; 256×128) 182 and 172, 8192×1024×1024 91.4 and 88.3, 65536×1024×256
 # 183 and 185. Elsewhere derived; on sm_100, by eight warps, up to half of that.
 SHORT_SUM = 1024
+LONG_SUM = 1024  # from which on `split_sum` can give two parts enough to do
 
 
 def candidates(problem: MatmulProblem, l: int) -> list[MatmulConfig]:
@@ -198,19 +199,20 @@ def can_be_part(tile: MatmulConfig, problem: MatmulProblem) -> bool:
     return tile.block_j <= (32 if problem.dtype == "float64" else 64 if problem.precision == "tf32x3" else 256)
 
 
-def split_sum(whole: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: int, most: int) -> MatmulConfig:
-    """`whole`, or for a long sum and few tiles a config with the sum in up to `most` parts, where that takes less.
+def split_sum(
+    whole: MatmulConfig, tiles: Iterable[MatmulConfig], problem: MatmulProblem, i: int, j: int, l: int, most: int
+) -> MatmulConfig:
+    """`whole`, or for a long sum and few tiles one of `tiles` with the sum in up to `most` parts, where that takes less.
 
     A program a processor: larger tiles in more parts read less. Sums of under 512 do little but start. By the model 16
     bits must be a tenth less; wider types, and all before Hopper, nearly half, or some are slower than `whole`.
     """
     arch, configs = problem.arch, [whole]
-    for tile in candidates(problem, l) if l >= 1024 else ():
+    for tile in tiles:
         # By the model pointers take two warps, of TF32, 2 µs a step for a tile of 64×64, and half a µs for 32×32.
         is_slow = tile.num_warps == 2 and not tile.tma
-        if is_slow or tile.block_i * tile.block_j > 128 * 128 or not can_be_part(tile, problem):
+        if is_slow or max(tile.block_i, tile.block_j) > 128 or not can_be_part(tile, problem):
             continue
-        tile = fit_tile(tile, problem, i, j, l)
         splits = min(arch.processors // tile.tiles(i, j), l // 512, most)
         if splits > 1:
             reason = f"{tile.reason}; in parts: a long sum for few tiles"

@@ -32,7 +32,7 @@ from ...launch.matmul import (
     stages_that_fit,
 )
 from ...launch.neighbors import Steps, all_registers, by_two, toggled
-from ...launch.tiles import candidates, fit_tile, pick_tile, set_stages
+from ...launch.tiles import LONG_SUM, can_be_part, candidates, fit_tile, pick_tile, set_stages, split_sum
 
 BoxSize = tuple[int, int, int]
 
@@ -84,7 +84,7 @@ def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False) -> Bo
         sizes = [1 << k for k in range(pixels.bit_length())]
         shapes = sorted(((r, c) for c in sizes for r in sizes), key=lambda shape: shape[::-1], reverse=True)
     else:
-        shapes = [(1, 8), (pixels // 8, 8), (4, 4), (1, 1), (2, 1), (1, pixels), (pixels, 1)]
+        shapes = [(1, 8), (pixels // 8, 8), (8, 8), (4, 4), (1, 1), (2, 1), (1, pixels), (pixels, 1)]
     boxes = [(pixels // (rows * cols), rows, cols) for rows, cols in shapes if 0 < rows * cols <= pixels]
 
     def covered(box: BoxSize) -> int:
@@ -208,7 +208,28 @@ class ConvProblem(NamedTuple):
     stepped: bool
 
     def steps(self) -> Steps:
-        return {**STEPS, "box": beside, "flat": toggled}
+        return {**STEPS, "box": beside, "flat": toggled, "splits": by_two}
+
+    @property
+    def most_splits(self) -> int:
+        """Parts of the sum for whose partial results there is room; 1 where the kernel can't split it."""
+        if self.classes * self.group_tiles * self.groups_per_tile > 1:
+            return 1
+        return max(1, WORKSPACE // (max(4, ITEMSIZE[self.dtype]) * self.n * self.p * self.q * self.j))
+
+    def can_be_part(self, config: MatmulConfig) -> bool:
+        """Whether sums in parts of this tile do not spill.
+
+        Compiled: by pointers, whose loop has four warps then, tf32x3 of 128×64 spills 32 to 240 bytes on sm_80. For
+        stores of single columns 128×128 takes eight.
+        """
+        most = 64 * 64 if self.precision == "tf32x3" else 128 * 64 if self.wide else 128 * 128
+        return can_be_part(config, self) and (config.tma or config.block_i * config.block_j <= most)
+
+    def whole_splits(self, config: MatmulConfig) -> int:
+        """As many parts as the config has, or fewer, so that each has turns of the loop over taps and channels."""
+        turns = 9 * cdiv(self.l, config.block_l)
+        return whole_splits(turns, min(config.splits, self.most_splits, turns), 1)
 
     def choose(self) -> ConvConfig:
         n, p, q, j, l, group_tiles, groups_per_tile, classes, dtype, _, arch, *_ = self
@@ -237,9 +258,14 @@ class ConvProblem(NamedTuple):
             tiles = small or tiles[-1:]
 
         def programs(tile: MatmulConfig) -> int:
-            return tile.tiles(i, j) * group_tiles * classes
+            return tile.tiles(i, j) * tile.splits * group_tiles * classes
 
-        chosen = pick_tile([fit_tile(tile, self, i, j, l) for tile in tiles], self, programs)
+        tiles = [fit_tile(tile, self, i, j, l) for tile in tiles]
+        chosen = pick_tile(tiles, self, programs)
+        if 9 * l >= LONG_SUM and self.most_splits > 1:
+            parts = [tile for tile in tiles if self.can_be_part(tile)]
+            chosen = split_sum(chosen, parts, self, i, j, 9 * l, self.most_splits)
+            chosen = replace(chosen, splits=self.whole_splits(chosen))
         if self.wide and chosen.block_i * chosen.block_j == 128 * 128:
             # Compiled: beside stores of single columns four warps have no registers for tanh, and spill 384 bytes.
             chosen = replace(chosen, num_warps=8)
@@ -248,10 +274,11 @@ class ConvProblem(NamedTuple):
             chosen = by_mma_sync(chosen, self.precision)
         if chosen.tma and self.whole and l % chosen.block_l:
             return self._replace(tma=False).choose()
-        if not chosen.tma and ITEMSIZE[dtype] == 2 and chosen.block_i * chosen.block_j <= 128 * 64:
+        few_warps = ITEMSIZE[dtype] == 2 and chosen.block_i * chosen.block_j <= 128 * 64
+        if not chosen.tma and (few_warps or chosen.splits > 1):
             chosen = replace(chosen, num_warps=min(chosen.num_warps, 4))
         # A loop over the channels of one tap that takes a single step can't be pipelined; one over all taps can.
-        flat = chosen.tma or (l <= chosen.block_l and chosen.num_warps <= 4)
+        flat = chosen.tma or chosen.splits > 1 or (l <= chosen.block_l and chosen.num_warps <= 4)
         limit = chosen.max_registers if chosen.tma and groups_per_tile == 1 else register_limit(arch)
         config = convolution(
             replace(chosen, prefetch=False, max_registers=limit),
@@ -271,7 +298,8 @@ class ConvProblem(NamedTuple):
         config = adjusted_product(config, self)
         if prod(config.box) != config.block_i:
             config = replace(config, box=choose_box(config.block_i, n, p, q, wide=self.wide))
-        return replace(config, flat=config.flat and (config.tma or config.num_warps <= 4))
+        flat = config.flat and (config.tma or config.num_warps <= 4)
+        return replace(config, flat=flat, splits=self.whole_splits(config) if flat else 1)
 
     def is_legal(self, config: ConvConfig) -> bool:
         n, p, q, j, l, group_tiles, groups_per_tile, classes, dtype, precision, arch, vec, tma, *_ = self
@@ -307,7 +335,9 @@ class ConvProblem(NamedTuple):
             and sparing(config, chosen, n, p, q)
             and 1 <= config.group <= 32
             and (config.group == ConvConfig.group or j > config.block_j or group_tiles > 1)
-            and (config.groups_per_tile, config.taps, config.splits) == (groups_per_tile, 1, 1)
+            and (config.groups_per_tile, config.taps) == (groups_per_tile, 1)
+            and config.splits == self.whole_splits(config)
+            and (config.splits == 1 or (config.flat and self.can_be_part(config)))
         )
 
 
@@ -362,7 +392,9 @@ class ConvWgradProblem(NamedTuple):
             # Compiled: of three results two warps spill 1,196 bytes.
             tile, taps = MatmulConfig(64, 64, 32, 2, 3, "compiled: 64×64, one tap, by mma.sync"), 1
         elif arch.has_tma:
-            j = 128 if tma or vec >= 4 else 64
+            # Compiled: of a single part, whose taps may lie side by side in dw, three results of 128×128 spill 20 bytes
+            # on sm_90 and 36 on sm_100, by pointers.
+            j = 128 if tma or (vec >= 4 and n * p * q > 16 * 32) else 64
             tile, taps = MatmulConfig(128, j, 32, 8, 3, f"compiled: 128×{j}, three taps: dz is read once for them"), 3
         else:
             tile, taps = MatmulConfig(64, 64, 32, 4, 3, "compiled: 64×64, three taps: dz is read once for them"), 3

@@ -9,7 +9,7 @@ from ...kernels import common
 from ...kernels import relayout as kernels
 from ...kernels.conv3x3 import Strided
 from ...launch.arch import cdiv
-from ...launch.buffer import Buffer
+from ...launch.buffer import Buffer, dense_strides
 from ...launch.launches import in_tuple
 from ...launch.layout import accumulator, descriptor, vector_length
 from ...launch.plan import Plan
@@ -79,6 +79,15 @@ def is_channels_last(tensor: Buffer) -> bool:
 def dense_image(tensor: Buffer) -> Image:
     """A tensor that tribp allocated: contiguous or channels_last."""
     return image(tensor, is_channels_last(tensor))
+
+
+def parts_of(plan: Plan, out: Image, parts: int) -> tuple[Buffer, Image]:
+    """Room for `parts` partial results of an output, one behind the other in its memory format; and the first."""
+    (n, c, h, w), dtype = out.tensor.shape, accumulator(out.tensor.dtype)
+    shares = plan.scratch((parts, n, h, w, c) if out.channels_last else (parts, n, c, h, w), dtype)
+    memory_format = torch.channels_last if out.channels_last else torch.contiguous_format
+    strides = dense_strides(out.tensor.shape, memory_format)
+    return shares, image(shares.viewed(out.tensor.shape, strides), out.channels_last)
 
 
 def with_unit_stride(plan: Plan, tensor: Buffer, channels_last: bool) -> Image:

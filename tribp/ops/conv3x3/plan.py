@@ -17,7 +17,7 @@ from ...launch.buffer import Buffer
 from ...launch.launches import Launch
 from ...launch.layout import accumulator, descriptor, precision_in_kernel, vector_length
 from ...launch.plan import Plan
-from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
+from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials, sum_parts
 from ..activations import NONE, Activation, as_stored
 from ..checks import check_dtypes, images_fit
 from ..shared import Needs
@@ -39,6 +39,7 @@ from .images import (
     is_channels_last,
     output_grad,
     padded,
+    parts_of,
     with_unit_stride,
 )
 from .reference import ChannelsLast, Window, conv3x3_format, formats, grad_sizes, output_size
@@ -133,17 +134,22 @@ def _dense_forward(
         whole=group_tiles > 1 or window.stride[1] == 2, wide=not y.channels_last, stepped=max(window.stride) > 1,
     ))  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
+    split = s.splits > 1
+    shares, out = parts_of(plan, y, s.splits) if split else (None, y)
     arguments = (
         xs.argument(s.tma, s.box, s.block_l, precision, window.stride), xs.strides,
         _weight_argument(ws, s.tma, s.block_j, s.block_l, precision),
-        (xs.tensor, ws.tensor) if groups_per_tile > 1 else None, b, y.strided,
+        (xs.tensor, ws.tensor) if groups_per_tile > 1 else None, None if split else b, out.strided,
         n, *x.shape[2:], groups, og, cg, *window.stride,
     )  # fmt: skip
     constants = conv3x3.Product(
-        **_dense_config(s, window, precision, y), VEC=vec, VEC_W=ws.vec,
-        VEC_STORE=_tile_vec(y, groups, groups_per_tile), ACT=activation, PTX=arch.backend != "hip",
+        **_dense_config(s, window, precision, out), VEC=vec, VEC_W=ws.vec,
+        VEC_STORE=_tile_vec(out, groups, groups_per_tile), ACT=NONE if split else activation, PTX=arch.backend != "hip",
     )  # fmt: skip
-    plan.launch(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups),), arguments, constants, s)
+    plan.launch(conv3x3.forward, (s.boxes(n, p, q) * s.columns(og, groups), s.splits), arguments, constants, s)
+    if shares is not None:
+        shape, run = ((n * p * q, o), None) if y.channels_last else ((n, o), p * q)
+        sum_parts(plan, shares, b, y.tensor, activation, shape, run)
 
 
 def backward(
@@ -193,7 +199,7 @@ def backward_layer(
     dz, sums = output_grad(plan, dy, y, activation, db if summed else None, needed, dense, window.groups, packing)
     xs = packing.image(x, window.groups) if algorithm == "dense" and x is not None and dw is not None else None
     # Built before wgrad, for it may add its weight to what is packed; launched after it, so as to add up its sums.
-    dgrad = None
+    dgrad, dx_parts = None, Partials()
     if dx is not None:
         assert w is not None
         assert dz is not None
@@ -202,7 +208,7 @@ def backward_layer(
         elif algorithm == "few_channels" and has_few_channels_dgrad(c, w.shape[0], window, dx.dtype):
             dgrad = _few_channels_dgrad(plan, dz, w, dx, window, tf32)
         else:
-            dgrad = _dense_dgrad(plan, packing, dz, w, dx, window, tf32)
+            dgrad, dx_parts = _dense_dgrad(plan, packing, dz, w, dx, window, tf32)
     packing.launch()
     pending = Partials(), Partials()
     if dw is not None:
@@ -219,7 +225,7 @@ def backward_layer(
             pending = _dense_wgrad(plan, dz, xs, *tensors, tf32, spare)
     if dgrad is not None and dgrad.kernel is conv3x3.dgrad:
         plan.add(dgrad)
-        reduce_partials(plan, *append_sums(plan, *pending, sums))
+        reduce_partials(plan, dx_parts, *append_sums(plan, *pending, sums))
         return
     reduce_partials(plan, *pending, sums)
     if dgrad is not None:
@@ -237,8 +243,10 @@ def algorithm_for(c: int, o: int, groups: int, x: Buffer | None) -> str:
     return "few_channels" if groups == 1 and c <= FEW_CHANNELS and extent < 2**31 else "dense"
 
 
-def _dense_dgrad(plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer, window: Window, tf32: bool) -> Launch:
-    """The launch that writes dx, once `packing` is done."""
+def _dense_dgrad(
+    plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer, window: Window, tf32: bool
+) -> tuple[Launch, Partials]:
+    """The launch that writes dx, once `packing` is done, or parts of it, which are left to be added up."""
     arch = plan.arch
     (n, c, height, width), (sh, sw), groups = dx.shape, window.stride, window.groups
     dtype = dtype_name(dx.dtype)
@@ -262,6 +270,7 @@ def _dense_dgrad(plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer,
         wide=not out.channels_last, stepped=sh * sw > 1,
     ))  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
+    shares, out = parts_of(plan, out, s.splits) if s.splits > 1 else (dx, out)
     arguments = (
         dz.argument(s.tma, s.box, s.block_l, precision), dz.strides,
         _weight_argument(ws, s.tma, *((s.block_j, s.block_l) if along else (s.block_l, s.block_j)), precision),
@@ -273,8 +282,8 @@ def _dense_dgrad(plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer,
         VEC_STORE=1 if sw == 2 and not out.channels_last else _tile_vec(out, groups, groups_per_tile),
         W_TRANSPOSED=along,
     )  # fmt: skip
-    grid = (s.boxes(n, p, q) * s.columns(c // groups, groups), sh * sw)
-    return Launch.of(conv3x3.dgrad, grid, arguments, constants, s)
+    grid = (s.boxes(n, p, q) * s.columns(c // groups, groups), sh * sw * s.splits)
+    return Launch.of(conv3x3.dgrad, grid, arguments, constants, s), Partials(shares, dx)
 
 
 def _dense_wgrad(
@@ -414,7 +423,7 @@ def _dense_config(s: ConvConfig, window: Window, precision: str, out: Image) -> 
     return dict(
         BLOCK_J=s.block_j, BLOCK_L=s.block_l, BOX=conv3x3.Box(*s.box), PAD_H=pad_h, PAD_W=pad_w, GROUP=s.group,
         GROUPS_PER_TILE=s.groups_per_tile, DIAGONAL=s.groups_per_tile > 1, FLAT=s.flat, TMA=s.tma, PRECISION=precision,
-        CHANNELS_LAST=out.channels_last,
+        CHANNELS_LAST=out.channels_last, SPLIT=s.splits > 1,
     )  # fmt: skip
 
 

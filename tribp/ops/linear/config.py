@@ -26,6 +26,7 @@ from ...launch.matmul import (
 )
 from ...launch.neighbors import Steps, by_one, by_two, differs_by_steps, toggled
 from ...launch.tiles import (
+    LONG_SUM,
     can_be_part,
     candidates,
     choose_product,
@@ -83,7 +84,9 @@ class ForwardProblem(NamedTuple):
     def choose(self) -> MatmulConfig:
         m, n, k, dtype, arch = self.m, self.n, self.k, self.dtype, self.arch
         chosen = choose_product(self, m, n, k)
-        chosen = split_sum(chosen, self, m, n, k, self.most_splits)
+        if k >= LONG_SUM:
+            tiles = [fit_tile(tile, self, m, n, k) for tile in candidates(self, k)]
+            chosen = split_sum(chosen, tiles, self, m, n, k, self.most_splits)
         if chosen.splits > 1:
             return chosen
         if self.costly and not has_room(chosen, arch):

@@ -19,8 +19,7 @@ from ...launch.configs import register_limit, rows_per_split
 from ...launch.layout import Operand, accumulator, matrix, operand, precision_in_kernel, vector_length
 from ...launch.matmul import MatmulConfig
 from ...launch.plan import Plan
-from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
-from ...launch.reduce_config import ReduceProblem
+from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials, sum_parts
 from ..activations import NONE, Activation, as_stored
 from ..checks import check_dtypes, matrices_fit, saved_fit
 from ..shared import Needs
@@ -91,21 +90,7 @@ def forward_layer(
         s,
     )  # fmt: skip
     if shares is not None:
-        finish(plan, shares, b, y, activation)
-
-
-def finish(plan: Plan, shares: Buffer, b: Buffer | None, y: Buffer, activation: Activation) -> None:
-    """y = act(Σ shares + b)."""
-    (parts, m, n), vec = shares.shape, min(vector_length(t.element_size(), shares.shape[2]) for t in (shares, y))
-    s = plan.config(ReduceProblem(parts, m * n, plan.arch, vec=vec))
-    plan.launch(
-        kernels.output,
-        (cdiv(m * n, s.block),),
-        (shares, b, y, parts, m, n),
-        kernels.Output(s.block, s.block_parts, vec, activation, plan.arch.backend != "hip"),
-        s,
-        max_registers=register_limit(plan.arch),
-    )
+        sum_parts(plan, shares, b, y, activation, (m, n))
 
 
 class LowerLayer(NamedTuple):
