@@ -301,7 +301,9 @@ def pixels_of(given: Given) -> int:
     return size(given, "BOX_N", "BOX_H", "BOX_W")
 
 
-def product_work(given: Given, grid: tuple[int, ...], case: Any, operand: str, out: str, channels: str) -> dict[str, Any]:
+def product_work(
+    given: Given, grid: tuple[int, ...], case: Any, operand: str, out: str, channels: str
+) -> dict[str, Any]:
     """forward and dgrad: taps × steps through the channels. A class of pixels meets 9 / (classes) taps on average,
     a part of a sum 9 / (parts).
     """

@@ -200,7 +200,7 @@ def backward_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, A
 
 
 def output_grad_work(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
-    turns = cdiv(given["rows_per_program"], given["BLOCK_M"])
+    turns = cdiv(given["rows_per_program"], given["BLOCK_M"]) * (given["parts"] or 1)
     return dict(turns=turns, step=2 * size(given, "BLOCK_M", "BLOCK_N") * model.itemsize(given, "y"), chain=0)
 
 

@@ -144,11 +144,11 @@ def forward(x, w, b, y, M, N, K, ldx, ldw, columns_per_split, CONFIG: tl.constex
             forward_tile(x, w, b, y, tl.program_id(0), 0, CONFIG)
 
 
-@triton.jit(do_not_specialize=["M", "N", "rows_per_program"])
-def output_grad(dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program, CONFIG: tl.constexpr):
+@triton.jit(do_not_specialize=["M", "N", "parts", "rows_per_program"])
+def output_grad(dy, y, dz, db, M, N, parts, stride_dym, stride_dyn, rows_per_program, CONFIG: tl.constexpr):
     """dz = dy·act′, and db[p] = Σ dz over the rows of block p. dy has any strides: an expanded scalar's too.
 
-    dz or db may be None, and y if there is no activation.
+    dz or db may be None, and y if there is no activation. parts: None, or of how many dy is the sum: (parts, M, N).
     """
     await_previous()
     ACT: tl.constexpr = CONFIG.ACT
@@ -166,6 +166,10 @@ def output_grad(dy, y, dz, db, M, N, stride_dym, stride_dyn, rows_per_program, C
         inside = i_inside[:, None] & j_inside[None, :]
         at = dy + (i[:, None] * (stride_dym // CONFIG.VEC_DY * CONFIG.VEC_DY) + j[None, :] * stride_dyn)
         dz_tile = tl.load(at, mask=inside, other=0.0)
+        if parts is not None:
+            for _ in range(1, parts):
+                at += M * (stride_dym // CONFIG.VEC_DY * CONFIG.VEC_DY)
+                dz_tile += tl.load(at, mask=inside, other=0.0)
         of_y = i[:, None] * (N // VEC * VEC) + j[None, :]
         if y is not None:
             dz_tile = gradient(dz_tile, tl.load(y + of_y, mask=inside, other=0.0), ACT)

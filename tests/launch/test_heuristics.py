@@ -230,7 +230,8 @@ def test_convolutions_of_few_pixels_are_in_parts(
         assert problem.is_legal(chosen)
         if splits > 1:
             assert not problem.is_legal(replace(chosen, flat=False)), "taps have a loop of their own"
-            for changes in (dict(classes=4), dict(group_tiles=2), dict(groups_per_tile=2)):
+            several: list[dict[str, Any]] = [dict(classes=4), dict(group_tiles=2), dict(groups_per_tile=2)]
+            for changes in several:
                 assert problem._replace(**changes).choose().splits == 1
                 assert not problem._replace(**changes).is_legal(chosen)
 

@@ -155,9 +155,14 @@ def test_wgrad(form: str, splits: int, transposed: bool, dtype: torch.dtype, ker
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("write", ["dz", "db", "both"])
-def test_output_grad(write: str, dtype: torch.dtype, kernels: str) -> None:
-    dy, y = matrix(M, N, dtype, kernels), torch.sigmoid(matrix(M, N, torch.float32, kernels)).to(dtype)
-    exact = dy.double() * y.double() * (1 - y.double())
+@pytest.mark.parametrize("parts", [0, 3])
+def test_output_grad(parts: int, write: str, dtype: torch.dtype, kernels: str) -> None:
+    """parts: of how many dy is the sum, which the layer above has left."""
+    y = torch.sigmoid(matrix(M, N, torch.float32, kernels)).to(dtype)
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    dy = matrix(parts * M, N, accumulator, kernels).view(parts, M, N) if parts else matrix(M, N, dtype, kernels)
+    whole = dy.sum(0) if parts else dy
+    exact = whole.double() * y.double() * (1 - y.double())
     dz = nan(M, N, dtype=dtype, device=kernels) if write != "db" else None
     db = nan(N, dtype=dtype, device=kernels) if write != "dz" else None
 
@@ -166,7 +171,7 @@ def test_output_grad(write: str, dtype: torch.dtype, kernels: str) -> None:
 
     run(build, (dy, y, dz, db))
     if dz is not None:
-        assert_close(dz, exact.cpu(), torch.ops.aten.sigmoid_backward(dy, y))
+        assert_close(dz, exact.cpu(), torch.ops.aten.sigmoid_backward(whole.to(dtype), y))
     if db is not None:
         assert_close(db, exact.sum(0).cpu(), scale=exact.norm(dim=0).cpu())
 

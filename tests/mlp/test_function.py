@@ -317,6 +317,8 @@ def test_sums_of_many_rows_of_tiles_have_a_launch_of_their_own() -> None:
     assert names((65536, 784, 256, 10)) == ["backward", *layer, "reduce_partials"]
     assert names((65536, 784, 256, 80)) == [*layer, *layer, "reduce_partials"]
     assert names((8192, 1024, 1024, 1024)) == ["output_grad", *layer, *layer]
+    # A long sum in parts: what adds them up makes the dz below.
+    assert names((32, 1024, 1024, 21841))[:5] == ["output_grad", "wgrad", "forward", "output_grad", "wgrad"]
 
 
 def test_saved_tensors_may_come_back_in_any_layout(device: str) -> None:

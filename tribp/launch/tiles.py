@@ -202,7 +202,7 @@ def can_be_part(tile: MatmulConfig, problem: MatmulProblem) -> bool:
 def split_sum(
     whole: MatmulConfig, tiles: Iterable[MatmulConfig], problem: MatmulProblem, i: int, j: int, l: int, most: int
 ) -> MatmulConfig:
-    """`whole`, or for a long sum and few tiles one of `tiles` with the sum in up to `most` parts, where that takes less.
+    """`whole`, or where that takes less, one of `tiles` with a long sum in up to `most` parts.
 
     A program a processor: larger tiles in more parts read less. Sums of under 512 do little but start. By the model 16
     bits must be a tenth less; wider types, and all before Hopper, nearly half, or some are slower than `whole`.

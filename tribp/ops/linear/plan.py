@@ -55,10 +55,19 @@ def forward_layer(
     """
     if b is not None and b.shape != y.shape[1:]:
         b = b.viewed(y.shape[1:], (0,))
+    b = None if b is None else plan.contiguous(b)
+    shares = form_y(plan, x, w, b, y, activation=activation, tf32=tf32)
+    if shares is not None:
+        sum_parts(plan, shares, b, y, activation, (y.shape[0], y.shape[1]))
+
+
+def form_y(
+    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Buffer, *, activation: Activation, tf32: bool
+) -> Buffer | None:
+    """y = act(x·wᵀ + b), or of a long sum for few tiles what is returned: parts (parts, M, N) of x·wᵀ."""
     (m, k), n = x.shape, w.shape[0]
     dtype = dtype_name(x.dtype)
     precision = precision_of(dtype, tf32, plan.arch)
-    b = None if b is None else plan.contiguous(b)
     xs, ws, ys = operand(plan, x), operand(plan, w), operand(plan, y)
     vec = min(xs.vec, ws.vec)
     along = not (xs.transposed or ws.transposed)
@@ -89,8 +98,7 @@ def forward_layer(
         ),
         s,
     )  # fmt: skip
-    if shares is not None:
-        sum_parts(plan, shares, b, y, activation, (m, n))
+    return shares
 
 
 class LowerLayer(NamedTuple):
@@ -251,7 +259,7 @@ def form_dx(
 ) -> Partials:  # fmt: skip
     """dx, or with `lower` that layer's dz. Returns the sums that the lower layer's db is of.
 
-    A long sum for few tiles is left to `forward`, which splits it; a pass of its own then forms the lower layer's dz.
+    A long sum for few tiles is left to `forward`, which splits it; what adds up the parts forms the lower layer's dz.
     """
     (m, n), dtype, k = dz.dy.tensor.shape, dx.dtype, w.tensor.shape[1]
 
@@ -266,13 +274,14 @@ def form_dx(
     source, y = dz.dy, dz.y
     may_fuse = dz.fusable and dz.db is None
     if problem(dz.dz or source, y if may_fuse else None).is_split:
-        product = dx if lower is None else plan.scratch((m, k), dtype)
         turned = w.tensor.viewed((k, n), w.tensor.stride()[::-1])
-        forward_layer(plan, dz.formed().tensor, turned, None, product, activation=NONE, tf32=tf32)
         if lower is None:
+            forward_layer(plan, dz.formed().tensor, turned, None, dx, activation=NONE, tf32=tf32)
             return Partials()
+        whole = plan.scratch((m, k), dtype)
+        shares = form_y(plan, dz.formed().tensor, turned, None, whole, activation=NONE, tf32=tf32)
         lower_y = lower.y if lower.activation.name else None
-        return sum_rows(plan, product, lower_y, as_stored(lower.activation, dtype), dx, lower.db)
+        return sum_rows(plan, shares or whole, lower_y, as_stored(lower.activation, dtype), dx, lower.db)
     s = plan.config(problem(source, y)) if may_fuse else None
     if s is None or not s.fuse_dz:
         source, y = dz.formed(), None
@@ -288,18 +297,22 @@ def form_dx(
 def sum_rows(
     plan: Plan, dy: Buffer, y: Buffer | None, activation: Activation, dz: Buffer | None, db: Buffer | None
 ) -> Partials:
-    """dz = dy·act′, and partial sums of db, which are returned: those of dz over so many rows each."""
-    m, n = dy.shape
+    """dz = dy·act′, and partial sums of db, which are returned: those of dz over so many rows each.
+
+    dy: (M, N), or (parts, M, N), whose sum it is.
+    """
+    *parts, m, n = dy.shape
     s, vec = plan.config(OutputGradProblem(m, n, dtype_name(dy.dtype), plan.arch)), vector_length(dy.element_size(), n)
     blocks = cdiv(m, s.rows)
     sums = partials_of(plan, db, blocks, accumulator(dy.dtype))
-    # Compiled: each float64 of an odd row has an address. ptxas stays at 80 registers, and with Triton 3.9 spills.
-    limit = register_limit(plan.arch) if dy.element_size() == 8 and vec == 1 else None
+    # Compiled: ptxas rounds down to a step of occupancy, and spills: 4 to 8 bytes beside parts, and with Triton 3.9 of
+    # float64 in odd rows, each of which has an address.
+    limit = register_limit(plan.arch) if parts or (dy.element_size() == 8 and vec == 1) else None
     plan.launch(
         kernels.output_grad,
         (cdiv(n, s.block_n), blocks),  # the second axis ends at 65,535, and n can be larger
-        (dy, y, dz, sums, m, n, dy.stride(0), dy.stride(1), s.rows),
-        kernels.OutputGrad(s.block_m, s.block_n, activation, vec, vector_length(dy.element_size(), dy.stride(0))),
+        (dy, y, dz, sums, m, n, parts[0] if parts else None, *dy.stride()[-2:], s.rows),
+        kernels.OutputGrad(s.block_m, s.block_n, activation, vec, vector_length(dy.element_size(), dy.stride(-2))),
         s,
         max_registers=limit,
     )

@@ -58,7 +58,8 @@ def backward(
     of the layer above; every weight.
 
     What hands a gradient down multiplies it by the derivative of the layer below, and leaves partial sums of its db: a
-    dz is written once, and at most the last one is formed by a pass over memory.
+    dz is written once. Only the last one takes a pass over memory of its own; where a long sum is formed in parts, what
+    adds them up makes the dz of the layer below.
     """
     count = len(activations)
     (input, *outputs), weights = tensors[: count + 1], tensors[count + 1 :]
