@@ -236,6 +236,24 @@ def test_convolutions_of_few_pixels_are_in_parts(
                 assert not problem._replace(**changes).is_legal(chosen)
 
 
+@pytest.mark.parametrize(
+    ("arch", "dtype", "costly", "columns"),
+    [
+        ("gfx942", "float64", True, 64), ("gfx942", "float64", False, 128), ("gfx942", "float32", True, 128),
+        ("sm_100", "bfloat16", True, 128), ("sm_100", "bfloat16", False, 256),
+    ],
+)  # fmt: skip
+def test_costly_activations_have_room(arch: str, dtype: str, costly: bool, columns: int) -> None:
+    """Beside 128×256 on sm_100, and 128×128 in float64 on gfx942, a tanh spills."""
+    gpu = ARCHS[arch]
+    precision = "tf32x3" if dtype == "float32" else "ieee"
+    vec = 16 // ITEMSIZE[dtype]
+    problem = ForwardProblem(4096, 4096, 4096, dtype, precision, gpu, vec, gpu.has_tma, costly=costly)
+    chosen = problem.choose()
+    assert (chosen.block_i, chosen.block_j) == (128, columns)
+    assert not (costly and problem.is_legal(replace(chosen, block_j=2 * columns)))
+
+
 def test_dx_in_parts_saves_what_it_costs() -> None:
     """dgrad forms the lower layer's dz in its launch, and its own on load: `forward` needs a pass for each."""
     facts: dict[str, Any] = dict(dtype="bfloat16", precision="ieee", arch=H100, vec=8, tma=True)

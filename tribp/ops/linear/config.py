@@ -18,6 +18,7 @@ from ...launch.configs import (
 from ...launch.matmul import (
     STEPS,
     MatmulConfig,
+    MatmulProblem,
     adjusted_product,
     feeds_wgmma,
     legal_product,
@@ -51,12 +52,14 @@ class ElementwiseConfig:
     max_registers: int | None = None
 
 
-def has_room(config: MatmulConfig, arch: Arch) -> bool:
+def has_room(config: MatmulConfig, problem: MatmulProblem) -> bool:
     """Whether an epilogue that takes registers has them beside the result.
 
-    Compiled, on sm_100: beside 128×256 a tanh spills 24 bytes, a tile of the layer below's output 4.
+    Compiled, on sm_100: beside 128×256 a tanh spills 24 bytes, a tile of the layer below's output 4. On gfx942: beside
+    128×128 in float64 a tanh spills 36.
     """
-    return arch.has_wgmma or config.block_i * config.block_j <= 128 * 128
+    large = problem.arch.backend == "hip" and problem.dtype == "float64"
+    return problem.arch.has_wgmma or config.block_i * config.block_j <= 128 * (64 if large else 128)
 
 
 class ForwardProblem(NamedTuple):
@@ -89,7 +92,7 @@ class ForwardProblem(NamedTuple):
             chosen = split_sum(chosen, tiles, self, m, n, k, self.most_splits)
         if chosen.splits > 1:
             return chosen
-        if self.costly and not has_room(chosen, arch):
+        if self.costly and not has_room(chosen, self):
             chosen = self.adjusted(replace(chosen, block_j=chosen.block_j // 2))
         if chosen.tma and chosen.block_i * chosen.block_j > 128 * 128 and chosen.tiles(m, n) > 2 * arch.processors:
             # Published for Triton on an H100: 84–92 % of cuBLAS with persistent programs, 75–85 % with a program a
@@ -117,7 +120,7 @@ class ForwardProblem(NamedTuple):
         plain = config.splits <= self.most_splits and not config.fuse_dz and config.persistent <= config.tma
         if config.splits > 1:
             plain = plain and not config.persistent and can_be_part(config, self)
-        plain = plain and (has_room(config, self.arch) or not self.costly)
+        plain = plain and (has_room(config, self) or not self.costly)
         return plain and legal_product(config, self, self.m, self.n, self.k, output=output)
 
 
@@ -156,7 +159,7 @@ class DgradProblem(NamedTuple):
 
     def choose(self) -> MatmulConfig:
         chosen = choose_product(self, self.m, self.k, self.n)
-        if self.for_lower and not has_room(chosen, self.arch):
+        if self.for_lower and not has_room(chosen, self):
             chosen = self.adjusted(replace(chosen, block_j=chosen.block_j // 2))
         if self.for_lower and chosen.block_i * chosen.block_j == 128 * 128:
             # Compiled: beside the layer below's output four warps spill up to 290 bytes. Eight take 168 registers, and
@@ -190,7 +193,7 @@ class DgradProblem(NamedTuple):
         plain = config.splits == 1 and not config.persistent
         if self.for_lower:
             spills = config.block_i * config.block_j == 128 * 128 and config.num_warps < 8
-            plain = plain and has_room(config, self.arch) and not spills
+            plain = plain and has_room(config, self) and not spills
         return plain and legal_fusion(config, self, self.m, self.k, self.n)
 
 
