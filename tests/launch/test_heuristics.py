@@ -208,6 +208,7 @@ def test_parts_of_each_kind(
         ((1, 7, 512, 512), "sm_90", "bfloat16", "ieee", (64, 64), 9),
         ((8, 7, 512, 512), "sm_90", "bfloat16", "ieee", (128, 128), 8),
         ((2, 16, 1280, 1280), "sm_90", "bfloat16", "ieee", (128, 128), 3),
+        ((16, 7, 512, 512), "sm_90", "bfloat16", "ieee", (128, 128), 4),  # whole, 112 boxes of 64, not 104
         ((64, 7, 512, 512), "sm_90", "bfloat16", "ieee", (128, 128), 1),  # measured: a program a processor already
         ((1, 14, 256, 256), "sm_90", "bfloat16", "ieee", (32, 32), 1),  # a second launch would take as long
         ((1, 7, 512, 512), "sm_90", "float32", "tf32x3", (32, 128), 9),

@@ -176,16 +176,18 @@ def step_cost(tile: MatmulConfig, arch: Arch, programs: int) -> float:
     return read + cdiv(programs, arch.processors) * tile.block_i * tile.block_j / 74
 
 
-def sum_cost(tile: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: int) -> float:
-    """What an i × j result summed over l takes, in the parts that `tile.splits` says, in the unit of `step_cost`.
+def sum_cost(tile: MatmulConfig, problem: MatmulProblem, tiles: int, results: int, l: int) -> float:
+    """What so many tiles take, of so many results that are sums over l, in the parts that `tile.splits` says.
+
+    In the unit of `step_cost`.
 
     Derived: float32 partial results are written and read, four numbers. By the model a launch more takes 3 µs, 100,000
     numbers for each processor, and a program's step at least 0.12 µs: twice that where loads are prefetched by hand,
     three times where operands are split into halves.
     """
     least = 4_100 * (3 if problem.precision == "tf32x3" else 2 if tile.prefetch else 1)
-    step = max(step_cost(tile, problem.arch, tile.splits * tile.tiles(i, j)), least / tile.block_l)
-    partials = 4 * tile.splits * i * j / problem.arch.processors + 100_000 if tile.splits > 1 else 0
+    step = max(step_cost(tile, problem.arch, tile.splits * tiles), least / tile.block_l)
+    partials = 4 * tile.splits * results / problem.arch.processors + 100_000 if tile.splits > 1 else 0
     return rows_per_split(l, tile.splits, tile.block_l) * step + partials
 
 
@@ -200,9 +202,12 @@ def can_be_part(tile: MatmulConfig, problem: MatmulProblem) -> bool:
 
 
 def split_sum(
-    whole: MatmulConfig, tiles: Iterable[MatmulConfig], problem: MatmulProblem, i: int, j: int, l: int, most: int
-) -> MatmulConfig:
+    whole: MatmulConfig, tiles: Iterable[MatmulConfig], problem: MatmulProblem, count: Callable[[MatmulConfig], int],
+    results: int, l: int, most: int,
+) -> MatmulConfig:  # fmt: skip
     """`whole`, or where that takes less, one of `tiles` with a long sum in up to `most` parts.
+
+    count: how many there are of a tile for all the results.
 
     A program a processor: larger tiles in more parts read less. Sums of under 512 do little but start. By the model 16
     bits must be a tenth less; wider types, and all before Hopper, nearly half, or some are slower than `whole`.
@@ -213,17 +218,17 @@ def split_sum(
         is_slow = tile.num_warps == 2 and not tile.tma
         if is_slow or max(tile.block_i, tile.block_j) > 128 or not can_be_part(tile, problem):
             continue
-        splits = min(arch.processors // tile.tiles(i, j), l // 512, most)
+        splits = min(arch.processors // count(tile), l // 512, most)
         if splits > 1:
             reason = f"{tile.reason}; in parts: a long sum for few tiles"
             splits = whole_splits(l, splits, tile.block_l)
             # Compiled: left to itself, ptxas spills 4 bytes on sm_100, of 16×128. There is one program a processor.
             limit = tile.max_registers or register_limit(arch)
             configs.append(replace(tile, splits=splits, reason=reason, max_registers=limit))
-    costs = [sum_cost(config, problem, i, j, l) for config in configs]
+    costs = [sum_cost(config, problem, count(config), results, l) for config in configs]
     chosen = configs[costs.index(min(costs))]
     pays = min(costs) < (0.9 if arch.has_tma and ITEMSIZE[problem.dtype] == 2 else 0.55) * costs[0]
-    return set_stages(chosen, problem, chosen.splits * chosen.tiles(i, j)) if pays else whole
+    return set_stages(chosen, problem, chosen.splits * count(chosen)) if pays else whole
 
 
 def takes_three_a_processor(config: MatmulConfig, problem: MatmulProblem, programs: int) -> bool:

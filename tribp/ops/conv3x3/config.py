@@ -257,6 +257,10 @@ class ConvProblem(NamedTuple):
             small = [replace(t, block_l=min(t.block_l, 32)) for t in tiles if t.block_i * t.block_j <= most]
             tiles = small or tiles[-1:]
 
+        def covering(tile: MatmulConfig) -> int:
+            box = choose_box(tile.block_i, n, p, q, wide=self.wide)
+            return convolution(tile, box=box).boxes(n, p, q) * cdiv(j, tile.block_j)
+
         def programs(tile: MatmulConfig) -> int:
             return tile.tiles(i, j) * tile.splits * group_tiles * classes
 
@@ -264,7 +268,7 @@ class ConvProblem(NamedTuple):
         chosen = pick_tile(tiles, self, programs)
         if 9 * l >= LONG_SUM and self.most_splits > 1:
             parts = [tile for tile in tiles if self.can_be_part(tile)]
-            chosen = split_sum(chosen, parts, self, i, j, 9 * l, self.most_splits)
+            chosen = split_sum(chosen, parts, self, covering, i * j, 9 * l, self.most_splits)
             chosen = replace(chosen, splits=self.whole_splits(chosen))
         if self.wide and chosen.block_i * chosen.block_j == 128 * 128:
             # Compiled: beside stores of single columns four warps have no registers for tanh, and spill 384 bytes.

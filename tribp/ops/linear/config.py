@@ -89,7 +89,7 @@ class ForwardProblem(NamedTuple):
         chosen = choose_product(self, m, n, k)
         if k >= LONG_SUM:
             tiles = [fit_tile(tile, self, m, n, k) for tile in candidates(self, k)]
-            chosen = split_sum(chosen, tiles, self, m, n, k, self.most_splits)
+            chosen = split_sum(chosen, tiles, self, lambda tile: tile.tiles(m, n), m * n, k, self.most_splits)
         if chosen.splits > 1:
             return chosen
         if self.costly and not has_room(chosen, self):
@@ -151,7 +151,8 @@ class DgradProblem(NamedTuple):
         if chosen.splits == 1:
             return False
         passes = [m * k] * self.for_lower + [m * n] * self.may_fuse
-        saved = sum_cost(choose_product(problem, m, k, n), self, m, k, n) - sum_cost(chosen, self, m, k, n)
+        costs = [sum_cost(c, self, c.tiles(m, k), m * k, n) for c in (choose_product(problem, m, k, n), chosen)]
+        saved = costs[0] - costs[1]
         return saved > sum(100_000 + 3 * elements / arch.processors for elements in passes)
 
     def steps(self) -> Steps:
@@ -250,7 +251,8 @@ class WgradProblem(NamedTuple):
             most = min(4 * arch.processors // chosen.tiles(n, k), most_splits(chosen))
             # By the model 8192×768×3072, of 72 tiles, takes 103 µs whole, and 78 in three parts.
             possible = range(1, max(most, 1) + 1)
-            splits = min(possible, key=lambda splits: sum_cost(replace(chosen, splits=splits), self, n, k, m))
+            tiled, results = chosen.tiles(n, k), n * k
+            splits = min(possible, key=lambda s: sum_cost(replace(chosen, splits=s), self, tiled, results, m))
         return replace(chosen, splits=whole_splits(m, splits, chosen.block_l))
 
     def adjusted(self, config: MatmulConfig) -> MatmulConfig:
