@@ -82,6 +82,13 @@ TAKEN = {
     "annotated variable": ("y: torch.Tensor = self.conv(x)\ny = F.relu(y)\nreturn y", "conv"),
     "arguments of others": ("return F.relu(self.fc(F.gelu(F.relu(self.conv(x)), approximate='tanh')))", "conv fc"),
     "softmax in between": ("return F.relu(self.fc(F.softmax(F.relu(self.conv(x)), dim=1)))", "conv fc"),
+    "its own method before": (
+        "def forward(self, x):\n    x = self.half(x)\n    x = F.relu(self.conv(x))\n    return x\n"
+        "def half(self, x):\n    return x / 2",
+        "conv",
+    ),
+    "a function in an attribute, in between": ("return F.relu(self.fc(self.fn(F.relu(self.conv(x)))))", "conv fc"),
+    "nothing but functions before": ("return F.relu(self.conv(F.relu(self.fn(x))))", "conv"),
     "first of two": ("y = self.conv(x)\nreturn F.relu(y) + x.mul(2)", "conv"),
     "annotated": (
         "def forward(self, x: 'Missing') -> 'Missing':\n    '''Say.'''\n    return F.relu(self.conv(x))",
@@ -98,7 +105,7 @@ def test_what_is_taken(net: Callable[..., Any], case: str) -> None:
     assert [entry.name for entry in report.replaced if " + " in entry.was] == sorted(layers.split(), key="conv fc".find)
     model = net(forward)
     tribp.fuse(model)
-    with Called() as called:
+    with Called() as called, torch.no_grad():
         model(torch.randn(3, 2, 6, 6))
     assert len([act for act in called.activations if act]) >= len(layers.split())
 
@@ -303,7 +310,7 @@ def test_lists(net: Callable[..., Any], case: str) -> None:
     model.parts = list(model.layers)
     check(model)
     tribp.fuse(model)
-    with Called() as called:
+    with Called() as called, torch.no_grad():
         model(torch.randn(3, 2, 6, 6))
     assert len(called.names) == calls
 

@@ -625,7 +625,7 @@ def test_every_activation(make: Callable[[], nn.Module]) -> None:
     """Behind a layer of torch's and behind one of tribp's; and where a user built the module."""
     act = make()
     layers = [conv(padding=1), Conv3x3(2, 2, padding=1), nn.Linear(4, 4), tribp.nn.Linear(4, 4)]
-    model = nn.Sequential(*(module for layer in layers for module in (layer, act)))
+    model = nn.Sequential(*(module for layer in layers for module in (layer, act)), nn.MaxPool2d(2))
     x = torch.randn(2, 2, 4, 4)
     y = model(x)
     report = tribp.fuse(model)

@@ -20,6 +20,10 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.ReLU6: ("relu6",),
     nn.Hardtanh: ("hardtanh", "min_val", "max_val"),
 }
+# Those of which torch's backward keeps the output, as tribp's does: it, too, raises an error where that was changed in
+# place. Of the others it keeps the input, or a copy of that.
+_OUTPUT_KEPT = (nn.Sigmoid, nn.Tanh, nn.ReLU)
+_OUTPUT_KEPT_IN_PLACE = (nn.LeakyReLU, nn.ELU)
 # Those that tribp does not compute, which the report names, and the names of torch's functions.
 _OTHERS: tuple[type[nn.Module], ...] = (
     nn.CELU, nn.GELU, nn.GLU, nn.Hardshrink, nn.Hardswish, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.RReLU, nn.SELU, nn.SiLU,
@@ -55,6 +59,11 @@ def is_torchs(name: str) -> bool:
 def activation_kind(module: nn.Module | None) -> type[nn.Module] | None:
     """Which of the activations that tribp computes a module is, itself or as a subclass."""
     return next((kind for kind in ACTIVATIONS if isinstance(module, kind)), None)
+
+
+def keeps_output(module: nn.Module) -> bool:
+    """Whether torch's backward needs the output of an activation, so that nothing may change it in place."""
+    return isinstance(module, _OUTPUT_KEPT) or (isinstance(module, _OUTPUT_KEPT_IN_PLACE) and module.inplace)
 
 
 def activation_like(module: nn.Module) -> ActivationLike:

@@ -23,7 +23,16 @@ from torch.nn.utils import parametrize
 from ..nn import Linear
 from ..ops.activations import DEFAULTS
 from .activations import ACTIVATIONS, OTHER_ACTIVATIONS, activation_kind, torchs
-from .rows import Applied, FusedSequential, Step, is_plain_sequential, row_at, run
+from .rows import (
+    Applied,
+    FusedSequential,
+    Step,
+    is_plain_sequential,
+    reader_of,
+    row_at,
+    run,
+    unchanged_behind,
+)
 from .source import EVERY, IS_SCRIPTING, RUN, Called, Instead, Source, Use, call_of_run, codes, shown
 
 Site = tuple[str, ...]  # calls that take each other's output, as `shown`; or a loop
@@ -52,6 +61,16 @@ FUNCTIONS = {
 }
 
 
+# Other functions whose output shares no memory with their first argument, which they do not change either.
+WRITING_FUNCTIONS = {
+    torchs(F, name)
+    for name in (
+        "linear", "conv2d", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "batch_norm",
+        "layer_norm", "group_norm",
+    )
+}  # fmt: skip
+
+
 class Link(NamedTuple):
     """A call that takes nothing but another call's output."""
 
@@ -73,6 +92,7 @@ class Line(NamedTuple):
     modules: Sequence[Step]
     site: Site = ()  # in a forward
     doubt: str = ""  # why they cannot run together
+    unchanged: bool = False  # whether it is certain that nothing changes the last output in place
 
 
 def lines_of(module: nn.Module, prefix: str, norms: bool) -> list[Line]:
@@ -84,7 +104,8 @@ def lines_of(module: nn.Module, prefix: str, norms: bool) -> list[Line]:
     source = read_forward(kind)
     every = [_links(source, call) for call in source.calls()]
     inner = {link.call for links in every for link in links[1:]}
-    lines = [line for links in every if links[0].call not in inner for line in _lines(module, prefix, links, norms)]
+    outer = [links for links in every if links[0].call not in inner]
+    lines = [line for links in outer for line in _lines(source, module, prefix, links, norms)]
     for call in source.calls():
         lines += _lines_in_doubt(source, module, kind, prefix, call)
     for loop in source.loops():
@@ -105,17 +126,24 @@ def named_flatten(prefix: str, modules: nn.Module) -> Iterator[tuple[str, Step]]
             yield prefix + key, module
 
 
-def _lines(module: nn.Module, prefix: str, links: Sequence[Link], norms: bool) -> Iterator[Line]:
-    """As far as what is called is a module; several where a link calls one of several modules."""
-    choices: list[Sequence[tuple[str, Step]]] = []
-    for link in links:
-        choice: Sequence[tuple[str, Step]] = _called(module, prefix, link.called)
-        choice = [(choices[-1][0][0], link.activation)] if link.activation else choice
-        if not choice:
-            break
-        choices.append(choice)
-    for n in range(max(map(len, choices), default=0)):
-        yield _line(module, [choice[min(n, len(choice) - 1)] for choice in choices], links, norms)
+def _lines(source: Source, module: nn.Module, prefix: str, links: Sequence[Link], norms: bool) -> Iterator[Line]:
+    """A line ends where what is called is no module; there are several where a link calls one of several modules."""
+    start = 0
+    while start < len(links):
+        choices: list[Sequence[tuple[str, Step]]] = []
+        for link in links[start:]:
+            choice: Sequence[tuple[str, Step]] = _called(module, prefix, link.called)
+            if link.activation and choices:
+                choice = [(choices[-1][0][0], link.activation)]
+            if not choice:
+                break
+            choices.append(choice)
+        stop = start + len(choices)
+        for n in range(max(map(len, choices), default=0)):
+            calls = [choice[min(n, len(choice) - 1)] for choice in choices]
+            line = _line(module, calls, links[start:stop], norms)
+            yield line._replace(unchanged=_is_unchanged(source, links[stop - 1].call))
+        start = max(stop, start + 1)
 
 
 def _called(module: nn.Module, prefix: str, called: Called | None) -> list[tuple[str, nn.Module]]:
@@ -149,14 +177,20 @@ def _line(module: nn.Module, calls: Sequence[tuple[str, Step]], links: Sequence[
 
 
 def joined(modules: Sequence[Step], where: Sequence[int], norms: bool) -> set[int]:
-    """Where rows of modules begin and end that cross from one place to another; `where` has each module's place."""
+    """Where rows of modules begin and end that cross from one place to another; `where` has each module's place.
+
+    A row goes as far as what shows that nothing changes its output, if that matters.
+    """
     ends: set[int] = set()
     start = 0
     while start < len(modules):
         row = row_at(modules, start, None, norms)
-        stop = row[-1].stop if row else start + 1
-        if where[stop - 1] > where[start]:
-            ends |= {where[start], where[stop - 1]}
+        last = stop = row[-1].stop if row else start + 1
+        reader = reader_of(modules, stop)
+        if row and reader and reader >= 0 and not unchanged_behind(modules[:stop], row, False):
+            last = reader + 1
+        if where[last - 1] > where[start]:
+            ends |= {where[start], where[last - 1]}
         start = stop
     return ends
 
@@ -180,6 +214,19 @@ def _lines_in_doubt(
             break
 
 
+def _is_unchanged(source: Source, call: ast.Call) -> bool:
+    """Whether it is certain that nothing changes a call's output in place: all that takes it writes another tensor."""
+    readers = source.readers(call)
+    return readers is not None and all(_writes(source, reader) for reader in readers)
+
+
+def _writes(source: Source, reader: ast.AST) -> bool:
+    if isinstance(reader, ast.Call) and not any(keyword.arg in ("inplace", "out") for keyword in reader.keywords):
+        meant = source.resolve(reader.func)
+        return callable(meant) and meant in WRITING_FUNCTIONS
+    return isinstance(reader, ast.BinOp) or (isinstance(reader, ast.UnaryOp) and not isinstance(reader.op, ast.UAdd))
+
+
 def _links(source: Source, call: ast.Call) -> list[Link]:
     """A call of what an attribute of self holds, and the calls that take its output and each other's."""
     links = [Link(call, call.args[0], source.called(call))]
@@ -199,7 +246,10 @@ def _link(source: Source, use: Use) -> Link | None:
     try:
         if name not in DEFAULTS:
             raise ValueError(f"tribp computes no {name}")
-        module = KINDS[name](**_numbers(name, use))
+        numbers = _numbers(name, use)
+        in_place = numbers.pop("inplace", ast.unparse(use.call.func).endswith("_"))
+        module = KINDS[name](**numbers)
+        module.inplace = in_place
     except ValueError as error:
         return Link(use.call, use.input, None, Applied(module, module), str(error))
     return Link(use.call, use.input, None, Applied(module, *source.applied(use)))
@@ -229,8 +279,7 @@ def _numbers(name: str, use: Use) -> dict[str, Any]:
             number = None
         if key not in names or type(number) not in ((bool,) if key == "inplace" else (int, float)):
             raise ValueError(f"the arguments of {use.text} are not written out as numbers")
-        if key in DEFAULTS[name]:
-            numbers[key] = number
+        numbers[key] = number
     low, high = ({**DEFAULTS["hardtanh"], **numbers}[bound] for bound in DEFAULTS["hardtanh"])
     if low >= high:  # which the module does not take
         raise ValueError(f"{use.text} has bounds in the wrong order")
@@ -392,14 +441,14 @@ def _running(source: Source, sites: Sequence[Site]) -> FunctionType:
     for links in sorted(runs, key=len, reverse=True):  # a part of a longer one is done with it
         if taken.isdisjoint(link.call for link in links):
             taken.update(link.call for link in links)
-            instead |= _instead_of_links(links, values)
+            instead |= _instead_of_links(links, values, _is_unchanged(source, links[-1].call))
     for loop in source.loops():
         if (f"for {source.own_attribute(loop.iter)}",) in sites:
             instead[loop] = _instead_of_loop(loop)
     return source.running(instead, values)
 
 
-def _instead_of_links(links: Sequence[Link], values: dict[str, object]) -> Mapping[ast.AST, Instead]:
+def _instead_of_links(links: Sequence[Link], values: dict[str, object], unchanged: bool) -> Mapping[ast.AST, Instead]:
     """The last call becomes that of `run`; a variable that held an output holds what the first call takes."""
     modules: list[ast.expr] = []
     instead: dict[ast.AST, Instead] = {}
@@ -415,7 +464,7 @@ def _instead_of_links(links: Sequence[Link], values: dict[str, object]) -> Mappi
         else:
             modules.append(link.call.func)
     together = ast.Tuple(modules, ast.Load())
-    instead[links[-1].call] = Instead(base, lambda input: call_of_run(together, input))
+    instead[links[-1].call] = Instead(base, lambda input: call_of_run(together, input, unchanged))
     return instead
 
 

@@ -29,19 +29,21 @@ from .places import another, full_name, places, watched
 from .report import Replaced, Report, Skipped
 from .rows import (
     LAYERS,
-    Applied,
     FusedConv2d,
     FusedSequential,
     Part,
-    Step,
     function_of,
+    module_of,
     parameter,
     row_at,
     runs_in_order,
+    unchanged_behind,
     unreadable,
 )
 
 Entry = TypeVar("Entry", Replaced, Skipped)
+# Of an activation that is called by itself where backward needs what the layers keep.
+UNTRAINED = " where no gradient is wanted: what follows may change the output in place"
 BASES = (nn.Linear, nn.Conv2d, Linear, Conv3x3)
 
 
@@ -59,6 +61,10 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
     `forward`: `self.act(self.conv(x))`, `F.relu(self.conv(x))`, `self.conv(x).relu()`, in the line after
     `y = self.conv(x)` where nothing else reads that y, or as `for layer in self.layers: x = layer(x)`; layers of a list
     as `F.relu(self.layers[i](x))`, or `F.relu(layer(x))` in a loop over it.
+
+    What torch trains can be trained: kernels keep the output of an activation for backward, which code behind it must
+    not change in place then. Where torch keeps the input, as of LeakyReLU, ELU, Softplus, Hardsigmoid, Hardtanh and
+    ReLU6, and it is not certain that nothing changes the output, it is called by itself while a gradient is wanted.
 
     No module is replaced: a Sequential becomes a `FusedSequential`, a convolution a `FusedConv2d`, and a module with
     another `forward` gets a class derived from its own, whose `forward` is the same code with those calls made
@@ -171,7 +177,12 @@ class _Plan:
                 if (new or folds) and name not in self.joined:
                     was = " + ".join(shown_name(type(module_of(m))).removeprefix("Fused") for m in modules)
                     once = " once frozen, in evaluation mode" if part.norm is not None and _trains(part) else ""
-                    self.replaced.setdefault(name, Replaced(name, was, function_of(row) + once))
+                    now = function_of(row) + once
+                    if part is row[-1] and not unchanged_behind(line.modules, row, line.unchanged):
+                        alone = row == [part] and part.function == "linear" and part.norm is None
+                        now += "" if alone else f", with the {type(module_of(modules[-1])).__name__}"
+                        now += UNTRAINED
+                    self.replaced.setdefault(name, Replaced(name, was, now))
                 self.joined |= {*names}
                 self.pairs |= {*itertools.pairwise(names)}
             start += not row
@@ -231,11 +242,6 @@ def _trains(part: Part) -> bool:
     """Whether a batch norm that may fold does not yet."""
     assert part.norm is not None
     return part.norm.training or any(p.requires_grad for m in (part.layer, part.norm) for p in m.parameters())
-
-
-def module_of(step: Step) -> nn.Module:
-    """A module, or the one that computes what a function does."""
-    return step.module if isinstance(step, Applied) else step
 
 
 def _untaken(layer: nn.Module) -> str:

@@ -20,11 +20,16 @@ from ..ops.activations import ActivationLike, activation_of
 from ..ops.conv3x3.op import conv3x3
 from ..ops.linear.op import linear
 from ..ops.mlp.op import mlp
-from .activations import ACTIVATIONS, activation_like, is_torchs, refused
+from .activations import ACTIVATIONS, activation_like, is_torchs, keeps_output, refused
 from .folding import BATCH_NORMS, PLAIN_TYPE_NAMES, can_fold, folded, folds_now, is_folding
 
 STRIDES = {(1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)}  # that conv3x3 takes
 REFUSED = object()
+# Where torch has the modules whose output shares no memory with their input.
+WRITING = {
+    f"torch.nn.modules.{name}"
+    for name in ("activation", "batchnorm", "conv", "instancenorm", "linear", "normalization", "pooling")
+}
 CONV_FORWARD = defined(nn.Conv2d, "_conv_forward")
 
 
@@ -104,8 +109,10 @@ class Applied:
 Step = nn.Module | Applied
 
 
-def run(modules: Iterable[Step], input: Tensor) -> Tensor:
+def run(modules: Iterable[Step], input: Tensor, unchanged: bool = False) -> Tensor:
     """What modules compute that take each other's output.
+
+    unchanged: whether it is certain that nothing changes the last output in place.
 
     Together run: a linear layer or a 3×3 convolution, and the activation behind it; linear layers with one activation
     that follow each other, and another behind, as one `mlp`; a layer and the folded batch norm behind it, where both
@@ -122,7 +129,7 @@ def run(modules: Iterable[Step], input: Tensor) -> Tensor:
     # A graph that is compiled or exported may run elsewhere.
     anywhere = backend() == "triton" or is_compiling() or any(map(is_folding, flat))
     while start < len(flat):
-        row = row_at(flat, start, input) if anywhere or not _on_cpu(input) else []
+        row = row_at(flat, start, input, unchanged=unchanged) if anywhere or not _on_cpu(input) else []
         output: Any = _unless_refused(_run_row, row, input) if row else REFUSED
         if output is REFUSED:
             input, start = flat[start](input), start + 1
@@ -157,11 +164,13 @@ class Part(NamedTuple):
     stop: int  # the index of what is behind
 
 
-def row_at(modules: Sequence[Step], start: int, input: Tensor | None = None, norms: bool = False) -> list[Part]:
+def row_at(
+    modules: Sequence[Step], start: int, input: Tensor | None = None, norms: bool = False, unchanged: bool = False
+) -> list[Part]:
     """What starts at `start` and runs together: one convolution, or linear layers with one activation between them.
 
     Empty if that module is called. Without an input, it says what can be: with frozen layers in evaluation mode, say.
-    norms: whether every batch norm may be folded, or those that are marked.
+    norms: whether every batch norm may be folded, or those that are marked. unchanged: as for `run`.
     """
     row: list[Part] = []
     stop = start
@@ -172,7 +181,52 @@ def row_at(modules: Sequence[Step], start: int, input: Tensor | None = None, nor
         stop = part.stop
         if part.function != "linear" or part.activation is None:
             break
+    if row and input is not None and not unchanged_behind(modules, row, unchanged) and _trains(row, input):
+        stop -= 1
+        row[-1] = row[-1]._replace(activation=None, stop=stop)
     return row if stop > start + 1 else []
+
+
+def unchanged_behind(modules: Sequence[Step], row: Sequence[Part], unchanged: bool) -> bool:
+    """Whether what is behind a row leaves the row's output as it is, or torch, too, would raise an error in backward.
+
+    tribp keeps that output for backward. torch keeps the input of some activations instead, and trains then.
+    """
+    stop = row[-1].stop
+    activation = module_of(modules[stop - 1])
+    if type(activation) not in ACTIVATIONS or keeps_output(activation):
+        return True
+    return unchanged if (reader := reader_of(modules, stop)) is None else reader >= 0
+
+
+def reader_of(modules: Sequence[Step], start: int) -> int | None:
+    """The module that reads a value which the modules from `start` on take, and returns no view of it.
+
+    -1 if one of them may change the value in place, None if all return it, or a view of it, perhaps.
+    """
+    for n in range(start, len(modules)):
+        step, module = modules[n], module_of(modules[n])
+        kind = type(module)
+        own = kind in LAYERS or (kind.__module__.startswith("torch.nn.modules.") and not module._modules)
+        replaced = isinstance(step, Applied) and step.activation is None
+        if not own or replaced or is_watched(module) or getattr(module, "inplace", False):
+            return -1
+        if kind in LAYERS or (kind.__module__ in WRITING and kind is not nn.Identity):
+            return n
+    return None
+
+
+def _trains(row: Sequence[Part], input: Tensor) -> bool:
+    """Whether backward may need what a row of layers keeps."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [input, *(t for part in row for t in (part.weight, part.bias) if t is not None)]
+    return any(not isinstance(t, Tensor) or t.requires_grad for t in tensors)  # no tensor: in tracing
+
+
+def module_of(step: Step) -> nn.Module:
+    """A module, or the one that computes what a function does."""
+    return step.module if isinstance(step, Applied) else step
 
 
 def _same(first: ActivationLike, second: ActivationLike) -> bool:

@@ -158,6 +158,18 @@ class Source:
         end = min((name.lineno for name in same if isinstance(name.ctx, ast.Store)), default=self.tree.end_lineno or 0)
         return [use for name in same if name.lineno <= end and (use := self._taken_by(name))]
 
+    def readers(self, node: ast.expr) -> list[ast.AST] | None:
+        """The expressions that take the value of `node`; None if they are not known."""
+        assign = self.parent[node]
+        if not (variable := _variable(assign)):
+            return [assign]
+        if held := self._only_load(assign):
+            return [self.parent[held]]
+        if self.tangled or variable in self.captured or isinstance(self.parent[assign], ast.ClassDef):
+            return None
+        outer = [(name, self.parent[name]) for name in self.names if name.id == variable]
+        return [o for name, o in outer if isinstance(name.ctx, ast.Load) or isinstance(o, ast.AugAssign)]
+
     def _taken_by(self, node: ast.expr) -> Use | None:
         outer = self.parent[node]
         method = outer if isinstance(outer, ast.Attribute) else None
@@ -305,8 +317,8 @@ class Instead(NamedTuple):
     made_of: Callable[[ast.expr], ast.AST]
 
 
-def call_of_run(modules: ast.expr, input: ast.expr) -> ast.Call:
-    return ast.Call(ast.Name(RUN), [modules, input], [])
+def call_of_run(modules: ast.expr, input: ast.expr, unchanged: bool = False) -> ast.Call:
+    return ast.Call(ast.Name(RUN), [modules, input, *[ast.Constant(True)] * unchanged], [])
 
 
 class _Replace(ast.NodeTransformer):
