@@ -216,6 +216,56 @@ def test_what_is_skipped(net: Callable[..., Any], case: str) -> None:
     assert len(report.skipped) == (reason is not None)
 
 
+# What a class does with a linear layer, and why it is not known what is behind that; None where nothing is lost.
+UNREAD = {
+    "two in a line": ("h = self.fc(x); y = F.relu(h); return h + y", "Net.forward may do something else with"),
+    "on both paths": (
+        "h = self.fc(x); return F.relu(h) if self.flag else F.relu(h) * 2", "Net.forward may do something else with"
+    ),
+    "set again in a line": ("h = self.fc(x); h = x + h; return F.relu(h)", None),
+    "set by a comprehension": ("h = self.fc(x)\nh = [F.relu(h) for h in [h]]\nreturn h[0]", "Net.forward may do"),
+    "set by with": ("h = self.fc(x)\nwith contextlib.nullcontext(h) as h:\n    return F.relu(h)", "what contextlib.n"),
+    "an attribute": ("return self.fn(self.fc(x))", "what self.fn(_) in Net.forward does with its output is not known"),
+    "a setting": ("return ACT(self.fc(x))", "what ACT(_) in Net.forward does"),
+    "renamed": ("return rectify(self.fc(x))", "what rectify(_) in Net.forward does"),
+    "a local": ("relu = torch.relu\nreturn relu(self.fc(x))", "what relu(_) in Net.forward does"),
+    "a local in the next line": ("relu = torch.relu\nx = self.fc(x)\nreturn relu(x)", "what relu(_) in Net.forward"),
+    "its own method": (
+        "def forward(self, x):\n    return self.half(self.fc(x))\ndef half(self, x):\n    return F.relu(x) / 2",
+        "what self.half(_) in Net.forward does",
+    ),
+    "by its name": ("return F.relu(self.fc(input=x))", "Net.forward uses it in another way than to call it with one"),
+    "more arguments": ("return F.relu(self.fc(*[x]))", "Net.forward uses it in another way than to call it with one"),
+    "passed on": ("return F.relu(checkpoint(self.fc, x, use_reentrant=False))", "Net.forward uses it in another way"),
+    "in another method": (
+        "def forward(self, x):\n    return self.block(x)\ndef block(self, x):\n    return F.relu(self.fc(x))",
+        "Net.block uses it, and only forward is read",
+    ),
+    "a list from behind": (
+        "for layer in reversed(self.layers):\n    x = F.relu(layer(x))\nreturn x", "Net.forward uses it in another way"
+    ),
+    "its weight": ("return F.relu(F.linear(x, self.fc.weight))", None),
+    "torch's function": ("return F.normalize(self.fc(x))", None),
+    "Python's function": ("return sum(self.fc(x))", None),
+    "a method of the output": ("return self.fc(x).clamp(min=0)", None),
+    "another module": ("return F.relu(self.norm(self.fc(x)))", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_linear_layers_that_are_not_read(net: Callable[..., Any], case: str) -> None:
+    """Each has a line in the report if there may be an activation behind it."""
+    forward, reason = UNREAD[case]
+    model = net(forward)
+    del model.conv
+    model.norm, model.layers = nn.LayerNorm(6), nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+    names = ["layers.0", "layers.1"] if "layers" in forward else ["fc"]
+    report = check(model, torch.randn(3, 6))
+    assert report.replaced == ()
+    assert [(skipped.name, skipped.module) for skipped in report.skipped] == [(n, "Linear") for n in names if reason]
+    assert all(skipped.reason.startswith(str(reason)) for skipped in report.skipped)
+
+
 # What forward does with a Sequential of a layer and its activation, which are taken together.
 WHOLE = {
     "called": "return self.seq(x)",

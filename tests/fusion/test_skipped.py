@@ -348,6 +348,17 @@ class Backwards(nn.Sequential):
         return input
 
 
+class OwnForward(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(self[0](input))
+
+
+def test_a_sequential_whose_forward_is_not_read() -> None:
+    model = nn.Sequential(OwnForward(nn.Linear(2, 2)), conv())
+    reason = "the OwnForward around it may not run its modules in order"
+    assert reasons(tribp.fuse(model)) == {"0.0": reason}
+
+
 class Iterated(nn.Sequential):
     def __iter__(self) -> Any:
         return reversed(list(self._modules.values()))

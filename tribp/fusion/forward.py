@@ -6,6 +6,7 @@ flags, counters and modes mean what they did, and what the attributes hold is lo
 """
 
 import ast
+import builtins
 import contextlib
 import functools
 import inspect
@@ -115,6 +116,65 @@ def lines_of(module: nn.Module, prefix: str, norms: bool) -> list[Line]:
             named = [*named_flatten(f"{prefix}{key}.", row)]
             lines.append(Line([n for n, _ in named], [m for _, m in named], (f"for {key}",), underivable(module)))
     return lines
+
+
+def unread_layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Linear, str]]:
+    """Linear layers of which a module's forward does not tell what is applied to their output, and why it does not."""
+    kind = made_of(module)
+    source = read_forward(kind)
+    called: set[str] = set()
+    for call in source.calls():
+        layers = _called(module, prefix, source.called(call))
+        called |= {name for name, _ in layers}
+        use = source.use(call)
+        for other in [use] if use else source.other_uses(call):
+            if not _is_read(source, module, other):
+                reason = f"what {other.text} in {kind.__name__}.forward does with its output is not known"
+                yield from ((name, layer, reason) for name, layer in layers if isinstance(layer, nn.Linear))
+    for loop in source.loops():
+        key = source.own_attribute(loop.iter)
+        called |= {name for name, _ in _called(module, prefix, Called(key, EVERY))}
+    for key, child in module._modules.items():
+        for name, layer in _linears(prefix + key, child):
+            if name not in called and (reason := _used(source, kind, key)):
+                yield name, layer, reason
+
+
+def _used(source: Source, kind: type[nn.Module], key: str) -> str:
+    """How the methods of a class use a child whose calls cannot be read; nothing if none does."""
+    if source.uses_whole(key):
+        return f"{kind.__name__}.forward uses it in another way than to call it with one argument"
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, function in vars(base).items():
+            if isinstance(function, FunctionType) and name not in ("__init__", "forward"):
+                other = read(function)
+                if isinstance(other, Source) and other.uses_whole(key):
+                    return f"{kind.__name__}.{name} uses it, and only forward is read"
+    return ""
+
+
+def _linears(name: str, module: nn.Module | None) -> Iterator[tuple[str, nn.Linear]]:
+    """The module if it is a linear layer, or those in it if it is a list or dictionary, with their names."""
+    if isinstance(module, nn.Linear):
+        yield name, module
+    elif isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        for key, child in module._modules.items():
+            yield from _linears(f"{name}.{key}", child)
+
+
+def _is_read(source: Source, module: nn.Module, use: Use) -> bool:
+    """Whether it is known what a call does: it calls a child, a tensor's method, or a function of torch or Python."""
+    if called := source.called(use.call):
+        return _child(module, called.attribute) is not None
+    function = use.call.func
+    if isinstance(function, ast.Attribute) and function.value is use.input:
+        return True
+    meant = source.resolve(function)
+    if isinstance(function, ast.Name) and function.id not in source.local:
+        meant = meant or getattr(builtins, function.id, None)
+    if not callable(meant) or meant in FUNCTIONS:
+        return _function(source, use) is not None
+    return (getattr(meant, "__module__", None) or "torch").partition(".")[0] in ("torch", "builtins")
 
 
 def named_flatten(prefix: str, modules: nn.Module) -> Iterator[tuple[str, Step]]:

@@ -24,6 +24,7 @@ from .forward import (
     shown_name,
     sites_of,
     underivable,
+    unread_layers,
 )
 from .places import another, full_name, places, watched
 from .report import Replaced, Report, Skipped
@@ -104,6 +105,7 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> Report:
         plan.add_convolution(name, module)
     for line in plan.lines:
         plan.skip_layers(line)
+    plan.skip_unread_layers()
     read.cache_clear()  # which would keep the model's classes
     return plan.apply()
 
@@ -120,6 +122,7 @@ class _Plan:
         self.replaced: dict[str, Replaced] = {}
         self.skipped: dict[str, Skipped] = {}
         self.lines: list[Line] = []
+        self.unread: list[tuple[str, nn.Linear, str]] = []  # layers, and why it is not known what is behind them
         self.joined: set[str] = set()  # names of what runs together with something else
         self.pairs: set[tuple[str, str]] = set()  # of layers and what is behind them
 
@@ -137,6 +140,9 @@ class _Plan:
             doubt = f"the {type(module).__name__} around it may not run its modules in order"
             if isinstance(module, nn.ModuleList):
                 doubt = "forward does not run the ModuleList around it in order"
+            else:
+                layers = zip(names, modules, strict=True)
+                self.unread += [(name, layer, doubt) for name, layer in layers if isinstance(layer, nn.Linear)]
         elif type(module) not in (nn.Sequential, FusedSequential):
             doubt = underivable(module)
         line = Line(names, modules, doubt=doubt)
@@ -157,6 +163,7 @@ class _Plan:
                 self.skip(name, module, f"what its forward applies to its layers is not known: {error}")
             return
         self.lines += lines
+        self.unread += unread_layers(module, prefix)
         kind = class_for(module, {line.site for line in lines if line.site})
         if kind is not type(module):
             self.classes[id(module)] = module, kind
@@ -220,6 +227,12 @@ class _Plan:
             else:
                 continue
             self.skip(*((name, layer) if at_layer else (behind_name, behind)), reason)
+
+    def skip_unread_layers(self) -> None:
+        """Report linear layers that could be taken, if it is not known whether an activation is behind them."""
+        for name, layer, reason in self.unread:
+            if name not in self.joined and not _not_called("it", layer):
+                self.skip(name, layer, reason)
 
     def apply(self) -> Report:
         for name, module in self.places:

@@ -129,6 +129,11 @@ class Source:
         owner = self.owner.lstrip("_")
         return f"_{owner}{node.attr}" if owner and _is_private(node.attr) else node.attr
 
+    def uses_whole(self, attribute: str) -> bool:
+        """Whether the method uses what an attribute of self holds, and not an attribute of that alone."""
+        own = (node for node in self.nodes if isinstance(node, ast.Attribute) and self.own_attribute(node) == attribute)
+        return any(isinstance(node.ctx, ast.Load) and not isinstance(self.parent[node], ast.Attribute) for node in own)
+
     def loops(self) -> list[ast.For]:
         """Each `for layer in self.attribute: x = layer(x)` whose layer nothing else reads."""
         loops = [node for node in self.nodes if _runs_in_order(node) and isinstance(node, ast.For)]
@@ -154,9 +159,11 @@ class Source:
         variable = _variable(assign)
         if not variable or not isinstance(assign, ast.stmt):
             return []
-        same = [name for name in self.names if name.id == variable and name.lineno > assign.lineno]
-        end = min((name.lineno for name in same if isinstance(name.ctx, ast.Store)), default=self.tree.end_lineno or 0)
-        return [use for name in same if name.lineno <= end and (use := self._taken_by(name))]
+        same = [name for name in self.names if name.id == variable and _place(name) > _end(assign)]
+        stores = [(name, self.parent[name]) for name in same if isinstance(name.ctx, ast.Store)]
+        setting = (outer if isinstance(outer, ast.stmt) else name for name, outer in stores)
+        end = min(map(_end, setting), default=_end(self.tree))
+        return [use for name in same if _place(name) <= end and (use := self._taken_by(name))]
 
     def readers(self, node: ast.expr) -> list[ast.AST] | None:
         """The expressions that take the value of `node`; None if they are not known."""
@@ -352,6 +359,15 @@ def _can_be_written(tree: ast.FunctionDef) -> bool:
         return ast.dump(ast.parse(ast.unparse(tree)).body[0]) == ast.dump(tree)
     except (SyntaxError, ValueError):
         return False
+
+
+def _place(node: ast.AST) -> tuple[int, int]:
+    """Where the source of a node begins."""
+    return node.lineno, node.col_offset  # type: ignore[attr-defined]
+
+
+def _end(node: ast.AST) -> tuple[int, int]:
+    return node.end_lineno, node.end_col_offset  # type: ignore[attr-defined]
 
 
 def _variable(line: ast.AST) -> str:
