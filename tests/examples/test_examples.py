@@ -43,7 +43,7 @@ def test_swap_optimizer() -> None:
 
 def test_fuse_model() -> None:
     out = run("fuse_model.py")
-    assert "7 changed, 0 skipped" in out
+    assert "5 of 5 layers run by tribp, 0 skipped" in out
     assert "2.first: Conv2d + ReLU -> conv3x3" in out
     assert numbers(out, "largest difference of an output")[0] < 1e-5
     assert "same keys of the state_dict: True" in out

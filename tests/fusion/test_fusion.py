@@ -120,6 +120,35 @@ def test_report_of_a_model(name: str, model: nn.Module) -> None:
     assert str(report).isascii(), "any terminal's encoding has it"
 
 
+# How many linear layers and 3×3 convolutions tribp's functions run, and how many there are. The others are linear layers
+# without an activation.
+TAKEN = {
+    "lenet": (5, 5), "resnet": (8, 9), "nested": (8, 9), "vgg": (16, 16), "resnet18": (8, 9),
+    "functional_lenet": (5, 5), "unet": (6, 6),
+}  # fmt: skip
+
+
+def test_how_many_layers_are_taken(name: str, model: nn.Module) -> None:
+    for _ in range(2):
+        report = tribp.fuse(model)
+        assert (report.taken, report.layers) == TAKEN[name]
+        assert str(report).startswith("{} of {} layers run by tribp, ".format(*TAKEN[name]))
+    undone = tribp.unfuse(model)
+    assert str(undone).startswith(f"{len(undone.replaced)} changed, 0 skipped")
+
+
+def test_which_layers_are_counted() -> None:
+    """Each once, tribp's own and those that only a batch norm joins, too."""
+    both = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model = nn.ModuleDict({"one": both, "two": both, "own": tribp.nn.MLP([4, 4, 4]), "alone": nn.Linear(4, 4)})
+    model["norm"] = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval().requires_grad_(False)
+    model["convs"] = nn.ModuleList([nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3, dilation=2), nn.Conv2d(2, 2, 1)])
+    for fold, taken in ((False, 4), (True, 5)):
+        report = tribp.fuse(model, fold_batchnorm=fold)
+        assert (report.taken, report.layers) == (taken, 7)
+    assert str(tribp.fuse(nn.Sequential(nn.Flatten()))) == "0 changed, 0 skipped"
+
+
 def test_nothing_else_changes_and_everything_comes_back(name: str, model: nn.Module) -> None:
     x = image()
     expected = run(model, x)

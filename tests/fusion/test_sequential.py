@@ -84,7 +84,7 @@ def test_one_mlp_and_back(bias: bool, x: Tensor) -> None:
     expected, before, keys = run(model, x), repr(model), list(model.state_dict())
     report = tribp.fuse(model)
     assert str(report).splitlines() == [
-        "4 changed, 0 skipped",
+        "3 of 3 layers run by tribp, 0 skipped",
         "(the model): Sequential -> FusedSequential",
         "0: Linear + ReLU -> mlp",
         "2: Linear + ReLU -> mlp",
@@ -130,7 +130,7 @@ def test_report_of_nested_sequentials() -> None:
     """A Sequential changes where something runs through its children; one that lies in a child is the child's own."""
     model: Any = in_blocks(perceptron(nn.ReLU, nn.ReLU))
     assert str(tribp.fuse(model)).splitlines() == [
-        "6 changed, 0 skipped",
+        "3 of 3 layers run by tribp, 0 skipped",
         "(the model): Sequential -> FusedSequential",
         "0: Sequential -> FusedSequential",
         "0.0: Linear + ReLU -> mlp",

@@ -492,7 +492,8 @@ def test_no_model(change: Callable[[Any], Report], model: object) -> None:
 def test_the_report_can_be_read() -> None:
     model = nn.Sequential(conv(), nn.Sigmoid(), conv(kernel_size=5))
     assert str(tribp.fuse(model)) == (
-        "2 changed, 1 skipped\n(the model): Sequential -> FusedSequential\n0: Conv2d + Sigmoid -> conv3x3\n"
+        "1 of 1 layers run by tribp, 1 skipped\n(the model): Sequential -> FusedSequential\n"
+        "0: Conv2d + Sigmoid -> conv3x3\n"
         "2: Conv2d skipped: its kernel size is (5, 5)"
     )
     assert str(tribp.unfuse(model)) == (

@@ -243,7 +243,12 @@ class _Plan:
             object.__setattr__(module, "__class__", kind)  # a module's own may do something else
         for norm in self.folded:
             vars(norm)[FOLDS] = True
-        return Report(self._entries(self.replaced), self._entries(self.skipped))
+        layers = {id(module): False for _, module in self.places if _is_layer(module)}
+        for name, module in self.places:
+            if id(module) in layers:
+                own = isinstance(module, (FusedConv2d, Linear, Conv3x3))
+                layers[id(module)] |= own or name in self.joined
+        return Report(self._entries(self.replaced), self._entries(self.skipped), sum(layers.values()), len(layers))
 
     def _entries(self, entries: Mapping[str, Entry]) -> tuple[Entry, ...]:
         """In the order of the places; not by further names of what stands in a container that has several."""
@@ -255,6 +260,13 @@ def _trains(part: Part) -> bool:
     """Whether a batch norm that may fold does not yet."""
     assert part.norm is not None
     return part.norm.training or any(p.requires_grad for m in (part.layer, part.norm) for p in m.parameters())
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is of a kind that tribp has a function for: linear, or a 3×3 convolution."""
+    return isinstance(module, (nn.Linear, Linear, Conv3x3)) or (
+        isinstance(module, nn.Conv2d) and tuple(module.kernel_size) == (3, 3)
+    )
 
 
 def _untaken(layer: nn.Module) -> str:

@@ -1,6 +1,6 @@
 """What `fuse` and `unfuse` say they did."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -32,11 +32,16 @@ class Report:
 
     replaced: what computes otherwise than before. `fuse` leaves every module in its place, and only changes classes.
     Names below a container that has several names itself are given once, by its first.
+    layers: how many linear layers and 3×3 convolutions the model has, after `fuse`. taken: how many of these tribp's
+    functions run now, those of an earlier `fuse` among them. Reports that differ in these alone are equal.
     """
 
     replaced: tuple[Replaced, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    taken: int = field(default=0, compare=False)
+    layers: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
-        count = f"{len(self.replaced)} changed, {len(self.skipped)} skipped"
+        count = f"{self.taken} of {self.layers} layers run by tribp" if self.layers else f"{len(self.replaced)} changed"
+        count += f", {len(self.skipped)} skipped"
         return "\n".join(map(str, (count, *self.replaced, *self.skipped)))
