@@ -158,11 +158,38 @@ class TorchvisionBlock(nn.Module):
         return out  # type: ignore[no-any-return]
 
 
-class ResNet18(ResNet):
+class ResNet18(nn.Module):
+    """torchvision's, with few channels."""
+
     def __init__(self) -> None:
         super().__init__()
+        self.conv1 = nn.Conv2d(2, 4, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
         self.layer1 = nn.Sequential(TorchvisionBlock(4, 4, 1), TorchvisionBlock(4, 4, 1))
-        self.layer2 = nn.Sequential(TorchvisionBlock(4, 8, 2), TorchvisionBlock(8, 8, 1))
+        self.layer2 = nn.Sequential(TorchvisionBlock(4, 6, 2), TorchvisionBlock(6, 6, 1))
+        self.layer3 = nn.Sequential(TorchvisionBlock(6, 6, 2), TorchvisionBlock(6, 6, 1))
+        self.layer4 = nn.Sequential(TorchvisionBlock(6, 8, 2), TorchvisionBlock(8, 8, 1))
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.relu(x)
+        x = self.maxpool(x)
+
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)
+
+        x = self.avgpool(x)
+        x = torch.flatten(x, 1)
+        x = self.fc(x)
+
+        return x
 
 
 class FunctionalLeNet(nn.Module):
@@ -201,19 +228,37 @@ class DoubleConv(nn.Module):
         return self.norm(self.act(self.conv2(F.relu6(self.conv1(x)))))  # type: ignore[no-any-return]
 
 
+class Up(nn.Module):
+    """A level of UNet's way up."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(channels, out, 2, 2)
+        self.conv = DoubleConv(2 * out, out)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = self.up(x)
+        dy, dx = skip.size(2) - x.size(2), skip.size(3) - x.size(3)
+        x = F.pad(x, [dx // 2, dx - dx // 2, dy // 2, dy - dy // 2])
+        return self.conv(torch.cat([skip, x], dim=1))  # type: ignore[no-any-return]
+
+
 class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inc, self.down, self.up2 = DoubleConv(2, 4), DoubleConv(4, 8), DoubleConv(8, 4)
-        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
+        self.inc = DoubleConv(2, 4)
+        self.down1 = nn.Sequential(nn.MaxPool2d(2), DoubleConv(4, 6))
+        self.down2 = nn.Sequential(nn.MaxPool2d(2), DoubleConv(6, 8))
+        self.up1, self.up2 = Up(8, 6), Up(6, 4)
         self.outc = nn.Conv2d(4, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        skip = self.inc(x)
-        x = self.up(self.down(F.max_pool2d(skip, 2)))
-        dy, dx = skip.size(2) - x.size(2), skip.size(3) - x.size(3)
-        x = F.pad(x, [dx // 2, dx - dx // 2, dy // 2, dy - dy // 2])
-        return self.outc(self.up2(torch.cat([skip, x], dim=1)))  # type: ignore[no-any-return]
+        x1 = self.inc(x)
+        x2 = self.down1(x1)
+        x = self.down2(x2)
+        x = self.up1(x, x2)
+        x = self.up2(x, x1)
+        return self.outc(x)  # type: ignore[no-any-return]
 
 
 MODELS = {

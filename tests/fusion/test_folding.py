@@ -96,17 +96,19 @@ def test_models(name: str) -> None:
 def test_a_resnet_is_taken_whole() -> None:
     model: Any = prepared(ResNet18()).requires_grad_(False)
     report = tribp.fuse(model, fold_batchnorm=True)
-    blocks = [f"layer{i}.{j}" for i in (1, 2) for j in (0, 1)]
+    blocks = [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
+    downsamples = [f"layer{i}.0.downsample" for i in (2, 3, 4)]
     assert sorted(map(str, report.replaced)) == sorted(
         [f"{block}: TorchvisionBlock -> fused TorchvisionBlock" for block in blocks]
-        + ["layer2.0.downsample: Sequential -> FusedSequential"]
-        + ["layer2.0.downsample.0: Conv2d + BatchNorm2d -> conv2d"]
+        + [f"{downsample}: Sequential -> FusedSequential" for downsample in downsamples]
+        + [f"{downsample}.0: Conv2d + BatchNorm2d -> conv2d" for downsample in downsamples]
+        + ["(the model): ResNet18 -> fused ResNet18", "conv1: Conv2d + BatchNorm2d -> conv2d"]
         + [f"{block}.conv1: Conv2d + BatchNorm2d + ReLU -> conv3x3" for block in blocks]
         + [f"{block}.conv2: Conv2d + BatchNorm2d -> conv3x3" for block in blocks]
     )
     with frozen(model), Called() as called:
         model(image())
-    assert called.activations == ["relu", None] * 4
+    assert called.activations == ["relu", None] * 8
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -124,7 +126,7 @@ def test_torch_around_a_folded_model(how: str) -> None:
         "compile": lambda: torch.compile(model, fullgraph=True, backend="aot_eager"),
     }
     made = ways[how]()
-    x, y = (torch.relu(model.stem(x)), None) if how == "fx" else (x, y)
+    x, y = (torch.relu(model.conv1(x)), None) if how == "fx" else (x, y)
     torch.testing.assert_close(made(x), model.layer1[0](x) if y is None else y, rtol=1e-4, atol=1e-5)
 
 

@@ -18,6 +18,7 @@ from .cases import MODELS, Called, compile_anew, image, kinds, reasons, sigmoid_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+DOUBLE_CONVS = ["inc", "down1.1", "down2.1", "up1.conv", "up2.conv"]
 REPLACED = {
     "lenet": {
         "Conv2d + Sigmoid -> conv3x3": ["0.0", "0.3"],
@@ -27,6 +28,9 @@ REPLACED = {
     },
     "resnet": {
         "Conv2d -> conv3x3": [f"layer{i}.{j}.conv{k}" for i in (1, 2) for j in (0, 1) for k in (1, 2)],
+    },
+    "resnet18": {
+        "Conv2d -> conv3x3": [f"layer{i}.{j}.conv{k}" for i in (1, 2, 3, 4) for j in (0, 1) for k in (1, 2)],
     },
     "nested": {
         "Gate -> fused Gate": ["gate", "again"],
@@ -51,24 +55,26 @@ REPLACED = {
         "Linear -> mlp": ["fc3"],
     },
     "unet": {
-        "DoubleConv -> fused DoubleConv": ["inc", "down", "up2"],
-        "Conv2d + ReLU6 -> conv3x3": [f"{block}.conv1" for block in ("inc", "down", "up2")],
-        "Conv2d + ReLU -> conv3x3": [f"{block}.conv2" for block in ("inc", "down", "up2")],
+        "DoubleConv -> fused DoubleConv": DOUBLE_CONVS,
+        "Conv2d + ReLU6 -> conv3x3": [f"{block}.conv1" for block in DOUBLE_CONVS],
+        "Conv2d + ReLU -> conv3x3": [f"{block}.conv2" for block in DOUBLE_CONVS],
     },
 }
-REPLACED["resnet18"] = REPLACED["resnet"]
 SKIPPED = {
     "lenet": [("0.6", "Conv2d", "its kernel size is (5, 5)")],
     "resnet": [
         ("stem", "Conv2d", "its kernel size is (7, 7)"),
         ("layer2.0.downsample.0", "Conv2d", "its kernel size is (1, 1)"),
     ],
+    "resnet18": [
+        ("conv1", "Conv2d", "its kernel size is (7, 7)"),
+        *((f"layer{i}.0.downsample.0", "Conv2d", "its kernel size is (1, 1)") for i in (2, 3, 4)),
+    ],
     "nested": [("gate.convs.1", "Conv2d", "its kernel size is (1, 3)")],
     "vgg": [],
     "functional_lenet": [],
     "unet": [("outc", "Conv2d", "its kernel size is (1, 1)")],
 }
-SKIPPED["resnet18"] = SKIPPED["resnet"]
 
 
 @pytest.fixture(params=MODELS)
@@ -120,11 +126,11 @@ def test_report_of_a_model(name: str, model: nn.Module) -> None:
     assert str(report).isascii(), "any terminal's encoding has it"
 
 
-# How many linear layers and 3×3 convolutions tribp's functions run, and how many there are. The others are linear layers
-# without an activation.
+# How many linear layers and 3×3 convolutions tribp's functions run, and how many there are. The others are linear
+# layers without an activation.
 TAKEN = {
-    "lenet": (5, 5), "resnet": (8, 9), "nested": (8, 9), "vgg": (16, 16), "resnet18": (8, 9),
-    "functional_lenet": (5, 5), "unet": (6, 6),
+    "lenet": (5, 5), "resnet": (8, 9), "nested": (8, 9), "vgg": (16, 16), "resnet18": (16, 17),
+    "functional_lenet": (5, 5), "unet": (10, 10),
 }  # fmt: skip
 
 
