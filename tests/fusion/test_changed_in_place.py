@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tribp
 
-from .cases import Called, hooked
+from .cases import MODELS, Called, hooked, image
 from .written import net as net
 
 pytestmark = pytest.mark.usefixtures("one_thread", "interpreter")
@@ -155,6 +155,33 @@ def test_what_a_forward_does_with_the_output(net: Callable[..., Any], case: str)
     assert len(assert_trains(model, torch.randn(2, 2, 6, 6))) == taken
 
 
+# How many activations a model's layers are computed with in training; that of a row counts once.
+ACTIVATIONS = {
+    "lenet": 3, "resnet": 0, "nested": 11, "vgg": 15, "resnet18": 0, "functional_lenet": 4, "unet": 10,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["fx", "script", "trace", "export", "compile"])
+@pytest.mark.parametrize("case", ["adds", "a pool", "a layer in the next line"])
+def test_torch_around_it(net: Callable[..., Any], case: str, how: str) -> None:
+    torch.compiler.reset()
+    model, x = net(FORWARDS[case][0]).double(), torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    model.leaky = nn.LeakyReLU()
+    for layer in {"conv", "fc"} - {word for word in ("conv", "fc") if f"self.{word}(" in FORWARDS[case][0]}:
+        delattr(model, layer)
+    ways: dict[str, Callable[[], Any]] = {
+        "fx": lambda: torch.fx.symbolic_trace(model),
+        "script": lambda: torch.jit.script(model),
+        "trace": lambda: torch.jit.trace(model, x),
+        "export": lambda: torch.export.export(model, (x,)).module(),
+        "compile": lambda: torch.compile(model, fullgraph=True, backend="aot_eager"),
+    }
+    expected = grads(copy.deepcopy(model), x)
+    tribp.fuse(model)
+    torch.testing.assert_close(grads(ways[how](), x), expected)
+
+
 def test_frozen_layers_run_with_their_activation() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU()).requires_grad_(False)
     tribp.fuse(model)
@@ -163,3 +190,8 @@ def test_frozen_layers_run_with_their_activation() -> None:
         with Called() as called:
             model(x.requires_grad_(needs))
         assert called.activations == activations
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_models(name: str) -> None:
+    assert len(assert_trains(MODELS[name](), image())) == ACTIVATIONS[name]

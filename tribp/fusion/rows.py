@@ -218,6 +218,8 @@ def reader_of(modules: Sequence[Step], start: int) -> int | None:
 
 def _trains(row: Sequence[Part], input: Tensor) -> bool:
     """Whether backward may need what a row of layers keeps."""
+    if torch._C._get_tracing_state() is not None:  # jit.trace compares what it records with and without gradients
+        return True
     if not torch.is_grad_enabled():
         return False
     tensors = [input, *(t for part in row for t in (part.weight, part.bias) if t is not None)]
