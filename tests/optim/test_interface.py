@@ -57,7 +57,7 @@ def test_relations_between_the_classes() -> None:
 def test_every_name_of_torchs_is_there() -> None:
     """`import tribp.optim as optim` serves a script: what tribp has no class for is torch's own."""
     classes = [name for name in vars(torch.optim) if name[0].isupper()]
-    for name in (*classes, "lr_scheduler", "swa_utils"):
+    for name in dict.fromkeys([*torch.optim.__all__, *classes]):
         found, torchs = getattr(tribp.optim, name), getattr(torch.optim, name)
         if name in TORCHS:
             assert issubclass(found, torchs)

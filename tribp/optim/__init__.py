@@ -4,7 +4,8 @@
 
 `RMSProp` and `AdaGrad` are other spellings of `RMSprop` and `Adagrad`. What tribp's classes offer beyond torch's is in
 `ExtraOptions`. What does not update element by element, and what is no optimizer, is torch's own, by the same name:
-LBFGS, SparseAdam, Adafactor, Muon (where torch has it), Optimizer, lr_scheduler, swa_utils.
+LBFGS, SparseAdam, Adafactor, Optimizer, lr_scheduler, swa_utils, and every other name in the `torch.optim.__all__` of
+the torch that is installed (Muon, swap_in_optimizer_params_and_state).
 """
 
 import sys
@@ -38,6 +39,7 @@ __all__ = [
 for module in (lr_scheduler, swa_utils):  # for `from tribp.optim.lr_scheduler import StepLR`
     sys.modules[f"{__name__}.{module.__name__.rpartition('.')[2]}"] = module
 
-if hasattr(torch.optim, "Muon"):
-    Muon = torch.optim.Muon
-    __all__ += ["Muon"]
+for name in torch.optim.__all__:  # those that not every supported torch has
+    if name not in __all__:
+        globals()[name] = getattr(torch.optim, name)
+        __all__ += [name]
