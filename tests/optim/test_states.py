@@ -1,6 +1,9 @@
 """States that others hold, exchange, share or put there, and what is left of steps that came to nothing."""
 
+import contextlib
 import copy
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from torch import Tensor
 import tribp
 import tribp.optim
 
-from .cases import Options, each_class, lively, ours
+from .cases import LIVELY, Options, each_class, genuine, lively, ours
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,6 +136,38 @@ def test_a_held_counter_counts_over_a_new_plan(device: str) -> None:
     optimizer.add_param_group({"params": parameters(device), "weight_decay": 0.1})
     step(optimizer, ONES, ONES)
     assert float(counter) == 2
+
+
+@contextlib.contextmanager
+def swap(optimizer: Any, params: dict[str, Tensor], saved: dict[str, Any]) -> Iterator[None]:
+    """torch.optim.swap_in_optimizer_params_and_state of torch 2.13, for one group."""
+    (group,), state = optimizer.param_groups, optimizer.state
+    before, group["params"] = group["params"], list(params.values())
+    optimizer.state = defaultdict(dict, {p: dict(saved["state"].get(i, {})) for i, p in enumerate(params.values())})
+    yield
+    group["params"], optimizer.state = before, state
+
+
+@each_class
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_states_that_are_swapped_in_change_in_place(count: int, name: str, device: str) -> None:
+    """Whoever gave them has the ones that count; the optimizer's own stay as they were."""
+    results = []
+    for make in (ours, genuine):
+        params, others = parameters(device, count), parameters(device, count)
+        optimizer: Any = make(name, params, lr=0.1, **LIVELY[name])
+        step(optimizer, *[ONES] * count)
+        step(optimizer, *[-2 * ONES] * count)
+        saved = copy.deepcopy(optimizer.state_dict())
+        for state in saved["state"].values():  # a kernel counts on the device
+            state |= {key: value.to(device) for key, value in state.items() if isinstance(value, Tensor)}
+        swapping = getattr(torch.optim, "swap_in_optimizer_params_and_state", swap)
+        with swapping(optimizer, {str(i): p for i, p in enumerate(others)}, saved):
+            step(optimizer, *[3 * ONES] * count)
+            step(optimizer, *[ONES / 2] * count)
+        step(optimizer, *[ONES] * count)
+        results.append([params, others, saved["state"], optimizer.state_dict()["state"]])
+    torch.testing.assert_close(*results)
 
 
 @each_class

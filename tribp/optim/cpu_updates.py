@@ -77,19 +77,32 @@ def update_average(p: Tensor, state: dict[str, Any], decay: float) -> None:
 def gather_scalars(slots: Sequence[ParamSlot], name: str, dtype: torch.dtype) -> Tensor:
     """Puts a state of one number, of all these slots, into one tensor, which is returned.
 
-    Where the last plan has done so it stays: whoever holds a counter has the one that counts.
+    Tensors that are there become its elements: whoever has put one there, or was given it, has the one that counts.
     """
-    scalars = [slot.state[name] for slot in slots]
-    base = getattr(scalars[0], "_base", None)
-    if base is not None and base.shape == (len(slots),) and base.dtype == dtype:
-        first, size = base.data_ptr(), base.element_size()
-        places = [t.data_ptr() if getattr(t, "_base", None) is base else None for t in scalars]  # `.data =` keeps _base
-        if places == [first + size * n for n in range(len(slots))]:
-            return base  # type: ignore[no-any-return]
+    scalars: list[Tensor | float | None] = [slot.state[name] for slot in slots]
+    if (base := _gathered(scalars, dtype)) is not None:
+        return base
     joined = torch.tensor([0.0 if t is None else float(t) for t in scalars], dtype=dtype, device="cpu")
-    for slot, view in zip(slots, joined.unbind(), strict=True):
-        slot.state[name] = view
+    for slot, scalar, element in zip(slots, scalars, joined.unbind(), strict=True):
+        if type(scalar) is Tensor and (scalar.dtype, scalar.shape, scalar.device) == (dtype, (), element.device):
+            scalar.data = element
+        else:
+            slot.state[name] = element
     return joined
+
+
+def _gathered(scalars: Sequence[Tensor | float | None], dtype: torch.dtype) -> Tensor | None:
+    """The tensor whose elements these are, in this order, and no others; None if there is none."""
+    first, *others = scalars
+    if type(first) is not Tensor or first.dtype != dtype or not first.is_cpu:
+        return None
+    storage, start, size = first.untyped_storage(), first.data_ptr(), first.element_size()
+    if storage.nbytes() != len(scalars) * size or storage.data_ptr() != start:
+        return None
+    for n, t in enumerate(others, 1):
+        if type(t) is not Tensor or t.dtype != dtype or t.data_ptr() != start + n * size:
+            return None
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (len(scalars),), (1,))
 
 
 @functools.cache
