@@ -176,7 +176,7 @@ CLASSES: dict[str, tuple[str, dict[str, Any], float]] = {  # and how many times 
     **{name: (name, {}, 10) for name in ("Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")},
 }
 ROUNDS = 15  # samples of each provider
-SIZES = (1, 100, 10_000, 1_000_000, 16_000_000)
+SIZES = (1, 100, 10_000, 300_000, 600_000, 1_000_000, 16_000_000)  # two of few pieces (`Rule.piece`)
 
 
 def beside_torch(name: str, *modes: str) -> dict[str, Provider]:

@@ -149,8 +149,12 @@ class Pieces:
     members = 1
 
     def __init__(self, slot: ParamSlot, size: int) -> None:
-        """size: of a piece, in elements a thread."""
-        self._size = size * torch.get_num_threads()
+        """size: of a piece, in elements a thread; up to 1.5 times as many stay together."""
+        size *= torch.get_num_threads()
+        elements = layouts.as_reals(slot.param.detach()).numel()
+        count = (2 * elements + size) // (2 * size)
+        # Of one size: a short one would cost as much besides. They begin where cache lines do.
+        self._size = None if count <= 1 else -(-elements // (16 * count)) * 16
         params = self._split(slot.param)
         states = [[None] * len(params) if t is None else self._split(t) for t in slot.states]
         self._pieces: list[tuple[Tensor, Sequence[Tensor | None]]] = [
@@ -158,7 +162,7 @@ class Pieces:
         ]
 
     def _split(self, t: Tensor) -> Sequence[Tensor]:
-        return [layouts.as_reals(t.detach())] if t.numel() <= self._size else _flat(t).split(self._size)
+        return [layouts.as_reals(t.detach())] if self._size is None else _flat(t).split(self._size)
 
     def update(self, formula: Formula, grads: list[Tensor], scalars: list[Tensor], count: float) -> list[float]:
         """Updates parameters and states; returns what becomes of the states of one number."""

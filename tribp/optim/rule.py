@@ -55,9 +55,11 @@ class Rule:
     adds_eps_to_root: ClassVar[bool] = True  # whether there is a √v + ε, which `eps_inside_sqrt` changes
     needs_scratch: ClassVar[bool] = False  # whether the fused CPU kernel writes more than the update needs
     formula_on_cpu: ClassVar[bool] = False  # whether the formula takes as long as torch's own code, or less
-    # Of a large tensor it takes so many elements a thread at a time: 1 MiB of each tensor, which caches hold. A piece
-    # costs 15 to 20 µs besides: in a quarter of it 1 M elements took up to 1.4 times as long. Pieces of 32,766, which
-    # one thread computes alone, take twice as long on two quiet cores, and not less on busy ones.
+    # Of a large tensor it takes about so many elements a thread at a time: 1 MiB of each tensor, which caches hold. A
+    # piece costs 15 to 20 µs besides: in a quarter of it 1 M elements took up to 1.4 times as long, and 262,145 in two
+    # of them up to 1.3 times as long as in one. Twice as many are too many: of 520,000 elements Rprop took 1.5 times as
+    # long in one piece as in two. Pieces of 32,766, which one thread computes alone, take twice as long on two quiet
+    # cores, and not less on busy ones.
     piece: ClassVar[int] = 1 << 18
 
     def __init__(self, defaults: Group) -> None:
