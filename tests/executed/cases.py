@@ -2,7 +2,8 @@
 
 QUICK: what every run of the tests executes. Shapes are small, and take the code of large ones.
 QUICK_ON_HOPPER: what every run executes for sm_90 and only `-m slow` for sm_80, where these launch no form that those
-do not, or are steps of optimizers. `test_every_form_was_executed` holds both lists to what they are for.
+do not, or are steps of optimizers, of which QUICK has one. `test_every_form_was_executed` holds both lists to what they
+are for.
 SLOW: what `-m slow` adds: the same ways of the kernels in other types and sizes. RANDOM: what draws a case.
 """
 

@@ -225,6 +225,8 @@ class Trial:
     def _note(self) -> None:
         for index, key, exact in self._found(2):
             size, peak = exact.abs(), self._peaks.get((index, key))
+            if key == "ax":  # averages parameters: one that cancels to almost 0 has been rounded at the size it had
+                size = torch.maximum(size, self._peaks[index, "param"])
             self._peaks[index, key] = size if peak is None else torch.maximum(peak, size)
 
     def _found(self, run: int) -> Iterator[tuple[int, str, Tensor]]:

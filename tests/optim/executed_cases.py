@@ -39,28 +39,41 @@ def tensors(
 
 
 class Rule(NamedTuple):
-    """Steps of one class on two groups, as near to float64's as torch's own loop is."""
+    """Steps of one class, as near to float64's as torch's own loop is; common options are dealt out to the layouts."""
 
     name: str
     own: lies.Options
     dtype: torch.dtype = SINGLE
     layouts: Sequence[str] = tuple(SHAPES)
-    second: lies.Options | None = None  # more options, of the second group
+    second: lies.Options | None = None  # more options, of the second half of the layouts
     processors: int = 1
+    deal: int = 0  # which common options the first layout has
+
+    def common(self) -> list[tuple[float, bool, bool]]:
+        """The common options of each layout; 8 deals give every layout all of them."""
+        return [lies.COMMON[(3 * i + self.deal) % len(lies.COMMON)] for i in range(len(self.layouts))]
 
     def wrong(self) -> list[str]:
         half = len(self.layouts) // 2
-        params = tensors(self.layouts, [self.dtype])
-        trial = lies.Trial(
-            self.name,
-            self.own,
-            [
-                (lies.common(self.name, 0.0, False, False), params[:half]),
-                (lies.common(self.name, 0.1, True, True) | (self.second or {}), params[half:]),
-            ],
-        )
+        group_of = [(common, i >= half and self.second is not None) for i, common in enumerate(self.common())]
+        keys = list(dict.fromkeys(group_of))
+        order = sorted(range(len(group_of)), key=lambda i: keys.index(group_of[i]))
+
+        def grouped(step: int) -> list[Tensor]:
+            made = tensors(self.layouts, [self.dtype], step)
+            return [made[i] for i in order]
+
+        params = iter(grouped(0))
+        groups = [
+            (
+                lies.common(self.name, *common) | ((self.second or {}) if has_second else {}),
+                list(itertools.islice(params, group_of.count((common, has_second)))),
+            )
+            for common, has_second in keys
+        ]
+        trial = lies.Trial(self.name, self.own, groups)
         for step in (1, 2, 3):
-            grads: list[Tensor | None] = [*tensors(self.layouts, [self.dtype], step)]
+            grads: list[Tensor | None] = [*grouped(step)]
             grads[step % len(grads)] = None  # one that has none in this step
             trial.step(grads)
         try:
@@ -240,6 +253,15 @@ def stored(kept: Tensor, exact: Tensor, halves: float = 1.0) -> Tensor:
     return halves * Rounding(kept.dtype).unit * exact.abs() + operations * largest
 
 
+def dealt(cases: dict[str, Case]) -> dict[str, Case]:
+    """Each rule's case deals the common options out in another way."""
+    return {
+        name: case._replace(deal=number) if isinstance(case, Rule) else case
+        for number, (name, case) in enumerate(cases.items())
+    }
+
+
+QUICK: dict[str, Case] = {"8 bits": Coded("AdamW", BRAIN, {})}
 QUICK_ON_HOPPER: dict[str, Case] = {
     "Adam, amsgrad in one group": Rule("Adam", {}, DOUBLE, second={"amsgrad": True}),
     "AdamW": Rule("AdamW", {}, BRAIN),
@@ -247,7 +269,6 @@ QUICK_ON_HOPPER: dict[str, Case] = {
         "Adagrad", (SINGLE,), {"max_grad_norm": 1.0, "eps_inside_sqrt": True}, layouts=ALIGNED
     ),
     "clipping, GradScaler": Beyond("SGD", (HALF, SINGLE), {"max_grad_norm": 1.0, "state_dtype": SINGLE}, 8.0),
-    "8 bits": Coded("AdamW", BRAIN, {}),
     "8 bits, tiny squares and ε": Tiny("RMSprop", {"eps": 1e-40}),
     "averages, stochastic rounding": Beyond("AdamW", (BRAIN,), {"ema_decay": 0.9, "stochastic_rounding": True}),
     "SGD": Rule("SGD", {"momentum": 0.9, "dampening": 0.3}),
@@ -263,6 +284,7 @@ QUICK_ON_HOPPER: dict[str, Case] = {
         "Adagrad", {"lr_decay": 0.1, "initial_accumulator_value": 0.3}, layouts=("0-d",) * 600
     ),
 }
+QUICK_ON_HOPPER = dealt(QUICK_ON_HOPPER)
 
 DTYPES = (HALF, BRAIN, SINGLE, DOUBLE)
 WIDE = {HALF: SINGLE, BRAIN: SINGLE, SINGLE: SINGLE, DOUBLE: DOUBLE}
@@ -290,11 +312,13 @@ SLOW: dict[str, Case] = {
         for name in lies.CLASSES
     },
 }  # fmt: skip
+SLOW = dealt(SLOW)
 
 
 def random_rule(chance: random.Random) -> Case:
     layouts = chance.choices(list(SHAPES), k=chance.randint(2, 9))
-    return Rule(*chance.choice(lies.VARIANTS), chance.choice(lies.DTYPES), layouts, processors=chance.choice([1, 108]))
+    variant, dtype = chance.choice(lies.VARIANTS), chance.choice(lies.DTYPES)
+    return Rule(*variant, dtype, layouts, processors=chance.choice([1, 108]), deal=chance.randrange(len(lies.COMMON)))
 
 
 def random_beyond(chance: random.Random) -> Case:
