@@ -9,6 +9,7 @@ import torch
 from tribp.optim import codes
 
 from ..conftest import HAS_GPU
+from .test_codes import every_half
 
 triton = pytest.importorskip("triton")
 
@@ -19,7 +20,7 @@ from tribp.kernels import optim_codes  # noqa: E402
 
 @triton.jit
 def encode(x, random, codes, scales, ROWS: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.arange(0, ROWS)[:, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     at = row * 32 + tl.arange(0, 32)[None, :]
     q, scale = optim_codes.encode(tl.load(x + at), at >= 0, tl.load(random + at), TYPE, PTX=True)
     tl.store(codes + at, q)
@@ -67,3 +68,41 @@ def test_the_largest_number_has_the_last_code(
     assert (found.abs() <= size[:, None] * (1 + 1e-6)).all()
     assert (found * x >= 0).all()
     assert dtype == torch.int8 or (found[:, 2:] > 0).all()
+
+
+@pytest.mark.parametrize("largest", [65504.0, 1.0, 0.75, 2.0**-14, 2.0**-24])
+@pytest.mark.parametrize("random", [0, 0x4000, 0x7FFF])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+def test_rounded_at_random_a_state_is_off_by_a_code(
+    dtype: torch.dtype, random: int, largest: float, kernels: str
+) -> None:  # fmt: skip
+    """As a step rounds it: by the kernel's function and by the fallback's, which differ in a code's last place."""
+    rows, x = 256, every_half(largest)
+    signed = dtype == torch.int8
+    x = x if signed else x.abs()
+    x = torch.cat([x, x.new_ones(-len(x) % rows, 32)])  # whole programs
+    bits = torch.full_like(x, random, dtype=torch.int32)
+    q, scales = torch.zeros_like(x, dtype=dtype, device=kernels), torch.zeros(len(x), device=kernels)
+    encode[(len(x) // rows,)](
+        x.to(kernels), bits.to(kernels), q, scales, rows, tl.int8 if signed else tl.uint8
+    )  # fmt: skip
+    fallback, others = torch.empty_like(x, dtype=dtype), torch.empty(len(x))
+    codes.encode(x, fallback, others, bits.long())
+    assert torch.equal(scales.cpu(), others)
+    off = (q.cpu().int() - fallback.int()).abs()
+    assert off.max() <= 1
+    assert (off > 0).double().mean() < 2e-3
+    for result in (q.cpu(), fallback):
+        found, exact, s = codes.decode(result, others).double(), x.double(), others[:, None].double()
+        if signed:
+            farther = torch.maximum(exact.abs(), found.abs())  # a code is wider there
+            units = (found - exact).abs() / ((s + farther) ** 2 / (254 * s))
+            assert (found.sign() * exact.sign() >= 0).all()
+        else:
+            units = (found.sqrt() - exact.sqrt()).abs() / (s.sqrt() / 255)
+            assert torch.equal(found == 0, exact == 0)
+        # Plus 2⁻¹⁵, by which the random numbers of the two stand apart, and what float32 rounds.
+        assert units.max() <= 1 + 2.0**-12
+        if random == 0x4000:  # to nearest; no square above 0 becomes 0
+            some = units if signed else units[exact.sqrt() >= 0.5 / 255 * s.sqrt()]
+            assert some.max() <= 0.5 + 2.0**-12
