@@ -8,8 +8,9 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from . import reference
+from .codes import RESIDUAL
 from .optimizer import Optimizer
-from .options import ExtraOptions
+from .options import ExtraOptions, compresses, keeps_residual
 from .rule import FusedTensors, Group, Prepare, Rule, counter_dtype, full_state, fused_argument, init_group
 from .tracked_state import WatchedState
 
@@ -83,11 +84,20 @@ class Adagrad(Optimizer, TorchAdagrad):
                 self, params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize=maximize,
                 differentiable=differentiable, fused=fused,
             )  # fmt: skip
+        rule = self._rule(self.defaults)
         for group in self.param_groups:
             for p in group["params"]:
-                if not (group["fused"] or self.state[p]["step"].is_cpu):  # torch makes it on the default device
-                    self.state[p]["step"] = self.state[p]["step"].new_zeros((), device="cpu")
-                if group.get("state_dtype") and not p.is_complex():
-                    self.state[p]["sum"] = self._rule(self.defaults).new_state(group, p, "sum", group["state_dtype"])
+                state = self.state[p]
+                if not (group["fused"] or state["step"].is_cpu):  # torch makes it on the default device
+                    state["step"] = state["step"].new_zeros((), device="cpu")
+                # What a checkpoint holds, in its types: torch.distributed.checkpoint loads what a new optimizer has.
+                dtype = torch.float32 if compresses(group, p) else group.get("state_dtype")
+                if dtype and not p.is_complex():
+                    state["sum"] = rule.new_state(group, p, "sum", dtype)
+                if keeps_residual(group, p):
+                    state[RESIDUAL] = torch.zeros_like(p, dtype=torch.int8)
+                if group.get("ema_decay"):
+                    state["ema"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+                    state["ema_step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for p, state in self.state.items():
             self.state[p] = WatchedState(state)  # nobody has been given one yet
