@@ -307,6 +307,7 @@ class Twins:
         """groups: options of as many groups, the shapes dealt out among them. mine: what only tribp's gets."""
         options = NUMBERS[name] | options
         self.name, self.device, self.time = name, device, 0
+        self.rtol, self.atol = 1e-12, 1e-13
         self.params = [values(s, dtype, 1, i).to(device) for i, s in enumerate(shapes)]
         self.twins = [plain(p.cpu()) for p in self.params]
 
@@ -349,8 +350,9 @@ class Twins:
         for optimizer, _ in self.both:
             change(optimizer)
 
-    def check(self, rtol: float = 1e-12, atol: float = 1e-13) -> None:
+    def check(self, rtol: float | None = None, atol: float | None = None) -> None:
         """Rounding in another order is a thousand times less than the bound, any other difference far more."""
+        rtol, atol = rtol or self.rtol, atol or self.atol
 
         def same(result: Tensor, twin: Tensor, what: str) -> None:
             # Zeros of either sign are alike, dtypes not: a state of another type is another checkpoint.

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import tribp
@@ -250,6 +250,10 @@ def follow(name: str, changes: list[tuple[str, int, int, float]], device: str) -
     keys = list(TENSORS[name])
     for what, number, which, value in [*changes, ("step", 0, 0, 0.0)]:
         key = keys[which % len(keys)]
+        if what == "tensor" and key == "momentum_decay":
+            # μ's product is a float32 number, which torch's loop multiplies by a number rounded to float32, but by a
+            # tensor in float64: the last places differ.
+            twins.rtol = twins.atol = 1e-6
         if what == "number":
             give(twins, number, **{key: value})
         elif what == "tensor":
@@ -270,6 +274,7 @@ def follow(name: str, changes: list[tuple[str, int, int, float]], device: str) -
 
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(list(LIVELY)), changes=CHANGES)
+@example("NAdam", [("tensor", 0, 1, 0.5), ("step", 0, 0, 0.25), ("step", 0, 0, 0.25), ("step", 0, 0, 0.25)])
 def test_random_changes_on_the_fallback(name: str, changes: list[tuple[str, int, int, float]]) -> None:
     with tribp.use_backend("torch"):
         follow(name, changes, "cpu")
