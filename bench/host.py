@@ -228,8 +228,11 @@ def shards(smoke: bool) -> Iterator[Comparison]:
         return
     sizes = [64, 8] * (2 if smoke else 200)
     for name in CLASSES:
-        if name == "Rprop":
-            continue  # torch's own writes by a mask, which DTensors do not know
+        if name == "Rprop":  # torch's own writes by a mask, which DTensors do not know
+            providers = beside_torch(name)
+            del providers["torch"]
+            yield optimizers(f"{name}, {len(sizes)} DTensors", sizes, providers, sharded=True)
+            continue
         # To the others' fused kernels DTensors are unknown.
         modes = ["foreach", "fused"] if name in ("Adam", "AdamW") else ["foreach"]
         targets = [HostTarget(f"torch {mode}", "tribp", 10) for mode in modes]

@@ -148,7 +148,7 @@ def smoke_cases() -> list[StepCase]:
     return [
         StepCase("Adam", *two, small=True),
         *(StepCase(name, *two, options=options) for name, options in ALL.items()),
-        *(StepCase(name, "70", [(70,)]) for name in UNFUSED),
+        *(StepCase(name, "70", [(70,)]) for name in ("AdamW", *UNFUSED)),
         StepCase("Adam", "3 groups of 8", [(8,)] * 3, grouped=False, small=True),
         *variants(two),
     ]

@@ -1,11 +1,15 @@
-"""Training with states in 8 bits ends where it ends with float32 ones: the demo's networks, three seeds each.
+"""Training with states in 8 bits ends where it ends with float32 ones: small networks and a larger one, three seeds.
 
 `python -m pytest -m slow -s tests/optim/test_quality.py` prints the losses, and errors and bytes beside other
 libraries' where they are installed; `python examples/eight_bit_states.py 3 1000` prints losses of a larger model.
 """
 
 import importlib
+import re
+import runpy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +54,22 @@ def test_the_loss_is_within_the_spread_of_seeds(name: str, epochs: int) -> None:
     spread = max(wide) - min(wide)
     assert abs(sum(narrow) - sum(wide)) / len(SEEDS) <= spread
     assert max(narrow) <= max(wide) + spread
+
+
+def test_a_million_parameters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The example's model of characters, 24-bit weights too; 100 steps of the 1,000 that docs/optimizers.md has."""
+    example = Path(__file__).parents[2] / "examples" / "eight_bit_states.py"
+    monkeypatch.setattr(sys, "argv", [str(example), str(len(SEEDS)), "100"])
+    runpy.run_path(str(example))
+    lines = capsys.readouterr().out.splitlines()
+    wide, *narrow = [[float(loss) for loss in re.findall(r"\d\.\d{4}", line)] for line in lines]
+    print("", *lines, sep="\n")
+    assert len(narrow) == 2
+    assert len(wide) == len(SEEDS)
+    spread = max(wide) - min(wide)
+    for losses in narrow:
+        for loss, exact in zip(losses, wide, strict=True):  # of the same weights and text
+            assert abs(loss - exact) <= spread / 4
 
 
 def error_and_bytes(make: Callable[[Any], Any], steps: int = 200) -> tuple[Tensor, float]:
