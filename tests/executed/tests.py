@@ -23,7 +23,8 @@ EVENTS: dict[str, dict[str, object]] = {
     "copies early": dict(copies="early"),
     "any order": dict(copies="early", schedule="random", order="random", seed=1),
 }
-# But for one case executed for sm_90 alone: of 18 steps compiled for both, all differ in griddepcontrol.wait, 2 in a min with a max.
+# Executed for sm_90 alone, but for one case: of 18 steps compiled for both, all differ in griddepcontrol.wait, 2 in a
+# min with a max.
 SAME_ON_HOPPER = {"optim"}
 ONE_VALUE = {"PTX"}  # switches that have one value on every NVIDIA GPU
 ONE_VALUE_BEFORE_HOPPER = {
