@@ -27,7 +27,9 @@ SHAPES: list[tuple[int, ...]] = [SQUARE, TALL, SQUARISH, WIDER, DIGITS, TINY, OD
 # Few tiles, long sums: a transformer's feed-forward layer of 512 and 2,048 tokens, the first of VGG-16's classifier, a
 # language model's head for 256 tokens (its dx in parts), and a layer of a small network for digits (its y in parts).
 MIDDLE = [(512, 768, 3072), (2048, 768, 3072), (64, 4096, 25088), (256, 32000, 512), (64, 128, 9216)]
-SMALL = {DIGITS, TINY, ODD}  # under 10 µs of work: a launch costs as much
+# The layers of `mlp`'s cases that are not among these, one by one: what a backward pass across them is compared with.
+LAYERS = [(65536, 10, 256), (262144, 64, 64), (262144, 16, 64), (128, 256, 784), (128, 64, 256), (128, 10, 64)]
+SMALL = {DIGITS, TINY, ODD, *LAYERS[3:]}  # under 10 µs of work: a launch costs as much
 PRECISIONS = [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True), (torch.float16, False)]
 
 # Of bfloat16, what the model leaves room for: eager torch's kernels at the same ceilings, over tribp's with one launch
@@ -60,7 +62,9 @@ def cases() -> list[LinearCase]:
         [LinearCase(shape, dtype, tf32, shape in SMALL) for shape in SHAPES] for dtype, tf32 in PRECISIONS
     ]
     middle = [LinearCase(shape, torch.bfloat16, activation="relu") for shape in MIDDLE]
-    return [*first, *(replace(case, activation="relu") for case in first), *middle, *itertools.chain(*others)]
+    layers = [LinearCase(shape, torch.bfloat16, small=shape in SMALL) for shape in LAYERS]
+    relu = [replace(case, activation="relu") for case in first]
+    return [*first, *relu, *middle, *layers, *itertools.chain(*others)]
 
 
 # A size that tiles evenly and an odd one; interpreted, a program costs 6 ms.

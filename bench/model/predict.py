@@ -70,7 +70,8 @@ def predicted(arch: Arch, operation: Operation, case: Any, direction: str, codes
         except ValueError as too_large:
             error = str(too_large)
             break
-        launches.append({"kernel": launch.kernel.__name__, "settings": describe(launch), **asdict(prediction)})
+        described = {"kernel": launch.kernel.__name__, "settings": describe(launch), "bytes": work.bytes}
+        launches.append({**described, **asdict(prediction)})
         touched |= {tensor for tensor, size in work.tensors.items() if size <= machine.l2_size / 2}
     return {
         "target": arch.name, "operation": operation.name, "case": case.name, "direction": direction,
@@ -92,17 +93,19 @@ def launch_table(rows: Sequence[Row]) -> str:
 
 
 def sum_table(rows: Sequence[Row]) -> str:
-    header = ["case", "direction", "MB", "GFLOP", "launches", "floor µs", "predicted µs", "floor of it",
-              "mostly limited by"]  # fmt: skip
+    """Least MB: each input read once, each output written once. Moved MB: each launch's tensors once."""
+    header = ["case", "direction", "least MB", "moved MB", "GFLOP", "launches", "floor µs", "predicted µs",
+              "floor of it", "mostly limited by"]  # fmt: skip
     lines = []
     for r in rows:
-        last = ["", "", r["error"]]
+        moved, last = "", ["", "", r["error"]]
         if not r["error"]:
+            moved = f"{sum(x['bytes'] for x in r['launches']) / 1e6:.1f}"
             longest = max(r["launches"], key=lambda x: x["us"])
             last = [f"{r['predicted_us']:.1f}", f"{r['floor_us'] / r['predicted_us']:.0%}", longest["limited_by"]]
         lines.append(
-            [r["case"], r["direction"], f"{r['bytes'] / 1e6:.1f}", f"{r['operations'] / 1e9:.1f}", len(r["launches"]),
-             f"{r['floor_us']:.1f}", *last]
+            [r["case"], r["direction"], f"{r['bytes'] / 1e6:.1f}", moved, f"{r['operations'] / 1e9:.1f}",
+             len(r["launches"]), f"{r['floor_us']:.1f}", *last]
         )  # fmt: skip
     return markdown(header, lines)
 

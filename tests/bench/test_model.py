@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -393,20 +394,25 @@ def test_work_of_a_training_step() -> None:
         (mlp.DEEP, "wgrad only", (431, 364)),
         (mlp.TALL, "backward", (476, 375)),
         (mlp.TALL, "wgrad only", (339, 238)),
+        (mlp.FIELD, "backward", (391, 324)),
+        (mlp.FIELD, "wgrad only", (349, 282)),
+        (mlp.DIGITS, "backward", (2.07, 1.86)),
+        (mlp.DIGITS, "wgrad only", (1.41, 1.19)),
     ],
 )
 def test_bytes_of_layers_on_top_of_each_other(
     sizes: tuple[int, ...], direction: str, expected: tuple[int, int]
 ) -> None:
-    """The tuning log's table: MB of each launch's tensors, of layers one by one and across them."""
+    """The performance page's table: MB of each launch's tensors, of layers one by one and across them."""
 
     def moved(operation: Operation, case: Case, direction: str) -> float:
         launches = operation.launches(case, direction, SM_90)
         return sum(model_work.work_of(operation, launch, case).bytes for launch in launches) / 1e6
 
     rows, *widths = sizes
+    layers = {case.shape: case for case in linear.cases() if case.dtype == BF16 and case.activation == "sigmoid"}
     apart = sum(
-        moved(linear.OPERATION, LinearCase((rows, n, k), BF16), "backward" if lower else direction)
+        moved(linear.OPERATION, layers[rows, n, k], "backward" if lower else direction)
         for lower, (k, n) in enumerate(itertools.pairwise(widths))
     )
     found = (apart, moved(mlp.OPERATION, Case(sizes, BF16), direction))
@@ -530,6 +536,10 @@ def test_the_command_predicts_what_run_measures(tmp_path: Path) -> None:
         assert entry["floor_us"] == pytest.approx(1e6 * least / 707e12, rel=0.01)
         assert entry["predicted_us"] == sum(launch["us"] for launch in entry["launches"])
         assert all(launch["us"] >= launch["floor_us"] + H200.launch for launch in entry["launches"])
+        moved = sum(launch["bytes"] for launch in entry["launches"])
+        assert moved >= entry["bytes"]
+        columns = f"{entry['case']} | {entry['direction']} | {entry['bytes'] / 1e6:.1f} | {moved / 1e6:.1f} |"
+        assert columns in re.sub(" +", " ", done.stdout)
     *_, dgrad = found[name, "backward"]["launches"]
     w_and_dx = 2 * (1024 * 1024 + 8192 * 1024)
     latency = 479 / 1.83e3
