@@ -135,7 +135,9 @@ def cross_entropy(z, t, N: tl.constexpr):
 
 @triton.jit
 def binary_cross_entropy(y, t):
-    """−(t·log y + (1 − t)·log(1 − y)), and its gradient by y. Where t lies outside 0 to 1, NaN and 0.
+    """−(t·log y + (1 − t)·log(1 − y)), and its gradient by y. Where t or y lies outside 0 to 1, NaN and 0.
+
+    Of a y that is NaN both are NaN, unless t lies outside.
 
     As in torch, logarithms are at least −100, and y·(1 − y) at least 1e-12.
     """
@@ -143,7 +145,7 @@ def binary_cross_entropy(y, t):
     log_rest = tl.maximum(log_complement(y), -100.0, propagate_nan=tl.PropagateNan.ALL)
     dy = (y - t) / tl.maximum((1.0 - y) * y, 1e-12, propagate_nan=tl.PropagateNan.ALL)
     value = (t - 1.0) * log_rest - t * log_y
-    known = (t >= 0.0) & (t <= 1.0)
+    known = (t >= 0.0) & (t <= 1.0) & ((y >= 0.0) & (y <= 1.0) | (y != y))
     return tl.where(known, value, float("nan")), tl.where(known, dy, 0.0)
 
 

@@ -65,7 +65,9 @@ def train_step(
         loss: "mse_loss", "cross_entropy" (of classes, int64 `(N,)`) or "binary_cross_entropy" (of outputs between 0 and
             1), with torch's values, or torch's module or function of these three; or "half_squared_error", which is
             ½ (output − target)², averaged over all elements unless `reduction` says otherwise. With any other function
-            of output and target the model is trained the ordinary way.
+            of output and target the model is trained the ordinary way. Where torch raises an error, because a target is
+            no class, or a target or an output of binary_cross_entropy lies outside of 0 to 1, the kernels make the loss
+            NaN, and that row or element adds nothing to the gradients.
         reduction: of a loss that is a name: "mean" (the default) of all elements (of cross_entropy: of rows whose
             target is not −100), their "sum", or "batchmean", the sum by the number of rows (cross_entropy: the mean).
         cuda_graph: whether to capture the launches, the update's included, in a CUDA graph when a step has the tensors

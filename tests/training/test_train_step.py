@@ -179,6 +179,31 @@ def test_targets_that_are_no_probability(target_outside: float, kernels: str) ->
         torch.testing.assert_close(grad(ours), grad(theirs))
 
 
+@pytest.mark.parametrize("outside", [-0.25, 1.5, -1e-30, 1e200, -1e200])
+def test_outputs_that_are_no_probability(outside: float, kernels: str) -> None:
+    """The loss is NaN, where torch raises; they leave no gradient. One that is NaN leaves NaN."""
+    model = nn.Linear(3, 3, dtype=torch.float64).to(kernels)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(3))
+        model.bias.zero_()
+    x, target = (t.to(kernels) for t in draw((3, 3), 6, "binary_cross_entropy"))
+    x = torch.rand_like(x)
+    x[4, 1] = outside
+    twin = copy.deepcopy(model)
+    step = step_of(model, "binary_cross_entropy")
+    assert step(torch.full_like(x, outside), target).isnan()
+    assert step.reason is None
+    assert all(map(torch.equal, model.parameters(), twin.parameters())), "nothing moves"
+    assert step(x, target).isnan()
+    inside = torch.arange(18, device=kernels).reshape(6, 3) != 13
+    F.binary_cross_entropy(twin(x)[inside], target[inside], reduction="sum").div(18).backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(grad(ours), grad(theirs))
+    x[4, 1] = float("nan")
+    assert step(x, target).isnan()
+    assert grad(model.bias).isnan().all()
+
+
 def test_gradients_are_what_backward_leaves(kernels: str) -> None:
     """In the tensors of the last step; none for what is frozen, and none left on what is not in the model."""
     model, other = network((8, 6, 3), "relu", None).to(kernels), nn.Parameter(torch.ones(2, device=kernels))
