@@ -3,7 +3,7 @@
 import copy
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -373,12 +373,37 @@ def test_what_may_be_changed_before_backward(device: str) -> None:
         inputs[3].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-    y = ours("tanh", None, *inputs)
-    with torch.no_grad():
-        inputs[2].add_(1)  # which a second derivative would read
-    if tribp.dispatch.backend_of(y) == "triton":
-        with pytest.raises(RuntimeError, match="changed in place"):
-            torch.autograd.grad(y.sum(), inputs, create_graph=True)
+
+
+@pytest.mark.parametrize("last", [None, "sigmoid"], ids=str)
+@pytest.mark.parametrize("frozen", [[], [0], [1], [0, 1], [0, 1, 2], [3], [5]], ids=str)
+def test_what_may_be_changed_before_a_second_derivative(frozen: list[int], last: Activation, device: str) -> None:
+    """What torch lets be changed: biases, the lowest weight of a frozen input, the input of a frozen lowest weight."""
+    drawn = draw((5, 6, 4, 3), 4, torch.float64, device)
+
+    def derivatives(function: Callable[..., Tensor], changed: int) -> tuple[Tensor | None, ...]:
+        inputs = [t.detach().clone().requires_grad_(n not in frozen) for n, t in enumerate(drawn)]
+        needed = [t for t in inputs if t.requires_grad]
+        y = function("tanh", last, *inputs)
+        with torch.no_grad():
+            inputs[changed].add_(1)
+        grads = torch.autograd.grad(y.square().sum(), needed, create_graph=True)
+        second = torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), needed, create_graph=True)
+        third = torch.autograd.grad(second[-1].square().sum(), needed, allow_unused=True)
+        return *grads, *second, *third
+
+    raised = 0
+    for changed in range(len(drawn)):
+        try:
+            expected = derivatives(theirs, changed)
+        except RuntimeError:
+            raised += 1
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                derivatives(ours, changed)
+        else:
+            for a, b in zip(derivatives(ours, changed), expected, strict=True):
+                torch.testing.assert_close(a, b)
+    assert 0 < raised < len(drawn)
 
 
 def test_inference_tensors(device: str) -> None:

@@ -27,6 +27,7 @@ from ..activations import Activation, ActivationLike, activate, activate_, activ
 from ..checks import check_dtypes, check_tensors, matrices_fit
 from ..linear.checks import check_linear, check_refused
 from ..linear.op import activated_linear, torch_computes
+from ..linear.reference import linear_backward
 from ..shared import (
     NAMESPACE,
     REFUSALS,
@@ -188,8 +189,8 @@ def _save(
     """Backward goes from the last layer down to the lowest of which a gradient is wanted, `first`.
 
     Autograd keeps what that reads: inputs of layers whose weight's gradient or whose lower neighbour's derivative is
-    wanted, weights above `first`, the last output if it has an activation. A second derivative computes the outputs
-    again, from the input of `first` and the parameters: of these, what autograd does not keep must not have changed.
+    wanted, weights above `first`, the last output if it has an activation. A second derivative reads no more than that:
+    see `_KeptLayer`.
     """
     first = _lowest(needs)
     source, *hidden = [input, *outputs[:-1]][first:]
@@ -199,9 +200,9 @@ def _save(
         weight if needs[0] else None, *weights,
     )  # fmt: skip
     ctx.by_operator, ctx.first, ctx.layers = by_operator, first, layers[first:]
-    ctx.source = None if needs[1 + first] else source  # autograd frees what it keeps, with the backward pass
+    # Only as what a second derivative goes on to. Autograd frees what it keeps, with the backward pass.
+    ctx.source = source if needs[0] and not needs[1 + first] else None
     ctx.both = layers[0].activation, layers[-1].activation
-    ctx.versions = _versions(ctx)
 
 
 def _lowest(needs: Sequence[bool]) -> int:
@@ -210,10 +211,54 @@ def _lowest(needs: Sequence[bool]) -> int:
     return 0 if needs[0] else next((n for n in range(count) if needs[1 + n] or needs[1 + count + n]), 0)
 
 
-def _versions(ctx: Any) -> list[int | None]:
-    """Of what a second derivative reads: how often it was changed. Inference tensors do not count that."""
-    tensors = [ctx.source, *(t for layer in ctx.layers for t in layer[:2])]
-    return [None if t is None or t.is_inference() else t._version for t in tensors]
+class _KeptLayer(torch.autograd.Function):
+    """A layer whose output is kept already, as a function of its input and parameters: of what torch would keep.
+
+    Of the outputs that a backward pass reads autograd knows the values alone. So a second derivative can be taken of
+    what has since been changed in place where torch does not read it: biases, the lowest weight of a frozen input.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        output: Tensor, input: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: Activation
+    ) -> Tensor:
+        return output.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, input, weight, _, ctx.activation = inputs
+        _, needs_input, needs_weight = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(
+            input if needs_weight else None, weight if needs_input else None, output if ctx.activation.name else None
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, output = ctx.saved_tensors
+        with without_autocast(grad.device.type):
+            needs = ctx.needs_input_grad[1:4]
+            return None, *linear_backward(grad, input, weight, output, ctx.activation, needs), None
+
+
+def _as_functions(
+    ctx: Any, input: Tensor | None, outputs: Sequence[Tensor | None], weights: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """These outputs, one a layer, as functions of what `needs` says. input: of the lowest of these layers."""
+    results: list[Tensor | None] = []
+    x = input if ctx.source is None else ctx.source
+    if x is not None and not needs[0]:
+        x = x.detach()
+    for n, (layer, w, y) in enumerate(zip(ctx.layers, weights, outputs, strict=True), 1):
+        if y is not None:
+            w = layer.weight if w is None else w
+            b = layer.bias if needs[n + len(outputs)] else None
+            y = _KeptLayer.apply(y.detach(), x, w if needs[n] else w.detach(), b, layer.activation)  # type: ignore[no-untyped-call]
+        x = y
+        results.append(y)
+    return results
 
 
 def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -225,11 +270,8 @@ def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | N
     # As in linear's backward.
     with without_autocast(grad.device.type):
         if torch.is_grad_enabled():
-            if _versions(ctx) != ctx.versions:
-                raise RuntimeError("mlp: the input or a parameter, read by a second derivative, was changed in place")
-            source = sources[0] if ctx.source is None else ctx.source
-            *hidden, output = reference.mlp(source, ctx.layers)
-            sources, weights = [source, *hidden], [layer.weight for layer in ctx.layers]
+            *hidden, output = _as_functions(ctx, sources[0], [*sources[1:], output], weights, needs)
+            sources = [sources[0], *hidden]
         read = sources[0], sources[1:], output, weights[0], weights[1:]
         if backward_by_torch(grad, by_operator):
             grads = backward(grad, *read, ctx.both, needs, "torch")
