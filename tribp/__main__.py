@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=MODELS,
         default="mlp",
         help=f"network to train: mlp ({'-'.join(map(str, SIZES))}) joins every pixel to every hidden unit; mlp3 "
-        f"({'-'.join(map(str, SIZES3))}) has tanh between three layers, whose backward pass crosses them; cnn slides "
+        f"({'-'.join(map(str, SIZES3))}) has ReLU between three layers, whose backward pass crosses them; cnn slides "
         "3×3 windows over the image with the same few weights everywhere, so that a stroke is found wherever it is, "
         f"halves what they find by pooling, does both again, and ends in {HIDDEN} hidden units (default: %(default)s)",
     )

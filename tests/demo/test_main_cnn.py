@@ -80,7 +80,7 @@ def test_weights_start_uniform(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "count"), [("cnn", nn.Conv2d, 2), ("mlp", nn.Linear, 2), ("mlp3", nn.Tanh, 2)]
+    ("name", "kind", "count"), [("cnn", nn.Conv2d, 2), ("mlp", nn.Linear, 2), ("mlp3", nn.ReLU, 2)]
 )
 def test_twin_is_torchs(name: str, kind: type, count: int) -> None:
     network = MODELS[name].network(MODELS[name].epsilon, torch.Generator().manual_seed(0))
@@ -99,7 +99,7 @@ def test_text_of_the_models() -> None:
     assert str(CNN) == (
         "Conv3x3(1→6, sigmoid), MaxPool2d(2), Conv3x3(6→16, sigmoid), MaxPool2d(2), LinearSigmoid 400-120-10"
     )
-    assert str(MODELS["mlp3"]) == "MLP 784-256-64-10, tanh, sigmoid"
+    assert str(MODELS["mlp3"]) == "MLP 784-256-64-10, relu, sigmoid"
     assert MODELS["mlp3"].parameters == 784 * 256 + 256 + 256 * 64 + 64 + 64 * 10 + 10
     assert MODELS["mlp"].parameters == 784 * 128 + 128 + 128 * 10 + 10
     assert CNN.parameters == 6 * 9 + 6 + 16 * 54 + 16 + 400 * 120 + 120 + 1200 + 10

@@ -21,7 +21,7 @@ def checks(device: torch.device, model: str) -> bool:
     print("Gradient check, float64: the library's gradients against central differences, two layers, every parameter")
     small = _gradient_check(demo.network_gradient_difference(device))
     if model == "mlp3":
-        print("  and for three layers that one backward pass crosses, tanh and sigmoid, under the MLP3's loss")
+        print("  and for three layers that one backward pass crosses, ReLU and sigmoid, under the MLP3's loss")
         small &= _gradient_check(demo.three_layer_gradient_difference(device))
     if model == "cnn":
         print("  and for two convolutions with sigmoid and max pooling before a layer, under the CNN's loss")
