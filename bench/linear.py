@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -57,7 +57,7 @@ class LinearCase(Case):
 
 
 def cases() -> list[LinearCase]:
-    """And ReLU: cuBLASLt has it as an epilogue, which is what eager torch has nearest to a fused layer."""
+    """And ReLU, which cuBLASLt has as an epilogue: see `cublaslt`."""
     first, *others = [
         [LinearCase(shape, dtype, tf32, shape in SMALL) for shape in SHAPES] for dtype, tf32 in PRECISIONS
     ]
@@ -70,7 +70,7 @@ def cases() -> list[LinearCase]:
 # A size that tiles evenly and an odd one; interpreted, a program costs 6 ms.
 SMOKE_CASES = [
     LinearCase((32, 16, 48), torch.bfloat16, small=True),
-    LinearCase((33, 7, 19), torch.float16),
+    LinearCase((33, 7, 19), torch.float16, activation="relu"),
     LinearCase((33, 7, 19), torch.float32),
     LinearCase((16, 16, 32), torch.float32, tf32=True),
 ]
@@ -78,6 +78,35 @@ SMOKE_CASES = [
 
 def eager(x: Tensor, w: Tensor, b: Tensor, *, activation: str | None) -> Tensor:
     return activate(F.linear(x, w, b), *activation_of("bench", activation))
+
+
+class _CublasLt(torch.autograd.Function):
+    """relu(x·wᵀ + b) by one launch of cuBLASLt, the gradients by the operations that eager torch has for them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        y = torch._addmm_activation(b, x, w.t())
+        ctx.save_for_backward(x, w, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, w, y), (needs_x, needs_w, needs_b) = ctx.saved_tensors, ctx.needs_input_grad
+        dz = torch.ops.aten.threshold_backward(dy, y, 0)
+        return dz @ w if needs_x else None, dz.t() @ x if needs_w else None, dz.sum(0) if needs_b else None
+
+
+def cublaslt(x: Tensor, w: Tensor, b: Tensor, *, activation: str | None) -> Tensor:
+    """`eager` with cuBLASLt's epilogue: what torch has nearest to a fused layer, though `F.linear` does not call it."""
+    y: Tensor = _CublasLt.apply(x, w, b)  # type: ignore[no-untyped-call]
+    return y
+
+
+def providers(case: LinearCase, without: str) -> Mapping[str, Any]:
+    fused = (
+        cublaslt if case.activation == "relu" else "skipped: torch calls cuBLASLt's epilogue for ReLU and GELU alone"
+    )
+    return {**functions(tribp.linear, eager)(case, without), "cublaslt": fused}
 
 
 def workload(case: LinearCase, device: torch.device) -> DifferentiableWorkload:
@@ -214,7 +243,12 @@ OPERATION = Operation(
     cases=cases(),
     smoke_cases=SMOKE_CASES,
     directions=("forward", "backward", "wgrad only", "both"),
-    providers=functions(tribp.linear, eager),
+    providers=providers,
+    peers=("eager", "cublaslt", "compile"),
+    columns=[
+        "case", "direction", "tribp", "eager", "cublaslt", "compile", "vs eager", "vs cublaslt", "vs compile",
+        "of floor", "graph", "host", "memory",
+    ],
     workload=workload,
     work=work,
     targets=targets,

@@ -170,7 +170,7 @@ def _cell(row: Row, column: str) -> object:
     if column in COLUMNS:
         return COLUMNS[column](row)
     if column.startswith("vs "):
-        return times(row["ratios"][column.removeprefix("vs ")])
+        return times(row["ratios"].get(column.removeprefix("vs ")))  # a stored row may be older than the provider
     entry = row["providers"].get(column, {})
     if entry.get("status") == "wrong":
         return f"wrong ({entry['note']})"

@@ -97,6 +97,27 @@ def test_smoke_walks_through_all_cases_and_directions(tmp_path: Path, capsys: py
     assert "smoke" in capsys.readouterr().out
 
 
+def test_linear_is_compared_with_the_epilogue_of_cublaslt() -> None:
+    """Of ReLU alone: one operation of torch's in forward, with gradients; and stored rows may not have it."""
+    operation, case = linear(), LinearCase((6, 4, 5), torch.float64, activation="relu")
+    provider = operation.providers(case, "")["cublaslt"]
+    workload = operation.workload(case, torch.device("cpu"))
+    for direction in operation.directions:
+        errors = run.relative_errors(workload, provider, direction)
+        assert errors
+        assert not run.complaint(workload, errors, {}), direction
+    with torch.profiler.profile() as profile:
+        workload.results(provider, "forward")
+    names = [event.name for event in profile.events()]
+    assert "aten::_addmm_activation" in names
+    assert not {"aten::addmm", "aten::linear", "aten::relu"} & set(names)
+    assert isinstance(operation.providers(dataclasses.replace(case, activation="sigmoid"), "")["cublaslt"], str)
+    entries = {"tribp": {"status": "ok", "device_us": {"median": 2.0}}}
+    row = results.row(operation, case, "forward", entries, 1e12, 1e12)
+    del row["ratios"]["cublaslt"]
+    assert "cublaslt" in results.table(operation, [row])
+
+
 @NO_CUDA
 @pytest.mark.parametrize("name", ["mlp", "train"])
 def test_smoke_walks_through_several_layers(name: str, tmp_path: Path) -> None:
@@ -171,7 +192,7 @@ def test_results_of_an_earlier_run_stay_until_measured_again(tmp_path: Path) -> 
     only = dataclasses.replace(linear(), directions=["forward"])
     smoke(only, tmp_path, "16x16x32", "33x7x19 float16")
     _, rows = smoke(only, tmp_path, "16x16x32")
-    assert [row["case"] for row in rows] == ["33x7x19 float16", "16x16x32 float32 tf32"]
+    assert [row["case"] for row in rows] == ["33x7x19 float16 relu", "16x16x32 float32 tf32"]
     assert all(row["date"] and row["commit"] for row in rows)
 
 
