@@ -11,6 +11,7 @@ Compiled: Triton's −x is 0 − x, an instruction; x·(−1) is a sign that the
 """
 
 import ctypes
+import math
 
 import triton
 import triton.language as tl
@@ -156,11 +157,21 @@ def softplus(z, BETA: tl.constexpr, THRESHOLD: tl.constexpr, DTYPE: tl.constexpr
     return tl.where(t > number(THRESHOLD, t.dtype), z, value * (1.0 / BETA))
 
 
+@triton.constexpr_function
+def output_at_threshold(threshold):
+    """A little above β·y at β·z = threshold, which is threshold + log(1 + e⁻ᵗʰʳᵉˢʰᵒˡᵈ)."""
+    return threshold + 2.0 * math.exp(-threshold)
+
+
 @triton.jit
 def softplus_gradient(dy, y, BETA: tl.constexpr, THRESHOLD: tl.constexpr):
-    """dy·σ(β·z) = dy·(1 − e⁻ᵝʸ)."""
+    """dy·σ(β·z) = dy·(1 − e⁻ᵝʸ), and dy beyond the threshold, as in torch at the threshold itself.
+
+    In float64 a z that is nearer to it, on its upper side, counts as below: wrong by e⁻ᵗʰʳᵉˢʰᵒˡᵈ.
+    """
     t = y * BETA
-    return tl.where(t > number(THRESHOLD, t.dtype), dy, dy * (expm1_negative(t * -1.0, False) * -1.0))
+    ABOVE: tl.constexpr = output_at_threshold(THRESHOLD)
+    return tl.where(t > number(ABOVE, t.dtype), dy, dy * (expm1_negative(t * -1.0, False) * -1.0))
 
 
 @triton.jit
@@ -171,6 +182,7 @@ def hardsigmoid(z):
 
 @triton.jit
 def hardsigmoid_gradient(dy, y):
+    """dy/6, and 0 where y as stored is 0 or 1: so also of a z inside of −3 and 3, so near that y rounds to its end."""
     return tl.where((y > 0.0) & (y < 1.0), dy * (1.0 / 6.0), 0.0)
 
 

@@ -7,9 +7,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from tribp.kernels import activations, common
-from tribp.ops.activations import DEFAULTS, activation_of, as_stored
+from tribp.ops.activations import DEFAULTS, activation_of, as_stored, gradient
 
 from ..oracle import ACTIVATIONS, Activation, activated, derivative, exactly
 
@@ -90,7 +91,7 @@ def test_special_values_are_torchs(activation: Activation, dtype: torch.dtype, k
     alone = [t.requires_grad_() for t in z.clone().split(1)]
     outputs = [activated(t, activation) for t in alone]
     expected = torch.cat(outputs)
-    gradient = torch.cat(
+    grads = torch.cat(
         [
             torch.autograd.grad(y, t, torch.full_like(t, 2))[0] if activation else t
             for y, t in zip(outputs, alone, strict=True)
@@ -100,8 +101,27 @@ def test_special_values_are_torchs(activation: Activation, dtype: torch.dtype, k
     y, dz = (t[: len(SPECIAL)] for t in run(many, torch.full((SIZE,), 2.0), activation, dtype, kernels))
     units = max(2 * torch.finfo(dtype).eps, 1e-7 * (activation == "hardsigmoid"))  # whose ⅙ is a float32 in torch
     torch.testing.assert_close(y, expected.detach(), rtol=units, atol=0.0, equal_nan=True)
+    if activation not in ("relu", "tanh"):  # these may make 0.0 of −0.0, relu in torch as well, on some devices
+        zero = expected == 0
+        assert torch.equal(y[zero].signbit(), expected[zero].signbit())
     if activation in KINKED:
-        torch.testing.assert_close(dz.to(dtype), gradient, rtol=units, atol=units, equal_nan=True)
+        torch.testing.assert_close(dz.to(dtype), grads, rtol=units, atol=units, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("numbers", [(1.0, 20.0), (1.0, 17.0), (0.25, 18.5), (3.0, 20.0)], ids=str)
+def test_softplus_at_its_threshold(numbers: tuple[float, float], dtype: torch.dtype, kernels: str) -> None:
+    """σ of the threshold itself, as in torch; 1 beyond."""
+    beta, threshold = numbers
+    at = torch.tensor(threshold / beta, dtype=dtype)
+    z = torch.stack([at * 0.5, at, at * 1.25]).requires_grad_()
+    (expected,) = torch.autograd.grad(F.softplus(z, beta, threshold).sum(), z)
+    z = z.detach().repeat(SIZE // 3 + 1)[:SIZE]
+    activation = ("softplus", beta, threshold)
+    y, dz = run(z, torch.ones(SIZE), activation, dtype, kernels)
+    torch.testing.assert_close(dz[:3].to(dtype), expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    by_torch = gradient(torch.ones_like(y), y, activation_of("test", activation))
+    torch.testing.assert_close(by_torch[:3], expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
