@@ -159,8 +159,8 @@ def softplus(z, BETA: tl.constexpr, THRESHOLD: tl.constexpr, DTYPE: tl.constexpr
 
 @triton.constexpr_function
 def output_at_threshold(threshold):
-    """A little above β·y at β·z = threshold, which is threshold + log(1 + e⁻ᵗʰʳᵉˢʰᵒˡᵈ)."""
-    return threshold + 2.0 * math.exp(-threshold)
+    """A little above β·y at β·z = threshold, which is log(1 + eᵗʰʳᵉˢʰᵒˡᵈ): more than it may be rounded to."""
+    return max(threshold, 0.0) + 1.001 * math.log1p(math.exp(-abs(threshold)))
 
 
 @triton.jit

@@ -166,7 +166,7 @@ def gradient(dy: Tensor, y: Tensor, activation: Activation) -> Tensor:
     elif name == "elu":
         dy = aten.elu_backward(dy, a, 1, 1, True, y)
     elif name == "softplus":  # dy·σ(β·z), and y = log(1 + eᵝᶻ) / β
-        above = b + 2 * math.exp(-b)  # a little above y·β at the threshold itself
+        above = max(b, 0.0) + 1.001 * math.log1p(math.exp(-abs(b)))  # a little more than y·β at the threshold itself
         dy = torch.where(y * a > above, dy, -dy * torch.expm1(-a * y))
     elif name == "hardsigmoid":
         dy = torch.where((y > 0) & (y < 1), dy / 6, 0)
