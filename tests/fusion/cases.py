@@ -339,3 +339,13 @@ def frozen(module: nn.Module, name: str = "weight") -> nn.Module:
     assert parameter is not None
     module.register_buffer(name, parameter.detach())
     return module
+
+
+# What torch makes of a model, called with such an input.
+WAYS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "fx": lambda model, x: torch.fx.symbolic_trace(model),
+    "script": lambda model, x: torch.jit.script(model),
+    "trace": lambda model, x: torch.jit.trace(model, x),
+    "export": lambda model, x: torch.export.export(model, (x,)).module(),
+    "compile": lambda model, x: torch.compile(model, fullgraph=True, backend="aot_eager"),
+}

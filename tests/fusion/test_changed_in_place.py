@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tribp
 
-from .cases import MODELS, Called, hooked, image
+from .cases import MODELS, WAYS, Called, hooked, image
 from .written import net as net
 
 pytestmark = pytest.mark.usefixtures("one_thread", "interpreter")
@@ -162,7 +162,7 @@ ACTIVATIONS = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("how", ["fx", "script", "trace", "export", "compile"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("case", ["adds", "a pool", "a layer in the next line"])
 def test_torch_around_it(net: Callable[..., Any], case: str, how: str) -> None:
     torch.compiler.reset()
@@ -170,16 +170,9 @@ def test_torch_around_it(net: Callable[..., Any], case: str, how: str) -> None:
     model.leaky = nn.LeakyReLU()
     for layer in {"conv", "fc"} - {word for word in ("conv", "fc") if f"self.{word}(" in FORWARDS[case][0]}:
         delattr(model, layer)
-    ways: dict[str, Callable[[], Any]] = {
-        "fx": lambda: torch.fx.symbolic_trace(model),
-        "script": lambda: torch.jit.script(model),
-        "trace": lambda: torch.jit.trace(model, x),
-        "export": lambda: torch.export.export(model, (x,)).module(),
-        "compile": lambda: torch.compile(model, fullgraph=True, backend="aot_eager"),
-    }
     expected = grads(copy.deepcopy(model), x)
     tribp.fuse(model)
-    torch.testing.assert_close(grads(ways[how](), x), expected)
+    torch.testing.assert_close(grads(WAYS[how](model, x), x), expected)
 
 
 def test_frozen_layers_run_with_their_activation() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 import tribp
 from tribp.fusion import Replaced, Report
 
-from .cases import Called, FunctionalLeNet, TorchvisionBlock, changed, image
+from .cases import WAYS, Called, FunctionalLeNet, TorchvisionBlock, changed, image
 from .written import check
 from .written import net as net
 
@@ -388,21 +388,14 @@ def test_what_is_set_later_counts(net: Callable[..., Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("how", ["fx", "script", "trace", "export", "compile"])
+@pytest.mark.parametrize("how", WAYS)
 def test_torch_around_a_fused_forward(how: str) -> None:
     """None of them reads the forward that applies the activations a second time: those of a sigmoid would be seen."""
     torch.compiler.reset()
     model, x = FunctionalLeNet().eval().requires_grad_(False), image()
     y = model(x)
     assert len(tribp.fuse(model).replaced) == 6
-    ways: dict[str, Callable[[], Any]] = {
-        "fx": lambda: torch.fx.symbolic_trace(model),
-        "script": lambda: torch.jit.script(model),
-        "trace": lambda: torch.jit.trace(model, x),
-        "export": lambda: torch.export.export(model, (x,)).module(),
-        "compile": lambda: torch.compile(model, fullgraph=True, backend="aot_eager"),
-    }
-    torch.testing.assert_close(ways[how]()(x), y)
+    torch.testing.assert_close(WAYS[how](model, x)(x), y)
 
 
 def test_compiled_before_fuse() -> None:
