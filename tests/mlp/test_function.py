@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import tribp
+from tribp import dispatch
 
 from ..covering import DTYPES, turn
 from ..oracle import ACTIVATIONS, Activation, assert_close, exactly
@@ -404,6 +405,28 @@ def test_what_may_be_changed_before_a_second_derivative(frozen: list[int], last:
             for a, b in zip(derivatives(ours, changed), expected, strict=True):
                 torch.testing.assert_close(a, b)
     assert 0 < raised < len(drawn)
+
+
+@pytest.mark.parametrize(("changed", "frozen"), [(2, []), (4, []), (0, [1]), (1, [0])], ids=str)
+def test_a_change_that_has_a_derivative_is_no_part_of_a_second(changed: int, frozen: list[int], device: str) -> None:
+    """Of what is no leaf, after the call. By kernels it is an error: the second derivative would go through it."""
+    drawn = draw((5, 6, 3), 4, torch.float64, device)
+
+    def derivatives(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        leaves = [t.detach().clone().requires_grad_(n not in frozen) for n, t in enumerate(drawn)]
+        inputs = [t * 1 if t.requires_grad else t for t in leaves]
+        needed = [t for t in leaves if t.requires_grad]
+        y = function("tanh", "sigmoid", *inputs)
+        inputs[changed].mul_(3)
+        first = torch.autograd.grad(y.square().sum(), needed, create_graph=True)
+        return *first, *torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), needed)
+
+    if dispatch.backend_of(drawn[0]) == "triton":
+        with pytest.raises(RuntimeError, match="changed in place"):
+            derivatives(ours)
+        return
+    for a, b in zip(derivatives(ours), derivatives(theirs), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_inference_tensors(device: str) -> None:

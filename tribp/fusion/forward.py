@@ -277,13 +277,14 @@ def _lines_in_doubt(
 def _is_unchanged(source: Source, call: ast.Call) -> bool:
     """Whether it is certain that nothing changes a call's output in place: all that takes it writes another tensor."""
     readers = source.readers(call)
-    return readers is not None and all(_writes(source, reader) for reader in readers)
+    return readers is not None and all(_writes(source, *reader) for reader in readers)
 
 
-def _writes(source: Source, reader: ast.AST) -> bool:
-    if isinstance(reader, ast.Call) and not any(keyword.arg in ("inplace", "out") for keyword in reader.keywords):
+def _writes(source: Source, value: ast.expr, reader: ast.AST) -> bool:
+    """Whether an expression reads a value, and does not return it, a view of it, or itself changed."""
+    if isinstance(reader, ast.Call) and not any(keyword.arg == "out" for keyword in reader.keywords):
         meant = source.resolve(reader.func)
-        return callable(meant) and meant in WRITING_FUNCTIONS
+        return callable(meant) and meant in WRITING_FUNCTIONS and reader.args[:1] == [value]
     return isinstance(reader, ast.BinOp) or (isinstance(reader, ast.UnaryOp) and not isinstance(reader.op, ast.UAdd))
 
 

@@ -25,7 +25,7 @@ from .folding import BATCH_NORMS, PLAIN_TYPE_NAMES, can_fold, folded, folds_now,
 
 STRIDES = {(1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)}  # that conv3x3 takes
 REFUSED = object()
-# Where torch has the modules whose output shares no memory with their input.
+# Where torch has the modules whose output shares no memory with their input, but for `Identity` and those in place.
 WRITING = {
     f"torch.nn.modules.{name}"
     for name in ("activation", "batchnorm", "conv", "instancenorm", "linear", "normalization", "pooling")

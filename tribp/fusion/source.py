@@ -165,17 +165,17 @@ class Source:
         end = min(map(_end, setting), default=_end(self.tree))
         return [use for name in same if _place(name) <= end and (use := self._taken_by(name))]
 
-    def readers(self, node: ast.expr) -> list[ast.AST] | None:
-        """The expressions that take the value of `node`; None if they are not known."""
+    def readers(self, node: ast.expr) -> list[tuple[ast.expr, ast.AST]] | None:
+        """Where the value of `node` stands, and the expressions that take it; None if they are not known."""
         assign = self.parent[node]
         if not (variable := _variable(assign)):
-            return [assign]
+            return [(node, assign)]
         if held := self._only_load(assign):
-            return [self.parent[held]]
+            return [(held, self.parent[held])]
         if self.tangled or variable in self.captured or isinstance(self.parent[assign], ast.ClassDef):
             return None
         outer = [(name, self.parent[name]) for name in self.names if name.id == variable]
-        return [o for name, o in outer if isinstance(name.ctx, ast.Load) or isinstance(o, ast.AugAssign)]
+        return [(name, o) for name, o in outer if isinstance(name.ctx, ast.Load) or isinstance(o, ast.AugAssign)]
 
     def _taken_by(self, node: ast.expr) -> Use | None:
         outer = self.parent[node]

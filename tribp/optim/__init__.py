@@ -36,10 +36,10 @@ __all__ = [
     "lr_scheduler", "patch", "swa_utils", "unpatch",
 ]  # fmt: skip
 
-for module in (lr_scheduler, swa_utils):  # for `from tribp.optim.lr_scheduler import StepLR`
-    sys.modules[f"{__name__}.{module.__name__.rpartition('.')[2]}"] = module
+for _module in (lr_scheduler, swa_utils):  # for `from tribp.optim.lr_scheduler import StepLR`
+    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
-for name in torch.optim.__all__:  # those that not every supported torch has
-    if name not in __all__:
-        globals()[name] = getattr(torch.optim, name)
-        __all__ += [name]
+for _name in torch.optim.__all__:  # those that not every supported torch has
+    if _name not in __all__:
+        globals()[_name] = getattr(torch.optim, _name)
+        __all__ += [_name]

@@ -97,7 +97,7 @@ def _gathered(scalars: Sequence[Tensor | float | None], dtype: torch.dtype) -> T
     if type(first) is not Tensor or first.dtype != dtype or not first.is_cpu:
         return None
     storage, start, size = first.untyped_storage(), first.data_ptr(), first.element_size()
-    if storage.nbytes() != len(scalars) * size or storage.data_ptr() != start:
+    if storage.nbytes() != len(scalars) * size:
         return None
     for n, t in enumerate(others, 1):
         if type(t) is not Tensor or t.dtype != dtype or t.data_ptr() != start + n * size:

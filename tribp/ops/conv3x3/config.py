@@ -217,7 +217,7 @@ class ConvProblem(NamedTuple):
             return 1
         return max(1, WORKSPACE // (max(4, ITEMSIZE[self.dtype]) * self.n * self.p * self.q * self.j))
 
-    def can_be_part(self, config: MatmulConfig) -> bool:
+    def may_be_part(self, config: MatmulConfig) -> bool:
         """Whether sums in parts of this tile do not spill.
 
         Compiled: by pointers, whose loop has four warps then, tf32x3 of 128×64 spills 32 to 240 bytes on sm_80. For
@@ -226,7 +226,7 @@ class ConvProblem(NamedTuple):
         most = 64 * 64 if self.precision == "tf32x3" else 128 * 64 if self.wide else 128 * 128
         return can_be_part(config, self) and (config.tma or config.block_i * config.block_j <= most)
 
-    def whole_splits(self, config: MatmulConfig) -> int:
+    def splits_of(self, config: MatmulConfig) -> int:
         """As many parts as the config has, or fewer, so that each has turns of the loop over taps and channels."""
         turns = 9 * cdiv(self.l, config.block_l)
         return whole_splits(turns, min(config.splits, self.most_splits, turns), 1)
@@ -267,9 +267,9 @@ class ConvProblem(NamedTuple):
         tiles = [fit_tile(tile, self, i, j, l) for tile in tiles]
         chosen = pick_tile(tiles, self, programs)
         if 9 * l >= LONG_SUM and self.most_splits > 1:
-            parts = [tile for tile in tiles if self.can_be_part(tile)]
+            parts = [tile for tile in tiles if self.may_be_part(tile)]
             chosen = split_sum(chosen, parts, self, covering, i * j, 9 * l, self.most_splits)
-            chosen = replace(chosen, splits=self.whole_splits(chosen))
+            chosen = replace(chosen, splits=self.splits_of(chosen))
         if self.wide and chosen.block_i * chosen.block_j == 128 * 128:
             # Compiled: beside stores of single columns four warps have no registers for tanh, and spill 384 bytes.
             chosen = replace(chosen, num_warps=8)
@@ -303,7 +303,7 @@ class ConvProblem(NamedTuple):
         if prod(config.box) != config.block_i:
             config = replace(config, box=choose_box(config.block_i, n, p, q, wide=self.wide))
         flat = config.flat and (config.tma or config.num_warps <= 4)
-        return replace(config, flat=flat, splits=self.whole_splits(config) if flat else 1)
+        return replace(config, flat=flat, splits=self.splits_of(config) if flat else 1)
 
     def is_legal(self, config: ConvConfig) -> bool:
         n, p, q, j, l, group_tiles, groups_per_tile, classes, dtype, precision, arch, vec, tma, *_ = self
@@ -340,8 +340,8 @@ class ConvProblem(NamedTuple):
             and 1 <= config.group <= 32
             and (config.group == ConvConfig.group or j > config.block_j or group_tiles > 1)
             and (config.groups_per_tile, config.taps) == (groups_per_tile, 1)
-            and config.splits == self.whole_splits(config)
-            and (config.splits == 1 or (config.flat and self.can_be_part(config)))
+            and config.splits == self.splits_of(config)
+            and (config.splits == 1 or (config.flat and self.may_be_part(config)))
         )
 
 

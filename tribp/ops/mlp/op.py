@@ -203,6 +203,8 @@ def _save(
     # Only as what a second derivative goes on to. Autograd frees what it keeps, with the backward pass.
     ctx.source = source if needs[0] and not needs[1 + first] else None
     ctx.both = layers[0].activation, layers[-1].activation
+    tensors = [ctx.source, *(t for layer in ctx.layers for t in layer[:2])]
+    ctx.histories = [(t, t.grad_fn) for t in tensors if t is not None and t.requires_grad]
 
 
 def _lowest(needs: Sequence[bool]) -> int:
@@ -247,6 +249,10 @@ def _as_functions(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """These outputs, one a layer, as functions of what `needs` says. input: of the lowest of these layers."""
+    if any(t.grad_fn is not history for t, history in ctx.histories):
+        raise RuntimeError(
+            "mlp: the input or a parameter was changed in place by what a second derivative goes through"
+        )
     results: list[Tensor | None] = []
     x = input if ctx.source is None else ctx.source
     if x is not None and not needs[0]:
