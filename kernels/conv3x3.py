@@ -265,10 +265,10 @@ def from_channel(image, first, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def part_of_output(image, N, VEC: tl.constexpr):
-    """Where a program writes its part of the sum: behind N images for each part before. image: a `Strided`."""
+def part_of_output(image, N, part, VEC: tl.constexpr):
+    """Where a part of the sum is written: behind N images for each part before. image: a `Strided`; VEC divides it."""
     data, stride_n, stride_c, stride_h, stride_w = image
-    data += tl.program_id(1).to(tl.int64) * N * (stride_n // VEC * VEC)
+    data += part.to(tl.int64) * N * (stride_n // VEC * VEC)
     return Strided(data, stride_n, stride_c, stride_h, stride_w)
 
 
@@ -380,12 +380,12 @@ def without_zeros(acc, image, memory, box, pixel_map, taps, groups, DGRAD: tl.co
 
 
 @triton.jit
-def convolve(image, w, memory, box, pixel_map, taps, groups, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
+def convolve(image, w, memory, box, pixel_map, taps, groups, part, DGRAD: tl.constexpr, CONFIG: tl.constexpr):
     """Σ over taps and a tile's groups' channels of image[tap]·w[tap], for a box and BLOCK_J columns.
 
     memory: pointers to image and w, if there are groups to take apart; these may be descriptors.
 
-    With SPLIT, program_id(1) says which part of the sum: its share of the turns of a FLAT loop.
+    With SPLIT a `part` of the sum: its share of the turns of a FLAT loop.
 
     FLAT is one loop over taps and channels, so that loads are pipelined across taps, but not with 8 warps and pointers:
     Triton miscompiles that loop, https://github.com/pytorch/pytorch/issues/173068. Otherwise the loop over channels
@@ -429,7 +429,7 @@ def convolve(image, w, memory, box, pixel_map, taps, groups, DGRAD: tl.constexpr
         if SPLIT:
             tl.static_assert(FLAT, "taps have a loop of their own")
             share = tl.cdiv(turns, tl.num_programs(1))
-            done = tl.program_id(1) * share
+            done = part * share
             turns = tl.minimum(share, turns - done)
             t = done // steps
             l = done % steps * BLOCK_L
@@ -479,10 +479,11 @@ def forward(x, strides, w, memory, b, y, N, H, W, groups, OG, CG, step_h, step_w
     of_tile = Groups(tile, groups_here, OG, CG, col)
     image = Batch(x, *strides, N, H, W, CG)
     pixel_map = PixelMap(step_h, step_w, -CONFIG.PAD_H, -CONFIG.PAD_W)
-    z = convolve(image, w, memory, box, pixel_map, Taps(0, 0, 1, 1), of_tile, False, CONFIG)
+    part = tl.program_id(1)
+    z = convolve(image, w, memory, box, pixel_map, Taps(0, 0, 1, 1), of_tile, part, False, CONFIG)
     first = tile * (GROUPS_PER_TILE * OG)
     if CONFIG.SPLIT:
-        y = part_of_output(y, N, CONFIG.VEC_STORE)
+        y = part_of_output(y, N, part, CONFIG.VEC_STORE)
     y = from_channel(Batch(*y, N, P, Q, groups_here * OG), first, CONFIG)
     if b is not None:
         o, inside = masked_range(col, groups_here * OG, BLOCK_J, 1)
@@ -526,7 +527,7 @@ def dgrad(dz, strides, w, memory, dx, sums, N, H, W, groups, OG, CG, CX, step_h,
     col = column % columns * BLOCK_J
     groups_here = tl.minimum(GROUPS_PER_TILE, groups - tile * GROUPS_PER_TILE)
     if SPLIT:
-        dx = part_of_output(dx, N, VEC)
+        dx = part_of_output(dx, N, tl.program_id(1), VEC)
     dx = from_channel(Batch(*dx, N, H, W, groups_here * CX), tile * (GROUPS_PER_TILE * CX), CONFIG)
     P, Q = output_size(H, W, step_h, step_w, CONFIG)
     rows, first_h = rows_of_class(H, CONFIG.PAD_H, class_h, step_h)
@@ -536,7 +537,7 @@ def dgrad(dz, strides, w, memory, dx, sums, N, H, W, groups, OG, CG, CX, step_h,
     image = Batch(dz, *strides, N, P, Q, OG)
     pixel_map = PixelMap(1, 1, first_h, first_w)
     taps = Taps(class_h, class_w, step_h, step_w)
-    total = convolve(image, w, memory, box, pixel_map, taps, of_tile, True, CONFIG)
+    total = convolve(image, w, memory, box, pixel_map, taps, of_tile, tl.program_id(1), True, CONFIG)
     n, i, j = pixels_of(box, BOX)
     h = row_of_class(i, first_h, CONFIG.PAD_H, class_h, step_h)
     v = j  # step_w is 1; the compiler sees columns side by side

@@ -104,13 +104,13 @@ QUICK: dict[str, Case] = {
     "mlp, float32, odd": MLP((33, 77, 10), 70, SINGLE, "elu", bias=False),
     "mlp, odd pitch": MLP((33, 77, 10), 70, BRAIN, "elu"),
     "mlp, one row of tiles": MLP((24, 40, 16), 9, SINGLE, "softplus", input=True),
+    "mlp, dz of parts": MLP((16, 24, 4200), 9, activation="tanh", processors=8),
 }
 QUICK_ON_HOPPER: dict[str, Case] = {
     "train, bf16, a large first layer": Train((1030, 136, 10), 20),
     "mlp, three layers": MLP((40, 72, 64, 24), 136, HALF, "tanh", "sigmoid", input=True),
 }
 SLOW: dict[str, Case] = {
-    "mlp, dz of parts": MLP((16, 24, 4200), 9, activation="tanh", processors=8),
     "train, float32, odd": Train((77, 45, 7), 19, "binary_cross_entropy", "batchmean", SINGLE, "tanh", "sigmoid"),
     "mlp, bf16": MLP((72, 136, 10), 300),
     "train, bf16, three layers": Train((40, 72, 24, 10), 37),
