@@ -1,5 +1,7 @@
 """Where the formula updates CPU tensors of any size: small ones side by side, large ones in pieces."""
 
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -57,8 +59,29 @@ def test_no_piece_is_short(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (bucket,) = twins.ours._plan.buckets
     sizes = [len(p) for p, _ in bucket._of_everyone[0]._pieces]
     assert sum(sizes) == count
+    size = 900 // torch.get_num_threads() * torch.get_num_threads()
+    assert len(sizes) == max(1, (2 * count + size) // (2 * size)), "to the nearest"
     assert max(sizes) <= 1350 + 16
     assert len(sizes) == 1 or min(sizes) >= 600 - 16 * len(sizes)
+
+
+def test_counters_in_another_order_count_for_themselves() -> None:
+    """Two optimizers of the same states: what one gathered lies in the other's order of parameters."""
+
+    def trained(library: ModuleType) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(5)) for _ in range(3)]
+        one, other = library.Adamax(params), library.Adamax(params[::-1])
+        for count in (1, 2, 3):  # steps of the first, the first two, all
+            for p in params[:count]:
+                p.grad = torch.randn(5)
+            one.step()
+        other.state = one.state
+        other.step()
+        return [*params, *(one.state[p]["step"] for p in params)]
+
+    for ours, theirs in zip(trained(tribp.optim), trained(torch.optim), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("shapes", [[(8,)] * 5, [(8,), (3, 2), (), (0,), (2, 3, 2)]], ids=["of one dimension", "any"])
