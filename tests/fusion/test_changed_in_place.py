@@ -161,6 +161,14 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 
+def test_a_bias_alone_is_trained() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(), nn.Dropout(1.0, inplace=True)).double()
+    model[0].weight.requires_grad_(False)
+    tribp.fuse(model)
+    model(torch.randn(3, 4, dtype=torch.float64)).sum().backward()
+    torch.testing.assert_close(model[0].bias.grad, torch.zeros(4, dtype=torch.float64))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("case", ["adds", "a pool", "a layer in the next line"])
