@@ -127,6 +127,8 @@ FORWARDS = {
     "a helper": ("return self.more(self.leaky(self.conv(x)))", 0),
     "another name": ("y = z = self.leaky(self.conv(x))\nz += 1\nreturn y", 0),
     "an attribute": ("self.y = self.leaky(self.conv(x))\nself.y += 1\nreturn self.y", 0),
+    "another argument": ("y = self.leaky(self.conv(x))\nreturn F.conv2d(x, y)", 0),
+    "a plus": ("y = +self.leaky(self.conv(x))\ny += x\nreturn y", 0),
     "returned": ("return self.leaky(self.conv(x))", 0),
     "of a Sequential": ("y = self.seq(x)\ny += x\nreturn y", 0),
     "a sum": ("return x + self.leaky(self.conv(x))", 1),
