@@ -429,6 +429,21 @@ def test_a_change_that_has_a_derivative_is_no_part_of_a_second(changed: int, fro
         torch.testing.assert_close(a, b)
 
 
+def test_what_may_be_changed_after_a_first_derivative(device: str) -> None:
+    """The lowest weight of a frozen input: the second derivative does not read it either."""
+    drawn = draw((5, 6, 3), 4, torch.float64, device)
+
+    def second(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        inputs = [t.detach().clone().requires_grad_(n > 0) for n, t in enumerate(drawn)]
+        grads = torch.autograd.grad(function("tanh", "sigmoid", *inputs).square().sum(), inputs[1:], create_graph=True)
+        with torch.no_grad():
+            inputs[1].add_(1)
+        return torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), inputs[1:])
+
+    for a, b in zip(second(ours), second(theirs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_inference_tensors(device: str) -> None:
     """As torch takes them: where backward does not read them. Features of a frozen backbone, say."""
     with torch.inference_mode():
