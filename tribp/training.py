@@ -59,8 +59,9 @@ def train_step(
 
     Args:
         model: for the kernels an `MLP`, or an `nn.Sequential` of linear layers (torch's, tribp's) and activations
-            that `tribp.linear` knows: up to 8 layers of up to 256 outputs (of float64 128), weights above the first
-            layer of up to 1 MiB, on batches of up to 1,024 rows. Any other is trained the ordinary way.
+            that `tribp.linear` knows, behind an `nn.Flatten()` or not: up to 8 layers of up to 256 outputs (of float64
+            128), weights above the first layer of up to 1 MiB, on batches of up to 1,024 rows. Any other is trained the
+            ordinary way.
         optimizer: torch's or tribp's; its hooks and schedulers work.
         loss: "mse_loss", "cross_entropy" (of classes, int64 `(N,)`) or "binary_cross_entropy" (of outputs between 0 and
             1), with torch's values, or torch's module or function of these three; or "half_squared_error", which is
@@ -244,10 +245,14 @@ class TrainStep:
         tensors = [input, target, *parameters]
         if self._checked_call.are_alike(loss, tensors):
             return layers
-        misfit = self._misfit(input, target, layers, parameters, loss)
+        misfit = self._misfit(self._rows(input), target, layers, parameters, loss)
         if misfit is None:
             self._checked_call.remember(loss, tensors)
         return misfit or layers
+
+    def _rows(self, input: Tensor) -> Tensor:
+        """What the first layer takes: a row for each sample."""
+        return input.flatten(1) if self._perceptron.flattens and input.dim() > 2 else input
 
     def _misfit(
         self, input: Tensor, target: Tensor, layers: list[Layer], parameters: list[Tensor], loss: str
@@ -297,7 +302,7 @@ class TrainStep:
         """The loss; leaves the gradients where `backward` would."""
         perform, plan = import_plan("train_step")
         value = torch.empty((), dtype=input.dtype, device=input.device)
-        tensors: list[Tensor | None] = [input.detach(), target.detach(), value]
+        tensors: list[Tensor | None] = [self._rows(input.detach()), target.detach(), value]
         for w, b, _ in layers:
             tensors += [w, b, self._grads.get(id(w)), self._grads.get(id(b))]
         acts = tuple(layer.activation for layer in layers)

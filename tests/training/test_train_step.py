@@ -245,6 +245,7 @@ REASONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "replaced": (lambda m: replaced(m, nn.Sequential(nn.Linear(8, 6))), "replaced"),
     "left out": (lambda m: nn.Sequential(nn.Linear(8, 6).double(), replaced(m, nn.Identity())), "replaced"),
     "dropout": (lambda m: nn.Sequential(m, nn.Dropout(0.0)), "Dropout"),
+    "flattens all": (lambda m: nn.Sequential(nn.Flatten(0, 0), m), "Flatten(start_dim=0, end_dim=0)"),
     "activation first": (lambda m: nn.Sequential(nn.Tanh(), m), "behind no linear layer"),
     "shared": (lambda m: nn.Sequential(nn.Linear(8, 8).double(), *[nn.Linear(8, 8).double()] * 2, m), "share"),
     "wide": (lambda m: nn.Sequential(nn.Linear(8, 300).double(), nn.Linear(300, 8).double(), m), "300 float64 outputs"),
@@ -269,6 +270,57 @@ def test_says_why_and_takes_the_ordinary_way(name: str, kernels: str) -> None:
     torch.testing.assert_close(loss, expected.detach())
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+FLATTENING: dict[str, Callable[[Any], nn.Module]] = {
+    "first": lambda m: nn.Sequential(nn.Flatten(), m),
+    "behind others": lambda m: nn.Sequential(nn.Identity(), nn.Sequential(nn.Flatten(), nn.Flatten()), *m.layers),
+    "of rows": lambda m: nn.Sequential(nn.Flatten(), m, nn.Flatten()),
+}
+
+
+@pytest.mark.parametrize("given", ["3 dimensions", "4 dimensions", "channels last", "rows"])
+@pytest.mark.parametrize("name", FLATTENING)
+def test_flattens(name: str, given: str, kernels: str) -> None:
+    """As models of images begin."""
+    model = FLATTENING[name](network((12, 6, 3), "tanh", None)).to(kernels)
+    twin = copy.deepcopy(model)
+    x, target = (t.to(kernels) for t in draw((12, 3), 5, "mse_loss"))
+    if given != "rows":
+        x = x.view(5, 3, 4) if given == "3 dimensions" else x.view(5, 3, 2, 2)
+    if given == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    step = step_of(model, "mse_loss")
+    for _ in range(2):
+        loss = step(x, target)
+        assert step.reason is None
+        twin.zero_grad()
+        expected = F.mse_loss(twin(x), target)
+        expected.backward()
+        torch.testing.assert_close(loss, expected.detach())
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+            with torch.no_grad():
+                q.copy_(p)
+
+
+def test_flattens_what_it_is_told_to(kernels: str) -> None:
+    """Dimensions that change between two steps; and none of an input that layers took as it was."""
+    flatten = nn.Flatten()
+    model = nn.Sequential(flatten, network((12, 6, 3), "tanh", None)).to(kernels)
+    x, target = (t.to(kernels) for t in draw((12, 3), 5, "mse_loss"))
+    step = step_of(model, "mse_loss")
+    step(x, target)
+    assert str(step.reason) == "None"
+    flatten.start_dim = 0
+    with pytest.raises(ValueError, match=r"\(5, 12\)|60"):
+        step(x, target)
+    assert step.reason == "it has a Flatten(start_dim=0, end_dim=-1)"
+    late = nn.Sequential(nn.Linear(4, 4), nn.Flatten(1), nn.Linear(4, 3)).double().to(kernels)
+    step = step_of(late, "mse_loss")
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        step(x.view(5, 3, 4), target)
+    assert "two dimensions" in str(step.reason)
 
 
 def test_no_layer(kernels: str) -> None:

@@ -23,6 +23,7 @@ LINEARS = (nn.Linear, Linear, LinearSigmoid)
 READ: dict[type[nn.Module], tuple[str, ...]] = {
     **{kind: known[1:] for kind, known in ACTIVATIONS.items()},
     **dict.fromkeys((nn.Identity, nn.Sequential, FusedSequential), ()),
+    nn.Flatten: ("start_dim", "end_dim"),
     nn.Linear: ("weight", "bias"),
     **dict.fromkeys((Linear, LinearSigmoid), ("weight", "bias", "activation")),
     MLP: ("sizes", "layers", "activation", "output_activation"),
@@ -30,9 +31,13 @@ READ: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 class Perceptron:
-    """The layers of a model, which are read again when one of its modules has changed."""
+    """The layers of a model, which are read again when one of its modules has changed.
+
+    `flattens` says whether what comes before the layers makes a row of each sample, of any number of dimensions.
+    """
 
     def __init__(self) -> None:
+        self.flattens = False
         self._model: nn.Module | None = None  # that they were read off
         self._layers: list[Layer] = []
         self._modules: list[nn.Module] = []
@@ -50,6 +55,7 @@ class Perceptron:
         self.__init__()  # type: ignore[misc]  # which holds nothing of before
         layers = _layers_of(model)
         if not isinstance(layers, str):
+            self.flattens = type(next(_working(model))) is nn.Flatten
             self._remember(model, layers)
         return layers
 
@@ -120,6 +126,11 @@ def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, ActivationLike]]:
                 yield layer, module.output_activation if n == len(layers) else module.activation
 
 
+def _working(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that do something, in the order in which the model calls them."""
+    return (module for module, _ in _modules(model) if type(module) is not nn.Identity)
+
+
 def _layers_of(model: nn.Module) -> list[Layer] | str:
     """The layers of a perceptron in their order, or why it is none."""
     layers: list[Layer] = []
@@ -144,6 +155,8 @@ def _layers_of(model: nn.Module) -> list[Layer] | str:
             layers[-1] = layers[-1]._replace(activation=activation)
         elif isinstance(module, MLP) and any(type(layer) not in LINEARS for layer in module.layers):
             return "a layer of the MLP was replaced"
-        elif kind not in (MLP, nn.Identity):
+        elif isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
+            return f"it has a {module}"
+        elif kind not in (MLP, nn.Identity, nn.Flatten):
             return f"it has a {full_name(module)}"
     return layers or "it has no linear layer"
