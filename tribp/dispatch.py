@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -253,6 +253,13 @@ def autocasting(device_type: str) -> bool:
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """A guard that ends autocast; free where there is none."""
     return torch.autocast(device_type, enabled=False) if autocasting(device_type) else contextlib.nullcontext()
+
+
+def autocast_of(device_type: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """A guard that brings back, later, the autocast that there is now."""
+    if autocasting(device_type):
+        return functools.partial(torch.autocast, device_type, torch.get_autocast_dtype(device_type))
+    return functools.partial(without_autocast, device_type)
 
 
 def autocast(tensor: Tensor) -> Tensor:

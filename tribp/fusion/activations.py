@@ -20,8 +20,8 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.ReLU6: ("relu6",),
     nn.Hardtanh: ("hardtanh", "min_val", "max_val"),
 }
-# Those of which torch's backward keeps the output, as tribp's does: it, too, raises an error where that was changed in
-# place. Of the others it keeps the input, or a copy of that.
+# Those of which torch's backward keeps the output, as tribp's does: both raise an error where that was changed in
+# place. Of the others torch keeps the input, or a copy of that.
 _OUTPUT_KEPT = (nn.Sigmoid, nn.Tanh, nn.ReLU)
 _OUTPUT_KEPT_IN_PLACE = (nn.LeakyReLU, nn.ELU)
 # Those that tribp does not compute, which the report names, and the names of torch's functions.
@@ -61,9 +61,11 @@ def activation_kind(module: nn.Module | None) -> type[nn.Module] | None:
     return next((kind for kind in ACTIVATIONS if isinstance(module, kind)), None)
 
 
-def keeps_output(module: nn.Module) -> bool:
-    """Whether torch's backward needs the output of an activation, so that nothing may change it in place."""
-    return isinstance(module, _OUTPUT_KEPT) or (isinstance(module, _OUTPUT_KEPT_IN_PLACE) and module.inplace)
+def keeps_input(module: nn.Module) -> bool:
+    """Whether it is an activation of which torch's backward does not need the output, which may be changed in place."""
+    if type(module) not in ACTIVATIONS or isinstance(module, _OUTPUT_KEPT):
+        return False
+    return not (isinstance(module, _OUTPUT_KEPT_IN_PLACE) and module.inplace)
 
 
 def activation_like(module: nn.Module) -> ActivationLike:

@@ -29,10 +29,8 @@ from .rows import (
     FusedSequential,
     Step,
     is_plain_sequential,
-    reader_of,
     row_at,
     run,
-    unchanged_behind,
 )
 from .source import EVERY, IS_SCRIPTING, RUN, Called, Instead, Source, Use, call_of_run, codes, shown
 
@@ -62,16 +60,6 @@ FUNCTIONS = {
 }
 
 
-# Other functions whose output shares no memory with their first argument, which they do not change either.
-WRITING_FUNCTIONS = {
-    torchs(F, name)
-    for name in (
-        "linear", "conv2d", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "batch_norm",
-        "layer_norm", "group_norm",
-    )
-}  # fmt: skip
-
-
 class Link(NamedTuple):
     """A call that takes nothing but another call's output."""
 
@@ -93,7 +81,6 @@ class Line(NamedTuple):
     modules: Sequence[Step]
     site: Site = ()  # in a forward
     doubt: str = ""  # why they cannot run together
-    unchanged: bool = False  # whether it is certain that nothing changes the last output in place
 
 
 def lines_of(module: nn.Module, prefix: str, norms: bool) -> list[Line]:
@@ -201,8 +188,7 @@ def _lines(source: Source, module: nn.Module, prefix: str, links: Sequence[Link]
         stop = start + len(choices)
         for n in range(max(map(len, choices), default=0)):
             calls = [choice[min(n, len(choice) - 1)] for choice in choices]
-            line = _line(module, calls, links[start:stop], norms)
-            yield line._replace(unchanged=_is_unchanged(source, links[stop - 1].call))
+            yield _line(module, calls, links[start:stop], norms)
         start = max(stop, start + 1)
 
 
@@ -237,20 +223,14 @@ def _line(module: nn.Module, calls: Sequence[tuple[str, Step]], links: Sequence[
 
 
 def joined(modules: Sequence[Step], where: Sequence[int], norms: bool) -> set[int]:
-    """Where rows of modules begin and end that cross from one place to another; `where` has each module's place.
-
-    A row goes as far as what shows that nothing changes its output, if that matters.
-    """
+    """Where rows of modules begin and end that cross from one place to another; `where` has each module's place."""
     ends: set[int] = set()
     start = 0
     while start < len(modules):
         row = row_at(modules, start, None, norms)
-        last = stop = row[-1].stop if row else start + 1
-        reader = reader_of(modules, stop)
-        if row and reader and reader >= 0 and not unchanged_behind(modules[:stop], row, False):
-            last = reader + 1
-        if where[last - 1] > where[start]:
-            ends |= {where[start], where[last - 1]}
+        stop = row[-1].stop if row else start + 1
+        if where[stop - 1] > where[start]:
+            ends |= {where[start], where[stop - 1]}
         start = stop
     return ends
 
@@ -272,20 +252,6 @@ def _lines_in_doubt(
         if layer is not None and link is not None and called is not None and doubt:
             yield Line([prefix + name, prefix + (key or name)], [layer, called], doubt=doubt)
             break
-
-
-def _is_unchanged(source: Source, call: ast.Call) -> bool:
-    """Whether it is certain that nothing changes a call's output in place: all that takes it writes another tensor."""
-    readers = source.readers(call)
-    return readers is not None and all(_writes(source, *reader) for reader in readers)
-
-
-def _writes(source: Source, value: ast.expr, reader: ast.AST) -> bool:
-    """Whether an expression reads a value, and does not return it, a view of it, or itself changed."""
-    if isinstance(reader, ast.Call) and not any(keyword.arg == "out" for keyword in reader.keywords):
-        meant = source.resolve(reader.func)
-        return callable(meant) and meant in WRITING_FUNCTIONS and reader.args[:1] == [value]
-    return isinstance(reader, ast.BinOp) or (isinstance(reader, ast.UnaryOp) and not isinstance(reader.op, ast.UAdd))
 
 
 def _links(source: Source, call: ast.Call) -> list[Link]:
@@ -502,14 +468,14 @@ def _running(source: Source, sites: Sequence[Site]) -> FunctionType:
     for links in sorted(runs, key=len, reverse=True):  # a part of a longer one is done with it
         if taken.isdisjoint(link.call for link in links):
             taken.update(link.call for link in links)
-            instead |= _instead_of_links(links, values, _is_unchanged(source, links[-1].call))
+            instead |= _instead_of_links(links, values)
     for loop in source.loops():
         if (f"for {source.own_attribute(loop.iter)}",) in sites:
             instead[loop] = _instead_of_loop(loop)
     return source.running(instead, values)
 
 
-def _instead_of_links(links: Sequence[Link], values: dict[str, object], unchanged: bool) -> Mapping[ast.AST, Instead]:
+def _instead_of_links(links: Sequence[Link], values: dict[str, object]) -> Mapping[ast.AST, Instead]:
     """The last call becomes that of `run`; a variable that held an output holds what the first call takes."""
     modules: list[ast.expr] = []
     instead: dict[ast.AST, Instead] = {}
@@ -525,7 +491,7 @@ def _instead_of_links(links: Sequence[Link], values: dict[str, object], unchange
         else:
             modules.append(link.call.func)
     together = ast.Tuple(modules, ast.Load())
-    instead[links[-1].call] = Instead(base, lambda input: call_of_run(together, input, unchanged))
+    instead[links[-1].call] = Instead(base, lambda input: call_of_run(together, input))
     return instead
 
 

@@ -38,13 +38,10 @@ from .rows import (
     parameter,
     row_at,
     runs_in_order,
-    unchanged_behind,
     unreadable,
 )
 
 Entry = TypeVar("Entry", Replaced, Skipped)
-# Of an activation that is called by itself where backward needs what the layers keep.
-UNTRAINED = " where no gradient is wanted: what follows may change the output in place"
 BASES = (nn.Linear, nn.Conv2d, Linear, Conv3x3)
 
 
@@ -184,12 +181,7 @@ class _Plan:
                 if (new or folds) and name not in self.joined:
                     was = " + ".join(shown_name(type(module_of(m))).removeprefix("Fused") for m in modules)
                     once = " once frozen, in evaluation mode" if part.norm is not None and _trains(part) else ""
-                    now = function_of(row) + once
-                    if part is row[-1] and not unchanged_behind(line.modules, row, line.unchanged):
-                        alone = row == [part] and part.function == "linear" and part.norm is None
-                        now += "" if alone else f", with the {type(module_of(modules[-1])).__name__}"
-                        now += UNTRAINED
-                    self.replaced.setdefault(name, Replaced(name, was, now))
+                    self.replaced.setdefault(name, Replaced(name, was, function_of(row) + once))
                 self.joined |= {*names}
                 self.pairs |= {*itertools.pairwise(names)}
             start += not row

@@ -4,6 +4,7 @@ They stay torch's own, each complete where it stands. What is computed together 
 module which is replaced, wrapped, inserted, hooked or moved counts from the next call on.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -14,22 +15,17 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..dispatch import FLOATS, backend
+from ..dispatch import FLOATS, autocast_of, backend
 from ..nn import FORWARDS, Conv3x3, Linear, LinearSigmoid, defined, is_watched
 from ..ops.activations import ActivationLike, activation_of
 from ..ops.conv3x3.op import conv3x3
 from ..ops.linear.op import linear
 from ..ops.mlp.op import mlp
-from .activations import ACTIVATIONS, activation_like, is_torchs, keeps_output, refused
+from .activations import ACTIVATIONS, activation_like, is_torchs, keeps_input, refused
 from .folding import BATCH_NORMS, PLAIN_TYPE_NAMES, can_fold, folded, folds_now, is_folding
 
 STRIDES = {(1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)}  # that conv3x3 takes
 REFUSED = object()
-# Where torch has the modules whose output shares no memory with their input, but for `Identity` and those in place.
-WRITING = {
-    f"torch.nn.modules.{name}"
-    for name in ("activation", "batchnorm", "conv", "instancenorm", "linear", "normalization", "pooling")
-}
 CONV_FORWARD = defined(nn.Conv2d, "_conv_forward")
 
 
@@ -109,10 +105,8 @@ class Applied:
 Step = nn.Module | Applied
 
 
-def run(modules: Iterable[Step], input: Tensor, unchanged: bool = False) -> Tensor:
+def run(modules: Iterable[Step], input: Tensor) -> Tensor:
     """What modules compute that take each other's output.
-
-    unchanged: whether it is certain that nothing changes the last output in place.
 
     Together run: a linear layer or a 3×3 convolution, and the activation behind it; linear layers with one activation
     that follow each other, and another behind, as one `mlp`; a layer and the folded batch norm behind it, where both
@@ -129,8 +123,14 @@ def run(modules: Iterable[Step], input: Tensor, unchanged: bool = False) -> Tens
     # A graph that is compiled or exported may run elsewhere.
     anywhere = backend() == "triton" or is_compiling() or any(map(is_folding, flat))
     while start < len(flat):
-        row = row_at(flat, start, input, unchanged=unchanged) if anywhere or not _on_cpu(input) else []
-        output: Any = _unless_refused(_run_row, row, input) if row else REFUSED
+        row = row_at(flat, start, input) if anywhere or not _on_cpu(input) else []
+        compute = _run_row
+        if row and keeps_input(module_of(flat[row[-1].stop - 1])) and _trains(row, input):
+            if _can_hold_output(input):
+                compute = _run_and_hold_output
+            else:
+                row = _without_last_activation(row)
+        output: Any = _unless_refused(compute, row, input) if row else REFUSED
         if output is REFUSED:
             input, start = flat[start](input), start + 1
         else:
@@ -164,13 +164,11 @@ class Part(NamedTuple):
     stop: int  # the index of what is behind
 
 
-def row_at(
-    modules: Sequence[Step], start: int, input: Tensor | None = None, norms: bool = False, unchanged: bool = False
-) -> list[Part]:
+def row_at(modules: Sequence[Step], start: int, input: Tensor | None = None, norms: bool = False) -> list[Part]:
     """What starts at `start` and runs together: one convolution, or linear layers with one activation between them.
 
     Empty if that module is called. Without an input, it says what can be: with frozen layers in evaluation mode, say.
-    norms: whether every batch norm may be folded, or those that are marked. unchanged: as for `run`.
+    norms: whether every batch norm may be folded, or those that are marked.
     """
     row: list[Part] = []
     stop = start
@@ -181,49 +179,66 @@ def row_at(
         stop = part.stop
         if part.function != "linear" or part.activation is None:
             break
-    if row and input is not None and not unchanged_behind(modules, row, unchanged) and _trains(row, input):
-        stop -= 1
-        row[-1] = row[-1]._replace(activation=None, stop=stop)
     return row if stop > start + 1 else []
-
-
-def unchanged_behind(modules: Sequence[Step], row: Sequence[Part], unchanged: bool) -> bool:
-    """Whether what is behind a row leaves the row's output as it is, or torch, too, would raise an error in backward.
-
-    tribp keeps that output for backward. torch keeps the input of some activations instead, and trains then.
-    """
-    stop = row[-1].stop
-    activation = module_of(modules[stop - 1])
-    if type(activation) not in ACTIVATIONS or keeps_output(activation):
-        return True
-    return unchanged if (reader := reader_of(modules, stop)) is None else reader >= 0
-
-
-def reader_of(modules: Sequence[Step], start: int) -> int | None:
-    """The module that reads a value which the modules from `start` on take, and returns no view of it.
-
-    -1 if one of them may change the value in place, None if all return it, or a view of it, perhaps.
-    """
-    for n in range(start, len(modules)):
-        step, module = modules[n], module_of(modules[n])
-        kind = type(module)
-        own = kind in LAYERS or (kind.__module__.startswith("torch.nn.modules.") and not module._modules)
-        replaced = isinstance(step, Applied) and step.activation is None
-        if not own or replaced or is_watched(module) or getattr(module, "inplace", False):
-            return -1
-        if kind in LAYERS or (kind.__module__ in WRITING and kind is not nn.Identity):
-            return n
-    return None
 
 
 def _trains(row: Sequence[Part], input: Tensor) -> bool:
     """Whether backward may need what a row of layers keeps."""
-    if torch._C._get_tracing_state() is not None:  # jit.trace compares what it records with and without gradients
-        return True
     if not torch.is_grad_enabled():
         return False
     tensors = [input, *(t for part in row for t in (part.weight, part.bias) if t is not None)]
     return any(not isinstance(t, Tensor) or t.requires_grad for t in tensors)  # no tensor: in tracing
+
+
+def _can_hold_output(input: Any) -> bool:
+    """Whether `_run_and_hold_output` can: not where others' hooks keep what is saved, nor while torch.fx traces."""
+    if is_compiling():
+        return True
+    hooks: Any = torch._C._autograd
+    free = hooks._saved_tensors_hooks_is_enabled() and hooks._top_saved_tensors_default_hooks(False) is None
+    return free and isinstance(input, Tensor)
+
+
+def _run_and_hold_output(row: Sequence[Part], input: Tensor) -> Tensor:
+    """`_run_row`, of which the output may be changed in place afterwards, where torch keeps the activation's input.
+
+    For backward tribp keeps the output, which is computed again if it was changed.
+    """
+    if is_compiling():
+        return _run_row(row, input).clone()  # Inductor removes a copy that nothing needs
+    norms = (part.norm.state_dict(keep_vars=True).values() for part in row if part.norm is not None)
+    parameters = [t for part in row for t in (part.weight, part.bias) if t is not None]
+    read = [input, *parameters, *itertools.chain(*norms)]
+    versions, autocast = [*map(_version, read)], autocast_of(input.device.type)
+
+    def keep(t: Tensor) -> tuple[Tensor, int]:
+        return t.detach(), t._version  # of both the versions are the same later, too
+
+    def kept(pair: tuple[Tensor, int]) -> Tensor:
+        t, version = pair
+        if t._version == version:
+            return t
+        if [*map(_version, read)] != versions:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
+                f"input or a parameter of {function_of(row)}"
+            )
+        with autocast():
+            return _run_row(row, input).view(t.shape)  # a single image's has another in the function
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, kept):
+        return _run_row(row, input)
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def _without_last_activation(row: Sequence[Part]) -> list[Part]:
+    """Empty if that leaves a layer by itself."""
+    *before, last = row
+    shorter = [*before, last._replace(activation=None, stop=last.stop - 1)]
+    return shorter if len(shorter) > 1 or last.norm is not None else []
 
 
 def module_of(step: Step) -> nn.Module:

@@ -165,18 +165,6 @@ class Source:
         end = min(map(_end, setting), default=_end(self.tree))
         return [use for name in same if _place(name) <= end and (use := self._taken_by(name))]
 
-    def readers(self, node: ast.expr) -> list[tuple[ast.expr, ast.AST]] | None:
-        """Where the value of `node` stands, and the expressions that take it; None if they are not known."""
-        assign = self.parent[node]
-        if not (variable := _variable(assign)):
-            return [(node, assign)]
-        if held := self._only_load(assign):
-            return [(held, self.parent[held])]
-        if self.tangled or variable in self.captured or isinstance(self.parent[assign], ast.ClassDef):
-            return None
-        outer = [(name, self.parent[name]) for name in self.names if name.id == variable]
-        return [(name, o) for name, o in outer if isinstance(name.ctx, ast.Load) or isinstance(o, ast.AugAssign)]
-
     def _taken_by(self, node: ast.expr) -> Use | None:
         outer = self.parent[node]
         method = outer if isinstance(outer, ast.Attribute) else None
@@ -324,8 +312,8 @@ class Instead(NamedTuple):
     made_of: Callable[[ast.expr], ast.AST]
 
 
-def call_of_run(modules: ast.expr, input: ast.expr, unchanged: bool = False) -> ast.Call:
-    return ast.Call(ast.Name(RUN), [modules, input, *[ast.Constant(True)] * unchanged], [])
+def call_of_run(modules: ast.expr, input: ast.expr) -> ast.Call:
+    return ast.Call(ast.Name(RUN), [modules, input], [])
 
 
 class _Replace(ast.NodeTransformer):
