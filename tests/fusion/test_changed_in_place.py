@@ -30,6 +30,18 @@ OUTPUT_KEPT: list[Callable[[], nn.Module]] = [
 ]  # fmt: skip
 
 
+class Changes(nn.Conv2d):
+    """Changes its input before it reads it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.mul_(2))
+
+
+def with_hook(module: nn.Module) -> nn.Module:
+    module.register_forward_pre_hook(lambda module, inputs: (inputs[0].mul_(2),))
+    return module
+
+
 class Adds(nn.Module):
     """Changes its input."""
 
@@ -86,7 +98,10 @@ def test_an_activation_of_which_torch_keeps_the_output(make: Callable[[], nn.Mod
 # What stands behind the activation, and whether that changes the output.
 BEHIND: dict[str, tuple[Callable[[], list[nn.Module]], bool]] = {
     "nothing": (list, False),
+    "a layer": (lambda: [nn.Conv2d(3, 2, 1)], False),
     "a pool": (lambda: [nn.MaxPool2d(2)], False),
+    "a layer that changes it": (lambda: [Changes(3, 2, 1)], True),
+    "a layer whose hook does": (lambda: [with_hook(nn.Conv2d(3, 2, 1))], True),
     "a view": (lambda: [nn.Flatten()], False),
     "an activation in place": (lambda: [nn.ELU(inplace=True)], True),
     "a view that is changed": (lambda: [nn.Flatten(), nn.ReLU(inplace=True)], True),
@@ -168,6 +183,20 @@ def test_torch_around_it(net: Callable[..., Any], case: str, how: str) -> None:
     expected = grads(copy.deepcopy(model), x)
     tribp.fuse(model)
     torch.testing.assert_close(grads(WAYS[how](model, x), x), expected)
+
+
+def test_a_compiled_model_whose_output_is_changed() -> None:
+    """Outside of its graph. Inside, an activation runs with its layer where another layer is next."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.LeakyReLU(), nn.Conv2d(2, 2, 3), nn.ELU()).double()
+    plain, x = copy.deepcopy(model), torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    tribp.fuse(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x).add_(1).square().sum(), list(model.parameters()))
+    torch.testing.assert_close(found, torch.autograd.grad(plain(x).add_(1).square().sum(), list(plain.parameters())))
+    nodes = [str(node.args) for node in torch.export.export(model, (x,)).graph.nodes if "tribp" in str(node.target)]
+    assert len(nodes) == 2
+    assert ["leaky_relu" in nodes[0], "elu" in nodes[1]] == [True, False]
 
 
 def pair(*behind: nn.Module) -> Any:

@@ -125,7 +125,7 @@ def run(modules: Iterable[Step], input: Tensor) -> Tensor:
     while start < len(flat):
         row = row_at(flat, start, input) if anywhere or not _on_cpu(input) else []
         compute = _run_row
-        if row and keeps_input(module_of(flat[row[-1].stop - 1])) and _trains(row, input):
+        if row and _may_be_changed(flat, row[-1].stop) and _trains(row, input):
             if _can_hold_output(input):
                 compute = _run_and_hold_output
             else:
@@ -182,6 +182,12 @@ def row_at(modules: Sequence[Step], start: int, input: Tensor | None = None, nor
     return row if stop > start + 1 else []
 
 
+def _may_be_changed(modules: Sequence[Step], stop: int) -> bool:
+    """Whether what the module before `stop` returns may be changed in place, for all that torch keeps for backward."""
+    read_alone = stop < len(modules) and type(modules[stop]) in LAYERS and not is_watched(module_of(modules[stop]))
+    return keeps_input(module_of(modules[stop - 1])) and not read_alone
+
+
 def _trains(row: Sequence[Part], input: Tensor) -> bool:
     """Whether backward may need what a row of layers keeps."""
     if not torch.is_grad_enabled():
@@ -191,12 +197,11 @@ def _trains(row: Sequence[Part], input: Tensor) -> bool:
 
 
 def _can_hold_output(input: Any) -> bool:
-    """Whether `_run_and_hold_output` can: not where others' hooks keep what is saved, nor while torch.fx traces."""
-    if is_compiling():
-        return True
+    """Whether `_run_and_hold_output` can: not where a compiler or others' hooks keep what is saved, nor in torch.fx."""
+    if is_compiling() or not isinstance(input, Tensor):
+        return False
     hooks: Any = torch._C._autograd
-    free = hooks._saved_tensors_hooks_is_enabled() and hooks._top_saved_tensors_default_hooks(False) is None
-    return free and isinstance(input, Tensor)
+    return hooks._saved_tensors_hooks_is_enabled() and hooks._top_saved_tensors_default_hooks(False) is None
 
 
 def _run_and_hold_output(row: Sequence[Part], input: Tensor) -> Tensor:
@@ -204,8 +209,6 @@ def _run_and_hold_output(row: Sequence[Part], input: Tensor) -> Tensor:
 
     For backward tribp keeps the output, which is computed again if it was changed.
     """
-    if is_compiling():
-        return _run_row(row, input).clone()  # Inductor removes a copy that nothing needs
     norms = (part.norm.state_dict(keep_vars=True).values() for part in row if part.norm is not None)
     parameters = [t for part in row for t in (part.weight, part.bias) if t is not None]
     read = [input, *parameters, *itertools.chain(*norms)]
