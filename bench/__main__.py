@@ -10,7 +10,7 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # no × in the terminal's encoding is no reason to stop
     try:
-        from .command_line import perform  # imports torch, which takes seconds, and tribp, which reads TRIBP_BACKEND
+        from .options import perform  # imports torch, which takes seconds, and tribp, which reads TRIBP_BACKEND
 
         status = perform(arguments)
         sys.stdout.flush()

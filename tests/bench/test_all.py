@@ -20,8 +20,7 @@ from bench import all as bench_all
 from bench import operation, results, run
 from bench.__main__ import main
 from bench.all import Journal, Step, walk
-from bench.command_line import parse
-from bench.options import Options
+from bench.options import Options, parse
 from bench.timing import CpuMeter
 
 from ..processes import ROOT, forked

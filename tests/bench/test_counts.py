@@ -10,9 +10,8 @@ import pytest
 
 from bench import counts
 from bench.__main__ import main
-from bench.command_line import parse
 from bench.operation import Operation
-from bench.options import Options
+from bench.options import Options, parse
 
 from ..executor.findings import Counts, Traffic
 from ..processes import forked

@@ -16,7 +16,6 @@ import pytest
 
 from bench import sass as machine_code
 from bench import wgmma
-from bench.command_line import parse
 from bench.expectations import (
     AWAITED,
     NO_SPILLS,
@@ -28,6 +27,7 @@ from bench.expectations import (
     vectors,
     wide,
 )
+from bench.options import parse
 from bench.sass import Loop
 from tribp.launch.arch import ARCHS
 from tribp.versions import keeps_shared_tiles, triton_version
