@@ -9,20 +9,14 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import multiprocessing
-import operator
-import os
 import re
-import signal
 import struct
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -38,9 +32,6 @@ from .operation import Operation, describe
 from .options import Options
 from .results import markdown, write_json
 from .sass import MATRIX, Instruction
-from .variant import variant
-
-Result = TypeVar("Result")
 
 # -- a launch, compiled -----------------------------------------------------------------------------------------------
 
@@ -188,69 +179,13 @@ class Kernel:
 
 
 Kernels = dict[str, Kernel]
-Calls = Callable[[Options], Iterable[tuple[Arch, Operation, Any, str]]]  # cases and directions; in every process alike
-Read = Callable[[Code], Result]
 
 
-def read_all(calls: Calls, read: Read[Result], options: Options) -> tuple[Kernels, dict[str, Result]]:
-    """Every kernel that these calls launch, and what `read` makes of it. Each process compiles every jobs-th."""
-    few = sum(1 for _ in itertools.islice(calls(options), 10)) < 10  # take less time than another process to start
-    if options.jobs == 1 or few:
-        kernels = collect(calls(options))
-        return kernels, _read_some(kernels, read)
-    # spawn: the compiler's threads do not survive a fork.
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-        try:
-            with _ctrl_c_waits():
-                shares = [pool.submit(_share, calls, read, options, first) for first in range(options.jobs)]
-            kernels = collect(calls(options))
-            return kernels, dict(itertools.chain.from_iterable(share.result().items() for share in shares))
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-
-
-@contextlib.contextmanager
-def _ctrl_c_waits() -> Iterator[None]:
-    """A terminal sends it to every process. Those that are started here never see it; this one does at the end."""
-    seen: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))  # another thread may get it
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-    if seen:
-        raise KeyboardInterrupt
-
-
-def end_with_parent() -> None:
-    """Called in a child, which would wait for work for ever behind a parent that was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _share(calls: Calls, read: Read[Result], options: Options, first: int) -> dict[str, Result]:
-    with variant(options.set):
-        kernels = collect(calls(options))
-    return _read_some(dict(itertools.islice(kernels.items(), first, None, options.jobs)), read)
-
-
-def _read_some(kernels: Kernels, read: Read[Result]) -> dict[str, Result]:
-    results: dict[str, Result] = {}
+def read_all(kernels: Kernels) -> Iterator[tuple[str, Code]]:
+    """Each kernel's key, and what it was compiled to."""
     for arch, some in itertools.groupby(kernels, lambda key: kernels[key].arch):
         keys = list(some)
-        codes = read_launches([kernels[key].launch for key in keys], arch)
-        results |= zip(keys, map(read, codes), strict=True)
-    return results
+        yield from zip(keys, read_launches([kernels[key].launch for key in keys], arch), strict=True)
 
 
 def collect(calls: Iterable[tuple[Arch, Operation, Any, str]]) -> Kernels:
@@ -323,8 +258,8 @@ def line(r: dict[str, Any]) -> list[object]:
 def main(options: Options) -> int:
     """Compile, print the table and what is broken, write the JSON; 1 if anything is broken."""
     started = time.perf_counter()
-    kernels, codes = read_all(calls, operator.itemgetter(0), options)
-    rows = [row(kernel, codes[key]) for key, kernel in kernels.items()]
+    kernels = collect(calls(options))
+    rows = [row(kernels[key], code) for key, (code, _) in read_all(kernels)]
     print(markdown(HEADER, map(line, rows)))
     failures = [(r, sentence) for r in rows for sentence in r["broken"]]
     seconds = time.perf_counter() - started

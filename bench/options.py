@@ -106,7 +106,6 @@ class Options(argparse.Namespace):
     )  # fmt: skip
     all: bool = option("static", "every type at every shape, for all targets alike; many minutes", **GIVEN)
     model: bool = option("static", "predict the time of what `run` measures", **GIVEN)
-    jobs: int = option("static", "processes (default: 2)", min(2, os.cpu_count() or 1), type=COUNT)
     direction: Sequence[str] = option("counts", "only this one; repeatable", **REPEATED)
     programs: int = option("counts", "executed of each launch (default: 4)", 4, type=COUNT)
     worst: int = option("counts", "list so many memory instructions that waste most", 0, type=int)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tribp.launch.arch import ARCHS, Arch
 
-from ..compile import Code, key_of, read_all
+from ..compile import collect, key_of, read_all
 from ..expectations import Compiled
 from ..operation import Operation, describe
 from ..options import Options
@@ -44,11 +44,6 @@ def floor_us(operation: Operation, case: Any, direction: str, machine: Machine) 
     bits, products = (16, 1) if case.dtype.itemsize == 2 else (32, 1 if case.tf32 else 3)
     rate = 2 * machine.macs[bits] * machine.processors * machine.clock * machine.reached / products
     return floor(operation.work(case, direction), machine.dram, rate if operation.products else None)[0]
-
-
-def with_profile(read: Code) -> Profiled:
-    compiled, code = read
-    return compiled, profile(code) if code else None
 
 
 def predicted(arch: Arch, operation: Operation, case: Any, direction: str, codes: Mapping[str, Profiled]) -> Row:
@@ -117,7 +112,8 @@ def main(options: Options) -> int:
         if target not in MACHINES:
             raise ValueError(f"there is no model of {target}; there is one of {', '.join(MACHINES)}")
     started = time.perf_counter()
-    _, codes = read_all(selected, with_profile, options)
+    kernels = read_all(collect(selected(options)))
+    codes = {key: (compiled, profile(code) if code else None) for key, (compiled, code) in kernels}
     rows = [predicted(*each, codes) for each in selected(options)]
     for target in targets:
         own = [row for row in rows if row["target"] == target]

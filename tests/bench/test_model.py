@@ -524,7 +524,7 @@ def test_an_optimizers_programs_take_turns() -> None:
 
 def test_the_command_predicts_what_run_measures(tmp_path: Path) -> None:
     file, name = tmp_path / "found.json", LinearCase(SQUARISH, BF16).name
-    words = ["--model", "--case", "8192x1024x1024", "--dtype", "bfloat16", "--jobs", "1", "--json", str(file)]
+    words = ["--model", "--case", "8192x1024x1024", "--dtype", "bfloat16", "--json", str(file)]
     done = forked("-m", "bench", "static", "linear", *words)
     assert done.returncode == 0, done.stderr
     found = {(entry["case"], entry["direction"]): entry for entry in json.loads(file.read_text())}

@@ -4,8 +4,10 @@ import concurrent.futures
 import contextlib
 import gc
 import importlib
+import multiprocessing
 import os
 import pkgutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -61,12 +63,23 @@ def _start(target: str) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
 
-    from bench.compile import end_with_parent
     from tests.executed import cases  # noqa: F401
     from tests.executor import executed  # noqa: F401
 
     torch.set_num_threads(1)
-    end_with_parent()
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """Called in a child, which would wait for work for ever behind a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _problems(case: "Case", settings: dict[str, Any]) -> tuple[list[str], set[Form]]:
