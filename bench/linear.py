@@ -245,10 +245,6 @@ OPERATION = Operation(
     directions=("forward", "backward", "wgrad only", "both"),
     providers=providers,
     peers=("eager", "cublaslt", "compile"),
-    columns=[
-        "case", "direction", "tribp", "eager", "cublaslt", "compile", "vs eager", "vs cublaslt", "vs compile",
-        "of floor", "graph", "host", "memory",
-    ],
     workload=workload,
     work=work,
     targets=targets,

@@ -46,24 +46,21 @@ class Case:
         return (std * torch.randn(shape, device=device, dtype=torch.float32)).to(self.dtype)
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """The least that must be done: bytes read and written once, and operations of the case's type."""
 
     bytes: float
     operations: float
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """A float64 result, and the size its error is measured against (the norm of a sum's terms, where it can cancel)."""
 
     value: Tensor
     scale: float
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """tribp is to be `ratio` times as fast as `peer`, or to keep the limit that another quantity sets.
 
     memory: the peer's peak over tribp's. held memory: tribp's between calls over the peer's, at most. bandwidth: the
@@ -102,8 +99,7 @@ class Workload(Protocol):
         """The largest relative error of this result. baseline: the error of torch's own."""
 
 
-@dataclass(frozen=True)
-class KernelTests:
+class KernelTests(NamedTuple):
     """The tests of one operation's kernels: files, and pytest's -k.
 
     compute-sanitizer slows kernels down 10 to 50 times and instruments each when it is loaded. 26 to 84 tests of
@@ -153,10 +149,7 @@ class Operation:
     baseline: str = "eager"  # the provider whose errors are torch's own
     peers: Sequence[str] = ("eager", "compile")  # all providers but tribp
     best_of: Mapping[str, Sequence[str]] = field(default_factory=dict)  # names for the fastest of several peers
-    columns: Sequence[str] = (  # of the table: see `results.COLUMNS`
-        "case", "direction", "tribp", "eager", "compile", "vs eager", "vs compile", "of floor", "graph", "host",
-        "memory",
-    )  # fmt: skip
+    columns: Sequence[str] = ()  # of the table (see `results.COLUMNS`), if not those of a differentiable function
     legend: str = (
         "Times are medians in µs on the device, L2 flushed. Ratios are the other's time over tribp's. The floor is "
         "bytes over the copy's rate, or operations over the product's, whichever is more."

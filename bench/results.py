@@ -162,7 +162,9 @@ COLUMNS: Mapping[str, Callable[[Row], object]] = {
 
 
 def table(operation: Operation, rows: Sequence[Row]) -> str:
-    header = [*operation.columns, "target", "verdict"]
+    versus = [f"vs {peer}" for peer in operation.peers]
+    usual = ["case", "direction", "tribp", *operation.peers, *versus, "of floor", "graph", "host", "memory"]
+    header = [*(operation.columns or usual), "target", "verdict"]
     return markdown(header, [[_cell(row, column) for column in header] for row in rows])
 
 
