@@ -40,24 +40,11 @@ class ConvCase(Case):
         return " ".join([f"{n}x{c}-{o}x{h}x{w}{window}", self.dtype_name, *on])
 
     @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.last else torch.contiguous_format
-
-    @property
-    def input_size(self) -> tuple[int, int, int, int]:
-        n, c, _, h, w = self.shape
-        return n, c, h, w
-
-    @property
-    def weight_size(self) -> tuple[int, int, int, int]:
-        _, c, o, _, _ = self.shape
-        return o, c // self.groups, 3, 3
-
-    @property
-    def output_size(self) -> tuple[int, int, int, int]:
-        n, _, o, h, w = self.shape
+    def sizes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Of the input, the weight and the output."""
+        n, c, o, h, w = self.shape
         p, q = ((length + 2 * PADDING - 3) // self.stride + 1 for length in (h, w))
-        return n, o, p, q
+        return (n, c, h, w), (o, c // self.groups, 3, 3), (n, o, p, q)
 
     @property
     def depthwise(self) -> bool:
@@ -121,8 +108,8 @@ def pairs(length: int, stride: int) -> int:
 
 def work(case: ConvCase, direction: str) -> Work:
     n, c, o, height, width = case.shape
-    x, y = math.prod(case.input_size), math.prod(case.output_size)
-    w, b = 9 * o * c // case.groups, o if case.bias else 0
+    x, w, y = map(math.prod, case.sizes)
+    b = o if case.bias else 0
     operations = 2 * n * o * (c // case.groups) * pairs(height, case.stride) * pairs(width, case.stride)
     dz = y + (y if case.activation else 0)  # dy, and the output for the activation's derivative
     return layer_work(case, direction, x=x, w=w, b=b, y=y, dz=dz, operations=operations)
@@ -163,19 +150,20 @@ def workload(case: ConvCase, device: torch.device) -> DifferentiableWorkload:
     """Fresh inputs, scaled as a trained layer's are: z has a standard deviation near 1, so σ does not saturate."""
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return case.normal(device, *shape, std=std).to(memory_format=case.memory_format)
+        return case.normal(device, *shape, std=std).to(memory_format=layout)
 
-    o, c, *_ = case.weight_size
-    arguments = {"input": normal(*case.input_size), "weight": normal(o, c, 3, 3, std=(9 * c) ** -0.5)}
+    layout = torch.channels_last if case.last else torch.contiguous_format
+    x, w, y = case.sizes
+    arguments = {"input": normal(*x), "weight": normal(*w, std=math.prod(w[1:]) ** -0.5)}
     if case.bias:
-        arguments["bias"] = case.normal(device, o)
-    output_grad = normal(*case.output_size)
+        arguments["bias"] = case.normal(device, w[0])
     options = dict(stride=case.stride, padding=PADDING, groups=case.groups, activation=case.activation)
-    return DifferentiableWorkload(arguments, output_grad, eager, case.tf32, options, images_at_a_time(case))
+    return DifferentiableWorkload(arguments, normal(*y), eager, case.tf32, options, images_at_a_time(case))
 
 
 def images_at_a_time(case: ConvCase) -> int:
-    return max(1, AT_A_TIME // (math.prod(case.input_size[1:]) + math.prod(case.output_size[1:])))
+    x, _, y = case.sizes
+    return max(1, AT_A_TIME // (math.prod(x[1:]) + math.prod(y[1:])))
 
 
 # What is compiled without a GPU: bf16 over all forms, the other types where their rules differ from it.

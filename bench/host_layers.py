@@ -186,14 +186,13 @@ def step_of_model(name: str) -> Callable[[], object]:
 
 
 def step_of_convolutions(dtype: torch.dtype, last: bool) -> Callable[[], object]:
-    def empty(case: ConvCase, *size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=case.dtype).to(memory_format=case.memory_format)
+    layout = torch.channels_last if last else torch.contiguous_format
 
     def step() -> None:
         for case in resnet18(BATCH, dtype, last=last):
-            x, w = (empty(case, *size).requires_grad_() for size in (case.input_size, case.weight_size))
-            y = tribp.conv3x3(x, w, stride=case.stride, padding=1)
-            torch.autograd.grad(y, (x, w), empty(case, *case.output_size))
+            x, w, dy = (torch.empty(size, dtype=dtype).to(memory_format=layout) for size in case.sizes)
+            y = tribp.conv3x3(x.requires_grad_(), w.requires_grad_(), stride=case.stride, padding=1)
+            torch.autograd.grad(y, (x, w), dy)
 
     return step
 

@@ -208,8 +208,8 @@ def test_tensors_lie_as_the_case_says(last: bool) -> None:
     function = conv.eager
     tensors = [asked.arguments["input"], asked.arguments["weight"], asked.output_grad]
     tensors += asked.results(function, "both").values()
-    assert [tuple(t.shape) for t in tensors[:3]] == [case.input_size, case.weight_size, case.output_size]
-    assert case.output_size == (2, 6, 3, 4)
+    assert [tuple(t.shape) for t in tensors[:3]] == list(case.sizes)
+    assert case.sizes[-1] == (2, 6, 3, 4)
     for tensor in tensors:
         assert tensor.is_contiguous(memory_format=torch.channels_last) == last
         assert tensor.is_contiguous() == (not last)
