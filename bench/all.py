@@ -181,8 +181,8 @@ def main(options: Options) -> int:
         code = 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    journal.say(f"\n{journal.table(planned)}\n\n{report.short(folder)}\nwritten to {folder}")
-    report.write(folder)
+    journal.say(f"\n{journal.table(planned)}\n")
+    journal.say(report.write(folder))
     failed = any(journal.entries.get(step.name, {}).get("status") == "failed" for step in planned)
     return code or int(failed)
 

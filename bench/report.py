@@ -15,7 +15,6 @@ from .options import Options
 from .results import Row, markdown
 
 Stored = Mapping[str, dict[str, Any]]  # what each operation's JSON holds, by the operation's name
-MOST_MISSED = 20  # targets in the short form
 ORDER = ("missed", "unmeasured", "met")
 MADE_BY = "Made by `python -m bench report` from the JSON beside it."  # says that a page may be written anew
 
@@ -37,15 +36,17 @@ def main(options: Options) -> int:
             raise ValueError(f"there is no folder {folder}")
     folders = options.folder or [folder for folder in sorted(results.ROOT.glob("*/")) if load(folder)]
     for folder in folders:
-        write(folder)
-        print(f"{folder / 'README.md'}\n{summary(goals(load(folder)))}")
+        print(write(folder))
     if not folders:
         print(f"nothing is measured yet\n\n{targets({})}")
     return 0
 
 
-def write(folder: Path) -> None:
-    """The folder's page and, with matplotlib, its pictures: each operation's bars against the peers and roofline."""
+def write(folder: Path) -> str:
+    """The folder's page and, with matplotlib, its pictures: each operation's bars against the peers and roofline.
+
+    Returns where the page is, and how the targets stand.
+    """
     stored, file = load(folder), folder / "README.md"
     if file.exists() and MADE_BY not in file.read_text(encoding="utf-8"):
         raise ValueError(f"{file} was not written by `bench report`: move it, or give another folder")
@@ -55,6 +56,7 @@ def write(folder: Path) -> None:
             pictures.bars(folder / f"{entry.name}.png", heading, held["rows"], entry.peers)
             pictures.roofline(folder / f"roofline-{entry.name}.png", heading, held["rows"], *ceilings)
     results.write(file, page(folder, stored))
+    return f"{file}\n{summary(goals(stored))}"
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -113,15 +115,6 @@ def targets(stored: Stored) -> str:
 def summary(everything: Sequence[Goal]) -> str:
     counts = Counter(goal.verdict for goal in everything)
     return f"{len(everything)} targets: {', '.join(f'{counts[verdict]} {verdict}' for verdict in ORDER)}."
-
-
-def short(folder: Path) -> str:
-    """How the targets stand, and which are missed, in a few lines."""
-    everything = goals(load(folder))
-    missed = [goal for goal in everything if goal.verdict == "missed"]
-    lines = [f"  missed: {g.operation} {g.case}: {g.target}, measured {g.measured}" for g in missed[:MOST_MISSED]]
-    others = [f"  and {len(missed) - MOST_MISSED} more"] if len(missed) > MOST_MISSED else []
-    return "\n".join([summary(everything), *lines, *others])
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

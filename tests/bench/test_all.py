@@ -338,7 +338,7 @@ def test_a_failing_step_stops_no_other_and_shows_its_last_lines(
     assert "None\n" in log
     table = [line for line in printed.splitlines() if line.startswith("| ")]
     assert [line.split("|")[1].strip() for line in table[1:]] == list(entries)
-    assert re.fullmatch(r"(\d+) targets: 0 missed, \1 unmeasured, 0 met\.", printed.splitlines()[-2])
+    assert re.fullmatch(r"(\d+) targets: 0 missed, \1 unmeasured, 0 met\.", printed.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
