@@ -121,8 +121,9 @@ def summary(everything: Sequence[Goal]) -> str:
 
 
 def page(folder: Path, stored: Stored) -> str:
-    parts = [f"# {title(stored)}", MADE_BY, "## Targets"]
-    parts.append(targets(stored))
+    gpus = sorted({held["gpu"] for held in stored.values() if "gpu" in held})
+    mark = "Smoke test, the times mean nothing: " if any(held["smoke"] for held in stored.values()) else ""
+    parts = [f"# {mark}{', '.join(gpus) or 'No GPU'}", MADE_BY, "## Targets", targets(stored)]
     for entry in operation.find():
         if entry.name in stored:
             parts += section(folder, entry, stored[entry.name])
@@ -137,26 +138,18 @@ def shown(folder: Path) -> str:
     return str(folder.relative_to(results.CHECKOUT)) if folder.is_relative_to(results.CHECKOUT) else folder.name
 
 
-def title(stored: Stored) -> str:
-    gpus = sorted({held["gpu"] for held in stored.values() if "gpu" in held})
-    smoke = any(held["smoke"] for held in stored.values())
-    return ("Smoke test, the times mean nothing: " if smoke else "") + (", ".join(gpus) or "No GPU")
-
-
 def section(folder: Path, entry: Operation, held: dict[str, Any]) -> list[str]:
-    parts = [
+    pictures = [folder / f"{entry.name}.png", folder / f"roofline-{entry.name}.png"]
+    kinds = Counter(kind for row in held["rows"] if (kind := earlier(row, held)))
+    others = ", ".join(f"{rows}{kind}" for kind, rows in sorted(kinds.items()))
+    return [
         f"## {entry.name}: {entry.summary}",
         f"{results.conditions(held)}\n\n{entry.legend}",
         f"To reproduce: `python -m bench run {entry.name} --out {shown(folder)}`",
+        *(f"![{picture.stem}]({picture.name})" for picture in pictures if picture.exists()),
+        *([f"Of {len(held['rows'])} rows, earlier: {others}."] if kinds else []),
+        results.table(entry, held["rows"]),
     ]
-    for picture in (folder / f"{entry.name}.png", folder / f"roofline-{entry.name}.png"):
-        if picture.exists():
-            parts.append(f"![{picture.stem}]({picture.name})")
-    kinds = Counter(kind for row in held["rows"] if (kind := earlier(row, held)))
-    if kinds:
-        others = ", ".join(f"{rows}{kind}" for kind, rows in sorted(kinds.items()))
-        parts.append(f"Of {len(held['rows'])} rows, earlier: {others}.")
-    return [*parts, results.table(entry, held["rows"])]
 
 
 def host_section(folder: Path, held: dict[str, Any]) -> list[str]:

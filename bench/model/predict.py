@@ -30,12 +30,8 @@ def selected(options: Options) -> Iterator[tuple[Arch, Operation, Any, str]]:
 
 def directions(operation: Operation, case: Any) -> list[str]:
     """Those with a target that a time or the launches can meet; "both" is a sum of others."""
-    return [
-        direction
-        for direction in operation.directions
-        if direction != "both"
-        and any(target.quantity in ("time", "bandwidth", "launches") for target in operation.targets(case, direction))
-    ]
+    quantities = {d: {target.quantity for target in operation.targets(case, d)} for d in operation.directions}
+    return [d for d, some in quantities.items() if d != "both" and some & {"time", "bandwidth", "launches"}]
 
 
 def floor_us(operation: Operation, case: Any, direction: str, machine: Machine) -> float:
