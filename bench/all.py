@@ -105,12 +105,9 @@ def plan(out: Path, smoke: bool) -> list[Step]:
 
 def judged(of: Operation) -> int:
     """The first cases that have all of the targets but those against torch.compile."""
-
-    def is_judged(case: Any) -> bool:
-        targets = [target for direction in of.directions for target in of.targets(case, direction)]
-        return any(t.peer != "compile" and t.quantity in ("time", "bandwidth") for t in targets)
-
-    return max((n for n, case in enumerate(of.cases, 1) if is_judged(case)), default=1)
+    cases = enumerate(of.cases, 1)
+    targets = ((n, target) for n, case in cases for d in of.directions for target in of.targets(case, d))
+    return max((n for n, t in targets if t.peer != "compile" and t.quantity in ("time", "bandwidth")), default=1)
 
 
 def sanitizer() -> str | None:
