@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import statistics
 import threading
@@ -24,7 +25,7 @@ import triton
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.cuda import is_current_stream_capturing
-from triton.runtime.cache import get_cache_manager
+from triton.runtime.cache import CacheManager, get_cache_manager
 
 from .. import dispatch
 from ..kernels import common
@@ -85,26 +86,27 @@ def search(
     measure: the time of a config, None if it is wrong or fails; the number says which repetition it is. out_of_time:
     whether to stop here. None if `first` can't be measured.
     """
-    start = measure(first, 0)
-    if start is None:
+
+    def timed(config: C, repetition: int) -> float:
+        took = measure(config, repetition)
+        return math.inf if took is None else took
+
+    times = {first: timed(first, 0)}
+    if times[first] == math.inf:
         return None
-    times: dict[C, float | None] = {first: start}
-    best, fastest = first, start
-    while True:
-        fastest_before = fastest
+    best, gains = first, True
+    while gains and not out_of_time():
+        before = times[best]
         for other in neighbors_of(best):
             if other not in times and not out_of_time():
-                times[other] = measure(other, 0)
-        for other, measured in times.items():
-            if measured is not None and measured < fastest:
-                best, fastest = other, measured
-        if not fastest < (1 - GAIN) * fastest_before or out_of_time():
-            break
+                times[other] = timed(other, 0)
+        best = min(times, key=times.__getitem__)
+        gains = times[best] < (1 - GAIN) * before
     if best == first:
-        return SearchResult(first, start, start)
-    pairs = [(measure(first, n), measure(best, n)) for n in range(1, AGAIN + 1)]
-    before, after = (statistics.median([t or 0.0 for t in side]) for side in zip(*pairs, strict=True))
-    if all(None not in pair for pair in pairs) and after < (1 - GAIN) * before:
+        return SearchResult(first, times[first], times[first])
+    pairs = [(timed(first, n), timed(best, n)) for n in range(1, AGAIN + 1)]
+    before, after = map(statistics.median, zip(*pairs, strict=True))
+    if max(map(max, pairs)) < math.inf and after < (1 - GAIN) * before:
         return SearchResult(best, after, before)
     return SearchResult(first, before, before)
 
@@ -112,18 +114,12 @@ def search(
 class Trial:
     """One call whose configs are searched, on its own tensors; what it writes may hold NaN afterwards."""
 
-    def __init__(
-        self, build: plans.Build, tensors: Sequence[Tensor | None], facts: Mapping[str, object], timer: Timer
-    ) -> None:
-        self._tensors, self._timer = tensors, timer
+    def __init__(self, build: plans.Build, tensors: Sequence[Tensor | None], facts: Mapping[str, object]) -> None:
         layouts = [layout_of(tensor) for tensor in tensors]
         self._call = build, plans.arch_of(layouts), layouts, facts
+        self._tensors = tensors
         self._results: list[Tensor | None] = []
         self._expected: list[Tensor] = []
-
-    @property
-    def _outputs(self) -> list[Tensor]:
-        return [result for result in self._results if result is not None]
 
     def plan(self, configs: Mapping[Any, Any]) -> plans.Plan:
         return plans.build_plan(*self._call, configs)
@@ -132,34 +128,22 @@ class Trial:
         """Those of the call for which no config was found yet."""
         return [problem for problem in self.plan(plans.tuned).configs if problem not in plans.tuned]
 
-    def search(self, problem: Any, over: Callable[[], bool]) -> SearchResult[Any]:
-        """Raises RuntimeError if the heuristic's own config fails."""
+    def time(self, configs: Mapping[Any, Any], timer: Timer) -> float | None:
+        """In µs; None if the results differ, or the compiler or the driver gives up: a tile may be too large."""
         if not self._expected:
             self._results = self.plan(plans.tuned).run(self._tensors)
-            self._expected = [output.clone() for output in self._outputs]
-        result = search(
-            problem.choose(),
-            lambda config: neighbors(problem, config),
-            lambda config, _: self._time({**plans.tuned, problem: config}),
-            over,
-        )
-        if result is None:
-            raise RuntimeError(f"the heuristic's own config fails: {problem}")
-        return result
-
-    def _time(self, configs: Mapping[Any, Any]) -> float | None:
-        """In µs; None if the results differ, or the compiler or the driver gives up: a tile may be too large."""
+            self._expected = [result.clone() for result in self._results if result is not None]
+        outputs = [result for result in self._results if result is not None]
         plan = self.plan(configs)
-        for output in self._outputs:
+        for output in outputs:
             output.fill_(torch.nan)
         try:
             plan.run(self._tensors, self._results)
-            if not all(map(agrees, self._outputs, self._expected)):
-                return None
-            return self._timer(lambda: plan.run(self._tensors, self._results))
+            if all(map(agrees, outputs, self._expected)):
+                return timer(lambda: plan.run(self._tensors, self._results))
         except Exception as error:
             log.info("tribp: %s: %s", list(plan.configs.values()), error)
-            return None
+        return None
 
 
 def agrees(result: Tensor, expected: Tensor) -> bool:
@@ -174,26 +158,13 @@ def agrees(result: Tensor, expected: Tensor) -> bool:
     return bool(norm) and bool(difference.abs().max() <= 2 * limit * b.abs().max())
 
 
-def with_reason(result: SearchResult[Any], problem: Any) -> Any:
-    """The config, with the times that speak for it."""
-    if result.config == problem.choose():
-        said = f"{result.time:.1f} µs, and nothing beside it is faster"
-    else:
-        said = f"{result.time:.1f} µs, the heuristic's choice {result.first_time:.1f} µs"
-    return replace(result.config, reason=f"measured on {problem.arch.name}: {said}")
-
-
-def device_time(action: Callable[[], object]) -> float:
-    """µs on the current CUDA device: the median of several, each with a cold L2."""
-    return statistics.median(stopwatch.device_times(action, 0.01))
-
-
 class Tuner:
     """Searches calls that are new to it. All arguments are there for tests."""
 
     def __init__(
         self,
-        timer: Timer = device_time,
+        # The median of several calls, each with a cold L2.
+        timer: Timer = lambda action: statistics.median(stopwatch.device_times(action, 0.01)),
         on_gpu: Callable[[torch.device], bool] = lambda device: device.type == "cuda" and not dispatch.interpreting(),
         # No time for a search: a CUDA graph is captured, which must not wait, or the compiler looks on.
         busy: Callable[[], bool] = lambda: is_current_stream_capturing() or is_compiling(),
@@ -216,25 +187,21 @@ class Tuner:
         call = (build, *facts.items(), *layouts)
         if call in self._seen or not self.on_gpu(device):
             return
-        with self._lock:
+        with self._lock, dispatch.on_device(device):
             try:
-                trial = Trial(build, tensors, facts, self._timer)
-                with dispatch.on_device(device):
-                    if trial.plan(plans.tuned).results:
-                        self._load(trial)
-                        if self._busy():
-                            return
-                        self._search(trial)
+                trial = Trial(build, tensors, facts)
+                if trial.plan(plans.tuned).results:
+                    self._load(trial)
+                    if self._busy():
+                        return
+                    self._search(trial)
             except Exception as error:
                 log.warning("tribp: the search for configs ended: %s: %s", type(error).__name__, error)
         self._seen.add(call)
 
     def _load(self, trial: Trial) -> None:
-        while True:  # a stored config may raise other problems
-            stored = {problem: load(problem, self._gpu()) for problem in trial.problems()}
-            stored = {problem: config for problem, config in stored.items() if config is not None}
-            if not stored:
-                break
+        # Again and again: a stored config may raise other problems.
+        while stored := {p: config for p in trial.problems() if (config := load(p, self._gpu())) is not None}:
             self._use(stored)
 
     def _search(self, trial: Trial) -> None:
@@ -243,11 +210,26 @@ class Tuner:
             names = ", ".join(type(problem).__name__ for problem in problems)
             log.warning("tribp: TRIBP_AUTOTUNE is on: trying configs for %s, for up to %g s", names, LIMIT)
         while problems and self._clock() < end:
-            config = with_reason(trial.search(problems[0], lambda: self._clock() >= end), problems[0])
+            config = self._fastest(trial, problems[0], end)
             self._use({problems[0]: config})
             log.warning("tribp: %s: %s", type(problems[0]).__name__, config.reason)
             store(problems[0], config, self._gpu())
             problems = trial.problems()  # another config may raise other problems
+
+    def _fastest(self, trial: Trial, problem: Any, end: float) -> Any:
+        """The config, with the times that speak for it. Raises RuntimeError if the heuristic's own config fails."""
+        result = search(
+            problem.choose(),
+            lambda config: neighbors(problem, config),
+            lambda config, _: trial.time({**plans.tuned, problem: config}, self._timer),
+            lambda: self._clock() >= end,
+        )
+        if result is None:
+            raise RuntimeError(f"the heuristic's own config fails: {problem}")
+        said = f"the heuristic's choice {result.first_time:.1f} µs"
+        if result.config == problem.choose():
+            said = "and nothing beside it is faster"
+        return replace(result.config, reason=f"measured on {problem.arch.name}: {result.time:.1f} µs, {said}")
 
     @staticmethod
     def _use(configs: Mapping[Any, Any]) -> None:
@@ -263,14 +245,11 @@ FILE = "tribp_config.json"
 @cache
 def sources() -> str:
     """A digest of what decides how fast configs are and which are legal: kernels, heuristics, and plans."""
-    digest = hashlib.sha256()
     tribp = Path(__file__).parents[1]
     files = [tribp / "versions.py", tribp / "dispatch.py"]
     for folder in (Path(common.__file__).parent, tribp / "launch", tribp / "ops"):
         files += sorted(folder.rglob("*.py"))
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def conditions(gpu: str) -> dict[str, str]:
@@ -278,18 +257,20 @@ def conditions(gpu: str) -> dict[str, str]:
     return {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "sources": sources()}
 
 
-def _key(problem: Any, gpu: str) -> str:
-    return hashlib.sha256("\0".join([repr(problem), *conditions(gpu).values()]).encode()).hexdigest()
+def _cache_of(problem: Any, gpu: str) -> CacheManager:
+    """Where Triton's cache keeps the config of a problem."""
+    key = "\0".join([repr(problem), *conditions(gpu).values()])
+    return get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
 
 
 def load(problem: Any, gpu: str) -> Any:
     """The stored config for a problem; None if there is none, or none that can be read; an unreadable one is logged."""
-    path = get_cache_manager(_key(problem, gpu)).get_file(FILE)
+    path = _cache_of(problem, gpu).get_file(FILE)
     if path is None:
         return None
     try:
         return decode(json.loads(Path(path).read_text(encoding="utf-8")), problem)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         log.warning("tribp: %s holds no config, and is ignored: %s", path, error)
         return None
 
@@ -297,25 +278,16 @@ def load(problem: Any, gpu: str) -> Any:
 def store(problem: Any, config: Any, gpu: str) -> None:
     """What can't be written costs a warning, never a call. Two processes may write: the last one's stays."""
     try:
-        get_cache_manager(_key(problem, gpu)).put(json.dumps(dataclasses.asdict(config)), FILE, binary=False)
+        _cache_of(problem, gpu).put(json.dumps(dataclasses.asdict(config)), FILE, binary=False)
     except OSError as error:
         log.warning("tribp: a config that was found cannot be kept for the next run: %s", error)
 
 
-def decode(fields: object, problem: Any) -> Any:
-    """The config of these fields. Raises ValueError if they are no legal config for the problem."""
-    chosen = problem.choose()
-    known = {field.name for field in dataclasses.fields(chosen)}
-    if not isinstance(fields, dict) or set(fields) != known:
-        raise ValueError(f"not the fields of {type(chosen).__name__}: {fields}")
-    config = type(chosen)(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    )
-    try:
-        legal = problem.is_legal(config)
-    except TypeError:  # a text where a number should be
-        legal = False
-    if not legal:
+def decode(fields: Any, problem: Any) -> Any:
+    """The config of these fields. Raises TypeError or ValueError if they are no legal config for the problem."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in dict(fields).items()}
+    config = type(problem.choose())(**values)
+    if not problem.is_legal(config):
         raise ValueError(f"not legal for {problem}: {config}")
     return config
 
