@@ -9,12 +9,13 @@ Every config carries the `reason` it was chosen for, and the reason begins with 
 
 from typing import Any, Protocol
 
-from .arch import ARCHS, Arch, cdiv, power_of_2
+from .arch import ARCHS, ITEMSIZE, Arch, cdiv, power_of_2
 
 BASES = ("derived", "compiled", "measured")
 REASON_INTERPRETED = "derived: interpreted, a program takes 6 ms whatever its size"
 MAX_TILE = 256  # of a tile's sides, and of a descriptor's
 WORKSPACE = 32 << 20  # bytes that partial results may always take; cuDNN's algorithms ask for as much and more
+SECOND_AXIS = 65_535  # programs along a grid's second axis
 
 
 class Config(Protocol):
@@ -45,8 +46,16 @@ def rows_per_split(m: int, splits: int, block: int) -> int:
 
 
 def whole_splits(m: int, splits: int, block: int) -> int:
-    """As many splits of m rows, or fewer, so that each has whole blocks of them and none is left without."""
+    """As many splits of m rows as are asked for, or fewer: each has whole blocks of them, and none is left without."""
     return cdiv(m, rows_per_split(m, splits, block))
+
+
+def most_parts(elements: int, dtype: str, spare: int = 0) -> int:
+    """Partial results of so many elements that there is room for, in the type that sums are formed in; at least one.
+
+    spare: bytes that they may take if that is more than WORKSPACE.
+    """
+    return max(1, max(spare, WORKSPACE) // (max(4, ITEMSIZE[dtype]) * elements))
 
 
 def register_limit(arch: Arch) -> int | None:

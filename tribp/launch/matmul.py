@@ -32,6 +32,11 @@ class MatmulConfig:
     fuse_dz: bool = False  # form dz = dy·act′ while loading
     max_registers: int | None = None  # a thread; None: as many as ptxas thinks best for occupancy
 
+    @property
+    def stage(self) -> int:
+        """Elements of a stage: a tile of each operand, and of y where dz is formed on load."""
+        return (self.block_i + self.block_j + self.fuse_dz * self.block_i) * self.block_l
+
     def tiles(self, i: int, j: int) -> int:
         return cdiv(i, self.block_i) * cdiv(j, self.block_j)
 
@@ -108,69 +113,74 @@ def feeds_wgmma(config: MatmulConfig, problem: MatmulProblem) -> bool:
     return problem.arch.has_wgmma and config.tma and ITEMSIZE[problem.dtype] == 2
 
 
-def stages_that_fit(config: MatmulConfig, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:
-    """The config's stages, or as many of them as shared memory holds.
+def fit_stages(config: M, problem: MatmulProblem, beside: int = 0) -> M:
+    """The config with as many of its stages as shared memory holds, but at least one. beside: see below."""
+    stages = stages_in_memory(config, problem.dtype, problem.arch, beside)
+    return replace(config, num_stages=max(1, min(config.num_stages, stages)))
 
-    A stage keeps its two operand tiles and `extra` elements; `output` elements stay beside all stages. Compiled: where
-    products take their operands from registers (before Hopper, and AMD), the stage in use is no longer in memory.
+
+def stages_in_memory(config: MatmulConfig, dtype: str, arch: Arch, beside: int = 0) -> int:
+    """How many stages shared memory holds. beside: elements that lie there beside all stages.
+
+    Compiled: where operands lie in registers (before Hopper, and AMD), the stage in use is no longer in memory, and
+    those of a single stage get there one after the other; CUDA's of float64 at once. The tile that a persistent program
+    stores stays beside the stages.
     """
-    return max(1, min(config.num_stages, stages_in_memory(config, itemsize, arch, extra=extra, output=output)))
-
-
-def stages_in_memory(config: MatmulConfig, itemsize: int, arch: Arch, *, extra: int = 0, output: int = 0) -> int:
-    """How many stages shared memory holds; arguments as in `stages_that_fit`.
-
-    Compiled: where operands lie in registers, those of a single stage get there one after the other; CUDA's of float64
-    at once.
-    """
-    i, j, l = config.block_i, config.block_j, config.block_l
-    stage = ((i + j) * l + extra) * itemsize
-    in_memory = (arch.shared_memory - 1024 - output * itemsize) // stage
+    itemsize = ITEMSIZE[dtype]
+    beside += config.persistent * config.block_i * config.block_j
+    in_memory = (arch.shared_memory - 1024 - beside * itemsize) // (config.stage * itemsize)
     if arch.has_tma:
         return in_memory
+    i, j = config.block_i, config.block_j
     at_once = i + j if itemsize == 8 and arch.backend == "cuda" else max(i, j)
-    return in_memory + 1 if in_memory else int(at_once * l * itemsize <= arch.shared_memory)
+    return in_memory + 1 if in_memory else int(at_once * config.block_l * itemsize <= arch.shared_memory)
 
 
-def legal_product(
-    config: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: int, *, extra: int = 0, output: int = 0
-) -> bool:
-    """Whether an i × j result summed over l is computed right, and nothing that was seen to spill is asked for.
+def legal_tile(config: MatmulConfig, problem: MatmulProblem, beside: int = 0) -> bool:
+    """Whether a product, of layers or of images, can be computed in such tiles: threads, memory, operands.
 
-    extra and output as in `stages_that_fit`.
+    beside: as in `stages_in_memory`.
     """
-    arch, itemsize = problem.arch, ITEMSIZE[problem.dtype]
-    tile = config.block_i * config.block_j
     # Prefetching copies nothing asynchronously.
     by_registers = needs_registers(problem, tma=config.tma) and not config.prefetch
+    arch, stages = problem.arch, stages_in_memory(config, problem.dtype, problem.arch, beside)
+    if config.prefetch or arch.backend == "interpreter":  # one pipeline on top of another does not compile
+        stages = 1
+    return (
+        legal_threads(config, arch, wgmma=not by_registers, tile=config.block_i * config.block_j)
+        and min(config.block_i, config.block_j, config.block_l) >= 16
+        and 1 <= config.num_stages <= stages
+        and (not by_registers or config == by_mma_sync(config, problem.precision))
+        and (not config.tma or (problem.tma and arch.has_tma))
+    )
+
+
+def legal_product(config: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: int) -> bool:
+    """Whether an i × j result summed over l is computed right, and nothing that was seen to spill is asked for."""
+    arch, tile = problem.arch, config.block_i * config.block_j
     most, deepest, widest = RESULT_REGISTERS, 128, MAX_TILE
     if config.prefetch:  # what is prefetched lies in registers as well, and where it comes from
         most = RESULT_REGISTERS // (2 if config.num_warps == 8 else 4)
         deepest, widest = 64 if tile <= 32 * 32 else 32, 128
-    stages = stages_in_memory(config, itemsize, arch, extra=extra, output=output)
-    single = config.prefetch or arch.backend == "interpreter"  # one pipeline on top of another does not compile
     return (
-        legal_threads(config, arch, wgmma=not by_registers, tile=tile)
-        and 16 <= config.block_i <= fit_block(widest, i)
-        and 16 <= config.block_j <= fit_block(widest, j)
-        and 16 <= config.block_l <= fit_block(deepest, l)
-        and 1 <= config.num_stages <= (1 if single else stages)
+        legal_tile(config, problem)
+        and config.block_i <= fit_block(widest, i)
+        and config.block_j <= fit_block(widest, j)
+        and config.block_l <= fit_block(deepest, l)
         and registers(tile, problem.dtype, config.num_warps, arch) <= most
-        and (not by_registers or config == by_mma_sync(config, problem.precision))
         # Narrower loads than four bytes are not pipelined.
-        and (problem.tma and arch.has_tma if config.tma else (problem.vec * itemsize < 4) == config.prefetch)
-        and not (config.tma and config.prefetch)
+        and config.prefetch == (not config.tma and problem.vec * ITEMSIZE[problem.dtype] < 4)
         # A single row or column of tiles has one order.
         and 1 <= config.group <= 32
         and (config.group == MatmulConfig.group or (i > config.block_i and j > config.block_j))
     )
 
 
-def adjusted_product(config: M, problem: MatmulProblem, *, extra: int = 0, output: int = 0) -> M:
-    """The config with warps and stages as its tiles and the GPU's memory allow."""
+def adjusted_product(config: M, problem: MatmulProblem, beside: int = 0) -> M:
+    """The config with warps and stages as its tiles and the GPU's memory allow. beside: as in `stages_in_memory`."""
     if needs_registers(problem, tma=config.tma) and not config.prefetch:
         config = by_mma_sync(config, problem.precision)
     if config.block_i * config.block_j < 64 * 64:
         config = replace(config, num_warps=min(config.num_warps, 4))
-    stages = stages_in_memory(config, ITEMSIZE[problem.dtype], problem.arch, extra=extra, output=output)
+    stages = stages_in_memory(config, problem.dtype, problem.arch, beside)
     return replace(config, num_stages=min(config.num_stages, stages))

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from .arch import ITEMSIZE, Arch, cdiv
 from .configs import REASON_INTERPRETED, fit_block, register_limit, rows_per_split, whole_splits
-from .matmul import M, MatmulConfig, MatmulProblem, by_mma_sync, feeds_wgmma, needs_registers, stages_that_fit
+from .matmul import M, MatmulConfig, MatmulProblem, by_mma_sync, feeds_wgmma, fit_stages, needs_registers
 
 # Sums up to which a tile's end takes so long that another program on the processor should hide it. Measured on an H200,
 # in tiles of 128×256 and of 128×128 with four warps, in µs: forward 8192×1024×1024 35.5 and 33.0, 65536×256×784 65.8
@@ -123,8 +123,7 @@ def fit_tile(config: MatmulConfig, problem: MatmulProblem, i: int, j: int, l: in
     """The config, no larger than an i × j result summed over l needs, with the stages that shared memory holds."""
     block_i, block_j, block_l = fit_block(config.block_i, i), fit_block(config.block_j, j), fit_block(config.block_l, l)
     warps = config.num_warps if block_i * block_j >= 64 * 64 else min(config.num_warps, 4)
-    config = replace(config, block_i=block_i, block_j=block_j, block_l=block_l, num_warps=warps)
-    return replace(config, num_stages=stages_that_fit(config, ITEMSIZE[problem.dtype], problem.arch))
+    return fit_stages(replace(config, block_i=block_i, block_j=block_j, block_l=block_l, num_warps=warps), problem)
 
 
 def fills_gpu(programs: int, arch: Arch) -> bool:
@@ -254,4 +253,4 @@ def set_stages(config: M, problem: MatmulProblem, programs: int) -> M:
         config = replace(config, num_stages=min(config.num_stages, 2))
     elif feeds_wgmma(config, problem) and programs <= problem.arch.processors:
         config = replace(config, num_stages=max(config.num_stages, 4))
-    return replace(config, num_stages=stages_that_fit(config, ITEMSIZE[problem.dtype], problem.arch))
+    return fit_stages(config, problem)

@@ -14,9 +14,10 @@ from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
 from ...launch.configs import (
     MAX_TILE,
     REASON_INTERPRETED,
-    WORKSPACE,
+    SECOND_AXIS,
     fit_block,
     legal_threads,
+    most_parts,
     register_limit,
     registers,
     whole_splits,
@@ -27,9 +28,9 @@ from ...launch.matmul import (
     MatmulConfig,
     adjusted_product,
     by_mma_sync,
+    fit_stages,
+    legal_tile,
     needs_registers,
-    stages_in_memory,
-    stages_that_fit,
 )
 from ...launch.neighbors import Steps, all_registers, by_two, toggled
 from ...launch.tiles import LONG_SUM, can_be_part, candidates, fit_tile, pick_tile, set_stages, split_sum
@@ -51,6 +52,11 @@ class ConvConfig(MatmulConfig):
     flat: bool = False  # one loop over taps and channels
     taps: int = 1  # of wgrad: taps of one row that a program sums, and reads dz once for
     x_first: bool = False  # of wgrad: multiply xᵀ·dz and not dzᵀ·x
+
+    @property
+    def stage(self) -> int:
+        """Elements of a stage: of wgrad a tile of dz, and one of x for each tap."""
+        return (self.block_i + self.taps * self.block_j) * self.block_l
 
     def columns(self, channels: int, groups: int) -> int:
         """Tiles across the result's channels, `channels` of them in each group."""
@@ -138,16 +144,22 @@ def sparing(config: ConvConfig, chosen: ConvConfig, n: int, p: int, q: int) -> b
     return max(config.box) <= MAX_TILE and 4 * covered(config) <= 5 * covered(chosen)
 
 
-def legal_splits(config: ConvConfig, n: int, p: int, q: int, share: int, spare: int = 0) -> bool:
-    """Whether there is room for the partial results, of `share` bytes each, and none of them is empty."""
-    boxes = config.boxes(n, p, q)
-    few = config.splits <= min(65_535, max(1, max(spare, WORKSPACE) // share))  # the grid's second axis ends there
-    return few and config.splits == whole_splits(boxes, min(config.splits, boxes), 1)
+def with_splits(config: ConvConfig, n: int, p: int, q: int, tiles: int, arch: Arch) -> ConvConfig:
+    """The config with boxes split between four programs a processor, which hide each other's loads.
+
+    Derived: splits of under four boxes mostly write results. tiles: of channels.
+    """
+    splits = max(1, min(4 * arch.processors // tiles, cdiv(config.boxes(n, p, q), 4)))
+    return adjusted_splits(replace(config, splits=splits), n, p, q)
+
+
+def legal_splits(config: ConvConfig, n: int, p: int, q: int, most: int) -> bool:
+    """Whether there are at most so many splits, and each has boxes."""
+    return config.splits <= min(SECOND_AXIS, most) and config == adjusted_splits(config, n, p, q)
 
 
 def adjusted_splits(config: ConvConfig, n: int, p: int, q: int) -> ConvConfig:
-    boxes = config.boxes(n, p, q)
-    return replace(config, splits=whole_splits(boxes, min(config.splits, boxes), 1))
+    return replace(config, splits=whole_splits(config.boxes(n, p, q), config.splits, 1))
 
 
 def choose_groups_per_tile(groups: int, channels_in: int, channels_out: int, columns: int) -> int:
@@ -215,7 +227,7 @@ class ConvProblem(NamedTuple):
         """Parts of the sum for whose partial results there is room; 1 where the kernel can't split it."""
         if self.classes * self.group_tiles * self.groups_per_tile > 1:
             return 1
-        return max(1, WORKSPACE // (max(4, ITEMSIZE[self.dtype]) * self.n * self.p * self.q * self.j))
+        return most_parts(self.n * self.p * self.q * self.j, self.dtype)
 
     def may_be_part(self, config: MatmulConfig) -> bool:
         """Whether sums in parts of this tile do not spill.
@@ -229,7 +241,14 @@ class ConvProblem(NamedTuple):
     def splits_of(self, config: MatmulConfig) -> int:
         """As many parts as the config has, or fewer, so that each has turns of the loop over taps and channels."""
         turns = 9 * cdiv(self.l, config.block_l)
-        return whole_splits(turns, min(config.splits, self.most_splits, turns), 1)
+        return whole_splits(turns, min(config.splits, self.most_splits), 1)
+
+    @property
+    def largest_tile(self) -> int:
+        """Elements of a result. Compiled: where operands lie in registers beside addresses, larger ones spill."""
+        if self.arch.backend != "cuda" or self.arch.has_tma:
+            return MAX_TILE * MAX_TILE
+        return 128 * 128 if ITEMSIZE[self.dtype] == 2 else 128 * 64 // self.classes
 
     def choose(self) -> ConvConfig:
         n, p, q, j, l, group_tiles, groups_per_tile, classes, dtype, _, arch, *_ = self
@@ -252,10 +271,9 @@ class ConvProblem(NamedTuple):
         # those of a store of single columns (1,064 bytes on sm_90, 7×7 images).
         tiles = [tile for tile in tiles if (tile.tma and not self.wide) or tile.block_j <= 128]
         if arch.backend == "cuda" and not arch.has_tma:
-            # Compiled: operands lie in registers beside those addresses; deeper, or larger in float32, they spill.
-            most = 128 * 128 if ITEMSIZE[dtype] == 2 else 128 * 64 // classes
-            small = [replace(t, block_l=min(t.block_l, 32)) for t in tiles if t.block_i * t.block_j <= most]
-            tiles = small or tiles[-1:]
+            # Compiled: deeper ones spill, too.
+            shallow = [replace(tile, block_l=min(tile.block_l, 32)) for tile in tiles]
+            tiles = [tile for tile in shallow if tile.block_i * tile.block_j <= self.largest_tile] or tiles[-1:]
 
         def covering(tile: MatmulConfig) -> int:
             box = choose_box(tile.block_i, n, p, q, wide=self.wide)
@@ -306,31 +324,22 @@ class ConvProblem(NamedTuple):
         return replace(config, flat=flat, splits=self.splits_of(config) if flat else 1)
 
     def is_legal(self, config: ConvConfig) -> bool:
-        n, p, q, j, l, group_tiles, groups_per_tile, classes, dtype, precision, arch, vec, tma, *_ = self
-        size, tile = ITEMSIZE[dtype], config.block_i * config.block_j
-        chosen = self.choose()
+        n, p, q, j, l, group_tiles, groups_per_tile, _, dtype, _, arch, vec, *_ = self
+        tile, chosen = config.block_i * config.block_j, self.choose()
         # A tile has its groups' columns and sum, and no more.
         diagonal = groups_per_tile > 1 and arch.backend != "interpreter"
-        from_registers = arch.backend == "cuda" and not arch.has_tma
-        deepest = 32 if from_registers else chosen.block_l if diagonal else 128
-        largest = MAX_TILE * MAX_TILE
-        if from_registers:
-            largest = 128 * 128 if size == 2 else 128 * 64 // classes
-        by_registers = needs_registers(self, tma=config.tma)
-        stages = stages_in_memory(config, size, arch)
+        deepest = 32 if arch.backend == "cuda" and not arch.has_tma else chosen.block_l if diagonal else 128
         return (
-            legal_threads(config, arch, wgmma=not by_registers, tile=tile)
-            and 16 <= config.block_i <= (chosen.block_i if diagonal else fit_block(MAX_TILE, n * p * q))
+            legal_tile(config, self)
+            and config.block_i <= (chosen.block_i if diagonal else fit_block(MAX_TILE, n * p * q))
             # Beside more than 128 columns the addresses of pointers, and of stores of single columns, spill.
-            and 16 <= config.block_j <= min(fit_block(MAX_TILE, j), MAX_TILE if config.tma and not self.wide else 128)
+            and config.block_j <= min(fit_block(MAX_TILE, j), MAX_TILE if config.tma and not self.wide else 128)
             and (not diagonal or config.block_j == chosen.block_j)
-            and 16 <= config.block_l <= fit_block(deepest, l)
-            and tile <= largest
+            and config.block_l <= fit_block(deepest, l)
+            and tile <= self.largest_tile
             and not (self.wide and arch.has_wgmma and tile == 128 * 128 and config.num_warps < 8)
             and registers(tile, dtype, config.num_warps, arch) <= RESULT_REGISTERS
-            and 1 <= config.num_stages <= (1 if arch.backend == "interpreter" else stages)
-            and (not by_registers or config == by_mma_sync(config, precision))
-            and (tma and arch.has_tma if config.tma else vec * size >= 4 or not chosen.tma)
+            and (config.tma or vec * ITEMSIZE[dtype] >= 4 or not chosen.tma)
             # A step would read the next pixel.
             and not (config.tma and self.whole and l % config.block_l)
             # By pointers and with 8 warps, https://github.com/pytorch/pytorch/issues/173068: see `conv3x3.convolve`.
@@ -374,7 +383,7 @@ class ConvWgradProblem(NamedTuple):
         return {**STEPS, "box": beside, "splits": by_two, "taps": one_or_three}
 
     def choose(self) -> ConvConfig:
-        n, p, q, o, c, group_tiles, groups_per_tile, dtype, precision, arch, vec, tma, spare = self
+        n, p, q, o, c, group_tiles, groups_per_tile, dtype, precision, arch, vec, tma, _ = self
         size = ITEMSIZE[dtype]
         # Compiled: descriptors of 16 deep tiles take two thirds of the instructions of pointers to 32 deep ones.
         line = choose_line((64, 32) if size == 2 else (32, 16), n, q, dtype, arch) if tma and arch.has_tma else None
@@ -412,13 +421,11 @@ class ConvWgradProblem(NamedTuple):
         tile = replace(tile, tma=tma, max_registers=register_limit(arch) if size >= 4 or few or not tma else None)
         x_first = taps > 1 and not tma and (not arch.has_tma or arch.backend == "interpreter")
         chosen = convolution(tile, box=box, groups_per_tile=groups_per_tile, taps=taps, x_first=x_first)
-        chosen = replace(chosen, num_stages=stages_that_fit(chosen, size, arch, **self._beside_tiles(chosen)))
+        chosen = fit_stages(chosen, self, self._ones(chosen))
         programs = chosen.tiles(o, c) * group_tiles * (9 // taps)
-        share = max(size, 4) * 9 * o * c * group_tiles
-        most = max(1, min(cdiv(chosen.boxes(n, p, q), 8), max(spare, WORKSPACE) // share))
         resident = arch.processors if taps * tile.block_i * tile.block_j > 128 * 128 else 2 * arch.processors
-        splits = max(1, min(resident // programs, most))
-        return replace(chosen, splits=whole_splits(chosen.boxes(n, p, q), splits, 1))
+        splits = max(1, min(resident // programs, cdiv(chosen.boxes(n, p, q), 8), self.most_splits))
+        return adjusted_splits(replace(chosen, splits=splits), n, p, q)
 
     def adjusted(self, config: ConvConfig) -> ConvConfig:
         n, p, q, dtype, arch = self.n, self.p, self.q, self.dtype, self.arch
@@ -428,39 +435,33 @@ class ConvWgradProblem(NamedTuple):
         line = choose_line((config.block_l,), n, q, dtype, arch) if config.tma else None
         if line or prod(config.box) != config.block_l:
             config = replace(config, box=line or choose_box(config.block_l, n, p, q))
-        config = adjusted_product(config, self, **self._beside_tiles(config))
+        config = adjusted_product(config, self, self._ones(config))
         return adjusted_splits(config, n, p, q)
 
-    def _beside_tiles(self, config: ConvConfig) -> dict[str, int]:
-        """What lies in shared memory beside a tile of dz and one of x, as `stages_in_memory` takes it.
+    @property
+    def most_splits(self) -> int:
+        return most_parts(9 * self.o * self.c * self.group_tiles, self.dtype, self.spare)
 
-        Each stage has one of x for each tap. db is the product of dz of 16 bits with 16 columns of ones, which stay.
-        """
-        ones = 16 * config.block_l if ITEMSIZE[self.dtype] == 2 and self.arch.has_tma else 0
-        return dict(extra=(config.taps - 1) * config.block_j * config.block_l, output=ones)
+    def _ones(self, config: ConvConfig) -> int:
+        """16 columns of ones, by which dz of 16 bits is multiplied for db: they stay in shared memory."""
+        return 16 * config.block_l if ITEMSIZE[self.dtype] == 2 and self.arch.has_tma else 0
 
     def is_legal(self, config: ConvConfig) -> bool:
-        n, p, q, o, c, group_tiles, groups_per_tile, dtype, precision, arch, vec, tma, spare = self
-        size, tile = ITEMSIZE[dtype], config.block_i * config.block_j
-        by_registers = needs_registers(self, tma=config.tma)
-        stages = stages_in_memory(config, size, arch, **self._beside_tiles(config))
-        # A descriptor's box is a line: it knows x's edges, but not dz's.
-        line = not config.tma or config.box == choose_line((config.block_l,), n, q, dtype, arch)
+        n, p, q, o, c, _, groups_per_tile, dtype, _, arch, vec, *_ = self
+        results, chosen = config.taps * config.block_i * config.block_j, self.choose()
         return (
-            legal_threads(config, arch, wgmma=not by_registers, tile=tile)
-            and 16 <= config.block_i <= fit_block(128, o)
-            and 16 <= config.block_j <= fit_block(128, c)
-            and 16 <= config.block_l <= 128
-            and config.taps in ((1,) if by_registers else (1, 3))
-            and registers(config.taps * tile, dtype, config.num_warps, arch)
-            <= (DEEPEST if arch.has_tma else DEEPEST // 2)
-            and 1 <= config.num_stages <= (1 if arch.backend == "interpreter" else stages)
-            and (not by_registers or config == by_mma_sync(config, precision))
-            and (tma and arch.has_tma if config.tma else vec * size >= 4 or not self.choose().tma)
-            and line
+            legal_tile(config, self, self._ones(config))
+            and config.block_i <= fit_block(128, o)
+            and config.block_j <= fit_block(128, c)
+            and config.block_l <= 128
+            and config.taps in ((1,) if needs_registers(self, tma=config.tma) else (1, 3))
+            and registers(results, dtype, config.num_warps, arch) <= (DEEPEST if arch.has_tma else DEEPEST // 2)
+            and (config.tma or vec * ITEMSIZE[dtype] >= 4 or not chosen.tma)
+            # A descriptor's box is a line: it knows x's edges, but not dz's.
+            and (not config.tma or config.box == choose_line((config.block_l,), n, q, dtype, arch))
             and prod(config.box) == config.block_l
-            and sparing(config, self.choose(), n, p, q)
-            and legal_splits(config, n, p, q, max(size, 4) * 9 * o * c * group_tiles, spare)
+            and sparing(config, chosen, n, p, q)
+            and legal_splits(config, n, p, q, self.most_splits)
             and (config.groups_per_tile, config.group) == (groups_per_tile, ConvConfig.group)
         )
 
@@ -498,15 +499,11 @@ class RelayoutProblem(NamedTuple):
     def is_legal(self, config: RelayoutConfig) -> bool:
         n, p, c, dtype, arch = self
 
-        def programs(s: RelayoutConfig) -> int:
-            return cdiv(n * cdiv(p, s.block_p), s.tiles)
-
-        few = programs(config) * c * max(4, ITEMSIZE[dtype]) <= WORKSPACE or programs(config) <= programs(self.choose())
+        programs, chosen = (cdiv(n * cdiv(p, s.block_p), s.tiles) for s in (config, self.choose()))
         return (
             legal_threads(config, arch)
-            and few
+            and programs <= min(SECOND_AXIS, max(chosen, most_parts(c, dtype)))
             and 1 <= config.block_p <= min(1024, max(16, power_of_2(p)))
             and 8 <= config.block_c <= min(256, max(32, power_of_2(c)))
             and 64 <= config.block_p * config.block_c <= 4096
-            and programs(config) <= 65_535  # the grid's second axis ends there
         )

@@ -5,9 +5,9 @@ from math import prod
 from typing import NamedTuple
 
 from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
-from ...launch.configs import MAX_TILE, REASON_INTERPRETED, legal_threads, register_limit, whole_splits
+from ...launch.configs import MAX_TILE, REASON_INTERPRETED, legal_threads, most_parts, register_limit
 from ...launch.neighbors import Steps, all_registers, by_two
-from .config import ConvConfig, adjusted_splits, beside, choose_box, legal_splits, with_rows
+from .config import ConvConfig, adjusted_splits, beside, choose_box, legal_splits, with_rows, with_splits
 
 
 class DepthwiseProblem(NamedTuple):
@@ -63,10 +63,7 @@ class DepthwiseProblem(NamedTuple):
         if not wgrad:
             # What begins and ends a box's rows makes fours of them.
             return with_rows(chosen, images, columns, n, p, q, cdiv(c, channels), arch, choices=(30, 14, 6))
-        boxes = chosen.boxes(n, p, q)
-        # Derived: four programs a processor hide each other's loads; splits of under four boxes mostly write results.
-        splits = max(1, min(4 * arch.processors // cdiv(c, channels), cdiv(boxes, 4)))
-        return replace(chosen, splits=whole_splits(boxes, splits, 1))
+        return with_splits(chosen, n, p, q, cdiv(c, channels), arch)
 
     def adjusted(self, config: ConvConfig) -> ConvConfig:
         config = replace(config, block_i=config.box[0] * config.box[2])
@@ -87,5 +84,5 @@ class DepthwiseProblem(NamedTuple):
             and max(images, columns, channels) <= MAX_TILE
             and 64 <= images * columns * channels <= 2048
             and 4 * covered(config) <= 5 * covered(chosen)
-            and (legal_splits(config, n, p, q, max(ITEMSIZE[dtype], 4) * 9 * c) if wgrad else config.splits == 1)
+            and (legal_splits(config, n, p, q, most_parts(9 * c, dtype)) if wgrad else config.splits == 1)
         )

@@ -11,13 +11,13 @@ from ...launch.configs import (
     REASON_INTERPRETED,
     fit_block,
     legal_threads,
+    most_parts,
     register_limit,
     registers,
-    whole_splits,
 )
 from ...launch.matmul import RESULT_REGISTERS, stages_in_memory
 from ...launch.neighbors import Steps, all_registers, by_one, by_two, differs_by_steps
-from .config import ConvConfig, adjusted_splits, beside, choose_box, legal_splits, sparing, with_rows
+from .config import ConvConfig, adjusted_splits, beside, choose_box, legal_splits, sparing, with_rows, with_splits
 
 FEW_CHANNELS = 7  # input channels up to which nine taps of them fit the 64 summed elements of one product
 
@@ -81,10 +81,7 @@ class FewChannelsProblem(NamedTuple):
         box = choose_box(pixels, n, p, q, wide=True)
         stages = few_channels_stages(dtype, arch)
         chosen = ConvConfig(channels, k, pixels, warps, stages, reason, box=box, max_registers=self._limit)
-        boxes = chosen.boxes(n, p, q)
-        # Derived: four programs a processor hide each other's gathers; splits of under four boxes mostly write results.
-        splits = max(1, min(4 * arch.processors // cdiv(o, channels), cdiv(boxes, 4)))
-        return replace(chosen, splits=whole_splits(boxes, splits, 1))
+        return with_splits(chosen, n, p, q, cdiv(o, channels), arch)
 
     @property
     def _limit(self) -> int | None:
@@ -100,9 +97,7 @@ class FewChannelsProblem(NamedTuple):
         n, p, q = self.n, self.p, self.q
         if prod(config.box) != config.block_l:
             config = replace(config, box=choose_box(config.block_l, n, p, q, wide=True))
-        stages = min(
-            few_channels_stages(self.dtype, self.arch), stages_in_memory(config, ITEMSIZE[self.dtype], self.arch)
-        )
+        stages = min(few_channels_stages(self.dtype, self.arch), stages_in_memory(config, self.dtype, self.arch))
         return adjusted_splits(replace(config, num_stages=min(config.num_stages, stages)), n, p, q)
 
     def is_legal(self, config: ConvConfig) -> bool:
@@ -120,7 +115,7 @@ class FewChannelsProblem(NamedTuple):
             and registers(largest, dtype, config.num_warps, arch) <= RESULT_REGISTERS
             and 1 <= config.num_stages <= (few_channels_stages(dtype, arch) if wgrad else 1)
             and sparing(config, chosen, n, p, q)
-            and (legal_splits(config, n, p, q, max(ITEMSIZE[dtype], 4) * 9 * o * c) if wgrad else config.splits == 1)
+            and (legal_splits(config, n, p, q, most_parts(9 * o * c, dtype)) if wgrad else config.splits == 1)
         )
 
 

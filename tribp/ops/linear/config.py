@@ -9,9 +9,10 @@ from typing import NamedTuple
 from ...launch.arch import ITEMSIZE, Arch, cdiv
 from ...launch.configs import (
     REASON_INTERPRETED,
-    WORKSPACE,
+    SECOND_AXIS,
     fit_block,
     legal_threads,
+    most_parts,
     register_limit,
     whole_splits,
 )
@@ -21,9 +22,9 @@ from ...launch.matmul import (
     MatmulProblem,
     adjusted_product,
     feeds_wgmma,
+    fit_stages,
     legal_product,
     needs_registers,
-    stages_that_fit,
 )
 from ...launch.neighbors import Steps, by_one, by_two, differs_by_steps, toggled
 from ...launch.tiles import (
@@ -81,11 +82,10 @@ class ForwardProblem(NamedTuple):
 
     @property
     def most_splits(self) -> int:
-        """That the partial results have room for."""
-        return max(1, min(65_535, WORKSPACE // ((8 if self.dtype == "float64" else 4) * self.m * self.n)))
+        return min(SECOND_AXIS, most_parts(self.m * self.n, self.dtype))
 
     def choose(self) -> MatmulConfig:
-        m, n, k, dtype, arch = self.m, self.n, self.k, self.dtype, self.arch
+        m, n, k = self[:3]
         chosen = choose_product(self, m, n, k)
         if k >= LONG_SUM:
             tiles = [fit_tile(tile, self, m, n, k) for tile in candidates(self, k)]
@@ -94,34 +94,30 @@ class ForwardProblem(NamedTuple):
             return chosen
         if self.costly and not has_room(chosen, self):
             chosen = self.adjusted(replace(chosen, block_j=chosen.block_j // 2))
-        if chosen.tma and chosen.block_i * chosen.block_j > 128 * 128 and chosen.tiles(m, n) > 2 * arch.processors:
+        if chosen.tma and chosen.block_i * chosen.block_j > 128 * 128 and chosen.tiles(m, n) > 2 * self.arch.processors:
             # Published for Triton on an H100: 84–92 % of cuBLAS with persistent programs, 75–85 % with a program a
             # tile. Compiled: the next tile's loads start under the output's store, not under its sigmoid, and the
             # output tile stays in shared memory beside the stages (213 KB with three). The model sees no difference:
             # measure it first.
-            chosen = replace(
-                chosen,
-                persistent=True,
-                num_stages=stages_that_fit(chosen, ITEMSIZE[dtype], arch, output=chosen.block_i * chosen.block_j),
-                reason=chosen.reason + "; persistent: more than two waves of them",
-            )
+            reason = chosen.reason + "; persistent: more than two waves of them"
+            chosen = fit_stages(replace(chosen, persistent=True, reason=reason), self)
         return chosen
 
     def adjusted(self, config: MatmulConfig) -> MatmulConfig:
-        output = config.block_i * config.block_j if config.persistent else 0
-        config = adjusted_product(config, self, output=output)
+        config = adjusted_product(config, self)
         persistent, prefetch = config.persistent and config.tma, config.prefetch and not config.tma
-        splits = min(config.splits, 1 if persistent else cdiv(self.k, config.block_l))
-        splits = whole_splits(self.k, splits, config.block_l)
+        splits = 1 if persistent else whole_splits(self.k, config.splits, config.block_l)
         return replace(config, persistent=persistent, prefetch=prefetch, splits=splits)
 
     def is_legal(self, config: MatmulConfig) -> bool:
-        output = config.block_i * config.block_j if config.persistent else 0
-        plain = config.splits <= self.most_splits and not config.fuse_dz and config.persistent <= config.tma
-        if config.splits > 1:
-            plain = plain and not config.persistent and can_be_part(config, self)
-        plain = plain and (has_room(config, self) or not self.costly)
-        return plain and legal_product(config, self, self.m, self.n, self.k, output=output)
+        return (
+            config.splits <= self.most_splits
+            and (config.splits == 1 or (not config.persistent and can_be_part(config, self)))
+            and not config.fuse_dz
+            and config.persistent <= config.tma
+            and (has_room(config, self) or not self.costly)
+            and legal_product(config, self, self.m, self.n, self.k)
+        )
 
 
 class DgradProblem(NamedTuple):
@@ -225,12 +221,10 @@ class WgradProblem(NamedTuple):
 
     @property
     def most_splits(self) -> int:
-        """That the partial results have room for.
-
-        Measured on an H200: dw and db of 1000×77×333 by 6 programs, for which alone dy's 154 KB have room, took 23 µs;
-        by 24, and dx besides, 20.
+        """Measured on an H200: dw and db of 1000×77×333 by 6 programs, for which alone dy's 154 KB have room, took
+        23 µs; by 24, and dx besides, 20.
         """
-        return max(1, max(self.spare, WORKSPACE) // ((8 if self.dtype == "float64" else 4) * self.n * self.k))
+        return most_parts(self.n * self.k, self.dtype, self.spare)
 
     def choose(self) -> MatmulConfig:
         m, n, k, arch = self.m, self.n, self.k, self.arch
@@ -257,12 +251,10 @@ class WgradProblem(NamedTuple):
 
     def adjusted(self, config: MatmulConfig) -> MatmulConfig:
         config = adjusted_fusion(config, self)
-        splits = min(config.splits, cdiv(self.m, config.block_l))
-        return replace(config, splits=whole_splits(self.m, splits, config.block_l))
+        return replace(config, splits=whole_splits(self.m, config.splits, config.block_l))
 
     def is_legal(self, config: MatmulConfig) -> bool:
-        # The grid's second axis ends at 65,535.
-        plain = config.splits <= min(65_535, self.most_splits) and not config.persistent
+        plain = config.splits <= min(SECOND_AXIS, self.most_splits) and not config.persistent
         return plain and legal_fusion(config, self, self.n, self.k, self.m)
 
 
@@ -314,8 +306,7 @@ class BackwardProblem(NamedTuple):
         return replace(chosen, splits=whole_splits(m, splits, chosen.block_i))
 
     def adjusted(self, config: MatmulConfig) -> MatmulConfig:
-        splits = min(config.splits, cdiv(self.m, config.block_i))
-        return replace(config, splits=whole_splits(self.m, splits, config.block_i))
+        return replace(config, splits=whole_splits(self.m, config.splits, config.block_i))
 
     def is_legal(self, config: MatmulConfig) -> bool:
         n, k, dtype, arch = self.n, self.k, self.dtype, self.arch
@@ -326,7 +317,7 @@ class BackwardProblem(NamedTuple):
             and 16 <= config.block_i <= most.block_i
             and 16 <= config.block_j <= most.block_j
             and 1 <= config.num_stages <= (1 if arch.backend == "interpreter" else (arch.shared_memory - 1024) // stage)
-            and (config.splits <= most.splits or config.splits * n * k * max(4, itemsize) <= WORKSPACE)
+            and config.splits <= max(most.splits, most_parts(n * k, dtype))
             and differs_by_steps(self, config)
         )
 
@@ -346,9 +337,7 @@ def fuse_dz(chosen: MatmulConfig, of: "DgradProblem | WgradProblem") -> MatmulCo
     if cdiv(of.k, chosen.block_j) > most or not chosen.tma:
         return chosen
     reason = f"{chosen.reason}; dz formed on load: at most {most} tile columns"
-    chosen = shallow(replace(chosen, fuse_dz=True, reason=reason))
-    extra = chosen.block_i * chosen.block_l
-    return replace(chosen, num_stages=stages_that_fit(chosen, ITEMSIZE[of.dtype], of.arch, extra=extra))
+    return fit_stages(shallow(replace(chosen, fuse_dz=True, reason=reason)), of)
 
 
 def shallow(config: MatmulConfig) -> MatmulConfig:
@@ -363,15 +352,13 @@ def shallow(config: MatmulConfig) -> MatmulConfig:
 
 def adjusted_fusion(config: MatmulConfig, of: DgradProblem | WgradProblem) -> MatmulConfig:
     fuses = config.fuse_dz and config.tma and not needs_registers(of, tma=config.tma)
-    config = shallow(replace(config, fuse_dz=fuses, prefetch=config.prefetch and not config.tma))
-    return adjusted_product(config, of, extra=config.block_i * config.block_l if fuses else 0)
+    return adjusted_product(shallow(replace(config, fuse_dz=fuses, prefetch=config.prefetch and not config.tma)), of)
 
 
 def legal_fusion(config: MatmulConfig, of: DgradProblem | WgradProblem, i: int, j: int, l: int) -> bool:
     by_registers = needs_registers(of, tma=config.tma)
     fusable = of.may_fuse and config.tma and not by_registers and config == shallow(config)
-    extra = config.block_i * config.block_l if config.fuse_dz else 0
-    return (fusable or not config.fuse_dz) and legal_product(config, of, i, j, l, extra=extra)
+    return (fusable or not config.fuse_dz) and legal_product(config, of, i, j, l)
 
 
 class OutputGradProblem(NamedTuple):
@@ -405,11 +392,9 @@ class OutputGradProblem(NamedTuple):
     def is_legal(self, config: ElementwiseConfig) -> bool:
         m, n, dtype, arch = self
         parts, chosen = cdiv(m, config.rows), self.choose()
-        # The grid's second axis ends at 65,535.
-        few = parts <= 65_535 and parts * n * max(4, ITEMSIZE[dtype]) <= WORKSPACE
         return (
             legal_threads(config, arch)
-            and (few or config.rows >= chosen.rows)
+            and (parts <= min(SECOND_AXIS, most_parts(n, dtype)) or config.rows >= chosen.rows)
             and config.rows % config.block_m == 0
             and config.block_m >= 1
             and 16 <= config.block_n <= fit_block(1024, max(n, 32))
