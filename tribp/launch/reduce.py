@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from ..kernels import common
 from ..kernels import output as kernels
 from ..kernels.activations import Act
@@ -38,13 +36,11 @@ class Partials(NamedTuple):
         return self.partials is not None and self.out is not None and self.partials is not self.out
 
 
-def partials_of(
-    plan: Plan, out: Buffer | None, parts: int, dtype: torch.dtype, shape: tuple[int, ...] | None = None
-) -> Buffer | None:
-    """Room for `parts` partial results of `out`, in its shape or in another; `out` itself if there is only one."""
+def partials_of(plan: Plan, out: Buffer | None, parts: int, shape: tuple[int, ...] | None = None) -> Partials:
+    """`out`, and room for so many partial results of it, in its shape or in another; `out` itself for a single one."""
     if out is None or parts == 1:
-        return out
-    return plan.scratch((parts, *(shape or out.shape)), dtype)
+        return Partials(out, out)
+    return Partials(plan.scratch((parts, *(shape or out.shape)), accumulator(out.dtype)), out)
 
 
 class Sums(NamedTuple):

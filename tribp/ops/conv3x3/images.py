@@ -242,7 +242,7 @@ def relayout(
     pixels, channels = height * width, c if dst is None else dst.shape[1]
     s = plan.config(RelayoutProblem(n, pixels, channels, dtype_name(src.dtype), plan.arch))
     programs = cdiv(n * cdiv(pixels, s.block_p), s.tiles)
-    sums = partials_of(plan, db, programs, accumulator(src.dtype))
+    sums = partials_of(plan, db, programs)
     tensors = [planes(plan, t) for t in (src, y, dst)]
     vec_p, vec_c, vec_dst = (vector_length(src.element_size(), length) for length in (pixels, c, channels))
     of_src, of_y, of_dst = (kernels.Contiguous(plane.pixels, plane.channels, plane.vec) for plane in tensors)
@@ -250,12 +250,12 @@ def relayout(
         kernels.relayout,
         (cdiv(channels, s.block_c), programs),
         (
-            *(plane.strided for plane in tensors), sums, n, pixels, c, channels, s.tiles,
+            *(plane.strided for plane in tensors), sums.partials, n, pixels, c, channels, s.tiles,
         ),
         kernels.Relayout(s.block_p, s.block_c, vec_p, vec_c, vec_dst, of_src, of_y, of_dst, activation),
         s,
     )  # fmt: skip
-    return Partials(sums, db)
+    return sums
 
 
 class Planes(NamedTuple):

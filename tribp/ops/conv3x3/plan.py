@@ -15,7 +15,7 @@ from ...kernels import conv3x3, conv3x3_depthwise, conv3x3_few_channels
 from ...launch.arch import cdiv, power_of_2, precision_of
 from ...launch.buffer import Buffer
 from ...launch.launches import Launch
-from ...launch.layout import accumulator, descriptor, precision_in_kernel, vector_length
+from ...launch.layout import descriptor, precision_in_kernel, vector_length
 from ...launch.plan import Plan
 from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials, sum_parts
 from ..activations import NONE, Activation, as_stored
@@ -292,7 +292,7 @@ def _dense_wgrad(
     arch = plan.arch
     n, groups, (o, cg, *_) = x.shape[0], window.groups, dw.shape
     p, q = dz.tensor.shape[2:]
-    dtype, partial = dtype_name(x.dtype), accumulator(x.dtype)
+    dtype = dtype_name(x.dtype)
     precision = precision_of(dtype, tf32, arch)
     og = o // groups
     groups_per_tile = choose_groups_per_tile(groups, cg, og, 32)
@@ -302,23 +302,23 @@ def _dense_wgrad(
         n, p, q, groups_per_tile * og, groups_per_tile * cg, group_tiles, groups_per_tile, dtype, precision, arch,
         vec=min(vec_o, vec_c), tma=dz.tma and xs.tma and _steppable(x, window), spare=spare,
     ))  # fmt: skip
-    shares, sums = partials_of(plan, dw, s.splits, partial, (o, 9, cg)), partials_of(plan, db, s.splits, partial)
-    assert shares is not None
+    shares, sums = partials_of(plan, dw, s.splits, (o, 9, cg)), partials_of(plan, db, s.splits)
+    assert shares.partials is not None
     in_order = dw.is_contiguous(memory_format=torch.channels_last)
-    precision = precision_in_kernel(precision, s.tma and sums is None)  # db sums dz as it is, not rounded
+    precision = precision_in_kernel(precision, s.tma and db is None)  # db sums dz as it is, not rounded
     arguments = (
         dz.argument(s.tma, s.box, s.block_i, precision), dz.strides,
-        xs.argument(s.tma, s.box, s.block_j, precision, window.stride), xs.strides, shares, sums,
+        xs.argument(s.tma, s.box, s.block_j, precision, window.stride), xs.strides, shares.partials, sums.partials,
         n, *x.shape[2:], groups, og, cg, *window.stride, cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
     constants = conv3x3.Wgrad(
         s.block_i, s.block_j, conv3x3.Box(*s.box), *window.padding, s.taps, groups_per_tile,
         DIAGONAL=groups_per_tile > 1, TMA=s.tma, X_FIRST=s.x_first, TAPS_LAST=s.splits == 1 and not in_order,
-        PRECISION=precision, VEC_O=vec_o, VEC_C=vec_c, VEC_STORE=vector_length(shares.element_size(), cg),
+        PRECISION=precision, VEC_O=vec_o, VEC_C=vec_c, VEC_STORE=vector_length(shares.partials.element_size(), cg),
     )  # fmt: skip
     grid = (s.tiles(groups_per_tile * og, groups_per_tile * cg) * group_tiles * (9 // s.taps), s.splits)
     plan.launch(conv3x3.wgrad, grid, arguments, constants, s)
-    return Partials(shares, dw, None if in_order else (9, cg)), Partials(sums, db)
+    return shares._replace(transposed=None if in_order else (9, cg)), sums
 
 
 def _few_channels_wgrad(
@@ -328,12 +328,12 @@ def _few_channels_wgrad(
     """With y, `dz` holds dy."""
     arch = plan.arch
     (n, c, *_), o, (p, q) = x.shape, dw.shape[0], dz.tensor.shape[2:]
-    dtype, partial = dtype_name(x.dtype), accumulator(x.dtype)
+    dtype = dtype_name(x.dtype)
     s = plan.config(FewChannelsProblem(n, p, q, o, c, dtype, arch, wgrad=True, fused=y is not None))
     ys = None if y is None else with_unit_stride(plan, y, dz.channels_last)
-    shares, sums = partials_of(plan, dw, s.splits, partial), partials_of(plan, db, s.splits, partial)
+    shares, sums = partials_of(plan, dw, s.splits), partials_of(plan, db, s.splits)
     arguments = (
-        dz.strided, None if ys is None else ys.strided, conv3x3.Strided(x, *x.stride()), shares, sums,
+        dz.strided, None if ys is None else ys.strided, conv3x3.Strided(x, *x.stride()), shares.partials, sums.partials,
         n, *x.shape[2:], p, q, o, *window.padding, cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
     vec = dz.vec if ys is None else min(dz.vec, ys.vec)
@@ -345,7 +345,7 @@ def _few_channels_wgrad(
         STEP_W=window.stride[1], VEC=vec, FUSE_DZ=ys is not None, ACT=activation,
     )  # fmt: skip
     plan.launch(conv3x3_few_channels.few_channels_wgrad, (cdiv(o, s.block_i), s.splits), arguments, constants, s)
-    return Partials(shares, dw), Partials(sums, db)
+    return shares, sums
 
 
 def has_few_channels_dgrad(c: int, o: int, window: Window, dtype: torch.dtype) -> bool:
@@ -378,15 +378,14 @@ def _few_channels_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Wi
 
 def _depthwise_wgrad(plan: Plan, dz: Image, x: Buffer, dw: Buffer, db: Buffer | None, window: Window) -> WgradPartials:
     (n, c, *_), (p, q) = x.shape, dz.tensor.shape[2:]
-    partial = accumulator(x.dtype)
     stepped = window.stride != (1, 1)
     s = plan.config(DepthwiseProblem(
         n, p, q, c, dtype_name(x.dtype), plan.arch, channels_last=dz.channels_last, wgrad=True, crowded=stepped
     ))  # fmt: skip
     xs = with_unit_stride(plan, x, dz.channels_last)
-    shares, sums = partials_of(plan, dw, s.splits, partial), partials_of(plan, db, s.splits, partial)
+    shares, sums = partials_of(plan, dw, s.splits), partials_of(plan, db, s.splits)
     arguments = (
-        dz.strided, xs.strided, shares, sums, n, *x.shape[2:], p, q, c, *window.padding,
+        dz.strided, xs.strided, shares.partials, sums.partials, n, *x.shape[2:], p, q, c, *window.padding,
         cdiv(s.boxes(n, p, q), s.splits),
     )  # fmt: skip
     constants = conv3x3_depthwise.Depthwise(
@@ -394,7 +393,7 @@ def _depthwise_wgrad(plan: Plan, dz: Image, x: Buffer, dw: Buffer, db: Buffer | 
         WHOLE=p % s.box[1] == 0,
     )  # fmt: skip
     plan.launch(conv3x3_depthwise.depthwise_wgrad, (cdiv(c, s.block_j), s.splits), arguments, constants, s)
-    return Partials(shares, dw), Partials(sums, db)
+    return shares, sums
 
 
 def _depthwise_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Window) -> Launch:

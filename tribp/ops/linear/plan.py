@@ -210,7 +210,7 @@ def in_one_pass(
     (m, n, k), dtype, s = problem[:3], dx.dtype, plan.config(problem)
     dy, y = dz.dy, dz.y
     _, lower_act, lower_db = lower or (None, None, None)
-    own = [Partials(partials_of(plan, t, s.splits, accumulator(dtype)), t) for t in (dw, dz.db, lower_db)]
+    own = [partials_of(plan, t, s.splits) for t in (dw, dz.db, lower_db)]
     plan.launch(
         kernels.backward,
         (cdiv(k, s.block_j) * s.splits,),
@@ -242,16 +242,16 @@ def form_dw(plan: Plan, dz: OutputGradient, x: Operand, dw: Buffer, precision: s
             tma=all(t.tma for t in read), may_fuse=dz.fusable, spare=spare,
         )
     )  # fmt: skip
-    shares = partials_of(plan, dw, s.splits, accumulator(dtype))
-    assert shares is not None
+    shares = partials_of(plan, dw, s.splits)
+    assert shares.partials is not None
     if s.fuse_dz:
         out = plan.scratch((m, n), dtype) if hand_on else None
-        db = partials_of(plan, dz.db, s.splits, accumulator(dtype))
-        wgrad(plan, dz.dy, dz.y, x, shares, out, db, s, dz.activation, precision)
-        dz.was_formed(out, Partials(db, dz.db))
+        sums = partials_of(plan, dz.db, s.splits)
+        wgrad(plan, dz.dy, dz.y, x, shares.partials, out, sums.partials, s, dz.activation, precision)
+        dz.was_formed(out, sums)
     else:
-        wgrad(plan, dz.formed(), None, x, shares, None, None, s, dz.activation, precision)
-    return Partials(shares, dw)
+        wgrad(plan, dz.formed(), None, x, shares.partials, None, None, s, dz.activation, precision)
+    return shares
 
 
 def form_dx(
@@ -288,7 +288,7 @@ def form_dx(
         s = plan.config(problem(source, None))
     sums = Partials()
     if lower is not None:
-        sums = Partials(partials_of(plan, lower.db, cdiv(m, s.block_i), accumulator(dtype)), lower.db)
+        sums = partials_of(plan, lower.db, cdiv(m, s.block_i))
         lower = lower._replace(db=sums.partials)
     dgrad(plan, source, y, w, dx, s, dz.activation, precision, lower)
     return sums
@@ -304,19 +304,19 @@ def sum_rows(
     *parts, m, n = dy.shape
     s, vec = plan.config(OutputGradProblem(m, n, dtype_name(dy.dtype), plan.arch)), vector_length(dy.element_size(), n)
     blocks = cdiv(m, s.rows)
-    sums = partials_of(plan, db, blocks, accumulator(dy.dtype))
+    sums = partials_of(plan, db, blocks)
     # Compiled: ptxas rounds down to a step of occupancy, and spills: 4 to 8 bytes beside parts, and with Triton 3.9 of
     # float64 in odd rows, each of which has an address.
     limit = register_limit(plan.arch) if parts or (dy.element_size() == 8 and vec == 1) else None
     plan.launch(
         kernels.output_grad,
         (cdiv(n, s.block_n), blocks),  # the second axis ends at 65,535, and n can be larger
-        (dy, y, dz, sums, m, n, parts[0] if parts else None, *dy.stride()[-2:], s.rows),
+        (dy, y, dz, sums.partials, m, n, parts[0] if parts else None, *dy.stride()[-2:], s.rows),
         kernels.OutputGrad(s.block_m, s.block_n, activation, vec, vector_length(dy.element_size(), dy.stride(-2))),
         s,
         max_registers=limit,
     )
-    return Partials(sums, db)
+    return sums
 
 
 def dgrad(
