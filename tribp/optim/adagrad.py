@@ -1,5 +1,7 @@
 """Adagrad."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.adagrad import Adagrad as TorchAdagrad
@@ -32,24 +34,19 @@ class AdagradRule(Rule):
     def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
         return dtype != torch.float16  # in which torch's kernel rounds ε to 0
 
-    def fused_update(self, group: Group, t: FusedTensors) -> None:
-        torch._fused_adagrad_(
-            t.params, t.grads, t.states[0], t.steps, lr=group["lr"], lr_decay=group["lr_decay"],
-            weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
-        )  # fmt: skip
+    def fused_update(self, t: FusedTensors, **arguments: Any) -> None:
+        torch._fused_adagrad_(t.params, t.grads, t.states[0], t.steps, **arguments)
 
     def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
         for p in group["params"]:  # of groups that were added late: torch 2.11 makes no states for those
             if not optimizer.state.get(p):
                 optimizer.state[p]["step"] = torch.zeros((), dtype=counter_dtype(bool(group["fused"])), device="cpu")
                 optimizer.state[p]["sum"] = self.new_state(group, p, "sum", p.dtype)
-        (has_sparse_grad, has_complex), lists = init_group(optimizer, group, 4)
-        params, grads, sums, steps = lists
+        (has_sparse_grad, has_complex), (params, grads, sums, steps) = init_group(optimizer, group, 4)
         torch_adagrad(
-            params, prepare(grads), sums, steps, has_sparse_grad=has_sparse_grad, foreach=group["foreach"],
-            differentiable=group["differentiable"], has_complex=has_complex, lr=group["lr"],
-            weight_decay=group["weight_decay"], lr_decay=group["lr_decay"], eps=group["eps"],
-            maximize=group["maximize"], fused=fused_argument(group, steps),
+            params, prepare(grads), sums, steps, has_sparse_grad=has_sparse_grad, has_complex=has_complex,
+            foreach=group["foreach"], differentiable=group["differentiable"], fused=fused_argument(group, steps),
+            **self.arguments(group),
         )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Adam and AdamW."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.adam import Adam as TorchAdam
@@ -29,25 +31,17 @@ class AdamRule(Rule):
     def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
         return True
 
-    def fused_update(self, group: Group, t: FusedTensors) -> None:
-        run = torch._fused_adamw_ if group.get("decoupled_weight_decay") else torch._fused_adam_
-        beta1, beta2 = group["betas"]
-        run(
-            t.params, t.grads, t.states[0], t.states[1], t.states[2] if group["amsgrad"] else [], t.steps,
-            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
-            amsgrad=group["amsgrad"], maximize=group["maximize"],
-        )  # fmt: skip
+    def fused_update(self, t: FusedTensors, *, decoupled_weight_decay: bool = False, **arguments: Any) -> None:
+        run = torch._fused_adamw_ if decoupled_weight_decay else torch._fused_adam_
+        exp_avgs, exp_avg_sqs, *maxima = t.states
+        run(t.params, t.grads, exp_avgs, exp_avg_sqs, maxima[0] if maxima else [], t.steps, **arguments)
 
     def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
-        has_complex, lists = init_group(optimizer, group, 6)
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
-        beta1, beta2 = group["betas"]
+        has_complex, (params, grads, exp_avgs, exp_avg_sqs, maxima, steps) = init_group(optimizer, group, 6)
         torch_adam(
-            params, prepare(grads), exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad=group["amsgrad"],
-            has_complex=has_complex, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-            eps=group["eps"], maximize=group["maximize"], foreach=group["foreach"], capturable=group["capturable"],
-            differentiable=group["differentiable"], decoupled_weight_decay=group["decoupled_weight_decay"],
-            fused=fused_argument(group, steps),
+            params, prepare(grads), exp_avgs, exp_avg_sqs, maxima, steps, has_complex=has_complex,
+            foreach=group["foreach"], capturable=group["capturable"], differentiable=group["differentiable"],
+            fused=fused_argument(group, steps), **self.arguments(group),
         )  # fmt: skip
 
 

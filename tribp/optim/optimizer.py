@@ -18,6 +18,7 @@ from .rule import Group, Rule
 from .tracked_state import all_or_none
 
 T = TypeVar("T")
+BITS = ("state_bits", "master_bits", "state_dtype")  # options that decide in which form states are kept
 
 
 class SharedAttribute(Generic[T]):
@@ -104,26 +105,23 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             for name, value in self._options.items():
                 param_group.setdefault(name, value)
-            options, caller = enabled_options(param_group, type(self).__name__), type(self).__name__
+            options = self._checked_options(param_group)
             if "seed" in options:
                 param_group["seed"] = options["seed"]  # numpy's, as an int
-            if options.get("eps_inside_sqrt") and not self._rule.adds_eps_to_root:
-                raise TypeError(f"{caller} has no √v + ε, so there is no eps_inside_sqrt")
-            if options.get("state_bits") and self._rule.squares is None:
-                raise TypeError(f"{caller} keeps no states in 8 bits, so there is no state_bits")
         super().add_param_group(param_group)
 
     def _before_step(self) -> None:
         """Last changes to the groups."""
 
-    def _check_bits(self) -> None:
-        """Of groups that were edited, or came with a checkpoint; `add_param_group` raises the same errors."""
+    def _checked_options(self, group: Group) -> Group:
+        """The extra options of a group that are on. Raises ValueError or TypeError for what this class can't do."""
         caller = type(self).__name__
-        for group in self.param_groups:
-            on = {name: group[name] for name in ("state_bits", "master_bits", "state_dtype") if group.get(name)}
-            enabled_options(on, caller)
-            if "state_bits" in on and self._rule.squares is None:
-                raise TypeError(f"{caller} keeps no states in 8 bits, so there is no state_bits")
+        options = enabled_options(group, caller)
+        if options.get("eps_inside_sqrt") and not self._rule.adds_eps_to_root:
+            raise TypeError(f"{caller} has no √v + ε, so there is no eps_inside_sqrt")
+        if options.get("state_bits") and self._rule.squares is None:
+            raise TypeError(f"{caller} keeps no states in 8 bits, so there is no state_bits")
+        return options
 
     # The step.
 
@@ -168,7 +166,8 @@ class Optimizer(torch.optim.Optimizer):
                 if plan is not None:
                     plan.release()  # states that were thrown away must not live until there are others
                 rule = self._rule(self.defaults)
-                self._check_bits()
+                for group in self.param_groups:  # that were edited, or came with a checkpoint
+                    self._checked_options({name: group[name] for name in BITS if group.get(name)})
                 # No harm where the rest of this is refused, or interrupted.
                 codes.conform_all(rule, self, self._is_unused)
                 with all_or_none(self.state):

@@ -1,5 +1,7 @@
 """RMSprop."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -38,11 +40,11 @@ class RMSpropRule(Rule):
             and group["alpha"] < 1 - 4e-8
         )
 
-    def fused_update(self, group: Group, t: FusedTensors) -> None:
+    def fused_update(self, t: FusedTensors, **arguments: Any) -> None:
         """torch has no fused RMSprop, but plain RMSprop is Adam late in its life, with β₁ = 0."""
         torch._fused_adam_(
-            t.params, t.grads, t.scratch, t.states[0], [], t.steps, lr=group["lr"], beta1=0.0, beta2=group["alpha"],
-            weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=group["maximize"],
+            t.params, t.grads, t.scratch, t.states[0], [], t.steps, beta1=0.0, beta2=arguments["alpha"], amsgrad=False,
+            **{name: arguments[name] for name in ("lr", "eps", "weight_decay", "maximize")},
         )  # fmt: skip
 
     def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
@@ -66,10 +68,8 @@ class RMSpropRule(Rule):
         if foreach is None and not group["differentiable"] and together:
             foreach = all(type(p) in PLAIN and p.device.type == "cpu" for p in params) or None
         torch_rmsprop(
-            params, grads, square_avgs, grad_avgs, momentum_buffers, steps, lr=group["lr"],
-            alpha=group["alpha"], eps=group["eps"], weight_decay=group["weight_decay"], momentum=group["momentum"],
-            centered=group["centered"], foreach=foreach, maximize=group["maximize"],
-            differentiable=group["differentiable"], capturable=group["capturable"], has_complex=has_complex,
+            params, grads, square_avgs, grad_avgs, momentum_buffers, steps, has_complex=has_complex, foreach=foreach,
+            differentiable=group["differentiable"], capturable=group["capturable"], **self.arguments(group),
         )  # fmt: skip
 
 

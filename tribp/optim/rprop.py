@@ -30,7 +30,7 @@ class RpropRule(FunctionRule):
         return full_state(p, float(group["lr"]) if name == "step_size" else 0.0, dtype)
 
     def arguments(self, group: Group) -> Group:
-        return self.hyper(group)._asdict()
+        return {**self.hyper(group)._asdict(), "maximize": group["maximize"]}
 
 
 class Rprop(Optimizer, TorchRprop):

@@ -93,8 +93,8 @@ class Rule:
         """Whether one of torch's fused CPU kernels computes this group's update, and right."""
         return False
 
-    def fused_update(self, group: Group, t: FusedTensors) -> None:
-        """The update by that kernel. group: of `for_torch`."""
+    def fused_update(self, t: FusedTensors, **arguments: Any) -> None:
+        """The update by that kernel. arguments: those of `fused_arguments`."""
         raise NotImplementedError
 
     def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
@@ -111,14 +111,17 @@ class Rule:
         """Whether torch keeps a parameter's states of one number on its device, rather than on the CPU."""
         return bool(group.get("capturable") or group.get("fused"))
 
-    def for_torch(self, group: Group) -> Group:
-        """A group's options as torch's fused kernels take them: its other code takes 1 and numpy's numbers, too."""
-        plain = {name: group[name] for name in self.options if name in group}
+    def arguments(self, group: Group) -> Group:
+        """A group's options by the names of torch's functions, which have one for each number of a pair."""
+        single = {name: group[name] for name in self.options if name in group and name != "betas"}
+        return {**self.hyper(group)._asdict(), **single}
+
+    def fused_arguments(self, group: Group) -> Group:
+        """The same as torch's fused kernels take them: its other code takes 1 and numpy's numbers, too."""
+        plain = self.arguments(group)
         for name, value in plain.items():
             if name in FLAGS:
                 plain[name] = bool(value)
-            elif name == "betas":
-                plain[name] = tuple(map(float, value))
             elif not (name == "lr" and isinstance(value, Tensor)):
                 plain[name] = float(value)
         return plain
@@ -214,11 +217,6 @@ class FunctionRule(Rule):
     def states(self, group: Group) -> tuple[str | None, ...]:
         return self._states
 
-    def arguments(self, group: Group) -> Group:
-        """Its own keyword arguments, but for those that each of these functions takes."""
-        single = {name: group[name] for name in self.options if name not in ("betas", "maximize")}
-        return {**single, **self.hyper(group)._asdict()}
-
     def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
         check_fused(group)
         has_complex, (params, grads, *_) = init_group(optimizer, group, 2 + len(self.lists))
@@ -227,6 +225,5 @@ class FunctionRule(Rule):
         with contextlib.nullcontext() if _makes_on_cpu() else torch.device("cpu"):
             type(self).function(
                 params, prepare(grads), *states, has_complex=has_complex, foreach=group["foreach"],
-                maximize=group["maximize"], differentiable=group["differentiable"], capturable=group["capturable"],
-                **self.arguments(group),
+                differentiable=group["differentiable"], capturable=group["capturable"], **self.arguments(group),
             )  # fmt: skip
