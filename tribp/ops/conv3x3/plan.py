@@ -22,12 +22,7 @@ from ..activations import NONE, Activation, as_stored
 from ..checks import check_dtypes, images_fit
 from ..shared import Needs
 from .checks import check_layouts, small_enough
-from .config import (
-    ConvConfig,
-    ConvProblem,
-    ConvWgradProblem,
-    choose_groups_per_tile,
-)
+from .config import ConvConfig, ConvProblem, ConvWgradProblem, choose_groups_per_tile
 from .config_depthwise import DepthwiseProblem
 from .config_few_channels import FEW_CHANNELS, FewChannelsDgradProblem, FewChannelsProblem
 from .images import (
@@ -69,13 +64,14 @@ def forward_layer(
 ) -> None:  # fmt: skip
     """y = act(x ⋆ w + b)."""
     algorithm = algorithm_for(x.shape[1], y.shape[1], window.groups, x)
+    precision = precision_of(dtype_name(x.dtype), tf32, plan.arch)
     b, ys = None if b is None else plan.contiguous(b), dense_image(y)
     if algorithm == "depthwise":
         _depthwise_forward(plan, x, w, b, ys, window, activation)
     elif algorithm == "few_channels":
-        _few_channels_forward(plan, x, w, b, ys, window, activation, tf32)
+        _few_channels_forward(plan, x, w, b, ys, window, activation, precision)
     else:
-        _dense_forward(plan, x, w, b, ys, window, activation, tf32)
+        _dense_forward(plan, x, w, b, ys, window, activation, precision)
 
 
 def _depthwise_forward(
@@ -97,29 +93,26 @@ def _depthwise_forward(
 
 
 def _few_channels_forward(
-    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, activation: Activation, tf32: bool
+    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, activation: Activation, precision: str
 ) -> None:
-    (n, o, p, q), c = y.tensor.shape, x.shape[1]
-    dtype = dtype_name(x.dtype)
+    (n, o, p, q), c, (sh, sw) = y.tensor.shape, x.shape[1], window.stride
     w = _either_order(plan, w)
-    s = plan.config(FewChannelsProblem(n, p, q, o, c, dtype, plan.arch, wgrad=False))
+    s = plan.config(FewChannelsProblem(n, p, q, o, c, dtype_name(x.dtype), plan.arch, wgrad=False))
     xs = conv3x3.Strided(x, *x.stride())
     arguments = (xs, w, b, y.strided, n, *x.shape[2:], p, q, o, *window.padding)
     constants = conv3x3_few_channels.FewChannels(
-        s.block_j, s.block_l, conv3x3.Box(*s.box), c, TAPS_LAST=w.is_contiguous(),
-        PRECISION=precision_of(dtype, tf32, plan.arch), CHANNELS_LAST=y.channels_last, STEP_H=window.stride[0],
-        STEP_W=window.stride[1], VEC_STORE=y.vec, ACT=activation, PTX=plan.arch.backend != "hip",
+        s.block_j, s.block_l, conv3x3.Box(*s.box), c, TAPS_LAST=w.is_contiguous(), PRECISION=precision,
+        CHANNELS_LAST=y.channels_last, STEP_H=sh, STEP_W=sw, VEC_STORE=y.vec, ACT=activation,
+        PTX=plan.arch.backend != "hip",
     )  # fmt: skip
     grid = (s.boxes(n, p, q) * cdiv(o, s.block_j),)
     plan.launch(conv3x3_few_channels.few_channels_forward, grid, arguments, constants, s)
 
 
 def _dense_forward(
-    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, activation: Activation, tf32: bool
+    plan: Plan, x: Buffer, w: Buffer, b: Buffer | None, y: Image, window: Window, activation: Activation, precision: str
 ) -> None:
     (n, o, p, q), groups, arch = y.tensor.shape, window.groups, plan.arch
-    dtype = dtype_name(x.dtype)
-    precision = precision_of(dtype, tf32, arch)
     packing = Packing(plan)
     xs = packing.image(x, groups)
     og, cg = o // groups, xs.tensor.shape[1] // groups
@@ -129,8 +122,8 @@ def _dense_forward(
     group_tiles = cdiv(groups, groups_per_tile)
     vec = _tile_vec(xs, groups, groups_per_tile)
     s = plan.config(ConvProblem(
-        n, p, q, groups_per_tile * og, groups_per_tile * cg, group_tiles, groups_per_tile, 1, dtype, precision, arch,
-        vec=vec, tma=xs.tma and ws.tma and _steppable(x, window), along=True,
+        n, p, q, groups_per_tile * og, groups_per_tile * cg, group_tiles, groups_per_tile, 1, dtype_name(x.dtype),
+        precision, arch, vec=vec, tma=xs.tma and ws.tma and _steppable(x, window), along=True,
         whole=group_tiles > 1 or window.stride[1] == 2, wide=not y.channels_last, stepped=max(window.stride) > 1,
     ))  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
@@ -186,11 +179,11 @@ def backward_layer(
     image_like = dx if dx is not None else x
     c = image_like.shape[1] if image_like is not None else 0
     algorithm = algorithm_for(c, dy.shape[1], window.groups, x)
+    precision = precision_of(dtype_name(dy.dtype), tf32, plan.arch)
     if algorithm == "few_channels" and dw is not None and dx is None:
         assert x is not None
         dys = with_unit_stride(plan, dy, is_channels_last(dy if y is None else y))
-        pending = _few_channels_wgrad(plan, dys, y, x, dw, db, window, activation, tf32)
-        reduce_partials(plan, *pending)
+        reduce_partials(plan, *_few_channels_wgrad(plan, dys, y, x, dw, db, window, activation, precision))
         return
     summed = y is not None or dw is None  # db: on the way to dz, else wgrad has it for nothing
     needed = dx is not None or dw is not None
@@ -206,9 +199,9 @@ def backward_layer(
         if algorithm == "depthwise":
             dgrad = _depthwise_dgrad(plan, dz, w, dx, window)
         elif algorithm == "few_channels" and has_few_channels_dgrad(c, w.shape[0], window, dx.dtype):
-            dgrad = _few_channels_dgrad(plan, dz, w, dx, window, tf32)
+            dgrad = _few_channels_dgrad(plan, dz, w, dx, window, precision)
         else:
-            dgrad, dx_parts = _dense_dgrad(plan, packing, dz, w, dx, window, tf32)
+            dgrad, dx_parts = _dense_dgrad(plan, packing, dz, w, dx, window, precision)
     packing.launch()
     pending = Partials(), Partials()
     if dw is not None:
@@ -218,11 +211,11 @@ def backward_layer(
         if algorithm == "depthwise":
             pending = _depthwise_wgrad(plan, dz, *tensors)
         elif algorithm == "few_channels":
-            pending = _few_channels_wgrad(plan, dz, None, *tensors, NONE, tf32)
+            pending = _few_channels_wgrad(plan, dz, None, *tensors, NONE, precision)
         else:
             assert xs is not None
             spare = (x.numel() if dx is not None else dy.numel()) * x.element_size()
-            pending = _dense_wgrad(plan, dz, xs, *tensors, tf32, spare)
+            pending = _dense_wgrad(plan, dz, xs, *tensors, precision, spare)
     if dgrad is not None and dgrad.kernel is conv3x3.dgrad:
         plan.add(dgrad)
         reduce_partials(plan, dx_parts, *append_sums(plan, *pending, sums))
@@ -244,29 +237,24 @@ def algorithm_for(c: int, o: int, groups: int, x: Buffer | None) -> str:
 
 
 def _dense_dgrad(
-    plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer, window: Window, tf32: bool
+    plan: Plan, packing: Packing, dz: Image, w: Buffer, dx: Buffer, window: Window, precision: str
 ) -> tuple[Launch, Partials]:
     """The launch that writes dx, once `packing` is done, or parts of it, which are left to be added up."""
-    arch = plan.arch
-    (n, c, height, width), (sh, sw), groups = dx.shape, window.stride, window.groups
-    dtype = dtype_name(dx.dtype)
-    precision = precision_of(dtype, tf32, arch)
+    (n, c, height, width), ((sh, sw), _, groups), arch = dx.shape, window, plan.arch
     out = dense_image(dx)
     og = dz.tensor.shape[1] // groups  # with padding
     cg = padded(c, dx.element_size()) if groups == 1 else c // groups
     groups_per_tile = choose_groups_per_tile(groups, cg, og, 64 if arch.has_tma else 32)
     # wgmma takes TF32 from rows that lie along the sum.
     along = precision == "tf32" and groups == 1 and (arch.has_wgmma or arch.backend == "interpreter")
-    if along:
-        ws = _packed_weight(plan, packing, w, cg, og, groups_per_tile, groups, swapped=True)
-    else:
-        ws = _packed_weight(plan, packing, w, og * groups, cg, groups_per_tile, groups)
+    rows, cols = (cg, og) if along else (og * groups, cg)
+    ws = _packed_weight(plan, packing, w, rows, cols, groups_per_tile, groups, swapped=along)
     group_tiles = cdiv(groups, groups_per_tile)
     vec = _tile_vec(dz, groups, groups_per_tile)
     p, q = cdiv(height, sh), cdiv(width, sw)  # of the largest class
     s = plan.config(ConvProblem(
-        n, p, q, groups_per_tile * (c // groups), groups_per_tile * og, group_tiles, groups_per_tile, sh * sw, dtype,
-        precision, arch, vec=vec, tma=dz.tma and ws.tma, along=along, whole=group_tiles > 1,
+        n, p, q, groups_per_tile * (c // groups), groups_per_tile * og, group_tiles, groups_per_tile, sh * sw,
+        dtype_name(dx.dtype), precision, arch, vec=vec, tma=dz.tma and ws.tma, along=along, whole=group_tiles > 1,
         wide=not out.channels_last, stepped=sh * sw > 1,
     ))  # fmt: skip
     precision = precision_in_kernel(precision, s.tma)
@@ -287,20 +275,17 @@ def _dense_dgrad(
 
 
 def _dense_wgrad(
-    plan: Plan, dz: Image, xs: Image, x: Buffer, dw: Buffer, db: Buffer | None, window: Window, tf32: bool, spare: int
-) -> WgradPartials:
-    arch = plan.arch
-    n, groups, (o, cg, *_) = x.shape[0], window.groups, dw.shape
-    p, q = dz.tensor.shape[2:]
-    dtype = dtype_name(x.dtype)
-    precision = precision_of(dtype, tf32, arch)
+    plan: Plan, dz: Image, xs: Image, x: Buffer, dw: Buffer, db: Buffer | None, window: Window, precision: str,
+    spare: int,
+) -> WgradPartials:  # fmt: skip
+    (n, _, p, q), (o, cg, *_), groups = dz.tensor.shape, dw.shape, window.groups
     og = o // groups
     groups_per_tile = choose_groups_per_tile(groups, cg, og, 32)
     group_tiles = cdiv(groups, groups_per_tile)
     vec_o, vec_c = _tile_vec(dz, groups, groups_per_tile), _tile_vec(xs, groups, groups_per_tile)
     s = plan.config(ConvWgradProblem(
-        n, p, q, groups_per_tile * og, groups_per_tile * cg, group_tiles, groups_per_tile, dtype, precision, arch,
-        vec=min(vec_o, vec_c), tma=dz.tma and xs.tma and _steppable(x, window), spare=spare,
+        n, p, q, groups_per_tile * og, groups_per_tile * cg, group_tiles, groups_per_tile, dtype_name(x.dtype),
+        precision, plan.arch, vec=min(vec_o, vec_c), tma=dz.tma and xs.tma and _steppable(x, window), spare=spare,
     ))  # fmt: skip
     shares, sums = partials_of(plan, dw, s.splits, (o, 9, cg)), partials_of(plan, db, s.splits)
     assert shares.partials is not None
@@ -323,13 +308,11 @@ def _dense_wgrad(
 
 def _few_channels_wgrad(
     plan: Plan, dz: Image, y: Buffer | None, x: Buffer, dw: Buffer, db: Buffer | None, window: Window,
-    activation: Activation, tf32: bool,
+    activation: Activation, precision: str,
 ) -> WgradPartials:  # fmt: skip
     """With y, `dz` holds dy."""
-    arch = plan.arch
-    (n, c, *_), o, (p, q) = x.shape, dw.shape[0], dz.tensor.shape[2:]
-    dtype = dtype_name(x.dtype)
-    s = plan.config(FewChannelsProblem(n, p, q, o, c, dtype, arch, wgrad=True, fused=y is not None))
+    (n, c, *_), o, (p, q), (sh, sw) = x.shape, dw.shape[0], dz.tensor.shape[2:], window.stride
+    s = plan.config(FewChannelsProblem(n, p, q, o, c, dtype_name(x.dtype), plan.arch, wgrad=True, fused=y is not None))
     ys = None if y is None else with_unit_stride(plan, y, dz.channels_last)
     shares, sums = partials_of(plan, dw, s.splits), partials_of(plan, db, s.splits)
     arguments = (
@@ -340,9 +323,8 @@ def _few_channels_wgrad(
     if dz.channels_last:
         vec = min(vec, vector_length(x.element_size(), o))
     constants = conv3x3_few_channels.FewChannels(
-        s.block_i, s.block_j, conv3x3.Box(*s.box), c, TAPS_LAST=dw.is_contiguous(),
-        PRECISION=precision_of(dtype, tf32, arch), CHANNELS_LAST=dz.channels_last, STEP_H=window.stride[0],
-        STEP_W=window.stride[1], VEC=vec, FUSE_DZ=ys is not None, ACT=activation,
+        s.block_i, s.block_j, conv3x3.Box(*s.box), c, TAPS_LAST=dw.is_contiguous(), PRECISION=precision,
+        CHANNELS_LAST=dz.channels_last, STEP_H=sh, STEP_W=sw, VEC=vec, FUSE_DZ=ys is not None, ACT=activation,
     )  # fmt: skip
     plan.launch(conv3x3_few_channels.few_channels_wgrad, (cdiv(o, s.block_i), s.splits), arguments, constants, s)
     return shares, sums
@@ -356,13 +338,10 @@ def has_few_channels_dgrad(c: int, o: int, window: Window, dtype: torch.dtype) -
     return c <= 4 and window.stride == (1, 1) and dtype.itemsize <= 4 and o * dtype.itemsize <= 256
 
 
-def _few_channels_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Window, tf32: bool) -> Launch:
-    arch = plan.arch
-    (n, c, height, width), o = dx.shape, w.shape[0]
-    dtype = dtype_name(dx.dtype)
-    precision = precision_of(dtype, tf32, arch)
+def _few_channels_dgrad(plan: Plan, dz: Image, w: Buffer, dx: Buffer, window: Window, precision: str) -> Launch:
+    (n, c, height, width), o, dtype = dx.shape, w.shape[0], dtype_name(dx.dtype)
     w, out = _either_order(plan, w), dense_image(dx)
-    s = plan.config(FewChannelsDgradProblem(n, height, width, o, dtype, precision, arch, dz.tma))
+    s = plan.config(FewChannelsDgradProblem(n, height, width, o, dtype, precision, plan.arch, dz.tma))
     precision = precision_in_kernel(precision, s.tma)
     arguments = (
         dz.argument(s.tma, (s.box[0], 1, s.box[2]), s.block_l, precision), dz.strides, w, out.strided,
