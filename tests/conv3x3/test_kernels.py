@@ -22,14 +22,9 @@ from tribp.launch.plan import Plan, launches_of
 from tribp.launch.reduce import reduce_partials
 from tribp.ops.activations import NONE, Activation
 from tribp.ops.conv3x3 import plan as ops
+from tribp.ops.conv3x3.boxes import ConvConfig, choose_box
 from tribp.ops.conv3x3.checks import small_enough
-from tribp.ops.conv3x3.config import (
-    ConvConfig,
-    ConvProblem,
-    ConvWgradProblem,
-    choose_box,
-    choose_groups_per_tile,
-)
+from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, choose_groups_per_tile
 from tribp.ops.conv3x3.config_depthwise import DepthwiseProblem
 from tribp.ops.conv3x3.config_few_channels import FewChannelsDgradProblem
 from tribp.ops.conv3x3.images import Packing, relayout

@@ -20,8 +20,9 @@ from tribp.launch.neighbors import neighbors
 from tribp.launch.plan import Plan
 from tribp.ops.activations import NONE
 from tribp.ops.conv3x3 import plan as ops
-from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, RelayoutConfig, RelayoutProblem
+from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem
 from tribp.ops.conv3x3.config_few_channels import FewChannelsProblem
+from tribp.ops.conv3x3.config_relayout import RelayoutConfig, RelayoutProblem
 from tribp.ops.conv3x3.images import relayout
 from tribp.ops.conv3x3.reference import Window, conv3x3_backward
 

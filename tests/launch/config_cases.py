@@ -5,9 +5,10 @@ from typing import Any
 
 from tribp.launch.arch import ITEMSIZE, Arch, precision_of
 from tribp.launch.reduce_config import ReduceProblem
-from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, RelayoutProblem
+from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem
 from tribp.ops.conv3x3.config_depthwise import DepthwiseProblem
 from tribp.ops.conv3x3.config_few_channels import FewChannelsDgradProblem, FewChannelsProblem
+from tribp.ops.conv3x3.config_relayout import RelayoutProblem
 from tribp.ops.linear.config import BackwardProblem, DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
 
 PRODUCTS = [(4096, 4096, 4096), (65536, 256, 784), (8192, 1024, 1024), (512, 128, 784), (64, 10, 128), (1000, 77, 333)]

@@ -22,9 +22,10 @@ from tribp.launch.matmul import MatmulConfig
 from tribp.launch.neighbors import neighbors
 from tribp.launch.optim import MultiTensorProblem
 from tribp.launch.reduce_config import ReduceProblem
-from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, RelayoutProblem
+from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem
 from tribp.ops.conv3x3.config_depthwise import DepthwiseProblem
 from tribp.ops.conv3x3.config_few_channels import FewChannelsDgradProblem, FewChannelsProblem
+from tribp.ops.conv3x3.config_relayout import RelayoutProblem
 from tribp.ops.linear.config import BackwardProblem, DgradProblem, ForwardProblem, OutputGradProblem, WgradProblem
 
 from ..conv3x3.cases import ieee as ieee

@@ -1,11 +1,10 @@
-"""Configs of the convolution's kernels, and the heuristics that choose them, each with its reason.
+"""Configs of convolutions as products over boxes of pixels, and the heuristics that choose them.
 
 `tribp.launch.configs` says what a reason begins with, `tribp.launch.neighbors` what the parts of a problem are for.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import fields, replace
 from math import prod
 from typing import NamedTuple
 
@@ -14,9 +13,7 @@ from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
 from ...launch.configs import (
     MAX_TILE,
     REASON_INTERPRETED,
-    SECOND_AXIS,
     fit_block,
-    legal_threads,
     most_parts,
     register_limit,
     registers,
@@ -32,73 +29,11 @@ from ...launch.matmul import (
     legal_tile,
     needs_registers,
 )
-from ...launch.neighbors import Steps, all_registers, by_two, toggled
+from ...launch.neighbors import Steps, by_two, toggled
 from ...launch.tiles import LONG_SUM, can_be_part, candidates, fit_tile, pick_tile, set_stages, split_sum
-
-BoxSize = tuple[int, int, int]
+from .boxes import BoxSize, ConvConfig, adjusted_splits, beside, choose_box, legal_splits, sparing
 
 DEEPEST = 192  # registers a thread may keep of wgrad's results: three of 128×128 with 8 warps
-
-
-@dataclass(frozen=True)
-class ConvConfig(MatmulConfig):
-    """Of a convolution: block_i pixels in a box, block_j channels of the result, block_l summed a step (depthwise: 1).
-
-    Of wgrad: block_l pixels in a box, which are summed, block_i output channels, block_j input channels.
-    """
-
-    box: BoxSize = (1, 1, 1)  # images, rows, columns
-    groups_per_tile: int = 1  # groups that share a tile's columns; more than one make a block-diagonal product
-    flat: bool = False  # one loop over taps and channels
-    taps: int = 1  # of wgrad: taps of one row that a program sums, and reads dz once for
-    x_first: bool = False  # of wgrad: multiply xᵀ·dz and not dzᵀ·x
-
-    @property
-    def stage(self) -> int:
-        """Elements of a stage: of wgrad a tile of dz, and one of x for each tap."""
-        return (self.block_i + self.taps * self.block_j) * self.block_l
-
-    def columns(self, channels: int, groups: int) -> int:
-        """Tiles across the result's channels, `channels` of them in each group."""
-        return cdiv(self.groups_per_tile * channels, self.block_j) * cdiv(groups, self.groups_per_tile)
-
-    def boxes(self, n: int, p: int, q: int, rim: int = 0) -> int:
-        """How many cover n images of p × q, if neighbours share `rim` columns."""
-        return cdiv(n, self.box[0]) * cdiv(p, self.box[1]) * cdiv(q, self.box[2] - rim)
-
-
-@dataclass(frozen=True)
-class RelayoutConfig:
-    """Of a pass from one layout to another: `tiles` tiles of block_p pixels, block_c channels."""
-
-    block_p: int
-    block_c: int
-    tiles: int
-    num_warps: int
-    reason: str
-    max_registers: int | None = None
-
-
-@lru_cache(maxsize=4096)
-def choose_box(pixels: int, n: int, p: int, q: int, *, wide: bool = False) -> BoxSize:
-    """The box of `pixels` pixels that covers n images of p × q with the least that lies outside, or hardly more.
-
-    A box is a constant of its kernel, so the first that will do is taken of a few: training on batches of many sizes
-    then compiles few kernels. wide: columns are contiguous in memory, and of all boxes the widest is best.
-    """
-    if wide:
-        sizes = [1 << k for k in range(pixels.bit_length())]
-        shapes = sorted(((r, c) for c in sizes for r in sizes), key=lambda shape: shape[::-1], reverse=True)
-    else:
-        shapes = [(1, 8), (pixels // 8, 8), (8, 8), (4, 4), (1, 1), (2, 1), (1, pixels), (pixels, 1)]
-    boxes = [(pixels // (rows * cols), rows, cols) for rows, cols in shapes if 0 < rows * cols <= pixels]
-
-    def covered(box: BoxSize) -> int:
-        return cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2])
-
-    share = 8 if wide or pixels > 64 else 3  # an eighth, or a third where little is done
-    least = min(map(covered, boxes))
-    return next(box for box in boxes if share * covered(box) <= (share + 1) * least)
 
 
 def choose_line(lengths: tuple[int, ...], n: int, q: int, dtype: str, arch: Arch) -> BoxSize | None:
@@ -120,48 +55,6 @@ def choose_line(lengths: tuple[int, ...], n: int, q: int, dtype: str, arch: Arch
     return None
 
 
-def beside(box: BoxSize) -> Iterator[BoxSize]:
-    """With one side half or twice as long, and with what is taken off one side given to another."""
-    for side in range(3):
-        for factor in (1, 4):  # in halves
-            if box[side] * factor >= 2:
-                yield _resized(box, {side: factor})
-        if box[side] > 1:
-            yield from (_resized(box, {side: 1, other: 4}) for other in (2, 1, 0) if other != side)
-
-
-def _resized(box: BoxSize, halves: dict[int, int]) -> BoxSize:
-    n, h, w = (length * halves.get(side, 2) // 2 for side, length in enumerate(box))
-    return n, h, w
-
-
-def sparing(config: ConvConfig, chosen: ConvConfig, n: int, p: int, q: int) -> bool:
-    """Whether boxes of a config cover at most a quarter more than those of the heuristic's."""
-
-    def covered(c: ConvConfig) -> int:
-        return c.boxes(n, p, q) * prod(c.box)
-
-    return max(config.box) <= MAX_TILE and 4 * covered(config) <= 5 * covered(chosen)
-
-
-def with_splits(config: ConvConfig, n: int, p: int, q: int, tiles: int, arch: Arch) -> ConvConfig:
-    """The config with boxes split between four programs a processor, which hide each other's loads.
-
-    Derived: splits of under four boxes mostly write results. tiles: of channels.
-    """
-    splits = max(1, min(4 * arch.processors // tiles, cdiv(config.boxes(n, p, q), 4)))
-    return adjusted_splits(replace(config, splits=splits), n, p, q)
-
-
-def legal_splits(config: ConvConfig, n: int, p: int, q: int, most: int) -> bool:
-    """Whether there are at most so many splits, and each has boxes."""
-    return config.splits <= min(SECOND_AXIS, most) and config == adjusted_splits(config, n, p, q)
-
-
-def adjusted_splits(config: ConvConfig, n: int, p: int, q: int) -> ConvConfig:
-    return replace(config, splits=whole_splits(config.boxes(n, p, q), config.splits, 1))
-
-
 def choose_groups_per_tile(groups: int, channels_in: int, channels_out: int, columns: int) -> int:
     """How many groups share a tile: one where it fills a matrix instruction's 16, else enough for so many columns."""
     if groups == 1 or min(channels_in, channels_out) >= 16:
@@ -176,21 +69,6 @@ def one_or_three(taps: int) -> Iterator[int]:
 def convolution(product: MatmulConfig, **extra: object) -> ConvConfig:
     """The config of a product, and what a convolution needs besides."""
     return ConvConfig(**{f.name: getattr(product, f.name) for f in fields(product)}, **extra)  # type: ignore[arg-type]
-
-
-def with_rows(
-    config: ConvConfig, images: int, columns: int, n: int, p: int, q: int, tiles: int, arch: Arch, *, rim: int = 0,
-    choices: tuple[int, ...] = (32, 16, 8, 4),
-) -> ConvConfig:  # fmt: skip
-    """The config, with boxes of as many rows as leave four programs a processor.
-
-    Derived: of two rows each neighbours read both, which is a sixteenth then. tiles: of channels; rim: as in `boxes`.
-    """
-    for rows in choices:
-        config = replace(config, box=(images, rows, columns))
-        if config.boxes(n, p, q, rim) * tiles >= 4 * arch.processors:
-            break
-    return config
 
 
 class ConvProblem(NamedTuple):
@@ -463,47 +341,4 @@ class ConvWgradProblem(NamedTuple):
             and sparing(config, chosen, n, p, q)
             and legal_splits(config, n, p, q, self.most_splits)
             and (config.groups_per_tile, config.group) == (groups_per_tile, ConvConfig.group)
-        )
-
-
-class RelayoutProblem(NamedTuple):
-    """A pass over n images of p pixels and c channels."""
-
-    n: int
-    p: int
-    c: int
-    dtype: str
-    arch: Arch
-
-    def steps(self) -> Steps:
-        return dict(tiles=by_two, block_p=by_two, block_c=by_two, num_warps=by_two, max_registers=all_registers)
-
-    def choose(self) -> RelayoutConfig:
-        n, p, c, dtype, arch = self
-        if arch.backend == "interpreter":
-            return RelayoutConfig(32, 32, 2, 1, REASON_INTERPRETED)
-        # Compiled: 64 channels of a weight take 72 registers, for its taps make no wide access; images beside it take
-        # 56.
-        block_c = min(64 if p > 9 else 32, max(8, power_of_2(c)))
-        block_p = min(2048 // block_c, max(16, power_of_2(p)))
-        if ITEMSIZE[dtype] == 8:
-            block_p = max(1, block_p // 2)
-        programs = max(1, 8 * arch.processors // cdiv(c, block_c))
-        tiles = cdiv(n * cdiv(p, block_p), programs)
-        reason = "derived: 16 elements a thread, 64 × 32: whole sectors on either side"
-        return RelayoutConfig(block_p, block_c, tiles, 4, reason, register_limit(arch))
-
-    def adjusted(self, config: RelayoutConfig) -> RelayoutConfig:
-        return config
-
-    def is_legal(self, config: RelayoutConfig) -> bool:
-        n, p, c, dtype, arch = self
-
-        programs, chosen = (cdiv(n * cdiv(p, s.block_p), s.tiles) for s in (config, self.choose()))
-        return (
-            legal_threads(config, arch)
-            and programs <= min(SECOND_AXIS, max(chosen, most_parts(c, dtype)))
-            and 1 <= config.block_p <= min(1024, max(16, power_of_2(p)))
-            and 8 <= config.block_c <= min(256, max(32, power_of_2(c)))
-            and 64 <= config.block_p * config.block_c <= 4096
         )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ...launch.arch import ITEMSIZE, Arch, cdiv, power_of_2
 from ...launch.configs import MAX_TILE, REASON_INTERPRETED, legal_threads, most_parts, register_limit
 from ...launch.neighbors import Steps, all_registers, by_two
-from .config import ConvConfig, adjusted_splits, beside, choose_box, legal_splits, with_rows, with_splits
+from .boxes import ConvConfig, adjusted_splits, beside, choose_box, legal_splits, with_rows, with_splits
 
 
 class DepthwiseProblem(NamedTuple):
@@ -62,7 +62,7 @@ class DepthwiseProblem(NamedTuple):
         )
         if not wgrad:
             # What begins and ends a box's rows makes fours of them.
-            return with_rows(chosen, images, columns, n, p, q, cdiv(c, channels), arch, choices=(30, 14, 6))
+            return with_rows(chosen, n, p, q, cdiv(c, channels), arch, choices=(30, 14, 6))
         return with_splits(chosen, n, p, q, cdiv(c, channels), arch)
 
     def adjusted(self, config: ConvConfig) -> ConvConfig:

@@ -17,7 +17,7 @@ from ...launch.configs import (
 )
 from ...launch.matmul import RESULT_REGISTERS, stages_in_memory
 from ...launch.neighbors import Steps, all_registers, by_one, by_two, differs_by_steps
-from .config import ConvConfig, adjusted_splits, beside, choose_box, legal_splits, sparing, with_rows, with_splits
+from .boxes import ConvConfig, adjusted_splits, beside, choose_box, legal_splits, sparing, with_rows, with_splits
 
 FEW_CHANNELS = 7  # input channels up to which nine taps of them fit the 64 summed elements of one product
 
@@ -75,9 +75,9 @@ class FewChannelsProblem(NamedTuple):
             if arch.backend == "cuda" and not arch.has_tma:
                 # Compiled: weights lie in registers; beside twice the pixels they spill, up to 668 bytes.
                 pixels >>= (ITEMSIZE[dtype] == 4) + (k > 16)
-            images, _, columns = choose_box(pixels, n, 1, q, wide=True)
-            chosen = ConvConfig(pixels, channels, k, warps, 1, reason, max_registers=self._limit)
-            return with_rows(chosen, images, columns, n, p, q, cdiv(o, channels), arch)
+            box = choose_box(pixels, n, 1, q, wide=True)
+            chosen = ConvConfig(pixels, channels, k, warps, 1, reason, box=box, max_registers=self._limit)
+            return with_rows(chosen, n, p, q, cdiv(o, channels), arch)
         box = choose_box(pixels, n, p, q, wide=True)
         stages = few_channels_stages(dtype, arch)
         chosen = ConvConfig(channels, k, pixels, warps, stages, reason, box=box, max_registers=self._limit)
@@ -155,9 +155,11 @@ class FewChannelsDgradProblem(NamedTuple):
         widths = [k for k in (128, 64, 32, 16, 8) if narrowest <= k <= pixels]
         columns = min(widths, key=lambda columns: cdiv(w, columns - 2) * columns)
         images = 1 if tma else pixels // columns
-        pixels = images * columns
-        chosen = ConvConfig(pixels, 64, block_l, warps, stages, reason, tma=tma, max_registers=register_limit(arch))
-        return with_rows(chosen, images, columns, n, h, w, 1, arch, rim=2)
+        chosen = ConvConfig(
+            images * columns, 64, block_l, warps, stages, reason, tma=tma, box=(images, 1, columns),
+            max_registers=register_limit(arch),
+        )  # fmt: skip
+        return with_rows(chosen, n, h, w, 1, arch, rim=2)
 
     def adjusted(self, config: ConvConfig) -> ConvConfig:
         return config

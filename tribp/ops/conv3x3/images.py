@@ -16,7 +16,8 @@ from ...launch.plan import Plan
 from ...launch.reduce import Partials, partials_of
 from ...versions import descriptor_unit
 from ..activations import Activation
-from .config import BoxSize, RelayoutConfig, RelayoutProblem
+from .boxes import BoxSize
+from .config_relayout import RelayoutConfig, RelayoutProblem
 
 
 class Image(NamedTuple):

@@ -21,8 +21,9 @@ from ...launch.reduce import Partials, append_sums, partials_of, reduce_partials
 from ..activations import NONE, Activation, as_stored
 from ..checks import check_dtypes, images_fit
 from ..shared import Needs
+from .boxes import ConvConfig
 from .checks import check_layouts, small_enough
-from .config import ConvConfig, ConvProblem, ConvWgradProblem, choose_groups_per_tile
+from .config import ConvProblem, ConvWgradProblem, choose_groups_per_tile
 from .config_depthwise import DepthwiseProblem
 from .config_few_channels import FEW_CHANNELS, FewChannelsDgradProblem, FewChannelsProblem
 from .images import (
