@@ -142,46 +142,36 @@ class ReferenceBucket(Bucket):
         if not self.rule.counts_steps:
             count = float(slot.count.value) + 1
         formula = Formula(self.rule, group)
-        keys = reference.random_keys(group.get("seed", 0), int(random_step), slot.index)
+        code_key, param_key = reference.random_keys(group.get("seed", 0), int(random_step), slot.index)
+        stochastic, coded = rounds_stochastically(group, slot.param), compresses(group, slot.param)
         scalars = [peek(slot.state, name) for name in self.rule.scalar_states]
         results: list[float] = []
-        for piece in _pieces(slot, grad):
-            results = self._update_piece(piece, slot, group, formula, keys, scalars, count)
+        for first, p, g, residual, states, scales in _pieces(slot, grad):
+            values = [
+                x if x is None or scale is None else codes.decode(x, scale)
+                for x, scale in zip(states, scales, strict=True)
+            ]
+            weight = p if residual is None else codes.join(p, residual)
+            changed, moments, results = formula(weight, g, values, scalars, count)
+            if residual is not None:
+                dither = reference.random_bits(p, param_key, first) & 0xFF if stochastic else 128
+                changed, low = codes.split(changed.float(), dither)
+                residual.copy_(low)
+            elif stochastic:
+                changed = reference.round_stochastically(changed, reference.random_bits(p, param_key, first))
+            p.copy_(changed)
+            bits = reference.random_bits(p, code_key, first) if coded else None
+            for k, (state, scale, moment) in enumerate(zip(states, scales, moments, strict=True)):
+                if state is None or moment is None:
+                    continue
+                if scale is None or bits is None:
+                    state.copy_(moment)
+                else:
+                    codes.encode(moment, state, scale, bits if k == 0 else bits >> 16)
         for scalar, result in zip(scalars, results, strict=True):
             scalar.fill_(result)
         if not self.rule.counts_steps:  # a momentum buffer has begun when it was written
             slot.count.value = int(count)
-
-    @staticmethod
-    def _update_piece(
-        piece: "_Piece", slot: ParamSlot, group: Group, formula: Formula, keys: tuple[int, int], scalars: list[Tensor],
-        count: float,
-    ) -> list[float]:  # fmt: skip
-        """Returns what becomes of the states of one number."""
-        first, p, grad, residual, states, scales = piece
-        values = [
-            x if x is None or scale is None else codes.decode(x, scale) for x, scale in zip(states, scales, strict=True)
-        ]
-        weight = p if residual is None else codes.join(p, residual)
-        changed, moments, results = formula(weight, grad, values, scalars, count)
-        code_key, param_key = keys
-        stochastic = rounds_stochastically(group, p)
-        if residual is not None:
-            dither = reference.random_bits(p, param_key, first) & 0xFF if stochastic else 128
-            changed, low = codes.split(changed.float(), dither)
-            residual.copy_(low)
-        elif stochastic:
-            changed = reference.round_stochastically(changed, reference.random_bits(p, param_key, first))
-        p.copy_(changed)
-        bits = reference.random_bits(p, code_key, first) if compresses(group, slot.param) else None
-        for k, (state, scale, moment) in enumerate(zip(states, scales, moments, strict=True)):
-            if state is None or moment is None:
-                continue
-            if scale is None or bits is None:
-                state.copy_(moment)
-            else:
-                codes.encode(moment, state, scale, bits if k == 0 else bits >> 16)
-        return results
 
 
 class _Piece(NamedTuple):
@@ -201,22 +191,18 @@ _PIECE = 1 << 16
 
 def _pieces(slot: ParamSlot, grad: Tensor) -> Iterator[_Piece]:
     """A slot in pieces that stay in the caches: numbers of 8 bits become many of 64. In one where it is not dense."""
-    whole = [slot.param, grad, slot.residual, *slot.states]
-    tensors = [t for t in whole if t is not None]
-    n = slot.param.numel()
-    if n <= _PIECE or slot.param.is_complex() or layouts.layout_row(tensors) != []:
-        p, g, residual, *states = [None if t is None else layouts.as_reals(t) for t in whole]
-        assert p is not None
-        assert g is not None
-        yield _Piece(0, p, g, residual, states, slot.scales)
-        return
-    flat = [None if t is None else t.as_strided((n,), (1,)) for t in whole]
-    for first in range(0, n, _PIECE):
-        p, g, residual, *states = [None if t is None else t[first : first + _PIECE] for t in flat]
-        assert p is not None
-        assert g is not None
-        blocks = slice(first // codes.BLOCK, -(-(first + len(p)) // codes.BLOCK))
-        yield _Piece(first, p, g, residual, states, [None if t is None else t[blocks] for t in slot.scales])
+    p, several = slot.param, [slot.residual, *slot.states]
+    n = p.numel()
+    whole = n <= _PIECE or p.is_complex() or layouts.layout_row([t for t in (p, grad, *several) if t is not None]) != []
+
+    def piece(t: Tensor, first: int) -> Tensor:
+        return layouts.as_reals(t) if whole else t.as_strided((n,), (1,))[first : first + _PIECE]
+
+    for first in [0] if whole else range(0, n, _PIECE):
+        residual, *states = [None if t is None else piece(t, first) for t in several]
+        blocks = slice(None) if whole else slice(first // codes.BLOCK, (first + _PIECE) // codes.BLOCK)
+        scales = [None if t is None else t[blocks] for t in slot.scales]
+        yield _Piece(first, piece(p, first), piece(grad, first), residual, states, scales)
 
 
 class TorchBucket(Bucket):
