@@ -82,13 +82,11 @@ def cpu_buckets(
                 by_type.setdefault((slot.param.dtype, slot.param.numel() < GRAIN), []).append(slot)
             for slots in by_type.values():
                 buckets.append(bucket_class(rule, slots, groups))
-    for slot in by_formula:
-        if "step" in slot.state and slot.state["step"] is None:
-            dtype = counter_dtype(bool(groups[slot.group].get("fused")))
-            slot.state["step"] = torch.zeros((), dtype=dtype, device="cpu")
     for slot in (*fused, *packed, *by_formula):
-        if "ema_step" in slot.state and slot.state["ema_step"] is None:
-            slot.state["ema_step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        step_dtype = counter_dtype(bool(groups[slot.group].get("fused")))
+        for name, dtype in (("step", step_dtype), ("ema_step", torch.float32)):
+            if name in slot.state and slot.state[name] is None:
+                slot.state[name] = torch.zeros((), dtype=dtype, device="cpu")
     if by_formula:
         buckets.append(ReferenceBucket(rule, by_formula, groups))
     return buckets

@@ -243,13 +243,6 @@ class TritonBucket(Bucket):
             ]
             self._perform(_step, tables, scalars, on_device=self._on_device)
 
-    def add_to_norm(
-        self, partials: Tensor, norm: Tensor, scale: Tensor | None, first: int, programs: int, last: bool
-    ) -> None:
-        """Add the slots' gradients to a norm: the arguments are `_norm`'s."""
-        tables = self._rows, self.grads, self._chunks, self._finished
-        self._perform(_norm, tables, [partials, norm, scale], first=first, programs=programs, last=last)
-
     def _perform(self, build: Build, tables: tuple[Tensor, ...], others: list[Tensor | None], **facts: object) -> None:
         """Run a launch of the bucket. Its tables keep their layouts; to ask for them at every step would take 5 µs."""
         tensors = *tables, *others
@@ -279,12 +272,8 @@ class StepLaunch:
         )
 
 
-def _step(
-    plan: Plan, rows: Buffer, grads: Buffer, chunks: Buffer, hypers: Buffer, finished: Buffer,
-    found_inf: Buffer | None, scale: Buffer | None, norm: Buffer | None, *, launch: StepLaunch, on_device: bool,
-) -> None:  # fmt: skip
-    """The launch that updates all slots of a bucket."""
-    tensors = rows, grads, chunks, hypers, finished, found_inf, scale, norm
+def _step(plan: Plan, *tensors: Buffer | None, launch: StepLaunch, on_device: bool) -> None:
+    """The launch that updates all slots of a bucket. tensors: those of `multi_tensor_step`, in its order."""
     integers = launch.slots, launch.pass_config.chunk_blocks, launch.seed
     config = launch.config._replace(ON_DEVICE=on_device)
     plan.add(launch.of(kernels.multi_tensor_step, tensors + integers, **launch.constants, CONFIG=config))
@@ -312,7 +301,8 @@ def gradient_norm(buckets: "Sequence[TritonBucket]", step: StepInputs) -> Tensor
         scale = None if step.grad_scale is None else step.grad_scale.to(device, non_blocking=True)
         first = 0
         for bucket, count in zip(buckets, counts, strict=True):
-            bucket.add_to_norm(partials, norm, scale, first, sum(counts), last=bucket is buckets[-1])
+            tables, last = (bucket._rows, bucket.grads, bucket._chunks, bucket._finished), bucket is buckets[-1]
+            bucket._perform(_norm, tables, [partials, norm, scale], first=first, programs=sum(counts), last=last)
             first += count
     return norm
 
