@@ -90,8 +90,9 @@ def with_splits(config: ConvConfig, n: int, p: int, q: int, tiles: int, arch: Ar
 
     Derived: splits of under four boxes mostly write results. tiles: of channels.
     """
-    splits = max(1, min(4 * arch.processors // tiles, cdiv(config.boxes(n, p, q), 4)))
-    return adjusted_splits(replace(config, splits=splits), n, p, q)
+    boxes = config.boxes(n, p, q)
+    splits = max(1, min(4 * arch.processors // tiles, cdiv(boxes, 4)))
+    return replace(config, splits=whole_splits(boxes, splits, 1))
 
 
 def legal_splits(config: ConvConfig, n: int, p: int, q: int, most: int) -> bool:

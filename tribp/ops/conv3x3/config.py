@@ -303,7 +303,7 @@ class ConvWgradProblem(NamedTuple):
         programs = chosen.tiles(o, c) * group_tiles * (9 // taps)
         resident = arch.processors if taps * tile.block_i * tile.block_j > 128 * 128 else 2 * arch.processors
         splits = max(1, min(resident // programs, cdiv(chosen.boxes(n, p, q), 8), self.most_splits))
-        return adjusted_splits(replace(chosen, splits=splits), n, p, q)
+        return replace(chosen, splits=whole_splits(chosen.boxes(n, p, q), splits, 1))
 
     def adjusted(self, config: ConvConfig) -> ConvConfig:
         n, p, q, dtype, arch = self.n, self.p, self.q, self.dtype, self.arch

@@ -263,17 +263,15 @@ def form_dx(
     """
     (m, n), dtype, k = dz.dy.tensor.shape, dx.dtype, w.tensor.shape[1]
 
-    def problem(source: Operand, y: Operand | None) -> DgradProblem:
-        """With `y`, which allows the fused form, `source` is dy."""
-        read = [t for t in (source, w, y) if t is not None]
+    def problem(*read: Operand | None, may_fuse: bool = False) -> DgradProblem:
+        operands = [t for t in (*read, w) if t is not None]
         return DgradProblem(
-            m, n, k, dtype_name(dtype), precision, plan.arch, vec=min(t.vec for t in read),
-            tma=all(t.tma for t in read), may_fuse=y is not None, along=w.transposed, for_lower=lower is not None,
+            m, n, k, dtype_name(dtype), precision, plan.arch, vec=min(t.vec for t in operands),
+            tma=all(t.tma for t in operands), may_fuse=may_fuse, along=w.transposed, for_lower=lower is not None,
         )  # fmt: skip
 
-    source, y = dz.dy, dz.y
-    may_fuse = dz.fusable and dz.db is None
-    if problem(dz.dz or source, y if may_fuse else None).is_split:
+    fused = problem(dz.dy, dz.y, may_fuse=True) if dz.fusable and dz.db is None else None
+    if (fused or problem(dz.dz or dz.dy)).is_split:
         turned = w.tensor.viewed((k, n), w.tensor.stride()[::-1])
         if lower is None:
             forward_layer(plan, dz.formed().tensor, turned, None, dx, activation=NONE, tf32=tf32)
@@ -282,10 +280,10 @@ def form_dx(
         shares = form_y(plan, dz.formed().tensor, turned, None, whole, activation=NONE, tf32=tf32)
         lower_y = lower.y if lower.activation.name else None
         return sum_rows(plan, shares or whole, lower_y, as_stored(lower.activation, dtype), dx, lower.db)
-    s = plan.config(problem(source, y)) if may_fuse else None
+    source, y, s = dz.dy, dz.y, plan.config(fused) if fused else None
     if s is None or not s.fuse_dz:
         source, y = dz.formed(), None
-        s = plan.config(problem(source, None))
+        s = plan.config(problem(source))
     sums = Partials()
     if lower is not None:
         sums = partials_of(plan, lower.db, cdiv(m, s.block_i))
