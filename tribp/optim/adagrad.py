@@ -1,7 +1,5 @@
 """Adagrad."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.adagrad import Adagrad as TorchAdagrad
@@ -34,7 +32,7 @@ class AdagradRule(Rule):
     def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
         return dtype != torch.float16  # in which torch's kernel rounds ε to 0
 
-    def fused_update(self, t: FusedTensors, **arguments: Any) -> None:
+    def fused_update(self, arguments: Group, t: FusedTensors) -> None:
         torch._fused_adagrad_(t.params, t.grads, t.states[0], t.steps, **arguments)
 
     def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:

@@ -1,7 +1,5 @@
 """Adam and AdamW."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.adam import Adam as TorchAdam
@@ -31,10 +29,14 @@ class AdamRule(Rule):
     def fused_on_cpu(self, group: Group, dtype: torch.dtype) -> bool:
         return True
 
-    def fused_update(self, t: FusedTensors, *, decoupled_weight_decay: bool = False, **arguments: Any) -> None:
-        run = torch._fused_adamw_ if decoupled_weight_decay else torch._fused_adam_
+    def fused_update(self, arguments: Group, t: FusedTensors) -> None:
+        run = torch._fused_adamw_ if arguments.get("decoupled_weight_decay") else torch._fused_adam_
         exp_avgs, exp_avg_sqs, *maxima = t.states
-        run(t.params, t.grads, exp_avgs, exp_avg_sqs, maxima[0] if maxima else [], t.steps, **arguments)
+        run(
+            t.params, t.grads, exp_avgs, exp_avg_sqs, maxima[0] if maxima else [], t.steps,
+            lr=arguments["lr"], beta1=arguments["beta1"], beta2=arguments["beta2"], eps=arguments["eps"],
+            weight_decay=arguments["weight_decay"], amsgrad=arguments["amsgrad"], maximize=arguments["maximize"],
+        )  # fmt: skip
 
     def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
         has_complex, (params, grads, exp_avgs, exp_avg_sqs, maxima, steps) = init_group(optimizer, group, 6)

@@ -1,23 +1,23 @@
 """What the updates without a kernel share: the rule's formula, gradients, averages, counters, threads."""
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import layouts
 from .buckets import ParamSlot, StepInputs
-from .rule import Group, Rule, counter_dtype
+from .rule import Group, Rule
 from .tracked_state import peek
 
 # torch's fused CPU kernels wake all threads for more than 16 elements, its other operations for this many and more.
 # Measured, two idle cores: 200 tensors of 17 elements 254 µs with two threads, 75 with one; of 1,000 elements 381 and
 # 159. While other processes keep the cores busy, a single small tensor may wait 5 to 15 ms for the second thread.
 GRAIN = 32768
-T = TypeVar("T")
 
 
 class Formula:
@@ -74,11 +74,6 @@ def update_average(p: Tensor, state: dict[str, Any], decay: float) -> None:
     ema.copy_(weight) if first else ema.lerp_(weight, 1.0 - decay)
 
 
-def gather_counters(slots: Sequence[ParamSlot], groups: list[Group]) -> Tensor:
-    """`gather_scalars` of these slots' `step`; they have one set of options."""
-    return gather_scalars(slots, "step", counter_dtype(bool(groups[slots[0].group].get("fused"))))
-
-
 def gather_scalars(slots: Sequence[ParamSlot], name: str, dtype: torch.dtype) -> Tensor:
     """Puts a state of one number, of all these slots, into one tensor, which is returned.
 
@@ -127,17 +122,18 @@ def set_own_threads() -> Callable[[int], object] | None:
     return set_threads if is_torchs else None
 
 
-def in_one_thread(call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-    """The call, whose operations take no other thread than the calling one, where that can be arranged."""
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the `with` block the calling thread's operations take no other thread, where that can be arranged."""
     threads = torch.get_num_threads()
     set_threads = set_own_threads() if threads > 1 else None
-    if set_threads is None:
-        return call(*arguments, **named)
     try:
-        set_threads(1)
-        return call(*arguments, **named)
+        if set_threads is not None:
+            set_threads(1)
+        yield
     finally:
-        set_threads(threads)
+        if set_threads is not None:
+            set_threads(threads)
 
 
 def held_in_cpp(*lists: Sequence[Tensor]) -> list[Tensor]:

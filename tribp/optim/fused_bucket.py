@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import reference
 from .buckets import Bucket, ParamSlot, StepInputs
-from .cpu_updates import GRAIN, gather_counters, held_in_cpp, in_one_thread, unscaled_and_clipped, update_average
+from .cpu_updates import GRAIN, gather_scalars, held_in_cpp, set_own_threads, unscaled_and_clipped, update_average
 from .layouts import local
-from .rule import FusedTensors, Group, Rule
+from .rule import FusedTensors, Group, Rule, counter_dtype
 from .tracked_state import peek
 
 
@@ -28,7 +28,7 @@ class FusedBucket(Bucket):
         self._counters: Tensor | None = None  # all of them in one tensor, which one addition moves
         self._steps: list[Tensor] = []
         if rule.counts_steps:
-            self._counters = gather_counters(slots, groups)
+            self._counters = gather_scalars(slots, "step", counter_dtype(bool(groups[slots[0].group].get("fused"))))
             self._steps = [slot.state["step"].detach() for slot in slots]
         # Aliases, for `torch.utils.swap_tensors` wants no reference to the states.
         self._held = held_in_cpp(*self._states, self._steps)
@@ -75,22 +75,25 @@ class FusedBucket(Bucket):
             grads = unscaled_and_clipped(grads, group, step)
         tensors = FusedTensors(params, grads, states, steps, scratch, self._fresh(slots))
         plain_sgd = len(params) == 1 and not (states or group["weight_decay"])  # takes no fused kernel
-        # Autograd would copy every list; to leave it out takes 0.4 µs.
-        update = self.rule.fused_update if len(params) <= 8 else self._update_below_autograd
-        if self._small and not plain_sgd:
-            in_one_thread(update, tensors, **self._arguments)
-        else:
-            update(tensors, **self._arguments)
+        threads = torch.get_num_threads() if self._small and not plain_sgd else 1
+        set_threads = set_own_threads() if threads > 1 else None
+        try:
+            if set_threads is not None:
+                set_threads(1)
+            if len(params) <= 8:
+                self.rule.fused_update(self._arguments, tensors)
+            else:  # autograd would copy every list; to leave it out takes 0.4 µs
+                with torch._C._AutoDispatchBelowAutograd():
+                    self.rule.fused_update(self._arguments, tensors)
+        finally:
+            if set_threads is not None:
+                set_threads(threads)
         if tensors.fresh is not None:
             for slot in slots:
                 slot.count.value = 1
         if decay := group.get("ema_decay"):
             for slot in slots:
                 update_average(slot.param, slot.state, decay)
-
-    def _update_below_autograd(self, tensors: FusedTensors, **arguments: Any) -> None:
-        with torch._C._AutoDispatchBelowAutograd():
-            self.rule.fused_update(tensors, **arguments)
 
     def _fresh(self, slots: list[ParamSlot]) -> list[bool] | None:
         """Which momentum buffers begin now; None if there are none or, at no cost, if none does."""

@@ -1,5 +1,6 @@
 """Tensors by the rule's formula: small ones side by side, large ones in pieces."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -12,15 +13,14 @@ from .buckets import Bucket, ParamSlot, StepInputs
 from .cpu_updates import (
     GRAIN,
     Formula,
-    gather_counters,
     gather_scalars,
     held_in_cpp,
-    in_one_thread,
+    one_thread,
     unscaled_and_clipped,
     update_average,
 )
 from .layouts import local
-from .rule import Group, Rule
+from .rule import Group, Rule, counter_dtype
 from .tracked_state import peek
 
 
@@ -34,8 +34,11 @@ class PackedBucket(Bucket):
     def __init__(self, rule: Rule, slots: list[ParamSlot], groups: list[Group]) -> None:
         super().__init__(rule, slots, groups)
         self.groups = sorted({slot.group for slot in slots})
-        # Of the slots: the counters, then the rule's states of one number.
-        self._scalars = [gather_counters(slots, groups)] if rule.counts_steps else []
+        self._scalars = []  # of the slots: the counters, then the rule's states of one number
+        if rule.counts_steps:
+            self._scalars.append(
+                gather_scalars(slots, "step", counter_dtype(bool(groups[slots[0].group].get("fused"))))
+            )
         self._scalars += [gather_scalars(slots, name, slots[0].state[name].dtype) for name in rule.scalar_states]
         self._columns = [scalars.unbind() for scalars in self._scalars]
         self._everyone = tuple(range(len(slots)))
@@ -197,22 +200,18 @@ class Pack:
 
     def update(self, formula: Formula, grads: list[Tensor], scalars: list[Tensor], count: float) -> list[float]:
         """Updates parameters and states; returns what becomes of the states of one number."""
-        if self._one_thread:
-            return in_one_thread(self._update, formula, grads, scalars, count)
-        return self._update(formula, grads, scalars, count)
-
-    def _update(self, formula: Formula, grads: list[Tensor], scalars: list[Tensor], count: float) -> list[float]:
-        if self._one_dimensional:
-            torch.cat(grads, out=self._grad)
-        else:
-            copy_all(self._grads, grads, scratch=self._copies)
-        torch.cat(self._params, out=self._copy)
-        states = [None if tensors is None else torch.cat(tensors) for tensors in self._states]
-        changed, moments, results = formula(self._copy, self._grad, states, scalars, count)
-        for tensors, value in zip((self._params, *self._states), (changed, *moments), strict=True):
-            if tensors is not None and value is not None:
-                _become(self._copy, value)
-                copy_all(tensors, self._copies, scratch=self._copies)
+        with one_thread() if self._one_thread else contextlib.nullcontext():
+            if self._one_dimensional:
+                torch.cat(grads, out=self._grad)
+            else:
+                copy_all(self._grads, grads, scratch=self._copies)
+            torch.cat(self._params, out=self._copy)
+            states = [None if tensors is None else torch.cat(tensors) for tensors in self._states]
+            changed, moments, results = formula(self._copy, self._grad, states, scalars, count)
+            for tensors, value in zip((self._params, *self._states), (changed, *moments), strict=True):
+                if tensors is not None and value is not None:
+                    _become(self._copy, value)
+                    copy_all(tensors, self._copies, scratch=self._copies)
         return results
 
 

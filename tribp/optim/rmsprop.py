@@ -1,7 +1,5 @@
 """RMSprop."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -40,12 +38,14 @@ class RMSpropRule(Rule):
             and group["alpha"] < 1 - 4e-8
         )
 
-    def fused_update(self, t: FusedTensors, **arguments: Any) -> None:
-        """torch has no fused RMSprop, but plain RMSprop is Adam late in its life, with β₁ = 0."""
-        torch._fused_adam_(
-            t.params, t.grads, t.scratch, t.states[0], [], t.steps, beta1=0.0, beta2=arguments["alpha"], amsgrad=False,
-            **{name: arguments[name] for name in ("lr", "eps", "weight_decay", "maximize")},
-        )  # fmt: skip
+    def fused_arguments(self, group: Group) -> Group:
+        """Of Adam: torch has no fused RMSprop, but plain RMSprop is Adam late in its life, with β₁ = 0."""
+        own = super().fused_arguments(group)
+        shared = {name: own[name] for name in ("lr", "eps", "weight_decay", "maximize")}
+        return {**shared, "beta1": 0.0, "beta2": own["alpha"], "amsgrad": False}
+
+    def fused_update(self, arguments: Group, t: FusedTensors) -> None:
+        torch._fused_adam_(t.params, t.grads, t.scratch, t.states[0], [], t.steps, **arguments)
 
     def torch_update(self, optimizer: torch.optim.Optimizer, group: Group, prepare: Prepare) -> None:
         check_fused(group)

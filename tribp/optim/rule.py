@@ -93,7 +93,7 @@ class Rule:
         """Whether one of torch's fused CPU kernels computes this group's update, and right."""
         return False
 
-    def fused_update(self, t: FusedTensors, **arguments: Any) -> None:
+    def fused_update(self, arguments: Group, t: FusedTensors) -> None:
         """The update by that kernel. arguments: those of `fused_arguments`."""
         raise NotImplementedError
 
