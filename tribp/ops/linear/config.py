@@ -227,11 +227,11 @@ class WgradProblem(NamedTuple):
         return most_parts(self.n * self.k, self.dtype, self.spare)
 
     def choose(self) -> MatmulConfig:
-        m, n, k, arch = self.m, self.n, self.k, self.arch
+        m, n, k, arch, room = self.m, self.n, self.k, self.arch, self.most_splits
 
         def most_splits(tile: MatmulConfig) -> int:
             """Splits of under eight steps, where loads run ahead, do little but write partial results."""
-            return max(1, min(cdiv(m, 256 if tile.prefetch else 8 * tile.block_l), self.most_splits))
+            return max(1, min(cdiv(m, 256 if tile.prefetch else 8 * tile.block_l), room))
 
         tiles = prefer_tall_tiles(candidates(self, m), n, k)
         enough = [tile for tile in tiles if fills_gpu(tile.tiles(n, k) * most_splits(tile), arch)]
