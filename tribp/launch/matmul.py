@@ -114,7 +114,7 @@ def feeds_wgmma(config: MatmulConfig, problem: MatmulProblem) -> bool:
 
 
 def fit_stages(config: M, problem: MatmulProblem, beside: int = 0) -> M:
-    """The config with as many of its stages as shared memory holds, but at least one. beside: see below."""
+    """The config with as many of its stages as shared memory holds, but at least one. beside: as below."""
     stages = stages_in_memory(config, problem.dtype, problem.arch, beside)
     return replace(config, num_stages=max(1, min(config.num_stages, stages)))
 
