@@ -79,9 +79,7 @@ class Buffer:
         return Buffer(self.number, self.layout._replace(shape=shape, strides=strides))
 
 
-def dense_strides(
-    shape: Sequence[int], memory_format: torch.memory_format = torch.contiguous_format
-) -> tuple[int, ...]:
+def dense_strides(shape: Sequence[int], memory_format: torch.memory_format) -> tuple[int, ...]:
     """The strides of a tensor without gaps."""
     order = (1, 3, 2, 0) if memory_format == torch.channels_last else range(len(shape) - 1, -1, -1)
     strides, extent = [0] * len(shape), 1

@@ -33,7 +33,7 @@ class Operand(NamedTuple):
 
 
 def descriptor(
-    tensor: Buffer, shape: list[int], strides: list[int], block: list[int], precision: str = "ieee"
+    tensor: Buffer, shape: list[int], strides: list[int], block: list[int], precision: str
 ) -> TensorDescriptor:
     """A descriptor of tiles. precision: of the product whose operand it loads as it is; "tf32_rounded" has it round."""
     rounding = {"round_f32_to_tf32": True} if precision == "tf32_rounded" else {}

@@ -69,11 +69,11 @@ class Table:
             self._written = words
         return self._tensor
 
-    def reserve(self, length: int, steps: int = 8) -> None:
-        """Make sure that a graph's capture, of so many steps, finds page-locked memory: it can't allocate any."""
+    def reserve(self, length: int) -> None:
+        """Make sure that a graph's capture, of up to eight steps, finds page-locked memory: it can't allocate any."""
         if self._staged:
             idle = sum(staging.idle and len(staging.words) == length for staging in self._staging)
-            self._staging += [_Staging(length) for _ in range(steps - idle)]
+            self._staging += [_Staging(length) for _ in range(8 - idle)]
 
     def _free_staging(self, length: int, capturing: bool = False) -> _Staging:
         """Staging memory that nothing reads any more; of its events nothing may be asked during a capture."""
