@@ -1,10 +1,10 @@
 """A model that torch trains is trained after `fuse`, too, where code changes the output of an activation in place."""
 
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -217,22 +217,34 @@ def test_a_bias_alone_is_trained() -> None:
     torch.testing.assert_close(model[0].bias.grad, torch.zeros(4, dtype=torch.float64))
 
 
-def test_frozen_layers() -> None:
-    """Of which the input's gradient is wanted; and with a folded batch norm."""
+@pytest.mark.parametrize("frozen", ["all", "the first", "the second"])
+def test_frozen_layers(frozen: str) -> None:
+    """torch does not keep the input of a frozen layer, which may be changed with the output."""
     norm = nn.BatchNorm1d(4).double().eval()
     norm.running_mean.normal_()  # type: ignore[union-attr]
-    for model in (pair(Adds()), nn.Sequential(nn.Linear(4, 4), norm, nn.ELU(), Adds()).double()):
-        model.requires_grad_(False)
-        plain, x = copy.deepcopy(model), batch(True)
-        tribp.fuse(model, fold_batchnorm=True)
-        with Called() as called:
-            y = model(x)
-        assert len(called.activations) == 1
-        found = torch.autograd.grad(y.square().sum(), x)
-        torch.testing.assert_close(found, torch.autograd.grad(plain(x).square().sum(), x))
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.ELU(), nn.Linear(4, 4), norm, nn.ELU()).double()
+    for n, module in enumerate(model):
+        module.requires_grad_({"all": False, "the first": n > 1, "the second": n < 2}[frozen])
+    plain, x = copy.deepcopy(model), batch(True)
+    tribp.fuse(model, fold_batchnorm=True)
+    with Called() as called:
+        model(x)
+    assert len([activation for activation in called.activations if activation]) == (2 if frozen == "the second" else 1)
+
+    def gradients(m: nn.Module) -> Any:
+        h = x * 1
+        y = m(h)
+        y += 1
+        if frozen != "the second":
+            h += y
+        return torch.autograd.grad((y * h).sum(), [x, *(p for p in m.parameters() if p.requires_grad)])
+
+    torch.testing.assert_close(gradients(model), gradients(plain))
+    if frozen == "the second":  # where the folded weight would be another now
         y = model(x)
+        y += 1
         norm.running_mean.add_(1)  # type: ignore[union-attr]
-        with pytest.raises(RuntimeError, match="modified by an inplace operation") if norm in model else nullcontext():
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
 
 
@@ -298,6 +310,25 @@ def test_backward_twice() -> None:
     loss, weight = model(batch()).square().sum(), model[0].weight
     first, second = (torch.autograd.grad(loss, weight, retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("compiled_autograd", [False, True])
+@pytest.mark.parametrize("behind", [nn.Identity, Adds])
+def test_a_compiled_backward_of_what_ran_eagerly(behind: Callable[[], nn.Module], compiled_autograd: bool) -> None:
+    """It does not take one tensor for another, though a graph knows of no version that a tensor had before."""
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(4, 4), nn.ELU(), behind(), nn.Linear(4, 4), nn.LeakyReLU(), behind()).double()
+    plain, x = copy.deepcopy(model), torch.randn(4, 4, dtype=torch.float64)
+    tribp.fuse(model)
+    loss, compiled = model(x).square().sum(), functools.partial(torch.compile, backend="aot_eager")
+    if compiled_autograd:
+        from torch._dynamo.compiled_autograd import _enable
+
+        with _enable(compiled()):
+            loss.backward()
+    else:
+        compiled(lambda: loss.backward())()
+    torch.testing.assert_close([p.grad for p in model.parameters()], grads(plain, x))
 
 
 def test_what_backward_cannot_compute_again() -> None:

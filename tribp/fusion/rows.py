@@ -15,7 +15,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..dispatch import FLOATS, autocast_of, backend
+from ..dispatch import FLOATS, autocast_of, backend, dynamo_compiling
 from ..nn import FORWARDS, Conv3x3, Linear, LinearSigmoid, defined, is_watched
 from ..ops.activations import ActivationLike, activation_of
 from ..ops.conv3x3.op import conv3x3
@@ -126,7 +126,7 @@ def run(modules: Iterable[Step], input: Tensor) -> Tensor:
         row = row_at(flat, start, input) if anywhere or not _on_cpu(input) else []
         compute = _run_row
         if row and _may_be_changed(flat, row[-1].stop) and _trains(row, input):
-            if _can_hold_output(input):
+            if _can_hold_output(row, input):
                 compute = _run_and_hold_output
             else:
                 row = _without_last_activation(row)
@@ -196,9 +196,12 @@ def _trains(row: Sequence[Part], input: Tensor) -> bool:
     return any(not isinstance(t, Tensor) or t.requires_grad for t in tensors)  # no tensor: in tracing
 
 
-def _can_hold_output(input: Any) -> bool:
-    """Whether `_run_and_hold_output` can: not where a compiler or others' hooks keep what is saved, nor in torch.fx."""
-    if is_compiling() or not isinstance(input, Tensor):
+def _can_hold_output(row: Sequence[Part], input: Any) -> bool:
+    """Whether `_run_and_hold_output` can: not where a compiler or others' hooks keep what is saved, nor in torch.fx.
+
+    Nor of a frozen layer, whose input torch does not keep, so that it may be changed, too.
+    """
+    if is_compiling() or type(input) not in (Tensor, nn.Parameter) or not row[0].weight.requires_grad:
         return False
     hooks: Any = torch._C._autograd
     return hooks._saved_tensors_hooks_is_enabled() and hooks._top_saved_tensors_default_hooks(False) is None
@@ -218,6 +221,8 @@ def _run_and_hold_output(row: Sequence[Part], input: Tensor) -> Tensor:
         return t.detach(), t._version  # of both the versions are the same later, too
 
     def kept(pair: tuple[Tensor, int]) -> Tensor:
+        if dynamo_compiling():  # backward alone is compiled: in its graph tensors have other versions
+            return torch.compiler.disable(kept)(pair)  # type: ignore[no-any-return, no-untyped-call]
         t, version = pair
         if t._version == version:
             return t
