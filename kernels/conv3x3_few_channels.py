@@ -67,10 +67,9 @@ def gather(image, pixels, P, Q, padding, ONES: tl.constexpr, CONFIG: tl.constexp
     of_image = image.data + tl.where(n < image.N, n, 0).to(tl.int64) * image.stride_n
     at = of_image[None, :] + (tl.where(h_inside, h, 0) * image.stride_h + tl.where(v_inside, v, 0) * image.stride_w)
     at += tl.where(k < 9 * C, c, 0) * image.stride_c
-    g = tl.load(at, mask=h_inside & v_inside & (k < 9 * C), other=0.0)
-    if ONES:
-        g = tl.where(k == 9 * C, round_to(tl.full((BLOCK_K, 1), 1.0, tl.float32), g.dtype), g)
-    return g
+    # Counted: behind an operation on g its elements would reach shared memory one at a time, and not eight.
+    ones = round_to((k == 9 * C).to(tl.float32), at.dtype.element_ty)
+    return tl.load(at, mask=h_inside & v_inside & (k < 9 * C), other=ones if ONES else 0.0)
 
 
 @triton.jit

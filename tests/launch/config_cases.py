@@ -78,4 +78,4 @@ def _passes(dtype: str, arch: Arch) -> Iterator[Any]:
         for flag in (False, True):
             for wgrad in (False, True):
                 yield DepthwiseProblem(n, p, q, c, dtype, arch, flag, wgrad)
-                yield FewChannelsProblem(n, p, q, o, 3, dtype, arch, wgrad, flag and wgrad)
+                yield FewChannelsProblem(n, p, q, o, 3, dtype, arch, wgrad, flag and wgrad, wgrad)

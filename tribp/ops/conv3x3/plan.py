@@ -313,7 +313,8 @@ def _few_channels_wgrad(
 ) -> WgradPartials:  # fmt: skip
     """With y, `dz` holds dy."""
     (n, c, *_), o, (p, q), (sh, sw) = x.shape, dw.shape[0], dz.tensor.shape[2:], window.stride
-    s = plan.config(FewChannelsProblem(n, p, q, o, c, dtype_name(x.dtype), plan.arch, wgrad=True, fused=y is not None))
+    fused, summed = y is not None, db is not None
+    s = plan.config(FewChannelsProblem(n, p, q, o, c, dtype_name(x.dtype), plan.arch, True, fused, summed))
     ys = None if y is None else with_unit_stride(plan, y, dz.channels_last)
     shares, sums = partials_of(plan, dw, s.splits), partials_of(plan, db, s.splits)
     arguments = (
