@@ -53,6 +53,8 @@ class Reduce(NamedTuple):
     BLOCK_PARTS: int  # partial results that are read at once
     BLOCK_ROWS: int  # a power of 2 that holds the rows of a matrix to transpose; 1: nothing is transposed
     VEC: int  # divides cols
+    BLOCK2: int  # of the second sum, which nothing transposes
+    BLOCK_PARTS2: int
     VEC2: int  # divides length2
 
 
@@ -321,17 +323,18 @@ def add_both(first, second, program, CONFIG: tl.constexpr):
     """What a program of `reduce_partials` does, and those behind the last one do not. second.partials may be None."""
     programs = first.matrices * tl.cdiv(first.cols, CONFIG.BLOCK // CONFIG.BLOCK_ROWS)
     if program < programs:
-        add_up(first, program, CONFIG.BLOCK_ROWS, CONFIG.VEC, CONFIG)
+        add_up(first, program, CONFIG.BLOCK, CONFIG.BLOCK_PARTS, CONFIG.BLOCK_ROWS, CONFIG.VEC)
     elif second.partials is not None:
-        if program - programs < tl.cdiv(second.cols, CONFIG.BLOCK):
-            add_up(second, program - programs, 1, CONFIG.VEC2, CONFIG)
+        if program - programs < tl.cdiv(second.cols, CONFIG.BLOCK2):
+            add_up(second, program - programs, CONFIG.BLOCK2, CONFIG.BLOCK_PARTS2, 1, CONFIG.VEC2)
 
 
 @triton.jit
-def add_up(of, program, BLOCK_ROWS: tl.constexpr, VEC: tl.constexpr, CONFIG: tl.constexpr):
+def add_up(
+    of, program, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, VEC: tl.constexpr
+):  # fmt: skip
     """BLOCK elements of a `Sum`: of one matrix all rows, which are at most BLOCK_ROWS, and some columns."""
     partials, out, parts, matrices, rows, cols = of
-    BLOCK: tl.constexpr = CONFIG.BLOCK
     COLS: tl.constexpr = BLOCK // BLOCK_ROWS
     k = tl.arange(0, BLOCK)
     matrix = program // tl.cdiv(cols, COLS)
@@ -342,8 +345,8 @@ def add_up(of, program, BLOCK_ROWS: tl.constexpr, VEC: tl.constexpr, CONFIG: tl.
     i = tl.where(inside, (matrix * rows + row) * pitch + col, 0)
     i = tl.max_contiguous(tl.multiple_of(i, VEC), VEC)
     total = tl.zeros((BLOCK,), partials.dtype.element_ty)
-    for first in range(0, parts, CONFIG.BLOCK_PARTS):
-        part, exists = masked_range(first, parts, CONFIG.BLOCK_PARTS, 1)
+    for first in range(0, parts, BLOCK_PARTS):
+        part, exists = masked_range(first, parts, BLOCK_PARTS, 1)
         at = partials + (part[:, None] * (matrices * rows * pitch) + i[None, :])
         total += tl.sum(tl.load(at, mask=exists[:, None] & inside[None, :], other=0.0), 0)
     if BLOCK_ROWS > 1:

@@ -83,7 +83,7 @@ def predict(
         name: us * (busiest * (loop_units[name] + outside_units[name]) + work.behind / machine.processors * also)
         for name, also in behind_units.items()
     }
-    terms["alone"] = us * (rounds * alone + left * alone_behind)
+    terms["alone"] = us * max(rounds * alone + left * alone_behind, work.turns_beside * machine.latency)
     once = us * work.chain * machine.latency
     terms["memory"] = 1e6 * dram / machine.dram + once
     terms["L2"] = 1e6 * (work.l2 or work.bytes) / machine.l2 + once

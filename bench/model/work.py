@@ -30,6 +30,7 @@ class LaunchWork:
     bits: int = 16  # of the multiplied numbers; 32 is TF32
     l2: float = 0  # bytes that programs load and store; 0: as many as `tensors` have
     copied: float = 0  # bytes that descriptors bring to the shared memory of a program
+    turns_beside: float = 0  # of a few programs beside the others, in each of which they wait for memory
     behind: int = 0  # programs besides that add up partial results
     turns_behind: float = 0  # of each, on average
     paths_behind: int = 1  # ways through their code
@@ -95,7 +96,9 @@ def traffic(given: Given, loaded: float, stored: float, programs: int) -> dict[s
 
 def reduce_partials(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:
     turns = cdiv(given["parts"], given["BLOCK_PARTS"])
-    return dict(turns=turns, step=size(given, "BLOCK_PARTS", "BLOCK") * itemsize(given, "partials"), chain=0)
+    second = cdiv(given["parts2"], given["BLOCK_PARTS2"]) if given.get("parts2") else 0
+    step = size(given, "BLOCK_PARTS", "BLOCK") * itemsize(given, "partials")
+    return dict(turns=turns, step=step, chain=0, turns_beside=second)
 
 
 def output(given: Given, grid: tuple[int, ...], case: Any) -> dict[str, Any]:

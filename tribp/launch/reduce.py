@@ -15,8 +15,8 @@ from .layout import accumulator, vector_length
 from .plan import Plan
 from .reduce_config import APPENDED_PARTS, ReduceConfig, ReduceProblem, appended_sums
 
-# Turns of a loop. By the model: 512 parts, 8 at once, take 42 µs behind another kernel; 64 at once, 7 in a launch of
-# their own.
+# Turns of a loop behind another kernel. By the model: 512 parts, 8 at once, take 42 µs there; 64 at once, 7 in a launch
+# of their own.
 MAX_TURNS = 16
 
 
@@ -62,11 +62,13 @@ class Sums(NamedTuple):
         size = self.partials.element_size()
         return vector_length(size, self.cols), vector_length(size, self.length2)
 
-    def programs(self, config: ReduceConfig) -> int:
-        return self.matrices * cdiv(self.cols, config.block // power_of_2(self.rows)) + cdiv(self.length2, config.block)
+    def programs(self, config: ReduceConfig, second: ReduceConfig) -> int:
+        first = self.matrices * cdiv(self.cols, config.block // power_of_2(self.rows))
+        return first + cdiv(self.length2, second.block)
 
-    def compiled(self, config: ReduceConfig) -> common.Reduce:
-        return common.Reduce(config.block, config.block_parts, power_of_2(self.rows), *self.vecs)
+    def compiled(self, config: ReduceConfig, second: ReduceConfig) -> common.Reduce:
+        (vec, vec2), rows = self.vecs, power_of_2(self.rows)
+        return common.Reduce(config.block, config.block_parts, rows, vec, second.block, second.block_parts, vec2)
 
 
 def sums_of(pending: Sequence[Partials]) -> Sums | None:
@@ -98,16 +100,15 @@ def reduce_partials(plan: Plan, *results: Partials) -> None:
     sums = sums_of(pending)
     if sums is None:
         return
-    config = plan.config(ReduceProblem(sums.parts, sums.out.numel(), plan.arch, sums.rows, min(sums.vecs)))
-    if sums.parts2 > MAX_TURNS * config.block_parts:
-        for result in pending:
-            reduce_partials(plan, result)
-        return
+    problem = ReduceProblem(sums.parts, sums.out.numel(), plan.arch, sums.rows, min(sums.vecs))
+    config = plan.config(problem)
+    # As many parts at once as suit the second sum: of few at a time its program would be the last to finish.
+    second = ReduceProblem(sums.parts2, sums.length2, plan.arch, vec=sums.vecs[1]).choose()
     plan.launch(
         common.reduce_partials,
-        (sums.programs(config),),
+        (sums.programs(config, second),),
         tuple(sums),
-        sums.compiled(config),
+        sums.compiled(config, second),
         config,
         # Compiled: rounded down to a step of occupancy, float64 of odd length spills 8 bytes with Triton 3.5 and 3.6.
         max_registers=register_limit(plan.arch),
@@ -164,9 +165,9 @@ def append_sums(plan: Plan, *results: Partials) -> Sequence[Partials]:
     at = launch.kernel.arg_names.index("sums")
     numbers = tuple(in_tuple(n) if isinstance(n, int) else n for n in sums)
     plan.steps[step] = launch._replace(
-        grid=(first + cdiv(sums.programs(config), math.prod(others)), *others),
+        grid=(first + cdiv(sums.programs(config, config), math.prod(others)), *others),
         arguments=(*launch.arguments[:at], numbers, *launch.arguments[at + 1 :]),
-        constants={"CONFIG": constants._replace(SUMS=sums.compiled(config))},
+        constants={"CONFIG": constants._replace(SUMS=sums.compiled(config, config))},
         # Compiled: as above, dgrads of 48 registers spill 4 bytes on sm_100.
         max_registers=launch.max_registers or register_limit(plan.arch),
     )
