@@ -130,6 +130,17 @@ def test_legal_stages_fit_shared_memory(problem: Any, tile: tuple[int, int, int]
     assert (config.num_stages == stages and problem.is_legal(config)) is fits
 
 
+def test_a_persistent_programs_tile_lies_beside_its_stages() -> None:
+    """65,536 bytes of 128×256 outputs, and stages of 49,152, in 231,424."""
+    problem = product("float16", SM_90)
+    config = replace(problem.choose(), block_i=128, block_j=256, block_l=64, num_warps=8, num_stages=4, tma=True)
+    for persistent, stages in ((False, 4), (True, 3)):
+        fitting = problem.adjusted(replace(config, persistent=persistent))
+        assert fitting.num_stages == stages
+        assert problem.is_legal(fitting)
+        assert not problem.is_legal(replace(fitting, num_stages=stages + 1))
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 def test_what_does_not_compile_is_not_legal(machine: str) -> None:
     """Sides of tiles and warps that are no powers of two, and fewer registers than ptxas takes."""
