@@ -144,8 +144,9 @@ def test_an_average_of_a_sparsely_updated_embedding(device: str) -> None:
     torch.testing.assert_close(optimizer.state[p]["ema"], average)
 
 
+@pytest.mark.parametrize("maximize", [False, True])
 @each_class
-def test_differentiable(name: str, device: str) -> None:
+def test_differentiable(name: str, maximize: bool, device: str) -> None:
     """Derivatives of what two steps lead to: by the start, the gradients and, in Adam, the learning rate."""
     steps = 1 if name in ("Adamax", "Rprop") else 2  # torch's own overwrite what the derivatives of two need
 
@@ -155,7 +156,8 @@ def test_differentiable(name: str, device: str) -> None:
         gradients = [values((5,), torch.float64, 2 + t).requires_grad_() for t in range(steps)]
         p = start.clone()
         own = {key: value for key, value in LIVELY[name].items() if key not in ("amsgrad", "centered")}  # not in torch
-        optimizer = make(name, [p], **(NUMBERS[name] | own | {"lr": lr}), differentiable=True)
+        own |= {"lr": lr, "maximize": maximize}
+        optimizer = make(name, [p], **(NUMBERS[name] | own), differentiable=True)
         if name == "Adagrad":
             optimizer.state[p]["sum"] = torch.full_like(p, 0.2)
         for g in gradients:
