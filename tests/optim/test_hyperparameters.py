@@ -101,6 +101,7 @@ NUMBERS_OF_OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", dict(momentum=0.9, nesterov=1, maximize=np.True_)),
     ("SGD", dict(lr=np.array(0.25), momentum=np.float64(0.5), maximize=0)),
     ("SGD", dict(lr=1, weight_decay=1)),
+    ("SGD", dict(maximize=1, lr=np.array(0.25))),  # of one tensor: without the fused kernel
     ("Adam", dict(amsgrad=1, lr=np.array(0.25), betas=(np.float64(0.5), np.float64(0.75)))),
     ("AdamW", dict(amsgrad=np.False_, lr=np.array(0.25), maximize=1)),
     ("RMSprop", dict(maximize=1, lr=np.array(0.25))),
