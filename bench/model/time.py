@@ -83,7 +83,8 @@ def predict(
         name: us * (busiest * (loop_units[name] + outside_units[name]) + work.behind / machine.processors * also)
         for name, also in behind_units.items()
     }
-    terms["alone"] = us * max(rounds * alone + left * alone_behind, work.turns_beside * machine.latency)
+    in_turn, waiting_beside = rounds * alone + left * alone_behind, work.turns_beside * machine.latency
+    terms["alone"] = us * max(in_turn, waiting_beside)
     once = us * work.chain * machine.latency
     terms["memory"] = 1e6 * dram / machine.dram + once
     terms["L2"] = 1e6 * (work.l2 or work.bytes) / machine.l2 + once
@@ -92,7 +93,7 @@ def predict(
     if terms[slowest] < machine.launch:
         limited = "launch"
     elif slowest == "alone":
-        limited = "latency" if latency > alone / 2 else "phases"
+        limited = "latency" if latency > alone / 2 or waiting_beside > in_turn else "phases"
     else:
         limited = slowest
     operations = work.programs * work.macs / (machine.macs[work.bits] * machine.reached * machine.processors)

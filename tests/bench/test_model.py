@@ -279,6 +279,18 @@ def test_programs_behind_start_where_others_leave_room() -> None:
     assert cycles(2 * 32 + 133) == pytest.approx(2000)
 
 
+def test_a_sum_beside_another_may_be_the_last_to_finish() -> None:
+    """Of 1000×77×333, wgrad, 32 parts of db, 16 at a time."""
+    code, case = straight(Tally(cycles=20_000)), LinearCase((1000, 77, 333), BF16)
+    found = work(case, "wgrad only", -1)
+    assert found.turns_beside == 2
+    short, long = (of(replace(found, turns_beside=turns), code) for turns in (1, 100))
+    assert short == of(replace(found, turns_beside=0), code)
+    assert short.limited_by == "phases"
+    assert long.terms["alone"] == pytest.approx(100 * H200.latency * 1e6 / H200.clock)
+    assert long.limited_by == "latency"
+
+
 def test_latency_is_hidden_by_stages_and_by_other_programs() -> None:
     body = Tally(1)
     code, cycle = Profile((body, Tally()), 1, "HGMMA"), 1 / 1.83e3
