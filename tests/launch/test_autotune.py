@@ -129,8 +129,11 @@ def test_the_fastest_is_found_and_used_from_the_same_call_on(machine: Machine) -
     assert len(machine.timed) == searched, "a second call is not searched"
 
 
-def test_backward_is_searched_until_no_problem_is_new(machine: Machine) -> None:
-    """Where descriptors would form dz on load, a pass of its own is made the faster way: it has problems of its own."""
+def test_backward_is_searched_until_no_problem_is_new(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where descriptors would form dz on load, a pass of its own is made the faster way: it has problems of its own.
+
+    Of what is stored, too.
+    """
     machine.cost = lambda named: 5.0 if named.get("FUSE_DZ") else 1.0 + named.get("BLOCK", 0) / 4096
     x, w, dy = torch.randn(33, 16).requires_grad_(), torch.randn(24, 16).requires_grad_(), torch.randn(33, 24)
     y = tribp.linear_sigmoid(x, w)
@@ -141,6 +144,10 @@ def test_backward_is_searched_until_no_problem_is_new(machine: Machine) -> None:
     assert kinds == {"ForwardProblem", "WgradProblem", "DgradProblem", "OutputGradProblem"}
     assert not any(getattr(config, "fuse_dz", False) for config in plans.tuned.values())
     assert [p.may_fuse for p in plans.tuned if type(p).__name__ == "DgradProblem"] == [False]
+    tuned = dict(plans.tuned)
+    restart(machine, monkeypatch, busy=lambda: True)
+    torch.autograd.grad(tribp.linear_sigmoid(x, w), [x, w], dy)
+    assert plans.tuned == tuned
 
 
 def test_what_was_found_is_read_by_another_process(
@@ -492,6 +499,7 @@ def test_the_search_goes_on_from_the_fastest_neighbor() -> None:
 def test_less_than_the_gain_is_chance() -> None:
     assert walk({8: 10.0, 9: 10.0 * (1 - GAIN / 2)}).config == 8
     assert walk({8: 10.0, 9: 10.0 * (1 - 2 * GAIN)}).config == 9
+    assert walk({8: 10.0, 9: 10.0 * (1 - GAIN / 2), 10: 1.0}).config == 8, "and is not gone on from"
 
 
 def test_what_was_fast_once_is_measured_again() -> None:
