@@ -17,7 +17,7 @@ from tribp import versions
 from tribp.launch import plan as plans
 from tribp.launch.arch import ARCHS, INTERPRETER, ITEMSIZE, Arch, cdiv
 from tribp.launch.buffer import layout_of
-from tribp.launch.configs import WORKSPACE, basis
+from tribp.launch.configs import WORKSPACE, basis, most_parts
 from tribp.launch.matmul import MatmulConfig
 from tribp.launch.neighbors import neighbors
 from tribp.launch.optim import MultiTensorProblem
@@ -139,6 +139,20 @@ def test_a_persistent_programs_tile_lies_beside_its_stages() -> None:
         assert fitting.num_stages == stages
         assert problem.is_legal(fitting)
         assert not problem.is_legal(replace(fitting, num_stages=stages + 1))
+
+
+def test_partial_results_have_room_in_the_workspace_or_in_what_is_spare() -> None:
+    assert [most_parts(2**20, dtype) for dtype in ("bfloat16", "float32", "float64")] == [8, 8, 4]
+    assert [most_parts(2**20, "float32", spare=spare << 20) for spare in (31, 64)] == [8, 16]
+    assert most_parts(2**30, "float32") == 1
+
+
+def test_what_prefetches_has_one_stage() -> None:
+    """One pipeline on top of another does not compile."""
+    problem = product("float16", SM_90)._replace(vec=1, tma=False)
+    chosen = problem.choose()
+    assert (chosen.prefetch, chosen.num_stages, problem.is_legal(chosen)) == (True, 1, True)
+    assert not problem.is_legal(replace(chosen, num_stages=2))
 
 
 @pytest.mark.parametrize("machine", MACHINES)
