@@ -26,12 +26,12 @@ from tribp.ops.conv3x3.boxes import ConvConfig, choose_box
 from tribp.ops.conv3x3.checks import small_enough
 from tribp.ops.conv3x3.config import ConvProblem, ConvWgradProblem, choose_groups_per_tile
 from tribp.ops.conv3x3.config_depthwise import DepthwiseProblem
-from tribp.ops.conv3x3.config_few_channels import FewChannelsDgradProblem
+from tribp.ops.conv3x3.config_few_channels import FewChannelsDgradProblem, FewChannelsProblem
 from tribp.ops.conv3x3.images import Packing, relayout
 from tribp.ops.conv3x3.reference import Window, conv3x3_backward
 
 from ..covering import DTYPES, cover, turn
-from ..launch.plans import run
+from ..launch.plans import plan_of, run
 from ..oracle import assert_close
 
 SIGMOID = Activation("sigmoid")
@@ -233,6 +233,25 @@ def test_wgrad(window: str, form: str, splits: int, dtype: torch.dtype, kernels:
     _, exact_dw, exact_db = case.gradients()
     assert_close(dw, exact_dw)
     assert_close(db, exact_db, scale=terms(case.dy))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("act", [NONE, SIGMOID], ids=["none", "sigmoid"])
+def test_what_the_config_of_few_channels_is_chosen_for(act: Activation, bias: bool) -> None:
+    """Whether dz is formed on load, and whether it is added up: of both, two stages would meet in the same banks."""
+    x, w, y = (torch.empty(size, dtype=torch.bfloat16) for size in ((2, 3, 8, 8), (16, 3, 3, 3), (2, 16, 8, 8)))
+    db = torch.empty(16, dtype=torch.bfloat16) if bias else None
+    tensors, window = (y, x, None, y if act.name else None, None, torch.empty_like(w), db), Window((1, 1), (1, 1), 1)
+    (problem,) = (
+        problem
+        for problem in plan_of(ops.backward_layer, tensors, window=window, activation=act, tf32=False).configs
+        if isinstance(problem, FewChannelsProblem)
+    )
+    assert (problem.wgrad, problem.fused, problem.summed) == (True, bool(act.name), bias)
+    stages = {gpu: problem._replace(arch=ARCHS[gpu]).choose().num_stages for gpu in ("sm_80", "gfx942")}
+    assert stages == {"sm_80": 1 if act.name and bias else 2, "gfx942": 2}
+    for dtype, most in (("float32", 1), ("float64", 1), ("float16", stages["sm_80"])):
+        assert problem._replace(arch=ARCHS["sm_80"], dtype=dtype).choose().num_stages == most
 
 
 @pytest.mark.parametrize("c", range(1, 8))
