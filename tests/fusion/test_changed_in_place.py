@@ -275,17 +275,19 @@ def test_hooks_of_others(how: str) -> None:
 
 
 def test_under_autocast() -> None:
-    """What is computed again, after the block, has the same bits."""
+    """What is computed again, after the block, or in one that began later, has the same bits."""
     model, x = pair().float(), batch().float()
     tribp.fuse(model)
-    found = []
-    for change in (torch.Tensor.add, torch.Tensor.add_):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = model(x)
-            assert y.dtype == torch.bfloat16
-            loss = change(y, 1).square().sum()
-        found.append(torch.autograd.grad(loss, list(model.parameters())))
-    assert all(map(torch.equal, *found))
+    for forward in (True, False):
+        found = []
+        for change in (torch.Tensor.add, torch.Tensor.add_):
+            with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+                y = model(x)
+                assert y.dtype == (torch.bfloat16 if forward else torch.float32)
+                loss = change(y, 1).square().sum()
+            with torch.autocast("cpu", torch.bfloat16, enabled=not forward):
+                found.append(torch.autograd.grad(loss, list(model.parameters())))
+        assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
