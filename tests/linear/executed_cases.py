@@ -91,7 +91,7 @@ QUICK: dict[str, Case] = {
     "linear, tf32": Linear((72, 72, 136), SINGLE, tf32=True),
     "linear, frozen weight": Linear((72, 136, 72), needs="xb", dy=expanded),
     "linear, split sum": Linear((1100, 40, 72), HALF, needs="wb"),
-    "linear, few parts of dw, more of db": Linear((300, 77, 33), needs="wb", processors=8),
+    "linear, few parts of dw, more of db": Linear((300, 77, 36), needs="wb", processors=8),
     "linear, y in parts": Linear((24, 18, 4200), needs="", processors=8),
     "linear, y in parts, no bias": Linear((24, 17, 4200), HALF, needs="", bias=False, processors=8),
     "linear, dx in parts": Linear((24, 4200, 18), needs="x", activation=None, processors=8),
