@@ -52,7 +52,6 @@ class RelayoutProblem(NamedTuple):
 
     def is_legal(self, config: RelayoutConfig) -> bool:
         n, p, c, dtype, arch = self
-
         programs, chosen = (cdiv(n * cdiv(p, s.block_p), s.tiles) for s in (config, self.choose()))
         return (
             legal_threads(config, arch)

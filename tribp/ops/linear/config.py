@@ -221,8 +221,10 @@ class WgradProblem(NamedTuple):
 
     @property
     def most_splits(self) -> int:
-        """Measured on an H200: dw and db of 1000×77×333 by 6 programs, for which alone dy's 154 KB have room, took
-        23 µs; by 24, and dx besides, 20.
+        """Splits for whose partial results there is room.
+
+        Measured on an H200: dw and db of 1000×77×333 by 6 programs, for which alone dy's 154 KB have room, took 23 µs;
+        by 24, and dx besides, 20.
         """
         return most_parts(self.n * self.k, self.dtype, self.spare)
 
